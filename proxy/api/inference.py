@@ -1,0 +1,180 @@
+"""The two hot routes, as plain ASGI: no router, no middleware, no dependency between a request and its flow."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from time import monotonic
+
+from proxy.admission.gate import Gate
+from proxy.api.credentials import Credentials
+from proxy.errors import (
+    BodyTooLarge,
+    Draining,
+    GatewayError,
+    MethodNotAllowed,
+    ModelNotFound,
+    RequestTimedOut,
+    TotalTimedOut,
+)
+from proxy.fleet.fleet import Fleet
+from proxy.flow.flow import Flow
+from proxy.flow.request import Request, new_id
+from proxy.handoff.body import Endpoint, read_body
+from proxy.relay.client import EXTENSION, AsgiClient, Client, Receive, Scope, Send
+from proxy.relay.server import DirectClient
+from proxy.settings import Settings
+from proxy.telemetry.records import RequestRecord, Telemetry
+
+log = logging.getLogger("pd_proxy.api")
+
+_JSON = (b"content-type", b"application/json")
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}").fullmatch
+
+
+class ClientLeft(Exception):
+    """The client closed its connection before its request was whole."""
+
+
+class Inference:
+    """Serves one endpoint."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        settings: Settings,
+        fleet: Fleet,
+        flow: Flow,
+        gate: Gate,
+        credentials: Credentials,
+        telemetry: Telemetry,
+    ) -> None:
+        self._endpoint = endpoint
+        self._limit = settings.limits.request_body
+        self._body_seconds = settings.timeouts.request_body
+        self._total = settings.timeouts.total
+        self._fleet = fleet
+        self._flow = flow
+        self._gate = gate
+        self._credentials = credentials
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = RequestRecord(self._endpoint)
+        client: Client = scope.get("extensions", {}).get(EXTENSION) or AsgiClient(receive, send)
+        try:
+            with self._gate:
+                await self._serve(scope, receive, client, record)
+                record.outcome = "ok"
+        except ClientLeft:
+            record.outcome = "client_gone"
+        except GatewayError as error:
+            record.outcome = "client_gone" if client.gone else error.code
+            self._give_error(client, record, error)
+        except asyncio.CancelledError:
+            if client.gone:  # by our own hand, when its connection closed
+                record.outcome = "client_gone"
+                if task := asyncio.current_task():
+                    task.uncancel()
+            else:
+                record.outcome = Draining.code
+                self._give_error(client, record, Draining("the gateway shut down before the answer was whole"))
+        finally:
+            client.on_gone = None
+            record.ended = monotonic()
+            self._telemetry.finished(record)
+        await client.flushed()
+
+    async def _serve(self, scope: Scope, receive: Receive, client: Client, record: RequestRecord) -> None:
+        """From the head of a request to the end of its answer.
+
+        Raises:
+            GatewayError: the request cannot be served; `client.started` says whether a part of it was.
+        """
+        authorization = b""
+        length: int | None = None
+        record.request_id = ""
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                authorization = value
+            elif name == b"content-length":
+                length = int(value) if value.isdigit() else None
+            elif name == b"x-request-id" and _SANE_ID(value):
+                record.request_id = value.decode("ascii")
+        record.request_id = record.request_id or new_id()
+        if scope["method"] != "POST":
+            raise MethodNotAllowed(f"{scope['path']} takes POST", allow="POST")
+        self._credentials.check_client(authorization)
+        if length is not None and length > self._limit:
+            raise BodyTooLarge(f"the request body of {length} bytes exceeds the limit of {self._limit}")
+        body = read_body(await self._read(client, receive), self._endpoint)
+        record.model = body.model or ""
+        record.stream = body.stream
+        if body.model is not None and not self._fleet.knows(body.model):
+            raise ModelNotFound(f"The model `{body.model[:256]}` does not exist.", param="model")
+        task = asyncio.current_task()
+        assert task is not None
+        if client.gone:
+            raise ClientLeft
+        client.on_gone = task.cancel
+        request = Request(body, client, record)
+        if self._total is None:
+            await self._flow.run(request)
+            return
+        try:
+            async with asyncio.timeout(self._total):
+                await self._flow.run(request)
+        except TimeoutError:
+            raise TotalTimedOut(f"the request was not finished within {self._total:g} s") from None
+
+    async def _read(self, client: Client, receive: Receive) -> bytes:
+        """The request's body.
+
+        Raises:
+            BodyTooLarge, RequestTimedOut, ClientLeft
+        """
+        if isinstance(client, DirectClient) and (body := client.body) is not None:
+            if len(body) > self._limit:
+                raise BodyTooLarge(f"the request body exceeds the limit of {self._limit} bytes")
+            return body
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientLeft
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size > self._limit:
+                        raise BodyTooLarge(f"the request body exceeds the limit of {self._limit} bytes")
+                    parts.append(part)
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            raise RequestTimedOut(f"the request body did not arrive within {self._body_seconds:g} s") from None
+        if isinstance(client, AsgiClient):
+            client.watch()
+        return b"".join(parts)
+
+    def _give_error(self, client: Client, record: RequestRecord, error: GatewayError) -> None:
+        record.error = record.error or str(error)
+        if error.status >= 500:
+            log.warning("%s %s ended with %s: %s", record.request_id, self._endpoint, error.code, error)
+        if client.gone:
+            return
+        if client.started:
+            client.write(error.event())
+            client.end()
+            return
+        record.status = error.status
+        headers = [_JSON, (b"x-request-id", record.request_id.encode("ascii"))]
+        if error.retry_after is not None:
+            headers.append((b"retry-after", b"%d" % error.retry_after))
+        if isinstance(error, MethodNotAllowed):
+            headers.append((b"allow", error.allow.encode("ascii")))
+        if isinstance(error, BodyTooLarge | RequestTimedOut | Draining):
+            headers.append((b"connection", b"close"))  # the rest of the body is not going to be read
+        client.respond(error.status, headers, error.body())

@@ -1,0 +1,175 @@
+"""The routes for people and machines that run the gateway: probes, models, metrics, and the script's own endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal
+
+import httpx
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel, ConfigDict
+
+from proxy.admission.gate import Gate
+from proxy.api.credentials import Credentials
+from proxy.errors import InvalidRequest, ModelNotFound, NoBackend
+from proxy.fleet.backend import Role
+from proxy.fleet.fleet import Fleet
+from proxy.settings import backend_url
+
+
+class Instances(BaseModel):
+    """The body of /instances/add and /instances/remove."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["prefill", "decode", "mixed"]
+    instances: str | list[str]
+
+
+def probes(fleet: Fleet, gate: Gate) -> APIRouter:
+    """/health: the process is alive. /ready: it could serve a request now."""
+    router = APIRouter(tags=["probes"])
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """Alive, whatever the backends do."""
+        return {"status": "alive"}
+
+    @router.get("/ready")
+    async def ready() -> dict[str, str]:
+        """200 when one prefill and one decode backend, or one mixed, are up; else 503 with the reason."""
+        if gate.draining:
+            raise NoBackend("the gateway is shutting down", retry_after=1)
+        if reason := fleet.not_ready():
+            raise NoBackend(reason, retry_after=1)
+        return {"status": "ready"}
+
+    @router.get("/healthcheck")
+    async def healthcheck() -> dict[str, Any]:
+        """As the example script answers it: counts, and always 200."""
+        return {
+            "status": "ok",
+            "prefill_instances": len(fleet.pool("prefill")),
+            "decode_instances": len(fleet.pool("decode")),
+            "request_num": gate.inside,
+        }
+
+    return router
+
+
+def models(fleet: Fleet, credentials: Credentials) -> APIRouter:
+    """/v1/models, from what the backends say."""
+
+    async def client(request: Request) -> None:
+        credentials.check_client(request.headers.get("authorization", "").encode("latin-1"))
+
+    router = APIRouter(tags=["models"], dependencies=[Depends(client)])
+
+    @router.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """Every model that can be asked for."""
+        if cards := fleet.model_cards():
+            return {"object": "list", "data": cards}
+        raise NoBackend(fleet.not_ready() or "no backend has named a model", retry_after=1)
+
+    @router.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> dict[str, Any]:
+        """One of them."""
+        for card in fleet.model_cards():
+            if card["id"] == model:
+                return card
+        raise ModelNotFound(f"The model `{model[:256]}` does not exist.", param="model")
+
+    return router
+
+
+def metrics(registry: CollectorRegistry) -> APIRouter:
+    """/metrics, as Prometheus text or, when asked for, OpenMetrics."""
+    router = APIRouter(tags=["metrics"])
+
+    @router.get("/metrics", response_class=Response)
+    async def scrape(request: Request) -> Response:
+        """What the gateway saw."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"content-type": content_type})
+
+    return router
+
+
+def administration(fleet: Fleet, credentials: Credentials, http: httpx.AsyncClient) -> APIRouter:
+    """What changes the gateway or its backends: by the admin key, or from the gateway's own machine."""
+
+    async def operator(request: Request) -> None:
+        credentials.check_operator(request.scope["headers"], request.scope["client"])
+
+    router = APIRouter(tags=["administration"], dependencies=[Depends(operator)])
+
+    def membership(message: str) -> dict[str, Any]:
+        return {
+            "message": message,
+            "current_prefill_instances": [_short(b.url) for b in fleet.pool("prefill") if not b.removed],
+            "current_decode_instances": [_short(b.url) for b in fleet.pool("decode") if not b.removed],
+        }
+
+    def urls(change: Instances) -> list[str]:
+        given = [change.instances] if isinstance(change.instances, str) else change.instances
+        try:
+            return [backend_url(instance) for instance in given]
+        except ValueError as error:
+            raise InvalidRequest(str(error), param="instances") from None
+
+    def role_elsewhere(url: str, role: Role) -> Role | None:
+        return next((b.role for b in fleet if b.url == url and b.role != role), None)
+
+    @router.post("/instances/add")
+    async def add(change: Instances) -> dict[str, Any]:
+        """Add backends. Each joins the rotation when its first health check passes."""
+        given = urls(change)
+        for url in given:
+            if other := role_elsewhere(url, change.type):
+                raise InvalidRequest(f"{url} is already a {other} backend; remove it there first", param="instances")
+        for url in given:
+            fleet.add(url, change.type)
+        return membership(f"Added {change.type} instances: {', '.join(map(_short, given))}.")
+
+    @router.post("/instances/remove")
+    async def remove(change: Instances) -> dict[str, Any]:
+        """Take backends out. What they are doing is finished; nothing new goes there."""
+        given = urls(change)
+        missing = [url for url in given if fleet.find(url, change.type) is None]
+        if missing:
+            raise InvalidRequest(
+                f"no such {change.type} instance: {', '.join(map(_short, missing))}", param="instances"
+            )
+        for url in given:
+            fleet.remove(url, change.type)
+        return membership(f"Removed {change.type} instances: {', '.join(map(_short, given))}.")
+
+    @router.post("/reset_prefix_cache")
+    async def reset_prefix_cache(request: Request) -> Response:
+        """Pass the call on to every backend."""
+        query = dict(request.query_params)
+
+        async def reset(url: str) -> str:
+            try:
+                answer = await http.post(f"{url}/reset_prefix_cache", params=query)
+            except httpx.HTTPError:
+                return url
+            return "" if answer.is_success else url
+
+        failed = [url for url in await asyncio.gather(*(reset(backend.url) for backend in fleet)) if url]
+        if not failed:
+            return Response(status_code=200)
+        message = f"{len(failed)} backend(s) did not reset their prefix cache"
+        error = {"message": message, "type": "backend_error", "param": None, "code": "reset_failed"}
+        return JSONResponse({"error": error, "failed": failed}, status_code=500)
+
+    return router
+
+
+def _short(url: str) -> str:
+    """host:port, as the example script names its instances."""
+    return url.removeprefix("http://")

@@ -1,0 +1,113 @@
+"""The whole HTTP surface as one ASGI application: FastAPI, with the hot routes taken off before its router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from proxy import __version__
+from proxy.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound
+from proxy.flow.request import new_id
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+class Surface(FastAPI):
+    """FastAPI for everything but the hot routes, which are found by one dictionary lookup.
+
+    Arguments:
+        hot: path -> ASGI application.
+        routers: the other routes.
+    """
+
+    def __init__(self, *, hot: dict[str, ASGIApp], routers: list[APIRouter], lifespan: Lifespan | None = None) -> None:
+        super().__init__(
+            title="pd-proxy",
+            version=__version__,
+            description="A prefill-decode disaggregation gateway for LLM serving.",
+            lifespan=lifespan,
+        )
+        self._hot = hot
+        for router in routers:
+            self.include_router(router)
+        self.add_exception_handler(GatewayError, _gateway_error)
+        self.add_exception_handler(HTTPException, _http_error)
+        self.add_exception_handler(RequestValidationError, _validation_error)
+        self.add_exception_handler(Exception, _unexpected)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (endpoint := self._hot.get(scope["path"])) is not None:
+            await endpoint(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+    def paths(self) -> list[str]:
+        """Every path that is served, for people who asked for another."""
+        return sorted({*self._hot, *self.openapi()["paths"]})
+
+    def openapi(self) -> dict[str, Any]:
+        if not self.openapi_schema:
+            schema = super().openapi()
+            for path in self._hot:
+                schema["paths"][path] = {"post": _INFERENCE}
+            self.openapi_schema = schema
+        return self.openapi_schema
+
+
+_INFERENCE = {
+    "tags": ["inference"],
+    "summary": "OpenAI's, as the engines serve it",
+    "description": "The body is the engine's, less the hand-off fields; the answer is the engine's too.",
+    "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
+    "responses": {
+        "200": {
+            "description": "The answer, or its events when `stream` is true.",
+            "content": {"application/json": {}, "text/event-stream": {}},
+        }
+    },
+}
+
+
+def answer(error: GatewayError, request_id: str) -> Response:
+    """The answer to a request that ended with `error`."""
+    headers = {"content-type": "application/json", "x-request-id": request_id}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, MethodNotAllowed):
+        headers["allow"] = error.allow
+    return Response(error.body(), status_code=error.status, headers=headers)
+
+
+async def _gateway_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)
+    return answer(error, new_id())
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 405:
+        allow = (error.headers or {}).get("allow", (error.headers or {}).get("Allow", ""))
+        return answer(MethodNotAllowed(f"{path} takes {allow}", allow=allow), new_id())
+    if error.status_code == 404:
+        known = ", ".join(request.app.paths())
+        return answer(RouteNotFound(f"there is no {path[:256]} here; this gateway serves {known}"), new_id())
+    return answer(InvalidRequest(str(error.detail)), new_id())
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    return answer(InvalidRequest(f"{where or 'body'}: {first['msg']}", param=where or None), new_id())
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    return answer(GatewayError("the gateway failed on this request; its log says more"), new_id())

@@ -1,0 +1,134 @@
+"""From a file, the environment and flags to `Settings`, with errors that say what is wrong and where."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from proxy.settings import CONFIG_VARIABLE, PREFIX, Settings, build_settings, leaves, unknown_variables
+
+
+class ConfigurationError(Exception):
+    """The settings cannot be used; the text has one line for each thing that is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A settings file: its values, and the line of each key by dotted name."""
+
+    path: Path
+    values: Mapping[str, Any]
+    lines: Mapping[str, int]
+
+
+def read_file(path: Path) -> File:
+    """Read a YAML settings file.
+
+    Raises:
+        ConfigurationError: it cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigurationError(f"{path}: {why}") from None
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigurationError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return File(path, {}, {})
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path}:1: a settings file is a mapping of names to values")
+    lines: dict[str, int] = {}
+    _note_lines(tree, "", lines)
+    return File(path, values, lines)
+
+
+def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            lines[name] = key.start_mark.line + 1
+            _note_lines(value, f"{name}.", lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[f"{prefix}{index}"] = item.start_mark.line + 1
+
+
+def configure(
+    flags: Mapping[str, Any], file: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> Settings:
+    """The settings in force: flags over environment over file.
+
+    Arguments:
+        flags: nested mapping of the settings given as flags.
+        file: the settings file; else the one that `PD_PROXY_CONFIG` names, else none.
+    Raises:
+        ConfigurationError
+    """
+    if file is None and environment.get(CONFIG_VARIABLE):
+        file = Path(environment[CONFIG_VARIABLE])
+    source = read_file(file) if file is not None else None
+    problems = [f"{name}: no such setting{_did_you_mean(name)}" for name in unknown_variables(environment)]
+    settings = None
+    try:
+        settings = build_settings(flags, source.values if source else {})
+    except ValidationError as error:
+        problems += [_explain(detail, flags, source, environment) for detail in error.errors()]
+    except Exception as error:  # pydantic-settings wraps what a variable's text breaks in errors of its own
+        problems.append(str(error))
+    if problems or settings is None:
+        raise ConfigurationError("\n".join(problems))
+    return settings
+
+
+def _explain(detail: ErrorDetails, flags: Mapping[str, Any], file: File | None, environment: Mapping[str, str]) -> str:
+    """One line: where the value came from, the setting's name, what is wrong with it."""
+    path = [str(part) for part in detail["loc"]]
+    name = ".".join(path)
+    setting = ".".join(part for part in path if not part.isdigit())
+    if detail["type"] == "extra_forbidden":
+        what = f"no such setting{_did_you_mean(name)}"
+    else:
+        what = detail["msg"].removeprefix("Value error, ")
+        if name and not isinstance(detail["input"], dict):
+            what = f"{what[0].lower()}{what[1:]}, not {detail['input']!r}"
+    where = _source(setting, name, flags, file, environment)
+    return ": ".join(part for part in (where, setting, what) if part)
+
+
+def _source(
+    setting: str, name: str, flags: Mapping[str, Any], file: File | None, environment: Mapping[str, str]
+) -> str:
+    value: Any = flags
+    for part in setting.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if value is not None:
+        return f"flag --{setting}"
+    variable = PREFIX + setting.upper().replace(".", "__")
+    if variable in environment:
+        return variable
+    if file is None:
+        return ""
+    line = file.lines.get(name) or file.lines.get(setting) or (1 if setting else None)
+    return f"{file.path}:{line}" if line else str(file.path)
+
+
+def _did_you_mean(name: str) -> str:
+    known = [leaf for leaf, _ in leaves()] + list(Settings.model_fields)
+    if name.upper().startswith(PREFIX):
+        known = [PREFIX + leaf.upper().replace(".", "__") for leaf in known]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,279 @@
+"""Every error the gateway can answer with.
+
+Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether another try may help.
+
+    GatewayError                       500
+    ├── ClientError                    400  the client's to mend
+    │   ├── InvalidRequest             400
+    │   ├── Unauthorized               401
+    │   ├── Forbidden                  403
+    │   ├── RouteNotFound              404
+    │   ├── ModelNotFound              404
+    │   ├── MethodNotAllowed           405
+    │   ├── RequestTimedOut            408
+    │   ├── BodyTooLarge               413
+    │   └── HeadersTooLarge            431
+    ├── Unavailable                    503  no engine was asked
+    │   ├── NoBackend                  503
+    │   └── Draining                   503
+    ├── TotalTimedOut                  504  the request's own time ran out
+    └── BackendError                   502  one leg failed; another try may help
+        ├── BackendUnreachable         502  no connection: nothing was read by the engine
+        ├── BackendCut                 502  the connection ended before the answer was whole
+        ├── BackendGarbled             502  the answer was not what an engine says
+        ├── BackendTimedOut            504
+        ├── BackendLost                502  health checks gave the backend up while the leg waited
+        ├── BackendFailed              5xx  the engine answered with an error of its own
+        ├── BackendBusy                429 or 503 from the engine's front door: nothing was read
+        ├── HandoffInvalid             502  prefill's hand-off parameters would harm decode
+        ├── HandoffExpired             504  the hand-off grew too old to be sent
+        └── BackendRejected            4xx  the engine refused the request itself; never retried
+
+Messages of `BackendError` name backends and are for logs; `public_message` is what a client reads, since an
+engine's address is nobody's business outside.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+
+class GatewayError(Exception):
+    """An error with its answer.
+
+    Arguments:
+        message: what happened, to what, and what to do about it.
+        param: the request field at fault, where there is one.
+        retry_after: seconds after which the client may try again.
+    """
+
+    status: int = 500
+    type: ClassVar[str] = "internal_error"
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.retry_after = retry_after
+
+    @property
+    def public_message(self) -> str:
+        """What a client is told."""
+        return str(self)
+
+    def body(self) -> bytes:
+        """The answer's body, in OpenAI's shape."""
+        detail = {"message": self.public_message, "type": self.type, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": detail})
+
+    def event(self) -> bytes:
+        """The same as the last event of a stream that had begun."""
+        return b"data: " + self.body() + b"\n\n"
+
+
+class ClientError(GatewayError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class InvalidRequest(ClientError):
+    """The body is not JSON, not an object, or a field the gateway must read has the wrong type."""
+
+
+class Unauthorized(ClientError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(ClientError):
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class RouteNotFound(ClientError):
+    status = 404
+    code = "unknown_route"
+
+
+class ModelNotFound(ClientError):
+    status = 404
+    code = "model_not_found"
+
+
+class MethodNotAllowed(ClientError):
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+
+class RequestTimedOut(ClientError):
+    """The client took too long to send its headers or its body."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class BodyTooLarge(ClientError):
+    status = 413
+    code = "body_too_large"
+
+
+class HeadersTooLarge(ClientError):
+    status = 431
+    code = "headers_too_large"
+
+
+class Unavailable(GatewayError):
+    status = 503
+    type = "service_unavailable"
+    code = "unavailable"
+
+
+class NoBackend(Unavailable):
+    """No backend that could serve the request is up."""
+
+    code = "no_backend"
+
+
+class Draining(Unavailable):
+    """The gateway is shutting down and takes no new request."""
+
+    code = "draining"
+
+
+class TotalTimedOut(GatewayError):
+    """`timeouts.total` ran out."""
+
+    status = 504
+    type = "timeout"
+    code = "total_timeout"
+
+
+class BackendError(GatewayError):
+    """One leg failed.
+
+    Attributes:
+        reason: one short word for metrics and logs.
+        unread: True when the engine surely never read the request, so that a hand-off it carried is still good.
+        blame: False when the failure says nothing about the backend's health (a kept-alive connection that the
+            engine closed as the request was on its way).
+    """
+
+    status = 502
+    type = "backend_error"
+    code = "backend_error"
+    retryable = True
+    reason: ClassVar[str] = "error"
+    public: ClassVar[str] = "the engine that served this request failed"
+
+    def __init__(self, message: str, *, unread: bool = False, blame: bool = True) -> None:
+        super().__init__(message)
+        self.unread = unread
+        self.blame = blame
+
+    @property
+    def public_message(self) -> str:
+        return self.public
+
+
+class BackendUnreachable(BackendError):
+    code = "backend_unreachable"
+    reason = "unreachable"
+    public = "no engine could be reached"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, unread=True)
+
+
+class BackendCut(BackendError):
+    code = "backend_cut"
+    reason = "cut"
+    public = "the engine's connection ended before its answer was whole"
+
+
+class BackendGarbled(BackendError):
+    code = "backend_garbled"
+    reason = "garbled"
+    public = "the engine's answer could not be understood"
+
+
+class BackendTimedOut(BackendError):
+    status = 504
+    type = "timeout"
+    code = "backend_timeout"
+    reason = "timeout"
+    public = "the engine did not answer in time"
+
+
+class BackendLost(BackendError):
+    code = "backend_lost"
+    reason = "lost"
+    public = "the engine stopped answering its health checks"
+
+
+class BackendAnswered(BackendError):
+    """The engine answered with an error status; its own body is kept and given to the client."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        answer: bytes | None = None,
+        engine_message: str | None = None,
+        retry_after: int | None = None,
+        unread: bool = False,
+    ) -> None:
+        super().__init__(message, unread=unread)
+        self.status = status
+        self.retry_after = retry_after
+        self._answer = answer
+        self._engine_message = engine_message
+
+    @property
+    def public_message(self) -> str:
+        return self._engine_message or self.public
+
+    def body(self) -> bytes:
+        return self._answer or super().body()
+
+
+class BackendFailed(BackendAnswered):
+    code = "backend_failed"
+    reason = "failed"
+    public = "the engine answered with an internal error"
+
+
+class BackendBusy(BackendAnswered):
+    code = "backend_busy"
+    reason = "busy"
+    public = "every engine that was asked is at its limit"
+
+
+class BackendRejected(BackendAnswered):
+    retryable = False
+    code = "rejected"
+    reason = "rejected"
+    public = "the engine refused the request"
+
+
+class HandoffInvalid(BackendError):
+    code = "handoff_invalid"
+    reason = "handoff_invalid"
+    public = "prefill's hand-off could not be used"
+
+
+class HandoffExpired(BackendError):
+    status = 504
+    code = "handoff_expired"
+    reason = "handoff_expired"
+    public = "the hand-off between the engines took too long"

@@ -1,0 +1,142 @@
+"""The pools: who is in them, who is up, and what real requests say about that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from proxy.errors import BackendError, BackendUnreachable
+from proxy.fleet.backend import ROLES, Backend, Role
+from proxy.settings import Settings
+
+log = logging.getLogger("pd_proxy.fleet")
+
+
+class Fleet:
+    """All backends by role. Changes of membership are told to `on_join` and `on_leave`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._failures = settings.health.failures
+        self._pools: dict[Role, list[Backend]] = {role: [] for role in ROLES}
+        self.handoffs_in_limbo = 0
+        self.on_join: Callable[[Backend], object] | None = None
+        self.on_leave: Callable[[Backend], object] | None = None
+        for role in ROLES:
+            for url in getattr(settings, role):
+                self.add(url, role)
+
+    def __iter__(self) -> Iterator[Backend]:
+        for pool in self._pools.values():
+            yield from pool
+
+    def pool(self, role: Role) -> list[Backend]:
+        """The members of a pool, up or not."""
+        return self._pools[role]
+
+    def candidates(self, role: Role, model: str | None) -> list[Backend]:
+        """The members of a pool that may be given a request for `model` now."""
+        return [b for b in self._pools[role] if b.up and not b.removed and b.serves(model)]
+
+    def knows(self, model: str) -> bool:
+        """Whether any backend serves `model`, or may."""
+        return any(backend.serves(model) for backend in self)
+
+    def models(self) -> set[str]:
+        """Every model id that some backend has named."""
+        return {model for backend in self for model in backend.models or ()}
+
+    def model_cards(self) -> list[dict[str, Any]]:
+        """The models a client can ask for, as /v1/models shows them: those of the backends that answer clients. The
+        context is as long as the shortest backend's, prefill's included."""
+        cards: dict[str, dict[str, Any]] = {}
+        for backend in (*self._pools["decode"], *self._pools["mixed"], *self._pools["prefill"]):
+            for model, card in (backend.models or {}).items():
+                if model in cards:
+                    lengths = [c["max_model_len"] for c in (cards[model], card) if c.get("max_model_len")]
+                    if lengths:
+                        cards[model]["max_model_len"] = min(lengths)
+                elif backend.role != "prefill":
+                    cards[model] = dict(card)
+        return list(cards.values())
+
+    def not_ready(self) -> str:
+        """Why the fleet cannot serve a request, or an empty string when it can."""
+        up = {role: any(b.up and not b.removed for b in pool) for role, pool in self._pools.items()}
+        if up["mixed"] or (up["prefill"] and up["decode"]):
+            return ""
+        if not any(self._pools.values()):
+            return "no backend is configured"
+        missing = [role for role in ("prefill", "decode") if not up[role]]
+        return f"no {' and no '.join(missing)} backend is up"
+
+    # Membership
+
+    def find(self, url: str, role: Role) -> Backend | None:
+        return next((b for b in self._pools[role] if b.url == url), None)
+
+    def add(self, url: str, role: Role) -> Backend:
+        """Add a backend, or take one back that was about to leave."""
+        if backend := self.find(url, role):
+            backend.removed = False
+            return backend
+        backend = Backend(url, role)
+        self._pools[role].append(backend)
+        if self.on_join is not None:
+            self.on_join(backend)
+        return backend
+
+    def remove(self, url: str, role: Role) -> bool:
+        """Take a backend out: nothing new goes there, and it is forgotten when its last leg has ended.
+
+        Returns whether it was there.
+        """
+        backend = self.find(url, role)
+        if backend is None:
+            return False
+        backend.removed = True
+        self.forget_idle()
+        return True
+
+    def forget_idle(self) -> None:
+        """Forget removed backends that have nothing in flight. Called after removals and by the prober."""
+        for pool in self._pools.values():
+            for backend in [b for b in pool if b.removed and not b.inflight_requests]:
+                pool.remove(backend)
+                log.info("%s backend %s has left", backend.role, backend.url)
+                if self.on_leave is not None:
+                    self.on_leave(backend)
+
+    # What real requests tell
+
+    def succeeded(self, backend: Backend) -> None:
+        """A leg ended well."""
+        backend.failures = 0
+        backend.ejections = 0
+
+    def failed(self, backend: Backend, error: BackendError) -> None:
+        """A leg failed. A backend that cannot be reached leaves at once; one that fails otherwise after
+        `health.failures` in a row, unless it is the last of its pool, which is better than none."""
+        if not error.blame or not backend.up:
+            return
+        backend.failures += 1
+        unreachable = isinstance(error, BackendUnreachable)
+        others = any(b.up and b is not backend and not b.removed for b in self._pools[backend.role])
+        if unreachable or (backend.failures >= self._failures and others):
+            if not unreachable:
+                backend.ejections += 1
+            self.take_out(backend, f"failed a request: {error}")
+        backend.attention.set()
+
+    def take_out(self, backend: Backend, reason: str) -> None:
+        """Mark a backend down; its prober brings it back."""
+        if backend.up:
+            log.warning("%s backend %s is out: %s", backend.role, backend.url, reason)
+        backend.mark_down(reason)
+        backend.attention.set()
+
+    def bring_in(self, backend: Backend) -> None:
+        """Mark a backend up."""
+        if not backend.up:
+            log.info("%s backend %s is up", backend.role, backend.url)
+        backend.mark_up()

@@ -1,0 +1,210 @@
+"""The legs of one try: send, wait, and tell the fleet how it went.
+
+Whatever ends a leg (an answer, an error, a client that left), its connection is closed or back in its pool, and its
+lease released, before the function returns.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+
+import msgspec
+
+from proxy.errors import BackendError, BackendGarbled, BackendRejected, HandoffExpired
+from proxy.fleet.backend import Backend, Lease
+from proxy.fleet.fleet import Fleet
+from proxy.flow.request import Request
+from proxy.handoff.plan import Leg
+from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff
+from proxy.relay.http1 import Collected, Origin
+from proxy.relay.stream import StreamRelay
+from proxy.settings import Settings
+from proxy.telemetry.records import Telemetry
+
+_EVENT_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx in front would hold tokens back otherwise
+)
+_JSON = (b"content-type", b"application/json")
+
+
+class Limbo:
+    """A hand-off that prefill has given and decode has not yet begun to use; counted while it is so."""
+
+    __slots__ = ("_fleet", "_open", "since")
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._open = True
+        self.since = monotonic()
+        fleet.handoffs_in_limbo += 1
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._fleet.handoffs_in_limbo -= 1
+
+
+class _Answer(msgspec.Struct):
+    """What is read of an answer that was not streamed."""
+
+    choices: msgspec.Raw = msgspec.Raw()
+    usage: msgspec.Raw = msgspec.Raw()
+    error: msgspec.Raw = msgspec.Raw()
+
+
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+
+
+class Legs:
+    """Sends legs to backends over their pooled connections."""
+
+    def __init__(self, settings: Settings, fleet: Fleet, telemetry: Telemetry) -> None:
+        self._settings = settings
+        self._timeouts = settings.timeouts
+        self._fleet = fleet
+        self._telemetry = telemetry
+        self._origins: dict[str, Origin] = {}
+        key = settings.backend_api_key
+        self._authorization = b"" if key is None else b"authorization: Bearer %b\r\n" % key.get_secret_value().encode()
+
+    def close(self) -> None:
+        """Close idle connections."""
+        for origin in self._origins.values():
+            origin.close()
+
+    def forget(self, backend: Backend) -> None:
+        """A backend has left the fleet."""
+        if origin := self._origins.pop(backend.url, None):
+            origin.close()
+
+    def _origin(self, backend: Backend) -> Origin:
+        origin = self._origins.get(backend.url)
+        if origin is None:
+            origin = self._origins[backend.url] = Origin(backend.url, connect_timeout=self._timeouts.connect)
+        return origin
+
+    def _headers(self, upstream_id: str) -> bytes:
+        return b"x-request-id: %b\r\n%b" % (upstream_id.encode("ascii"), self._authorization)
+
+    async def collect(
+        self,
+        backend: Backend,
+        lease: Lease,
+        leg: Leg,
+        upstream_id: str,
+        *,
+        timeout: float | None = None,
+        limbo: Limbo | None = None,
+    ) -> bytes:
+        """Run a leg whose answer is one JSON body.
+
+        Arguments:
+            timeout: seconds for the whole leg.
+            limbo: the hand-off it carries, which must not be sent late.
+        Raises:
+            BackendError: it did not end in a 200.
+        """
+        receiver = Collected(backend.url, limit=self._settings.limits.answer)
+        headers = self._headers(upstream_id)
+        try:
+            receiver.connection = await self._origin(backend).send(
+                leg.path, headers, leg.body, receiver, within=self._time_left(limbo)
+            )
+            lease.on_lost = receiver.fail
+            answer = await receiver.wait(timeout)
+            if receiver.status != 200:
+                raise engine_error(backend.url, receiver.status, receiver.headers, answer)
+        except BackendError as error:
+            self._note(backend, error)
+            raise
+        return answer
+
+    async def decode_whole(
+        self, request: Request, backend: Backend, lease: Lease, leg: Leg, upstream_id: str, limbo: Limbo | None
+    ) -> None:
+        """The decode leg of a request that wants its answer in one piece."""
+        answer = await self.collect(backend, lease, leg, upstream_id, limbo=limbo)
+        try:
+            parsed = _decode_answer(answer)
+        except msgspec.MsgspecError as error:
+            garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
+            self._note(backend, garbled)
+            raise garbled from None
+        if not memoryview(parsed.choices) and memoryview(parsed.error):
+            failed = engine_error_event(backend.url, answer)
+            self._note(backend, failed)
+            raise failed
+        self._fleet.succeeded(backend)
+        record = request.record
+        if usage := read_usage(parsed.usage):
+            record.prompt_tokens = usage.prompt_tokens or 0
+            record.tokens = usage.completion_tokens or 0
+            record.cached_tokens = record.cached_tokens or usage.cached_tokens
+        record.status = 200
+        request.client.respond(200, request.headers(_JSON), strip_handoff(answer))
+
+    async def decode_stream(
+        self, request: Request, backend: Backend, lease: Lease, leg: Leg, upstream_id: str, limbo: Limbo | None
+    ) -> None:
+        """The decode leg of a request that wants events. Returns when the client has been given all of them."""
+        record, client = request.record, request.client
+
+        def begin() -> None:
+            now = monotonic()
+            record.status = 200
+            record.stage = "stream"
+            record.first_token = now
+            if limbo is not None:
+                record.handoff_seconds = now - limbo.since
+                limbo.close()
+            lease.on_lost = None  # from here on only the stream itself can say that it is dead
+            client.start(200, request.headers(*_EVENT_STREAM))
+
+        relay = StreamRelay(
+            backend.url,
+            client,
+            begin,
+            self._telemetry.gaps(record.decode_pool, backend.url),
+            drop_usage=not request.body.wants_usage,
+            idle=self._timeouts.idle,
+        )
+        headers = self._headers(upstream_id)
+        try:
+            connection = await self._origin(backend).send(
+                leg.path, headers, leg.body, relay, within=self._time_left(limbo)
+            )
+            lease.on_lost = relay.fail
+            await relay.run(connection, self._timeouts.first_token)
+        except BackendError as error:
+            self._note(backend, error)
+            raise
+        finally:
+            record.last_token = relay.last_token
+            record.tokens = relay.events
+            if usage := relay.usage:
+                record.tokens = usage.completion_tokens or relay.events
+                record.prompt_tokens = usage.prompt_tokens or 0
+                record.cached_tokens = record.cached_tokens or usage.cached_tokens
+        self._fleet.succeeded(backend)
+        client.end()
+
+    def _time_left(self, limbo: Limbo | None) -> float | None:
+        """Seconds in which a hand-off may still be sent.
+
+        Raises:
+            HandoffExpired: none are left.
+        """
+        if limbo is None:
+            return None
+        left = self._timeouts.handoff - (monotonic() - limbo.since)
+        if left <= 0:
+            raise HandoffExpired(f"the hand-off was not sent within {self._timeouts.handoff:g} s")
+        return left
+
+    def _note(self, backend: Backend, error: BackendError) -> None:
+        if isinstance(error, BackendRejected):
+            self._fleet.succeeded(backend)  # an engine that judges requests is alive
+        elif not isinstance(error, HandoffExpired):
+            self._fleet.failed(backend, error)

@@ -1,0 +1,59 @@
+"""What one request carries through its life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from proxy.errors import BackendError
+from proxy.handoff.body import Body
+from proxy.relay.client import Client
+from proxy.telemetry.records import RequestRecord
+
+# What a completion is taken to add to a decode backend's load when the client set no bound. It only has to be right
+# for the average of many requests; short chat answers and long reasoning ones meet somewhere here.
+EXPECTED_OUTPUT = 512
+
+
+@dataclass(slots=True)
+class Request:
+    """A client's request on its way.
+
+    Attributes:
+        avoid: URLs of backends that failed it.
+        error: why the last try failed.
+        failed: the leg that failed last and the reason, for `note_retry`.
+    """
+
+    body: Body
+    client: Client
+    record: RequestRecord
+    avoid: set[str] = field(default_factory=set)
+    error: BackendError | None = None
+    failed: tuple[str, str] = ("", "")
+
+    @property
+    def prefill_tokens(self) -> int:
+        """What the prefill leg puts on its backend."""
+        return self.body.prompt_tokens
+
+    @property
+    def decode_tokens(self) -> int:
+        """What the decode leg puts on its backend: the prompt's KV cache and the output to come."""
+        return self.body.prompt_tokens + (self.body.max_tokens or EXPECTED_OUTPUT)
+
+    def note_retry(self) -> None:
+        """What failed last is followed by another leg."""
+        self.record.retries.append(self.failed)
+
+    def headers(self, *more: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+        """The head of the answer to the client."""
+        headers = [(b"x-request-id", self.record.request_id.encode("ascii")), *more]
+        if self.record.fallback:
+            headers.append((b"x-pd-proxy-fallback", self.record.fallback.encode("ascii")))
+        return headers
+
+
+def new_id() -> str:
+    """An id of the gateway's own. Never a client's: engines pair and abort legs by it."""
+    return uuid4().hex

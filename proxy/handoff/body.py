@@ -1,0 +1,194 @@
+"""A client's request body: read once, at its top level only, and rid of what no client may say to an engine.
+
+Members stay the raw bytes they came as (`msgspec.Raw`), so that a 400 kB prompt is neither decoded nor encoded again,
+and fields the gateway does not know pass through untouched. The body is always written anew from its members, never
+spliced: of two members with one name only the last exists from here on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from proxy.errors import InvalidRequest
+
+T = TypeVar("T")
+Members = dict[str, msgspec.Raw]
+Endpoint = Literal["chat", "completions"]
+
+FORBIDDEN = frozenset(
+    {
+        # vLLM, its connectors, and vllm-ascend
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "batch_kv_transfer_params",
+        "kv_cache_report_mode",
+        "hidden_states_path",
+        "request_id",
+        # SGLang
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "bootstrap_pair_key",
+        "rid",
+        "routed_dp_rank",
+        "data_parallel_rank",
+        "disagg_prefill_dp_rank",
+        "decode_tp_size",
+        # TensorRT-LLM
+        "disaggregated_params",
+    }
+)
+"""Members by which engines find each other's memory. A client that could set them could make an engine connect
+wherever it likes, read another user's KV cache, or die (wire protocols, section F)."""
+
+_NESTED = ("vllm_xargs", "extra_args", "sampling_params")
+"""Members that an engine merges into its own arguments; the same names are taken out inside them."""
+
+_decode_members = msgspec.json.Decoder(Members).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What the gateway reads of a request; `members` is what the engine gets.
+
+    Attributes:
+        stream: the client wants events.
+        wants_usage: the client asked for the closing usage event (`stream_options.include_usage`).
+        max_tokens: the completion's bound, or None where the engine's default holds.
+        prompt_tokens: an estimate from the size of the prompt, for placement.
+        alone: why prefill and decode cannot share this request, or empty. Such a request goes to one backend whole.
+    """
+
+    endpoint: Endpoint
+    members: Members
+    model: str | None
+    stream: bool
+    wants_usage: bool
+    max_tokens: int | None
+    prompt_tokens: int
+    alone: str
+
+
+def read_body(raw: bytes, endpoint: Endpoint) -> Body:
+    """Read a request body.
+
+    Raises:
+        InvalidRequest: not JSON, not an object, or a field that the gateway must understand has the wrong type.
+            All else is left for the engine to judge.
+    """
+    try:
+        members = _decode_members(raw)
+        _strip(members)
+    except msgspec.ValidationError:
+        raise InvalidRequest("the request body must be a JSON object") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the request body is not valid JSON: {_plain(error)}") from None
+    except RecursionError:
+        raise InvalidRequest("the request body is nested too deeply") from None
+    stream = bool(_read(members, "stream", bool))
+    options = _read(members, "stream_options", dict) or {}
+    n = _read(members, "n", int)
+    max_tokens = _read(members, "max_tokens", int)
+    if endpoint == "chat":
+        max_tokens = _read(members, "max_completion_tokens", int) or max_tokens
+    elif max_tokens is None:
+        max_tokens = 16  # the engine's default for completions
+    return Body(
+        endpoint=endpoint,
+        members=members,
+        model=_read(members, "model", str),
+        stream=stream,
+        wants_usage=bool(options.get("include_usage")),
+        max_tokens=max_tokens,
+        prompt_tokens=_estimate_tokens(members, endpoint),
+        alone=_why_alone(members, endpoint, n),
+    )
+
+
+def _strip(members: Members) -> None:
+    for name in FORBIDDEN.intersection(members):
+        del members[name]
+    for name in _NESTED:
+        if name in members:
+            value = msgspec.json.decode(members[name])
+            if isinstance(value, dict):
+                members[name] = msgspec.Raw(_encode(_stripped(value)))
+
+
+def _stripped(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested object without the forbidden names, at any depth."""
+    return {
+        key: _stripped(item) if isinstance(item, dict) else item for key, item in value.items() if key not in FORBIDDEN
+    }
+
+
+_NAMES = {bool: "a boolean", int: "an integer", str: "a string", dict: "an object"}
+
+
+def _read(members: Members, name: str, kind: type[T]) -> T | None:
+    """A member's value, or None where it is absent or null."""
+    raw = members.get(name)
+    if raw is None:
+        return None
+    try:
+        return msgspec.json.decode(raw, type=kind | None)
+    except msgspec.MsgspecError:
+        raise InvalidRequest(f"`{name}` must be {_NAMES[kind]}", param=name) from None
+
+
+def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
+    """Why a request cannot be split between a prefill and a decode backend, or an empty string.
+
+    With several choices or prompts the engine reports one hand-off for all of them, so decode would answer most of
+    them from the wrong KV cache; prompt logprobs and echo make decode compute the whole prompt itself; truncation
+    depends on `max_tokens`, which differs between the legs.
+    """
+    if n is not None and n != 1:
+        return "n"
+    if endpoint == "completions" and _is_list_of_prompts(members.get("prompt")):
+        return "prompt_list"
+    for name in ("prompt_logprobs", "echo", "use_beam_search", "truncate_prompt_tokens"):
+        raw = members.get(name)
+        if raw is not None and bytes(raw) not in (b"null", b"false"):
+            return name
+    return ""
+
+
+def _is_list_of_prompts(prompt: msgspec.Raw | None) -> bool:
+    """Whether a completions prompt is a list of several prompts, as text or as token ids."""
+    if prompt is None:
+        return False
+    start = bytes(memoryview(prompt)[:64]).lstrip()
+    if not start.startswith(b"[") or start[1:].lstrip()[:1].isdigit():
+        return False
+    return len(_decode_list(prompt)) != 1
+
+
+# Four bytes of English text make about a token; a base64 image of any size makes some hundreds to a thousand.
+_BYTES_PER_TOKEN = 4
+_TOKENS_PER_MEDIUM = 1000
+
+
+def _estimate_tokens(members: Members, endpoint: Endpoint) -> int:
+    raw = members.get("messages" if endpoint == "chat" else "prompt")
+    size = 0 if raw is None else len(memoryview(raw))
+    if tools := members.get("tools"):
+        size += len(memoryview(tools))
+    if raw is None or size < 16384:
+        return size // _BYTES_PER_TOKEN + 1
+    text = bytes(raw)
+    if endpoint == "completions" and text[:1] == b"[":
+        return text.count(b",") + 1
+    media = text.split(b";base64,")
+    encoded = sum(part.find(b'"') for part in media[1:])
+    return (size - encoded) // _BYTES_PER_TOKEN + _TOKENS_PER_MEDIUM * (len(media) - 1) + 1
+
+
+def _plain(error: Exception) -> str:
+    return str(error).removeprefix("JSON is malformed: ")

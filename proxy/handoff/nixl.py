@@ -1,0 +1,50 @@
+"""vLLM's NixlConnector in pull mode: prefill answers with its blocks' address, decode reads them by RDMA.
+
+Fields as in vLLM 0.32, `nixl/pull_scheduler.py`. Decode's scheduler trusts them: without block ids its engine dies
+on an assertion, without one of the others the request waits for ever, so all are demanded here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from proxy.errors import HandoffInvalid
+from proxy.handoff.body import Endpoint, Members
+from proxy.handoff.connector import ASK, Handoff, Name, Port, check, check_blocks, one_token
+
+
+class NixlParams(msgspec.Struct):
+    """What decode needs of prefill's parameters; they may hold more, which is passed on."""
+
+    do_remote_prefill: bool
+    remote_block_ids: msgspec.Raw
+    remote_engine_id: Name
+    remote_request_id: Name
+    remote_host: Name
+    remote_port: Port
+    tp_size: Annotated[int, msgspec.Meta(ge=1)]
+
+
+_required = msgspec.json.Decoder(NixlParams)
+
+
+class Nixl:
+    """NixlConnector (pull)."""
+
+    name = "nixl"
+    lease = 30.0  # kv_lease_duration
+
+    def prefill(self, members: Members, endpoint: Endpoint) -> Members:
+        return {**one_token(members), "kv_transfer_params": ASK}
+
+    def handoff(self, params: msgspec.Raw) -> Handoff:
+        checked = check(params, _required)
+        if not checked.do_remote_prefill:
+            raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")
+        check_blocks(checked.remote_block_ids)
+        return Handoff(params)
+
+    def decode(self, members: Members, handoff: Handoff) -> Members:
+        return {**members, "kv_transfer_params": handoff.params}

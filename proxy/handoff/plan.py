@@ -1,0 +1,92 @@
+"""The order of the legs and what each of them says, for one try of one request.
+
+`SequentialPlan`: prefill answers, and its answer's parameters go into the decode leg. Every connector here so far has
+that order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from proxy.errors import HandoffInvalid
+from proxy.handoff.body import Body
+from proxy.handoff.connector import Connector, Handoff
+
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+_encode = msgspec.json.Encoder().encode
+_WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
+
+
+class PrefillAnswer(msgspec.Struct):
+    """What is read of prefill's answer."""
+
+    kv_transfer_params: msgspec.Raw = msgspec.Raw()
+    usage: msgspec.Raw = msgspec.Raw()
+
+
+_decode_answer = msgspec.json.Decoder(PrefillAnswer).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One upstream request: its path and its body."""
+
+    path: str
+    body: bytes
+
+
+class SequentialPlan:
+    """Prefill, then decode with what prefill answered; or decode alone.
+
+    Arguments:
+        body: the client's.
+        connector: the protocol both backends speak.
+    """
+
+    __slots__ = ("_body", "_connector", "_path")
+
+    def __init__(self, body: Body, connector: Connector) -> None:
+        self._body = body
+        self._connector = connector
+        self._path = PATHS[body.endpoint]
+
+    def prefill_leg(self) -> Leg:
+        return Leg(self._path, _encode(self._connector.prefill(self._body.members, self._body.endpoint)))
+
+    def take(self, answer: bytes) -> tuple[Handoff | None, msgspec.Raw]:
+        """Read prefill's answer: the hand-off (None when it gave no parameters) and its `usage`.
+
+        Raises:
+            HandoffInvalid: it is not an answer, or its parameters would harm decode.
+        """
+        try:
+            parsed = _decode_answer(answer)
+        except msgspec.MsgspecError as error:
+            raise HandoffInvalid(f"prefill's answer is not one: {error}") from None
+        params = parsed.kv_transfer_params
+        if bytes(memoryview(params)[:4]) in (b"", b"null", b"{}"):
+            return None, parsed.usage
+        return self._connector.handoff(params), parsed.usage
+
+    def decode_leg(self, handoff: Handoff | None) -> Leg:
+        """The decode leg; without a hand-off the backend computes the prompt itself."""
+        members = self._body.members
+        if handoff is not None:
+            members = self._connector.decode(members, handoff)
+        if self._body.stream and not self._body.wants_usage:
+            # The engine's own count is the only right one (a chunk may hold several tokens); the relay takes the
+            # extra event out again.
+            members = {**members, "stream_options": _with_usage(members.get("stream_options"))}
+        return Leg(self._path, _encode(members))
+
+
+def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
+    """The client's stream options and `include_usage`; without it `continuous_usage_stats` had no effect either."""
+    if options is None:
+        return _WITH_USAGE
+    members = msgspec.json.decode(options) or {}
+    members.pop("continuous_usage_stats", None)
+    return msgspec.Raw(_encode({**members, "include_usage": True}))

@@ -1,0 +1,9 @@
+"""The connectors by the names that settings use. A new one is a file beside this and a line here."""
+
+from __future__ import annotations
+
+from proxy.handoff.connector import Connector
+from proxy.handoff.mooncake_ascend import MooncakeAscend
+from proxy.handoff.nixl import Nixl
+
+CONNECTORS: dict[str, Connector] = {connector.name: connector for connector in (Nixl(), MooncakeAscend())}

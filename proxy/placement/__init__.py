@@ -1,0 +1,1 @@
+"""Which backend: pure functions from what is known of the fleet to a decision that says why."""

@@ -1,0 +1,110 @@
+"""From the backends that are up to a decision: a pair, a mixed backend, or decode alone, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from proxy.errors import InvalidRequest, NoBackend
+from proxy.placement.policies import POLICIES, Candidate
+
+C = TypeVar("C", bound=Candidate)
+
+
+@dataclass(frozen=True, slots=True)
+class View(Generic[C]):
+    """The fleet as one decision sees it: per role the backends that may take this request now.
+
+    Attributes:
+        configured: how many backends each pool has, up or not.
+    """
+
+    prefill: Sequence[C]
+    decode: Sequence[C]
+    mixed: Sequence[C]
+    configured: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision(Generic[C]):
+    """Where a request goes.
+
+    Attributes:
+        decode: the backend that answers the client.
+        pool: its pool, `decode` or `mixed`.
+        prefill: the other half of the pair, or None when `decode` computes the prompt itself.
+        fallback: why there is no hand-off though there are pools for it, or empty.
+        runners_up: URLs of the backends that could have answered as well.
+    """
+
+    decode: C
+    pool: str
+    prefill: C | None
+    fallback: str
+    runners_up: tuple[str, ...]
+
+
+def choose(
+    candidates: Sequence[C], policy: str, *, avoid: AbstractSet[str], random: Callable[[], float], turn: int
+) -> C:
+    """One of the candidates by a policy; of those in `avoid` only when all are. Candidates are never empty."""
+    if avoid:
+        candidates = [c for c in candidates if c.url not in avoid] or candidates
+    return candidates[POLICIES[policy](candidates, random, turn)]
+
+
+def decide(
+    view: View[C],
+    *,
+    alone: str,
+    policies: Mapping[str, str],
+    avoid: AbstractSet[str],
+    random: Callable[[], float],
+    turn: int,
+    allow_local_prefill: bool,
+) -> Decision[C]:
+    """Choose the backends for one try.
+
+    Arguments:
+        alone: why the request cannot be split, or empty.
+        policies: the policy's name for each role.
+        avoid: URLs that failed this request before; used only when nothing else is up.
+        turn: counts decisions, for round robin.
+        allow_local_prefill: whether a decode backend may prefill for itself.
+    Raises:
+        NoBackend: nothing that is up may serve it.
+        InvalidRequest: it cannot be split, and the settings forbid serving it whole on a decode backend.
+    """
+
+    def pick(role: str, candidates: Sequence[C]) -> C:
+        return choose(candidates, policies[role], avoid=avoid, random=random, turn=turn)
+
+    def decision(pool: str, candidates: Sequence[C], prefill: C | None, fallback: str) -> Decision[C]:
+        chosen = pick(pool, candidates)
+        return Decision(chosen, pool, prefill, fallback, tuple(c.url for c in candidates if c is not chosen))
+
+    split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
+    if not alone and view.decode and view.prefill:
+        return decision("decode", view.decode, pick("prefill", view.prefill), "")
+    fallback = alone or "no_prefill_backend" if split_configured else ""
+    if view.mixed:
+        return decision("mixed", view.mixed, None, fallback)
+    if not view.decode:
+        raise NoBackend(_nobody(view), retry_after=1)
+    if allow_local_prefill:
+        return decision("decode", view.decode, None, fallback)
+    if alone:
+        raise InvalidRequest(
+            f"`{alone}` cannot be split between prefill and decode, and this gateway's decode backends do not prefill "
+            "(fallback: reject)",
+            param=alone,
+        )
+    raise NoBackend("no prefill backend is up, and decode backends may not prefill (fallback: reject)", retry_after=1)
+
+
+def _nobody(view: View[C]) -> str:
+    """Says which pool is missing, without naming an address."""
+    counts = ", ".join(f"{count} {role}" for role, count in view.configured.items() if count)
+    return f"no backend that could answer is up (configured: {counts or 'none'})"

@@ -1,0 +1,121 @@
+"""Reading what engines answer: usage, and errors in the several shapes they come in.
+
+The one place that turns an engine's words into `errors.py`. vLLM says `{"error": {...}}`, `{"error": "text"}` (401, and
+503 while scaling), or, behind another proxy, HTML; under status 200 a stream may carry the same as an event.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from proxy.errors import BackendAnswered, BackendBusy, BackendFailed, BackendRejected
+
+HANDOFF_FIELDS = ("kv_transfer_params", "ec_transfer_params")
+"""Members of an answer that carry the engines' addresses and block ids, and so stay inside."""
+
+_HANDOFF_MARK = b'_transfer_params"'
+# host:port, URLs and bare IP addresses: an engine's 5xx may quote the peer it could not reach.
+_ADDRESS = re.compile(r"\w+://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,}\]|\b[\w.-]+:\d{2,5}\b")
+
+_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class CachedDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct):
+    """The `usage` object of an answer, as far as the gateway reads it."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: CachedDetails | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        return (self.prompt_tokens_details.cached_tokens or 0) if self.prompt_tokens_details else 0
+
+
+_decode_usage = msgspec.json.Decoder(Usage).decode
+
+
+def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
+    """The usage object, or None where there is none or it is not one we understand."""
+    try:
+        return _decode_usage(raw)
+    except msgspec.MsgspecError:
+        return None
+
+
+def strip_handoff(body: bytes) -> bytes:
+    """A JSON object without the hand-off's members; other bytes as they are."""
+    if _HANDOFF_MARK not in body:
+        return body
+    try:
+        members = _decode_members(body)
+    except msgspec.MsgspecError:
+        return body
+    for field in HANDOFF_FIELDS:
+        members.pop(field, None)
+    return msgspec.json.encode(members)
+
+
+def engine_error(url: str, status: int, headers: dict[bytes, bytes], body: bytes) -> BackendAnswered:
+    """The error that a status other than 200 stands for.
+
+    Returns one of `BackendRejected` (4xx), `BackendBusy` (429 and 503), `BackendFailed` (the rest).
+    """
+    return _error(url, status, strip_handoff(body), _retry_after(headers))
+
+
+def engine_error_event(url: str, payload: bytes) -> BackendAnswered:
+    """The error that an error event under status 200 stands for; its `code` is the status it would have had."""
+    return _error(url, 0, strip_handoff(payload), None)
+
+
+def _error(url: str, status: int, body: bytes, retry_after: int | None) -> BackendAnswered:
+    detail = _detail(body)
+    message = detail.get("message", detail.get("text"))
+    kind = detail.get("type")
+    code = detail.get("code")
+    if status == 0:
+        status = code if isinstance(code, int) and 400 <= code <= 599 else 500
+    said = message if isinstance(message, str) else None
+    log_line = f"{url} answered {status}" + (f" ({kind}: {said})" if said else "")
+    if status < 400:  # a redirect or an odd success: not what was asked for
+        return BackendFailed(log_line, status=502)
+    # Only a whole OpenAI-shaped object is given on as it is, and never one that names an engine's address.
+    whole = "message" in detail and body.lstrip().startswith(b"{")
+    if status >= 500 and said and _ADDRESS.search(said):
+        said, whole = None, False
+    answer = body if whole else None
+    if status in (429, 503):
+        # vLLM's front door says "Service Unavailable" when a queue limit is reached, before it reads the request.
+        unread = status == 429 or kind in ("Service Unavailable", None)
+        return BackendBusy(
+            log_line, status=status, answer=answer, engine_message=said, retry_after=retry_after or 1, unread=unread
+        )
+    if status < 500:
+        return BackendRejected(log_line, status=status, answer=answer, engine_message=said)
+    return BackendFailed(log_line, status=status, answer=answer, engine_message=said)
+
+
+def _detail(body: bytes) -> dict[str, Any]:
+    """The `error` object of an answer; a bare string becomes its message; `{}` for anything else."""
+    try:
+        parsed = msgspec.json.decode(body)
+    except msgspec.MsgspecError:
+        return {}
+    error = parsed.get("error") if isinstance(parsed, dict) else None
+    if isinstance(error, dict):
+        return error
+    # Not under "message": such a body has not OpenAI's shape and is given anew.
+    return {"text": error} if isinstance(error, str) else {}
+
+
+def _retry_after(headers: dict[bytes, bytes]) -> int | None:
+    value = headers.get(b"retry-after", b"")
+    return min(int(value), 3600) if value.isdigit() else None

@@ -1,0 +1,366 @@
+"""The HTTP/1.1 client for the legs: asyncio transports and httptools, no task and no future per read.
+
+Owns the connections to each backend. Invariants: a connection serves one exchange at a time; it goes back to its
+origin's idle list only after a whole answer that both sides wish to keep alive; taking and giving cost the same
+however many are open. Whatever the socket or the parser says is told to the exchange's receiver as a `BackendError`,
+once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from time import monotonic
+from typing import Protocol, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable
+
+# vLLM closes a connection after 5 s of idleness (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); stay clear of that moment, so that no
+# request meets a closing connection.
+KEEPALIVE = 4.0
+HEAD_LIMIT = 64 * 1024
+
+
+class Receiver(Protocol):
+    """What an exchange does with its answer. Calls come in this order: head, data*, then end or lost, once."""
+
+    def head(self, status: int, headers: dict[bytes, bytes]) -> None:
+        """Status and headers (names in lower case; of repeated ones the last)."""
+
+    def data(self, data: bytes) -> None:
+        """Body bytes, without the transfer's framing. Never empty."""
+
+    def end(self) -> None:
+        """The answer is whole."""
+
+    def lost(self, error: BackendError) -> None:
+        """The answer will not become whole."""
+
+
+class Origin:
+    """One backend's address and its connections.
+
+    Arguments:
+        url: `http://host:port`, or https; a path is put before every request's path.
+        connect_timeout: seconds.
+    """
+
+    def __init__(self, url: str, *, connect_timeout: float = 5.0) -> None:
+        parts = urlsplit(url)
+        self.url = url
+        self.host = parts.hostname or ""
+        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.prefix = parts.path.rstrip("/")
+        self.connect_timeout = connect_timeout
+        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self._host_header = parts.netloc.rpartition("@")[2].encode("ascii")
+        self._idle: deque[Connection] = deque()
+        self._closed = False
+
+    def request_head(self, path: str, headers: bytes, length: int) -> bytes:
+        """The head of a JSON POST: `headers` are whole lines, each ending in CRLF."""
+        return b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\n" % (
+            (self.prefix + path).encode("ascii"),
+            self._host_header,
+            length,
+            headers,
+        )
+
+    async def send(
+        self, path: str, headers: bytes, body: bytes, receiver: Receiver, *, within: float | None = None
+    ) -> Connection:
+        """Send one request and return its connection; the answer goes to `receiver`.
+
+        Arguments:
+            within: seconds after which the request must no longer be sent, where that is less than the connect timeout.
+        Raises:
+            BackendUnreachable: no connection could be made; nothing was sent.
+        """
+        patience = self.connect_timeout if within is None else min(within, self.connect_timeout)
+        connection = self._take() or await self._connect(patience)
+        connection.begin(receiver, self.request_head(path, headers, len(body)), body)
+        return connection
+
+    def close(self) -> None:
+        """Close what is idle; connections in use end with their exchange."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().abort()
+
+    def _take(self) -> Connection | None:
+        oldest_useful = monotonic() - KEEPALIVE
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.idle_since >= oldest_useful and connection.usable:
+                return connection
+            connection.abort()
+        return None
+
+    def give(self, connection: Connection) -> None:
+        """Take a connection back after a whole answer."""
+        if self._closed:
+            connection.abort()
+            return
+        now = connection.idle_since = monotonic()
+        self._idle.append(connection)
+        # Those not needed sink to the left; two for one given back keeps pace with any burst.
+        for _ in range(2):
+            if now - self._idle[0].idle_since > KEEPALIVE:
+                self._idle.popleft().abort()
+
+    async def _connect(self, patience: float) -> Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(patience):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self), self.host, self.port, ssl=self._ssl
+                )
+        except TimeoutError:
+            raise BackendUnreachable(f"{self.url}: no connection within {patience:.3g} s") from None
+        except OSError as error:
+            raise BackendUnreachable(f"{self.url}: {error.strerror or error}") from error
+        return connection
+
+
+class Connection(asyncio.Protocol):
+    """One connection to an engine, and the exchange that is on it."""
+
+    __slots__ = (
+        "_body",
+        "_complete",
+        "_fresh",
+        "_head_bytes",
+        "_headers",
+        "_in_head",
+        "_origin",
+        "_parser",
+        "_receiver",
+        "_served",
+        "_transport",
+        "idle_since",
+    )
+
+    def __init__(self, origin: Origin) -> None:
+        self._origin = origin
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._receiver: Receiver | None = None
+        self._headers: dict[bytes, bytes] = {}
+        self._body: list[bytes] = []
+        self._in_head = True
+        self._head_bytes = 0
+        self._complete = False
+        self._served = False
+        self._fresh = True
+        self.idle_since = 0.0
+
+    # What the origin and the receivers use.
+
+    @property
+    def usable(self) -> bool:
+        """Whether a request can be written to it."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def begin(self, receiver: Receiver, head: bytes, body: bytes) -> None:
+        """Start an exchange by writing its request."""
+        assert self._receiver is None, "a connection serves one exchange at a time"
+        self._receiver = receiver
+        self._headers = {}
+        self._in_head = True
+        self._head_bytes = 0
+        self._complete = False
+        self._served = False
+        if self._transport is None or self._transport.is_closing():
+            # The engine went away between the connection's birth and this write.
+            self._lose(BackendCut(f"{self._origin.url} closed the connection", unread=True, blame=self._fresh))
+            return
+        if len(body) < 65536:
+            self._transport.write(head + body)
+        else:
+            self._transport.writelines((head, body))
+
+    def abort(self) -> None:
+        """End the exchange now; the engine sees its connection close and frees what the request held."""
+        self._receiver = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self) -> None:
+        """Stop reading, so that a slow client slows its engine and not our memory."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        receiver = self._receiver
+        if receiver is None:  # bytes that nobody asked for
+            self.abort()
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fail(BackendGarbled(f"{self._origin.url} wanted to switch protocols"))
+            return
+        except httptools.HttpParserError as error:
+            self._fail(BackendGarbled(f"{self._origin.url} did not speak HTTP: {error}"))
+            return
+        if self._in_head and self._head_bytes > HEAD_LIMIT:
+            self._fail(BackendGarbled(f"{self._origin.url} sent more than {HEAD_LIMIT} bytes of headers"))
+            return
+        if self._body:
+            body = self._body
+            data = body[0] if len(body) == 1 else b"".join(body)
+            body.clear()
+            receiver.data(data)
+        if self._complete and self._receiver is receiver:
+            self._finish(receiver)
+
+    def eof_received(self) -> None:
+        return None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        receiver = self._receiver
+        if receiver is None:
+            return
+        if not self._in_head and self._parser_ends_at_close():
+            self._receiver = None
+            receiver.end()
+            return
+        # A kept-alive connection that ends before the first byte of an answer was most likely closed for idleness.
+        self._lose(BackendCut(f"{self._origin.url} closed the connection", blame=self._fresh or self._served))
+
+    # httptools callbacks
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:  # 100 Continue and early hints: the answer is still to come
+            self._headers = {}
+            return
+        self._in_head = False
+        self._served = True
+        if self._receiver is not None:
+            self._receiver.head(status, self._headers)
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        if not self._in_head:
+            self._complete = True
+
+    # Endings
+
+    def _parser_ends_at_close(self) -> bool:
+        """Whether the answer had neither a length nor chunks, so that the close is its end."""
+        return b"content-length" not in self._headers and b"transfer-encoding" not in self._headers
+
+    def _finish(self, receiver: Receiver) -> None:
+        self._receiver = None
+        self._fresh = False
+        transport = self._transport
+        if self._parser.should_keep_alive() and transport is not None and not transport.is_closing():
+            transport.resume_reading()
+            self._origin.give(self)
+        else:
+            self.abort()
+        receiver.end()
+
+    def _fail(self, error: BackendError) -> None:
+        receiver = self._receiver
+        self.abort()
+        if receiver is not None:
+            receiver.lost(error)
+
+    def _lose(self, error: BackendError) -> None:
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.lost(error)
+
+
+class Collected:
+    """A receiver that waits for the whole answer.
+
+    Attributes:
+        status, headers, body: valid once `wait` has returned.
+    """
+
+    __slots__ = ("_body", "_future", "_limit", "_size", "_url", "connection", "headers", "status")
+
+    def __init__(self, url: str, *, limit: int) -> None:
+        self._url = url
+        self._limit = limit
+        self._size = 0
+        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._body: list[bytes] = []
+        self.connection: Connection | None = None
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+
+    async def wait(self, timeout: float | None) -> bytes:
+        """The body.
+
+        Arguments:
+            timeout: seconds, or None.
+        Raises:
+            BackendError: the answer did not become whole, in time or at all. The exchange is over then.
+        """
+        handle = None
+        if timeout is not None:
+            error = BackendTimedOut(f"{self._url} did not answer within {timeout:g} s")
+            handle = asyncio.get_running_loop().call_later(timeout, self.fail, error)
+        try:
+            await self._future
+        finally:
+            if handle is not None:
+                handle.cancel()
+            self.abort()
+        return self._body[0] if len(self._body) == 1 else b"".join(self._body)
+
+    def fail(self, error: BackendError) -> None:
+        """End the exchange from outside, as if the backend had failed with `error`."""
+        self.abort()
+        self.lost(error)
+
+    def abort(self) -> None:
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+
+    def head(self, status: int, headers: dict[bytes, bytes]) -> None:
+        self.status = status
+        self.headers = headers
+
+    def data(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > self._limit:
+            self.fail(BackendGarbled(f"{self._url} answered with more than {self._limit} bytes"))
+        else:
+            self._body.append(data)
+
+    def end(self) -> None:
+        self.connection = None
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def lost(self, error: BackendError) -> None:
+        self.connection = None
+        if not self._future.done():
+            self._future.set_exception(error)

@@ -1,0 +1,232 @@
+"""One frozen settings tree, validated once.
+
+A setting has one name everywhere: `timeouts.prefill` in the file, `PD_PROXY_TIMEOUTS__PREFILL` in the environment,
+`--timeouts.prefill` as a flag. Flags win over the environment, the environment over the file. Unknown keys are refused
+in all three, since a misspelt setting that is silently ignored is found in production.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "PD_PROXY_"
+CONFIG_VARIABLE = "PD_PROXY_CONFIG"
+"""The variable that names the file; the only one with the prefix that is no setting."""
+
+Seconds = Annotated[float, Field(gt=0)]
+PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
+
+
+def backend_url(value: str) -> str:
+    """A backend's URL in its one form: scheme and host in lower case, explicit port kept, no trailing slash."""
+    text = value.strip().rstrip("/")
+    if "://" not in text:
+        text = f"http://{text}"
+    parts = urlsplit(text)
+    if parts.scheme.lower() not in ("http", "https"):
+        raise ValueError(f"{value!r}: a backend is http://host:port or https://host:port")
+    if not parts.hostname:
+        raise ValueError(f"{value!r} names no host")
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError(f"{value!r}: the port must be a number from 1 to 65535") from None
+    if parts.username or parts.password:
+        raise ValueError(f"{parts.hostname}: credentials do not belong in a backend's URL; set backend_api_key")
+    if parts.query or parts.fragment:
+        raise ValueError(f"{value!r}: a backend's URL has no query and no fragment")
+    path = parts.path.rstrip("/").removesuffix("/v1")  # a base_url pasted from a client's settings
+    return f"{parts.scheme.lower()}://{parts.netloc.lower()}{path}"
+
+
+def _split(value: object) -> object:
+    """Lists may come as one string (environment, flags): comma-separated."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+BackendUrls = Annotated[tuple[Annotated[str, AfterValidator(backend_url)], ...], NoDecode, BeforeValidator(_split)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+
+
+class Group(BaseModel):
+    """A group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Policies(Group):
+    """How a backend is chosen within each pool."""
+
+    prefill: PolicyName = Field("least_loaded", description="policy of the prefill pool")
+    decode: PolicyName = Field("least_loaded", description="policy of the decode pool")
+    mixed: PolicyName = Field("least_loaded", description="policy of the mixed pool")
+
+
+class Timeouts(Group):
+    """Seconds. Each watches one thing, so that none of them cuts what is healthy."""
+
+    connect: Seconds = Field(5.0, description="TCP (and TLS) connect to a backend")
+    prefill: Seconds = Field(300.0, description="the prefill leg, engine's queue included")
+    handoff: Seconds = Field(
+        10.0, description="age at which a hand-off is no longer sent; engines keep it 30 s, then answer with wrong text"
+    )
+    first_token: Seconds = Field(300.0, description="from the decode leg's start to its first token, for streams")
+    idle: Seconds = Field(120.0, description="silence of a stream that has begun, and of a client that stops reading")
+    total: Seconds | None = Field(None, description="the whole request; off: a healthy long stream is never cut")
+    request_headers: Seconds = Field(30.0, description="a client's request line and headers")
+    request_body: Seconds = Field(60.0, description="a client's request body")
+
+
+class Limits(Group):
+    """Bytes."""
+
+    request_headers: int = Field(64 * 1024, ge=1024, description="request line and headers")
+    request_body: int = Field(64 * 1024 * 1024, ge=1024, description="request body: room for images and long prompts")
+    answer: int = Field(256 * 1024 * 1024, ge=1024, description="an engine's answer that is not streamed")
+
+
+class Health(Group):
+    """Active probes of each backend's /health, and what real requests tell."""
+
+    interval: Seconds = Field(2.0, description="seconds between probes of a backend that is up")
+    timeout: Seconds = Field(2.0, description="seconds one probe may take")
+    failures: int = Field(2, ge=1, description="failed probes in a row, or failed requests, that take a backend out")
+    longest_wait: Seconds = Field(5.0, description="most seconds between probes of a backend that is down")
+
+
+class Retries(Group):
+    attempts: int = Field(4, ge=1, le=20, description="tries for a request that has not answered anything yet")
+
+
+class Shutdown(Group):
+    """What SIGTERM does."""
+
+    delay: float = Field(0.0, ge=0, description="seconds to serve on with /ready at 503, so that load balancers see it")
+    grace: float = Field(120.0, ge=0, description="seconds for running requests to end; then their streams are closed")
+
+
+class MetricsSettings(Group):
+    port: int | None = Field(None, ge=0, le=65535, description="serve /metrics on this port instead of the main one")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all (the Docker image sets it)")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    prefill: BackendUrls = Field((), description="a prefill backend's URL; may be repeated")
+    decode: BackendUrls = Field((), description="a decode backend's URL; may be repeated")
+    mixed: BackendUrls = Field((), description="URL of a backend that does both; may be repeated")
+    connector: Literal["nixl", "mooncake_ascend"] = Field("nixl", description="the hand-off protocol the engines speak")
+    fallback: Literal["local_prefill", "reject"] = Field(
+        "local_prefill", description="when there is no hand-off: decode prefills for itself, or it is an error"
+    )
+    policy: Policies = Policies()
+    timeouts: Timeouts = Timeouts()
+    limits: Limits = Limits()
+    health: Health = Health()
+    retries: Retries = Retries()
+    shutdown: Shutdown = Shutdown()
+    metrics: MetricsSettings = MetricsSettings()
+    api_keys: Secrets = Field((), description="keys clients must send as a bearer token; none: open")
+    admin_key: SecretStr | None = Field(
+        None, description="key for /instances and /reset_prefix_cache; none: loopback clients only"
+    )
+    backend_api_key: SecretStr | None = Field(None, description="bearer token the gateway sends to the backends")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    log_format: Literal["text", "json"] = Field("text", description="shape of a log line")
+    access_log: bool = Field(False, description="log a line for every request, not only for failed ones")
+
+    @model_validator(mode="after")
+    def _roles_differ(self) -> Settings:
+        pools = {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
+        seen: dict[str, str] = {}
+        for role, urls in pools.items():
+            for url in urls:
+                if url in seen:
+                    where = f"twice under {role}" if seen[url] == role else f"under {seen[url]} and under {role}"
+                    raise ValueError(f"{url} is listed {where}; a backend has one role (use mixed for both)")
+                seen[url] = role
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # Flags come in as the call's arguments; the file as one argument, `_File`, which ranks last.
+        flags = init_settings
+        file = _FileSource(settings_cls, cast("dict[str, Any]", getattr(flags, "init_kwargs", {})).pop(_FILE, {}))
+        return flags, env_settings, file
+
+
+_FILE = "file_values"
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """The file's values, read by the caller (who knows their lines)."""
+
+    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, Any]) -> None:
+        super().__init__(settings_cls)
+        self._values = values
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self._values.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self._values
+
+
+def build_settings(flags: Mapping[str, Any], file_values: Mapping[str, Any]) -> Settings:
+    """The settings from flags, environment and file.
+
+    Arguments:
+        flags, file_values: nested mappings of setting names.
+    Raises:
+        pydantic.ValidationError: a value is wrong or a key unknown.
+    """
+    return Settings(**{**flags, _FILE: dict(file_values)})
+
+
+def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Variables with our prefix that name no setting."""
+    known = {PREFIX + name.upper().replace(".", "__") for name, _ in leaves()} | {CONFIG_VARIABLE}
+    groups = {PREFIX + name.upper() for name, field in Settings.model_fields.items() if _is_group(field)}
+    ours = {name: name.upper() for name in environment if name.upper().startswith(PREFIX)}
+    return sorted(name for name, upper in ours.items() if upper not in known | groups)
+
+
+def leaves(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[str, FieldInfo]]:
+    """Every setting with its dotted name."""
+    found: list[tuple[str, FieldInfo]] = []
+    for name, field in model.model_fields.items():
+        if _is_group(field):
+            found += leaves(cast("type[BaseModel]", field.annotation), f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, field))
+    return found
+
+
+def _is_group(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Group)

@@ -1,0 +1,100 @@
+"""The log sink: a line for each request that failed, or for every one when asked; and the shape of all log lines.
+
+Nothing that a client wrote (prompts, keys, headers) is logged, apart from its own sane x-request-id.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from proxy.telemetry.records import RequestRecord
+
+log = logging.getLogger("pd_proxy.request")
+
+
+class RequestLog:
+    """Writes what became of requests.
+
+    Arguments:
+        every: a line for good ones as well.
+    """
+
+    def __init__(self, every: bool) -> None:
+        self._every = every
+
+    def finished(self, record: RequestRecord) -> None:
+        failed = record.outcome not in ("ok", "client_gone") and record.status != 400
+        if not (failed or self._every or record.fallback or record.retries):
+            return
+        log.log(
+            logging.WARNING if failed else logging.INFO,
+            "%s %s %s",
+            record.request_id,
+            record.endpoint,
+            record.outcome,
+            extra={"fields": _fields(record)},
+        )
+
+
+def _fields(record: RequestRecord) -> dict[str, Any]:
+    """What is worth a place in a line: names as in the record, empty ones left out."""
+    fields: dict[str, Any] = {
+        "model": record.model[:128],
+        "stage": record.stage,
+        "prefill": record.prefill,
+        "decode": record.decode,
+        "seconds": round(record.ended - record.started, 4),
+        "ttft": None if record.ttft is None else round(record.ttft, 4),
+        "tokens": record.tokens,
+        "retries": len(record.retries),
+        "fallback": record.fallback,
+        "error": record.error,
+    }
+    return {name: value for name, value in fields.items() if value not in (None, "", 0)}
+
+
+class TextFormatter(logging.Formatter):
+    """time level logger: message name=value ..."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{_time(record)} {record.levelname.lower():7} {record.name}: {record.getMessage()}"
+        for name, value in getattr(record, "fields", {}).items():
+            line += f" {name}={value!r}" if isinstance(value, str) else f" {name}={value}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def set_up_logging(level: str, shape: str) -> None:
+    """Send all logs to standard error in one shape. uvicorn and httpx only speak up when something is wrong."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if shape == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for name in ("uvicorn", "uvicorn.error", "httpx", "httpcore", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.access").handlers.clear()
+    logging.getLogger("uvicorn.access").propagate = False

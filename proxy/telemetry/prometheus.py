@@ -1,0 +1,267 @@
+"""The Prometheus sink: counters and histograms as plain dictionaries, read when they are scraped.
+
+Label values stay bounded whatever clients send: endpoints, reasons and stages are the gateway's own words, backends
+are those that are configured, and a model that no backend has named is counted as `other`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from proxy import __version__
+from proxy.telemetry.records import (
+    DURATION_BOUNDS,
+    HANDOFF_BOUNDS,
+    ITL_BOUNDS,
+    LOOP_BOUNDS,
+    TTFT_BOUNDS,
+    Distribution,
+    RequestRecord,
+)
+
+
+class BackendState(Protocol):
+    """What a scrape reads of a backend."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def url(self) -> str: ...
+    @property
+    def up(self) -> bool: ...
+    @property
+    def removed(self) -> bool: ...
+    @property
+    def inflight_requests(self) -> int: ...
+    @property
+    def inflight_tokens(self) -> int: ...
+
+
+class FleetState(Protocol):
+    """What a scrape reads of the fleet."""
+
+    handoffs_in_limbo: int
+
+    def __iter__(self) -> Iterator[BackendState]: ...
+
+    def models(self) -> Collection[str]: ...
+
+    def not_ready(self) -> str: ...
+
+
+class Histogram:
+    """Distributions by label values."""
+
+    __slots__ = ("_bounds", "_children", "_help", "_labels", "_name")
+
+    def __init__(self, name: str, text: str, labels: tuple[str, ...], bounds: tuple[float, ...]) -> None:
+        self._name = name
+        self._help = text
+        self._labels = labels
+        self._bounds = bounds
+        self._children: dict[tuple[str, ...], Distribution] = {}
+
+    def at(self, *values: str) -> Distribution:
+        """The distribution of one set of label values."""
+        child = self._children.get(values)
+        if child is None:
+            child = self._children[values] = Distribution(self._bounds)
+        return child
+
+    def forget(self, value: str) -> None:
+        """Drop what carries a label value, once nothing will be observed under it."""
+        for values in [values for values in self._children if value in values]:
+            del self._children[values]
+
+    def collect(self) -> Metric:
+        family = HistogramMetricFamily(self._name, self._help, labels=self._labels)
+        for values, child in self._children.items():
+            buckets, total = [], 0
+            for bound, count in zip((*self._bounds, float("inf")), child.counts, strict=True):
+                total += count
+                buckets.append(("+Inf" if bound == float("inf") else repr(bound), float(total)))
+            family.add_metric(values, buckets, child.sum)
+        return family
+
+
+class Count:
+    """Counters by label values."""
+
+    __slots__ = ("_help", "_labels", "_name", "values")
+
+    def __init__(self, name: str, text: str, labels: tuple[str, ...]) -> None:
+        self._name = name
+        self._help = text
+        self._labels = labels
+        self.values: Counter[tuple[str, ...]] = Counter()
+
+    def collect(self) -> Metric:
+        family = CounterMetricFamily(self._name, self._help, labels=self._labels)
+        for labels, value in self.values.items():
+            family.add_metric(labels, value)
+        return family
+
+
+class PrometheusSink(Collector):
+    """Takes the flow's records and shows them, with the fleet's state, to a scrape.
+
+    Arguments:
+        fleet: whose gauges are read at each scrape.
+    """
+
+    def __init__(self, fleet: FleetState) -> None:
+        self._fleet = fleet
+        pool_backend = ("pool", "backend")
+        self._ttft = Histogram(
+            "pd_proxy_time_to_first_token_seconds",
+            "From the request's arrival to its first token, as the client saw it, once for each pool it went through.",
+            pool_backend,
+            TTFT_BOUNDS,
+        )
+        self._itl = Histogram(
+            "pd_proxy_inter_token_latency_seconds",
+            "Gap between two tokens of a stream, as the client saw it.",
+            pool_backend,
+            ITL_BOUNDS,
+        )
+        self._tpot = Histogram(
+            "pd_proxy_time_per_output_token_seconds",
+            "(last token - first token) / (tokens - 1), one observation a stream.",
+            pool_backend,
+            ITL_BOUNDS,
+        )
+        self._duration = Histogram(
+            "pd_proxy_request_duration_seconds",
+            "From the request's arrival to its end.",
+            ("endpoint", "outcome"),
+            DURATION_BOUNDS,
+        )
+        self._prefill = Histogram(
+            "pd_proxy_prefill_duration_seconds", "The prefill leg, engine's queue included.", pool_backend, TTFT_BOUNDS
+        )
+        self._handoff = Histogram(
+            "pd_proxy_handoff_duration_seconds",
+            "From prefill's answer to decode's first token: KV transfer, decode's queue and its first step.",
+            pool_backend,
+            HANDOFF_BOUNDS,
+        )
+        self.loop_delay = Histogram(
+            "pd_proxy_event_loop_delay_seconds",
+            "How late the event loop runs a timer: the gateway's own saturation.",
+            (),
+            LOOP_BOUNDS,
+        )
+        self._requests = Count("pd_proxy_requests", "Requests by how they ended.", ("endpoint", "model", "outcome"))
+        self._tokens = Count("pd_proxy_tokens", "Tokens by kind: prompt, cached, completion.", ("model", "kind"))
+        self._retries = Count("pd_proxy_retries", "Tries that failed and were followed by another.", ("leg", "reason"))
+        self._fallbacks = Count("pd_proxy_fallbacks", "Requests served without a hand-off, by reason.", ("reason",))
+        self._disconnects = Count(
+            "pd_proxy_client_disconnects", "Clients that left before their answer was whole, by stage.", ("stage",)
+        )
+        self._loop = self.loop_delay.at()
+
+    # Telemetry
+
+    def gaps(self, pool: str, backend: str) -> Distribution:
+        return self._itl.at(pool, backend)
+
+    def finished(self, record: RequestRecord) -> None:
+        model = record.model if record.model in self._fleet.models() else "other"
+        self._requests.values[record.endpoint, model, record.outcome] += 1
+        self._duration.at(record.endpoint, record.outcome).observe(record.ended - record.started)
+        if record.outcome == "client_gone":
+            self._disconnects.values[(record.stage,)] += 1
+        for retry in record.retries:
+            self._retries.values[retry] += 1
+        if record.fallback and record.status == 200:
+            self._fallbacks.values[(record.fallback,)] += 1
+        for kind, count in (
+            ("prompt", record.prompt_tokens),
+            ("cached", record.cached_tokens),
+            ("completion", record.tokens),
+        ):
+            if count:
+                self._tokens.values[model, kind] += count
+        if record.prefill and record.prefill_seconds is not None:
+            self._prefill.at("prefill", record.prefill).observe(record.prefill_seconds)
+        if record.handoff_seconds is not None:
+            self._handoff.at(record.decode_pool, record.decode).observe(record.handoff_seconds)
+        if (ttft := record.ttft) is not None:
+            self._ttft.at(record.decode_pool, record.decode).observe(ttft)
+            if record.prefill and not record.fallback:
+                self._ttft.at("prefill", record.prefill).observe(ttft)
+        if (tpot := record.tpot) is not None:
+            self._tpot.at(record.decode_pool, record.decode).observe(tpot)
+
+    def loop_late(self, seconds: float) -> None:
+        """Note how late the event loop was."""
+        self._loop.observe(seconds)
+
+    def forget(self, backend: str) -> None:
+        """A backend has left for good: its series end, so that labels stay bounded as backends come and go."""
+        for histogram in (self._ttft, self._itl, self._tpot, self._prefill, self._handoff):
+            histogram.forget(backend)
+
+    # Collector
+
+    def collect(self) -> Iterator[Metric]:
+        for family in (
+            self._ttft,
+            self._itl,
+            self._tpot,
+            self._duration,
+            self._prefill,
+            self._handoff,
+            self.loop_delay,
+            self._requests,
+            self._tokens,
+            self._retries,
+            self._fallbacks,
+            self._disconnects,
+        ):
+            yield family.collect()
+        yield from self._fleet_gauges()
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def _fleet_gauges(self) -> Iterator[Metric]:
+        labels = ("pool", "backend")
+        gauges: tuple[tuple[str, str, Callable[[BackendState], float]], ...] = (
+            ("pd_proxy_backend_up", "Whether the backend is in the rotation.", lambda b: b.up and not b.removed),
+            ("pd_proxy_backend_inflight_requests", "Legs in flight.", lambda b: b.inflight_requests),
+            ("pd_proxy_backend_inflight_tokens", "Tokens in flight, estimated.", lambda b: b.inflight_tokens),
+        )
+        for name, text, read in gauges:
+            family = GaugeMetricFamily(name, text, labels=labels)
+            for backend in self._fleet:
+                family.add_metric((backend.role, backend.url), float(read(backend)))
+            yield family
+        yield GaugeMetricFamily(
+            "pd_proxy_handoffs_in_limbo",
+            "Hand-offs that prefill has given and decode has not begun to use.",
+            value=self._fleet.handoffs_in_limbo,
+        )
+        ready = GaugeMetricFamily("pd_proxy_ready", "Whether the gateway could serve a request now.")
+        ready.add_metric((), float(not self._fleet.not_ready()))
+        yield ready
+        info = GaugeMetricFamily("pd_proxy_build_info", "Constant 1.", labels=("version",))
+        info.add_metric((__version__,), 1.0)
+        yield info
+
+
+def registry(sink: PrometheusSink) -> CollectorRegistry:
+    """A registry of its own, so that two gateways in one process do not share counts."""
+
+    result = CollectorRegistry()
+    result.register(sink)
+    ProcessCollector(registry=result)
+    PlatformCollector(registry=result)
+    return result

@@ -1,0 +1,116 @@
+"""What the other rooms tell telemetry, and nothing about where it goes.
+
+A `Distribution` is a histogram as two plain attributes, so that observing costs a bisect and two additions; sinks read
+it when they are scraped.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Protocol
+
+# Upper bounds in seconds. LLM serving spans five decades: a cached prompt answers in 10 ms, a 100k-token prompt behind
+# a queue in minutes. Three buckets a decade (1, 2.5, 5) keep a quantile within a factor of about 1.6.
+TTFT_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, 600.0)
+# A token's time is 5 to 100 ms on most hardware: finer there, since 20 % is what tuning argues about.
+ITL_BOUNDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05),
+    *(0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+DURATION_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+HANDOFF_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+LOOP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+class Distribution:
+    """A histogram: `counts[i]` observations at most `bounds[i]` (and above the last), and their sum."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One client request from its first byte to its end. Times are seconds; those of events are `time.monotonic`.
+
+    Attributes:
+        outcome: `ok`, `client_gone`, or the `code` of the error that ended it.
+        stage: where the request was when it ended: `admission`, `prefill`, `decode` (before the first token),
+            `stream` (after it).
+        prefill, decode: URLs of the backends of the last try; `mixed` or local decode leaves prefill empty.
+        decode_pool: `decode` or `mixed`.
+        retries: (leg, reason) of every try that failed and was followed by another.
+        fallback: why the request was served without a hand-off, or empty.
+        tokens: completion tokens; `usage_known` says whether the engine counted them or the relay counted events.
+    """
+
+    endpoint: str
+    request_id: str = ""
+    model: str = ""
+    stream: bool = False
+    started: float = field(default_factory=monotonic)
+    ended: float = 0.0
+    status: int = 0
+    outcome: str = ""
+    stage: str = "admission"
+    prefill: str = ""
+    decode: str = ""
+    decode_pool: str = "decode"
+    prefill_seconds: float | None = None
+    handoff_seconds: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    retries: list[tuple[str, str]] = field(default_factory=list)
+    fallback: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+    error: str = ""
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token as the client saw it."""
+        return None if self.first_token is None else self.first_token - self.started
+
+    @property
+    def tpot(self) -> float | None:
+        """(last token - first token) / (tokens - 1), for streams of two tokens or more."""
+        if self.first_token is None or self.last_token is None or self.tokens < 2:
+            return None
+        return (self.last_token - self.first_token) / (self.tokens - 1)
+
+
+class Sink(Protocol):
+    """Takes what became of requests."""
+
+    def finished(self, record: RequestRecord) -> None:
+        """A request ended. Must not raise."""
+
+
+class Telemetry(Sink, Protocol):
+    """The hook that the flow holds."""
+
+    def gaps(self, pool: str, backend: str) -> Distribution:
+        """Where the relay notes the gaps between the tokens of a backend's streams."""
+
+
+class Sinks:
+    """Several sinks as one `Telemetry`: the first keeps the gaps."""
+
+    def __init__(self, first: Telemetry, *others: Sink) -> None:
+        self.gaps = first.gaps
+        self._sinks: tuple[Sink, ...] = (first, *others)
+
+    def finished(self, record: RequestRecord) -> None:
+        for sink in self._sinks:
+            sink.finished(record)
