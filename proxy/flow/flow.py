@@ -107,8 +107,10 @@ class Flow:
 
     def _given_up_handoff(self, request: Request) -> str:
         """After two tries whose decode failed under a hand-off, the link between the pools is the likely culprit."""
-        failures = sum(leg == "decode" for leg, _ in request.record.retries)
-        return "handoff_failed" if failures >= 2 and request.record.prefill and self._local_prefill else ""
+        retries = request.record.retries
+        if len(retries) < 2 or not (request.record.prefill and self._local_prefill):
+            return ""
+        return "handoff_failed" if sum(leg == "decode" for leg, _ in retries) >= 2 else ""
 
     async def _try(self, request: Request, decision: Decision[Backend]) -> None:
         """One try on one pair (or one backend). Decode's place is taken before prefill starts."""

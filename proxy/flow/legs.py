@@ -181,7 +181,7 @@ class Legs:
             self._note(backend, error)
             raise
         finally:
-            record.last_token = relay.last_token
+            record.last_token = relay.last_token or None
             record.tokens = relay.events
             if usage := relay.usage:
                 record.tokens = usage.completion_tokens or relay.events

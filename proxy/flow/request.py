@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from uuid import uuid4
+from os import urandom
 
 from proxy.errors import BackendError
 from proxy.handoff.body import Body
@@ -56,4 +56,4 @@ class Request:
 
 def new_id() -> str:
     """An id of the gateway's own. Never a client's: engines pair and abort legs by it."""
-    return uuid4().hex
+    return urandom(16).hex()

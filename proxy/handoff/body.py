@@ -8,7 +8,6 @@ spliced: of two members with one name only the last exists from here on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -53,8 +52,7 @@ _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(msgspec.Struct, frozen=True):
     """What the gateway reads of a request; `members` is what the engine gets.
 
     Attributes:
@@ -129,6 +127,7 @@ def _stripped(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _NAMES = {bool: "a boolean", int: "an integer", str: "a string", dict: "an object"}
+_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind | None) for kind in _NAMES}
 
 
 def _read(members: Members, name: str, kind: type[T]) -> T | None:
@@ -137,9 +136,10 @@ def _read(members: Members, name: str, kind: type[T]) -> T | None:
     if raw is None:
         return None
     try:
-        return msgspec.json.decode(raw, type=kind | None)
+        value: T | None = _DECODERS[kind].decode(raw)
     except msgspec.MsgspecError:
         raise InvalidRequest(f"`{name}` must be {_NAMES[kind]}", param=name) from None
+    return value
 
 
 def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:

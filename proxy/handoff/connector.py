@@ -5,7 +5,6 @@ A connector is data and small pure functions; it does no I/O, reads no clock and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Protocol, TypeVar
 
 import msgspec
@@ -16,8 +15,7 @@ from proxy.handoff.body import Endpoint, Members
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-@dataclass(frozen=True, slots=True)
-class Handoff:
+class Handoff(msgspec.Struct, frozen=True):
     """Where decode finds the KV cache: prefill's `kv_transfer_params`, checked, and word for word as they came."""
 
     params: msgspec.Raw

@@ -6,8 +6,6 @@ that order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from proxy.errors import HandoffInvalid
@@ -30,8 +28,7 @@ class PrefillAnswer(msgspec.Struct):
 _decode_answer = msgspec.json.Decoder(PrefillAnswer).decode
 
 
-@dataclass(frozen=True, slots=True)
-class Leg:
+class Leg(msgspec.Struct, frozen=True):
     """One upstream request: its path and its body."""
 
     path: str

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import msgspec
 
 from proxy.errors import InvalidRequest, NoBackend
 from proxy.placement.policies import POLICIES, Candidate
@@ -13,8 +14,7 @@ from proxy.placement.policies import POLICIES, Candidate
 C = TypeVar("C", bound=Candidate)
 
 
-@dataclass(frozen=True, slots=True)
-class View(Generic[C]):
+class View(msgspec.Struct, Generic[C], frozen=True):
     """The fleet as one decision sees it: per role the backends that may take this request now.
 
     Attributes:
@@ -27,8 +27,7 @@ class View(Generic[C]):
     configured: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Decision(Generic[C]):
+class Decision(msgspec.Struct, Generic[C], frozen=True):
     """Where a request goes.
 
     Attributes:

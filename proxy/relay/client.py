@@ -50,6 +50,9 @@ class Client(Protocol):
     def write(self, data: bytes) -> None:
         """Send body bytes. Never empty."""
 
+    def write_chunk(self, chunk: bytes, start: int) -> None:
+        """Send `chunk[start:-2]`, which lies there in the framing of HTTP's chunked coding."""
+
     def end(self) -> None:
         """The answer is whole."""
 
@@ -99,6 +102,9 @@ class AsgiClient:
         if self._held > self.HIGH_WATER and not self._paused and self.flow is not None:
             self._paused = True
             self.flow.pause()
+
+    def write_chunk(self, chunk: bytes, start: int) -> None:
+        self.write(chunk[start:-2])
 
     def end(self) -> None:
         self._complete = True

@@ -11,7 +11,6 @@ and only that path is made fast.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from proxy.errors import BackendGarbled
 
@@ -26,19 +25,21 @@ class EventReader:
 
     Arguments:
         limit: bytes that one event may have before `BackendGarbled` is raised.
+    Attributes:
+        rest: what came after the last whole event: the beginning of the next, or nothing.
     """
 
-    __slots__ = ("_limit", "_tail")
+    __slots__ = ("_limit", "rest")
 
     def __init__(self, limit: int = 16 * 1024 * 1024) -> None:
         self._limit = limit
-        self._tail = b""
+        self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
         """Add bytes; return all whole events that are there now (empty when none is)."""
-        if self._tail:
-            data = self._tail + data
-            self._tail = b""
+        if self.rest:
+            data = self.rest + data
+            self.rest = b""
         if data.endswith(b"\n\n"):
             return data
         cut = data.rfind(b"\n\n") + 2
@@ -48,25 +49,22 @@ class EventReader:
                 cut = end.end()
         if cut < 2:
             cut = 0
-        self._tail = data[cut:]
-        if len(self._tail) > self._limit:
+        self.rest = data[cut:]
+        if len(self.rest) > self._limit:
             raise BackendGarbled(f"an event of more than {self._limit} bytes")
         return data[:cut]
 
-    def rest(self) -> bytes:
-        """What came after the last whole event: an event that was cut short, or nothing."""
-        return self._tail
 
-
-def split(block: bytes) -> Iterator[bytes]:
-    """The events of a block, each with its line ends, as it came."""
-    start = 0
-    for end in _EVENT_END.finditer(block + b"\n") if b"\r" in block else re.finditer(rb"\n\n+", block):
+def split(block: bytes) -> list[bytes]:
+    """The events of a block, each with its line ends."""
+    if b"\r" not in block:
+        return [event + b"\n\n" for event in block.split(b"\n\n") if event]
+    found, start = [], 0
+    for end in _EVENT_END.finditer(block + b"\n"):
         stop = min(end.end(), len(block))
-        yield block[start:stop]
+        found.append(block[start:stop])
         start = stop
-    if start < len(block):
-        yield block[start:]
+    return found if start == len(block) else [*found, block[start:]]
 
 
 def payload(event: bytes) -> bytes:

@@ -34,11 +34,35 @@ class Receiver(Protocol):
     def data(self, data: bytes) -> None:
         """Body bytes, without the transfer's framing. Never empty."""
 
+    def chunk(self, chunk: bytes, start: int) -> None:
+        """Body bytes that came as one whole chunk of the chunked coding: `chunk[start:-2]`, with the framing around
+        them, so that it can be passed on as it is."""
+
     def end(self) -> None:
         """The answer is whole."""
 
     def lost(self, error: BackendError) -> None:
         """The answer will not become whole."""
+
+
+class _ChunkHeads(dict[int, bytes]):
+    """Length of a whole chunk with its framing -> the size line it must begin with (empty if there is none).
+
+    Comparing the read with the one line that its length allows is cheaper than parsing, and stricter: only the
+    canonical form, lower-case hexadecimal without extensions, passes.
+    """
+
+    def __missing__(self, length: int) -> bytes:
+        head = b""
+        for digits in range(1, 6):
+            size = length - digits - 4
+            if size > 0 and len(b"%x" % size) == digits:
+                head = b"%x\r\n" % size
+        self[length] = head
+        return head
+
+
+_CHUNK_HEADS = _ChunkHeads()
 
 
 class Origin:
@@ -130,7 +154,9 @@ class Connection(asyncio.Protocol):
     """One connection to an engine, and the exchange that is on it."""
 
     __slots__ = (
+        "_between_chunks",
         "_body",
+        "_chunk_complete",
         "_complete",
         "_fresh",
         "_head_bytes",
@@ -139,6 +165,7 @@ class Connection(asyncio.Protocol):
         "_origin",
         "_parser",
         "_receiver",
+        "_reusable",
         "_served",
         "_transport",
         "idle_since",
@@ -153,9 +180,12 @@ class Connection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._in_head = True
         self._head_bytes = 0
+        self._between_chunks = False
+        self._chunk_complete = False
         self._complete = False
         self._served = False
         self._fresh = True
+        self._reusable = False
         self.idle_since = 0.0
 
     # What the origin and the receivers use.
@@ -208,6 +238,13 @@ class Connection(asyncio.Protocol):
         if receiver is None:  # bytes that nobody asked for
             self.abort()
             return
+        if self._between_chunks:
+            # An engine writes a token as one chunk, and mostly it is read alone. Between chunks the parser's state is
+            # the same before and after a whole one, so such a read need not go through it.
+            head = _CHUNK_HEADS[len(data)] if len(data) < 65536 else b""
+            if head and data.startswith(head) and data.endswith(b"\r\n"):
+                receiver.chunk(data, len(head))
+                return
         if self._in_head:
             self._head_bytes += len(data)
         try:
@@ -221,6 +258,8 @@ class Connection(asyncio.Protocol):
         if self._in_head and self._head_bytes > HEAD_LIMIT:
             self._fail(BackendGarbled(f"{self._origin.url} sent more than {HEAD_LIMIT} bytes of headers"))
             return
+        # The next chunk's size may have begun without the parser saying so, hence the look at the last bytes.
+        self._between_chunks = self._chunk_complete and data.endswith(b"\r\n")
         if self._body:
             body = self._body
             data = body[0] if len(body) == 1 else b"".join(body)
@@ -262,9 +301,18 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
 
+    def on_chunk_header(self) -> None:
+        self._chunk_complete = False
+
+    def on_chunk_complete(self) -> None:
+        self._chunk_complete = True
+
     def on_message_complete(self) -> None:
+        self._chunk_complete = False
         if not self._in_head:
             self._complete = True
+            # Only now: the parser forgets what the answer's framing was as soon as this returns.
+            self._reusable = self._parser.should_keep_alive()
 
     # Endings
 
@@ -276,7 +324,7 @@ class Connection(asyncio.Protocol):
         self._receiver = None
         self._fresh = False
         transport = self._transport
-        if self._parser.should_keep_alive() and transport is not None and not transport.is_closing():
+        if self._reusable and transport is not None and not transport.is_closing():
             transport.resume_reading()
             self._origin.give(self)
         else:
@@ -324,8 +372,7 @@ class Collected:
         """
         handle = None
         if timeout is not None:
-            error = BackendTimedOut(f"{self._url} did not answer within {timeout:g} s")
-            handle = asyncio.get_running_loop().call_later(timeout, self.fail, error)
+            handle = asyncio.get_running_loop().call_later(timeout, self._time_out, timeout)
         try:
             await self._future
         finally:
@@ -338,6 +385,9 @@ class Collected:
         """End the exchange from outside, as if the backend had failed with `error`."""
         self.abort()
         self.lost(error)
+
+    def _time_out(self, seconds: float) -> None:
+        self.fail(BackendTimedOut(f"{self._url} did not answer within {seconds:g} s"))
 
     def abort(self) -> None:
         if self.connection is not None:
@@ -354,6 +404,9 @@ class Collected:
             self.fail(BackendGarbled(f"{self._url} answered with more than {self._limit} bytes"))
         else:
             self._body.append(data)
+
+    def chunk(self, chunk: bytes, start: int) -> None:
+        self.data(chunk[start:-2])
 
     def end(self) -> None:
         self.connection = None

@@ -76,6 +76,11 @@ class DirectClient:
         else:
             self._transport.write(data)
 
+    def write_chunk(self, chunk: bytes, start: int) -> None:
+        if self.gone:
+            return
+        self._transport.write(chunk if self._chunked else chunk[start:-2])
+
     def end(self) -> None:
         if self.gone:
             return

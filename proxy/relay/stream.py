@@ -65,7 +65,7 @@ class StreamRelay:
         drop_usage: take out the closing usage event, which the gateway asked for and the client did not.
         idle: seconds without a byte after which the stream counts as dead, or None.
     Attributes:
-        first_token, last_token: `time.monotonic` of the reads that brought them.
+        first_token, last_token: `time.monotonic` of the reads that brought them; None and 0 before.
         events: token events passed on.
         usage: the last usage the engine reported.
     """
@@ -124,7 +124,7 @@ class StreamRelay:
         self._timer: asyncio.TimerHandle | None = None
         self.headers: dict[bytes, bytes] = {}
         self.first_token: float | None = None
-        self.last_token: float | None = None
+        self.last_token = 0.0
         self.events = 0
         self.usage: Usage | None = None
 
@@ -140,8 +140,7 @@ class StreamRelay:
         self._client.flow = self
         if first_token_timeout is not None:
             loop = asyncio.get_running_loop()
-            error = BackendTimedOut(f"{self._url} sent no token within {first_token_timeout:g} s")
-            self._timer = loop.call_later(first_token_timeout, self.fail, error)
+            self._timer = loop.call_later(first_token_timeout, self._time_out, first_token_timeout)
         try:
             await self._future
         finally:
@@ -179,30 +178,49 @@ class StreamRelay:
         self._status = status
         self.headers = headers
 
+    def chunk(self, chunk: bytes, start: int) -> None:
+        # The common case, a token's event alone in its chunk: looked at, counted, and passed on with its framing.
+        if self._live and chunk.endswith(b"\n\n\r\n") and not self._reader.rest:
+            count = chunk.count(b"\n\n")
+            if chunk.count(b'"choices":[{') == count and b'_transfer_params"' not in chunk:
+                self._count(count)
+                self._client.write_chunk(chunk, start)
+                return
+        self.data(chunk[start:-2])
+
     def data(self, data: bytes) -> None:
         if not self._live:
             self._hold(data)
             return
-        now = self._heard = monotonic()
         try:
             block = self._reader.feed(data)
         except BackendGarbled as error:
             self.fail(error)
             return
-        if not block:
-            return
+        if block:
+            self._pass_on(block)
+
+    def _count(self, count: int) -> None:
+        """Token events have arrived together just now."""
+        now = monotonic()
+        gap = now - self.last_token
+        self.last_token = self._heard = now
+        self.events += count
+        gaps = self._gaps
+        gaps.counts[bisect_left(gaps.bounds, gap)] += 1
+        gaps.sum += gap
+        if count > 1:  # tokens that came together have no gap between them
+            gaps.counts[0] += count - 1
+
+    def _pass_on(self, block: bytes) -> None:
+        """Whole events go to the client."""
         count = block.count(b"\n\n")
         if block.count(b'"choices":[{') != count or b'_transfer_params"' in block:
             block, count = self._inspect(block)
         if count:
-            self.events += count
-            gap = now - self.last_token  # type: ignore[operator]
-            self.last_token = now
-            gaps = self._gaps
-            gaps.counts[bisect_left(gaps.bounds, gap)] += 1
-            gaps.sum += gap
-            if count > 1:  # tokens that came together have no gap between them
-                gaps.counts[0] += count - 1
+            self._count(count)
+        else:
+            self._heard = monotonic()
         if block:
             self._client.write(block)
 
@@ -268,11 +286,10 @@ class StreamRelay:
             self._timer = None
         if self._idle is not None:
             self._timer = asyncio.get_running_loop().call_later(self._idle, self._check_idle)
-        held = b"".join(self._held)
+        held = self._held[0] if len(self._held) == 1 else b"".join(self._held)
         self._held.clear()
         self._begin()
-        held, count = self._inspect(held)
-        self.events = count
+        held, self.events = self._inspect(held)
         if held:
             self._client.write(held)
 
@@ -315,6 +332,9 @@ class StreamRelay:
         return b"".join(kept), count
 
     # Endings
+
+    def _time_out(self, seconds: float) -> None:
+        self.fail(BackendTimedOut(f"{self._url} sent no token within {seconds:g} s"))
 
     def _check_idle(self) -> None:
         """Fires at most once an idle period: a stream that moves costs one timer in that time, not one a token."""
