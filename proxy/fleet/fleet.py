@@ -40,11 +40,19 @@ class Fleet:
 
     def knows(self, model: str) -> bool:
         """Whether any backend serves `model`, or may."""
-        return any(backend.serves(model) for backend in self)
+        for pool in self._pools.values():
+            for backend in pool:
+                if backend.serves(model):
+                    return True
+        return False
 
-    def models(self) -> set[str]:
-        """Every model id that some backend has named."""
-        return {model for backend in self for model in backend.models or ()}
+    def names(self, model: str) -> bool:
+        """Whether some backend has named `model`."""
+        for pool in self._pools.values():
+            for backend in pool:
+                if backend.models is not None and model in backend.models:
+                    return True
+        return False
 
     def model_cards(self) -> list[dict[str, Any]]:
         """The models a client can ask for, as /v1/models shows them: those of the backends that answer clients. The

@@ -188,7 +188,6 @@ class Legs:
                 record.prompt_tokens = usage.prompt_tokens or 0
                 record.cached_tokens = record.cached_tokens or usage.cached_tokens
         self._fleet.succeeded(backend)
-        client.end()
 
     def _time_left(self, limbo: Limbo | None) -> float | None:
         """Seconds in which a hand-off may still be sent.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from os import urandom
+from random import getrandbits
+
+import msgspec
 
 from proxy.errors import BackendError
 from proxy.handoff.body import Body
@@ -15,8 +16,7 @@ from proxy.telemetry.records import RequestRecord
 EXPECTED_OUTPUT = 512
 
 
-@dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct):
     """A client's request on its way.
 
     Attributes:
@@ -28,7 +28,7 @@ class Request:
     body: Body
     client: Client
     record: RequestRecord
-    avoid: set[str] = field(default_factory=set)
+    avoid: set[str] = msgspec.field(default_factory=set)
     error: BackendError | None = None
     failed: tuple[str, str] = ("", "")
 
@@ -56,4 +56,4 @@ class Request:
 
 def new_id() -> str:
     """An id of the gateway's own. Never a client's: engines pair and abort legs by it."""
-    return urandom(16).hex()
+    return f"{getrandbits(128):032x}"

@@ -45,7 +45,7 @@ class Client(Protocol):
         """Send a whole answer."""
 
     def start(self, status: int, headers: Headers) -> None:
-        """Send the head of an answer whose length is not known."""
+        """Begin an answer whose length is not known. Its head goes out with the first bytes of its body."""
 
     def write(self, data: bytes) -> None:
         """Send body bytes. Never empty."""
@@ -53,8 +53,8 @@ class Client(Protocol):
     def write_chunk(self, chunk: bytes, start: int) -> None:
         """Send `chunk[start:-2]`, which lies there in the framing of HTTP's chunked coding."""
 
-    def end(self) -> None:
-        """The answer is whole."""
+    def end(self, data: bytes = b"") -> None:
+        """Send the last bytes, if there are any left; the answer is whole."""
 
     def cut(self) -> None:
         """Close the connection without a proper end: the client must not take what it has for whole."""
@@ -88,9 +88,7 @@ class AsgiClient:
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
-        if body:
-            self.write(body)
-        self.end()
+        self.end(body)
 
     def start(self, status: int, headers: Headers) -> None:
         self.started = True
@@ -106,9 +104,9 @@ class AsgiClient:
     def write_chunk(self, chunk: bytes, start: int) -> None:
         self.write(chunk[start:-2])
 
-    def end(self) -> None:
+    def end(self, data: bytes = b"") -> None:
         self._complete = True
-        self._put({"type": "http.response.body", "body": b"", "more_body": False})
+        self._put({"type": "http.response.body", "body": data, "more_body": False})
 
     def cut(self) -> None:
         # ASGI has no word for it; an application that returns without an end makes the server close the connection.

@@ -31,8 +31,8 @@ class Receiver(Protocol):
     def head(self, status: int, headers: dict[bytes, bytes]) -> None:
         """Status and headers (names in lower case; of repeated ones the last)."""
 
-    def data(self, data: bytes) -> None:
-        """Body bytes, without the transfer's framing. Never empty."""
+    def data(self, data: bytes, last: bool) -> None:
+        """Body bytes, without the transfer's framing. Never empty. With `last`, `end` follows at once."""
 
     def chunk(self, chunk: bytes, start: int) -> None:
         """Body bytes that came as one whole chunk of the chunked coding: `chunk[start:-2]`, with the framing around
@@ -264,7 +264,7 @@ class Connection(asyncio.Protocol):
             body = self._body
             data = body[0] if len(body) == 1 else b"".join(body)
             body.clear()
-            receiver.data(data)
+            receiver.data(data, self._complete)
         if self._complete and self._receiver is receiver:
             self._finish(receiver)
 
@@ -398,7 +398,7 @@ class Collected:
         self.status = status
         self.headers = headers
 
-    def data(self, data: bytes) -> None:
+    def data(self, data: bytes, last: bool) -> None:
         self._size += len(data)
         if self._size > self._limit:
             self.fail(BackendGarbled(f"{self._url} answered with more than {self._limit} bytes"))
@@ -406,7 +406,7 @@ class Collected:
             self._body.append(data)
 
     def chunk(self, chunk: bytes, start: int) -> None:
-        self.data(chunk[start:-2])
+        self.data(chunk[start:-2], False)
 
     def end(self) -> None:
         self.connection = None

@@ -26,13 +26,26 @@ class DirectClient:
     graceful shutdown stay uvicorn's.
     """
 
-    __slots__ = ("_chunked", "_cycle", "_protocol", "_transport", "flow", "gone", "on_gone", "started")
+    __slots__ = (
+        "_chunked",
+        "_cycle",
+        "_flows",
+        "_head",
+        "_protocol",
+        "_transport",
+        "flow",
+        "gone",
+        "on_gone",
+        "started",
+    )
 
     def __init__(self, protocol: GatewayProtocol, cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
         self._cycle = cycle
         self._transport = protocol.transport
         self._chunked = True
+        self._head = b""  # written with the first bytes of the body: one system call less
+        self._flows = False  # chunks can go out as they are
         self.started = False
         self.gone = False
         self.flow: Flow | None = None
@@ -51,7 +64,7 @@ class DirectClient:
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         if self.gone:
             return
-        head = self._head(status, headers, b"content-length: %d\r\n\r\n" % len(body))
+        head = self._answer_head(status, headers, b"content-length: %d\r\n\r\n" % len(body))
         if len(body) < 65536:
             self._transport.write(head + body)
         else:
@@ -63,7 +76,7 @@ class DirectClient:
             return
         self._chunked = self._cycle.scope["http_version"] == "1.1"
         last = b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n"
-        self._transport.write(self._head(status, headers, last))
+        self._head = self._answer_head(status, headers, last)
         self._protocol.streaming = self
         if self._protocol.flow.write_paused and self.flow is not None:
             self.flow.pause()
@@ -71,22 +84,33 @@ class DirectClient:
     def write(self, data: bytes) -> None:
         if self.gone:
             return
-        if self._chunked:
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        else:
-            self._transport.write(data)
+        self._transport.write(self._head + (b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data))
+        self._head = b""
+        self._flows = self._chunked
 
     def write_chunk(self, chunk: bytes, start: int) -> None:
-        if self.gone:
-            return
-        self._transport.write(chunk if self._chunked else chunk[start:-2])
+        if self._flows:
+            self._transport.write(chunk)
+        else:
+            self.write(chunk[start:-2])
 
-    def end(self) -> None:
+    def end(self, data: bytes = b"") -> None:
         if self.gone:
             return
         if self._chunked:
-            self._transport.write(b"0\r\n\r\n")
+            data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
+        if self._head or data:
+            self._transport.write(self._head + data)
         self._complete()
+
+    def left(self) -> None:
+        """The client has closed its connection."""
+        self.gone = True
+        self._flows = False
+        self._cycle.disconnected = True
+        self._cycle.message_event.set()
+        if self.on_gone is not None:
+            self.on_gone()
 
     def cut(self) -> None:
         self._cycle.keep_alive = False
@@ -95,7 +119,7 @@ class DirectClient:
     async def flushed(self) -> None:
         """Nothing is held here; the transport sends what it has by itself."""
 
-    def _head(self, status: int, headers: Headers, last: bytes) -> bytes:
+    def _answer_head(self, status: int, headers: Headers, last: bytes) -> bytes:
         cycle = self._cycle
         self.started = cycle.response_started = True
         cycle.waiting_for_100_continue = False
@@ -115,6 +139,7 @@ class DirectClient:
 
     def _complete(self) -> None:
         cycle = self._cycle
+        self._flows = False
         self._protocol.streaming = None
         self._protocol.clients.discard(self)
         cycle.response_complete = True
@@ -154,11 +179,7 @@ class GatewayProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         clients, self.clients, self.streaming = self.clients, set(), None
         for client in clients:
-            client.gone = True
-            client._cycle.disconnected = True
-            client._cycle.message_event.set()
-            if client.on_gone is not None:
-                client.on_gone()
+            client.left()
 
     def data_received(self, data: bytes) -> None:
         if self._waiting_since is None and (self.cycle is None or self.cycle.response_complete):

@@ -82,6 +82,7 @@ class StreamRelay:
         "_heard",
         "_held",
         "_idle",
+        "_last",
         "_live",
         "_paused_since",
         "_reader",
@@ -116,6 +117,7 @@ class StreamRelay:
         self._reader = events.EventReader()
         self._held: list[bytes] = []
         self._heard = 0.0
+        self._last = b""
         self._error_body = b""
         self._status = 0
         self._live = False
@@ -186,11 +188,11 @@ class StreamRelay:
                 self._count(count)
                 self._client.write_chunk(chunk, start)
                 return
-        self.data(chunk[start:-2])
+        self.data(chunk[start:-2], False)
 
-    def data(self, data: bytes) -> None:
+    def data(self, data: bytes, last: bool) -> None:
         if not self._live:
-            self._hold(data)
+            self._hold(data, last)
             return
         try:
             block = self._reader.feed(data)
@@ -198,7 +200,7 @@ class StreamRelay:
             self.fail(error)
             return
         if block:
-            self._pass_on(block)
+            self._pass_on(block, last)
 
     def _count(self, count: int) -> None:
         """Token events have arrived together just now."""
@@ -212,8 +214,8 @@ class StreamRelay:
         if count > 1:  # tokens that came together have no gap between them
             gaps.counts[0] += count - 1
 
-    def _pass_on(self, block: bytes) -> None:
-        """Whole events go to the client."""
+    def _pass_on(self, block: bytes, last: bool) -> None:
+        """Whole events go to the client; the last ones together with the end of its answer."""
         count = block.count(b"\n\n")
         if block.count(b'"choices":[{') != count or b'_transfer_params"' in block:
             block, count = self._inspect(block)
@@ -221,13 +223,16 @@ class StreamRelay:
             self._count(count)
         else:
             self._heard = monotonic()
-        if block:
+        if last and self._done:
+            self._last = block
+        elif block:
             self._client.write(block)
 
     def end(self) -> None:
         self._connection = None
         if self._done:
             if self._live:
+                self._client.end(self._last)
                 self._finish(None)
             else:  # a whole stream without a token is no answer
                 self._finish(BackendFailed(f"{self._url} ended its stream without a token", status=502))
@@ -238,12 +243,15 @@ class StreamRelay:
 
     def lost(self, error: BackendError) -> None:
         self._connection = None
-        # A connection that breaks after [DONE] broke nothing.
-        self._finish(None if self._done and self._live else error)
+        if self._done and self._live:  # a connection that breaks after [DONE] broke nothing
+            self._client.end(self._last)
+            self._finish(None)
+        else:
+            self._finish(error)
 
     # Before the first token
 
-    def _hold(self, data: bytes) -> None:
+    def _hold(self, data: bytes, last: bool) -> None:
         if self._status != 200:
             self._error_body = (self._error_body + data)[:_ERROR_BODY_LIMIT]
             return
@@ -274,10 +282,10 @@ class StreamRelay:
                 self.fail(engine_error_event(self._url, payload))
                 return
             if carries_token(parsed):
-                self._go_live()
+                self._go_live(last)
                 return
 
-    def _go_live(self) -> None:
+    def _go_live(self, last: bool) -> None:
         """The first token is here: from now on the client sees what the engine sends."""
         self._live = True
         self.first_token = self.last_token = self._heard = monotonic()
@@ -290,7 +298,9 @@ class StreamRelay:
         self._held.clear()
         self._begin()
         held, self.events = self._inspect(held)
-        if held:
+        if last and self._done:
+            self._last = held
+        elif held:
             self._client.write(held)
 
     # Events that are not plain tokens

@@ -7,7 +7,7 @@ are those that are configured, and a model that no backend has named is counted 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
@@ -51,7 +51,7 @@ class FleetState(Protocol):
 
     def __iter__(self) -> Iterator[BackendState]: ...
 
-    def models(self) -> Collection[str]: ...
+    def names(self, model: str) -> bool: ...
 
     def not_ready(self) -> str: ...
 
@@ -173,7 +173,7 @@ class PrometheusSink(Collector):
         return self._itl.at(pool, backend)
 
     def finished(self, record: RequestRecord) -> None:
-        model = record.model if record.model in self._fleet.models() else "other"
+        model = record.model if self._fleet.names(record.model) else "other"
         self._requests.values[record.endpoint, model, record.outcome] += 1
         self._duration.at(record.endpoint, record.outcome).observe(record.ended - record.started)
         if record.outcome == "client_gone":

@@ -7,9 +7,10 @@ it when they are scraped.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import Protocol
+
+import msgspec
 
 # Upper bounds in seconds. LLM serving spans five decades: a cached prompt answers in 10 ms, a 100k-token prompt behind
 # a queue in minutes. Three buckets a decade (1, 2.5, 5) keep a quantile within a factor of about 1.6.
@@ -39,8 +40,7 @@ class Distribution:
         self.sum += value
 
 
-@dataclass(slots=True)
-class RequestRecord:
+class RequestRecord(msgspec.Struct):
     """One client request from its first byte to its end. Times are seconds; those of events are `time.monotonic`.
 
     Attributes:
@@ -58,7 +58,7 @@ class RequestRecord:
     request_id: str = ""
     model: str = ""
     stream: bool = False
-    started: float = field(default_factory=monotonic)
+    started: float = msgspec.field(default_factory=monotonic)
     ended: float = 0.0
     status: int = 0
     outcome: str = ""
@@ -70,7 +70,7 @@ class RequestRecord:
     handoff_seconds: float | None = None
     first_token: float | None = None
     last_token: float | None = None
-    retries: list[tuple[str, str]] = field(default_factory=list)
+    retries: list[tuple[str, str]] = msgspec.field(default_factory=list)
     fallback: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
