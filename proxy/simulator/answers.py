@@ -1,0 +1,350 @@
+"""From what the engine says to what the client hears: one whole body, or a stream of chunks.
+
+Both are listeners of the engine and are called inside its step, so nothing here awaits: no task, no queue, one write a
+token. If the client reads too slowly, tokens gather and go out together, as vLLM's output collector does.
+
+Invariant: ``done`` is set exactly once: answered, failed, cut, or abandoned because the client has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from proxy.simulator import encoding
+from proxy.simulator.config import SimulatorConfig
+from proxy.simulator.errors import RequestError
+from proxy.simulator.faults import Mischief
+from proxy.simulator.http import Exchange
+from proxy.simulator.requests import GenerationRequest
+from proxy.simulator.sequences import Sequence
+from proxy.simulator.tokens import detokenize
+
+Object = dict[str, Any]
+Abort = Callable[[list[Sequence]], None]
+
+
+class Answer:
+    """What whole and streamed answers share."""
+
+    def __init__(
+        self, exchange: Exchange, request: GenerationRequest, mischief: Mischief, config: SimulatorConfig, abort: Abort
+    ) -> None:
+        self.exchange = exchange
+        self.request = request
+        self.mischief = mischief
+        self.config = config
+        self.created = int(time.time())
+        self.sequences: list[Sequence] = []
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.aborted = False
+        self.tokens_seen = 0
+        self._abort = abort
+        self._unfinished = 0
+        death = mischief.get("die_mid_stream")
+        self._last_words = None if death is None else death.after_tokens
+
+    def expect(self, sequences: list[Sequence]) -> None:
+        """Listen to these."""
+        self.sequences = sequences
+        self._unfinished = len(sequences)
+        for sequence in sequences:
+            sequence.listener = self
+
+    def on_token(self, sequence: Sequence, token: int | None, text: str) -> None:
+        """Take what a sequence says."""
+        raise NotImplementedError
+
+    def on_failure(self, sequence: Sequence, error: RequestError) -> None:
+        """Take that a sequence was given up."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """The client has gone."""
+        if not self.done.done():
+            self.aborted = True
+            self.done.set_result(None)
+        self._abort(self.sequences)
+
+    def finish(self) -> None:
+        """Nothing more is going to be said."""
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def dies_now(self) -> bool:
+        """Cut the connection, if so many tokens have been reached that it is to be cut."""
+        if self._last_words is None or self.tokens_seen < self._last_words or self.done.done():
+            return False
+        fault = self.mischief.get("die_mid_stream")
+        self.exchange.cut(polite=fault is not None and fault.ending == "close")
+        self.finish()
+        self._abort(self.sequences)
+        return True
+
+    @property
+    def handoff(self) -> Object | None:
+        """What a prefill leg answers with: the first prompt's parameters, of its last child."""
+        if self.mischief.get("drop_handoff_params") is not None:
+            return None
+        found = [sequence.handoff_params for sequence in self.sequences[: self.request.n]]
+        return next((params for params in reversed(found) if params is not None), None)
+
+
+class WholeAnswer(Answer):
+    """One JSON body when every sequence has ended."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._texts: dict[int, list[str]] = {}
+
+    def on_token(self, sequence: Sequence, token: int | None, text: str) -> None:
+        """Keep the text; answer after the last token."""
+        if self.done.done():
+            return
+        self.tokens_seen += token is not None
+        self._texts.setdefault(sequence.index, []).append(text)
+        if self.dies_now():
+            return
+        if sequence.finish_reason is not None:
+            self._unfinished -= 1
+            if not self._unfinished:
+                self._respond()
+
+    def on_failure(self, sequence: Sequence, error: RequestError) -> None:
+        """Answer with the error; the other sequences are of no use any more."""
+        if self.done.done():
+            return
+        self.exchange.respond(error.status, encoding.to_json(error.body()))
+        self.finish()
+        self._abort(self.sequences)
+
+    def _respond(self) -> None:
+        if self.mischief.get("stall_mid_stream") is not None:
+            return
+        request = self.request
+        encode = encoding.chat_body if request.kind == "chat" else encoding.completion_body
+        body = encode(
+            request,
+            self.sequences,
+            ["".join(self._texts.get(sequence.index, ())) for sequence in self.sequences],
+            self.created,
+            details=self.config.prompt_tokens_details,
+            weights=self.config.weights,
+            handoff=self.handoff,
+        )
+        self.exchange.respond(200, encoding.to_json(body))
+        self.finish()
+
+
+class StreamAnswer(Answer):
+    """Server-sent events, one a token."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._head = encoding.head(self.request, self.created)
+        self._greeted: set[int] = set()
+        self._backlog: dict[Sequence, tuple[list[int], list[str]]] = {}
+        self._offsets: dict[int, int] = {}  # characters of log probabilities shown so far
+        self._calls: dict[int, _CallStream] = {}
+        self._handed_out: dict[int, int] = {}
+        self._stalled = False
+        stall = self.mischief.get("stall_mid_stream")
+        self._stall_after = None if stall is None else stall.after_tokens
+
+    def start(self) -> None:
+        """The status line goes out before the engine has said anything."""
+        self.exchange.start_stream()
+        self.exchange.on_writable = self._catch_up
+        if self._stall_after == 0:
+            self._stalled = True
+        self.dies_now()
+
+    def on_token(self, sequence: Sequence, token: int | None, text: str) -> None:
+        """One chunk, unless the client is slow."""
+        if self.done.done() or self._stalled:
+            return
+        tokens = [] if token is None else [token]
+        if self._backlog or not self.exchange.writable:
+            waiting = self._backlog.setdefault(sequence, ([], []))
+            waiting[0].extend(tokens)
+            waiting[1].append(text)
+            return
+        self._tell(sequence, tokens, text)
+
+    def on_failure(self, sequence: Sequence, error: RequestError) -> None:
+        """An error event under status 200; chat has said its role before."""
+        if self.done.done():
+            return
+        if error.is_output:
+            self._greet(sequence)
+        self._fail(error.body())
+        self._abort(self.sequences)
+
+    def fail_first(self, body: Object) -> None:
+        """The fault ``error_event_first``: an error before any token."""
+        if self.request.kind == "chat":
+            self._choice({"index": 0, "delta": {"role": "assistant", "content": ""}, **_ROLE_REST})
+        self._fail(body)
+
+    def _fail(self, body: Object) -> None:
+        self.exchange.write(encoding.event(body))
+        self.exchange.write(encoding.DONE)
+        self.exchange.end_stream()
+        self.finish()
+
+    def _catch_up(self) -> None:
+        backlog, self._backlog = self._backlog, {}
+        for sequence, (tokens, texts) in backlog.items():
+            if self.done.done() or self._stalled:
+                return
+            self._tell(sequence, tokens, "".join(texts))
+
+    def _tell(self, sequence: Sequence, tokens: list[int], text: str) -> None:
+        self._greet(sequence)
+        handed = self._handed_out.get(sequence.index, 0)
+        self._handed_out[sequence.index] = handed + len(tokens)
+        draws = [] if sequence.draws is None else sequence.draws[handed : handed + len(tokens)]
+        if self.request.kind == "chat":
+            self._tell_chat(sequence, tokens, draws, text)
+        else:
+            self._tell_completion(sequence, tokens, draws, text)
+        self.tokens_seen += len(tokens)
+        if self.dies_now():
+            return
+        if self._stall_after is not None and self.tokens_seen >= self._stall_after:
+            self._stalled = True
+            return
+        # A backlog can hold tokens that the sequence's end has overtaken.
+        if sequence.finish_reason is not None and self._handed_out[sequence.index] == sequence.output_length:
+            self._unfinished -= 1
+            if not self._unfinished:
+                self._end()
+
+    def _is_last(self, sequence: Sequence) -> bool:
+        return sequence.finish_reason is not None and self._handed_out[sequence.index] == sequence.output_length
+
+    def _tell_chat(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
+        request = self.request
+        last = self._is_last(sequence)
+        delta: Object | None = {"content": text}
+        if request.tool is not None and sequence.script is not None:
+            script = sequence.script
+            call = self._calls.get(sequence.index)
+            if call is None:
+                call = self._calls[sequence.index] = _CallStream(request.tool, script.start, script.end)
+            delta = call.push(text)
+            if delta is None:
+                if not last and not request.return_token_ids:
+                    return
+                delta = {}
+        finish_reason = sequence.finish_reason if last else None
+        if request.tool_required and finish_reason == "stop":
+            finish_reason = "tool_calls"
+        choice: Object = {
+            "index": sequence.index,
+            "delta": delta,
+            "logprobs": encoding.chat_logprobs(request, tokens, draws),
+            "finish_reason": finish_reason,
+        }
+        if last:
+            choice["stop_reason"] = sequence.stop_reason
+        choice["token_ids"] = tokens if request.return_token_ids else None
+        self._choice(choice, self._running_usage(sequence))
+
+    def _tell_completion(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
+        request = self.request
+        last = self._is_last(sequence)
+        prompt = request.prompts[sequence.index // request.n]
+        first = sequence.index not in self._greeted
+        self._greeted.add(sequence.index)
+        shown: list[int] = tokens
+        shown_draws: list[int | None] = list(draws)
+        if request.echo and first:
+            text = detokenize(prompt) + ("" if request.only_echo else text)
+            shown = prompt + ([] if request.only_echo else tokens)
+            if request.logprobs is not None:
+                generated = [] if request.only_echo else shown_draws
+                shown_draws = encoding.prompt_draws(prompt, self.config.weights) + generated
+        logprobs = None
+        if request.logprobs is not None:
+            offset = self._offsets.get(sequence.index, 0)
+            logprobs = encoding.completion_logprobs(request, shown, shown_draws, offset)
+            assert logprobs is not None
+            self._offsets[sequence.index] = offset + sum(map(len, logprobs["tokens"]))
+        choice: Object = {
+            "index": sequence.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": sequence.finish_reason if last else None,
+            "stop_reason": sequence.stop_reason if last else None,
+            "prompt_token_ids": prompt if request.return_token_ids and first else None,
+            "token_ids": tokens if request.return_token_ids else None,
+        }
+        self._choice(choice, self._running_usage(sequence))
+
+    def _greet(self, sequence: Sequence) -> None:
+        """The role chunk, once for each choice of a chat."""
+        if self.request.kind != "chat" or sequence.index in self._greeted:
+            return
+        first = not self._greeted
+        self._greeted.add(sequence.index)
+        ids = self.request.prompts[0] if self.request.return_token_ids and first else None
+        choice = {"index": sequence.index, "delta": {"role": "assistant", "content": ""}, **_ROLE_REST}
+        extra = b',"prompt_token_ids":' + encoding.to_json(ids)
+        prompt_usage = None
+        if self.request.continuous_usage:
+            prompt_usage = encoding.usage(sequence.prompt_length, 0, None)
+        self._choice(choice, prompt_usage, extra)
+
+    def _running_usage(self, sequence: Sequence) -> Object | None:
+        if not self.request.continuous_usage:
+            return None
+        return encoding.usage(sequence.prompt_length, self._handed_out[sequence.index], None)
+
+    def _choice(self, choice: Object, usage: Object | None = None, extra: bytes = b"") -> None:
+        data = self._head + encoding.to_json(choice) + b"]" + extra
+        if usage is not None:
+            data += b',"usage":' + encoding.to_json(usage)
+        elif self.request.kind == "completion":
+            data += b',"usage":null'
+        self.exchange.write(data + b"}\n\n")
+
+    def _end(self) -> None:
+        if self.request.include_usage:
+            total = encoding.total_usage(self.request, self.sequences, details=self.config.prompt_tokens_details)
+            self.exchange.write(self._head + b'],"usage":' + encoding.to_json(total) + b"}\n\n")
+        self.exchange.write(encoding.DONE)
+        self.exchange.end_stream()
+        self.finish()
+
+
+_ROLE_REST: Object = {"logprobs": None, "finish_reason": None}
+
+
+class _CallStream:
+    """A tool call's deltas: first its name, then its arguments in the pieces in which they are generated."""
+
+    __slots__ = ("_end", "_name", "_named", "_seen", "_start")
+
+    def __init__(self, name: str, start: int, end: int) -> None:
+        self._name = name
+        self._start = start
+        self._end = end
+        self._seen = 0
+        self._named = False
+
+    def push(self, text: str) -> Object | None:
+        """The delta for more of the raw text; None if it shows nothing."""
+        before, self._seen = self._seen, self._seen + len(text)
+        if self._seen < self._start:
+            return None
+        arguments = text[max(self._start - before, 0) : max(self._end - before, 0)]
+        if not self._named:
+            self._named = True
+            function = {"name": self._name, "arguments": arguments}
+            return {"tool_calls": [{"index": 0, "id": encoding.call_id(), "type": "function", "function": function}]}
+        if not arguments:
+            return None
+        return {"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]}

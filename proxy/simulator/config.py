@@ -1,0 +1,78 @@
+"""What a simulated engine can be told, in one frozen value; nothing else in this room reads flags or the environment.
+
+Invariant: a config that exists is consistent (checked once, in ``__post_init__``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["prefill", "decode", "mixed"]
+Connector = Literal["nixl", "mooncake_ascend", "none"]
+
+# What the connectors pin a hand-off for when nothing is set: kv_lease_duration and the Ascend abort timeout.
+DEFAULT_LEASE = {"nixl": 30.0, "mooncake_ascend": 480.0, "none": 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatorConfig:
+    """Settings of one simulated engine. Times are in seconds, rates in tokens a second, 0 means "as fast as it can"."""
+
+    role: Role = "mixed"  # a label, as in vLLM: the request's own parameters say which side of a hand-off it is
+    host: str = "127.0.0.1"  # loopback: a simulator is never for others
+    port: int = 0  # 0: any free port
+    side_port: int = 0  # where hand-offs are pulled from; 0: any free port
+    side_host: str = ""  # what hand-offs call this host; "": host, or localhost (as vLLM) if it is a wildcard
+    model: str = "sim"
+    step_time: float = 0.0  # one decode step for the whole batch; 0 keeps tests fast
+    prefill_rate: float = 0.0  # prompt tokens a second
+    transfer_rate: float = 0.0  # pulled tokens a second
+    blocks: int = 8192  # 131,072 tokens: some hundreds of ordinary requests
+    block_size: int = 16  # vLLM's default on GPUs
+    max_num_seqs: int = 256  # vLLM's default
+    max_num_batched_tokens: int = 8192  # prefill longer than this is done in several steps, between which others decode
+    max_model_len: int = 32768
+    max_queued: int = 0  # 0: the queue is unbounded
+    lease: float | None = None  # None: the connector's own (nixl 30, mooncake_ascend 480)
+    handshake_timeout: float = 5.0  # as measured; tests want it small
+    connector: Connector = "nixl"
+    load_failure_policy: Literal["fail", "recompute"] = "fail"  # vLLM's default
+    preemption: Literal["recompute", "report"] = "recompute"  # report: vllm-ascend's stop_reason "recomputed"
+    stale_reads: Literal["wrong", "memory"] = "wrong"  # memory: wrong only once the blocks were really used again
+    eos_rate: float = 1 / 512  # how often the end-of-sequence token is drawn
+    prefix_caching: bool = True
+    prompt_tokens_details: bool = True  # usage says cached_tokens
+    death_delay: float = 0.3  # a dead engine answers /health with 503 this long, then its process is gone
+    keep_alive: float = 5.0  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE
+    request_log: int = 256  # received requests that are kept to be looked at
+    api_key: str | None = None
+    weights: int = 0  # engines with other weights say other things
+
+    def __post_init__(self) -> None:
+        """Refuse what no engine could run with."""
+        for name in ("step_time", "prefill_rate", "transfer_rate", "max_queued", "handshake_timeout", "death_delay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.eos_rate < 1:
+            raise ValueError(f"eos_rate must be in [0, 1), got {self.eos_rate}")
+        if self.lease is not None and self.lease <= 0:
+            raise ValueError(f"lease must be positive, got {self.lease}")
+
+    @property
+    def context(self) -> int:
+        """The longest sequence in tokens: vLLM does not start with a context that its KV cache cannot hold."""
+        return min(self.max_model_len, self.blocks * self.block_size)
+
+    @property
+    def advertised_host(self) -> str:
+        """``remote_host`` of this engine's hand-offs."""
+        return self.side_host or ("localhost" if self.host in ("0.0.0.0", "::", "") else self.host)  # noqa: S104
+
+    @property
+    def lease_seconds(self) -> float:
+        """How long a hand-off is pinned when nobody renews it."""
+        return DEFAULT_LEASE[self.connector] if self.lease is None else self.lease

@@ -1,0 +1,57 @@
+"""How the simulated engine says no, in the shapes of vLLM's API server.
+
+Invariant: every refusal that a client sees is one of these; ``late`` ones were refused after the request had been
+accepted by the handler, which is when a decode engine tells prefill to let go of a hand-off.
+"""
+
+from __future__ import annotations
+
+
+class RequestError(Exception):
+    """An answer other than 200: HTTP status, error type, message and the parameter at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        param: str | None = None,
+        *,
+        late: bool = True,
+        is_output: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.message = message
+        self.param = param
+        self.late = late
+        self.is_output = is_output  # the request ended this way by itself, so a stream has begun before
+
+    def body(self) -> dict[str, object]:
+        """The JSON that goes out."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
+        return {"error": error}
+
+
+def bad_request(message: str, param: str | None = None) -> RequestError:
+    """A value that the handler refuses."""
+    return RequestError(400, "BadRequestError", message, param)
+
+
+def invalid_field(field: str, kind: str, message: str, given: object) -> RequestError:
+    """A body of the wrong shape, as pydantic words it: refused before the handler."""
+    shown = repr(given)
+    detail = f"{{'type': '{kind}', 'loc': ('body', '{field}'), 'msg': '{message}', 'input': {shown[:200]}}}"
+    return RequestError(400, "Bad Request", f"1 validation error:\n  {detail}", field, late=False)
+
+
+def internal_error() -> RequestError:
+    """What a request that ended with finish reason "error" becomes."""
+    return RequestError(500, "InternalServerError", "Internal server error", is_output=True)
+
+
+def engine_dead() -> RequestError:
+    """What requests get from an engine core that has died."""
+    message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+    return RequestError(500, "InternalServerError", message)

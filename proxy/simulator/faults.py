@@ -1,0 +1,156 @@
+"""Faults: what can be made to go wrong, for which leg, how often; switched on in process or over HTTP.
+
+Invariant: a fault with a count is used up by the requests it hit and by nothing else. A request is hit by the first
+matching fault of each kind, all of them drawn once, when it arrives.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import msgspec
+
+Kind = Literal[
+    "refuse",
+    "reset",
+    "hang",
+    "slow",
+    "delay_first_byte",
+    "die_mid_stream",
+    "stall_mid_stream",
+    "drop_handoff_params",
+    "status",
+    "error_event_first",
+    "garbage",
+    "recomputed",
+    "slow_body",
+    "engine_death",
+]
+Leg = Literal["any", "prefill", "decode", "local", "health"]
+
+
+class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One fault. ``leg`` "any" means every inference request (prefill leg, decode leg, or one without a hand-off)."""
+
+    kind: Kind
+    leg: Leg = "any"
+    count: int | None = None  # how many more requests it hits; None: all
+    probability: float = 1.0
+    status: int = 500  # status
+    after_tokens: int = 1  # die_mid_stream, stall_mid_stream, recomputed
+    delay_s: float = 1.0  # delay_first_byte; slow_body: between two pieces
+    piece_bytes: int = 16  # slow_body
+    factor: float = 10.0  # slow
+    duration_s: float | None = None  # refuse: None (in process only) lasts until the fault is removed
+    form: Literal["bytes", "json", "truncated"] = "bytes"  # garbage
+    ending: Literal["reset", "close"] = "reset"  # die_mid_stream
+    retry_after: int | None = None  # status: a Retry-After header
+    hits: int = 0  # how many requests it has hit
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability must be in [0, 1], got {self.probability}")
+        if self.factor <= 0:
+            raise ValueError(f"factor must be positive, got {self.factor}")
+        if self.kind == "status" and not 400 <= self.status <= 599:
+            raise ValueError(f"status must be an error status, got {self.status}")
+
+
+class Mischief:
+    """What is going to happen to one request: the faults that hit it, by kind."""
+
+    __slots__ = ("faults",)
+
+    def __init__(self, faults: dict[str, Fault]) -> None:
+        self.faults = faults
+
+    def get(self, kind: Kind) -> Fault | None:
+        """The fault of a kind, if it hits this request."""
+        return self.faults.get(kind)
+
+
+NOTHING = Mischief({})
+
+
+class Faults:
+    """The faults of one simulator."""
+
+    def __init__(self, changed: Callable[[], None], seed: int = 0) -> None:
+        self._active: list[Fault] = []
+        self._changed = changed
+        self._random = random.Random(seed)
+
+    def __iter__(self) -> Iterator[Fault]:
+        return iter(self._active)
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def add(self, kind: Kind, **options: Any) -> Fault:
+        """Switch a fault on beside the others; gives it back, so that its ``hits`` can be looked at."""
+        fault = msgspec.convert({"kind": kind, **options}, Fault)
+        self._active.append(fault)
+        self._changed()
+        return fault
+
+    def replace(self, faults: Iterable[Fault]) -> None:
+        """Switch exactly these on."""
+        self._active = list(faults)
+        self._changed()
+
+    def remove(self, fault: Fault) -> None:
+        """Switch one off."""
+        self._active = [other for other in self._active if other is not fault]
+        self._changed()
+
+    def clear(self) -> None:
+        """Switch all off."""
+        self.replace([])
+
+    def find(self, kind: Kind) -> Fault | None:
+        """The first fault of a kind, without drawing it."""
+        return next((fault for fault in self._active if fault.kind == kind), None)
+
+    def slowness(self) -> float:
+        """The factor of all ``slow`` faults together."""
+        factor = 1.0
+        for fault in self._active:
+            if fault.kind == "slow":
+                factor *= fault.factor
+        return factor
+
+    def draw(self, leg: Leg) -> Mischief:
+        """The faults that hit one request of this leg."""
+        if not self._active:
+            return NOTHING
+        drawn: dict[str, Fault] = {}
+        for fault in self._active:
+            if fault.kind in ("refuse", "slow") or fault.kind in drawn or fault.count == 0:
+                continue
+            if fault.leg != leg and not (fault.leg == "any" and leg != "health"):
+                continue
+            if fault.probability < 1 and self._random.random() >= fault.probability:
+                continue
+            fault.hits += 1
+            if fault.count is not None:
+                fault.count -= 1
+            drawn[fault.kind] = fault
+        return Mischief(drawn)
+
+
+def parse_faults(body: Any) -> list[Fault]:
+    """The faults in a PUT: one object, a list, or ``{"faults": [...]}``. Raises ValueError."""
+    if isinstance(body, dict) and "faults" in body:
+        body = body["faults"]
+    if isinstance(body, dict):
+        body = [body]
+    try:
+        faults: list[Fault] = msgspec.convert(body, list[Fault])
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from error
+    if any(fault.kind == "refuse" and fault.duration_s is None for fault in faults):
+        raise ValueError("refuse needs duration_s over HTTP: nobody could switch it off")
+    return faults

@@ -1,0 +1,324 @@
+"""The HTTP surface: which path does what, and what the faults of a request do to it before the engine sees it.
+
+Invariant: every request is answered, cut, or (when a fault says so) left hanging; none is answered twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from proxy.simulator import encoding
+from proxy.simulator.answers import StreamAnswer, WholeAnswer
+from proxy.simulator.errors import RequestError, engine_dead, internal_error, invalid_field
+from proxy.simulator.faults import NOTHING, Leg, Mischief, parse_faults
+from proxy.simulator.handoffs import RemotePrefill
+from proxy.simulator.http import Exchange
+from proxy.simulator.page import metrics_page, state
+from proxy.simulator.prompts import render_chat
+from proxy.simulator.requests import GenerationRequest, decode_chat, decode_completion, leg_of
+from proxy.simulator.sequences import Sequence
+from proxy.simulator.tokens import detokenize, token_text, tokenize
+
+if TYPE_CHECKING:
+    from proxy.simulator.server import Simulator
+
+VERSION = "0.32.0"
+_PROBES = ("/health", "/metrics", "/ping", "/version")
+
+
+@dataclass(slots=True)
+class ReceivedRequest:
+    """One request as it came in, and what became of it. ``status`` is None until the status line has gone out."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: Any
+    leg: Leg = "local"
+    status: int | None = None
+    aborted: bool = False
+    finished: bool = False
+    output_tokens: int = 0
+
+
+class Routes:
+    """Answers the requests of one simulator."""
+
+    def __init__(self, sim: Simulator) -> None:
+        self._sim = sim
+
+    async def handle(self, exchange: Exchange) -> None:
+        """Answer one request."""
+        try:
+            await self._route(exchange)
+        except RequestError as error:
+            exchange.respond(error.status, encoding.to_json(error.body()))
+        except Exception:
+            exchange.respond(500, encoding.to_json(internal_error().body()))
+            raise
+        finally:
+            self._sim.changed()
+
+    async def _route(self, exchange: Exchange) -> None:
+        path = exchange.path
+        if path in _PROBES:
+            self._sim.probes[path] += 1
+            await self._probe(exchange)
+            return
+        if path.startswith("/simulator/"):
+            self._control(exchange)
+            return
+        key = self._sim.config.api_key
+        if key is not None and path.startswith("/v1") and exchange.headers.get("authorization") != f"Bearer {key}":
+            exchange.respond(401, b'{"error":"Unauthorized"}')
+            return
+        match (exchange.method, path):
+            case ("POST", "/v1/chat/completions" | "/v1/completions"):
+                await self._generate(exchange)
+            case ("GET", "/v1/models"):
+                exchange.respond(200, encoding.to_json(self._models()))
+            case ("POST", "/tokenize"):
+                exchange.respond(200, encoding.to_json(self._tokenize(self._body(exchange))))
+            case ("POST", "/detokenize"):
+                tokens = self._body(exchange).get("tokens") or []
+                exchange.respond(200, encoding.to_json({"prompt": detokenize(tokens, special=True)}))
+            case ("POST", "/reset_prefix_cache"):
+                self._sim.engine.pool.forget()
+                exchange.respond(200, b"", content_type="")
+            case (_, "/v1/chat/completions" | "/v1/completions" | "/v1/models" | "/tokenize" | "/reset_prefix_cache"):
+                raise RequestError(405, "Method Not Allowed", "Method Not Allowed")
+            case _:
+                raise RequestError(404, "Not Found", "Not Found")
+
+    async def _probe(self, exchange: Exchange) -> None:
+        mischief = self._sim.faults.draw("health") if exchange.path in ("/health", "/ping") else NOTHING
+        if await self._misbehave(exchange, mischief):
+            return
+        match exchange.path:
+            case "/health" | "/ping":
+                exchange.respond(200 if self._sim.engine.dead is None else 503, b"", content_type="")
+            case "/version":
+                exchange.respond(200, encoding.to_json({"version": VERSION}))
+            case "/metrics":
+                exchange.respond(
+                    200, metrics_page(self._sim.engine).encode(), "text/plain; version=0.0.4; charset=utf-8"
+                )
+
+    def _control(self, exchange: Exchange) -> None:
+        match (exchange.method, exchange.path):
+            case ("GET", "/simulator/state"):
+                exchange.respond(200, encoding.to_json(state(self._sim)))
+            case ("GET", "/simulator/faults"):
+                exchange.respond(200, encoding.to_json({"faults": list(self._sim.faults)}))
+            case ("PUT", "/simulator/faults"):
+                try:
+                    faults = parse_faults(encoding.loads(exchange.body))
+                except ValueError as error:
+                    raise RequestError(400, "BadRequestError", str(error), "faults") from error
+                answer = encoding.to_json({"faults": faults})
+                exchange.respond(200, answer)
+                self._sim.faults.replace(faults)
+            case ("DELETE", "/simulator/faults"):
+                self._sim.faults.clear()
+                exchange.respond(200, b'{"faults":[]}')
+            case _:
+                raise RequestError(404, "Not Found", "Not Found")
+
+    def _models(self) -> dict[str, Any]:
+        card = {
+            "id": self._sim.config.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "vllm",
+            "root": self._sim.config.model,
+            "parent": None,
+            "max_model_len": self._sim.config.context,
+            "permission": [],
+        }
+        return {"object": "list", "data": [card]}
+
+    def _tokenize(self, body: Any) -> dict[str, Any]:
+        if isinstance(body.get("messages"), list):
+            generation = body.get("add_generation_prompt") is not False
+            tokens = render_chat(body["messages"], body.get("tools"), add_generation_prompt=generation)
+        elif isinstance(body.get("prompt"), str):
+            tokens = tokenize(body["prompt"])
+        else:
+            raise invalid_field("prompt", "missing", "Field required", body)
+        shown = [token_text(token) for token in tokens] if body.get("return_token_strs") else None
+        return {"count": len(tokens), "max_model_len": self._sim.config.context, "tokens": tokens, "token_strs": shown}
+
+    @staticmethod
+    def _body(exchange: Exchange) -> Any:
+        kind = exchange.headers.get("content-type", "application/json").split(";")[0].strip()
+        if kind != "application/json":
+            message = "Unsupported Media Type: Only 'application/json' is allowed"
+            raise RequestError(415, "Unsupported Media Type", message, late=False)
+        try:
+            body = encoding.loads(exchange.body)
+        except ValueError as error:
+            raise invalid_field("0", "json_invalid", "JSON decode error", str(error)) from error
+        if not isinstance(body, dict):
+            raise invalid_field("", "model_attributes_type", "Input should be a valid dictionary or object", body)
+        return body
+
+    # Inference.
+
+    async def _generate(self, exchange: Exchange) -> None:
+        received = ReceivedRequest(exchange.method, exchange.path, exchange.headers, None)
+        self._sim.requests.append(received)
+        abandoned: list[Callable[[], None]] = []
+
+        def gone() -> None:
+            received.aborted = True
+            for callback in abandoned:
+                callback()
+            self._sim.changed()
+
+        exchange.on_close = gone
+        try:
+            received.body = body = self._body(exchange)
+            received.leg = leg_of(body)
+            self._sim.changed()
+            mischief = self._sim.faults.draw(received.leg)
+            if await self._misbehave(exchange, mischief):
+                return
+            if not exchange.open:
+                # The client has gone before the request got anywhere; a decode engine still tells prefill.
+                received.aborted = True
+                if received.leg == "decode":
+                    self._sim.engine.let_go(RemotePrefill(body["kv_transfer_params"]))
+                return
+            await self._infer(exchange, body, mischief, received, abandoned)
+        except RequestError as error:
+            if error.late and received.leg == "decode":
+                self._sim.engine.let_go(RemotePrefill(received.body["kv_transfer_params"]))
+            exchange.respond(error.status, encoding.to_json(error.body()))
+        finally:
+            received.status = exchange.status
+            received.finished = exchange.ended and not received.aborted
+            self._sim.served += received.finished
+
+    async def _infer(
+        self,
+        exchange: Exchange,
+        body: Any,
+        mischief: Mischief,
+        received: ReceivedRequest,
+        abandoned: list[Callable[[], None]],
+    ) -> None:
+        decode = decode_chat if exchange.path == "/v1/chat/completions" else decode_completion
+        request = decode(body, exchange.headers, self._sim.config)
+        if self._sim.engine.dead is not None:
+            raise engine_dead()
+        sequences = self._sequences(request, mischief)
+        arguments = (exchange, request, mischief, self._sim.config, self._sim.engine.abort)
+        first_error = mischief.get("error_event_first")
+        if request.stream:
+            stream = StreamAnswer(*arguments)
+            if first_error is not None:
+                stream.start()
+                stream.fail_first(internal_error().body())
+                return
+            answer: StreamAnswer | WholeAnswer = stream
+        else:
+            if first_error is not None:
+                raise internal_error()
+            answer = WholeAnswer(*arguments)
+        answer.expect(sequences)
+        abandoned.append(answer.abandon)
+        self._sim.engine.submit(sequences)
+        if isinstance(answer, StreamAnswer):
+            answer.start()
+            received.status = exchange.status
+        await answer.done
+        received.output_tokens = sum(sequence.output_length for sequence in sequences)
+
+    def _sequences(self, request: GenerationRequest, mischief: Mischief) -> list[Sequence]:
+        config = self._sim.config
+        params = request.remote_prefill
+        recomputed = mischief.get("recomputed")
+        sequences = []
+        for number, prompt in enumerate(request.prompts):
+            for child, sampling in enumerate(request.sampling):
+                if recomputed is not None:
+                    sampling = replace(sampling, recompute_after=recomputed.after_tokens)
+                name = request.external_id
+                if request.kind == "completion":
+                    name = f"{name}-{number}"
+                name = f"{name}-{uuid.uuid4().hex[:8]}"
+                sequences.append(
+                    Sequence(
+                        name if request.n == 1 else f"{child}_{name}",
+                        number * request.n + child,
+                        prompt,
+                        sampling,
+                        origin=self._sim.engine.origin,
+                        block_size=config.block_size,
+                        eos_limit=int(config.eos_rate * (1 << 24)),
+                        remote=None if params is None else RemotePrefill(params),
+                        keep_for_decode=request.remote_decode,
+                        keep_draws=request.logprobs is not None,
+                        cache_key=request.cache_key,
+                        skip_cache=request.prompt_logprobs is not None,
+                    )
+                )
+        return sequences
+
+    async def _misbehave(self, exchange: Exchange, mischief: Mischief) -> bool:
+        """Do what the faults of this request say before the engine sees it; True if it has been dealt with."""
+        if not mischief.faults:
+            return False
+        if mischief.get("engine_death") is not None:
+            self._sim.engine.die("the fault engine_death was switched on")
+            raise engine_dead()
+        if mischief.get("hang") is not None:
+            # Never answered; the task ends when the peer or the simulator closes the connection.
+            await self._until_closed(exchange)
+            return True
+        delay = mischief.get("delay_first_byte")
+        if delay is not None:
+            await asyncio.sleep(delay.delay_s)
+        if mischief.get("reset") is not None:
+            exchange.cut()
+            return True
+        status = mischief.get("status")
+        if status is not None:
+            self._answer_with_status(exchange, status.status, status.retry_after)
+            return True
+        garbage = mischief.get("garbage")
+        if garbage is not None:
+            self._answer_with_garbage(exchange, garbage.form)
+            return True
+        slow = mischief.get("slow_body")
+        if slow is not None:
+            exchange.pace(slow.piece_bytes, slow.delay_s)
+        return False
+
+    async def _until_closed(self, exchange: Exchange) -> None:
+        await self._sim.wait_for(lambda: exchange.connection.exchange is not exchange, 86_400)
+
+    @staticmethod
+    def _answer_with_status(exchange: Exchange, status: int, retry_after: int | None) -> None:
+        kinds = {500: "InternalServerError", 503: "ServiceUnavailableError", 429: "RateLimitError"}
+        messages = {500: "Internal server error", 503: "Service temporarily unavailable", 429: "Too many requests"}
+        error = RequestError(status, kinds.get(status, "Error"), messages.get(status, "Simulated error"))
+        headers = None if retry_after is None else {"retry-after": str(retry_after)}
+        exchange.respond(status, encoding.to_json(error.body()), headers=headers)
+
+    @staticmethod
+    def _answer_with_garbage(exchange: Exchange, form: str) -> None:
+        match form:
+            case "bytes":
+                exchange.raw(b"\x15\x03\x03\x00\x02\x02\x28 this is not HTTP\r\n" + random.Random(0).randbytes(64))
+                exchange.cut(polite=True)
+            case "json":
+                exchange.respond(200, b'{"id": "cmpl-1", "choices": [{"index": 0, "te')
+            case _:
+                exchange.keep_alive = False
+                exchange.respond(200, b'{"id": "cmpl-1", "object": "text_', length=4096)

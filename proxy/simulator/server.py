@@ -1,0 +1,208 @@
+"""The simulated engine as a process: its two listening sockets, its connections, its life and death.
+
+Invariant: everything a peer can see of the process (sockets, connections) is in the hands of :class:`Simulator`, so
+that ``kill`` can take all of it away at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter, deque
+from collections.abc import Callable
+from types import TracebackType
+
+from proxy.simulator.config import SimulatorConfig
+from proxy.simulator.engine import Engine
+from proxy.simulator.faults import Faults
+from proxy.simulator.http import Connection, Exchange
+from proxy.simulator.routes import ReceivedRequest, Routes
+from proxy.simulator.sidechannel import Serving, SideChannelServer
+from proxy.simulator.watch import Watch
+
+
+class Simulator:
+    """One simulated vLLM engine in the running event loop."""
+
+    def __init__(self, config: SimulatorConfig | None = None) -> None:
+        self.config = config or SimulatorConfig()
+        self.url = ""
+        self.port = self.config.port
+        self.side_port = self.config.side_port
+        self.keep_alive = self.config.keep_alive
+        self.connections: set[Connection] = set()
+        self.requests: deque[ReceivedRequest] = deque(maxlen=self.config.request_log)
+        self.probes: Counter[str] = Counter()  # requests to /health, /metrics and the like, by path
+        self.served = 0  # inference requests that were answered to the end
+        self.alive = False
+        self.faults = Faults(self._faults_changed)
+        self.engine: Engine
+        self._watch = Watch()
+        self._routes = Routes(self)
+        self._listener: asyncio.Server | None = None
+        self._side_listener: asyncio.Server | None = None
+        self._serving: Serving
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._refusing = False
+        self._new_engine()
+
+    # Life.
+
+    def _new_engine(self) -> None:
+        self.engine = Engine(self.config, self.faults, changed=self._watch.changed, died=self._engine_died)
+        self._serving = Serving(self.config, self.engine.id, self.engine.pool, self.engine.handoffs)
+
+    async def start(self) -> None:
+        """Listen and begin to step."""
+        loop = asyncio.get_running_loop()
+        host = self.config.host
+        serving = self._serving
+        self._side_listener = await loop.create_server(lambda: SideChannelServer(serving), host, self.side_port)
+        self.side_port = self._side_listener.sockets[0].getsockname()[1]
+        self.engine.side_port = self.side_port
+        self.engine.start()
+        self.alive = True
+        await self._listen()
+        self._faults_changed()
+        self._watch.changed()
+
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(
+            lambda: Connection(self), self.config.host, self.port, backlog=2048, reuse_address=True
+        )
+        self.port = self._listener.sockets[0].getsockname()[1]
+        shown = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        self.url = f"http://{shown}:{self.port}"
+
+    async def stop(self, grace: float = 0.25) -> None:
+        """End politely: take no more connections, let requests in flight end for ``grace`` seconds, then close."""
+        self._close_listener()
+        if self.alive and grace > 0:
+            with contextlib.suppress(TimeoutError):
+                await self.wait_for(lambda: all(one.exchange is None for one in self.connections), grace)
+        self.alive = False
+        for connection in list(self.connections):
+            if connection.paused:
+                connection.reset()  # its peer does not read: there is no polite end
+            else:
+                connection.close()
+        self._end()
+        # Some turns of the loop, so that transports and handlers have ended before a test's loop does.
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    def kill(self) -> None:
+        """``kill -9``, as peers see it: nothing listens any more and every connection is reset."""
+        self.alive = False
+        self._close_listener()
+        for connection in list(self.connections):
+            connection.reset()
+        self._end()
+
+    async def restart(self) -> None:
+        """Come back on the same ports with a new engine: another id, nothing cached, nothing counted."""
+        if self.alive:
+            self.kill()
+            await asyncio.sleep(0)
+        self._new_engine()
+        await self.start()
+
+    def _end(self) -> None:
+        if self._side_listener is not None:
+            self._side_listener.close()
+            self._side_listener = None
+        for peer in list(self._serving.connections):
+            peer.reset()
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+        for task in self._tasks:
+            task.cancel()
+        self.engine.close()
+        self._watch.changed()
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def _engine_died(self) -> None:
+        if self._side_listener is not None:
+            self._side_listener.close()
+            self._side_listener = None
+        self._later(self.config.death_delay, self.kill)
+
+    def _later(self, delay: float, action: Callable[[], None]) -> None:
+        handle: asyncio.TimerHandle
+
+        def act() -> None:
+            self._timers.discard(handle)
+            action()
+
+        handle = asyncio.get_running_loop().call_later(delay, act)
+        self._timers.add(handle)
+
+    async def __aenter__(self) -> Simulator:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def wait_for(self, predicate: Callable[[], bool], timeout: float = 5.0) -> None:
+        """Return once ``predicate()`` is true, looked at after every change; raises TimeoutError."""
+        await self._watch.wait_for(predicate, timeout)
+
+    def connection_changed(self) -> None:
+        """Called by connections when they open or close."""
+        self._watch.changed()
+
+    def changed(self) -> None:
+        """Look at what is being waited for."""
+        self._watch.changed()
+
+    def expire_handoffs(self) -> None:
+        """Let every lease run out now, as if nobody had come for ``lease`` seconds."""
+        self.engine.handoffs.expire_all()
+
+    # Faults that are not one request's.
+
+    def _faults_changed(self) -> None:
+        fault = self.faults.find("refuse")
+        if fault is None:
+            if self._refusing:
+                self._refusing = False
+                self._spawn_listen()
+        elif not self._refusing and self.alive:
+            self._refusing = True
+            self._close_listener()
+            for connection in list(self.connections):
+                if connection.exchange is None:
+                    connection.close()
+            if fault.duration_s is not None:
+                self._later(fault.duration_s, lambda: self.faults.remove(fault))
+        self._watch.changed()
+
+    def _spawn_listen(self) -> None:
+        if not self.alive:
+            return
+        task = asyncio.get_running_loop().create_task(self._listen())
+        self._tasks.add(task)
+        task.add_done_callback(self._listening_again)
+
+    def _listening_again(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._watch.changed()
+
+    @property
+    def listening(self) -> bool:
+        """Whether connections to the API port are accepted."""
+        return self._listener is not None
+
+    async def handle(self, exchange: Exchange) -> None:
+        """Called by connections for each request."""
+        await self._routes.handle(exchange)

@@ -1,0 +1,177 @@
+"""The way between two engines: prefill serves its KV on a port of its own, decode reads it there and says so.
+
+Frames are msgpack after a four-byte length. Invariant: a decode engine learns nothing here that a real one would not:
+blocks are read by number, and nobody says whether they still belong to the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Any, cast
+
+import msgspec
+
+from proxy.simulator.blocks import BlockPool, Content
+from proxy.simulator.config import SimulatorConfig
+from proxy.simulator.handoffs import Handoffs, RemotePrefill
+from proxy.simulator.resetting import reset
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+_LENGTH = struct.Struct(">I")
+
+
+class TransferFailed(Exception):
+    """The KV could not be fetched; what follows is the load failure policy's business."""
+
+
+class OutOfRange(Exception):
+    """A block number that the peer does not have: the worker does not survive it."""
+
+
+def frame(message: dict[str, Any]) -> bytes:
+    """One message as it goes over the wire."""
+    payload = _encode(message)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+class SideChannelServer(asyncio.Protocol):
+    """Prefill's end of one connection."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._buffer = bytearray()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # Not checked: uvloop's transports do not inherit from asyncio's.
+        transport = cast(asyncio.Transport, transport)
+        self._transport = transport
+        self._serving.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._serving.connections.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if len(self._buffer) < 4 + length:
+                return
+            message = _decode(bytes(self._buffer[4 : 4 + length]))
+            del self._buffer[: 4 + length]
+            answer = self._serving.answer(message)
+            if answer is not None and self._transport is not None:
+                self._transport.write(frame(answer))
+
+    def reset(self) -> None:
+        """Cut the connection."""
+        if self._transport is not None:
+            reset(self._transport)
+
+
+class Serving:
+    """Prefill's side channel: what it answers, and its open connections."""
+
+    def __init__(self, config: SimulatorConfig, engine_id: str, pool: BlockPool, handoffs: Handoffs) -> None:
+        self._config = config
+        self._engine_id = engine_id
+        self._pool = pool
+        self._handoffs = handoffs
+        self.connections: set[SideChannelServer] = set()
+
+    def answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """What one message is answered with, if with anything."""
+        match message["op"]:
+            case "hello":
+                config = self._config
+                return {
+                    "engine_id": self._engine_id,
+                    "blocks": config.blocks,
+                    "compatibility": compatibility(config),
+                }
+            case "read":
+                scrambled = self._config.stale_reads == "wrong"
+                read = self._pool.read
+                return {"contents": [read(index, scrambled_when_free=scrambled) for index in message["block_ids"]]}
+            case "beat":
+                self._handoffs.renew(message["request_ids"])
+            case "done":
+                self._handoffs.done(message["request_id"], read=message["read"])
+        return None
+
+
+def compatibility(config: SimulatorConfig) -> str:
+    """What must be the same on both sides for KV to make sense."""
+    return f"{config.model}/{config.weights}/{config.block_size}/{config.connector}"
+
+
+class Peers:
+    """Decode's side: fetches KV from any prefill engine and remembers whom it has shaken hands with."""
+
+    def __init__(self, config: SimulatorConfig) -> None:
+        self._config = config
+        self._known: set[str] = set()
+        # A peer that is there gets a second to answer, however short the handshake of failures was set for a test.
+        self._patience = max(config.handshake_timeout, 1.0)
+
+    async def fetch(self, remote: RemotePrefill, block_ids: list[int], tokens: int) -> list[Content]:
+        """Read blocks and tell their owner that they are no longer needed.
+
+        Raises:
+            TransferFailed: the engine is not there or is another one; at once if they had met, else after the handshake
+                timeout, as with a real one's sockets.
+            OutOfRange: the peer has no such block.
+        """
+        began = asyncio.get_running_loop().time()
+        try:
+            return await self._fetch(remote, block_ids, tokens)
+        except (OSError, EOFError, TimeoutError) as error:
+            if remote.engine_id not in self._known:
+                left = self._config.handshake_timeout - (asyncio.get_running_loop().time() - began)
+                await asyncio.sleep(max(left, 0))
+            raise TransferFailed(f"{remote.host}:{remote.port}: {error!r}") from error
+
+    async def _fetch(self, remote: RemotePrefill, block_ids: list[int], tokens: int) -> list[Content]:
+        if not remote.port:
+            raise ConnectionRefusedError("no such port")
+        async with asyncio.timeout(self._patience):
+            reader, writer = await asyncio.open_connection(remote.host, remote.port)
+        try:
+            async with asyncio.timeout(self._patience):
+                hello = await _ask(reader, writer, {"op": "hello"})
+            if hello["engine_id"] != remote.engine_id:
+                raise ConnectionError("engine ID mismatch")
+            if hello["compatibility"] != compatibility(self._config):
+                raise TransferFailed("compatibility hash mismatch")
+            self._known.add(remote.engine_id)
+            if any(not 0 <= index < hello["blocks"] for index in block_ids):
+                raise OutOfRange(f"block ids {block_ids} out of range of {hello['blocks']} blocks")
+            if self._config.transfer_rate:
+                await asyncio.sleep(tokens / self._config.transfer_rate)
+            answer = await _ask(reader, writer, {"op": "read", "block_ids": block_ids})
+            writer.write(frame({"op": "done", "request_id": remote.request_id, "read": True}))
+            contents: list[Content] = [(before, tokens, error) for before, tokens, error in answer["contents"]]
+            return contents
+        finally:
+            writer.close()
+
+    async def tell(self, host: str, port: int, message: dict[str, Any]) -> bool:
+        """Send a notification; whether anybody took it."""
+        try:
+            async with asyncio.timeout(self._patience):
+                _, writer = await asyncio.open_connection(host, port)
+                writer.write(frame(message))
+                await writer.drain()
+                writer.close()
+        except (OSError, TimeoutError):
+            return False
+        return True
+
+
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: dict[str, Any]) -> dict[str, Any]:
+    writer.write(frame(message))
+    (length,) = _LENGTH.unpack(await reader.readexactly(4))
+    answer: dict[str, Any] = _decode(await reader.readexactly(length))
+    return answer

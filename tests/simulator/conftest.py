@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from proxy.simulator import Simulator, SimulatorConfig
+
+from .helpers import Client
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[Client]:
+    client = Client()
+    yield client
+    await client.http.aclose()
+
+
+Start = Callable[..., Awaitable[Simulator]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """Starts simulators with the options given; ends them all."""
+    running: list[Simulator] = []
+
+    async def start(**options: Any) -> Simulator:
+        sim = Simulator(SimulatorConfig(**{"handshake_timeout": 0.1, "death_delay": 0.05, **options}))
+        running.append(sim)
+        await sim.start()
+        return sim
+
+    yield start
+    for sim in running:
+        await sim.stop(grace=0)
+
+
+@pytest.fixture
+async def mixed(start: Start) -> Simulator:
+    return await start()
+
+
+@pytest.fixture
+async def pair(start: Start) -> tuple[Simulator, Simulator]:
+    return await start(role="prefill"), await start(role="decode")

@@ -1,0 +1,64 @@
+"""What the simulator's tests share: a plain HTTP client and the two legs by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+
+from proxy.simulator import Simulator
+
+PROMPT = "the river runs past the old harbour and the engine waits for a signal " * 4
+PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+
+
+class Client:
+    """Talks to simulators."""
+
+    def __init__(self) -> None:
+        self.http = httpx.AsyncClient(timeout=10)
+
+    async def post(self, sim: Simulator, path: str, body: Any, **headers: str) -> httpx.Response:
+        return await self.http.post(sim.url + path, json=body, headers=headers)
+
+    async def get(self, sim: Simulator, path: str) -> httpx.Response:
+        return await self.http.get(sim.url + path)
+
+    async def text(self, sim: Simulator, **body: Any) -> str:
+        answer = await self.post(sim, "/v1/completions", greedy(**body))
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    async def prefill(self, sim: Simulator, **body: Any) -> dict[str, Any]:
+        leg = greedy(**body) | {"max_tokens": 1, "min_tokens": 1, "kv_transfer_params": PREFILL}
+        answer = await self.post(sim, "/v1/completions", leg)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["kv_transfer_params"]
+
+    async def events(self, sim: Simulator, path: str, body: Any) -> AsyncIterator[Any]:
+        """The data of each server-sent event; "[DONE]" as text."""
+        async with self.http.stream("POST", sim.url + path, json=body | {"stream": True}) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            async for line in answer.aiter_lines():
+                if line.startswith("data: "):
+                    data = line.removeprefix("data: ")
+                    yield data if data == "[DONE]" else json.loads(data)
+
+    async def all_events(self, sim: Simulator, path: str, body: Any) -> list[Any]:
+        return [event async for event in self.events(sim, path, body)]
+
+
+def greedy(**body: Any) -> dict[str, Any]:
+    return {"model": "sim", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True} | body
+
+
+def chat(text: str = "tell me of the river", **body: Any) -> dict[str, Any]:
+    return {
+        "model": "sim",
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": 12,
+        "temperature": 0,
+        "ignore_eos": True,
+    } | body
