@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
@@ -58,11 +59,11 @@ def serve(settings: Settings) -> int:
 
 
 async def _run(gateway: Gateway, sockets: list[socket.socket]) -> None:
-    main = _Server(_config(gateway.surface), gateway)
+    main = _Server(uvicorn_config(gateway.surface), gateway)
     servers: list[uvicorn.Server] = [main]
     if len(sockets) > 1:
         metrics = Surface(hot={}, routers=[operations.metrics(gateway.registry)])
-        servers.append(_Quiet(_config(metrics)))
+        servers.append(_Quiet(uvicorn_config(metrics)))
     for sock, what in zip(sockets, ("", " for /metrics"), strict=False):
         log.info("listening on %s%s", _url(sock), what)
     others = [asyncio.create_task(s.serve(sockets=[sock])) for s, sock in zip(servers[1:], sockets[1:], strict=True)]
@@ -72,7 +73,8 @@ async def _run(gateway: Gateway, sockets: list[socket.socket]) -> None:
     await asyncio.gather(*others)
 
 
-def _config(app: FastAPI) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves a surface."""
     return uvicorn.Config(
         app,
         http=GatewayProtocol,
@@ -153,7 +155,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ListenError(f"cannot listen on {host}:{port}: {why}") from None
 
 
 def _url(sock: socket.socket) -> str:

@@ -17,8 +17,9 @@ from tenacity import (
     RetryCallState,
     retry_if_exception_type,
     stop_after_attempt,
-    wait_exponential_jitter,
+    wait_exponential,
     wait_fixed,
+    wait_random,
 )
 
 from proxy.fleet.backend import Backend
@@ -96,7 +97,8 @@ class Prober:
             await asyncio.sleep(self._settings.interval * 2 ** min(backend.ejections, _EJECTION_LIMIT))
         patience = AsyncRetrying(
             retry=retry_if_exception_type(ProbeFailed),
-            wait=wait_exponential_jitter(initial=_FIRST_WAIT, max=self._settings.longest_wait, jitter=_FIRST_WAIT),
+            wait=wait_exponential(multiplier=_FIRST_WAIT, max=self._settings.longest_wait)
+            + wait_random(0, _FIRST_WAIT),
             before_sleep=lambda state: self._still_down(backend, state),
         )
         async for attempt in patience:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
-from proxy.errors import BackendBusy, BackendError, HandoffInvalid, NoBackend
+from proxy.errors import BackendBusy, BackendError, BackendGarbled, HandoffInvalid, NoBackend
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
 from proxy.flow.legs import Legs, Limbo
@@ -106,11 +106,12 @@ class Flow:
         return decision
 
     def _given_up_handoff(self, request: Request) -> str:
-        """After two tries whose decode failed under a hand-off, the link between the pools is the likely culprit."""
-        retries = request.record.retries
-        if len(retries) < 2 or not (request.record.prefill and self._local_prefill):
+        """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
+        pool or the link between the pools is the likely culprit. A prefill pool that is merely busy is none."""
+        failed = [leg for leg, reason in request.record.retries if reason != BackendBusy.reason]
+        if len(failed) < 2 or not (request.record.prefill and self._local_prefill):
             return ""
-        return "handoff_failed" if sum(leg == "decode" for leg, _ in retries) >= 2 else ""
+        return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
 
     async def _try(self, request: Request, decision: Decision[Backend]) -> None:
         """One try on one pair (or one backend). Decode's place is taken before prefill starts."""
@@ -148,9 +149,13 @@ class Flow:
             self._failed(request, backend, "prefill", error)
             raise
         record.prefill_seconds = monotonic() - started
-        self._fleet.succeeded(backend)
         try:
             handoff, usage = plan.take(answer)
+            self._fleet.succeeded(backend)
+        except BackendGarbled as error:
+            self._fleet.failed(backend, error)
+            self._failed(request, backend, "prefill", error)
+            raise
         except HandoffInvalid as error:
             self._do_without(request, backend, "handoff_invalid", error)
             return None

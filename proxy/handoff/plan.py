@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from proxy.errors import HandoffInvalid
+from proxy.errors import BackendGarbled
 from proxy.handoff.body import Body
 from proxy.handoff.connector import Connector, Handoff
 
@@ -57,12 +57,13 @@ class SequentialPlan:
         """Read prefill's answer: the hand-off (None when it gave no parameters) and its `usage`.
 
         Raises:
-            HandoffInvalid: it is not an answer, or its parameters would harm decode.
+            BackendGarbled: it is not an answer.
+            HandoffInvalid: its parameters would harm decode.
         """
         try:
             parsed = _decode_answer(answer)
         except msgspec.MsgspecError as error:
-            raise HandoffInvalid(f"prefill's answer is not one: {error}") from None
+            raise BackendGarbled(f"prefill's answer is not one: {error}") from None
         params = parsed.kv_transfer_params
         if bytes(memoryview(params)[:4]) in (b"", b"null", b"{}"):
             return None, parsed.usage

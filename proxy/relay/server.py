@@ -114,7 +114,7 @@ class DirectClient:
 
     def cut(self) -> None:
         self._cycle.keep_alive = False
-        self._transport.close()
+        self._transport.abort()  # not close(), which would wait for a client that reads nothing
 
     async def flushed(self) -> None:
         """Nothing is held here; the transport sends what it has by itself."""
@@ -145,8 +145,16 @@ class DirectClient:
         cycle.response_complete = True
         cycle.message_event.set()
         if not cycle.keep_alive:
-            self._transport.close()
+            if cycle.more_body:
+                self._protocol.linger()
+            else:
+                self._transport.close()
         cycle.on_response()
+
+
+# Seconds for which what a client still sends is read and thrown away after its request was refused. Closing at once
+# would reset the connection, and the answer would be lost with it.
+_LINGER = 2.0
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -168,6 +176,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._header_deadline: asyncio.TimerHandle | None = None
         self._waiting_since: float | None = None
+        self._lingering: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -176,12 +185,16 @@ class GatewayProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._header_deadline is not None:
             self._header_deadline.cancel()
+        if self._lingering is not None:
+            self._lingering.cancel()
         super().connection_lost(exc)
         clients, self.clients, self.streaming = self.clients, set(), None
         for client in clients:
             client.left()
 
     def data_received(self, data: bytes) -> None:
+        if self._lingering is not None:
+            return
         if self._waiting_since is None and (self.cycle is None or self.cycle.response_complete):
             self._expect_headers()
         if self._waiting_since is not None:
@@ -238,7 +251,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: GatewayError) -> None:
         """Answer a request that the application will never see, and close."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._lingering is not None:
             return
         if self.streaming is not None or any(client.started for client in self.clients):
             self.transport.close()  # a second answer must not land inside the first
@@ -249,4 +262,12 @@ class GatewayProtocol(HttpToolsProtocol):
             + b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
             + body
         )
-        self.transport.close()
+        self.linger()
+
+    def linger(self) -> None:
+        """Close once the client has heard the answer: it has closed its side, or had its time."""
+        if self._lingering is None and not self.transport.is_closing():
+            self._lingering = self.loop.call_later(_LINGER, self.transport.abort)
+            self.flow.resume_reading()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()

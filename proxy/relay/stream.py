@@ -298,6 +298,8 @@ class StreamRelay:
         self._held.clear()
         self._begin()
         held, self.events = self._inspect(held)
+        if self.events > 1:  # the first token has no gap before it, its companions have one of nothing
+            self._gaps.counts[0] += self.events - 1
         if last and self._done:
             self._last = held
         elif held:

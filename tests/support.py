@@ -1,0 +1,155 @@
+"""Gateways and simulated pools over real sockets, in the test's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import httpx
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.app import Gateway, build
+from proxy.process import uvicorn_config
+from proxy.settings import build_settings
+from proxy.simulator import Simulator, SimulatorConfig
+
+PROMPT = "The decode backend reads the cache of the prefill backend and goes on from there, token by token."
+
+
+class TestServer(uvicorn.Server):
+    """uvicorn without signal handlers; `listening` is set once it accepts connections."""
+
+    __test__ = False
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    async def serve(self, sockets: Any = None) -> None:
+        await self._serve(sockets)
+
+
+@dataclass
+class Running:
+    """A gateway that listens.
+
+    Attributes:
+        http: a client for it, without timeouts of its own below 30 s.
+    """
+
+    gateway: Gateway
+    url: str
+    port: int
+    http: httpx.AsyncClient
+
+    def idle(self) -> bool:
+        """Whether nothing is in flight: no request, no lease, no hand-off."""
+        fleet = self.gateway.fleet
+        counts = [(b.inflight_requests, b.inflight_tokens, len(b._leases)) for b in fleet]
+        return (
+            all(count == (0, 0, 0) for count in counts) and not fleet.handoffs_in_limbo and not self.gateway.gate.inside
+        )
+
+    async def metrics(self) -> dict[str, float]:
+        """Samples of /metrics as `name{label="value",...}` with sorted labels."""
+        text = (await self.http.get("/metrics")).text
+        found = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = ",".join(f'{k}="{v}"' for k, v in sorted(sample.labels.items()))
+                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return found
+
+
+@asynccontextmanager
+async def running_gateway(
+    prefill: Iterable[str] = (),
+    decode: Iterable[str] = (),
+    mixed: Iterable[str] = (),
+    *,
+    ready: bool = True,
+    **more: Any,
+) -> AsyncIterator[Running]:
+    """A gateway before backends. Probes are quick; other settings as given (`timeouts={"prefill": 1}`)."""
+    flags: dict[str, Any] = {
+        "prefill": list(prefill),
+        "decode": list(decode),
+        "mixed": list(mixed),
+        "port": 0,
+        **more,
+        "health": {"interval": 0.2, "timeout": 1.0, "longest_wait": 0.2, **more.get("health", {})},
+    }
+    gateway = build(build_settings(flags, {}))
+    server = TestServer(uvicorn_config(gateway.surface))
+    import socket
+
+    sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    port = sock.getsockname()[1]
+    serving = asyncio.create_task(server.serve([sock]))
+    await server.listening.wait()
+    url = f"http://127.0.0.1:{port}"
+    async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http:
+        try:
+            running = Running(gateway, url, port, http)
+            if ready:
+                await until(lambda: all(b.up for b in gateway.fleet))
+            yield running
+        finally:
+            server.should_exit = True
+            await serving
+
+
+@asynccontextmanager
+async def simulators(*roles: str, **config: Any) -> AsyncIterator[list[Simulator]]:
+    """Simulated engines, one for each role named."""
+    async with AsyncExitStack() as stack:
+        settings = {"handshake_timeout": 0.05, "death_delay": 0.0, **config}
+        yield [
+            await stack.enter_async_context(Simulator(SimulatorConfig(role=role, **settings)))  # type: ignore[arg-type]
+            for role in roles
+        ]
+
+
+@asynccontextmanager
+async def pools(
+    prefill: int = 1, decode: int = 1, *, engine: dict[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[tuple[Running, list[Simulator], list[Simulator]]]:
+    """A gateway before simulated pools, all up."""
+    async with simulators(*["prefill"] * prefill, *["decode"] * decode, **(engine or {})) as engines:
+        p, d = engines[:prefill], engines[prefill:]
+        async with running_gateway([e.url for e in p], [e.url for e in d], **settings) as running:
+            yield running, p, d
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
+    """Wait until a condition holds; returns the seconds it took. Fails after `seconds`."""
+    started = monotonic()
+    while not condition():
+        assert monotonic() - started < seconds, "the condition did not come true in time"
+        await asyncio.sleep(0.002)
+    return monotonic() - started
+
+
+def chat(text: str = PROMPT, **more: Any) -> dict[str, Any]:
+    """A chat request."""
+    return {"model": "sim", "messages": [{"role": "user", "content": text}], "max_tokens": 20, "temperature": 0, **more}
+
+
+def completion(prompt: Any = PROMPT, **more: Any) -> dict[str, Any]:
+    """A completions request."""
+    return {"model": "sim", "prompt": prompt, "max_tokens": 20, "temperature": 0, **more}
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    """The text of the first choice of a whole answer."""
+    choice = answer["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])

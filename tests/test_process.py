@@ -1,0 +1,141 @@
+"""The process: how it starts, and how it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from tests.support import chat, simulators, until
+
+CHAT = "/v1/chat/completions"
+pytestmark = pytest.mark.slow
+
+
+class Process:
+    """A `pd-proxy serve` of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process, url: str, log: list[str]) -> None:
+        self.process = process
+        self.url = url
+        self.log = log
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    async def status(self) -> int:
+        async with asyncio.timeout(20):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def served(*flags: str) -> AsyncIterator[Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *flags, stderr=asyncio.subprocess.PIPE,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")},
+    )  # fmt: skip
+    log: list[str] = []
+    found = asyncio.get_running_loop().create_future()
+
+    async def read() -> None:
+        assert process.stderr is not None
+        async for line in process.stderr:
+            log.append(line.decode())
+            if (match := re.search(r"listening on (http://\S+)$", log[-1].strip())) and not found.done():
+                found.set_result(match[1])
+
+    reading = asyncio.create_task(read())
+    try:
+        async with asyncio.timeout(20):
+            url = await found
+        yield Process(process, url, log)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await reading
+
+
+async def ready(http: httpx.AsyncClient) -> None:
+    async with asyncio.timeout(10):
+        while (await http.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.02)
+
+
+async def test_sigterm_lets_running_streams_finish_and_exits_0() -> None:
+    async with (
+        simulators("prefill", "decode", step_time=0.02) as [p, d],
+        served("--prefill", p.url, "--decode", d.url) as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+    ):
+        await ready(http)
+        async with http.stream("POST", CHAT, json=chat(stream=True, max_tokens=60, ignore_eos=True)) as answer:
+            lines = answer.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            gateway.signal(signal.SIGTERM)
+            async with asyncio.timeout(5):
+                while (await http.get("/ready")).status_code != 503:
+                    await asyncio.sleep(0.01)
+            refused = await http.post(CHAT, json=chat())
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+            assert (await http.get("/health")).status_code == 200
+            rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert len(rest) >= 60
+        assert await gateway.status() == 0
+
+
+async def test_streams_that_outlast_the_grace_are_told_so() -> None:
+    async with (
+        simulators("prefill", "decode", step_time=0.02) as [p, d],
+        served("--prefill", p.url, "--decode", d.url, "--shutdown.grace", "0.3") as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+    ):
+        await ready(http)
+        async with http.stream("POST", CHAT, json=chat(stream=True, max_tokens=9000, ignore_eos=True)) as answer:
+            lines = answer.aiter_lines()
+            await anext(lines)
+            gateway.signal(signal.SIGTERM)
+            rest = [line async for line in lines if line]
+        assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "draining"
+        assert await gateway.status() == 0
+        await until(lambda: d.engine.running == 0)
+
+
+async def test_it_leaves_at_once_when_idle_and_on_ctrl_c() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        async with served("--decode", "http://127.0.0.1:9") as gateway:
+            gateway.signal(number)
+            assert await gateway.status() == 0
+
+
+async def test_metrics_can_have_a_port_of_their_own() -> None:
+    async with served("--decode", "http://127.0.0.1:9", "--metrics.port", "0") as gateway:
+        async with asyncio.timeout(10):
+            while not any("for /metrics" in line for line in gateway.log):
+                await asyncio.sleep(0.02)
+        [line] = [line for line in gateway.log if "for /metrics" in line]
+        url = re.search(r"http://\S+", line)
+        assert url is not None
+        async with httpx.AsyncClient(trust_env=False) as http:
+            assert "pd_proxy_backend_up" in (await http.get(f"{url[0]}/metrics")).text
+            assert (await http.get(f"{gateway.url}/metrics")).status_code == 404
+
+
+async def test_a_taken_port_is_said_in_one_line() -> None:
+    async with served("--decode", "http://127.0.0.1:9") as gateway:
+        port = gateway.url.rsplit(":", 1)[1]
+        second = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "proxy.cli", "serve", "--port", port, stderr=asyncio.subprocess.PIPE
+        )
+        _, said = await second.communicate()
+        assert second.returncode == 1
+        assert said.decode() == f"pd-proxy: cannot listen on 127.0.0.1:{port}: Address already in use\n"
