@@ -1,0 +1,42 @@
+"""What one test run has: a pair of engines, and a single engine's answers to compare theirs with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from .engines import Engine
+from .questions import Answer, Api, Question, ask, body_for, prompt_of
+
+FIRST_CONNECTION_SECONDS = 90.0
+"""Decode's first connection to a prefill engine takes milliseconds as a rule, and now and then half a minute (UCX)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bed:
+    """The engines of a test run, and what a third engine without a connector answered before it was ended."""
+
+    prefill: Engine
+    decode: Engine
+    single: Mapping[Question, Answer]
+
+
+def hand_off_by_hand(prefill: Engine, decode: Engine, api: Api, body: dict[str, Any], timeout: float = 60) -> Answer:
+    """The two legs without a gateway, as vLLM's documentation describes them."""
+    prefill_leg = {
+        **body,
+        "max_tokens": 1,
+        "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False},
+    }
+    prefilled = httpx.post(prefill.url + api.value, json=prefill_leg, timeout=timeout).raise_for_status().json()
+    decode_leg = {**body, "kv_transfer_params": prefilled["kv_transfer_params"]}
+    return ask(decode.url, api, decode_leg, stream=False, timeout=timeout)[0]
+
+
+def connect(prefill: Engine, decode: Engine) -> None:
+    """Let the pair make its first connection now, so that no test has to wait for it."""
+    body = body_for(Api.COMPLETIONS, prompt_of(40, "first"))
+    hand_off_by_hand(prefill, decode, Api.COMPLETIONS, body, FIRST_CONNECTION_SECONDS)

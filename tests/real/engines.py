@@ -1,0 +1,202 @@
+"""Real vLLM engines on loopback: how one is started, asked for its state, and ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from .processes import Group, ended, free_port, wait_until
+
+MODEL_NAME = "tiny"
+MAX_MODEL_LEN = 2048
+BLOCK_SIZE = 32
+"""Tokens per KV block. NIXL on the CPU takes multiples of 32 only; vLLM's own default there is 128."""
+BATCHED_TOKENS = 512
+"""Longest prefill step. A longer prompt is computed in several, so that it can be aborted between two of them."""
+LEASE_SECONDS = 30
+"""How long prefill keeps blocks that nobody pulls (vLLM's default, spelt out because tests wait less than this)."""
+START_SECONDS = 300.0
+"""Bound of a start: it is Python import in three processes an engine, 60 to 100 s for three engines on two cores."""
+
+COMMON_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # Where this is set (containers often do), every start would compile thousands of modules anew: it doubles the time.
+    "PYTHONDONTWRITEBYTECODE": "",
+    # Loopback everywhere: torch's and UCX's choice of an interface would otherwise depend on the machine.
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "UCX_NET_DEVICES": "lo",
+    # The sampler would compile C++ at the first request for log probabilities: 15 s, and a compiler to be installed.
+    "TORCH_COMPILE_DISABLE": "1",
+    "UCX_TLS": "sm,tcp,self",  # with tcp alone, transfers stalled for 1 to 30 s
+    "NIXL_LOG_LEVEL": "WARN",
+    # One unpinned compute thread an engine: pinned ones would all sit on the same core.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+class Role(Enum):
+    """What an engine does; the value is vLLM's `kv_role`."""
+
+    PREFILL = "kv_producer"
+    DECODE = "kv_consumer"
+    SINGLE = ""
+    """No connector at all: the reference that the pair is compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One running vLLM server: a process group of API server, engine core and worker."""
+
+    role: Role
+    url: str
+    group: Group
+
+    @property
+    def pid(self) -> int:
+        return self.group.pid
+
+    def is_healthy(self) -> bool:
+        """Whether /health answers 200 now. Raises RuntimeError where the engine's process has ended."""
+        self.group.check_alive()
+        try:
+            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's own series by name and labels, without the `vllm:` prefix and the labels every series has.
+
+        For example `{'kv_cache_usage_perc': 0.0, 'prompt_tokens_by_source_total{source="local_compute"}': 12.0}`.
+        """
+        text = httpx.get(f"{self.url}/metrics", timeout=10).raise_for_status().text
+        series: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("vllm:"):
+                    series[series_key(sample.name, sample.labels)] = sample.value
+        return series
+
+    def is_idle(self) -> bool:
+        """Whether no request runs or waits and no KV block is held."""
+        now = self.metrics()
+        return not any(now[name] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))
+
+    def workers(self) -> list[int]:
+        """Process ids of those that compute: the API server's grandchildren, started by its engine core.
+
+        Not found by name: the titles that vLLM gives its processes are not always seen from outside.
+        """
+        parents = group_members(self.pid)
+        return [pid for pid, parent in parents.items() if parent in parents and parent != self.pid]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop the engine's computation, while its API server goes on answering."""
+        workers = self.workers()
+        assert workers, f"no worker in the process group {self.pid}: {group_members(self.pid)}"
+        try:
+            for pid in workers:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole process group, as when the machine is gone."""
+        self.group.kill()
+
+
+def series_key(name: str, labels: dict[str, str]) -> str:
+    kept = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels) if key not in ("engine", "model_name"))
+    return name.removeprefix("vllm:") + (f"{{{kept}}}" if kept else "")
+
+
+def group_members(group_id: int) -> dict[int, int]:
+    """The processes of a process group, each with its parent's id."""
+    members = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text()
+        except OSError:  # it has ended since it was listed
+            continue
+        # After the name in parentheses, which may hold anything: state, parent, process group.
+        parent, group = stat.rpartition(")")[2].split()[1:3]
+        if int(group) == group_id:
+            members[int(folder.name)] = int(parent)
+    return members
+
+
+def command_line(python: Path, model: Path, port: int, role: Role) -> list[str]:
+    # Not `vllm serve`: the console script looks up a distribution named vllm, and the CPU build has another name.
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", str(BATCHED_TOKENS)]
+    command += ["--block-size", str(BLOCK_SIZE), "--kv-cache-memory-bytes", str(64 * 1024**2)]
+    # float32 and no compiled graph: the same tokens from the same prompt, whichever engine computes them.
+    command += ["--dtype", "float32", "--enforce-eager"]
+    if role is not Role.SINGLE:
+        command += ["--kv-transfer-config", json.dumps(transfer_config(role))]
+    return command
+
+
+def transfer_config(role: Role) -> dict[str, object]:
+    return {
+        "kv_connector": "NixlConnector",
+        "kv_role": role.value,
+        "kv_buffer_device": "cpu",
+        # A lost KV cache must reach the gateway as an error: with "recompute" the engine would hide it.
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"kv_lease_duration": LEASE_SECONDS, "num_threads": 0},
+    }
+
+
+def environment(role: Role) -> dict[str, str]:
+    if role is Role.SINGLE:
+        return COMMON_ENVIRONMENT
+    return COMMON_ENVIRONMENT | {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+        # A variable of small_machine.py, which says why prefill needs the thread and decode must not have it.
+        "NIXL_PROG_THREAD": "1" if role is Role.PREFILL else "0",
+    }
+
+
+@contextmanager
+def running(python: Path, model: Path, roles: Sequence[Role], logs: Path) -> Iterator[list[Engine]]:
+    """Start one engine a role, all at once, and give them in that order when all are healthy.
+
+    Args:
+        python: interpreter of the virtual environment that install.sh made.
+        model: directory that tiny_model.py made.
+        logs: existing directory for one log an engine.
+
+    Raises:
+        RuntimeError: an engine ended while it started; the message holds the end of its log.
+        TimeoutError: an engine was not healthy within `START_SECONDS`.
+    """
+    with ExitStack() as stack:
+        engines = []
+        for number, role in enumerate(roles, 1):
+            port = free_port()
+            log = logs / f"{number}-{role.name.lower()}.log"
+            group = Group(command_line(python, model, port, role), log, environment(role))
+            stack.enter_context(ended(group))
+            engines.append(Engine(role, f"http://127.0.0.1:{port}", group))
+        for engine in engines:
+            what = f"{engine.role.name.lower()} engine at {engine.url} to be healthy, log {engine.group.log}"
+            wait_until(engine.is_healthy, START_SECONDS, what)
+        yield engines

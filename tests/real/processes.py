@@ -1,0 +1,104 @@
+"""Processes the real tests start: each in a process group of its own, with a log, and always ended.
+
+Owns the invariant that nothing outlives a test run: whoever enters `started` leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LOGS: list[Path] = []
+"""Every log opened in this run; conftest.py names them under a failed test."""
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on, outside the range the kernel hands out by itself.
+
+    An engine binds its ports up to a minute after this choice, and by then its neighbours have opened a dozen random
+    ports each: a port of the kernel's own range would now and then be gone.
+    """
+    kernel_low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, max(kernel_low, 20_000))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Look every 50 ms until `condition` holds.
+
+    Raises:
+        TimeoutError: it did not hold within `seconds`; the message says `what` was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s in vain for: {what}")
+        time.sleep(0.05)
+
+
+class Group:
+    """A child process, its process group and its log."""
+
+    def __init__(self, command: Sequence[str], log: Path, extra_environment: Mapping[str, str] | None = None) -> None:
+        self.log = log
+        LOGS.append(log)
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(extra_environment or {})},
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def log_tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def check_alive(self) -> None:
+        """Raises RuntimeError with the end of the log where the process has ended."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"exit code {self.process.returncode}; log {self.log} ends with:\n{self.log_tail()}")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to every process of the group; one that is gone already is no error."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group, and wait until its first process is gone."""
+        self.signal(signal.SIGKILL)
+        self.process.wait(timeout=10)
+
+    def stop(self, seconds: float) -> int:
+        """SIGTERM to the first process, SIGKILL to what is left of the group after `seconds`; gives the exit code."""
+        try:
+            self.process.terminate()
+            return self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+        finally:
+            self.kill()
+
+
+@contextmanager
+def ended(group: Group, seconds: float = 5.0) -> Iterator[Group]:
+    """End `group` on the way out, whatever happened inside."""
+    try:
+        yield group
+    finally:
+        group.stop(seconds)

@@ -1,0 +1,61 @@
+"""Prefill dies between the legs: decode holds an address where nobody answers, and the client gets its answer still.
+
+Ends the shared prefill engine, so it runs last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from .bed import Bed
+from .gateway import Gateway, serving
+from .questions import UNSEEN_QUESTIONS, Answer, Api, Question, ask, body_for, prompt_of
+from .relay import relaying
+
+pytestmark = [pytest.mark.real, pytest.mark.kills_prefill]
+
+
+@pytest.fixture(scope="module")
+def gateway_of_the_dying(bed: Bed, logs: Path) -> Iterator[Gateway]:
+    """A gateway whose prefill engine is killed when it has answered as many requests as there are unseen questions.
+
+    The relay keeps those answers until the engine is dead, and passes them on then.
+    """
+    with relaying(bed.prefill.url) as relay, serving(relay.url, bed.decode.url, logs / "gateway-death.log") as gateway:
+        # Decode then has a connection to prefill, and notices its death at once instead of in a 5 s handshake.
+        _, headers = ask(gateway.url, Api.CHAT, body_for(Api.CHAT, prompt_of(50, "before")), stream=False)
+        assert "x-pd-proxy-fallback" not in headers
+        relay.die_after(len(UNSEEN_QUESTIONS), bed.prefill.kill)
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def answers(gateway_of_the_dying: Gateway) -> dict[Question, tuple[Answer, httpx.Headers]]:
+    """All questions asked at once, since one engine can die only once."""
+    with ThreadPoolExecutor(len(UNSEEN_QUESTIONS)) as pool:
+        asked = {question: pool.submit(question.ask, gateway_of_the_dying.url) for question in UNSEEN_QUESTIONS}
+        return {question: future.result() for question, future in asked.items()}
+
+
+@pytest.mark.parametrize("question", UNSEEN_QUESTIONS, ids=str)
+def test_the_client_gets_the_single_engines_answer_when_prefill_dies_between_the_legs(
+    bed: Bed, answers: dict[Question, tuple[Answer, httpx.Headers]], question: Question
+) -> None:
+    answer, headers = answers[question]
+    assert answer == bed.single[question]
+    assert headers.get("x-pd-proxy-fallback"), "served without a hand-off, and the header does not say so"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_requests_are_answered_while_no_prefill_engine_is_there(
+    answers: object, gateway_of_the_dying: Gateway, stream: bool
+) -> None:
+    body = body_for(Api.CHAT, prompt_of(70, f"after-{stream}"))
+    answer, headers = ask(gateway_of_the_dying.url, Api.CHAT, body, stream=stream)
+    assert answer.usage["completion_tokens"] > 0
+    assert headers.get("x-pd-proxy-fallback")
