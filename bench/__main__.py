@@ -1,0 +1,105 @@
+"""What a gateway costs beside nginx: CPU, added delay, memory and start-up.
+
+Puts mock vLLM engines behind the gateway and a load client before it, all on 127.0.0.1, and reads the CPU time of the
+gateway's whole process tree from /proc. nginx as a plain reverse proxy of the decode engine alone is measured in the
+same rounds, so that the ratio holds on a noisy machine. Needs Linux, gcc and nginx. Run from the repository's root:
+
+  .venv/bin/python -m bench                      all cases, pd-proxy, 3 rounds (a few minutes)
+  .venv/bin/python -m bench --quick              paced and short, one short round
+  .venv/bin/python -m bench --write              ... and write bench/RESULTS.md
+  .venv/bin/python -m bench --name other --cmd 'other --port {port} --prefill {prefill} --decode {decode}'
+
+Ends with 0; with 1 when a request failed, or with --check when a budget was missed; with 2 when something is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import cases, load, machine, report
+from bench.cost import NGINX, PEERS, Contender, nginx_path, rounds
+from bench.process import BenchError
+
+DEFAULT_COMMAND = "pd-proxy serve --port {port} --prefill {prefill} --decode {decode}"
+QUICK = ("paced", "short")  # the cases with a budget
+RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line, read."""
+    parser = argparse.ArgumentParser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = "\n".join(f"{case.name}: {case.what}" for case in cases.ALL)
+    parser.add_argument("--cmd", default=DEFAULT_COMMAND, help="the gateway's command line (default: %(default)s)")
+    parser.add_argument("--name", default="pd-proxy", help="what the tables call it (default: %(default)s)")
+    parser.add_argument("--ready-path", default="/ready", help="path that answers 200 when it is ready")
+    parser.add_argument("--case", action="append", choices=cases.BY_NAME, help=f"may be repeated; default: all. {what}")
+    parser.add_argument("--rounds", type=int, choices=range(1, 21), metavar="1..20", help="default: 3")
+    parser.add_argument("--quick", action="store_true", help="a first look: paced and short, one round, a third of it")
+    parser.add_argument("--peers", action="store_true", help="also other P/D gateways found on PATH (vllm-router)")
+    parser.add_argument("--json", action="store_true", help="print all numbers of all rounds as JSON, not tables")
+    parser.add_argument("--write", action="store_true", help="write bench/RESULTS.md")
+    parser.add_argument("--check", action="store_true", help="end with 1 when a budget is missed")
+    return parser.parse_args(arguments)
+
+
+def chosen_cases(chosen: argparse.Namespace) -> list[cases.Case]:
+    """The cases to run, in their own order."""
+    names = chosen.case or (QUICK if chosen.quick else tuple(cases.BY_NAME))
+    return [case.quick() if chosen.quick else case for case in cases.ALL if case.name in names]
+
+
+def contenders(chosen: argparse.Namespace) -> list[Contender]:
+    """nginx, the gateway, and with --peers those that are installed."""
+    peers = [peer for peer in PEERS if chosen.peers and shutil.which(shlex.split(peer.command)[0])]
+    return [NGINX, Contender(chosen.name, chosen.cmd, chosen.ready_path), *peers]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measures and prints; gives the exit status."""
+    chosen = options(arguments)
+    count = chosen.rounds or (1 if chosen.quick else 3)
+    nginx_path()
+    program = load.build()
+    selected, against = chosen_cases(chosen), contenders(chosen)
+    facts = machine.facts(shlex.join(["python", "-m", "bench", *arguments]), count)
+    measured = {case.name: rounds(program, against, case, count) for case in selected}
+    if chosen.json:
+        print(json.dumps(report.as_json(selected, measured, facts), indent=1))
+    else:
+        print("\n".join(str(table) for table in report.tables(selected, measured)))
+    if chosen.write:
+        RESULTS.write_text(report.as_markdown(selected, measured, facts))
+        print(f"wrote {RESULTS}", file=sys.stderr)
+    comparisons = report.all_comparisons(selected, measured)
+    missed = chosen.check and any(one.holds is False for one in comparisons)
+    return 1 if missed or any(one.gateway.failed or one.nginx.failed for one in comparisons) else 0
+
+
+def interrupt(_number: int, _frame: object) -> None:
+    """Lets SIGTERM and SIGHUP end the bench as Ctrl-C does: through the blocks that end its processes."""
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """The command; gives the exit status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    try:
+        return run(sys.argv[1:])
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench: interrupted; nothing was left running", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

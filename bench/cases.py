@@ -1,0 +1,133 @@
+"""The loads that the bench runs, and the budgets that a gateway must keep on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a case may cost. It holds when any of its bounds does.
+
+    Args:
+        ratio: CPU of the gateway divided by CPU of nginx, at most.
+        cpu_us: CPU microseconds of the gateway per unit of the case, at most.
+    """
+
+    ratio: float
+    cpu_us: float | None = None
+
+    def holds(self, cpu_us: float, ratio: float) -> bool:
+        """Whether a gateway that costs `cpu_us` a unit, `ratio` times nginx, keeps this budget."""
+        return ratio <= self.ratio or (self.cpu_us is not None and cpu_us <= self.cpu_us)
+
+    def __str__(self) -> str:
+        absolute = "" if self.cpu_us is None else f" or ≤ {self.cpu_us:g} µs"
+        return f"≤ {self.ratio:g} x nginx{absolute}"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One load.
+
+    Args:
+        name: what `--case` calls it.
+        what: the load in words, for the report.
+        unit: what the CPU cost is divided by.
+        tick_us: the engines emit one token a stream each so many microseconds; 0: as fast as they are read.
+        pad_bytes: bytes added to each token's event.
+        concurrency: streams open at once.
+        requests: answers to take in all.
+        tokens: tokens an answer.
+        prompt_bytes: size of a prompt.
+        nginx_times: nginx is given so many times the requests. Where it is much faster than any gateway, the case
+            would be over in a tenth of a second, too short to read its CPU by.
+        budget: what it may cost, if anything was promised.
+    """
+
+    name: str
+    what: str
+    unit: Literal["token", "request"]
+    tick_us: int
+    pad_bytes: int
+    concurrency: int
+    requests: int
+    tokens: int
+    prompt_bytes: int
+    nginx_times: int = 1
+    budget: Budget | None = None
+
+    def for_nginx(self) -> Case:
+        """The load that nginx is given."""
+        return replace(self, requests=self.requests * self.nginx_times)
+
+    def quick(self) -> Case:
+        """The same load cut to about a third, for a first look: start and end of a stream weigh more in it."""
+        if self.tick_us:
+            return replace(self, tokens=max(2, self.tokens // 3))
+        return replace(self, requests=max(self.concurrency * 2, self.requests // 3))
+
+
+ALL = (
+    Case(
+        name="paced",
+        what="576 streams, a token every 52 ms on each, 120 tokens, 16 kB prompts",
+        unit="token",
+        tick_us=52_000,
+        pad_bytes=0,
+        concurrency=576,  # the load of vllm-ascend's Qwen3-235B disaggregation tutorial
+        requests=576,
+        tokens=120,
+        prompt_bytes=16_000,
+        budget=Budget(ratio=1.35),
+    ),
+    Case(
+        name="flood",
+        what="64 streams as fast as they go, 200 tokens, 1 kB prompts",
+        unit="token",
+        tick_us=0,
+        pad_bytes=0,
+        concurrency=64,
+        requests=600,
+        tokens=200,
+        prompt_bytes=1_000,
+    ),
+    Case(
+        name="short",
+        what="2-token answers, 1 kB prompts, 32 at a time",
+        unit="request",
+        tick_us=0,
+        pad_bytes=0,
+        concurrency=32,
+        requests=3_000,
+        tokens=2,
+        prompt_bytes=1_000,
+        nginx_times=10,
+        budget=Budget(ratio=5, cpu_us=160),
+    ),
+    Case(
+        name="long",
+        what="2-token answers, 400 kB prompts, 16 at a time",
+        unit="request",
+        tick_us=0,
+        pad_bytes=0,
+        concurrency=16,
+        requests=300,
+        tokens=2,
+        prompt_bytes=400_000,
+        nginx_times=5,
+    ),
+    Case(
+        name="big",
+        what="300 streams, a token every 52 ms on each in an event of 1 kB, 120 tokens, 1 kB prompts",
+        unit="token",
+        tick_us=52_000,
+        pad_bytes=800,
+        concurrency=300,
+        requests=300,
+        tokens=120,
+        prompt_bytes=1_000,
+    ),
+)
+BY_NAME = {case.name: case for case in ALL}

@@ -1,0 +1,58 @@
+"""Building and running the load program (load*.c): mock engines and the client that drives a gateway."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.cases import Case
+from bench.process import BenchError
+
+HERE = Path(__file__).resolve().parent
+SOURCES = tuple(sorted(HERE.glob("load*.c")))
+CACHE = HERE.parent / ".cache" / "bench"
+FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra")
+
+
+def build(folder: Path = CACHE, flags: tuple[str, ...] = FLAGS) -> Path:
+    """Compiles the load program into `folder` unless it is newer than its sources there; gives its path."""
+    program = folder / "load"
+    newest = max(path.stat().st_mtime for path in (*SOURCES, HERE / "load.h"))
+    if program.exists() and program.stat().st_mtime > newest:
+        return program
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise BenchError("no C compiler found; install one: apt-get install gcc libc6-dev")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Compiled aside and then moved: two benches at once never run half a program.
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        built = Path(aside) / "load"
+        done = subprocess.run([compiler, *flags, "-o", built, *SOURCES], capture_output=True, text=True)
+        if done.returncode:
+            raise BenchError(f"{compiler} did not compile the load program:\n{done.stderr}")
+        built.replace(program)
+    return program
+
+
+def engine_argv(program: Path, port: int, case: Case) -> list[str]:
+    """The command of a mock engine for this case."""
+    load = ["--tick-us", str(case.tick_us), "--pad-bytes", str(case.pad_bytes)]
+    return [str(program), "engine", "--port", str(port), *load]
+
+
+def drive(program: Path, port: int, case: Case, timeout_s: int = 120) -> dict[str, Any]:
+    """Runs the case's load against 127.0.0.1:`port` to its end; gives the client's report (times in microseconds)."""
+    argv = [str(program), "client", "--port", str(port), "--timeout-s", str(timeout_s)]
+    for option in ("concurrency", "requests", "tokens", "prompt_bytes"):
+        argv += ["--" + option.replace("_", "-"), str(getattr(case, option))]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s + 30)
+    if done.returncode:
+        raise BenchError(f"the load client ended with status {done.returncode}: {done.stderr.strip()}")
+    sys.stderr.write(done.stderr)  # the first bad answer, in words
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
