@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
+from typing import Any
 
 from proxy.errors import Draining
 
 
 class Gate:
-    """A context manager around each request's life.
+    """Every request enters it as a task and leaves it again.
 
     Attributes:
-        inside: requests that have begun and not ended.
         draining: the gateway is about to leave; /ready says so.
         closed: no new request may start.
     """
 
     def __init__(self) -> None:
-        self.inside = 0
         self.draining = False
         self.closed = False
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def __enter__(self) -> Gate:
+    @property
+    def inside(self) -> int:
+        """Requests that have begun and not ended."""
+        return len(self._tasks)
+
+    def enter(self, task: asyncio.Task[Any]) -> None:
+        """Let a request in.
+
+        Raises:
+            Draining: the gate is closed.
+        """
         if self.closed:
             raise Draining("this gateway is shutting down; try again elsewhere", retry_after=1)
-        self.inside += 1
+        self._tasks.add(task)
         self._empty.clear()
-        if task := asyncio.current_task():
-            self._tasks.add(task)
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.inside -= 1
-        if task := asyncio.current_task():
-            self._tasks.discard(task)
-        if not self.inside:
+    def leave(self, task: asyncio.Task[Any]) -> None:
+        """A request has ended, or was never let in."""
+        self._tasks.discard(task)
+        if not self._tasks:
             self._empty.set()
 
     async def empty(self, seconds: float) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 from time import monotonic
+from typing import Any
 
 from proxy.admission.gate import Gate
 from proxy.api.credentials import Credentials
@@ -63,10 +64,12 @@ class Inference:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = RequestRecord(self._endpoint)
         client: Client = scope.get("extensions", {}).get(EXTENSION) or AsgiClient(receive, send)
+        task = asyncio.current_task()
+        assert task is not None, "ASGI servers call applications from a task"
         try:
-            with self._gate:
-                await self._serve(scope, receive, client, record)
-                record.outcome = "ok"
+            self._gate.enter(task)
+            await self._serve(scope, receive, client, record, task)
+            record.outcome = "ok"
         except ClientLeft:
             record.outcome = "client_gone"
         except GatewayError as error:
@@ -75,18 +78,20 @@ class Inference:
         except asyncio.CancelledError:
             if client.gone:  # by our own hand, when its connection closed
                 record.outcome = "client_gone"
-                if task := asyncio.current_task():
-                    task.uncancel()
+                task.uncancel()
             else:
                 record.outcome = Draining.code
                 self._give_error(client, record, Draining("the gateway shut down before the answer was whole"))
         finally:
+            self._gate.leave(task)
             client.on_gone = None
             record.ended = monotonic()
             self._telemetry.finished(record)
         await client.flushed()
 
-    async def _serve(self, scope: Scope, receive: Receive, client: Client, record: RequestRecord) -> None:
+    async def _serve(
+        self, scope: Scope, receive: Receive, client: Client, record: RequestRecord, task: asyncio.Task[Any]
+    ) -> None:
         """From the head of a request to the end of its answer.
 
         Raises:
@@ -113,8 +118,6 @@ class Inference:
         record.stream = body.stream
         if body.model is not None and not self._fleet.knows(body.model):
             raise ModelNotFound(f"The model `{body.model[:256]}` does not exist.", param="model")
-        task = asyncio.current_task()
-        assert task is not None
         if client.gone:
             raise ClientLeft
         client.on_gone = task.cancel

@@ -85,6 +85,7 @@ class StreamRelay:
         "_last",
         "_live",
         "_paused_since",
+        "_plain",
         "_reader",
         "_status",
         "_timer",
@@ -121,6 +122,7 @@ class StreamRelay:
         self._error_body = b""
         self._status = 0
         self._live = False
+        self._plain = False  # live, and no part of an event is waiting for its rest
         self._done = False
         self._paused_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -181,11 +183,18 @@ class StreamRelay:
         self.headers = headers
 
     def chunk(self, chunk: bytes, start: int) -> None:
-        # The common case, a token's event alone in its chunk: looked at, counted, and passed on with its framing.
-        if self._live and chunk.endswith(b"\n\n\r\n") and not self._reader.rest:
+        # The common case, and the gateway's hottest lines: token events, whole and alone in their chunk, are counted
+        # and passed on with their framing. `_count` says the same for all other cases.
+        if self._plain and chunk.endswith(b"\n\n\r\n"):
             count = chunk.count(b"\n\n")
-            if chunk.count(b'"choices":[{') == count and b'_transfer_params"' not in chunk:
-                self._count(count)
+            if count == 1 == chunk.count(b'"choices":[{') and b'_transfer_params"' not in chunk:
+                now = monotonic()
+                gap = now - self.last_token
+                self.last_token = self._heard = now
+                self.events += 1
+                gaps = self._gaps
+                gaps.counts[bisect_left(gaps.bounds, gap)] += 1
+                gaps.sum += gap
                 self._client.write_chunk(chunk, start)
                 return
         self.data(chunk[start:-2], False)
@@ -199,6 +208,7 @@ class StreamRelay:
         except BackendGarbled as error:
             self.fail(error)
             return
+        self._plain = not self._reader.rest
         if block:
             self._pass_on(block, last)
 
@@ -216,9 +226,7 @@ class StreamRelay:
 
     def _pass_on(self, block: bytes, last: bool) -> None:
         """Whole events go to the client; the last ones together with the end of its answer."""
-        count = block.count(b"\n\n")
-        if block.count(b'"choices":[{') != count or b'_transfer_params"' in block:
-            block, count = self._inspect(block)
+        block, count = self._take(block)
         if count:
             self._count(count)
         else:
@@ -227,6 +235,13 @@ class StreamRelay:
             self._last = block
         elif block:
             self._client.write(block)
+
+    def _take(self, block: bytes) -> tuple[bytes, int]:
+        """What of a block the client is given, and the number of its token events."""
+        count = block.count(b"\n\n")
+        if block.count(b'"choices":[{') == count and b'_transfer_params"' not in block:
+            return block, count
+        return self._inspect(block)
 
     def end(self) -> None:
         self._connection = None
@@ -260,19 +275,15 @@ class StreamRelay:
         except BackendGarbled as error:
             self.fail(error)
             return
-        if not block:
-            return
-        self._held.append(block)
-        if sum(map(len, self._held)) > _HELD_LIMIT:
-            self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
-            return
-        for event in events.split(block):
+        found = events.split(block)
+        for position, event in enumerate(found, 1):
             payload = events.payload(event)
-            if not payload:
-                continue
             if payload == b"[DONE]":
                 self._done = True
                 return
+            self._held.append(event)
+            if not payload:
+                continue
             try:
                 parsed = _decode_event(payload)
             except msgspec.MsgspecError as error:
@@ -282,28 +293,39 @@ class StreamRelay:
                 self.fail(engine_error_event(self._url, payload))
                 return
             if carries_token(parsed):
-                self._go_live(last)
+                self._go_live(b"".join(found[position:]), last)
                 return
+        if sum(map(len, self._held)) > _HELD_LIMIT:
+            self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
 
-    def _go_live(self, last: bool) -> None:
-        """The first token is here: from now on the client sees what the engine sends."""
+    def _go_live(self, more: bytes, last: bool) -> None:
+        """The first token is here: from now on the client sees what the engine sends.
+
+        Arguments:
+            more: whole events that came after the first token in the same read.
+        """
         self._live = True
+        self._plain = not self._reader.rest
         self.first_token = self.last_token = self._heard = monotonic()
+        self.events = 1
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._idle is not None:
             self._timer = asyncio.get_running_loop().call_later(self._idle, self._check_idle)
-        held = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        opening = b"".join(self._held)
         self._held.clear()
         self._begin()
-        held, self.events = self._inspect(held)
-        if self.events > 1:  # the first token has no gap before it, its companions have one of nothing
-            self._gaps.counts[0] += self.events - 1
+        if b'_transfer_params"' in opening:
+            opening = b"".join(without_handoff(event) for event in events.split(opening))
+        if more:
+            more, count = self._take(more)
+            self.events += count
+            self._gaps.counts[0] += count  # tokens that came together have no gap between them
         if last and self._done:
-            self._last = held
-        elif held:
-            self._client.write(held)
+            self._last = opening + more
+        else:
+            self._client.write(opening + more)
 
     # Events that are not plain tokens
 
@@ -340,7 +362,7 @@ class StreamRelay:
                     continue
             if parsed.choices and carries_token(parsed):
                 count += 1
-            kept.append(event if b'_transfer_params"' not in event else b"data: %b\n\n" % strip_handoff(payload))
+            kept.append(without_handoff(event))
         return b"".join(kept), count
 
     # Endings
@@ -372,3 +394,10 @@ class StreamRelay:
             self._future.set_result(None)
         else:
             self._future.set_exception(error)
+
+
+def without_handoff(event: bytes) -> bytes:
+    """An event without the hand-off's members, which name the engines' addresses."""
+    if b'_transfer_params"' not in event:
+        return event
+    return b"data: %b\n\n" % strip_handoff(events.payload(event))
