@@ -25,6 +25,7 @@ from proxy.fleet.health import Prober
 from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
 from proxy.handoff.plan import PATHS
+from proxy.handoff.registry import CONNECTORS
 from proxy.settings import Settings
 from proxy.telemetry.logs import RequestLog
 from proxy.telemetry.prometheus import PrometheusSink, registry
@@ -57,8 +58,9 @@ def build(settings: Settings) -> Gateway:
     telemetry = Sinks(prometheus, RequestLog(settings.access_log))
     metrics = registry(prometheus)
     credentials = Credentials(settings)
-    legs = Legs(settings, fleet, telemetry)
-    flow = Flow(settings, fleet, legs, random.random)
+    connector = CONNECTORS[settings.connector]
+    legs = Legs(settings, fleet, telemetry, connector.lease)
+    flow = Flow(settings, fleet, legs, connector, random.random)
     key = settings.backend_api_key
     http = httpx.AsyncClient(
         timeout=settings.health.timeout,

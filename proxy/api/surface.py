@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy import __version__
 from proxy.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound
@@ -45,6 +45,8 @@ class Surface(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (endpoint := self._hot.get(scope["path"])) is not None:
             await endpoint(scope, receive, send)
+        elif scope["type"] == "http":
+            await super().__call__(scope, receive, _with_request_id(send))
         else:
             await super().__call__(scope, receive, send)
 
@@ -75,9 +77,20 @@ _INFERENCE = {
 }
 
 
-def answer(error: GatewayError, request_id: str) -> Response:
+def _with_request_id(send: Send) -> Send:
+    """A `send` that gives the answer an id."""
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", new_id().encode("ascii"))]
+        await send(message)
+
+    return send_with_id
+
+
+def answer(error: GatewayError) -> Response:
     """The answer to a request that ended with `error`."""
-    headers = {"content-type": "application/json", "x-request-id": request_id}
+    headers = {"content-type": "application/json"}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, MethodNotAllowed):
@@ -87,7 +100,7 @@ def answer(error: GatewayError, request_id: str) -> Response:
 
 async def _gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
-    return answer(error, new_id())
+    return answer(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -95,19 +108,19 @@ async def _http_error(request: Request, error: Exception) -> Response:
     path = request.url.path
     if error.status_code == 405:
         allow = (error.headers or {}).get("allow", (error.headers or {}).get("Allow", ""))
-        return answer(MethodNotAllowed(f"{path} takes {allow}", allow=allow), new_id())
+        return answer(MethodNotAllowed(f"{path} takes {allow}", allow=allow))
     if error.status_code == 404:
         known = ", ".join(request.app.paths())
-        return answer(RouteNotFound(f"there is no {path[:256]} here; this gateway serves {known}"), new_id())
-    return answer(InvalidRequest(str(error.detail)), new_id())
+        return answer(RouteNotFound(f"there is no {path[:256]} here; this gateway serves {known}"))
+    return answer(InvalidRequest(str(error.detail)))
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
-    return answer(InvalidRequest(f"{where or 'body'}: {first['msg']}", param=where or None), new_id())
+    return answer(InvalidRequest(f"{where or 'body'}: {first['msg']}", param=where or None))
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    return answer(GatewayError("the gateway failed on this request; its log says more"), new_id())
+    return answer(GatewayError("the gateway failed on this request; its log says more"))

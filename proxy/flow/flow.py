@@ -14,11 +14,10 @@ from time import monotonic
 from proxy.errors import BackendBusy, BackendError, BackendGarbled, HandoffInvalid, NoBackend
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
-from proxy.flow.legs import Legs, Limbo
+from proxy.flow.legs import Legs, Limbo, Try
 from proxy.flow.request import Request, new_id
-from proxy.handoff.connector import Handoff
+from proxy.handoff.connector import Connector
 from proxy.handoff.plan import SequentialPlan
-from proxy.handoff.registry import CONNECTORS
 from proxy.placement.decide import Decision, View, choose, decide
 from proxy.relay.answers import read_usage
 from proxy.settings import Settings
@@ -33,15 +32,18 @@ class Flow:
     """Serves requests over a fleet.
 
     Arguments:
+        connector: the protocol the engines speak.
         random: a number in [0, 1), for ties and random policies.
     """
 
-    def __init__(self, settings: Settings, fleet: Fleet, legs: Legs, random: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: Settings, fleet: Fleet, legs: Legs, connector: Connector, random: Callable[[], float]
+    ) -> None:
         self._settings = settings
         self._fleet = fleet
         self._legs = legs
         self._random = random
-        self._connector = CONNECTORS[settings.connector]
+        self._connector = connector
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._local_prefill = settings.fallback == "local_prefill"
         self._turn = 0
@@ -115,42 +117,34 @@ class Flow:
 
     async def _try(self, request: Request, decision: Decision[Backend]) -> None:
         """One try on one pair (or one backend). Decode's place is taken before prefill starts."""
-        plan = SequentialPlan(request.body, self._connector)
-        upstream_id = new_id()
-        limbo: Limbo | None = None
+        attempt = Try(request, SequentialPlan(request.body, self._connector), new_id())
         with Lease(decision.decode, request.decode_tokens) as lease:
             try:
-                handoff = None
                 if decision.prefill is not None:
-                    handoff = await self._prefill(request, decision.prefill, plan, upstream_id)
-                    limbo = Limbo(self._fleet) if handoff is not None else None
-                await self._decode(request, decision.decode, lease, plan, handoff, upstream_id, limbo)
+                    await self._prefill(attempt, decision.prefill)
+                await self._decode(attempt, decision.decode, lease)
             finally:
-                if limbo is not None:
-                    limbo.close()
+                if attempt.limbo is not None:
+                    attempt.limbo.close()
 
-    async def _prefill(
-        self, request: Request, backend: Backend, plan: SequentialPlan, upstream_id: str
-    ) -> Handoff | None:
-        """The prefill leg. Returns None when it gave nothing to hand over and decode may do without.
+    async def _prefill(self, attempt: Try, backend: Backend) -> None:
+        """The prefill leg. Leaves its hand-off in `attempt`, or none when it gave none and decode may do without.
 
         Raises:
             BackendError: it failed; or there is no usable hand-off, and the settings forbid to do without.
         """
-        record = request.record
+        request, record = attempt.request, attempt.request.record
         record.stage = "prefill"
         started = monotonic()
         try:
             with Lease(backend, request.prefill_tokens) as lease:
-                answer = await self._legs.collect(
-                    backend, lease, plan.prefill_leg(), upstream_id, timeout=self._settings.timeouts.prefill
-                )
+                answer = await self._legs.prefill(attempt, backend, lease)
         except BackendError as error:
             self._failed(request, backend, "prefill", error)
             raise
         record.prefill_seconds = monotonic() - started
         try:
-            handoff, usage = plan.take(answer)
+            handoff, usage = attempt.plan.take(answer)
             self._fleet.succeeded(backend)
         except BackendGarbled as error:
             self._fleet.failed(backend, error)
@@ -158,12 +152,13 @@ class Flow:
             raise
         except HandoffInvalid as error:
             self._do_without(request, backend, "handoff_invalid", error)
-            return None
+            return
         if counted := read_usage(usage):
             record.cached_tokens = counted.cached_tokens
         if handoff is None:
             self._do_without(request, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
-        return handoff
+        else:
+            attempt.limbo = Limbo(self._fleet, handoff)
 
     def _do_without(self, request: Request, backend: Backend, reason: str, error: HandoffInvalid) -> None:
         """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that."""
@@ -173,25 +168,18 @@ class Flow:
             raise error
         request.record.fallback = reason
 
-    async def _decode(
-        self,
-        request: Request,
-        backend: Backend,
-        lease: Lease,
-        plan: SequentialPlan,
-        handoff: Handoff | None,
-        upstream_id: str,
-        limbo: Limbo | None,
-    ) -> None:
+    async def _decode(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg. When the engine surely never read it, the same hand-off goes to another decode backend."""
+        request = attempt.request
         request.record.stage = "decode"
-        leg = plan.decode_leg(handoff)
-        send = self._legs.decode_stream if request.body.stream else self._legs.decode_whole
         try:
-            await send(request, backend, lease, leg, upstream_id, limbo)
+            if request.body.stream:
+                await self._legs.decode_stream(attempt, backend, lease)
+            else:
+                await self._legs.decode_whole(attempt, backend, lease)
         except BackendError as error:
             self._failed(request, backend, "decode", error)
-            other = self._other_decode(request) if limbo is not None and error.unread else None
+            other = self._other_decode(request) if attempt.limbo is not None and error.unread else None
             if other is None:
                 raise
         else:
@@ -200,7 +188,7 @@ class Flow:
         lease.release()
         request.record.decode = other.url
         with Lease(other, request.decode_tokens) as lease:
-            await self._decode(request, other, lease, plan, handoff, upstream_id, limbo)
+            await self._decode(attempt, other, lease)
 
     def _other_decode(self, request: Request) -> Backend | None:
         """A decode backend that has not failed this request."""

@@ -14,9 +14,10 @@ from proxy.errors import BackendError, BackendGarbled, BackendRejected, HandoffE
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
 from proxy.flow.request import Request
-from proxy.handoff.plan import Leg
+from proxy.handoff.connector import Handoff
+from proxy.handoff.plan import Leg, SequentialPlan
 from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff
-from proxy.relay.http1 import Collected, Origin
+from proxy.relay.http1 import Collected, Connection, Origin, Receiver
 from proxy.relay.stream import StreamRelay
 from proxy.settings import Settings
 from proxy.telemetry.records import Telemetry
@@ -32,11 +33,12 @@ _JSON = (b"content-type", b"application/json")
 class Limbo:
     """A hand-off that prefill has given and decode has not yet begun to use; counted while it is so."""
 
-    __slots__ = ("_fleet", "_open", "since")
+    __slots__ = ("_fleet", "_open", "handoff", "since")
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, handoff: Handoff) -> None:
         self._fleet = fleet
         self._open = True
+        self.handoff = handoff
         self.since = monotonic()
         fleet.handoffs_in_limbo += 1
 
@@ -44,6 +46,23 @@ class Limbo:
         if self._open:
             self._open = False
             self._fleet.handoffs_in_limbo -= 1
+
+
+class Try(msgspec.Struct):
+    """One try of one request.
+
+    Attributes:
+        id: the X-Request-Id of both its legs.
+        limbo: the hand-off between them; None before prefill's answer, and when decode goes without.
+    """
+
+    request: Request
+    plan: SequentialPlan
+    id: str
+    limbo: Limbo | None = None
+
+    def decode_leg(self) -> Leg:
+        return self.plan.decode_leg(None if self.limbo is None else self.limbo.handoff)
 
 
 class _Answer(msgspec.Struct):
@@ -58,11 +77,17 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
 class Legs:
-    """Sends legs to backends over their pooled connections."""
+    """Sends legs to backends over their pooled connections.
 
-    def __init__(self, settings: Settings, fleet: Fleet, telemetry: Telemetry) -> None:
+    Arguments:
+        lease_seconds: how long the engines keep a hand-off.
+    """
+
+    def __init__(self, settings: Settings, fleet: Fleet, telemetry: Telemetry, lease_seconds: float) -> None:
         self._settings = settings
         self._timeouts = settings.timeouts
+        # Whatever was set, a hand-off is not sent in the second half of its lease.
+        self._handoff_bound = min(settings.timeouts.handoff, lease_seconds / 2)
         self._fleet = fleet
         self._telemetry = telemetry
         self._origins: dict[str, Origin] = {}
@@ -85,47 +110,18 @@ class Legs:
             origin = self._origins[backend.url] = Origin(backend.url, connect_timeout=self._timeouts.connect)
         return origin
 
-    def _headers(self, upstream_id: str) -> bytes:
-        return b"x-request-id: %b\r\n%b" % (upstream_id.encode("ascii"), self._authorization)
+    async def prefill(self, attempt: Try, backend: Backend, lease: Lease) -> bytes:
+        """The prefill leg; returns the engine's answer.
 
-    async def collect(
-        self,
-        backend: Backend,
-        lease: Lease,
-        leg: Leg,
-        upstream_id: str,
-        *,
-        timeout: float | None = None,
-        limbo: Limbo | None = None,
-    ) -> bytes:
-        """Run a leg whose answer is one JSON body.
-
-        Arguments:
-            timeout: seconds for the whole leg.
-            limbo: the hand-off it carries, which must not be sent late.
         Raises:
-            BackendError: it did not end in a 200.
+            BackendError: it did not end in a 200 within `timeouts.prefill`.
         """
-        receiver = Collected(backend.url, limit=self._settings.limits.answer)
-        headers = self._headers(upstream_id)
-        try:
-            receiver.connection = await self._origin(backend).send(
-                leg.path, headers, leg.body, receiver, within=self._time_left(limbo)
-            )
-            lease.on_lost = receiver.fail
-            answer = await receiver.wait(timeout)
-            if receiver.status != 200:
-                raise engine_error(backend.url, receiver.status, receiver.headers, answer)
-        except BackendError as error:
-            self._note(backend, error)
-            raise
-        return answer
+        return await self._collect(backend, lease, attempt.plan.prefill_leg(), attempt, self._timeouts.prefill)
 
-    async def decode_whole(
-        self, request: Request, backend: Backend, lease: Lease, leg: Leg, upstream_id: str, limbo: Limbo | None
-    ) -> None:
+    async def decode_whole(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants its answer in one piece."""
-        answer = await self.collect(backend, lease, leg, upstream_id, limbo=limbo)
+        request, record = attempt.request, attempt.request.record
+        answer = await self._collect(backend, lease, attempt.decode_leg(), attempt, None)
         try:
             parsed = _decode_answer(answer)
         except msgspec.MsgspecError as error:
@@ -137,7 +133,6 @@ class Legs:
             self._note(backend, failed)
             raise failed
         self._fleet.succeeded(backend)
-        record = request.record
         if usage := read_usage(parsed.usage):
             record.prompt_tokens = usage.prompt_tokens or 0
             record.tokens = usage.completion_tokens or 0
@@ -145,18 +140,16 @@ class Legs:
         record.status = 200
         request.client.respond(200, request.headers(_JSON), strip_handoff(answer))
 
-    async def decode_stream(
-        self, request: Request, backend: Backend, lease: Lease, leg: Leg, upstream_id: str, limbo: Limbo | None
-    ) -> None:
+    async def decode_stream(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants events. Returns when the client has been given all of them."""
-        record, client = request.record, request.client
+        request, record, client = attempt.request, attempt.request.record, attempt.request.client
 
         def begin() -> None:
             now = monotonic()
             record.status = 200
             record.stage = "stream"
             record.first_token = now
-            if limbo is not None:
+            if (limbo := attempt.limbo) is not None:
                 record.handoff_seconds = now - limbo.since
                 limbo.close()
             lease.on_lost = None  # from here on only the stream itself can say that it is dead
@@ -170,11 +163,8 @@ class Legs:
             drop_usage=not request.body.wants_usage,
             idle=self._timeouts.idle,
         )
-        headers = self._headers(upstream_id)
         try:
-            connection = await self._origin(backend).send(
-                leg.path, headers, leg.body, relay, within=self._time_left(limbo)
-            )
+            connection = await self._send(backend, attempt.decode_leg(), attempt, relay)
             lease.on_lost = relay.fail
             await relay.run(connection, self._timeouts.first_token)
         except BackendError as error:
@@ -189,6 +179,26 @@ class Legs:
                 record.cached_tokens = record.cached_tokens or usage.cached_tokens
         self._fleet.succeeded(backend)
 
+    async def _collect(self, backend: Backend, lease: Lease, leg: Leg, attempt: Try, timeout: float | None) -> bytes:
+        """Run a leg whose answer is one JSON body."""
+        receiver = Collected(backend.url, limit=self._settings.limits.answer)
+        try:
+            receiver.connection = await self._send(backend, leg, attempt, receiver)
+            lease.on_lost = receiver.fail
+            answer = await receiver.wait(timeout)
+            if receiver.status != 200:
+                raise engine_error(backend.url, receiver.status, receiver.headers, answer)
+        except BackendError as error:
+            self._note(backend, error)
+            raise
+        return answer
+
+    async def _send(self, backend: Backend, leg: Leg, attempt: Try, receiver: Receiver) -> Connection:
+        headers = b"x-request-id: %b\r\n%b" % (attempt.id.encode("ascii"), self._authorization)
+        return await self._origin(backend).send(
+            leg.path, headers, leg.body, receiver, within=self._time_left(attempt.limbo)
+        )
+
     def _time_left(self, limbo: Limbo | None) -> float | None:
         """Seconds in which a hand-off may still be sent.
 
@@ -197,9 +207,9 @@ class Legs:
         """
         if limbo is None:
             return None
-        left = self._timeouts.handoff - (monotonic() - limbo.since)
+        left = self._handoff_bound - (monotonic() - limbo.since)
         if left <= 0:
-            raise HandoffExpired(f"the hand-off was not sent within {self._timeouts.handoff:g} s")
+            raise HandoffExpired(f"the hand-off was not sent within {self._handoff_bound:g} s")
         return left
 
     def _note(self, backend: Backend, error: BackendError) -> None:

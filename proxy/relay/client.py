@@ -22,8 +22,14 @@ EXTENSION = "pd_proxy.client"
 class Flow(Protocol):
     """What a client's back-pressure acts upon."""
 
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
+    def pause(self) -> None:
+        """Send no more for now."""
+
+    def resume(self) -> None:
+        """Go on."""
+
+    def stop(self) -> None:
+        """The client is gone; nothing may be written any more."""
 
 
 class Client(Protocol):
@@ -50,8 +56,9 @@ class Client(Protocol):
     def write(self, data: bytes) -> None:
         """Send body bytes. Never empty."""
 
-    def write_chunk(self, chunk: bytes, start: int) -> None:
-        """Send `chunk[start:-2]`, which lies there in the framing of HTTP's chunked coding."""
+    def chunks(self) -> Callable[[bytes], object] | None:
+        """A function that sends bytes which are whole chunks of the chunked coding already, or None if this client
+        does not speak it. Good until the answer's end or `Flow.stop`."""
 
     def end(self, data: bytes = b"") -> None:
         """Send the last bytes, if there are any left; the answer is whole."""
@@ -101,8 +108,8 @@ class AsgiClient:
             self._paused = True
             self.flow.pause()
 
-    def write_chunk(self, chunk: bytes, start: int) -> None:
-        self.write(chunk[start:-2])
+    def chunks(self) -> Callable[[bytes], object] | None:
+        return None
 
     def end(self, data: bytes = b"") -> None:
         self._complete = True
@@ -138,5 +145,7 @@ class AsgiClient:
             pass
         if not self._complete:
             self.gone = True
+            if self.flow is not None:
+                self.flow.stop()
             if self.on_gone is not None:
                 self.on_gone()

@@ -34,9 +34,12 @@ class Receiver(Protocol):
     def data(self, data: bytes, last: bool) -> None:
         """Body bytes, without the transfer's framing. Never empty. With `last`, `end` follows at once."""
 
-    def chunk(self, chunk: bytes, start: int) -> None:
-        """Body bytes that came as one whole chunk of the chunked coding: `chunk[start:-2]`, with the framing around
-        them, so that it can be passed on as it is."""
+    def chunk(self, chunk: bytes) -> bool:
+        """What looks like one whole chunk of the chunked coding, framing and all: its size line fits its length.
+
+        Returns whether it was taken as it is; the receiver has then seen that it ends with CRLF. Otherwise its bytes
+        come again through `data`.
+        """
 
     def end(self) -> None:
         """The answer is whole."""
@@ -46,19 +49,20 @@ class Receiver(Protocol):
 
 
 class _ChunkHeads(dict[int, bytes]):
-    """Length of a whole chunk with its framing -> the size line it must begin with (empty if there is none).
+    """Length of a whole chunk with its framing -> the size line it must begin with (if there is none: what no chunk
+    begins with).
 
     Comparing the read with the one line that its length allows is cheaper than parsing, and stricter: only the
     canonical form, lower-case hexadecimal without extensions, passes.
     """
 
     def __missing__(self, length: int) -> bytes:
-        head = b""
-        for digits in range(1, 6):
+        head = b"\r\n"
+        for digits in range(1, 5):  # to 65535 bytes; larger chunks are worth a parser, and this table stays small
             size = length - digits - 4
             if size > 0 and len(b"%x" % size) == digits:
                 head = b"%x\r\n" % size
-        self[length] = head
+        self[min(length, 65536)] = head
         return head
 
 
@@ -238,13 +242,10 @@ class Connection(asyncio.Protocol):
         if receiver is None:  # bytes that nobody asked for
             self.abort()
             return
-        if self._between_chunks:
-            # An engine writes a token as one chunk, and mostly it is read alone. Between chunks the parser's state is
-            # the same before and after a whole one, so such a read need not go through it.
-            head = _CHUNK_HEADS[len(data)] if len(data) < 65536 else b""
-            if head and data.startswith(head) and data.endswith(b"\r\n"):
-                receiver.chunk(data, len(head))
-                return
+        # An engine writes a token as one chunk, and mostly it is read alone. Between chunks the parser's state is the
+        # same before and after a whole one, so such a read need not go through it.
+        if self._between_chunks and data.startswith(_CHUNK_HEADS[len(data)]) and receiver.chunk(data):
+            return
         if self._in_head:
             self._head_bytes += len(data)
         try:
@@ -405,8 +406,8 @@ class Collected:
         else:
             self._body.append(data)
 
-    def chunk(self, chunk: bytes, start: int) -> None:
-        self.data(chunk[start:-2], False)
+    def chunk(self, chunk: bytes) -> bool:
+        return False
 
     def end(self) -> None:
         self.connection = None

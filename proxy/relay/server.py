@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from random import getrandbits
 from time import monotonic
 from typing import Any, ClassVar
 
@@ -29,7 +30,6 @@ class DirectClient:
     __slots__ = (
         "_chunked",
         "_cycle",
-        "_flows",
         "_head",
         "_protocol",
         "_transport",
@@ -45,7 +45,6 @@ class DirectClient:
         self._transport = protocol.transport
         self._chunked = True
         self._head = b""  # written with the first bytes of the body: one system call less
-        self._flows = False  # chunks can go out as they are
         self.started = False
         self.gone = False
         self.flow: Flow | None = None
@@ -86,13 +85,9 @@ class DirectClient:
             return
         self._transport.write(self._head + (b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data))
         self._head = b""
-        self._flows = self._chunked
 
-    def write_chunk(self, chunk: bytes, start: int) -> None:
-        if self._flows:
-            self._transport.write(chunk)
-        else:
-            self.write(chunk[start:-2])
+    def chunks(self) -> Callable[[bytes], object] | None:
+        return self._transport.write if self._chunked and not self._head and not self.gone else None
 
     def end(self, data: bytes = b"") -> None:
         if self.gone:
@@ -106,7 +101,8 @@ class DirectClient:
     def left(self) -> None:
         """The client has closed its connection."""
         self.gone = True
-        self._flows = False
+        if self.flow is not None:
+            self.flow.stop()
         self._cycle.disconnected = True
         self._cycle.message_event.set()
         if self.on_gone is not None:
@@ -139,7 +135,6 @@ class DirectClient:
 
     def _complete(self) -> None:
         cycle = self._cycle
-        self._flows = False
         self._protocol.streaming = None
         self._protocol.clients.discard(self)
         cycle.response_complete = True
@@ -259,7 +254,8 @@ class GatewayProtocol(HttpToolsProtocol):
         body = error.body()
         self.transport.write(
             STATUS_LINE[error.status]
-            + b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+            + b"content-type: application/json\r\nx-request-id: %032x\r\nconnection: close\r\n" % getrandbits(128)
+            + b"content-length: %d\r\n\r\n" % len(body)
             + body
         )
         self.linger()

@@ -36,7 +36,7 @@ class RawClient:
         """Send a chat request, without its last `cut` bytes."""
         body = json.dumps(request).encode()
         head = (
-            f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         data = head.encode() + body
         self.writer.write(data[: len(data) - cut])

@@ -102,7 +102,7 @@ async def test_a_backend_that_comes_back_gets_requests_again() -> None:
         for _ in range(6):
             assert (await running.http.post(CHAT, json=chat())).status_code == 200
         [dead] = [b for b in running.gateway.fleet.pool("decode") if b.url == decode[0].url]
-        assert not dead.up
+        await until(lambda: not dead.up)
         await decode[0].restart()
         await until(lambda: dead.up)
         before = decode[0].served
