@@ -64,9 +64,7 @@ async def _run(gateway: Gateway, sockets: list[socket.socket]) -> None:
     servers: list[uvicorn.Server] = [main]
     if len(sockets) > 1:
         metrics = Surface(hot={}, routers=[operations.metrics(gateway.registry)])
-        servers.append(_Quiet(uvicorn_config(metrics)))
-    for sock, what in zip(sockets, ("", " for /metrics"), strict=False):
-        log.info("listening on %s%s", _url(sock), what)
+        servers.append(_MetricsServer(uvicorn_config(metrics)))
     others = [asyncio.create_task(s.serve(sockets=[sock])) for s, sock in zip(servers[1:], sockets[1:], strict=True)]
     await main.serve(sockets=sockets[:1])
     for server in servers[1:]:
@@ -91,12 +89,17 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
     )
 
 
-class _Quiet(uvicorn.Server):
-    """A server that leaves signals to others."""
+class _MetricsServer(uvicorn.Server):
+    """The server of /metrics on a port of its own; it leaves signals to the main one."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or ():
+            log.info("listening on %s for /metrics", _url(sock))
 
 
 class _Server(uvicorn.Server):
@@ -118,6 +121,11 @@ class _Server(uvicorn.Server):
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or ():  # said only now, when a signal would be heeded
+            log.info("listening on %s", _url(sock))
 
     def _signalled(self, delay: float) -> None:
         if self._leaving is None:

@@ -79,6 +79,7 @@ class StreamRelay:
         "_done",
         "_drop_usage",
         "_error_body",
+        "_failure",
         "_future",
         "_gaps",
         "_heard",
@@ -127,6 +128,7 @@ class StreamRelay:
         self._chunks: Callable[[bytes], object] | None = None
         self._send: Callable[[bytes], object] | None = None  # `_chunks`, unless part of an event waits for its rest
         self._done = False
+        self._failure: BackendError | None = None
         self._paused_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.headers: dict[bytes, bytes] = {}
@@ -244,10 +246,15 @@ class StreamRelay:
             self._count(count)
         else:
             self._heard = monotonic()
+        self._write(block, last)
+
+    def _write(self, block: bytes, last: bool) -> None:
         if last and self._done:
             self._last = block
         elif block:
             self._client.write(block)
+        if self._failure is not None:
+            self.fail(self._failure)
 
     def _take(self, block: bytes) -> tuple[bytes, int]:
         """What of a block the client is given, and the number of its token events."""
@@ -334,10 +341,7 @@ class StreamRelay:
             more, count = self._take(more)
             self.events += count
             self._gaps.counts[0] += count  # tokens that came together have no gap between them
-        if last and self._done:
-            self._last = opening + more
-        else:
-            self._client.write(opening + more)
+        self._write(opening + more, last)
         self._chunks = self._client.chunks()
         self._send = self._chunks if not self._reader.rest else None
 
@@ -365,11 +369,9 @@ class StreamRelay:
                 kept.append(event)  # nothing we know; the client may
                 continue
             if parsed.error is not None:
-                # The flow says it to the client, in its own words, once the events before it are out.
-                if kept:
-                    self._client.write(b"".join(kept))
-                self.fail(engine_error_event(self._url, payload))
-                return b"", count
+                # Told to the flow once the events before it are out; the flow says it to the client in its own words.
+                self._failure = engine_error_event(self._url, payload)
+                break
             if usage := read_usage(parsed.usage):
                 self.usage = usage
                 if not parsed.choices and self._drop_usage:

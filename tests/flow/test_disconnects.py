@@ -35,9 +35,7 @@ class RawClient:
     def send(self, request: dict[str, Any], *, cut: int = 0) -> None:
         """Send a chat request, without its last `cut` bytes."""
         body = json.dumps(request).encode()
-        head = (
-            f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         data = head.encode() + body
         self.writer.write(data[: len(data) - cut])
 

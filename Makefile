@@ -1,0 +1,67 @@
+# What a developer types. Everything is installed into .venv; a second call installs only what has changed.
+
+PYTHON ?= python3
+PORT ?= 8000
+ONCE ?=
+# Arguments for pytest (make test) and for the bench (make bench).
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+REAL_VENV := .venv-vllm
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+RECIPE := pyproject.toml constraints.txt deploy/venv.sh
+TYPED := proxy bench deploy
+CHECKED := $(TYPED) tests
+
+# tests/real/install.sh reads a PYTHON of its own: vLLM's wheels choose that version, not this file.
+unexport PYTHON
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-real lint types bench constraints clean
+
+help: ## list the targets
+	@echo "make TARGET [PYTHON=python3.11] [PORT=8000] [ONCE=1] [ARGS='...']"
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 16
+
+# Without isolation the build uses the setuptools of constraints.txt, and nothing is fetched behind its back.
+$(VENV)/.run: $(RECIPE)
+	@PYTHON="$(PYTHON)" deploy/venv.sh $(VENV)
+	@echo "installing pd-proxy into $(VENV)"
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.develop: $(VENV)/.run
+	@echo "installing what tests and checks need into $(VENV)"
+	@$(PIP) --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+install: $(VENV)/.develop ## make .venv with all that the other targets need
+
+demo: $(VENV)/.run ## stream a completion through the gateway and simulated pools; Ctrl-C ends it
+	@exec $(BIN)/python deploy/demo.py --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)
+
+test: $(VENV)/.develop ## run every test that needs no real vLLM
+	$(BIN)/pytest -m "not real" $(ARGS)
+
+test-real: $(VENV)/.develop ## run the tests against real vLLM engines on the CPU (installs 2.3 GB into .venv-vllm)
+	bash tests/real/install.sh $(REAL_VENV)
+	REQUIRE_REAL_VLLM=1 $(BIN)/pytest -m real tests/real $(ARGS)
+
+lint: $(VENV)/.develop ## check style and format
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+
+types: $(VENV)/.develop ## check types, strictly
+	$(BIN)/mypy --explicit-package-bases $(TYPED)
+
+bench: $(VENV)/.develop ## measure what the gateway costs beside nginx (needs gcc and nginx; ARGS=--quick for a first look)
+	$(BIN)/python -m bench $(ARGS)
+
+constraints: ## write constraints.txt anew, with the newest versions that pyproject.toml allows
+	PYTHON="$(PYTHON)" deploy/constraints.sh
+
+clean: ## remove all that these targets made, virtual environments included
+	rm -rf $(VENV) $(REAL_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Make the virtual environment that the Makefile installs into, unless it is there and works.
+#
+# usage: PYTHON=python3 deploy/venv.sh VENV
+#
+# Debian and Ubuntu keep ensurepip, without which no virtual environment has pip, in a package of its own. It is
+# installed where that may be done; elsewhere the line to type is printed.
+set -euo pipefail
+
+python=${PYTHON:-python3}
+venv=${1:?usage: $0 VENV}
+
+fail() { printf '%s\n' "$@" >&2; exit 1; }
+
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 && exit 0
+
+command -v "$python" >/dev/null ||
+    fail "No $python found. pd-proxy needs Python 3.11 or newer; name yours with: make PYTHON=/path/to/python3 ..."
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$python is Python $version and pd-proxy needs 3.11 or newer; name another with: make PYTHON=python3.11 ..."
+
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    package=python$version-venv
+    line="apt-get install -y --no-install-recommends $package"
+    command -v apt-get >/dev/null || fail "$python has no ensurepip: install what gives its venv module, then try again."
+    [ "$(id -u)" = 0 ] || fail "$python cannot make virtual environments: Debian keeps that in $package. Type:" "  sudo $line"
+    echo "installing $package, which Debian keeps apart from Python"
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get update -qq && $line -qq </dev/null >/dev/null; } || fail "That did not work. Try it by hand:" "  $line"
+fi
+
+"$python" -m venv --clear "$venv"
+echo "made $venv with Python $version"

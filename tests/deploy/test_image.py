@@ -1,0 +1,155 @@
+"""The Dockerfile, without a Docker engine: it is read, and its builder's commands are run in an empty environment."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+
+from proxy import __version__
+from tests.support import running_gateway
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Instruction(NamedTuple):
+    word: str
+    rest: str
+
+
+def stages() -> list[list[Instruction]]:
+    """The instructions of each stage, its FROM first; comments gone and continued lines joined."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
+    found: list[list[Instruction]] = []
+    for line in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
+        word, _, rest = line.strip().partition(" ")
+        if word == "FROM":
+            found.append([])
+        if word and found:
+            found[-1].append(Instruction(word, rest))
+    return found
+
+
+BUILD, FINAL = stages()
+
+
+def only(stage: list[Instruction], word: str) -> str:
+    (rest,) = [instruction.rest for instruction in stage if instruction.word == word]
+    return rest
+
+
+def final_environment() -> dict[str, str]:
+    return dict(item.split("=", 1) for item in shlex.split(only(FINAL, "ENV")))
+
+
+def copied_sources() -> list[str]:
+    return [source for word, rest in BUILD if word == "COPY" for source in rest.split()[:-1]]
+
+
+def health_check() -> list[str]:
+    command = json.loads(only(FINAL, "HEALTHCHECK").partition("CMD ")[2])
+    assert command[0] == "python"
+    return [sys.executable, *command[1:]]
+
+
+def test_both_stages_start_from_the_same_slim_python_so_that_the_environment_can_move() -> None:
+    build, final = only(BUILD, "FROM"), only(FINAL, "FROM")
+    assert build == f"{final} AS build"
+    assert final.endswith("-slim")
+
+
+def test_the_final_stage_only_copies_what_was_built() -> None:
+    assert not [word for word, _ in FINAL if word in ("RUN", "ADD")]
+    assert only(FINAL, "COPY") == "--from=build /opt/pd-proxy /opt/pd-proxy"
+    assert "apt" not in "".join(rest for _, rest in BUILD)
+
+
+def test_it_runs_as_a_numbered_user_that_is_not_root() -> None:
+    user, group = only(FINAL, "USER").split(":")
+    assert int(user) > 0
+    assert int(group) > 0
+
+
+def test_arguments_after_the_image_are_the_flags_of_serve() -> None:
+    assert json.loads(only(FINAL, "ENTRYPOINT")) == ["pd-proxy", "serve"]
+    assert json.loads(only(FINAL, "CMD")) == []
+
+
+def test_it_listens_where_it_says_on_all_addresses_and_leaves_on_sigterm() -> None:
+    environment = final_environment()
+    assert environment["PD_PROXY_HOST"] == "0.0.0.0"
+    assert environment["PD_PROXY_PORT"] == only(FINAL, "EXPOSE") == "8000"
+    assert only(FINAL, "STOPSIGNAL") == "SIGTERM"
+
+
+async def test_the_health_check_is_good_while_the_gateway_answers_and_bad_otherwise() -> None:
+    async def check(port: int) -> int:
+        # A proxy that the environment names must not be asked.
+        environment = {"PD_PROXY_PORT": str(port), "http_proxy": "http://127.0.0.1:1"}
+        process = await asyncio.create_subprocess_exec(
+            *health_check(), env=environment, stderr=asyncio.subprocess.DEVNULL
+        )
+        return await process.wait()
+
+    async with running_gateway(["http://127.0.0.1:1"], ["http://127.0.0.1:2"], ready=False) as gateway:
+        assert await check(gateway.port) == 0  # its backends are down; it is alive
+        port = gateway.port
+    assert await check(port) == 1
+
+
+def test_the_context_holds_what_is_copied_and_nothing_else() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert lines[1] == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == set(copied_sources())
+    assert [source for source in copied_sources() if not (ROOT / source).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_builders_commands_give_an_environment_with_a_working_pd_proxy(tmp_path: Path) -> None:
+    source, builder, runtime, wheels = (tmp_path / name for name in ("src", "builder", "runtime", "wheels"))
+    source.mkdir()
+    for name in copied_sources():
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    venv.create(builder, with_pip=True)
+    environment = {**os.environ, "PATH": f"{builder}/bin:{os.environ['PATH']}", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    for command in [rest for word, rest in BUILD if word == "RUN"]:
+        here = command.replace("/opt/pd-proxy", str(runtime)).replace("/wheels", str(wheels))
+        done = subprocess.run(["sh", "-ec", here], cwd=source, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+    assert [wheel.name for wheel in wheels.iterdir()] == [f"pd_proxy-{__version__}-py3-none-any.whl"]
+    clean = {"PATH": f"{runtime}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+    version = subprocess.run(["pd-proxy", "--version"], env=clean, cwd=tmp_path, capture_output=True, text=True)
+    assert version.stdout == f"pd-proxy {__version__}\n", version.stderr
+    programs = {path.name for path in (runtime / "bin").iterdir()}
+    assert not programs & {"pip", "pip3", "pytest", "ruff", "mypy"}
+    site = next((runtime / "lib").glob("python3*")) / "site-packages"
+    assert (site / "proxy").is_dir()
+    assert not (site / "tests").exists()
+    # The image's entry point, as `docker run IMAGE --prefill ... --decode ...` starts it.
+    flags = ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
+    serve = [*json.loads(only(FINAL, "ENTRYPOINT")), *flags]
+    with subprocess.Popen(serve, env={**clean, "PD_PROXY_PORT": "0"}, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stderr is not None
+            url = re.search(r"listening on (\S+)", process.stderr.readline().decode())
+            assert url is not None
+            assert httpx.get(f"{url[1]}/health", trust_env=False).json() == {"status": "alive"}
+        finally:
+            process.terminate()
+            process.wait(30)
+    assert process.returncode == 0

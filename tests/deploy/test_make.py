@@ -1,0 +1,117 @@
+"""The Makefile and its helper, up to where they would install something."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = {"help", "install", "demo", "test", "test-real", "lint", "types", "bench", "constraints", "clean"}
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def make_venv(folder: Path, python: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run deploy/venv.sh where the programs in `folder` come first."""
+    return subprocess.run(
+        [ROOT / "deploy" / "venv.sh", folder / "venv"],
+        env={"PATH": f"{folder}:/usr/bin:/bin", "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def make(*arguments: str) -> str:
+    """What make prints. `make test` itself tells what it starts of its own flags, which are none of this make's."""
+    foreign = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    environment = {name: value for name, value in os.environ.items() if name not in foreign}
+    done = subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_make
+def test_help_is_what_make_alone_does_and_names_every_target() -> None:
+    assert set(re.findall(r"^  ([a-z-]+) ", make(), re.MULTILINE)) == TARGETS
+
+
+@needs_make
+@pytest.mark.parametrize("target", sorted(TARGETS - {"help"}))
+def test_every_target_can_be_made(target: str) -> None:
+    assert make("-n", target) != ""
+
+
+@needs_make
+def test_the_suite_is_all_but_what_needs_real_engines() -> None:
+    assert '-m "not real"' in make("-n", "test").splitlines()[-1]
+
+
+def test_an_old_python_is_refused_with_what_to_type(tmp_path: Path) -> None:
+    # Answers the two questions as Python 3.9 would: its version, and whether that is enough.
+    old = program(tmp_path / "python3", 'case "$2" in *print*) echo 3.9 ;; *) exit 1 ;; esac')
+    done = make_venv(tmp_path, old)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == f"{old} is Python 3.9 and pd-proxy needs 3.11 or newer; name another with: make PYTHON=python3.11 ...\n"
+    )
+
+
+def test_a_missing_python_is_named(tmp_path: Path) -> None:
+    done = make_venv(tmp_path, "python-that-is-not-there")
+    assert done.returncode == 1
+    assert "No python-that-is-not-there found" in done.stderr
+
+
+@pytest.fixture
+def debian(tmp_path: Path) -> Path:
+    """A folder of programs: a Python 3.12 that lacks ensurepip until apt-get was asked for it, as Debian has it."""
+    program(tmp_path / "apt-get", f'echo "apt-get $*" >>{tmp_path}/asked')
+    program(
+        tmp_path / "python3",
+        f"""case "$2" in
+            *print*) echo 3.12 ;;
+            *ensurepip*) grep -q python3.12-venv {tmp_path}/asked 2>/dev/null ;;
+            venv) exec {sys.executable} "$@" ;;
+        esac""",
+    )
+    return tmp_path
+
+
+def test_without_ensurepip_root_gets_debians_package_without_questions(debian: Path) -> None:
+    program(debian / "id", "echo 0")
+    done = make_venv(debian, "python3")
+    assert done.returncode == 0, done.stderr
+    assert (debian / "asked").read_text().splitlines() == [
+        "apt-get update -qq",
+        "apt-get install -y --no-install-recommends python3.12-venv -qq",
+    ]
+    assert os.access(debian / "venv" / "bin" / "python", os.X_OK)
+
+
+def test_without_ensurepip_others_are_told_what_to_type(debian: Path) -> None:
+    program(debian / "id", "echo 1000")
+    done = make_venv(debian, "python3")
+    assert done.returncode == 1
+    assert "  sudo apt-get install -y --no-install-recommends python3.12-venv" in done.stderr
+    assert not (debian / "asked").exists()
+
+
+def test_a_virtual_environment_that_works_is_kept(debian: Path) -> None:
+    program(debian / "id", "echo 0")
+    make_venv(debian, "python3")
+    mark = debian / "venv" / "mark"
+    mark.touch()
+    assert make_venv(debian, "python-that-is-not-there").returncode == 0
+    assert mark.exists()
