@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from proxy import __version__, drop_in
-from proxy.configuration import ConfigurationError, configure
+from proxy.configuration import ConfigurationError, configure, did_you_mean
 from proxy.settings import leaves
 
 EXIT_USAGE = 2
@@ -31,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_serve(commands)
     _add_check(commands)
     _add_simulate(commands)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [f"--{name}" for name, _ in leaves()] if arguments.command == "serve" else []
+        hint = did_you_mean(unknown[0].partition("=")[0], known)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         return int(arguments.run(arguments))
     except ConfigurationError as error:

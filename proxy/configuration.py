@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from proxy.settings import CONFIG_VARIABLE, PREFIX, Settings, build_settings, leaves, unknown_variables
+
+_KNOWN = [*(leaf for leaf, _ in leaves()), *Settings.model_fields]
+_SECRET = {"api_keys", "admin_key", "backend_api_key"}
 
 
 class ConfigurationError(Exception):
@@ -81,7 +84,7 @@ def configure(
     if file is None and environment.get(CONFIG_VARIABLE):
         file = Path(environment[CONFIG_VARIABLE])
     source = read_file(file) if file is not None else None
-    problems = [f"{name}: no such setting{_did_you_mean(name)}" for name in unknown_variables(environment)]
+    problems = [f"{name}: no such setting{_like_variable(name)}" for name in unknown_variables(environment)]
     settings = None
     try:
         settings = build_settings(flags, source.values if source else {})
@@ -100,11 +103,19 @@ def _explain(detail: ErrorDetails, flags: Mapping[str, Any], file: File | None, 
     name = ".".join(path)
     setting = ".".join(part for part in path if not part.isdigit())
     if detail["type"] == "extra_forbidden":
-        what = f"no such setting{_did_you_mean(name)}"
+        what = f"no such setting{did_you_mean(name, _KNOWN)}"
     else:
         what = detail["msg"].removeprefix("Value error, ")
-        if name and not isinstance(detail["input"], dict):
-            what = f"{what[0].lower()}{what[1:]}, not {detail['input']!r}"
+        if name:
+            what = what[:1].lower() + what[1:]
+        # Our own messages name what they are about; others get the value, unless it is a secret.
+        if (
+            name
+            and detail["type"] != "value_error"
+            and setting not in _SECRET
+            and not isinstance(detail["input"], dict)
+        ):
+            what = f"{what}, not {detail['input']!r}"
     where = _source(setting, name, flags, file, environment)
     return ": ".join(part for part in (where, setting, what) if part)
 
@@ -126,9 +137,13 @@ def _source(
     return f"{file.path}:{line}" if line else str(file.path)
 
 
-def _did_you_mean(name: str) -> str:
-    known = [leaf for leaf, _ in leaves()] + list(Settings.model_fields)
-    if name.upper().startswith(PREFIX):
-        known = [PREFIX + leaf.upper().replace(".", "__") for leaf in known]
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean X?)" where one of the known names is close to `name`, else nothing."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _like_variable(name: str) -> str:
+    """The same for a variable. The common prefix must not make any two alike."""
+    known = [leaf.upper().replace(".", "__") for leaf, _ in leaves()]
+    return did_you_mean(name.upper().removeprefix(PREFIX), known).replace("mean ", f"mean {PREFIX}")

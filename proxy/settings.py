@@ -26,18 +26,24 @@ PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
 def backend_url(value: str) -> str:
     """A backend's URL in its one form: scheme and host in lower case, explicit port kept, no trailing slash."""
-    text = value.strip().rstrip("/")
+    text = value.strip()
     if "://" not in text:
         text = f"http://{text}"
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(
+            f"{value!r}: a backend's URL is plain ASCII without spaces (an international host in punycode)"
+        )
     parts = urlsplit(text)
     if parts.scheme.lower() not in ("http", "https"):
         raise ValueError(f"{value!r}: a backend is http://host:port or https://host:port")
     if not parts.hostname:
         raise ValueError(f"{value!r} names no host")
     try:
-        _ = parts.port
+        port = parts.port
     except ValueError:
-        raise ValueError(f"{value!r}: the port must be a number from 1 to 65535") from None
+        port = 0
+    if port == 0:
+        raise ValueError(f"{parts.hostname}: the port must be a number from 1 to 65535")
     if parts.username or parts.password:
         raise ValueError(f"{parts.hostname}: credentials do not belong in a backend's URL; set backend_api_key")
     if parts.query or parts.fragment:

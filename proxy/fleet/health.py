@@ -30,6 +30,7 @@ log = logging.getLogger("pd_proxy.fleet")
 
 _RELEARN = 15.0  # seconds; LoRA adapters come and go at run time
 _FIRST_WAIT = 0.1  # seconds between the first probes of a backend that is down: engines start in bursts
+_NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of an answer's JSON
 _EJECTION_LIMIT = 6  # a backend that fails after each return waits at most interval * 2**6
 
 
@@ -87,8 +88,12 @@ class Prober:
 
     async def _watch(self, backend: Backend) -> None:
         while True:
-            await self._until_up(backend)
-            await self._until_down(backend)
+            try:
+                await self._until_up(backend)
+                await self._until_down(backend)
+            except Exception:  # whatever an engine may answer, its watcher must not end
+                log.exception("watching %s backend %s failed; it goes on", backend.role, backend.url)
+                await asyncio.sleep(self._settings.interval)
 
     async def _until_up(self, backend: Backend) -> None:
         """Probe until it answers, ever more slowly. One that left for failed requests though its /health is good
@@ -159,13 +164,13 @@ class Prober:
         be reached is."""
         models = await self._get(backend, "/v1/models")
         if models.status_code == 200:
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(*_NOT_AS_EXPECTED):
                 backend.models = {str(card["id"]): dict(card) for card in models.json()["data"]}
         elif models.status_code in (401, 403):
             raise ProbeFailed(f"/v1/models answered {models.status_code}: set backend_api_key")
         version = await self._get(backend, "/version")
         if version.status_code == 200:
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(*_NOT_AS_EXPECTED):
                 backend.version = str(version.json()["version"])
 
     async def _get(self, backend: Backend, path: str) -> httpx.Response:
@@ -174,4 +179,4 @@ class Prober:
         except httpx.TimeoutException:
             raise ProbeFailed(f"{path} did not answer within {self._settings.timeout:g} s") from None
         except httpx.HTTPError as error:
-            raise ProbeFailed(f"{path} could not be asked: {error or type(error).__name__}") from None
+            raise ProbeFailed(f"{path} could not be asked: {str(error) or type(error).__name__}") from None

@@ -40,7 +40,7 @@ class Request(msgspec.Struct):
     @property
     def decode_tokens(self) -> int:
         """What the decode leg puts on its backend: the prompt's KV cache and the output to come."""
-        return self.body.prompt_tokens + (self.body.max_tokens or EXPECTED_OUTPUT)
+        return self.body.prompt_tokens + max(0, self.body.max_tokens or EXPECTED_OUTPUT)
 
     def note_retry(self) -> None:
         """What failed last is followed by another leg."""

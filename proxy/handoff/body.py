@@ -114,7 +114,10 @@ def _strip(members: Members) -> None:
         del members[name]
     for name in _NESTED:
         if name in members:
-            value = msgspec.json.decode(members[name])
+            try:
+                value = msgspec.json.decode(members[name])
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise InvalidRequest(f"`{name}` is not valid JSON: {_plain(error)}", param=name) from None
             if isinstance(value, dict):
                 members[name] = msgspec.Raw(_encode(_stripped(value)))
 
@@ -137,7 +140,7 @@ def _read(members: Members, name: str, kind: type[T]) -> T | None:
         return None
     try:
         value: T | None = _DECODERS[kind].decode(raw)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         raise InvalidRequest(f"`{name}` must be {_NAMES[kind]}", param=name) from None
     return value
 

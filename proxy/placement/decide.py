@@ -87,7 +87,8 @@ def decide(
     split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
     if not alone and view.decode and view.prefill:
         return decision("decode", view.decode, pick("prefill", view.prefill), "")
-    fallback = alone or "no_prefill_backend" if split_configured else ""
+    missing = "no_decode_backend" if view.prefill else "no_prefill_backend"
+    fallback = alone or missing if split_configured else ""
     if view.mixed:
         return decision("mixed", view.mixed, None, fallback)
     if not view.decode:

@@ -84,12 +84,13 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
     if status == 0:
         status = code if isinstance(code, int) and 400 <= code <= 599 else 500
     said = message if isinstance(message, str) else None
-    log_line = f"{url} answered {status}" + (f" ({kind}: {said})" if said else "")
+    # A refusal may quote the request, and what clients write is not logged.
+    log_line = f"{url} answered {status}" + (f" ({kind}: {said})" if said and status >= 500 else "")
     if status < 400:  # a redirect or an odd success: not what was asked for
         return BackendFailed(log_line, status=502)
-    # Only a whole OpenAI-shaped object is given on as it is, and never one that names an engine's address.
+    # What has OpenAI's shape is given on as it is, unless an engine's failure names an address anywhere in it.
     whole = "message" in detail and body.lstrip().startswith(b"{")
-    if status >= 500 and said and _ADDRESS.search(said):
+    if status >= 500 and _ADDRESS.search(body.decode("utf-8", "replace")):
         said, whole = None, False
     answer = body if whole else None
     if status in (429, 503):

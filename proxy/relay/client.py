@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -117,11 +118,15 @@ class AsgiClient:
 
     def cut(self) -> None:
         # ASGI has no word for it; an application that returns without an end makes the server close the connection.
-        self._complete = True
+        if self._pump is not None:
+            self._pump.cancel()
+        self._messages.clear()
+        self._leave()
 
     async def flushed(self) -> None:
         if self._pump is not None:
-            await self._pump
+            with suppress(asyncio.CancelledError):
+                await self._pump
         if self._watch is not None:
             self._watch.cancel()
 
@@ -144,8 +149,11 @@ class AsgiClient:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         if not self._complete:
-            self.gone = True
-            if self.flow is not None:
-                self.flow.stop()
-            if self.on_gone is not None:
-                self.on_gone()
+            self._leave()
+
+    def _leave(self) -> None:
+        self.gone = True
+        if self.flow is not None:
+            self.flow.stop()
+        if self.on_gone is not None:
+            self.on_gone()

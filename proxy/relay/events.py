@@ -57,10 +57,10 @@ class EventReader:
 
 def split(block: bytes) -> list[bytes]:
     """The events of a block, each with its line ends."""
-    if b"\r" not in block:
+    if b"\r" not in block and b"\n\n\n" not in block and block[:1] != b"\n":
         return [event + b"\n\n" for event in block.split(b"\n\n") if event]
     found, start = [], 0
-    for end in _EVENT_END.finditer(block + b"\n"):
+    for end in _EVENT_END.finditer(block + b"."):  # the added byte shows that a last CR is a whole line end
         stop = min(end.end(), len(block))
         found.append(block[start:stop])
         start = stop
@@ -69,7 +69,7 @@ def split(block: bytes) -> list[bytes]:
 
 def payload(event: bytes) -> bytes:
     """The `data` of one event: its data lines joined by LF; empty for comments and keep-alives."""
-    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2:
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
         return event[6:-2]
     lines = []
     for line in _LINE_END.split(event):

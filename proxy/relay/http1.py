@@ -48,16 +48,18 @@ class Receiver(Protocol):
         """The answer will not become whole."""
 
 
+_NO_HEAD = bytes(1 << 20)  # longer than any read, so that none begins with it
+
+
 class _ChunkHeads(dict[int, bytes]):
-    """Length of a whole chunk with its framing -> the size line it must begin with (if there is none: what no chunk
-    begins with).
+    """Length of a whole chunk with its framing -> the size line it must begin with, or `_NO_HEAD`.
 
     Comparing the read with the one line that its length allows is cheaper than parsing, and stricter: only the
     canonical form, lower-case hexadecimal without extensions, passes.
     """
 
     def __missing__(self, length: int) -> bytes:
-        head = b"\r\n"
+        head = _NO_HEAD
         for digits in range(1, 5):  # to 65535 bytes; larger chunks are worth a parser, and this table stays small
             size = length - digits - 4
             if size > 0 and len(b"%x" % size) == digits:
@@ -171,6 +173,7 @@ class Connection(asyncio.Protocol):
         "_receiver",
         "_reusable",
         "_served",
+        "_surplus",
         "_transport",
         "idle_since",
     )
@@ -190,6 +193,7 @@ class Connection(asyncio.Protocol):
         self._served = False
         self._fresh = True
         self._reusable = False
+        self._surplus = False
         self.idle_since = 0.0
 
     # What the origin and the receivers use.
@@ -294,13 +298,20 @@ class Connection(asyncio.Protocol):
         if status < 200:  # 100 Continue and early hints: the answer is still to come
             self._headers = {}
             return
+        if self._complete:
+            return
         self._in_head = False
         self._served = True
         if self._receiver is not None:
             self._receiver.head(status, self._headers)
 
+    def on_message_begin(self) -> None:
+        # A second answer where one was asked for: the first is good, the connection is not.
+        self._surplus = self._complete
+
     def on_body(self, body: bytes) -> None:
-        self._body.append(body)
+        if not self._complete:
+            self._body.append(body)
 
     def on_chunk_header(self) -> None:
         self._chunk_complete = False
@@ -310,7 +321,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._chunk_complete = False
-        if not self._in_head:
+        if not self._in_head and not self._complete:
             self._complete = True
             # Only now: the parser forgets what the answer's framing was as soon as this returns.
             self._reusable = self._parser.should_keep_alive()
@@ -325,7 +336,7 @@ class Connection(asyncio.Protocol):
         self._receiver = None
         self._fresh = False
         transport = self._transport
-        if self._reusable and transport is not None and not transport.is_closing():
+        if self._reusable and not self._surplus and transport is not None and not transport.is_closing():
             transport.resume_reading()
             self._origin.give(self)
         else:

@@ -64,6 +64,8 @@ class DirectClient:
         if self.gone:
             return
         head = self._answer_head(status, headers, b"content-length: %d\r\n\r\n" % len(body))
+        if self._cycle.scope["method"] == "HEAD":
+            body = b""
         if len(body) < 65536:
             self._transport.write(head + body)
         else:
@@ -168,6 +170,7 @@ class GatewayProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.clients: set[DirectClient] = set()
         self.streaming: DirectClient | None = None
+        self._in_message = False  # between a request's headers and its end
         self._header_bytes = 0
         self._header_deadline: asyncio.TimerHandle | None = None
         self._waiting_since: float | None = None
@@ -190,21 +193,31 @@ class GatewayProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._lingering is not None:
             return
-        if self._waiting_since is None and (self.cycle is None or self.cycle.response_complete):
-            self._expect_headers()
-        if self._waiting_since is not None:
+        if not self._in_message:
+            if self._waiting_since is None:
+                self._expect_headers()
             self._header_bytes += len(data)
         super().data_received(data)
         if self._waiting_since is not None and self._header_bytes > self.header_limit:
             self._refuse(HeadersTooLarge(f"request line and headers exceed {self.header_limit} bytes"))
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._waiting_since is None:  # behind another request, in the same read
+            self._expect_headers()
+
     def on_headers_complete(self) -> None:
+        self._in_message = True
         self._waiting_since = None
         self._header_bytes = 0
         super().on_headers_complete()
         client = DirectClient(self, self.cycle)
         self.clients.add(client)
         self.cycle.scope["extensions"] = {EXTENSION: client}  # type: ignore[dict-item]
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         # Answers that went through plain `send` end here too; the next request has a client of its own.
@@ -248,8 +261,8 @@ class GatewayProtocol(HttpToolsProtocol):
         """Answer a request that the application will never see, and close."""
         if self.transport.is_closing() or self._lingering is not None:
             return
-        if self.streaming is not None or any(client.started for client in self.clients):
-            self.transport.close()  # a second answer must not land inside the first
+        if self.clients:
+            self.transport.close()  # another request is being answered, and answers come in order
             return
         body = error.body()
         self.transport.write(

@@ -259,7 +259,8 @@ class StreamRelay:
     def _take(self, block: bytes) -> tuple[bytes, int]:
         """What of a block the client is given, and the number of its token events."""
         count = block.count(b"\n\n")
-        if block.count(b'"choices":[{') == count and b'_transfer_params"' not in block:
+        ordinary = count and count == block.count(b'"choices":[{') and b"\r" not in block
+        if ordinary and b'_transfer_params"' not in block:
             return block, count
         return self._inspect(block)
 

@@ -57,22 +57,36 @@ class FleetState(Protocol):
 
 
 class Histogram:
-    """Distributions by label values."""
+    """Distributions by label values.
 
-    __slots__ = ("_bounds", "_children", "_help", "_labels", "_name")
+    Arguments:
+        admits: whether a new set of label values is to be shown; what is observed under others is lost.
+    """
 
-    def __init__(self, name: str, text: str, labels: tuple[str, ...], bounds: tuple[float, ...]) -> None:
+    __slots__ = ("_admits", "_bounds", "_children", "_help", "_labels", "_name")
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        labels: tuple[str, ...],
+        bounds: tuple[float, ...],
+        admits: Callable[[tuple[str, ...]], bool] = lambda values: True,
+    ) -> None:
         self._name = name
         self._help = text
         self._labels = labels
         self._bounds = bounds
+        self._admits = admits
         self._children: dict[tuple[str, ...], Distribution] = {}
 
     def at(self, *values: str) -> Distribution:
         """The distribution of one set of label values."""
         child = self._children.get(values)
         if child is None:
-            child = self._children[values] = Distribution(self._bounds)
+            child = Distribution(self._bounds)
+            if self._admits(values):
+                self._children[values] = child
         return child
 
     def forget(self, value: str) -> None:
@@ -119,23 +133,31 @@ class PrometheusSink(Collector):
     def __init__(self, fleet: FleetState) -> None:
         self._fleet = fleet
         pool_backend = ("pool", "backend")
+
+        def in_fleet(values: tuple[str, ...]) -> bool:
+            # A request may end after its backend has left, and must not bring the series back.
+            return any(backend.url == values[1] for backend in fleet)
+
         self._ttft = Histogram(
             "pd_proxy_time_to_first_token_seconds",
             "From the request's arrival to its first token, as the client saw it, once for each pool it went through.",
             pool_backend,
             TTFT_BOUNDS,
+            in_fleet,
         )
         self._itl = Histogram(
             "pd_proxy_inter_token_latency_seconds",
             "Gap between two tokens of a stream, as the client saw it.",
             pool_backend,
             ITL_BOUNDS,
+            in_fleet,
         )
         self._tpot = Histogram(
             "pd_proxy_time_per_output_token_seconds",
             "(last token - first token) / (tokens - 1), one observation a stream.",
             pool_backend,
             ITL_BOUNDS,
+            in_fleet,
         )
         self._duration = Histogram(
             "pd_proxy_request_duration_seconds",
@@ -144,13 +166,18 @@ class PrometheusSink(Collector):
             DURATION_BOUNDS,
         )
         self._prefill = Histogram(
-            "pd_proxy_prefill_duration_seconds", "The prefill leg, engine's queue included.", pool_backend, TTFT_BOUNDS
+            "pd_proxy_prefill_duration_seconds",
+            "The prefill leg, engine's queue included.",
+            pool_backend,
+            TTFT_BOUNDS,
+            in_fleet,
         )
         self._handoff = Histogram(
             "pd_proxy_handoff_duration_seconds",
             "From prefill's answer to decode's first token: KV transfer, decode's queue and its first step.",
             pool_backend,
             HANDOFF_BOUNDS,
+            in_fleet,
         )
         self.loop_delay = Histogram(
             "pd_proxy_event_loop_delay_seconds",

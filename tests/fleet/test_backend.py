@@ -1,0 +1,126 @@
+"""Leases, and what a backend that goes down tells them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.errors import BackendError, BackendLost
+from proxy.fleet.backend import Backend, Lease
+
+URL = "http://b:80"
+
+
+def counts(backend: Backend) -> tuple[int, int]:
+    return backend.inflight_requests, backend.inflight_tokens
+
+
+def test_a_lease_is_counted_from_its_making_to_its_release() -> None:
+    backend = Backend(URL, "decode")
+    with Lease(backend, 100):
+        assert counts(backend) == (1, 100)
+        with Lease(backend, 7):
+            assert counts(backend) == (2, 107)
+        assert counts(backend) == (1, 100)
+    assert counts(backend) == (0, 0)
+
+
+def test_a_lease_is_released_once_however_often_it_is_asked_to() -> None:
+    backend = Backend(URL, "decode")
+    other = Lease(backend, 5)
+    with Lease(backend, 100) as lease:
+        lease.release()
+        lease.release()
+        assert counts(backend) == (1, 5)
+    assert counts(backend) == (1, 5)
+    other.release()
+    assert counts(backend) == (0, 0)
+
+
+def test_a_lease_is_released_when_its_leg_fails() -> None:
+    backend = Backend(URL, "decode")
+    with pytest.raises(ZeroDivisionError), Lease(backend, 100):
+        raise ZeroDivisionError
+    assert counts(backend) == (0, 0)
+
+
+@given(st.lists(st.integers(0, 1000), max_size=10), st.randoms())
+def test_counts_are_back_at_zero_in_whatever_order_leases_end(tokens: list[int], random: object) -> None:
+    backend = Backend(URL, "decode")
+    leases = [Lease(backend, number) for number in tokens]
+    assert counts(backend) == (len(tokens), sum(tokens))
+    random.shuffle(leases)  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        for lease in leases:
+            stack.enter_context(lease)
+        for lease in leases[::2]:
+            lease.release()
+    assert counts(backend) == (0, 0)
+
+
+def test_a_backend_that_goes_down_tells_the_leases_that_wish_to_know() -> None:
+    backend = Backend(URL, "decode")
+    backend.mark_up()
+    told: list[BackendError] = []
+    waiting, streaming, released = (Lease(backend, 1) for _ in range(3))
+    waiting.on_lost = told.append
+    released.on_lost = told.append
+    released.release()
+    backend.mark_down("/health answered 503")
+    assert not backend.up
+    assert backend.reason == "/health answered 503"
+    (error,) = told
+    assert isinstance(error, BackendLost)
+    assert str(error) == f"{URL} /health answered 503"
+    assert counts(backend) == (2, 2)  # to be told is not to be released
+    streaming.release()
+    waiting.release()
+    assert counts(backend) == (0, 0)
+
+
+def test_a_lease_may_be_released_by_what_it_is_told() -> None:
+    backend = Backend(URL, "decode")
+    leases = [Lease(backend, 1) for _ in range(3)]
+    for lease in leases:
+        lease.on_lost = lambda error, lease=lease: lease.release()  # type: ignore[misc]
+    backend.mark_down("gone")
+    assert counts(backend) == (0, 0)
+
+
+def test_other_backends_leases_are_not_told() -> None:
+    one, two = Backend(URL, "decode"), Backend("http://c:80", "decode")
+    lease = Lease(two, 1)
+    lease.on_lost = lambda error: pytest.fail("told")
+    one.mark_down("gone")
+    lease.release()
+
+
+def test_a_backend_that_comes_up_has_a_clean_slate() -> None:
+    backend = Backend(URL, "decode")
+    assert (backend.up, backend.reason) == (False, "not probed yet")
+    backend.failures = 3
+    backend.mark_up()
+    assert (backend.up, backend.reason, backend.failures) == (True, "", 0)
+
+
+@pytest.mark.parametrize(
+    ("models", "asked", "serves"),
+    [
+        (None, "m", True),
+        (None, None, True),
+        ({}, "m", False),
+        ({}, None, True),
+        ({"m": {}}, "m", True),
+        ({"m": {}}, "other", False),
+        ({"m": {}}, None, True),
+    ],
+)
+def test_what_is_not_known_of_its_models_is_not_held_against_a_backend(
+    models: dict[str, dict[str, object]] | None, asked: str | None, serves: bool
+) -> None:
+    backend = Backend(URL, "decode")
+    backend.models = models
+    assert backend.serves(asked) is serves

@@ -1,0 +1,394 @@
+"""The watcher of each backend, with its calls mocked at httpx's edge; its log lines say when to look."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import pytest
+import respx
+
+from proxy.app import build
+from proxy.errors import BackendError, BackendUnreachable
+from proxy.fleet import health
+from proxy.fleet.backend import Backend, Lease
+from proxy.fleet.fleet import Fleet
+from proxy.fleet.health import Prober
+from proxy.settings import Settings
+
+URL = "http://decode0:8000"
+PATIENCE = 5.0
+QUICK = {"interval": 0.01, "timeout": 0.05, "failures": 2, "longest_wait": 0.01}
+
+
+class News(logging.Handler):
+    """What the fleet logs, as it happens."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._lines: asyncio.Queue[str] = asyncio.Queue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.put_nowait(record.getMessage())
+
+    async def of(self, words: str) -> str:
+        """The next line with these words."""
+        async with asyncio.timeout(PATIENCE):
+            while words not in (line := await self._lines.get()):
+                pass
+            return line
+
+
+@pytest.fixture
+def news(monkeypatch: pytest.MonkeyPatch) -> Iterator[News]:
+    monkeypatch.setattr(health, "_FIRST_WAIT", 0.001)
+    news = News()
+    logger = logging.getLogger("pd_proxy.fleet")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(news)
+    yield news
+    logger.removeHandler(news)
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def engine() -> Iterator[respx.MockRouter]:
+    """An engine at URL: healthy, and with one model, unless a test says otherwise."""
+    with respx.mock(base_url=URL, assert_all_called=False) as router:
+        router.get("/health", name="health").respond(200)
+        router.get("/v1/models", name="models").respond(200, json={"data": [{"id": "m", "max_model_len": 100}]})
+        router.get("/version", name="version").respond(200, json={"version": "0.32.0"})
+        yield router
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    return Fleet(Settings(decode=[URL], health=QUICK))
+
+
+@pytest.fixture
+def backend(fleet: Fleet) -> Backend:
+    return fleet.pool("decode")[0]
+
+
+@pytest.fixture
+async def prober(fleet: Fleet, news: News, engine: respx.MockRouter) -> AsyncIterator[Prober]:
+    """A prober that a test starts."""
+    async with httpx.AsyncClient(timeout=0.05) as http:
+        prober = Prober(fleet, Settings(health=QUICK).health, http)
+        yield prober
+        await prober.stop()
+
+
+async def test_a_healthy_backend_comes_up_with_its_models_and_version(
+    prober: Prober, news: News, backend: Backend
+) -> None:
+    prober.start()
+    await news.of("is up")
+    assert backend.up
+    assert backend.models == {"m": {"id": "m", "max_model_len": 100}}
+    assert backend.version == "0.32.0"
+
+
+FAULTS: list[tuple[Any, str]] = [
+    (httpx.Response(503), "/health answered 503"),
+    (httpx.Response(404), "/health answered 404"),
+    (httpx.Response(302, headers={"location": "/"}), "/health answered 302"),
+    (httpx.ConnectError("refused"), "/health could not be asked: refused"),
+    (httpx.ReadTimeout("slow"), "/health did not answer within 0.05 s"),
+    (httpx.ConnectTimeout("slow"), "/health did not answer within 0.05 s"),
+]
+
+
+@pytest.mark.parametrize(("fault", "reason"), FAULTS, ids=[reason for _, reason in FAULTS])
+async def test_a_backend_that_does_not_answer_stays_down_and_says_why(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, fault: Any, reason: str
+) -> None:
+    engine["health"].mock(side_effect=[fault, *[httpx.Response(200)] * 100])
+    prober.start()
+    said = await news.of("is not up")
+    assert said.endswith(reason)
+    assert backend.reason == reason
+    await news.of("is up")  # and it was asked again
+    assert backend.reason == ""
+
+
+async def test_a_fault_without_words_is_named(prober: Prober, news: News, engine: respx.MockRouter) -> None:
+    engine["health"].mock(side_effect=httpx.ReadError(""))
+    prober.start()
+    assert (await news.of("is not up")).endswith("/health could not be asked: ReadError")
+
+
+async def test_an_engine_that_accepts_and_says_nothing_has_failed(news: News) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    fleet = Fleet(Settings(decode=[url]))
+    async with httpx.AsyncClient(timeout=0.05) as http:
+        prober = Prober(fleet, Settings(health=QUICK).health, http)
+        prober.start()
+        assert "did not answer within 0.05 s" in await news.of("is not up")
+        await prober.stop()
+    server.close()
+
+
+async def test_the_same_reason_is_logged_once(
+    prober: Prober, news: News, engine: respx.MockRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine["health"].mock(
+        side_effect=[httpx.Response(503)] * 5 + [httpx.Response(500)] * 5 + [httpx.Response(200)] * 99
+    )
+    prober.start()
+    await news.of("is up")
+    assert [record.getMessage().partition("/health ")[2] for record in caplog.records if record.levelno > 20] == [
+        "answered 503",
+        "answered 500",
+    ]
+
+
+async def test_a_backend_goes_down_after_as_many_failed_probes_as_are_set_and_comes_back(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
+) -> None:
+    prober.start()
+    await news.of("is up")
+    was_up: list[bool] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        was_up.append(backend.up)
+        return httpx.Response(503 if len(was_up) <= 2 else 200)
+
+    engine["health"].mock(side_effect=answer)
+    assert (await news.of("is out")).endswith("is out: /health answered 503")
+    await news.of("is up")
+    assert backend.up
+    assert was_up[:3] == [True, True, False]
+
+
+async def test_a_single_failed_probe_is_none(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
+) -> None:
+    prober.start()
+    await news.of("is up")
+    done = asyncio.Event()
+    answers = iter([503, 200, 503, 200, 503, 200])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert backend.up
+        status = next(answers, None)
+        if status is None:
+            done.set()
+        return httpx.Response(status or 200)
+
+    engine["health"].mock(side_effect=answer)
+    async with asyncio.timeout(PATIENCE):
+        await done.wait()
+    assert backend.up
+
+
+async def test_a_backend_that_goes_down_tells_the_legs_that_wait_for_it(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
+) -> None:
+    prober.start()
+    await news.of("is up")
+    lost: asyncio.Future[BackendError] = asyncio.get_running_loop().create_future()
+    with Lease(backend, 1) as lease:
+        lease.on_lost = lost.set_result
+        engine["health"].mock(side_effect=httpx.ConnectError("refused"))
+        async with asyncio.timeout(PATIENCE):
+            assert "refused" in str(await lost)
+
+
+async def test_a_failed_request_has_its_backend_asked_at_once(news: News, engine: respx.MockRouter) -> None:
+    patient = Settings(decode=[URL], health={**QUICK, "interval": 60.0})
+    fleet = Fleet(patient)
+    (backend,) = fleet.pool("decode")
+    async with httpx.AsyncClient() as http:
+        prober = Prober(fleet, patient.health, http)
+        prober.start()
+        await news.of("is up")
+        fleet.failed(backend, BackendUnreachable("refused"))
+        assert "failed a request: refused" in await news.of("is out")
+        await news.of("is up")
+        await prober.stop()
+
+
+async def test_a_backend_that_fails_requests_though_healthy_stays_out_for_a_time_that_doubles(
+    prober: Prober, news: News, fleet: Fleet, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(health.asyncio, "sleep", noted)
+    prober.start()
+    await news.of("is up")
+    for times in (1, 2, 3, 50):
+        backend.ejections = times
+        fleet.take_out(backend, "failed a request")
+        await news.of("is up")
+    penalties = [seconds for seconds in slept if seconds >= 2 * QUICK["interval"]]
+    assert penalties == [0.02, 0.04, 0.08, 0.64]
+
+
+async def test_waits_between_probes_grow_to_their_limit(
+    prober: Prober, news: News, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    engine["health"].mock(side_effect=[httpx.Response(503)] * 12 + [httpx.Response(200)] * 100)
+    prober.start()
+    await news.of("is up")
+    waits = slept[:12]
+    assert len(waits) == 12
+    for earlier, later in pairwise(waits[:4]):
+        assert later > earlier - 0.001
+    assert max(waits) <= QUICK["longest_wait"] + 0.001
+    assert min(waits[6:]) >= QUICK["longest_wait"]
+
+
+# What is learnt on the way in
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_an_engine_that_wants_a_key_says_which_setting_gives_it(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, status: int
+) -> None:
+    engine["models"].respond(status)
+    prober.start()
+    assert await news.of("is not up") == (
+        f"decode backend {URL} is not up: /v1/models answered {status}: set backend_api_key"
+    )
+    assert not backend.up
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        httpx.Response(404),
+        httpx.Response(500),
+        httpx.Response(200, text="<html>"),
+        httpx.Response(200, json=[]),
+        httpx.Response(200, json={"data": None}),
+        httpx.Response(200, json={"data": [{"name": "m"}]}),
+        httpx.Response(200, json={"data": ["m"]}),
+    ],
+)
+async def test_an_engine_whose_models_cannot_be_read_is_no_worse_for_it(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, models: httpx.Response
+) -> None:
+    engine["models"].mock(return_value=models)
+    engine["version"].respond(404)
+    prober.start()
+    await news.of("is up")
+    assert backend.models is None
+    assert backend.version == ""
+
+
+async def test_models_are_learnt_anew_now_and_then(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_RELEARN", 0.0)
+    prober.start()
+    await news.of("is up")
+    learnt = asyncio.Event()
+    engine["models"].respond(200, json={"data": [{"id": "m"}, {"id": "lora"}]})
+
+    def version(request: httpx.Request) -> httpx.Response:
+        learnt.set()
+        return httpx.Response(200, json={"version": "0.33.0"})
+
+    engine["version"].mock(side_effect=version)
+    async with asyncio.timeout(PATIENCE):
+        await learnt.wait()
+        assert set(backend.models or {}) == {"m", "lora"}
+        learnt.clear()
+        await learnt.wait()  # the round after: the first has been taken in
+    assert backend.version == "0.33.0"
+
+
+# Coming and going
+
+
+async def test_a_backend_that_joins_is_watched_and_one_that_leaves_is_not(news: News, engine: respx.MockRouter) -> None:
+    left: list[Backend] = []
+    fleet = Fleet(Settings(health=QUICK))
+    async with httpx.AsyncClient() as http:
+        prober = Prober(fleet, Settings(health=QUICK).health, http, on_leave=left.append)
+        prober.start()
+        backend = fleet.add(URL, "decode")
+        await news.of("is up")
+        watcher = prober._watchers[backend]
+        fleet.remove(URL, "decode")
+        assert left == [backend]
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.wait([watcher])
+        assert watcher.cancelled()
+        await prober.stop()
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+async def test_a_removed_backend_is_forgotten_by_its_watcher_when_its_last_leg_has_ended(
+    prober: Prober, news: News, fleet: Fleet, backend: Backend, engine: respx.MockRouter, healthy: bool
+) -> None:
+    if not healthy:
+        engine["health"].respond(503)
+    prober.start()
+    await news.of("is up" if healthy else "is not up")
+    with Lease(backend, 1):
+        fleet.remove(URL, "decode")
+    await news.of("has left")
+    assert fleet.pool("decode") == []
+
+
+async def test_stopping_ends_every_watcher(prober: Prober, news: News, fleet: Fleet) -> None:
+    prober.start()
+    await news.of("is up")
+    watchers = list(prober._watchers.values())
+    await prober.stop()
+    assert all(watcher.done() for watcher in watchers)
+    assert fleet.on_join is None
+    assert fleet.on_leave is None
+
+
+@pytest.mark.parametrize(("key", "sent"), [("secret", "Bearer secret"), (None, None)])
+async def test_probes_carry_the_backends_key_when_there_is_one(
+    news: News, engine: respx.MockRouter, key: str | None, sent: str | None
+) -> None:
+    gateway = build(Settings(decode=[URL], health=QUICK, backend_api_key=key))
+    async with gateway.surface.router.lifespan_context(gateway.surface):
+        await news.of("is up")
+    for name in ("health", "models", "version"):
+        assert engine[name].calls.last.request.headers.get("authorization") == sent
+
+
+async def test_a_watcher_outlives_an_answer_that_nobody_expected(
+    fleet: Fleet, backend: Backend, news: News, engine: respx.MockRouter
+) -> None:
+    engine["models"].respond(200, text="[" * 100_000)
+    async with httpx.AsyncClient() as http:
+        prober = Prober(fleet, Settings(health=QUICK).health, http)
+        prober.start()
+        watcher, up = prober._watchers[backend], asyncio.create_task(news.of("is up"))
+        await asyncio.wait([watcher, up], return_when=asyncio.FIRST_COMPLETED)
+        dead = watcher.done()
+        for task in (watcher, up):
+            task.cancel()
+        await asyncio.gather(watcher, up, return_exceptions=True)
+        assert not dead

@@ -1,0 +1,365 @@
+"""What each leg says, for every connector."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.errors import BackendGarbled, HandoffInvalid
+from proxy.handoff.body import Endpoint, read_body
+from proxy.handoff.connector import Connector
+from proxy.handoff.plan import Leg, SequentialPlan
+from proxy.handoff.registry import CONNECTORS
+
+PARAMS: dict[str, Any] = {
+    "do_remote_prefill": True,
+    "do_remote_decode": False,
+    "remote_block_ids": [[33, 34]],
+    "remote_engine_id": "8c0a1f0e",
+    "remote_request_id": "cmpl-1-0-12ab34cd",
+    "remote_host": "127.0.0.1",
+    "remote_port": 22050,
+    "tp_size": 1,
+    "dcp_size": 1,
+    "pp_size": 1,
+    "remote_num_tokens": 20,
+    "remote_blocks_expiry_time": None,
+    "transfer_mode": "pull",
+    "remote_prefill_cached_tokens": 0,
+}
+ASKED = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+BOTH = pytest.mark.parametrize("connector", CONNECTORS.values(), ids=list(CONNECTORS))
+
+
+def plan(connector: Connector, endpoint: Endpoint = "chat", **members: Any) -> SequentialPlan:
+    return SequentialPlan(read_body(json.dumps(members).encode(), endpoint), connector)
+
+
+def said(leg: Leg) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(leg.body)
+    return value
+
+
+def answer(params: object) -> bytes:
+    return json.dumps({"id": "a", "choices": [], "usage": {"prompt_tokens": 3}, "kv_transfer_params": params}).encode()
+
+
+def test_a_connector_is_found_by_the_name_it_has() -> None:
+    assert {name: connector.name for name, connector in CONNECTORS.items()} == {
+        "nixl": "nixl",
+        "mooncake_ascend": "mooncake_ascend",
+    }
+
+
+# The prefill leg
+
+
+@BOTH
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_prefill_makes_one_token_without_a_stream_and_keeps_its_blocks(
+    connector: Connector, endpoint: Endpoint
+) -> None:
+    body = said(plan(connector, endpoint, model="m", stream=True, max_tokens=100).prefill_leg())
+    assert body["stream"] is False
+    assert body["max_tokens"] == 1
+    assert body["ignore_eos"] is True
+    assert body["kv_transfer_params"] == ASKED
+    assert body["model"] == "m"
+
+
+@BOTH
+def test_prefill_goes_to_the_clients_own_path(connector: Connector) -> None:
+    assert plan(connector, "chat").prefill_leg().path == "/v1/chat/completions"
+    assert plan(connector, "completions").prefill_leg().path == "/v1/completions"
+    assert plan(connector, "chat").decode_leg(None).path == "/v1/chat/completions"
+
+
+@BOTH
+def test_prefill_overrules_both_bounds_for_chat(connector: Connector) -> None:
+    assert said(plan(connector, max_completion_tokens=9).prefill_leg())["max_completion_tokens"] == 1
+    assert "max_completion_tokens" not in said(plan(connector, max_tokens=9).prefill_leg())
+
+
+DROPPED: dict[str, Any] = {
+    "stream_options": {"include_usage": True},
+    "n": 1,
+    "stop": ["\n"],
+    "stop_token_ids": [2],
+    "repetition_detection": {"min": 2},
+    "logprobs": True,
+    "top_logprobs": 3,
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"regex": "a"},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", sorted(DROPPED))
+def test_prefill_does_without_what_shapes_or_stops_output(connector: Connector, name: str) -> None:
+    made = plan(connector, stream=True, messages=[], **{name: DROPPED[name]})
+    assert name not in said(made.prefill_leg())
+    if name != "stream_options":
+        assert said(made.decode_leg(None))[name] == DROPPED[name]
+
+
+def test_min_tokens_never_exceeds_prefills_one_token() -> None:
+    assert "min_tokens" not in said(plan(CONNECTORS["nixl"], min_tokens=50).prefill_leg())
+    assert said(plan(CONNECTORS["mooncake_ascend"], min_tokens=50).prefill_leg())["min_tokens"] == 1
+    for connector in CONNECTORS.values():
+        assert said(plan(connector, min_tokens=50).decode_leg(None))["min_tokens"] == 50
+
+
+PROMPT: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "é"}],
+    "prompt": "once upon",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "none",
+    "chat_template": "{{ x }}",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "documents": [{"text": "d"}],
+    "reasoning_effort": "low",
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "add_special_tokens": False,
+    "mm_processor_kwargs": {"fps": 1},
+    "cache_salt": "pepper",
+    "priority": 3,
+    "user": "u",
+    "model": "m",
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", sorted(PROMPT))
+def test_what_shapes_the_prompt_is_the_same_on_both_legs(connector: Connector, name: str) -> None:
+    made = plan(connector, **{name: PROMPT[name]})
+    handoff, _ = made.take(answer(PARAMS))
+    assert said(made.prefill_leg())[name] == PROMPT[name]
+    assert said(made.decode_leg(handoff))[name] == PROMPT[name]
+
+
+EDITED = {"stream", "max_tokens", "max_completion_tokens", "min_tokens", "ignore_eos", "kv_transfer_params", *DROPPED}
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+BODIES = st.dictionaries(st.sampled_from(sorted(PROMPT)) | st.text(max_size=6), VALUES, max_size=8).map(
+    lambda members: {name: value for name, value in members.items() if name not in EDITED | {"model", "n", "rid"}}
+)
+
+
+@BOTH
+@given(members=BODIES, stream=st.booleans(), bound=st.integers(1, 9000))
+def test_both_legs_carry_the_same_prompt(
+    connector: Connector, members: dict[str, Any], stream: bool, bound: int
+) -> None:
+    made = plan(connector, **members, stream=stream, max_tokens=bound)
+    handoff, _ = made.take(answer(PARAMS))
+    prefill, decode = said(made.prefill_leg()), said(made.decode_leg(handoff))
+    for leg in (prefill, decode):
+        assert {name: value for name, value in leg.items() if name not in EDITED} == members
+    assert (decode["stream"], decode["max_tokens"]) == (stream, bound)
+    assert (prefill["stream"], prefill["max_tokens"]) == (False, 1)
+
+
+@BOTH
+def test_making_a_leg_changes_nothing_for_the_next_try(connector: Connector) -> None:
+    made = plan(connector, stream=True, max_tokens=9, messages=[])
+    first = made.prefill_leg(), made.decode_leg(made.take(answer(PARAMS))[0])
+    made.decode_leg(None)
+    assert (made.prefill_leg(), made.decode_leg(made.take(answer(PARAMS))[0])) == first
+
+
+# The hand-off
+
+
+@BOTH
+def test_the_hand_off_goes_to_decode_word_for_word(connector: Connector) -> None:
+    odd = b'{ "unknown" : [1.0, "\\u00e9"], ' + json.dumps(PARAMS).encode()[1:]
+    made = plan(connector, max_tokens=5)
+    handoff, usage = made.take(b'{"usage":{"prompt_tokens":3},"choices":[],"kv_transfer_params":' + odd + b"}")
+    leg = made.decode_leg(handoff)
+    assert odd in leg.body
+    assert said(leg)["max_tokens"] == 5
+    assert bytes(usage) == b'{"prompt_tokens":3}'
+
+
+@BOTH
+@pytest.mark.parametrize("blocks", [[[33]], [[33], []], [[1, 2], [3]], [33, 34], [[0]]])
+def test_blocks_may_be_listed_flat_or_by_group(connector: Connector, blocks: object) -> None:
+    assert plan(connector).take(answer({**PARAMS, "remote_block_ids": blocks}))[0] is not None
+
+
+def test_the_older_ascend_connector_names_no_request() -> None:
+    older = {name: PARAMS[name] for name in PARAMS if name not in ("remote_request_id", "tp_size")}
+    assert plan(CONNECTORS["mooncake_ascend"]).take(answer(older))[0] is not None
+    with pytest.raises(HandoffInvalid):
+        plan(CONNECTORS["nixl"]).take(answer(older))
+
+
+def without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in PARAMS.items() if name not in names}
+
+
+HARMFUL: dict[str, object] = {
+    "a string": "kv",
+    "a list": [PARAMS],
+    "a number": 7,
+    "true": True,
+    "both flags false": {"do_remote_prefill": False, "do_remote_decode": False},
+    "do_remote_prefill false": {**PARAMS, "do_remote_prefill": False},
+    "do_remote_prefill a word": {**PARAMS, "do_remote_prefill": "true"},
+    "do_remote_prefill missing": without("do_remote_prefill"),
+    "do_remote_prefill alone": {"do_remote_prefill": True},
+    "what prefill was asked with": ASKED,
+    "all null": {**dict.fromkeys(PARAMS), "do_remote_prefill": True},
+    "no blocks": {**PARAMS, "remote_block_ids": []},
+    "empty groups": {**PARAMS, "remote_block_ids": [[], []]},
+    "blocks null": {**PARAMS, "remote_block_ids": None},
+    "blocks missing": without("remote_block_ids"),
+    "blocks negative": {**PARAMS, "remote_block_ids": [[-1]]},
+    "blocks as words": {**PARAMS, "remote_block_ids": [["33"]]},
+    "blocks with null": {**PARAMS, "remote_block_ids": [[33, None]]},
+    "blocks a number": {**PARAMS, "remote_block_ids": 33},
+    "blocks an object": {**PARAMS, "remote_block_ids": {"0": [33]}},
+    "blocks fractions": {**PARAMS, "remote_block_ids": [[1.5]]},
+    "engine missing": without("remote_engine_id"),
+    "engine null": {**PARAMS, "remote_engine_id": None},
+    "engine empty": {**PARAMS, "remote_engine_id": ""},
+    "request empty": {**PARAMS, "remote_request_id": ""},
+    "request a number": {**PARAMS, "remote_request_id": 7},
+    "host missing": without("remote_host"),
+    "host null": {**PARAMS, "remote_host": None},
+    "host empty": {**PARAMS, "remote_host": ""},
+    "port missing": without("remote_port"),
+    "port null": {**PARAMS, "remote_port": None},
+    "port a word": {**PARAMS, "remote_port": "22050"},
+    "port zero": {**PARAMS, "remote_port": 0},
+    "port too high": {**PARAMS, "remote_port": 65536},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("params", HARMFUL.values(), ids=list(HARMFUL))
+def test_parameters_that_would_harm_decode_are_not_sent(connector: Connector, params: object) -> None:
+    with pytest.raises(HandoffInvalid, match=r"prefill's (kv_transfer_params|remote_block_ids) ") as caught:
+        plan(connector).take(answer(params))
+    assert caught.value.retryable
+    assert "127.0.0.1" not in caught.value.public_message
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        without("remote_request_id"),
+        {**PARAMS, "remote_request_id": None},
+        without("tp_size"),
+        {**PARAMS, "tp_size": 0},
+        {**PARAMS, "tp_size": "1"},
+    ],
+)
+def test_nixl_needs_the_request_and_the_tensor_parallel_size(params: object) -> None:
+    with pytest.raises(HandoffInvalid):
+        plan(CONNECTORS["nixl"]).take(answer(params))
+
+
+@BOTH
+@pytest.mark.parametrize("params", [None, {}])
+def test_no_parameters_are_no_hand_off(connector: Connector, params: object) -> None:
+    handoff, usage = plan(connector).take(answer(params))
+    assert handoff is None
+    assert json.loads(bytes(usage)) == {"prompt_tokens": 3}
+
+
+@BOTH
+def test_an_answer_without_the_member_is_no_hand_off(connector: Connector) -> None:
+    handoff, usage = plan(connector).take(b'{"choices":[]}')
+    assert handoff is None
+    assert bytes(usage) == b""
+
+
+@BOTH
+@pytest.mark.parametrize("text", [b"", b"<html>", b"[]", b'"x"', b'{"kv_transfer_params":', b"null"])
+def test_what_is_no_answer_is_garbled(connector: Connector, text: bytes) -> None:
+    with pytest.raises(BackendGarbled, match="prefill's answer is not one"):
+        plan(connector).take(text)
+
+
+@BOTH
+@given(params=VALUES | st.fixed_dictionaries({}, optional=dict.fromkeys(PARAMS, VALUES)))
+def test_any_parameters_are_taken_or_refused(connector: Connector, params: object) -> None:
+    made = plan(connector)
+    try:
+        handoff, _ = made.take(answer(params))
+    except HandoffInvalid:
+        return
+    if handoff is not None:
+        assert said(made.decode_leg(handoff))["kv_transfer_params"] == params
+
+
+# The decode leg
+
+
+@BOTH
+def test_decode_alone_says_nothing_of_a_hand_off(connector: Connector) -> None:
+    body = said(plan(connector, messages=[], max_tokens=9, n=3, stop=["a"]).decode_leg(None))
+    assert body == {"messages": [], "max_tokens": 9, "n": 3, "stop": ["a"]}
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("members", "options"),
+    [
+        ({"stream": True}, {"include_usage": True}),
+        ({"stream": True, "stream_options": None}, {"include_usage": True}),
+        ({"stream": True, "stream_options": {}}, {"include_usage": True}),
+        ({"stream": True, "stream_options": {"include_usage": False, "x": 1}}, {"x": 1, "include_usage": True}),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, {"include_usage": True}),
+        (
+            {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+            {"include_usage": True, "continuous_usage_stats": True},
+        ),
+    ],
+)
+def test_a_stream_always_closes_with_usage(connector: Connector, members: dict[str, Any], options: object) -> None:
+    made = plan(connector, **members)
+    for handoff in (None, made.take(answer(PARAMS))[0]):
+        assert said(made.decode_leg(handoff))["stream_options"] == options
+
+
+@BOTH
+@pytest.mark.parametrize("members", [{}, {"stream": False}, {"stream": None}])
+def test_an_answer_in_one_piece_has_no_stream_options(connector: Connector, members: dict[str, Any]) -> None:
+    assert "stream_options" not in said(plan(connector, **members).decode_leg(None))
+
+
+@BOTH
+def test_a_lease_outlives_a_hand_off_many_times(connector: Connector) -> None:
+    assert connector.lease >= 30.0
+
+
+@BOTH
+def test_large_messages_go_to_both_engines_byte_for_byte(connector: Connector) -> None:
+    messages = b'[ {"role" : "user", "content":"%b\\u00e9\\/"} ]' % (b"word " * 10_000)
+    made = SequentialPlan(read_body(b'{"messages":' + messages + b"}", "chat"), connector)
+    assert messages in made.prefill_leg().body
+    assert messages in made.decode_leg(None).body
+
+
+def test_a_hand_off_is_raw_bytes() -> None:
+    handoff, _ = plan(CONNECTORS["nixl"]).take(answer(PARAMS))
+    assert handoff is not None
+    assert isinstance(handoff.params, msgspec.Raw)

@@ -1,0 +1,104 @@
+"""Which of a pool's backends a policy takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.placement.policies import POLICIES, least_loaded, load, power_of_two
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a policy may look at, and nothing else."""
+
+    url: str
+    inflight_tokens: int = 0
+    inflight_requests: int = 0
+
+
+LOADS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=8)
+NUMBERS = st.floats(0, 1, exclude_max=True)
+
+
+def pool(loads: list[tuple[int, int]]) -> list[Backend]:
+    return [Backend(f"http://b{number}", tokens, requests) for number, (tokens, requests) in enumerate(loads)]
+
+
+def drawn(*numbers: float) -> Callable[[], float]:
+    """A source of just these numbers."""
+    source: Iterator[float] = iter(numbers)
+    return lambda: next(source)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@given(loads=LOADS, first=NUMBERS, second=NUMBERS, turn=st.integers(0, 1000))
+def test_every_policy_takes_one_of_the_pool(
+    policy: str, loads: list[tuple[int, int]], first: float, second: float, turn: int
+) -> None:
+    assert 0 <= POLICIES[policy](pool(loads), drawn(first, second), turn) < len(loads)
+
+
+@given(loads=LOADS, number=NUMBERS, turn=st.integers(0, 1000))
+def test_least_loaded_takes_a_minimum(loads: list[tuple[int, int]], number: float, turn: int) -> None:
+    assert loads[least_loaded(pool(loads), drawn(number), turn)] == min(loads)
+
+
+def test_least_loaded_compares_tokens_before_requests() -> None:
+    assert least_loaded(pool([(10, 1), (9, 8)]), drawn(0.0), 0) == 1
+    assert least_loaded(pool([(9, 8), (9, 2)]), drawn(0.0), 0) == 1
+
+
+@given(count=st.integers(1, 8))
+def test_least_loaded_spreads_ties_evenly(count: int) -> None:
+    backends = pool([(0, 0)] * count + [(1, 0)])
+    taken = Counter(least_loaded(backends, drawn(step / 840), 0) for step in range(840))
+    assert taken == dict.fromkeys(range(count), 840 // count)
+
+
+@given(count=st.integers(1, 6), start=st.integers(0, 100))
+def test_round_robin_takes_each_in_its_turn(count: int, start: int) -> None:
+    taken = [POLICIES["round_robin"](pool([(0, 0)] * count), drawn(), start + step) for step in range(2 * count)]
+    assert taken[:count] == taken[count:]
+    assert sorted(taken[:count]) == list(range(count))
+
+
+@given(count=st.integers(1, 8))
+def test_random_takes_all_alike_whatever_their_load(count: int) -> None:
+    backends = pool([(number, number) for number in range(count)])
+    taken = Counter(POLICIES["random"](backends, drawn(step / 840), 0) for step in range(840))
+    assert taken == dict.fromkeys(range(count), 840 // count)
+
+
+@given(loads=LOADS, first=NUMBERS, second=NUMBERS)
+def test_power_of_two_never_takes_the_worse_of_its_two(
+    loads: list[tuple[int, int]], first: float, second: float
+) -> None:
+    backends = pool(loads)
+    taken = power_of_two(backends, drawn(first, second), 0)
+    if len(loads) > 1:
+        one = int(first * len(loads))
+        others = [index for index in range(len(loads)) if index != one]
+        # Whichever the second was: the one taken is among the two, and no worse than the first.
+        assert load(backends[taken]) <= load(backends[one])
+        assert taken == one or taken in others
+
+
+@given(count=st.integers(2, 6))
+def test_power_of_two_draws_every_pair_alike_and_never_one_twice(count: int) -> None:
+    steps = [step / 60 for step in range(60)]
+    pairs: Counter[frozenset[int]] = Counter()
+    for first in steps:
+        for second in steps:
+            # The one with the smaller index is always better: it is taken; and then the other way round.
+            better = power_of_two(pool([(n, 0) for n in range(count)]), drawn(first, second), 0)
+            worse = power_of_two(pool([(-n, 0) for n in range(count)]), drawn(first, second), 0)
+            pairs[frozenset((better, worse))] += 1
+    assert all(len(pair) == 2 for pair in pairs)
+    assert len(pairs) == count * (count - 1) // 2
+    assert len(set(pairs.values())) == 1

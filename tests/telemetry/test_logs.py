@@ -1,0 +1,184 @@
+"""Log lines: their shapes, and what is worth one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from proxy.telemetry.logs import JsonFormatter, RequestLog, TextFormatter, set_up_logging
+from proxy.telemetry.records import RequestRecord
+
+GOOD: dict[str, Any] = {
+    "endpoint": "chat",
+    "request_id": "abc",
+    "model": "m",
+    "started": 100.0,
+    "ended": 101.23456,
+    "status": 200,
+    "outcome": "ok",
+    "stage": "stream",
+    "prefill": "http://p:1",
+    "decode": "http://d:1",
+    "first_token": 100.05,
+    "tokens": 7,
+}
+
+
+def record(message: str = "hello", level: int = logging.INFO, **fields: Any) -> logging.LogRecord:
+    made = logging.LogRecord("pd_proxy.request", level, __file__, 1, message, (), None)
+    made.created = 1_700_000_000.25
+    if fields:
+        made.fields = fields
+    return made
+
+
+def finished(caplog: pytest.LogCaptureFixture, every: bool = False, **fields: Any) -> list[logging.LogRecord]:
+    """The lines that a request is worth."""
+    caplog.clear()
+    caplog.set_level(logging.DEBUG, "pd_proxy.request")
+    RequestLog(every).finished(RequestRecord(**{**GOOD, **fields}))
+    return caplog.records
+
+
+# Shapes
+
+
+def test_a_text_line_is_time_level_logger_message_and_fields() -> None:
+    line = TextFormatter().format(record("abc chat ok", decode="http://d:1", tokens=7, ttft=0.05))
+    assert line == (
+        "2023-11-14T22:13:20.250Z info    pd_proxy.request: abc chat ok decode='http://d:1' tokens=7 ttft=0.05"
+    )
+
+
+def test_a_json_line_is_one_object() -> None:
+    line = JsonFormatter().format(record("two\nlines", logging.WARNING, tokens=7, error="a\nb"))
+    assert "\n" not in line
+    assert json.loads(line) == {
+        "time": "2023-11-14T22:13:20.250Z",
+        "level": "warning",
+        "logger": "pd_proxy.request",
+        "message": "two\nlines",
+        "tokens": 7,
+        "error": "a\nb",
+    }
+
+
+@pytest.mark.parametrize("value", ["a\nfake line", "a\r\nb", "\x1b[31mred", "quote ' and \" and \\"])
+def test_no_field_can_forge_a_line(value: str) -> None:
+    assert len(TextFormatter().format(record(model=value)).splitlines()) == 1
+    assert "\x1b" not in TextFormatter().format(record(model=value))
+    assert json.loads(JsonFormatter().format(record(model=value)))["model"] == value
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+def test_an_exception_brings_its_trace(formatter: logging.Formatter) -> None:
+    made = record()
+    try:
+        raise ZeroDivisionError("by zero")
+    except ZeroDivisionError:
+        made.exc_info = sys.exc_info()
+    line = formatter.format(made)
+    assert "Traceback" in line
+    assert "ZeroDivisionError: by zero" in line
+    if isinstance(formatter, JsonFormatter):
+        assert "by zero" in json.loads(line)["trace"]
+
+
+# What is worth a line
+
+
+@pytest.mark.parametrize("outcome", ["backend_failed", "no_backend", "total_timeout", "draining", "internal_error"])
+def test_a_request_that_failed_is_a_warning(caplog: pytest.LogCaptureFixture, outcome: str) -> None:
+    (line,) = finished(caplog, status=502, outcome=outcome, error="it broke")
+    assert line.levelno == logging.WARNING
+    assert line.getMessage() == f"abc chat {outcome}"
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"outcome": "client_gone", "status": 0}, {"outcome": "invalid_request", "status": 400}]
+)
+def test_good_requests_those_that_were_left_and_clients_mistakes_are_silent_unless_asked_for(
+    caplog: pytest.LogCaptureFixture, fields: dict[str, Any]
+) -> None:
+    assert finished(caplog, **fields) == []
+    (line,) = finished(caplog, every=True, **fields)
+    assert line.levelno == logging.INFO
+
+
+@pytest.mark.parametrize("fields", [{"fallback": "no_handoff_params"}, {"retries": [("prefill", "cut")]}])
+def test_a_good_request_that_went_another_way_is_worth_a_line(
+    caplog: pytest.LogCaptureFixture, fields: dict[str, Any]
+) -> None:
+    (line,) = finished(caplog, **fields)
+    assert line.levelno == logging.INFO
+
+
+def test_a_line_has_the_numbers_and_leaves_out_what_is_empty(caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = finished(caplog, every=True, retries=[("decode", "cut"), ("decode", "cut")])
+    assert line.fields == {  # type: ignore[attr-defined]
+        "model": "m",
+        "stage": "stream",
+        "prefill": "http://p:1",
+        "decode": "http://d:1",
+        "seconds": 1.2346,
+        "ttft": 0.05,
+        "tokens": 7,
+        "retries": 2,
+    }
+
+
+def test_an_endless_model_name_does_not_make_an_endless_line(caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = finished(caplog, every=True, model="m" * 100_000)
+    assert len(TextFormatter().format(line)) < 1000
+
+
+def test_a_line_holds_nothing_but_the_record(caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = finished(caplog, every=True)
+    text = TextFormatter().format(line)
+    assert re.sub(r"\S+=\S+|2\S+Z", "", text).split() == ["info", "pd_proxy.request:", "abc", "chat", "ok"]
+
+
+# Setting up
+
+
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """Puts the loggers back."""
+    names = ["", "uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "httpcore", "asyncio"]
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger, logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
+    logging.getLogger().handlers = []
+    yield
+    for logger, level, handlers, propagate in before:
+        logger.setLevel(level)
+        logger.handlers = handlers
+        logger.propagate = propagate
+
+
+@pytest.mark.parametrize(("shape", "formatter"), [("text", TextFormatter), ("json", JsonFormatter)])
+def test_all_logs_go_to_standard_error_in_one_shape(
+    untouched: None, capsys: pytest.CaptureFixture[str], shape: str, formatter: type[logging.Formatter]
+) -> None:
+    set_up_logging("info", shape)
+    logging.getLogger("pd_proxy.fleet").info("seen")
+    logging.getLogger("pd_proxy.fleet").debug("not seen")
+    logging.getLogger("some.library").info("seen too")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 2
+    (handler,) = logging.getLogger().handlers
+    assert type(handler.formatter) is formatter
+
+
+def test_libraries_speak_up_only_when_something_is_wrong(untouched: None, capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("debug", "text")
+    for name in ("httpx", "httpcore", "asyncio", "uvicorn.error"):
+        logging.getLogger(name).info("GET http://engine/?key=secret")
+    logging.getLogger("uvicorn.access").info("a line a request")
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,328 @@
+"""What a scrape shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import exposition
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from proxy import __version__
+from proxy.fleet.backend import Lease
+from proxy.fleet.fleet import Fleet
+from proxy.settings import Settings
+from proxy.telemetry.prometheus import Histogram, PrometheusSink, registry
+from proxy.telemetry.records import TTFT_BOUNDS, Distribution, RequestRecord, Sinks
+
+PREFILL, DECODE, MIXED = "http://prefill0:8000", "http://decode0:8000", "http://mixed0:8000"
+
+NAMES = {
+    "pd_proxy_time_to_first_token_seconds": ("histogram", {"pool", "backend"}),
+    "pd_proxy_inter_token_latency_seconds": ("histogram", {"pool", "backend"}),
+    "pd_proxy_time_per_output_token_seconds": ("histogram", {"pool", "backend"}),
+    "pd_proxy_request_duration_seconds": ("histogram", {"endpoint", "outcome"}),
+    "pd_proxy_prefill_duration_seconds": ("histogram", {"pool", "backend"}),
+    "pd_proxy_handoff_duration_seconds": ("histogram", {"pool", "backend"}),
+    "pd_proxy_event_loop_delay_seconds": ("histogram", set()),
+    "pd_proxy_requests": ("counter", {"endpoint", "model", "outcome"}),
+    "pd_proxy_tokens": ("counter", {"model", "kind"}),
+    "pd_proxy_retries": ("counter", {"leg", "reason"}),
+    "pd_proxy_fallbacks": ("counter", {"reason"}),
+    "pd_proxy_client_disconnects": ("counter", {"stage"}),
+    "pd_proxy_backend_up": ("gauge", {"pool", "backend"}),
+    "pd_proxy_backend_inflight_requests": ("gauge", {"pool", "backend"}),
+    "pd_proxy_backend_inflight_tokens": ("gauge", {"pool", "backend"}),
+    "pd_proxy_handoffs_in_limbo": ("gauge", set()),
+    "pd_proxy_ready": ("gauge", set()),
+    "pd_proxy_build_info": ("gauge", {"version"}),
+}
+
+
+class Scene:
+    """A fleet of three backends that have named the model `m`, and its sink."""
+
+    def __init__(self) -> None:
+        self.fleet = Fleet(Settings(prefill=[PREFILL], decode=[DECODE], mixed=[MIXED]))
+        for backend in self.fleet:
+            backend.models = {"m": {"id": "m"}}
+        self.sink = PrometheusSink(self.fleet)
+        self.registry = registry(self.sink)
+
+    def finish(self, **fields: Any) -> None:
+        """One request through the pair, unless said otherwise."""
+        self.sink.finished(RequestRecord(**{**GOOD, **fields}))
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(name, labels)
+
+    def series(self, name: str) -> list[dict[str, str]]:
+        """The labels of every sample of a name."""
+        return [s.labels for family in self.registry.collect() for s in family.samples if s.name == name]
+
+
+GOOD: dict[str, Any] = {
+    "endpoint": "chat",
+    "request_id": "1",
+    "model": "m",
+    "stream": True,
+    "started": 100.0,
+    "ended": 101.0,
+    "status": 200,
+    "outcome": "ok",
+    "stage": "stream",
+    "prefill": PREFILL,
+    "decode": DECODE,
+    "prefill_seconds": 0.02,
+    "handoff_seconds": 0.003,
+    "first_token": 100.03,
+    "last_token": 100.99,
+    "prompt_tokens": 20,
+    "cached_tokens": 16,
+    "tokens": 97,
+}
+
+
+@pytest.fixture
+def scene() -> Scene:
+    return Scene()
+
+
+def fill(scene: Scene) -> None:
+    """Everything that can happen, once."""
+    scene.finish()
+    scene.finish(outcome="client_gone", retries=[("prefill", "cut")], fallback="no_handoff_params")
+    scene.sink.gaps("decode", DECODE).observe(0.02)
+    scene.sink.loop_late(0.001)
+
+
+@pytest.mark.parametrize("shape", ["text", "openmetrics"])
+def test_every_metric_is_there_with_its_labels(scene: Scene, shape: str) -> None:
+    fill(scene)
+    if shape == "text":
+        families = list(parse_text(exposition.generate_latest(scene.registry).decode()))
+    else:
+        families = list(parse_openmetrics(openmetrics.generate_latest(scene.registry).decode()))
+    ours = {family.name: family for family in families if family.name.startswith("pd_proxy_")}
+    assert set(ours) == set(NAMES)
+    for name, (kind, labels) in NAMES.items():
+        family = ours[name]
+        assert (family.type, family.documentation != "") == (kind, True), name
+        assert family.samples, name
+        for sample in family.samples:
+            assert set(sample.labels) - {"le"} == labels, sample
+
+
+def test_a_counters_samples_end_in_total(scene: Scene) -> None:
+    fill(scene)
+    assert "pd_proxy_requests_total{" in exposition.generate_latest(scene.registry).decode()
+
+
+def test_names_and_types_are_there_before_the_first_request(scene: Scene) -> None:
+    text = exposition.generate_latest(scene.registry).decode()
+    for name, (kind, _) in NAMES.items():
+        assert f"# TYPE {name}{'_total' if kind == 'counter' else ''} {kind}\n" in text
+
+
+def test_the_process_is_shown_too(scene: Scene) -> None:
+    assert scene.value("process_start_time_seconds") is not None
+    assert scene.value("pd_proxy_build_info", version=__version__) == 1.0
+
+
+# What a request adds
+
+
+def test_a_good_request_is_counted_everywhere(scene: Scene) -> None:
+    scene.finish()
+    pair = {"pool": "decode", "backend": DECODE}
+    first = {"pool": "prefill", "backend": PREFILL}
+    expected = {
+        ("pd_proxy_requests_total", ("endpoint", "chat", "model", "m", "outcome", "ok")): 1.0,
+        ("pd_proxy_request_duration_seconds_sum", ("endpoint", "chat", "outcome", "ok")): 1.0,
+    }
+    for (name, flat), value in expected.items():
+        assert scene.value(name, **dict(zip(flat[::2], flat[1::2], strict=True))) == value
+    assert scene.value("pd_proxy_time_to_first_token_seconds_sum", **pair) == pytest.approx(0.03)
+    assert scene.value("pd_proxy_time_to_first_token_seconds_sum", **first) == pytest.approx(0.03)
+    assert scene.value("pd_proxy_time_per_output_token_seconds_sum", **pair) == pytest.approx(0.01)
+    assert scene.value("pd_proxy_prefill_duration_seconds_sum", **first) == pytest.approx(0.02)
+    assert scene.value("pd_proxy_handoff_duration_seconds_sum", **pair) == pytest.approx(0.003)
+    tokens = {
+        kind: scene.value("pd_proxy_tokens_total", model="m", kind=kind) for kind in ("prompt", "cached", "completion")
+    }
+    assert tokens == {"prompt": 20.0, "cached": 16.0, "completion": 97.0}
+    assert scene.series("pd_proxy_retries_total") == []
+    assert scene.series("pd_proxy_fallbacks_total") == []
+    assert scene.series("pd_proxy_client_disconnects_total") == []
+
+
+def test_a_mixed_backends_request_has_no_prefill(scene: Scene) -> None:
+    scene.finish(prefill="", prefill_seconds=None, handoff_seconds=None, decode=MIXED, decode_pool="mixed")
+    assert scene.series("pd_proxy_prefill_duration_seconds_count") == []
+    assert scene.series("pd_proxy_handoff_duration_seconds_count") == []
+    assert scene.series("pd_proxy_time_to_first_token_seconds_count") == [{"pool": "mixed", "backend": MIXED}]
+
+
+def test_a_request_that_decode_prefilled_itself_is_no_time_to_first_token_of_the_prefill_pool(scene: Scene) -> None:
+    scene.finish(fallback="no_handoff_params")
+    assert scene.series("pd_proxy_time_to_first_token_seconds_count") == [{"pool": "decode", "backend": DECODE}]
+    assert scene.value("pd_proxy_fallbacks_total", reason="no_handoff_params") == 1.0
+
+
+def test_a_fallback_that_ended_in_an_error_served_nobody(scene: Scene) -> None:
+    scene.finish(status=502, outcome="backend_failed", fallback="no_prefill_backend")
+    assert scene.series("pd_proxy_fallbacks_total") == []
+
+
+def test_every_failed_try_is_counted_by_leg_and_reason(scene: Scene) -> None:
+    scene.finish(retries=[("prefill", "cut"), ("decode", "busy"), ("prefill", "cut")])
+    assert scene.value("pd_proxy_retries_total", leg="prefill", reason="cut") == 2.0
+    assert scene.value("pd_proxy_retries_total", leg="decode", reason="busy") == 1.0
+
+
+@pytest.mark.parametrize("stage", ["admission", "prefill", "decode", "stream"])
+def test_a_client_that_left_is_counted_by_where_its_request_was(scene: Scene, stage: str) -> None:
+    scene.finish(outcome="client_gone", stage=stage)
+    assert scene.value("pd_proxy_client_disconnects_total", stage=stage) == 1.0
+
+
+def test_a_request_without_tokens_has_no_times_of_them(scene: Scene) -> None:
+    scene.finish(
+        outcome="backend_failed", status=502, first_token=None, last_token=None, tokens=0, handoff_seconds=None
+    )
+    assert scene.series("pd_proxy_time_to_first_token_seconds_count") == []
+    assert scene.series("pd_proxy_time_per_output_token_seconds_count") == []
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "tokens", "tpot"),
+    [(1.0, 3.0, 5, 0.5), (1.0, 1.0, 2, 0.0), (1.0, 1.0, 1, None), (None, None, 7, None), (1.0, None, 7, None)],
+)
+def test_time_per_output_token_is_the_mean_gap(
+    first: float | None, last: float | None, tokens: int, tpot: float | None
+) -> None:
+    assert RequestRecord("chat", first_token=first, last_token=last, tokens=tokens).tpot == tpot
+
+
+# Labels stay bounded
+
+
+@given(model=st.text(max_size=30).filter(lambda model: model != "m"))
+def test_a_model_that_no_backend_has_named_is_counted_as_other(model: str) -> None:
+    scene = Scene()
+    scene.finish(model=model)
+    assert {labels["model"] for labels in scene.series("pd_proxy_requests_total")} == {"other"}
+    assert {labels["model"] for labels in scene.series("pd_proxy_tokens_total")} == {"other"}
+
+
+def test_before_models_are_known_any_model_is_counted_as_other(scene: Scene) -> None:
+    for backend in scene.fleet:
+        backend.models = None
+    scene.finish(model="m")
+    assert scene.series("pd_proxy_requests_total") == [{"endpoint": "chat", "model": "other", "outcome": "ok"}]
+
+
+def test_a_backend_that_left_for_good_leaves_no_series(scene: Scene) -> None:
+    fill(scene)
+    scene.fleet.remove(DECODE, "decode")
+    scene.sink.forget(DECODE)
+    assert DECODE not in exposition.generate_latest(scene.registry).decode()
+    assert PREFILL in exposition.generate_latest(scene.registry).decode()
+
+
+def test_a_request_that_ends_after_its_prefill_backend_left_brings_no_series_back(scene: Scene) -> None:
+    scene.fleet.remove(PREFILL, "prefill")  # its leg had ended long before; the stream went on
+    scene.sink.forget(PREFILL)
+    scene.finish()
+    assert PREFILL not in exposition.generate_latest(scene.registry).decode()
+
+
+# Histograms
+
+
+@given(st.lists(st.floats(0, 1000), max_size=30))
+def test_buckets_count_what_is_at_most_their_bound(values: list[float]) -> None:
+    histogram = Histogram("h", "text", ("l",), TTFT_BOUNDS)
+    for value in values:
+        histogram.at("x").observe(value)
+    histogram.at("x")
+    samples = {(s.name, s.labels.get("le")): s.value for s in histogram.collect().samples}
+    for bound in TTFT_BOUNDS:
+        assert samples["h_bucket", repr(bound)] == sum(value <= bound for value in values)
+    assert samples["h_bucket", "+Inf"] == samples["h_count", None] == len(values)
+    assert samples["h_sum", None] == pytest.approx(sum(values))
+
+
+def test_a_distribution_is_the_same_one_for_the_same_labels(scene: Scene) -> None:
+    assert scene.sink.gaps("decode", DECODE) is scene.sink.gaps("decode", DECODE)
+    assert scene.sink.gaps("decode", DECODE) is not scene.sink.gaps("mixed", DECODE)
+
+
+def test_what_the_relay_notes_is_what_a_scrape_shows(scene: Scene) -> None:
+    gaps: Distribution = scene.sink.gaps("decode", DECODE)
+    gaps.observe(0.02)
+    gaps.counts[0] += 1
+    labels = {"pool": "decode", "backend": DECODE}
+    assert scene.value("pd_proxy_inter_token_latency_seconds_count", **labels) == 2.0
+    assert scene.value("pd_proxy_inter_token_latency_seconds_bucket", **labels, le="0.001") == 1.0
+    assert scene.value("pd_proxy_inter_token_latency_seconds_bucket", **labels, le="0.02") == 2.0
+
+
+# Gauges
+
+
+def test_gauges_are_the_fleets_state_now(scene: Scene) -> None:
+    decode = scene.fleet.pool("decode")[0]
+    labels = {"pool": "decode", "backend": DECODE}
+    assert scene.value("pd_proxy_backend_up", **labels) == 0.0
+    assert scene.value("pd_proxy_ready") == 0.0
+    for backend in scene.fleet:
+        backend.mark_up()
+    scene.fleet.handoffs_in_limbo += 1
+    with Lease(decode, 70):
+        assert scene.value("pd_proxy_backend_up", **labels) == 1.0
+        assert scene.value("pd_proxy_backend_inflight_requests", **labels) == 1.0
+        assert scene.value("pd_proxy_backend_inflight_tokens", **labels) == 70.0
+        assert scene.value("pd_proxy_ready") == 1.0
+        assert scene.value("pd_proxy_handoffs_in_limbo") == 1.0
+    assert scene.value("pd_proxy_backend_inflight_requests", **labels) == 0.0
+    decode.removed = True
+    assert scene.value("pd_proxy_backend_up", **labels) == 0.0
+
+
+def test_two_gateways_in_one_process_do_not_share_counts() -> None:
+    one, two = Scene(), Scene()
+    one.finish()
+    assert two.series("pd_proxy_requests_total") == []
+
+
+def test_several_sinks_are_told_alike_and_the_first_keeps_the_gaps(scene: Scene) -> None:
+    told: list[tuple[str, RequestRecord]] = []
+
+    class Other:
+        def finished(self, record: RequestRecord) -> None:
+            told.append(("other", record))
+
+    sinks = Sinks(scene.sink, Other())
+    record = RequestRecord(**GOOD)
+    sinks.finished(record)
+    assert told == [("other", record)]
+    assert scene.series("pd_proxy_requests_total") != []
+    assert sinks.gaps("decode", DECODE) is scene.sink.gaps("decode", DECODE)
+
+
+def all_text(scene: Scene) -> Iterator[str]:
+    yield exposition.generate_latest(scene.registry).decode()
+    yield openmetrics.generate_latest(scene.registry).decode()
+
+
+def test_no_request_id_and_no_error_text_becomes_a_label(scene: Scene) -> None:
+    scene.finish(request_id="client-chosen", error="http://10.9.8.7 said no", outcome="backend_failed")
+    for text in all_text(scene):
+        assert "client-chosen" not in text
+        assert "10.9.8.7" not in text

@@ -1,0 +1,124 @@
+"""The "may import" column of ARCHITECTURE.md, and the rooms without I/O."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "proxy"
+
+ABOVE_FLOW = {"errors", "settings", "handoff", "placement", "fleet", "admission", "relay", "telemetry.records"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "settings": {"errors"},
+    "handoff": {"errors"},
+    "placement": {"errors"},
+    "fleet": {"errors", "settings"},
+    "admission": {"errors", "settings"},
+    "relay": {"errors", "telemetry.records"},
+    "flow": ABOVE_FLOW,
+    "api": ABOVE_FLOW | {"flow"},
+    "telemetry": set(),
+    "simulator": set(),
+}
+"""Room -> the rooms (or single modules of them) that it may import besides itself."""
+
+UNBOUND = {"__init__", "app", "process", "cli", "configuration", "drop_in"}
+"""Top-level modules that put the rooms together and so may import what they need."""
+
+FORBIDDEN_WITHOUT_IO = {
+    *("asyncio", "socket", "ssl", "select", "threading", "subprocess", "time", "datetime", "random", "secrets", "uuid"),
+    *("os", "pathlib", "io", "logging", "httpx", "httptools", "uvicorn", "fastapi", "starlette"),
+}
+
+
+def imports(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of every module that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = ("proxy", *file.relative_to(ROOT).parts[: -node.level])
+                base = ".".join([*package, *filter(None, [base])])
+            yield node.lineno, base
+            # `from proxy.fleet import backend` imports a module too, `from proxy import __version__` does not.
+            for alias in node.names:
+                path = Path(*base.split("."), alias.name)
+                if base.startswith("proxy") and (
+                    (ROOT.parent / path).with_suffix(".py").exists() or (ROOT.parent / path).is_dir()
+                ):
+                    yield node.lineno, f"{base}.{alias.name}"
+
+
+def room(file: Path) -> str:
+    return file.relative_to(ROOT).with_suffix("").parts[0]
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def test_every_file_is_in_a_room() -> None:
+    assert {room(file) for file in FILES} == MAY_IMPORT.keys() | UNBOUND
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_room_imports_only_what_it_may(file: Path) -> None:
+    here = room(file)
+    if here in UNBOUND:
+        return
+    allowed = {f"proxy.{name}" for name in MAY_IMPORT[here] | {here}}
+    wrong = [
+        f"{file.relative_to(ROOT.parent)}:{line} imports {name}"
+        for line, name in imports(file)
+        if name.startswith("proxy.") and not any(name == good or name.startswith(f"{good}.") for good in allowed)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", ["handoff", "placement"])
+def test_rooms_without_io_import_nothing_that_has_any(name: str) -> None:
+    files = [file for file in FILES if room(file) == name]
+    assert len(files) > 2
+    wrong = [
+        f"{file.relative_to(ROOT.parent)}:{line} imports {module}"
+        for file in files
+        for line, module in imports(file)
+        if module.split(".")[0] in FORBIDDEN_WITHOUT_IO
+    ]
+    assert wrong == []
+
+
+def test_outside_telemetry_only_its_records_are_known() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT.parent)}:{line} imports {module}"
+        for file in FILES
+        if room(file) not in UNBOUND | {"telemetry"}
+        for line, module in imports(file)
+        if module.startswith("proxy.telemetry.") and not module.startswith("proxy.telemetry.records")
+    ]
+    assert wrong == []
+
+
+def test_the_check_sees_imports_of_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room_ = tmp_path / "proxy" / "handoff"
+    room_.mkdir(parents=True)
+    (tmp_path / "proxy" / "fleet").mkdir()
+    (tmp_path / "proxy" / "app.py").touch()
+    file = room_ / "x.py"
+    file.write_text(
+        "import asyncio, proxy.fleet\nfrom proxy import app\nfrom ..fleet import backend\nfrom . import y\n"
+        "def f():\n    from time import sleep\n"
+    )
+    monkeypatch.setitem(globals(), "ROOT", tmp_path / "proxy")
+    assert {name for _, name in imports(file)} >= {
+        "asyncio",
+        "proxy.fleet",
+        "proxy.app",
+        "proxy.handoff",
+        "time",
+    }

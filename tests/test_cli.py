@@ -1,0 +1,218 @@
+"""The command line, up to the point where a server would run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from proxy import __version__, cli
+from proxy.process import ListenError
+from proxy.settings import Settings, leaves
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """The settings that a server was started with, instead of a server."""
+    started: list[Settings] = []
+
+    def serve(settings: Settings) -> int:
+        started.append(settings)
+        return 0
+
+    monkeypatch.setattr("proxy.process.serve", serve)
+    monkeypatch.setattr("proxy.telemetry.logs.set_up_logging", lambda level, shape: None)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return started
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], served: list[Settings]) -> Run:
+    """Runs a command; gives exit status, output and errors."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        try:
+            status = cli.main([str(argument) for argument in argv])
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+# check
+
+
+def test_check_says_what_a_good_file_holds(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "good.yaml"
+    file.write_text("prefill: [a:1, b:1]\ndecode: [c:1]\nport: 9000\nconnector: mooncake_ascend\n")
+    assert run("check", file) == (
+        0,
+        f"{file}: good. 2 prefill, 1 decode, 0 mixed backend(s), connector mooncake_ascend, port 9000\n",
+        "",
+    )
+
+
+def test_check_of_a_wrong_file_says_where_and_exits_with_2(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text("port: 9000\ntimeouts:\n  idel: 1\nlog_level: loud\n")
+    status, out, err = run("check", file)
+    assert (status, out) == (2, "")
+    assert sorted(err.splitlines()) == [
+        f"pd-proxy: {file}:3: timeouts.idel: no such setting (did you mean timeouts.idle?)",
+        f"pd-proxy: {file}:4: log_level: input should be 'debug', 'info', 'warning' or 'error', not 'loud'",
+    ]
+
+
+def test_check_of_no_file_exits_with_2(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("check", tmp_path / "none.yaml")
+    assert (status, out, err) == (2, "", f"pd-proxy: {tmp_path}/none.yaml: No such file or directory\n")
+    assert run("check")[0] == 2
+
+
+def test_the_example_file_is_good(run: Run) -> None:
+    status, out, _ = run("check", Path(__file__).parents[1] / "config" / "pd-proxy.yaml")
+    assert status == 0
+    assert "2 prefill, 2 decode" in out
+
+
+# serve
+
+
+def test_serve_takes_every_kind_of_flag(run: Run, served: list[Settings]) -> None:
+    line = (
+        "serve --port 9000 --prefill a:1 --prefill b:1,c:1 --decode http://d:1 --timeouts.idle 7 "
+        "--policy.decode random --api-keys one --api_keys two --access-log --log_level debug --metrics.port 9100 "
+        "--retries.attempts=2"
+    )
+    assert run(*line.split()) == (0, "", "")
+    (settings,) = served
+    assert settings.port == 9000
+    assert settings.prefill == ("http://a:1", "http://b:1", "http://c:1")
+    assert settings.decode == ("http://d:1",)
+    assert settings.timeouts.idle == 7.0
+    assert settings.policy.decode == "random"
+    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+    assert settings.access_log is True
+    assert settings.log_level == "debug"
+    assert settings.metrics.port == 9100
+    assert settings.retries.attempts == 2
+
+
+def test_every_setting_is_a_flag_with_underscores_or_hyphens(run: Run) -> None:
+    help_ = run("serve", "--help")[1]
+    for name, _ in leaves():
+        assert f"--{name} " in help_ or f"--{name}," in help_, name
+        assert f"--{name.replace('_', '-')}" in help_, name
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--access_log", True), ("--access_log=false", False), ("--access-log=true", True)]
+)
+def test_a_switch_may_be_given_alone_or_with_a_value(run: Run, served: list[Settings], flag: str, value: bool) -> None:
+    assert run("serve", flag)[0] == 0
+    assert served[0].access_log is value
+
+
+def test_flags_win_over_variables_and_variables_over_the_file(
+    run: Run, served: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text("port: 1\nhost: file\nlog_level: error\n")
+    monkeypatch.setenv("PD_PROXY_PORT", "2")
+    monkeypatch.setenv("PD_PROXY_HOST", "variable")
+    assert run("serve", "--config", file, "--port", "3")[0] == 0
+    (settings,) = served
+    assert (settings.port, settings.host, settings.log_level) == (3, "variable", "error")
+
+
+def test_the_scripts_tutorial_line_works(run: Run, served: list[Settings]) -> None:
+    line = (
+        "serve --host 0.0.0.0 --port 12347 --prefiller-hosts 10.0.0.1 10.0.0.1 --prefiller-port 7100 7101 "
+        "--decoder-hosts 10.0.0.2 --decoder-ports 7100 --workers 8 --log-level DEBUG"
+    )
+    status, out, err = run(*line.split())
+    assert (status, out) == (0, "")
+    assert err == "pd-proxy: --workers has no effect: this gateway runs in one process\n"
+    (settings,) = served
+    assert (settings.host, settings.port, settings.log_level) == ("0.0.0.0", 12347, "debug")
+    assert settings.prefill == ("http://10.0.0.1:7100", "http://10.0.0.1:7101")
+    assert settings.decode == ("http://10.0.0.2:7100",)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--port many", "pd-proxy: flag --port: port: "),
+        ("--decode ftp://x", "pd-proxy: flag --decode: decode: 'ftp://x': a backend is "),
+        ("--timeouts.idle 0", "pd-proxy: flag --timeouts.idle: timeouts.idle: input should be greater than 0"),
+        ("--prefiller-hosts a b --prefiller-ports 1", "pd-proxy: --prefiller-hosts names 2 host(s)"),
+        ("--config /no/such/file", "pd-proxy: /no/such/file: No such file or directory"),
+        ("--decode a:1 --mixed a:1", "pd-proxy: http://a:1 is listed under decode and under mixed"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_status_2(run: Run, served: list[Settings], line: str, says: str) -> None:
+    status, out, err = run("serve", *line.split())
+    assert (status, out) == (2, "")
+    (said,) = err.splitlines()
+    assert said.startswith(says)
+    assert served == []
+
+
+@pytest.mark.parametrize("flag", ["--timeout.prefill", "--prefil", "--time"])
+def test_an_unknown_or_abbreviated_flag_is_refused(run: Run, served: list[Settings], flag: str) -> None:
+    status, out, err = run("serve", flag, "1")
+    assert (status, out) == (2, "")
+    assert f"unrecognized arguments: {flag}" in err
+    assert served == []
+
+
+def test_an_unknown_flag_is_said_with_what_it_may_have_meant(run: Run) -> None:
+    assert "did you mean --timeouts.prefill?" in run("serve", "--timeout.prefill", "1")[2]
+
+
+def test_an_address_that_is_taken_exits_with_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(settings: Settings) -> int:
+        raise ListenError("cannot listen on 127.0.0.1:8000: Address already in use")
+
+    monkeypatch.setattr("proxy.process.serve", serve)
+    assert run("serve") == (1, "", "pd-proxy: cannot listen on 127.0.0.1:8000: Address already in use\n")
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["check"], ["simulate"]])
+def test_help_is_there_and_fits_a_terminal(run: Run, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    status, out, err = run(*command, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: pd-proxy")
+    assert max(map(len, out.splitlines())) <= 100
+    assert "PydanticUndefined" not in out
+    assert "None)" not in out
+    assert "**" not in out
+
+
+def test_help_says_what_each_setting_is_and_its_default(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    text = " ".join(run("serve", "--help")[1].split())
+    for _, field in leaves():
+        assert " ".join(str(field.description).split()) in text
+    assert "(default 8000)" in text
+    assert "least_loaded|round_robin|random|power_of_two" in text
+
+
+def test_version_is_said(run: Run) -> None:
+    assert run("--version") == (0, f"pd-proxy {__version__}\n", "")
+
+
+@pytest.mark.parametrize("argv", [[], ["serf"]])
+def test_no_command_or_a_wrong_one_is_refused(run: Run, argv: list[str]) -> None:
+    status, _, err = run(*argv)
+    assert status == 2
+    assert "serve | check | simulate" in err

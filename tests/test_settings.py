@@ -1,0 +1,171 @@
+"""What can be set, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr, ValidationError
+
+from proxy.settings import Settings, backend_url, build_settings, leaves, unknown_variables
+
+PORTS = st.integers(1, 65535)
+HOSTS = st.from_regex(r"[a-z][a-z0-9-]{0,10}(\.[a-z][a-z0-9]{0,5}){0,2}", fullmatch=True) | st.just("[::1]")
+
+
+@pytest.mark.parametrize(
+    ("given_", "kept"),
+    [
+        ("http://host:8000", "http://host:8000"),
+        ("host:8000", "http://host:8000"),
+        ("host", "http://host"),
+        ("1.2.3.4:80", "http://1.2.3.4:80"),
+        ("  http://host:80/ ", "http://host:80"),
+        ("HTTP://Host:80", "http://host:80"),
+        ("https://host", "https://host"),
+        ("http://host:80/v1", "http://host:80"),
+        ("http://host:80/v1/", "http://host:80"),
+        ("http://host:80/engines/A/v1", "http://host:80/engines/A"),
+        ("http://[::1]:8000", "http://[::1]:8000"),
+    ],
+)
+def test_a_backends_url_has_one_form(given_: str, kept: str) -> None:
+    assert backend_url(given_) == kept
+
+
+@given(HOSTS, PORTS, st.sampled_from(["", "/", "/v1", "/a/b", "/v1/"]))
+def test_a_backends_one_form_is_kept_as_it_is(host: str, port: int, path: str) -> None:
+    once = backend_url(f"{host}:{port}{path}")
+    assert once.startswith(f"http://{host}:{port}")
+    assert backend_url(once) == once
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("ftp://host", "a backend is http://host:port or https://host:port"),
+        ("", "names no host"),
+        ("http://:80", "names no host"),
+        ("http://host:99999", "the port must be a number"),
+        ("http://host:port", "the port must be a number"),
+        ("http://[::1", "Invalid IPv6 URL"),
+        ("http://host/?x=1", "no query"),
+        ("http://host#x", "no fragment"),
+        ("http://me:secret@host", "credentials do not belong"),
+    ],
+)
+def test_what_is_no_backends_url_is_refused(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)) as caught:
+        backend_url(url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://a b:80", "http://host:0", "http://bücher:80", "http://host/a b"])
+def test_a_url_that_no_request_could_be_sent_to_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"host|port|URL|path"):
+        backend_url(url)
+
+
+@pytest.mark.parametrize(
+    ("pools", "where"),
+    [
+        ({"prefill": ["http://a:1"], "decode": ["http://a:1"]}, "under prefill and under decode"),
+        ({"decode": ["a:1"], "mixed": ["http://A:1/v1/"]}, "under decode and under mixed"),
+        ({"prefill": ["http://a:1", "a:1"]}, "twice under prefill"),
+    ],
+)
+def test_a_backend_has_one_role(pools: dict[str, list[str]], where: str) -> None:
+    with pytest.raises(ValidationError, match=rf"http://a:1 is listed {where}"):
+        Settings(**pools)  # type: ignore[arg-type]
+
+
+def test_lists_may_be_one_string_with_commas() -> None:
+    settings = build_settings({"decode": "a:1, http://b:2 ,,"}, {"prefill": ["c:3", "d:4"]})
+    assert settings.decode == ("http://a:1", "http://b:2")
+    assert settings.prefill == ("http://c:3", "http://d:4")
+
+
+def test_lists_in_the_environment_are_comma_separated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_PROXY_DECODE", "http://a:1,b:2")
+    monkeypatch.setenv("PD_PROXY_API_KEYS", "one, two")
+    settings = build_settings({}, {})
+    assert settings.decode == ("http://a:1", "http://b:2")
+    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+
+
+def test_secrets_are_not_shown() -> None:
+    settings = Settings(api_keys=["hush"], admin_key=SecretStr("hush"), backend_api_key=SecretStr("hush"))  # type: ignore[arg-type]
+    for shown in (repr(settings), str(settings), str(settings.model_dump()), settings.model_dump_json()):
+        assert "hush" not in shown
+    assert settings.api_keys[0].get_secret_value() == "hush"
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        ({"timeouts": {"connect": 0}}, "timeouts.connect"),
+        ({"timeouts": {"idle": -1}}, "timeouts.idle"),
+        ({"timeouts": {"total": 0}}, "timeouts.total"),
+        ({"limits": {"request_body": 10}}, "limits.request_body"),
+        ({"health": {"failures": 0}}, "health.failures"),
+        ({"retries": {"attempts": 0}}, "retries.attempts"),
+        ({"retries": {"attempts": 21}}, "retries.attempts"),
+        ({"shutdown": {"grace": -0.1}}, "shutdown.grace"),
+        ({"port": 65536}, "port"),
+        ({"metrics": {"port": -1}}, "metrics.port"),
+        ({"connector": "p2p"}, "connector"),
+        ({"fallback": "maybe"}, "fallback"),
+        ({"policy": {"decode": "best"}}, "policy.decode"),
+        ({"log_level": "loud"}, "log_level"),
+        ({"unknown": 1}, "unknown"),
+        ({"timeouts": {"unknown": 1}}, "timeouts.unknown"),
+    ],
+)
+def test_a_value_out_of_bounds_and_an_unknown_name_are_refused(flags: dict[str, object], field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        build_settings(flags, {})
+    assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [field]
+
+
+def test_settings_do_not_change() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.port = 1
+    with pytest.raises(ValidationError):
+        settings.timeouts.idle = 1
+
+
+def test_every_setting_says_what_it_is_and_is_found_by_its_dotted_name() -> None:
+    found = dict(leaves())
+    assert len(found) == len(leaves())
+    assert {"port", "timeouts.prefill", "policy.decode", "metrics.port", "api_keys"} <= found.keys()
+    assert "timeouts" not in found
+    for name, field in found.items():
+        assert field.description, name
+
+
+def test_the_example_file_has_every_setting_with_its_default() -> None:
+    file = Path(__file__).parents[1] / "config" / "pd-proxy.yaml"
+    tree = yaml.safe_load(file.read_text())
+    settings = build_settings({}, tree)
+    for name, field in leaves():
+        value, given_ = settings, tree
+        for part in name.split("."):
+            assert part in given_, f"{file.name} lacks {name}"
+            value, given_ = getattr(value, part), given_[part]
+        if name not in ("prefill", "decode"):
+            assert value == field.default, name
+
+
+@pytest.mark.parametrize("name", ["PD_PROXY_PORT", "pd_proxy_port", "PD_PROXY_TIMEOUTS__IDLE", "PD_PROXY_TIMEOUTS"])
+def test_variables_of_settings_are_known(name: str) -> None:
+    assert unknown_variables({name: "1", "PD_PROXY_CONFIG": "x", "PATH": "y", "PD_PROXYING": "z"}) == []
+
+
+def test_variables_of_no_setting_are_found() -> None:
+    names = ["PD_PROXY_PROT", "PD_PROXY_TIMEOUTS_IDLE", "PD_PROXY_TIMEOUTS__IDEL", "pd_proxy_x", "PD_PROXY_"]
+    assert unknown_variables(dict.fromkeys(names, "1")) == sorted(names)
