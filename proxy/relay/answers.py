@@ -18,7 +18,8 @@ HANDOFF_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 
 _HANDOFF_MARK = b'_transfer_params"'
 # host:port, URLs and bare IP addresses: an engine's 5xx may quote the peer it could not reach.
-_ADDRESS = re.compile(r"\w+://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,}\]|\b[\w.-]+:\d{2,5}\b")
+# Each alternative looks at a bounded number of characters: a megabyte of nonsense costs no more than its length.
+_ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]|[\w-]:\d{2,5}\b")
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
