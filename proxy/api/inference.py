@@ -131,7 +131,7 @@ class Inference:
         except TimeoutError:
             raise TotalTimedOut(f"the request was not finished within {self._total:g} s") from None
 
-    async def _read(self, client: Client, receive: Receive) -> bytes:
+    async def _read(self, client: Client, receive: Receive) -> bytes | bytearray:
         """The request's body.
 
         Raises:

@@ -73,7 +73,7 @@ class Body(msgspec.Struct, frozen=True):
     alone: str
 
 
-def read_body(raw: bytes, endpoint: Endpoint) -> Body:
+def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
     """Read a request body.
 
     Raises:

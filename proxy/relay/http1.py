@@ -216,7 +216,7 @@ class Connection(asyncio.Protocol):
             # The engine went away between the connection's birth and this write.
             self._lose(BackendCut(f"{self._origin.url} closed the connection", unread=True, blame=self._fresh))
             return
-        if len(body) < 65536:
+        if len(body) < 4096:  # below, a copy is cheaper than a second buffer in the system call
             self._transport.write(head + body)
         else:
             self._transport.writelines((head, body))

@@ -51,14 +51,14 @@ class DirectClient:
         self.on_gone: Callable[[], object] | None = None
 
     @property
-    def body(self) -> bytes | None:
+    def body(self) -> bytearray | None:
         """The request's body when it is already there, whole; else None, and ASGI's `receive` has it."""
         cycle = self._cycle
         if cycle.more_body or cycle.disconnected:
             return None
         body, cycle.body = cycle.body, bytearray()
         cycle.message_event.clear()
-        return bytes(body)
+        return body
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         if self.gone:
@@ -66,7 +66,7 @@ class DirectClient:
         head = self._answer_head(status, headers, b"content-length: %d\r\n\r\n" % len(body))
         if self._cycle.scope["method"] == "HEAD":
             body = b""
-        if len(body) < 65536:
+        if len(body) < 4096:
             self._transport.write(head + body)
         else:
             self._transport.writelines((head, body))
