@@ -49,6 +49,8 @@ def serve(settings: Settings) -> int:
     sockets = [_listen(settings.host, settings.port)]
     if settings.metrics.port is not None:
         sockets.append(_listen(settings.host, settings.metrics.port))
+    if not (settings.prefill or settings.decode or settings.mixed):
+        log.warning("no backend is configured (--prefill, --decode, --mixed); they can be added at /instances/add")
     gateway = build(settings)
     # What is loaded by now stays for good: a full collection need not walk it while tokens wait.
     gc.collect()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from time import monotonic
 from typing import Any
@@ -27,8 +26,6 @@ from proxy.relay.client import EXTENSION, AsgiClient, Client, Receive, Scope, Se
 from proxy.relay.server import DirectClient
 from proxy.settings import Settings
 from proxy.telemetry.records import RequestRecord, Telemetry
-
-log = logging.getLogger("pd_proxy.api")
 
 _JSON = (b"content-type", b"application/json")
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}").fullmatch
@@ -164,8 +161,6 @@ class Inference:
 
     def _give_error(self, client: Client, record: RequestRecord, error: GatewayError) -> None:
         record.error = record.error or str(error)
-        if error.status >= 500:
-            log.warning("%s %s ended with %s: %s", record.request_id, self._endpoint, error.code, error)
         if client.gone:
             return
         if client.started:

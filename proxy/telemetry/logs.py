@@ -27,7 +27,8 @@ class RequestLog:
         self._every = every
 
     def finished(self, record: RequestRecord) -> None:
-        failed = record.outcome not in ("ok", "client_gone") and record.status != 400
+        # What clients do wrong is theirs to read; a line for each would let them fill the log.
+        failed = record.outcome not in ("ok", "client_gone") and not 400 <= record.status < 500
         if not (failed or self._every or record.fallback or record.retries):
             return
         log.log(
