@@ -1,0 +1,244 @@
+"""Write the reference pages from the code: settings.md, metrics.md and errors.md, beside this file.
+
+python docs/reference.py            writes them
+python docs/reference.py --check    exits 1 when one of them is not what the code says now
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from proxy import errors  # noqa: E402 - the checkout's own package, installed or not
+from proxy.fleet.fleet import Fleet  # noqa: E402
+from proxy.settings import CONFIG_VARIABLE, PREFIX, Group, Settings, leaves  # noqa: E402
+from proxy.telemetry.prometheus import PrometheusSink  # noqa: E402
+
+NONE = "\N{EN DASH}"
+NOTE = "<!-- Written by docs/reference.py from the code. Do not edit; run it again. -->\n"
+
+LABELS = {
+    "backend": "URL of a configured backend",
+    "endpoint": "`chat` or `completions`",
+    "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
+    "leg": "`prefill` or `decode`",
+    "model": "a model that some backend has named; any other is `other`",
+    "outcome": "`ok`, `client_gone`, or the code of the error that ended the request ([errors](errors.md))",
+    "pool": "`prefill`, `decode` or `mixed`",
+    "reason": "of a retry: the error's reason ([errors](errors.md)); of a fallback: `no_prefill_backend`, "
+    "`no_decode_backend`, `no_handoff_params`, `handoff_invalid`, `prefill_failed`, `handoff_failed`, or the request "
+    "field that keeps it from being split (`n`, `prompt_list`, `echo`, …)",
+    "stage": "`admission`, `prefill`, `decode` (before the first token) or `stream` (after it)",
+    "version": "the gateway's version",
+}
+"""What each label says. A label of the code that is missing here is an error, and so is one too many."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the pages, or check them; gives the exit status."""
+    parser = argparse.ArgumentParser(description="Write the reference pages from the code.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is stale")
+    arguments = parser.parse_args(argv)
+    stale = [name for name, text in pages().items() if not is_fresh(HERE / name, text)]
+    for name in stale:
+        if arguments.check:
+            print(f"docs/{name} is stale; run: python docs/reference.py", file=sys.stderr)
+        else:
+            (HERE / name).write_text(pages()[name], encoding="utf-8")
+            print(f"docs/{name} written")
+    return 1 if stale and arguments.check else 0
+
+
+def is_fresh(path: Path, text: str) -> bool:
+    """Whether a page is already what it should be."""
+    return path.exists() and path.read_text(encoding="utf-8") == text
+
+
+def pages() -> dict[str, str]:
+    """Every page's text by its file name."""
+    return {"settings.md": settings_page(), "metrics.md": metrics_page(), "errors.md": errors_page()}
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+def settings_page() -> str:
+    groups: dict[str, list[tuple[str, FieldInfo]]] = {}
+    for name, field in leaves():
+        groups.setdefault(name.rpartition(".")[0], []).append((name, field))
+    parts = [
+        NOTE,
+        "# Settings\n",
+        "A setting has one name in the file, in the environment and as a flag of `pd-proxy serve`. Flags win over "
+        "variables, variables over the file. Unknown names are refused in all three. `pd-proxy check FILE` says what "
+        "is wrong with a file, and in which line.\n",
+        f"The file is named by `--config` or by the variable `{CONFIG_VARIABLE}`. Lists are YAML lists in the file; "
+        "in a variable they are separated by commas; a flag may be repeated.\n",
+        "The reasons for the defaults are in [config/pd-proxy.yaml](../config/pd-proxy.yaml).\n",
+    ]
+    for group, fields in groups.items():
+        parts.append(f"## {group or 'General'}\n")
+        if group:
+            kind = Settings.model_fields[group].annotation
+            text = inspect.getdoc(kind) if isinstance(kind, type) else None
+            if text and text != inspect.getdoc(Group):
+                parts.append(f"{text}\n")
+        rows = [
+            (
+                f"`{name}`",
+                f"`{PREFIX}{name.upper().replace('.', '__')}`",
+                f"`--{name}`",
+                default(field),
+                meaning(field),
+            )
+            for name, field in fields
+        ]
+        parts.append(table(("name", "variable", "flag", "default", "meaning"), rows))
+    return "\n".join(parts)
+
+
+def default(field: FieldInfo) -> str:
+    """A setting's default, as a file would have it."""
+    value = field.default
+    if value is PydanticUndefined or value is None or value == ():
+        return NONE
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def meaning(field: FieldInfo) -> str:
+    """What a setting is for, and the values it may have where they are few."""
+    text = field.description or ""
+    values = choices(field.annotation)
+    if values:
+        text += ": " if ":" not in text else "; "
+        text += ", ".join(f"`{value}`" for value in values)
+    if SecretStr in arguments_of(field.annotation):
+        text += " (secret: never shown)"
+    return text
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def arguments_of(annotation: Any) -> set[Any]:
+    """Everything that a type is made of."""
+    return {annotation}.union(*(arguments_of(part) for part in get_args(annotation) if not isinstance(part, str)))
+
+
+# ------------------------------------------------------------------------------------------------------- metrics
+
+
+def metrics_page() -> str:
+    families = list(PrometheusSink(Fleet(Settings.model_construct(**no_backends()))).collect())
+    used = sorted({label for family in families for label in family._labelnames})  # type: ignore[attr-defined]
+    if used != sorted(LABELS):
+        raise SystemExit(f"reference.py: LABELS must describe exactly {', '.join(used)}")
+    rows = [
+        (
+            f"`{family.name}{'_total' if family.type == 'counter' else ''}`",
+            family.type,
+            ", ".join(f"`{label}`" for label in family._labelnames) or NONE,  # type: ignore[attr-defined]
+            family.documentation,
+        )
+        for family in families
+    ]
+    return "\n".join(
+        [
+            NOTE,
+            "# Metrics\n",
+            "`GET /metrics` answers in Prometheus' text format, or in OpenMetrics when asked for; on the main port, or "
+            "on `metrics.port`. Times are seconds, as the client saw them. Beside these there are the usual "
+            "`process_*` and `python_info`.\n",
+            table(("name", "type", "labels", "meaning"), rows),
+            "## Labels\n",
+            "Label values stay bounded whatever clients send.\n",
+            table(("label", "values"), [(f"`{label}`", LABELS[label]) for label in used]),
+            "[operating.md](operating.md) has queries to begin with.\n",
+        ]
+    )
+
+
+def no_backends() -> dict[str, Any]:
+    """The settings' defaults, whatever the environment says."""
+    return {name: field.default for name, field in Settings.model_fields.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+
+
+def errors_page() -> str:
+    doc = inspect.getdoc(errors) or ""
+    tree = "\n".join(line.removeprefix("    ") for line in doc.splitlines() if line.startswith("    "))
+    rows = [
+        (
+            f"`{kind.__name__}`",
+            status_of(kind),
+            f"`{kind.type}`",
+            f"`{kind.code}`",
+            f"`{kind.reason}`" if issubclass(kind, errors.BackendError) else NONE,
+            "yes" if kind.retryable else "no",
+            read_by_client(kind),
+        )
+        for kind in subclasses(errors.GatewayError)
+    ]
+    return "\n".join(
+        [
+            NOTE,
+            "# Errors\n",
+            "Every error has OpenAI's shape, so that clients' libraries understand it:\n",
+            '```json\n{"error": {"message": "…", "type": "…", "param": null, "code": "…"}}\n```\n',
+            "An answer that has not begun gets the status. A stream that has begun gets the same object as its last "
+            "event, and no `[DONE]`. Every answer has an `x-request-id`: the client's own where it sent a sane one. "
+            "Messages that name backends go to the log; a client is told what happened, not where.\n",
+            "## Tree\n",
+            f"```text\n{tree}\n```\n",
+            "## Table\n",
+            "*Retried*: the gateway tries again on other backends, as long as the client has been given nothing and "
+            "tries are left (`retries.attempts`). *Reason* is the word in `pd_proxy_retries_total`.\n",
+            table(("class", "status", "type", "code", "reason", "retried", "what the client reads"), rows),
+        ]
+    )
+
+
+def subclasses(kind: type[errors.GatewayError]) -> Iterable[type[errors.GatewayError]]:
+    """A class and all below it, in the order of the file."""
+    yield kind
+    for below in kind.__subclasses__():
+        yield from subclasses(below)
+
+
+def status_of(kind: type[errors.GatewayError]) -> str:
+    return "the engine's" if issubclass(kind, errors.BackendAnswered) else str(kind.status)
+
+
+def read_by_client(kind: type[errors.GatewayError]) -> str:
+    if issubclass(kind, errors.BackendAnswered):
+        return f"the engine's own error where it is fit to pass on; else “{kind.public}”"
+    if issubclass(kind, errors.BackendError):
+        return f"“{kind.public}”"
+    return "what is wrong with this request" if issubclass(kind, errors.ClientError) else "what happened"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The words: pages written from the code are fresh, links lead somewhere, and commands could be typed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import urlsplit
+from xml.etree import ElementTree
+
+import pytest
+
+from proxy import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ASSIGNMENT = re.compile(r"[A-Z_]+=")
+
+
+def load_reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_reference", ROOT / "docs" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reference = load_reference()
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands() -> list[list[str]]:
+    """The commands in the README's shell blocks, without the variables before them."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = []
+    for language, block in CODE_BLOCK.findall(text):
+        if language != "sh":
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and ASSIGNMENT.match(words[0]):
+                words.pop(0)
+            if words:
+                found.append(words)
+    return found
+
+
+COMMANDS = commands()
+
+
+def starting_with(*words: str) -> list[list[str]]:
+    return [command for command in COMMANDS if command[: len(words)] == list(words)]
+
+
+def ids(command: list[str]) -> str:
+    return " ".join(command)[:60]
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are read to the end, settings and all, but start nothing."""
+    monkeypatch.chdir(ROOT)
+    for name in [name for name in os.environ if name.upper().startswith("PD_PROXY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("proxy.process.serve", lambda settings: 0)
+    monkeypatch.setattr("proxy.telemetry.logs.set_up_logging", lambda level, shape: None)
+    monkeypatch.setattr("proxy.simulator.command.run", lambda arguments: 0)
+
+
+@pytest.mark.parametrize("name", ["settings.md", "metrics.md", "errors.md"])
+def test_the_page_is_what_the_code_says(name: str) -> None:
+    text = reference.pages()[name]
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "run: python docs/reference.py"
+
+
+def test_check_says_which_page_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reference, "HERE", tmp_path)
+    assert reference.main(["--check"]) == 1
+    assert not list(tmp_path.iterdir())
+    assert reference.main([]) == 0
+    assert reference.main(["--check"]) == 0
+    capsys.readouterr()
+    (tmp_path / "metrics.md").write_text("old")
+    assert reference.main(["--check"]) == 1
+    assert capsys.readouterr().err == "docs/metrics.md is stale; run: python docs/reference.py\n"
+
+
+def test_pages_do_not_change_with_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = reference.pages()
+    monkeypatch.setenv("PD_PROXY_PORT", "1234")
+    monkeypatch.setenv("PD_PROXY_PREFILL", "http://somewhere:1")
+    assert reference.pages() == before
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_points_to_something_that_exists(page: Path) -> None:
+    broken = []
+    for link in LINK.findall(CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))):
+        parts = urlsplit(link)
+        if parts.scheme:
+            continue
+        target = page.parent / parts.path if parts.path else page
+        if not target.exists() or (parts.fragment and parts.fragment not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_readme_shows_commands_of_every_kind() -> None:
+    for words in (("make",), ("pd-proxy", "serve"), ("pd-proxy", "check"), ("pd-proxy", "simulate"), ("docker", "run")):
+        assert starting_with(*words), words
+
+
+def test_every_command_starts_with_something_known() -> None:
+    assert {command[0] for command in COMMANDS} <= {"make", "pd-proxy", "docker", "curl"}
+
+
+@pytest.mark.parametrize("command", starting_with("make"), ids=ids)
+def test_make_targets_are_in_the_makefile(command: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = [word for word in command[1:] if "=" not in word]
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", starting_with("pd-proxy"), ids=ids)
+def test_pd_proxy_commands_parse_and_their_settings_are_good(command: list[str], nothing_runs: None) -> None:
+    assert cli.main(command[1:]) == 0
+
+
+@pytest.mark.parametrize("command", starting_with("docker", "run"), ids=ids)
+def test_what_follows_the_image_are_flags_of_serve(command: list[str], nothing_runs: None) -> None:
+    mounts = [word.split(":") for before, word in pairwise(command) if before == "-v"]
+    inside = {target: source for source, target, *_ in mounts}
+    flags = [inside.get(word, word) for word in command[command.index("pd-proxy") + 1 :]]
+    assert cli.main(["serve", *flags]) == 0
+
+
+@pytest.mark.parametrize("command", starting_with("docker"), ids=ids)
+def test_docker_commands_name_files_that_exist(command: list[str]) -> None:
+    if command[1] == "build":
+        assert (ROOT / "Dockerfile").exists()
+    for before, word in pairwise(command):
+        if before in ("-f", "-v"):
+            assert (ROOT / word.partition(":")[0]).exists()
+
+
+def test_the_readme_has_a_place_for_the_figures() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- figures -->") == text.count("<!-- /figures -->") == 1
+    assert text.index("<!-- figures -->") < text.index("<!-- /figures -->")
+
+
+def test_the_picture_is_well_formed_and_fetches_nothing() -> None:
+    picture = (ROOT / "docs" / "walk.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(picture)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "prefers-color-scheme: dark" in picture
+    assert not re.search(r"https?://", picture.replace("http://www.w3.org/2000/svg", ""))
+    assert "@import" not in picture
