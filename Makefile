@@ -12,7 +12,7 @@ REAL_VENV := .venv-vllm
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 RECIPE := pyproject.toml constraints.txt deploy/venv.sh
 TYPED := proxy bench deploy
-CHECKED := $(TYPED) tests
+CHECKED := $(TYPED) docs tests
 
 # tests/real/install.sh reads a PYTHON of its own: vLLM's wheels choose that version, not this file.
 unexport PYTHON

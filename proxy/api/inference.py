@@ -60,7 +60,8 @@ class Inference:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = RequestRecord(self._endpoint)
-        client: Client = scope.get("extensions", {}).get(EXTENSION) or AsgiClient(receive, send)
+        # Taken out, since the client knows its scope: a circle would leave every request to the garbage collector.
+        client: Client = scope.pop("extensions", {}).get(EXTENSION) or AsgiClient(receive, send)
         task = asyncio.current_task()
         assert task is not None, "ASGI servers call applications from a task"
         try:

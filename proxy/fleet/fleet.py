@@ -14,11 +14,16 @@ log = logging.getLogger("pd_proxy.fleet")
 
 
 class Fleet:
-    """All backends by role. Changes of membership are told to `on_join` and `on_leave`."""
+    """All backends by role. Changes of membership are told to `on_join` and `on_leave`.
+
+    Attributes:
+        sizes: how many backends each pool has, up or not.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._failures = settings.health.failures
         self._pools: dict[Role, list[Backend]] = {role: [] for role in ROLES}
+        self.sizes: dict[str, int] = dict.fromkeys(ROLES, 0)
         self.handoffs_in_limbo = 0
         self.on_join: Callable[[Backend], object] | None = None
         self.on_leave: Callable[[Backend], object] | None = None
@@ -36,7 +41,11 @@ class Fleet:
 
     def candidates(self, role: Role, model: str | None) -> list[Backend]:
         """The members of a pool that may be given a request for `model` now."""
-        return [b for b in self._pools[role] if b.up and not b.removed and b.serves(model)]
+        return [
+            b
+            for b in self._pools[role]
+            if b.up and not b.removed and (model is None or b.models is None or model in b.models)
+        ]
 
     def knows(self, model: str) -> bool:
         """Whether any backend serves `model`, or may."""
@@ -90,6 +99,7 @@ class Fleet:
             return backend
         backend = Backend(url, role)
         self._pools[role].append(backend)
+        self.sizes[role] += 1
         if self.on_join is not None:
             self.on_join(backend)
         return backend
@@ -111,6 +121,7 @@ class Fleet:
         for pool in self._pools.values():
             for backend in [b for b in pool if b.removed and not b.inflight_requests]:
                 pool.remove(backend)
+                self.sizes[backend.role] -= 1
                 log.info("%s backend %s has left", backend.role, backend.url)
                 if self.on_leave is not None:
                     self.on_leave(backend)

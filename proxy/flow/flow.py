@@ -83,7 +83,7 @@ class Flow:
             prefill=fleet.candidates("prefill", body.model),
             decode=fleet.candidates("decode", body.model),
             mixed=fleet.candidates("mixed", body.model),
-            configured={role: len(fleet.pool(role)) for role in ("prefill", "decode", "mixed")},
+            configured=fleet.sizes,
         )
         self._turn += 1
         try:

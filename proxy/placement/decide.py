@@ -35,14 +35,19 @@ class Decision(msgspec.Struct, Generic[C], frozen=True):
         pool: its pool, `decode` or `mixed`.
         prefill: the other half of the pair, or None when `decode` computes the prompt itself.
         fallback: why there is no hand-off though there are pools for it, or empty.
-        runners_up: URLs of the backends that could have answered as well.
+        candidates: the backends that could have answered, `decode` among them.
     """
 
     decode: C
     pool: str
     prefill: C | None
     fallback: str
-    runners_up: tuple[str, ...]
+    candidates: Sequence[C]
+
+    @property
+    def runners_up(self) -> tuple[str, ...]:
+        """URLs of the backends that could have answered as well."""
+        return tuple(c.url for c in self.candidates if c is not self.decode)
 
 
 def choose(
@@ -81,8 +86,7 @@ def decide(
         return choose(candidates, policies[role], avoid=avoid, random=random, turn=turn)
 
     def decision(pool: str, candidates: Sequence[C], prefill: C | None, fallback: str) -> Decision[C]:
-        chosen = pick(pool, candidates)
-        return Decision(chosen, pool, prefill, fallback, tuple(c.url for c in candidates if c is not chosen))
+        return Decision(pick(pool, candidates), pool, prefill, fallback, candidates)
 
     split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
     if not alone and view.decode and view.prefill:

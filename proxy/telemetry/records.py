@@ -51,7 +51,7 @@ class RequestRecord(msgspec.Struct):
         decode_pool: `decode` or `mixed`.
         retries: (leg, reason) of every try that failed and was followed by another.
         fallback: why the request was served without a hand-off, or empty.
-        tokens: completion tokens; `usage_known` says whether the engine counted them or the relay counted events.
+        tokens: completion tokens, as the engine counted them; where it did not say, token events as the relay did.
     """
 
     endpoint: str
