@@ -261,7 +261,7 @@ class StreamRelay:
         ordinary = count and count == block.count(b'"choices":[{') and b"\r" not in block
         if ordinary and b'_transfer_params"' not in block:
             return block, count
-        return self._inspect(block)
+        return self._inspect(events.split(block))
 
     def end(self) -> None:
         self._connection = None
@@ -313,16 +313,16 @@ class StreamRelay:
                 self.fail(engine_error_event(self._url, payload))
                 return
             if carries_token(parsed):
-                self._go_live(b"".join(found[position:]), last)
+                self._go_live(found[position:], last)
                 return
         if sum(map(len, self._held)) > _HELD_LIMIT:
             self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
 
-    def _go_live(self, more: bytes, last: bool) -> None:
+    def _go_live(self, more: list[bytes], last: bool) -> None:
         """The first token is here: from now on the client sees what the engine sends.
 
         Arguments:
-            more: whole events that came after the first token in the same read.
+            more: events that came after the first token in the same read.
         """
         self._live = True
         self.first_token = self.last_token = self._heard = monotonic()
@@ -338,23 +338,24 @@ class StreamRelay:
         if b'_transfer_params"' in opening:
             opening = b"".join(without_handoff(event) for event in events.split(opening))
         if more:
-            more, count = self._take(more)
+            rest, count = self._inspect(more)
+            opening += rest
             self.events += count
             self._gaps.counts[0] += count  # tokens that came together have no gap between them
-        self._write(opening + more, last)
+        self._write(opening, last)
         self._chunks = self._client.chunks()
         self._send = self._chunks if not self._reader.rest else None
 
     # Events that are not plain tokens
 
-    def _inspect(self, block: bytes) -> tuple[bytes, int]:
-        """Read a block event by event.
+    def _inspect(self, found: list[bytes]) -> tuple[bytes, int]:
+        """Read events one by one.
 
-        Returns the block without what the client must not see, and the number of its token events.
+        Returns them without what the client must not see, and the number of token events among them.
         """
         kept: list[bytes] = []
         count = 0
-        for event in events.split(block):
+        for event in found:
             payload = events.payload(event)
             if not payload:
                 kept.append(event)  # a comment that keeps the connection alive
