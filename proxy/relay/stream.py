@@ -205,7 +205,7 @@ class StreamRelay:
             return False
         now = monotonic()
         gap = now - self.last_token
-        self.last_token = self._heard = now
+        self.last_token = now
         self.events += 1
         gaps = self._gaps
         gaps.counts[bisect_left(gaps.bounds, gap)] += 1
@@ -390,7 +390,7 @@ class StreamRelay:
     def _check_idle(self) -> None:
         """Fires at most once an idle period: a stream that moves costs one timer in that time, not one a token."""
         assert self._idle is not None
-        since = self._paused_since or self._heard
+        since = self._paused_since or max(self._heard, self.last_token)
         left = since + self._idle - monotonic()
         if left > 0:
             self._timer = asyncio.get_running_loop().call_later(left, self._check_idle)
