@@ -12,8 +12,6 @@ import msgspec
 from proxy.errors import HandoffInvalid
 from proxy.handoff.body import Endpoint, Members
 
-S = TypeVar("S", bound=msgspec.Struct)
-
 
 class Handoff(msgspec.Struct, frozen=True):
     """Where decode finds the KV cache: prefill's `kv_transfer_params`, checked, and word for word as they came."""
@@ -98,16 +96,35 @@ _decode_groups = msgspec.json.Decoder(list[list[BlockId]]).decode  # one list a 
 _decode_flat = msgspec.json.Decoder(list[BlockId]).decode  # engines before 0.2x
 
 
-def check(params: msgspec.Raw, required: msgspec.json.Decoder[S]) -> S:
-    """Decode what `required` names of prefill's parameters.
+class PullParams(msgspec.Struct):
+    """What every connector by which decode pulls needs of prefill's parameters."""
 
+    do_remote_prefill: bool
+    remote_block_ids: msgspec.Raw
+    remote_engine_id: Name
+    remote_host: Name
+    remote_port: Port
+
+
+P = TypeVar("P", bound=PullParams)
+
+
+def pulled(params: msgspec.Raw, required: msgspec.json.Decoder[P]) -> Handoff:
+    """The hand-off of a pull connector.
+
+    Arguments:
+        required: decodes what the connector demands.
     Raises:
         HandoffInvalid: something is missing or of the wrong type.
     """
     try:
-        return required.decode(params)
+        checked = required.decode(params)
     except msgspec.MsgspecError as error:
         raise HandoffInvalid(f"prefill's kv_transfer_params are not usable: {error}") from None
+    if not checked.do_remote_prefill:
+        raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")
+    check_blocks(checked.remote_block_ids)
+    return Handoff(params)
 
 
 def check_blocks(ids: msgspec.Raw) -> None:

@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import msgspec
 
-from proxy.errors import HandoffInvalid
 from proxy.handoff.body import Endpoint, Members
-from proxy.handoff.connector import ASK, Handoff, Name, Port, check, check_blocks, one_token
+from proxy.handoff.connector import ASK, Handoff, Name, PullParams, one_token, pulled
 
 
-class MooncakeAscendParams(msgspec.Struct):
+class MooncakeAscendParams(PullParams):
     """What decode needs of prefill's parameters; `remote_request_id` is absent before vllm-ascend 0.18."""
 
-    do_remote_prefill: bool
-    remote_block_ids: msgspec.Raw
-    remote_engine_id: Name
-    remote_host: Name
-    remote_port: Port
     remote_request_id: Name | None = None
 
 
@@ -38,11 +32,7 @@ class MooncakeAscend:
         return {**one_token(members), "min_tokens": msgspec.Raw(b"1"), "kv_transfer_params": ASK}
 
     def handoff(self, params: msgspec.Raw) -> Handoff:
-        checked = check(params, _required)
-        if not checked.do_remote_prefill:
-            raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")
-        check_blocks(checked.remote_block_ids)
-        return Handoff(params)
+        return pulled(params, _required)
 
     def decode(self, members: Members, handoff: Handoff) -> Members:
         return {**members, "kv_transfer_params": handoff.params}

@@ -10,20 +10,14 @@ from typing import Annotated
 
 import msgspec
 
-from proxy.errors import HandoffInvalid
 from proxy.handoff.body import Endpoint, Members
-from proxy.handoff.connector import ASK, Handoff, Name, Port, check, check_blocks, one_token
+from proxy.handoff.connector import ASK, Handoff, Name, PullParams, one_token, pulled
 
 
-class NixlParams(msgspec.Struct):
+class NixlParams(PullParams):
     """What decode needs of prefill's parameters; they may hold more, which is passed on."""
 
-    do_remote_prefill: bool
-    remote_block_ids: msgspec.Raw
-    remote_engine_id: Name
     remote_request_id: Name
-    remote_host: Name
-    remote_port: Port
     tp_size: Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -40,11 +34,7 @@ class Nixl:
         return {**one_token(members), "kv_transfer_params": ASK}
 
     def handoff(self, params: msgspec.Raw) -> Handoff:
-        checked = check(params, _required)
-        if not checked.do_remote_prefill:
-            raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")
-        check_blocks(checked.remote_block_ids)
-        return Handoff(params)
+        return pulled(params, _required)
 
     def decode(self, members: Members, handoff: Handoff) -> Members:
         return {**members, "kv_transfer_params": handoff.params}
