@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxy.simulator import Simulator
-from tests.support import Running, chat, pools, running_gateway, simulators, until
+from tests.support import Running, chat, pools, running_gateway, simulators, soon, until
 
 CHAT = "/v1/chat/completions"
 SOON = 0.2  # seconds
@@ -55,7 +55,7 @@ def quiet(running: Running, engines: list[Simulator]) -> Callable[[], bool]:
 
 
 async def left(running: Running, engines: list[Simulator], stage: str) -> None:
-    await until(quiet(running, engines), SOON)
+    await soon(quiet(running, engines), SOON)
     metrics = await running.metrics()
     assert metrics[f'pd_proxy_client_disconnects_total{{stage="{stage}"}}'] == 1
     assert metrics["pd_proxy_handoffs_in_limbo"] == 0
@@ -130,7 +130,7 @@ async def test_while_the_gateway_connects_to_decode() -> None:
                 client.send(chat())
                 await until(lambda: fleet.handoffs_in_limbo == 1, PATIENCE)
                 client.leave()
-                await until(running.idle, SOON)
+                await soon(running.idle, SOON)
         for one in filler:
             one.close()
 
@@ -141,7 +141,7 @@ async def test_while_a_failed_try_waits_for_the_next() -> None:
         client.send(chat())
         await until(lambda: len([r for r in d.requests if r.path == CHAT]) >= 3, PATIENCE)
         client.leave()
-        await until(quiet(running, [p, d]), SOON)
+        await soon(quiet(running, [p, d]), SOON)
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ async def test_at_any_moment(stream: bool) -> None:
 
         for start in range(0, 160, 8):
             await asyncio.gather(*(leave_after((start + k) * 0.0005, k % 2 == 0) for k in range(8)))
-        await until(quiet(running, [*p, *d]), 5 * SOON)
+        await soon(quiet(running, [*p, *d]), 5 * SOON)
         metrics = await running.metrics()
         assert metrics["pd_proxy_handoffs_in_limbo"] == 0
         ended = sum(v for k, v in metrics.items() if k.startswith("pd_proxy_requests_total"))

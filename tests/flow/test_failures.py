@@ -50,7 +50,7 @@ async def test_a_failure_before_the_first_token_is_tried_elsewhere(
     kind: str, options: dict[str, Any], leg: str, stream: bool
 ) -> None:
     expected = await what_one_engine_says(chat())
-    timeouts = {"prefill": 0.3, "first_token": 0.3, "total": None}
+    timeouts = {"prefill": 0.6, "first_token": 0.6, "total": None}
     async with pools(2, 2, timeouts=timeouts, policy={"prefill": "round_robin", "decode": "round_robin"}) as (
         running,
         prefill,

@@ -11,7 +11,6 @@ import json
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from time import monotonic
 from typing import Any
 
 import httpx
@@ -20,6 +19,7 @@ import uvicorn
 
 from proxy.relay.client import EXTENSION, AsgiClient, Receive, Scope, Send
 from proxy.relay.server import DirectClient, GatewayProtocol
+from tests.support import soon
 
 from .helpers import PATIENCE
 
@@ -343,10 +343,8 @@ async def test_a_client_that_leaves_is_noticed_at_once(server: Server) -> None:
     async with server.connect() as (_, writer):
         writer.write(request())
         await streaming.wait()
-        left = monotonic()
         writer.close()
-        await gone.wait()
-        assert monotonic() - left < 0.2
+        await soon(gone.is_set, 0.2)
     await asyncio.sleep(0)
     assert state == [True]
 
@@ -364,10 +362,8 @@ async def test_a_client_that_leaves_before_its_answer_is_noticed_at_once(server:
     async with server.connect() as (_, writer):
         writer.write(request())
         await waiting.wait()
-        left = monotonic()
         writer.transport.abort()
-        await gone.wait()
-        assert monotonic() - left < 0.2
+        await soon(gone.is_set, 0.2)
 
 
 async def test_the_end_of_an_answer_is_no_departure(server: Server) -> None:
@@ -536,7 +532,7 @@ async def test_headers_pipelined_behind_a_running_request_are_bounded_too(
         (connection,) = server.connections
         writer.write(b"GET / HTTP/1.1\r\nx: " + b"y" * 200_000)
         with contextlib.suppress(ConnectionError, TimeoutError):
-            async with asyncio.timeout(0.1):
+            async with asyncio.timeout(2):
                 await reader.read()
         taken = connection.transport.is_closing() or not connection.transport.is_reading()
         gone.set()
@@ -759,5 +755,5 @@ async def test_asgi_that_is_cut_tells_the_request_to_end() -> None:
     client.start(200, [])
     client.cut()
     asgi.said.put_nowait({"type": "http.disconnect"})
-    async with asyncio.timeout(0.1):
+    async with asyncio.timeout(2):
         await gone.wait()
