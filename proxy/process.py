@@ -55,7 +55,7 @@ def serve(settings: Settings) -> int:
     # What is loaded by now stays for good: a full collection need not walk it while tokens wait.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 10)  # requests leave next to no cycles behind; looking for them cost 8 % of each
+    gc.set_threshold(50_000, 10, 10)  # requests leave next to no cycles behind; looking for them cost 8 % of each
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         runner.run(_run(gateway, sockets))
     return 0

@@ -245,10 +245,12 @@ class StreamRelay:
             self._count(count)
         else:
             self._heard = monotonic()
-        self._write(block, last)
+        self._write(block, last, count)
 
-    def _write(self, block: bytes, last: bool) -> None:
-        if last and self._done:
+    def _write(self, block: bytes, last: bool, tokens: int) -> None:
+        # `[DONE]` alone waits for the end of the engine's answer, which is on its way, so that both go out at once.
+        block, self._last = self._last + block, b""
+        if self._done and (last or not tokens):
             self._last = block
         elif block:
             self._client.write(block)
@@ -342,7 +344,7 @@ class StreamRelay:
             opening += rest
             self.events += count
             self._gaps.counts[0] += count  # tokens that came together have no gap between them
-        self._write(opening, last)
+        self._write(opening, last, self.events)
         self._chunks = self._client.chunks()
         self._send = self._chunks if not self._reader.rest else None
 
