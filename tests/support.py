@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -90,8 +91,6 @@ async def running_gateway(
     }
     gateway = build(build_settings(flags, {}))
     server = TestServer(uvicorn_config(gateway.surface))
-    import socket
-
     sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
     port = sock.getsockname()[1]
     serving = asyncio.create_task(server.serve([sock]))
@@ -128,6 +127,19 @@ async def pools(
         p, d = engines[:prefill], engines[prefill:]
         async with running_gateway([e.url for e in p], [e.url for e in d], **settings) as running:
             yield running, p, d
+
+
+@contextmanager
+def stuck_backend() -> Iterator[str]:
+    """The URL of a backend whose listener takes no more connections, as of a host that has just lost its power:
+    connecting to it takes for ever."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxy.simulator import Simulator
-from tests.support import Running, chat, pools, running_gateway, simulators, soon, until
+from tests.support import Running, chat, pools, running_gateway, simulators, soon, stuck_backend, until
 
 CHAT = "/v1/chat/completions"
 SOON = 0.2  # seconds
@@ -83,7 +83,7 @@ async def test_while_prefill_runs(stream: bool, reset: bool) -> None:
         await until(lambda: p.engine.running == 1, PATIENCE)
         client.leave(reset=reset)
         await left(running, [p, d], "prefill")
-        assert p.engine.used_blocks == 0 or p.config.prefix_caching
+        assert p.engine.stranded_blocks == 0
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -116,12 +116,7 @@ async def test_while_decode_computes_a_whole_answer() -> None:
 
 
 async def test_while_the_gateway_connects_to_decode() -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as stuck:
-        filler = [socket.socket() for _ in range(4)]
-        for one in filler:
-            one.setblocking(False)
-            one.connect_ex(stuck.getsockname())
-        url = f"http://127.0.0.1:{stuck.getsockname()[1]}"
+    with stuck_backend() as url:
         async with simulators("prefill") as [p], running_gateway([p.url], [url], ready=False) as running:
             fleet = running.gateway.fleet
             await until(lambda: fleet.pool("prefill")[0].up)
@@ -131,8 +126,6 @@ async def test_while_the_gateway_connects_to_decode() -> None:
                 await until(lambda: fleet.handoffs_in_limbo == 1, PATIENCE)
                 client.leave()
                 await soon(running.idle, SOON)
-        for one in filler:
-            one.close()
 
 
 async def test_while_a_failed_try_waits_for_the_next() -> None:
@@ -162,8 +155,9 @@ async def test_at_any_moment(stream: bool) -> None:
         await soon(quiet(running, [*p, *d]), 5 * SOON)
         metrics = await running.metrics()
         assert metrics["pd_proxy_handoffs_in_limbo"] == 0
-        ended = sum(v for k, v in metrics.items() if k.startswith("pd_proxy_requests_total"))
-        assert ended <= 160
+        ended = {k: v for k, v in metrics.items() if k.startswith("pd_proxy_requests_total")}
+        assert sum(ended.values()) > 0
+        assert all('outcome="ok"' in k or 'outcome="client_gone"' in k for k in ended), ended
         answer = await running.http.post(CHAT, json=chat())
         assert answer.status_code == 200
 

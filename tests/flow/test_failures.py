@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import Running, chat, completion, pools, running_gateway, simulators, text_of, until
+from tests.support import Running, chat, completion, pools, running_gateway, simulators, stuck_backend, text_of, until
 
 CHAT = "/v1/chat/completions"
 
@@ -72,7 +72,8 @@ async def test_a_failure_before_the_first_token_is_tried_elsewhere(
         if kind != "die_mid_stream" or stream:
             retries = {k: v for k, v in (await running.metrics()).items() if k.startswith("pd_proxy_retries_total")}
             hit = bad.faults.find(kind)  # type: ignore[arg-type]
-            assert not hit or not hit.hits or any(f'leg="{leg}"' in k for k in retries), retries
+            assert hit is not None and hit.hits > 0
+            assert any(f'leg="{leg}"' in k for k in retries), retries
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -148,7 +149,7 @@ async def test_without_prefill_and_with_fallback_reject_the_client_is_told() -> 
         assert answer.json()["error"]["code"] == "no_backend"
         assert answer.headers["retry-after"] == "1"
         listed = await running.http.post("/v1/completions", json=completion(["a", "b"]))
-        assert listed.status_code == 503 or listed.json()["error"]["param"] == "prompt_list"
+        assert (listed.status_code, listed.json()["error"]["param"]) == (400, "prompt_list")
 
 
 async def test_prefill_without_hand_off_parameters_is_a_fallback_or_an_error() -> None:
@@ -225,29 +226,19 @@ async def test_a_busy_fleet_answers_with_the_engines_status_and_a_time_to_come_b
 
 
 async def test_a_hand_off_is_never_sent_late() -> None:
-    # Decode's listener takes no more connections, as a host that has just lost its power: connecting takes for ever.
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as stuck:
-        filler = [socket.socket() for _ in range(4)]
-        for one in filler:
-            one.setblocking(False)
-            one.connect_ex(stuck.getsockname())
-        url = f"http://127.0.0.1:{stuck.getsockname()[1]}"
+    timeouts = {"handoff": 0.2, "connect": 20}
+    with stuck_backend() as url:
         async with (
             simulators("prefill") as [p],
-            running_gateway(
-                [p.url], [url], ready=False, timeouts={"handoff": 0.2, "connect": 5}, retries={"attempts": 1}
-            ) as running,
+            running_gateway([p.url], [url], ready=False, timeouts=timeouts, retries={"attempts": 1}) as running,
         ):
             fleet = running.gateway.fleet
             await until(lambda: fleet.pool("prefill")[0].up)
             fleet.bring_in(fleet.pool("decode")[0])
-            answer = await running.http.post(CHAT, json=chat())
+            async with asyncio.timeout(5):  # far below the connect timeout: it is the hand-off's age that ends it
+                answer = await running.http.post(CHAT, json=chat())
             assert answer.status_code in (502, 504)
             await until(running.idle)
-        for one in filler:
-            one.close()
 
 
 async def test_a_decode_backend_that_cannot_be_reached_passes_its_hand_off_on() -> None:
