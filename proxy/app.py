@@ -60,7 +60,7 @@ def build(settings: Settings) -> Gateway:
     credentials = Credentials(settings)
     connector = CONNECTORS[settings.connector]
     legs = Legs(settings, fleet, telemetry, connector.lease)
-    flow = Flow(settings, fleet, legs, connector, random.random)
+    flow = Flow(settings, fleet, legs, connector, telemetry, random.random)
     key = settings.backend_api_key
     http = httpx.AsyncClient(
         timeout=settings.health.timeout,
@@ -79,6 +79,7 @@ def build(settings: Settings) -> Gateway:
             ticker.cancel()
             with suppress(asyncio.CancelledError):
                 await ticker
+            await flow.close()
             await prober.stop()
             legs.close()
             await http.aclose()

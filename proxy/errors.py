@@ -23,10 +23,12 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
         ├── BackendGarbled             502  the answer was not what an engine says
         ├── BackendTimedOut            504
         ├── BackendLost                502  health checks gave the backend up while the leg waited
+        ├── BackendPreempted           502  the engine dropped the request to get at its memory
         ├── BackendFailed              5xx  the engine answered with an error of its own
         ├── BackendBusy                429 or 503 from the engine's front door: nothing was read
         ├── HandoffInvalid             502  prefill's hand-off parameters would harm decode
         ├── HandoffExpired             504  the hand-off grew too old to be sent
+        ├── StreamInterrupted          502  a stream broke, and could not be continued; never retried
         └── BackendRejected            4xx  the engine refused the request itself; never retried
 
 Messages of `BackendError` name backends and are for logs; `public_message` is what a client reads, since an
@@ -220,6 +222,17 @@ class BackendLost(BackendError):
     public = "the engine stopped answering its health checks"
 
 
+class BackendPreempted(BackendError):
+    """`stop_reason: recomputed`: the engine ran out of KV blocks and wants the request to be made again."""
+
+    code = "backend_preempted"
+    reason = "recomputed"
+    public = "the engine gave the request up for want of memory"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, blame=False)
+
+
 class BackendAnswered(BackendError):
     """The engine answered with an error status; its own body is kept and given to the client."""
 
@@ -277,3 +290,23 @@ class HandoffExpired(BackendError):
     code = "handoff_expired"
     reason = "handoff_expired"
     public = "the hand-off between the engines took too long"
+
+
+class StreamInterrupted(BackendError):
+    """The engine failed after a part of its answer had been given, and nobody could go on from there.
+
+    Arguments:
+        why: the reason, one of those in docs/resume.md.
+    """
+
+    retryable = False
+    code = "stream_interrupted"
+    reason = "interrupted"
+
+    def __init__(self, message: str, *, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+    @property
+    def public_message(self) -> str:
+        return f"the engine failed in mid-answer, and the answer could not be continued ({self.why})"

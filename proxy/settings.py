@@ -97,6 +97,9 @@ class Limits(Group):
 
     request_headers: int = Field(64 * 1024, ge=1024, description="request line and headers")
     request_body: int = Field(64 * 1024 * 1024, ge=1024, description="request body: room for images and long prompts")
+    transcript: int = Field(
+        1024 * 1024, ge=1024, description="token ids kept of one stream so that it can be resumed; 5 to 6 bytes a token"
+    )
     answer: int = Field(256 * 1024 * 1024, ge=1024, description="an engine's answer that is not streamed")
 
 
@@ -110,7 +113,8 @@ class Health(Group):
 
 
 class Retries(Group):
-    attempts: int = Field(4, ge=1, le=20, description="tries for a request that has not answered anything yet")
+    attempts: int = Field(4, ge=1, le=20, description="tries for a request's first token, and again for each resume's")
+    resumes: int = Field(5, ge=0, le=100, description="times one broken stream may be continued on other backends")
 
 
 class Shutdown(Group):
@@ -143,6 +147,10 @@ class Settings(BaseSettings):
     connector: Literal["nixl", "mooncake_ascend"] = Field("nixl", description="the hand-off protocol the engines speak")
     fallback: Literal["local_prefill", "reject"] = Field(
         "local_prefill", description="when there is no hand-off: decode prefills for itself, or it is an error"
+    )
+    resume: Literal["exact", "best_effort", "off"] = Field(
+        "exact",
+        description="a stream whose backend dies is continued: only where that is exact, wherever it can be, never",
     )
     policy: Policies = Policies()
     timeouts: Timeouts = Timeouts()

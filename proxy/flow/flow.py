@@ -1,7 +1,8 @@
 """The order of things: place, lease, prefill, hand over, decode; and again elsewhere when that fails.
 
-Until the client has been given a byte, any failure of a backend leads to another try, on other backends first. Each
-try is whole: its leases and connections are gone when it ends. Nothing here touches a count by hand.
+Until the client has been given a byte, any failure of a backend leads to another try, on other backends first; after
+that, to one that goes on where the answer broke off (`resumption.py`). Each try is whole: its leases and connections
+are gone when it ends. Nothing here touches a count by hand.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
 from proxy.flow.legs import Legs, Limbo, Try
 from proxy.flow.request import Request, new_id
+from proxy.flow.resumption import Resumption
 from proxy.handoff.connector import Connector
 from proxy.handoff.plan import SequentialPlan
 from proxy.placement.decide import Decision, View, choose, decide
 from proxy.relay.answers import read_usage
 from proxy.settings import Settings
+from proxy.telemetry.records import Telemetry
 
 log = logging.getLogger("pd_proxy.flow")
 
 _FIRST_BACKOFF = 0.05  # seconds before a backend that has just failed is tried again
 _LONGEST_BACKOFF = 1.0
+_LONGEST_CHARACTER = 4  # bytes in UTF-8, and so tokens at most
 
 
 class Flow:
@@ -37,16 +41,25 @@ class Flow:
     """
 
     def __init__(
-        self, settings: Settings, fleet: Fleet, legs: Legs, connector: Connector, random: Callable[[], float]
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        legs: Legs,
+        connector: Connector,
+        telemetry: Telemetry,
+        random: Callable[[], float],
     ) -> None:
-        self._settings = settings
+        self._attempts = settings.retries.attempts
         self._fleet = fleet
         self._legs = legs
+        self._telemetry = telemetry
         self._random = random
         self._connector = connector
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._local_prefill = settings.fallback == "local_prefill"
         self._turn = 0
+        self._resumption = Resumption(settings)
+        self._releases: set[asyncio.Task[None]] = set()
 
     async def run(self, request: Request) -> None:
         """Serve a request: the client has its whole answer when this returns.
@@ -54,23 +67,73 @@ class Flow:
         Raises:
             GatewayError: it has not; when `request.client.started`, it has a part of it.
         """
-        attempts = self._settings.retries.attempts
-        for attempt in range(1, attempts + 1):
-            decision = self._decide(request)
-            if request.avoid and not request.avoid.isdisjoint(_urls(decision)):
-                if isinstance(request.error, BackendBusy):
-                    raise request.error  # asking the same busy engine again helps nobody
-                await asyncio.sleep(min(_FIRST_BACKOFF * 2 ** (attempt - 2), _LONGEST_BACKOFF))
+        if request.body.stream:
+            self._resumption.prepare(request)
+        tries = 0
+        while True:
+            tries += 1
+            request.live = False
             try:
-                await self._try(request, decision)
+                await self._try(request, await self._place(request, tries))
             except BackendError as error:
                 request.error = error
-                if request.client.started or not error.retryable or attempt == attempts:
+                if request.live:  # a part of the answer has been given since the last time
+                    if self._resumption.complete(request):
+                        return
+                    await self._settle(request)
+                    self._resumption.resume(request, error)
+                    tries = 0
+                    continue
+                if not error.retryable or tries == self._attempts:
+                    if request.client.started:
+                        raise self._resumption.given_up(request, error.reason) from error
                     raise
-                log.info("%s try %d of %d failed: %s", request.record.request_id, attempt, attempts, error)
+                log.info("%s try %d of %d failed: %s", request.record.request_id, tries, self._attempts, error)
                 request.note_retry()
             else:
                 return
+
+    async def _settle(self, request: Request) -> None:
+        """Where a stream's last read brought several tokens at once, find out whether the last of them is half a
+        character. Its text has not been sent then, and it must be generated again."""
+        transcript = request.transcript
+        if transcript is None or not transcript.unsure:
+            return
+        for backend in self._fleet.candidates("decode", request.body.model):
+            if backend.url in request.avoid:
+                continue
+            try:
+                for _ in range(_LONGEST_CHARACTER):
+                    text = await self._legs.detokenize(backend, request.body.model, transcript.end())
+                    if not text.endswith("\ufffd"):
+                        transcript.unsure = False
+                        return
+                    transcript.drop_last()
+            except BackendError as error:
+                log.info("%s: %s did not detokenize: %s", request.record.request_id, backend.url, error)
+
+    async def _place(self, request: Request, tries: int) -> Decision[Backend]:
+        """Where the next try goes; waits where it can only go to what has just failed.
+
+        Raises:
+            NoBackend: nothing is up. A stream that has begun waits for something to come up, some tries long.
+        """
+        while True:
+            try:
+                decision = self._decide(request)
+            except NoBackend as error:
+                if not request.client.started or tries >= self._attempts:
+                    raise
+                log.info("%s waits for a backend: %s", request.record.request_id, error)
+            else:
+                if tries == 1 or request.avoid.isdisjoint(_urls(decision)):
+                    return decision
+                if isinstance(request.error, BackendBusy) and not request.client.started:
+                    raise request.error  # asking the same busy engine again helps nobody
+                await asyncio.sleep(_backoff(tries))
+                return decision
+            await asyncio.sleep(_LONGEST_BACKOFF)
+            tries += 1
 
     def _decide(self, request: Request) -> Decision[Backend]:
         """Place one try, and write down what was decided.
@@ -92,6 +155,7 @@ class Flow:
                 alone=body.alone or self._given_up_handoff(request),
                 policies=self._policies,
                 avoid=request.avoid,
+                prefer=request.prefill,
                 random=self._random,
                 turn=self._turn,
                 allow_local_prefill=self._local_prefill,
@@ -117,15 +181,54 @@ class Flow:
 
     async def _try(self, request: Request, decision: Decision[Backend]) -> None:
         """One try on one pair (or one backend). Decode's place is taken before prefill starts."""
-        attempt = Try(request, SequentialPlan(request.body, self._connector), new_id())
+        plan = SequentialPlan(request.body, self._connector, request.continuation, token_ids=request.token_ids)
+        attempt = Try(request, plan, new_id())
         with Lease(decision.decode, request.decode_tokens) as lease:
             try:
                 if decision.prefill is not None:
                     await self._prefill(attempt, decision.prefill)
                 await self._decode(attempt, decision.decode, lease)
             finally:
-                if attempt.limbo is not None:
-                    attempt.limbo.close()
+                self._put_away(attempt)
+
+    def _put_away(self, attempt: Try) -> None:
+        """A try has ended: a hand-off that it did not use is claimed in the background, which frees its blocks."""
+        limbo = attempt.limbo
+        if limbo is None:
+            return
+        if limbo.read:
+            limbo.close()
+            return
+        backend = self._claimant(attempt.request)
+        if backend is None:
+            self._telemetry.handoff_released(False)
+            limbo.close()
+            return
+        task = asyncio.create_task(self._release(attempt, backend))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    def _claimant(self, request: Request) -> Backend | None:
+        """The decode backend that was to have the hand-off, if it is up, else another."""
+        candidates = self._fleet.candidates("decode", request.body.model)
+        chosen = [backend for backend in candidates if backend.url == request.record.decode]
+        return next(iter(chosen or candidates), None)
+
+    async def _release(self, attempt: Try, backend: Backend) -> None:
+        try:
+            await self._legs.release(attempt, backend)
+            self._telemetry.handoff_released(True)
+        except BackendError as error:
+            self._telemetry.handoff_released(False)
+            log.info("%s: its hand-off was not released: %s", attempt.request.record.request_id, error)
+        finally:
+            if attempt.limbo is not None:
+                attempt.limbo.close()
+
+    async def close(self) -> None:
+        """Wait for what runs in the background."""
+        if self._releases:
+            await asyncio.wait(self._releases)
 
     async def _prefill(self, attempt: Try, backend: Backend) -> None:
         """The prefill leg. Leaves its hand-off in `attempt`, or none when it gave none and decode may do without.
@@ -143,6 +246,7 @@ class Flow:
             self._failed(request, backend, "prefill", error)
             raise
         record.prefill_seconds = monotonic() - started
+        request.prefill = backend.url
         try:
             handoff, usage = attempt.plan.take(answer)
             self._fleet.succeeded(backend)
@@ -204,6 +308,11 @@ class Flow:
         request.avoid.add(backend.url)
         request.failed = (leg, error.reason)
         request.record.error = str(error)
+
+
+def _backoff(tries: int) -> float:
+    """Seconds before try number `tries`."""
+    return min(_FIRST_BACKOFF * 2.0 ** (tries - 2), _LONGEST_BACKOFF)
 
 
 def _urls(decision: Decision[Backend]) -> set[str]:

@@ -10,13 +10,14 @@ from time import monotonic
 
 import msgspec
 
-from proxy.errors import BackendError, BackendGarbled, BackendRejected, HandoffExpired
+from proxy.errors import BackendError, BackendGarbled, BackendPreempted, BackendRejected, HandoffExpired
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
 from proxy.flow.request import Request
 from proxy.handoff.connector import Handoff
 from proxy.handoff.plan import Leg, SequentialPlan
 from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff
+from proxy.relay.edit import Edit
 from proxy.relay.http1 import Collected, Connection, Origin, Receiver
 from proxy.relay.stream import StreamRelay
 from proxy.settings import Settings
@@ -27,19 +28,27 @@ _EVENT_STREAM = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx in front would hold tokens back otherwise
 )
+_ASIDE = 5.0  # seconds for what is not the request itself: claiming a hand-off that nobody wants, or a tokenizer's help
 _JSON = (b"content-type", b"application/json")
 
 
 class Limbo:
-    """A hand-off that prefill has given and decode has not yet begun to use; counted while it is so."""
+    """A hand-off that prefill has given and decode has not yet begun to use; counted while it is so.
 
-    __slots__ = ("_fleet", "_open", "handoff", "since")
+    Attributes:
+        since: when prefill answered, as `time.monotonic`.
+        read: a decode engine may have read it. From then on nobody else may: prefill frees blocks that were read, and
+            what a second reader finds in them is another request's, with nothing to show it.
+    """
+
+    __slots__ = ("_fleet", "_open", "handoff", "read", "since")
 
     def __init__(self, fleet: Fleet, handoff: Handoff) -> None:
         self._fleet = fleet
         self._open = True
         self.handoff = handoff
         self.since = monotonic()
+        self.read = False
         fleet.handoffs_in_limbo += 1
 
     def close(self) -> None:
@@ -73,6 +82,11 @@ class _Answer(msgspec.Struct):
     error: msgspec.Raw = msgspec.Raw()
 
 
+class _Detokenized(msgspec.Struct):
+    prompt: str
+
+
+_decode_text = msgspec.json.Decoder(_Detokenized).decode
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
@@ -126,11 +140,15 @@ class Legs:
             parsed = _decode_answer(answer)
         except msgspec.MsgspecError as error:
             garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
-            self._note(backend, garbled)
+            self._note(attempt, backend, garbled)
             raise garbled from None
+        if b'"stop_reason":"recomputed"' in answer:
+            preempted = BackendPreempted(f"{backend.url} gave the request up for want of memory")
+            self._note(attempt, backend, preempted)
+            raise preempted
         if not memoryview(parsed.choices) and memoryview(parsed.error):
             failed = engine_error_event(backend.url, answer)
-            self._note(backend, failed)
+            self._note(attempt, backend, failed)
             raise failed
         self._fleet.succeeded(backend)
         if usage := read_usage(parsed.usage):
@@ -144,22 +162,36 @@ class Legs:
         """The decode leg of a request that wants events. Returns when the client has been given all of them."""
         request, record, client = attempt.request, attempt.request.record, attempt.request.client
 
-        def begin() -> None:
+        def begin(relay: StreamRelay) -> None:
             now = monotonic()
-            record.status = 200
-            record.stage = "stream"
-            record.first_token = now
+            request.live = True
             if (limbo := attempt.limbo) is not None:
                 record.handoff_seconds = now - limbo.since
                 limbo.close()
-            lease.on_lost = None  # from here on only the stream itself can say that it is dead
-            client.start(200, request.headers(*_EVENT_STREAM))
+            lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
+            if continuation is not None:
+                record.resume_gaps.append(now - (record.last_token or now))
+            if not client.started:
+                record.status = 200
+                record.stage = "stream"
+                record.first_token = now
+                client.start(200, request.headers(*_EVENT_STREAM))
+
+        assert request.transcript is not None
+        continuation = request.continuation
+        edit = Edit(
+            hide_ids=request.token_ids and not request.body.wants_token_ids,
+            identity=request.transcript.identity if continuation is not None else None,
+            said=continuation.said if continuation is not None else 0,
+        )
 
         relay = StreamRelay(
             backend.url,
             client,
             begin,
             self._telemetry.gaps(record.decode_pool, backend.url),
+            request.transcript,
+            edit,
             drop_usage=not request.body.wants_usage,
             idle=self._timeouts.idle,
         )
@@ -168,16 +200,45 @@ class Legs:
             lease.on_lost = relay.fail
             await relay.run(connection, self._timeouts.first_token)
         except BackendError as error:
-            self._note(backend, error)
+            self._note(attempt, backend, error)
             raise
         finally:
-            record.last_token = relay.last_token or None
-            record.tokens = relay.events
+            record.last_token = relay.last_token or record.last_token
+            record.tokens = edit.said + relay.events
             if usage := relay.usage:
-                record.tokens = usage.completion_tokens or relay.events
-                record.prompt_tokens = usage.prompt_tokens or 0
+                record.tokens = edit.said + (usage.completion_tokens or relay.events)
+                record.prompt_tokens = max(0, (usage.prompt_tokens or 0) - edit.said)
                 record.cached_tokens = record.cached_tokens or usage.cached_tokens
         self._fleet.succeeded(backend)
+
+    async def release(self, attempt: Try, backend: Backend) -> None:
+        """Have `backend` claim the hand-off of a try that will not use it, so that prefill's blocks are free again.
+
+        Raises:
+            BackendError: it did not; the blocks stay pinned until the engines' lease on them ends.
+        """
+        assert attempt.limbo is not None
+        leg = attempt.plan.release_leg(attempt.limbo.handoff)
+        with Lease(backend, attempt.request.prefill_tokens) as lease:
+            await self._collect(backend, lease, leg, attempt, _ASIDE)
+
+    async def detokenize(self, backend: Backend, model: str | None, ids: bytes) -> str:
+        """The text of some tokens, as `backend` writes them.
+
+        Raises:
+            BackendError: it did not say.
+        """
+        named = {} if model is None else {"model": model}
+        body = msgspec.json.encode({**named, "tokens": msgspec.Raw(b"[%b]" % ids)})
+        receiver = Collected(backend.url, limit=self._settings.limits.answer)
+        receiver.connection = await self._origin(backend).send("/detokenize", self._authorization, body, receiver)
+        answer = await receiver.wait(_ASIDE)
+        if receiver.status != 200:
+            raise engine_error(backend.url, receiver.status, receiver.headers, answer)
+        try:
+            return _decode_text(answer).prompt
+        except msgspec.MsgspecError as error:
+            raise BackendGarbled(f"{backend.url} did not detokenize: {error}") from None
 
     async def _collect(self, backend: Backend, lease: Lease, leg: Leg, attempt: Try, timeout: float | None) -> bytes:
         """Run a leg whose answer is one JSON body."""
@@ -189,15 +250,19 @@ class Legs:
             if receiver.status != 200:
                 raise engine_error(backend.url, receiver.status, receiver.headers, answer)
         except BackendError as error:
-            self._note(backend, error)
+            self._note(attempt, backend, error)
             raise
         return answer
 
     async def _send(self, backend: Backend, leg: Leg, attempt: Try, receiver: Receiver) -> Connection:
         headers = b"x-request-id: %b\r\n%b" % (attempt.id.encode("ascii"), self._authorization)
-        return await self._origin(backend).send(
-            leg.path, headers, leg.body, receiver, within=self._time_left(attempt.limbo)
+        limbo = attempt.limbo
+        connection = await self._origin(backend).send(
+            leg.path, headers, leg.body, receiver, within=self._time_left(limbo)
         )
+        if limbo is not None:
+            limbo.read = True
+        return connection
 
     def _time_left(self, limbo: Limbo | None) -> float | None:
         """Seconds in which a hand-off may still be sent.
@@ -212,7 +277,9 @@ class Legs:
             raise HandoffExpired(f"the hand-off was not sent within {self._handoff_bound:g} s")
         return left
 
-    def _note(self, backend: Backend, error: BackendError) -> None:
+    def _note(self, attempt: Try, backend: Backend, error: BackendError) -> None:
+        if attempt.limbo is not None and (error.unread or isinstance(error, BackendRejected)):
+            attempt.limbo.read = False  # engines judge a request before they look at its hand-off
         if isinstance(error, BackendRejected):
             self._fleet.succeeded(backend)  # an engine that judges requests is alive
         elif not isinstance(error, HandoffExpired):

@@ -8,7 +8,9 @@ import msgspec
 
 from proxy.errors import BackendError
 from proxy.handoff.body import Body
+from proxy.handoff.continuation import Continuation
 from proxy.relay.client import Client
+from proxy.relay.transcript import Transcript
 from proxy.telemetry.records import RequestRecord
 
 # What a completion is taken to add to a decode backend's load when the client set no bound. It only has to be right
@@ -20,6 +22,12 @@ class Request(msgspec.Struct):
     """A client's request on its way.
 
     Attributes:
+        transcript: what a stream's client has been given; None for an answer in one piece.
+        token_ids: engines are asked for token ids, so that the stream can be resumed.
+        continuation: where the next try goes on, once a part of the answer has been given.
+        live: the present try has given the client something.
+        resumes: how often the answer was continued on other backends.
+        prefill: URL of the prefill backend that has this prompt in its prefix cache, or empty.
         avoid: URLs of backends that failed it.
         error: why the last try failed.
         failed: the leg that failed last and the reason, for `note_retry`.
@@ -28,6 +36,12 @@ class Request(msgspec.Struct):
     body: Body
     client: Client
     record: RequestRecord
+    transcript: Transcript | None = None
+    token_ids: bool = False
+    continuation: Continuation | None = None
+    live: bool = False
+    resumes: int = 0
+    prefill: str = ""
     avoid: set[str] = msgspec.field(default_factory=set)
     error: BackendError | None = None
     failed: tuple[str, str] = ("", "")

@@ -58,6 +58,7 @@ class Body(msgspec.Struct, frozen=True):
     Attributes:
         stream: the client wants events.
         wants_usage: the client asked for the closing usage event (`stream_options.include_usage`).
+        wants_token_ids: the client asked for `return_token_ids`.
         max_tokens: the completion's bound, or None where the engine's default holds.
         prompt_tokens: an estimate from the size of the prompt, for placement.
         alone: why prefill and decode cannot share this request, or empty. Such a request goes to one backend whole.
@@ -68,6 +69,7 @@ class Body(msgspec.Struct, frozen=True):
     model: str | None
     stream: bool
     wants_usage: bool
+    wants_token_ids: bool
     max_tokens: int | None
     prompt_tokens: int
     alone: str
@@ -103,6 +105,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         model=_read(members, "model", str),
         stream=stream,
         wants_usage=bool(options.get("include_usage")),
+        wants_token_ids=bool(_read(members, "return_token_ids", bool)),
         max_tokens=max_tokens,
         prompt_tokens=_estimate_tokens(members, endpoint),
         alone=_why_alone(members, endpoint, n),

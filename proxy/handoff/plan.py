@@ -9,12 +9,14 @@ from __future__ import annotations
 import msgspec
 
 from proxy.errors import BackendGarbled
-from proxy.handoff.body import Body
-from proxy.handoff.connector import Connector, Handoff
+from proxy.handoff.body import Body, Members
+from proxy.handoff.connector import Connector, Handoff, one_token
+from proxy.handoff.continuation import Continuation
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 _encode = msgspec.json.Encoder().encode
+_TRUE = msgspec.Raw(b"true")
 _WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 
@@ -41,17 +43,24 @@ class SequentialPlan:
     Arguments:
         body: the client's.
         connector: the protocol both backends speak.
+        continuation: where to go on, when a part of the answer has been given.
+        token_ids: ask decode for the ids of the tokens, so that the answer can be continued.
     """
 
-    __slots__ = ("_body", "_connector", "_path")
+    __slots__ = ("_body", "_connector", "_continuation", "_members", "_path", "_token_ids")
 
-    def __init__(self, body: Body, connector: Connector) -> None:
+    def __init__(
+        self, body: Body, connector: Connector, continuation: Continuation | None = None, *, token_ids: bool = False
+    ) -> None:
         self._body = body
         self._connector = connector
+        self._continuation = continuation
+        self._token_ids = token_ids
         self._path = PATHS[body.endpoint]
+        self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
 
     def prefill_leg(self) -> Leg:
-        return Leg(self._path, _encode(self._connector.prefill(self._body.members, self._body.endpoint)))
+        return self._leg(self._connector.prefill(self._members, self._body.endpoint))
 
     def take(self, answer: bytes) -> tuple[Handoff | None, msgspec.Raw]:
         """Read prefill's answer: the hand-off (None when it gave no parameters) and its `usage`.
@@ -71,13 +80,24 @@ class SequentialPlan:
 
     def decode_leg(self, handoff: Handoff | None) -> Leg:
         """The decode leg; without a hand-off the backend computes the prompt itself."""
-        members = self._body.members
+        members = self._members
         if handoff is not None:
             members = self._connector.decode(members, handoff)
+        if self._token_ids:
+            members = {**members, "return_token_ids": _TRUE}
         if self._body.stream and not self._body.wants_usage:
             # The engine's own count is the only right one (a chunk may hold several tokens); the relay takes the
             # extra event out again.
             members = {**members, "stream_options": _with_usage(members.get("stream_options"))}
+        return self._leg(members)
+
+    def release_leg(self, handoff: Handoff) -> Leg:
+        """A decode leg that claims a hand-off for one token, since prefill frees its blocks once they were read."""
+        return self._leg(self._connector.decode(one_token(self._members), handoff))
+
+    def _leg(self, members: Members) -> Leg:
+        if self._continuation is not None and self._body.endpoint == "chat":
+            members = self._continuation.in_params(members)
         return Leg(self._path, _encode(members))
 
 

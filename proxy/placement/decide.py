@@ -68,6 +68,7 @@ def decide(
     random: Callable[[], float],
     turn: int,
     allow_local_prefill: bool,
+    prefer: str = "",
 ) -> Decision[C]:
     """Choose the backends for one try.
 
@@ -76,6 +77,7 @@ def decide(
         policies: the policy's name for each role.
         avoid: URLs that failed this request before; used only when nothing else is up.
         turn: counts decisions, for round robin.
+        prefer: URL of a prefill backend to take if it may be had: it has the prompt in its prefix cache.
         allow_local_prefill: whether a decode backend may prefill for itself.
     Raises:
         NoBackend: nothing that is up may serve it.
@@ -90,7 +92,8 @@ def decide(
 
     split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
     if not alone and view.decode and view.prefill:
-        return decision("decode", view.decode, pick("prefill", view.prefill), "")
+        kept = [c for c in view.prefill if c.url == prefer and prefer not in avoid]
+        return decision("decode", view.decode, kept[0] if kept else pick("prefill", view.prefill), "")
     missing = "no_decode_backend" if view.prefill else "no_prefill_backend"
     fallback = alone or missing if split_configured else ""
     if view.mixed:

@@ -57,6 +57,8 @@ class EventReader:
 
 def split(block: bytes) -> list[bytes]:
     """The events of a block, each with its line ends."""
+    if block.find(b"\n\n") == len(block) - 2 and b"\r" not in block:
+        return [block]
     if b"\r" not in block and b"\n\n\n" not in block and block[:1] != b"\n":
         return [event + b"\n\n" for event in block.split(b"\n\n") if event]
     found, start = [], 0

@@ -34,41 +34,11 @@ class Receiver(Protocol):
     def data(self, data: bytes, last: bool) -> None:
         """Body bytes, without the transfer's framing. Never empty. With `last`, `end` follows at once."""
 
-    def chunk(self, chunk: bytes) -> bool:
-        """What looks like one whole chunk of the chunked coding, framing and all: its size line fits its length.
-
-        Returns whether it was taken as it is; the receiver has then seen that it ends with CRLF. Otherwise its bytes
-        come again through `data`.
-        """
-
     def end(self) -> None:
         """The answer is whole."""
 
     def lost(self, error: BackendError) -> None:
         """The answer will not become whole."""
-
-
-_NO_HEAD = bytes(1 << 20)  # longer than any read, so that none begins with it
-
-
-class _ChunkHeads(dict[int, bytes]):
-    """Length of a whole chunk with its framing -> the size line it must begin with, or `_NO_HEAD`.
-
-    Comparing the read with the one line that its length allows is cheaper than parsing, and stricter: only the
-    canonical form, lower-case hexadecimal without extensions, passes.
-    """
-
-    def __missing__(self, length: int) -> bytes:
-        head = _NO_HEAD
-        for digits in range(1, 5):  # to 65535 bytes; larger chunks are worth a parser, and this table stays small
-            size = length - digits - 4
-            if size > 0 and len(b"%x" % size) == digits:
-                head = b"%x\r\n" % size
-        self[min(length, 65536)] = head
-        return head
-
-
-_CHUNK_HEADS = _ChunkHeads()
 
 
 class Origin:
@@ -157,13 +127,19 @@ class Origin:
 
 
 class Connection(asyncio.Protocol):
-    """One connection to an engine, and the exchange that is on it."""
+    """One connection to an engine, and the exchange that is on it.
+
+    Attributes:
+        between_chunks: the last read ended where a chunk of the chunked coding ends. A read that is one whole chunk
+            need not come here then: the parser's state is the same before and after it.
+        idle_since: when it was given back, as `time.monotonic`.
+    """
 
     __slots__ = (
-        "_between_chunks",
         "_body",
         "_chunk_complete",
         "_complete",
+        "_diverted",
         "_fresh",
         "_head_bytes",
         "_headers",
@@ -175,6 +151,7 @@ class Connection(asyncio.Protocol):
         "_served",
         "_surplus",
         "_transport",
+        "between_chunks",
         "idle_since",
     )
 
@@ -187,13 +164,14 @@ class Connection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._in_head = True
         self._head_bytes = 0
-        self._between_chunks = False
         self._chunk_complete = False
         self._complete = False
         self._served = False
         self._fresh = True
         self._reusable = False
         self._surplus = False
+        self._diverted = False
+        self.between_chunks = False
         self.idle_since = 0.0
 
     # What the origin and the receivers use.
@@ -227,6 +205,12 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def divert(self, protocol: asyncio.Protocol) -> None:
+        """Let another protocol have the reads of this exchange first; what is not for it, it passes on to here."""
+        if self._transport is not None:
+            self._diverted = True
+            self._transport.set_protocol(protocol)
+
     def pause(self) -> None:
         """Stop reading, so that a slow client slows its engine and not our memory."""
         if self._transport is not None and not self._transport.is_closing():
@@ -246,10 +230,6 @@ class Connection(asyncio.Protocol):
         if receiver is None:  # bytes that nobody asked for
             self.abort()
             return
-        # An engine writes a token as one chunk, and mostly it is read alone. Between chunks the parser's state is the
-        # same before and after a whole one, so such a read need not go through it.
-        if self._between_chunks and data.startswith(_CHUNK_HEADS[len(data)]) and receiver.chunk(data):
-            return
         if self._in_head:
             self._head_bytes += len(data)
         try:
@@ -264,7 +244,7 @@ class Connection(asyncio.Protocol):
             self._fail(BackendGarbled(f"{self._origin.url} sent more than {HEAD_LIMIT} bytes of headers"))
             return
         # The next chunk's size may have begun without the parser saying so, hence the look at the last bytes.
-        self._between_chunks = self._chunk_complete and data.endswith(b"\r\n")
+        self.between_chunks = self._chunk_complete and data.endswith(b"\r\n")
         if self._body:
             body = self._body
             data = body[0] if len(body) == 1 else b"".join(body)
@@ -337,6 +317,9 @@ class Connection(asyncio.Protocol):
         self._fresh = False
         transport = self._transport
         if self._reusable and not self._surplus and transport is not None and not transport.is_closing():
+            if self._diverted:
+                self._diverted = False
+                transport.set_protocol(self)
             transport.resume_reading()
             self._origin.give(self)
         else:
@@ -416,9 +399,6 @@ class Collected:
             self.fail(BackendGarbled(f"{self._url} answered with more than {self._limit} bytes"))
         else:
             self._body.append(data)
-
-    def chunk(self, chunk: bytes) -> bool:
-        return False
 
     def end(self) -> None:
         self.connection = None

@@ -1,29 +1,40 @@
-"""The relay of a streamed answer: from the engine's socket straight to the client's.
+"""The relay of a streamed answer: from the engine's socket to the client's.
 
 Until the first event that carries a token everything is held, since the engine may still answer with an error under
 status 200 (vLLM does when the KV cache cannot be loaded: a role chunk, then an error event); so until then the request
-can be tried elsewhere. From that event on, each read from the engine is one write to the client. What is not an
-ordinary token event (usage, errors, the end) is recognised by what it lacks, and only that is parsed.
+can be tried elsewhere. From that event on, each read from the engine is one write to the client: ordinary token events
+take the straight way (`passage.py`), and what is unlike them is read here, event by event.
 """
 
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left
+import re
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 import msgspec
 
-from proxy.errors import BackendCut, BackendError, BackendFailed, BackendGarbled, BackendTimedOut
+from proxy.errors import (
+    BackendCut,
+    BackendError,
+    BackendFailed,
+    BackendGarbled,
+    BackendPreempted,
+    BackendTimedOut,
+)
 from proxy.relay import events
-from proxy.relay.answers import Usage, engine_error, engine_error_event, read_usage, strip_handoff
+from proxy.relay.answers import Usage, engine_error, engine_error_event, read_usage
 from proxy.relay.client import Client
+from proxy.relay.edit import HANDOFF_MARK, Edit
 from proxy.relay.http1 import Connection
+from proxy.relay.passage import Passage
+from proxy.relay.transcript import Transcript
 from proxy.telemetry.records import Distribution
 
-_HELD_LIMIT = 1024 * 1024
+_HELD_LIMIT = 64 * 1024 * 1024  # the ids of a prompt of a million tokens are 7 MB, and come before the first token
+_DOUBT = 1.0  # seconds of silence that are the last straw for a backend which fails its health checks
 _ERROR_BODY_LIMIT = 1024 * 1024
 
 
@@ -31,6 +42,9 @@ class _Choice(msgspec.Struct):
     delta: dict[str, Any] | None = None
     text: str | None = None
     finish_reason: Any = None
+    stop_reason: Any = None
+    token_ids: msgspec.Raw = msgspec.Raw()
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()
 
 
 class _Event(msgspec.Struct):
@@ -39,19 +53,41 @@ class _Event(msgspec.Struct):
     choices: list[_Choice] | None = None
     usage: msgspec.Raw = msgspec.Raw()
     error: Any = None
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()
 
 
+_ODD = re.compile(rb'"recomputed"|"error":')
 _decode_event = msgspec.json.Decoder(_Event).decode
 
 
 def carries_token(event: _Event) -> bool:
     """Whether an event shows that decode has begun to answer: any choice beyond the opening role chunk."""
     for choice in event.choices or ():
-        if choice.finish_reason is not None or choice.delta is None:
-            return True
-        if "role" not in choice.delta or any(v for k, v in choice.delta.items() if k != "role"):
+        delta = choice.delta
+        if delta is None or "role" not in delta or choice.finish_reason is not None or _has_text(delta):
             return True
     return False
+
+
+def _has_text(delta: dict[str, Any]) -> bool:
+    """Whether a delta gives the client anything but a role."""
+    if delta.get("content"):
+        return True
+    return any(value and name != "role" for name, value in delta.items())
+
+
+_Read = tuple[bytes, bytes, _Event | None]
+"""An event, its payload, and what was read of it, if it was."""
+
+
+def _unread(found: list[bytes]) -> list[_Read]:
+    return [(event, events.payload(event), None) for event in found]
+
+
+def _inner(ids: msgspec.Raw) -> bytes:
+    """The ids of a JSON list without its brackets; nothing for null and for what is no list."""
+    text = bytes(ids)
+    return text[1:-1] if text.startswith(b"[") else b""
 
 
 class StreamRelay:
@@ -60,42 +96,43 @@ class StreamRelay:
     Arguments:
         url: the backend, for messages.
         client: where the events go.
-        begin: called once, just before the first bytes go out; it starts the client's answer.
+        begin: called once, with this relay, just before the first bytes go out; it starts the client's answer.
         gaps: where the gaps between tokens are noted, in seconds.
+        transcript: where it is written down what the client was given.
+        edit: how this leg's events become the client's.
         drop_usage: take out the closing usage event, which the gateway asked for and the client did not.
         idle: seconds without a byte after which the stream counts as dead, or None.
     Attributes:
-        first_token, last_token: `time.monotonic` of the reads that brought them; None and 0 before.
-        events: token events passed on.
-        usage: the last usage the engine reported.
+        first_token: `time.monotonic` of the read that brought it; None before.
+        usage: the last usage the engine reported, of this leg alone.
     """
 
     __slots__ = (
         "_begin",
-        "_chunks",
         "_client",
         "_connection",
         "_done",
         "_drop_usage",
+        "_edit",
         "_error_body",
         "_failure",
         "_future",
         "_gaps",
         "_heard",
         "_held",
+        "_held_size",
+        "_hollow",
         "_idle",
         "_last",
-        "_live",
+        "_passage",
         "_paused_since",
         "_reader",
-        "_send",
         "_status",
         "_timer",
+        "_transcript",
         "_url",
-        "events",
         "first_token",
         "headers",
-        "last_token",
         "usage",
     )
 
@@ -103,8 +140,10 @@ class StreamRelay:
         self,
         url: str,
         client: Client,
-        begin: Callable[[], None],
+        begin: Callable[[StreamRelay], None],
         gaps: Distribution,
+        transcript: Transcript,
+        edit: Edit,
         *,
         drop_usage: bool,
         idle: float | None,
@@ -113,27 +152,27 @@ class StreamRelay:
         self._client = client
         self._begin = begin
         self._gaps = gaps
+        self._transcript = transcript
+        self._edit = edit
         self._idle = idle
         self._drop_usage = drop_usage
         self._connection: Connection | None = None
         self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reader = events.EventReader()
-        self._held: list[bytes] = []
+        self._held: list[_Read] = []
+        self._held_size = 0
         self._heard = 0.0
         self._last = b""
+        self._hollow = b""  # events without text, as the client will see them together with the next that has some
         self._error_body = b""
         self._status = 0
-        self._live = False
-        self._chunks: Callable[[bytes], object] | None = None
-        self._send: Callable[[bytes], object] | None = None  # `_chunks`, unless part of an event waits for its rest
+        self._passage: Passage | None = None  # there is one as soon as the client has been given anything
         self._done = False
         self._failure: BackendError | None = None
         self._paused_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.headers: dict[bytes, bytes] = {}
         self.first_token: float | None = None
-        self.last_token = 0.0
-        self.events = 0
         self.usage: Usage | None = None
 
     # What the flow uses
@@ -142,7 +181,7 @@ class StreamRelay:
         """Relay until the engine's stream ends with `[DONE]`.
 
         Raises:
-            BackendError: it ended in any other way. If `first_token` is None the client has seen nothing.
+            BackendError: it ended in any other way. If `first_token` is None the client has seen nothing of it.
         """
         self._connection = connection
         self._client.flow = self
@@ -153,20 +192,48 @@ class StreamRelay:
             await self._future
         finally:
             self._client.flow = None
-            self._chunks = self._send = None
             if self._timer is not None:
                 self._timer.cancel()
             self._abort()
+            if self._passage is not None:
+                self._passage.fold()
 
     def fail(self, error: BackendError) -> None:
         """End the stream from outside, as if the backend had failed with `error`."""
         self._abort()
         self.lost(error)
 
+    def doubt(self, error: BackendError) -> None:
+        """The backend is said to be dead. A stream that moves is believed more than that; one that is silent for
+        `_DOUBT` seconds fails with `error`."""
+        if self._paused_since is not None:
+            return  # it is the client that keeps it waiting
+        heard = self._last_sign()
+
+        def look() -> None:
+            if self._last_sign() == heard and self._paused_since is None:
+                self.fail(error)
+            elif self._idle is not None:
+                self._check_idle()
+
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, heard + _DOUBT - monotonic()), look)
+
     @property
     def live(self) -> bool:
-        """Whether the client has been given anything."""
-        return self._live
+        """Whether the client has been given anything of this leg."""
+        return self._passage is not None
+
+    @property
+    def events(self) -> int:
+        """Token events passed on."""
+        return self._passage.events if self._passage is not None else 0
+
+    @property
+    def last_token(self) -> float:
+        """`time.monotonic` of the read that brought the last token; 0 before any."""
+        return self._passage.last_token if self._passage is not None else 0.0
 
     # Flow: called by the client's side
 
@@ -182,7 +249,6 @@ class StreamRelay:
             self._connection.resume()
 
     def stop(self) -> None:
-        self._chunks = self._send = None
         self._abort()
 
     # Receiver: called by the engine's side
@@ -191,61 +257,124 @@ class StreamRelay:
         self._status = status
         self.headers = headers
 
-    def chunk(self, chunk: bytes) -> bool:
-        # The gateway's hottest lines. One event alone in its chunk (behind the size line, of at most six bytes, the
-        # first line end begins the empty line at the chunk's end), which is a token's and nothing else, is counted and
-        # passed on, framing and all. `_count` is the same in slow.
-        if (
-            self._send is None
-            or chunk.find(b"\n", 6) != len(chunk) - 4
-            or chunk[-4:] != b"\n\n\r\n"
-            or b'"choices":[{' not in chunk
-            or b'_transfer_params"' in chunk
-        ):
-            return False
-        now = monotonic()
-        gap = now - self.last_token
-        self.last_token = now
-        self.events += 1
-        gaps = self._gaps
-        gaps.counts[bisect_left(gaps.bounds, gap)] += 1
-        gaps.sum += gap
-        self._send(chunk)
-        return True
-
     def data(self, data: bytes, last: bool) -> None:
-        if not self._live:
-            self._hold(data, last)
+        if self._status != 200:
+            self._error_body = (self._error_body + data)[:_ERROR_BODY_LIMIT]
             return
         try:
             block = self._reader.feed(data)
         except BackendGarbled as error:
             self.fail(error)
             return
-        if block:
+        if self._passage is None:
+            if block:
+                self._hold(block, last)
+        elif block:
             self._pass_on(block, last)
-        self._send = self._chunks if not self._reader.rest else None
+        self._open_passage()
 
-    def _count(self, count: int) -> None:
-        """Token events have arrived together just now."""
-        now = monotonic()
-        gap = now - self.last_token
-        self.last_token = self._heard = now
-        self.events += count
-        gaps = self._gaps
-        gaps.counts[bisect_left(gaps.bounds, gap)] += 1
-        gaps.sum += gap
-        if count > 1:  # tokens that came together have no gap between them
-            gaps.counts[0] += count - 1
+    def end(self) -> None:
+        self._connection = None
+        if self._done:
+            if self._passage is not None:
+                self._client.end(self._last)
+                self._finish(None)
+            else:  # a whole stream without a token is no answer
+                self._finish(BackendFailed(f"{self._url} ended its stream without a token", status=502))
+        elif self._status != 200:
+            self._finish(engine_error(self._url, self._status, self.headers, self._error_body))
+        else:
+            self._finish(BackendCut(f"{self._url} ended its stream without [DONE]"))
+
+    def lost(self, error: BackendError) -> None:
+        self._connection = None
+        if self._done and self._passage is not None:  # a connection that breaks after [DONE] broke nothing
+            self._client.end(self._last)
+            self._finish(None)
+        else:
+            self._finish(error)
+
+    # Before the first token
+
+    def _hold(self, block: bytes, last: bool) -> None:
+        found = events.split(block)
+        for position, event in enumerate(found, 1):
+            payload = events.payload(event)
+            if payload == b"[DONE]":
+                self._done = True
+                return
+            parsed = None
+            if payload:
+                try:
+                    parsed = _decode_event(payload)
+                except msgspec.MsgspecError as error:
+                    self.fail(BackendGarbled(f"{self._url} sent an event that is no answer: {error}"))
+                    return
+                if parsed.error is not None:
+                    self.fail(engine_error_event(self._url, payload))
+                    return
+                if _preempted(parsed):
+                    self.fail(BackendPreempted(f"{self._url} gave the request up for want of memory"))
+                    return
+            self._held.append((event, payload, parsed))
+            self._held_size += len(event)
+            if parsed is not None and carries_token(parsed):
+                self._go_live(found[position:], last)
+                return
+        if self._held_size > _HELD_LIMIT:
+            self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
+
+    def _go_live(self, more: list[bytes], last: bool) -> None:
+        """The first token is here: from now on the client sees what the engine sends.
+
+        Arguments:
+            more: events that came after the first token in the same read.
+        """
+        now = self.first_token = self._heard = monotonic()
+        assert self._connection is not None
+        hidden = self._transcript if self._edit.hide_ids else None
+        passage = self._passage = Passage(self._connection, self._gaps, hidden)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        opening, self._held = self._held, []
+        self._begin(self)
+        shown, count = self._inspect(opening)
+        if more:
+            rest, later = self._inspect(_unread(more))
+            shown, count = shown + rest, count + later
+        passage.count(count, now)
+        self._write(shown, last, count)
+        if not last and self._connection is not None and self._idle is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._idle, self._check_idle)
+
+    # The long way of a live stream
+
+    def _open_passage(self) -> None:
+        """Reads may go straight on from here if nothing is half read."""
+        passage, connection = self._passage, self._connection
+        if passage is None or connection is None or self._client.gone:
+            return
+        if passage.write is None:
+            # A leg that goes on with another's answer is edited in every event; and a client that wants the token ids
+            # itself gets them as they come, while the transcript has to be told of them.
+            if self._edit.identity is not None or (self._transcript.continuable and not self._edit.hide_ids):
+                return
+            passage.write = self._client.chunks()
+            if passage.write is None:
+                return
+            connection.divert(passage)
+        passage.clear = connection.between_chunks and not self._reader.rest and not self._done
 
     def _pass_on(self, block: bytes, last: bool) -> None:
         """Whole events go to the client; the last ones together with the end of its answer."""
-        block, count = self._take(block)
+        passage = self._passage
+        assert passage is not None
+        now = self._heard = monotonic()
+        shown, count = self._take(block)
         if count:
-            self._count(count)
-        else:
-            self._heard = monotonic()
-        self._write(block, last, count)
+            passage.count(count, now)
+        self._write(shown, last, count)
 
     def _write(self, block: bytes, last: bool, tokens: int) -> None:
         # `[DONE]` alone waits for the end of the engine's answer, which is on its way, so that both go out at once.
@@ -259,106 +388,26 @@ class StreamRelay:
 
     def _take(self, block: bytes) -> tuple[bytes, int]:
         """What of a block the client is given, and the number of its token events."""
-        count = block.count(b"\n\n")
-        ordinary = count and count == block.count(b'"choices":[{') and b"\r" not in block
-        if ordinary and b'_transfer_params"' not in block:
-            return block, count
-        return self._inspect(events.split(block))
+        if self._edit.idle and not self._transcript.continuable:
+            count = block.count(b"\n\n")
+            ordinary = count and count == block.count(b'"choices":[{') == block.count(b'"finish_reason":null')
+            if ordinary and b"\r" not in block and HANDOFF_MARK not in block and not _ODD.search(block):
+                if count == 1:
+                    assert self._passage is not None
+                    self._passage.pattern = block
+                return block, count
+        return self._inspect(_unread(events.split(block)))
 
-    def end(self) -> None:
-        self._connection = None
-        if self._done:
-            if self._live:
-                self._client.end(self._last)
-                self._finish(None)
-            else:  # a whole stream without a token is no answer
-                self._finish(BackendFailed(f"{self._url} ended its stream without a token", status=502))
-        elif self._status != 200:
-            self._finish(engine_error(self._url, self._status, self.headers, self._error_body))
-        else:
-            self._finish(BackendCut(f"{self._url} ended its stream without [DONE]"))
+    def _inspect(self, found: list[_Read]) -> tuple[bytes, int]:
+        """Look at events one by one.
 
-    def lost(self, error: BackendError) -> None:
-        self._connection = None
-        if self._done and self._live:  # a connection that breaks after [DONE] broke nothing
-            self._client.end(self._last)
-            self._finish(None)
-        else:
-            self._finish(error)
-
-    # Before the first token
-
-    def _hold(self, data: bytes, last: bool) -> None:
-        if self._status != 200:
-            self._error_body = (self._error_body + data)[:_ERROR_BODY_LIMIT]
-            return
-        try:
-            block = self._reader.feed(data)
-        except BackendGarbled as error:
-            self.fail(error)
-            return
-        found = events.split(block)
-        for position, event in enumerate(found, 1):
-            payload = events.payload(event)
-            if payload == b"[DONE]":
-                self._done = True
-                return
-            self._held.append(event)
-            if not payload:
-                continue
-            try:
-                parsed = _decode_event(payload)
-            except msgspec.MsgspecError as error:
-                self.fail(BackendGarbled(f"{self._url} sent an event that is no answer: {error}"))
-                return
-            if parsed.error is not None:
-                self.fail(engine_error_event(self._url, payload))
-                return
-            if carries_token(parsed):
-                self._go_live(found[position:], last)
-                return
-        if sum(map(len, self._held)) > _HELD_LIMIT:
-            self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
-
-    def _go_live(self, more: list[bytes], last: bool) -> None:
-        """The first token is here: from now on the client sees what the engine sends.
-
-        Arguments:
-            more: events that came after the first token in the same read.
+        Returns them as the client sees them, and the number of token events among them.
         """
-        self._live = True
-        self.first_token = self.last_token = self._heard = monotonic()
-        self.events = 1
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._idle is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._idle, self._check_idle)
-        opening = b"".join(self._held)
-        self._held.clear()
-        self._begin()
-        if b'_transfer_params"' in opening:
-            opening = b"".join(without_handoff(event) for event in events.split(opening))
-        if more:
-            rest, count = self._inspect(more)
-            opening += rest
-            self.events += count
-            self._gaps.counts[0] += count  # tokens that came together have no gap between them
-        self._write(opening, last, self.events)
-        self._chunks = self._client.chunks()
-        self._send = self._chunks if not self._reader.rest else None
-
-    # Events that are not plain tokens
-
-    def _inspect(self, found: list[bytes]) -> tuple[bytes, int]:
-        """Read events one by one.
-
-        Returns them without what the client must not see, and the number of token events among them.
-        """
+        passage = self._passage
+        assert passage is not None
         kept: list[bytes] = []
         count = 0
-        for event in found:
-            payload = events.payload(event)
+        for event, payload, parsed in found:
             if not payload:
                 kept.append(event)  # a comment that keeps the connection alive
                 continue
@@ -366,33 +415,83 @@ class StreamRelay:
                 self._done = True
                 kept.append(event)
                 continue
-            try:
-                parsed = _decode_event(payload)
-            except msgspec.MsgspecError:
-                kept.append(event)  # nothing we know; the client may
-                continue
+            if parsed is None:
+                try:
+                    parsed = _decode_event(payload)
+                except msgspec.MsgspecError:
+                    if HANDOFF_MARK not in event and b'token_ids"' not in event:
+                        kept.append(event)  # nothing we know; the client may
+                    continue
             if parsed.error is not None:
                 # Told to the flow once the events before it are out; the flow says it to the client in its own words.
                 self._failure = engine_error_event(self._url, payload)
                 break
-            if usage := read_usage(parsed.usage):
+            choices = parsed.choices
+            if memoryview(parsed.usage) and (usage := read_usage(parsed.usage)):
                 self.usage = usage
-                if not parsed.choices and self._drop_usage:
+                if not choices and self._drop_usage:
                     continue
-            if parsed.choices and carries_token(parsed):
+            if not choices:
+                kept.append(self._edit.event(event, payload))
+                continue
+            if _preempted(parsed):
+                self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
+                break
+            choice = choices[0]
+            delta = choice.delta
+            text = bool(choice.text) if delta is None else _has_text(delta)
+            shown = b"" if self._is_silent(choice, text) else self._edit.event(event, payload)
+            if self._write_down(parsed, choice, text, shown):
+                kept.append(self._hollow + shown)
+                self._hollow = b""
+            else:
+                self._hollow += shown
+            if text or carries_token(parsed):
                 count += 1
-            kept.append(without_handoff(event))
+                if text and _ordinary(choices):
+                    passage.pattern = event
         return b"".join(kept), count
+
+    def _is_silent(self, choice: _Choice, text: bool) -> bool:
+        """Whether an event would not be there for this client if the gateway had not asked for token ids (a token that
+        a parser holds back), or opens an answer that has begun."""
+        delta = choice.delta
+        if text or delta is None or choice.finish_reason is not None:
+            return False
+        if not delta:
+            return self._edit.hide_ids
+        return self._edit.identity is not None and "role" in delta
+
+    def _write_down(self, event: _Event, choice: _Choice, text: bool, shown: bytes) -> bool:
+        """Note in the transcript what an event gives the client; whether it goes out at once. One without text waits
+        for the next with text: should the stream be resumed before that, its token is generated again."""
+        transcript = self._transcript
+        if not transcript.first:
+            transcript.open(shown, _inner(event.prompt_token_ids) or _inner(choice.prompt_token_ids))
+        finished = choice.finish_reason is not None
+        if finished:
+            transcript.finished = True
+        delta = choice.delta
+        if text and delta is not None and not delta.get("content"):
+            transcript.spoil("tool_calls" if delta.get("tool_calls") else "reasoning")
+        if not transcript.continuable:
+            return True
+        transcript.note(_inner(choice.token_ids), text)
+        return text or finished or (delta is not None and "role" in delta)
 
     # Endings
 
     def _time_out(self, seconds: float) -> None:
         self.fail(BackendTimedOut(f"{self._url} sent no token within {seconds:g} s"))
 
+    def _last_sign(self) -> float:
+        """When the engine was last heard of."""
+        return max(self._heard, self.last_token)
+
     def _check_idle(self) -> None:
         """Fires at most once an idle period: a stream that moves costs one timer in that time, not one a token."""
         assert self._idle is not None
-        since = self._paused_since or max(self._heard, self.last_token)
+        since = self._paused_since or self._last_sign()
         left = since + self._idle - monotonic()
         if left > 0:
             self._timer = asyncio.get_running_loop().call_later(left, self._check_idle)
@@ -402,6 +501,8 @@ class StreamRelay:
             self.fail(BackendTimedOut(f"{self._url} sent nothing for {self._idle:g} s"))
 
     def _abort(self) -> None:
+        if self._passage is not None:
+            self._passage.clear = False
         if self._connection is not None:
             self._connection.abort()
             self._connection = None
@@ -415,8 +516,13 @@ class StreamRelay:
             self._future.set_exception(error)
 
 
-def without_handoff(event: bytes) -> bytes:
-    """An event without the hand-off's members, which name the engines' addresses."""
-    if b'_transfer_params"' not in event:
-        return event
-    return b"data: %b\n\n" % strip_handoff(events.payload(event))
+def _preempted(event: _Event) -> bool:
+    """Whether the engine has dropped the request to get at its memory (vllm-ascend's recompute scheduler)."""
+    return any(choice.stop_reason == "recomputed" for choice in event.choices or ())
+
+
+def _ordinary(choices: list[_Choice]) -> bool:
+    """Whether an event is one of those that follow each other in a stream: one choice, text, nothing else."""
+    if len(choices) != 1 or choices[0].finish_reason is not None:
+        return False
+    return choices[0].delta is None or list(choices[0].delta) == ["content"]

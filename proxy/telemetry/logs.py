@@ -29,7 +29,7 @@ class RequestLog:
     def finished(self, record: RequestRecord) -> None:
         # What clients do wrong is theirs to read; a line for each would let them fill the log.
         failed = record.outcome not in ("ok", "client_gone") and not 400 <= record.status < 500
-        if not (failed or self._every or record.fallback or record.retries):
+        if not (failed or self._every or record.fallback or record.retries or record.resumes):
             return
         log.log(
             logging.WARNING if failed else logging.INFO,
@@ -52,6 +52,8 @@ def _fields(record: RequestRecord) -> dict[str, Any]:
         "ttft": None if record.ttft is None else round(record.ttft, 4),
         "tokens": record.tokens,
         "retries": len(record.retries),
+        "resumes": len(record.resumes),
+        "not_resumed": record.not_resumed,
         "fallback": record.fallback,
         "error": record.error,
     }

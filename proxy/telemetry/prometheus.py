@@ -21,6 +21,7 @@ from proxy.telemetry.records import (
     HANDOFF_BOUNDS,
     ITL_BOUNDS,
     LOOP_BOUNDS,
+    RESUME_BOUNDS,
     TTFT_BOUNDS,
     Distribution,
     RequestRecord,
@@ -179,6 +180,12 @@ class PrometheusSink(Collector):
             HANDOFF_BOUNDS,
             in_fleet,
         )
+        self._resume_gap = Histogram(
+            "pd_proxy_resume_gap_seconds",
+            "From the last token before a stream broke to the first one of its continuation.",
+            (),
+            RESUME_BOUNDS,
+        )
         self.loop_delay = Histogram(
             "pd_proxy_event_loop_delay_seconds",
             "How late the event loop runs a timer: the gateway's own saturation.",
@@ -188,6 +195,15 @@ class PrometheusSink(Collector):
         self._requests = Count("pd_proxy_requests", "Requests by how they ended.", ("endpoint", "model", "outcome"))
         self._tokens = Count("pd_proxy_tokens", "Tokens by kind: prompt, cached, completion.", ("model", "kind"))
         self._retries = Count("pd_proxy_retries", "Tries that failed and were followed by another.", ("leg", "reason"))
+        self._resumes = Count("pd_proxy_resumes", "Streams continued on other backends, by what broke.", ("reason",))
+        self._not_resumed = Count(
+            "pd_proxy_resumes_refused", "Broken streams that ended with an error event, by why.", ("reason",)
+        )
+        self._released = Count(
+            "pd_proxy_handoffs_released",
+            "Hand-offs that nobody wanted any more: claimed, which frees prefill's blocks, or left to expire.",
+            ("outcome",),
+        )
         self._fallbacks = Count("pd_proxy_fallbacks", "Requests served without a hand-off, by reason.", ("reason",))
         self._disconnects = Count(
             "pd_proxy_client_disconnects", "Clients that left before their answer was whole, by stage.", ("stage",)
@@ -199,6 +215,9 @@ class PrometheusSink(Collector):
     def gaps(self, pool: str, backend: str) -> Distribution:
         return self._itl.at(pool, backend)
 
+    def handoff_released(self, claimed: bool) -> None:
+        self._released.values[("claimed" if claimed else "left",)] += 1
+
     def finished(self, record: RequestRecord) -> None:
         model = record.model if self._fleet.names(record.model) else "other"
         self._requests.values[record.endpoint, model, record.outcome] += 1
@@ -207,6 +226,12 @@ class PrometheusSink(Collector):
             self._disconnects.values[(record.stage,)] += 1
         for retry in record.retries:
             self._retries.values[retry] += 1
+        for reason in record.resumes:
+            self._resumes.values[(reason,)] += 1
+        for gap in record.resume_gaps:
+            self._resume_gap.at().observe(gap)
+        if record.not_resumed:
+            self._not_resumed.values[(record.not_resumed,)] += 1
         if record.fallback and record.status == 200:
             self._fallbacks.values[(record.fallback,)] += 1
         for kind, count in (
@@ -246,10 +271,14 @@ class PrometheusSink(Collector):
             self._duration,
             self._prefill,
             self._handoff,
+            self._resume_gap,
             self.loop_delay,
             self._requests,
             self._tokens,
             self._retries,
+            self._resumes,
+            self._not_resumed,
+            self._released,
             self._fallbacks,
             self._disconnects,
         ):

@@ -6,7 +6,7 @@ it when they are scraped.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from time import monotonic
 from typing import Protocol
 
@@ -21,6 +21,7 @@ ITL_BOUNDS = (
     *(0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
 DURATION_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+RESUME_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 HANDOFF_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 LOOP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
@@ -39,6 +40,21 @@ class Distribution:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def observe_all(self, values: list[float]) -> None:
+        """Several at once; the list may be left sorted."""
+        if len(values) < len(self.bounds):
+            for value in values:
+                self.observe(value)
+            return
+        values.sort()
+        before = 0
+        for index, bound in enumerate(self.bounds):
+            up_to = bisect_right(values, bound, before)
+            self.counts[index] += up_to - before
+            before = up_to
+        self.counts[-1] += len(values) - before
+        self.sum += sum(values)
+
 
 class RequestRecord(msgspec.Struct):
     """One client request from its first byte to its end. Times are seconds; those of events are `time.monotonic`.
@@ -50,6 +66,9 @@ class RequestRecord(msgspec.Struct):
         prefill, decode: URLs of the backends of the last try; `mixed` or local decode leaves prefill empty.
         decode_pool: `decode` or `mixed`.
         retries: (leg, reason) of every try that failed and was followed by another.
+        resumes: why the stream broke, for every time it was continued on other backends.
+        resume_gaps: seconds between the last token before and the first one after, for each of them.
+        not_resumed: why a broken stream could not be continued, or empty.
         fallback: why the request was served without a hand-off, or empty.
         tokens: completion tokens, as the engine counted them; where it did not say, token events as the relay did.
     """
@@ -71,6 +90,9 @@ class RequestRecord(msgspec.Struct):
     first_token: float | None = None
     last_token: float | None = None
     retries: list[tuple[str, str]] = msgspec.field(default_factory=list)
+    resumes: list[str] = msgspec.field(default_factory=list)
+    resume_gaps: list[float] = msgspec.field(default_factory=list)
+    not_resumed: str = ""
     fallback: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -103,12 +125,16 @@ class Telemetry(Sink, Protocol):
     def gaps(self, pool: str, backend: str) -> Distribution:
         """Where the relay notes the gaps between the tokens of a backend's streams."""
 
+    def handoff_released(self, claimed: bool) -> None:
+        """A hand-off that nobody wanted was claimed, so that prefill's blocks are free; or it could not be."""
+
 
 class Sinks:
     """Several sinks as one `Telemetry`: the first keeps the gaps."""
 
     def __init__(self, first: Telemetry, *others: Sink) -> None:
         self.gaps = first.gaps
+        self.handoff_released = first.handoff_released
         self._sinks: tuple[Sink, ...] = (first, *others)
 
     def finished(self, record: RequestRecord) -> None:

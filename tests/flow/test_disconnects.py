@@ -117,7 +117,10 @@ async def test_while_decode_computes_a_whole_answer() -> None:
 
 async def test_while_the_gateway_connects_to_decode() -> None:
     with stuck_backend() as url:
-        async with simulators("prefill") as [p], running_gateway([p.url], [url], ready=False) as running:
+        async with (
+            simulators("prefill") as [p],
+            running_gateway([p.url], [url], ready=False, timeouts={"connect": 0.5}) as running,
+        ):
             fleet = running.gateway.fleet
             await until(lambda: fleet.pool("prefill")[0].up)
             fleet.bring_in(fleet.pool("decode")[0])
@@ -125,7 +128,8 @@ async def test_while_the_gateway_connects_to_decode() -> None:
                 client.send(chat())
                 await until(lambda: fleet.handoffs_in_limbo == 1, PATIENCE)
                 client.leave()
-                await soon(running.idle, SOON)
+                await soon(lambda: not running.gateway.gate.inside, SOON)
+                await until(running.idle)  # after one more attempt, to have the hand-off claimed
 
 
 async def test_while_a_failed_try_waits_for_the_next() -> None:

@@ -177,26 +177,26 @@ async def test_an_engines_own_400_is_given_on_and_not_retried() -> None:
 
 
 async def test_a_stream_that_dies_ends_with_an_error_event_and_no_half_event() -> None:
-    async with pools(1, 1, engine={"step_time": 0.005}) as (running, _, [d]):
+    async with pools(1, 1, engine={"step_time": 0.005}, resume="off") as (running, _, [d]):
         d.faults.add("die_mid_stream", after_tokens=5, leg="decode")
         answer = await running.http.post(CHAT, json=chat(stream=True))
         assert answer.status_code == 200
         blocks = answer.text.split("\n\n")
         assert blocks[-1] == ""
         payloads = [json.loads(b.removeprefix("data: ")) for b in blocks[:-1]]
-        assert payloads[-1]["error"]["code"] == "backend_cut"
+        assert payloads[-1]["error"]["code"] == "stream_interrupted"
         assert d.url not in answer.text
         assert sum(1 for p in payloads[:-1] if p["choices"][0]["delta"].get("content") is not None) >= 5
         await until(running.idle)
         metrics = await running.metrics()
-        assert metrics['pd_proxy_requests_total{endpoint="chat",model="sim",outcome="backend_cut"}'] == 1
+        assert metrics['pd_proxy_requests_total{endpoint="chat",model="sim",outcome="stream_interrupted"}'] == 1
 
 
 async def test_a_stream_that_falls_silent_is_ended_at_the_idle_timeout() -> None:
-    async with pools(1, 1, timeouts={"idle": 0.2}) as (running, _, [d]):
+    async with pools(1, 1, timeouts={"idle": 0.2}, resume="off") as (running, _, [d]):
         d.faults.add("stall_mid_stream", after_tokens=3, leg="decode")
         answer = await running.http.post(CHAT, json=chat(stream=True))
-        assert json.loads(answer.text.strip().split("\n\n")[-1][6:])["error"]["code"] == "backend_timeout"
+        assert json.loads(answer.text.strip().split("\n\n")[-1][6:])["error"]["code"] == "stream_interrupted"
         await until(running.idle)
         await until(lambda: d.engine.running == 0)
 

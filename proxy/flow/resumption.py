@@ -1,0 +1,93 @@
+"""What becomes of a stream that broke after its client was given a part of the answer.
+
+It is complete but for its last words, and gets them from here; or another pair goes on from the last token that the
+client has; or it ends with an error that says why nobody can.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from proxy.errors import BackendError, StreamInterrupted
+from proxy.flow.request import Request
+from proxy.handoff.continuation import Continuation, has_media, inexact
+from proxy.relay.transcript import Transcript
+from proxy.settings import Settings
+
+log = logging.getLogger("pd_proxy.flow")
+
+
+class Resumption:
+    """The rules by which streams are resumed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._mode = settings.resume
+        self._most = settings.retries.resumes
+        self._limit = settings.limits.transcript
+
+    def prepare(self, request: Request) -> None:
+        """Before a stream's first try: is it one that could be resumed, and are token ids needed for that?"""
+        flaw = "off" if self._mode == "off" else inexact(request.body)
+        hopeless = flaw and (self._mode != "best_effort" or flaw == request.body.alone)
+        request.token_ids = not hopeless
+        request.transcript = Transcript(flaw, limit=self._limit)
+
+    def complete(self, request: Request) -> bool:
+        """End an answer of which the client has every token already; whether it was such a one."""
+        transcript, body = request.transcript, request.body
+        assert transcript is not None
+        if transcript.finished:
+            if body.wants_usage and not transcript.continuable:
+                return False
+            closing = transcript.closing(usage=body.wants_usage)
+        elif body.max_tokens is not None and transcript.continuable and transcript.said >= body.max_tokens:
+            closing = transcript.closing(finish="length", usage=body.wants_usage)
+        else:
+            return False
+        if transcript.continuable:
+            request.record.tokens = transcript.total
+            request.record.prompt_tokens = transcript.prompt_tokens
+        request.client.end(closing)
+        log.info("%s: its backend failed after the last token: %s", request.record.request_id, request.error)
+        return True
+
+    def resume(self, request: Request, error: BackendError) -> None:
+        """Set a request up for a try that goes on where its answer broke off.
+
+        Raises:
+            StreamInterrupted: nobody can go on from there.
+        """
+        transcript = request.transcript
+        assert transcript is not None
+        if why := self._why_not(request, error, transcript):
+            raise self.given_up(request, why) from error
+        ids = transcript.cut()
+        request.continuation = Continuation(ids, transcript.said)
+        request.resumes += 1
+        request.record.resumes.append(error.reason)
+        log.warning(
+            "%s: stream broken after %d tokens, resumed elsewhere: %s",
+            request.record.request_id,
+            transcript.said,
+            error,
+        )
+
+    def given_up(self, request: Request, why: str) -> StreamInterrupted:
+        """The error that ends a stream which nobody can continue."""
+        request.record.not_resumed = why
+        return StreamInterrupted(f"{request.error}; not resumed: {why}", why=why)
+
+    def _why_not(self, request: Request, error: BackendError, transcript: Transcript) -> str:
+        if not error.retryable:
+            return error.reason
+        if not transcript.continuable:
+            return transcript.flaw or "no_token_ids"
+        if transcript.flaw and self._mode != "best_effort":
+            return transcript.flaw
+        if has_media(request.body):
+            return "media"
+        if transcript.unsure and self._mode != "best_effort":
+            return "merged_tokens"
+        if request.resumes >= self._most:
+            return "too_often"
+        return ""

@@ -1,0 +1,103 @@
+"""How an engine's events become the client's.
+
+What the gateway asked for and the client did not (token ids, the hand-off's addresses) is taken out; where one answer
+is made of several legs, the later ones take on the first one's identity and its counts.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from proxy.relay.answers import HANDOFF_FIELDS
+
+_Members = dict[str, msgspec.Raw]
+
+_decode_members = msgspec.json.Decoder(_Members).decode
+_decode_choices = msgspec.json.Decoder(list[_Members] | None).decode
+_decode_usage = msgspec.json.Decoder(dict[str, Any] | None).decode
+_encode = msgspec.json.Encoder().encode
+_NULL = msgspec.Raw(b"null")
+
+HANDOFF_MARK = b'_transfer_params"'
+# Within a JSON string every quote has a backslash before it, so these match members only.
+_IDS = b',"token_ids":['
+_ANY_IDS = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[\d,]*\]|null)')
+_IDS_MARK = b'token_ids"'
+
+
+class Edit(msgspec.Struct, frozen=True):
+    """What is changed in the events of one leg.
+
+    Attributes:
+        hide_ids: take out the token ids.
+        identity: members that every event of the answer has, when this leg goes on with an answer that has begun.
+        said: completion tokens of that answer before this leg, which this leg took for a part of its prompt.
+    """
+
+    hide_ids: bool = False
+    identity: dict[str, msgspec.Raw] | None = None
+    said: int = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether ordinary events pass as they are."""
+        return not self.hide_ids and self.identity is None
+
+    def event(self, event: bytes, payload: bytes) -> bytes:
+        """An event as the client sees it.
+
+        Arguments:
+            event: as it came.
+            payload: its data.
+        """
+        if self.idle and HANDOFF_MARK not in event:
+            return event
+        if self.identity is None and HANDOFF_MARK not in event:
+            head, found, rest = event.partition(_IDS)
+            shown = head + rest[rest.find(b"]") + 1 :] if found else event
+            if _IDS_MARK in shown:
+                shown = _ANY_IDS.sub(b"", shown)
+            if _IDS_MARK not in shown:
+                return shown
+        try:
+            members = _decode_members(payload)
+            choices = _decode_choices(members.get("choices", _NULL))
+            usage = _decode_usage(members.get("usage", _NULL)) if self.said else None
+        except msgspec.MsgspecError:
+            return event
+        for field in HANDOFF_FIELDS:
+            members.pop(field, None)
+        if self.hide_ids:
+            members.pop("prompt_token_ids", None)
+            for choice in choices or ():
+                choice.pop("token_ids", None)
+                choice.pop("prompt_token_ids", None)
+        elif self.identity is not None:
+            for choice in choices or ():
+                if "prompt_token_ids" in choice:
+                    choice["prompt_token_ids"] = _NULL  # they were given with the first leg's first event
+        if choices:
+            members["choices"] = msgspec.Raw(_encode(choices))
+        if self.identity is not None:
+            for name, value in self.identity.items():
+                if name in members:
+                    members[name] = value
+        if usage:
+            members["usage"] = msgspec.Raw(_encode(self.merge(usage)))
+        return b"data: %b\n\n" % _encode(members)
+
+    def merge(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """This leg's usage as that of the whole answer: what it took for prompt was completion."""
+        merged = dict(usage)
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if isinstance(prompt, int) and isinstance(completion, int):
+            merged["prompt_tokens"] = prompt - self.said
+            merged["completion_tokens"] = completion + self.said
+            details = usage.get("prompt_tokens_details")
+            if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
+                cached = min(details["cached_tokens"], prompt - self.said)
+                merged["prompt_tokens_details"] = {**details, "cached_tokens": cached}
+        return merged

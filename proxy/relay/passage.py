@@ -1,0 +1,191 @@
+"""The straight way from the engine's socket to the client's: a live stream's token events, recognised by comparison.
+
+One stream's token events are alike but for the text and the id of the token. From one that was read and found to be an
+ordinary token event, `Passage` learns what stands before the text and behind it; from then on a read that is one whole
+chunk with such an event is passed on without being parsed. Everything else, and whatever is unlike in a single byte,
+goes the long way through the HTTP parser and the relay. So what passes here differs from a vetted event in the text of
+one JSON string (which holds no quote) and in digits behind it, and can hide neither an error nor an address.
+
+These are the gateway's hottest lines: bytes methods on the read itself, one system call, and no call of our own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from time import monotonic
+
+from proxy.relay.edit import HANDOFF_MARK
+from proxy.relay.transcript import Transcript
+from proxy.telemetry.records import Distribution
+
+_NO_HEAD = bytes(1 << 20)  # longer than any read, so that none begins with it
+
+
+class _ChunkHeads(dict[int, bytes]):
+    """Length of a whole chunk with its framing -> the size line it must begin with, or `_NO_HEAD`.
+
+    Comparing the read with the one line that its length allows is cheaper than parsing, and stricter: only the
+    canonical form, lower-case hexadecimal without extensions, passes.
+    """
+
+    def __missing__(self, length: int) -> bytes:
+        head = _NO_HEAD
+        for digits in range(1, 5):  # to 65535 bytes; larger chunks are worth a parser, and this table stays small
+            size = length - digits - 4
+            if size > 0 and len(b"%x" % size) == digits:
+                head = b"%x\r\n" % size
+        self[min(length, 65536)] = head
+        return head
+
+
+_CHUNK_HEADS = _ChunkHeads()
+_TEXT = re.compile(rb'(?:"delta":\{"\w+"|"text"):"')
+_IDS = b'"token_ids":['
+_HIDDEN = re.compile(rb',"(?:prompt_token_ids":null|token_ids":\[)')
+_PLAIN = b'"finish_reason":null'
+_DIGITS = b"0123456789"
+_BRACKET = ord("]")
+_BATCH = 32  # tokens whose times and ids are put away together
+
+
+class Passage(asyncio.Protocol):
+    """The protocol of the engine's connection while its stream is live.
+
+    Arguments:
+        connection: takes all that is not an ordinary token event, and everything else that befalls the connection.
+        gaps: where the seconds between tokens go, some tokens at a time.
+        transcript: where the ids of the tokens go that pass; None when events carry none that must be taken out.
+    Attributes:
+        clear: the last read ended where a chunk and an event end. Whoever handles the long way sets it.
+        pattern: an ordinary token event as the engine sent it, to be learnt from when the next one comes; or empty.
+        write: sends whole chunks to the client; None while nothing may pass.
+    """
+
+    __slots__ = (
+        "_behind",
+        "_connection",
+        "_counted",
+        "_gaps",
+        "_ids",
+        "_mid_length",
+        "_prefix",
+        "_prefix_length",
+        "_shown",
+        "_times",
+        "_transcript",
+        "clear",
+        "pattern",
+        "write",
+    )
+
+    def __init__(self, connection: asyncio.Protocol, gaps: Distribution, transcript: Transcript | None) -> None:
+        self._connection = connection
+        self._gaps = gaps
+        self._transcript = transcript
+        self._ids = None if transcript is None else transcript.fresh
+        self._prefix = _NO_HEAD  # until an event has been learnt
+        self._prefix_length = 0
+        self._behind = b""
+        self._mid_length = 0
+        self._shown = b""
+        self._times: list[float] = []
+        self._counted = 0
+        self.clear = False
+        self.pattern = b""
+        self.write: Callable[[bytes], object] | None = None
+
+    def data_received(self, data: bytes) -> None:
+        # A chunk is `size CRLF event CRLF`; an event is `prefix text behind`, and what is behind has the form of the
+        # learnt one but for its digits. An event without text is not ordinary: the transcript must know of it.
+        head = _CHUNK_HEADS[len(data)]
+        start = len(head)
+        text = start + self._prefix_length
+        end = data.find(b'"', text)
+        if (
+            end > text
+            and self.clear
+            and data.startswith(head)
+            and data.startswith(self._prefix, start)
+            and (behind := data[end:]).translate(None, _DIGITS) == self._behind
+            and (self._ids is None or behind[self._mid_length] != _BRACKET)
+        ):
+            ids = self._ids
+            if ids is None:
+                self.write(data)  # type: ignore[misc]  # it is set whenever `clear` is
+            else:
+                # `behind` is `mid id ] tail`; the client gets `shown tail`.
+                stop = behind.find(b"]")
+                ids.append(behind[self._mid_length : stop])
+                event = data[start:end] + self._shown + behind[stop + 1 :]
+                self.write(b"%x\r\n%b" % (len(event) - 2, event))  # type: ignore[misc]
+            times = self._times
+            times.append(monotonic())
+            if len(times) > _BATCH:
+                self.fold()
+        elif self.pattern and _PLAIN in data:
+            self._learn()
+            self.data_received(data)
+        else:
+            self.clear = False
+            self._connection.data_received(data)
+
+    def _learn(self) -> None:
+        """From now on, events that are as `pattern` is are passed on."""
+        event, self.pattern = self.pattern, b""
+        found = _TEXT.search(event)
+        if found is None or not event.startswith(b"data: {") or event.count(b"\n") != 2:
+            return
+        text = found.end()
+        end = event.find(b'"', text)
+        mid, marker, rest = event[end:].partition(_IDS if self._ids is not None else _PLAIN)
+        mid += marker
+        plain = _PLAIN in mid and b"]" not in mid and mid.translate(None, _DIGITS) == mid
+        around = event[:end] + rest
+        if not plain or b"\\" in event[text:end] or HANDOFF_MARK in around:
+            return
+        if self._ids is not None and b'token_ids"' in around:
+            return
+        self._prefix = event[:text]
+        self._prefix_length = text
+        self._behind = (mid + rest + b"\r\n").translate(None, _DIGITS)
+        self._mid_length = len(mid)
+        self._shown = _HIDDEN.sub(b"", mid)
+
+    # The times of the tokens. The first in the list is the last one that was put away.
+
+    def count(self, tokens: int, now: float) -> None:
+        """Tokens have come the long way, in one read: between them there is no gap."""
+        self._times.extend([now] * tokens)
+        if len(self._times) > _BATCH:
+            self.fold()
+
+    @property
+    def last_token(self) -> float:
+        """When the last one came, as `time.monotonic`; 0 before any."""
+        return self._times[-1] if self._times else 0.0
+
+    @property
+    def events(self) -> int:
+        """Token events so far."""
+        return self._counted + len(self._times)
+
+    def fold(self) -> None:
+        """Put gaps and ids away."""
+        times = self._times
+        if len(times) > 1:
+            self._gaps.observe_all([after - before for before, after in pairwise(times)])
+            self._counted += len(times) - 1
+            del times[:-1]
+        if self._transcript is not None:
+            self._transcript.fold()
+
+    # All else is the connection's.
+
+    def eof_received(self) -> bool | None:
+        return self._connection.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.connection_lost(exc)

@@ -1,0 +1,162 @@
+"""What of one answer the client has been given, kept so that another engine can go on exactly from there.
+
+Token ids are kept as the engine wrote them, decimal digits between commas: nothing is parsed for a stream that never
+fails, and a continuation's request wants them in that form again. Invariant: `cut` returns the tokens up to the last
+one whose text has been sent, and no other.
+
+An engine holds text back while a character is incomplete, so a token may come without text. Going on behind such a
+token would lose the held bytes; the tokens at the end that brought no text are therefore generated again
+(`docs/resume.md` says what was tried).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from proxy.relay.events import payload
+
+_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
+_IDENTITY = ("id", "object", "created", "model", "system_fingerprint")
+_END = 16  # tokens; a character is four at most
+_DONE = b"data: [DONE]\n\n"
+
+
+class Transcript:
+    """One answer so far.
+
+    Arguments:
+        flaw: why it could not be continued exactly whatever comes, or empty.
+        limit: bytes that the ids of prompt and answer may take; a longer answer is not kept, and has a flaw.
+    Attributes:
+        flaw: why the answer cannot be continued exactly, or empty: `unopened` until its first event is known.
+        fresh: ids of the latest events, each of which came with text; `fold` moves them into the ledger.
+        finished: the client has been given a `finish_reason`.
+        unsure: the latest text came with several tokens at once, and of those the last may be half a character.
+        first: the first event as the client saw it.
+    """
+
+    __slots__ = ("_ids", "_limit", "_prompt", "_sent", "finished", "first", "flaw", "fresh", "unsure")
+
+    def __init__(self, flaw: str = "", *, limit: int = 1 << 20) -> None:
+        self._limit = limit
+        self._prompt = b""
+        self._ids = bytearray()  # ",5,17,3"
+        self._sent = 0  # bytes of _ids up to the last token whose text was sent
+        self.flaw = flaw
+        self.fresh: list[bytes] = []
+        self.finished = False
+        self.unsure = False
+        self.first = b""
+
+    def open(self, first: bytes, prompt: bytes) -> None:
+        """The first event is here, and with it the ids of the prompt: `1,2,3`, or nothing when it has none."""
+        self.first = first
+        if not prompt:
+            self.spoil("no_token_ids")
+        elif len(prompt) > self._limit:
+            self.spoil("too_long")
+        else:
+            self._prompt = prompt
+
+    def spoil(self, flaw: str) -> None:
+        """The answer can no longer be continued exactly. Only the first reason counts."""
+        if not self.flaw:
+            self.flaw = flaw
+        if flaw in ("no_token_ids", "too_long"):  # nothing to go on from, even inexactly
+            self._prompt = b""
+            self._ids.clear()
+            self._sent = 0
+
+    def note(self, ids: bytes, has_text: bool) -> None:
+        """An event has been passed on: its token ids (`5` or `5,6`), and whether it came with text."""
+        self.fold()
+        if not ids:
+            if has_text:
+                self.spoil("no_token_ids")
+            return
+        self._ids += b"," + ids
+        if has_text:
+            self._sent = len(self._ids)
+            self.unsure = b"," in ids
+        self._check_limit()
+
+    def fold(self) -> None:
+        """Move `fresh` into the ledger."""
+        if self.fresh:
+            if self._prompt:
+                self._ids += b"," + b",".join(self.fresh)
+                self._sent = len(self._ids)
+                self.unsure = b"," in self.fresh[-1]
+                self._check_limit()
+            self.fresh.clear()
+
+    @property
+    def identity(self) -> dict[str, msgspec.Raw]:
+        """What every event of the answer has: `id`, `created`, `object`, `model` and the like, as JSON values."""
+        members = _decode_members(payload(self.first))
+        return {name: members[name] for name in _IDENTITY if name in members}
+
+    @property
+    def continuable(self) -> bool:
+        """Whether there is anything to go on from, exactly or not."""
+        return bool(self._prompt)
+
+    @property
+    def said(self) -> int:
+        """Tokens of the answer whose text the client has."""
+        self.fold()
+        return self._ids.count(b",", 0, self._sent)
+
+    def cut(self) -> bytes:
+        """Forget what is behind the last token whose text was sent; returns the ids of prompt and answer up to it."""
+        self.fold()
+        del self._ids[self._sent :]
+        return self._prompt + bytes(self._ids)
+
+    def end(self) -> bytes:
+        """Ids of the last tokens up to the cut: enough to tell whether their text ends with a whole character."""
+        self.fold()
+        return b",".join(bytes(self._ids[1 : self._sent]).split(b",")[-_END:])
+
+    def drop_last(self) -> None:
+        """The text of the last token up to the cut had not been sent after all."""
+        self.fold()
+        self._sent = max(0, self._ids.rfind(b",", 0, self._sent))
+
+    @property
+    def total(self) -> int:
+        """Tokens of the answer, those without text too: after a `finish_reason`, what the engine counted."""
+        self.fold()
+        return self._ids.count(b",")
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._prompt.count(b",") + 1 if self._prompt else 0
+
+    def closing(self, *, finish: str = "", usage: bool) -> bytes:
+        """The events that end an answer of which all tokens were sent.
+
+        Arguments:
+            finish: a `finish_reason` to be given first, or empty.
+            usage: whether the client wants the usage event.
+        """
+        said = self.total
+        events = b""
+        if finish:
+            is_text = self.identity.get("object") == msgspec.Raw(b'"text_completion"')
+            text: dict[str, object] = {"text": ""} if is_text else {"delta": {}}
+            choice = {"index": 0, **text, "logprobs": None, "finish_reason": finish}
+            events = self._event({"choices": [choice]})
+        if usage:
+            prompt = self.prompt_tokens
+            counts = {"prompt_tokens": prompt, "total_tokens": prompt + said, "completion_tokens": said}
+            events += self._event({"choices": [], "usage": counts})
+        return events + _DONE
+
+    def _event(self, members: dict[str, object]) -> bytes:
+        return b"data: %b\n\n" % _encode({**self.identity, **members})
+
+    def _check_limit(self) -> None:
+        if len(self._prompt) + len(self._ids) > self._limit:
+            self.spoil("too_long")
