@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from proxy.admission.gate import Gate
 from proxy.api import operations
+from proxy.api.backends import backends
 from proxy.api.credentials import Credentials
 from proxy.api.inference import Inference
 from proxy.api.surface import Surface
@@ -95,6 +96,7 @@ def build(settings: Settings) -> Gateway:
         operations.probes(fleet, gate),
         operations.models(fleet, credentials),
         operations.administration(fleet, credentials, http),
+        backends(fleet, credentials),
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics))

@@ -145,9 +145,9 @@ class Flow:
         record.prefill_seconds = monotonic() - started
         try:
             handoff, usage = attempt.plan.take(answer)
-            self._fleet.succeeded(backend)
+            self._fleet.succeeded(backend, "prefill")
         except BackendGarbled as error:
-            self._fleet.failed(backend, error)
+            self._fleet.failed(backend, error, "prefill")
             self._failed(request, backend, "prefill", error)
             raise
         except HandoffInvalid as error:
@@ -155,10 +155,12 @@ class Flow:
             return
         if counted := read_usage(usage):
             record.cached_tokens = counted.cached_tokens
+        computed = max(1, request.prefill_tokens - record.cached_tokens)
+        self._fleet.timed(backend, "prefill", record.prefill_seconds, computed)
         if handoff is None:
             self._do_without(request, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
         else:
-            attempt.limbo = Limbo(self._fleet, handoff)
+            attempt.limbo = Limbo(self._fleet, backend, handoff)
 
     def _do_without(self, request: Request, backend: Backend, reason: str, error: HandoffInvalid) -> None:
         """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that."""

@@ -12,7 +12,8 @@ import msgspec
 
 from proxy.errors import BackendError, BackendGarbled, BackendRejected, HandoffExpired
 from proxy.fleet.backend import Backend, Lease
-from proxy.fleet.fleet import Fleet
+from proxy.fleet.fleet import Fleet, Judge
+from proxy.fleet.standing import LegName
 from proxy.flow.request import Request
 from proxy.handoff.connector import Handoff
 from proxy.handoff.plan import Leg, SequentialPlan
@@ -33,19 +34,24 @@ _JSON = (b"content-type", b"application/json")
 class Limbo:
     """A hand-off that prefill has given and decode has not yet begun to use; counted while it is so."""
 
-    __slots__ = ("_fleet", "_open", "handoff", "since")
+    __slots__ = ("_fleet", "_open", "handoff", "prefill", "since")
 
-    def __init__(self, fleet: Fleet, handoff: Handoff) -> None:
+    def __init__(self, fleet: Fleet, prefill: Backend, handoff: Handoff) -> None:
         self._fleet = fleet
         self._open = True
+        self.prefill = prefill
         self.handoff = handoff
         self.since = monotonic()
         fleet.handoffs_in_limbo += 1
+        prefill.open_handoffs += 1
 
     def close(self) -> None:
         if self._open:
             self._open = False
             self._fleet.handoffs_in_limbo -= 1
+            self.prefill.open_handoffs -= 1
+            if self.prefill.removed:
+                self.prefill.attention.set()  # its watcher forgets it when this was the last
 
 
 class Try(msgspec.Struct):
@@ -80,10 +86,11 @@ class Legs:
     """Sends legs to backends over their pooled connections.
 
     Arguments:
+        fleet: is told how legs went.
         lease_seconds: how long the engines keep a hand-off.
     """
 
-    def __init__(self, settings: Settings, fleet: Fleet, telemetry: Telemetry, lease_seconds: float) -> None:
+    def __init__(self, settings: Settings, fleet: Judge, telemetry: Telemetry, lease_seconds: float) -> None:
         self._settings = settings
         self._timeouts = settings.timeouts
         # Whatever was set, a hand-off is not sent in the second half of its lease.
@@ -116,23 +123,25 @@ class Legs:
         Raises:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
         """
-        return await self._collect(backend, lease, attempt.plan.prefill_leg(), attempt, self._timeouts.prefill)
+        return await self._collect(
+            backend, lease, "prefill", attempt.plan.prefill_leg(), attempt, self._timeouts.prefill
+        )
 
     async def decode_whole(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants its answer in one piece."""
         request, record = attempt.request, attempt.request.record
-        answer = await self._collect(backend, lease, attempt.decode_leg(), attempt, None)
+        answer = await self._collect(backend, lease, "decode", attempt.decode_leg(), attempt, None)
         try:
             parsed = _decode_answer(answer)
         except msgspec.MsgspecError as error:
             garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
-            self._note(backend, garbled)
+            self._note(backend, garbled, "decode", attempt)
             raise garbled from None
         if not memoryview(parsed.choices) and memoryview(parsed.error):
             failed = engine_error_event(backend.url, answer)
-            self._note(backend, failed)
+            self._note(backend, failed, "decode", attempt)
             raise failed
-        self._fleet.succeeded(backend)
+        self._fleet.succeeded(backend, "decode")
         if usage := read_usage(parsed.usage):
             record.prompt_tokens = usage.prompt_tokens or 0
             record.tokens = usage.completion_tokens or 0
@@ -168,7 +177,7 @@ class Legs:
             lease.on_lost = relay.fail
             await relay.run(connection, self._timeouts.first_token)
         except BackendError as error:
-            self._note(backend, error)
+            self._note(backend, error, "decode", attempt)
             raise
         finally:
             record.last_token = relay.last_token or None
@@ -177,9 +186,13 @@ class Legs:
                 record.tokens = usage.completion_tokens or relay.events
                 record.prompt_tokens = usage.prompt_tokens or 0
                 record.cached_tokens = record.cached_tokens or usage.cached_tokens
-        self._fleet.succeeded(backend)
+        self._fleet.succeeded(backend, "decode")
+        if not relay.throttled and (tpot := record.tpot) is not None:
+            self._fleet.timed(backend, "decode", tpot, record.tokens)
 
-    async def _collect(self, backend: Backend, lease: Lease, leg: Leg, attempt: Try, timeout: float | None) -> bytes:
+    async def _collect(
+        self, backend: Backend, lease: Lease, name: LegName, leg: Leg, attempt: Try, timeout: float | None
+    ) -> bytes:
         """Run a leg whose answer is one JSON body."""
         receiver = Collected(backend.url, limit=self._settings.limits.answer)
         try:
@@ -189,7 +202,7 @@ class Legs:
             if receiver.status != 200:
                 raise engine_error(backend.url, receiver.status, receiver.headers, answer)
         except BackendError as error:
-            self._note(backend, error)
+            self._note(backend, error, name, attempt)
             raise
         return answer
 
@@ -212,8 +225,8 @@ class Legs:
             raise HandoffExpired(f"the hand-off was not sent within {self._handoff_bound:g} s")
         return left
 
-    def _note(self, backend: Backend, error: BackendError) -> None:
+    def _note(self, backend: Backend, error: BackendError, leg: LegName, attempt: Try) -> None:
         if isinstance(error, BackendRejected):
-            self._fleet.succeeded(backend)  # an engine that judges requests is alive
+            self._fleet.succeeded(backend, leg)  # an engine that judges requests is alive
         elif not isinstance(error, HandoffExpired):
-            self._fleet.failed(backend, error)
+            self._fleet.failed(backend, error, leg, attempt.limbo.prefill if attempt.limbo is not None else None)

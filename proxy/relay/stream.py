@@ -68,6 +68,7 @@ class StreamRelay:
         first_token, last_token: `time.monotonic` of the reads that brought them; None and 0 before.
         events: token events passed on.
         usage: the last usage the engine reported.
+        throttled: the client has been slow, so that the stream's pace says nothing about the engine.
     """
 
     __slots__ = (
@@ -96,6 +97,7 @@ class StreamRelay:
         "first_token",
         "headers",
         "last_token",
+        "throttled",
         "usage",
     )
 
@@ -135,6 +137,7 @@ class StreamRelay:
         self.last_token = 0.0
         self.events = 0
         self.usage: Usage | None = None
+        self.throttled = False
 
     # What the flow uses
 
@@ -171,6 +174,7 @@ class StreamRelay:
     # Flow: called by the client's side
 
     def pause(self) -> None:
+        self.throttled = True
         self._paused_since = monotonic()
         if self._connection is not None:
             self._connection.pause()

@@ -20,6 +20,7 @@ class Backend:
     url: str
     inflight_tokens: int = 0
     inflight_requests: int = 0
+    factor: float = 1.0
 
 
 LOADS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=8)
