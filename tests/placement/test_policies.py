@@ -55,6 +55,31 @@ def test_least_loaded_compares_tokens_before_requests() -> None:
     assert least_loaded(pool([(9, 8), (9, 2)]), drawn(0.0), 0) == 1
 
 
+@pytest.mark.parametrize("policy", ["least_loaded", "power_of_two"])
+def test_one_in_its_slow_start_gets_its_share_of_the_load(policy: str) -> None:
+    def taken(first: tuple[int, int], second: tuple[int, int]) -> int:
+        candidates = [Backend("http://slow", *first, factor=0.1), Backend("http://full", *second)]
+        return POLICIES[policy](candidates, drawn(0.0, 0.0), 0)
+
+    assert taken((0, 0), (0, 0)) == 1, "the idle one with its full load goes first"
+    assert taken((0, 0), (500, 1)) == 0, "to have nothing is to have less"
+    assert taken((100, 1), (900, 9)) == 1, "100 tokens at a tenth weigh as 1000"
+    assert taken((100, 1), (1100, 11)) == 0
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "random"])
+def test_policies_without_loads_leave_it_out_as_often_as_its_slow_start_has_it(policy: str) -> None:
+    candidates = [Backend("http://slow", factor=0.25), Backend("http://full")]
+    for draw in range(100):
+        numbers = drawn(0.0, draw / 100) if policy == "random" else drawn(draw / 100)
+        assert POLICIES[policy](candidates, numbers, 0) == (0 if draw < 25 else 1)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_one_in_its_slow_start_that_is_alone_takes_everything(policy: str) -> None:
+    assert POLICIES[policy]([Backend("http://slow", factor=0.1)], drawn(0.99, 0.99), 7) == 0
+
+
 @given(count=st.integers(1, 8))
 def test_least_loaded_spreads_ties_evenly(count: int) -> None:
     backends = pool([(0, 0)] * count + [(1, 0)])
