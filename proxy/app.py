@@ -25,6 +25,7 @@ from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
+from proxy.flow.warmup import Warmup
 from proxy.handoff.plan import PATHS
 from proxy.handoff.registry import CONNECTORS
 from proxy.settings import Settings
@@ -56,10 +57,11 @@ def build(settings: Settings) -> Gateway:
     fleet = Fleet(settings)
     gate = Gate()
     prometheus = PrometheusSink(fleet)
-    telemetry = Sinks(prometheus, RequestLog(settings.access_log))
+    connector = CONNECTORS[settings.connector]
+    warmup = Warmup(settings, fleet, connector)
+    telemetry = Sinks(prometheus, RequestLog(settings.access_log), warmup)
     metrics = registry(prometheus)
     credentials = Credentials(settings)
-    connector = CONNECTORS[settings.connector]
     legs = Legs(settings, fleet, telemetry, connector.lease)
     flow = Flow(settings, fleet, legs, connector, random.random)
     key = settings.backend_api_key
@@ -72,6 +74,7 @@ def build(settings: Settings) -> Gateway:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         prober = Prober(fleet, settings.health, http, on_leave=forget)
+        warmup.start()
         prober.start()
         ticker = asyncio.create_task(_watch_loop(prometheus))
         try:
@@ -81,11 +84,13 @@ def build(settings: Settings) -> Gateway:
             with suppress(asyncio.CancelledError):
                 await ticker
             await prober.stop()
+            await warmup.stop()
             legs.close()
             await http.aclose()
 
     def forget(backend: Backend) -> None:
         legs.forget(backend)
+        warmup.forget(backend)
         prometheus.forget(backend.url)
 
     hot: dict[str, ASGIApp] = {
