@@ -61,7 +61,7 @@ class Breaker:
         key = (pool, leg, tokens.bit_length() if leg == "prefill" else 0)
         taken = log_seconds(seconds)
         usual = self._usual.get(key, taken)
-        standing.note_time(seconds, usual, now)
+        standing.note_time(taken, usual, now)
         self._usual[key] = usual + _USUAL_WEIGHT * (taken - usual)
         # What is usual is a mean over the pool, the slow one included: an outlier stands out less from it than from the
         # median, but by a quarter even where three quarters of the legs are its own.

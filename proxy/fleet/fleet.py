@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from time import monotonic
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from proxy.errors import BackendError, BackendFailed, BackendTimedOut, BackendUnreachable
 from proxy.fleet.backend import LEGS, ROLES, Backend, Role
@@ -18,18 +18,6 @@ from proxy.settings import Settings
 log = logging.getLogger("pd_proxy.fleet")
 
 State = Literal["down", "draining", "ejected", "slow_start", "up"]
-
-
-class Judge(Protocol):
-    """Is told how legs went."""
-
-    def succeeded(self, backend: Backend, leg: LegName) -> None: ...
-
-    def failed(
-        self, backend: Backend, error: BackendError, leg: LegName, handoff_from: Backend | None = None
-    ) -> None: ...
-
-    def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None: ...
 
 
 class Fleet:
@@ -68,6 +56,8 @@ class Fleet:
     def candidates(self, role: Role, model: str | None) -> list[Backend]:
         """The members of a pool that may be given a request for `model` now; a mixed one takes it whole."""
         serving = self._serving(role, model)
+        if not self.rotation.watches:
+            return serving
         return self.rotation.fit(serving, LEGS[role][-1], lambda: self._members(role, model))
 
     def _serving(self, role: Role, model: str | None) -> list[Backend]:

@@ -28,6 +28,7 @@ class Rotation:
         peers: the other backends that could take a backend's requests: up, not draining, of its pool and model.
         clock: seconds, never going back.
     Attributes:
+        watches: backends in an ejection, a slow start or a rest. While there are none, all that serve are fit.
         ejections: by pool, backend, leg and reason.
     """
 
@@ -37,7 +38,7 @@ class Rotation:
         self._breaker = Breaker(settings)
         self._peers = peers
         self._clock = clock
-        self._watched: set[Backend] = set()
+        self.watches: set[Backend] = set()
         self.ejections: Counter[tuple[str, str, str, str]] = Counter()
 
     # How legs went
@@ -53,7 +54,7 @@ class Rotation:
         if isinstance(error, BackendBusy):
             if error.retry_after:
                 backend.resting_until = now + min(float(error.retry_after), _LONGEST_REST)
-                self._watched.add(backend)
+                self.watches.add(backend)
         elif not standing.ejected(now):  # what fails during an ejection has been paid for
             standing.note(False, now)
             self._judge(backend, leg, now, str(error))
@@ -75,7 +76,7 @@ class Rotation:
     def _eject(self, backend: Backend, leg: LegName, standing: Standing, reason: Reason, what: str, now: float) -> None:
         seconds = self._breaker.eject(standing, reason, now)
         self.ejections[backend.role, backend.url, leg, reason] += 1
-        self._watched.add(backend)
+        self.watches.add(backend)
         log.warning(
             "%s backend %s is ejected for %g s (%s of its %s legs): %s",
             *(backend.role, backend.url, seconds, reason, leg, what),
@@ -98,21 +99,21 @@ class Rotation:
 
     def forget(self, backend: Backend) -> None:
         """A backend has left for good."""
-        self._watched.discard(backend)
+        self.watches.discard(backend)
         for key in [key for key in self.ejections if key[1] == backend.url]:
             del self.ejections[key]
 
     def _start_slowly(self, backend: Backend, since: float, now: float) -> None:
         backend.slow_since = since
         backend.factor = self._breaker.factor(since, now)
-        self._watched.add(backend)
+        self.watches.add(backend)
 
     # Who is fit
 
     def refresh(self) -> float:
         """Bring everything up to date; returns the time."""
         now = self._clock()
-        for backend in tuple(self._watched):
+        for backend in tuple(self.watches):
             self._bring_up_to_date(backend, now)
         return now
 
@@ -131,7 +132,7 @@ class Rotation:
             if backend.factor == 1.0:
                 backend.slow_since = None
         if not ejected and backend.slow_since is None and backend.resting_until <= now:
-            self._watched.discard(backend)
+            self.watches.discard(backend)
 
     def fit(self, serving: list[Backend], leg: LegName, members: Callable[[], int]) -> list[Backend]:
         """Those of `serving` that should get a request: not ejected, unless too few would be left; of these the ones
@@ -141,8 +142,6 @@ class Rotation:
             serving: backends that are up and could serve it.
             members: counts all that could, were they up.
         """
-        if not self._watched:
-            return serving
         now = self.refresh()
         fit = [backend for backend in serving if not backend.standings[leg].ejected(now)]
         if len(fit) < len(serving) and self._breaker.panics(len(fit), members()):

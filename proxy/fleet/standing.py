@@ -13,6 +13,7 @@ LegName = Literal["prefill", "decode"]
 
 _SLICES = 10  # of a window: what is old goes in steps of a tenth of it
 _WEIGHT = 0.2  # of a new time in a running mean: about the last ten count
+_FULL_MEMORY = 5  # until there are so many, the mean is a plain one
 _LEAST_SECONDS = 1e-6  # a clock's grain; zero has no logarithm
 
 
@@ -114,15 +115,14 @@ class Standing:
         self.consecutive = 0 if good else self.consecutive + 1
         self.window.note(good, now)
 
-    def note_time(self, seconds: float, usual: float, now: float) -> None:
+    def note_time(self, taken: float, usual: float, now: float) -> None:
         """A leg took so long (decode: for each token).
 
         Arguments:
-            usual: the logarithm of what its pool usually takes.
+            taken, usual: logarithms of its seconds, and of what its pool usually takes.
         """
-        self.samples += 1
-        weight = max(_WEIGHT, 1 / self.samples)
-        taken = log_seconds(seconds)
+        self.samples = samples = self.samples + 1
+        weight = _WEIGHT if samples > _FULL_MEMORY else 1 / samples
         self._log_seconds += weight * (taken - self._log_seconds)
         self.excess += weight * (taken - usual - self.excess)
         self.timed_at = now
@@ -144,4 +144,4 @@ class Standing:
 
 def log_seconds(seconds: float) -> float:
     """The natural logarithm of a time; times differ by factors, and one freak must not outweigh ten others."""
-    return log(max(seconds, _LEAST_SECONDS))
+    return log(seconds if seconds > _LEAST_SECONDS else _LEAST_SECONDS)

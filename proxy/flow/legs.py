@@ -12,7 +12,8 @@ import msgspec
 
 from proxy.errors import BackendError, BackendGarbled, BackendRejected, HandoffExpired
 from proxy.fleet.backend import Backend, Lease
-from proxy.fleet.fleet import Fleet, Judge
+from proxy.fleet.fleet import Fleet
+from proxy.fleet.judge import Judge
 from proxy.fleet.standing import LegName
 from proxy.flow.request import Request
 from proxy.handoff.connector import Handoff

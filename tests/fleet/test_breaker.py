@@ -191,6 +191,7 @@ def test_slowness_can_be_switched_off() -> None:
     assert slow(judge, pool) == []
 
 
+@settings(deadline=None)  # it runs hundreds of legs
 @given(st.integers(3, 8), st.floats(4, 100), st.floats(0.01, 1))
 def test_an_outlier_always_looks_slow_enough_for_a_verdict(count: int, ratio: float, seconds: float) -> None:
     judge, pool = breaker(), standings(count)

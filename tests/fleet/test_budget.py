@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import (
@@ -36,6 +36,7 @@ def take_all(budgets: Budgets) -> int:
     return count
 
 
+@settings(deadline=None)  # it makes a fleet each time
 @given(live=st.integers(0, 60), share=st.floats(0, 1), floor=st.integers(0, 10))
 def test_retries_are_a_share_of_the_live_requests_or_the_floor(live: int, share: float, floor: int) -> None:
     made = fleet(share, floor)

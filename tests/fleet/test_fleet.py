@@ -126,7 +126,7 @@ def test_an_ejection_ends_by_itself_and_the_backends_load_grows_slowly() -> None
     clock.now += 10
     made.candidates("decode", None)
     assert (made.state(backend), backend.factor) == ("up", 1.0)
-    assert not made.rotation._watched, "from here on a look at a pool costs nothing again"
+    assert not made.rotation.watches, "from here on a look at a pool costs nothing again"
 
 
 def test_what_fails_during_an_ejection_does_not_make_it_longer() -> None:
@@ -405,7 +405,7 @@ def test_a_backend_that_has_left_leaves_no_count_behind() -> None:
     fail(made, at(made, "http://decode0"), 5)
     made.remove("http://decode0", "decode")
     assert not made.ejections
-    assert not made.rotation._watched
+    assert not made.rotation.watches
 
 
 # Readiness and models

@@ -119,11 +119,12 @@ def test_power_of_two_never_takes_the_worse_of_its_two(
 def test_power_of_two_draws_every_pair_alike_and_never_one_twice(count: int) -> None:
     steps = [step / 60 for step in range(60)]
     pairs: Counter[frozenset[int]] = Counter()
+    rising, falling = pool([(n, 0) for n in range(count)]), pool([(-n, 0) for n in range(count)])
     for first in steps:
         for second in steps:
             # The one with the smaller index is always better: it is taken; and then the other way round.
-            better = power_of_two(pool([(n, 0) for n in range(count)]), drawn(first, second), 0)
-            worse = power_of_two(pool([(-n, 0) for n in range(count)]), drawn(first, second), 0)
+            better = power_of_two(rising, drawn(first, second), 0)
+            worse = power_of_two(falling, drawn(first, second), 0)
             pairs[frozenset((better, worse))] += 1
     assert all(len(pair) == 2 for pair in pairs)
     assert len(pairs) == count * (count - 1) // 2
