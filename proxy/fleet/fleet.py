@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any, Literal
 
-from proxy.errors import BackendError, BackendFailed, BackendTimedOut, BackendUnreachable
+from proxy.errors import BackendBusy, BackendError, BackendFailed, BackendTimedOut, BackendUnreachable
 from proxy.fleet.backend import LEGS, ROLES, Backend, Role
 from proxy.fleet.budget import Budgets
 from proxy.fleet.rotation import Rotation
@@ -237,7 +237,8 @@ class Fleet:
                 return
             handoff_from.attention.set()
         self.rotation.failed(backend, leg, error)
-        backend.attention.set()
+        if not isinstance(error, BackendBusy):  # who says that is alive
+            backend.attention.set()
 
     def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None:
         """How long a good leg took.

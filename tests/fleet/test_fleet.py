@@ -253,6 +253,7 @@ def test_an_engine_at_its_limit_has_not_failed_and_rests_if_it_says_how_long() -
     made = fleet(clock=clock, decode=2)
     first, second = made.pool("decode")
     fail(made, first, 20, BackendBusy("full", status=503))
+    assert not first.attention.is_set()
     assert len(made.candidates("decode", None)) == 2
     fail(made, first, 1, BackendBusy("full", status=429, retry_after=3))
     assert made.candidates("decode", None) == [second]
