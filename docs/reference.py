@@ -39,8 +39,10 @@ LABELS = {
     "pool": "`prefill`, `decode` or `mixed`",
     "reason": "of a retry: the error's reason ([errors](errors.md)); of a fallback: `no_prefill_backend`, "
     "`no_decode_backend`, `no_handoff_params`, `handoff_invalid`, `prefill_failed`, `handoff_failed`, or the request "
-    "field that keeps it from being split (`n`, `prompt_list`, `echo`, …)",
+    "field that keeps it from being split (`n`, `prompt_list`, `echo`, …); of an ejection: `consecutive`, "
+    "`success_rate`, `slow` ([operating](operating.md#the-breaker))",
     "stage": "`admission`, `prefill`, `decode` (before the first token) or `stream` (after it)",
+    "state": "`up`, `slow_start`, `ejected`, `draining` or `down`",
     "version": "the gateway's version",
 }
 """What each label says. A label of the code that is missing here is an error, and so is one too many."""

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from proxy.admission.gate import Gate
 from proxy.api import operations
+from proxy.api.backends import backends
 from proxy.api.credentials import Credentials
 from proxy.api.inference import Inference
 from proxy.api.surface import Surface
@@ -24,6 +25,7 @@ from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
+from proxy.flow.warmup import Warmup
 from proxy.handoff.plan import PATHS
 from proxy.handoff.registry import CONNECTORS
 from proxy.settings import Settings
@@ -55,10 +57,11 @@ def build(settings: Settings) -> Gateway:
     fleet = Fleet(settings)
     gate = Gate()
     prometheus = PrometheusSink(fleet)
-    telemetry = Sinks(prometheus, RequestLog(settings.access_log))
+    connector = CONNECTORS[settings.connector]
+    warmup = Warmup(settings, fleet, connector)
+    telemetry = Sinks(prometheus, RequestLog(settings.access_log), warmup)
     metrics = registry(prometheus)
     credentials = Credentials(settings)
-    connector = CONNECTORS[settings.connector]
     legs = Legs(settings, fleet, telemetry, connector.lease)
     flow = Flow(settings, fleet, legs, connector, telemetry, random.random)
     key = settings.backend_api_key
@@ -71,6 +74,7 @@ def build(settings: Settings) -> Gateway:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         prober = Prober(fleet, settings.health, http, on_leave=forget)
+        warmup.start()
         prober.start()
         ticker = asyncio.create_task(_watch_loop(prometheus))
         try:
@@ -81,11 +85,13 @@ def build(settings: Settings) -> Gateway:
                 await ticker
             await flow.close()
             await prober.stop()
+            await warmup.stop()
             legs.close()
             await http.aclose()
 
     def forget(backend: Backend) -> None:
         legs.forget(backend)
+        warmup.forget(backend)
         prometheus.forget(backend.url)
 
     hot: dict[str, ASGIApp] = {
@@ -96,6 +102,7 @@ def build(settings: Settings) -> Gateway:
         operations.probes(fleet, gate),
         operations.models(fleet, credentials),
         operations.administration(fleet, credentials, http),
+        backends(fleet, credentials),
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics))

@@ -9,6 +9,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   ├── Forbidden                  403
     │   ├── RouteNotFound              404
     │   ├── ModelNotFound              404
+    │   ├── BackendNotFound            404
     │   ├── MethodNotAllowed           405
     │   ├── RequestTimedOut            408
     │   ├── BodyTooLarge               413
@@ -106,6 +107,13 @@ class RouteNotFound(ClientError):
 class ModelNotFound(ClientError):
     status = 404
     code = "model_not_found"
+
+
+class BackendNotFound(ClientError):
+    """An operator named a backend that is not in the fleet."""
+
+    status = 404
+    code = "backend_not_found"
 
 
 class MethodNotAllowed(ClientError):

@@ -104,17 +104,46 @@ class Limits(Group):
 
 
 class Health(Group):
-    """Active probes of each backend's /health, and what real requests tell."""
+    """Active probes of each backend's /health: is it alive?"""
 
     interval: Seconds = Field(2.0, description="seconds between probes of a backend that is up")
     timeout: Seconds = Field(2.0, description="seconds one probe may take")
-    failures: int = Field(2, ge=1, description="failed probes in a row, or failed requests, that take a backend out")
+    failures: int = Field(2, ge=1, description="failed probes in a row that take a backend out")
     longest_wait: Seconds = Field(5.0, description="most seconds between probes of a backend that is down")
+
+
+class BreakerSettings(Group):
+    """What real requests tell: is a backend that is alive any good? Where not, it is ejected for a time. As Envoy's
+    outlier detection, with slowness as a third cause."""
+
+    consecutive_failures: int = Field(5, ge=1, description="failed legs in a row that eject a backend")
+    success_rate: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="share of good legs in the window, relative to the pool's, that keeps it in; 0: off",
+    )
+    slow_ratio: Annotated[float, Field(gt=1)] | None = Field(
+        3.0, description="a backend so many times slower than its pool's median is ejected; needs three backends"
+    )
+    window: Seconds = Field(30.0, description="seconds for which a leg's outcome counts")
+    minimum_volume: int = Field(10, ge=1, description="legs that a judgement of success rate or slowness needs")
+    ejection: Seconds = Field(10.0, description="seconds of a first ejection; each further one lasts twice as long")
+    longest_ejection: Seconds = Field(300.0, description="seconds of an ejection, at most")
+    max_ejected: float = Field(
+        0.5, ge=0, le=1, description="share of a pool that may be ejected; never the last; 0: off"
+    )
+    panic_threshold: float = Field(
+        0.3, ge=0, le=1, description="share of a pool that must be fit, lest ejections be ignored"
+    )
+    slow_start: float = Field(30.0, ge=0, description="seconds in which a backend that returns gets its full load back")
 
 
 class Retries(Group):
     attempts: int = Field(4, ge=1, le=20, description="tries for a request's first token, and again for each resume's")
     resumes: int = Field(5, ge=0, le=100, description="times one broken stream may be continued on other backends")
+    share: float = Field(0.2, ge=0, description="retries in progress, as a share of a pool's live requests, at most")
+    floor: int = Field(10, ge=0, description="retries in progress that a pool may have however few its live requests")
 
 
 class Shutdown(Group):
@@ -156,12 +185,16 @@ class Settings(BaseSettings):
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
     health: Health = Health()
+    breaker: BreakerSettings = BreakerSettings()
     retries: Retries = Retries()
+    warmup: bool = Field(
+        True, description="send a tiny request through each new pair, so that no user pays the handshake"
+    )
     shutdown: Shutdown = Shutdown()
     metrics: MetricsSettings = MetricsSettings()
     api_keys: Secrets = Field((), description="keys clients must send as a bearer token; none: open")
     admin_key: SecretStr | None = Field(
-        None, description="key for /instances and /reset_prefix_cache; none: loopback clients only"
+        None, description="key for /admin, /instances and /reset_prefix_cache; none: loopback clients only"
     )
     backend_api_key: SecretStr | None = Field(None, description="bearer token the gateway sends to the backends")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")

@@ -55,9 +55,11 @@ class Running:
     def idle(self) -> bool:
         """Whether nothing is in flight: no request, no lease, no hand-off."""
         fleet = self.gateway.fleet
-        counts = [(b.inflight_requests, b.inflight_tokens, len(b._leases)) for b in fleet]
+        counts = [(b.inflight_requests, b.inflight_tokens, len(b._leases), b.open_handoffs) for b in fleet]
         return (
-            all(count == (0, 0, 0) for count in counts) and not fleet.handoffs_in_limbo and not self.gateway.gate.inside
+            all(count == (0, 0, 0, 0) for count in counts)
+            and not fleet.handoffs_in_limbo
+            and not self.gateway.gate.inside
         )
 
     async def metrics(self) -> dict[str, float]:
@@ -80,12 +82,14 @@ async def running_gateway(
     ready: bool = True,
     **more: Any,
 ) -> AsyncIterator[Running]:
-    """A gateway before backends. Probes are quick; other settings as given (`timeouts={"prefill": 1}`)."""
+    """A gateway before backends. Probes are quick, and pairs are not warmed up; other settings as given
+    (`timeouts={"prefill": 1}`)."""
     flags: dict[str, Any] = {
         "prefill": list(prefill),
         "decode": list(decode),
         "mixed": list(mixed),
         "port": 0,
+        "warmup": False,  # tests count what engines were asked
         **more,
         "health": {"interval": 0.2, "timeout": 1.0, "longest_wait": 0.2, **more.get("health", {})},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import httpx
@@ -99,13 +100,19 @@ def metrics(registry: CollectorRegistry) -> APIRouter:
     return router
 
 
+def operator(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
+    """What lets only operators through."""
+
+    async def check(request: Request) -> None:
+        credentials.check_operator(request.scope["headers"], request.scope["client"])
+
+    return check
+
+
 def administration(fleet: Fleet, credentials: Credentials, http: httpx.AsyncClient) -> APIRouter:
     """What changes the gateway or its backends: by the admin key, or from the gateway's own machine."""
 
-    async def operator(request: Request) -> None:
-        credentials.check_operator(request.scope["headers"], request.scope["client"])
-
-    router = APIRouter(tags=["administration"], dependencies=[Depends(operator)])
+    router = APIRouter(tags=["administration"], dependencies=[Depends(operator(credentials))])
 
     def membership(message: str) -> dict[str, Any]:
         return {
@@ -137,7 +144,7 @@ def administration(fleet: Fleet, credentials: Credentials, http: httpx.AsyncClie
 
     @router.post("/instances/remove")
     async def remove(change: Instances) -> dict[str, Any]:
-        """Take backends out. What they are doing is finished; nothing new goes there."""
+        """Drain backends, then forget them. What they are doing is finished; nothing new goes there."""
         given = urls(change)
         missing = [url for url in given if fleet.find(url, change.type) is None]
         if missing:

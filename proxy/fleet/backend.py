@@ -1,7 +1,8 @@
 """One backend as the gateway knows it, and the leases on it.
 
 Invariant: `inflight_requests` and `inflight_tokens` change only in `Lease.__init__` and `Lease.release`, and a lease is
-released once whatever happens, so both are zero when nothing is in flight.
+released once whatever happens, so both are zero when nothing is in flight. `open_handoffs` likewise: `Limbo` of the
+flow counts a hand-off in and out.
 """
 
 from __future__ import annotations
@@ -12,9 +13,15 @@ from types import TracebackType
 from typing import Any, Literal
 
 from proxy.errors import BackendError, BackendLost
+from proxy.fleet.standing import LegName, Standing
 
 Role = Literal["prefill", "decode", "mixed"]
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
+LEGS: dict[Role, tuple[LegName, ...]] = {
+    "prefill": ("prefill",),
+    "decode": ("decode",),
+    "mixed": ("prefill", "decode"),
+}
 
 
 class Backend:
@@ -25,37 +32,53 @@ class Backend:
         reason: why not, for people; empty when up.
         models: its cards of /v1/models by id, or None while that is not known.
         version: as /version says, or empty.
-        removed: taken out by an operator; it finishes what it has and gets nothing new.
-        failures: failed requests since the last good one.
+        draining: it finishes what it has and gets nothing new.
+        removed: it is draining, and forgotten once it is `drained`.
+        known: it has been up before, or has been there since the gateway's start.
+        standings: how it does at each leg.
+        factor: the share of its usual load that it may be given, in (0, 1]; below 1 after its return.
+        slow_since: when it returned, while `factor` is below 1.
+        resting_until: it has said that it is busy, and when to come back.
+        open_handoffs: hand-offs of this prefill backend that decode has not yet begun to use.
         attention: set when something happened that its prober should look at now.
     """
 
     __slots__ = (
         "_leases",
         "attention",
-        "ejections",
-        "failures",
+        "draining",
+        "factor",
         "inflight_requests",
         "inflight_tokens",
+        "known",
         "models",
+        "open_handoffs",
         "reason",
         "removed",
+        "resting_until",
         "role",
+        "slow_since",
+        "standings",
         "up",
         "url",
         "version",
     )
 
-    def __init__(self, url: str, role: Role) -> None:
+    def __init__(self, url: str, role: Role, *, window: float = 30.0) -> None:
         self.url = url
         self.role = role
         self.up = False
         self.reason = "not probed yet"
         self.models: dict[str, dict[str, Any]] | None = None
         self.version = ""
+        self.draining = False
         self.removed = False
-        self.failures = 0
-        self.ejections = 0
+        self.known = False
+        self.standings: dict[LegName, Standing] = {"prefill": Standing(window), "decode": Standing(window)}
+        self.factor = 1.0
+        self.slow_since: float | None = None
+        self.resting_until = 0.0
+        self.open_handoffs = 0
         self.inflight_requests = 0
         self.inflight_tokens = 0
         self.attention = asyncio.Event()
@@ -65,15 +88,28 @@ class Backend:
         """Whether a request for `model` may go here; what is not known is not held against it."""
         return model is None or self.models is None or model in self.models
 
+    @property
+    def drained(self) -> bool:
+        """It is draining, and nothing needs it any more: no leg runs, and no hand-off waits to be read from it."""
+        return self.draining and not self.inflight_requests and not self.open_handoffs
+
+    @property
+    def legs(self) -> tuple[LegName, ...]:
+        """The legs that a backend of its role may be given."""
+        return LEGS[self.role]
+
     def mark_up(self) -> None:
         self.up = True
         self.reason = ""
-        self.failures = 0
 
     def mark_down(self, reason: str) -> None:
-        """Leave the rotation. Legs that wait for a first byte from here are given up, so they can go elsewhere."""
+        """Leave the rotation. Legs that wait for a first byte from here are given up."""
         self.up = False
         self.reason = reason
+        self.give_up_waiting(reason)
+
+    def give_up_waiting(self, reason: str) -> None:
+        """Tell the legs that wait for a first byte from here that none will come, so that they can go elsewhere."""
         for lease in tuple(self._leases):
             lease.lose(BackendLost(f"{self.url} {reason}"))
 
@@ -107,6 +143,8 @@ class Lease:
         self.backend.inflight_requests -= 1
         self.backend.inflight_tokens -= self.tokens
         self.backend._leases.discard(self)
+        if self.backend.removed:
+            self.backend.attention.set()  # its watcher forgets it when this was the last
 
     def lose(self, error: BackendError) -> None:
         if self.on_lost is not None:

@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from time import monotonic
+from typing import Any, Literal
 
-from proxy.errors import BackendError, BackendUnreachable
-from proxy.fleet.backend import ROLES, Backend, Role
+from proxy.errors import BackendBusy, BackendError, BackendFailed, BackendTimedOut, BackendUnreachable
+from proxy.fleet.backend import LEGS, ROLES, Backend, Role
+from proxy.fleet.budget import Budgets
+from proxy.fleet.rotation import Rotation
+from proxy.fleet.standing import LegName
 from proxy.settings import Settings
 
 log = logging.getLogger("pd_proxy.fleet")
 
+State = Literal["down", "draining", "ejected", "slow_start", "up"]
+
 
 class Fleet:
-    """All backends by role. Changes of membership are told to `on_join` and `on_leave`.
+    """All backends by role. Changes of membership are told to `on_join` and `on_leave`, coming up to `on_up`.
 
+    Arguments:
+        clock: seconds, never going back.
     Attributes:
         sizes: how many backends each pool has, up or not.
+        rotation: who is fit.
+        budgets: the pools' retry budgets.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._failures = settings.health.failures
+    def __init__(self, settings: Settings, *, clock: Callable[[], float] = monotonic) -> None:
+        self._window = settings.breaker.window
+        self.rotation = Rotation(settings.breaker, self._peers, clock)
+        self.budgets = Budgets(settings.retries, self.pool)
         self._pools: dict[Role, list[Backend]] = {role: [] for role in ROLES}
         self.sizes: dict[str, int] = dict.fromkeys(ROLES, 0)
         self.handoffs_in_limbo = 0
         self.on_join: Callable[[Backend], object] | None = None
         self.on_leave: Callable[[Backend], object] | None = None
+        self.on_up: Callable[[Backend], object] | None = None
         for role in ROLES:
             for url in getattr(settings, role):
-                self.add(url, role)
+                self.add(url, role).known = False  # all of them are as fresh as the gateway
 
     def __iter__(self) -> Iterator[Backend]:
         for pool in self._pools.values():
@@ -40,11 +54,34 @@ class Fleet:
         return self._pools[role]
 
     def candidates(self, role: Role, model: str | None) -> list[Backend]:
-        """The members of a pool that may be given a request for `model` now."""
+        """The members of a pool that may be given a request for `model` now; a mixed one takes it whole."""
+        serving = self._serving(role, model)
+        if not self.rotation.watches:
+            return serving
+        return self.rotation.fit(serving, LEGS[role][-1], lambda: self._members(role, model))
+
+    def _serving(self, role: Role, model: str | None) -> list[Backend]:
+        """Those that are up and take requests for `model`, fit or not."""
         return [
             b
             for b in self._pools[role]
-            if b.up and not b.removed and (model is None or b.models is None or model in b.models)
+            if b.up and not b.draining and (model is None or b.models is None or model in b.models)
+        ]
+
+    def _members(self, role: Role, model: str | None) -> int:
+        """How many of a pool are to take requests for `model`, up or not."""
+        return sum(not b.draining and b.serves(model) for b in self._pools[role])
+
+    def _peers(self, backend: Backend) -> list[Backend]:
+        """The others that could take a backend's requests: of its pool, up, and with a model of its own."""
+        models = backend.models
+        return [
+            b
+            for b in self._pools[backend.role]
+            if b is not backend
+            and b.up
+            and not b.draining
+            and (models is None or b.models is None or not models.keys().isdisjoint(b.models))
         ]
 
     def knows(self, model: str) -> bool:
@@ -79,13 +116,47 @@ class Fleet:
 
     def not_ready(self) -> str:
         """Why the fleet cannot serve a request, or an empty string when it can."""
-        up = {role: any(b.up and not b.removed for b in pool) for role, pool in self._pools.items()}
+        up = {role: any(b.up and not b.draining for b in pool) for role, pool in self._pools.items()}
         if up["mixed"] or (up["prefill"] and up["decode"]):
             return ""
         if not any(self._pools.values()):
             return "no backend is configured"
         missing = [role for role in ("prefill", "decode") if not up[role]]
-        return f"no {' and no '.join(missing)} backend is up"
+        draining = sum(b.draining for b in self)
+        return f"no {' and no '.join(missing)} backend is up" + (f" ({draining} draining)" if draining else "")
+
+    def state(self, backend: Backend) -> State:
+        """What a backend is to new requests."""
+        if backend.draining:
+            return "draining"
+        if not backend.up:
+            return "down"
+        if self.rotation.ejected_for(backend):
+            return "ejected"
+        return "up" if backend.slow_since is None else "slow_start"
+
+    # What a scrape reads
+
+    def states(self) -> list[tuple[Backend, State]]:
+        """Every backend with its state."""
+        return [(backend, self.state(backend)) for backend in self]
+
+    def panicking(self) -> list[tuple[Role, bool]]:
+        """Every pool, and whether so few of it are fit that its ejections are ignored."""
+        return [
+            (role, self.rotation.panics(self._serving(role, None), LEGS[role][-1], self._members(role, None)))
+            for role in ROLES
+        ]
+
+    @property
+    def ejections(self) -> Counter[tuple[str, str, str, str]]:
+        """How often backends were ejected, by pool, backend, leg and reason."""
+        return self.rotation.ejections
+
+    @property
+    def budget_refusals(self) -> Counter[str]:
+        """How often a retry budget was used up, by pool."""
+        return self.budgets.refusals
 
     # Membership
 
@@ -95,57 +166,90 @@ class Fleet:
     def add(self, url: str, role: Role) -> Backend:
         """Add a backend, or take one back that was about to leave."""
         if backend := self.find(url, role):
-            backend.removed = False
+            self.undrain(backend)
             return backend
-        backend = Backend(url, role)
+        backend = Backend(url, role, window=self._window)
+        backend.known = True  # the others have been at it for longer
         self._pools[role].append(backend)
         self.sizes[role] += 1
         if self.on_join is not None:
             self.on_join(backend)
         return backend
 
+    def drain(self, backend: Backend) -> None:
+        """Give a backend nothing new. What it has ends in its own time."""
+        if not backend.draining:
+            log.info("%s backend %s is draining", backend.role, backend.url)
+        backend.draining = True
+
+    def undrain(self, backend: Backend) -> None:
+        """Give a backend requests again, also one that was about to leave."""
+        if backend.draining:
+            log.info("%s backend %s is draining no more", backend.role, backend.url)
+        backend.draining = backend.removed = False
+
     def remove(self, url: str, role: Role) -> bool:
-        """Take a backend out: nothing new goes there, and it is forgotten when its last leg has ended.
+        """Drain a backend and then forget it: when its last leg has ended, and nobody may still read a hand-off
+        from it.
 
         Returns whether it was there.
         """
         backend = self.find(url, role)
         if backend is None:
             return False
+        self.drain(backend)
         backend.removed = True
         self.forget_idle()
         return True
 
     def forget_idle(self) -> None:
-        """Forget removed backends that have nothing in flight. Called after removals and by the prober."""
+        """Forget removed backends that are drained. Called after removals and by the prober."""
         for pool in self._pools.values():
-            for backend in [b for b in pool if b.removed and not b.inflight_requests]:
+            for backend in [b for b in pool if b.removed and b.drained]:
                 pool.remove(backend)
                 self.sizes[backend.role] -= 1
+                self.rotation.forget(backend)
                 log.info("%s backend %s has left", backend.role, backend.url)
                 if self.on_leave is not None:
                     self.on_leave(backend)
 
     # What real requests tell
 
-    def succeeded(self, backend: Backend) -> None:
+    def succeeded(self, backend: Backend, leg: LegName) -> None:
         """A leg ended well."""
-        backend.failures = 0
-        backend.ejections = 0
+        self.rotation.succeeded(backend, leg)
 
-    def failed(self, backend: Backend, error: BackendError) -> None:
-        """A leg failed. A backend that cannot be reached leaves at once; one that fails otherwise after
-        `health.failures` in a row, unless it is the last of its pool, which is better than none."""
+    def failed(self, backend: Backend, error: BackendError, leg: LegName, handoff_from: Backend | None = None) -> None:
+        """A leg failed. A backend that cannot be reached is dead, until its prober says otherwise; of one that fails
+        otherwise the breaker thinks its part.
+
+        Arguments:
+            handoff_from: the prefill backend whose hand-off a decode leg came with. Where that one is gone, it is to
+                blame for a decode engine that could not read it; where it seems up, its prober should look.
+        """
         if not error.blame or not backend.up:
             return
-        backend.failures += 1
-        unreachable = isinstance(error, BackendUnreachable)
-        others = any(b.up and b is not backend and not b.removed for b in self._pools[backend.role])
-        if unreachable or (backend.failures >= self._failures and others):
-            if not unreachable:
-                backend.ejections += 1
+        if isinstance(error, BackendUnreachable):
             self.take_out(backend, f"failed a request: {error}")
-        backend.attention.set()
+            return
+        if handoff_from is not None and isinstance(error, BackendFailed | BackendTimedOut):
+            if not handoff_from.up:
+                return
+            handoff_from.attention.set()
+        self.rotation.failed(backend, leg, error)
+        if not isinstance(error, BackendBusy):  # who says that is alive
+            backend.attention.set()
+
+    def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None:
+        """How long a good leg took.
+
+        Arguments:
+            seconds: prefill: of the whole leg; decode: the mean for each token of a stream.
+            tokens: prefill: those it computed, without cached ones; decode: those it gave.
+        """
+        self.rotation.timed(backend, leg, seconds, tokens)
+
+    # What probes tell
 
     def take_out(self, backend: Backend, reason: str) -> None:
         """Mark a backend down; its prober brings it back."""
@@ -156,6 +260,10 @@ class Fleet:
 
     def bring_in(self, backend: Backend) -> None:
         """Mark a backend up."""
-        if not backend.up:
-            log.info("%s backend %s is up", backend.role, backend.url)
+        if backend.up:
+            return
+        log.info("%s backend %s is up", backend.role, backend.url)
         backend.mark_up()
+        self.rotation.returned(backend)
+        if self.on_up is not None:
+            self.on_up(backend)

@@ -1,7 +1,7 @@
 """Active health checks: one watcher a backend, which brings it into the rotation and takes it out.
 
 httpx carries the probes and tenacity their patience. `/health` decides; `/v1/models` and `/version` are learnt on the
-way in and now and then after.
+way in and now and then after. Probes say whether a backend is alive; whether it is any good, its requests say.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ log = logging.getLogger("pd_proxy.fleet")
 _RELEARN = 15.0  # seconds; LoRA adapters come and go at run time
 _FIRST_WAIT = 0.1  # seconds between the first probes of a backend that is down: engines start in bursts
 _NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of an answer's JSON
-_EJECTION_LIMIT = 6  # a backend that fails after each return waits at most interval * 2**6
 
 
 class ProbeFailed(Exception):
@@ -96,10 +95,7 @@ class Prober:
                 await asyncio.sleep(self._settings.interval)
 
     async def _until_up(self, backend: Backend) -> None:
-        """Probe until it answers, ever more slowly. One that left for failed requests though its /health is good
-        stays out first for a time that doubles with each such leave."""
-        if backend.ejections:
-            await asyncio.sleep(self._settings.interval * 2 ** min(backend.ejections, _EJECTION_LIMIT))
+        """Probe until it answers, ever more slowly."""
         patience = AsyncRetrying(
             retry=retry_if_exception_type(ProbeFailed),
             wait=wait_exponential(multiplier=_FIRST_WAIT, max=self._settings.longest_wait)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from time import monotonic
 
 from proxy.errors import BackendBusy, BackendError, BackendGarbled, HandoffInvalid, NoBackend
-from proxy.fleet.backend import Backend, Lease
+from proxy.fleet.backend import Backend, Lease, Role
+from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
 from proxy.flow.legs import Legs, Limbo, Try
 from proxy.flow.request import Request, new_id
@@ -69,6 +70,12 @@ class Flow:
         """
         if request.body.stream:
             self._resumption.prepare(request)
+        try:
+            await self._run(request)
+        finally:
+            request.give_permit_back()
+
+    async def _run(self, request: Request) -> None:
         tries = 0
         while True:
             tries += 1
@@ -77,6 +84,7 @@ class Flow:
                 await self._try(request, await self._place(request, tries))
             except BackendError as error:
                 request.error = error
+                request.give_permit_back()
                 if request.live:  # a part of the answer has been given since the last time
                     if self._resumption.complete(request):
                         return
@@ -89,9 +97,30 @@ class Flow:
                         raise self._resumption.given_up(request, error.reason) from error
                     raise
                 log.info("%s try %d of %d failed: %s", request.record.request_id, tries, self._attempts, error)
+                tries = await self._permitted(request, error, tries)
                 request.note_retry()
             else:
                 return
+
+    async def _permitted(self, request: Request, error: BackendError, tries: int) -> int:
+        """Wait for leave to try again, so that retries never amplify an overload. To wait for it counts as a try.
+
+        Returns the number of tries so far.
+
+        Raises:
+            BackendError: `error`, when all tries are used up.
+        """
+        if not amplifies(error):
+            return tries
+        leg = request.failed[0]
+        role: Role = "prefill" if leg == "prefill" else "mixed" if request.record.decode_pool == "mixed" else "decode"
+        while (permit := self._fleet.budgets.take(role)) is None:
+            tries += 1
+            if tries >= self._attempts:
+                raise error
+            await asyncio.sleep(_backoff(tries))
+        request.permit = permit
+        return tries
 
     async def _settle(self, request: Request) -> None:
         """Where a stream's last read brought several tokens at once, find out whether the last of them is half a
@@ -249,9 +278,9 @@ class Flow:
         request.prefill = backend.url
         try:
             handoff, usage = attempt.plan.take(answer)
-            self._fleet.succeeded(backend)
+            self._fleet.succeeded(backend, "prefill")
         except BackendGarbled as error:
-            self._fleet.failed(backend, error)
+            self._fleet.failed(backend, error, "prefill")
             self._failed(request, backend, "prefill", error)
             raise
         except HandoffInvalid as error:
@@ -259,10 +288,12 @@ class Flow:
             return
         if counted := read_usage(usage):
             record.cached_tokens = counted.cached_tokens
+        computed = max(1, request.prefill_tokens - record.cached_tokens)
+        self._fleet.timed(backend, "prefill", record.prefill_seconds, computed)
         if handoff is None:
             self._do_without(request, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
         else:
-            attempt.limbo = Limbo(self._fleet, handoff)
+            attempt.limbo = Limbo(self._fleet, backend, handoff)
 
     def _do_without(self, request: Request, backend: Backend, reason: str, error: HandoffInvalid) -> None:
         """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that."""

@@ -13,6 +13,8 @@ import msgspec
 from proxy.errors import BackendError, BackendGarbled, BackendPreempted, BackendRejected, HandoffExpired
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.judge import Judge
+from proxy.fleet.standing import LegName
 from proxy.flow.request import Request
 from proxy.handoff.connector import Handoff
 from proxy.handoff.plan import Leg, SequentialPlan
@@ -36,25 +38,31 @@ class Limbo:
     """A hand-off that prefill has given and decode has not yet begun to use; counted while it is so.
 
     Attributes:
+        prefill: whose blocks it names.
         since: when prefill answered, as `time.monotonic`.
         read: a decode engine may have read it. From then on nobody else may: prefill frees blocks that were read, and
             what a second reader finds in them is another request's, with nothing to show it.
     """
 
-    __slots__ = ("_fleet", "_open", "handoff", "read", "since")
+    __slots__ = ("_fleet", "_open", "handoff", "prefill", "read", "since")
 
-    def __init__(self, fleet: Fleet, handoff: Handoff) -> None:
+    def __init__(self, fleet: Fleet, prefill: Backend, handoff: Handoff) -> None:
         self._fleet = fleet
         self._open = True
+        self.prefill = prefill
         self.handoff = handoff
         self.since = monotonic()
         self.read = False
         fleet.handoffs_in_limbo += 1
+        prefill.open_handoffs += 1
 
     def close(self) -> None:
         if self._open:
             self._open = False
             self._fleet.handoffs_in_limbo -= 1
+            self.prefill.open_handoffs -= 1
+            if self.prefill.removed:
+                self.prefill.attention.set()  # its watcher forgets it when this was the last
 
 
 class Try(msgspec.Struct):
@@ -94,10 +102,11 @@ class Legs:
     """Sends legs to backends over their pooled connections.
 
     Arguments:
+        fleet: is told how legs went.
         lease_seconds: how long the engines keep a hand-off.
     """
 
-    def __init__(self, settings: Settings, fleet: Fleet, telemetry: Telemetry, lease_seconds: float) -> None:
+    def __init__(self, settings: Settings, fleet: Judge, telemetry: Telemetry, lease_seconds: float) -> None:
         self._settings = settings
         self._timeouts = settings.timeouts
         # Whatever was set, a hand-off is not sent in the second half of its lease.
@@ -130,27 +139,29 @@ class Legs:
         Raises:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
         """
-        return await self._collect(backend, lease, attempt.plan.prefill_leg(), attempt, self._timeouts.prefill)
+        return await self._collect(
+            backend, lease, "prefill", attempt.plan.prefill_leg(), attempt, self._timeouts.prefill
+        )
 
     async def decode_whole(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants its answer in one piece."""
         request, record = attempt.request, attempt.request.record
-        answer = await self._collect(backend, lease, attempt.decode_leg(), attempt, None)
+        answer = await self._collect(backend, lease, "decode", attempt.decode_leg(), attempt, None)
         try:
             parsed = _decode_answer(answer)
         except msgspec.MsgspecError as error:
             garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
-            self._note(attempt, backend, garbled)
+            self._note(backend, garbled, "decode", attempt)
             raise garbled from None
         if b'"stop_reason":"recomputed"' in answer:
             preempted = BackendPreempted(f"{backend.url} gave the request up for want of memory")
-            self._note(attempt, backend, preempted)
+            self._note(backend, preempted, "decode", attempt)
             raise preempted
         if not memoryview(parsed.choices) and memoryview(parsed.error):
             failed = engine_error_event(backend.url, answer)
-            self._note(attempt, backend, failed)
+            self._note(backend, failed, "decode", attempt)
             raise failed
-        self._fleet.succeeded(backend)
+        self._fleet.succeeded(backend, "decode")
         if usage := read_usage(parsed.usage):
             record.prompt_tokens = usage.prompt_tokens or 0
             record.tokens = usage.completion_tokens or 0
@@ -164,7 +175,7 @@ class Legs:
 
         def begin(relay: StreamRelay) -> None:
             now = monotonic()
-            request.live = True
+            request.began()
             if (limbo := attempt.limbo) is not None:
                 record.handoff_seconds = now - limbo.since
                 limbo.close()
@@ -200,7 +211,7 @@ class Legs:
             lease.on_lost = relay.fail
             await relay.run(connection, self._timeouts.first_token)
         except BackendError as error:
-            self._note(attempt, backend, error)
+            self._note(backend, error, "decode", attempt)
             raise
         finally:
             record.last_token = relay.last_token or record.last_token
@@ -209,7 +220,9 @@ class Legs:
                 record.tokens = edit.said + (usage.completion_tokens or relay.events)
                 record.prompt_tokens = max(0, (usage.prompt_tokens or 0) - edit.said)
                 record.cached_tokens = record.cached_tokens or usage.cached_tokens
-        self._fleet.succeeded(backend)
+        self._fleet.succeeded(backend, "decode")
+        if continuation is None and not relay.throttled and (tpot := record.tpot) is not None:
+            self._fleet.timed(backend, "decode", tpot, record.tokens)
 
     async def release(self, attempt: Try, backend: Backend) -> None:
         """Have `backend` claim the hand-off of a try that will not use it, so that prefill's blocks are free again.
@@ -220,7 +233,7 @@ class Legs:
         assert attempt.limbo is not None
         leg = attempt.plan.release_leg(attempt.limbo.handoff)
         with Lease(backend, attempt.request.prefill_tokens) as lease:
-            await self._collect(backend, lease, leg, attempt, _ASIDE)
+            await self._collect(backend, lease, "decode", leg, attempt, _ASIDE)
 
     async def detokenize(self, backend: Backend, model: str | None, ids: bytes) -> str:
         """The text of some tokens, as `backend` writes them.
@@ -240,7 +253,9 @@ class Legs:
         except msgspec.MsgspecError as error:
             raise BackendGarbled(f"{backend.url} did not detokenize: {error}") from None
 
-    async def _collect(self, backend: Backend, lease: Lease, leg: Leg, attempt: Try, timeout: float | None) -> bytes:
+    async def _collect(
+        self, backend: Backend, lease: Lease, name: LegName, leg: Leg, attempt: Try, timeout: float | None
+    ) -> bytes:
         """Run a leg whose answer is one JSON body."""
         receiver = Collected(backend.url, limit=self._settings.limits.answer)
         try:
@@ -250,7 +265,7 @@ class Legs:
             if receiver.status != 200:
                 raise engine_error(backend.url, receiver.status, receiver.headers, answer)
         except BackendError as error:
-            self._note(attempt, backend, error)
+            self._note(backend, error, name, attempt)
             raise
         return answer
 
@@ -277,10 +292,10 @@ class Legs:
             raise HandoffExpired(f"the hand-off was not sent within {self._handoff_bound:g} s")
         return left
 
-    def _note(self, attempt: Try, backend: Backend, error: BackendError) -> None:
+    def _note(self, backend: Backend, error: BackendError, leg: LegName, attempt: Try) -> None:
         if attempt.limbo is not None and (error.unread or isinstance(error, BackendRejected)):
             attempt.limbo.read = False  # engines judge a request before they look at its hand-off
         if isinstance(error, BackendRejected):
-            self._fleet.succeeded(backend)  # an engine that judges requests is alive
+            self._fleet.succeeded(backend, leg)  # an engine that judges requests is alive
         elif not isinstance(error, HandoffExpired):
-            self._fleet.failed(backend, error)
+            self._fleet.failed(backend, error, leg, attempt.limbo.prefill if attempt.limbo is not None else None)

@@ -7,6 +7,7 @@ from random import getrandbits
 import msgspec
 
 from proxy.errors import BackendError
+from proxy.fleet.budget import Permit
 from proxy.handoff.body import Body
 from proxy.handoff.continuation import Continuation
 from proxy.relay.client import Client
@@ -26,6 +27,7 @@ class Request(msgspec.Struct):
         token_ids: engines are asked for token ids, so that the stream can be resumed.
         continuation: where the next try goes on, once a part of the answer has been given.
         live: the present try has given the client something.
+        permit: leave for the present try, when it is a retry that could amplify an overload.
         resumes: how often the answer was continued on other backends.
         prefill: URL of the prefill backend that has this prompt in its prefix cache, or empty.
         avoid: URLs of backends that failed it.
@@ -40,6 +42,7 @@ class Request(msgspec.Struct):
     token_ids: bool = False
     continuation: Continuation | None = None
     live: bool = False
+    permit: Permit | None = None
     resumes: int = 0
     prefill: str = ""
     avoid: set[str] = msgspec.field(default_factory=set)
@@ -55,6 +58,16 @@ class Request(msgspec.Struct):
     def decode_tokens(self) -> int:
         """What the decode leg puts on its backend: the prompt's KV cache and the output to come."""
         return self.body.prompt_tokens + max(0, self.body.max_tokens or EXPECTED_OUTPUT)
+
+    def began(self) -> None:
+        """The present try has given the client something."""
+        self.live = True
+        self.give_permit_back()
+
+    def give_permit_back(self) -> None:
+        if self.permit is not None:
+            self.permit.release()
+            self.permit = None
 
     def note_retry(self) -> None:
         """What failed last is followed by another leg."""

@@ -18,14 +18,28 @@ class Candidate(Protocol):
     @property
     def inflight_requests(self) -> int: ...
 
+    @property
+    def factor(self) -> float:
+        """The share of its usual load that it may be given, in (0, 1]: below 1 during its slow start."""
+
 
 Choice = Callable[[Sequence[Candidate], Callable[[], float], int], int]
 """(candidates, random in [0, 1), turn) -> index of the chosen one. Candidates are never empty."""
 
 
-def load(candidate: Candidate) -> tuple[int, int]:
-    """What least-loaded compares: tokens in flight, then requests."""
-    return candidate.inflight_tokens, candidate.inflight_requests
+def load(candidate: Candidate) -> tuple[float, float]:
+    """What least-loaded compares: tokens in flight, then requests; both over the candidate's factor. One request is
+    added, so that of idle candidates those in their slow start come last."""
+    factor = candidate.factor
+    if factor == 1.0:
+        return candidate.inflight_tokens, candidate.inflight_requests + 1
+    return candidate.inflight_tokens / factor, (candidate.inflight_requests + 1) / factor
+
+
+def _or_next(candidates: Sequence[Candidate], index: int, random: Callable[[], float]) -> int:
+    """The one at `index`; as often as its slow start has it, the next one in its stead."""
+    factor = candidates[index].factor
+    return index if factor == 1.0 or random() < factor else (index + 1) % len(candidates)
 
 
 def least_loaded(candidates: Sequence[Candidate], random: Callable[[], float], turn: int) -> int:
@@ -41,12 +55,12 @@ def least_loaded(candidates: Sequence[Candidate], random: Callable[[], float], t
 
 def round_robin(candidates: Sequence[Candidate], random: Callable[[], float], turn: int) -> int:
     """Each in its turn."""
-    return turn % len(candidates)
+    return _or_next(candidates, turn % len(candidates), random)
 
 
 def at_random(candidates: Sequence[Candidate], random: Callable[[], float], turn: int) -> int:
     """Any."""
-    return int(random() * len(candidates))
+    return _or_next(candidates, int(random() * len(candidates)), random)
 
 
 def power_of_two(candidates: Sequence[Candidate], random: Callable[[], float], turn: int) -> int:

@@ -105,6 +105,7 @@ class StreamRelay:
     Attributes:
         first_token: `time.monotonic` of the read that brought it; None before.
         usage: the last usage the engine reported, of this leg alone.
+        throttled: the client has been slow, so that the stream's pace says nothing about the engine.
     """
 
     __slots__ = (
@@ -133,6 +134,7 @@ class StreamRelay:
         "_url",
         "first_token",
         "headers",
+        "throttled",
         "usage",
     )
 
@@ -174,6 +176,7 @@ class StreamRelay:
         self.headers: dict[bytes, bytes] = {}
         self.first_token: float | None = None
         self.usage: Usage | None = None
+        self.throttled = False
 
     # What the flow uses
 
@@ -238,6 +241,7 @@ class StreamRelay:
     # Flow: called by the client's side
 
     def pause(self) -> None:
+        self.throttled = True
         self._paused_since = monotonic()
         if self._connection is not None:
             self._connection.pause()

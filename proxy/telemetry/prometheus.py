@@ -7,7 +7,7 @@ are those that are configured, and a model that no backend has named is counted 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
@@ -43,6 +43,11 @@ class BackendState(Protocol):
     def inflight_requests(self) -> int: ...
     @property
     def inflight_tokens(self) -> int: ...
+    @property
+    def open_handoffs(self) -> int: ...
+
+
+BACKEND_STATES = ("up", "slow_start", "ejected", "draining", "down")
 
 
 class FleetState(Protocol):
@@ -51,6 +56,20 @@ class FleetState(Protocol):
     handoffs_in_limbo: int
 
     def __iter__(self) -> Iterator[BackendState]: ...
+
+    def states(self) -> Iterable[tuple[BackendState, str]]:
+        """Every backend with its state."""
+
+    def panicking(self) -> Iterable[tuple[str, bool]]:
+        """Every pool, and whether its ejections are ignored."""
+
+    @property
+    def ejections(self) -> Mapping[tuple[str, str, str, str], int]:
+        """By pool, backend, leg and reason."""
+
+    @property
+    def budget_refusals(self) -> Mapping[str, int]:
+        """By pool."""
 
     def names(self, model: str) -> bool: ...
 
@@ -291,15 +310,20 @@ class PrometheusSink(Collector):
     def _fleet_gauges(self) -> Iterator[Metric]:
         labels = ("pool", "backend")
         gauges: tuple[tuple[str, str, Callable[[BackendState], float]], ...] = (
-            ("pd_proxy_backend_up", "Whether the backend is in the rotation.", lambda b: b.up and not b.removed),
             ("pd_proxy_backend_inflight_requests", "Legs in flight.", lambda b: b.inflight_requests),
             ("pd_proxy_backend_inflight_tokens", "Tokens in flight, estimated.", lambda b: b.inflight_tokens),
+            (
+                "pd_proxy_backend_open_handoffs",
+                "Hand-offs that this prefill backend must be kept for.",
+                lambda b: b.open_handoffs,
+            ),
         )
         for name, text, read in gauges:
             family = GaugeMetricFamily(name, text, labels=labels)
             for backend in self._fleet:
                 family.add_metric((backend.role, backend.url), float(read(backend)))
             yield family
+        yield from self._states(labels)
         yield GaugeMetricFamily(
             "pd_proxy_handoffs_in_limbo",
             "Hand-offs that prefill has given and decode has not begun to use.",
@@ -311,6 +335,42 @@ class PrometheusSink(Collector):
         info = GaugeMetricFamily("pd_proxy_build_info", "Constant 1.", labels=("version",))
         info.add_metric((__version__,), 1.0)
         yield info
+
+    def _states(self, labels: tuple[str, ...]) -> Iterator[Metric]:
+        up = GaugeMetricFamily("pd_proxy_backend_up", "Whether the backend is in the rotation.", labels=labels)
+        states = GaugeMetricFamily(
+            "pd_proxy_backend_state",
+            "1 for the state that the backend is in, 0 for the others.",
+            labels=(*labels, "state"),
+        )
+        for backend, current in self._fleet.states():
+            up.add_metric((backend.role, backend.url), float(current in ("up", "slow_start")))
+            for state in BACKEND_STATES:
+                states.add_metric((backend.role, backend.url, state), float(state == current))
+        yield up
+        yield states
+        panic = GaugeMetricFamily(
+            "pd_proxy_pool_panic",
+            "Whether so few of the pool are fit that its ejections are ignored.",
+            labels=("pool",),
+        )
+        for pool, panics in self._fleet.panicking():
+            panic.add_metric((pool,), float(panics))
+        yield panic
+        ejections = CounterMetricFamily(
+            "pd_proxy_backend_ejections",
+            "How often the breaker took the backend out, by leg and reason.",
+            labels=(*labels, "leg", "reason"),
+        )
+        for values, count in self._fleet.ejections.items():
+            ejections.add_metric(values, count)
+        yield ejections
+        refusals = CounterMetricFamily(
+            "pd_proxy_retry_budget_refusals", "Retries that the pool's retry budget refused.", labels=("pool",)
+        )
+        for pool, count in self._fleet.budget_refusals.items():
+            refusals.add_metric((pool,), count)
+        yield refusals
 
 
 def registry(sink: PrometheusSink) -> CollectorRegistry:

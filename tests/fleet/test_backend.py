@@ -98,12 +98,33 @@ def test_other_backends_leases_are_not_told() -> None:
     lease.release()
 
 
-def test_a_backend_that_comes_up_has_a_clean_slate() -> None:
+def test_a_backend_begins_down_and_says_why_until_it_is_up() -> None:
     backend = Backend(URL, "decode")
     assert (backend.up, backend.reason) == (False, "not probed yet")
-    backend.failures = 3
     backend.mark_up()
-    assert (backend.up, backend.reason, backend.failures) == (True, "", 0)
+    assert (backend.up, backend.reason) == (True, "")
+
+
+def test_a_backend_is_drained_when_no_leg_runs_and_no_hand_off_waits() -> None:
+    backend = Backend(URL, "prefill")
+    assert not backend.drained
+    backend.draining = True
+    assert backend.drained
+    with Lease(backend, 1):
+        assert not backend.drained
+    backend.open_handoffs += 1
+    assert not backend.drained
+    backend.open_handoffs -= 1
+    assert backend.drained
+
+
+def test_the_last_lease_of_a_removed_backend_wakes_its_watcher() -> None:
+    backend = Backend(URL, "decode")
+    Lease(backend, 1).release()
+    assert not backend.attention.is_set()
+    backend.removed = True
+    Lease(backend, 1).release()
+    assert backend.attention.is_set()
 
 
 @pytest.mark.parametrize(

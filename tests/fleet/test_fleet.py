@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import msgspec
 import pytest
 
 from proxy.errors import (
@@ -17,16 +18,28 @@ from proxy.errors import (
 )
 from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.fleet import Fleet
+from proxy.flow.legs import Limbo
+from proxy.handoff.connector import Handoff
 from proxy.settings import Settings
 
 
-def fleet(up: bool = True, **pools: Any) -> Fleet:
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def fleet(up: bool = True, clock: Clock | None = None, **pools: Any) -> Fleet:
     """Pools of so many backends each: `http://decode0` and so on."""
     settings = {
         role: [f"http://{role}{number}" for number in range(pools.pop(role, 0))]
         for role in ("prefill", "decode", "mixed")
     }
-    made = Fleet(Settings(**settings, **pools))
+    made = Fleet(Settings(**settings, **pools), clock=clock or Clock())
     for backend in made:
         if up:
             made.bring_in(backend)
@@ -52,7 +65,7 @@ def test_the_pools_are_those_of_the_settings_and_all_begin_down() -> None:
 def test_candidates_are_up_here_to_stay_and_serve_the_model() -> None:
     made = fleet(decode=5)
     made.take_out(at(made, "http://decode0"), "gone")
-    at(made, "http://decode1").removed = True
+    at(made, "http://decode1").draining = True
     at(made, "http://decode2").models = {"other": {}}
     at(made, "http://decode3").models = {"m": {}}
     assert urls(made.candidates("decode", "m")) == ["http://decode3", "http://decode4"]
@@ -62,84 +75,215 @@ def test_candidates_are_up_here_to_stay_and_serve_the_model() -> None:
 # What real requests tell
 
 
-def other() -> BackendError:
+def cut() -> BackendError:
     return BackendCut("cut")
 
 
-def test_a_backend_that_cannot_be_reached_leaves_at_once() -> None:
+def fail(made: Fleet, backend: Backend, times: int, error: BackendError | None = None) -> None:
+    for _ in range(times):
+        made.failed(backend, error or cut(), "decode")
+
+
+def test_a_backend_that_cannot_be_reached_leaves_at_once_and_is_not_judged() -> None:
     made = fleet(decode=1)
     backend = at(made, "http://decode0")
-    made.failed(backend, BackendUnreachable("refused"))
+    made.failed(backend, BackendUnreachable("refused"), "decode")
     assert not backend.up
     assert backend.reason == "failed a request: refused"
     assert backend.attention.is_set()
-    assert backend.ejections == 0
+    made.bring_in(backend)
+    assert made.state(backend) == "slow_start"
+    assert not made.ejections
 
 
 @pytest.mark.parametrize("error", [BackendCut("x"), BackendTimedOut("x"), BackendFailed("x", status=500)])
-def test_a_backend_leaves_after_as_many_failures_in_a_row_as_are_set(error: BackendError) -> None:
-    made = fleet(decode=2, health={"failures": 3})
+def test_a_backend_is_ejected_after_as_many_failures_in_a_row_as_are_set_and_stays_up(error: BackendError) -> None:
+    made = fleet(decode=2, breaker={"consecutive_failures": 3})
     backend = at(made, "http://decode0")
-    for _ in range(2):
-        made.failed(backend, error)
-        assert backend.up
-        assert backend.attention.is_set()
-    made.failed(backend, error)
-    assert not backend.up
-    assert backend.ejections == 1
+    fail(made, backend, 2, error)
+    assert len(made.candidates("decode", None)) == 2
+    assert backend.attention.is_set()
+    fail(made, backend, 1, error)
+    assert urls(made.candidates("decode", None)) == ["http://decode1"]
+    assert backend.up
+    assert made.state(backend) == "ejected"
+    assert made.ejections == {("decode", "http://decode0", "decode", "consecutive"): 1}
 
 
-def test_a_good_request_between_failures_starts_the_count_anew() -> None:
-    made = fleet(decode=2, health={"failures": 2})
+def test_an_ejection_ends_by_itself_and_the_backends_load_grows_slowly() -> None:
+    clock = Clock()
+    made = fleet(clock=clock, decode=2, breaker={"ejection": 10, "slow_start": 20})
+    backend = at(made, "http://decode0")
+    fail(made, backend, 5)
+    clock.now += 9.9
+    assert urls(made.candidates("decode", None)) == ["http://decode1"]
+    clock.now += 0.2
+    assert len(made.candidates("decode", None)) == 2
+    assert (made.state(backend), backend.factor) == ("slow_start", 0.1)
+    clock.now += 9.9
+    made.candidates("decode", None)
+    assert backend.factor == pytest.approx(0.5)
+    clock.now += 10
+    made.candidates("decode", None)
+    assert (made.state(backend), backend.factor) == ("up", 1.0)
+    assert not made.rotation.watches, "from here on a look at a pool costs nothing again"
+
+
+def test_what_fails_during_an_ejection_does_not_make_it_longer() -> None:
+    clock = Clock()
+    made = fleet(clock=clock, decode=2)
+    backend = at(made, "http://decode0")
+    fail(made, backend, 5)
+    clock.now += 5
+    fail(made, backend, 50)
+    clock.now += 5
+    assert len(made.candidates("decode", None)) == 2
+    assert sum(made.ejections.values()) == 1
+
+
+def test_a_good_leg_between_failures_starts_the_count_anew() -> None:
+    clock = Clock()
+    made = fleet(clock=clock, decode=2, breaker={"consecutive_failures": 2, "success_rate": 0})
     backend = at(made, "http://decode0")
     for _ in range(5):
-        made.failed(backend, other())
-        made.succeeded(backend)
-    assert backend.up
-    assert backend.failures == 0
+        fail(made, backend, 1)
+        made.succeeded(backend, "decode")
+    assert not made.ejections
+
+
+def test_legs_are_judged_apart() -> None:
+    made = fleet(mixed=2)
+    backend = at(made, "http://mixed0")
+    for _ in range(4):
+        made.failed(backend, cut(), "prefill")
+        made.succeeded(backend, "decode")
+    assert not made.ejections
+    made.failed(backend, cut(), "prefill")
+    assert made.ejections == {("mixed", "http://mixed0", "prefill", "consecutive"): 1}
+    assert len(made.candidates("mixed", None)) == 2, "whole requests are decode legs"
 
 
 def test_the_last_backend_of_a_pool_stays_though_it_fails() -> None:
-    made = fleet(decode=3, health={"failures": 1})
+    made = fleet(decode=3)
     made.take_out(at(made, "http://decode1"), "gone")
-    at(made, "http://decode2").removed = True
+    made.drain(at(made, "http://decode2"))
     backend = at(made, "http://decode0")
-    for _ in range(5):
-        made.failed(backend, other())
-    assert backend.up
+    fail(made, backend, 20)
+    assert urls(made.candidates("decode", None)) == ["http://decode0"]
+    assert not made.ejections
     assert backend.attention.is_set()  # its health is asked at once all the same
 
 
-def test_a_backend_of_another_role_is_no_replacement() -> None:
-    made = fleet(decode=1, mixed=1, prefill=1, health={"failures": 1})
-    made.failed(at(made, "http://decode0"), other())
-    assert at(made, "http://decode0").up
+def test_a_backend_of_another_role_or_model_is_no_replacement() -> None:
+    made = fleet(decode=2, mixed=1, prefill=1)
+    at(made, "http://decode0").models = {"m": {}}
+    at(made, "http://decode1").models = {"other": {}}
+    fail(made, at(made, "http://decode0"), 20)
+    assert urls(made.candidates("decode", "m")) == ["http://decode0"]
+    assert not made.ejections
+
+
+def test_when_too_few_are_left_all_that_are_alive_are_candidates_again() -> None:
+    made = fleet(decode=4)
+    for name in ("http://decode0", "http://decode1"):
+        fail(made, at(made, name), 5)
+    assert len(made.candidates("decode", None)) == 2
+    made.take_out(at(made, "http://decode2"), "gone")
+    assert urls(made.candidates("decode", None)) == ["http://decode0", "http://decode1", "http://decode3"]
+    assert dict(made.panicking()) == {"prefill": False, "decode": True, "mixed": False}
+    made.bring_in(at(made, "http://decode2"))
+    assert urls(made.candidates("decode", None)) == ["http://decode2", "http://decode3"]
+    assert dict(made.panicking())["decode"] is False
 
 
 def test_a_failure_that_blames_nobody_is_no_failure() -> None:
-    made = fleet(decode=2, health={"failures": 1})
+    made = fleet(decode=2)
     backend = at(made, "http://decode0")
-    made.failed(backend, BackendCut("kept alive", blame=False))
-    assert (backend.up, backend.failures, backend.attention.is_set()) == (True, 0, False)
+    fail(made, backend, 20, BackendCut("kept alive", blame=False))
+    assert not made.ejections
+    assert not backend.attention.is_set()
 
 
 def test_a_failure_of_a_backend_that_is_down_already_changes_nothing() -> None:
     made = fleet(decode=2)
     backend = at(made, "http://decode0")
     made.take_out(backend, "first reason")
-    made.failed(backend, BackendUnreachable("second reason"))
-    assert (backend.reason, backend.failures, backend.ejections) == ("first reason", 0, 0)
+    made.failed(backend, BackendUnreachable("second reason"), "decode")
+    fail(made, backend, 20)
+    assert backend.reason == "first reason"
+    assert not made.ejections
 
 
-def test_a_good_request_forgets_ejections_and_coming_up_does_not() -> None:
-    made = fleet(decode=2, health={"failures": 1})
+def test_what_comes_up_again_is_not_what_was_ejected() -> None:
+    made = fleet(decode=2)
     backend = at(made, "http://decode0")
-    for number in (1, 2):
-        made.failed(backend, other())
-        assert backend.ejections == number
-        made.bring_in(backend)
-    made.succeeded(backend)
-    assert backend.ejections == 0
+    fail(made, backend, 5)
+    made.take_out(backend, "died")
+    made.bring_in(backend)
+    assert len(made.candidates("decode", None)) == 2
+    assert made.state(backend) == "slow_start"
+
+
+def test_a_decode_engine_that_could_not_read_from_a_dead_prefill_is_not_to_blame() -> None:
+    made = fleet(prefill=1, decode=2)
+    prefill, backend = at(made, "http://prefill0"), at(made, "http://decode0")
+    failed = BackendFailed("KV load failed", status=500)
+    made.failed(backend, failed, "decode", prefill)
+    assert prefill.attention.is_set(), "its prober should look at once"
+    made.take_out(prefill, "dead")
+    for _ in range(20):
+        made.failed(backend, failed, "decode", prefill)
+    assert not made.ejections
+    made.failed(backend, BackendUnreachable("refused"), "decode", prefill)
+    assert not backend.up, "but it answers for itself when it cannot be reached"
+
+
+def test_legs_that_wait_are_given_up_when_nothing_gets_through() -> None:
+    made = fleet(decode=2)
+    backend = at(made, "http://decode0")
+    told: list[BackendError] = []
+    with Lease(backend, 1) as lease:
+        lease.on_lost = told.append
+        fail(made, backend, 5)
+    assert [str(error) for error in told] == ["http://decode0 was ejected"]
+
+
+def test_an_engine_at_its_limit_has_not_failed_and_rests_if_it_says_how_long() -> None:
+    clock = Clock()
+    made = fleet(clock=clock, decode=2)
+    first, second = made.pool("decode")
+    fail(made, first, 20, BackendBusy("full", status=503))
+    assert not first.attention.is_set()
+    assert len(made.candidates("decode", None)) == 2
+    fail(made, first, 1, BackendBusy("full", status=429, retry_after=3))
+    assert made.candidates("decode", None) == [second]
+    fail(made, second, 1, BackendBusy("full", status=429, retry_after=2))
+    assert made.candidates("decode", None) == [first, second], "when all rest, all are asked"
+    clock.now += 2
+    assert made.candidates("decode", None) == [second]
+    clock.now += 1
+    assert made.candidates("decode", None) == [first, second]
+    fail(made, first, 1, BackendBusy("full", status=429, retry_after=3600))
+    clock.now += 10
+    assert len(made.candidates("decode", None)) == 2
+    assert not made.ejections
+
+
+def test_those_that_a_gateway_began_with_need_no_slow_start_and_newcomers_do() -> None:
+    made = fleet(decode=2)
+    assert [made.state(backend) for backend in made] == ["up", "up"]
+    newcomer = made.add("http://new", "decode")
+    made.bring_in(newcomer)
+    assert made.state(newcomer) == "slow_start"
+
+
+def test_a_backend_that_is_the_odd_one_of_three_is_ejected_for_slowness() -> None:
+    made = fleet(decode=3)
+    for _ in range(12):
+        for number, seconds in enumerate((0.02, 0.02, 0.2)):
+            made.timed(at(made, f"http://decode{number}"), "decode", seconds, 100)
+    assert made.ejections == {("decode", "http://decode2", "decode", "slow"): 1}
+    assert made.state(at(made, "http://decode2")) == "ejected"
 
 
 def test_taking_a_backend_out_tells_its_waiting_legs() -> None:
@@ -164,13 +308,6 @@ def test_leaving_and_coming_back_are_said_once(caplog: pytest.LogCaptureFixture)
         "decode backend http://decode0 is out: gone",
         "decode backend http://decode0 is up",
     ]
-
-
-@pytest.mark.parametrize("kind", [BackendBusy])
-def test_an_engine_at_its_limit_counts_as_any_failure(kind: type[BackendBusy]) -> None:
-    made = fleet(decode=2, health={"failures": 1})
-    made.failed(at(made, "http://decode0"), kind("full", status=503))
-    assert not at(made, "http://decode0").up
 
 
 # Membership
@@ -231,6 +368,47 @@ def test_what_is_not_there_cannot_be_removed(url: str, role: Role) -> None:
     assert urls(made) == ["http://decode0"]
 
 
+def test_a_prefill_backend_that_is_removed_is_kept_while_decode_may_still_read_from_it() -> None:
+    made, left = fleet(prefill=1), list[Backend]()
+    made.on_leave = left.append
+    backend = at(made, "http://prefill0")
+    limbo = Limbo(made, backend, Handoff(msgspec.Raw(b"{}")))
+    made.remove("http://prefill0", "prefill")
+    made.forget_idle()
+    assert (left, backend.drained) == ([], False)
+    limbo.close()
+    assert backend.attention.is_set()
+    made.forget_idle()
+    assert left == [backend]
+    limbo.close()
+    assert (backend.open_handoffs, made.handoffs_in_limbo) == (0, 0)
+
+
+def test_a_backend_is_drained_and_given_requests_again() -> None:
+    made = fleet(decode=2)
+    backend = at(made, "http://decode0")
+    made.drain(backend)
+    assert urls(made.candidates("decode", None)) == ["http://decode1"]
+    assert made.state(backend) == "draining"
+    made.forget_idle()
+    assert len(made.pool("decode")) == 2, "to be drained is not to be removed"
+    made.undrain(backend)
+    assert made.state(backend) == "up"
+    with Lease(backend, 1):
+        made.remove("http://decode0", "decode")
+        made.undrain(backend)
+    made.forget_idle()
+    assert len(made.candidates("decode", None)) == 2
+
+
+def test_a_backend_that_has_left_leaves_no_count_behind() -> None:
+    made = fleet(decode=2)
+    fail(made, at(made, "http://decode0"), 5)
+    made.remove("http://decode0", "decode")
+    assert not made.ejections
+    assert not made.rotation.watches
+
+
 # Readiness and models
 
 
@@ -256,8 +434,8 @@ def test_a_fleet_that_could_not_serve_says_why(pools: dict[str, int], down: list
 
 def test_a_fleet_whose_backends_are_all_leaving_could_not_serve() -> None:
     made = fleet(mixed=1)
-    at(made, "http://mixed0").removed = True
-    assert made.not_ready()
+    made.drain(at(made, "http://mixed0"))
+    assert made.not_ready() == "no prefill and no decode backend is up (1 draining)"
 
 
 def test_models_are_known_when_some_backend_serves_them_or_has_not_said() -> None:

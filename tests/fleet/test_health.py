@@ -214,31 +214,10 @@ async def test_a_failed_request_has_its_backend_asked_at_once(news: News, engine
         prober = Prober(fleet, patient.health, http)
         prober.start()
         await news.of("is up")
-        fleet.failed(backend, BackendUnreachable("refused"))
+        fleet.failed(backend, BackendUnreachable("refused"), "decode")
         assert "failed a request: refused" in await news.of("is out")
         await news.of("is up")
         await prober.stop()
-
-
-async def test_a_backend_that_fails_requests_though_healthy_stays_out_for_a_time_that_doubles(
-    prober: Prober, news: News, fleet: Fleet, backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slept: list[float] = []
-    sleep = asyncio.sleep
-
-    async def noted(seconds: float) -> None:
-        slept.append(seconds)
-        await sleep(0)
-
-    monkeypatch.setattr(health.asyncio, "sleep", noted)
-    prober.start()
-    await news.of("is up")
-    for times in (1, 2, 3, 50):
-        backend.ejections = times
-        fleet.take_out(backend, "failed a request")
-        await news.of("is up")
-    penalties = [seconds for seconds in slept if seconds >= 2 * QUICK["interval"]]
-    assert penalties == [0.02, 0.04, 0.08, 0.64]
 
 
 async def test_waits_between_probes_grow_to_their_limit(
@@ -355,6 +334,22 @@ async def test_a_removed_backend_is_forgotten_by_its_watcher_when_its_last_leg_h
         fleet.remove(URL, "decode")
     await news.of("has left")
     assert fleet.pool("decode") == []
+
+
+async def test_a_removed_backend_is_forgotten_as_soon_as_its_last_leg_ends(
+    news: News, engine: respx.MockRouter
+) -> None:
+    patient = Settings(decode=[URL], health={**QUICK, "interval": 60.0})
+    fleet = Fleet(patient)
+    (backend,) = fleet.pool("decode")
+    async with httpx.AsyncClient() as http:
+        prober = Prober(fleet, patient.health, http)
+        prober.start()
+        await news.of("is up")
+        with Lease(backend, 1):
+            fleet.remove(URL, "decode")
+        await news.of("has left")  # long before the next probe
+        await prober.stop()
 
 
 async def test_stopping_ends_every_watcher(prober: Prober, news: News, fleet: Fleet) -> None:

@@ -18,6 +18,7 @@ class Backend:
     url: str
     inflight_tokens: int = 0
     inflight_requests: int = 0
+    factor: float = 1.0
 
 
 def view(prefill: int = 0, decode: int = 0, mixed: int = 0, /, **configured: int) -> View[Backend]:

@@ -20,6 +20,7 @@ class Backend:
     url: str
     inflight_tokens: int = 0
     inflight_requests: int = 0
+    factor: float = 1.0
 
 
 LOADS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=8)
@@ -52,6 +53,31 @@ def test_least_loaded_takes_a_minimum(loads: list[tuple[int, int]], number: floa
 def test_least_loaded_compares_tokens_before_requests() -> None:
     assert least_loaded(pool([(10, 1), (9, 8)]), drawn(0.0), 0) == 1
     assert least_loaded(pool([(9, 8), (9, 2)]), drawn(0.0), 0) == 1
+
+
+@pytest.mark.parametrize("policy", ["least_loaded", "power_of_two"])
+def test_one_in_its_slow_start_gets_its_share_of_the_load(policy: str) -> None:
+    def taken(first: tuple[int, int], second: tuple[int, int]) -> int:
+        candidates = [Backend("http://slow", *first, factor=0.1), Backend("http://full", *second)]
+        return POLICIES[policy](candidates, drawn(0.0, 0.0), 0)
+
+    assert taken((0, 0), (0, 0)) == 1, "the idle one with its full load goes first"
+    assert taken((0, 0), (500, 1)) == 0, "to have nothing is to have less"
+    assert taken((100, 1), (900, 9)) == 1, "100 tokens at a tenth weigh as 1000"
+    assert taken((100, 1), (1100, 11)) == 0
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "random"])
+def test_policies_without_loads_leave_it_out_as_often_as_its_slow_start_has_it(policy: str) -> None:
+    candidates = [Backend("http://slow", factor=0.25), Backend("http://full")]
+    for draw in range(100):
+        numbers = drawn(0.0, draw / 100) if policy == "random" else drawn(draw / 100)
+        assert POLICIES[policy](candidates, numbers, 0) == (0 if draw < 25 else 1)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_one_in_its_slow_start_that_is_alone_takes_everything(policy: str) -> None:
+    assert POLICIES[policy]([Backend("http://slow", factor=0.1)], drawn(0.99, 0.99), 7) == 0
 
 
 @given(count=st.integers(1, 8))
@@ -93,11 +119,12 @@ def test_power_of_two_never_takes_the_worse_of_its_two(
 def test_power_of_two_draws_every_pair_alike_and_never_one_twice(count: int) -> None:
     steps = [step / 60 for step in range(60)]
     pairs: Counter[frozenset[int]] = Counter()
+    rising, falling = pool([(n, 0) for n in range(count)]), pool([(-n, 0) for n in range(count)])
     for first in steps:
         for second in steps:
             # The one with the smaller index is always better: it is taken; and then the other way round.
-            better = power_of_two(pool([(n, 0) for n in range(count)]), drawn(first, second), 0)
-            worse = power_of_two(pool([(-n, 0) for n in range(count)]), drawn(first, second), 0)
+            better = power_of_two(rising, drawn(first, second), 0)
+            worse = power_of_two(falling, drawn(first, second), 0)
             pairs[frozenset((better, worse))] += 1
     assert all(len(pair) == 2 for pair in pairs)
     assert len(pairs) == count * (count - 1) // 2

@@ -14,6 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from proxy import __version__
+from proxy.errors import BackendCut
 from proxy.fleet.backend import Lease
 from proxy.fleet.fleet import Fleet
 from proxy.settings import Settings
@@ -33,9 +34,18 @@ NAMES = {
     "pd_proxy_requests": ("counter", {"endpoint", "model", "outcome"}),
     "pd_proxy_tokens": ("counter", {"model", "kind"}),
     "pd_proxy_retries": ("counter", {"leg", "reason"}),
+    "pd_proxy_resumes": ("counter", {"reason"}),
+    "pd_proxy_resumes_refused": ("counter", {"reason"}),
+    "pd_proxy_resume_gap_seconds": ("histogram", set()),
+    "pd_proxy_handoffs_released": ("counter", {"outcome"}),
     "pd_proxy_fallbacks": ("counter", {"reason"}),
     "pd_proxy_client_disconnects": ("counter", {"stage"}),
     "pd_proxy_backend_up": ("gauge", {"pool", "backend"}),
+    "pd_proxy_backend_state": ("gauge", {"pool", "backend", "state"}),
+    "pd_proxy_backend_ejections": ("counter", {"pool", "backend", "leg", "reason"}),
+    "pd_proxy_backend_open_handoffs": ("gauge", {"pool", "backend"}),
+    "pd_proxy_pool_panic": ("gauge", {"pool"}),
+    "pd_proxy_retry_budget_refusals": ("counter", {"pool"}),
     "pd_proxy_backend_inflight_requests": ("gauge", {"pool", "backend"}),
     "pd_proxy_backend_inflight_tokens": ("gauge", {"pool", "backend"}),
     "pd_proxy_handoffs_in_limbo": ("gauge", set()),
@@ -95,8 +105,12 @@ def scene() -> Scene:
 
 def fill(scene: Scene) -> None:
     """Everything that can happen, once."""
+    scene.fleet.ejections["decode", DECODE, "decode", "slow"] += 1
+    scene.fleet.budget_refusals["decode"] += 1
     scene.finish()
     scene.finish(outcome="client_gone", retries=[("prefill", "cut")], fallback="no_handoff_params")
+    scene.finish(resumes=["cut"], resume_gaps=[0.4], not_resumed="too_often")
+    scene.sink.handoff_released(True)
     scene.sink.gaps("decode", DECODE).observe(0.02)
     scene.sink.loop_late(0.001)
 
@@ -291,8 +305,43 @@ def test_gauges_are_the_fleets_state_now(scene: Scene) -> None:
         assert scene.value("pd_proxy_ready") == 1.0
         assert scene.value("pd_proxy_handoffs_in_limbo") == 1.0
     assert scene.value("pd_proxy_backend_inflight_requests", **labels) == 0.0
-    decode.removed = True
+    decode.draining = True
     assert scene.value("pd_proxy_backend_up", **labels) == 0.0
+
+
+def test_a_backend_is_in_one_state(scene: Scene) -> None:
+    def states(url: str) -> dict[str, float | None]:
+        pool = url.removeprefix("http://").rstrip("0:8")
+        names = ("up", "slow_start", "ejected", "draining", "down")
+        return {s: scene.value("pd_proxy_backend_state", pool=pool, backend=url, state=s) for s in names}
+
+    def only(state: str) -> dict[str, float]:
+        return {**dict.fromkeys(("up", "slow_start", "ejected", "draining", "down"), 0.0), state: 1.0}
+
+    assert states(DECODE) == only("down")
+    for backend in scene.fleet:
+        scene.fleet.bring_in(backend)
+    assert states(DECODE) == only("up")
+    second = scene.fleet.add("http://decode1:8000", "decode")
+    scene.fleet.bring_in(second)
+    for _ in range(5):
+        scene.fleet.failed(scene.fleet.pool("decode")[0], BackendCut("x"), "decode")
+    assert states(DECODE) == only("ejected")
+    labels = {"pool": "decode", "backend": DECODE}
+    assert scene.value("pd_proxy_backend_up", **labels) == 0.0
+    assert scene.value("pd_proxy_backend_ejections_total", **labels, leg="decode", reason="consecutive") == 1.0
+    assert scene.value("pd_proxy_pool_panic", pool="decode") == 0.0
+    scene.fleet.take_out(second, "died")
+    assert scene.value("pd_proxy_pool_panic", pool="decode") == 1.0
+    scene.fleet.drain(scene.fleet.pool("decode")[0])
+    assert states(DECODE) == only("draining")
+
+
+def test_refused_retries_are_counted(scene: Scene) -> None:
+    budgets = scene.fleet.budgets
+    while budgets.take("decode") is not None:
+        pass
+    assert scene.value("pd_proxy_retry_budget_refusals_total", pool="decode") == 1.0
 
 
 def test_two_gateways_in_one_process_do_not_share_counts() -> None:

@@ -1,0 +1,102 @@
+"""/admin/backends: what is known of each backend, and draining.
+
+A backend's id is its host and port (`10.0.0.1:8000`), which is all there is to most URLs. Where there is more (https, a
+path, brackets around an address) the id is the host and a short hash of the URL. Both depend on the URL alone, so an id
+is the same in every gateway and after every restart. Wherever an id is wanted, the URL itself will do, percent-encoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Depends
+
+from proxy.api.credentials import Credentials
+from proxy.api.operations import operator
+from proxy.errors import BackendNotFound
+from proxy.fleet.backend import Backend
+from proxy.fleet.fleet import Fleet
+from proxy.settings import backend_url
+
+_HASH_LENGTH = 8  # hexadecimal digits: among thousands of backends of one host two alike are not to be expected
+
+
+def backend_id(url: str) -> str:
+    """A backend's id, from its URL in its one form. Safe as a segment of a path."""
+    plain = url.removeprefix("http://")
+    if re.fullmatch(r"[a-z0-9.-]+(:[0-9]+)?", plain):
+        return plain
+    host = re.sub(r"[^a-z0-9.]+", "-", urlsplit(url).hostname or "").strip("-")
+    digest = hashlib.sha256(url.encode()).hexdigest()
+    return f"{host}-{digest[:_HASH_LENGTH]}"
+
+
+def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
+    """The routes, for operators."""
+    router = APIRouter(prefix="/admin/backends", tags=["administration"], dependencies=[Depends(operator(credentials))])
+
+    def find(name: str) -> Backend:
+        try:
+            url = backend_url(name)
+        except ValueError:
+            url = ""
+        for backend in fleet:
+            if backend.url == url or backend_id(backend.url) == name:
+                return backend
+        raise BackendNotFound(
+            f"there is no backend {name[:256]!r} in this gateway; GET /admin/backends lists them", param="name"
+        )
+
+    def shown(backend: Backend) -> dict[str, Any]:
+        return {
+            "id": backend_id(backend.url),
+            "role": backend.role,
+            "url": backend.url,
+            "state": fleet.state(backend),
+            "up": backend.up,
+            "reason": backend.reason,
+            "draining": backend.draining,
+            "drained": backend.drained,
+            "removed": backend.removed,
+            "ejected": {
+                leg: {"seconds_left": round(seconds, 3), "reason": reason}
+                for leg, (seconds, reason) in fleet.rotation.ejected_for(backend).items()
+            },
+            "slow_start": round(backend.factor, 3) if backend.factor < 1 else None,
+            "inflight_requests": backend.inflight_requests,
+            "inflight_tokens": backend.inflight_tokens,
+            "open_handoffs": backend.open_handoffs,
+            "models": sorted(backend.models) if backend.models is not None else None,
+            "version": backend.version,
+        }
+
+    @router.get("")
+    async def list_backends() -> dict[str, Any]:
+        """Every backend, with what it is doing. `ejected` has the seconds that are left; `slow_start` is the share of
+        its usual load that a backend gets after its return."""
+        return {"backends": [shown(backend) for backend in fleet]}
+
+    @router.get("/{name:path}")
+    async def one_backend(name: str) -> dict[str, Any]:
+        """One of them."""
+        return shown(find(name))
+
+    @router.post("/{name:path}/drain")
+    async def drain(name: str) -> dict[str, Any]:
+        """Give it nothing new. What it has is finished; `drained` in the answer, and in the list, says when nothing
+        needs it any more: no leg runs there, and decode has read all that prefill handed over."""
+        backend = find(name)
+        fleet.drain(backend)
+        return shown(backend)
+
+    @router.post("/{name:path}/undrain")
+    async def undrain(name: str) -> dict[str, Any]:
+        """Give it requests again."""
+        backend = find(name)
+        fleet.undrain(backend)
+        return shown(backend)
+
+    return router

@@ -1,0 +1,147 @@
+"""How one backend does at one leg: what the breaker judges by, and what it has decided.
+
+Plain values; the time is passed in. A standing remembers the last seconds only, so that nothing has to be forgiven by
+hand: what was bad long ago has left the window.
+"""
+
+from __future__ import annotations
+
+from math import exp, log
+from typing import Literal
+
+LegName = Literal["prefill", "decode"]
+
+_SLICES = 10  # of a window: what is old goes in steps of a tenth of it
+_WEIGHT = 0.2  # of a new time in a running mean: about the last ten count
+_FULL_MEMORY = 5  # until there are so many, the mean is a plain one
+_LEAST_SECONDS = 1e-6  # a clock's grain; zero has no logarithm
+
+
+class Window:
+    """Counts of good and bad legs over the last seconds.
+
+    Arguments:
+        seconds: how long a leg counts.
+    """
+
+    __slots__ = ("_scale", "_slices", "_slot", "bad", "good")
+
+    def __init__(self, seconds: float) -> None:
+        self._scale = _SLICES / seconds
+        self._slices = [[0, 0] for _ in range(_SLICES)]
+        self._slot = 0
+        self.good = 0
+        self.bad = 0
+
+    def note(self, good: bool, now: float) -> None:
+        """Count one leg."""
+        self.roll(now)
+        current = self._slices[self._slot % _SLICES]
+        if good:
+            current[0] += 1
+            self.good += 1
+        else:
+            current[1] += 1
+            self.bad += 1
+
+    def roll(self, now: float) -> None:
+        """Forget what is too old."""
+        slot = int(now * self._scale)
+        if slot <= self._slot:
+            return
+        if slot - self._slot >= _SLICES:
+            self.clear()
+        else:
+            for passed in range(self._slot + 1, slot + 1):
+                old = self._slices[passed % _SLICES]
+                self.good -= old[0]
+                self.bad -= old[1]
+                old[0] = old[1] = 0
+        self._slot = slot
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for old in self._slices:
+            old[0] = old[1] = 0
+        self.good = self.bad = 0
+
+
+class Standing:
+    """One backend's standing at one leg.
+
+    Arguments:
+        window: seconds for which a leg's outcome counts.
+    Attributes:
+        consecutive: failures since the last good leg.
+        window: good and bad legs of late.
+        samples: times noted since it last began anew.
+        excess: running mean of log(seconds / what its pool usually takes for such a leg).
+        timed_at: when the last time was noted.
+        level: how often it was ejected, less what good time took back; the time out doubles with it.
+        ejected_until: the end of the last ejection; 0 when there was none.
+        reason: of that ejection; empty once it is over and that has been seen.
+    """
+
+    __slots__ = (
+        "_log_seconds",
+        "consecutive",
+        "ejected_until",
+        "excess",
+        "level",
+        "reason",
+        "samples",
+        "timed_at",
+        "window",
+    )
+
+    def __init__(self, window: float) -> None:
+        self.window = Window(window)
+        self.level = 0
+        self.ejected_until = 0.0
+        self.reason = ""
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget how it did; how often it was ejected is kept."""
+        self.window.clear()
+        self.consecutive = 0
+        self.samples = 0
+        self.excess = 0.0
+        self.timed_at = 0.0
+        self._log_seconds = 0.0
+
+    def note(self, good: bool, now: float) -> None:
+        """A leg went well, or failed."""
+        self.consecutive = 0 if good else self.consecutive + 1
+        self.window.note(good, now)
+
+    def note_time(self, taken: float, usual: float, now: float) -> None:
+        """A leg took so long (decode: for each token).
+
+        Arguments:
+            taken, usual: logarithms of its seconds, and of what its pool usually takes.
+        """
+        self.samples = samples = self.samples + 1
+        weight = _WEIGHT if samples > _FULL_MEMORY else 1 / samples
+        self._log_seconds += weight * (taken - self._log_seconds)
+        self.excess += weight * (taken - usual - self.excess)
+        self.timed_at = now
+
+    def seconds_above(self, excess: float) -> float:
+        """How much longer its legs take than those of a backend with another `excess`."""
+        return exp(self._log_seconds) * (1 - exp(excess - self.excess))
+
+    def lift(self, now: float) -> None:
+        """End an ejection: what comes up now is not what failed."""
+        self.ejected_until = min(self.ejected_until, now)
+        self.reason = ""
+        self.begin_anew()
+
+    def ejected(self, now: float) -> bool:
+        """Whether it is out now."""
+        return now < self.ejected_until
+
+
+def log_seconds(seconds: float) -> float:
+    """The natural logarithm of a time; times differ by factors, and one freak must not outweigh ten others."""
+    return log(seconds if seconds > _LEAST_SECONDS else _LEAST_SECONDS)
