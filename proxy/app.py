@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
+from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.api import operations
 from proxy.api.credentials import Credentials
@@ -24,9 +25,11 @@ from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
+from proxy.flow.room import FleetRoom
 from proxy.handoff.plan import PATHS
 from proxy.handoff.registry import CONNECTORS
 from proxy.settings import Settings
+from proxy.telemetry.admission import AdmissionSink
 from proxy.telemetry.logs import RequestLog
 from proxy.telemetry.prometheus import PrometheusSink, registry
 from proxy.telemetry.records import Sinks
@@ -46,6 +49,7 @@ class Gateway:
     settings: Settings
     fleet: Fleet
     gate: Gate
+    admission: Admission
     surface: Surface
     registry: CollectorRegistry
 
@@ -54,9 +58,14 @@ def build(settings: Settings) -> Gateway:
     """A gateway that does nothing until its surface's lifespan begins."""
     fleet = Fleet(settings)
     gate = Gate()
+    admission = Admission(settings, FleetRoom(fleet) if fleet.bounded else None)
+    gate.on_close = admission.close
+    if fleet.bounded:
+        fleet.watch_room(admission.look)
     prometheus = PrometheusSink(fleet)
-    telemetry = Sinks(prometheus, RequestLog(settings.access_log))
-    metrics = registry(prometheus)
+    queue = AdmissionSink(admission)
+    telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log))
+    metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
     connector = CONNECTORS[settings.connector]
     legs = Legs(settings, fleet, telemetry, connector.lease)
@@ -88,7 +97,7 @@ def build(settings: Settings) -> Gateway:
         prometheus.forget(backend.url)
 
     hot: dict[str, ASGIApp] = {
-        PATHS[endpoint]: Inference(endpoint, settings, fleet, flow, gate, credentials, telemetry)
+        PATHS[endpoint]: Inference(endpoint, settings, fleet, flow, gate, admission, credentials, telemetry)
         for endpoint in ("chat", "completions")
     }
     routers = [
@@ -98,7 +107,7 @@ def build(settings: Settings) -> Gateway:
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics))
-    return Gateway(settings, fleet, gate, Surface(hot=hot, routers=routers, lifespan=lifespan), metrics)
+    return Gateway(settings, fleet, gate, admission, Surface(hot=hot, routers=routers, lifespan=lifespan), metrics)
 
 
 async def _watch_loop(prometheus: PrometheusSink) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from math import inf
 from types import TracebackType
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ class Backend:
         removed: taken out by an operator; it finishes what it has and gets nothing new.
         failures: failed requests since the last good one.
         attention: set when something happened that its prober should look at now.
+        most_requests, most_tokens: what may be in flight here before new requests should go elsewhere.
+        on_freed: called when a lease is released, where somebody waits for room.
     """
 
     __slots__ = (
@@ -38,6 +41,9 @@ class Backend:
         "inflight_requests",
         "inflight_tokens",
         "models",
+        "most_requests",
+        "most_tokens",
+        "on_freed",
         "reason",
         "removed",
         "role",
@@ -58,12 +64,22 @@ class Backend:
         self.ejections = 0
         self.inflight_requests = 0
         self.inflight_tokens = 0
+        self.most_requests: float = inf
+        self.most_tokens: float = inf
+        self.on_freed: Callable[[], object] | None = None
         self.attention = asyncio.Event()
         self._leases: set[Lease] = set()
 
     def serves(self, model: str | None) -> bool:
         """Whether a request for `model` may go here; what is not known is not held against it."""
         return model is None or self.models is None or model in self.models
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a leg of so many tokens stays within the bounds. An idle backend has room for any leg: a bound on
+        tokens is none on the length of one prompt."""
+        return not self.inflight_requests or (
+            self.inflight_requests < self.most_requests and self.inflight_tokens + tokens <= self.most_tokens
+        )
 
     def mark_up(self) -> None:
         self.up = True
@@ -107,6 +123,8 @@ class Lease:
         self.backend.inflight_requests -= 1
         self.backend.inflight_tokens -= self.tokens
         self.backend._leases.discard(self)
+        if self.backend.on_freed is not None:
+            self.backend.on_freed()
 
     def lose(self, error: BackendError) -> None:
         if self.on_lost is not None:

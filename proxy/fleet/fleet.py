@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from math import inf
 from typing import Any
 
 from proxy.errors import BackendError, BackendUnreachable
@@ -18,10 +19,16 @@ class Fleet:
 
     Attributes:
         sizes: how many backends each pool has, up or not.
+        bounded: whether backends have bounds.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._failures = settings.health.failures
+        bounds = settings.admission
+        self._prefill_bounds = (bounds.prefill_requests or inf, bounds.prefill_tokens or inf)
+        self._decode_bounds = (bounds.decode_requests or inf, bounds.decode_tokens or inf)
+        self.bounded = (*self._prefill_bounds, *self._decode_bounds) != (inf,) * 4
+        self._on_room: Callable[[], object] | None = None
         self._pools: dict[Role, list[Backend]] = {role: [] for role in ROLES}
         self.sizes: dict[str, int] = dict.fromkeys(ROLES, 0)
         self.handoffs_in_limbo = 0
@@ -39,13 +46,33 @@ class Fleet:
         """The members of a pool, up or not."""
         return self._pools[role]
 
-    def candidates(self, role: Role, model: str | None) -> list[Backend]:
-        """The members of a pool that may be given a request for `model` now."""
-        return [
+    def candidates(self, role: Role, model: str | None, tokens: int | None = None) -> list[Backend]:
+        """The members of a pool that may be given a request for `model` now.
+
+        Arguments:
+            tokens: of the leg; members that it would put above their bounds are left out, as long as others have room.
+                Where none has, admission lets nobody new in; what is already in, and tries again, goes to a full one
+                rather than nowhere.
+        """
+        found = [
             b
             for b in self._pools[role]
             if b.up and not b.removed and (model is None or b.models is None or model in b.models)
         ]
+        if tokens is None or not self.bounded or len(found) < 2:
+            return found
+        return [b for b in found if b.has_room(tokens)] or found
+
+    def watch_room(self, on_room: Callable[[], object]) -> None:
+        """Have `on_room` called whenever a request that found no room may find some: a lease was released, or a pool
+        has changed."""
+        self._on_room = on_room
+        for backend in self:
+            backend.on_freed = on_room
+
+    def _room_changed(self) -> None:
+        if self._on_room is not None:
+            self._on_room()
 
     def knows(self, model: str) -> bool:
         """Whether any backend serves `model`, or may."""
@@ -96,8 +123,12 @@ class Fleet:
         """Add a backend, or take one back that was about to leave."""
         if backend := self.find(url, role):
             backend.removed = False
+            self._room_changed()
             return backend
         backend = Backend(url, role)
+        bounds = self._prefill_bounds if role == "prefill" else self._decode_bounds
+        backend.most_requests, backend.most_tokens = bounds
+        backend.on_freed = self._on_room
         self._pools[role].append(backend)
         self.sizes[role] += 1
         if self.on_join is not None:
@@ -113,6 +144,7 @@ class Fleet:
         if backend is None:
             return False
         backend.removed = True
+        self._room_changed()
         self.forget_idle()
         return True
 
@@ -153,9 +185,11 @@ class Fleet:
             log.warning("%s backend %s is out: %s", backend.role, backend.url, reason)
         backend.mark_down(reason)
         backend.attention.set()
+        self._room_changed()
 
     def bring_in(self, backend: Backend) -> None:
         """Mark a backend up."""
         if not backend.up:
             log.info("%s backend %s is up", backend.role, backend.url)
         backend.mark_up()
+        self._room_changed()

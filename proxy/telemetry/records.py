@@ -22,6 +22,7 @@ ITL_BOUNDS = (
 )
 DURATION_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 HANDOFF_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+QUEUE_BOUNDS = (0.001, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
 LOOP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -49,6 +50,10 @@ class RequestRecord(msgspec.Struct):
             `stream` (after it).
         prefill, decode: URLs of the backends of the last try; `mixed` or local decode leaves prefill empty.
         decode_pool: `decode` or `mixed`.
+        client: whose key it came with, by name; empty when it came with none that is known.
+        admitted: it was let in.
+        queued_seconds: how long it waited in the queue for that, or before it was refused or left.
+        refused: the code of the error with which admission turned it away, or empty.
         retries: (leg, reason) of every try that failed and was followed by another.
         fallback: why the request was served without a hand-off, or empty.
         tokens: completion tokens, as the engine counted them; where it did not say, token events as the relay did.
@@ -63,6 +68,10 @@ class RequestRecord(msgspec.Struct):
     status: int = 0
     outcome: str = ""
     stage: str = "admission"
+    client: str = ""
+    admitted: bool = False
+    queued_seconds: float = 0.0
+    refused: str = ""
     prefill: str = ""
     decode: str = ""
     decode_pool: str = "decode"
