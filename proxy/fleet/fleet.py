@@ -63,6 +63,17 @@ class Fleet:
             return found
         return [b for b in found if b.has_room(tokens)] or found
 
+    def has_room(self, role: Role, model: str | None, tokens: int) -> bool | None:
+        """Whether a candidate for `model` has room for a leg of so many tokens; None when there is no candidate. As
+        `candidates`, but ends with the first that has."""
+        found = None
+        for b in self._pools[role]:
+            if b.up and not b.removed and (model is None or b.models is None or model in b.models):
+                if b.has_room(tokens):
+                    return True
+                found = False
+        return found
+
     def watch_room(self, on_room: Callable[[], object]) -> None:
         """Have `on_room` called whenever a request that found no room may find some: a lease was released, or a pool
         has changed."""

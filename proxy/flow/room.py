@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from proxy.admission.ticket import Ticket
-from proxy.fleet.backend import Backend, Lease, Role
+from proxy.fleet.backend import Lease
 from proxy.fleet.fleet import Fleet
-from proxy.placement.decide import View, roles_used
+from proxy.placement.decide import roles_used
 from proxy.placement.policies import load
 
 
@@ -31,24 +31,24 @@ class FleetRoom:
     def has(self, ticket: Ticket) -> bool:
         """Whether in each pool that the request would use some backend has room. Also true when there is no such
         pool: the flow will say so."""
-        return all(
-            any(backend.has_room(tokens) for backend in backends) for backends, tokens in self._pools_used(ticket)
-        )
+        has_room, model, tokens = self._fleet.has_room, ticket.model, ticket.tokens
+        decode = has_room("decode", model, tokens)
+        prefill = has_room("prefill", model, ticket.prefill_tokens) if ticket.split else None
+        if decode and prefill:
+            return True  # what mixed backends do does not matter then
+        rooms = {"prefill": prefill, "decode": decode, "mixed": has_room("mixed", model, tokens)}
+        used = roles_used(alone=not ticket.split, **{role: room is not None for role, room in rooms.items()})
+        return all(rooms[role] for role in used)
 
     def claim(self, ticket: Ticket) -> Leases:
         """Leases on the least loaded backends that have room."""
-        leases = []
-        for backends, tokens in self._pools_used(ticket):
-            with_room = [backend for backend in backends if backend.has_room(tokens)]
-            leases.append(Lease(min(with_room or backends, key=load), tokens))
-        return Leases(leases)
-
-    def _pools_used(self, ticket: Ticket) -> list[tuple[list[Backend], int]]:
-        candidates: dict[Role, list[Backend]] = {
-            role: self._fleet.candidates(role, ticket.model) for role in ("prefill", "decode", "mixed")
+        candidates, model, tokens = self._fleet.candidates, ticket.model, ticket.tokens
+        found = {
+            "prefill": candidates("prefill", model, ticket.prefill_tokens),
+            "decode": candidates("decode", model, tokens),
+            "mixed": candidates("mixed", model, tokens),
         }
-        view = View(**candidates, configured=self._fleet.sizes)
-        return [
-            (candidates[role], ticket.prefill_tokens if role == "prefill" else ticket.tokens)
-            for role in roles_used(view, alone=not ticket.split)
-        ]
+        used = roles_used(alone=not ticket.split, **{role: bool(backends) for role, backends in found.items()})
+        return Leases(
+            [Lease(min(found[role], key=load), ticket.prefill_tokens if role == "prefill" else tokens) for role in used]
+        )

@@ -50,18 +50,21 @@ class Decision(msgspec.Struct, Generic[C], frozen=True):
         return tuple(c.url for c in self.candidates if c is not self.decode)
 
 
-def roles_used(view: View[C], *, alone: bool) -> tuple[Literal["prefill", "decode", "mixed"], ...]:
+def roles_used(
+    *, alone: bool, prefill: bool, decode: bool, mixed: bool
+) -> tuple[Literal["prefill", "decode", "mixed"], ...]:
     """The pools that a request goes to: a pair where it can be split and both are up, else a mixed backend, else decode
     by itself. Empty when nothing is up that could answer.
 
     Arguments:
         alone: it cannot be split.
+        prefill, decode, mixed: whether a backend of that role is up.
     """
-    if not alone and view.decode and view.prefill:
+    if not alone and decode and prefill:
         return ("prefill", "decode")
-    if view.mixed:
+    if mixed:
         return ("mixed",)
-    return ("decode",) if view.decode else ()
+    return ("decode",) if decode else ()
 
 
 def choose(
@@ -103,7 +106,7 @@ def decide(
         return Decision(pick(pool, candidates), pool, prefill, fallback, candidates)
 
     split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
-    used = roles_used(view, alone=bool(alone))
+    used = roles_used(alone=bool(alone), prefill=bool(view.prefill), decode=bool(view.decode), mixed=bool(view.mixed))
     if "prefill" in used:
         return decision("decode", view.decode, pick("prefill", view.prefill), "")
     missing = "no_decode_backend" if view.prefill else "no_prefill_backend"
