@@ -105,7 +105,7 @@ class Inference:
         """
         authorization = b""
         length: int | None = None
-        timeout = b""
+        timeout: bytes | None = None
         record.request_id = ""
         for name, value in scope["headers"]:
             if name == b"authorization":
@@ -120,7 +120,7 @@ class Inference:
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{scope['path']} takes POST", allow="POST")
         record.client = self._credentials.check_client(authorization)
-        total = min(self._total, _seconds(timeout)) if timeout else self._total
+        total = min(self._total, _seconds(timeout)) if timeout is not None else self._total
         if length is not None and length > self._limit:
             raise BodyTooLarge(f"the request body of {length} bytes exceeds the limit of {self._limit}")
         raw = await self._read(client, receive)
