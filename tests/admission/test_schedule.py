@@ -255,3 +255,39 @@ def test_all_who_wait_can_be_turned_away() -> None:
     plan.refuse_all(lambda: Draining("leaving"), 1.0)
     assert told.refused == [(each, "draining") for each in waiting]
     assert (plan.waiting, plan.requests) == (0, 1)
+
+
+# Shares and pace, as the schedule keeps them
+
+
+def test_keys_share_by_weight_in_what_is_let_in_from_the_queue() -> None:
+    plan, told, level = schedule(requests=1), Told(), Level(0)
+    light, heavy = client("light", level), client("heavy", level, weight=3.0)
+    plan.arrive(running := ticket(light))
+    for _ in range(40):
+        plan.arrive(told.listen(ticket(light)))
+    for _ in range(40):
+        plan.arrive(told.listen(ticket(heavy)))
+    for _ in range(40):
+        plan.leave(running, 1.0)
+        plan.admit(1.0)
+        running = told.let_in[-1]
+    assert abs(sum(t.client is heavy for t in told.let_in) - 30) <= 1
+
+
+def test_time_after_the_last_one_gave_up_waiting_is_no_slowness() -> None:
+    plan, one, told, now = schedule(requests=1), client(), Told(), 0.0
+    plan.arrive(running := ticket(one))
+    for _ in range(10):
+        plan.arrive(told.listen(ticket(one)))
+    for _ in range(9):  # one a second
+        now += 1.0
+        plan.leave(running, now)
+        plan.admit(now)
+        running = told.let_in[-1]
+    [last] = [t for t in plan._queue]
+    plan.leave(last, now)
+    now += 1000.0
+    for _ in range(3):
+        plan.arrive(new := ticket(one, now=now, patience=5.0))
+        assert new.state == "waiting"
