@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.admission.clients import Client, Level
@@ -29,6 +29,7 @@ def fill(queue: FairQueue, *tickets: Ticket) -> None:
         queue.push(each)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 10**20), st.sampled_from(["m", "n"])), max_size=60))
 def test_a_clients_requests_keep_their_order_and_none_is_lost(arrivals: list[tuple[int, int, str]]) -> None:
     level, queue = Level(0), FairQueue()
@@ -45,6 +46,7 @@ def test_a_clients_requests_keep_their_order_and_none_is_lost(arrivals: list[tup
     assert (queue.count, queue.size, queue._lanes) == (0, 0, {})
 
 
+@settings(deadline=None)
 @given(SIZES, SIZES, WEIGHTS, WEIGHTS)
 def test_while_both_wait_two_clients_share_by_weight_within_one_request_each(
     sizes_a: list[int], sizes_b: list[int], weight_a: float, weight_b: float
@@ -63,6 +65,7 @@ def test_while_both_wait_two_clients_share_by_weight_within_one_request_each(
         assert abs(served[a] / weight_a - served[b] / weight_b) <= bound * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-2, 2), st.integers(1, 1000)), max_size=40))
 def test_a_higher_priority_goes_first_always(arrivals: list[tuple[int, int]]) -> None:
     clients = {priority: client(str(priority), Level(priority)) for priority in range(-2, 3)}
@@ -134,6 +137,7 @@ def test_those_ahead_are_counted_in_the_order_in_which_they_will_go() -> None:
     assert queue.ahead(ticket(client("low", Level(-1)))) == 110
 
 
+@settings(deadline=None)
 @given(SIZES, SIZES, WEIGHTS, st.integers(1, 1000))
 def test_the_count_of_those_ahead_is_never_more_than_all(
     sizes_a: list[int], sizes_b: list[int], weight: float, tokens: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.admission.pace import Pace
@@ -25,6 +25,7 @@ def test_without_enough_to_go_by_there_is_no_rate_and_the_soonest_retry() -> Non
     assert pace.retry_after(1000, now) == 1
 
 
+@settings(deadline=None)
 @given(st.floats(0.2, 1000), st.integers(5, 500), st.integers(1, 1000))
 def test_a_steady_rate_is_measured(rate: float, requests: int, waiting: int) -> None:
     pace, now = steady(rate, requests)

@@ -285,7 +285,7 @@ def test_time_after_the_last_one_gave_up_waiting_is_no_slowness() -> None:
         plan.leave(running, now)
         plan.admit(now)
         running = told.let_in[-1]
-    [last] = [t for t in plan._queue]
+    [last] = plan._queue
     plan.leave(last, now)
     now += 1000.0
     for _ in range(3):
