@@ -22,8 +22,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from proxy import errors  # noqa: E402 - the checkout's own package, installed or not
+from proxy.admission.admission import Admission  # noqa: E402
 from proxy.fleet.fleet import Fleet  # noqa: E402
-from proxy.settings import CONFIG_VARIABLE, PREFIX, Group, Settings, leaves  # noqa: E402
+from proxy.settings import CONFIG_VARIABLE, PREFIX, ClientSettings, Group, Settings, leaves  # noqa: E402
+from proxy.telemetry.admission import AdmissionSink  # noqa: E402
 from proxy.telemetry.prometheus import PrometheusSink  # noqa: E402
 
 NONE = "\N{EN DASH}"
@@ -31,6 +33,9 @@ NOTE = "<!-- Written by docs/reference.py from the code. Do not edit; run it aga
 
 LABELS = {
     "backend": "URL of a configured backend",
+    "client": "a client's name in the settings; `key-1`, `key-2`, … for those of `api_keys`; `anonymous` without keys",
+    "code": "of the error: `queue_full`, `deadline_too_close`, `queue_timeout`, `rate_limit_exceeded`, "
+    "`too_many_tokens` or `draining`",
     "endpoint": "`chat` or `completions`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
     "leg": "`prefill` or `decode`",
@@ -108,6 +113,13 @@ def settings_page() -> str:
             for name, field in fields
         ]
         parts.append(table(("name", "variable", "flag", "default", "meaning"), rows))
+    parts.append("## clients[]\n")
+    parts.append(
+        "`clients` is a list of these; as a variable or a flag it is JSON. Names and keys differ from each other and "
+        "from those of `api_keys`.\n"
+    )
+    members = [(f"`{name}`", default(field), meaning(field)) for name, field in leaves(ClientSettings)]
+    parts.append(table(("member", "default", "meaning"), members))
     return "\n".join(parts)
 
 
@@ -146,7 +158,8 @@ def arguments_of(annotation: Any) -> set[Any]:
 
 
 def metrics_page() -> str:
-    families = list(PrometheusSink(Fleet(Settings.model_construct(**no_backends()))).collect())
+    settings = Settings.model_construct(**no_backends())
+    families = [*PrometheusSink(Fleet(settings)).collect(), *AdmissionSink(Admission(settings)).collect()]
     used = sorted({label for family in families for label in family._labelnames})  # type: ignore[attr-defined]
     if used != sorted(LABELS):
         raise SystemExit(f"reference.py: LABELS must describe exactly {', '.join(used)}")

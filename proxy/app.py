@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
+from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.api import operations
 from proxy.api.backends import backends
@@ -25,10 +26,12 @@ from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
+from proxy.flow.room import FleetRoom
 from proxy.flow.warmup import Warmup
 from proxy.handoff.plan import PATHS
 from proxy.handoff.registry import CONNECTORS
 from proxy.settings import Settings
+from proxy.telemetry.admission import AdmissionSink
 from proxy.telemetry.logs import RequestLog
 from proxy.telemetry.prometheus import PrometheusSink, registry
 from proxy.telemetry.records import Sinks
@@ -48,6 +51,7 @@ class Gateway:
     settings: Settings
     fleet: Fleet
     gate: Gate
+    admission: Admission
     surface: Surface
     registry: CollectorRegistry
 
@@ -56,11 +60,16 @@ def build(settings: Settings) -> Gateway:
     """A gateway that does nothing until its surface's lifespan begins."""
     fleet = Fleet(settings)
     gate = Gate()
+    admission = Admission(settings, FleetRoom(fleet) if fleet.bounded else None)
+    gate.on_close = admission.close
+    if fleet.bounded:
+        fleet.watch_room(admission.look)
     prometheus = PrometheusSink(fleet)
     connector = CONNECTORS[settings.connector]
     warmup = Warmup(settings, fleet, connector)
-    telemetry = Sinks(prometheus, RequestLog(settings.access_log), warmup)
-    metrics = registry(prometheus)
+    queue = AdmissionSink(admission)
+    telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup)
+    metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
     legs = Legs(settings, fleet, telemetry, connector.lease)
     flow = Flow(settings, fleet, legs, connector, telemetry, random.random)
@@ -95,7 +104,7 @@ def build(settings: Settings) -> Gateway:
         prometheus.forget(backend.url)
 
     hot: dict[str, ASGIApp] = {
-        PATHS[endpoint]: Inference(endpoint, settings, fleet, flow, gate, credentials, telemetry)
+        PATHS[endpoint]: Inference(endpoint, settings, fleet, flow, gate, admission, credentials, telemetry)
         for endpoint in ("chat", "completions")
     }
     routers = [
@@ -106,7 +115,7 @@ def build(settings: Settings) -> Gateway:
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics))
-    return Gateway(settings, fleet, gate, Surface(hot=hot, routers=routers, lifespan=lifespan), metrics)
+    return Gateway(settings, fleet, gate, admission, Surface(hot=hot, routers=routers, lifespan=lifespan), metrics)
 
 
 async def _watch_loop(prometheus: PrometheusSink) -> None:

@@ -13,10 +13,22 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from proxy.settings import CONFIG_VARIABLE, PREFIX, Settings, build_settings, leaves, unknown_variables
+from proxy.settings import (
+    CONFIG_VARIABLE,
+    PREFIX,
+    ClientSettings,
+    Settings,
+    build_settings,
+    leaves,
+    unknown_variables,
+)
 
-_KNOWN = [*(leaf for leaf, _ in leaves()), *Settings.model_fields]
-_SECRET = {"api_keys", "admin_key", "backend_api_key"}
+_KNOWN = [
+    *(leaf for leaf, _ in leaves()),
+    *Settings.model_fields,
+    *(f"clients.{name}" for name in ClientSettings.model_fields),
+]
+_SECRET = {"api_keys", "admin_key", "backend_api_key", "clients", "clients.key"}
 
 
 class ConfigurationError(Exception):
@@ -68,6 +80,7 @@ def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> N
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[f"{prefix}{index}"] = item.start_mark.line + 1
+            _note_lines(item, f"{prefix}{index}.", lines)
 
 
 def configure(
@@ -103,7 +116,7 @@ def _explain(detail: ErrorDetails, flags: Mapping[str, Any], file: File | None, 
     name = ".".join(path)
     setting = ".".join(part for part in path if not part.isdigit())
     if detail["type"] == "extra_forbidden":
-        what = f"no such setting{did_you_mean(name, _KNOWN)}"
+        what = f"no such setting{did_you_mean(setting, _KNOWN)}"
     else:
         what = detail["msg"].removeprefix("Value error, ")
         if name:
@@ -123,6 +136,8 @@ def _explain(detail: ErrorDetails, flags: Mapping[str, Any], file: File | None, 
 def _source(
     setting: str, name: str, flags: Mapping[str, Any], file: File | None, environment: Mapping[str, str]
 ) -> str:
+    if setting.startswith("clients."):  # one setting as a flag or a variable, whatever is in it
+        setting = "clients"
     value: Any = flags
     for part in setting.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -133,7 +148,8 @@ def _source(
         return variable
     if file is None:
         return ""
-    line = file.lines.get(name) or file.lines.get(setting) or (1 if setting else None)
+    item = name.rpartition(".")[0]  # what lacks a member has no line for it
+    line = file.lines.get(name) or file.lines.get(item) or file.lines.get(setting) or (1 if setting else None)
     return f"{file.path}:{line}" if line else str(file.path)
 
 

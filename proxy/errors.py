@@ -5,6 +5,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     GatewayError                       500
     ├── ClientError                    400  the client's to mend
     │   ├── InvalidRequest             400
+    │   ├── TooManyTokens              400  more than a bound of admission allows at all
     │   ├── Unauthorized               401
     │   ├── Forbidden                  403
     │   ├── RouteNotFound              404
@@ -13,10 +14,14 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   ├── MethodNotAllowed           405
     │   ├── RequestTimedOut            408
     │   ├── BodyTooLarge               413
+    │   ├── RateLimited                429  this client's own bound
     │   └── HeadersTooLarge            431
     ├── Unavailable                    503  no engine was asked
     │   ├── NoBackend                  503
-    │   └── Draining                   503
+    │   ├── Draining                   503
+    │   ├── QueueFull                  503  the service's bounds: nobody else may wait
+    │   ├── DeadlineTooClose           503  it would not be its turn in time
+    │   └── QueueTimedOut              503  it was not its turn in time
     ├── TotalTimedOut                  504  the request's own time ran out
     └── BackendError                   502  one leg failed; another try may help
         ├── BackendUnreachable         502  no connection: nothing was read by the engine
@@ -87,6 +92,12 @@ class InvalidRequest(ClientError):
     """The body is not JSON, not an object, or a field the gateway must read has the wrong type."""
 
 
+class TooManyTokens(ClientError):
+    """By its size alone the request is above a bound of admission, so that no wait would help."""
+
+    code = "too_many_tokens"
+
+
 class Unauthorized(ClientError):
     status = 401
     type = "authentication_error"
@@ -137,6 +148,14 @@ class BodyTooLarge(ClientError):
     code = "body_too_large"
 
 
+class RateLimited(ClientError):
+    """The client has as much in the gateway as its settings allow it."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
 class HeadersTooLarge(ClientError):
     status = 431
     code = "headers_too_large"
@@ -160,8 +179,26 @@ class Draining(Unavailable):
     code = "draining"
 
 
+class QueueFull(Unavailable):
+    """The bounds of admission are reached, and so is the length of the queue."""
+
+    code = "queue_full"
+
+
+class DeadlineTooClose(Unavailable):
+    """The queue empties too slowly for the request's deadline; it is told so at once."""
+
+    code = "deadline_too_close"
+
+
+class QueueTimedOut(Unavailable):
+    """The request's deadline came while it waited."""
+
+    code = "queue_timeout"
+
+
 class TotalTimedOut(GatewayError):
-    """`timeouts.total` ran out."""
+    """`timeouts.total`, or the client's own `x-request-timeout`, ran out."""
 
     status = 504
     type = "timeout"

@@ -7,6 +7,7 @@ in all three, since a misspelt setting that is silently ignored is found in prod
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
@@ -57,6 +58,16 @@ def _split(value: object) -> object:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
+
+
+def _parse(value: object) -> object:
+    """Lists of groups may come as one string (environment, flags): JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:  # said without the text, since there are keys in it
+        raise ValueError('as a variable or a flag this is a JSON list: [{"name": "…", "key": "…"}]') from None
 
 
 BackendUrls = Annotated[tuple[Annotated[str, AfterValidator(backend_url)], ...], NoDecode, BeforeValidator(_split)]
@@ -146,6 +157,49 @@ class Retries(Group):
     floor: int = Field(10, ge=0, description="retries in progress that a pool may have however few its live requests")
 
 
+class AdmissionSettings(Group):
+    """What may run at once, and who waits for it ([operating](operating.md#overload)). Tokens are estimates: those of
+    the prompt by its size, and `max_tokens`."""
+
+    requests: int | None = Field(
+        20_000,
+        ge=1,
+        description="requests that run at once in all; far above what one process relays, so bounds memory",
+    )
+    tokens: int | None = Field(None, ge=1, description="tokens of the requests that run at once in all")
+    prefill_requests: int | None = Field(None, ge=1, description="prefill legs at once on each prefill backend")
+    prefill_tokens: int | None = Field(
+        None, ge=1, description="prompt tokens at once on each prefill backend; a longer prompt goes to an idle one"
+    )
+    decode_requests: int | None = Field(
+        None, ge=1, description="requests at once on each backend that answers clients, decode or mixed"
+    )
+    decode_tokens: int | None = Field(
+        None, ge=1, description="tokens at once on each backend that answers clients: what its KV cache holds"
+    )
+    queue: int = Field(1000, ge=0, description="requests that may wait; 0 refuses instead")
+    queue_bytes: int = Field(256 * 1024 * 1024, ge=1, description="bytes of the bodies of those that wait")
+    queue_timeout: Seconds = Field(30.0, description="seconds a request may wait")
+
+
+class ClientSettings(Group):
+    """A client with a name."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="what metrics and logs call it; letters, digits, ._-"
+    )
+    key: SecretStr = Field(min_length=1, description="what it sends as a bearer token")
+    weight: float = Field(
+        1.0, ge=0.01, le=100, description="its share of what is free, beside others of its priority that wait too"
+    )
+    priority: int = Field(0, ge=-100, le=100, description="higher goes first, always")
+    requests: int | None = Field(None, ge=1, description="requests it may have here at once, waiting ones included")
+    tokens: int | None = Field(None, ge=1, description="tokens of these")
+
+
+Clients = Annotated[tuple[ClientSettings, ...], NoDecode, BeforeValidator(_parse)]
+
+
 class Shutdown(Group):
     """What SIGTERM does."""
 
@@ -190,9 +244,13 @@ class Settings(BaseSettings):
     warmup: bool = Field(
         True, description="send a tiny request through each new pair, so that no user pays the handshake"
     )
+    admission: AdmissionSettings = AdmissionSettings()
     shutdown: Shutdown = Shutdown()
     metrics: MetricsSettings = MetricsSettings()
     api_keys: Secrets = Field((), description="keys clients must send as a bearer token; none: open")
+    clients: Clients = Field(
+        (), description="clients with names, keys, and bounds and shares of their own, beside api_keys"
+    )
     admin_key: SecretStr | None = Field(
         None, description="key for /admin, /instances and /reset_prefix_cache; none: loopback clients only"
     )
@@ -212,6 +270,23 @@ class Settings(BaseSettings):
                     raise ValueError(f"{url} is listed {where}; a backend has one role (use mixed for both)")
                 seen[url] = role
         return self
+
+    @model_validator(mode="after")
+    def _clients_differ(self) -> Settings:
+        names, keys = set[str](), dict[str, str]()
+        for place, (name, secret) in enumerate(self.client_keys()):
+            other = keys.setdefault(secret.get_secret_value(), name)
+            if name in names:
+                raise ValueError(f"clients: two of them are named {name}")
+            if other != name and place >= len(self.api_keys):  # the same key twice in api_keys harms nobody
+                raise ValueError(f"clients: {other} and {name} have the same key")
+            names.add(name)
+        return self
+
+    def client_keys(self) -> list[tuple[str, SecretStr]]:
+        """Every client's name and key. Those of `api_keys` are named by their position, never by the secret."""
+        numbered = [(f"key-{number}", key) for number, key in enumerate(self.api_keys, 1)]
+        return numbered + [(client.name, client.key) for client in self.clients]
 
     @classmethod
     def settings_customise_sources(

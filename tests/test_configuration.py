@@ -155,6 +155,23 @@ def test_lines_are_noted_for_every_name(write: Write) -> None:
         ("decode: [a:1, 'ftp://b']", "gateway.yaml:1: decode: 'ftp://b': a backend is http://host:port"),
         ("log_level: loud", "gateway.yaml:1: log_level: input should be 'debug', 'info', 'warning' or 'error', not"),
         ("metrics: 9090", "gateway.yaml:1: metrics: "),
+        (
+            "admission:\n  queue: -1",
+            "gateway.yaml:2: admission.queue: input should be greater than or equal to 0, not -1",
+        ),
+        (
+            "clients:\n  - name: a\n    key: k\n    wieght: 2",
+            "gateway.yaml:4: clients.wieght: no such setting (did you mean clients.weight?)",
+        ),
+        (
+            "clients:\n  - {name: a, key: k}\n  - name: b\n    key: l\n    weight: 0",
+            "gateway.yaml:5: clients.weight: input should be greater than or equal to 0.01, not 0",
+        ),
+        ("clients:\n  - key: k", "gateway.yaml:2: clients.name: field required"),
+        ("clients:\n  - {name: a b, key: k}", "gateway.yaml:2: clients.name: string should match pattern"),
+        ("clients: [{name: a, key: k}, {name: a, key: l}]", "gateway.yaml: clients: two of them are named a"),
+        ("clients: [{name: a, key: k}, {name: b, key: k}]", "gateway.yaml: clients: a and b have the same key"),
+        ("api_keys: [j, k]\nclients: [{name: b, key: k}]", "gateway.yaml: clients: key-2 and b have the same key"),
         ("decode: [a:1]\nmixed: [a:1]", "gateway.yaml: http://a:1 is listed under decode and under mixed"),
     ],
 )
@@ -185,6 +202,24 @@ def test_an_unknown_variable_is_said_with_what_it_may_have_meant(monkeypatch: py
     ]
 
 
+def test_clients_may_be_json_in_a_variable_and_in_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_PROXY_CLIENTS", '[{"name": "a", "key": "k", "weight": 2}]')
+    [client] = configure({}, None, os.environ).clients
+    assert (client.name, client.key.get_secret_value(), client.weight, client.requests) == ("a", "k", 2.0, None)
+    [client] = configure({"clients": '[{"name": "b", "key": "k", "requests": 3}]'}, None, os.environ).clients
+    assert (client.name, client.requests) == ("b", 3)
+    monkeypatch.setenv("PD_PROXY_CLIENTS", '[{"name": "a", "kay": "424242"}]')
+    assert sorted(wrong({})) == [
+        "PD_PROXY_CLIENTS: clients.kay: no such setting (did you mean clients.key?)",
+        "PD_PROXY_CLIENTS: clients.key: field required",
+    ]
+    monkeypatch.setenv("PD_PROXY_CLIENTS", '[{"name": 424242')
+    assert wrong({}) == [
+        'PD_PROXY_CLIENTS: clients: as a variable or a flag this is a JSON list: [{"name": "…", "key": "…"}]'
+    ]
+    assert wrong({"clients": "[1"})[0].startswith("flag --clients: clients: ")
+
+
 def test_a_variable_that_is_like_no_setting_gets_no_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PD_PROXY_XYZZY", "1")
     assert wrong({}) == ["PD_PROXY_XYZZY: no such setting"]
@@ -211,7 +246,18 @@ def test_a_variable_that_is_no_json_where_that_is_wanted_is_said(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "text", ["admin_key: 424242", "api_keys: [424242]", "backend_api_key: [424242]", "decode: ['http://me:424242@a:1']"]
+    "text",
+    [
+        "clients: [424242]",
+        "clients: '424242'",
+        "clients: [{name: a, key: 424242}]",
+        "clients: [{key: '424242'}]",
+        "clients: [{name: a, key: '424242'}, {name: b, key: '424242'}]",
+        "admin_key: 424242",
+        "api_keys: [424242]",
+        "backend_api_key: [424242]",
+        "decode: ['http://me:424242@a:1']",
+    ],
 )
 def test_what_is_wrong_with_a_secret_is_said_without_it(write: Write, text: str) -> None:
     assert "424242" not in "\n".join(wrong({}, write(text)))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 
 from proxy.settings import Settings, backend_url, build_settings, leaves, unknown_variables
 
@@ -98,7 +98,15 @@ def test_lists_in_the_environment_are_comma_separated(monkeypatch: pytest.Monkey
 
 
 def test_secrets_are_not_shown() -> None:
-    settings = Settings(api_keys=["hush"], admin_key=SecretStr("hush"), backend_api_key=SecretStr("hush"))  # type: ignore[arg-type]
+    settings = build_settings(
+        {
+            "api_keys": ["hush"],
+            "admin_key": "hush",
+            "backend_api_key": "hush",
+            "clients": [{"name": "a", "key": "hush too"}],
+        },
+        {},
+    )
     for shown in (repr(settings), str(settings), str(settings.model_dump()), settings.model_dump_json()):
         assert "hush" not in shown
     assert settings.api_keys[0].get_secret_value() == "hush"
@@ -116,6 +124,10 @@ def test_secrets_are_not_shown() -> None:
         ({"retries": {"attempts": 21}}, "retries.attempts"),
         ({"shutdown": {"grace": -0.1}}, "shutdown.grace"),
         ({"port": 65536}, "port"),
+        ({"admission": {"requests": 0}}, "admission.requests"),
+        ({"admission": {"queue_timeout": 0}}, "admission.queue_timeout"),
+        ({"clients": [{"name": "a", "key": "k", "priority": 101}]}, "clients.0.priority"),
+        ({"clients": [{"name": "a", "key": ""}]}, "clients.0.key"),
         ({"metrics": {"port": -1}}, "metrics.port"),
         ({"connector": "p2p"}, "connector"),
         ({"fallback": "maybe"}, "fallback"),
@@ -129,6 +141,12 @@ def test_a_value_out_of_bounds_and_an_unknown_name_are_refused(flags: dict[str, 
     with pytest.raises(ValidationError) as caught:
         build_settings(flags, {})
     assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [field]
+
+
+def test_clients_of_api_keys_are_named_by_position_and_not_by_the_secret() -> None:
+    settings = build_settings({"api_keys": "one,two", "clients": [{"name": "c", "key": "three"}]}, {})
+    named = {name: key.get_secret_value() for name, key in settings.client_keys()}
+    assert named == {"key-1": "one", "key-2": "two", "c": "three"}
 
 
 def test_settings_do_not_change() -> None:

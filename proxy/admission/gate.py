@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from proxy.errors import Draining
@@ -13,15 +14,27 @@ class Gate:
 
     Attributes:
         draining: the gateway is about to leave; /ready says so.
-        closed: no new request may start.
+        on_close: called when the gate closes.
     """
 
     def __init__(self) -> None:
         self.draining = False
-        self.closed = False
+        self.on_close: Callable[[], object] | None = None
+        self._closed = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
+
+    @property
+    def closed(self) -> bool:
+        """No new request may start."""
+        return self._closed
+
+    @closed.setter
+    def closed(self, closed: bool) -> None:
+        self._closed = closed
+        if closed and self.on_close is not None:
+            self.on_close()
 
     @property
     def inside(self) -> int:
@@ -34,7 +47,7 @@ class Gate:
         Raises:
             Draining: the gate is closed.
         """
-        if self.closed:
+        if self._closed:
             raise Draining("this gateway is shutting down; try again elsewhere", retry_after=1)
         self._tasks.add(task)
         self._empty.clear()

@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 from collections.abc import Iterable, Sequence
 
+from proxy.admission.clients import ANONYMOUS
 from proxy.errors import Forbidden, Unauthorized
 from proxy.settings import Settings
 
@@ -19,20 +20,24 @@ class Credentials:
     """Checks bearer tokens. Keys are kept and compared as digests, in constant time."""
 
     def __init__(self, settings: Settings) -> None:
-        self._clients = [_digest(key.get_secret_value().encode()) for key in settings.api_keys]
-        self._admin = [_digest(settings.admin_key.get_secret_value().encode())] if settings.admin_key else []
+        self._clients = [(_digest(key.get_secret_value().encode()), name) for name, key in settings.client_keys()]
+        key = settings.admin_key
+        self._admin = [(_digest(key.get_secret_value().encode()), "admin")] if key else []
 
-    def check_client(self, authorization: bytes) -> None:
-        """Raise `Unauthorized` unless the header holds one of `api_keys`, or none are set."""
-        if self._clients and not _matches(authorization, self._clients):
-            raise Unauthorized("this gateway wants an API key: Authorization: Bearer <key>")
+    def check_client(self, authorization: bytes) -> str:
+        """The client's name; raises `Unauthorized` unless the header holds a client's key, or there are none."""
+        if not self._clients:
+            return ANONYMOUS
+        if name := _whose(authorization, self._clients):
+            return name
+        raise Unauthorized("this gateway wants an API key: Authorization: Bearer <key>")
 
     def check_operator(self, headers: Iterable[Header], peer: Sequence[object] | None) -> None:
         """Raise unless the request may change the gateway: by the admin key, or, where none is set, from this machine
         (and not through a proxy on it)."""
         seen = dict(headers)
         if self._admin:
-            if not _matches(seen.get(b"authorization", b""), self._admin):
+            if not _whose(seen.get(b"authorization", b""), self._admin):
                 raise Unauthorized("this needs the admin key: Authorization: Bearer <admin_key>")
         elif not _is_loopback(peer) or _FORWARDED & seen.keys():
             raise Forbidden("without an admin_key only clients on the gateway's own machine may do this; set admin_key")
@@ -42,14 +47,16 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _matches(authorization: bytes, digests: list[bytes]) -> bool:
+def _whose(authorization: bytes, digests: list[tuple[bytes, str]]) -> str:
+    """The name beside the key that the header holds, or an empty string."""
     scheme, _, token = authorization.partition(b" ")
     if scheme.lower() != b"bearer":
-        return False
+        return ""
     digest = _digest(token.strip())
-    found = False
-    for known in digests:  # all of them, so that the time taken tells nothing
-        found |= hmac.compare_digest(digest, known)
+    found = ""
+    for known, name in digests:  # all of them, so that the time taken tells nothing
+        if hmac.compare_digest(digest, known):
+            found = found or name
     return found
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import re
+from math import inf
 from time import monotonic
 from typing import Any
 
+from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
+from proxy.admission.ticket import Ticket
 from proxy.api.credentials import Credentials
 from proxy.errors import (
     BodyTooLarge,
     Draining,
     GatewayError,
+    InvalidRequest,
     MethodNotAllowed,
     ModelNotFound,
     RequestTimedOut,
@@ -28,6 +32,7 @@ from proxy.settings import Settings
 from proxy.telemetry.records import RequestRecord, Telemetry
 
 _JSON = (b"content-type", b"application/json")
+_SECONDS = re.compile(rb"\d{1,6}(\.\d{1,3})?").fullmatch
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}").fullmatch
 
 
@@ -45,16 +50,19 @@ class Inference:
         fleet: Fleet,
         flow: Flow,
         gate: Gate,
+        admission: Admission,
         credentials: Credentials,
         telemetry: Telemetry,
     ) -> None:
         self._endpoint = endpoint
         self._limit = settings.limits.request_body
         self._body_seconds = settings.timeouts.request_body
-        self._total = settings.timeouts.total
+        self._total = settings.timeouts.total or inf
+        self._queue_timeout = settings.admission.queue_timeout
         self._fleet = fleet
         self._flow = flow
         self._gate = gate
+        self._admission = admission
         self._credentials = credentials
         self._telemetry = telemetry
 
@@ -97,6 +105,7 @@ class Inference:
         """
         authorization = b""
         length: int | None = None
+        timeout: bytes | None = None
         record.request_id = ""
         for name, value in scope["headers"]:
             if name == b"authorization":
@@ -105,13 +114,17 @@ class Inference:
                 length = int(value) if value.isdigit() else None
             elif name == b"x-request-id" and _SANE_ID(value):
                 record.request_id = value.decode("ascii")
+            elif name == b"x-request-timeout":
+                timeout = value
         record.request_id = record.request_id or new_id()
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{scope['path']} takes POST", allow="POST")
-        self._credentials.check_client(authorization)
+        record.client = self._credentials.check_client(authorization)
+        total = min(self._total, _seconds(timeout)) if timeout is not None else self._total
         if length is not None and length > self._limit:
             raise BodyTooLarge(f"the request body of {length} bytes exceeds the limit of {self._limit}")
-        body = read_body(await self._read(client, receive), self._endpoint)
+        raw = await self._read(client, receive)
+        body = read_body(raw, self._endpoint)
         record.model = body.model or ""
         record.stream = body.stream
         if body.model is not None and not self._fleet.knows(body.model):
@@ -120,14 +133,55 @@ class Inference:
             raise ClientLeft
         client.on_gone = task.cancel
         request = Request(body, client, record)
-        if self._total is None:
-            await self._flow.run(request)
-            return
-        try:
-            async with asyncio.timeout(self._total):
+        with self._admit(request, len(raw), total) as ticket:
+            if ticket.state == "waiting":
+                await self._turn(ticket, record)
+            if total == inf:
                 await self._flow.run(request)
-        except TimeoutError:
-            raise TotalTimedOut(f"the request was not finished within {self._total:g} s") from None
+                return
+            try:
+                async with asyncio.timeout(total - record.queued_seconds):
+                    await self._flow.run(request)
+            except TimeoutError:
+                raise TotalTimedOut(f"the request was not finished within {total:g} s") from None
+
+    def _admit(self, request: Request, size: int, total: float) -> Ticket:
+        """A ticket for a request of `size` bytes that may take `total` seconds.
+
+        Raises:
+            GatewayError: it may neither start nor wait.
+        """
+        body, record = request.body, request.record
+        try:
+            ticket = self._admission.enter(
+                record.client,
+                body.model,
+                split=not body.alone,
+                prefill_tokens=request.prefill_tokens,
+                tokens=request.decode_tokens,
+                size=size,
+                patience=min(total, self._queue_timeout),
+            )
+        except GatewayError as error:
+            record.refused = error.code
+            raise
+        record.admitted = ticket.state == "running"
+        return ticket
+
+    async def _turn(self, ticket: Ticket, record: RequestRecord) -> None:
+        """Wait in the queue.
+
+        Raises:
+            GatewayError: its time ran out, or its place was lost.
+        """
+        try:
+            await self._admission.turn(ticket)
+            record.admitted = True
+        except GatewayError as error:
+            record.refused = error.code
+            raise
+        finally:
+            record.queued_seconds = monotonic() - ticket.arrived
 
     async def _read(self, client: Client, receive: Receive) -> bytes | bytearray:
         """The request's body.
@@ -177,3 +231,15 @@ class Inference:
         if isinstance(error, BodyTooLarge | RequestTimedOut | Draining):
             headers.append((b"connection", b"close"))  # the rest of the body is not going to be read
         client.respond(error.status, headers, error.body())
+
+
+def _seconds(value: bytes) -> float:
+    """The value of x-request-timeout.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    seconds = float(value) if _SECONDS(value) else 0.0
+    if seconds <= 0:
+        raise InvalidRequest("x-request-timeout is a number of seconds above 0, such as 30 or 2.5")
+    return seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from math import inf
 from types import TracebackType
 from typing import Any, Literal
 
@@ -41,6 +42,8 @@ class Backend:
         resting_until: it has said that it is busy, and when to come back.
         open_handoffs: hand-offs of this prefill backend that decode has not yet begun to use.
         attention: set when something happened that its prober should look at now.
+        most_requests, most_tokens: what may be in flight here before new requests should go elsewhere.
+        on_freed: called when a lease is released, where somebody waits for room.
     """
 
     __slots__ = (
@@ -52,6 +55,9 @@ class Backend:
         "inflight_tokens",
         "known",
         "models",
+        "most_requests",
+        "most_tokens",
+        "on_freed",
         "open_handoffs",
         "reason",
         "removed",
@@ -81,6 +87,9 @@ class Backend:
         self.open_handoffs = 0
         self.inflight_requests = 0
         self.inflight_tokens = 0
+        self.most_requests: float = inf
+        self.most_tokens: float = inf
+        self.on_freed: Callable[[], object] | None = None
         self.attention = asyncio.Event()
         self._leases: set[Lease] = set()
 
@@ -97,6 +106,13 @@ class Backend:
     def legs(self) -> tuple[LegName, ...]:
         """The legs that a backend of its role may be given."""
         return LEGS[self.role]
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a leg of so many tokens stays within the bounds. An idle backend has room for any leg: a bound on
+        tokens is none on the length of one prompt."""
+        return not self.inflight_requests or (
+            self.inflight_requests < self.most_requests and self.inflight_tokens + tokens <= self.most_tokens
+        )
 
     def mark_up(self) -> None:
         self.up = True
@@ -145,6 +161,8 @@ class Lease:
         self.backend._leases.discard(self)
         if self.backend.removed:
             self.backend.attention.set()  # its watcher forgets it when this was the last
+        if self.backend.on_freed is not None:
+            self.backend.on_freed()
 
     def lose(self, error: BackendError) -> None:
         if self.on_lost is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from math import inf
 from time import monotonic
 from typing import Any, Literal
 
@@ -29,12 +30,18 @@ class Fleet:
         sizes: how many backends each pool has, up or not.
         rotation: who is fit.
         budgets: the pools' retry budgets.
+        bounded: whether backends have bounds.
     """
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = monotonic) -> None:
         self._window = settings.breaker.window
         self.rotation = Rotation(settings.breaker, self._peers, clock)
         self.budgets = Budgets(settings.retries, self.pool)
+        bounds = settings.admission
+        self._prefill_bounds = (bounds.prefill_requests or inf, bounds.prefill_tokens or inf)
+        self._decode_bounds = (bounds.decode_requests or inf, bounds.decode_tokens or inf)
+        self.bounded = (*self._prefill_bounds, *self._decode_bounds) != (inf,) * 4
+        self._on_room: Callable[[], object] | None = None
         self._pools: dict[Role, list[Backend]] = {role: [] for role in ROLES}
         self.sizes: dict[str, int] = dict.fromkeys(ROLES, 0)
         self.handoffs_in_limbo = 0
@@ -53,12 +60,20 @@ class Fleet:
         """The members of a pool, up or not."""
         return self._pools[role]
 
-    def candidates(self, role: Role, model: str | None) -> list[Backend]:
-        """The members of a pool that may be given a request for `model` now; a mixed one takes it whole."""
-        serving = self._serving(role, model)
-        if not self.rotation.watches:
-            return serving
-        return self.rotation.fit(serving, LEGS[role][-1], lambda: self._members(role, model))
+    def candidates(self, role: Role, model: str | None, tokens: int | None = None) -> list[Backend]:
+        """The members of a pool that may be given a request for `model` now; a mixed one takes it whole.
+
+        Arguments:
+            tokens: of the leg; members that it would put above their bounds are left out, as long as others have room.
+                Where none has, admission lets nobody new in; what is already in, and tries again, goes to a full one
+                rather than nowhere.
+        """
+        found = self._serving(role, model)
+        if self.rotation.watches:
+            found = self.rotation.fit(found, LEGS[role][-1], lambda: self._members(role, model))
+        if tokens is None or not self.bounded or len(found) < 2:
+            return found
+        return [b for b in found if b.has_room(tokens)] or found
 
     def _serving(self, role: Role, model: str | None) -> list[Backend]:
         """Those that are up and take requests for `model`, fit or not."""
@@ -83,6 +98,31 @@ class Fleet:
             and not b.draining
             and (models is None or b.models is None or not models.keys().isdisjoint(b.models))
         ]
+
+    def has_room(self, role: Role, model: str | None, tokens: int) -> bool | None:
+        """Whether a candidate for `model` has room for a leg of so many tokens; None when there is no candidate. As
+        `candidates`, but ends with the first that has."""
+        if self.rotation.watches:
+            fit = self.candidates(role, model)
+            return any(b.has_room(tokens) for b in fit) if fit else None
+        found = None
+        for b in self._pools[role]:
+            if b.up and not b.draining and (model is None or b.models is None or model in b.models):
+                if b.has_room(tokens):
+                    return True
+                found = False
+        return found
+
+    def watch_room(self, on_room: Callable[[], object]) -> None:
+        """Have `on_room` called whenever a request that found no room may find some: a lease was released, or a pool
+        has changed."""
+        self._on_room = on_room
+        for backend in self:
+            backend.on_freed = on_room
+
+    def _room_changed(self) -> None:
+        if self._on_room is not None:
+            self._on_room()
 
     def knows(self, model: str) -> bool:
         """Whether any backend serves `model`, or may."""
@@ -170,6 +210,9 @@ class Fleet:
             return backend
         backend = Backend(url, role, window=self._window)
         backend.known = True  # the others have been at it for longer
+        bounds = self._prefill_bounds if role == "prefill" else self._decode_bounds
+        backend.most_requests, backend.most_tokens = bounds
+        backend.on_freed = self._on_room
         self._pools[role].append(backend)
         self.sizes[role] += 1
         if self.on_join is not None:
@@ -181,12 +224,14 @@ class Fleet:
         if not backend.draining:
             log.info("%s backend %s is draining", backend.role, backend.url)
         backend.draining = True
+        self._room_changed()
 
     def undrain(self, backend: Backend) -> None:
         """Give a backend requests again, also one that was about to leave."""
         if backend.draining:
             log.info("%s backend %s is draining no more", backend.role, backend.url)
         backend.draining = backend.removed = False
+        self._room_changed()
 
     def remove(self, url: str, role: Role) -> bool:
         """Drain a backend and then forget it: when its last leg has ended, and nobody may still read a hand-off
@@ -257,6 +302,7 @@ class Fleet:
             log.warning("%s backend %s is out: %s", backend.role, backend.url, reason)
         backend.mark_down(reason)
         backend.attention.set()
+        self._room_changed()
 
     def bring_in(self, backend: Backend) -> None:
         """Mark a backend up."""
@@ -265,5 +311,6 @@ class Fleet:
         log.info("%s backend %s is up", backend.role, backend.url)
         backend.mark_up()
         self.rotation.returned(backend)
+        self._room_changed()
         if self.on_up is not None:
             self.on_up(backend)

@@ -172,9 +172,9 @@ class Flow:
         """
         body, fleet, record = request.body, self._fleet, request.record
         view = View(
-            prefill=fleet.candidates("prefill", body.model),
-            decode=fleet.candidates("decode", body.model),
-            mixed=fleet.candidates("mixed", body.model),
+            prefill=fleet.candidates("prefill", body.model, request.prefill_tokens),
+            decode=fleet.candidates("decode", body.model, request.decode_tokens),
+            mixed=fleet.candidates("mixed", body.model, request.decode_tokens),
             configured=fleet.sizes,
         )
         self._turn += 1
@@ -327,7 +327,7 @@ class Flow:
 
     def _other_decode(self, request: Request) -> Backend | None:
         """A decode backend that has not failed this request."""
-        candidates = self._fleet.candidates("decode", request.body.model)
+        candidates = self._fleet.candidates("decode", request.body.model, request.decode_tokens)
         fresh = [backend for backend in candidates if backend.url not in request.avoid]
         if not fresh:
             return None

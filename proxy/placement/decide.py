@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
@@ -50,6 +50,23 @@ class Decision(msgspec.Struct, Generic[C], frozen=True):
         return tuple(c.url for c in self.candidates if c is not self.decode)
 
 
+def roles_used(
+    *, alone: bool, prefill: bool, decode: bool, mixed: bool
+) -> tuple[Literal["prefill", "decode", "mixed"], ...]:
+    """The pools that a request goes to: a pair where it can be split and both are up, else a mixed backend, else decode
+    by itself. Empty when nothing is up that could answer.
+
+    Arguments:
+        alone: it cannot be split.
+        prefill, decode, mixed: whether a backend of that role is up.
+    """
+    if not alone and decode and prefill:
+        return ("prefill", "decode")
+    if mixed:
+        return ("mixed",)
+    return ("decode",) if decode else ()
+
+
 def choose(
     candidates: Sequence[C], policy: str, *, avoid: AbstractSet[str], random: Callable[[], float], turn: int
 ) -> C:
@@ -91,14 +108,15 @@ def decide(
         return Decision(pick(pool, candidates), pool, prefill, fallback, candidates)
 
     split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
-    if not alone and view.decode and view.prefill:
+    used = roles_used(alone=bool(alone), prefill=bool(view.prefill), decode=bool(view.decode), mixed=bool(view.mixed))
+    if "prefill" in used:
         kept = [c for c in view.prefill if c.url == prefer and prefer not in avoid]
         return decision("decode", view.decode, kept[0] if kept else pick("prefill", view.prefill), "")
     missing = "no_decode_backend" if view.prefill else "no_prefill_backend"
     fallback = alone or missing if split_configured else ""
-    if view.mixed:
+    if "mixed" in used:
         return decision("mixed", view.mixed, None, fallback)
-    if not view.decode:
+    if not used:
         raise NoBackend(_nobody(view), retry_after=1)
     if allow_local_prefill:
         return decision("decode", view.decode, None, fallback)

@@ -28,7 +28,8 @@ class RequestLog:
 
     def finished(self, record: RequestRecord) -> None:
         # What clients do wrong is theirs to read; a line for each would let them fill the log.
-        failed = record.outcome not in ("ok", "client_gone") and not 400 <= record.status < 500
+        # What was refused under overload is told by admission, once for many, lest the log be the next to be full.
+        failed = record.outcome not in ("ok", "client_gone") and not 400 <= record.status < 500 and not record.refused
         if not (failed or self._every or record.fallback or record.retries or record.resumes):
             return
         log.log(
@@ -45,7 +46,9 @@ def _fields(record: RequestRecord) -> dict[str, Any]:
     """What is worth a place in a line: names as in the record, empty ones left out."""
     fields: dict[str, Any] = {
         "model": record.model[:128],
+        "client": "" if record.client == "anonymous" else record.client,
         "stage": record.stage,
+        "queued": round(record.queued_seconds, 4),
         "prefill": record.prefill,
         "decode": record.decode,
         "seconds": round(record.ended - record.started, 4),

@@ -373,11 +373,12 @@ class PrometheusSink(Collector):
         yield refusals
 
 
-def registry(sink: PrometheusSink) -> CollectorRegistry:
+def registry(*sinks: Collector) -> CollectorRegistry:
     """A registry of its own, so that two gateways in one process do not share counts."""
 
     result = CollectorRegistry()
-    result.register(sink)
+    for sink in sinks:
+        result.register(sink)
     ProcessCollector(registry=result)
     PlatformCollector(registry=result)
     return result

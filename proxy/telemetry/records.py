@@ -23,6 +23,7 @@ ITL_BOUNDS = (
 DURATION_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 RESUME_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 HANDOFF_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+QUEUE_BOUNDS = (0.001, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
 LOOP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -65,6 +66,10 @@ class RequestRecord(msgspec.Struct):
             `stream` (after it).
         prefill, decode: URLs of the backends of the last try; `mixed` or local decode leaves prefill empty.
         decode_pool: `decode` or `mixed`.
+        client: whose key it came with, by name; empty when it came with none that is known.
+        admitted: it was let in.
+        queued_seconds: how long it waited in the queue for that, or before it was refused or left.
+        refused: the code of the error with which admission turned it away, or empty.
         retries: (leg, reason) of every try that failed and was followed by another.
         resumes: why the stream broke, for every time it was continued on other backends.
         resume_gaps: seconds between the last token before and the first one after, for each of them.
@@ -82,6 +87,10 @@ class RequestRecord(msgspec.Struct):
     status: int = 0
     outcome: str = ""
     stage: str = "admission"
+    client: str = ""
+    admitted: bool = False
+    queued_seconds: float = 0.0
+    refused: str = ""
     prefill: str = ""
     decode: str = ""
     decode_pool: str = "decode"

@@ -182,3 +182,11 @@ def test_libraries_speak_up_only_when_something_is_wrong(untouched: None, capsys
         logging.getLogger(name).info("GET http://engine/?key=secret")
     logging.getLogger("uvicorn.access").info("a line a request")
     assert capsys.readouterr().err == ""
+
+
+def test_what_overload_refuses_makes_no_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    refused = {"status": 503, "outcome": "queue_full", "refused": "queue_full", "stage": "admission"}
+    assert finished(caplog, **refused) == []
+    [line] = finished(caplog, every=True, client="batch", queued_seconds=0.5, **refused)
+    fields = line.fields  # type: ignore[attr-defined]
+    assert (fields["client"], fields["queued"]) == ("batch", 0.5)

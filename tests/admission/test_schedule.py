@@ -1,0 +1,293 @@
+"""Whether and when a request may start."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.admission.clients import Level
+from proxy.errors import (
+    DeadlineTooClose,
+    Draining,
+    GatewayError,
+    QueueFull,
+    RateLimited,
+    TooManyTokens,
+)
+from tests.admission.helpers import Slots, Told, client, schedule, ticket
+
+
+def refusal(kind: type[GatewayError]) -> pytest.RaisesContext[GatewayError]:
+    return pytest.raises(kind)
+
+
+def test_what_fits_starts_at_once_and_what_does_not_waits() -> None:
+    plan, one, told = schedule(requests=2, tokens=25), client(), Told()
+    first, second = ticket(one, 10), ticket(one, 10)
+    plan.arrive(first)
+    plan.arrive(second)
+    assert (first.state, second.state, plan.requests, plan.tokens) == ("running", "running", 2, 20)
+    third = told.listen(ticket(one, 1))
+    plan.arrive(third)
+    assert (third.state, plan.waiting) == ("waiting", 1)
+    plan.admit(1.0)
+    assert told.all == []
+    plan.leave(first, 2.0)
+    plan.admit(2.0)
+    assert told.let_in == [third] and plan.requests == 2 and plan.tokens == 11
+
+
+def test_a_large_head_is_not_passed_by_small_ones_and_gets_its_turn() -> None:
+    plan, one, told = schedule(tokens=100), client(), Told()
+    other = client("other", one.level)
+    running = [ticket(other, 20) for _ in range(5)]
+    for each in running:
+        plan.arrive(each)
+    large = told.listen(ticket(one, 90))
+    small = told.listen(ticket(one, 1))
+    plan.arrive(large)
+    plan.arrive(small)
+    for each in running[:4]:
+        plan.leave(each, 1.0)
+        plan.admit(1.0)
+    assert told.let_in == [], "there was room for the small one all the time"
+    plan.leave(running[4], 1.0)
+    plan.admit(1.0)
+    assert told.let_in == [large, small]
+
+
+def test_a_newcomer_does_not_pass_those_who_wait() -> None:
+    plan, one = schedule(tokens=10), client()
+    plan.arrive(ticket(one, 8))
+    plan.arrive(ticket(one, 8))
+    newcomer = ticket(client("b", one.level), 1)
+    plan.arrive(newcomer)
+    assert newcomer.state == "waiting"
+
+
+def test_what_could_never_fit_is_refused_with_no_time_to_come_back() -> None:
+    for settings in ({"tokens": 100}, {"decode_tokens": 100}, {"decode_tokens": 100, "tokens": 1000}):
+        plan, one = schedule(**settings), client()
+        with refusal(TooManyTokens) as caught:
+            plan.arrive(ticket(one, 101))
+        assert (caught.value.status, caught.value.retry_after) == (400, None)
+        assert (one.requests, one.tokens) == (0, 0)
+
+
+def test_a_clients_own_bounds_count_what_waits_and_answer_429() -> None:
+    plan, one = schedule(requests=1), client(most_requests=2, most_tokens=100)
+    with refusal(TooManyTokens):
+        plan.arrive(ticket(one, 101))
+    plan.arrive(ticket(one, 50))
+    with refusal(RateLimited) as caught:
+        plan.arrive(ticket(one, 51))
+    assert (caught.value.status, caught.value.type, caught.value.retry_after) == (429, "rate_limit_error", 1)
+    plan.arrive(waiting := ticket(one, 50))
+    assert waiting.state == "waiting"
+    with refusal(RateLimited):
+        plan.arrive(ticket(one, 1))
+    other = ticket(client("b", one.level), 1)
+    plan.arrive(other)
+    assert other.state == "waiting", "one client's bound is nobody else's"
+
+
+def test_the_retry_after_of_a_client_is_the_time_until_one_of_its_own_ends() -> None:
+    plan, one = schedule(), client(most_requests=2)
+    for _ in range(8):
+        plan.arrive(done := ticket(one, now=0.0))
+        plan.leave(done, 20.0)
+    for _ in range(2):
+        plan.arrive(ticket(one))
+    with refusal(RateLimited) as caught:
+        plan.arrive(ticket(one))
+    assert caught.value.retry_after == 10
+
+
+# The queue's bounds
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+    plan, one = schedule(requests=1, queue=2), client()
+    for _ in range(3):
+        plan.arrive(ticket(one))
+    with refusal(QueueFull) as caught:
+        plan.arrive(ticket(one))
+    assert (caught.value.status, caught.value.retry_after) == (503, 1)
+    assert (plan.waiting, one.requests) == (2, 3)
+
+
+def test_a_queue_of_no_length_refuses_what_cannot_start() -> None:
+    plan, one = schedule(requests=1, queue=0), client()
+    plan.arrive(ticket(one))
+    with refusal(QueueFull):
+        plan.arrive(ticket(client("b", Level(1))))
+
+
+def test_the_bodies_of_those_who_wait_are_bounded() -> None:
+    plan, one = schedule(requests=1, queue_bytes=1000), client()
+    plan.arrive(ticket(one, size=10**9))
+    plan.arrive(ticket(one, size=600))
+    with refusal(QueueFull):
+        plan.arrive(ticket(one, size=401))
+    plan.arrive(ticket(one, size=400))
+
+
+def test_one_client_cannot_keep_others_out_of_a_full_queue() -> None:
+    plan, told, level = schedule(requests=1, queue=3), Told(), Level(0)
+    hog, light = client("hog", level), client("light", level)
+    plan.arrive(ticket(hog))
+    hogs = [told.listen(ticket(hog)) for _ in range(3)]
+    for each in hogs:
+        plan.arrive(each)
+    welcome = told.listen(ticket(light))
+    plan.arrive(welcome)
+    assert welcome.state == "waiting" and plan.waiting == 3
+    assert told.refused == [(hogs[-1], "queue_full")]
+    assert (hog.requests, hogs[-1].state) == (3, "gone")
+
+
+# Deadlines
+
+
+def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> None:
+    plan, one, now = schedule(requests=1, queue=1000), client(), 0.0
+    plan.arrive(running := ticket(one))
+    told = Told()
+    for _ in range(40):
+        plan.arrive(told.listen(ticket(one, patience=1000.0)))
+    for _ in range(20):  # one a second
+        now += 1.0
+        plan.leave(running, now)
+        plan.admit(now)
+        running = told.let_in[-1]
+    assert plan.waiting == 20
+    with refusal(DeadlineTooClose) as caught:
+        plan.arrive(ticket(one, now=now, patience=20.9))
+    assert (caught.value.status, caught.value.retry_after) == (503, 20)
+    plan.arrive(patient := ticket(one, now=now, patience=21.1))
+    assert patient.state == "waiting"
+    hurried = ticket(client("b", one.level), now=now, patience=3.0)
+    plan.arrive(hurried)
+    assert hurried.state == "waiting", "another key's share comes sooner"
+
+
+def test_a_queue_that_is_empty_may_be_tried_however_slow_it_was() -> None:
+    plan, one, now = schedule(requests=1), client(), 0.0
+    plan.arrive(running := ticket(one))
+    told = Told()
+    for _ in range(6):
+        plan.arrive(told.listen(ticket(one, patience=1e6)))
+    for _ in range(6):
+        now += 9.0
+        plan.leave(running, now)
+        plan.admit(now)
+        running = told.let_in[-1]
+    plan.arrive(alone := ticket(one, now=now, patience=5.0))
+    assert alone.state == "waiting"
+    with refusal(DeadlineTooClose):
+        plan.arrive(ticket(one, now=now, patience=5.0))
+
+
+def test_who_waits_past_its_deadline_is_told_and_never_let_in() -> None:
+    plan, one, told = schedule(requests=1), client(), Told()
+    plan.arrive(running := ticket(one))
+    plan.arrive(late := told.listen(ticket(one, patience=5.0)))
+    plan.arrive(later := told.listen(ticket(one, patience=9.0)))
+    plan.leave(running, 5.0)
+    plan.admit(5.0)
+    assert told.refused == [(late, "queue_timeout")] and told.let_in == [later]
+    plan.expire(later, 9.0)
+    assert later.state == "running", "a timer that comes too late changes nothing"
+
+
+# Room on backends
+
+
+def test_lanes_of_other_models_go_on_while_one_is_full() -> None:
+    room = Slots({"m": 1})
+    plan, one, told = schedule(room), client(), Told()
+    plan.arrive(first := ticket(one))
+    place = room.claim(first)
+    plan.arrive(blocked := told.listen(ticket(one)))
+    plan.arrive(other := told.listen(ticket(one, model="n")))
+    plan.admit(0.0)
+    assert told.let_in == [other] and blocked.state == "waiting"
+    place.release()
+    plan.admit(0.0)
+    assert told.let_in == [other, blocked]
+    assert room.taken["m"] == 1, "its room is kept for it until it takes it"
+    plan.leave(blocked, 1.0)
+    plan.leave(blocked, 1.0)
+    assert room.taken["m"] == 0
+
+
+def test_a_head_that_has_a_backend_but_no_room_in_all_holds_up_every_lane() -> None:
+    room = Slots({"m": 5})
+    plan, one, told = schedule(room, tokens=100), client(), Told()
+    plan.arrive(ticket(one, 50))
+    plan.arrive(told.listen(ticket(one, 90)))
+    plan.arrive(told.listen(ticket(one, 10, model="n")))
+    plan.admit(0.0)
+    assert told.all == []
+
+
+# Ends
+
+
+def test_leaving_gives_back_once_in_every_state() -> None:
+    plan, one, told = schedule(requests=1), client(), Told()
+    running, waiting = ticket(one), told.listen(ticket(one))
+    plan.leave(ticket(one), 0.0)
+    plan.arrive(running)
+    plan.arrive(waiting)
+    for _ in range(2):
+        plan.leave(waiting, 1.0)
+        plan.leave(running, 1.0)
+    assert (plan.requests, plan.tokens, plan.waiting, one.requests, one.tokens) == (0, 0, 0, 0, 0)
+    assert told.all == []
+
+
+def test_all_who_wait_can_be_turned_away() -> None:
+    plan, one, told = schedule(requests=1), client(), Told()
+    plan.arrive(ticket(one))
+    waiting = [told.listen(ticket(one)) for _ in range(3)]
+    for each in waiting:
+        plan.arrive(each)
+    plan.refuse_all(lambda: Draining("leaving"), 1.0)
+    assert told.refused == [(each, "draining") for each in waiting]
+    assert (plan.waiting, plan.requests) == (0, 1)
+
+
+# Shares and pace, as the schedule keeps them
+
+
+def test_keys_share_by_weight_in_what_is_let_in_from_the_queue() -> None:
+    plan, told, level = schedule(requests=1), Told(), Level(0)
+    light, heavy = client("light", level), client("heavy", level, weight=3.0)
+    plan.arrive(running := ticket(light))
+    for _ in range(40):
+        plan.arrive(told.listen(ticket(light)))
+    for _ in range(40):
+        plan.arrive(told.listen(ticket(heavy)))
+    for _ in range(40):
+        plan.leave(running, 1.0)
+        plan.admit(1.0)
+        running = told.let_in[-1]
+    assert abs(sum(t.client is heavy for t in told.let_in) - 30) <= 1
+
+
+def test_time_after_the_last_one_gave_up_waiting_is_no_slowness() -> None:
+    plan, one, told, now = schedule(requests=1), client(), Told(), 0.0
+    plan.arrive(running := ticket(one))
+    for _ in range(10):
+        plan.arrive(told.listen(ticket(one)))
+    for _ in range(9):  # one a second
+        now += 1.0
+        plan.leave(running, now)
+        plan.admit(now)
+        running = told.let_in[-1]
+    [last] = plan._queue
+    plan.leave(last, now)
+    now += 1000.0
+    for _ in range(3):
+        plan.arrive(new := ticket(one, now=now, patience=5.0))
+        assert new.state == "waiting"
