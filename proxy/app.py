@@ -26,6 +26,7 @@ from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
 from proxy.handoff.plan import PATHS
 from proxy.handoff.registry import CONNECTORS
+from proxy.relay.connections import Connections
 from proxy.settings import Settings
 from proxy.telemetry.logs import RequestLog
 from proxy.telemetry.prometheus import PrometheusSink, registry
@@ -50,11 +51,15 @@ class Gateway:
     registry: CollectorRegistry
 
 
-def build(settings: Settings) -> Gateway:
-    """A gateway that does nothing until its surface's lifespan begins."""
+def build(settings: Settings, connections: Connections | None = None) -> Gateway:
+    """A gateway that does nothing until its surface's lifespan begins.
+
+    Arguments:
+        connections: of its server, to be shown by /metrics.
+    """
     fleet = Fleet(settings)
     gate = Gate()
-    prometheus = PrometheusSink(fleet)
+    prometheus = PrometheusSink(fleet, connections or Connections())
     telemetry = Sinks(prometheus, RequestLog(settings.access_log))
     metrics = registry(prometheus)
     credentials = Credentials(settings)
@@ -98,7 +103,9 @@ def build(settings: Settings) -> Gateway:
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics))
-    return Gateway(settings, fleet, gate, Surface(hot=hot, routers=routers, lifespan=lifespan), metrics)
+    body_seconds = settings.timeouts.request_body
+    surface = Surface(hot=hot, routers=routers, lifespan=lifespan, body_seconds=body_seconds)
+    return Gateway(settings, fleet, gate, surface, metrics)
 
 
 async def _watch_loop(prometheus: PrometheusSink) -> None:

@@ -15,6 +15,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   └── HeadersTooLarge            431
     ├── Unavailable                    503  no engine was asked
     │   ├── NoBackend                  503
+    │   ├── TooManyConnections         503
     │   └── Draining                   503
     ├── TotalTimedOut                  504  the request's own time ran out
     └── BackendError                   502  one leg failed; another try may help
@@ -142,6 +143,12 @@ class NoBackend(Unavailable):
     """No backend that could serve the request is up."""
 
     code = "no_backend"
+
+
+class TooManyConnections(Unavailable):
+    """`limits.connections` are open already."""
+
+    code = "too_many_connections"
 
 
 class Draining(Unavailable):
