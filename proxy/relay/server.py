@@ -62,6 +62,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.deaf = False
         self._crowded = False  # one connection too many
         self._held_back = False  # the next request waits for the client to read
+        self._offered = False  # the request at hand asks for another protocol
         self._in_message = False  # between a request's headers and its end
         self._refusal: GatewayError | None = None
         self._read_size = 0
@@ -152,7 +153,7 @@ class GatewayProtocol(HttpToolsProtocol):
                 self.parser.feed_data(data)
                 break
             except httptools.HttpParserUpgrade as offer:
-                data = data[offer.args[0] :]  # declined: what follows is HTTP/1.1 as before
+                data = self._decline_upgrade() + data[offer.args[0] :]
             except httptools.HttpParserError:
                 self._refuse(self._refusal or InvalidRequest("the request is not valid HTTP/1.1"))
                 return
@@ -183,6 +184,12 @@ class GatewayProtocol(HttpToolsProtocol):
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                self._refusal = InvalidRequest("this is no forward proxy")
+                raise self._refusal
+            self._offered = True
+            return
         if len(self.headers) > _MOST_HEADERS or self._header_bytes + self._read_size > self.header_limit:
             self._check_header_size()
         super().on_headers_complete()
@@ -202,9 +209,28 @@ class GatewayProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._offered:
+            return
         self._in_message = False
         self._framing = 0
         super().on_message_complete()
+
+    def _decline_upgrade(self) -> bytes:
+        """The head of a request that offered another protocol, without the offer.
+
+        The parser takes what follows such a head for the other protocol, and so the body for a request. Java's clients
+        offer HTTP/2 with each first request, bodies or not.
+        """
+        head = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b"close" if b"close" in value.lower() else b"keep-alive"
+            if name not in (b"upgrade", b"http2-settings"):
+                head += b"%b: %b\r\n" % (name, value)
+        self._offered = False
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        return head + b"\r\n"
 
     def _check_header_size(self) -> None:
         if len(self.headers) > _MOST_HEADERS:
