@@ -216,19 +216,19 @@ async def restart_under_load(
     """Replaces `old` by a new process while requests and streams go on; returns what they met before and after."""
     await ready(url)
     traffic, after = Traffic(url), Traffic(url)
-    traffic.start(kept_alive=6, pause=0.002)
+    traffic.start(kept_alive=6, pause=0.01)
     streams = [asyncio.create_task(traffic.stream(150)) for _ in range(5)]  # 3 s
-    await until(lambda: traffic.outcomes.total() > 50, 10)
+    await until(lambda: traffic.outcomes.total() > 50, 30)
     async with start_new() as new:
         await until(new.listens, 20)
         before = traffic.outcomes.total()
         left = asyncio.create_task(old.leave())
         await asyncio.gather(*streams)
         assert await left == 0
-        await until(lambda: traffic.outcomes.total() > before + 200, 20)
+        await until(lambda: traffic.outcomes.total() > before + 200, 60)
         await traffic.stop()
         after.start(kept_alive=2, pause=0.0)
-        await until(lambda: after.outcomes.total() > 20, 10)
+        await until(lambda: after.outcomes.total() > 20, 30)
         await after.stop()
         assert await new.leave() == 0
     return traffic, after
@@ -241,7 +241,7 @@ async def test_a_new_process_takes_over_and_nothing_is_lost(way: str) -> None:
         port = owned.getsockname()[1]
         if way == "reuse_port":
             owned.close()
-        async with simulators("prefill", "decode", step_time=0.02) as [p, d]:
+        async with simulators("prefill", "decode", step_time=0.02, handshake_timeout=5.0) as [p, d]:
             flags = ["--prefill", p.url, "--decode", d.url, "--health.interval", "0.2"]
 
             def start() -> contextlib.AbstractAsyncContextManager[Process]:
@@ -258,6 +258,49 @@ async def test_a_new_process_takes_over_and_nothing_is_lost(way: str) -> None:
     assert traffic.outcomes.total() > 250
     assert len(traffic.texts) == 5
     assert len(set(traffic.texts)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["reuse_port", "inherited"])
+async def test_connections_that_the_old_process_had_not_accepted_yet_are_served(way: str) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as owned:
+        port = owned.getsockname()[1]
+        if way == "reuse_port":
+            owned.close()
+        async with (
+            simulators("prefill", "decode", handshake_timeout=5.0) as [p, d],
+            contextlib.AsyncExitStack() as stack,
+        ):
+            flags = ["--prefill", p.url, "--decode", d.url, "--health.interval", "0.2"]
+            old, new = [
+                gateway(*flags, inherit=owned)
+                if way == "inherited"
+                else gateway(*flags, "--port", str(port), "--reuse_port")
+                for _ in range(2)
+            ]
+            first = await stack.enter_async_context(old)
+            await until(first.listens, 20)
+            await ready(f"http://127.0.0.1:{port}")
+            first.process.send_signal(signal.SIGSTOP)
+            http = await stack.enter_async_context(
+                httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False)
+            )
+            asking = [asyncio.create_task(http.post(COMPLETIONS, json=completion(max_tokens=3))) for _ in range(50)]
+            await until(lambda: connections_to(port) >= 50, 20)
+            second = await stack.enter_async_context(new)
+            await until(second.listens, 20)
+            first.process.send_signal(signal.SIGTERM)
+            first.process.send_signal(signal.SIGCONT)
+            answers = await asyncio.gather(*asking)
+            assert {answer.status_code for answer in answers} == {200}
+            async with asyncio.timeout(20):
+                assert await first.process.wait() == 0
+
+
+def connections_to(port: int) -> int:
+    """Connections of clients that the kernel has established."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    return sum(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
 
 
 @pytest.mark.slow
