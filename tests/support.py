@@ -19,6 +19,7 @@ from proxy.process import protocol, uvicorn_config
 from proxy.relay.server import GatewayProtocol
 from proxy.settings import build_settings
 from proxy.simulator import Simulator, SimulatorConfig
+from proxy.sockets import tune
 
 PROMPT = "The decode backend reads the cache of the prefill backend and goes on from there, token by token."
 
@@ -102,6 +103,7 @@ async def running_gateway(
     gateway = build(settings, kind.shared)
     server = TestServer(uvicorn_config(gateway.surface, kind))
     sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    tune(sock, settings.timeouts.idle)
     port = sock.getsockname()[1]
     serving = asyncio.create_task(server.serve([sock]))
     await server.listening.wait()
