@@ -178,6 +178,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])  # the lifespan alone: health checks begin
         if self._listener.taken:
+            log.info("another process listens on %s; taking over once ready", self._listener.url)
             await self._ready(None)
         elif self._listener.inherited:
             await self._ready(_INHERITED_PATIENCE)
@@ -201,7 +202,7 @@ class _Server(uvicorn.Server):
                 break
             if now - told > _TELL:
                 told = now
-                log.warning("not listening on %s yet: %s", self._listener.url, reason)
+                log.warning("not ready to serve %s yet: %s", self._listener.url, reason)
             await asyncio.sleep(_TICK)
 
     def _signalled(self, delay: float) -> None:

@@ -311,6 +311,7 @@ async def test_a_new_process_that_could_not_serve_leaves_the_clients_where_they_
             await until(old.listens, 20)
             await ready(old.url)
             async with gateway("--prefill", "http://127.0.0.1:9", *flags, str(old.port), "--reuse_port") as new:
+                await until(lambda: new.says("taking over once ready"), 20)
                 async with httpx.AsyncClient(base_url=old.url, trust_env=False) as http:
                     for _ in range(100):
                         assert (await http.get("/ready", headers={"connection": "close"})).status_code == 200

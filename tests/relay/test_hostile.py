@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from time import monotonic
 
 import pytest
 
@@ -328,18 +329,21 @@ async def test_who_leaves_the_last_bytes_of_an_answer_unread_is_cut_too(
         await until(lambda: not server.connections)
 
 
+@pytest.mark.slow
 async def test_who_reads_slowly_but_steadily_gets_every_byte(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GatewayProtocol, "write_seconds", 0.1)
+    monkeypatch.setattr(GatewayProtocol, "write_seconds", 1.0)
     server.app = large
     loop = asyncio.get_running_loop()
-    received = 0
+    received, started = 0, monotonic()
     with reluctant(server.port) as sock:
         await loop.sock_sendall(sock, request("/", "connection: close"))
         async with asyncio.timeout(20):
             while data := await loop.sock_recv(sock, 50_000):
                 received += len(data)
-                if received < 2_000_000:
-                    await asyncio.sleep(0.02)  # the client's slowness is the point
+                if monotonic() - started < 3.0:
+                    await asyncio.sleep(0.1)  # the client's slowness is the point
+                    [connection] = server.connections
+                    assert connection.unsent
     assert received > 8_000_000
 
 
