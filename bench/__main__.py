@@ -7,6 +7,7 @@ same rounds, so that the ratio holds on a noisy machine. Needs Linux, gcc and ng
   .venv/bin/python -m bench                      all cases, pd-proxy, 3 rounds (a few minutes)
   .venv/bin/python -m bench --quick              paced and short, one short round
   .venv/bin/python -m bench --write              ... and write bench/RESULTS.md
+  .venv/bin/python -m bench --case connections   memory of idle and of streaming clients (bench/connections.py)
   .venv/bin/python -m bench --name other --cmd 'other --port {port} --prefill {prefill} --decode {decode}'
 
 Ends with 0; with 1 when a request failed, or with --check when a budget was missed; with 2 when something is missing.
@@ -23,11 +24,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import cases, load, machine, report
+from bench import cases, connections, load, machine, report
 from bench.cost import NGINX, PEERS, Contender, nginx_path, rounds
 from bench.process import BenchError
 
 DEFAULT_COMMAND = "pd-proxy serve --port {port} --prefill {prefill} --decode {decode}"
+CONNECTIONS = "connections"
 QUICK = ("paced", "short")  # the cases with a budget
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 
@@ -39,7 +41,12 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cmd", default=DEFAULT_COMMAND, help="the gateway's command line (default: %(default)s)")
     parser.add_argument("--name", default="pd-proxy", help="what the tables call it (default: %(default)s)")
     parser.add_argument("--ready-path", default="/ready", help="path that answers 200 when it is ready")
-    parser.add_argument("--case", action="append", choices=cases.BY_NAME, help=f"may be repeated; default: all. {what}")
+    parser.add_argument(
+        "--case",
+        action="append",
+        choices=[*cases.BY_NAME, CONNECTIONS],
+        help=f"may be repeated; default: all but {CONNECTIONS} (memory of idle and of streaming clients). {what}",
+    )
     parser.add_argument("--rounds", type=int, choices=range(1, 21), metavar="1..20", help="default: 3")
     parser.add_argument("--quick", action="store_true", help="a first look: paced and short, one round, a third of it")
     parser.add_argument("--peers", action="store_true", help="also other P/D gateways found on PATH (vllm-router)")
@@ -64,6 +71,11 @@ def contenders(chosen: argparse.Namespace) -> list[Contender]:
 def run(arguments: Sequence[str]) -> int:
     """Measures and prints; gives the exit status."""
     chosen = options(arguments)
+    if chosen.case == [CONNECTIONS]:
+        print(connections.report(load.build(), Contender(chosen.name, chosen.cmd, chosen.ready_path)))
+        return 0
+    if CONNECTIONS in (chosen.case or ()):
+        raise BenchError(f"--case {CONNECTIONS} runs alone")
     count = chosen.rounds or (1 if chosen.quick else 3)
     nginx_path()
     program = load.build()

@@ -30,6 +30,7 @@ from proxy.flow.room import FleetRoom
 from proxy.flow.warmup import Warmup
 from proxy.handoff.plan import PATHS
 from proxy.handoff.registry import CONNECTORS
+from proxy.relay.connections import Connections
 from proxy.settings import Settings
 from proxy.telemetry.admission import AdmissionSink
 from proxy.telemetry.logs import RequestLog
@@ -56,15 +57,19 @@ class Gateway:
     registry: CollectorRegistry
 
 
-def build(settings: Settings) -> Gateway:
-    """A gateway that does nothing until its surface's lifespan begins."""
+def build(settings: Settings, connections: Connections | None = None) -> Gateway:
+    """A gateway that does nothing until its surface's lifespan begins.
+
+    Arguments:
+        connections: of its server, to be shown by /metrics.
+    """
     fleet = Fleet(settings)
     gate = Gate()
     admission = Admission(settings, FleetRoom(fleet) if fleet.bounded else None)
     gate.on_close = admission.close
     if fleet.bounded:
         fleet.watch_room(admission.look)
-    prometheus = PrometheusSink(fleet)
+    prometheus = PrometheusSink(fleet, connections or Connections())
     connector = CONNECTORS[settings.connector]
     warmup = Warmup(settings, fleet, connector)
     queue = AdmissionSink(admission)
@@ -115,7 +120,9 @@ def build(settings: Settings) -> Gateway:
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics))
-    return Gateway(settings, fleet, gate, admission, Surface(hot=hot, routers=routers, lifespan=lifespan), metrics)
+    body_seconds = settings.timeouts.request_body
+    surface = Surface(hot=hot, routers=routers, lifespan=lifespan, body_seconds=body_seconds)
+    return Gateway(settings, fleet, gate, admission, surface, metrics)
 
 
 async def _watch_loop(prometheus: PrometheusSink) -> None:

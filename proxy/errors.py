@@ -18,6 +18,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   └── HeadersTooLarge            431
     ├── Unavailable                    503  no engine was asked
     │   ├── NoBackend                  503
+    │   ├── TooManyConnections         503
     │   ├── Draining                   503
     │   ├── QueueFull                  503  the service's bounds: nobody else may wait
     │   ├── DeadlineTooClose           503  it would not be its turn in time
@@ -171,6 +172,12 @@ class NoBackend(Unavailable):
     """No backend that could serve the request is up."""
 
     code = "no_backend"
+
+
+class TooManyConnections(Unavailable):
+    """`limits.connections` are open already."""
+
+    code = "too_many_connections"
 
 
 class Draining(Unavailable):

@@ -1,8 +1,10 @@
-"""The process: sockets, signals, and the order in which a gateway leaves.
+"""The process: signals, and the order in which a gateway arrives and leaves.
+
+It accepts connections at once; but where another gateway serves the address, only when it is ready itself.
 
 SIGTERM: /ready turns 503 while requests are still served for `shutdown.delay`; then no new request starts, those that
 run have `shutdown.grace` to end, and the rest are told so; exit 0. SIGINT skips the delay; a second signal skips the
-grace.
+grace. Where another process has the address too, new connections are left to it, and no request is refused.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
-import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from time import monotonic
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,18 +26,33 @@ from fastapi import FastAPI
 from proxy.api import operations
 from proxy.api.surface import Surface
 from proxy.app import Gateway, build
+from proxy.relay.connections import Connections
 from proxy.relay.server import GatewayProtocol
 from proxy.settings import Settings
+from proxy.sockets import (
+    BACKLOG,
+    Listener,
+    ListenError,
+    bind,
+    connection_limit,
+    inherited,
+    notify,
+    raise_file_limit,
+    steer_here,
+)
+
+__all__ = ["ListenError", "protocol", "serve", "uvicorn_config"]
 
 log = logging.getLogger("pd_proxy")
 
-_BACKLOG = 4096
 _CLIENT_KEEPALIVE = 75  # seconds; longer than most clients' own, so that it is they who close
 _LAST_WORDS = 5.0  # seconds for evicted requests to write their last event
-
-
-class ListenError(Exception):
-    """The address cannot be listened on."""
+_HANDSHAKES = 1.0  # seconds in which connections that began with this process, and not with the next, are accepted
+_LAST_REQUEST = 5.0  # seconds for a connection that was accepted last to say what it wants
+_INHERITED_PATIENCE = 30.0  # seconds for backends to come up; the socket's owner may be waiting for us alone
+_TICK = 0.02  # seconds between looks while nothing tells
+_TELL = 10.0  # seconds between words about what is waited for
+_SPARED = frozenset({"/health", "/ready", "/metrics"})
 
 
 def serve(settings: Settings) -> int:
@@ -43,42 +61,67 @@ def serve(settings: Settings) -> int:
     Raises:
         ListenError
     """
-    _raise_file_limit()
-    GatewayProtocol.header_limit = settings.limits.request_headers
-    GatewayProtocol.header_seconds = settings.timeouts.request_headers
-    sockets = [_listen(settings.host, settings.port)]
-    if settings.metrics.port is not None:
-        sockets.append(_listen(settings.host, settings.metrics.port))
+    files = raise_file_limit()
+    kind = protocol(settings, files)
+    listeners = _listeners(settings)
     if not (settings.prefill or settings.decode or settings.mixed):
         log.warning("no backend is configured (--prefill, --decode, --mixed); they can be added at /instances/add")
-    gateway = build(settings)
+    if (wanted := kind.shared.limit) > connection_limit(files):
+        log.warning("limits.connections is %d; streams on all of them need %d files, not %d", wanted, 3 * wanted, files)
+    gateway = build(settings, kind.shared)
     # What is loaded by now stays for good: a full collection need not walk it while tokens wait.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)  # requests leave next to no cycles behind; looking for them cost 8 % of each
     with asyncio.Runner(loop_factory=_new_loop) as runner:
-        runner.run(_run(gateway, sockets))
+        runner.run(_run(gateway, kind, listeners))
     return 0
 
 
-async def _run(gateway: Gateway, sockets: list[socket.socket]) -> None:
-    main = _Server(uvicorn_config(gateway.surface), gateway)
+def _listeners(settings: Settings) -> list[Listener]:
+    """The main socket, and that of /metrics where it has one of its own."""
+    patience = settings.timeouts.idle
+    wanted = [settings.port] + ([settings.metrics.port] if settings.metrics.port is not None else [])
+    listeners = inherited(patience)[: len(wanted)]
+    return listeners + [
+        bind(settings.host, port, reuse=settings.reuse_port, patience=patience) for port in wanted[len(listeners) :]
+    ]
+
+
+def protocol(settings: Settings, files: int) -> type[GatewayProtocol]:
+    """The protocol that serves a gateway's clients.
+
+    Arguments:
+        files: how many the process may open.
+    """
+
+    class Bounded(GatewayProtocol):
+        header_limit = settings.limits.request_headers
+        header_seconds = settings.timeouts.request_headers
+        write_seconds = settings.timeouts.idle
+        shared = Connections(settings.limits.connections or connection_limit(files), _SPARED)
+
+    return Bounded
+
+
+async def _run(gateway: Gateway, kind: type[GatewayProtocol], listeners: list[Listener]) -> None:
+    main = _Server(uvicorn_config(gateway.surface, kind), gateway, kind.shared, listeners[0])
     servers: list[uvicorn.Server] = [main]
-    if len(sockets) > 1:
+    if len(listeners) > 1:
         metrics = Surface(hot={}, routers=[operations.metrics(gateway.registry)])
-        servers.append(_MetricsServer(uvicorn_config(metrics)))
-    others = [asyncio.create_task(s.serve(sockets=[sock])) for s, sock in zip(servers[1:], sockets[1:], strict=True)]
-    await main.serve(sockets=sockets[:1])
+        servers.append(_MetricsServer(uvicorn_config(metrics, kind), listeners[1]))
+    others = [asyncio.create_task(server.serve()) for server in servers[1:]]
+    await main.serve()
     for server in servers[1:]:
         server.should_exit = True
     await asyncio.gather(*others)
 
 
-def uvicorn_config(app: FastAPI) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI, kind: type[GatewayProtocol] = GatewayProtocol) -> uvicorn.Config:
     """How uvicorn serves a surface."""
     return uvicorn.Config(
         app,
-        http=GatewayProtocol,
+        http=kind,
         ws="none",
         loop="none",
         log_config=None,
@@ -87,30 +130,38 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
         proxy_headers=False,  # the peer's address decides who may administer; no header may forge it
         timeout_keep_alive=_CLIENT_KEEPALIVE,
         timeout_graceful_shutdown=int(_LAST_WORDS),
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
     )
 
 
 class _MetricsServer(uvicorn.Server):
     """The server of /metrics on a port of its own; it leaves signals to the main one."""
 
+    def __init__(self, config: uvicorn.Config, listener: Listener) -> None:
+        super().__init__(config)
+        self._listener = listener
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for sock in sockets or ():
-            log.info("listening on %s for /metrics", _url(sock))
+        await super().startup(sockets=[self._listener.socket])
+        if self._listener.taken:
+            steer_here(self._listener.socket)
+        log.info("listening on %s for /metrics", self._listener.url)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with our way of leaving."""
+    """uvicorn's server with our way of arriving and leaving."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, shared: Connections, listener: Listener) -> None:
         super().__init__(config)
+        self._fleet = gateway.fleet
         self._gate = gateway.gate
         self._shutdown = gateway.settings.shutdown
+        self._shared = shared
+        self._listener = listener
         self._leaving: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -125,9 +176,34 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for sock in sockets or ():  # said only now, when a signal would be heeded
-            log.info("listening on %s", _url(sock))
+        await super().startup(sockets=[])  # the lifespan alone: health checks begin
+        if self._listener.taken:
+            log.info("another process listens on %s; taking over once ready", self._listener.url)
+            await self._ready(None)
+        elif self._listener.inherited:
+            await self._ready(_INHERITED_PATIENCE)
+        if self.should_exit:
+            return
+        make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
+        connection = partial(make, self.config, self.server_state, self.lifespan.state)
+        loop = asyncio.get_running_loop()
+        self.servers.append(await loop.create_server(connection, sock=self._listener.socket, backlog=BACKLOG))
+        if self._listener.taken:
+            steer_here(self._listener.socket)
+        log.info("listening on %s", self._listener.url)  # said only now, when a signal would be heeded
+        notify("READY=1")
+
+    async def _ready(self, patience: float | None) -> None:
+        """Wait until a request could be served: until then they are better off where they are."""
+        started = told = monotonic()
+        while not self.should_exit and (reason := self._fleet.not_ready()):
+            now = monotonic()
+            if patience is not None and now - started > patience:
+                break
+            if now - told > _TELL:
+                told = now
+                log.warning("not ready to serve %s yet: %s", self._listener.url, reason)
+            await asyncio.sleep(_TICK)
 
     def _signalled(self, delay: float) -> None:
         if self._leaving is None:
@@ -141,14 +217,52 @@ class _Server(uvicorn.Server):
     async def _leave(self, delay: float) -> None:
         gate = self._gate
         gate.draining = True
-        log.info("leaving: %d request(s) are running", gate.inside)
-        await asyncio.sleep(delay)
-        gate.closed = True
-        if not await gate.empty(self._shutdown.grace):
+        succeeded = self._listener.shared()
+        log.info("leaving: %d request(s) are running%s", gate.inside, "; another process listens" if succeeded else "")
+        notify("STOPPING=1")
+        self._shared.leaving = True
+        for connection in self._connections:
+            connection.leave()
+        if self._listener.inherited:
+            self._stop_accepting()  # the socket stays open elsewhere, and what is queued in it with it
+        await asyncio.sleep(max(delay, _HANDSHAKES) if succeeded else delay)
+        if succeeded:
+            self._stop_accepting()
+        else:
+            gate.closed = True
+        for connection in self._connections:
+            connection.close_if_idle()
+        await self._empty()
+        self.should_exit = True
+
+    async def _empty(self) -> None:
+        """Wait for the requests that run and for clients that still read; cut what outlasts the grace."""
+        gate = self._gate
+        end = monotonic() + self._shutdown.grace
+        if not gate.closed:
+            await asyncio.sleep(_TICK)
+            await self._none(lambda connection: connection.awaited, min(_LAST_REQUEST, self._shutdown.grace))
+        if not await gate.empty(max(0.0, end - monotonic())):
             log.warning("%d request(s) did not end within %g s and are cut", gate.inside, self._shutdown.grace)
             gate.evict()
             await gate.empty(_LAST_WORDS)
-        self.should_exit = True
+        await self._none(lambda connection: connection.unsent, end - monotonic())
+
+    async def _none(self, what: Callable[[GatewayProtocol], object], seconds: float) -> None:
+        """Wait until no connection is like that any more, at most so many seconds."""
+        end = monotonic() + seconds
+        while monotonic() < end:
+            if not any(map(what, self._connections)):
+                return
+            await asyncio.sleep(_TICK)
+
+    def _stop_accepting(self) -> None:
+        for server in self.servers:
+            server.close()
+
+    @property
+    def _connections(self) -> list[GatewayProtocol]:
+        return list(self.server_state.connections)  # type: ignore[arg-type]
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -158,26 +272,3 @@ def _new_loop() -> asyncio.AbstractEventLoop:
         return asyncio.new_event_loop()
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     return loop
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except OSError as error:
-        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise ListenError(f"cannot listen on {host}:{port}: {why}") from None
-
-
-def _url(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _raise_file_limit() -> None:
-    """Every stream holds two sockets; the usual soft limit of 1024 files would end at 500 streams."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

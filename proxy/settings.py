@@ -104,7 +104,11 @@ class Timeouts(Group):
 
 
 class Limits(Group):
-    """Bytes."""
+    """Bytes, and connections."""
+
+    connections: int | None = Field(
+        None, ge=1, description="open connections of clients; more get a 503. None: a third of the files it may open"
+    )
 
     request_headers: int = Field(64 * 1024, ge=1024, description="request line and headers")
     request_body: int = Field(64 * 1024 * 1024, ge=1024, description="request body: room for images and long prompts")
@@ -224,6 +228,9 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all (the Docker image sets it)")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    reuse_port: bool = Field(
+        False, description="let a new gateway of the same user listen beside this one, to take over from it"
+    )
     prefill: BackendUrls = Field((), description="a prefill backend's URL; may be repeated")
     decode: BackendUrls = Field((), description="a decode backend's URL; may be repeated")
     mixed: BackendUrls = Field((), description="URL of a backend that does both; may be repeated")

@@ -15,9 +15,11 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.app import Gateway, build
-from proxy.process import uvicorn_config
+from proxy.process import protocol, uvicorn_config
+from proxy.relay.server import GatewayProtocol
 from proxy.settings import build_settings
 from proxy.simulator import Simulator, SimulatorConfig
+from proxy.sockets import tune
 
 PROMPT = "The decode backend reads the cache of the prefill backend and goes on from there, token by token."
 
@@ -45,12 +47,19 @@ class Running:
 
     Attributes:
         http: a client for it, without timeouts of its own below 30 s.
+        server: uvicorn's server.
     """
 
     gateway: Gateway
     url: str
     port: int
     http: httpx.AsyncClient
+    server: TestServer
+
+    @property
+    def connections(self) -> list[GatewayProtocol]:
+        """Its clients' connections."""
+        return list(self.server.server_state.connections)  # type: ignore[arg-type]
 
     def idle(self) -> bool:
         """Whether nothing is in flight: no request, no lease, no hand-off."""
@@ -93,16 +102,19 @@ async def running_gateway(
         **more,
         "health": {"interval": 0.2, "timeout": 1.0, "longest_wait": 0.2, **more.get("health", {})},
     }
-    gateway = build(build_settings(flags, {}))
-    server = TestServer(uvicorn_config(gateway.surface))
+    settings = build_settings(flags, {})
+    kind = protocol(settings, files=4096)
+    gateway = build(settings, kind.shared)
+    server = TestServer(uvicorn_config(gateway.surface, kind))
     sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    tune(sock, settings.timeouts.idle)
     port = sock.getsockname()[1]
     serving = asyncio.create_task(server.serve([sock]))
     await server.listening.wait()
     url = f"http://127.0.0.1:{port}"
     async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http:
         try:
-            running = Running(gateway, url, port, http)
+            running = Running(gateway, url, port, http, server)
             if ready:
                 await until(lambda: all(b.up for b in gateway.fleet))
             yield running

@@ -7,9 +7,11 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -37,9 +39,10 @@ class Process:
 
 
 @asynccontextmanager
-async def served(*flags: str) -> AsyncIterator[Process]:
+async def served(*flags: str, files: int = 0) -> AsyncIterator[Process]:
+    limited = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *flags, stderr=asyncio.subprocess.PIPE,
+        *limited, sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *flags, stderr=asyncio.subprocess.PIPE,
         env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")},
     )  # fmt: skip
     log: list[str] = []
@@ -139,3 +142,47 @@ async def test_a_taken_port_is_said_in_one_line() -> None:
         _, said = await second.communicate()
         assert second.returncode == 1
         assert said.decode() == f"pd-proxy: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+
+
+async def test_a_process_without_files_left_neither_dies_nor_spins_and_serves_again() -> None:
+    async with (
+        simulators("prefill", "decode") as [p, d],
+        served("--prefill", p.url, "--decode", d.url, "--limits.connections", "1000", files=100) as gateway,
+    ):
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http:
+            await ready(http)
+        assert any("limits.connections" in line for line in gateway.log), "the limit was said to be too high"
+        port = int(gateway.url.rsplit(":", 1)[1])
+        crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        before = cpu_seconds(gateway.process.pid)
+        await asyncio.sleep(1)  # in which it must not be busy
+        assert cpu_seconds(gateway.process.pid) - before < 0.5
+        for client in crowd:
+            client.close()
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http:
+            await ready(http)
+            assert (await http.post(CHAT, json=chat())).status_code == 200
+
+
+async def test_by_default_connections_end_before_files_do() -> None:
+    async with (
+        simulators("prefill", "decode") as [p, d],
+        served("--prefill", p.url, "--decode", d.url, files=200) as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+    ):
+        await ready(http)
+        port = int(gateway.url.rsplit(":", 1)[1])
+        crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
+        # 24 may be open, and 16 beyond them are heard.
+        assert (await http.post(CHAT, json=chat())).status_code == 200
+        metrics = (await http.get("/metrics")).text
+        assert "pd_proxy_client_connections 40.0" in metrics
+        assert "pd_proxy_client_connections_refused_total 21.0" in metrics
+        for client in crowd:
+            client.close()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from time import monotonic
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -13,7 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy import __version__
-from proxy.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound
+from proxy.errors import (
+    BodyTooLarge,
+    GatewayError,
+    InvalidRequest,
+    MethodNotAllowed,
+    RequestTimedOut,
+    RouteNotFound,
+)
 from proxy.flow.request import new_id
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -23,11 +32,19 @@ class Surface(FastAPI):
     """FastAPI for everything but the hot routes, which are found by one dictionary lookup.
 
     Arguments:
-        hot: path -> ASGI application.
-        routers: the other routes.
+        hot: path -> ASGI application, which bounds the bodies that it reads.
+        routers: the other routes, whose bodies are bounded here.
+        body_seconds: seconds in which such a body must arrive.
     """
 
-    def __init__(self, *, hot: dict[str, ASGIApp], routers: list[APIRouter], lifespan: Lifespan | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        hot: dict[str, ASGIApp],
+        routers: list[APIRouter],
+        lifespan: Lifespan | None = None,
+        body_seconds: float = 60.0,
+    ) -> None:
         super().__init__(
             title="pd-proxy",
             version=__version__,
@@ -35,6 +52,7 @@ class Surface(FastAPI):
             lifespan=lifespan,
         )
         self._hot = hot
+        self._body_seconds = body_seconds
         for router in routers:
             self.include_router(router)
         self.add_exception_handler(GatewayError, _gateway_error)
@@ -46,7 +64,7 @@ class Surface(FastAPI):
         if scope["type"] == "http" and (endpoint := self._hot.get(scope["path"])) is not None:
             await endpoint(scope, receive, send)
         elif scope["type"] == "http":
-            await super().__call__(scope, receive, _with_request_id(send))
+            await super().__call__(scope, _bounded(receive, self._body_seconds), _with_request_id(send))
         else:
             await super().__call__(scope, receive, send)
 
@@ -75,6 +93,29 @@ _INFERENCE = {
         }
     },
 }
+
+
+_MOST_BODY = 1024 * 1024  # bytes; the longest list of backends is far below
+
+
+def _bounded(receive: Receive, seconds: float) -> Receive:
+    """A `receive` that ends a body which is too long or too slow. FastAPI reads bodies before it checks keys."""
+    taken = 0
+    end = monotonic() + seconds
+
+    async def receive_bounded() -> Message:
+        nonlocal taken
+        try:
+            async with asyncio.timeout(end - monotonic()):
+                message = await receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the request body did not arrive within {seconds:g} s") from None
+        taken += len(message.get("body", b""))
+        if taken > _MOST_BODY:
+            raise HTTPException(413, f"the request body exceeds the limit of {_MOST_BODY} bytes")
+        return message
+
+    return receive_bounded
 
 
 def _with_request_id(send: Send) -> Send:
@@ -112,7 +153,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         known = ", ".join(request.app.paths())
         return answer(RouteNotFound(f"there is no {path[:256]} here; this gateway serves {known}"))
-    return answer(InvalidRequest(str(error.detail)))
+    kind = {408: RequestTimedOut, 413: BodyTooLarge}.get(error.status_code, InvalidRequest)
+    return answer(kind(str(error.detail)))
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

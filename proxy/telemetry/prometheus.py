@@ -76,6 +76,19 @@ class FleetState(Protocol):
     def not_ready(self) -> str: ...
 
 
+class ConnectionState(Protocol):
+    """What a scrape shows of the clients' connections."""
+
+    @property
+    def open(self) -> int: ...
+
+    @property
+    def limit(self) -> int: ...
+
+    @property
+    def refused(self) -> int: ...
+
+
 class Histogram:
     """Distributions by label values.
 
@@ -147,11 +160,12 @@ class PrometheusSink(Collector):
     """Takes the flow's records and shows them, with the fleet's state, to a scrape.
 
     Arguments:
-        fleet: whose gauges are read at each scrape.
+        fleet, connections: whose gauges are read at each scrape.
     """
 
-    def __init__(self, fleet: FleetState) -> None:
+    def __init__(self, fleet: FleetState, connections: ConnectionState | None = None) -> None:
         self._fleet = fleet
+        self._connections = connections
         pool_backend = ("pool", "backend")
 
         def in_fleet(values: tuple[str, ...]) -> bool:
@@ -303,6 +317,7 @@ class PrometheusSink(Collector):
         ):
             yield family.collect()
         yield from self._fleet_gauges()
+        yield from self._connection_gauges()
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -371,6 +386,20 @@ class PrometheusSink(Collector):
         for pool, count in self._fleet.budget_refusals.items():
             refusals.add_metric((pool,), count)
         yield refusals
+
+    def _connection_gauges(self) -> Iterator[Metric]:
+        now = self._connections
+        yield GaugeMetricFamily(
+            "pd_proxy_client_connections", "Connections of clients that are open.", value=now.open if now else 0
+        )
+        yield GaugeMetricFamily(
+            "pd_proxy_client_connections_limit", "How many may be open at a time.", value=now.limit if now else 0
+        )
+        yield CounterMetricFamily(
+            "pd_proxy_client_connections_refused",
+            "Connections that got a 503, or were closed at once, because of the limit.",
+            value=now.refused if now else 0,
+        )
 
 
 def registry(*sinks: Collector) -> CollectorRegistry:

@@ -92,6 +92,10 @@ class FakeTransport(asyncio.Transport):
         self.reading = True
         self.closed = False
         self.aborted = False
+        self.protocol: asyncio.BaseProtocol | None = None
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += bytes(data)
@@ -120,7 +124,7 @@ class Recorder:
     """A receiver that writes down what it is told.
 
     Attributes:
-        carried: "data" or "chunk" for each call that brought body bytes.
+        carried: the body bytes of each call.
         ending: "end", "lost" or nothing yet.
     """
 
@@ -129,9 +133,8 @@ class Recorder:
         self.heads = 0
         self.headers: dict[bytes, bytes] = {}
         self.body = b""
-        self.carried: list[str] = []
+        self.carried: list[bytes] = []
         self.last = False
-        self.takes_chunks = True
         self.endings: list[str] = []
         self.error: BackendError | None = None
         self._ended = asyncio.Event()
@@ -143,17 +146,8 @@ class Recorder:
         self.headers = headers
 
     def data(self, data: bytes, last: bool) -> None:
-        self._carry("data", data)
+        self._carry(data)
         self.last = last
-
-    def chunk(self, chunk: bytes) -> bool:
-        """Takes what ends as a chunk does, unless `takes_chunks` is off."""
-        if not self.takes_chunks or not chunk.endswith(b"\r\n"):
-            return False
-        size, _, rest = chunk.partition(b"\r\n")
-        assert size == b"%x" % (len(rest) - 2)
-        self._carry("chunk", rest[:-2])
-        return True
 
     def end(self) -> None:
         self.endings.append("end")
@@ -164,12 +158,12 @@ class Recorder:
         self.error = error
         self._ended.set()
 
-    def _carry(self, way: str, data: bytes) -> None:
+    def _carry(self, data: bytes) -> None:
         assert self.heads, "body before head"
         assert data, "empty data"
         assert not self.last, "data after the last"
         assert not self.endings, "data after the end"
-        self.carried.append(way)
+        self.carried.append(data)
         self.body += data
 
     async def ended(self) -> str:

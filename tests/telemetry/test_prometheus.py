@@ -49,6 +49,9 @@ NAMES = {
     "pd_proxy_backend_inflight_requests": ("gauge", {"pool", "backend"}),
     "pd_proxy_backend_inflight_tokens": ("gauge", {"pool", "backend"}),
     "pd_proxy_handoffs_in_limbo": ("gauge", set()),
+    "pd_proxy_client_connections": ("gauge", set()),
+    "pd_proxy_client_connections_limit": ("gauge", set()),
+    "pd_proxy_client_connections_refused": ("counter", set()),
     "pd_proxy_ready": ("gauge", set()),
     "pd_proxy_build_info": ("gauge", {"version"}),
 }

@@ -1,0 +1,233 @@
+"""What a client sends: uvicorn's httptools protocol, bounded against slow and hostile clients.
+
+Headers are bounded in bytes, number and time; so are the requests that a client sends ahead, and the framing around a
+body. What could be read in two ways is refused. A request that is refused here is answered in OpenAI's shape, and the
+application never sees it, or never its whole body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from random import getrandbits
+from time import monotonic
+from typing import Any, ClassVar
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from proxy.errors import GatewayError, HeadersTooLarge, InvalidRequest, RequestTimedOut
+from proxy.relay.direct import DirectClient
+
+# Seconds for which what a client still sends is read and thrown away after its request was refused. Closing at once
+# would reset the connection, and the answer would be lost with it.
+_LINGER = 2.0
+_MOST_HEADERS = 256  # lines; engines and proxies take about 100
+# Requests that wait behind a running one. Each costs some kB, and one read may bring thousands; clients send none.
+_MOST_AHEAD = 16
+# Bytes of chunk sizes, extensions and trailers around one body. 64 MiB in chunks of 500 bytes need less.
+_MOST_FRAMING = 1024 * 1024
+
+
+class Inbound(HttpToolsProtocol):
+    """One client connection's requests.
+
+    Class attributes are set once, in a subclass, before the server listens:
+        header_limit: bytes of request line and headers.
+        header_seconds: seconds in which they must arrive, once the first byte is there, and for the first byte on a
+            new connection.
+    Attributes:
+        clients: of the requests whose answers are not complete.
+        deaf: nothing that the client still sends is heard.
+    """
+
+    header_limit: ClassVar[int] = 64 * 1024
+    header_seconds: ClassVar[float] = 30.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.clients: set[DirectClient] = set()
+        self.deaf = False
+        self._offered = False  # the request at hand asks for another protocol
+        self._in_message = False  # between a request's headers and its end
+        self._refusal: GatewayError | None = None
+        self._read_size = 0
+        self._framing = 0
+        self._header_bytes = 0
+        self._header_deadline: asyncio.TimerHandle | None = None
+        self._waiting_since: float | None = None
+        self._lingering: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._header_deadline, self._lingering):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a request is on its way: it has begun to come, or the connection is new."""
+        return self._waiting_since is not None
+
+    def data_received(self, data: bytes) -> None:
+        # As uvicorn's, which would write a line to the log for each of a hostile client's requests.
+        if self.deaf:
+            return
+        self._unset_keepalive_if_required()
+        self._read_size = len(data)
+        if self._in_message:
+            self._framing += len(data)
+        else:
+            if self._waiting_since is None:
+                self._expect_headers()
+            self._header_bytes += len(data)
+        while data:
+            try:
+                self.parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as offer:
+                data = self._decline_upgrade() + data[offer.args[0] :]
+            except httptools.HttpParserError:
+                self._refuse(self._refusal or InvalidRequest("the request is not valid HTTP/1.1"))
+                return
+        if self._waiting_since is not None and self._header_bytes > self.header_limit:
+            self._refuse(HeadersTooLarge(f"request line and headers exceed {self.header_limit} bytes"))
+        elif self._framing > _MOST_FRAMING:
+            self._refuse(InvalidRequest(f"more than {_MOST_FRAMING} bytes of chunk sizes, extensions and trailers"))
+
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= _MOST_AHEAD:
+            # Those before it are answered, and the last of them closes the connection; clients send the rest again.
+            self.cycle.keep_alive = False
+            self._stop_listening()
+            raise _Unheard
+        super().on_message_begin()
+        if self._waiting_since is None:  # behind another request, in the same read
+            self._expect_headers()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_message:
+            return  # a trailer: no header, lest it passes what is in front of us and looks at headers alone
+        name = name.lower()
+        if name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue"
+        elif name == b"transfer-encoding" and (value.lower() != b"chunked" or self.parser.get_http_version() != "1.1"):
+            self._refusal = InvalidRequest("of all transfer codings only chunked, in HTTP/1.1, is understood")
+            raise self._refusal
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                self._refusal = InvalidRequest("this is no forward proxy")
+                raise self._refusal
+            self._offered = True
+            return
+        if len(self.headers) > _MOST_HEADERS or self._header_bytes + self._read_size > self.header_limit:
+            self._check_header_size()
+        super().on_headers_complete()
+        self._in_message = True
+        self._waiting_since = None
+        self._header_bytes = 0
+        self._framing = 0
+
+    def on_body(self, body: bytes) -> None:
+        self._framing -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._offered:
+            return
+        self._in_message = False
+        self._framing = 0
+        super().on_message_complete()
+
+    def _decline_upgrade(self) -> bytes:
+        """The head of a request that offered another protocol, without the offer.
+
+        The parser takes what follows such a head for the other protocol, and so the body for a request. Java's clients
+        offer HTTP/2 with each first request, bodies or not.
+        """
+        head = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b"close" if b"close" in value.lower() else b"keep-alive"
+            if name not in (b"upgrade", b"http2-settings"):
+                head += b"%b: %b\r\n" % (name, value)
+        self._offered = False
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        return head + b"\r\n"
+
+    def _check_header_size(self) -> None:
+        if len(self.headers) > _MOST_HEADERS:
+            self._refusal = HeadersTooLarge(f"more than {_MOST_HEADERS} headers")
+        elif len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self.header_limit:
+            self._refusal = HeadersTooLarge(f"request line and headers exceed {self.header_limit} bytes")
+        if self._refusal is not None:
+            raise self._refusal
+
+    def _expect_headers(self) -> None:
+        """The bounds on headers apply from now until they are complete."""
+        self._waiting_since = monotonic()
+        self._header_bytes = 0
+        if self._header_deadline is None:
+            self._header_deadline = self.loop.call_later(self.header_seconds, self._check_headers)
+
+    def _check_headers(self) -> None:
+        # One timer a connection, set anew only when it fires: a busy connection pays for one a half minute.
+        self._header_deadline = None
+        if self._waiting_since is None or self.transport.is_closing():
+            return
+        left = self._waiting_since + self.header_seconds - monotonic()
+        if left > 0:
+            self._header_deadline = self.loop.call_later(left, self._check_headers)
+        elif self._header_bytes == 0:
+            self.transport.close()  # a connection that never asked for anything gets no answer
+        else:
+            self._refuse(RequestTimedOut(f"headers did not arrive within {self.header_seconds:g} s"))
+
+    # Refusing
+
+    def _refuse(self, error: GatewayError) -> None:
+        """Answer a request that the application will never see, or never whole, and close."""
+        if self.transport.is_closing() or self.deaf:
+            return
+        if self._in_message and len(self.clients) == 1:
+            [client] = self.clients
+            if client._cycle is self.cycle and not client.started:  # it waits for a body that will never be whole
+                self.clients.clear()
+                client.left()
+        if self.clients:
+            self.transport.close()  # another request is being answered, and answers come in order
+            return
+        body = error.body()
+        lines = [b"%b: %b\r\n" % header for header in (*answer_headers(), (b"connection", b"close"))]
+        self.transport.write(
+            b"%b%bcontent-length: %d\r\n\r\n%b" % (STATUS_LINE[error.status], b"".join(lines), len(body), body)
+        )
+        self.linger()
+
+    def linger(self) -> None:
+        """Close once the client has heard the answer: it has closed its side, or had its time."""
+        if self._lingering is None and not self.transport.is_closing():
+            self._lingering = self.loop.call_later(_LINGER, self.transport.abort)
+            self._stop_listening()
+            self.flow.resume_reading()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+
+    def _stop_listening(self) -> None:
+        self.deaf = True
+        self._waiting_since = None
+
+
+class _Unheard(Exception):
+    """A request that came too far ahead of its answer."""
+
+
+def answer_headers() -> list[tuple[bytes, bytes]]:
+    return [(b"content-type", b"application/json"), (b"x-request-id", b"%032x" % getrandbits(128))]
