@@ -244,8 +244,8 @@ class BackendUnreachable(BackendError):
     reason = "unreachable"
     public = "no engine could be reached"
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, unread=True)
+    def __init__(self, message: str, *, blame: bool = True) -> None:
+        super().__init__(message, unread=True, blame=blame)
 
 
 class BackendCut(BackendError):

@@ -10,17 +10,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 
-from proxy.errors import BackendBusy, BackendError, BackendGarbled, HandoffInvalid, NoBackend
+from proxy.errors import (
+    BackendBusy,
+    BackendError,
+    BackendGarbled,
+    BackendLost,
+    BackendUnreachable,
+    HandoffExpired,
+    HandoffInvalid,
+    NoBackend,
+)
 from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
+from proxy.flow.cut import settle
 from proxy.flow.legs import Legs, Limbo, Try
 from proxy.flow.request import Request, new_id
 from proxy.flow.resumption import Resumption
 from proxy.handoff.connector import Connector
-from proxy.handoff.plan import SequentialPlan
+from proxy.handoff.plan import Leg, SequentialPlan
 from proxy.placement.decide import Decision, View, choose, decide
 from proxy.relay.answers import read_usage
 from proxy.settings import Settings
@@ -30,7 +41,7 @@ log = logging.getLogger("pd_proxy.flow")
 
 _FIRST_BACKOFF = 0.05  # seconds before a backend that has just failed is tried again
 _LONGEST_BACKOFF = 1.0
-_LONGEST_CHARACTER = 4  # bytes in UTF-8, and so tokens at most
+_NO_HANDOFF_TRIED = {kind.reason for kind in (BackendBusy, BackendUnreachable, BackendLost, HandoffExpired)}
 
 
 class Flow:
@@ -88,8 +99,7 @@ class Flow:
                 if request.live:  # a part of the answer has been given since the last time
                     if self._resumption.complete(request):
                         return
-                    await self._settle(request)
-                    self._resumption.resume(request, error)
+                    self._resumption.resume(request, error, await self._settle(request))
                     tries = 0
                     continue
                 if not error.retryable or tries == self._attempts:
@@ -122,24 +132,25 @@ class Flow:
         request.permit = permit
         return tries
 
-    async def _settle(self, request: Request) -> None:
-        """Where a stream's last read brought several tokens at once, find out whether the last of them is half a
-        character. Its text has not been sent then, and it must be generated again."""
-        transcript = request.transcript
-        if transcript is None or not transcript.unsure:
-            return
-        for backend in self._fleet.candidates("decode", request.body.model):
-            if backend.url in request.avoid:
-                continue
+    async def _settle(self, request: Request) -> str:
+        """Find the place where a broken answer may be continued (`cut.py`), with the help of any engine that is up: all
+        of them have the same tokenizer.
+
+        Returns why there is none, or an empty string.
+        """
+        transcript, model = request.transcript, request.body.model
+        if transcript is None or not transcript.continuable:
+            return ""
+        if transcript.text is None and not transcript.unsure:
+            return ""
+        roles: tuple[Role, ...] = ("decode", "mixed", "prefill")
+        known = [backend for role in roles for backend in self._fleet.candidates(role, model)]
+        for backend in sorted(known, key=lambda backend: backend.url in request.avoid):
             try:
-                for _ in range(_LONGEST_CHARACTER):
-                    text = await self._legs.detokenize(backend, request.body.model, transcript.end())
-                    if not text.endswith("\ufffd"):
-                        transcript.unsure = False
-                        return
-                    transcript.drop_last()
+                return await settle(transcript, partial(self._legs.detokenize, backend, model))
             except BackendError as error:
                 log.info("%s: %s did not detokenize: %s", request.record.request_id, backend.url, error)
+        return "held_text" if transcript.text is not None else "merged_tokens"
 
     async def _place(self, request: Request, tries: int) -> Decision[Backend]:
         """Where the next try goes; waits where it can only go to what has just failed.
@@ -202,8 +213,8 @@ class Flow:
 
     def _given_up_handoff(self, request: Request) -> str:
         """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
-        pool or the link between the pools is the likely culprit. A prefill pool that is merely busy is none."""
-        failed = [leg for leg, reason in request.record.retries if reason != BackendBusy.reason]
+        pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
+        failed = [leg for leg, reason in request.record.retries if reason not in _NO_HANDOFF_TRIED]
         if len(failed) < 2 or not (request.record.prefill and self._local_prefill):
             return ""
         return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
@@ -221,31 +232,32 @@ class Flow:
                 self._put_away(attempt)
 
     def _put_away(self, attempt: Try) -> None:
-        """A try has ended: a hand-off that it did not use is claimed in the background, which frees its blocks."""
+        """A try has ended: blocks of a hand-off that it did not use are freed, in the background."""
         limbo = attempt.limbo
-        if limbo is None:
+        if limbo is None or not limbo.open:
             return
-        if limbo.read:
-            limbo.close()
-            return
+        leg = None
+        if limbo.use != "reading":
+            leg = attempt.plan.release_leg(limbo.handoff, sent=limbo.use == "refused")
         backend = self._claimant(attempt.request)
-        if backend is None:
+        if leg is None or backend is None:
             self._telemetry.handoff_released(False)
             limbo.close()
             return
-        task = asyncio.create_task(self._release(attempt, backend))
+        task = asyncio.create_task(self._release(attempt, backend, leg))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
     def _claimant(self, request: Request) -> Backend | None:
         """The decode backend that was to have the hand-off, if it is up, else another."""
         candidates = self._fleet.candidates("decode", request.body.model)
-        chosen = [backend for backend in candidates if backend.url == request.record.decode]
-        return next(iter(chosen or candidates), None)
+        good = [backend for backend in candidates if backend.url not in request.avoid] or candidates
+        chosen = [backend for backend in good if backend.url == request.record.decode]
+        return next(iter(chosen or good), None)
 
-    async def _release(self, attempt: Try, backend: Backend) -> None:
+    async def _release(self, attempt: Try, backend: Backend, leg: Leg) -> None:
         try:
-            await self._legs.release(attempt, backend)
+            await self._legs.release(attempt, backend, leg)
             self._telemetry.handoff_released(True)
         except BackendError as error:
             self._telemetry.handoff_released(False)

@@ -7,10 +7,18 @@ lease released, before the function returns.
 from __future__ import annotations
 
 from time import monotonic
+from typing import Literal
 
 import msgspec
 
-from proxy.errors import BackendError, BackendGarbled, BackendPreempted, BackendRejected, HandoffExpired
+from proxy.errors import (
+    BackendAnswered,
+    BackendError,
+    BackendGarbled,
+    BackendPreempted,
+    BackendRejected,
+    HandoffExpired,
+)
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.judge import Judge
@@ -40,25 +48,27 @@ class Limbo:
     Attributes:
         prefill: whose blocks it names.
         since: when prefill answered, as `time.monotonic`.
-        read: a decode engine may have read it. From then on nobody else may: prefill frees blocks that were read, and
-            what a second reader finds in them is another request's, with nothing to show it.
+        use: what decode has made of it. While one may be `reading`, nobody else may: prefill frees blocks that were
+            read, and what a second reader finds in them is another request's, with nothing to show it. `refused`: it
+            was sent, and answered with an error.
+        open: nobody has said yet that it is settled.
     """
 
-    __slots__ = ("_fleet", "_open", "handoff", "prefill", "read", "since")
+    __slots__ = ("_fleet", "handoff", "open", "prefill", "since", "use")
 
     def __init__(self, fleet: Fleet, prefill: Backend, handoff: Handoff) -> None:
         self._fleet = fleet
-        self._open = True
+        self.open = True
         self.prefill = prefill
         self.handoff = handoff
         self.since = monotonic()
-        self.read = False
+        self.use: Literal["none", "reading", "refused"] = "none"
         fleet.handoffs_in_limbo += 1
         prefill.open_handoffs += 1
 
     def close(self) -> None:
-        if self._open:
-            self._open = False
+        if self.open:
+            self.open = False
             self._fleet.handoffs_in_limbo -= 1
             self.prefill.open_handoffs -= 1
             if self.prefill.removed:
@@ -166,6 +176,8 @@ class Legs:
             record.prompt_tokens = usage.prompt_tokens or 0
             record.tokens = usage.completion_tokens or 0
             record.cached_tokens = record.cached_tokens or usage.cached_tokens
+        if attempt.limbo is not None:
+            attempt.limbo.close()
         record.status = 200
         request.client.respond(200, request.headers(_JSON), strip_handoff(answer))
 
@@ -224,16 +236,18 @@ class Legs:
         if continuation is None and not relay.throttled and (tpot := record.tpot) is not None:
             self._fleet.timed(backend, "decode", tpot, record.tokens)
 
-    async def release(self, attempt: Try, backend: Backend) -> None:
-        """Have `backend` claim the hand-off of a try that will not use it, so that prefill's blocks are free again.
+    async def release(self, attempt: Try, backend: Backend, leg: Leg) -> None:
+        """Send a leg by which prefill's blocks are freed. Whether it is answered or refused, it has done its work.
 
         Raises:
             BackendError: it did not; the blocks stay pinned until the engines' lease on them ends.
         """
-        assert attempt.limbo is not None
-        leg = attempt.plan.release_leg(attempt.limbo.handoff)
-        with Lease(backend, attempt.request.prefill_tokens) as lease:
-            await self._collect(backend, lease, "decode", leg, attempt, _ASIDE)
+        receiver = Collected(backend.url, limit=self._settings.limits.answer)
+        with Lease(backend, attempt.request.prefill_tokens):
+            receiver.connection = await self._send(backend, leg, attempt, receiver)
+            answer = await receiver.wait(_ASIDE)
+        if receiver.status != 200 and receiver.status != 400:
+            raise engine_error(backend.url, receiver.status, receiver.headers, answer)
 
     async def detokenize(self, backend: Backend, model: str | None, ids: bytes) -> str:
         """The text of some tokens, as `backend` writes them.
@@ -276,7 +290,7 @@ class Legs:
             leg.path, headers, leg.body, receiver, within=self._time_left(limbo)
         )
         if limbo is not None:
-            limbo.read = True
+            limbo.use = "reading"
         return connection
 
     def _time_left(self, limbo: Limbo | None) -> float | None:
@@ -293,8 +307,11 @@ class Legs:
         return left
 
     def _note(self, backend: Backend, error: BackendError, leg: LegName, attempt: Try) -> None:
-        if attempt.limbo is not None and (error.unread or isinstance(error, BackendRejected)):
-            attempt.limbo.read = False  # engines judge a request before they look at its hand-off
+        if attempt.limbo is not None and leg == "decode":
+            if isinstance(error, BackendAnswered):
+                attempt.limbo.use = "refused"
+            elif error.unread:
+                attempt.limbo.use = "none"
         if isinstance(error, BackendRejected):
             self._fleet.succeeded(backend, leg)  # an engine that judges requests is alive
         elif not isinstance(error, HandoffExpired):

@@ -10,7 +10,7 @@ import logging
 
 from proxy.errors import BackendError, StreamInterrupted
 from proxy.flow.request import Request
-from proxy.handoff.continuation import Continuation, has_media, inexact
+from proxy.handoff.continuation import Continuation, has_media, has_tools, inexact
 from proxy.relay.transcript import Transcript
 from proxy.settings import Settings
 
@@ -30,7 +30,8 @@ class Resumption:
         flaw = "off" if self._mode == "off" else inexact(request.body)
         hopeless = flaw and (self._mode != "best_effort" or flaw == request.body.alone)
         request.token_ids = not hopeless
-        request.transcript = Transcript(flaw, limit=self._limit)
+        # An engine's parser for tool calls may hold back a part of a token's text.
+        request.transcript = Transcript(flaw, limit=self._limit, with_text=not hopeless and has_tools(request.body))
 
     def complete(self, request: Request) -> bool:
         """End an answer of which the client has every token already; whether it was such a one."""
@@ -51,15 +52,17 @@ class Resumption:
         log.info("%s: its backend failed after the last token: %s", request.record.request_id, request.error)
         return True
 
-    def resume(self, request: Request, error: BackendError) -> None:
+    def resume(self, request: Request, error: BackendError, unsettled: str) -> None:
         """Set a request up for a try that goes on where its answer broke off.
 
+        Arguments:
+            unsettled: why no place was found where ids and text agree, or empty.
         Raises:
             StreamInterrupted: nobody can go on from there.
         """
         transcript = request.transcript
         assert transcript is not None
-        if why := self._why_not(request, error, transcript):
+        if why := self._why_not(request, error, transcript, unsettled):
             raise self.given_up(request, why) from error
         ids = transcript.cut()
         request.continuation = Continuation(ids, transcript.said)
@@ -77,7 +80,7 @@ class Resumption:
         request.record.not_resumed = why
         return StreamInterrupted(f"{request.error}; not resumed: {why}", why=why)
 
-    def _why_not(self, request: Request, error: BackendError, transcript: Transcript) -> str:
+    def _why_not(self, request: Request, error: BackendError, transcript: Transcript, unsettled: str) -> str:
         if not error.retryable:
             return error.reason
         if not transcript.continuable:
@@ -86,8 +89,8 @@ class Resumption:
             return transcript.flaw
         if has_media(request.body):
             return "media"
-        if transcript.unsure and self._mode != "best_effort":
-            return "merged_tokens"
+        if unsettled and self._mode != "best_effort":
+            return unsettled
         if request.resumes >= self._most:
             return "too_often"
         return ""

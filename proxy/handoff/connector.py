@@ -48,6 +48,17 @@ class Connector(Protocol):
     def decode(self, members: Members, handoff: Handoff) -> Members:
         """The decode leg's body with a hand-off."""
 
+    def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
+        """The body of a decode leg that has prefill free the blocks of a hand-off nobody wants; None where there is no
+        safe one.
+
+        It must not read blocks that may be free already: what it found there would stay in decode's prefix cache, as
+        wrong text for every later prompt that begins alike.
+
+        Arguments:
+            sent: a decode engine has had it, and has answered with an error.
+        """
+
 
 # What the prefill leg does without. Its one token is thrown away, so nothing that shapes, reports or stops output is
 # needed; all that shapes the *prompt* (messages, tools, tool_choice, template arguments, documents) must stay, since

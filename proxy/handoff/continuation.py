@@ -101,6 +101,12 @@ def inexact(body: Body) -> str:
     return ""
 
 
+def has_tools(body: Body) -> bool:
+    """Whether an engine may look for tool calls in the answer."""
+    choice = body.members.get("tool_choice")
+    return "tools" in body.members and (choice is None or bytes(choice) != b'"none"')
+
+
 def has_media(body: Body) -> bool:
     """Whether a chat has more than text in it: engines ignore the prompt's ids then."""
     messages = body.members.get("messages")

@@ -36,3 +36,7 @@ class MooncakeAscend:
 
     def decode(self, members: Members, handoff: Handoff) -> Members:
         return {**members, "kv_transfer_params": handoff.params}
+
+    def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
+        # Decode reads the blocks for one token, and prefill frees what was read. One that was sent may be free already.
+        return None if sent else {**one_token(members), "kv_transfer_params": handoff.params}

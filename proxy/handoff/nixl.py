@@ -38,3 +38,8 @@ class Nixl:
 
     def decode(self, members: Members, handoff: Handoff) -> Members:
         return {**members, "kv_transfer_params": handoff.params}
+
+    def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
+        # vLLM's handler refuses it (min_tokens above max_tokens), and by that alone tells prefill to free the blocks
+        # (`_with_kv_transfer_rejection_cleanup` in 0.32): nothing is read, nothing computed.
+        return {**one_token(members), "min_tokens": msgspec.Raw(b"2"), "kv_transfer_params": handoff.params}

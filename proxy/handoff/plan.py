@@ -10,7 +10,7 @@ import msgspec
 
 from proxy.errors import BackendGarbled
 from proxy.handoff.body import Body, Members
-from proxy.handoff.connector import Connector, Handoff, one_token
+from proxy.handoff.connector import Connector, Handoff
 from proxy.handoff.continuation import Continuation
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -23,6 +23,7 @@ _WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
 class PrefillAnswer(msgspec.Struct):
     """What is read of prefill's answer."""
 
+    choices: msgspec.Raw = msgspec.Raw()
     kv_transfer_params: msgspec.Raw = msgspec.Raw()
     usage: msgspec.Raw = msgspec.Raw()
 
@@ -73,6 +74,8 @@ class SequentialPlan:
             parsed = _decode_answer(answer)
         except msgspec.MsgspecError as error:
             raise BackendGarbled(f"prefill's answer is not one: {error}") from None
+        if not memoryview(parsed.choices):
+            raise BackendGarbled("prefill's answer has no choices")
         params = parsed.kv_transfer_params
         if bytes(memoryview(params)[:4]) in (b"", b"null", b"{}"):
             return None, parsed.usage
@@ -91,9 +94,14 @@ class SequentialPlan:
             members = {**members, "stream_options": _with_usage(members.get("stream_options"))}
         return self._leg(members)
 
-    def release_leg(self, handoff: Handoff) -> Leg:
-        """A decode leg that claims a hand-off for one token, since prefill frees its blocks once they were read."""
-        return self._leg(self._connector.decode(one_token(self._members), handoff))
+    def release_leg(self, handoff: Handoff, *, sent: bool) -> Leg | None:
+        """A decode leg that has prefill free the blocks of a hand-off nobody wants; None where there is no safe one.
+
+        Arguments:
+            sent: a decode engine has had it, and has answered with an error.
+        """
+        members = self._connector.release(self._members, handoff, sent=sent)
+        return None if members is None else self._leg(members)
 
     def _leg(self, members: Members) -> Leg:
         if self._continuation is not None and self._body.endpoint == "chat":

@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ssl
 from collections import deque
 from time import monotonic
@@ -122,7 +123,8 @@ class Origin:
         except TimeoutError:
             raise BackendUnreachable(f"{self.url}: no connection within {patience:.3g} s") from None
         except OSError as error:
-            raise BackendUnreachable(f"{self.url}: {error.strerror or error}") from error
+            ours = error.errno in (errno.EMFILE, errno.ENFILE)  # no file left here says nothing about the backend
+            raise BackendUnreachable(f"{self.url}: {error.strerror or error}", blame=not ours) from error
         return connection
 
 
@@ -238,7 +240,11 @@ class Connection(asyncio.Protocol):
             self._fail(BackendGarbled(f"{self._origin.url} wanted to switch protocols"))
             return
         except httptools.HttpParserError as error:
-            self._fail(BackendGarbled(f"{self._origin.url} did not speak HTTP: {error}"))
+            if good := b"".join(self._body):  # what came before the bad
+                self._body.clear()
+                receiver.data(good, False)
+            if self._receiver is receiver:
+                self._fail(BackendGarbled(f"{self._origin.url} did not speak HTTP: {error}"))
             return
         if self._in_head and self._head_bytes > HEAD_LIMIT:
             self._fail(BackendGarbled(f"{self._origin.url} sent more than {HEAD_LIMIT} bytes of headers"))

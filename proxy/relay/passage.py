@@ -74,6 +74,7 @@ class Passage(asyncio.Protocol):
         "_prefix",
         "_prefix_length",
         "_shown",
+        "_texts",
         "_times",
         "_transcript",
         "clear",
@@ -86,6 +87,7 @@ class Passage(asyncio.Protocol):
         self._gaps = gaps
         self._transcript = transcript
         self._ids = None if transcript is None else transcript.fresh
+        self._texts = None if transcript is None else transcript.fresh_text
         self._prefix = _NO_HEAD  # until an event has been learnt
         self._prefix_length = 0
         self._behind = b""
@@ -119,6 +121,8 @@ class Passage(asyncio.Protocol):
                 # `behind` is `mid id ] tail`; the client gets `shown tail`.
                 stop = behind.find(b"]")
                 ids.append(behind[self._mid_length : stop])
+                if self._texts is not None:
+                    self._texts.append(data[text:end])
                 event = data[start:end] + self._shown + behind[stop + 1 :]
                 self.write(b"%x\r\n%b" % (len(event) - 2, event))  # type: ignore[misc]
             times = self._times
@@ -148,11 +152,14 @@ class Passage(asyncio.Protocol):
             return
         if self._ids is not None and b'token_ids"' in around:
             return
+        shown = _HIDDEN.sub(b"", mid)
+        if self._ids is not None and b'token_ids"' in shown:
+            return
         self._prefix = event[:text]
         self._prefix_length = text
         self._behind = (mid + rest + b"\r\n").translate(None, _DIGITS)
         self._mid_length = len(mid)
-        self._shown = _HIDDEN.sub(b"", mid)
+        self._shown = shown
 
     # The times of the tokens. The first in the list is the last one that was put away.
 

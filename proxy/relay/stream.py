@@ -125,6 +125,7 @@ class StreamRelay:
         "_hollow",
         "_idle",
         "_last",
+        "_last_word",
         "_passage",
         "_paused_since",
         "_reader",
@@ -165,6 +166,7 @@ class StreamRelay:
         self._held_size = 0
         self._heard = 0.0
         self._last = b""
+        self._last_word = b""  # [DONE]
         self._hollow = b""  # events without text, as the client will see them together with the next that has some
         self._error_body = b""
         self._status = 0
@@ -281,8 +283,7 @@ class StreamRelay:
         self._connection = None
         if self._done:
             if self._passage is not None:
-                self._client.end(self._last)
-                self._finish(None)
+                self._conclude(BackendCut(f"{self._url} said [DONE] without a finish_reason"))
             else:  # a whole stream without a token is no answer
                 self._finish(BackendFailed(f"{self._url} ended its stream without a token", status=502))
         elif self._status != 200:
@@ -293,10 +294,19 @@ class StreamRelay:
     def lost(self, error: BackendError) -> None:
         self._connection = None
         if self._done and self._passage is not None:  # a connection that breaks after [DONE] broke nothing
-            self._client.end(self._last)
-            self._finish(None)
+            self._conclude(error)
         else:
             self._finish(error)
+
+    def _conclude(self, error: BackendError) -> None:
+        """The engine has said `[DONE]`: the answer is whole if it also said why it ended, else it failed."""
+        if self._transcript.finished:
+            self._client.end(self._last + self._last_word)
+            self._finish(None)
+            return
+        if self._last:
+            self._client.write(self._last)
+        self._finish(error)
 
     # Before the first token
 
@@ -368,7 +378,8 @@ class StreamRelay:
             if passage.write is None:
                 return
             connection.divert(passage)
-        passage.clear = connection.between_chunks and not self._reader.rest and not self._done
+        whole = not (self._reader.rest or self._hollow or self._done)
+        passage.clear = whole and connection.between_chunks
 
     def _pass_on(self, block: bytes, last: bool) -> None:
         """Whole events go to the client; the last ones together with the end of its answer."""
@@ -417,15 +428,14 @@ class StreamRelay:
                 continue
             if payload == b"[DONE]":
                 self._done = True
-                kept.append(event)
+                self._last_word = event
                 continue
             if parsed is None:
                 try:
                     parsed = _decode_event(payload)
-                except msgspec.MsgspecError:
-                    if HANDOFF_MARK not in event and b'token_ids"' not in event:
-                        kept.append(event)  # nothing we know; the client may
-                    continue
+                except msgspec.MsgspecError as error:
+                    self._failure = BackendGarbled(f"{self._url} sent an event that is no answer: {error}")
+                    break
             if parsed.error is not None:
                 # Told to the flow once the events before it are out; the flow says it to the client in its own words.
                 self._failure = engine_error_event(self._url, payload)
@@ -480,7 +490,8 @@ class StreamRelay:
             transcript.spoil("tool_calls" if delta.get("tool_calls") else "reasoning")
         if not transcript.continuable:
             return True
-        transcript.note(_inner(choice.token_ids), text)
+        said = choice.text if delta is None else delta.get("content")
+        transcript.note(_inner(choice.token_ids), said if isinstance(said, str) or not text else " ")
         return text or finished or (delta is not None and "role" in delta)
 
     # Endings

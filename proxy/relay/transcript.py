@@ -16,6 +16,7 @@ import msgspec
 from proxy.relay.events import payload
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_text = msgspec.json.Decoder(str).decode
 _encode = msgspec.json.Encoder().encode
 _IDENTITY = ("id", "object", "created", "model", "system_fingerprint")
 _END = 16  # tokens; a character is four at most
@@ -27,19 +28,36 @@ class Transcript:
 
     Arguments:
         flaw: why it could not be continued exactly whatever comes, or empty.
-        limit: bytes that the ids of prompt and answer may take; a longer answer is not kept, and has a flaw.
+        limit: bytes that prompt and answer may take; a longer answer is not kept, and has a flaw.
+        with_text: keep the text as well as the ids: where a parser may hold back a part of a token's text, only their
+            comparison tells.
     Attributes:
         flaw: why the answer cannot be continued exactly, or empty: `unopened` until its first event is known.
+        fresh_text: the text of these events, as it stands in their JSON; None when it is not kept.
         fresh: ids of the latest events, each of which came with text; `fold` moves them into the ledger.
         finished: the client has been given a `finish_reason`.
         unsure: the latest text came with several tokens at once, and of those the last may be half a character.
         first: the first event as the client saw it.
     """
 
-    __slots__ = ("_ids", "_limit", "_prompt", "_sent", "finished", "first", "flaw", "fresh", "unsure")
+    __slots__ = (
+        "_ids",
+        "_limit",
+        "_prompt",
+        "_sent",
+        "_text",
+        "finished",
+        "first",
+        "flaw",
+        "fresh",
+        "fresh_text",
+        "unsure",
+    )
 
-    def __init__(self, flaw: str = "", *, limit: int = 1 << 20) -> None:
+    def __init__(self, flaw: str = "", *, limit: int = 1 << 20, with_text: bool = False) -> None:
         self._limit = limit
+        self._text = bytearray()  # as in the engine's JSON, escapes and all
+        self.fresh_text: list[bytes] | None = [] if with_text else None
         self._prompt = b""
         self._ids = bytearray()  # ",5,17,3"
         self._sent = 0  # bytes of _ids up to the last token whose text was sent
@@ -66,11 +84,15 @@ class Transcript:
         if flaw in ("no_token_ids", "too_long"):  # nothing to go on from, even inexactly
             self._prompt = b""
             self._ids.clear()
+            self._text.clear()
             self._sent = 0
 
-    def note(self, ids: bytes, has_text: bool) -> None:
-        """An event has been passed on: its token ids (`5` or `5,6`), and whether it came with text."""
+    def note(self, ids: bytes, text: str | None) -> None:
+        """An event has been passed on: its token ids (`5` or `5,6`), and its text."""
+        has_text = bool(text)
         self.fold()
+        if self.fresh_text is not None and text:
+            self._text += _encode(text)[1:-1]
         if not ids:
             if has_text:
                 self.spoil("no_token_ids")
@@ -90,6 +112,9 @@ class Transcript:
                 self.unsure = b"," in self.fresh[-1]
                 self._check_limit()
             self.fresh.clear()
+            if self.fresh_text:
+                self._text += b"".join(self.fresh_text)
+                self.fresh_text.clear()
 
     @property
     def identity(self) -> dict[str, msgspec.Raw]:
@@ -101,6 +126,17 @@ class Transcript:
     def continuable(self) -> bool:
         """Whether there is anything to go on from, exactly or not."""
         return bool(self._prompt)
+
+    @property
+    def text(self) -> str | None:
+        """What the client has read so far; None when that is not kept."""
+        self.fold()
+        return None if self.fresh_text is None else _decode_text(b'"' + self._text + b'"')
+
+    def answer(self) -> bytes:
+        """Ids of the answer up to the cut."""
+        self.fold()
+        return bytes(self._ids[1 : self._sent])
 
     @property
     def said(self) -> int:
@@ -158,5 +194,5 @@ class Transcript:
         return b"data: %b\n\n" % _encode({**self.identity, **members})
 
     def _check_limit(self) -> None:
-        if len(self._prompt) + len(self._ids) > self._limit:
+        if len(self._prompt) + len(self._ids) + len(self._text) > self._limit:
             self.spoil("too_long")

@@ -472,6 +472,29 @@ def test_a_chunk_of_the_wrong_length_is_garbled(wrong: bytes) -> None:
     assert isinstance(recorder.error, BackendGarbled)
 
 
+@pytest.mark.parametrize("bad", [b"zz\r\n", b"3\r\nyes!\r\n"])
+def test_what_came_before_the_bad_is_told_before_the_end(bad: bytes) -> None:
+    recorder, connection, _ = heard([HEAD + b"1\r\n.\r\n", b"2\r\nok\r\n" + bad])
+    assert recorder.body.startswith(b".ok")
+    assert recorder.endings == ["lost"]
+    assert isinstance(recorder.error, BackendGarbled)
+    assert not connection.usable
+
+
+def test_who_ends_the_exchange_on_hearing_the_good_is_not_told_of_the_bad() -> None:
+    recorder, connection, _ = asked()
+
+    class Leaving(Recorder):
+        def data(self, data: bytes, last: bool) -> None:
+            super().data(data, last)
+            connection.abort()
+
+    leaving = connection._receiver = Leaving()
+    connection.data_received(HEAD + b"2\r\nok\r\nzz\r\n")
+    assert leaving.body == b"ok"
+    assert leaving.endings == recorder.endings == []
+
+
 def test_the_last_body_bytes_are_known_to_be_the_last() -> None:
     recorder, _, _ = heard([HEAD + b"1\r\na\r\n", b"1\r\nb\r\n0\r\n\r\n"])
     assert recorder.last

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -18,105 +18,41 @@ from proxy.errors import (
     BackendFailed,
     BackendGarbled,
     BackendLost,
+    BackendPreempted,
     BackendRejected,
     BackendTimedOut,
 )
+from proxy.relay import passage as relay_passage
 from proxy.relay import stream as relay_stream
-from proxy.relay.http1 import Connection, Origin
-from proxy.relay.stream import StreamRelay
-from proxy.telemetry.records import ITL_BOUNDS, Distribution
+from proxy.relay.edit import Edit
+from proxy.telemetry.records import ITL_BOUNDS
 
-from .helpers import PATIENCE, FakeTransport, RecordingClient
-
-URL = "http://engine:80"
-CRLF = "a block without LF LF and without choices counts 0 of each, and so is not looked at"
-DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"
-
-
-def event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
-
-
-def chat(delta: dict[str, Any], **more: Any) -> bytes:
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-    return event({"id": "chatcmpl-1", "object": "chat.completion.chunk", "choices": [choice]})
-
-
-def text(token: str, **more: Any) -> bytes:
-    return event({"id": "cmpl-1", "choices": [{"index": 0, "text": token, "finish_reason": None}], **more})
-
+from .helpers import PATIENCE
+from .streams import COUNTS, DONE, PING, Stream, chat, chunk, event, identity, opened, relayed, text
 
 ROLE = chat({"role": "assistant", "content": ""})
 FIRST, SECOND, THIRD = (chat({"content": token}) for token in ("Hel", "lo", " you"))
 END = chat({}, finish_reason="stop")
-COUNTS = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 4}}
 USAGE = event({"id": "chatcmpl-1", "choices": [], "usage": COUNTS})
 FAILURE = event({"error": {"message": "Internal server error", "type": "InternalServerError", "code": 500}})
 
 
-class Stream:
-    """One relayed stream, from both its ends."""
+class Clock:
+    """A clock that a test turns by hand."""
 
-    def __init__(
-        self,
-        *,
-        drop_usage: bool = True,
-        idle: float | None = None,
-        first_token: float | None = None,
-        status: int = 200,
-        chunks: bool = True,
-    ) -> None:
-        self.client = RecordingClient(chunks)
-        self.gaps = Distribution(ITL_BOUNDS)
-        self.begun = 0
-        self.relay = StreamRelay(URL, self.client, self._begin, self.gaps, drop_usage=drop_usage, idle=idle)
-        self.connection = Connection(Origin(URL))
-        self.transport = FakeTransport()
-        self.connection.connection_made(self.transport)
-        self.connection.begin(self.relay, b"", b"")
-        self.connection.data_received(b"HTTP/1.1 %d X\r\ntransfer-encoding: chunked\r\n\r\n" % status)
-        self.running = asyncio.ensure_future(self.relay.run(self.connection, first_token))
+    def __init__(self) -> None:
+        self.now = 1000.0
 
-    def _begin(self) -> None:
-        self.begun += 1
-        self.client.start(200, ())
-
-    def read(self, *reads: bytes) -> None:
-        """Each of these is one chunk, and one read."""
-        for data in reads:
-            if self.connection._receiver is not None:
-                self.connection.data_received(b"%x\r\n%b\r\n" % (len(data), data))
-
-    def end(self) -> None:
-        if self.connection._receiver is not None:
-            self.connection.data_received(b"0\r\n\r\n")
-
-    async def outcome(self) -> BackendError | None:
-        """How it ended."""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await self.running
-        except BackendError as error:
-            return error
-        return None
+    def __call__(self) -> float:
+        return self.now
 
 
-async def opened(**options: Any) -> Stream:
-    """A stream whose relay waits for its first event."""
-    stream = Stream(**options)
-    await asyncio.sleep(0)
-    return stream
-
-
-async def relayed(*reads: bytes, **options: Any) -> Stream:
-    """A stream that ended well after these reads."""
-    stream = await opened(**options)
-    stream.read(*reads)
-    stream.end()
-    assert await stream.outcome() is None
-    assert stream.client.ended
-    return stream
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (relay_stream, relay_passage):
+        monkeypatch.setattr(module, "monotonic", clock)
+    return clock
 
 
 @pytest.mark.parametrize("chunks", [True, False])
@@ -217,6 +153,202 @@ async def test_an_error_event_is_the_error_its_code_says(code: object, kind: typ
     assert error.status == (code if isinstance(code, int) else 500)
 
 
+# Preemption (vllm-ascend's recompute scheduler)
+
+OPENING = [FIRST, SECOND]
+GIVEN_UP = chat({"content": ""}, finish_reason="stop", stop_reason="recomputed")
+
+
+@pytest.mark.parametrize(
+    "reads", [[GIVEN_UP], [ROLE, GIVEN_UP, DONE], [ROLE + GIVEN_UP + DONE], [ROLE + GIVEN_UP + FIRST]]
+)
+async def test_a_stream_given_up_before_its_first_token_is_preempted_and_the_client_has_seen_nothing(
+    reads: list[bytes],
+) -> None:
+    stream = await opened()
+    stream.read(*reads)
+    assert type(await stream.outcome()) is BackendPreempted
+    assert not stream.client.started
+    assert stream.transport.aborted
+
+
+@pytest.mark.parametrize("edit", [Edit(), Edit(hide_ids=True), Edit(identity=identity(id="x"), said=3)])
+@pytest.mark.parametrize(
+    "reads",
+    [
+        [FIRST, SECOND, GIVEN_UP, DONE],
+        [FIRST, SECOND + GIVEN_UP, DONE],
+        [FIRST + SECOND + GIVEN_UP + THIRD + DONE],
+    ],
+)
+async def test_a_stream_given_up_after_tokens_is_preempted_and_the_client_never_sees_that_event(
+    reads: list[bytes], edit: Edit
+) -> None:
+    stream = await opened(edit=edit, finished=False)
+    stream.read(*reads)
+    assert type(await stream.outcome()) is BackendPreempted
+    assert stream.client.body == b"".join(part.replace(b"chatcmpl-1", b"x") if edit.said else part for part in OPENING)
+    assert not stream.client.ended
+    assert not stream.transcript.finished
+    assert stream.relay.events == 2
+
+
+async def test_the_word_recomputed_in_a_text_is_no_preemption() -> None:
+    said = chat({"content": '"stop_reason":"recomputed"'})
+    stream = await relayed(FIRST, said, said + said, DONE)
+    assert stream.client.body == FIRST + said * 3 + DONE
+
+
+# The straight way: which reads the parser sees
+
+
+@pytest.mark.parametrize("make", [text, lambda token: chat({"content": token})], ids=["completions", "chat"])
+async def test_ordinary_tokens_are_not_parsed_once_the_first_was(make: Callable[[str], bytes]) -> None:
+    tokens = [make(token) for token in ("Hel", "lo", " you", " é \U0001f600 {}[]\\,", "x" * 5000)]
+    stream = await opened()
+    assert stream.parsed(*tokens[:1]) == tokens[:1]
+    assert stream.parsed(*tokens[1:]) == []
+    assert stream.client.writes == tokens
+    assert stream.relay.events == len(tokens)
+    stream.running.cancel()
+
+
+async def test_everything_that_is_no_ordinary_token_is_parsed_and_the_next_token_is_not() -> None:
+    stream = await opened()
+    stream.read(ROLE, FIRST)
+    others = [
+        PING,
+        chat({"content": ""}),
+        chat({"content": 'a "quote"'}),
+        chat({"content": "x"}, logprobs={"content": []}),
+        chat({"tool_calls": [{"index": 0, "function": {"arguments": "x"}}]}),
+        chat({"content": "x", "reasoning_content": "y"}),
+        chat({"content": "x"}, index=1),
+        chat({"content": "x"}, stop_reason=5),
+        chat({"role": "assistant", "content": "x"}),
+        event({"id": "chatcmpl-1", "choices": [], "usage": COUNTS}),
+        SECOND + THIRD,
+        SECOND.replace(b"\n", b"\r\n"),
+        b"event: ping\ndata: {}\n\n",
+    ]
+    for other in others:
+        assert stream.parsed(other) == [other]
+        stream.read(SECOND)  # it may have taught another form
+        assert stream.parsed(THIRD) == [], other
+    assert stream.parsed(END) == [END]
+    assert stream.parsed(DONE) == [DONE]
+    stream.end()
+    assert await stream.outcome() is None
+    dropped = others.index(USAGE)
+    expected = b"".join(part + SECOND + THIRD for part in [*others[:dropped], b"", *others[dropped + 1 :]])
+    assert stream.client.body == ROLE + FIRST + expected + END + DONE
+
+
+async def test_after_half_an_event_or_half_a_chunk_the_rest_is_parsed() -> None:
+    stream = await opened()
+    stream.read(FIRST)
+    assert stream.parsed(SECOND) == []
+    stream.feed(b"%x\r\n" % len(THIRD))
+    assert stream.protocol is not stream.connection
+    stream.feed(THIRD)  # between its size and its end
+    stream.feed(b"\r\n")
+    assert stream.client.writes == [FIRST, SECOND, THIRD]
+    assert stream.parsed(SECOND[:30]) == [SECOND[:30]]
+    assert stream.parsed(SECOND[30:]) == [SECOND[30:]]
+    assert stream.parsed(SECOND) == []
+    assert stream.client.body == FIRST + SECOND + THIRD + SECOND + SECOND
+    assert stream.relay.events == 5
+    stream.running.cancel()
+
+
+async def test_an_event_that_ends_inside_a_chunk_does_not_open_the_straight_way() -> None:
+    """A chunk that looks like a token event may be the text of an event that has begun."""
+    stream = await opened()
+    stream.read(FIRST, SECOND)
+    assert stream.parsed(b": a comment ", SECOND, THIRD) == [b": a comment ", SECOND]
+    assert stream.client.body == FIRST + SECOND + b": a comment " + SECOND + THIRD
+    stream.running.cancel()
+
+
+async def test_bytes_inside_a_chunk_that_look_like_a_chunk_are_a_part_of_it() -> None:
+    stream = await opened()
+    assert stream.parsed(FIRST, SECOND) == [FIRST]
+    inside = SECOND + chunk(THIRD) + b"\n\n"
+    stream.feed(b"%x\r\n%b" % (len(inside), SECOND), chunk(THIRD), b"\n\n\r\n")
+    assert stream.client.body == FIRST + SECOND + inside
+    assert stream.parsed(THIRD) == []
+    stream.running.cancel()
+
+
+async def test_an_error_after_straight_tokens_comes_after_them() -> None:
+    stream = await opened()
+    stream.read(FIRST, SECOND, THIRD, FAILURE, SECOND)
+    assert type(await stream.outcome()) is BackendFailed
+    assert stream.client.body == FIRST + SECOND + THIRD
+
+
+async def test_a_client_that_speaks_no_chunks_is_given_what_was_parsed() -> None:
+    stream = await opened(chunks=False)
+    assert stream.parsed(FIRST, SECOND, THIRD) == [FIRST, SECOND, THIRD]
+    assert stream.protocol is stream.connection
+    assert stream.client.writes == [FIRST, SECOND, THIRD]
+    stream.running.cancel()
+
+
+async def test_an_engine_that_speaks_no_chunks_is_parsed() -> None:
+    body = FIRST + SECOND + THIRD + DONE
+    stream = await opened(framing=b"content-length: %d" % len(body))
+    connection = stream.connection
+    stream.feed(FIRST, SECOND, THIRD, DONE)
+    assert await stream.outcome() is None
+    assert connection.reads[1:] == [FIRST, SECOND, THIRD, DONE]
+    assert stream.client.body == body
+
+
+async def test_nothing_is_passed_to_a_client_that_has_gone() -> None:
+    stream = await opened()
+    stream.read(FIRST, SECOND)
+    passage = stream.protocol
+    assert passage is not stream.connection
+    stream.relay.stop()
+    passage.data_received(chunk(THIRD))
+    assert stream.client.body == FIRST + SECOND
+    stream.running.cancel()
+
+
+async def test_a_stream_that_failed_from_outside_passes_no_more() -> None:
+    stream = await opened()
+    stream.read(FIRST, SECOND)
+    passage = stream.protocol
+    stream.relay.fail(BackendLost("gone"))
+    passage.data_received(chunk(THIRD))
+    assert stream.client.body == FIRST + SECOND
+    assert type(await stream.outcome()) is BackendLost
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 32, 33, 34, 100])
+async def test_counts_are_right_however_many_tokens_took_the_straight_way(tokens: int, clock: Clock) -> None:
+    stream = await opened()
+    for number in range(tokens):
+        stream.read(chat({"content": f"t{number}"}))
+        assert stream.relay.events == number + 1
+        assert stream.relay.last_token == clock.now
+        clock.now += 0.25
+    assert len(stream.connection.reads) == 2  # the head, and the first of them
+    stream.read(DONE)
+    stream.end()
+    assert await stream.outcome() is None
+    assert stream.relay.events == tokens
+    assert sum(stream.gaps.counts) == stream.gaps.counts[ITL_BOUNDS.index(0.25)] == tokens - 1
+    assert stream.gaps.sum == pytest.approx(0.25 * (tokens - 1))
+
+
+async def test_a_connection_serves_again_after_a_stream_that_the_parser_hardly_saw() -> None:
+    stream = await relayed(ROLE, FIRST, *[SECOND] * 50, END, DONE)
+    assert len(stream.connection.reads) == 6
+    assert stream.origin._take() is stream.connection
+
+
 # Usage and tokens
 
 
@@ -289,9 +421,20 @@ async def test_the_hand_off_never_reaches_the_client(position: int, field: str) 
         assert stream.relay.events == 3
 
 
-async def test_an_event_that_is_no_json_is_passed_on_once_the_stream_has_begun() -> None:
-    stream = await relayed(FIRST, b"data: {nope\n\n", b"event: ping\ndata: {}\n\n", DONE)
-    assert stream.client.body == FIRST + b"data: {nope\n\n" + b"event: ping\ndata: {}\n\n" + DONE
+@pytest.mark.parametrize("bad", [b"data: {nope\n\n", chat([]), text(5), event({"choices": 5})])  # type: ignore[arg-type]
+@pytest.mark.parametrize("together", [False, True])
+async def test_an_event_that_is_no_answer_is_garbled_and_comes_not_to_the_client(bad: bytes, together: bool) -> None:
+    reads = [FIRST, SECOND, bad, THIRD]
+    stream = await opened(edit=Edit(hide_ids=True))
+    stream.read(*([b"".join(reads)] if together else reads))
+    assert type(await stream.outcome()) is BackendGarbled
+    assert stream.client.body == FIRST + SECOND
+    assert not stream.client.ended
+
+
+async def test_an_event_of_another_kind_is_passed_on() -> None:
+    stream = await relayed(FIRST, b"event: ping\ndata: {}\n\n", SECOND, DONE)
+    assert stream.client.body == FIRST + b"event: ping\ndata: {}\n\n" + SECOND + DONE
 
 
 @pytest.mark.parametrize("end", [b"\r\n", b"\r"])
@@ -301,7 +444,7 @@ async def test_other_line_ends_are_understood(end: bytes) -> None:
     stream.read(*reads, b": bye\n\n")
     stream.end()
     assert await stream.outcome() is None
-    assert stream.client.body == b"".join([*reads[:3], reads[4]]) + b": bye\n\n"
+    assert stream.client.body == b"".join([*reads[:3], b": bye\n\n", reads[4]])
     assert stream.relay.events == 2
 
 
@@ -327,11 +470,41 @@ async def test_a_stream_without_its_last_word_is_cut() -> None:
     assert not stream.client.ended
 
 
+@pytest.mark.parametrize("reads", [[FIRST, SECOND, DONE], [FIRST + SECOND + DONE], [FIRST, SECOND + DONE]])
+@pytest.mark.parametrize("breaks", [False, True])
+async def test_a_last_word_without_a_finish_reason_is_none(reads: list[bytes], breaks: bool) -> None:
+    stream = await opened(finished=False)
+    stream.read(*reads)
+    if breaks:
+        stream.lose(ConnectionResetError())
+    else:
+        stream.end()
+    assert type(await stream.outcome()) is BackendCut
+    assert stream.client.body == FIRST + SECOND
+    assert not stream.client.ended
+
+
+@pytest.mark.parametrize("finish", [END, text("x").replace(b'finish_reason":null', b'finish_reason":"stop"')])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("breaks", [False, True])
+async def test_a_last_word_after_a_finish_reason_ends_the_answer(finish: bytes, together: bool, breaks: bool) -> None:
+    reads = [FIRST, SECOND, finish, DONE]
+    stream = await opened(finished=False)
+    stream.read(*([b"".join(reads)] if together else reads))
+    if breaks:
+        stream.lose(ConnectionResetError())
+    else:
+        stream.end()
+    assert await stream.outcome() is None
+    assert stream.client.body == FIRST + SECOND + finish + DONE
+    assert stream.client.ended
+
+
 @pytest.mark.parametrize("broken", [ConnectionResetError(), None])
 async def test_a_connection_that_breaks_within_an_event_shows_no_half_of_it(broken: Exception | None) -> None:
     stream = await opened()
     stream.read(ROLE + FIRST, SECOND + THIRD[:20])
-    stream.connection.connection_lost(broken)
+    stream.lose(broken)
     assert type(await stream.outcome()) is BackendCut
     assert stream.client.body == ROLE + FIRST + SECOND
 
@@ -339,7 +512,7 @@ async def test_a_connection_that_breaks_within_an_event_shows_no_half_of_it(brok
 async def test_a_connection_that_breaks_before_the_first_token_leaves_the_client_untouched() -> None:
     stream = await opened()
     stream.read(ROLE)
-    stream.connection.connection_lost(None)
+    stream.lose(None)
     assert type(await stream.outcome()) is BackendCut
     assert not stream.client.started
 
@@ -348,7 +521,7 @@ async def test_a_connection_that_breaks_before_the_first_token_leaves_the_client
 async def test_a_connection_that_breaks_after_the_last_word_broke_nothing(together: bool) -> None:
     stream = await opened()
     stream.read(*([FIRST + DONE] if together else [FIRST, DONE]))
-    stream.connection.connection_lost(ConnectionResetError())
+    stream.lose(ConnectionResetError())
     assert await stream.outcome() is None
     assert stream.client.ended
     assert stream.client.body == FIRST + DONE
@@ -375,7 +548,7 @@ async def test_the_last_events_and_the_end_go_out_in_one_write() -> None:
     stream = await opened()
     stream.read(FIRST)
     last = END + DONE
-    stream.connection.data_received(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last))
+    stream.feed(chunk(last) + b"0\r\n\r\n")
     assert await stream.outcome() is None
     assert stream.client.writes == [FIRST, last]
 
@@ -383,7 +556,7 @@ async def test_the_last_events_and_the_end_go_out_in_one_write() -> None:
 async def test_a_whole_answer_in_one_read_is_passed_on() -> None:
     stream = await opened()
     whole = ROLE + FIRST + END + USAGE + DONE
-    stream.connection.data_received(b"%x\r\n%b\r\n0\r\n\r\n" % (len(whole), whole))
+    stream.feed(chunk(whole) + b"0\r\n\r\n")
     assert await stream.outcome() is None
     assert stream.client.writes == [ROLE + FIRST + END + DONE]
 
@@ -406,10 +579,13 @@ async def test_an_event_without_end_is_garbled(live: bool, monkeypatch: pytest.M
     assert stream.transport.aborted
 
 
-async def test_a_megabyte_without_a_token_is_garbled() -> None:
+async def test_too_much_without_a_token_is_garbled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_stream, "_HELD_LIMIT", 100_000)
     stream = await opened()
-    for _ in range(1030):
+    for _ in range(97):
         stream.read(b": " + b"x" * 1020 + b"\n\n")
+    assert not stream.running.done()
+    stream.read(b": " + b"x" * 1020 + b"\n\n")
     assert type(await stream.outcome()) is BackendGarbled
     assert not stream.client.started
 
@@ -516,23 +692,6 @@ async def test_silence_is_a_time_out() -> None:
     assert stream.client.body == FIRST
 
 
-class Clock:
-    """A clock that a test turns by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(relay_stream, "monotonic", clock)
-    return clock
-
-
 async def test_a_stream_that_speaks_now_and_then_is_not_silent(clock: Clock) -> None:
     stream = await opened(idle=10.0)
     stream.read(FIRST)
@@ -566,11 +725,14 @@ async def test_gaps_are_the_time_between_tokens(clock: Clock) -> None:
     stream.read(PING)
     clock.now += 0.5
     stream.read(THIRD)
+    assert stream.relay.last_token == pytest.approx(1001.02)
+    stream.read(DONE)
+    stream.end()
+    assert await stream.outcome() is None
     assert stream.gaps.counts[ITL_BOUNDS.index(1.0)] == 1
     assert sum(stream.gaps.counts) == 2
     assert stream.gaps.sum == pytest.approx(1.02)
     assert stream.relay.last_token == pytest.approx(1001.02)
-    stream.running.cancel()
 
 
 async def test_time_spent_paused_is_not_the_engines_silence(clock: Clock) -> None:
@@ -609,6 +771,107 @@ async def test_a_paused_stream_goes_on_where_it_stopped() -> None:
     stream.end()
     assert await stream.outcome() is None
     assert stream.client.body == FIRST + SECOND + DONE
+
+
+# Doubt
+
+
+async def test_a_doubted_stream_that_is_silent_fails_with_the_reason_for_the_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relay_stream, "_DOUBT", 0.02)
+    stream = await opened()
+    stream.read(FIRST)
+    stream.relay.doubt(BackendLost("failed its checks"))
+    assert not stream.running.done()  # it has a moment
+    error = await stream.outcome()
+    assert type(error) is BackendLost
+    assert stream.transport.aborted
+    assert stream.client.body == FIRST
+
+
+def fire(stream: Stream) -> None:
+    """The relay's timer, now."""
+    timer = stream.relay._timer
+    assert timer is not None
+    assert not timer.cancelled()
+    callback, arguments = timer._callback, timer._args  # type: ignore[attr-defined]
+    timer.cancel()
+    callback(*arguments)
+
+
+async def test_a_stream_silent_for_long_is_given_no_time_when_doubted(clock: Clock) -> None:
+    stream = await opened()
+    stream.read(FIRST)
+    clock.now += 5.0
+    stream.relay.doubt(BackendLost("failed its checks"))
+    assert type(await stream.outcome()) is BackendLost
+
+
+@pytest.mark.parametrize("said", [SECOND, PING, END, SECOND + THIRD], ids=["straight", "ping", "end", "two"])
+async def test_a_doubted_stream_that_speaks_goes_on(said: bytes, clock: Clock) -> None:
+    stream = await opened(idle=10.0)
+    stream.read(FIRST)
+    stream.relay.doubt(BackendLost("failed its checks"))
+    clock.now += 0.9
+    stream.read(said)
+    clock.now += 0.2
+    fire(stream)
+    assert stream.connection._receiver is stream.relay
+    # Silence is watched for again.
+    clock.now += 9.0
+    fire(stream)
+    assert stream.connection._receiver is stream.relay
+    clock.now += 1.0
+    fire(stream)
+    assert type(await stream.outcome()) is BackendTimedOut
+
+
+@pytest.mark.parametrize("idle", [None, 10.0])
+async def test_a_stream_doubted_twice_fails_in_its_second_silence(idle: float | None, clock: Clock) -> None:
+    stream = await opened(idle=idle)
+    stream.read(FIRST)
+    for _ in range(2):
+        stream.relay.doubt(BackendLost("failed its checks"))
+        assert stream.connection._receiver is stream.relay
+        clock.now += 0.5
+        stream.read(SECOND)
+    fire(stream)
+    assert stream.connection._receiver is stream.relay
+    stream.relay.doubt(BackendLost("failed them again"))
+    clock.now += 1.0
+    fire(stream)
+    error = await stream.outcome()
+    assert type(error) is BackendLost
+    assert "again" in str(error)
+
+
+@pytest.mark.parametrize("before", [True, False])
+async def test_a_stream_whose_client_keeps_it_waiting_is_not_doubted(before: bool, clock: Clock) -> None:
+    stream = await opened(idle=10.0)
+    stream.read(FIRST)
+    if before:
+        stream.relay.pause()
+    stream.relay.doubt(BackendLost("failed its checks"))
+    if not before:
+        stream.relay.pause()
+    clock.now += 2.0
+    fire(stream)
+    assert stream.connection._receiver is stream.relay
+    assert not stream.client.was_cut
+    stream.running.cancel()
+
+
+async def test_a_doubted_stream_that_ends_well_ended_well(clock: Clock) -> None:
+    stream = await opened()
+    stream.read(FIRST)
+    stream.relay.doubt(BackendLost("failed its checks"))
+    timer = stream.relay._timer
+    stream.read(DONE)
+    stream.end()
+    assert await stream.outcome() is None
+    assert timer is not None
+    assert timer.cancelled()
 
 
 # Any split

@@ -1,0 +1,174 @@
+"""Events as engines write them, and one relayed stream held at both its ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import msgspec
+
+from proxy.errors import BackendError
+from proxy.relay.edit import Edit
+from proxy.relay.http1 import Connection, Origin
+from proxy.relay.stream import StreamRelay
+from proxy.relay.transcript import Transcript
+from proxy.telemetry.records import ITL_BOUNDS, Distribution
+
+from .helpers import PATIENCE, FakeTransport, RecordingClient
+
+URL = "http://engine:80"
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+HIDE = Edit(hide_ids=True)
+COUNTS = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 4}}
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+
+
+def chat(delta: dict[str, Any], **more: Any) -> bytes:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+    return event({"id": "chatcmpl-1", "object": "chat.completion.chunk", "choices": [choice]})
+
+
+def text(token: str, **more: Any) -> bytes:
+    return event({"id": "cmpl-1", "choices": [{"index": 0, "text": token, "finish_reason": None}], **more})
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of the chunked coding."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def identity(**members: Any) -> dict[str, msgspec.Raw]:
+    return {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in members.items()}
+
+
+def members(shown: bytes) -> dict[str, Any]:
+    """What one event carries."""
+    value = json.loads(shown.removeprefix(b"data: "))
+    assert isinstance(value, dict)
+    return value
+
+
+class CountingConnection(Connection):
+    """A connection that keeps the reads that were its own to parse."""
+
+    def __init__(self, origin: Origin) -> None:
+        super().__init__(origin)
+        self.reads: list[bytes] = []
+
+    def data_received(self, data: bytes) -> None:
+        self.reads.append(data)
+        super().data_received(data)
+
+
+class Stream:
+    """One relayed stream, from both its ends.
+
+    Arguments:
+        finished: the client has its `finish_reason` already, so that `[DONE]` ends the answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        edit: Edit | None = None,
+        flaw: str = "",
+        transcript: Transcript | None = None,
+        finished: bool = True,
+        drop_usage: bool = True,
+        idle: float | None = None,
+        first_token: float | None = None,
+        status: int = 200,
+        chunks: bool = True,
+        client: RecordingClient | None = None,
+        framing: bytes = b"transfer-encoding: chunked",
+    ) -> None:
+        self.client = client or RecordingClient(chunks)
+        self.gaps = Distribution(ITL_BOUNDS)
+        self.transcript = transcript or Transcript(flaw)
+        self.transcript.finished = finished
+        self.begun = 0
+        self.relay = StreamRelay(
+            URL,
+            self.client,
+            self._begin,
+            self.gaps,
+            self.transcript,
+            edit or Edit(),
+            drop_usage=drop_usage,
+            idle=idle,
+        )
+        self.origin = Origin(URL)
+        self.connection = CountingConnection(self.origin)
+        self.transport = FakeTransport()
+        self.connection.connection_made(self.transport)
+        self.connection.begin(self.relay, b"", b"")
+        self.feed(b"HTTP/1.1 %d X\r\n%b\r\n\r\n" % (status, framing))
+        self.running = asyncio.ensure_future(self.relay.run(self.connection, first_token))
+
+    def _begin(self, relay: StreamRelay) -> None:
+        assert relay is self.relay
+        self.begun += 1
+        if not self.client.started:
+            self.client.start(200, ())
+
+    @property
+    def protocol(self) -> asyncio.Protocol:
+        """Who has the reads now."""
+        protocol = self.transport.protocol or self.connection
+        assert isinstance(protocol, asyncio.Protocol)
+        return protocol
+
+    def feed(self, *reads: bytes) -> None:
+        """Reads as they come from the socket, until the connection is done with."""
+        for data in reads:
+            if self.connection._receiver is not None:
+                self.protocol.data_received(data)
+
+    def read(self, *events: bytes) -> None:
+        """Each of these is one chunk, and one read."""
+        self.feed(*map(chunk, events))
+
+    def end(self) -> None:
+        self.feed(b"0\r\n\r\n")
+
+    def lose(self, error: Exception | None) -> None:
+        """The connection breaks."""
+        self.protocol.connection_lost(error)
+
+    def parsed(self, *events: bytes) -> list[bytes]:
+        """Which of these reads went through the parser."""
+        before = len(self.connection.reads)
+        self.read(*events)
+        return [data.partition(b"\r\n")[2][:-2] for data in self.connection.reads[before:]]
+
+    async def outcome(self) -> BackendError | None:
+        """How it ended."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self.running
+        except BackendError as error:
+            return error
+        return None
+
+
+async def opened(**options: Any) -> Stream:
+    """A stream whose relay waits for its first event."""
+    stream = Stream(**options)
+    await asyncio.sleep(0)
+    return stream
+
+
+async def relayed(*events: bytes, **options: Any) -> Stream:
+    """A stream that ended well after these reads."""
+    stream = await opened(**options)
+    stream.read(*events)
+    stream.end()
+    assert await stream.outcome() is None
+    assert stream.client.ended
+    assert stream.protocol is stream.connection
+    return stream
