@@ -62,18 +62,25 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 
 def carries_token(event: _Event) -> bool:
     """Whether an event shows that decode has begun to answer: any choice beyond the opening role chunk."""
-    for choice in event.choices or ():
-        delta = choice.delta
-        if delta is None or "role" not in delta or choice.finish_reason is not None or _has_text(delta):
-            return True
-    return False
+    choices = event.choices
+    if not choices:
+        return False
+    choice = choices[0]
+    if choice.delta is None or "role" not in choice.delta or choice.finish_reason is not None:
+        return True
+    return _has_text(choice.delta) or (len(choices) > 1 and carries_token(_Event(choices[1:])))
+
+
+_OPENING = frozenset({"role", "content"})
 
 
 def _has_text(delta: dict[str, Any]) -> bool:
     """Whether a delta gives the client anything but a role."""
     if delta.get("content"):
         return True
-    return any(value and name != "role" for name, value in delta.items())
+    if delta.keys() <= _OPENING:
+        return False
+    return any(value for name, value in delta.items() if name != "role")
 
 
 _Read = tuple[bytes, bytes, _Event | None]
@@ -454,23 +461,25 @@ class StreamRelay:
             choice = choices[0]
             delta = choice.delta
             text = bool(choice.text) if delta is None else _has_text(delta)
-            shown = b"" if self._is_silent(choice, text) else self._edit.event(event, payload)
-            if self._write_down(parsed, choice, text, shown):
-                kept.append(self._hollow + shown)
+            shown = b"" if not text and self._is_silent(choice) else self._edit.event(event, payload)
+            if not self._write_down(parsed, choice, text, shown):
+                self._hollow += shown
+            elif self._hollow:
+                kept += self._hollow, shown
                 self._hollow = b""
             else:
-                self._hollow += shown
+                kept.append(shown)
             if text or carries_token(parsed):
                 count += 1
                 if text and _ordinary(choices):
                     passage.pattern = event
         return b"".join(kept), count
 
-    def _is_silent(self, choice: _Choice, text: bool) -> bool:
-        """Whether an event would not be there for this client if the gateway had not asked for token ids (a token that
-        a parser holds back), or opens an answer that has begun."""
+    def _is_silent(self, choice: _Choice) -> bool:
+        """Whether an event without text is not for this client: it would not be there if the gateway had not asked for
+        token ids (a parser holds its token back), or it opens an answer that has begun."""
         delta = choice.delta
-        if text or delta is None or choice.finish_reason is not None:
+        if delta is None or choice.finish_reason is not None:
             return False
         if not delta:
             return self._edit.hide_ids
@@ -486,12 +495,13 @@ class StreamRelay:
         if finished:
             transcript.finished = True
         delta = choice.delta
-        if text and delta is not None and not delta.get("content"):
+        said = choice.text if delta is None else delta.get("content")
+        if text and not said:
+            assert delta is not None
             transcript.spoil("tool_calls" if delta.get("tool_calls") else "reasoning")
         if not transcript.continuable:
             return True
-        said = choice.text if delta is None else delta.get("content")
-        transcript.note(_inner(choice.token_ids), said if isinstance(said, str) or not text else " ")
+        transcript.note(_inner(choice.token_ids), said or text)
         return text or finished or (delta is not None and "role" in delta)
 
     # Endings
@@ -533,7 +543,8 @@ class StreamRelay:
 
 def _preempted(event: _Event) -> bool:
     """Whether the engine has dropped the request to get at its memory (vllm-ascend's recompute scheduler)."""
-    return any(choice.stop_reason == "recomputed" for choice in event.choices or ())
+    choices = event.choices
+    return choices is not None and len(choices) == 1 and choices[0].stop_reason == "recomputed"
 
 
 def _ordinary(choices: list[_Choice]) -> bool:

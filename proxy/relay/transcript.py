@@ -87,11 +87,17 @@ class Transcript:
             self._text.clear()
             self._sent = 0
 
-    def note(self, ids: bytes, text: str | None) -> None:
-        """An event has been passed on: its token ids (`5` or `5,6`), and its text."""
+    def note(self, ids: bytes, text: str | bool) -> None:
+        """An event has been passed on.
+
+        Arguments:
+            ids: of its tokens, `5` or `5,6`.
+            text: that it came with, or whether it came with anything else for the client.
+        """
         has_text = bool(text)
-        self.fold()
-        if self.fresh_text is not None and text:
+        if self.fresh:
+            self.fold()
+        if self.fresh_text is not None and isinstance(text, str):
             self._text += _encode(text)[1:-1]
         if not ids:
             if has_text:
@@ -108,12 +114,12 @@ class Transcript:
         if self.fresh:
             if self._prompt:
                 self._ids += b"," + b",".join(self.fresh)
+                self._text += b"".join(self.fresh_text or ())
                 self._sent = len(self._ids)
                 self.unsure = b"," in self.fresh[-1]
                 self._check_limit()
             self.fresh.clear()
-            if self.fresh_text:
-                self._text += b"".join(self.fresh_text)
+            if self.fresh_text is not None:
                 self.fresh_text.clear()
 
     @property

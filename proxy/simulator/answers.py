@@ -9,14 +9,15 @@ Invariant: ``done`` is set exactly once: answered, failed, cut, or abandoned bec
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from typing import Any
 
 from proxy.simulator import encoding
 from proxy.simulator.config import SimulatorConfig
-from proxy.simulator.errors import RequestError
-from proxy.simulator.faults import Mischief
+from proxy.simulator.errors import RequestError, internal_error
+from proxy.simulator.faults import Fault, Mischief
 from proxy.simulator.http import Exchange
 from proxy.simulator.requests import GenerationRequest
 from proxy.simulator.sequences import Sequence
@@ -25,12 +26,20 @@ from proxy.simulator.tokens import detokenize
 Object = dict[str, Any]
 Abort = Callable[[list[Sequence]], None]
 
+GARBAGE = b"\x15\x03\x03\x00\x02\x02\x28 this is not HTTP\r\n" + random.Random(0).randbytes(64)
+
 
 class Answer:
     """What whole and streamed answers share."""
 
     def __init__(
-        self, exchange: Exchange, request: GenerationRequest, mischief: Mischief, config: SimulatorConfig, abort: Abort
+        self,
+        exchange: Exchange,
+        request: GenerationRequest,
+        mischief: Mischief,
+        config: SimulatorConfig,
+        abort: Abort,
+        kill: Callable[[], None],
     ) -> None:
         self.exchange = exchange
         self.request = request
@@ -42,9 +51,10 @@ class Answer:
         self.aborted = False
         self.tokens_seen = 0
         self._abort = abort
+        self._kill = kill
         self._unfinished = 0
-        death = mischief.get("die_mid_stream")
-        self._last_words = None if death is None else death.after_tokens
+        self._death = mischief.get("die_mid_stream")
+        self._stall = mischief.get("stall_mid_stream")
 
     def expect(self, sequences: list[Sequence]) -> None:
         """Listen to these."""
@@ -74,14 +84,24 @@ class Answer:
             self.done.set_result(None)
 
     def dies_now(self) -> bool:
-        """Cut the connection, if so many tokens have been reached that it is to be cut."""
-        if self._last_words is None or self.tokens_seen < self._last_words or self.done.done():
+        """Die, if so many tokens have been reached that the answer is to die; whether it has."""
+        death = self._death
+        if death is None or death.after_tokens < 0 or self.tokens_seen < death.after_tokens or self.done.done():
             return False
-        fault = self.mischief.get("die_mid_stream")
-        self.exchange.cut(polite=fault is not None and fault.ending == "close")
+        self._die(death)
+        return True
+
+    def _die(self, death: Fault) -> None:
+        if death.ending == "kill":
+            self._kill()
+        else:
+            self._last_words(death)
         self.finish()
         self._abort(self.sequences)
-        return True
+
+    def _last_words(self, death: Fault) -> None:
+        """Whatever is still said before the connection ends, and its end."""
+        self.exchange.cut(polite=death.ending != "reset")
 
     @property
     def handoff(self) -> Object | None:
@@ -121,7 +141,8 @@ class WholeAnswer(Answer):
         self._abort(self.sequences)
 
     def _respond(self) -> None:
-        if self.mischief.get("stall_mid_stream") is not None:
+        late = self._death is not None and self._death.after_tokens < 0
+        if self._stall is not None and self._stall.after_tokens >= 0:
             return
         request = self.request
         encode = encoding.chat_body if request.kind == "chat" else encoding.completion_body
@@ -134,8 +155,16 @@ class WholeAnswer(Answer):
             weights=self.config.weights,
             handoff=self.handoff,
         )
-        self.exchange.respond(200, encoding.to_json(body))
-        self.finish()
+        data = encoding.to_json(body)
+        if not late and self._stall is None:
+            self.exchange.respond(200, data)
+            self.finish()
+            return
+        self.exchange.respond_in_part(200, data[: len(data) // 2], len(data))
+        if self._death is not None and late:
+            if self._death.ending == "garbage":
+                self.exchange.raw((GARBAGE * len(data))[: len(data) - len(data) // 2])
+            self._die(self._death)
 
 
 class StreamAnswer(Answer):
@@ -150,15 +179,15 @@ class StreamAnswer(Answer):
         self._calls: dict[int, _CallStream] = {}
         self._handed_out: dict[int, int] = {}
         self._stalled = False
-        stall = self.mischief.get("stall_mid_stream")
-        self._stall_after = None if stall is None else stall.after_tokens
 
     def start(self) -> None:
         """The status line goes out before the engine has said anything."""
         self.exchange.start_stream()
         self.exchange.on_writable = self._catch_up
-        if self._stall_after == 0:
-            self._stalled = True
+        if any(fault is not None and fault.after_tokens == 0 for fault in (self._death, self._stall)):
+            for sequence in self.sequences[:1]:
+                self._greet(sequence)
+        self._stalled = self._stall is not None and self._stall.after_tokens == 0
         self.dies_now()
 
     def on_token(self, sequence: Sequence, token: int | None, text: str) -> None:
@@ -188,6 +217,24 @@ class StreamAnswer(Answer):
             self._choice({"index": 0, "delta": {"role": "assistant", "content": ""}, **_ROLE_REST})
         self._fail(body)
 
+    def _last_words(self, death: Fault) -> None:
+        exchange = self.exchange
+        match death.ending:
+            case "truncated":
+                exchange.raw(b"%x\r\n" % 256 + self._head)
+            case "garbage":
+                exchange.raw(GARBAGE)
+            case "json":
+                exchange.write(self._head + b'{"index": 0, "te\n\n')
+            case "error":
+                exchange.write(encoding.event(internal_error().body()))
+        if death.ending in ("json", "error", "done"):
+            exchange.write(encoding.DONE)
+        if death.ending in ("json", "error", "done", "end"):
+            exchange.end_stream()
+        else:
+            super()._last_words(death)
+
     def _fail(self, body: Object) -> None:
         self.exchange.write(encoding.event(body))
         self.exchange.write(encoding.DONE)
@@ -213,7 +260,7 @@ class StreamAnswer(Answer):
         self.tokens_seen += len(tokens)
         if self.dies_now():
             return
-        if self._stall_after is not None and self.tokens_seen >= self._stall_after:
+        if self._stall is not None and 0 <= self._stall.after_tokens <= self.tokens_seen:
             self._stalled = True
             return
         # A backlog can hold tokens that the sequence's end has overtaken.
@@ -312,6 +359,11 @@ class StreamAnswer(Answer):
         self.exchange.write(data + b"}\n\n")
 
     def _end(self) -> None:
+        if self._death is not None and self._death.after_tokens < 0:
+            self._die(self._death)
+            return
+        if self._stall is not None and self._stall.after_tokens < 0:
+            return
         if self.request.include_usage:
             total = encoding.total_usage(self.request, self.sequences, details=self.config.prompt_tokens_details)
             self.exchange.write(self._head + b'],"usage":' + encoding.to_json(total) + b"}\n\n")

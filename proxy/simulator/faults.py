@@ -28,24 +28,35 @@ Kind = Literal[
     "slow_body",
     "engine_death",
 ]
-Leg = Literal["any", "prefill", "decode", "local", "health"]
+Leg = Literal["any", "prefill", "decode", "local", "health", "pull"]
+Ending = Literal["reset", "close", "kill", "truncated", "garbage", "json", "error", "done", "end"]
 
 
 class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One fault. ``leg`` "any" means every inference request (prefill leg, decode leg, or one without a hand-off)."""
+    """One fault. ``leg`` "any" means every inference request (prefill leg, decode leg, or one without a hand-off);
+    "pull" is what a decode engine asks of this one's side channel, which ``hang``, ``reset`` and ``delay_first_byte``
+    can befall.
+
+    ``ending`` says how an answer dies: its connection is ``reset`` or closed (``close``); ``kill`` takes the whole
+    process; ``truncated`` is half a chunk and a close, ``garbage`` is bytes without framing and a close. The others are
+    proper HTTP: ``json`` an event that is no JSON, then ``[DONE]``; ``error`` an error event, then ``[DONE]``; ``done``
+    nothing but ``[DONE]``; ``end`` not even that.
+    """
 
     kind: Kind
     leg: Leg = "any"
     count: int | None = None  # how many more requests it hits; None: all
     probability: float = 1.0
     status: int = 500  # status
-    after_tokens: int = 1  # die_mid_stream, stall_mid_stream, recomputed
+    # die_mid_stream, stall_mid_stream, recomputed. 0: after the headers (and chat's role). -1: after the last
+    # token, when only usage and [DONE] are missing; of an answer in one piece, half the body is out then.
+    after_tokens: int = 1
     delay_s: float = 1.0  # delay_first_byte; slow_body: between two pieces
     piece_bytes: int = 16  # slow_body
     factor: float = 10.0  # slow
     duration_s: float | None = None  # refuse: None (in process only) lasts until the fault is removed
-    form: Literal["bytes", "json", "truncated"] = "bytes"  # garbage
-    ending: Literal["reset", "close"] = "reset"  # die_mid_stream
+    form: Literal["bytes", "json", "truncated", "error", "empty"] = "bytes"  # garbage; all but bytes under a 200
+    ending: Ending = "reset"  # die_mid_stream
     retry_after: int | None = None  # status: a Retry-After header
     hits: int = 0  # how many requests it has hit
 
@@ -57,6 +68,8 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"factor must be positive, got {self.factor}")
         if self.kind == "status" and not 400 <= self.status <= 599:
             raise ValueError(f"status must be an error status, got {self.status}")
+        if self.after_tokens < -1:
+            raise ValueError(f"after_tokens must be at least -1, got {self.after_tokens}")
 
 
 class Mischief:
@@ -114,6 +127,10 @@ class Faults:
         """The first fault of a kind, without drawing it."""
         return next((fault for fault in self._active if fault.kind == kind), None)
 
+    def lasting(self, kind: Kind, leg: Leg) -> bool:
+        """Whether a fault of a leg is on until it is switched off."""
+        return any(fault.kind == kind and fault.leg == leg and fault.count is None for fault in self._active)
+
     def slowness(self) -> float:
         """The factor of all ``slow`` faults together."""
         factor = 1.0
@@ -130,7 +147,7 @@ class Faults:
         for fault in self._active:
             if fault.kind in ("refuse", "slow") or fault.kind in drawn or fault.count == 0:
                 continue
-            if fault.leg != leg and not (fault.leg == "any" and leg != "health"):
+            if fault.leg != leg and not (fault.leg == "any" and leg not in ("health", "pull")):
                 continue
             if fault.probability < 1 and self._random.random() >= fault.probability:
                 continue

@@ -96,6 +96,12 @@ class Exchange:
         self._send(head if self.method == "HEAD" else head + body)
         self._finish()
 
+    def respond_in_part(self, status: int, part: bytes, length: int) -> None:
+        """Send the head of an answer of ``length`` bytes and the first of them; the rest is up to :meth:`raw`."""
+        if self.open:
+            self.status = status
+            self._send(self._head(status, "application/json", None) + b"content-length: %d\r\n\r\n" % length + part)
+
     def start_stream(self, content_type: str = "text/event-stream; charset=utf-8") -> None:
         """Send status and headers; the body follows in chunks."""
         if not self.open:
@@ -305,3 +311,9 @@ class Connection(asyncio.Protocol):
         """A disorderly one."""
         if self._transport is not None:
             reset(self._transport)
+
+    def kill(self) -> None:
+        """The process is gone: whoever was answering says and does nothing more."""
+        self.reset()
+        if self._task is not None:
+            self._task.cancel()

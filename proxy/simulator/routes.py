@@ -6,14 +6,13 @@ Invariant: every request is answered, cut, or (when a fault says so) left hangin
 from __future__ import annotations
 
 import asyncio
-import random
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from proxy.simulator import encoding
-from proxy.simulator.answers import StreamAnswer, WholeAnswer
+from proxy.simulator.answers import GARBAGE, StreamAnswer, WholeAnswer
 from proxy.simulator.errors import RequestError, engine_dead, internal_error, invalid_field
 from proxy.simulator.faults import NOTHING, Leg, Mischief, parse_faults
 from proxy.simulator.handoffs import RemotePrefill
@@ -217,7 +216,7 @@ class Routes:
         if self._sim.engine.dead is not None:
             raise engine_dead()
         sequences = self._sequences(request, mischief)
-        arguments = (exchange, request, mischief, self._sim.config, self._sim.engine.abort)
+        arguments = (exchange, request, mischief, self._sim.config, self._sim.engine.abort, self._sim.kill)
         first_error = mischief.get("error_event_first")
         if request.stream:
             stream = StreamAnswer(*arguments)
@@ -303,11 +302,14 @@ class Routes:
     async def _until_closed(self, exchange: Exchange) -> None:
         await self._sim.wait_for(lambda: exchange.connection.exchange is not exchange, 86_400)
 
-    @staticmethod
-    def _answer_with_status(exchange: Exchange, status: int, retry_after: int | None) -> None:
-        kinds = {500: "InternalServerError", 503: "ServiceUnavailableError", 429: "RateLimitError"}
-        messages = {500: "Internal server error", 503: "Service temporarily unavailable", 429: "Too many requests"}
-        error = RequestError(status, kinds.get(status, "Error"), messages.get(status, "Simulated error"))
+    def _answer_with_status(self, exchange: Exchange, status: int, retry_after: int | None) -> None:
+        kind, message = {
+            404: ("NotFoundError", f"The model `{self._sim.config.model}` does not exist."),
+            429: ("RateLimitError", "Too many requests"),
+            500: ("InternalServerError", "Internal server error"),
+            503: ("ServiceUnavailableError", "Service temporarily unavailable"),
+        }.get(status, ("Error", "Simulated error"))
+        error = RequestError(status, kind, message)
         headers = None if retry_after is None else {"retry-after": str(retry_after)}
         exchange.respond(status, encoding.to_json(error.body()), headers=headers)
 
@@ -315,10 +317,14 @@ class Routes:
     def _answer_with_garbage(exchange: Exchange, form: str) -> None:
         match form:
             case "bytes":
-                exchange.raw(b"\x15\x03\x03\x00\x02\x02\x28 this is not HTTP\r\n" + random.Random(0).randbytes(64))
+                exchange.raw(GARBAGE)
                 exchange.cut(polite=True)
             case "json":
                 exchange.respond(200, b'{"id": "cmpl-1", "choices": [{"index": 0, "te')
+            case "error":
+                exchange.respond(200, encoding.to_json(internal_error().body()))
+            case "empty":
+                exchange.respond(200, b"")
             case _:
                 exchange.keep_alive = False
                 exchange.respond(200, b'{"id": "cmpl-1", "object": "text_', length=4096)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections import Counter, deque
 from collections.abc import Callable
 from types import TracebackType
@@ -42,6 +43,9 @@ class Simulator:
         self._listener: asyncio.Server | None = None
         self._side_listener: asyncio.Server | None = None
         self._serving: Serving
+        self._placeholders: list[socket.socket] = []
+        self._wanted: object = None  # the latest call that is to listen
+        self._one_at_a_time = asyncio.Lock()
         self._timers: set[asyncio.TimerHandle] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refusing = False
@@ -51,13 +55,14 @@ class Simulator:
 
     def _new_engine(self) -> None:
         self.engine = Engine(self.config, self.faults, changed=self._watch.changed, died=self._engine_died)
-        self._serving = Serving(self.config, self.engine.id, self.engine.pool, self.engine.handoffs)
+        self._serving = Serving(self.config, self.engine.id, self.engine.pool, self.engine.handoffs, self.faults)
 
     async def start(self) -> None:
         """Listen and begin to step."""
         loop = asyncio.get_running_loop()
         host = self.config.host
         serving = self._serving
+        self._give_ports_up()
         self._side_listener = await loop.create_server(lambda: SideChannelServer(serving), host, self.side_port)
         self.side_port = self._side_listener.sockets[0].getsockname()[1]
         self.engine.side_port = self.side_port
@@ -68,11 +73,21 @@ class Simulator:
         self._watch.changed()
 
     async def _listen(self) -> None:
+        """Listen, unless something else was wanted in the meantime."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(
-            lambda: Connection(self), self.config.host, self.port, backlog=2048, reuse_address=True
-        )
-        self.port = self._listener.sockets[0].getsockname()[1]
+        wanted = self._wanted = object()
+        async with self._one_at_a_time:
+            if self._wanted is not wanted:
+                return
+            self._give_ports_up()
+            listener = await loop.create_server(
+                lambda: Connection(self), self.config.host, self.port, backlog=2048, reuse_address=True
+            )
+            if self._wanted is not wanted:
+                listener.close()
+                return
+        self._listener = listener
+        self.port = listener.sockets[0].getsockname()[1]
         shown = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         self.url = f"http://{shown}:{self.port}"
 
@@ -89,6 +104,7 @@ class Simulator:
             else:
                 connection.close()
         self._end()
+        self._give_ports_up()
         # Some turns of the loop, so that transports and handlers have ended before a test's loop does.
         for _ in range(3):
             await asyncio.sleep(0)
@@ -98,7 +114,7 @@ class Simulator:
         self.alive = False
         self._close_listener()
         for connection in list(self.connections):
-            connection.reset()
+            connection.kill()
         self._end()
 
     async def restart(self) -> None:
@@ -110,28 +126,43 @@ class Simulator:
         await self.start()
 
     def _end(self) -> None:
-        if self._side_listener is not None:
-            self._side_listener.close()
-            self._side_listener = None
+        self._close_side_listener()
         for peer in list(self._serving.connections):
             peer.reset()
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
-        for task in self._tasks:
-            task.cancel()
         self.engine.close()
         self._watch.changed()
 
     def _close_listener(self) -> None:
+        self._wanted = None
         if self._listener is not None:
-            self._listener.close()
+            self._close_but_hold(self._listener)
             self._listener = None
 
-    def _engine_died(self) -> None:
+    def _close_side_listener(self) -> None:
         if self._side_listener is not None:
-            self._side_listener.close()
+            self._close_but_hold(self._side_listener)
             self._side_listener = None
+
+    def _close_but_hold(self, listener: asyncio.Server) -> None:
+        """Listen no more, but keep the port from being given to somebody else until this one is back."""
+        bound = [(one.family, one.getsockname()) for one in listener.sockets]
+        listener.close()
+        for family, address in bound:
+            placeholder = socket.socket(family, socket.SOCK_STREAM)
+            self._placeholders.append(placeholder)
+            placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                placeholder.bind(address)
+
+    def _give_ports_up(self) -> None:
+        while self._placeholders:
+            self._placeholders.pop().close()
+
+    def _engine_died(self) -> None:
+        self._close_side_listener()
         self._later(self.config.death_delay, self.kill)
 
     def _later(self, delay: float, action: Callable[[], None]) -> None:

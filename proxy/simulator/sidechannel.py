@@ -14,6 +14,7 @@ import msgspec
 
 from proxy.simulator.blocks import BlockPool, Content
 from proxy.simulator.config import SimulatorConfig
+from proxy.simulator.faults import NOTHING, Faults
 from proxy.simulator.handoffs import Handoffs, RemotePrefill
 from proxy.simulator.resetting import reset
 
@@ -61,9 +62,23 @@ class SideChannelServer(asyncio.Protocol):
                 return
             message = _decode(bytes(self._buffer[4 : 4 + length]))
             del self._buffer[: 4 + length]
+            faults = self._serving.faults
+            mischief = faults.draw("pull") if message["op"] == "hello" else NOTHING
+            if mischief.get("reset") is not None:
+                self.reset()
+                return
+            if mischief.get("hang") is not None or faults.lasting("hang", "pull"):
+                return
             answer = self._serving.answer(message)
-            if answer is not None and self._transport is not None:
-                self._transport.write(frame(answer))
+            delay = mischief.get("delay_first_byte")
+            if answer is not None and delay is not None:
+                asyncio.get_running_loop().call_later(delay.delay_s, self._say, answer)
+            elif answer is not None:
+                self._say(answer)
+
+    def _say(self, answer: dict[str, Any]) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame(answer))
 
     def reset(self) -> None:
         """Cut the connection."""
@@ -74,7 +89,10 @@ class SideChannelServer(asyncio.Protocol):
 class Serving:
     """Prefill's side channel: what it answers, and its open connections."""
 
-    def __init__(self, config: SimulatorConfig, engine_id: str, pool: BlockPool, handoffs: Handoffs) -> None:
+    def __init__(
+        self, config: SimulatorConfig, engine_id: str, pool: BlockPool, handoffs: Handoffs, faults: Faults
+    ) -> None:
+        self.faults = faults
         self._config = config
         self._engine_id = engine_id
         self._pool = pool

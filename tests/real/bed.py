@@ -1,4 +1,5 @@
-"""What one test run has: a pair of engines, and a single engine's answers to compare theirs with."""
+"""What one test run has: a pair of engines, a second decode engine where a test wants one, and the answers of a single
+engine to compare theirs with."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ FIRST_CONNECTION_SECONDS = 90.0
 
 @dataclass(frozen=True, slots=True)
 class Bed:
-    """The engines of a test run, and what a third engine without a connector answered before it was ended."""
+    """The engines of a test run, and what an engine without a connector answered before it was ended."""
 
     prefill: Engine
     decode: Engine
+    second_decode: Engine | None
+    """For those who break what the other one must make good."""
     single: Mapping[Question, Answer]
 
 

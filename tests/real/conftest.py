@@ -1,4 +1,5 @@
-"""What the real tests share: one pair of engines, the single engine's answers, and a gateway in front of the pair."""
+"""What the real tests share: one pair of engines, a second decode engine, the single engine's answers, and a gateway in
+front of the pair."""
 
 from __future__ import annotations
 
@@ -6,28 +7,33 @@ import os
 import signal
 import subprocess
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from . import processes
 from .bed import Bed, connect
-from .engines import Role, running
+from .engines import Engine, Role, running
 from .gateway import Gateway, serving
 from .questions import ALL_QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 MODEL = ROOT / ".cache" / "tiny-model"
+KILLERS = ("kills_second_decode", "kills_prefill")
+"""Marks of the tests that end an engine all share, in the order in which they run."""
+QUESTIONS_AT_ONCE = 8
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "kills_prefill: ends the shared prefill engine, so it runs after all others")
+    for mark, engine in zip(KILLERS, ("second decode", "prefill"), strict=True):
+        config.addinivalue_line("markers", f"{mark}: ends the shared {engine} engine, so runs after all that need it")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A start takes a minute: rather than give the tests that kill prefill an engine of their own, run them last."""
-    items.sort(key=lambda item: item.get_closest_marker("kills_prefill") is not None)
+    """A start takes a minute: rather than give the tests that kill an engine one of their own, run them last."""
+    items.sort(key=lambda item: [item.get_closest_marker(mark) is not None for mark in reversed(KILLERS)])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -62,15 +68,28 @@ def model(venv_python: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bed(venv_python: Path, model: Path, logs: Path) -> Iterator[Bed]:
-    """Three engines started at once; the single one answers everything it will be compared by, and is ended."""
+def bed(request: pytest.FixtureRequest, venv_python: Path, model: Path, logs: Path) -> Iterator[Bed]:
+    """All engines started at once; the single one answers everything it will be compared by, and is ended."""
     # SIGTERM (a job cancelled, `timeout`) must unwind the fixtures as Ctrl-C does, or the engines outlive pytest.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with running(venv_python, model, [Role.PREFILL, Role.DECODE, Role.SINGLE], logs) as (prefill, decode, single):
-        answers = {question: question.ask(single.url)[0] for question in ALL_QUESTIONS}
-        single.group.stop(seconds=5)  # three engines' polling on two cores would disturb the pair's timing
-        connect(prefill, decode)
-        yield Bed(prefill, decode, answers)
+    roles = [Role.PREFILL, Role.DECODE, Role.SINGLE]
+    if any("second_decode" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        roles.append(Role.DECODE)
+    with running(venv_python, model, roles, logs) as (prefill, decode, single, *others):
+        with ThreadPoolExecutor(QUESTIONS_AT_ONCE) as pool:
+            answers = dict(zip(ALL_QUESTIONS, pool.map(lambda one: one.ask(single.url)[0], ALL_QUESTIONS), strict=True))
+        single.group.stop(seconds=5)  # its polling on two cores would disturb the others' timing
+        second = others[0] if others else None
+        for engine in (decode, *others):
+            connect(prefill, engine)
+        yield Bed(prefill, decode, second, answers)
+
+
+@pytest.fixture(scope="session")
+def second_decode(bed: Bed) -> Engine:
+    """The other decode engine; it is started only where a test asks for it."""
+    assert bed.second_decode is not None
+    return bed.second_decode
 
 
 @pytest.fixture(scope="session")

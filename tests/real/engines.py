@@ -12,8 +12,8 @@ from enum import Enum
 from pathlib import Path
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
+from .metrics import series
 from .processes import Group, ended, free_port, wait_until
 
 MODEL_NAME = "tiny"
@@ -77,17 +77,9 @@ class Engine:
             return False
 
     def metrics(self) -> dict[str, float]:
-        """vLLM's own series by name and labels, without the `vllm:` prefix and the labels every series has.
-
-        For example `{'kv_cache_usage_perc': 0.0, 'prompt_tokens_by_source_total{source="local_compute"}': 12.0}`.
-        """
-        text = httpx.get(f"{self.url}/metrics", timeout=10).raise_for_status().text
-        series: dict[str, float] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name.startswith("vllm:"):
-                    series[series_key(sample.name, sample.labels)] = sample.value
-        return series
+        """vLLM's own series, without the `vllm:` prefix and the labels every series has."""
+        page = httpx.get(f"{self.url}/metrics", timeout=10).raise_for_status().text
+        return series(page, "vllm:", without=("engine", "model_name"))
 
     def is_idle(self) -> bool:
         """Whether no request runs or waits and no KV block is held."""
@@ -115,14 +107,18 @@ class Engine:
             for pid in workers:
                 os.kill(pid, signal.SIGCONT)
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Stop the engine wholly: its sockets stay open, and nobody answers."""
+        self.group.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.group.signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """SIGKILL to the whole process group, as when the machine is gone."""
         self.group.kill()
-
-
-def series_key(name: str, labels: dict[str, str]) -> str:
-    kept = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels) if key not in ("engine", "model_name"))
-    return name.removeprefix("vllm:") + (f"{{{kept}}}" if kept else "")
 
 
 def group_members(group_id: int) -> dict[int, int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
+from .metrics import series
 from .processes import Group, ended, free_port, wait_until
 
 READY_SECONDS = 30.0
@@ -31,11 +32,17 @@ class Gateway:
         except httpx.TransportError:
             return False
 
+    def metrics(self) -> dict[str, float]:
+        """The gateway's own series, without the `pd_proxy_` prefix: `{'resumes_total{reason="cut"}': 1.0}`."""
+        return series(httpx.get(f"{self.url}/metrics", timeout=10).raise_for_status().text, "pd_proxy_")
+
 
 @contextmanager
-def serving(prefill_url: str, decode_url: str, log: Path) -> Iterator[Gateway]:
-    """A gateway in front of one prefill and one decode engine, from ready to its end by SIGTERM.
+def serving(prefill_url: str, decode_urls: str | Sequence[str], log: Path, *flags: str) -> Iterator[Gateway]:
+    """A gateway in front of one prefill engine and one or more decode engines, from ready to its end by SIGTERM.
 
+    Args:
+        flags: settings as on the command line, `--timeouts.idle 2` as two arguments.
     Raises:
         RuntimeError: it ended before it was ready.
         TimeoutError: it was not ready within `READY_SECONDS`.
@@ -43,7 +50,9 @@ def serving(prefill_url: str, decode_url: str, log: Path) -> Iterator[Gateway]:
     """
     port = free_port()
     command = [str(COMMAND), "serve", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--prefill", prefill_url, "--decode", decode_url]
+    command += ["--prefill", prefill_url, *flags]
+    for url in [decode_urls] if isinstance(decode_urls, str) else decode_urls:
+        command += ["--decode", url]
     with ended(Group(command, log), STOP_SECONDS) as group:
         gateway = Gateway(f"http://127.0.0.1:{port}", group)
         wait_until(gateway.is_ready, READY_SECONDS, f"{gateway.url}/ready to answer 200, log {log}")

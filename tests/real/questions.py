@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -55,6 +56,11 @@ def body_for(api: Api, prompt: str, **fields: Any) -> dict[str, Any]:
     return {"model": MODEL_NAME, "temperature": 0, "max_tokens": MAX_TOKENS, **asked, **fields}
 
 
+def long_body(api: Api, prompt: str, length: int, **fields: Any) -> dict[str, Any]:
+    """A greedy request whose answer has exactly `length` tokens, since the end-of-sequence token does not end it."""
+    return body_for(api, prompt, **{"max_tokens": length, "ignore_eos": True, **fields})
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One greedy request; two servers that are asked the same one must answer the same."""
@@ -63,12 +69,16 @@ class Question:
     stream: bool
     tokens: int
     salt: str = ""
+    length: int = 0
+    """Tokens of the answer, whatever the model says; 0: up to `MAX_TOKENS`, as it comes."""
 
     def __str__(self) -> str:
         return f"{self.api.name.lower()}-{'streamed' if self.stream else 'whole'}-{self.tokens}"
 
     def body(self) -> dict[str, Any]:
         """The request without its `stream`. Some ask for a stop string, to see another finish reason than `length`."""
+        if self.length:
+            return long_body(self.api, prompt_of(self.tokens, self.salt), self.length)
         stop = {"stop": ["st"]} if self.tokens % 4 == 3 else {}
         return body_for(self.api, prompt_of(self.tokens, self.salt), **stop)
 
@@ -83,7 +93,22 @@ COMPARED_QUESTIONS = tuple(
 UNSEEN_QUESTIONS = tuple(Question(api, stream, 180, f"unseen-{stream}") for api in Api for stream in (False, True))
 """Each with a prompt that nothing else asks for, so that decode cannot have its KV cache from an earlier request."""
 
-ALL_QUESTIONS = COMPARED_QUESTIONS + UNSEEN_QUESTIONS
+SEVERED_TOKENS = (20, 31, 46, 47, 57, 64, 90, 110, 130, 150)
+"""Prompts that, alone or with the tokens before a cut, end at a block's edge in one API or the other, and some between.
+(A chat's prompt has seventeen tokens more.)"""
+SEVERED_QUESTIONS = tuple(Question(api, True, tokens, "severed", 40) for api in Api for tokens in SEVERED_TOKENS)
+HUNG_QUESTIONS = tuple(Question(api, True, 80, f"hung-{api.name}", 400) for api in Api)
+KILLED_QUESTIONS = tuple(
+    Question(api, stream, tokens, "killed", 400)
+    for stream, lengths in ((False, (70, 130)), (True, (40, 64, 90, 111, 150, 200)))
+    for tokens in lengths
+    for api in Api
+)
+RELEASED_QUESTIONS = tuple(Question(api, False, 330, f"released-{api.name}", 40) for api in Api)
+
+ALL_QUESTIONS = (
+    COMPARED_QUESTIONS + UNSEEN_QUESTIONS + SEVERED_QUESTIONS + HUNG_QUESTIONS + KILLED_QUESTIONS + RELEASED_QUESTIONS
+)
 
 
 def ask(url: str, api: Api, body: dict[str, Any], *, stream: bool, timeout: float = 60) -> tuple[Answer, httpx.Headers]:
@@ -103,17 +128,29 @@ def ask(url: str, api: Api, body: dict[str, Any], *, stream: bool, timeout: floa
 
 
 def ask_streamed(url: str, api: Api, body: dict[str, Any], timeout: float) -> tuple[Answer, httpx.Headers]:
+    with streaming(url, api, body, timeout) as response:
+        return as_answer(api, events(response)), response.headers
+
+
+@contextmanager
+def streaming(url: str, api: Api, body: dict[str, Any], timeout: float = 60) -> Iterator[httpx.Response]:
+    """A stream that has begun, with its usage asked for. Raises httpx.HTTPStatusError where it has not."""
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    text, finish_reason = "", None
-    usage: dict[str, Any] = {}
     with httpx.stream("POST", url + api.value, json=streamed, timeout=timeout) as response:
         response.raise_for_status()
-        for event in events(response):
-            usage = event.get("usage") or usage
-            for choice in event["choices"]:
-                text += (choice["text"] if api is Api.COMPLETIONS else choice["delta"].get("content")) or ""
-                finish_reason = choice["finish_reason"] or finish_reason
-    return Answer(text, finish_reason, usage), response.headers
+        yield response
+
+
+def as_answer(api: Api, stream: Iterable[dict[str, Any]]) -> Answer:
+    """The answer that a client puts together from a stream's events."""
+    text, finish_reason = "", None
+    usage: dict[str, Any] = {}
+    for event in stream:
+        usage = event.get("usage") or usage
+        for choice in event["choices"]:
+            text += (choice["text"] if api is Api.COMPLETIONS else choice["delta"].get("content")) or ""
+            finish_reason = choice["finish_reason"] or finish_reason
+    return Answer(text, finish_reason, usage)
 
 
 def events(response: httpx.Response) -> Iterator[dict[str, Any]]:

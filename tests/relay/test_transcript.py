@@ -325,7 +325,6 @@ def test_the_text_counts_for_the_limit(fresh: bool) -> None:
     assert not transcript.continuable
 
 
-@pytest.mark.xfail(strict=True, reason="fold keeps fresh text past the limit")
 def test_text_is_not_kept_once_nothing_is_left() -> None:
     transcript = Transcript(with_text=True)
     transcript.open(FIRST, b"1")
