@@ -3,6 +3,9 @@
 PYTHON ?= python3
 PORT ?= 8000
 ONCE ?=
+# How long `make soak` runs, and the seed of its chaos (empty: a new one, which is printed).
+SECONDS ?= 300
+SEED ?=
 # Arguments for pytest (make test) and for the bench (make bench).
 ARGS ?=
 
@@ -18,7 +21,7 @@ CHECKED := $(TYPED) docs tests
 unexport PYTHON
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real lint types bench constraints clean
+.PHONY: help install demo test test-real soak lint types bench constraints clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.11] [PORT=8000] [ONCE=1] [ARGS='...']"
@@ -48,6 +51,9 @@ test: $(VENV)/.develop ## run every test that needs no real vLLM
 test-real: $(VENV)/.develop ## run the tests against real vLLM engines on the CPU (installs 2.3 GB into .venv-vllm)
 	bash tests/real/install.sh $(REAL_VENV)
 	REQUIRE_REAL_VLLM=1 $(BIN)/pytest -m real tests/real $(ARGS)
+
+soak: $(VENV)/.develop ## requests for SECONDS while engines are killed at random (SEED=n repeats a run)
+	SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(BIN)/pytest -s tests/faults/test_soak.py $(ARGS)
 
 lint: $(VENV)/.develop ## check style and format
 	$(BIN)/ruff check $(CHECKED)

@@ -53,9 +53,9 @@ class Edit(msgspec.Struct, frozen=True):
             event: as it came.
             payload: its data.
         """
-        if self.idle and HANDOFF_MARK not in event:
-            return event
         if self.identity is None and HANDOFF_MARK not in event:
+            if not self.hide_ids:
+                return event
             head, found, rest = event.partition(_IDS)
             shown = head + rest[rest.find(b"]") + 1 :] if found else event
             if _IDS_MARK in shown:

@@ -290,7 +290,7 @@ class StreamRelay:
         self._connection = None
         if self._done:
             if self._passage is not None:
-                self._conclude(BackendCut(f"{self._url} said [DONE] without a finish_reason"))
+                self._conclude(None)
             else:  # a whole stream without a token is no answer
                 self._finish(BackendFailed(f"{self._url} ended its stream without a token", status=502))
         elif self._status != 200:
@@ -305,15 +305,16 @@ class StreamRelay:
         else:
             self._finish(error)
 
-    def _conclude(self, error: BackendError) -> None:
-        """The engine has said `[DONE]`: the answer is whole if it also said why it ended, else it failed."""
+    def _conclude(self, error: BackendError | None) -> None:
+        """The engine has said `[DONE]`: the answer is whole if it also said why it ended, else it failed; with `error`,
+        if there is one."""
         if self._transcript.finished:
             self._client.end(self._last + self._last_word)
             self._finish(None)
             return
         if self._last:
             self._client.write(self._last)
-        self._finish(error)
+        self._finish(error or BackendCut(f"{self._url} said [DONE] without a finish_reason"))
 
     # Before the first token
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = {"help", "install", "demo", "test", "test-real", "lint", "types", "bench", "constraints", "clean"}
+TARGETS = {"help", "install", "demo", "test", "soak", "test-real", "lint", "types", "bench", "constraints", "clean"}
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
