@@ -15,9 +15,12 @@ from time import monotonic
 
 from proxy.errors import (
     BackendBusy,
+    BackendCut,
     BackendError,
+    BackendFailed,
     BackendGarbled,
     BackendLost,
+    BackendTimedOut,
     BackendUnreachable,
     HandoffExpired,
     HandoffInvalid,
@@ -41,7 +44,7 @@ log = logging.getLogger("pd_proxy.flow")
 
 _FIRST_BACKOFF = 0.05  # seconds before a backend that has just failed is tried again
 _LONGEST_BACKOFF = 1.0
-_NO_HANDOFF_TRIED = {kind.reason for kind in (BackendBusy, BackendUnreachable, BackendLost, HandoffExpired)}
+_SAYS_NOTHING = {kind.reason for kind in (BackendBusy, BackendUnreachable, BackendLost, BackendCut, HandoffExpired)}
 
 
 class Flow:
@@ -214,7 +217,7 @@ class Flow:
     def _given_up_handoff(self, request: Request) -> str:
         """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
         pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
-        failed = [leg for leg, reason in request.record.retries if reason not in _NO_HANDOFF_TRIED]
+        failed = [leg for leg, reason in request.record.retries if reason not in _SAYS_NOTHING]
         if len(failed) < 2 or not (request.record.prefill and self._local_prefill):
             return ""
         return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
@@ -326,6 +329,8 @@ class Flow:
                 await self._legs.decode_whole(attempt, backend, lease)
         except BackendError as error:
             self._failed(request, backend, "decode", error)
+            if attempt.limbo is not None and isinstance(error, BackendFailed | BackendTimedOut):
+                request.avoid.add(attempt.limbo.prefill.url)  # decode lives; perhaps it could not read from there
             other = self._other_decode(request) if attempt.limbo is not None and error.unread else None
             if other is None:
                 raise
