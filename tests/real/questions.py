@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -139,6 +141,18 @@ def streaming(url: str, api: Api, body: dict[str, Any], timeout: float = 60) -> 
     with httpx.stream("POST", url + api.value, json=streamed, timeout=timeout) as response:
         response.raise_for_status()
         yield response
+
+
+@contextmanager
+def asked(url: str, api: Api, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A request that has been sent, by a client that leaves when the block ends, whatever it has received."""
+    content = json.dumps(body).encode()
+    address = urlsplit(url)
+    head = f"POST {api.value} HTTP/1.1\r\nhost: {address.netloc}\r\ncontent-type: application/json\r\n"
+    head += f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
+    with socket.create_connection((address.hostname or "", address.port or 80), timeout=60) as connection:
+        connection.sendall(head.encode() + content)
+        yield connection
 
 
 def as_answer(api: Api, stream: Iterable[dict[str, Any]]) -> Answer:

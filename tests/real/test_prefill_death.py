@@ -1,4 +1,5 @@
 """Prefill dies between the legs: decode holds an address where nobody answers, and the client gets its answer still.
+It gets it as well where decode is lost in mid-answer then, and nobody is left to prefill what it has so far.
 
 Ends the shared prefill engine, so it runs last.
 """
@@ -14,8 +15,19 @@ import pytest
 
 from .bed import Bed
 from .gateway import Gateway, serving
-from .questions import UNSEEN_QUESTIONS, Answer, Api, Question, ask, body_for, prompt_of
+from .questions import (
+    SEVERED_QUESTIONS,
+    SEVERED_TOKENS,
+    UNSEEN_QUESTIONS,
+    Answer,
+    Api,
+    Question,
+    ask,
+    body_for,
+    prompt_of,
+)
 from .relay import relaying
+from .severing import Cut, Severing, severing
 
 pytestmark = [pytest.mark.real, pytest.mark.kills_prefill]
 
@@ -26,7 +38,9 @@ def gateway_of_the_dying(bed: Bed, logs: Path) -> Iterator[Gateway]:
 
     The relay keeps those answers until the engine is dead, and passes them on then.
     """
-    with relaying(bed.prefill.url) as relay, serving(relay.url, bed.decode.url, logs / "gateway-death.log") as gateway:
+    log = logs / "gateway-death.log"
+    # Its own warm-up request would be one of the answers that are counted.
+    with relaying(bed.prefill.url) as relay, serving(relay.url, bed.decode.url, log, "--warmup", "false") as gateway:
         # Decode then has a connection to prefill, and notices its death at once instead of in a 5 s handshake.
         _, headers = ask(gateway.url, Api.CHAT, body_for(Api.CHAT, prompt_of(50, "before")), stream=False)
         assert "x-pd-proxy-fallback" not in headers
@@ -35,7 +49,22 @@ def gateway_of_the_dying(bed: Bed, logs: Path) -> Iterator[Gateway]:
 
 
 @pytest.fixture(scope="module")
-def answers(gateway_of_the_dying: Gateway) -> dict[Question, tuple[Answer, httpx.Headers]]:
+def decodes(bed: Bed) -> Iterator[Severing]:
+    with severing(bed.decode.url, bed.decode.url) as started:  # two backends to a gateway
+        yield started
+
+
+@pytest.fixture(scope="module")
+def gateway_of_the_severed(bed: Bed, decodes: Severing, logs: Path) -> Iterator[Gateway]:
+    """Another gateway, which knew prefill before it was killed."""
+    with serving(bed.prefill.url, decodes.urls, logs / "gateway-no-prefill.log", "--warmup", "false") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def answers(
+    gateway_of_the_dying: Gateway, gateway_of_the_severed: Gateway
+) -> dict[Question, tuple[Answer, httpx.Headers]]:
     """All questions asked at once, since one engine can die only once."""
     with ThreadPoolExecutor(len(UNSEEN_QUESTIONS)) as pool:
         asked = {question: pool.submit(question.ask, gateway_of_the_dying.url) for question in UNSEEN_QUESTIONS}
@@ -58,4 +87,15 @@ def test_requests_are_answered_while_no_prefill_engine_is_there(
     body = body_for(Api.CHAT, prompt_of(70, f"after-{stream}"))
     answer, headers = ask(gateway_of_the_dying.url, Api.CHAT, body, stream=stream)
     assert answer.usage["completion_tokens"] > 0
+    assert headers.get("x-pd-proxy-fallback")
+
+
+@pytest.mark.parametrize("question", SEVERED_QUESTIONS[:: len(SEVERED_TOKENS)], ids=str)
+def test_a_stream_goes_on_while_no_prefill_engine_is_there(
+    bed: Bed, answers: object, decodes: Severing, gateway_of_the_severed: Gateway, question: Question
+) -> None:
+    decodes.plan(Cut(10, into=9), Cut(10))
+    answer, headers = question.ask(gateway_of_the_severed.url)
+    assert [leg.severed for leg in decodes.legs] == [True, True, False]
+    assert answer == bed.single[question]
     assert headers.get("x-pd-proxy-fallback")

@@ -1,0 +1,139 @@
+"""Blocks that prefill keeps for a decode that never comes are free again at once, and nobody reads them when they are.
+
+Prefill would free them by itself when its lease of 30 s ends, and would count it. Decode's prefix cache is the other
+thing at stake: an engine that reads blocks which are no longer the prompt's keeps them, and answers wrongly ever after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from .bed import Bed
+from .engines import LEASE_SECONDS, MAX_MODEL_LEN
+from .gateway import Gateway, serving
+from .processes import wait_until
+from .questions import RELEASED_QUESTIONS, Api, Question, ask, asked, body_for, prompt_of
+from .severing import Severing, severing
+
+pytestmark = pytest.mark.real
+
+PREFILLED = 'request_success_total{finished_reason="length"}'
+RELEASED_SECONDS = 10.0
+"""It takes 0.1 s, and 1 to 4 s where the kernel has to try a connect again; an idle machine is not promised."""
+CACHE_TOKENS = 32 * 1024
+"""What fits into 64 MiB of KV cache."""
+
+JUDGED_BY_THE_HANDLER: dict[str, dict[str, Any]] = {
+    "more tokens than the context holds": {"max_tokens": MAX_MODEL_LEN * 2},
+    "more tokens at least than at most": {"min_tokens": 9, "max_tokens": 3},
+    "a grammar that is none": {"structured_outputs": {"regex": "(("}},
+}
+"""vLLM tells prefill itself that these will not come for their blocks."""
+JUDGED_BEFORE_THE_HANDLER: dict[str, dict[str, Any]] = {
+    "stop tokens that are no numbers": {"stop_token_ids": ["x"]},
+    "stream options without a stream": {"stream_options": {"include_usage": True}},
+}
+"""vLLM refuses these with the body's schema, and tells nobody."""
+REFUSED_BY_DECODE_ALONE = JUDGED_BY_THE_HANDLER | JUDGED_BEFORE_THE_HANDLER
+
+
+@pytest.fixture(scope="module")
+def relay(bed: Bed) -> Iterator[Severing]:
+    """It severs nothing here: it shows which legs decode was sent, and can hold them up."""
+    with severing(bed.decode.url) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def watched_gateway(bed: Bed, relay: Severing, logs: Path) -> Iterator[Gateway]:
+    # Nothing finds out that decode is unreachable while a client waits between the legs: no probe, no connect.
+    flags = ["--warmup", "false", "--health.interval", "60", "--timeouts.connect", "30"]
+    with serving(bed.prefill.url, relay.urls, logs / "gateway-release.log", *flags) as started:
+        yield started
+
+
+def wait_until_released(bed: Bed) -> None:
+    assert RELEASED_SECONDS < LEASE_SECONDS / 2
+    wait_until(lambda: is_released(bed), RELEASED_SECONDS, "prefill's blocks to be free")
+    wait_until(bed.decode.is_idle, RELEASED_SECONDS, "decode to be idle")
+    assert bed.prefill.metrics()["nixl_num_kv_expired_reqs_total"] == 0  # nor did those of any test before
+
+
+def is_released(bed: Bed) -> bool:
+    """Whether prefill holds no block. Where it does, decode is given a reason to compute something.
+
+    It has no progress thread here (small_machine.py), so word for prefill now and then waits for its next step.
+    """
+    if bed.prefill.is_idle():
+        return True
+    ask(bed.decode.url, Api.COMPLETIONS, body_for(Api.COMPLETIONS, "Kana", max_tokens=1), stream=False)
+    return False
+
+
+def holds_blocks_for_decode(bed: Bed) -> bool:
+    now = bed.prefill.metrics()
+    return now["kv_cache_usage_perc"] > 0 and not now["num_requests_running"]
+
+
+def assert_decode_knows_the_prompt_rightly(bed: Bed, question: Question) -> None:
+    """Asked directly, so that what it has in its prefix cache is what it answers from."""
+    assert question.ask(bed.decode.url)[0] == bed.single[question]
+
+
+@pytest.mark.parametrize("question", RELEASED_QUESTIONS, ids=str)
+def test_a_client_that_leaves_between_the_legs_leaves_no_blocks_behind(
+    bed: Bed, relay: Severing, watched_gateway: Gateway, question: Question
+) -> None:
+    with relay.unreachable(), asked(watched_gateway.url, question.api, question.body()):
+        wait_until(lambda: holds_blocks_for_decode(bed), 20, "prefill to keep the blocks for decode")
+    wait_until_released(bed)
+    wait_until(lambda: watched_gateway.metrics()["handoffs_in_limbo"] == 0, 5, "the gateway to have no hand-off left")
+    assert_decode_knows_the_prompt_rightly(bed, question)
+
+
+@pytest.mark.parametrize("fault", REFUSED_BY_DECODE_ALONE)
+@pytest.mark.parametrize("api", Api, ids=lambda api: api.name.lower())
+def test_a_request_that_decode_refuses_leaves_no_blocks_behind(
+    bed: Bed, relay: Severing, watched_gateway: Gateway, api: Api, fault: str
+) -> None:
+    prefilled = bed.prefill.metrics()[PREFILLED]
+    relay.plan()
+    body = {**body_for(api, prompt_of(150, fault)), **REFUSED_BY_DECODE_ALONE[fault]}
+    assert httpx.post(watched_gateway.url + api.value, json=body, timeout=30).status_code == 400
+    assert relay.legs, "decode was not asked"
+    wait_until_released(bed)
+    assert bed.prefill.metrics()[PREFILLED] == prefilled + 1
+
+
+@pytest.mark.parametrize("fault", ["more tokens at least than at most", "a grammar that is none"])
+def test_blocks_that_decode_gave_back_itself_are_read_by_nobody(
+    bed: Bed, relay: Severing, watched_gateway: Gateway, fault: str
+) -> None:
+    """A claim that comes after that would find another request's keys and values, and decode would keep them.
+
+    Here prefill's whole cache is used anew before the gateway's claim, if there is one, reaches decode.
+    """
+    api = Api.COMPLETIONS
+    prompt = prompt_of(320, f"given back, {fault}")
+    plain = body_for(api, prompt)
+
+    def use_the_cache_anew(predecessors: int) -> None:
+        if predecessors == 1:
+            length = MAX_MODEL_LEN - 48
+            for number in range(CACHE_TOKENS // length + 1):
+                other = body_for(api, prompt_of(length, f"{fault} {number}"), max_tokens=1)
+                ask(bed.prefill.url, api, other, stream=False)
+
+    relay.plan(before=use_the_cache_anew)
+    answer = httpx.post(watched_gateway.url + api.value, json={**plain, **JUDGED_BY_THE_HANDLER[fault]}, timeout=30)
+    assert answer.status_code == 400
+    wait_until(lambda: watched_gateway.metrics()["handoffs_in_limbo"] == 0, 30, "the gateway to be rid of the hand-off")
+    relay.plan()
+    wait_until_released(bed)
+    undisturbed, _ = ask(bed.prefill.url, api, plain, stream=False)
+    assert ask(bed.decode.url, api, plain, stream=False)[0] == undisturbed
