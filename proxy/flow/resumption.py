@@ -89,6 +89,8 @@ class Resumption:
             return transcript.flaw
         if has_media(request.body):
             return "media"
+        if transcript.dropped and (request.body.wants_token_ids or "logprobs" in request.body.members):
+            unsettled = "merged_tokens"  # their ids, or their logprobs, would be given twice
         if unsettled and self._mode != "best_effort":
             return unsettled
         if request.resumes >= self._most:

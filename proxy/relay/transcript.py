@@ -37,6 +37,7 @@ class Transcript:
         fresh: ids of the latest events, each of which came with text; `fold` moves them into the ledger.
         finished: the client has been given a `finish_reason`.
         unsure: the latest text came with several tokens at once, and of those the last may be half a character.
+        dropped: tokens are to be generated again whose event has gone out, though not their text.
         first: the first event as the client saw it.
     """
 
@@ -46,6 +47,7 @@ class Transcript:
         "_prompt",
         "_sent",
         "_text",
+        "dropped",
         "finished",
         "first",
         "flaw",
@@ -65,6 +67,7 @@ class Transcript:
         self.fresh: list[bytes] = []
         self.finished = False
         self.unsure = False
+        self.dropped = False
         self.first = b""
 
     def open(self, first: bytes, prompt: bytes) -> None:
@@ -164,6 +167,7 @@ class Transcript:
     def drop_last(self) -> None:
         """The text of the last token up to the cut had not been sent after all."""
         self.fold()
+        self.dropped = True
         self._sent = max(0, self._ids.rfind(b",", 0, self._sent))
 
     @property
