@@ -33,6 +33,7 @@ _PIPELINE = 16  # further requests are not read before the earlier ones are answ
 class Handler(Protocol):
     """Who answers."""
 
+    alive: bool
     keep_alive: float
     connections: set[Connection]
 
@@ -208,6 +209,9 @@ class Connection(asyncio.Protocol):
         # Not checked: uvloop's transports do not inherit from asyncio's.
         transport = cast(asyncio.Transport, transport)
         self._transport = transport
+        if not self._handler.alive:
+            reset(transport)  # accepted in the moment of death
+            return
         self._handler.connections.add(self)
         self._handler.connection_changed()
 

@@ -127,8 +127,7 @@ class Simulator:
 
     def _end(self) -> None:
         self._close_side_listener()
-        for peer in list(self._serving.connections):
-            peer.reset()
+        self._serving.close()
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()

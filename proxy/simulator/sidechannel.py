@@ -49,12 +49,17 @@ class SideChannelServer(asyncio.Protocol):
         # Not checked: uvloop's transports do not inherit from asyncio's.
         transport = cast(asyncio.Transport, transport)
         self._transport = transport
+        if self._serving.closed:
+            self.reset()  # accepted in the moment of death
+            return
         self._serving.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._serving.connections.discard(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._serving.closed:
+            return
         self._buffer += data
         while len(self._buffer) >= 4:
             (length,) = _LENGTH.unpack_from(self._buffer)
@@ -98,6 +103,13 @@ class Serving:
         self._pool = pool
         self._handoffs = handoffs
         self.connections: set[SideChannelServer] = set()
+        self.closed = False
+
+    def close(self) -> None:
+        """Cut every connection, and answer nothing any more: a process that is gone reads out no blocks."""
+        self.closed = True
+        for peer in list(self.connections):
+            peer.reset()
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """What one message is answered with, if with anything."""

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from proxy.simulator import Simulator, SimulatorConfig
+from proxy.simulator.sidechannel import SideChannelServer, frame
 
 from .conftest import Start
 from .helpers import Client, chat, greedy
@@ -35,6 +36,20 @@ async def test_kill_is_a_reset_to_peers(start: Start) -> None:
     with pytest.raises(ConnectionResetError):
         await reader.read()
     writer.close()
+
+
+async def test_a_connection_accepted_in_the_moment_of_death_reads_no_blocks(start: Start) -> None:
+    """The kernel had taken it, the process never saw it; blocks that hand-offs held are nobody's by then."""
+    sim = await start()
+    serving = sim._serving
+    sim.kill()
+    late = await asyncio.get_running_loop().create_server(lambda: SideChannelServer(serving), "127.0.0.1", 0)
+    async with late:
+        reader, writer = await asyncio.open_connection(*late.sockets[0].getsockname())
+        writer.write(frame({"op": "read", "block_ids": [1]}))
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
 
 
 async def test_a_restarted_simulator_has_its_port_but_another_engine(start: Start, client: Client) -> None:
