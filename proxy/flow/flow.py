@@ -44,6 +44,7 @@ log = logging.getLogger("pd_proxy.flow")
 
 _FIRST_BACKOFF = 0.05  # seconds before a backend that has just failed is tried again
 _LONGEST_BACKOFF = 1.0
+_RELEASE_TRIES = 5  # within 0.8 s
 _SAYS_NOTHING = {kind.reason for kind in (BackendBusy, BackendUnreachable, BackendLost, BackendCut, HandoffExpired)}
 
 
@@ -242,32 +243,39 @@ class Flow:
         leg = None
         if limbo.use != "reading":
             leg = attempt.plan.release_leg(limbo.handoff, sent=limbo.use == "refused")
-        backend = self._claimant(attempt.request)
-        if leg is None or backend is None:
+        if leg is None:
             self._telemetry.handoff_released(False)
             limbo.close()
             return
-        task = asyncio.create_task(self._release(attempt, backend, leg))
+        task = asyncio.create_task(self._release(attempt, limbo, leg, attempt.request.record.decode))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
-    def _claimant(self, request: Request) -> Backend | None:
-        """The decode backend that was to have the hand-off, if it is up, else another."""
-        candidates = self._fleet.candidates("decode", request.body.model)
-        good = [backend for backend in candidates if backend.url not in request.avoid] or candidates
-        chosen = [backend for backend in good if backend.url == request.record.decode]
-        return next(iter(chosen or good), None)
-
-    async def _release(self, attempt: Try, backend: Backend, leg: Leg) -> None:
+    async def _release(self, attempt: Try, limbo: Limbo, leg: Leg, decode: str) -> None:
+        """Send `leg` until an engine has read it, some tries long: to `decode`, which was to have the hand-off, else to
+        another. A second reader would do harm."""
+        released = False
+        avoid = set(attempt.request.avoid)
         try:
-            await self._legs.release(attempt, backend, leg)
-            self._telemetry.handoff_released(True)
-        except BackendError as error:
-            self._telemetry.handoff_released(False)
-            log.info("%s: its hand-off was not released: %s", attempt.request.record.request_id, error)
+            for tries in range(1, _RELEASE_TRIES + 1):
+                if tries > 1:
+                    await asyncio.sleep(_backoff(tries))
+                candidates = self._fleet.candidates("decode", attempt.request.body.model)
+                if not candidates:
+                    continue
+                backend = min(candidates, key=lambda backend: (backend.url in avoid, backend.url != decode))
+                try:
+                    await self._legs.release(attempt, backend, leg)
+                    released = True
+                    return
+                except BackendError as error:
+                    log.info("%s: its hand-off was not released: %s", attempt.request.record.request_id, error)
+                    if not error.unread:
+                        return
+                    avoid.add(backend.url)
         finally:
-            if attempt.limbo is not None:
-                attempt.limbo.close()
+            self._telemetry.handoff_released(released)
+            limbo.close()
 
     async def close(self) -> None:
         """Wait for what runs in the background."""

@@ -309,6 +309,8 @@ class StreamRelay:
         """The engine has said `[DONE]`: the answer is whole if it also said why it ended, else it failed; with `error`,
         if there is one."""
         if self._transcript.finished:
+            if self.usage is None and not self._drop_usage and self._transcript.continuable:
+                self._last_word = self._transcript.closing(usage=True)  # its engine left out what the client wants
             self._client.end(self._last + self._last_word)
             self._finish(None)
             return

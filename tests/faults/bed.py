@@ -285,9 +285,14 @@ class Bed:
         assert await self.until(all_in, 30), "a backend stays out"
 
     async def repair(self) -> None:
-        """All faults are over: engines that died come back, and the gateway has noticed."""
+        """All faults are over: engines that died come back, and the gateway has noticed.
+
+        A hung engine is found out first: what it owes would be waited for, for ever, once it looks well.
+        """
         self.holes.close()
         for engine in self.engines:
+            if engine.alive and engine.faults.lasting("hang", "health"):
+                assert await self.until(lambda engine=engine: not self.backend(engine).up, 30)  # type: ignore[misc]
             engine.faults.clear()
             if not engine.alive:
                 await engine.restart()

@@ -249,3 +249,28 @@ async def test_a_hand_off_that_nobody_will_use_is_claimed(path: str) -> None:
         await until(running.idle)
         assert (await running.metrics())['pd_proxy_handoffs_released_total{outcome="claimed"}'] == 1
         assert p.engine.expired == 0
+
+
+async def test_what_frees_a_hand_off_is_sent_again_where_nobody_read_it() -> None:
+    """Decode is busy for a moment longer than the request waits: the blocks do not wait for their lease to end."""
+    async with pools(1, 1, retries={"attempts": 1}) as (running, [p], [d]):
+        d.faults.add("status", leg="decode", status=429, count=3)
+        answer = await running.http.post(CHAT, json=body_of(CHAT))
+        assert answer.status_code == 429
+        await until(lambda: not running.gateway.fleet.handoffs_in_limbo)
+        assert (await running.metrics())['pd_proxy_handoffs_released_total{outcome="claimed"}'] == 1
+        await until(lambda: p.engine.stranded_blocks == 0)
+        assert p.engine.expired == 0
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_usage_that_the_engine_left_out_is_counted_here(path: str) -> None:
+    async with pools(1, 1) as (running, _, [d]):
+        body = body_of(path, max_tokens=9, stream_options={"include_usage": True})
+        whole = await ask(running, path, body)
+        d.faults.add("die_mid_stream", leg="decode", count=1, after_tokens=9, ending="done")
+        answer = await ask(running, path, body)
+        assert (await running.metrics()).get("pd_proxy_resumes_total", 0) == 0
+        assert answer.usage is not None and whole.usage is not None
+        counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+        assert [answer.usage[name] for name in counts] == [whole.usage[name] for name in counts]
