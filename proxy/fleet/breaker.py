@@ -65,7 +65,11 @@ class Breaker:
         self._usual[key] = usual + _USUAL_WEIGHT * (taken - usual)
         # What is usual is a mean over the pool, the slow one included: an outlier stands out less from it than from the
         # median, but by a quarter even where three quarters of the legs are its own.
-        return standing.samples >= self._settings.minimum_volume and standing.excess > self._log_ratio / 4
+        return (
+            standing.excess > self._log_ratio / 4
+            and seconds > _NOTICEABLE[leg]
+            and standing.samples >= self._settings.minimum_volume
+        )
 
     def verdict(self, leg: LegName, standing: Standing, others: Sequence[Standing], now: float) -> Reason | None:
         """Why a backend should be ejected, if it should.

@@ -33,6 +33,8 @@ class Request(msgspec.Struct):
         avoid: URLs of backends that failed it.
         error: why the last try failed.
         failed: the leg that failed last and the reason, for `note_retry`.
+        prefill_tokens: what the prefill leg puts on its backend.
+        decode_tokens: what the decode leg puts on its backend: the prompt's KV cache and the output to come.
     """
 
     body: Body
@@ -48,16 +50,12 @@ class Request(msgspec.Struct):
     avoid: set[str] = msgspec.field(default_factory=set)
     error: BackendError | None = None
     failed: tuple[str, str] = ("", "")
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
 
-    @property
-    def prefill_tokens(self) -> int:
-        """What the prefill leg puts on its backend."""
-        return self.body.prompt_tokens
-
-    @property
-    def decode_tokens(self) -> int:
-        """What the decode leg puts on its backend: the prompt's KV cache and the output to come."""
-        return self.body.prompt_tokens + max(0, self.body.max_tokens or EXPECTED_OUTPUT)
+    def __post_init__(self) -> None:
+        self.prefill_tokens = self.body.prompt_tokens
+        self.decode_tokens = self.body.prompt_tokens + max(0, self.body.max_tokens or EXPECTED_OUTPUT)
 
     def began(self) -> None:
         """The present try has given the client something."""

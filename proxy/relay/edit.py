@@ -6,7 +6,6 @@ is made of several legs, the later ones take on the first one's identity and its
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import msgspec
@@ -22,9 +21,6 @@ _encode = msgspec.json.Encoder().encode
 _NULL = msgspec.Raw(b"null")
 
 HANDOFF_MARK = b'_transfer_params"'
-# Within a JSON string every quote has a backslash before it, so these match members only.
-_IDS = b',"token_ids":['
-_ANY_IDS = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[\d,]*\]|null)')
 _IDS_MARK = b'token_ids"'
 
 
@@ -46,20 +42,21 @@ class Edit(msgspec.Struct, frozen=True):
         """Whether ordinary events pass as they are."""
         return not self.hide_ids and self.identity is None
 
-    def event(self, event: bytes, payload: bytes) -> bytes:
+    def event(self, event: bytes, payload: bytes, ids: bytes = b"", prompt: bytes = b"") -> bytes:
         """An event as the client sees it.
 
         Arguments:
             event: as it came.
             payload: its data.
+            ids, prompt: the values of its `token_ids` and `prompt_token_ids`, as they stand there, where known.
         """
         if self.identity is None and HANDOFF_MARK not in event:
             if not self.hide_ids:
                 return event
-            head, found, rest = event.partition(_IDS)
-            shown = head + rest[rest.find(b"]") + 1 :] if found else event
-            if _IDS_MARK in shown:
-                shown = _ANY_IDS.sub(b"", shown)
+            # Within a JSON string every quote has a backslash before it, so these match members only.
+            shown = event.replace(b',"token_ids":' + ids, b"", 1) if ids else event
+            if prompt:
+                shown = shown.replace(b',"prompt_token_ids":' + prompt, b"", 1)
             if _IDS_MARK not in shown:
                 return shown
         try:

@@ -69,6 +69,19 @@ def split(block: bytes) -> list[bytes]:
     return found if start == len(block) else [*found, block[start:]]
 
 
+def read(block: bytes) -> list[tuple[bytes, bytes]]:
+    """The events of a block, each with its payload."""
+    if b"\r" in block or b"\n\n\n" in block or block[:1] == b"\n":
+        return [(event, payload(event)) for event in split(block)]
+    found = []
+    for lines in block.split(b"\n\n"):
+        if lines:
+            event = lines + b"\n\n"
+            plain = b"\n" not in lines and lines.startswith(b"data: ")
+            found.append((event, lines[6:] if plain else payload(event)))
+    return found
+
+
 def payload(event: bytes) -> bytes:
     """The `data` of one event: its data lines joined by LF; empty for comments and keep-alives."""
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:

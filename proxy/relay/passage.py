@@ -181,13 +181,17 @@ class Passage(asyncio.Protocol):
 
     def fold(self) -> None:
         """Put gaps and ids away."""
+        self.fold_times()
+        if self._transcript is not None:
+            self._transcript.fold()
+
+    def fold_times(self) -> None:
+        """Put the gaps away."""
         times = self._times
         if len(times) > 1:
             self._gaps.observe_all([after - before for before, after in pairwise(times)])
             self._counted += len(times) - 1
             del times[:-1]
-        if self._transcript is not None:
-            self._transcript.fold()
 
     # All else is the connection's.
 

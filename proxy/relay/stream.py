@@ -38,22 +38,25 @@ _DOUBT = 1.0  # seconds of silence that are the last straw for a backend which f
 _ERROR_BODY_LIMIT = 1024 * 1024
 
 
+_ABSENT = msgspec.Raw()
+
+
 class _Choice(msgspec.Struct):
     delta: dict[str, Any] | None = None
     text: str | None = None
     finish_reason: Any = None
     stop_reason: Any = None
-    token_ids: msgspec.Raw = msgspec.Raw()
-    prompt_token_ids: msgspec.Raw = msgspec.Raw()
+    token_ids: msgspec.Raw = _ABSENT
+    prompt_token_ids: msgspec.Raw = _ABSENT
 
 
 class _Event(msgspec.Struct):
     """What the relay reads of an event when it reads one at all."""
 
     choices: list[_Choice] | None = None
-    usage: msgspec.Raw = msgspec.Raw()
+    usage: msgspec.Raw = _ABSENT
     error: Any = None
-    prompt_token_ids: msgspec.Raw = msgspec.Raw()
+    prompt_token_ids: msgspec.Raw = _ABSENT
 
 
 _ODD = re.compile(rb'"recomputed"|"error":')
@@ -87,14 +90,13 @@ _Read = tuple[bytes, bytes, _Event | None]
 """An event, its payload, and what was read of it, if it was."""
 
 
-def _unread(found: list[bytes]) -> list[_Read]:
-    return [(event, events.payload(event), None) for event in found]
+def _unread(found: list[tuple[bytes, bytes]]) -> list[_Read]:
+    return [(event, payload, None) for event, payload in found]
 
 
-def _inner(ids: msgspec.Raw) -> bytes:
+def _inner(ids: bytes) -> bytes:
     """The ids of a JSON list without its brackets; nothing for null and for what is no list."""
-    text = bytes(ids)
-    return text[1:-1] if text.startswith(b"[") else b""
+    return ids[1:-1] if ids.startswith(b"[") else b""
 
 
 class StreamRelay:
@@ -208,7 +210,7 @@ class StreamRelay:
                 self._timer.cancel()
             self._abort()
             if self._passage is not None:
-                self._passage.fold()
+                self._passage.fold_times()
 
     def fail(self, error: BackendError) -> None:
         """End the stream from outside, as if the backend had failed with `error`."""
@@ -321,9 +323,8 @@ class StreamRelay:
     # Before the first token
 
     def _hold(self, block: bytes, last: bool) -> None:
-        found = events.split(block)
-        for position, event in enumerate(found, 1):
-            payload = events.payload(event)
+        found = events.read(block)
+        for position, (event, payload) in enumerate(found, 1):
             if payload == b"[DONE]":
                 self._done = True
                 return
@@ -337,7 +338,7 @@ class StreamRelay:
                 if parsed.error is not None:
                     self.fail(engine_error_event(self._url, payload))
                     return
-                if _preempted(parsed):
+                if b'"recomputed"' in payload and _preempted(parsed):
                     self.fail(BackendPreempted(f"{self._url} gave the request up for want of memory"))
                     return
             self._held.append((event, payload, parsed))
@@ -348,11 +349,11 @@ class StreamRelay:
         if self._held_size > _HELD_LIMIT:
             self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
 
-    def _go_live(self, more: list[bytes], last: bool) -> None:
+    def _go_live(self, more: list[tuple[bytes, bytes]], last: bool) -> None:
         """The first token is here: from now on the client sees what the engine sends.
 
         Arguments:
-            more: events that came after the first token in the same read.
+            more: events that came after the first token in the same read, with their payloads.
         """
         now = self.first_token = self._heard = monotonic()
         assert self._connection is not None
@@ -361,12 +362,9 @@ class StreamRelay:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        opening, self._held = self._held, []
+        found, self._held = self._held + _unread(more), []
         self._begin(self)
-        shown, count = self._inspect(opening)
-        if more:
-            rest, later = self._inspect(_unread(more))
-            shown, count = shown + rest, count + later
+        shown, count = self._inspect(found)
         passage.count(count, now)
         self._write(shown, last, count)
         if not last and self._connection is not None and self._idle is not None:
@@ -421,14 +419,14 @@ class StreamRelay:
                     assert self._passage is not None
                     self._passage.pattern = block
                 return block, count
-        return self._inspect(_unread(events.split(block)))
+        return self._inspect(_unread(events.read(block)))
 
     def _inspect(self, found: list[_Read]) -> tuple[bytes, int]:
         """Look at events one by one.
 
         Returns them as the client sees them, and the number of token events among them.
         """
-        passage = self._passage
+        passage, edit, transcript = self._passage, self._edit, self._transcript
         assert passage is not None
         kept: list[bytes] = []
         count = 0
@@ -451,21 +449,25 @@ class StreamRelay:
                 self._failure = engine_error_event(self._url, payload)
                 break
             choices = parsed.choices
-            if memoryview(parsed.usage) and (usage := read_usage(parsed.usage)):
+            if parsed.usage is not _ABSENT and (usage := read_usage(parsed.usage)):
                 self.usage = usage
                 if not choices and self._drop_usage:
                     continue
             if not choices:
-                kept.append(self._edit.event(event, payload))
+                kept.append(edit.event(event, payload))
                 continue
-            if _preempted(parsed):
+            choice = choices[0]
+            if choice.stop_reason is not None and _preempted(parsed):
                 self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
                 break
-            choice = choices[0]
             delta = choice.delta
-            text = bool(choice.text) if delta is None else _has_text(delta)
-            shown = b"" if not text and self._is_silent(choice) else self._edit.event(event, payload)
-            if not self._write_down(parsed, choice, text, shown):
+            text = bool(choice.text if delta is None else delta.get("content") or _has_text(delta))
+            ids = bytes(choice.token_ids)
+            prompt = bytes(parsed.prompt_token_ids) or bytes(choice.prompt_token_ids)
+            shown = b"" if not text and self._is_silent(choice) else edit.event(event, payload, ids, prompt)
+            if not transcript.first:
+                transcript.open(shown, _inner(prompt))
+            if not self._write_down(choice, ids, text):
                 self._hollow += shown
             elif self._hollow:
                 kept += self._hollow, shown
@@ -474,7 +476,7 @@ class StreamRelay:
                 kept.append(shown)
             if text or carries_token(parsed):
                 count += 1
-                if text and _ordinary(choices):
+                if text and not passage.pattern and _ordinary(choices):
                     passage.pattern = event
         return b"".join(kept), count
 
@@ -488,12 +490,10 @@ class StreamRelay:
             return self._edit.hide_ids
         return self._edit.identity is not None and "role" in delta
 
-    def _write_down(self, event: _Event, choice: _Choice, text: bool, shown: bytes) -> bool:
+    def _write_down(self, choice: _Choice, ids: bytes, text: bool) -> bool:
         """Note in the transcript what an event gives the client; whether it goes out at once. One without text waits
         for the next with text: should the stream be resumed before that, its token is generated again."""
         transcript = self._transcript
-        if not transcript.first:
-            transcript.open(shown, _inner(event.prompt_token_ids) or _inner(choice.prompt_token_ids))
         finished = choice.finish_reason is not None
         if finished:
             transcript.finished = True
@@ -504,7 +504,7 @@ class StreamRelay:
             transcript.spoil("tool_calls" if delta.get("tool_calls") else "reasoning")
         if not transcript.continuable:
             return True
-        transcript.note(_inner(choice.token_ids), said or text)
+        transcript.note(_inner(ids), said or text)
         return text or finished or (delta is not None and "role" in delta)
 
     # Endings

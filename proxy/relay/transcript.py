@@ -19,6 +19,7 @@ _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_text = msgspec.json.Decoder(str).decode
 _encode = msgspec.json.Encoder().encode
 _IDENTITY = ("id", "object", "created", "model", "system_fingerprint")
+_BATCH = 32  # events whose ids are put away together
 _END = 16  # tokens; a character is four at most
 _DONE = b"data: [DONE]\n\n"
 
@@ -97,20 +98,19 @@ class Transcript:
             ids: of its tokens, `5` or `5,6`.
             text: that it came with, or whether it came with anything else for the client.
         """
-        has_text = bool(text)
-        if self.fresh:
-            self.fold()
-        if self.fresh_text is not None and isinstance(text, str):
-            self._text += _encode(text)[1:-1]
-        if not ids:
-            if has_text:
+        if text:
+            if not ids:
                 self.spoil("no_token_ids")
-            return
-        self._ids += b"," + ids
-        if has_text:
-            self._sent = len(self._ids)
-            self.unsure = b"," in ids
-        self._check_limit()
+                return
+            self.fresh.append(ids)
+            if self.fresh_text is not None and isinstance(text, str):
+                self.fresh_text.append(_encode(text)[1:-1])
+            if len(self.fresh) > _BATCH:
+                self.fold()
+        elif ids:
+            self.fold()
+            self._ids += b"," + ids
+            self._check_limit()
 
     def fold(self) -> None:
         """Move `fresh` into the ledger."""

@@ -633,6 +633,6 @@ async def test_what_is_learnt_is_learnt_from_the_engines_own_events() -> None:
     stream = await opened(edit=HIDE)
     stream.read(*map(event, CHAT))
     assert isinstance(stream.protocol, Passage)
-    assert stream.transcript.fresh == [b"6", b"17"]
+    assert stream.transcript.fresh == [b"5", b"6", b"17"]
     assert msgspec.json.decode(stream.client.writes[-1].removeprefix(b"data: ")) == hidden(CHAT[-1])
     stream.running.cancel()
