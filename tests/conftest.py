@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says nothing here but how busy the machine is.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+
 # Settings come from the environment too; a developer's own must not change what is tested.
 for name in [name for name in os.environ if name.startswith("PD_PROXY_")]:
     del os.environ[name]

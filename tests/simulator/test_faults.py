@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import httpx
 import msgspec
@@ -110,7 +111,7 @@ async def test_the_first_byte_can_be_late(mixed: Simulator, client: Client) -> N
     assert asyncio.get_running_loop().time() - began >= 0.1
 
 
-@pytest.mark.parametrize("ending", ["reset", "close"])
+@pytest.mark.parametrize("ending", ["reset", "close", "truncated", "garbage", "kill"])
 async def test_a_stream_dies_after_so_many_tokens(mixed: Simulator, client: Client, ending: str) -> None:
     mixed.faults.add("die_mid_stream", after_tokens=5, count=1, ending=ending)
     seen = []
@@ -119,7 +120,73 @@ async def test_a_stream_dies_after_so_many_tokens(mixed: Simulator, client: Clie
             seen.append(event)  # noqa: PERF401 - the events before the cut are wanted
     assert len(seen) == 5
     await mixed.wait_for(lambda: mixed.engine.running == 0)
-    assert len(await client.all_events(mixed, "/v1/completions", greedy())) == 25
+    assert mixed.alive == (ending != "kill")
+    if mixed.alive:
+        assert len(await client.all_events(mixed, "/v1/completions", greedy())) == 25
+
+
+@pytest.mark.parametrize("ending", ["json", "error", "done", "end"])
+async def test_a_stream_can_fail_in_proper_http(mixed: Simulator, client: Client, ending: str) -> None:
+    mixed.faults.add("die_mid_stream", after_tokens=5, ending=ending)
+    body = greedy(stream=True, stream_options={"include_usage": True})
+    answer = await client.post(mixed, "/v1/completions", body)
+    said = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    tokens, rest = said[:5], said[5:]
+    assert all(json.loads(event)["choices"][0]["finish_reason"] is None for event in tokens)
+    if ending in ("json", "error"):
+        last = rest.pop(0)
+        if ending == "error":
+            assert json.loads(last)["error"]["code"] == 500
+        else:
+            with pytest.raises(ValueError):
+                json.loads(last)
+    assert rest == ([] if ending == "end" else ["[DONE]"])
+
+
+@pytest.mark.parametrize(("after", "texts"), [(0, 0), (-1, 12)])
+async def test_a_stream_can_die_before_its_first_token_and_after_its_last(
+    mixed: Simulator, client: Client, after: int, texts: int
+) -> None:
+    mixed.faults.add("die_mid_stream", after_tokens=after)
+    seen = []
+    with pytest.raises(httpx.TransportError):
+        async for event in client.events(mixed, "/v1/chat/completions", chat()):
+            seen.append(event)  # noqa: PERF401 - the events before the cut are wanted
+    role, *tokens = (event["choices"][0] for event in seen)
+    assert role["delta"] == {"role": "assistant", "content": ""}
+    assert len(tokens) == texts
+    assert [token["finish_reason"] for token in tokens if token["finish_reason"]] == ["length"][: texts and 1]
+
+
+@pytest.mark.parametrize("after", [3, -1])
+async def test_an_answer_in_one_piece_dies_too(mixed: Simulator, client: Client, after: int) -> None:
+    mixed.faults.add("die_mid_stream", after_tokens=after, count=1)
+    with pytest.raises(httpx.TransportError):
+        await client.post(mixed, "/v1/completions", greedy())
+    assert await client.text(mixed)
+
+
+@pytest.mark.parametrize("kind", ["hang", "reset"])
+async def test_a_pull_can_fail_and_prefill_keeps_its_blocks(start: Start, client: Client, kind: str) -> None:
+    prefill = await start(role="prefill")
+    decode = await start(role="decode", handshake_timeout=0.05, load_failure_policy="fail")
+    prefill.faults.add(kind, leg="pull", count=1)
+    answer = await client.post(decode, "/v1/completions", greedy(kv_transfer_params=await client.prefill(prefill)))
+    assert answer.status_code == 500
+    assert prefill.engine.stranded_blocks > 0
+    prefill.expire_handoffs()
+    again = await client.post(decode, "/v1/completions", greedy(kv_transfer_params=await client.prefill(prefill)))
+    assert again.status_code == 200
+    await prefill.wait_for(lambda: prefill.engine.stranded_blocks == 0)
+
+
+async def test_a_pull_can_be_late(start: Start, client: Client) -> None:
+    prefill, decode = await start(role="prefill"), await start(role="decode")
+    prefill.faults.add("delay_first_byte", leg="pull", delay_s=0.1)
+    params = await client.prefill(prefill)
+    began = asyncio.get_running_loop().time()
+    assert (await client.post(decode, "/v1/completions", greedy(kv_transfer_params=params))).status_code == 200
+    assert asyncio.get_running_loop().time() - began >= 0.1
 
 
 async def test_a_stream_falls_silent_after_so_many_tokens(mixed: Simulator, client: Client) -> None:
