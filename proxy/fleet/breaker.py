@@ -30,7 +30,7 @@ from proxy.settings import BreakerSettings
 
 Reason = Literal["consecutive", "success_rate", "slow"]
 
-_FEWEST = 3  # backends that must have been timed before one of them can be the odd one
+FEWEST = 3  # backends that must have been timed before one of them can be the odd one
 _STALE = 120.0  # seconds after which a time says nothing of how a backend is now
 _FEWEST_TOKENS = 5  # a shorter stream's pace is chance
 _USUAL_WEIGHT = 1 / 64  # of one leg in what its pool usually takes: slow, so that all are measured with one rod
@@ -104,7 +104,7 @@ class Breaker:
             for other in others
             if other.samples >= self._settings.minimum_volume and now - other.timed_at <= _STALE
         ]
-        if len(known) + 1 < _FEWEST:
+        if len(known) + 1 < FEWEST:
             return False
         middle = median([standing.excess, *known])
         return standing.excess - middle >= self._log_ratio and standing.seconds_above(middle) >= _NOTICEABLE[leg]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from proxy.errors import BackendBusy, BackendError, BackendFailed, BackendTimedOut, BackendUnreachable
 from proxy.fleet.backend import LEGS, ROLES, Backend, Role
+from proxy.fleet.breaker import FEWEST
 from proxy.fleet.budget import Budgets
 from proxy.fleet.rotation import Rotation
 from proxy.fleet.standing import LegName
@@ -294,7 +295,8 @@ class Fleet:
             seconds: prefill: of the whole leg; decode: the mean for each token of a stream.
             tokens: prefill: those it computed, without cached ones; decode: those it gave.
         """
-        self.rotation.timed(backend, leg, seconds, tokens)
+        if self.sizes[backend.role] >= FEWEST:  # of two, nobody can say which is the odd one
+            self.rotation.timed(backend, leg, seconds, tokens)
 
     # What probes tell
 

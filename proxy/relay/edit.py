@@ -21,7 +21,10 @@ _encode = msgspec.json.Encoder().encode
 _NULL = msgspec.Raw(b"null")
 
 HANDOFF_MARK = b'_transfer_params"'
+# Within a JSON string every quote has a backslash before it, so these match members only.
 _IDS_MARK = b'token_ids"'
+_IDS = b',"token_ids":'
+_PROMPT_IDS = b',"prompt_token_ids":['
 
 
 class Edit(msgspec.Struct, frozen=True):
@@ -42,21 +45,20 @@ class Edit(msgspec.Struct, frozen=True):
         """Whether ordinary events pass as they are."""
         return not self.hide_ids and self.identity is None
 
-    def event(self, event: bytes, payload: bytes, ids: bytes = b"", prompt: bytes = b"") -> bytes:
+    def event(self, event: bytes, payload: bytes, ids: bytes = b"") -> bytes:
         """An event as the client sees it.
 
         Arguments:
             event: as it came.
             payload: its data.
-            ids, prompt: the values of its `token_ids` and `prompt_token_ids`, as they stand there, where known.
+            ids: the value of its `token_ids`, as it stands there, where known.
         """
         if self.identity is None and HANDOFF_MARK not in event:
             if not self.hide_ids:
                 return event
-            # Within a JSON string every quote has a backslash before it, so these match members only.
-            shown = event.replace(b',"token_ids":' + ids, b"", 1) if ids else event
-            if prompt:
-                shown = shown.replace(b',"prompt_token_ids":' + prompt, b"", 1)
+            shown = event
+            if ids and (start := event.find(_IDS)) >= 0 and event.startswith(ids, start + len(_IDS)):
+                shown = event[:start] + event[start + len(_IDS) + len(ids) :]
             if _IDS_MARK not in shown:
                 return shown
         try:
@@ -98,3 +100,16 @@ class Edit(msgspec.Struct, frozen=True):
                 cached = min(details["cached_tokens"], prompt - self.said)
                 merged["prompt_tokens_details"] = {**details, "cached_tokens": cached}
         return merged
+
+
+def take_prompt_ids(event: bytes) -> tuple[bytes, bytes]:
+    """An event without the ids of the prompt, and those: `1,2,3`, or nothing where it has none.
+
+    They are taken out before the event is read: to parse those of a long prompt costs more than all else of a request.
+    """
+    start = event.find(_PROMPT_IDS)
+    first = start + len(_PROMPT_IDS)
+    end = event.find(b"]", first)
+    if start < 0 or end < 0:
+        return event, b""
+    return event[:start] + event[end + 1 :], event[first:end]

@@ -71,15 +71,12 @@ def split(block: bytes) -> list[bytes]:
 
 def read(block: bytes) -> list[tuple[bytes, bytes]]:
     """The events of a block, each with its payload."""
-    if b"\r" in block or b"\n\n\n" in block or block[:1] == b"\n":
-        return [(event, payload(event)) for event in split(block)]
-    found = []
-    for lines in block.split(b"\n\n"):
-        if lines:
-            event = lines + b"\n\n"
-            plain = b"\n" not in lines and lines.startswith(b"data: ")
-            found.append((event, lines[6:] if plain else payload(event)))
-    return found
+    lines = block.split(b"\n\n")
+    count = len(lines) - 1
+    plain = block.startswith(b"data: ") and block.count(b"\n\ndata: ") == count - 1 and block.count(b"\n") == 2 * count
+    if plain and not lines.pop() and b"\r" not in block:
+        return [(line + b"\n\n", line[6:]) for line in lines]
+    return [(event, payload(event)) for event in split(block)]
 
 
 def payload(event: bytes) -> bytes:

@@ -27,7 +27,7 @@ from proxy.errors import (
 from proxy.relay import events
 from proxy.relay.answers import Usage, engine_error, engine_error_event, read_usage
 from proxy.relay.client import Client
-from proxy.relay.edit import HANDOFF_MARK, Edit
+from proxy.relay.edit import HANDOFF_MARK, Edit, take_prompt_ids
 from proxy.relay.http1 import Connection
 from proxy.relay.passage import Passage
 from proxy.relay.transcript import Transcript
@@ -137,6 +137,7 @@ class StreamRelay:
         "_last_word",
         "_passage",
         "_paused_since",
+        "_prompt",
         "_reader",
         "_status",
         "_timer",
@@ -173,6 +174,7 @@ class StreamRelay:
         self._reader = events.EventReader()
         self._held: list[_Read] = []
         self._held_size = 0
+        self._prompt = b""  # its ids, where they were taken out of an event
         self._heard = 0.0
         self._last = b""
         self._last_word = b""  # [DONE]
@@ -286,7 +288,8 @@ class StreamRelay:
                 self._hold(block, last)
         elif block:
             self._pass_on(block, last)
-        self._open_passage()
+        if not self._done:
+            self._open_passage()
 
     def end(self) -> None:
         self._connection = None
@@ -328,6 +331,10 @@ class StreamRelay:
             if payload == b"[DONE]":
                 self._done = True
                 return
+            if not self._prompt and self._edit.hide_ids:
+                event, self._prompt = take_prompt_ids(event)
+                if self._prompt:
+                    payload = events.payload(event)
             parsed = None
             if payload:
                 try:
@@ -386,7 +393,7 @@ class StreamRelay:
             if passage.write is None:
                 return
             connection.divert(passage)
-        whole = not (self._reader.rest or self._hollow or self._done)
+        whole = not (self._reader.rest or self._hollow)
         passage.clear = whole and connection.between_chunks
 
     def _pass_on(self, block: bytes, last: bool) -> None:
@@ -463,10 +470,10 @@ class StreamRelay:
             delta = choice.delta
             text = bool(choice.text if delta is None else delta.get("content") or _has_text(delta))
             ids = bytes(choice.token_ids)
-            prompt = bytes(parsed.prompt_token_ids) or bytes(choice.prompt_token_ids)
-            shown = b"" if not text and self._is_silent(choice) else edit.event(event, payload, ids, prompt)
+            shown = b"" if not text and self._is_silent(choice) else edit.event(event, payload, ids)
             if not transcript.first:
-                transcript.open(shown, _inner(prompt))
+                prompt = self._prompt or _inner(bytes(parsed.prompt_token_ids) or bytes(choice.prompt_token_ids))
+                transcript.open(shown, prompt)
             if not self._write_down(choice, ids, text):
                 self._hollow += shown
             elif self._hollow:

@@ -19,6 +19,7 @@ _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_text = msgspec.json.Decoder(str).decode
 _encode = msgspec.json.Encoder().encode
 _IDENTITY = ("id", "object", "created", "model", "system_fingerprint")
+_IDS = b"0123456789, \t\r\n"
 _BATCH = 32  # events whose ids are put away together
 _END = 16  # tokens; a character is four at most
 _DONE = b"data: [DONE]\n\n"
@@ -74,7 +75,7 @@ class Transcript:
     def open(self, first: bytes, prompt: bytes) -> None:
         """The first event is here, and with it the ids of the prompt: `1,2,3`, or nothing when it has none."""
         self.first = first
-        if not prompt:
+        if not prompt or prompt.translate(None, _IDS):  # they are to be a part of a request
             self.spoil("no_token_ids")
         elif len(prompt) > self._limit:
             self.spoil("too_long")

@@ -267,13 +267,10 @@ class PrometheusSink(Collector):
             self._not_resumed.values[(record.not_resumed,)] += 1
         if record.fallback and record.status == 200:
             self._fallbacks.values[(record.fallback,)] += 1
-        for kind, count in (
-            ("prompt", record.prompt_tokens),
-            ("cached", record.cached_tokens),
-            ("completion", record.tokens),
-        ):
-            if count:
-                self._tokens.values[model, kind] += count
+        tokens = self._tokens.values
+        tokens[model, "prompt"] += record.prompt_tokens
+        tokens[model, "cached"] += record.cached_tokens
+        tokens[model, "completion"] += record.tokens
         if record.prefill and record.prefill_seconds is not None:
             self._prefill.at("prefill", record.prefill).observe(record.prefill_seconds)
         if record.handoff_seconds is not None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import BackendGarbled
-from proxy.relay.events import EventReader, payload, split
+from proxy.relay.events import EventReader, payload, read, split
 
 LINE_ENDS = st.sampled_from([b"\n", b"\r\n", b"\r"])
 TEXTS = st.binary(max_size=12).map(lambda text: text.replace(b"\n", b"n").replace(b"\r", b"r"))
@@ -157,3 +157,11 @@ def test_the_events_of_a_block_are_the_block(made: tuple[bytes, list[bytes]]) ->
 @pytest.mark.parametrize("block", [b"data: 1\n\n\n", b"\n\ndata: 1\n\n"])
 def test_spare_empty_lines_neither_grow_nor_vanish(block: bytes) -> None:
     assert b"".join(split(block)) == block
+
+
+ODD_PIECES = [b"data: a", b"data: ", b"data:", b": hi", b"data: b\ndata: c", b"\n", b"\n\n", b"\r", b"\r\n", b"x"]
+
+
+@given(st.lists(st.sampled_from(ODD_PIECES) | st.just(b"\n\n"), max_size=9).map(b"".join))
+def test_a_block_is_read_as_its_events_and_what_they_carry(block: bytes) -> None:
+    assert read(block) == [(event, payload(event)) for event in split(block)]
