@@ -56,9 +56,7 @@ class Edit(msgspec.Struct, frozen=True):
         if self.identity is None and HANDOFF_MARK not in event:
             if not self.hide_ids:
                 return event
-            shown = event
-            if ids and (start := event.find(_IDS)) >= 0 and event.startswith(ids, start + len(_IDS)):
-                shown = event[:start] + event[start + len(_IDS) + len(ids) :]
+            shown = event.replace(_IDS + ids, b"", 1) if ids else event
             if _IDS_MARK not in shown:
                 return shown
         try:
