@@ -53,12 +53,12 @@ def _event(data: bytes) -> bytes:
 @cache
 def _streamed(with_ids: bool) -> list[bytes]:
     """Decode's answer, read by read."""
-    ids = b',"token_ids":[%d]' if with_ids else b"%.0b"
+    ids = [b',"token_ids":[%d]' % token if with_ids else b"" for token in (300, 301)]
     prompt = b',"prompt_token_ids":[%b]' % b",".join(b"%d" % token for token in range(256)) if with_ids else b""
     role = b'%b{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]%b}'
     token = b'%b{"index":0,"delta":{"content":" tok"},"logprobs":null,"finish_reason":%b%b}]}'
-    first = token % (_HEAD, b"null", ids % 300 if with_ids else b"")
-    second = token % (_HEAD, b'"length"', ids % 301 if with_ids else b"")
+    first = token % (_HEAD, b"null", ids[0])
+    second = token % (_HEAD, b'"length"', ids[1])
     usage = _HEAD + b'],"usage":{"prompt_tokens":256,"total_tokens":258,"completion_tokens":2}}'
     return [
         _STREAM + _event(role % (_HEAD, prompt)) + _event(first),

@@ -70,8 +70,6 @@ class Fleet:
                 rather than nowhere.
         """
         found = self._serving(role, model)
-        if not found:
-            return found
         if self.rotation.watches:
             found = self.rotation.fit(found, LEGS[role][-1], lambda: self._members(role, model))
         if tokens is None or not self.bounded or len(found) < 2:

@@ -63,7 +63,7 @@ class Rotation:
         """How long a leg took; for decode: each of its tokens."""
         now = self._clock()
         standing = backend.standings[leg]
-        if now >= standing.ejected_until and self._breaker.timed(backend.role, leg, standing, seconds, tokens, now):
+        if not standing.ejected(now) and self._breaker.timed(backend.role, leg, standing, seconds, tokens, now):
             self._judge(backend, leg, now, f"slower than its pool: {seconds:.3g} s at its last {leg} leg")
 
     def _judge(self, backend: Backend, leg: LegName, now: float, what: str) -> None:

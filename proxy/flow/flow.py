@@ -76,6 +76,7 @@ class Flow:
         self._turn = 0
         self._resumption = Resumption(settings)
         self._releases: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     async def run(self, request: Request) -> None:
         """Serve a request: the client has its whole answer when this returns.
@@ -259,6 +260,8 @@ class Flow:
         try:
             for tries in range(1, _RELEASE_TRIES + 1):
                 if tries > 1:
+                    if self._closing:
+                        return
                     await asyncio.sleep(_backoff(tries))
                 candidates = self._fleet.candidates("decode", attempt.request.body.model)
                 if not candidates:
@@ -278,7 +281,8 @@ class Flow:
             limbo.close()
 
     async def close(self) -> None:
-        """Wait for what runs in the background."""
+        """Wait for what runs in the background; what fails now is not tried again."""
+        self._closing = True
         if self._releases:
             await asyncio.wait(self._releases)
 

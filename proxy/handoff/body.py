@@ -148,9 +148,6 @@ def _read(members: Members, name: str, kind: type[T]) -> T | None:
     return value
 
 
-_UNSPLITTABLE = dict.fromkeys(("prompt_logprobs", "echo", "use_beam_search", "truncate_prompt_tokens")).keys()
-
-
 def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
     """Why a request cannot be split between a prefill and a decode backend, or an empty string.
 
@@ -162,11 +159,10 @@ def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
         return "n"
     if endpoint == "completions" and _is_list_of_prompts(members.get("prompt")):
         return "prompt_list"
-    if not _UNSPLITTABLE.isdisjoint(members):
-        for name in _UNSPLITTABLE:
-            raw = members.get(name)
-            if raw is not None and bytes(raw) not in (b"null", b"false"):
-                return name
+    for name in ("prompt_logprobs", "echo", "use_beam_search", "truncate_prompt_tokens"):
+        raw = members.get(name)
+        if raw is not None and bytes(raw) not in (b"null", b"false"):
+            return name
     return ""
 
 

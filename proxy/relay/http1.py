@@ -109,8 +109,7 @@ class Origin:
         now = connection.idle_since = monotonic()
         self._idle.append(connection)
         # Those not needed sink to the left; two for one given back keeps pace with any burst.
-        if now - self._idle[0].idle_since > KEEPALIVE:
-            self._idle.popleft().abort()
+        for _ in range(2):
             if now - self._idle[0].idle_since > KEEPALIVE:
                 self._idle.popleft().abort()
 

@@ -331,6 +331,7 @@ class StreamRelay:
             if payload == b"[DONE]":
                 self._done = True
                 return
+            self._held_size += len(event)
             if not self._prompt and self._edit.hide_ids:
                 event, self._prompt = take_prompt_ids(event)
                 if self._prompt:
@@ -345,11 +346,10 @@ class StreamRelay:
                 if parsed.error is not None:
                     self.fail(engine_error_event(self._url, payload))
                     return
-                if b'"recomputed"' in payload and _preempted(parsed):
+                if _preempted(parsed):
                     self.fail(BackendPreempted(f"{self._url} gave the request up for want of memory"))
                     return
             self._held.append((event, payload, parsed))
-            self._held_size += len(event)
             if parsed is not None and carries_token(parsed):
                 self._go_live(found[position:], last)
                 return
@@ -464,7 +464,7 @@ class StreamRelay:
                 kept.append(edit.event(event, payload))
                 continue
             choice = choices[0]
-            if choice.stop_reason is not None and _preempted(parsed):
+            if _preempted(parsed):
                 self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
                 break
             delta = choice.delta
