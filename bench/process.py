@@ -54,7 +54,7 @@ def end_group(process: subprocess.Popen[str]) -> None:
         pass
     finally:  # also after a second Ctrl-C, which lands in the wait
         signal_group(process.pid, signal.SIGKILL)
-        process.wait(STOP_S)
+        process.wait()  # nobody refuses this one; a busy machine may take its time
 
 
 def signal_group(group: int, number: signal.Signals) -> None:

@@ -64,8 +64,8 @@ class Breaker:
         standing.note_time(taken, usual, now)
         self._usual[key] = usual + _USUAL_WEIGHT * (taken - usual)
         # What is usual is a mean over the pool, the slow one included: an outlier stands out less from it than from the
-        # median, but by a quarter even where three quarters of the legs are its own. A leg that nobody notices changes no
-        # verdict; the next one that is noticed asks for it.
+        # median, but by a quarter even where three quarters of the legs are its own. A leg that nobody notices changes
+        # no verdict; the next one that is noticed asks for it.
         return (
             standing.excess > self._log_ratio / 4
             and seconds > _NOTICEABLE[leg]
