@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -130,6 +130,8 @@ class Histogram:
     def collect(self) -> Metric:
         family = HistogramMetricFamily(self._name, self._help, labels=self._labels)
         for values, child in self._children.items():
+            if values and not any(child.counts):
+                continue  # a backend that never did this has no series of it
             buckets, total = [], 0
             for bound, count in zip((*self._bounds, float("inf")), child.counts, strict=True):
                 total += count
@@ -154,6 +156,15 @@ class Count:
         for labels, value in self.values.items():
             family.add_metric(labels, value)
         return family
+
+
+class _BackendTimes(NamedTuple):
+    """The distributions of one backend in one pool, found with one look."""
+
+    ttft: Distribution
+    tpot: Distribution
+    prefill: Distribution
+    handoff: Distribution
 
 
 class PrometheusSink(Collector):
@@ -242,6 +253,7 @@ class PrometheusSink(Collector):
             "pd_proxy_client_disconnects", "Clients that left before their answer was whole, by stage.", ("stage",)
         )
         self._loop = self.loop_delay.at()
+        self._backends: dict[tuple[str, str], _BackendTimes] = {}
 
     # Telemetry
 
@@ -257,30 +269,48 @@ class PrometheusSink(Collector):
         self._duration.at(record.endpoint, record.outcome).observe(record.ended - record.started)
         if record.outcome == "client_gone":
             self._disconnects.values[(record.stage,)] += 1
-        for retry in record.retries:
-            self._retries.values[retry] += 1
-        for reason in record.resumes:
-            self._resumes.values[(reason,)] += 1
-        for gap in record.resume_gaps:
-            self._resume_gap.at().observe(gap)
         if record.not_resumed:
             self._not_resumed.values[(record.not_resumed,)] += 1
+        for retry in record.retries:
+            self._retries.values[retry] += 1
+        if record.resumes:
+            for reason in record.resumes:
+                self._resumes.values[(reason,)] += 1
+            for gap in record.resume_gaps:
+                self._resume_gap.at().observe(gap)
         if record.fallback and record.status == 200:
             self._fallbacks.values[(record.fallback,)] += 1
         tokens = self._tokens.values
         tokens[model, "prompt"] += record.prompt_tokens
         tokens[model, "cached"] += record.cached_tokens
         tokens[model, "completion"] += record.tokens
-        if record.prefill and record.prefill_seconds is not None:
-            self._prefill.at("prefill", record.prefill).observe(record.prefill_seconds)
+        if record.decode:
+            self._times(record)
+
+    def _times(self, record: RequestRecord) -> None:
+        """Note how long a request that was placed took, under the backends of its last try."""
+        ttft, tpot = record.ttft, record.tpot
+        decode = self._of_backend(record.decode_pool, record.decode)
         if record.handoff_seconds is not None:
-            self._handoff.at(record.decode_pool, record.decode).observe(record.handoff_seconds)
-        if (ttft := record.ttft) is not None:
-            self._ttft.at(record.decode_pool, record.decode).observe(ttft)
-            if record.prefill and not record.fallback:
-                self._ttft.at("prefill", record.prefill).observe(ttft)
-        if (tpot := record.tpot) is not None:
-            self._tpot.at(record.decode_pool, record.decode).observe(tpot)
+            decode.handoff.observe(record.handoff_seconds)
+        if ttft is not None:
+            decode.ttft.observe(ttft)
+        if tpot is not None:
+            decode.tpot.observe(tpot)
+        if record.prefill:
+            prefill = self._of_backend("prefill", record.prefill)
+            if record.prefill_seconds is not None:
+                prefill.prefill.observe(record.prefill_seconds)
+            if ttft is not None and not record.fallback:
+                prefill.ttft.observe(ttft)
+
+    def _of_backend(self, pool: str, url: str) -> _BackendTimes:
+        found = self._backends.get((pool, url))
+        if found is None:
+            found = _BackendTimes(*(h.at(pool, url) for h in (self._ttft, self._tpot, self._prefill, self._handoff)))
+            if any(backend.url == url for backend in self._fleet):
+                self._backends[pool, url] = found
+        return found
 
     def loop_late(self, seconds: float) -> None:
         """Note how late the event loop was."""
@@ -290,6 +320,8 @@ class PrometheusSink(Collector):
         """A backend has left for good: its series end, so that labels stay bounded as backends come and go."""
         for histogram in (self._ttft, self._itl, self._tpot, self._prefill, self._handoff):
             histogram.forget(backend)
+        for key in [key for key in self._backends if key[1] == backend]:
+            del self._backends[key]
 
     # Collector
 

@@ -1,12 +1,11 @@
 """What the other rooms tell telemetry, and nothing about where it goes.
 
-A `Distribution` is a histogram as two plain attributes, so that observing costs a bisect and two additions; sinks read
-it when they are scraped.
+A `Distribution` is a histogram that sinks read when they are scraped; to observe a value is to put it into a list.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from time import monotonic
 from typing import Protocol
 
@@ -26,35 +25,54 @@ HANDOFF_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 QUEUE_BOUNDS = (0.001, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
 LOOP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
+_BATCH = 256  # values that wait to be counted, at most: 8 kB for each distribution
+
 
 class Distribution:
-    """A histogram: `counts[i]` observations at most `bounds[i]` (and above the last), and their sum."""
+    """A histogram: `counts[i]` observations at most `bounds[i]` (and above the last), and their sum.
 
-    __slots__ = ("bounds", "counts", "sum")
+    Values wait in a list until there are some, or somebody reads: sorted, they are counted in one pass.
+    """
+
+    __slots__ = ("_counts", "_fresh", "_sum", "bounds")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+        self._fresh: list[float] = []
 
     def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+        self._fresh.append(value)
+        if len(self._fresh) > _BATCH:
+            self._fold()
 
     def observe_all(self, values: list[float]) -> None:
-        """Several at once; the list may be left sorted."""
-        if len(values) < len(self.bounds):
-            for value in values:
-                self.observe(value)
-            return
+        """Several at once."""
+        self._fresh += values
+        if len(self._fresh) > _BATCH:
+            self._fold()
+
+    @property
+    def counts(self) -> list[int]:
+        self._fold()
+        return self._counts
+
+    @property
+    def sum(self) -> float:
+        self._fold()
+        return self._sum
+
+    def _fold(self) -> None:
+        values, self._fresh = self._fresh, []
         values.sort()
         before = 0
         for index, bound in enumerate(self.bounds):
             up_to = bisect_right(values, bound, before)
-            self.counts[index] += up_to - before
+            self._counts[index] += up_to - before
             before = up_to
-        self.counts[-1] += len(values) - before
-        self.sum += sum(values)
+        self._counts[-1] += len(values) - before
+        self._sum += sum(values)
 
 
 class RequestRecord(msgspec.Struct):

@@ -262,17 +262,22 @@ def test_a_request_that_ends_after_its_prefill_backend_left_brings_no_series_bac
 # Histograms
 
 
-@given(st.lists(st.floats(0, 1000), max_size=30))
+@given(st.lists(st.floats(0, 1000), min_size=1, max_size=300))
 def test_buckets_count_what_is_at_most_their_bound(values: list[float]) -> None:
     histogram = Histogram("h", "text", ("l",), TTFT_BOUNDS)
     for value in values:
         histogram.at("x").observe(value)
-    histogram.at("x")
     samples = {(s.name, s.labels.get("le")): s.value for s in histogram.collect().samples}
     for bound in TTFT_BOUNDS:
         assert samples["h_bucket", repr(bound)] == sum(value <= bound for value in values)
     assert samples["h_bucket", "+Inf"] == samples["h_count", None] == len(values)
     assert samples["h_sum", None] == pytest.approx(sum(values))
+
+
+def test_what_was_never_observed_has_no_series() -> None:
+    histogram = Histogram("h", "text", ("l",), TTFT_BOUNDS)
+    histogram.at("x")
+    assert histogram.collect().samples == []
 
 
 def test_a_distribution_is_the_same_one_for_the_same_labels(scene: Scene) -> None:

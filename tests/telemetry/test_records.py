@@ -38,7 +38,7 @@ def test_values_on_a_bound_count_below_it_however_many_there_are(many: int) -> N
 
 @pytest.mark.parametrize("bounds", [BOUNDS, ITL_BOUNDS, (0.5,)])
 @settings(deadline=None)
-@given(batches=st.lists(st.lists(SECONDS, max_size=40), max_size=4))
+@given(batches=st.lists(st.lists(SECONDS, max_size=400), max_size=4))
 def test_several_at_once_are_as_each_alone(bounds: tuple[float, ...], batches: list[list[float]]) -> None:
     together, alone = Distribution(bounds), Distribution(bounds)
     for batch in batches:
