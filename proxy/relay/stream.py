@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain, repeat
 from time import monotonic
 from typing import Any
 
@@ -71,27 +72,20 @@ def carries_token(event: _Event) -> bool:
     choice = choices[0]
     if choice.delta is None or "role" not in choice.delta or choice.finish_reason is not None:
         return True
-    return _has_text(choice.delta) or (len(choices) > 1 and carries_token(_Event(choices[1:])))
+    if choice.delta.get("content") or _has_more(choice.delta):
+        return True
+    return len(choices) > 1 and carries_token(_Event(choices[1:]))
 
 
 _OPENING = frozenset({"role", "content"})
 
 
-def _has_text(delta: dict[str, Any]) -> bool:
-    """Whether a delta gives the client anything but a role."""
-    if delta.get("content"):
-        return True
-    if delta.keys() <= _OPENING:
-        return False
-    return any(value for name, value in delta.items() if name != "role")
+def _has_more(delta: dict[str, Any]) -> bool:
+    """Whether a delta gives the client anything beside a role and content."""
+    return not delta.keys() <= _OPENING and any(value for name, value in delta.items() if name not in _OPENING)
 
 
-_Read = tuple[bytes, bytes, _Event | None]
-"""An event, its payload, and what was read of it, if it was."""
-
-
-def _unread(found: list[tuple[bytes, bytes]]) -> list[_Read]:
-    return [(event, payload, None) for event, payload in found]
+_UNREAD: Iterable[None] = repeat(None)
 
 
 def _inner(ids: bytes) -> bytes:
@@ -133,6 +127,7 @@ class StreamRelay:
         "_held_size",
         "_hollow",
         "_idle",
+        "_known",
         "_last",
         "_last_word",
         "_passage",
@@ -172,7 +167,8 @@ class StreamRelay:
         self._connection: Connection | None = None
         self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reader = events.EventReader()
-        self._held: list[_Read] = []
+        self._held: list[tuple[bytes, bytes]] = []  # events with their payloads
+        self._known: list[_Event | None] = []  # what was read of them
         self._held_size = 0
         self._prompt = b""  # its ids, where they were taken out of an event
         self._heard = 0.0
@@ -337,24 +333,32 @@ class StreamRelay:
                 if self._prompt:
                     payload = events.payload(event)
             parsed = None
-            if payload:
-                try:
-                    parsed = _decode_event(payload)
-                except msgspec.MsgspecError as error:
-                    self.fail(BackendGarbled(f"{self._url} sent an event that is no answer: {error}"))
-                    return
-                if parsed.error is not None:
-                    self.fail(engine_error_event(self._url, payload))
-                    return
-                if _preempted(parsed):
-                    self.fail(BackendPreempted(f"{self._url} gave the request up for want of memory"))
-                    return
-            self._held.append((event, payload, parsed))
+            if payload and (parsed := self._read(payload)) is None:
+                assert self._failure is not None
+                self.fail(self._failure)
+                return
+            self._held.append((event, payload))
+            self._known.append(parsed)
             if parsed is not None and carries_token(parsed):
                 self._go_live(found[position:], last)
                 return
         if self._held_size > _HELD_LIMIT:
             self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
+
+    def _read(self, payload: bytes) -> _Event | None:
+        """An event, or None where it ends the stream: `_failure` says why."""
+        try:
+            event = _decode_event(payload)
+        except msgspec.MsgspecError as error:
+            self._failure = BackendGarbled(f"{self._url} sent an event that is no answer: {error}")
+            return None
+        if event.error is not None:
+            self._failure = engine_error_event(self._url, payload)
+            return None
+        if b"recomputed" in payload and _preempted(event):
+            self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
+            return None
+        return event
 
     def _go_live(self, more: list[tuple[bytes, bytes]], last: bool) -> None:
         """The first token is here: from now on the client sees what the engine sends.
@@ -369,9 +373,10 @@ class StreamRelay:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        found, self._held = self._held + _unread(more), []
+        found, self._held = self._held + more, []
+        known, self._known = self._known, []
         self._begin(self)
-        shown, count = self._inspect(found)
+        shown, count = self._inspect(found, known)
         passage.count(count, now)
         self._write(shown, last, count)
         if not last and self._connection is not None and self._idle is not None:
@@ -426,35 +431,33 @@ class StreamRelay:
                     assert self._passage is not None
                     self._passage.pattern = block
                 return block, count
-        return self._inspect(_unread(events.read(block)))
+        return self._inspect(events.read(block))
 
-    def _inspect(self, found: list[_Read]) -> tuple[bytes, int]:
+    def _inspect(self, found: list[tuple[bytes, bytes]], known: Iterable[_Event | None] = ()) -> tuple[bytes, int]:
         """Look at events one by one.
 
-        Returns them as the client sees them, and the number of token events among them.
+        Arguments:
+            found: events with their payloads.
+            known: what was read of the first of them.
+        Returns them as the client sees them, and the number of token events among them. The reading ends with an event
+        that ends the stream; `_failure` is told to the flow once the events before it are out, and the flow says it to
+        the client in its own words.
         """
         passage, edit, transcript = self._passage, self._edit, self._transcript
         assert passage is not None
         kept: list[bytes] = []
         count = 0
-        for event, payload, parsed in found:
-            if not payload:
-                kept.append(event)  # a comment that keeps the connection alive
-                continue
-            if payload == b"[DONE]":
-                self._done = True
-                self._last_word = event
-                continue
+        for (event, payload), parsed in zip(found, chain(known, _UNREAD), strict=False):
             if parsed is None:
-                try:
-                    parsed = _decode_event(payload)
-                except msgspec.MsgspecError as error:
-                    self._failure = BackendGarbled(f"{self._url} sent an event that is no answer: {error}")
+                if not payload:
+                    kept.append(event)  # a comment that keeps the connection alive
+                    continue
+                if payload == b"[DONE]":
+                    self._done = True
+                    self._last_word = event
+                    continue
+                if (parsed := self._read(payload)) is None:
                     break
-            if parsed.error is not None:
-                # Told to the flow once the events before it are out; the flow says it to the client in its own words.
-                self._failure = engine_error_event(self._url, payload)
-                break
             choices = parsed.choices
             if parsed.usage is not _ABSENT and (usage := read_usage(parsed.usage)):
                 self.usage = usage
@@ -464,55 +467,44 @@ class StreamRelay:
                 kept.append(edit.event(event, payload))
                 continue
             choice = choices[0]
-            if _preempted(parsed):
-                self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
-                break
             delta = choice.delta
-            text = bool(choice.text if delta is None else delta.get("content") or _has_text(delta))
+            said = choice.text if delta is None else delta.get("content")
+            text = bool(said) or (delta is not None and _has_more(delta))
+            finished = choice.finish_reason is not None
             ids = bytes(choice.token_ids)
-            shown = b"" if not text and self._is_silent(choice) else edit.event(event, payload, ids)
+            silent = not text and not finished and delta is not None and self._is_silent(delta)
+            shown = b"" if silent else edit.event(event, payload, ids)
             if not transcript.first:
                 prompt = self._prompt or _inner(bytes(parsed.prompt_token_ids) or bytes(choice.prompt_token_ids))
                 transcript.open(shown, prompt)
-            if not self._write_down(choice, ids, text):
-                self._hollow += shown
-            elif self._hollow:
-                kept += self._hollow, shown
-                self._hollow = b""
-            else:
-                kept.append(shown)
+            if finished:
+                transcript.finished = True
+            if text and not said:
+                assert delta is not None
+                transcript.spoil("tool_calls" if delta.get("tool_calls") else "reasoning")
+            if transcript.continuable:
+                transcript.note(_inner(ids), said or text)
+                if not text and not finished and (delta is None or "role" not in delta):
+                    # One without text waits for the next with text: should the stream be resumed before that, its
+                    # token is generated again.
+                    self._hollow += shown
+                    count += 1
+                    continue
+            if self._hollow:
+                shown, self._hollow = self._hollow + shown, b""
+            kept.append(shown)
             if text or carries_token(parsed):
                 count += 1
                 if text and not passage.pattern and _ordinary(choices):
                     passage.pattern = event
         return b"".join(kept), count
 
-    def _is_silent(self, choice: _Choice) -> bool:
+    def _is_silent(self, delta: dict[str, Any]) -> bool:
         """Whether an event without text is not for this client: it would not be there if the gateway had not asked for
         token ids (a parser holds its token back), or it opens an answer that has begun."""
-        delta = choice.delta
-        if delta is None or choice.finish_reason is not None:
-            return False
         if not delta:
             return self._edit.hide_ids
         return self._edit.identity is not None and "role" in delta
-
-    def _write_down(self, choice: _Choice, ids: bytes, text: bool) -> bool:
-        """Note in the transcript what an event gives the client; whether it goes out at once. One without text waits
-        for the next with text: should the stream be resumed before that, its token is generated again."""
-        transcript = self._transcript
-        finished = choice.finish_reason is not None
-        if finished:
-            transcript.finished = True
-        delta = choice.delta
-        said = choice.text if delta is None else delta.get("content")
-        if text and not said:
-            assert delta is not None
-            transcript.spoil("tool_calls" if delta.get("tool_calls") else "reasoning")
-        if not transcript.continuable:
-            return True
-        transcript.note(_inner(ids), said or text)
-        return text or finished or (delta is not None and "role" in delta)
 
     # Endings
 
