@@ -355,7 +355,7 @@ class StreamRelay:
         if event.error is not None:
             self._failure = engine_error_event(self._url, payload)
             return None
-        if b"recomputed" in payload and _preempted(event):
+        if payload.find(b"recomputed") >= 0 and _preempted(event):
             self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
             return None
         return event
@@ -426,7 +426,7 @@ class StreamRelay:
         if self._edit.idle and not self._transcript.continuable:
             count = block.count(b"\n\n")
             ordinary = count and count == block.count(b'"choices":[{') == block.count(b'"finish_reason":null')
-            if ordinary and b"\r" not in block and HANDOFF_MARK not in block and not _ODD.search(block):
+            if ordinary and b"\r" not in block and block.find(HANDOFF_MARK) < 0 and not _ODD.search(block):
                 if count == 1:
                     assert self._passage is not None
                     self._passage.pattern = block
