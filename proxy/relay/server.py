@@ -45,6 +45,7 @@ class GatewayProtocol(Inbound):
         self.pipeline = _Queue()  # type: ignore[assignment]
         self._direct: Mapping[bytes, Any] = getattr(self.app, "direct", _NO_ROUTES)
         self.streaming: DirectClient | None = None
+        self._idle = self.shared.idle(self.timeout_keep_alive)
         self._crowded = False  # one connection too many
         self._held_back = False  # the next request waits for the client to read
         self._write_deadline: asyncio.TimerHandle | None = None
@@ -66,6 +67,7 @@ class GatewayProtocol(Inbound):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.shared.open -= 1
+        self._idle.forget(self)
         if self._write_deadline is not None:
             self._write_deadline.cancel()
         self.pipeline.clear()
@@ -183,7 +185,24 @@ class GatewayProtocol(Inbound):
             else:
                 self._forget_request()
         if self._lingering is None:
-            super().on_response_complete()
+            self._await_request()
+
+    def _await_request(self) -> None:
+        """As uvicorn's `on_response_complete`: the next request's turn, or a while in which it must come."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle.watch(self, self.loop)
+
+    def overdue(self, seconds: float) -> None:
+        self.timeout_keep_alive_handler()
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle.forget(self)
 
     def _forget_request(self) -> None:
         """Nothing of an answered request is kept; connections that wait for another are many, and most of a server."""
