@@ -118,7 +118,7 @@ class GatewayProtocol(Inbound):
             cycle.keep_alive = False
         client = DirectClient(self, cycle)
         self.clients.add(client)
-        cycle.scope["extensions"] = {EXTENSION: client}  # type: ignore[typeddict-item, dict-item]
+        cycle.scope["extensions"] = {EXTENSION: client}  # type: ignore[dict-item]
 
     def _begin_direct(self, app: Any) -> None:
         """As uvicorn's `on_headers_complete`, for an application that asks no more of its scope than this."""
