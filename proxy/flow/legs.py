@@ -7,6 +7,7 @@ lease released, before the function returns.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from time import monotonic
 from typing import Literal
 
@@ -94,6 +95,24 @@ class Try(msgspec.Struct):
 
     def decode_leg(self) -> Leg:
         return self.plan.decode_leg(None if self.limbo is None else self.limbo.handoff)
+
+
+def _begin(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
+    """Decode's first token is here, and about to go out."""
+    now = monotonic()
+    request, record = attempt.request, attempt.request.record
+    request.began()
+    if (limbo := attempt.limbo) is not None:
+        record.handoff_seconds = now - limbo.since
+        limbo.close()
+    lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
+    if request.continuation is not None:
+        record.resume_gaps.append(now - (record.last_token or now))
+    if not request.client.started:
+        record.status = 200
+        record.stage = "stream"
+        record.first_token = now
+        request.client.start(200, request.headers(*_EVENT_STREAM))
 
 
 class _Answer(msgspec.Struct):
@@ -188,23 +207,7 @@ class Legs:
 
     async def decode_stream(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants events. Returns when the client has been given all of them."""
-        request, record, client = attempt.request, attempt.request.record, attempt.request.client
-
-        def begin(relay: StreamRelay) -> None:
-            now = monotonic()
-            request.began()
-            if (limbo := attempt.limbo) is not None:
-                record.handoff_seconds = now - limbo.since
-                limbo.close()
-            lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
-            if continuation is not None:
-                record.resume_gaps.append(now - (record.last_token or now))
-            if not client.started:
-                record.status = 200
-                record.stage = "stream"
-                record.first_token = now
-                client.start(200, request.headers(*_EVENT_STREAM))
-
+        request, record = attempt.request, attempt.request.record
         assert request.transcript is not None
         continuation = request.continuation
         edit = Edit(
@@ -215,8 +218,8 @@ class Legs:
 
         relay = StreamRelay(
             backend.url,
-            client,
-            begin,
+            request.client,
+            partial(_begin, attempt, lease),
             self._telemetry.gaps(record.decode_pool, backend.url),
             request.transcript,
             edit,

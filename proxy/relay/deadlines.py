@@ -35,10 +35,9 @@ class Deadlines:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def watch(self, waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:
-        """The time of `waiting` begins, anew if it was watched before."""
+        """The time of `waiting` begins. It must not be watched already."""
         if self.seconds is None:
             return
-        self._open.pop(waiting, None)
         self._open[waiting] = monotonic() + self.seconds
         if self._timer is None or loop is not self._loop:
             self._loop = loop

@@ -108,11 +108,13 @@ class Origin:
             connection.abort()
             return
         now = connection.idle_since = monotonic()
-        self._idle.append(connection)
+        idle = self._idle
+        idle.append(connection)
         # Those not needed sink to the left; two for one given back keeps pace with any burst.
-        for _ in range(2):
-            if now - self._idle[0].idle_since > KEEPALIVE:
-                self._idle.popleft().abort()
+        if now - idle[0].idle_since > KEEPALIVE:
+            idle.popleft().abort()
+            if now - idle[0].idle_since > KEEPALIVE:
+                idle.popleft().abort()
 
     async def _connect(self, patience: float) -> Connection:
         loop = asyncio.get_running_loop()

@@ -64,6 +64,7 @@ def test_who_is_watched_again_has_all_its_time_again(said: list[tuple[str, float
         limits.watch(wait, loop)
         await asyncio.sleep(3)
         limits.watch(other, loop)
+        limits.forget(wait)
         limits.watch(wait, loop)
         await asyncio.sleep(10)
 
