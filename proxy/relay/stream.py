@@ -369,7 +369,8 @@ class StreamRelay:
         now = self.first_token = self._heard = monotonic()
         assert self._connection is not None
         hidden = self._transcript if self._edit.hide_ids else None
-        passage = self._passage = Passage(self._connection, self._gaps, hidden)
+        edit = self._edit if self._edit.identity is not None else None
+        passage = self._passage = Passage(self._connection, self._gaps, hidden, edit)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -390,9 +391,8 @@ class StreamRelay:
         if passage is None or connection is None or self._client.gone:
             return
         if passage.write is None:
-            # A leg that goes on with another's answer is edited in every event; and a client that wants the token ids
-            # itself gets them as they come, while the transcript has to be told of them.
-            if self._edit.identity is not None or (self._transcript.continuable and not self._edit.hide_ids):
+            # A client that wants the token ids itself gets them as they come, while the transcript is told of them.
+            if self._transcript.continuable and not self._edit.hide_ids:
                 return
             passage.write = self._client.chunks()
             if passage.write is None:
