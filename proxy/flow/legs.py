@@ -284,9 +284,9 @@ class Legs:
                 record.prompt_tokens = max(0, (usage.prompt_tokens or 0) - edit.said)
                 record.cached_tokens = record.cached_tokens or usage.cached_tokens
         self._fleet.succeeded(backend, leg)
-        if leg == "decode" and request.continuation is None and not relay.throttled:
-            if (tpot := record.tpot) is not None:
-                self._fleet.timed(backend, "decode", tpot, record.tokens - edit.said)
+        undisturbed = leg == "decode" and request.continuation is None and not relay.throttled
+        if undisturbed and (tpot := record.tpot) is not None:
+            self._fleet.timed(backend, "decode", tpot, record.tokens - edit.said)
 
     async def release(self, attempt: Try, backend: Backend, leg: Leg) -> None:
         """Send a leg by which prefill's blocks are freed. Whether it is answered or refused, it has done its work.

@@ -5,7 +5,7 @@ the client at once it is the same token, and decode goes on behind it: a continu
 is longer by one token than what prefill has in its blocks. Two questions are kept apart here:
 
 - Is it *exact*: is the answer that of one engine? `inexact_because`, from the request alone, before anything is sent.
-- Is it *safe*: decode reads the blocks of another engine by number, and one that needs more of them than there are dies.
+- Is it *safe*: decode reads blocks of another engine by number, and one that needs more of them than there are dies.
   `read`, from prefill's answer, and from what is known of both engines.
 
 Tried on real vLLM 0.32; `docs/first-token.md` has the figures, and the table of the reasons below.
@@ -187,9 +187,7 @@ def read(answer: bytes, body: Body, *, block_size: int, context: int, limit: int
     return FirstToken(members, found[0], prompt, b"%d" % choice.token_ids[0], text, whole, engine)
 
 
-def _unsafe(
-    params: msgspec.Raw, members: Members, tokens: int, body: Body, block_size: int, context: int
-) -> str:
+def _unsafe(params: msgspec.Raw, members: Members, tokens: int, body: Body, block_size: int, context: int) -> str:
     """Why decode must not go on from the prompt and one token more with these blocks, or an empty string."""
     try:
         handed = _decode_params(params)
@@ -215,4 +213,3 @@ def _ids(raw: msgspec.Raw) -> bytes:
     ids = bytes(raw)
     inner = ids[1:-1] if ids.startswith(b"[") else b""
     return b"" if inner.translate(None, _DIGITS) else inner
-

@@ -83,6 +83,8 @@ class _Counts:
         usage = _decode_object(answer["usage"]) if "usage" in answer else {}
         self._prompt = int(usage.get("prompt_tokens", 0))
         self._usage = usage
+        # vLLM 0.32 shows this one in the events of chats even where it is null.
+        self._more = ("completion_tokens_details",) if body.endpoint == "chat" else ()
         options = body.members.get("stream_options")
         always = options is not None and (_decode_object(options) if bytes(options) != b"null" else {})
         self._always = bool(body.wants_usage and always and always.get("continuous_usage_stats"))
@@ -92,7 +94,7 @@ class _Counts:
         if not self._always:
             return {}
         counts = {"prompt_tokens": self._prompt, "total_tokens": self._prompt + said, "completion_tokens": said}
-        return {"usage": {**counts, **{n: None for n in ("completion_tokens_details",) if n in self._usage}}}
+        return {"usage": {**counts, **{name: None for name in self._more if name in self._usage}}}
 
     def total(self) -> dict[str, Any]:
         """The member of the event at the end: without what is null, as in streams."""
