@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from proxy.flow.first_token import FirstTokens
+from proxy.flow.legs import Try
 from proxy.simulator import Simulator
 from tests.support import PROMPT, Running, chat, completion, pools, simulators, until
 from tests.support import running_gateway as gateway
@@ -404,6 +406,33 @@ async def test_an_unread_hand_off_goes_to_another_decode_behind_the_same_token(s
         assert await says(running, CHAT, chat(stream=stream)) == expected
         assert legs(p) == ["prefill"]
         assert first.engine.dead is None
+        await at_rest(running, p, *d)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_decode_that_is_another_engine_by_then_is_sent_nothing_that_counts_on_the_first(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment between prefill's answer and the decode leg, with a connection at hand."""
+    give = FirstTokens.give
+
+    def giving(self: FirstTokens, attempt: Try) -> bool:
+        given = give(self, attempt)
+        assert attempt.decode is not None
+        attempt.decode.learn(None)
+        return given
+
+    async with pools(1, 2, engine={"lease": 1.0}) as (running, [p], d):
+        expected = await says(running, CHAT, chat(stream=stream))
+        for engine in d:
+            engine.requests.clear()
+        monkeypatch.setattr(FirstTokens, "give", giving)
+        assert await says(running, CHAT, chat(stream=stream)) == expected
+        [sent] = [r for engine in d for r in engine.requests]
+        # The other decode backend is as well known as ever, and the hand-off fits it.
+        assert len(sent.body["kv_transfer_params"]["prompt_token_ids"]) % 16 == 35 % 16
+        for backend in running.gateway.fleet.pool("decode"):
+            await until(lambda backend=backend: backend.facts is not None)  # type: ignore[misc]
         await at_rest(running, p, *d)
 
 
