@@ -32,7 +32,8 @@ class Surface(FastAPI):
     """FastAPI for everything but the hot routes, which are found by one dictionary lookup.
 
     Arguments:
-        hot: path -> ASGI application, which bounds the bodies that it reads.
+        hot: path -> ASGI application, which bounds the bodies that it reads. Our own server finds them by itself, in
+            `direct`.
         routers: the other routes, whose bodies are bounded here.
         body_seconds: seconds in which such a body must arrive.
     """
@@ -52,6 +53,7 @@ class Surface(FastAPI):
             lifespan=lifespan,
         )
         self._hot = hot
+        self.direct = {path.encode("ascii"): app for path, app in hot.items()}
         self._body_seconds = body_seconds
         for router in routers:
             self.include_router(router)

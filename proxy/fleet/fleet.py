@@ -69,6 +69,8 @@ class Fleet:
                 Where none has, admission lets nobody new in; what is already in, and tries again, goes to a full one
                 rather than nowhere.
         """
+        if not self._pools[role]:
+            return []
         found = self._serving(role, model)
         if self.rotation.watches:
             found = self.rotation.fit(found, LEGS[role][-1], lambda: self._members(role, model))

@@ -35,7 +35,8 @@ class Window:
 
     def note(self, good: bool, now: float) -> None:
         """Count one leg."""
-        self.roll(now)
+        if int(now * self._scale) > self._slot:
+            self.roll(now)
         current = self._slices[self._slot % _SLICES]
         if good:
             current[0] += 1

@@ -104,6 +104,8 @@ class Flow:
                 request.error = error
                 request.give_permit_back()
                 if request.live:  # a part of the answer has been given since the last time
+                    assert request.transcript is not None
+                    request.transcript.verify()
                     if self._resumption.complete(request):
                         return
                     self._resumption.resume(request, error, await self._settle(request))

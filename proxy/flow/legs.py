@@ -6,6 +6,8 @@ lease released, before the function returns.
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from time import monotonic
 from typing import Literal
 
@@ -31,6 +33,7 @@ from proxy.handoff.first_token import FirstToken
 from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, SequentialPlan
 from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff
+from proxy.relay.deadlines import Deadlines
 from proxy.relay.edit import Edit
 from proxy.relay.http1 import Collected, Connection, Origin, Receiver
 from proxy.relay.stream import StreamRelay
@@ -42,7 +45,9 @@ EVENT_STREAM = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx in front would hold tokens back otherwise
 )
-_ASIDE = 5.0  # seconds for what is not the request itself: claiming a hand-off that nobody wants, or a tokenizer's help
+# For what is not the request itself: claiming a hand-off that nobody wants, or a tokenizer's help.
+_ASIDE_LIMIT = Deadlines(5.0)
+_NO_LIMIT = Deadlines(None)
 JSON = (b"content-type", b"application/json")
 
 
@@ -127,6 +132,29 @@ def leg_of(backend: Backend) -> LegName:
     return "prefill" if backend.role == "prefill" else "decode"
 
 
+def _begin(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
+    """Decode's first token is here, and about to go out."""
+    now = monotonic()
+    request, record = attempt.request, attempt.request.record
+    request.began()
+    if (limbo := attempt.limbo) is not None:
+        record.handoff_seconds = now - limbo.since
+        limbo.close()
+    lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
+    if attempt.continuation is not None:
+        before = record.last_token or now
+        if request.continuation is not None:
+            record.resume_gaps.append(now - before)
+        else:
+            record.handoff_gap = now - before
+        record.second_token = record.second_token or now
+    if not request.client.started:
+        record.status = 200
+        record.stage = "stream"
+        record.first_token = now
+        request.client.start(200, request.headers(*EVENT_STREAM))
+
+
 class _Answer(msgspec.Struct):
     """What is read of an answer that was not streamed."""
 
@@ -156,6 +184,9 @@ class Legs:
     def __init__(self, settings: Settings, fleet: Judge, telemetry: Telemetry, lease_seconds: float) -> None:
         self._settings = settings
         self._timeouts = settings.timeouts
+        self._prefill_limit = Deadlines(settings.timeouts.prefill)
+        self._first_token_limit = Deadlines(settings.timeouts.first_token)
+        self._running_loop: asyncio.AbstractEventLoop | None = None
         # Whatever was set, a hand-off is not sent in the second half of its lease.
         self._handoff_bound = min(settings.timeouts.handoff, lease_seconds / 2)
         self._fleet = fleet
@@ -186,15 +217,13 @@ class Legs:
         Raises:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
         """
-        return await self._collect(
-            backend, lease, "prefill", attempt.plan.prefill_leg(), attempt, self._timeouts.prefill
-        )
+        return await self._collect(backend, lease, "prefill", attempt.plan.prefill_leg(), attempt, self._prefill_limit)
 
     async def decode_whole(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants its answer in one piece."""
         request, record = attempt.request, attempt.request.record
         leg = leg_of(backend)
-        answer = await self._collect(backend, lease, leg, attempt.decode_leg(), attempt, None)
+        answer = await self._collect(backend, lease, leg, attempt.decode_leg(), attempt, _NO_LIMIT)
         try:
             parsed = _decode_answer(answer)
         except msgspec.MsgspecError as error:
@@ -229,28 +258,7 @@ class Legs:
 
     async def decode_stream(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants events. Returns when the client has been given all of them."""
-        request, record, client = attempt.request, attempt.request.record, attempt.request.client
-
-        def begin(relay: StreamRelay) -> None:
-            now = monotonic()
-            request.began()
-            if (limbo := attempt.limbo) is not None:
-                record.handoff_seconds = now - limbo.since
-                limbo.close()
-            lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
-            if continuation is not None:
-                before = record.last_token or now
-                if request.continuation is not None:
-                    record.resume_gaps.append(now - before)
-                else:
-                    record.handoff_gap = now - before
-                record.second_token = record.second_token or now
-            if not client.started:
-                record.status = 200
-                record.stage = "stream"
-                record.first_token = now
-                client.start(200, request.headers(*EVENT_STREAM))
-
+        request, record = attempt.request, attempt.request.record
         assert request.transcript is not None
         leg, continuation = leg_of(backend), attempt.continuation
         edit = Edit(
@@ -261,18 +269,19 @@ class Legs:
 
         relay = StreamRelay(
             backend.url,
-            client,
-            begin,
+            request.client,
+            partial(_begin, attempt, lease),
             self._telemetry.gaps(record.decode_pool, backend.url),
             request.transcript,
             edit,
             drop_usage=not request.body.wants_usage,
             idle=self._timeouts.idle,
+            loop=self._loop,
         )
         try:
             connection = await self._send(backend, attempt.decode_leg(), attempt, relay)
             lease.on_lost = relay.fail
-            await relay.run(connection, self._timeouts.first_token)
+            await relay.run(connection, self._first_token_limit)
         except BackendError as error:
             self._note(backend, error, leg, attempt)
             raise
@@ -294,10 +303,10 @@ class Legs:
         Raises:
             BackendError: it did not; the blocks stay pinned until the engines' lease on them ends.
         """
-        receiver = Collected(backend.url, limit=self._settings.limits.answer)
+        receiver = self._collected(backend)
         with Lease(backend, attempt.request.prefill_tokens):
             receiver.connection = await self._send(backend, leg, attempt, receiver, reads=False)
-            answer = await receiver.wait(_ASIDE)
+            answer = await receiver.wait(_ASIDE_LIMIT)
         if receiver.status != 200 and receiver.status != 400:
             raise engine_error(backend.url, receiver.status, receiver.headers, answer)
 
@@ -309,9 +318,9 @@ class Legs:
         """
         named = {} if model is None else {"model": model}
         body = msgspec.json.encode({**named, "tokens": msgspec.Raw(b"[%b]" % ids)})
-        receiver = Collected(backend.url, limit=self._settings.limits.answer)
+        receiver = self._collected(backend)
         receiver.connection = await self._origin(backend).send("/detokenize", self.authorization, body, receiver)
-        answer = await receiver.wait(_ASIDE)
+        answer = await receiver.wait(_ASIDE_LIMIT)
         if receiver.status != 200:
             raise engine_error(backend.url, receiver.status, receiver.headers, answer)
         try:
@@ -320,20 +329,30 @@ class Legs:
             raise BackendGarbled(f"{backend.url} did not detokenize: {error}") from None
 
     async def _collect(
-        self, backend: Backend, lease: Lease, name: LegName, leg: Leg, attempt: Try, timeout: float | None
+        self, backend: Backend, lease: Lease, name: LegName, leg: Leg, attempt: Try, limit: Deadlines
     ) -> bytes:
         """Run a leg whose answer is one JSON body."""
-        receiver = Collected(backend.url, limit=self._settings.limits.answer)
+        receiver = self._collected(backend)
         try:
             receiver.connection = await self._send(backend, leg, attempt, receiver)
             lease.on_lost = receiver.fail
-            answer = await receiver.wait(timeout)
+            answer = await receiver.wait(limit)
             if receiver.status != 200:
                 raise engine_error(backend.url, receiver.status, receiver.headers, answer)
         except BackendError as error:
             self._note(backend, error, name, attempt)
             raise
         return answer
+
+    def _collected(self, backend: Backend) -> Collected:
+        return Collected(backend.url, limit=self._settings.limits.answer, loop=self._loop)
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """The running loop. It is asked for once, since Python makes a system call of it."""
+        if self._running_loop is None:
+            self._running_loop = asyncio.get_running_loop()
+        return self._running_loop
 
     async def _send(
         self, backend: Backend, leg: Leg, attempt: Try, receiver: Receiver, *, reads: bool = True

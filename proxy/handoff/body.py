@@ -8,13 +8,12 @@ spliced: of two members with one name only the last exists from here on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
 from proxy.errors import InvalidRequest
 
-T = TypeVar("T")
 Members = dict[str, msgspec.Raw]
 Endpoint = Literal["chat", "completions"]
 
@@ -91,24 +90,23 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         raise InvalidRequest(f"the request body is not valid JSON: {_plain(error)}") from None
     except RecursionError:
         raise InvalidRequest("the request body is nested too deeply") from None
-    stream = bool(_read(members, "stream", bool))
-    options = _read(members, "stream_options", dict) or {}
-    n = _read(members, "n", int)
-    max_tokens = _read(members, "max_tokens", int)
+    read = {name: _read(members, name) for name in _READ[endpoint] if name in members}
+    options = read.get("stream_options") or {}
+    max_tokens = read.get("max_tokens")
     if endpoint == "chat":
-        max_tokens = _read(members, "max_completion_tokens", int) or max_tokens
+        max_tokens = read.get("max_completion_tokens") or max_tokens
     elif max_tokens is None:
         max_tokens = 16  # the engine's default for completions
     return Body(
         endpoint=endpoint,
         members=members,
-        model=_read(members, "model", str),
-        stream=stream,
+        model=read.get("model"),
+        stream=bool(read.get("stream")),
         wants_usage=bool(options.get("include_usage")),
-        wants_token_ids=bool(_read(members, "return_token_ids", bool)),
+        wants_token_ids=bool(read.get("return_token_ids")),
         max_tokens=max_tokens,
         prompt_tokens=_estimate_tokens(members, endpoint),
-        alone=_why_alone(members, endpoint, n),
+        alone=_why_alone(members, endpoint, read.get("n")),
     )
 
 
@@ -133,19 +131,33 @@ def _stripped(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _NAMES = {bool: "a boolean", int: "an integer", str: "a string", dict: "an object"}
-_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind | None) for kind in _NAMES}
+_DECODERS = {kind: msgspec.json.Decoder(kind | None).decode for kind in _NAMES}
+_KINDS = {
+    "stream": bool,
+    "stream_options": dict,
+    "n": int,
+    "max_tokens": int,
+    "max_completion_tokens": int,
+    "model": str,
+    "return_token_ids": bool,
+}
+_READ: dict[Endpoint, tuple[str, ...]] = {
+    "chat": tuple(_KINDS),
+    "completions": tuple(name for name in _KINDS if name != "max_completion_tokens"),
+}
+"""Members whose values the gateway must know, in the order in which a wrong one is told."""
 
 
-def _read(members: Members, name: str, kind: type[T]) -> T | None:
-    """A member's value, or None where it is absent or null."""
-    raw = members.get(name)
-    if raw is None:
-        return None
+def _read(members: Members, name: str) -> Any:
+    """A member's value, of the type that it must have, or None for null."""
+    kind = _KINDS[name]
     try:
-        value: T | None = _DECODERS[kind].decode(raw)
+        return _DECODERS[kind](members[name])
     except (msgspec.MsgspecError, UnicodeDecodeError):
         raise InvalidRequest(f"`{name}` must be {_NAMES[kind]}", param=name) from None
-    return value
+
+
+_WHOLE = ("prompt_logprobs", "echo", "use_beam_search", "truncate_prompt_tokens")
 
 
 def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
@@ -159,9 +171,8 @@ def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
         return "n"
     if endpoint == "completions" and _is_list_of_prompts(members.get("prompt")):
         return "prompt_list"
-    for name in ("prompt_logprobs", "echo", "use_beam_search", "truncate_prompt_tokens"):
-        raw = members.get(name)
-        if raw is not None and bytes(raw) not in (b"null", b"false"):
+    for name in _WHOLE:
+        if name in members and bytes(members[name]) not in (b"null", b"false"):
             return name
     return ""
 

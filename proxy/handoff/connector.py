@@ -54,7 +54,7 @@ class Connector(Protocol):
         """
 
     def decode(self, members: Members, handoff: Handoff) -> Members:
-        """The decode leg's body with a hand-off."""
+        """The decode leg's body with a hand-off: a new mapping, which the plan goes on to fill."""
 
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
         """The body of a decode leg that has prefill free the blocks of a hand-off nobody wants; None where there is no
@@ -71,7 +71,7 @@ class Connector(Protocol):
 # What the prefill leg does without. Its one token is thrown away, so nothing that shapes, reports or stops output is
 # needed; all that shapes the *prompt* (messages, tools, tool_choice, template arguments, documents) must stay, since
 # decode reads the KV cache by position and another prompt would mean silently wrong text.
-_DROPPED = (
+_DROPPED = {
     "stream_options",  # refused by the engine when it does not stream
     "min_tokens",  # refused when above max_tokens
     "n",
@@ -83,7 +83,7 @@ _DROPPED = (
     "response_format",  # a grammar compiled for a token nobody sees
     "structured_outputs",
     "return_token_ids",
-)
+}
 
 _ONE = msgspec.Raw(b"1")
 _TRUE = msgspec.Raw(b"true")
@@ -92,7 +92,9 @@ _FALSE = msgspec.Raw(b"false")
 
 def one_token(members: Members) -> Members:
     """The members of a prefill leg before a connector adds its own: the same prompt, one token, not streamed."""
-    leg = {name: value for name, value in members.items() if name not in _DROPPED}
+    leg = dict(members)
+    for name in _DROPPED & members.keys():
+        del leg[name]
     leg["stream"] = _FALSE
     leg["max_tokens"] = _ONE
     if "max_completion_tokens" in leg:  # for chat it wins over max_tokens

@@ -102,15 +102,13 @@ class SequentialPlan:
 
     def decode_leg(self, handoff: Handoff | None) -> Leg:
         """The decode leg; without a hand-off the backend computes the prompt itself."""
-        members = self._members
-        if handoff is not None:
-            members = self._connector.decode(members, handoff)
+        members = dict(self._members) if handoff is None else self._connector.decode(self._members, handoff)
         if self._token_ids:
-            members = {**members, "return_token_ids": _TRUE}
+            members["return_token_ids"] = _TRUE
         if self._body.stream and not self._body.wants_usage:
             # The engine's own count is the only right one (a chunk may hold several tokens); the relay takes the
             # extra event out again.
-            members = {**members, "stream_options": _with_usage(members.get("stream_options"))}
+            members["stream_options"] = _with_usage(members.get("stream_options"))
         return self._leg(members)
 
     def release_leg(self, handoff: Handoff, *, sent: bool) -> Leg | None:

@@ -102,28 +102,26 @@ def decide(
         NoBackend: nothing that is up may serve it.
         InvalidRequest: it cannot be split, and the settings forbid serving it whole on a decode backend.
     """
-
-    def pick(role: str, candidates: Sequence[C]) -> C:
-        return choose(candidates, policies[role], avoid=avoid, random=random, turn=turn)
-
-    def decision(pool: str, candidates: Sequence[C], prefill: C | None, fallback: str) -> Decision[C]:
-        return Decision(pick(pool, candidates), pool, prefill, fallback, candidates)
-
     if prefill_alone and any(c.url not in avoid for c in view.prefill):
-        return decision("prefill", view.prefill, None, "")
-    split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
+        chosen = choose(view.prefill, policies["prefill"], avoid=avoid, random=random, turn=turn)
+        return Decision(chosen, "prefill", None, "", view.prefill)
     used = roles_used(alone=bool(alone), prefill=bool(view.prefill), decode=bool(view.decode), mixed=bool(view.mixed))
     if "prefill" in used:
-        kept = [c for c in view.prefill if c.url == prefer and prefer not in avoid]
-        return decision("decode", view.decode, kept[0] if kept else pick("prefill", view.prefill), "")
+        decode = choose(view.decode, policies["decode"], avoid=avoid, random=random, turn=turn)
+        kept = [c for c in view.prefill if c.url == prefer] if prefer and prefer not in avoid else []
+        prefill = kept[0] if kept else choose(view.prefill, policies["prefill"], avoid=avoid, random=random, turn=turn)
+        return Decision(decode, "decode", prefill, "", view.decode)
+    split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
     missing = "no_decode_backend" if view.prefill else "no_prefill_backend"
     fallback = alone or missing if split_configured else ""
     if "mixed" in used:
-        return decision("mixed", view.mixed, None, fallback)
+        mixed = choose(view.mixed, policies["mixed"], avoid=avoid, random=random, turn=turn)
+        return Decision(mixed, "mixed", None, fallback, view.mixed)
     if not used:
         raise NoBackend(_nobody(view), retry_after=1)
     if allow_local_prefill:
-        return decision("decode", view.decode, None, fallback)
+        decode = choose(view.decode, policies["decode"], avoid=avoid, random=random, turn=turn)
+        return Decision(decode, "decode", None, fallback, view.decode)
     if alone:
         raise InvalidRequest(
             f"`{alone}` cannot be split between prefill and decode, and this gateway's decode backends do not prefill "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from proxy.relay.deadlines import Deadlines
 
 
 @dataclass(slots=True)
@@ -24,6 +26,11 @@ class Connections:
     open: int = 0
     refused: int = 0
     leaving: bool = False
+    _idle: dict[float, Deadlines] = field(default_factory=dict)
+
+    def idle(self, seconds: float) -> Deadlines:
+        """For how long connections wait for another request: one limit for all that wait so long."""
+        return self._idle.setdefault(seconds, Deadlines(seconds))
 
     @property
     def spare(self) -> int:

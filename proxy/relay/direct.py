@@ -16,6 +16,8 @@ from proxy.relay.client import Flow, Headers
 if TYPE_CHECKING:
     from proxy.relay.server import GatewayProtocol
 
+_CLOSE = b"connection: close\r\n"
+
 
 class DirectClient:
     """A `Client` that writes to the connection's transport."""
@@ -124,20 +126,14 @@ class DirectClient:
         cycle = self._cycle
         self.started = cycle.response_started = True
         cycle.waiting_for_100_continue = False
-        lines = [STATUS_LINE[status]]
-        for name, value in cycle.default_headers:
-            lines += name, b": ", value, b"\r\n"
-        for name, value in headers:
-            if name == b"connection" and value == b"close":
-                cycle.keep_alive = False
-            else:
-                lines += name, b": ", value, b"\r\n"
+        lines = [b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)]
         # Nobody will read the rest of a body that is answered early, so it ends the connection.
-        if not cycle.keep_alive or cycle.more_body or cycle.scope["http_version"] != "1.1":
+        if _CLOSE in lines:
             cycle.keep_alive = False
-            lines.append(b"connection: close\r\n")
-        lines.append(last)
-        return b"".join(lines)
+        elif not cycle.keep_alive or cycle.more_body or cycle.scope["http_version"] != "1.1":
+            cycle.keep_alive = False
+            lines.append(_CLOSE)
+        return b"%b%b%b" % (STATUS_LINE[status], b"".join(lines), last)
 
     def _complete(self) -> None:
         cycle = self._cycle

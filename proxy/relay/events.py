@@ -18,6 +18,7 @@ from proxy.errors import BackendGarbled
 # it only counts once the next byte is there.
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n]))(?:\r\n|\n|\r(?=[^\n]))+")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+_CR = ord("\r")
 
 
 class EventReader:
@@ -43,7 +44,7 @@ class EventReader:
         if data.endswith(b"\n\n"):
             return data
         cut = data.rfind(b"\n\n") + 2
-        if b"\r" in data:
+        if _CR in data:
             cut = 0
             for end in _EVENT_END.finditer(data):
                 cut = end.end()
@@ -57,9 +58,9 @@ class EventReader:
 
 def split(block: bytes) -> list[bytes]:
     """The events of a block, each with its line ends."""
-    if block.find(b"\n\n") == len(block) - 2 and b"\r" not in block:
+    if block.find(b"\n\n") == len(block) - 2 and _CR not in block:
         return [block]
-    if b"\r" not in block and b"\n\n\n" not in block and block[:1] != b"\n":
+    if _CR not in block and b"\n\n\n" not in block and block[:1] != b"\n":
         return [event + b"\n\n" for event in block.split(b"\n\n") if event]
     found, start = [], 0
     for end in _EVENT_END.finditer(block + b"."):  # the added byte shows that a last CR is a whole line end
@@ -71,17 +72,16 @@ def split(block: bytes) -> list[bytes]:
 
 def read(block: bytes) -> list[tuple[bytes, bytes]]:
     """The events of a block, each with its payload."""
-    lines = block.split(b"\n\n")
-    count = len(lines) - 1
-    plain = block.startswith(b"data: ") and block.count(b"\n\ndata: ") == count - 1 and block.count(b"\n") == 2 * count
-    if plain and not lines.pop() and b"\r" not in block:
-        return [(line + b"\n\n", line[6:]) for line in lines]
+    if block.startswith(b"data: ") and block.endswith(b"\n\n"):
+        payloads = block[6:-2].split(b"\n\ndata: ")
+        if block.count(b"\n") == 2 * len(payloads) and _CR not in block:
+            return [(b"data: %b\n\n" % payload, payload) for payload in payloads]
     return [(event, payload(event)) for event in split(block)]
 
 
 def payload(event: bytes) -> bytes:
     """The `data` of one event: its data lines joined by LF; empty for comments and keep-alives."""
-    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and _CR not in event:
         return event[6:-2]
     lines = []
     for line in _LINE_END.split(event):

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable
+from proxy.relay.deadlines import Deadlines
 
 # vLLM closes a connection after 5 s of idleness (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); stay clear of that moment, so that no
 # request meets a closing connection.
@@ -122,11 +123,13 @@ class Origin:
             connection.abort()
             return
         now = connection.idle_since = monotonic()
-        self._idle.append(connection)
+        idle = self._idle
+        idle.append(connection)
         # Those not needed sink to the left; two for one given back keeps pace with any burst.
-        for _ in range(2):
-            if now - self._idle[0].idle_since > KEEPALIVE:
-                self._idle.popleft().abort()
+        if now - idle[0].idle_since > KEEPALIVE:
+            idle.popleft().abort()
+            if now - idle[0].idle_since > KEEPALIVE:
+                idle.popleft().abort()
 
     async def _connect(self, patience: float) -> Connection:
         loop = asyncio.get_running_loop()
@@ -362,38 +365,37 @@ class Connection(asyncio.Protocol):
 class Collected:
     """A receiver that waits for the whole answer.
 
+    Arguments:
+        url: the backend, for messages.
+        limit: bytes.
+        loop: the running one, for those who know it.
     Attributes:
         status, headers, body: valid once `wait` has returned.
     """
 
     __slots__ = ("_body", "_future", "_limit", "_size", "_url", "connection", "headers", "status")
 
-    def __init__(self, url: str, *, limit: int) -> None:
+    def __init__(self, url: str, *, limit: int, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._url = url
         self._limit = limit
         self._size = 0
-        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._future: asyncio.Future[None] = (loop or asyncio.get_running_loop()).create_future()
         self._body: list[bytes] = []
         self.connection: Connection | None = None
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
 
-    async def wait(self, timeout: float | None) -> bytes:
+    async def wait(self, limit: Deadlines) -> bytes:
         """The body.
 
-        Arguments:
-            timeout: seconds, or None.
         Raises:
             BackendError: the answer did not become whole, in time or at all. The exchange is over then.
         """
-        handle = None
-        if timeout is not None:
-            handle = asyncio.get_running_loop().call_later(timeout, self._time_out, timeout)
+        limit.watch(self, self._future.get_loop())
         try:
             await self._future
         finally:
-            if handle is not None:
-                handle.cancel()
+            limit.forget(self)
             self.abort()
         return self._body[0] if len(self._body) == 1 else b"".join(self._body)
 
@@ -402,7 +404,7 @@ class Collected:
         self.abort()
         self.lost(error)
 
-    def _time_out(self, seconds: float) -> None:
+    def overdue(self, seconds: float) -> None:
         self.fail(BackendTimedOut(f"{self._url} did not answer within {seconds:g} s"))
 
     def abort(self) -> None:

@@ -104,7 +104,9 @@ class Inbound(HttpToolsProtocol):
             self.cycle.keep_alive = False
             self._stop_listening()
             raise _Unheard
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         if self._waiting_since is None:  # behind another request, in the same read
             self._expect_headers()
 
@@ -128,11 +130,20 @@ class Inbound(HttpToolsProtocol):
             return
         if len(self.headers) > _MOST_HEADERS or self._header_bytes + self._read_size > self.header_limit:
             self._check_header_size()
-        super().on_headers_complete()
+        self.begin_request()
         self._in_message = True
         self._waiting_since = None
         self._header_bytes = 0
         self._framing = 0
+
+    def begin_request(self) -> None:
+        """The head of a request is whole: make its scope and its cycle, and start its application."""
+        url, headers, expected = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()  # uvicorn makes the scope before it knows what goes into it
+        self.url = url
+        self.headers += headers
+        self.expect_100_continue = expected
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._framing -= len(body)

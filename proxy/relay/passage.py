@@ -143,7 +143,7 @@ class Passage(asyncio.Protocol):
             times.append(monotonic())
             if len(times) > _BATCH:
                 self.fold()
-        elif self.pattern and _PLAIN in data:
+        elif self.pattern and data.find(_PLAIN) >= 0:
             self._learn()
             self.data_received(data)
         else:

@@ -1,8 +1,9 @@
 """The server's end of the client's socket: what is common to all its requests, and what it reads of their answers.
 
 Connections are bounded in number, and so is the time for which a client that does not read may hold memory. Each
-request gets a `direct.DirectClient` in its scope. Rests, with `inbound` and `direct`, on names of uvicorn's
-`httptools_impl` module; `tests/relay/test_server.py` and `test_hostile.py` hold them.
+request gets a `direct.DirectClient` in its scope. An application may have an attribute `direct`: the paths whose
+applications need neither its router nor more of a scope than method, path and headers. Rests, with `inbound` and
+`direct`, on names of uvicorn's `httptools_impl` module; `tests/relay/test_server.py` and `test_hostile.py` hold them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import socket
 import struct
 import termios
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -41,7 +43,9 @@ class GatewayProtocol(Inbound):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pipeline = _Queue()  # type: ignore[assignment]
+        self._direct: Mapping[bytes, Any] = getattr(self.app, "direct", _NO_ROUTES)
         self.streaming: DirectClient | None = None
+        self._idle = self.shared.idle(self.timeout_keep_alive)
         self._crowded = False  # one connection too many
         self._held_back = False  # the next request waits for the client to read
         self._write_deadline: asyncio.TimerHandle | None = None
@@ -63,6 +67,7 @@ class GatewayProtocol(Inbound):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.shared.open -= 1
+        self._idle.forget(self)
         if self._write_deadline is not None:
             self._write_deadline.cancel()
         self.pipeline.clear()
@@ -102,16 +107,48 @@ class GatewayProtocol(Inbound):
 
     # Requests and answers
 
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        if self._offered:
-            return
+    def begin_request(self) -> None:
+        app = None if self._crowded else self._direct.get(self.url)
+        if app is None:
+            super().begin_request()
+        else:
+            self._begin_direct(app)
         cycle = self.cycle
         if self._crowded or self.shared.leaving:
             cycle.keep_alive = False
         client = DirectClient(self, cycle)
         self.clients.add(client)
         cycle.scope["extensions"] = {EXTENSION: client}  # type: ignore[dict-item]
+
+    def _begin_direct(self, app: Any) -> None:
+        """As uvicorn's `on_headers_complete`, for an application that asks no more of its scope than this."""
+        parser = self.parser
+        version = parser.get_http_version()
+        before = self.cycle
+        self.cycle = cycle = RequestResponseCycle(
+            scope={  # type: ignore[typeddict-item]
+                "type": "http",
+                "http_version": version,
+                "method": parser.get_method().decode("ascii"),
+                "path": self.url.decode("ascii"),
+                "headers": self.headers,
+            },
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        if before is None or before.response_complete:
+            self._start_asgi_task(cycle, app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, app))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if self.flow.write_paused:
@@ -148,7 +185,24 @@ class GatewayProtocol(Inbound):
             else:
                 self._forget_request()
         if self._lingering is None:
-            super().on_response_complete()
+            self._await_request()
+
+    def _await_request(self) -> None:
+        """As uvicorn's `on_response_complete`: the next request's turn, or a while in which it must come."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle.watch(self, self.loop)
+
+    def overdue(self, seconds: float) -> None:
+        self.timeout_keep_alive_handler()
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle.forget(self)
 
     def _forget_request(self) -> None:
         """Nothing of an answered request is kept; connections that wait for another are many, and most of a server."""
@@ -179,6 +233,9 @@ class GatewayProtocol(Inbound):
             if len(info) == _ACKED.size:
                 return int(_ACKED.unpack(info)[0])
         return -self.transport.get_write_buffer_size()
+
+
+_NO_ROUTES: Mapping[bytes, Any] = {}
 
 
 class _Answered:

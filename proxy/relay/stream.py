@@ -28,6 +28,7 @@ from proxy.errors import (
 from proxy.relay import events
 from proxy.relay.answers import Usage, engine_error, engine_error_event, read_usage
 from proxy.relay.client import Client
+from proxy.relay.deadlines import Deadlines
 from proxy.relay.edit import HANDOFF_MARK, Edit, take_prompt_ids
 from proxy.relay.http1 import Connection
 from proxy.relay.passage import Passage
@@ -105,6 +106,7 @@ class StreamRelay:
         edit: how this leg's events become the client's.
         drop_usage: take out the closing usage event, which the gateway asked for and the client did not.
         idle: seconds without a byte after which the stream counts as dead, or None.
+        loop: the running one, for those who know it.
     Attributes:
         first_token: `time.monotonic` of the read that brought it; None before.
         usage: the last usage the engine reported, of this leg alone.
@@ -130,7 +132,9 @@ class StreamRelay:
         "_known",
         "_last",
         "_last_word",
+        "_loop",
         "_passage",
+        "_patience",
         "_paused_since",
         "_prompt",
         "_reader",
@@ -155,6 +159,7 @@ class StreamRelay:
         *,
         drop_usage: bool,
         idle: float | None,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._url = url
         self._client = client
@@ -165,7 +170,8 @@ class StreamRelay:
         self._idle = idle
         self._drop_usage = drop_usage
         self._connection: Connection | None = None
-        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = loop or asyncio.get_running_loop()
+        self._future: asyncio.Future[None] = self._loop.create_future()
         self._reader = events.EventReader()
         self._held: list[tuple[bytes, bytes]] = []  # events with their payloads
         self._known: list[_Event | None] = []  # what was read of them
@@ -180,6 +186,7 @@ class StreamRelay:
         self._passage: Passage | None = None  # there is one as soon as the client has been given anything
         self._done = False
         self._failure: BackendError | None = None
+        self._patience: Deadlines | None = None
         self._paused_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.headers: dict[bytes, bytes] = {}
@@ -189,21 +196,24 @@ class StreamRelay:
 
     # What the flow uses
 
-    async def run(self, connection: Connection, first_token_timeout: float | None) -> None:
+    async def run(self, connection: Connection, first_token: Deadlines) -> None:
         """Relay until the engine's stream ends with `[DONE]`.
 
+        Arguments:
+            first_token: how long to wait for that.
         Raises:
             BackendError: it ended in any other way. If `first_token` is None the client has seen nothing of it.
         """
         self._connection = connection
         self._client.flow = self
-        if first_token_timeout is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(first_token_timeout, self._time_out, first_token_timeout)
+        if self._passage is None and not self._future.done():
+            self._patience = first_token
+            first_token.watch(self, self._loop)
         try:
             await self._future
         finally:
             self._client.flow = None
+            first_token.forget(self)
             if self._timer is not None:
                 self._timer.cancel()
             self._abort()
@@ -230,7 +240,7 @@ class StreamRelay:
 
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, heard + _DOUBT - monotonic()), look)
+        self._timer = self._loop.call_later(max(0.0, heard + _DOUBT - monotonic()), look)
 
     @property
     def live(self) -> bool:
@@ -355,7 +365,7 @@ class StreamRelay:
         if event.error is not None:
             self._failure = engine_error_event(self._url, payload)
             return None
-        if b"recomputed" in payload and _preempted(event):
+        if payload.find(b"recomputed") >= 0 and _preempted(event):
             self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
             return None
         return event
@@ -371,9 +381,8 @@ class StreamRelay:
         hidden = self._transcript if self._edit.hide_ids else None
         edit = self._edit if self._edit.identity is not None else None
         passage = self._passage = Passage(self._connection, self._gaps, hidden, edit)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._patience is not None:
+            self._patience.forget(self)
         found, self._held = self._held + more, []
         known, self._known = self._known, []
         self._begin(self)
@@ -381,7 +390,7 @@ class StreamRelay:
         passage.count(count, now)
         self._write(shown, last, count)
         if not last and self._connection is not None and self._idle is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._idle, self._check_idle)
+            self._timer = self._loop.call_later(self._idle, self._check_idle)
 
     # The long way of a live stream
 
@@ -426,7 +435,7 @@ class StreamRelay:
         if self._edit.idle and not self._transcript.continuable:
             count = block.count(b"\n\n")
             ordinary = count and count == block.count(b'"choices":[{') == block.count(b'"finish_reason":null')
-            if ordinary and b"\r" not in block and HANDOFF_MARK not in block and not _ODD.search(block):
+            if ordinary and b"\r" not in block and block.find(HANDOFF_MARK) < 0 and not _ODD.search(block):
                 if count == 1:
                     assert self._passage is not None
                     self._passage.pattern = block
@@ -508,7 +517,7 @@ class StreamRelay:
 
     # Endings
 
-    def _time_out(self, seconds: float) -> None:
+    def overdue(self, seconds: float) -> None:
         self.fail(BackendTimedOut(f"{self._url} sent no token within {seconds:g} s"))
 
     def _last_sign(self) -> float:
@@ -521,7 +530,7 @@ class StreamRelay:
         since = self._paused_since or self._last_sign()
         left = since + self._idle - monotonic()
         if left > 0:
-            self._timer = asyncio.get_running_loop().call_later(left, self._check_idle)
+            self._timer = self._loop.call_later(left, self._check_idle)
         elif self._paused_since is not None:
             self._client.cut()  # it reads nothing, and holds an engine's memory
         else:

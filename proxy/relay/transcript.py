@@ -75,12 +75,19 @@ class Transcript:
     def open(self, first: bytes, prompt: bytes) -> None:
         """The first event is here, and with it the ids of the prompt: `1,2,3`, or nothing when it has none."""
         self.first = first
-        if not prompt or prompt.translate(None, _IDS):  # they are to be a part of a request
+        if not prompt:
             self.spoil("no_token_ids")
         elif len(prompt) > self._limit:
             self.spoil("too_long")
         else:
             self._prompt = prompt
+
+    def verify(self) -> None:
+        """Before an answer is continued: what becomes a part of a request must be numbers. (Not earlier, since to look
+        at the ids of a long prompt would cost every stream what only a broken one needs.)"""
+        self.fold()
+        if (self._prompt + self._ids).translate(None, _IDS):
+            self.spoil("no_token_ids")
 
     def spoil(self, flaw: str) -> None:
         """The answer can no longer be continued exactly. Only the first reason counts."""

@@ -174,8 +174,8 @@ class Sinks:
     def __init__(self, first: Telemetry, *others: Sink) -> None:
         self.gaps = first.gaps
         self.handoff_released = first.handoff_released
-        self._sinks: tuple[Sink, ...] = (first, *others)
+        self._finished = [sink.finished for sink in (first, *others)]
 
     def finished(self, record: RequestRecord) -> None:
-        for sink in self._sinks:
-            sink.finished(record)
+        for finished in self._finished:
+            finished(record)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from proxy.errors import BackendError
+from proxy.relay.deadlines import Deadlines
 from proxy.relay.edit import Edit
 from proxy.relay.http1 import Connection, Origin
 from proxy.relay.stream import StreamRelay
@@ -108,7 +109,7 @@ class Stream:
         self.connection.connection_made(self.transport)
         self.connection.begin(self.relay, b"", b"")
         self.feed(b"HTTP/1.1 %d X\r\n%b\r\n\r\n" % (status, framing))
-        self.running = asyncio.ensure_future(self.relay.run(self.connection, first_token))
+        self.running = asyncio.ensure_future(self.relay.run(self.connection, Deadlines(first_token)))
 
     def _begin(self, relay: StreamRelay) -> None:
         assert relay is self.relay

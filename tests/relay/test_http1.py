@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable
 from proxy.relay import http1
+from proxy.relay.deadlines import Deadlines
 from proxy.relay.http1 import HEAD_LIMIT, Collected, Connection, Origin
 
 from .helpers import Engine, FakeTransport, Recorder
@@ -337,7 +338,7 @@ async def test_a_collected_answer_is_its_body(engine: Engine, origin: Origin) ->
     peer = await engine.accept()
     peer.say(b"HTTP/1.1 418 Tea\r\ntransfer-encoding: chunked\r\nx-a: b\r\n\r\n5\r\nhello\r\n")
     peer.say(b"6\r\n world\r\n0\r\n\r\n")
-    assert await collected.wait(None) == b"hello world"
+    assert await collected.wait(Deadlines(None)) == b"hello world"
     assert collected.status == 418
     assert collected.headers[b"x-a"] == b"b"
 
@@ -348,7 +349,7 @@ async def test_a_collected_answer_that_takes_too_long_ends_its_exchange(engine: 
     peer = await engine.accept()
     peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf")
     with pytest.raises(BackendTimedOut, match=r"did not answer within 0\.02 s"):
-        await collected.wait(0.02)
+        await collected.wait(Deadlines(0.02))
     assert await peer.left()
 
 
@@ -359,7 +360,7 @@ async def test_a_collected_answer_over_its_limit_is_garbled(engine: Engine, orig
     peer = await engine.accept()
     peer.say(b"HTTP/1.1 200 OK\r\n" + framing + b"x" * 101)
     with pytest.raises(BackendGarbled, match="more than 100 bytes"):
-        await collected.wait(None)
+        await collected.wait(Deadlines(None))
     assert await peer.left()
 
 
@@ -367,14 +368,14 @@ async def test_a_collected_answer_of_just_its_limit_is_good(engine: Engine, orig
     collected = Collected(engine.url, limit=100)
     collected.connection = await origin.send("/", b"", b"{}", collected)
     (await engine.accept()).say(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n" + b"x" * 100)
-    assert await collected.wait(None) == b"x" * 100
+    assert await collected.wait(Deadlines(None)) == b"x" * 100
 
 
 async def test_cancelling_the_wait_ends_the_exchange(engine: Engine, origin: Origin) -> None:
     collected = Collected(engine.url, limit=100)
     collected.connection = await origin.send("/", b"", b"{}", collected)
     peer = await engine.accept()
-    waiting = asyncio.create_task(collected.wait(None))
+    waiting = asyncio.create_task(collected.wait(Deadlines(None)))
     await peer.request()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -388,7 +389,7 @@ async def test_a_collected_answer_can_be_failed_from_outside(engine: Engine, ori
     peer = await engine.accept()
     collected.fail(BackendError("given up"))
     with pytest.raises(BackendError, match="given up"):
-        await collected.wait(None)
+        await collected.wait(Deadlines(None))
     assert await peer.left()
 
 

@@ -394,3 +394,27 @@ def test_a_finish_reason_is_given_in_the_answers_own_form(
     first, *rest = told(transcript.closing(finish="length", usage=usage))
     assert first == {**head, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": "length"}]}
     assert len(rest) == usage
+
+
+@pytest.mark.parametrize("prompt", [b'1,"a"', b"1,[2]", b"1],2"])
+def test_a_prompt_that_is_not_all_numbers_leaves_nothing_to_go_on_from(prompt: bytes) -> None:
+    transcript = opened(prompt)
+    transcript.note(b"5", "x")
+    transcript.verify()
+    assert transcript.flaw == "no_token_ids"
+    assert not transcript.continuable
+
+
+def test_tokens_that_are_not_all_numbers_leave_nothing_to_go_on_from() -> None:
+    transcript = opened()
+    transcript.note(b"5,{}", "x")
+    transcript.verify()
+    assert transcript.flaw == "no_token_ids"
+
+
+def test_numbers_stay_what_they_are() -> None:
+    transcript = opened()
+    transcript.note(b"5, 6", "x")
+    transcript.verify()
+    assert transcript.flaw == ""
+    assert transcript.continuable
