@@ -14,7 +14,7 @@ from proxy.flow.legs import EVENT_STREAM, JSON, Try
 from proxy.flow.request import Request
 from proxy.handoff.body import Body
 from proxy.handoff.connector import Connector
-from proxy.handoff.first_token import inexact_because, read, wants_one_token
+from proxy.handoff.first_token import inexact_because, read
 from proxy.handoff.opening import opening_events, whole_answer
 from proxy.relay.answers import read_usage
 from proxy.settings import Settings
@@ -32,9 +32,9 @@ class FirstTokens:
         self.on = settings.first_token != "decode"
         self._takes_whole = self.on and (connector.first_token or self._forced)
 
-    def is_prefills(self, body: Body) -> bool:
-        """Whether a prefill backend answers the whole request: it is one for one token."""
-        return self._takes_whole and wants_one_token(body)
+    def is_prefills(self, max_tokens: int) -> bool:
+        """Whether a prefill backend answers a whole request, whatever else it says: it is one for one token, or none."""
+        return max_tokens <= 1 and self._takes_whole
 
     def consider(self, request: Request, prefill: Backend, decode: Backend) -> str:
         """Why this pair's first token is to be decode's, or an empty string. What it says is noted in the record."""

@@ -208,7 +208,7 @@ class Flow:
                 random=self._random,
                 turn=self._turn,
                 allow_local_prefill=self._local_prefill,
-                prefill_alone=self._first_tokens.is_prefills(body),
+                prefill_alone=body.max_tokens is not None and self._first_tokens.is_prefills(body.max_tokens),
             )
         except NoBackend as error:
             if isinstance(request.error, BackendBusy):

@@ -141,13 +141,14 @@ def _begin(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
         record.handoff_seconds = now - limbo.since
         limbo.close()
     lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
-    if attempt.continuation is not None:
+    if record.first_token is not None:
         before = record.last_token or now
         if request.continuation is not None:
             record.resume_gaps.append(now - before)
         else:
             record.handoff_gap = now - before
-        record.second_token = record.second_token or now
+        if record.first_token_from == "prefill":
+            record.second_token = record.second_token or now
     if not request.client.started:
         record.status = 200
         record.stage = "stream"

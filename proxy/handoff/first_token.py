@@ -37,11 +37,6 @@ _read_options = msgspec.json.Decoder(dict[str, bool | None] | None).decode
 _read_count = msgspec.json.Decoder(int | None).decode
 
 
-def wants_one_token(body: Body) -> bool:
-    """Whether all that is asked for is one token, or none: such a request is prefill's alone, whatever else it says."""
-    return body.max_tokens is not None and body.max_tokens <= 1
-
-
 def inexact_because(body: Body, *, even_inexact: bool) -> str:
     """Why the first token of this request should be decode's, or an empty string.
 
