@@ -36,7 +36,7 @@ class Backend:
         version: as /version says, or empty.
         facts: what is surely true of the engine that is there now; None while nothing is.
         engine_id: what its hand-offs have called it since the facts were learnt, or empty.
-        reasons: its answers to chats have shown a reasoning parser at work.
+        reasons: its answers to chats have shown a reasoning parser at work; not forgotten, since it is no danger.
         draining: it finishes what it has and gets nothing new.
         removed: it is draining, and forgotten once it is `drained`.
         known: it has been up before, or has been there since the gateway's start.
@@ -146,7 +146,6 @@ class Backend:
             self.attention.set()
         self.facts = facts
         self.engine_id = ""
-        self.reasons = False
 
 
 class Lease:

@@ -33,7 +33,7 @@ class FirstTokens:
         self._takes_whole = self.on and (connector.first_token or self._forced)
 
     def is_prefills(self, max_tokens: int) -> bool:
-        """Whether a prefill backend answers a whole request, whatever else it says: it is one for one token, or none."""
+        """Whether a prefill backend answers a request whole, whatever else it says: it is for one token, or none."""
         return max_tokens <= 1 and self._takes_whole
 
     def consider(self, request: Request, prefill: Backend, decode: Backend) -> str:

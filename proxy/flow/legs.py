@@ -7,6 +7,7 @@ lease released, before the function returns.
 from __future__ import annotations
 
 import asyncio
+import re
 from functools import partial
 from time import monotonic
 from typing import Literal
@@ -156,6 +157,9 @@ def _begin(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
         request.client.start(200, request.headers(*EVENT_STREAM))
 
 
+_REASONS = re.compile(rb'"reasoning(?:_content)?":"[^"]')
+
+
 class _Answer(msgspec.Struct):
     """What is read of an answer that was not streamed."""
 
@@ -248,6 +252,8 @@ class Legs:
                 self._note(backend, garbled, leg, attempt)
                 raise garbled from None
         self._fleet.succeeded(backend, leg)
+        if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
+            backend.reasons = True
         if usage := read_usage(parsed.usage):
             record.prompt_tokens = usage.prompt_tokens or 0
             record.tokens = usage.completion_tokens or 0
@@ -294,6 +300,8 @@ class Legs:
                 record.prompt_tokens = max(0, (usage.prompt_tokens or 0) - edit.said)
                 record.cached_tokens = record.cached_tokens or usage.cached_tokens
         self._fleet.succeeded(backend, leg)
+        if request.transcript.flaw == "reasoning":
+            backend.reasons = True
         undisturbed = leg == "decode" and request.continuation is None and not relay.throttled
         if undisturbed and (tpot := record.tpot) is not None:
             self._fleet.timed(backend, "decode", tpot, record.tokens - edit.said)

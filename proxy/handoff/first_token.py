@@ -27,6 +27,9 @@ _JUDGED = ("stream_options", "min_tokens")
 _NEVER = frozenset({"structured_output", "tool_calls", "stop", "media", "options", "repetition_detection"})
 """Reasons that no setting overrules: the text would be wrong, not only another draw."""
 
+_MARKUP = ("<", "[", "\u25c1")
+"""How tags begin that parsers of reasoning take out of a stream. One alone, an answer in one piece shows as text."""
+
 _ONE = msgspec.Raw(b"1")
 _FALSE = msgspec.Raw(b"false")
 _TRUE = msgspec.Raw(b"true")
@@ -167,6 +170,8 @@ def read(answer: bytes, body: Body, *, block_size: int, context: int, limit: int
     if message is not None and message.tool_calls:
         return "tool_calls"
     text = (choice.text if message is None else message.content) or ""
+    if message is not None and text.lstrip().startswith(_MARKUP):
+        return "markup"
     whole = choice.finish_reason == "stop" and choice.stop_reason != "recomputed"
     if not whole and choice.finish_reason != "length":
         return "unreadable"

@@ -358,6 +358,14 @@ async def test_engines_with_unlike_blocks_are_left_alone() -> None:
         assert await counted(running) == {("decode", "unlike_engines"): 1}
 
 
+async def test_chats_of_engines_that_have_reasoned_are_left_alone() -> None:
+    async with pools() as (running, _, _):
+        running.gateway.fleet.pool("decode")[0].reasons = True
+        await says(running, CHAT, chat(stream=True))
+        await says(running, COMPLETIONS, completion(stream=True))
+        assert await counted(running) == {("decode", "reasoning"): 1, ("prefill", "exact"): 1}
+
+
 # Failures after it
 
 

@@ -104,6 +104,8 @@ def test_only_a_prompt_that_leaves_room_in_its_last_block_is_safe(tokens: int) -
         (answer(choice={"message": {"content": None, "reasoning": "hm"}}), "reasoning"),
         (answer(choice={"message": {"content": None, "reasoning_content": "hm"}}), "reasoning"),
         (answer(choice={"message": {"content": None, "tool_calls": [{}]}}), "tool_calls"),
+        (answer(choice={"message": {"content": "<think>"}}), "markup"),
+        (answer(choice={"message": {"content": " [THINK]"}}), "markup"),
     ],
 )
 def test_what_is_not_as_it_must_be_has_a_reason(raw: bytes, why: str) -> None:

@@ -275,7 +275,7 @@ def test_what_is_no_answer_is_left_as_it_is(said: bytes, edit: Edit) -> None:
 
 def test_the_head_of_an_ordinary_event_takes_on_the_answers_identity() -> None:
     event = b'data: {"id":"b","created":22,"model":"m","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
-    length = event.index(b'x"')
+    length = event.index(b'x"}')
     identity = {"id": msgspec.Raw(b'"first"'), "created": msgspec.Raw(b"1")}
     shown = Edit(identity=identity, said=1).head(event, length)
     assert shown == b'data: {"id":"first","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"'
