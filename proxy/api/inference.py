@@ -103,26 +103,17 @@ class Inference:
         Raises:
             GatewayError: the request cannot be served; `client.started` says whether a part of it was.
         """
-        authorization = b""
-        length: int | None = None
-        timeout: bytes | None = None
-        record.request_id = ""
-        for name, value in scope["headers"]:
-            if name == b"authorization":
-                authorization = value
-            elif name == b"content-length":
-                length = int(value) if value.isdigit() else None
-            elif name == b"x-request-id" and _SANE_ID(value):
-                record.request_id = value.decode("ascii")
-            elif name == b"x-request-timeout":
-                timeout = value
-        record.request_id = record.request_id or new_id()
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        name = headers.get(b"x-request-id", b"")
+        record.request_id = name.decode("ascii") if name and _SANE_ID(name) else new_id()
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{scope['path']} takes POST", allow="POST")
-        record.client = self._credentials.check_client(authorization)
+        record.client = self._credentials.check_client(headers.get(b"authorization", b""))
+        timeout = headers.get(b"x-request-timeout")
         total = min(self._total, _seconds(timeout)) if timeout is not None else self._total
-        if length is not None and length > self._limit:
-            raise BodyTooLarge(f"the request body of {length} bytes exceeds the limit of {self._limit}")
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._limit:
+            raise BodyTooLarge(f"the request body of {int(length)} bytes exceeds the limit of {self._limit}")
         raw = await self._read(client, receive)
         body = read_body(raw, self._endpoint)
         record.model = body.model or ""

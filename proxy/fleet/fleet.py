@@ -30,6 +30,7 @@ class Fleet:
     Attributes:
         sizes: how many backends each pool has, up or not.
         rotation: who is fit.
+        succeeded: is told of a backend's leg that ended well.
         budgets: the pools' retry budgets.
         bounded: whether backends have bounds.
     """
@@ -37,6 +38,7 @@ class Fleet:
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = monotonic) -> None:
         self._window = settings.breaker.window
         self.rotation = Rotation(settings.breaker, self._peers, clock)
+        self.succeeded = self.rotation.succeeded
         self.budgets = Budgets(settings.retries, self.pool)
         bounds = settings.admission
         self._prefill_bounds = (bounds.prefill_requests or inf, bounds.prefill_tokens or inf)
@@ -262,10 +264,6 @@ class Fleet:
                     self.on_leave(backend)
 
     # What real requests tell
-
-    def succeeded(self, backend: Backend, leg: LegName) -> None:
-        """A leg ended well."""
-        self.rotation.succeeded(backend, leg)
 
     def failed(self, backend: Backend, error: BackendError, leg: LegName, handoff_from: Backend | None = None) -> None:
         """A leg failed. A backend that cannot be reached is dead, until its prober says otherwise; of one that fails

@@ -47,7 +47,7 @@ _IDS = b'"token_ids":['
 _HIDDEN = re.compile(rb',"(?:prompt_token_ids":null|token_ids":\[)')
 _PLAIN = b'"finish_reason":null'
 _DIGITS = b"0123456789"
-_BRACKET = ord("]")
+_BRACKET, _BACKSLASH = ord("]"), ord("\\")
 _BATCH = 32  # tokens whose times and ids are put away together
 
 
@@ -160,14 +160,14 @@ class Passage(asyncio.Protocol):
         end = event.find(b'"', text)
         mid, marker, rest = event[end:].partition(_IDS if self._ids is not None else _PLAIN)
         mid += marker
-        plain = _PLAIN in mid and b"]" not in mid and mid.translate(None, _DIGITS) == mid
+        plain = mid.find(_PLAIN) >= 0 and _BRACKET not in mid and mid.translate(None, _DIGITS) == mid
         around = event[:end] + rest
-        if not plain or b"\\" in event[text:end] or HANDOFF_MARK in around:
+        if not plain or _BACKSLASH in event[text:end] or around.find(HANDOFF_MARK) >= 0:
             return
-        if self._ids is not None and b'token_ids"' in around:
+        if self._ids is not None and around.find(b'token_ids"') >= 0:
             return
         shown = _HIDDEN.sub(b"", mid)
-        if self._ids is not None and b'token_ids"' in shown:
+        if self._ids is not None and shown.find(b'token_ids"') >= 0:
             return
         head = event[:text] if self._edit is None else self._edit.head(event, text)
         if not head:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable
-from itertools import chain, repeat
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -86,9 +85,6 @@ def _has_more(delta: dict[str, Any]) -> bool:
     return not delta.keys() <= _OPENING and any(value for name, value in delta.items() if name not in _OPENING)
 
 
-_UNREAD: Iterable[None] = repeat(None)
-
-
 def _inner(ids: bytes) -> bytes:
     """The ids of a JSON list without its brackets; nothing for null and for what is no list."""
     return ids[1:-1] if ids.startswith(b"[") else b""
@@ -119,6 +115,7 @@ class StreamRelay:
         "_connection",
         "_done",
         "_drop_usage",
+        "_early",
         "_edit",
         "_error_body",
         "_failure",
@@ -129,12 +126,14 @@ class StreamRelay:
         "_held_size",
         "_hollow",
         "_idle",
-        "_known",
         "_last",
         "_last_word",
         "_loop",
+        "_opened",
+        "_opening",
         "_passage",
         "_patience",
+        "_pattern",
         "_paused_since",
         "_prompt",
         "_reader",
@@ -173,10 +172,13 @@ class StreamRelay:
         self._loop = loop or asyncio.get_running_loop()
         self._future: asyncio.Future[None] = self._loop.create_future()
         self._reader = events.EventReader()
-        self._held: list[tuple[bytes, bytes]] = []  # events with their payloads
-        self._known: list[_Event | None] = []  # what was read of them
+        self._held: list[bytes] = []  # what goes to the client with the first token
         self._held_size = 0
-        self._prompt = b""  # its ids, where they were taken out of an event
+        self._prompt = b""  # its ids
+        self._opening: bytes | None = None  # the first event with a choice, as the client sees it
+        self._opened = False  # the transcript knows of that
+        self._early: list[bytes] = []  # ids that came before the first token
+        self._pattern = b""  # an ordinary token event, for the passage to learn from
         self._heard = 0.0
         self._last = b""
         self._last_word = b""  # [DONE]
@@ -289,13 +291,10 @@ class StreamRelay:
         except BackendGarbled as error:
             self.fail(error)
             return
-        if self._passage is None:
-            if block:
-                self._hold(block, last)
-        elif block:
+        if block:
             self._pass_on(block, last)
-        if not self._done:
-            self._open_passage()
+        if not self._done and self._passage is not None:
+            self._open_passage(self._passage)
 
     def end(self) -> None:
         self._connection = None
@@ -329,31 +328,61 @@ class StreamRelay:
             self._client.write(self._last)
         self._finish(error or BackendCut(f"{self._url} said [DONE] without a finish_reason"))
 
-    # Before the first token
+    # From reads to events to writes
 
-    def _hold(self, block: bytes, last: bool) -> None:
-        found = events.read(block)
-        for position, (event, payload) in enumerate(found, 1):
-            if payload == b"[DONE]":
-                self._done = True
+    def _pass_on(self, block: bytes, last: bool) -> None:
+        """Whole events go to the client, the last ones together with the end of its answer. Until there is a token
+        among them they are held."""
+        now = self._heard = monotonic()
+        passage = self._passage
+        shown, count = self._take(block, last)
+        if passage is None:
+            if not count:
+                if self._failure is not None:
+                    self.fail(self._failure)
+                else:
+                    self._hold(shown)
                 return
-            self._held_size += len(event)
-            if not self._prompt and self._edit.hide_ids:
-                event, self._prompt = take_prompt_ids(event)
-                if self._prompt:
-                    payload = events.payload(event)
-            parsed = None
-            if payload and (parsed := self._read(payload)) is None:
-                assert self._failure is not None
-                self.fail(self._failure)
-                return
-            self._held.append((event, payload))
-            self._known.append(parsed)
-            if parsed is not None and carries_token(parsed):
-                self._go_live(found[position:], last)
-                return
-        if self._held_size > _HELD_LIMIT:
+            if self._held:
+                shown, self._held = b"".join(self._held) + shown, []
+            passage = self._go_live(now, last)
+        if self._pattern:
+            passage.pattern, self._pattern = self._pattern, b""
+        if count:
+            passage.count(count, now)
+        self._write(shown, last, count)
+
+    def _hold(self, shown: bytes) -> None:
+        self._held.append(shown)
+        self._held_size += len(shown)
+        if self._held_size + len(self._prompt) > _HELD_LIMIT:
             self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
+
+    def _go_live(self, now: float, last: bool) -> Passage:
+        """The first token is here: from now on the client sees what the engine sends."""
+        self.first_token = now
+        connection = self._connection
+        assert connection is not None
+        hidden = self._transcript if self._edit.hide_ids else None
+        edit = self._edit if self._edit.identity is not None else None
+        passage = self._passage = Passage(connection, self._gaps, hidden, edit)
+        if self._patience is not None:
+            self._patience.forget(self)
+        self._begin(self)
+        if not last and self._connection is not None and self._idle is not None:
+            self._timer = self._loop.call_later(self._idle, self._check_idle)
+        return passage
+
+    def _write(self, block: bytes, last: bool, tokens: int) -> None:
+        # `[DONE]` alone waits for the end of the engine's answer, which is on its way, so that both go out at once.
+        if self._last:
+            block, self._last = self._last + block, b""
+        if self._done and (last or not tokens):
+            self._last = block
+        elif block:
+            self._client.write(block)
+        if self._failure is not None:
+            self.fail(self._failure)
 
     def _read(self, payload: bytes) -> _Event | None:
         """An event, or None where it ends the stream: `_failure` says why."""
@@ -370,34 +399,10 @@ class StreamRelay:
             return None
         return event
 
-    def _go_live(self, more: list[tuple[bytes, bytes]], last: bool) -> None:
-        """The first token is here: from now on the client sees what the engine sends.
-
-        Arguments:
-            more: events that came after the first token in the same read, with their payloads.
-        """
-        now = self.first_token = self._heard = monotonic()
-        assert self._connection is not None
-        hidden = self._transcript if self._edit.hide_ids else None
-        edit = self._edit if self._edit.identity is not None else None
-        passage = self._passage = Passage(self._connection, self._gaps, hidden, edit)
-        if self._patience is not None:
-            self._patience.forget(self)
-        found, self._held = self._held + more, []
-        known, self._known = self._known, []
-        self._begin(self)
-        shown, count = self._inspect(found, known)
-        passage.count(count, now)
-        self._write(shown, last, count)
-        if not last and self._connection is not None and self._idle is not None:
-            self._timer = self._loop.call_later(self._idle, self._check_idle)
-
-    # The long way of a live stream
-
-    def _open_passage(self) -> None:
+    def _open_passage(self, passage: Passage) -> None:
         """Reads may go straight on from here if nothing is half read."""
-        passage, connection = self._passage, self._connection
-        if passage is None or connection is None or self._client.gone:
+        connection = self._connection
+        if connection is None or self._client.gone:
             return
         if passage.write is None:
             # A client that wants the token ids itself gets them as they come, while the transcript is told of them.
@@ -410,63 +415,41 @@ class StreamRelay:
         whole = not (self._reader.rest or self._hollow)
         passage.clear = whole and connection.between_chunks
 
-    def _pass_on(self, block: bytes, last: bool) -> None:
-        """Whole events go to the client; the last ones together with the end of its answer."""
-        passage = self._passage
-        assert passage is not None
-        now = self._heard = monotonic()
-        shown, count = self._take(block)
-        if count:
-            passage.count(count, now)
-        self._write(shown, last, count)
-
-    def _write(self, block: bytes, last: bool, tokens: int) -> None:
-        # `[DONE]` alone waits for the end of the engine's answer, which is on its way, so that both go out at once.
-        block, self._last = self._last + block, b""
-        if self._done and (last or not tokens):
-            self._last = block
-        elif block:
-            self._client.write(block)
-        if self._failure is not None:
-            self.fail(self._failure)
-
-    def _take(self, block: bytes) -> tuple[bytes, int]:
+    def _take(self, block: bytes, last: bool) -> tuple[bytes, int]:
         """What of a block the client is given, and the number of its token events."""
-        if self._edit.idle and not self._transcript.continuable:
+        if self._passage is not None and self._edit.idle and not self._transcript.continuable:
             count = block.count(b"\n\n")
             ordinary = count and count == block.count(b'"choices":[{') == block.count(b'"finish_reason":null')
             if ordinary and b"\r" not in block and block.find(HANDOFF_MARK) < 0 and not _ODD.search(block):
                 if count == 1:
-                    assert self._passage is not None
-                    self._passage.pattern = block
+                    self._pattern = block
                 return block, count
-        return self._inspect(events.read(block))
+        return self._inspect(events.read(block), last)
 
-    def _inspect(self, found: list[tuple[bytes, bytes]], known: Iterable[_Event | None] = ()) -> tuple[bytes, int]:
-        """Look at events one by one.
+    def _inspect(self, found: list[tuple[bytes, bytes]], last: bool) -> tuple[bytes, int]:
+        """Look at events with their payloads, one by one.
 
-        Arguments:
-            found: events with their payloads.
-            known: what was read of the first of them.
-        Returns them as the client sees them, and the number of token events among them. The reading ends with an event
+        Returns them as the client sees them, and the number of token events among them. The look ends with an event
         that ends the stream; `_failure` is told to the flow once the events before it are out, and the flow says it to
         the client in its own words.
         """
-        passage, edit, transcript = self._passage, self._edit, self._transcript
-        assert passage is not None
+        edit, transcript = self._edit, self._transcript
         kept: list[bytes] = []
         count = 0
-        for (event, payload), parsed in zip(found, chain(known, _UNREAD), strict=False):
-            if parsed is None:
-                if not payload:
-                    kept.append(event)  # a comment that keeps the connection alive
-                    continue
-                if payload == b"[DONE]":
-                    self._done = True
-                    self._last_word = event
-                    continue
-                if (parsed := self._read(payload)) is None:
-                    break
+        for event, payload in found:
+            if payload == b"[DONE]":
+                self._done = True
+                self._last_word = event
+                continue
+            if not payload:
+                kept.append(event)  # a comment that keeps the connection alive
+                continue
+            if edit.hide_ids and self._opening is None and not self._prompt:
+                event, self._prompt = take_prompt_ids(event)
+                if self._prompt:
+                    payload = events.payload(event)
+            if (parsed := self._read(payload)) is None:
+                break
             choices = parsed.choices
             if parsed.usage is not _ABSENT and (usage := read_usage(parsed.usage)):
                 self.usage = usage
@@ -483,9 +466,19 @@ class StreamRelay:
             ids = bytes(choice.token_ids)
             silent = not text and not finished and delta is not None and self._is_silent(delta)
             shown = b"" if silent else edit.event(event, payload, ids)
-            if not transcript.first:
-                prompt = self._prompt or _inner(bytes(parsed.prompt_token_ids) or bytes(choice.prompt_token_ids))
-                transcript.open(shown, prompt)
+            if self._opening is None:
+                self._opening = shown
+                if not self._prompt:
+                    self._prompt = _inner(bytes(parsed.prompt_token_ids) or bytes(choice.prompt_token_ids))
+            if not (text or carries_token(parsed)):
+                if ids:
+                    self._early.append(ids)
+                    self._held_size += len(ids)
+                kept.append(shown)
+                continue
+            count += 1
+            if not self._opened:
+                self._open_transcript(self._opening)
             if finished:
                 transcript.finished = True
             if text and not said:
@@ -497,16 +490,21 @@ class StreamRelay:
                     # One without text waits for the next with text: should the stream be resumed before that, its
                     # token is generated again.
                     self._hollow += shown
-                    count += 1
                     continue
             if self._hollow:
                 shown, self._hollow = self._hollow + shown, b""
             kept.append(shown)
-            if text or carries_token(parsed):
-                count += 1
-                if text and not passage.pattern and _ordinary(choices):
-                    passage.pattern = event
+            if text and not last and _ordinary(choices):
+                self._pattern = event
         return b"".join(kept), count
+
+    def _open_transcript(self, opening: bytes) -> None:
+        """The first event with a token is here, so that the client will be given it and what came before it."""
+        self._opened = True
+        if not self._transcript.first:
+            self._transcript.open(opening, self._prompt)
+        for ids in self._early:
+            self._transcript.note(_inner(ids), False)
 
     def _is_silent(self, delta: dict[str, Any]) -> bool:
         """Whether an event without text is not for this client: it would not be there if the gateway had not asked for
