@@ -45,7 +45,8 @@ LABELS = {
     "reason": "of a retry: the error's reason ([errors](errors.md)); of a fallback: `no_prefill_backend`, "
     "`no_decode_backend`, `no_handoff_params`, `handoff_invalid`, `prefill_failed`, `handoff_failed`, or the request "
     "field that keeps it from being split (`n`, `prompt_list`, `echo`, …); of an ejection: `consecutive`, "
-    "`success_rate`, `slow` ([operating](operating.md#the-breaker))",
+    "`success_rate`, `slow` ([operating](operating.md#the-breaker)); of a first token: [whose it is](first-token.md)",
+    "source": "`prefill` or `decode`",
     "stage": "`admission`, `prefill`, `decode` (before the first token) or `stream` (after it)",
     "state": "`up`, `slow_start`, `ejected`, `draining` or `down`",
     "version": "the gateway's version",

@@ -87,7 +87,14 @@ def build(settings: Settings, connections: Connections | None = None) -> Gateway
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        prober = Prober(fleet, settings.health, http, on_leave=forget)
+        prober = Prober(
+            fleet,
+            settings.health,
+            http,
+            on_leave=forget,
+            learns_facts=settings.first_token != "decode" and connector.first_token,
+            tether_headers=legs.authorization,
+        )
         warmup.start()
         prober.start()
         ticker = asyncio.create_task(_watch_loop(prometheus))

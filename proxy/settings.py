@@ -242,6 +242,10 @@ class Settings(BaseSettings):
         "exact",
         description="a stream whose backend dies is continued: only where that is exact, wherever it can be, never",
     )
+    first_token: Literal["auto", "prefill", "decode"] = Field(
+        "auto",
+        description="who gives a client its first token: prefill where it is exact, wherever it is safe, always decode",
+    )
     policy: Policies = Policies()
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from proxy.errors import BackendError, BackendLost
+from proxy.fleet.facts import Facts
 from proxy.fleet.standing import LegName, Standing
 
 Role = Literal["prefill", "decode", "mixed"]
@@ -33,6 +34,9 @@ class Backend:
         reason: why not, for people; empty when up.
         models: its cards of /v1/models by id, or None while that is not known.
         version: as /version says, or empty.
+        facts: what is surely true of the engine that is there now; None while nothing is.
+        engine_id: what its hand-offs have called it since the facts were learnt, or empty.
+        reasons: its answers to chats have shown a reasoning parser at work; not forgotten, since it is no danger.
         draining: it finishes what it has and gets nothing new.
         removed: it is draining, and forgotten once it is `drained`.
         known: it has been up before, or has been there since the gateway's start.
@@ -50,7 +54,9 @@ class Backend:
         "_leases",
         "attention",
         "draining",
+        "engine_id",
         "factor",
+        "facts",
         "inflight_requests",
         "inflight_tokens",
         "known",
@@ -60,6 +66,7 @@ class Backend:
         "on_freed",
         "open_handoffs",
         "reason",
+        "reasons",
         "removed",
         "resting_until",
         "role",
@@ -77,6 +84,9 @@ class Backend:
         self.reason = "not probed yet"
         self.models: dict[str, dict[str, Any]] | None = None
         self.version = ""
+        self.facts: Facts | None = None
+        self.engine_id = ""
+        self.reasons = False
         self.draining = False
         self.removed = False
         self.known = False
@@ -122,12 +132,20 @@ class Backend:
         """Leave the rotation. Legs that wait for a first byte from here are given up."""
         self.up = False
         self.reason = reason
+        self.learn(None)
         self.give_up_waiting(reason)
 
     def give_up_waiting(self, reason: str) -> None:
         """Tell the legs that wait for a first byte from here that none will come, so that they can go elsewhere."""
         for lease in tuple(self._leases):
             lease.lose(BackendLost(f"{self.url} {reason}"))
+
+    def learn(self, facts: Facts | None) -> None:
+        """From now on these are its facts; with None, there is cause to doubt them, and its prober looks again."""
+        if facts is None and self.facts is not None:
+            self.attention.set()
+        self.facts = facts
+        self.engine_id = ""
 
 
 class Lease:

@@ -282,9 +282,11 @@ class Fleet:
             if not handoff_from.up:
                 return
             handoff_from.attention.set()
+            handoff_from.learn(None)
         self.rotation.failed(backend, leg, error)
         if not isinstance(error, BackendBusy):  # who says that is alive
             backend.attention.set()
+            backend.learn(None)  # what failed may be another engine by now
 
     def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None:
         """How long a good leg took.

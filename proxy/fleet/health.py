@@ -23,7 +23,9 @@ from tenacity import (
 )
 
 from proxy.fleet.backend import Backend
+from proxy.fleet.facts import PAGES, read_facts
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.tether import Tether, TetherBroken
 from proxy.settings import Health
 
 log = logging.getLogger("pd_proxy.fleet")
@@ -43,6 +45,8 @@ class Prober:
     Arguments:
         http: a client whose timeout bounds one probe.
         on_leave: told of backends that have left the fleet.
+        learns_facts: keep a `Tether` to every backend that is up, and over it what is sure of the engine.
+        tether_headers: what each request over it carries, as whole lines.
     """
 
     def __init__(
@@ -52,11 +56,16 @@ class Prober:
         http: httpx.AsyncClient,
         *,
         on_leave: Callable[[Backend], object] = lambda backend: None,
+        learns_facts: bool = False,
+        tether_headers: bytes = b"",
     ) -> None:
         self._fleet = fleet
         self._settings = settings
         self._http = http
         self._on_leave = on_leave
+        self._learns_facts = learns_facts
+        self._tether_headers = tether_headers
+        self._tethers: dict[Backend, Tether] = {}
         self._watchers: dict[Backend, asyncio.Task[None]] = {}
 
     def start(self) -> None:
@@ -93,6 +102,8 @@ class Prober:
             except Exception:  # whatever an engine may answer, its watcher must not end
                 log.exception("watching %s backend %s failed; it goes on", backend.role, backend.url)
                 await asyncio.sleep(self._settings.interval)
+            finally:
+                self._untie(backend)
 
     async def _until_up(self, backend: Backend) -> None:
         """Probe until it answers, ever more slowly."""
@@ -106,6 +117,7 @@ class Prober:
             with attempt:
                 await self.probe(backend)
                 await self._learn(backend)
+        await self._tie(backend)
         backend.attention.clear()
         self._fleet.bring_in(backend)
 
@@ -140,10 +152,11 @@ class Prober:
             except ProbeFailed as failure:
                 self._fleet.take_out(backend, str(failure))
                 return
-            if loop.time() - learnt > _RELEARN:
+            if stale := loop.time() - learnt > _RELEARN:
                 learnt = loop.time()
                 with suppress(ProbeFailed):
                     await self._learn(backend)
+            await self._hold(backend, anew=stale)
 
     async def probe(self, backend: Backend) -> None:
         """Ask /health once.
@@ -168,6 +181,48 @@ class Prober:
         if version.status_code == 200:
             with suppress(*_NOT_AS_EXPECTED):
                 backend.version = str(version.json()["version"])
+
+    async def _tie(self, backend: Backend) -> None:
+        """Learn an engine's facts, over a connection that is held for as long as they are to be believed. They are
+        unknown where that does not come about, which is no fault: its hand-offs are then those that fit any engine."""
+        self._untie(backend)
+        if not self._learns_facts:
+            return
+        seconds = self._settings.timeout
+        try:
+            tether = await Tether.tie(backend.url, self._tether_headers, lambda: backend.learn(None), seconds)
+            self._tethers[backend] = tether
+            said = [await tether.ask(page, seconds) for page in PAGES]
+        except TetherBroken as error:
+            log.debug("%s backend %s told nothing of itself: %s", backend.role, backend.url, error)
+            self._untie(backend)
+            return
+        facts = read_facts(*(body if status == 200 else b"" for status, body in said))
+        if facts is None or not tether.holds:
+            self._untie(backend)
+        else:
+            backend.learn(facts)
+
+    async def _hold(self, backend: Backend, *, anew: bool) -> None:
+        """Keep a tether from growing idle, or tie it again.
+
+        Arguments:
+            anew: look again where nothing could be learnt before.
+        """
+        tether, facts = self._tethers.get(backend), backend.facts
+        if tether is not None and tether.holds and facts is not None:
+            with suppress(TetherBroken):
+                status, answer = await tether.ask("/version", self._settings.timeout)
+                if status == 200 and facts.version.encode() not in answer:
+                    backend.learn(None)
+        elif anew or tether is not None:
+            await self._tie(backend)
+
+    def _untie(self, backend: Backend) -> None:
+        if backend.facts is not None:
+            backend.learn(None)
+        if tether := self._tethers.pop(backend, None):
+            tether.close()
 
     async def _get(self, backend: Backend, path: str) -> httpx.Response:
         try:

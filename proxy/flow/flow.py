@@ -30,7 +30,8 @@ from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
 from proxy.flow.cut import settle
-from proxy.flow.legs import Legs, Limbo, Try
+from proxy.flow.first_token import FirstTokens
+from proxy.flow.legs import Legs, Limbo, Try, leg_of
 from proxy.flow.request import Request, new_id
 from proxy.flow.resumption import Resumption
 from proxy.handoff.connector import Connector
@@ -75,6 +76,7 @@ class Flow:
         self._local_prefill = settings.fallback == "local_prefill"
         self._turn = 0
         self._resumption = Resumption(settings)
+        self._first_tokens = FirstTokens(settings, connector)
         self._releases: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -206,6 +208,7 @@ class Flow:
                 random=self._random,
                 turn=self._turn,
                 allow_local_prefill=self._local_prefill,
+                prefill_alone=body.max_tokens is not None and self._first_tokens.is_prefills(body.max_tokens),
             )
         except NoBackend as error:
             if isinstance(request.error, BackendBusy):
@@ -228,13 +231,26 @@ class Flow:
 
     async def _try(self, request: Request, decision: Decision[Backend]) -> None:
         """One try on one pair (or one backend). Decode's place is taken before prefill starts."""
-        plan = SequentialPlan(request.body, self._connector, request.continuation, token_ids=request.token_ids)
-        attempt = Try(request, plan, new_id())
-        with Lease(decision.decode, request.decode_tokens) as lease:
+        prefill, decode = decision.prefill, decision.decode
+        facts = None
+        if prefill is not None and self._first_tokens.on and not self._first_tokens.consider(request, prefill, decode):
+            assert prefill.facts is not None and decode.facts is not None
+            facts = prefill.facts, decode.facts
+        plan = SequentialPlan(
+            request.body,
+            self._connector,
+            request.continuation,
+            token_ids=request.token_ids,
+            first_token=facts is not None,
+        )
+        attempt = Try(request, plan, new_id(), facts=facts, decode=decode)
+        with Lease(decode, request.decode_tokens) as lease:
             try:
-                if decision.prefill is not None:
-                    await self._prefill(attempt, decision.prefill)
-                await self._decode(attempt, decision.decode, lease)
+                if prefill is not None:
+                    await self._prefill(attempt, prefill)
+                    if attempt.first is not None and self._first_tokens.give(attempt):
+                        return
+                await self._decode(attempt, decode, lease)
             finally:
                 self._put_away(attempt)
 
@@ -319,10 +335,12 @@ class Flow:
             record.cached_tokens = counted.cached_tokens
         computed = max(1, request.prefill_tokens - record.cached_tokens)
         self._fleet.timed(backend, "prefill", record.prefill_seconds, computed)
-        if handoff is None:
-            self._do_without(request, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
-        else:
+        if handoff is not None:
             attempt.limbo = Limbo(self._fleet, backend, handoff)
+        if attempt.facts is not None:
+            self._first_tokens.take(attempt, backend, answer)
+        if handoff is None and not (attempt.first is not None and attempt.first.whole):
+            self._do_without(request, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
 
     def _do_without(self, request: Request, backend: Backend, reason: str, error: HandoffInvalid) -> None:
         """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that."""
@@ -335,17 +353,18 @@ class Flow:
     async def _decode(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg. When the engine surely never read it, the same hand-off goes to another decode backend."""
         request = attempt.request
-        request.record.stage = "decode"
+        if not request.client.started:
+            request.record.stage = "decode"
         try:
             if request.body.stream:
                 await self._legs.decode_stream(attempt, backend, lease)
             else:
                 await self._legs.decode_whole(attempt, backend, lease)
         except BackendError as error:
-            self._failed(request, backend, "decode", error)
+            self._failed(request, backend, leg_of(backend), error)
             if attempt.limbo is not None and isinstance(error, BackendFailed | BackendTimedOut):
                 request.avoid.add(attempt.limbo.prefill.url)  # decode lives; perhaps it could not read from there
-            other = self._other_decode(request) if attempt.limbo is not None and error.unread else None
+            other = self._other_decode(attempt) if attempt.limbo is not None and error.unread else None
             if other is None:
                 raise
         else:
@@ -353,13 +372,18 @@ class Flow:
         request.note_retry()
         lease.release()
         request.record.decode = other.url
+        if attempt.facts is not None and other.facts is not None:
+            attempt.facts, attempt.decode = (attempt.facts[0], other.facts), other
         with Lease(other, request.decode_tokens) as lease:
             await self._decode(attempt, other, lease)
 
-    def _other_decode(self, request: Request) -> Backend | None:
-        """A decode backend that has not failed this request."""
+    def _other_decode(self, attempt: Try) -> Backend | None:
+        """A decode backend that has not failed this request, and that the hand-off surely fits."""
+        request, facts = attempt.request, attempt.facts if attempt.first is not None else None
         candidates = self._fleet.candidates("decode", request.body.model, request.decode_tokens)
         fresh = [backend for backend in candidates if backend.url not in request.avoid]
+        if facts is not None:
+            fresh = [backend for backend in fresh if backend.facts is not None and backend.facts.fits(facts[1])]
         if not fresh:
             return None
         policy = self._policies["decode"]

@@ -7,6 +7,7 @@ lease released, before the function returns.
 from __future__ import annotations
 
 import asyncio
+import re
 from functools import partial
 from time import monotonic
 from typing import Literal
@@ -22,11 +23,15 @@ from proxy.errors import (
     HandoffExpired,
 )
 from proxy.fleet.backend import Backend, Lease
+from proxy.fleet.facts import Facts
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.judge import Judge
 from proxy.fleet.standing import LegName
 from proxy.flow.request import Request
 from proxy.handoff.connector import Handoff
+from proxy.handoff.continuation import Continuation
+from proxy.handoff.first_token import FirstToken
+from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, SequentialPlan
 from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff
 from proxy.relay.deadlines import Deadlines
@@ -36,7 +41,7 @@ from proxy.relay.stream import StreamRelay
 from proxy.settings import Settings
 from proxy.telemetry.records import Telemetry
 
-_EVENT_STREAM = (
+EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx in front would hold tokens back otherwise
@@ -44,7 +49,7 @@ _EVENT_STREAM = (
 # For what is not the request itself: claiming a hand-off that nobody wants, or a tokenizer's help.
 _ASIDE_LIMIT = Deadlines(5.0)
 _NO_LIMIT = Deadlines(None)
-_JSON = (b"content-type", b"application/json")
+JSON = (b"content-type", b"application/json")
 
 
 class Limbo:
@@ -86,15 +91,46 @@ class Try(msgspec.Struct):
     Attributes:
         id: the X-Request-Id of both its legs.
         limbo: the hand-off between them; None before prefill's answer, and when decode goes without.
+        facts: of the prefill and the decode engine, where prefill's token may become the client's first.
+        decode: the backend that the latter are of.
+        first: that token, once prefill has given it and it is to be used.
+        rest: the plan for what comes behind it.
     """
 
     request: Request
     plan: SequentialPlan
     id: str
     limbo: Limbo | None = None
+    facts: tuple[Facts, Facts] | None = None
+    decode: Backend | None = None
+    first: FirstToken | None = None
+    rest: SequentialPlan | None = None
 
     def decode_leg(self) -> Leg:
-        return self.plan.decode_leg(None if self.limbo is None else self.limbo.handoff)
+        return (self.rest or self.plan).decode_leg(None if self.limbo is None else self.limbo.handoff)
+
+    @property
+    def continuation(self) -> Continuation | None:
+        """Where its decode leg goes on, when a part of the answer has been given."""
+        return (self.rest or self.plan).continuation
+
+    def decode_is_as_known(self) -> bool:
+        """Whether the decode engine is surely the one that `facts` are of."""
+        return self.facts is not None and self.decode is not None and self.decode.facts is self.facts[1]
+
+    def check(self) -> None:
+        """Called with a connection at hand, just before a leg is written to it.
+
+        Raises:
+            HandoffExpired: behind a first token: the engine may be another than the one whose blocks were counted on.
+        """
+        if not self.decode_is_as_known():
+            raise HandoffExpired("the decode engine may not be the one that it was", unread=True, blame=False)
+
+
+def leg_of(backend: Backend) -> LegName:
+    """What a leg that answers the client is to a backend: a prefill backend answers those who want one token."""
+    return "prefill" if backend.role == "prefill" else "decode"
 
 
 def _begin(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
@@ -106,13 +142,22 @@ def _begin(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
         record.handoff_seconds = now - limbo.since
         limbo.close()
     lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
-    if request.continuation is not None:
-        record.resume_gaps.append(now - (record.last_token or now))
+    if record.first_token is not None:
+        before = record.last_token or now
+        if request.continuation is not None:
+            record.resume_gaps.append(now - before)
+        else:
+            record.handoff_gap = now - before
+        if record.first_token_from == "prefill":
+            record.second_token = record.second_token or now
     if not request.client.started:
         record.status = 200
         record.stage = "stream"
         record.first_token = now
-        request.client.start(200, request.headers(*_EVENT_STREAM))
+        request.client.start(200, request.headers(*EVENT_STREAM))
+
+
+_REASONS = re.compile(rb'"reasoning(?:_content)?":"[^"]')
 
 
 class _Answer(msgspec.Struct):
@@ -137,6 +182,8 @@ class Legs:
     Arguments:
         fleet: is told how legs went.
         lease_seconds: how long the engines keep a hand-off.
+    Attributes:
+        authorization: what every request to an engine carries, as whole lines.
     """
 
     def __init__(self, settings: Settings, fleet: Judge, telemetry: Telemetry, lease_seconds: float) -> None:
@@ -151,7 +198,7 @@ class Legs:
         self._telemetry = telemetry
         self._origins: dict[str, Origin] = {}
         key = settings.backend_api_key
-        self._authorization = b"" if key is None else b"authorization: Bearer %b\r\n" % key.get_secret_value().encode()
+        self.authorization = b"" if key is None else b"authorization: Bearer %b\r\n" % key.get_secret_value().encode()
 
     def close(self) -> None:
         """Close idle connections."""
@@ -180,22 +227,33 @@ class Legs:
     async def decode_whole(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants its answer in one piece."""
         request, record = attempt.request, attempt.request.record
-        answer = await self._collect(backend, lease, "decode", attempt.decode_leg(), attempt, _NO_LIMIT)
+        leg = leg_of(backend)
+        answer = await self._collect(backend, lease, leg, attempt.decode_leg(), attempt, _NO_LIMIT)
         try:
             parsed = _decode_answer(answer)
         except msgspec.MsgspecError as error:
             garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
-            self._note(backend, garbled, "decode", attempt)
+            self._note(backend, garbled, leg, attempt)
             raise garbled from None
         if b'"stop_reason":"recomputed"' in answer:
             preempted = BackendPreempted(f"{backend.url} gave the request up for want of memory")
-            self._note(backend, preempted, "decode", attempt)
+            self._note(backend, preempted, leg, attempt)
             raise preempted
         if not memoryview(parsed.choices) and memoryview(parsed.error):
             failed = engine_error_event(backend.url, answer)
-            self._note(backend, failed, "decode", attempt)
+            self._note(backend, failed, leg, attempt)
             raise failed
-        self._fleet.succeeded(backend, "decode")
+        if attempt.first is not None:
+            try:
+                answer = joined_answer(attempt.first, answer, request.body, Edit(said=1).merge)
+                parsed = _decode_answer(answer)
+            except ValueError as error:
+                garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
+                self._note(backend, garbled, leg, attempt)
+                raise garbled from None
+        self._fleet.succeeded(backend, leg)
+        if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
+            backend.reasons = True
         if usage := read_usage(parsed.usage):
             record.prompt_tokens = usage.prompt_tokens or 0
             record.tokens = usage.completion_tokens or 0
@@ -203,13 +261,13 @@ class Legs:
         if attempt.limbo is not None:
             attempt.limbo.close()
         record.status = 200
-        request.client.respond(200, request.headers(_JSON), strip_handoff(answer))
+        request.client.respond(200, request.headers(JSON), strip_handoff(answer))
 
     async def decode_stream(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants events. Returns when the client has been given all of them."""
         request, record = attempt.request, attempt.request.record
         assert request.transcript is not None
-        continuation = request.continuation
+        leg, continuation = leg_of(backend), attempt.continuation
         edit = Edit(
             hide_ids=request.token_ids and not request.body.wants_token_ids,
             identity=request.transcript.identity if continuation is not None else None,
@@ -232,7 +290,7 @@ class Legs:
             lease.on_lost = relay.fail
             await relay.run(connection, self._first_token_limit)
         except BackendError as error:
-            self._note(backend, error, "decode", attempt)
+            self._note(backend, error, leg, attempt)
             raise
         finally:
             record.last_token = relay.last_token or record.last_token
@@ -241,9 +299,12 @@ class Legs:
                 record.tokens = edit.said + (usage.completion_tokens or relay.events)
                 record.prompt_tokens = max(0, (usage.prompt_tokens or 0) - edit.said)
                 record.cached_tokens = record.cached_tokens or usage.cached_tokens
-        self._fleet.succeeded(backend, "decode")
-        if continuation is None and not relay.throttled and (tpot := record.tpot) is not None:
-            self._fleet.timed(backend, "decode", tpot, record.tokens)
+        self._fleet.succeeded(backend, leg)
+        if request.transcript.flaw == "reasoning":
+            backend.reasons = True
+        undisturbed = leg == "decode" and request.continuation is None and not relay.throttled
+        if undisturbed and (tpot := record.tpot) is not None:
+            self._fleet.timed(backend, "decode", tpot, record.tokens - edit.said)
 
     async def release(self, attempt: Try, backend: Backend, leg: Leg) -> None:
         """Send a leg by which prefill's blocks are freed. Whether it is answered or refused, it has done its work.
@@ -253,7 +314,7 @@ class Legs:
         """
         receiver = self._collected(backend)
         with Lease(backend, attempt.request.prefill_tokens):
-            receiver.connection = await self._send(backend, leg, attempt, receiver)
+            receiver.connection = await self._send(backend, leg, attempt, receiver, reads=False)
             answer = await receiver.wait(_ASIDE_LIMIT)
         if receiver.status != 200 and receiver.status != 400:
             raise engine_error(backend.url, receiver.status, receiver.headers, answer)
@@ -267,7 +328,7 @@ class Legs:
         named = {} if model is None else {"model": model}
         body = msgspec.json.encode({**named, "tokens": msgspec.Raw(b"[%b]" % ids)})
         receiver = self._collected(backend)
-        receiver.connection = await self._origin(backend).send("/detokenize", self._authorization, body, receiver)
+        receiver.connection = await self._origin(backend).send("/detokenize", self.authorization, body, receiver)
         answer = await receiver.wait(_ASIDE_LIMIT)
         if receiver.status != 200:
             raise engine_error(backend.url, receiver.status, receiver.headers, answer)
@@ -302,11 +363,23 @@ class Legs:
             self._running_loop = asyncio.get_running_loop()
         return self._running_loop
 
-    async def _send(self, backend: Backend, leg: Leg, attempt: Try, receiver: Receiver) -> Connection:
-        headers = b"x-request-id: %b\r\n%b" % (attempt.id.encode("ascii"), self._authorization)
+    async def _send(
+        self, backend: Backend, leg: Leg, attempt: Try, receiver: Receiver, *, reads: bool = True
+    ) -> Connection:
+        """Send a leg.
+
+        Arguments:
+            reads: its engine is to read what was handed over.
+        """
+        headers = b"x-request-id: %b\r\n%b" % (attempt.id.encode("ascii"), self.authorization)
         limbo = attempt.limbo
         connection = await self._origin(backend).send(
-            leg.path, headers, leg.body, receiver, within=self._time_left(limbo)
+            leg.path,
+            headers,
+            leg.body,
+            receiver,
+            within=self._time_left(limbo),
+            check=attempt.check if reads and attempt.first is not None and limbo is not None else None,
         )
         if limbo is not None:
             limbo.use = "reading"

@@ -125,7 +125,8 @@ class Warmup:
 
     def finished(self, record: RequestRecord) -> None:
         """A real request has ended: the pair it went through is warm."""
-        if self._on and record.prefill and record.status == 200 and not record.fallback:
+        handed_over = record.prefill and not record.fallback and record.first_token_reason != "whole"
+        if self._on and handed_over and record.status == 200:
             self._warm.add((record.prefill, record.decode))
 
     def _cool(self, backend: Backend) -> None:

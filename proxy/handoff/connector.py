@@ -26,6 +26,7 @@ class Connector(Protocol):
         name: as in the settings.
         lease: seconds for which prefill keeps the blocks for a decode that does not come. A hand-off older than
             that gives silently wrong text, so the flow stays far below it.
+        first_token: it is known that decode may go on behind the token that prefill has sampled, with the same blocks.
     """
 
     @property
@@ -34,8 +35,15 @@ class Connector(Protocol):
     @property
     def lease(self) -> float: ...
 
-    def prefill(self, members: Members, endpoint: Endpoint) -> Members:
-        """The prefill leg's body."""
+    @property
+    def first_token(self) -> bool: ...
+
+    def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
+        """The prefill leg's body.
+
+        Arguments:
+            token: the client is to be given the token that it samples; only with `first_token`.
+        """
 
     def handoff(self, params: msgspec.Raw) -> Handoff:
         """Check prefill's parameters.

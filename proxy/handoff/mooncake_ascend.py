@@ -27,8 +27,9 @@ class MooncakeAscend:
 
     name = "mooncake_ascend"
     lease = 480.0  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
+    first_token = False  # it keeps no blocks of a request that ended by itself; the rest has not been tried
 
-    def prefill(self, members: Members, endpoint: Endpoint) -> Members:
+    def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         return {**one_token(members), "min_tokens": msgspec.Raw(b"1"), "kv_transfer_params": ASK}
 
     def handoff(self, params: msgspec.Raw) -> Handoff:

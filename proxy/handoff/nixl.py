@@ -12,6 +12,7 @@ import msgspec
 
 from proxy.handoff.body import Endpoint, Members
 from proxy.handoff.connector import ASK, Handoff, Name, PullParams, one_token, pulled
+from proxy.handoff.first_token import sampled_token
 
 
 class NixlParams(PullParams):
@@ -29,9 +30,10 @@ class Nixl:
 
     name = "nixl"
     lease = 30.0  # kv_lease_duration
+    first_token = True  # it keeps the blocks however prefill's request ended, and reads them by position
 
-    def prefill(self, members: Members, endpoint: Endpoint) -> Members:
-        return {**one_token(members), "kv_transfer_params": ASK}
+    def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
+        return {**(sampled_token if token else one_token)(members), "kv_transfer_params": ASK}
 
     def handoff(self, params: msgspec.Raw) -> Handoff:
         return pulled(params, _required)

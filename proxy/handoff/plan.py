@@ -12,6 +12,7 @@ from proxy.errors import BackendGarbled
 from proxy.handoff.body import Body, Members
 from proxy.handoff.connector import Connector, Handoff
 from proxy.handoff.continuation import Continuation
+from proxy.handoff.first_token import FirstToken
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -46,22 +47,40 @@ class SequentialPlan:
         connector: the protocol both backends speak.
         continuation: where to go on, when a part of the answer has been given.
         token_ids: ask decode for the ids of the tokens, so that the answer can be continued.
+        first_token: have prefill sample the client's first token.
     """
 
-    __slots__ = ("_body", "_connector", "_continuation", "_members", "_path", "_token_ids")
+    __slots__ = ("_body", "_connector", "_continuation", "_first_token", "_members", "_path", "_token_ids")
 
     def __init__(
-        self, body: Body, connector: Connector, continuation: Continuation | None = None, *, token_ids: bool = False
+        self,
+        body: Body,
+        connector: Connector,
+        continuation: Continuation | None = None,
+        *,
+        token_ids: bool = False,
+        first_token: bool = False,
     ) -> None:
         self._body = body
         self._connector = connector
         self._continuation = continuation
         self._token_ids = token_ids
+        self._first_token = first_token
         self._path = PATHS[body.endpoint]
         self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
 
     def prefill_leg(self) -> Leg:
-        return self._leg(self._connector.prefill(self._members, self._body.endpoint))
+        return self._leg(self._connector.prefill(self._members, self._body.endpoint, token=self._first_token))
+
+    def behind(self, first: FirstToken) -> SequentialPlan:
+        """The plan for what comes behind the token that prefill has given."""
+        continuation = Continuation(b"%b,%b" % (first.prompt, first.token), 1)
+        return SequentialPlan(self._body, self._connector, continuation, token_ids=self._token_ids)
+
+    @property
+    def continuation(self) -> Continuation | None:
+        """Where its decode leg goes on."""
+        return self._continuation
 
     def take(self, answer: bytes) -> tuple[Handoff | None, msgspec.Raw]:
         """Read prefill's answer: the hand-off (None when it gave no parameters) and its `usage`.

@@ -86,6 +86,7 @@ def decide(
     turn: int,
     allow_local_prefill: bool,
     prefer: str = "",
+    prefill_alone: bool = False,
 ) -> Decision[C]:
     """Choose the backends for one try.
 
@@ -96,10 +97,14 @@ def decide(
         turn: counts decisions, for round robin.
         prefer: URL of a prefill backend to take if it may be had: it has the prompt in its prefix cache.
         allow_local_prefill: whether a decode backend may prefill for itself.
+        prefill_alone: a prefill backend can give the whole answer, which is one token.
     Raises:
         NoBackend: nothing that is up may serve it.
         InvalidRequest: it cannot be split, and the settings forbid serving it whole on a decode backend.
     """
+    if prefill_alone and any(c.url not in avoid for c in view.prefill):
+        chosen = choose(view.prefill, policies["prefill"], avoid=avoid, random=random, turn=turn)
+        return Decision(chosen, "prefill", None, "", view.prefill)
     used = roles_used(alone=bool(alone), prefill=bool(view.prefill), decode=bool(view.decode), mixed=bool(view.mixed))
     if "prefill" in used:
         decode = choose(view.decode, policies["decode"], avoid=avoid, random=random, turn=turn)

@@ -88,6 +88,25 @@ class Edit(msgspec.Struct, frozen=True):
             members["usage"] = msgspec.Raw(_encode(self.merge(usage)))
         return b"data: %b\n\n" % _encode(members)
 
+    def head(self, event: bytes, length: int) -> bytes:
+        """The first bytes of an event of the engine's as they are for the client, where all behind them stays as it is;
+        nothing where it does not.
+
+        Arguments:
+            event: an ordinary one, whole.
+            length: how many bytes are to be changed: up to where its text begins.
+        """
+        if self.identity is None:
+            return event[:length]
+        try:
+            members = _decode_members(event[6:-2])
+        except msgspec.MsgspecError:
+            return b""
+        if bytes(members.get("usage", _NULL)) != b"null" or b"data: %b\n\n" % _encode(members) != event:
+            return b""
+        shown = b"data: %b\n\n" % _encode({name: self.identity.get(name, value) for name, value in members.items()})
+        return shown[: length - len(event)] if shown.endswith(event[length:]) else b""
+
     def merge(self, usage: dict[str, Any]) -> dict[str, Any]:
         """This leg's usage as that of the whole answer: what it took for prompt was completion."""
         merged = dict(usage)

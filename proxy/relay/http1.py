@@ -12,6 +12,7 @@ import asyncio
 import errno
 import ssl
 from collections import deque
+from collections.abc import Callable
 from time import monotonic
 from typing import Protocol, cast
 from urllib.parse import urlsplit
@@ -73,17 +74,31 @@ class Origin:
         )
 
     async def send(
-        self, path: str, headers: bytes, body: bytes, receiver: Receiver, *, within: float | None = None
+        self,
+        path: str,
+        headers: bytes,
+        body: bytes,
+        receiver: Receiver,
+        *,
+        within: float | None = None,
+        check: Callable[[], object] | None = None,
     ) -> Connection:
         """Send one request and return its connection; the answer goes to `receiver`.
 
         Arguments:
             within: seconds after which the request must no longer be sent, where that is less than the connect timeout.
+            check: called once there is a connection; what it raises is raised, and nothing is sent.
         Raises:
             BackendUnreachable: no connection could be made; nothing was sent.
         """
         patience = self.connect_timeout if within is None else min(within, self.connect_timeout)
         connection = self._take() or await self._connect(patience)
+        if check is not None:
+            try:
+                check()
+            except BaseException:
+                connection.abort()
+                raise
         connection.begin(receiver, self.request_head(path, headers, len(body)), body)
         return connection
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from time import monotonic
 
-from proxy.relay.edit import HANDOFF_MARK
+from proxy.relay.edit import HANDOFF_MARK, Edit
 from proxy.relay.transcript import Transcript
 from proxy.telemetry.records import Distribution
 
@@ -58,6 +58,7 @@ class Passage(asyncio.Protocol):
         connection: takes all that is not an ordinary token event, and everything else that befalls the connection.
         gaps: where the seconds between tokens go, some tokens at a time.
         transcript: where the ids of the tokens go that pass; None when events carry none that must be taken out.
+        edit: how what stands before an event's text becomes the client's; None where it stays as it is.
     Attributes:
         clear: the last read ended where a chunk and an event end. Whoever handles the long way sets it.
         pattern: an ordinary token event as the engine sent it, to be learnt from when the next one comes; or empty.
@@ -68,7 +69,9 @@ class Passage(asyncio.Protocol):
         "_behind",
         "_connection",
         "_counted",
+        "_edit",
         "_gaps",
+        "_head",
         "_ids",
         "_mid_length",
         "_prefix",
@@ -82,14 +85,22 @@ class Passage(asyncio.Protocol):
         "write",
     )
 
-    def __init__(self, connection: asyncio.Protocol, gaps: Distribution, transcript: Transcript | None) -> None:
+    def __init__(
+        self,
+        connection: asyncio.Protocol,
+        gaps: Distribution,
+        transcript: Transcript | None,
+        edit: Edit | None = None,
+    ) -> None:
         self._connection = connection
         self._gaps = gaps
         self._transcript = transcript
+        self._edit = edit
         self._ids = None if transcript is None else transcript.fresh
         self._texts = None if transcript is None else transcript.fresh_text
         self._prefix = _NO_HEAD  # until an event has been learnt
         self._prefix_length = 0
+        self._head = b""
         self._behind = b""
         self._mid_length = 0
         self._shown = b""
@@ -116,6 +127,9 @@ class Passage(asyncio.Protocol):
         ):
             ids = self._ids
             if ids is None:
+                if self._edit is not None:
+                    event = self._head + data[text:]
+                    data = b"%x\r\n%b" % (len(event) - 2, event)
                 self.write(data)  # type: ignore[misc]  # it is set whenever `clear` is
             else:
                 # `behind` is `mid id ] tail`; the client gets `shown tail`.
@@ -123,7 +137,7 @@ class Passage(asyncio.Protocol):
                 ids.append(behind[self._mid_length : stop])
                 if self._texts is not None:
                     self._texts.append(data[text:end])
-                event = data[start:end] + self._shown + behind[stop + 1 :]
+                event = self._head + data[text:end] + self._shown + behind[stop + 1 :]
                 self.write(b"%x\r\n%b" % (len(event) - 2, event))  # type: ignore[misc]
             times = self._times
             times.append(monotonic())
@@ -155,6 +169,10 @@ class Passage(asyncio.Protocol):
         shown = _HIDDEN.sub(b"", mid)
         if self._ids is not None and shown.find(b'token_ids"') >= 0:
             return
+        head = event[:text] if self._edit is None else self._edit.head(event, text)
+        if not head:
+            return
+        self._head = head
         self._prefix = event[:text]
         self._prefix_length = text
         self._behind = (mid + rest + b"\r\n").translate(None, _DIGITS)

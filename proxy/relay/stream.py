@@ -364,7 +364,8 @@ class StreamRelay:
         connection = self._connection
         assert connection is not None
         hidden = self._transcript if self._edit.hide_ids else None
-        passage = self._passage = Passage(connection, self._gaps, hidden)
+        edit = self._edit if self._edit.identity is not None else None
+        passage = self._passage = Passage(connection, self._gaps, hidden, edit)
         if self._patience is not None:
             self._patience.forget(self)
         self._begin(self)
@@ -404,9 +405,8 @@ class StreamRelay:
         if connection is None or self._client.gone:
             return
         if passage.write is None:
-            # A leg that goes on with another's answer is edited in every event; and a client that wants the token ids
-            # itself gets them as they come, while the transcript has to be told of them.
-            if self._edit.identity is not None or (self._transcript.continuable and not self._edit.hide_ids):
+            # A client that wants the token ids itself gets them as they come, while the transcript is told of them.
+            if self._transcript.continuable and not self._edit.hide_ids:
                 return
             passage.write = self._client.chunks()
             if passage.write is None:

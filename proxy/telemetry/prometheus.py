@@ -224,6 +224,13 @@ class PrometheusSink(Collector):
             HANDOFF_BOUNDS,
             in_fleet,
         )
+        self._handoff_gap = Histogram(
+            "pd_proxy_handoff_gap_seconds",
+            "From the first token, which prefill gave, to the second, which is decode's first.",
+            pool_backend,
+            RESUME_BOUNDS,
+            in_fleet,
+        )
         self._resume_gap = Histogram(
             "pd_proxy_resume_gap_seconds",
             "From the last token before a stream broke to the first one of its continuation.",
@@ -249,6 +256,11 @@ class PrometheusSink(Collector):
             ("outcome",),
         )
         self._fallbacks = Count("pd_proxy_fallbacks", "Requests served without a hand-off, by reason.", ("reason",))
+        self._first_tokens = Count(
+            "pd_proxy_first_tokens",
+            "Requests that were given to a pair, by who gave the client its first token, and why.",
+            ("source", "reason"),
+        )
         self._disconnects = Count(
             "pd_proxy_client_disconnects", "Clients that left before their answer was whole, by stage.", ("stage",)
         )
@@ -278,6 +290,8 @@ class PrometheusSink(Collector):
                 self._resumes.values[(reason,)] += 1
             for gap in record.resume_gaps:
                 self._resume_gap.at().observe(gap)
+        if record.first_token_from and record.status == 200:
+            self._first_tokens.values[record.first_token_from, record.first_token_reason] += 1
         if record.fallback and record.status == 200:
             self._fallbacks.values[(record.fallback,)] += 1
         tokens = self._tokens.values
@@ -291,6 +305,8 @@ class PrometheusSink(Collector):
         """Note how long a request that was placed took, under the backends of its last try."""
         ttft, tpot = record.ttft, record.tpot
         decode = self._of_backend(record.decode_pool, record.decode)
+        if record.handoff_gap is not None:
+            self._handoff_gap.at(record.decode_pool, record.decode).observe(record.handoff_gap)
         if record.handoff_seconds is not None:
             decode.handoff.observe(record.handoff_seconds)
         if ttft is not None:
@@ -318,7 +334,7 @@ class PrometheusSink(Collector):
 
     def forget(self, backend: str) -> None:
         """A backend has left for good: its series end, so that labels stay bounded as backends come and go."""
-        for histogram in (self._ttft, self._itl, self._tpot, self._prefill, self._handoff):
+        for histogram in (self._ttft, self._itl, self._tpot, self._prefill, self._handoff, self._handoff_gap):
             histogram.forget(backend)
         for key in [key for key in self._backends if key[1] == backend]:
             del self._backends[key]
@@ -333,6 +349,7 @@ class PrometheusSink(Collector):
             self._duration,
             self._prefill,
             self._handoff,
+            self._handoff_gap,
             self._resume_gap,
             self.loop_delay,
             self._requests,
@@ -342,6 +359,7 @@ class PrometheusSink(Collector):
             self._not_resumed,
             self._released,
             self._fallbacks,
+            self._first_tokens,
             self._disconnects,
         ):
             yield family.collect()

@@ -89,6 +89,10 @@ class RequestRecord(msgspec.Struct):
         queued_seconds: how long it waited in the queue for that, or before it was refused or left.
         refused: the code of the error with which admission turned it away, or empty.
         retries: (leg, reason) of every try that failed and was followed by another.
+        first_token_from: whose first token the client got, `prefill` or `decode`, of a pair; else empty.
+        first_token_reason: why; the words are those of `docs/first-token.md`.
+        second_token: when the token behind prefill's came, which was decode's first.
+        handoff_gap: seconds between those two, unless the stream broke there.
         resumes: why the stream broke, for every time it was continued on other backends.
         resume_gaps: seconds between the last token before and the first one after, for each of them.
         not_resumed: why a broken stream could not be continued, or empty.
@@ -116,6 +120,10 @@ class RequestRecord(msgspec.Struct):
     handoff_seconds: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+    first_token_from: str = ""
+    first_token_reason: str = ""
+    second_token: float | None = None
+    handoff_gap: float | None = None
     retries: list[tuple[str, str]] = msgspec.field(default_factory=list)
     resumes: list[str] = msgspec.field(default_factory=list)
     resume_gaps: list[float] = msgspec.field(default_factory=list)
@@ -133,10 +141,14 @@ class RequestRecord(msgspec.Struct):
 
     @property
     def tpot(self) -> float | None:
-        """(last token - first token) / (tokens - 1), for streams of two tokens or more."""
-        if self.first_token is None or self.last_token is None or self.tokens < 2:
+        """(last token - first token) / (tokens - 1), for streams of two tokens or more: decode's pace. Where the first
+        was prefill's, it is counted from decode's own first: what lies between is `handoff_gap`."""
+        first, tokens = self.first_token, self.tokens
+        if self.second_token is not None:
+            first, tokens = self.second_token, tokens - 1
+        if first is None or self.last_token is None or tokens < 2:
             return None
-        return (self.last_token - self.first_token) / (self.tokens - 1)
+        return (self.last_token - first) / (tokens - 1)
 
 
 class Sink(Protocol):

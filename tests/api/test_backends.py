@@ -117,7 +117,8 @@ async def test_a_prefill_backend_is_kept_until_its_open_hand_offs_are_claimed() 
 
 
 async def test_a_prefill_backend_is_kept_until_its_open_hand_offs_have_expired() -> None:
-    async with pools(2, 1, timeouts={"handoff": 0.4, "first_token": 0.4}, retries={"attempts": 1}) as (running, _, [d]):
+    settings = {"timeouts": {"handoff": 0.4, "first_token": 0.4}, "retries": {"attempts": 1}, "first_token": "decode"}
+    async with pools(2, 1, **settings) as (running, _, [d]):
         d.faults.add("hang", leg="decode")
         fleet = running.gateway.fleet
         request = asyncio.create_task(running.http.post(CHAT, json=chat(stream=True)))

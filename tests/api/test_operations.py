@@ -114,7 +114,7 @@ async def test_reset_prefix_cache_reaches_every_backend_and_names_those_that_fai
 
 
 async def test_metrics_come_as_text_and_as_openmetrics() -> None:
-    async with pools() as (running, [p], [d]):
+    async with pools(first_token="decode") as (running, [p], [d]):
         await running.http.post(CHAT, json=chat(stream=True))
         text = await running.http.get("/metrics")
         assert text.headers["content-type"].startswith("text/plain")

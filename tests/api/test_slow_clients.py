@@ -191,7 +191,7 @@ async def test_what_hides_behind_a_request_of_two_meanings_reaches_no_engine(sai
 
 async def test_a_thousand_requests_sent_ahead_are_not_a_thousand_requests_to_the_engines() -> None:
     async with pools() as (running, _, [d]):
-        body = json.dumps(completion(max_tokens=1)).encode()
+        body = json.dumps(completion(max_tokens=2)).encode()
         one = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         writer.write(one * 1000)

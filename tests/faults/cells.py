@@ -58,16 +58,22 @@ ENDPOINTS = ("chat", "completions")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a fault at a stage of a request of some shape."""
+    """One run: a fault at a stage of a request of some shape.
+
+    Attributes:
+        ahead: the client has its first token from prefill, so that decode's first is the answer's second.
+    """
 
     fault: str
     stage: str
     endpoint: str
     stream: bool
+    ahead: bool = False
 
     @property
     def id(self) -> str:
         shape = f"{self.endpoint}{'-streamed' if self.stream else ''}"
+        shape += "-ahead" if self.ahead else ""
         return f"{self.fault}-{self.stage}-{shape}".replace(", ", "-").replace(" ", "-")
 
 
@@ -81,11 +87,12 @@ def request(endpoint: str, stream: bool) -> dict[str, Any]:
     return {**asked, "stream": True, "stream_options": {"include_usage": True}} if stream else asked
 
 
-def settings_for(fault: str) -> dict[str, Any]:
+def settings_for(fault: str, *, ahead: bool) -> dict[str, Any]:
     """What the gateway of a fault's cells has been told otherwise than the rest."""
+    whose = {"first_token": "auto" if ahead else "decode"}
     if fault == "expired":  # a decode backend that cannot be reached until the hand-off has grown too old to be sent
-        return {"timeouts": {"connect": 5.0}}
-    return {}
+        return {**whose, "timeouts": {"connect": 5.0}}
+    return whose
 
 
 class WallClock:
@@ -114,7 +121,7 @@ def strike(bed: Bed, cell: Cell, wall: WallClock) -> Awaitable[None] | None:
         if stage == "prefill":
             p.faults.add("recomputed", leg="prefill", after_tokens=0)
         else:
-            d.faults.add("recomputed", after_tokens={"role": 0, "first": 1, "middle": MIDDLE}[stage])
+            d.faults.add("recomputed", after_tokens={"role": 0, "first": 1, "middle": MIDDLE - cell.ahead}[stage])
         return None
     if fault == "no params":
         p.faults.add("drop_handoff_params", leg="prefill")
@@ -136,16 +143,16 @@ async def when(engine: Simulator, true: Callable[[], bool], then: Callable[[], o
     then()
 
 
-def moment(stage: str, p: Simulator, d: Simulator) -> tuple[Simulator, Callable[[], bool]]:
+def moment(cell: Cell, p: Simulator, d: Simulator) -> tuple[Simulator, Callable[[], bool]]:
     """When a stage has been reached: whom to ask, and what."""
-    said = d.engine.stats.generation_tokens
+    stage, said = cell.stage, d.engine.stats.generation_tokens - cell.ahead
     return {
         "prefill": (p, lambda: p.engine.waiting + p.engine.running > 0),
         "between, prefill": (p, lambda: p.engine.stranded_blocks > 0),
         "between, decode": (p, lambda: p.engine.stranded_blocks > 0),
         "headers": (d, lambda: len(d.requests) > 0),
         "role": (d, lambda: d.engine.waiting + d.engine.running > 0),
-        "first": (d, lambda: d.engine.stats.generation_tokens > said),
+        "first": (d, lambda: d.engine.stats.generation_tokens > said + cell.ahead),
         "middle": (d, lambda: d.engine.stats.generation_tokens >= said + MIDDLE),
         "last": (d, lambda: d.engine.stats.generation_tokens >= said + TOKENS),
     }[stage]
@@ -155,8 +162,8 @@ def tokens_at(cell: Cell) -> int:
     """`after_tokens` of a stage. An answer in one piece has said nothing until all of it is there: its headers go out
     after the last token, and half the body with them."""
     if cell.stream:
-        return {"role": 0, "first": 1, "middle": MIDDLE, "last": -1}[cell.stage]
-    return {"role": -1, "first": 1, "middle": MIDDLE, "last": TOKENS}[cell.stage]
+        return {"role": 0, "first": 1, "middle": MIDDLE - cell.ahead, "last": -1}[cell.stage]
+    return {"role": -1, "first": 1, "middle": MIDDLE - cell.ahead, "last": TOKENS - cell.ahead}[cell.stage]
 
 
 def _kill(cell: Cell, p: Simulator, d: Simulator, *, both: bool) -> Awaitable[None] | None:
@@ -172,10 +179,10 @@ def _kill(cell: Cell, p: Simulator, d: Simulator, *, both: bool) -> Awaitable[No
         kill()
         return None
     if stage in ("prefill", "between, prefill", "between, decode"):
-        return when(*moment(stage, p, d), kill)
+        return when(*moment(cell, p, d), kill)
     if stage == "headers":
         d.faults.add("delay_first_byte", delay_s=0.05)
-        return when(*moment(stage, p, d), kill)
+        return when(*moment(cell, p, d), kill)
     d.faults.add("die_mid_stream", ending="kill", after_tokens=tokens_at(cell))
     return when(d, lambda: not d.alive, p.kill) if both else None
 
@@ -193,7 +200,7 @@ def _hang(bed: Bed, cell: Cell, p: Simulator, d: Simulator) -> Awaitable[None] |
         case "prefill":
             p.faults.add("hang")
         case "between, prefill":
-            return when(*moment(stage, p, d), lambda: stop(p))
+            return when(*moment(cell, p, d), lambda: stop(p))
         case "connect, decode":
             bed.swallow(d)
         case "headers":
@@ -216,7 +223,7 @@ def _reset(cell: Cell, p: Simulator, d: Simulator) -> Awaitable[None] | None:
         case "connect, decode":
             d.faults.add("refuse")
         case "between, decode":
-            return when(*moment(cell.stage, p, d), lambda: d.faults.add("refuse"))
+            return when(*moment(cell, p, d), lambda: d.faults.add("refuse"))
         case "headers":
             d.faults.add("reset")
         case _:
@@ -263,7 +270,7 @@ def _crawl(cell: Cell, p: Simulator, d: Simulator) -> Awaitable[None] | None:
         case "role":
             d.faults.add("slow", factor=100)
         case _:
-            return when(*moment(cell.stage, p, d), lambda: d.faults.add("slow", factor=100))
+            return when(*moment(cell, p, d), lambda: d.faults.add("slow", factor=100))
     return None
 
 
@@ -276,4 +283,4 @@ def _jump(cell: Cell, p: Simulator, d: Simulator, wall: WallClock) -> Awaitable[
     if cell.stage == "connect, prefill":
         leap()
         return None
-    return when(*moment(cell.stage, p, d), leap)
+    return when(*moment(cell, p, d), leap)

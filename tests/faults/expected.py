@@ -146,23 +146,29 @@ REASONS = {
 }
 
 
+AHEAD = {("wrong model", "headers", True): "error event stream_interrupted 1P 1D 1R"}
+"""(fault, stage, streamed) -> what is to come of it where the client has its first token from prefill; only where that
+is not what comes of it otherwise."""
+
+
 def _cells(row: str) -> list[str]:
     return [" ".join(cell.split()) for cell in row.split("|")]
 
 
-def expected() -> dict[tuple[str, str, bool], str]:
-    """(fault, stage, streamed) -> what is to come of it."""
+def expected() -> dict[tuple[str, str, bool, bool], str]:
+    """(fault, stage, streamed, ahead) -> what is to come of it."""
     found = {}
     for stream, table in ((True, STREAMED), (False, WHOLE)):
         assert list(table) == list(FAULTS)
         for fault, row in table.items():
             for stage, cell in zip(STAGES, _cells(row), strict=True):
-                found[fault, stage, stream] = cell
+                found[fault, stage, stream, False] = cell
+                found[fault, stage, stream, True] = AHEAD.get((fault, stage, stream), cell)
     return found
 
 
 def expected_of(cell: Cell) -> str:
-    return EXPECTED[cell.fault, cell.stage, cell.stream]
+    return EXPECTED[cell.fault, cell.stage, cell.stream, cell.ahead]
 
 
 EXPECTED = expected()

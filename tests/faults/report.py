@@ -4,6 +4,7 @@ same."""
 # ruff: noqa: E501, RUF001
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tests.faults.cells import ENDPOINTS, FAULTS, MIDDLE, STAGES, TOKENS, Cell
@@ -34,6 +35,16 @@ prompt itself. **claim**: a hand-off nobody was going to use was claimed, so tha
 After each cell nothing is left: no lease, hand-off, task, connection or client in the gateway; nothing running, waiting
 or held on the engines, and every KV block free, within two seconds. **lease** marks the exception: decode may have begun
 to read the blocks, so nobody else may touch them, and prefill's own lease on them ends first (`docs/operating.md`).
+"""
+
+_AHEAD = """
+## With the first token from prefill
+
+The cells above were run with `first_token: decode`. All were run once more with the first token from prefill
+(`docs/first-token.md`): the client then has it before decode's leg is sent, and a failure from there on is made good by
+a resume and not by another try. The answers are compared with the same fault-free run of decode alone. What comes of a
+cell is the same, but for these:
+
 """
 
 _NOTES = f"""\
@@ -88,13 +99,25 @@ def render(outcomes: dict[Cell, str]) -> str:
             parts.append(
                 f"| {name} | " + " | ".join(_cell(outcomes, fault, stage, stream) for stage in STAGES) + " |\n"
             )
+    parts.append(_ahead(outcomes))
     parts.append("\nNot run, since it makes no sense:\n\n")
     parts += [f"- **{letter}**: {reason}\n" for letter, reason in REASONS.items()]
     return "".join([*parts, "\n", _NOTES])
 
 
+def _ahead(outcomes: dict[Cell, str]) -> str:
+    """What comes of the cells where the client has its first token from prefill, as far as that is something else."""
+    rows = []
+    for cell, outcome in outcomes.items():
+        before = outcomes.get(replace(cell, ahead=False))
+        if cell.ahead and _shown(outcome) != (None if before is None else _shown(before)):
+            shape = f"{cell.endpoint}, {'streamed' if cell.stream else 'in one piece'}"
+            rows.append(f"| {FAULTS[cell.fault]} | {STAGES[cell.stage]} | {shape} | {_shown(outcome)} |\n")
+    return "".join([_AHEAD, "| fault | stage | request | outcome |\n| --- | --- | --- | --- |\n", *rows])
+
+
 def _cell(outcomes: dict[Cell, str], fault: str, stage: str, stream: bool) -> str:
-    expected = EXPECTED[fault, stage, stream]
+    expected = EXPECTED[fault, stage, stream, False]
     if expected.startswith("-"):
         return f"– {expected[1:]}"
     shown = {endpoint: _shown(outcomes[Cell(fault, stage, endpoint, stream)]) for endpoint in ENDPOINTS}

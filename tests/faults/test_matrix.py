@@ -21,8 +21,8 @@ from tests.faults.report import FILE, WRITE, render
 pytestmark = pytest.mark.slow
 
 CELLS = [
-    Cell(fault, stage, endpoint, stream)
-    for (fault, stage, stream), outcome in EXPECTED.items()
+    Cell(fault, stage, endpoint, stream, ahead)
+    for (fault, stage, stream, ahead), outcome in EXPECTED.items()
     if not outcome.startswith("-")
     for endpoint in ENDPOINTS
 ]
@@ -45,7 +45,8 @@ def test_cell(cell: Cell, results: dict[Cell, Result]) -> None:
 
 
 def test_every_cell_is_run_or_has_a_reason() -> None:
-    assert set(EXPECTED) == {(f, s, stream) for f in FAULTS for s in STAGES for stream in (True, False)}
+    both = (True, False)
+    assert set(EXPECTED) == {(f, s, stream, a) for f in FAULTS for s in STAGES for stream in both for a in both}
     given = {outcome[1:] for outcome in EXPECTED.values() if outcome.startswith("-")}
     assert given == set(REASONS)
 

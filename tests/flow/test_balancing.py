@@ -36,7 +36,7 @@ async def test_a_backend_with_a_long_answer_gets_less() -> None:
 async def test_round_robin_takes_turns() -> None:
     async with pools(2, 2, policy={"prefill": "round_robin", "decode": "round_robin"}) as (running, prefill, decode):
         for _ in range(10):
-            await running.http.post(CHAT, json=chat(max_tokens=1))
+            await running.http.post(CHAT, json=chat(max_tokens=2))
         assert shares(prefill) == [5, 5] and shares(decode) == [5, 5]
 
 

@@ -51,7 +51,8 @@ async def test_a_failure_before_the_first_token_is_tried_elsewhere(
 ) -> None:
     expected = await what_one_engine_says(chat())
     timeouts = {"prefill": 0.6, "first_token": 0.6, "total": None}
-    async with pools(2, 2, timeouts=timeouts, policy={"prefill": "round_robin", "decode": "round_robin"}) as (
+    policy = {"prefill": "round_robin", "decode": "round_robin"}
+    async with pools(2, 2, timeouts=timeouts, policy=policy, first_token="decode") as (
         running,
         prefill,
         decode,
@@ -202,7 +203,8 @@ async def test_a_stream_that_falls_silent_is_ended_at_the_idle_timeout() -> None
 
 
 async def test_timeouts_are_504_with_their_cause() -> None:
-    async with pools(1, 1, timeouts={"first_token": 0.1}, retries={"attempts": 1}) as (running, _, [d]):
+    once = {"attempts": 1}
+    async with pools(1, 1, timeouts={"first_token": 0.1}, retries=once, first_token="decode") as (running, _, [d]):
         d.faults.add("hang", leg="decode")
         answer = await running.http.post(CHAT, json=chat(stream=True))
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "backend_timeout")

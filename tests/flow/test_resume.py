@@ -66,11 +66,12 @@ async def settled(running: Running, engines: list[Simulator]) -> None:
         await until(lambda engine=engine: not engine.engine.running and not engine.engine.stranded_blocks)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("after", [1, 2, 7, 29])
+@pytest.mark.parametrize("first_token", ["auto", "decode"])
+@pytest.mark.parametrize("after", [1, 2, 7, 28])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("prompt", [PROMPT, EMOJI], ids=["words", "characters"])
-async def test_a_stream_that_dies_is_continued_exactly(path: str, after: int, prompt: str) -> None:
-    async with pools(2, 2) as (running, p, d):
+async def test_a_stream_that_dies_is_continued_exactly(path: str, after: int, prompt: str, first_token: str) -> None:
+    async with pools(2, 2, first_token=first_token) as (running, p, d):
         body = body_of(path, prompt)
         whole = await ask(running, path, body)
         for engine in d:
@@ -241,7 +242,7 @@ async def test_a_stream_waits_a_little_for_a_backend_to_come_back() -> None:
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_a_hand_off_that_nobody_will_use_is_claimed(path: str) -> None:
-    async with pools(1, 1) as (running, [p], [d]):
+    async with pools(1, 1, first_token="decode") as (running, [p], [d]):
         d.faults.add("status", leg="decode", status=400, count=1)
         answer = await running.http.post(path, json=body_of(path))
         assert answer.status_code == 400
@@ -253,7 +254,7 @@ async def test_a_hand_off_that_nobody_will_use_is_claimed(path: str) -> None:
 
 async def test_what_frees_a_hand_off_is_sent_again_where_nobody_read_it() -> None:
     """Decode is busy for a moment longer than the request waits: the blocks do not wait for their lease to end."""
-    async with pools(1, 1, retries={"attempts": 1}) as (running, [p], [d]):
+    async with pools(1, 1, retries={"attempts": 1}, first_token="decode") as (running, [p], [d]):
         d.faults.add("status", leg="decode", status=429, count=3)
         answer = await running.http.post(CHAT, json=body_of(CHAT))
         assert answer.status_code == 429

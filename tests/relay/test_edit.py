@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -267,3 +268,28 @@ def test_merging_leaves_what_it_was_given() -> None:
 @pytest.mark.parametrize("edit", [HIDE, Edit(identity=SAME, said=3)])
 def test_what_is_no_answer_is_left_as_it_is(said: bytes, edit: Edit) -> None:
     assert shown(said, edit) == said
+
+
+# What stands before a text
+
+
+def test_the_head_of_an_ordinary_event_takes_on_the_answers_identity() -> None:
+    event = b'data: {"id":"b","created":22,"model":"m","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+    length = event.index(b'x"}')
+    identity = {"id": msgspec.Raw(b'"first"'), "created": msgspec.Raw(b"1")}
+    shown = Edit(identity=identity, said=1).head(event, length)
+    assert shown == b'data: {"id":"first","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"'
+    assert Edit().head(event, length) == event[:length]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"id":"b","choices":[{"text":"x"}],"usage":{"prompt_tokens":3}}\n\n',  # its counts are to be changed
+        b'data: {"id": "b","choices":[{"text":"x"}]}\n\n',  # not written as it would be written again
+        b'data: {"choices":[{"text":"x"}],"id":"b"}\n\n',  # something behind the text is to be changed
+        b'data: {"id":"b",\n\n',
+    ],
+)
+def test_an_event_of_which_more_is_changed_has_no_head(event: bytes) -> None:
+    assert Edit(identity={"id": msgspec.Raw(b'"first"')}, said=1).head(event, event.find(b"x")) == b""

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.relay import passage as relay_passage
+from proxy.relay.edit import Edit
 from proxy.relay.passage import Passage
 from proxy.relay.transcript import Transcript
 from proxy.telemetry.records import ITL_BOUNDS, Distribution
 
-from .streams import chat, chunk, event, text
+from .streams import chat, chunk, event, identity, text
 
 ADDRESS = {"remote_host": "10.0.0.1", "remote_port": 5600}
 
@@ -41,13 +42,13 @@ class LongWay(asyncio.Protocol):
 class Scene:
     """A passage and both its ends."""
 
-    def __init__(self, pattern: bytes = b"", *, hidden: bool = False) -> None:
+    def __init__(self, pattern: bytes = b"", *, hidden: bool = False, edit: Edit | None = None) -> None:
         self.long_way = LongWay()
         self.gaps = Distribution(ITL_BOUNDS)
         self.transcript = Transcript()
         self.transcript.open(b"", b"1,2,3")
         self.written: list[bytes] = []
-        self.passage = Passage(self.long_way, self.gaps, self.transcript if hidden else None)
+        self.passage = Passage(self.long_way, self.gaps, self.transcript if hidden else None, edit)
         self.passage.write = self.written.append
         self.passage.pattern = pattern
         self.passage.clear = True
@@ -103,6 +104,25 @@ def test_what_is_like_the_learnt_event_but_for_its_text_passes(make: Callable[[s
     for token in ("a", "Hello", " ", "é", "日本", "]", "}]}", "\\n", "5", "x" * 60_000, ",'{", "\\\\"):
         assert scene.passes(chunk(make(token))), token
     assert scene.passage.events == 12
+
+
+@both
+def test_a_leg_that_goes_on_with_an_answer_passes_with_that_ones_identity(
+    make: Callable[[str], bytes], hidden: bool
+) -> None:
+    first = Edit(hide_ids=hidden, identity=identity(id="the-first-one", created=77), said=1)
+    scene = Scene(make("learnt"), hidden=hidden, edit=first)
+    for token in ("a", "Hello", "é", "x" * 5_000):
+        assert scene.passes(chunk(make(token))), token
+        shown = make(token)
+        assert scene.written[-1] == chunk(first.event(shown, shown[6:-2])), token
+        assert b"the-first-one" in scene.written[-1]
+
+
+def test_a_leg_whose_counts_must_be_changed_in_each_event_goes_the_long_way() -> None:
+    running = text("learnt", usage={"prompt_tokens": 3, "completion_tokens": 1})
+    scene = Scene(running, edit=Edit(identity=identity(id="first"), said=1))
+    assert not scene.passes(chunk(running))
 
 
 def test_a_chunk_passes_byte_for_byte() -> None:

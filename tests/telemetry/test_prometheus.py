@@ -30,6 +30,8 @@ NAMES = {
     "pd_proxy_request_duration_seconds": ("histogram", {"endpoint", "outcome"}),
     "pd_proxy_prefill_duration_seconds": ("histogram", {"pool", "backend"}),
     "pd_proxy_handoff_duration_seconds": ("histogram", {"pool", "backend"}),
+    "pd_proxy_handoff_gap_seconds": ("histogram", {"pool", "backend"}),
+    "pd_proxy_first_tokens": ("counter", {"source", "reason"}),
     "pd_proxy_event_loop_delay_seconds": ("histogram", set()),
     "pd_proxy_requests": ("counter", {"endpoint", "model", "outcome"}),
     "pd_proxy_tokens": ("counter", {"model", "kind"}),
@@ -112,6 +114,7 @@ def fill(scene: Scene) -> None:
     scene.fleet.budget_refusals["decode"] += 1
     scene.finish()
     scene.finish(outcome="client_gone", retries=[("prefill", "cut")], fallback="no_handoff_params")
+    scene.finish(first_token_from="prefill", first_token_reason="exact", second_token=0.5, handoff_gap=0.3)
     scene.finish(resumes=["cut"], resume_gaps=[0.4], not_resumed="too_often")
     scene.sink.handoff_released(True)
     scene.sink.gaps("decode", DECODE).observe(0.02)
