@@ -34,6 +34,7 @@ class Transcript:
         with_text: keep the text as well as the ids: where a parser may hold back a part of a token's text, only their
             comparison tells.
     Attributes:
+        continuable: there is something to go on from, exactly or not.
         flaw: why the answer cannot be continued exactly, or empty: `unopened` until its first event is known.
         fresh_text: the text of these events, as it stands in their JSON; None when it is not kept.
         fresh: ids of the latest events, each of which came with text; `fold` moves them into the ledger.
@@ -49,6 +50,7 @@ class Transcript:
         "_prompt",
         "_sent",
         "_text",
+        "continuable",
         "dropped",
         "finished",
         "first",
@@ -63,6 +65,7 @@ class Transcript:
         self._text = bytearray()  # as in the engine's JSON, escapes and all
         self.fresh_text: list[bytes] | None = [] if with_text else None
         self._prompt = b""
+        self.continuable = False
         self._ids = bytearray()  # ",5,17,3"
         self._sent = 0  # bytes of _ids up to the last token whose text was sent
         self.flaw = flaw
@@ -81,6 +84,7 @@ class Transcript:
             self.spoil("too_long")
         else:
             self._prompt = prompt
+            self.continuable = True
 
     def verify(self) -> None:
         """Before an answer is continued: what becomes a part of a request must be numbers. (Not earlier, since to look
@@ -95,6 +99,7 @@ class Transcript:
             self.flaw = flaw
         if flaw in ("no_token_ids", "too_long"):  # nothing to go on from, even inexactly
             self._prompt = b""
+            self.continuable = False
             self._ids.clear()
             self._text.clear()
             self._sent = 0
@@ -138,11 +143,6 @@ class Transcript:
         """What every event of the answer has: `id`, `created`, `object`, `model` and the like, as JSON values."""
         members = _decode_members(payload(self.first))
         return {name: members[name] for name in _IDENTITY if name in members}
-
-    @property
-    def continuable(self) -> bool:
-        """Whether there is anything to go on from, exactly or not."""
-        return bool(self._prompt)
 
     @property
     def text(self) -> str | None:
