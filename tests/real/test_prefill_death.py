@@ -77,7 +77,17 @@ def test_the_client_gets_the_single_engines_answer_when_prefill_dies_between_the
 ) -> None:
     answer, headers = answers[question]
     assert answer == bed.single[question]
-    assert headers.get("x-pd-proxy-fallback"), "served without a hand-off, and the header does not say so"
+    if not question.stream:
+        assert headers.get("x-pd-proxy-fallback"), "served without a hand-off, and the header does not say so"
+
+
+def test_a_stream_that_was_served_without_a_handoff_says_so_or_had_begun_with_prefills_token(
+    answers: dict[Question, tuple[Answer, httpx.Headers]], gateway_of_the_dying: Gateway
+) -> None:
+    silent = [headers for _, headers in answers.values() if "x-pd-proxy-fallback" not in headers]
+    seen = gateway_of_the_dying.metrics()
+    resumed = sum(count for name, count in seen.items() if name.startswith("resumes_total"))
+    assert len(silent) <= resumed
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
