@@ -140,6 +140,7 @@ async def serve(requests: int, flags: list[str]) -> None:
     backends = {"prefill": ["http://127.0.0.1:1"], "decode": ["http://127.0.0.1:2"], "warmup": False}
     gateway = build(build_settings(backends | dict(flag.split("=", 1) for flag in flags), {}))
     for backend in gateway.fleet:
+        backend.models = {"m": {"id": "m"}}  # as its first probe would have found
         gateway.fleet.bring_in(backend)
     Origin._connect = _connect  # type: ignore[method-assign, assignment]
     config = uvicorn_config(gateway.surface)

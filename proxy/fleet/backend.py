@@ -158,29 +158,28 @@ class Lease:
             not wish to know.
     """
 
-    __slots__ = ("_released", "backend", "on_lost", "tokens")
+    __slots__ = ("backend", "on_lost", "tokens")
 
     def __init__(self, backend: Backend, tokens: int) -> None:
         self.backend = backend
         self.tokens = tokens
         self.on_lost: Callable[[BackendError], None] | None = None
-        self._released = False
         backend.inflight_requests += 1
         backend.inflight_tokens += tokens
         backend._leases.add(self)
 
     def release(self) -> None:
-        if self._released:
+        backend = self.backend
+        if self not in backend._leases:
             return
-        self._released = True
+        backend._leases.remove(self)
         self.on_lost = None
-        self.backend.inflight_requests -= 1
-        self.backend.inflight_tokens -= self.tokens
-        self.backend._leases.discard(self)
-        if self.backend.removed:
-            self.backend.attention.set()  # its watcher forgets it when this was the last
-        if self.backend.on_freed is not None:
-            self.backend.on_freed()
+        backend.inflight_requests -= 1
+        backend.inflight_tokens -= self.tokens
+        if backend.removed:
+            backend.attention.set()  # its watcher forgets it when this was the last
+        if backend.on_freed is not None:
+            backend.on_freed()
 
     def lose(self, error: BackendError) -> None:
         if self.on_lost is not None:

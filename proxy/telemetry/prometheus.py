@@ -158,6 +158,16 @@ class Count:
         return family
 
 
+class _Labels(NamedTuple):
+    """Where requests of one endpoint, model and outcome are counted."""
+
+    request: tuple[str, str, str]
+    duration: Distribution
+    prompt: tuple[str, str]
+    cached: tuple[str, str]
+    completion: tuple[str, str]
+
+
 class _BackendTimes(NamedTuple):
     """The distributions of one backend in one pool, found with one look."""
 
@@ -266,6 +276,7 @@ class PrometheusSink(Collector):
         )
         self._loop = self.loop_delay.at()
         self._backends: dict[tuple[str, str], _BackendTimes] = {}
+        self._labels: dict[tuple[str, str, str], _Labels] = {}
 
     # Telemetry
 
@@ -276,9 +287,9 @@ class PrometheusSink(Collector):
         self._released.values[("claimed" if claimed else "left",)] += 1
 
     def finished(self, record: RequestRecord) -> None:
-        model = record.model if self._fleet.names(record.model) else "other"
-        self._requests.values[record.endpoint, model, record.outcome] += 1
-        self._duration.at(record.endpoint, record.outcome).observe(record.ended - record.started)
+        labels = self._labels.get((record.endpoint, record.model, record.outcome)) or self._labels_of(record)
+        self._requests.values[labels.request] += 1
+        labels.duration.observe(record.ended - record.started)
         if record.outcome == "client_gone":
             self._disconnects.values[(record.stage,)] += 1
         if record.not_resumed:
@@ -295,11 +306,23 @@ class PrometheusSink(Collector):
         if record.fallback and record.status == 200:
             self._fallbacks.values[(record.fallback,)] += 1
         tokens = self._tokens.values
-        tokens[model, "prompt"] += record.prompt_tokens
-        tokens[model, "cached"] += record.cached_tokens
-        tokens[model, "completion"] += record.tokens
+        tokens[labels.prompt] += record.prompt_tokens
+        tokens[labels.cached] += record.cached_tokens
+        tokens[labels.completion] += record.tokens
         if record.decode:
             self._times(record)
+
+    def _labels_of(self, record: RequestRecord) -> _Labels:
+        named = self._fleet.names(record.model)
+        model = record.model if named else "other"
+        labels = _Labels(
+            (record.endpoint, model, record.outcome),
+            self._duration.at(record.endpoint, record.outcome),
+            *((model, kind) for kind in ("prompt", "cached", "completion")),
+        )
+        if named:  # what clients make up is not kept
+            self._labels[record.endpoint, model, record.outcome] = labels
+        return labels
 
     def _times(self, record: RequestRecord) -> None:
         """Note how long a request that was placed took, under the backends of its last try."""
@@ -338,6 +361,7 @@ class PrometheusSink(Collector):
             histogram.forget(backend)
         for key in [key for key in self._backends if key[1] == backend]:
             del self._backends[key]
+        self._labels.clear()  # a model may have left with it
 
     # Collector
 
