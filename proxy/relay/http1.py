@@ -168,7 +168,6 @@ class Connection(asyncio.Protocol):
         "_parser",
         "_receiver",
         "_reusable",
-        "_served",
         "_surplus",
         "_transport",
         "between_chunks",
@@ -186,7 +185,6 @@ class Connection(asyncio.Protocol):
         self._head_bytes = 0
         self._chunk_complete = False
         self._complete = False
-        self._served = False
         self._fresh = True
         self._reusable = False
         self._surplus = False
@@ -209,7 +207,6 @@ class Connection(asyncio.Protocol):
         self._in_head = True
         self._head_bytes = 0
         self._complete = False
-        self._served = False
         if self._transport is None or self._transport.is_closing():
             # The engine went away between the connection's birth and this write.
             self._lose(BackendCut(f"{self._origin.url} closed the connection", unread=True, blame=self._fresh))
@@ -290,7 +287,7 @@ class Connection(asyncio.Protocol):
             receiver.end()
             return
         # A kept-alive connection that ends before the first byte of an answer was most likely closed for idleness.
-        self._lose(BackendCut(f"{self._origin.url} closed the connection", blame=self._fresh or self._served))
+        self._lose(BackendCut(f"{self._origin.url} closed the connection", blame=self._fresh or not self._in_head))
 
     # httptools callbacks
 
@@ -305,7 +302,6 @@ class Connection(asyncio.Protocol):
         if self._complete:
             return
         self._in_head = False
-        self._served = True
         if self._receiver is not None:
             self._receiver.head(status, self._headers)
 
