@@ -46,8 +46,7 @@ EVENT_STREAM = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx in front would hold tokens back otherwise
 )
-# For what is not the request itself: claiming a hand-off that nobody wants, or a tokenizer's help.
-_ASIDE_LIMIT = Deadlines(5.0)
+_ASIDE = 5.0  # seconds for what is not the request itself: claiming a hand-off that nobody wants, or a tokenizer's help
 _NO_LIMIT = Deadlines(None)
 JSON = (b"content-type", b"application/json")
 
@@ -191,6 +190,7 @@ class Legs:
         self._timeouts = settings.timeouts
         self._prefill_limit = Deadlines(settings.timeouts.prefill)
         self._first_token_limit = Deadlines(settings.timeouts.first_token)
+        self._aside_limit = Deadlines(_ASIDE)
         self._running_loop: asyncio.AbstractEventLoop | None = None
         # Whatever was set, a hand-off is not sent in the second half of its lease.
         self._handoff_bound = min(settings.timeouts.handoff, lease_seconds / 2)
@@ -315,7 +315,7 @@ class Legs:
         receiver = self._collected(backend)
         with Lease(backend, attempt.request.prefill_tokens):
             receiver.connection = await self._send(backend, leg, attempt, receiver, reads=False)
-            answer = await receiver.wait(_ASIDE_LIMIT)
+            answer = await receiver.wait(self._aside_limit)
         if receiver.status != 200 and receiver.status != 400:
             raise engine_error(backend.url, receiver.status, receiver.headers, answer)
 
@@ -329,7 +329,7 @@ class Legs:
         body = msgspec.json.encode({**named, "tokens": msgspec.Raw(b"[%b]" % ids)})
         receiver = self._collected(backend)
         receiver.connection = await self._origin(backend).send("/detokenize", self.authorization, body, receiver)
-        answer = await receiver.wait(_ASIDE_LIMIT)
+        answer = await receiver.wait(self._aside_limit)
         if receiver.status != 200:
             raise engine_error(backend.url, receiver.status, receiver.headers, answer)
         try:
