@@ -70,14 +70,13 @@ def build(settings: Settings, connections: Connections | None = None) -> Gateway
     if fleet.bounded:
         fleet.watch_room(admission.look)
     prometheus = PrometheusSink(fleet, connections or Connections())
-    connector = CONNECTORS[settings.connector]
-    warmup = Warmup(settings, fleet, connector)
+    warmup = Warmup(settings, fleet, CONNECTORS)
     queue = AdmissionSink(admission)
     telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup)
     metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
-    legs = Legs(settings, fleet, telemetry, connector.lease)
-    flow = Flow(settings, fleet, legs, connector, telemetry, random.random)
+    legs = Legs(settings, fleet, telemetry)
+    flow = Flow(settings, fleet, legs, CONNECTORS, telemetry, random.random)
     key = settings.backend_api_key
     http = httpx.AsyncClient(
         timeout=settings.health.timeout,
@@ -92,7 +91,8 @@ def build(settings: Settings, connections: Connections | None = None) -> Gateway
             settings.health,
             http,
             on_leave=forget,
-            learns_facts=settings.first_token != "decode" and connector.first_token,
+            learns_facts=lambda backend: settings.first_token != "decode" and CONNECTORS[backend.connector].first_token,
+            guides=CONNECTORS,
             tether_headers=legs.authorization,
         )
         warmup.start()

@@ -106,8 +106,13 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     settings = configure({}, arguments.file)
-    pools = ", ".join(f"{len(getattr(settings, role))} {role}" for role in ("prefill", "decode", "mixed"))
-    print(f"{arguments.file}: good. {pools} backend(s), connector {settings.connector}, port {settings.port}")
+    groups = [
+        group for group in settings.all_groups() if not settings.groups or group.prefill or group.decode or group.mixed
+    ]
+    for group in groups:
+        pools = ", ".join(f"{len(getattr(group, role))} {role}" for role in ("prefill", "decode", "mixed"))
+        named = f"group {group.name}: " if settings.groups else ""
+        print(f"{arguments.file}: good. {named}{pools} backend(s), connector {group.connector}, port {settings.port}")
     return 0
 
 

@@ -22,6 +22,7 @@ CONFIG_VARIABLE = "PD_PROXY_CONFIG"
 """The variable that names the file; the only one with the prefix that is no setting."""
 
 Seconds = Annotated[float, Field(gt=0)]
+ConnectorName = Literal["nixl", "mooncake_ascend", "mooncake"]
 PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
 
@@ -60,14 +61,18 @@ def _split(value: object) -> object:
     return value
 
 
-def _parse(value: object) -> object:
-    """Lists of groups may come as one string (environment, flags): JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:  # said without the text, since there are keys in it
-        raise ValueError('as a variable or a flag this is a JSON list: [{"name": "…", "key": "…"}]') from None
+def _parsed(shape: str) -> BeforeValidator:
+    """Lists of groups may come as one string (environment, flags): JSON, of the given shape."""
+
+    def parse(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:  # said without the text, since there are keys in it
+            raise ValueError(f"as a variable or a flag this is a JSON list: {shape}") from None
+
+    return BeforeValidator(parse)
 
 
 BackendUrls = Annotated[tuple[Annotated[str, AfterValidator(backend_url)], ...], NoDecode, BeforeValidator(_split)]
@@ -78,6 +83,51 @@ class Group(BaseModel):
     """A group of settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+DEFAULT_GROUP = "default"
+"""The name of the group that the top level's backends make up."""
+
+Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], BeforeValidator(_split)]
+
+
+class BackendGroup(Group):
+    """Backends that hand over to each other, beside those of the top level: a second fleet of prefill and decode nodes,
+    with another model, or of another make."""
+
+    name: str = Field(pattern=_NAME, description="what logs and /admin call it; letters, digits, ._-")
+    connector: ConnectorName = Field("nixl", description="the hand-off protocol its engines speak")
+    prefill: BackendUrls = Field((), description="URLs of its prefill backends")
+    decode: BackendUrls = Field((), description="URLs of its decode backends")
+    mixed: BackendUrls = Field((), description="URLs of its backends that do both")
+
+
+class Location(Group):
+    """Where a backend's side of the hand-off is reached, for connectors that need to know. What an engine tells by
+    itself need not be here."""
+
+    backend: Annotated[str, AfterValidator(backend_url)] = Field(description="the backend's URL, as in its pool")
+    host: str = Field("", description="as its peers reach it; empty: its URL's host")
+    port: int = Field(
+        0, ge=0, le=65535, description="of its bootstrap server, side channel or handshake; 0: the connector's default"
+    )
+    notify_port: int = Field(0, ge=0, le=65535, description="where it hears of transfers, for connectors that have one")
+    init_ports: Ports = Field((), description="of a receiver that is written to: one for each tensor-parallel rank")
+    alloc_ports: Ports = Field((), description="likewise, for its memory")
+    query_ports: Ports = Field((), description="likewise, for what it has")
+    engine_ids: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        (), description="its connector's engine id, one for each data-parallel rank"
+    )
+    tp: int = Field(1, ge=1, description="tensor-parallel ranks")
+    pp: int = Field(1, ge=1, description="pipeline ranks")
+    dp: int = Field(
+        1, ge=1, description="data-parallel ranks behind its URL; with several, each leg is sent to the least loaded"
+    )
+
+
+Groups = Annotated[tuple[BackendGroup, ...], NoDecode, _parsed('[{"name": "…", "prefill": ["…"], "decode": ["…"]}]')]
+Locations = Annotated[tuple[Location, ...], NoDecode, _parsed('[{"backend": "…", "port": …}]')]
 
 
 class Policies(Group):
@@ -189,9 +239,7 @@ class AdmissionSettings(Group):
 class ClientSettings(Group):
     """A client with a name."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="what metrics and logs call it; letters, digits, ._-"
-    )
+    name: str = Field(pattern=_NAME, description="what metrics and logs call it; letters, digits, ._-")
     key: SecretStr = Field(min_length=1, description="what it sends as a bearer token")
     weight: float = Field(
         1.0, ge=0.01, le=100, description="its share of what is free, beside others of its priority that wait too"
@@ -201,7 +249,7 @@ class ClientSettings(Group):
     tokens: int | None = Field(None, ge=1, description="tokens of these")
 
 
-Clients = Annotated[tuple[ClientSettings, ...], NoDecode, BeforeValidator(_parse)]
+Clients = Annotated[tuple[ClientSettings, ...], NoDecode, _parsed('[{"name": "…", "key": "…"}]')]
 
 
 class Shutdown(Group):
@@ -234,7 +282,13 @@ class Settings(BaseSettings):
     prefill: BackendUrls = Field((), description="a prefill backend's URL; may be repeated")
     decode: BackendUrls = Field((), description="a decode backend's URL; may be repeated")
     mixed: BackendUrls = Field((), description="URL of a backend that does both; may be repeated")
-    connector: Literal["nixl", "mooncake_ascend"] = Field("nixl", description="the hand-off protocol the engines speak")
+    connector: ConnectorName = Field("nixl", description="the hand-off protocol the engines speak")
+    groups: Groups = Field(
+        (), description="further fleets of backends, each with a connector of its own; no hand-off leaves its group"
+    )
+    locations: Locations = Field(
+        (), description="where backends' sides of the hand-off are reached, for connectors that need to know"
+    )
     fallback: Literal["local_prefill", "reject"] = Field(
         "local_prefill", description="when there is no hand-off: decode prefills for itself, or it is an error"
     )
@@ -272,15 +326,31 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _roles_differ(self) -> Settings:
-        pools = {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
         seen: dict[str, str] = {}
-        for role, urls in pools.items():
-            for url in urls:
-                if url in seen:
-                    where = f"twice under {role}" if seen[url] == role else f"under {seen[url]} and under {role}"
-                    raise ValueError(f"{url} is listed {where}; a backend has one role (use mixed for both)")
-                seen[url] = role
+        names = [group.name for group in self.all_groups()]
+        if len(names) != len(set(names)):
+            raise ValueError(f"groups: each has a name of its own, and none is {DEFAULT_GROUP}")
+        for group in self.all_groups():
+            for role in ("prefill", "decode", "mixed"):
+                place = role if group.name == DEFAULT_GROUP else f"{role} of group {group.name}"
+                for url in getattr(group, role):
+                    if url in seen:
+                        where = f"twice under {place}" if seen[url] == place else f"under {seen[url]} and under {place}"
+                        raise ValueError(f"{url} is listed {where}; a backend has one role (use mixed for both)")
+                    seen[url] = place
+        for location in self.locations:
+            if location.backend not in seen:
+                raise ValueError(f"locations: {location.backend} is no backend of this gateway")
+        if len({location.backend for location in self.locations}) != len(self.locations):
+            raise ValueError("locations: a backend is listed twice")
         return self
+
+    def all_groups(self) -> list[BackendGroup]:
+        """Every group of backends, the top level's first."""
+        own = BackendGroup.model_construct(
+            name=DEFAULT_GROUP, connector=self.connector, prefill=self.prefill, decode=self.decode, mixed=self.mixed
+        )
+        return [own, *self.groups]
 
     @model_validator(mode="after")
     def _clients_differ(self) -> Settings:

@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": {"errors"},
     "handoff": {"errors"},
     "placement": {"errors"},
-    "fleet": {"errors", "settings"},
+    "fleet": {"errors", "settings", "handoff.coordinates"},
     "admission": {"errors", "settings"},
     "relay": {"errors", "telemetry.records"},
     "flow": ABOVE_FLOW,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from proxy.errors import BackendError, BackendLost
 from proxy.fleet.facts import Facts
 from proxy.fleet.standing import LegName, Standing
+from proxy.handoff.coordinates import Coordinates
 
 Role = Literal["prefill", "decode", "mixed"]
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
@@ -34,6 +35,10 @@ class Backend:
         reason: why not, for people; empty when up.
         models: its cards of /v1/models by id, or None while that is not known.
         version: as /version says, or empty.
+        group: the name of its group: backends that may hand over to each other.
+        connector: the protocol its group speaks.
+        coordinates: where its side of a hand-off is reached.
+        ranks: tokens in flight on each of its data-parallel ranks; empty where it has but one.
         facts: what is surely true of the engine that is there now; None while nothing is.
         engine_id: what its hand-offs have called it since the facts were learnt, or empty.
         reasons: its answers to chats have shown a reasoning parser at work; not forgotten, since it is no danger.
@@ -53,10 +58,13 @@ class Backend:
     __slots__ = (
         "_leases",
         "attention",
+        "connector",
+        "coordinates",
         "draining",
         "engine_id",
         "factor",
         "facts",
+        "group",
         "inflight_requests",
         "inflight_tokens",
         "known",
@@ -65,6 +73,7 @@ class Backend:
         "most_tokens",
         "on_freed",
         "open_handoffs",
+        "ranks",
         "reason",
         "reasons",
         "removed",
@@ -84,6 +93,10 @@ class Backend:
         self.reason = "not probed yet"
         self.models: dict[str, dict[str, Any]] | None = None
         self.version = ""
+        self.group = ""
+        self.connector = ""
+        self.coordinates = Coordinates()
+        self.ranks: list[int] = []
         self.facts: Facts | None = None
         self.engine_id = ""
         self.reasons = False
@@ -124,6 +137,12 @@ class Backend:
             self.inflight_requests < self.most_requests and self.inflight_tokens + tokens <= self.most_tokens
         )
 
+    def locate(self, coordinates: Coordinates) -> None:
+        """From now on these are its coordinates."""
+        self.coordinates = coordinates
+        if len(self.ranks) != (coordinates.dp if coordinates.dp > 1 else 0):
+            self.ranks = [0] * coordinates.dp if coordinates.dp > 1 else []
+
     def mark_up(self) -> None:
         self.up = True
         self.reason = ""
@@ -156,9 +175,10 @@ class Lease:
     Attributes:
         on_lost: called when the backend is given up while the leg waits for its first byte; None when the leg does
             not wish to know.
+        rank: the least loaded of the backend's data-parallel ranks, which the leg is for; None where it has but one.
     """
 
-    __slots__ = ("backend", "on_lost", "tokens")
+    __slots__ = ("_ranks", "backend", "on_lost", "rank", "tokens")
 
     def __init__(self, backend: Backend, tokens: int) -> None:
         self.backend = backend
@@ -167,6 +187,11 @@ class Lease:
         backend.inflight_requests += 1
         backend.inflight_tokens += tokens
         backend._leases.add(self)
+        self.rank: int | None = None
+        if backend.ranks:
+            self._ranks = backend.ranks  # the list that is counted in, should its engine come back with another
+            self.rank = min(range(len(self._ranks)), key=self._ranks.__getitem__)
+            self._ranks[self.rank] += tokens
 
     def release(self) -> None:
         backend = self.backend
@@ -176,6 +201,8 @@ class Lease:
         self.on_lost = None
         backend.inflight_requests -= 1
         backend.inflight_tokens -= self.tokens
+        if self.rank is not None:
+            self._ranks[self.rank] -= self.tokens
         if backend.removed:
             backend.attention.set()  # its watcher forgets it when this was the last
         if backend.on_freed is not None:

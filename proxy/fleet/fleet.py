@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from math import inf
 from time import monotonic
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from proxy.errors import BackendBusy, BackendError, BackendFailed, BackendTimedOut, BackendUnreachable
 from proxy.fleet.backend import LEGS, ROLES, Backend, Role
@@ -15,7 +16,8 @@ from proxy.fleet.breaker import FEWEST
 from proxy.fleet.budget import Budgets
 from proxy.fleet.rotation import Rotation
 from proxy.fleet.standing import LegName
-from proxy.settings import Settings
+from proxy.handoff.coordinates import Coordinates
+from proxy.settings import DEFAULT_GROUP, Location, Settings
 
 log = logging.getLogger("pd_proxy.fleet")
 
@@ -33,6 +35,7 @@ class Fleet:
         succeeded: is told of a backend's leg that ended well.
         budgets: the pools' retry budgets.
         bounded: whether backends have bounds.
+        uniform: any prefill backend may hand over to any decode backend.
     """
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = monotonic) -> None:
@@ -51,9 +54,13 @@ class Fleet:
         self.on_join: Callable[[Backend], object] | None = None
         self.on_leave: Callable[[Backend], object] | None = None
         self.on_up: Callable[[Backend], object] | None = None
-        for role in ROLES:
-            for url in getattr(settings, role):
-                self.add(url, role).known = False  # all of them are as fresh as the gateway
+        self._connectors = {group.name: group.connector for group in settings.all_groups()}
+        self.uniform = len(self._connectors) == 1
+        self._locations = {location.backend: location for location in settings.locations}
+        for group in settings.all_groups():
+            for role in ROLES:
+                for url in getattr(group, role):
+                    self.add(url, role, group.name).known = False  # all of them are as fresh as the gateway
 
     def __iter__(self) -> Iterator[Backend]:
         for pool in self._pools.values():
@@ -103,6 +110,10 @@ class Fleet:
             and not b.draining
             and (models is None or b.models is None or not models.keys().isdisjoint(b.models))
         ]
+
+    def pairs(self, prefill: Backend, decode: Backend) -> bool:
+        """Whether a prefill backend may hand over to a decode backend."""
+        return prefill.group == decode.group
 
     def has_room(self, role: Role, model: str | None, tokens: int) -> bool | None:
         """Whether a candidate for `model` has room for a leg of so many tokens; None when there is no candidate. As
@@ -208,12 +219,15 @@ class Fleet:
     def find(self, url: str, role: Role) -> Backend | None:
         return next((b for b in self._pools[role] if b.url == url), None)
 
-    def add(self, url: str, role: Role) -> Backend:
-        """Add a backend, or take one back that was about to leave."""
+    def add(self, url: str, role: Role, group: str = DEFAULT_GROUP) -> Backend:
+        """Add a backend to a group, or take one back that was about to leave."""
         if backend := self.find(url, role):
             self.undrain(backend)
             return backend
         backend = Backend(url, role, window=self._window)
+        backend.group = group
+        backend.connector = self._connectors[group]
+        backend.locate(placed(url, self._locations.get(url)))
         backend.known = True  # the others have been at it for longer
         bounds = self._prefill_bounds if role == "prefill" else self._decode_bounds
         backend.most_requests, backend.most_tokens = bounds
@@ -318,3 +332,14 @@ class Fleet:
         self._room_changed()
         if self.on_up is not None:
             self.on_up(backend)
+
+
+def placed(url: str, location: Location | None) -> Coordinates:
+    """A backend's coordinates, as far as the settings tell."""
+    host = urlsplit(url).hostname or ""
+    if location is None:
+        return Coordinates(host=host)
+    return Coordinates(
+        host=location.host or host,
+        **{name: getattr(location, name) for name in Coordinates.__struct_fields__ if name != "host"},
+    )

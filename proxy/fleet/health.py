@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Protocol
 
 import httpx
+import msgspec
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -26,6 +28,7 @@ from proxy.fleet.backend import Backend
 from proxy.fleet.facts import PAGES, read_facts
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.tether import Tether, TetherBroken
+from proxy.handoff.coordinates import Coordinates
 from proxy.settings import Health
 
 log = logging.getLogger("pd_proxy.fleet")
@@ -39,13 +42,25 @@ class ProbeFailed(Exception):
     """A probe that says the backend should get no requests; the text says why, for people."""
 
 
+class Guide(Protocol):
+    """What a connector says of its engines' coordinates."""
+
+    @property
+    def port(self) -> int: ...
+
+    def inquiry(self, coordinates: Coordinates) -> str: ...
+
+    def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates: ...
+
+
 class Prober:
     """Watches every backend of a fleet while it runs.
 
     Arguments:
         http: a client whose timeout bounds one probe.
         on_leave: told of backends that have left the fleet.
-        learns_facts: keep a `Tether` to every backend that is up, and over it what is sure of the engine.
+        learns_facts: whether to keep a `Tether` to a backend that is up, and over it what is sure of the engine.
+        guides: by connector: how to learn the coordinates of an engine that speaks it.
         tether_headers: what each request over it carries, as whole lines.
     """
 
@@ -56,7 +71,8 @@ class Prober:
         http: httpx.AsyncClient,
         *,
         on_leave: Callable[[Backend], object] = lambda backend: None,
-        learns_facts: bool = False,
+        learns_facts: Callable[[Backend], bool] = lambda backend: False,
+        guides: Mapping[str, Guide] | None = None,
         tether_headers: bytes = b"",
     ) -> None:
         self._fleet = fleet
@@ -64,6 +80,7 @@ class Prober:
         self._http = http
         self._on_leave = on_leave
         self._learns_facts = learns_facts
+        self._guides = guides or {}
         self._tether_headers = tether_headers
         self._tethers: dict[Backend, Tether] = {}
         self._watchers: dict[Backend, asyncio.Task[None]] = {}
@@ -133,9 +150,10 @@ class Prober:
         loop = asyncio.get_running_loop()
         learnt = loop.time()
         while True:
+            called = False
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.interval):
-                    await backend.attention.wait()
+                    called = await backend.attention.wait()
             backend.attention.clear()
             self._fleet.forget_idle()
             if not backend.up:
@@ -156,6 +174,9 @@ class Prober:
                 learnt = loop.time()
                 with suppress(ProbeFailed):
                     await self._learn(backend)
+            elif called:  # what failed may be another engine by now, with other coordinates
+                with suppress(ProbeFailed):
+                    await self._locate(backend)
             await self._hold(backend, anew=stale)
 
     async def probe(self, backend: Backend) -> None:
@@ -181,12 +202,34 @@ class Prober:
         if version.status_code == 200:
             with suppress(*_NOT_AS_EXPECTED):
                 backend.version = str(version.json()["version"])
+        await self._locate(backend)
+
+    async def _locate(self, backend: Backend) -> None:
+        """Ask an engine for what its connector's legs must know of it.
+
+        Raises:
+            ProbeFailed: it did not say, so that no hand-off can come about.
+        """
+        guide = self._guides.get(backend.connector)
+        if guide is None or backend.role != "prefill":
+            return
+        if not backend.coordinates.port:
+            backend.locate(msgspec.structs.replace(backend.coordinates, port=guide.port))
+        if not (url := guide.inquiry(backend.coordinates)):
+            return
+        answer = await self._fetch(url, url)
+        try:
+            if answer.status_code != 200:
+                raise ValueError(f"status {answer.status_code}")
+            backend.locate(guide.learn(backend.coordinates, answer.content))
+        except _NOT_AS_EXPECTED as error:
+            raise ProbeFailed(f"{url} did not tell where its KV cache is: {error}") from None
 
     async def _tie(self, backend: Backend) -> None:
         """Learn an engine's facts, over a connection that is held for as long as they are to be believed. They are
         unknown where that does not come about, which is no fault: its hand-offs are then those that fit any engine."""
         self._untie(backend)
-        if not self._learns_facts:
+        if not self._learns_facts(backend):
             return
         seconds = self._settings.timeout
         try:
@@ -225,8 +268,11 @@ class Prober:
             tether.close()
 
     async def _get(self, backend: Backend, path: str) -> httpx.Response:
+        return await self._fetch(backend.url + path, path)
+
+    async def _fetch(self, url: str, path: str) -> httpx.Response:
         try:
-            return await self._http.get(backend.url + path)
+            return await self._http.get(url)
         except httpx.TimeoutException:
             raise ProbeFailed(f"{path} did not answer within {self._settings.timeout:g} s") from None
         except httpx.HTTPError as error:

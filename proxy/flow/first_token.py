@@ -7,6 +7,7 @@ whether it is used. What cannot be used is no failure; decode samples the token 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import monotonic
 
 from proxy.fleet.backend import Backend
@@ -23,31 +24,34 @@ _RESUME_OFF = "resume_off"
 
 
 class FirstTokens:
-    """The rules by which prefill's token is used, and its giving."""
+    """The rules by which prefill's token is used, and its giving.
 
-    def __init__(self, settings: Settings, connector: Connector) -> None:
+    Arguments:
+        connectors: those that the backends' groups speak.
+    """
+
+    def __init__(self, settings: Settings, connectors: Sequence[Connector]) -> None:
         self._forced = settings.first_token == "prefill"
         self._limit = settings.limits.transcript
-        self._no_connector = not connector.first_token
         self.on = settings.first_token != "decode"
-        self._takes_whole = self.on and (connector.first_token or self._forced)
+        self._takes_whole = self.on and all(
+            connector.first_token or (self._forced and connector.plain_prefill) for connector in connectors
+        )
 
     def is_prefills(self, max_tokens: int) -> bool:
         """Whether a prefill backend answers a request whole, whatever else it says: it is for one token, or none."""
         return max_tokens <= 1 and self._takes_whole
 
-    def consider(self, request: Request, prefill: Backend, decode: Backend) -> str:
+    def consider(self, request: Request, prefill: Backend, decode: Backend, connector: Connector) -> str:
         """Why this pair's first token is to be decode's, or an empty string. What it says is noted in the record."""
         if request.continuation is not None:
             return "resumed"  # the client has its first token
-        why = self._why_not(request, prefill, decode)
+        why = self._why_not(request, prefill, decode) if connector.first_token else "connector"
         record = request.record
         record.first_token_from, record.first_token_reason = "decode", why
         return why
 
     def _why_not(self, request: Request, prefill: Backend, decode: Backend) -> str:
-        if self._no_connector:
-            return "connector"
         ours, theirs = prefill.facts, decode.facts
         if ours is None or theirs is None:
             return "unknown_engine"

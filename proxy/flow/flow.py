@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from math import inf
 from time import monotonic
+from typing import Any
 
 from proxy.errors import (
     BackendBusy,
@@ -31,11 +34,11 @@ from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
 from proxy.flow.cut import settle
 from proxy.flow.first_token import FirstTokens
-from proxy.flow.legs import Legs, Limbo, Try, leg_of
-from proxy.flow.request import Request, new_id
+from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try
+from proxy.flow.request import Request
 from proxy.flow.resumption import Resumption
 from proxy.handoff.connector import Connector
-from proxy.handoff.plan import Leg, SequentialPlan
+from proxy.handoff.plan import Leg
 from proxy.placement.decide import Decision, View, choose, decide
 from proxy.relay.answers import read_usage
 from proxy.settings import Settings
@@ -53,7 +56,7 @@ class Flow:
     """Serves requests over a fleet.
 
     Arguments:
-        connector: the protocol the engines speak.
+        connectors: the protocols that engines speak, by name.
         random: a number in [0, 1), for ties and random policies.
     """
 
@@ -62,7 +65,7 @@ class Flow:
         settings: Settings,
         fleet: Fleet,
         legs: Legs,
-        connector: Connector,
+        connectors: Mapping[str, Connector],
         telemetry: Telemetry,
         random: Callable[[], float],
     ) -> None:
@@ -71,13 +74,15 @@ class Flow:
         self._legs = legs
         self._telemetry = telemetry
         self._random = random
-        self._connector = connector
+        self._connectors = connectors
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._local_prefill = settings.fallback == "local_prefill"
         self._turn = 0
         self._resumption = Resumption(settings)
-        self._first_tokens = FirstTokens(settings, connector)
-        self._releases: set[asyncio.Task[None]] = set()
+        in_use = [connectors[group.connector] for group in settings.all_groups()]
+        self._first_tokens = FirstTokens(settings, in_use)
+        self._plain_decode = all(connector.plain_decode for connector in in_use)
+        self._background: set[asyncio.Task[None]] = set()
         self._closing = False
 
     async def run(self, request: Request) -> None:
@@ -196,6 +201,7 @@ class Flow:
             decode=fleet.candidates("decode", body.model, request.decode_tokens),
             mixed=fleet.candidates("mixed", body.model, request.decode_tokens),
             configured=fleet.sizes,
+            pairs=None if fleet.uniform else fleet.pairs,
         )
         self._turn += 1
         try:
@@ -207,7 +213,7 @@ class Flow:
                 prefer=request.prefill,
                 random=self._random,
                 turn=self._turn,
-                allow_local_prefill=self._local_prefill,
+                allow_local_prefill=self._local_prefill and self._plain_decode,
                 prefill_alone=body.max_tokens is not None and self._first_tokens.is_prefills(body.max_tokens),
             )
         except NoBackend as error:
@@ -231,28 +237,69 @@ class Flow:
 
     async def _try(self, request: Request, decision: Decision[Backend]) -> None:
         """One try on one pair (or one backend). Decode's place is taken before prefill starts."""
-        prefill, decode = decision.prefill, decision.decode
+        prefill, decode, record = decision.prefill, decision.decode, request.record
+        connector = self._connectors[decode.connector]
+        if not connector.continues:
+            self._resumption.forgo(request)
         facts = None
-        if prefill is not None and self._first_tokens.on and not self._first_tokens.consider(request, prefill, decode):
-            assert prefill.facts is not None and decode.facts is not None
-            facts = prefill.facts, decode.facts
-        plan = SequentialPlan(
-            request.body,
-            self._connector,
-            request.continuation,
-            token_ids=request.token_ids,
-            first_token=facts is not None,
-        )
-        attempt = Try(request, plan, new_id(), facts=facts, decode=decode)
-        with Lease(decode, request.decode_tokens) as lease:
+        if prefill is not None and self._first_tokens.on:
+            why = self._first_tokens.consider(request, prefill, decode, connector)
+            if not why:
+                assert prefill.facts is not None and decode.facts is not None
+                facts = prefill.facts, decode.facts
+        with Lease(decode, request.decode_tokens) as lease, _lease(prefill, request) as prefill_lease:
+            attempt = new_try(request, connector, prefill_lease, decode, token_ids=request.token_ids, facts=facts)
             try:
-                if prefill is not None:
-                    await self._prefill(attempt, prefill)
+                if prefill_lease is not None and connector.order == "concurrent":
+                    await self._together(attempt, prefill_lease, decode, lease)
+                    return
+                if prefill_lease is not None:
+                    record.stage = "prefill"
+                    await self._prefill(attempt, prefill_lease)
                     if attempt.first is not None and self._first_tokens.give(attempt):
                         return
+                if not request.client.started:
+                    record.stage = "decode"
                 await self._decode(attempt, decode, lease)
             finally:
                 self._put_away(attempt)
+
+    async def _together(self, attempt: Try, prefill_lease: Lease, decode: Backend, lease: Lease) -> None:
+        """Both legs at once. Decode would wait for the KV cache of a prefill that has failed, so its leg is ended then;
+        once it answers, it has the cache, and what becomes of prefill is of no consequence to the client."""
+        request, prefill, plan = attempt.request, prefill_lease.backend, attempt.plan
+        assert plan.handoff is not None
+        limbo = attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan.connector))
+        request.record.stage = "prefill"
+        prefilling = asyncio.create_task(self._prefill(attempt, prefill_lease))
+        decoding = asyncio.create_task(self._decode(attempt, decode, lease))
+        try:
+            await asyncio.wait((prefilling, decoding), return_when=asyncio.FIRST_COMPLETED)
+            if not decoding.done() and not request.live:
+                prefilling.result()
+                if not request.client.started:
+                    request.record.stage = "decode"
+            await decoding
+        finally:
+            await _ended(decoding)
+            if not prefilling.done() and (_went_well(decoding) or not plan.connector.prefill_may_be_cut):
+                attempt.runs_out = self._in_background(self._run_out(prefilling, prefill_lease))
+            else:
+                await _ended(prefilling)
+                if not _went_well(prefilling):
+                    limbo.close()  # it keeps nothing
+
+    async def _run_out(self, prefilling: asyncio.Task[None], lease: Lease) -> None:
+        """A prefill leg goes on without its request: nobody waits for it, but it is work for its engine."""
+        with Lease(lease.backend, lease.tokens):
+            await asyncio.wait((prefilling,))
+        await _ended(prefilling)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
 
     def _put_away(self, attempt: Try) -> None:
         """A try has ended: blocks of a hand-off that it did not use are freed, in the background."""
@@ -263,18 +310,19 @@ class Flow:
         if limbo.use != "reading":
             leg = attempt.plan.release_leg(limbo.handoff, sent=limbo.use == "refused")
         if leg is None:
-            self._telemetry.handoff_released(False)
+            if attempt.plan.connector.lease < inf:
+                self._telemetry.handoff_released(False)
             limbo.close()
             return
-        task = asyncio.create_task(self._release(attempt, limbo, leg, attempt.request.record.decode))
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
+        self._in_background(self._release(attempt, limbo, leg, attempt.request.record.decode))
 
     async def _release(self, attempt: Try, limbo: Limbo, leg: Leg, decode: str) -> None:
         """Send `leg` until an engine has read it, some tries long: to `decode`, which was to have the hand-off, else to
         another. A second reader would do harm."""
         released = False
         avoid = set(attempt.request.avoid)
+        if attempt.runs_out is not None:
+            await asyncio.wait((attempt.runs_out,))
         try:
             for tries in range(1, _RELEASE_TRIES + 1):
                 if tries > 1:
@@ -301,25 +349,27 @@ class Flow:
     async def close(self) -> None:
         """Wait for what runs in the background; what fails now is not tried again."""
         self._closing = True
-        if self._releases:
-            await asyncio.wait(self._releases)
+        while self._background:
+            await asyncio.wait(self._background)
 
-    async def _prefill(self, attempt: Try, backend: Backend) -> None:
+    async def _prefill(self, attempt: Try, lease: Lease) -> None:
         """The prefill leg. Leaves its hand-off in `attempt`, or none when it gave none and decode may do without.
 
+        Arguments:
+            lease: on its backend; released when the backend has answered.
         Raises:
             BackendError: it failed; or there is no usable hand-off, and the settings forbid to do without.
         """
-        request, record = attempt.request, attempt.request.record
-        record.stage = "prefill"
+        request, record, backend = attempt.request, attempt.request.record, lease.backend
         started = monotonic()
         try:
-            with Lease(backend, request.prefill_tokens) as lease:
+            with lease:
                 answer = await self._legs.prefill(attempt, backend, lease)
         except BackendError as error:
             self._failed(request, backend, "prefill", error)
             raise
-        record.prefill_seconds = monotonic() - started
+        answered = monotonic()
+        record.prefill_seconds = answered - started
         request.prefill = backend.url
         try:
             handoff, usage = attempt.plan.take(answer)
@@ -335,8 +385,11 @@ class Flow:
             record.cached_tokens = counted.cached_tokens
         computed = max(1, request.prefill_tokens - record.cached_tokens)
         self._fleet.timed(backend, "prefill", record.prefill_seconds, computed)
+        if attempt.limbo is not None:  # decode's leg is under way
+            attempt.limbo.since = answered
+            return
         if handoff is not None:
-            attempt.limbo = Limbo(self._fleet, backend, handoff)
+            attempt.limbo = Limbo(self._fleet, backend, handoff, self._legs.bound(attempt.plan.connector))
         if attempt.facts is not None:
             self._first_tokens.take(attempt, backend, answer)
         if handoff is None and not (attempt.first is not None and attempt.first.whole):
@@ -353,8 +406,6 @@ class Flow:
     async def _decode(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg. When the engine surely never read it, the same hand-off goes to another decode backend."""
         request = attempt.request
-        if not request.client.started:
-            request.record.stage = "decode"
         try:
             if request.body.stream:
                 await self._legs.decode_stream(attempt, backend, lease)
@@ -364,7 +415,7 @@ class Flow:
             self._failed(request, backend, leg_of(backend), error)
             if attempt.limbo is not None and isinstance(error, BackendFailed | BackendTimedOut):
                 request.avoid.add(attempt.limbo.prefill.url)  # decode lives; perhaps it could not read from there
-            other = self._other_decode(attempt) if attempt.limbo is not None and error.unread else None
+            other = self._other_decode(attempt) if error.unread else None
             if other is None:
                 raise
         else:
@@ -379,9 +430,14 @@ class Flow:
 
     def _other_decode(self, attempt: Try) -> Backend | None:
         """A decode backend that has not failed this request, and that the hand-off surely fits."""
-        request, facts = attempt.request, attempt.facts if attempt.first is not None else None
+        request, facts, fleet = attempt.request, attempt.facts if attempt.first is not None else None, self._fleet
+        if attempt.limbo is None or not attempt.plan.connector.transferable:
+            return None
+        prefill = attempt.limbo.prefill
         candidates = self._fleet.candidates("decode", request.body.model, request.decode_tokens)
         fresh = [backend for backend in candidates if backend.url not in request.avoid]
+        if not fleet.uniform:
+            fresh = [backend for backend in fresh if fleet.pairs(prefill, backend)]
         if facts is not None:
             fresh = [backend for backend in fresh if backend.facts is not None and backend.facts.fits(facts[1])]
         if not fresh:
@@ -394,6 +450,27 @@ class Flow:
         request.avoid.add(backend.url)
         request.failed = (leg, error.reason)
         request.record.error = str(error)
+
+
+_NOBODY = nullcontext(None)
+
+
+def _lease(prefill: Backend | None, request: Request) -> AbstractContextManager[Lease | None]:
+    """The lease for the prefill leg, where there is to be one."""
+    return _NOBODY if prefill is None else Lease(prefill, request.prefill_tokens)
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """End a task and see it ended; what it raised is not asked for."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))
+    if not task.cancelled():
+        task.exception()
+
+
+def _went_well(task: asyncio.Task[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 def _backoff(tries: int) -> float:

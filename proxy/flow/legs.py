@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from functools import partial
+from math import inf
 from time import monotonic
 from typing import Literal
 
@@ -27,12 +28,12 @@ from proxy.fleet.facts import Facts
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.judge import Judge
 from proxy.fleet.standing import LegName
-from proxy.flow.request import Request
-from proxy.handoff.connector import Handoff
+from proxy.flow.request import Request, new_id
+from proxy.handoff.connector import Connector, Handoff
 from proxy.handoff.continuation import Continuation
 from proxy.handoff.first_token import FirstToken
 from proxy.handoff.opening import joined_answer
-from proxy.handoff.plan import Leg, SequentialPlan
+from proxy.handoff.plan import Leg, Plan
 from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff
 from proxy.relay.deadlines import Deadlines
 from proxy.relay.edit import Edit
@@ -52,21 +53,24 @@ JSON = (b"content-type", b"application/json")
 
 
 class Limbo:
-    """A hand-off that prefill has given and decode has not yet begun to use; counted while it is so.
+    """A hand-off that decode has not yet begun to use; counted while it is so.
 
+    Arguments:
+        bound: seconds of age at which it is no longer sent.
     Attributes:
         prefill: whose blocks it names.
-        since: when prefill answered, as `time.monotonic`.
+        since: when prefill answered, as `time.monotonic`; when its leg was made, as long as it has not.
         use: what decode has made of it. While one may be `reading`, nobody else may: prefill frees blocks that were
             read, and what a second reader finds in them is another request's, with nothing to show it. `refused`: it
             was sent, and answered with an error.
         open: nobody has said yet that it is settled.
     """
 
-    __slots__ = ("_fleet", "handoff", "open", "prefill", "since", "use")
+    __slots__ = ("_fleet", "bound", "handoff", "open", "prefill", "since", "use")
 
-    def __init__(self, fleet: Fleet, prefill: Backend, handoff: Handoff) -> None:
+    def __init__(self, fleet: Fleet, prefill: Backend, handoff: Handoff, bound: float) -> None:
         self._fleet = fleet
+        self.bound = bound
         self.open = True
         self.prefill = prefill
         self.handoff = handoff
@@ -94,16 +98,18 @@ class Try(msgspec.Struct):
         decode: the backend that the latter are of.
         first: that token, once prefill has given it and it is to be used.
         rest: the plan for what comes behind it.
+        runs_out: its prefill leg, where that goes on without it.
     """
 
     request: Request
-    plan: SequentialPlan
+    plan: Plan
     id: str
     limbo: Limbo | None = None
     facts: tuple[Facts, Facts] | None = None
     decode: Backend | None = None
     first: FirstToken | None = None
-    rest: SequentialPlan | None = None
+    rest: Plan | None = None
+    runs_out: asyncio.Task[None] | None = None
 
     def decode_leg(self) -> Leg:
         return (self.rest or self.plan).decode_leg(None if self.limbo is None else self.limbo.handoff)
@@ -125,6 +131,36 @@ class Try(msgspec.Struct):
         """
         if not self.decode_is_as_known():
             raise HandoffExpired("the decode engine may not be the one that it was", unread=True, blame=False)
+
+
+def new_try(
+    request: Request,
+    connector: Connector,
+    prefill: Lease | None,
+    decode: Backend,
+    *,
+    token_ids: bool = False,
+    facts: tuple[Facts, Facts] | None = None,
+) -> Try:
+    """A try on a pair, or on one backend.
+
+    Arguments:
+        prefill: the lease for the prefill leg, where there is one.
+        token_ids: ask decode for the ids of the tokens.
+    """
+    name, meeting = new_id(), None
+    if prefill is not None and connector.meets:
+        meeting = connector.meet(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
+        name = meeting.id or name
+    plan = Plan(
+        request.body,
+        connector,
+        request.continuation,
+        meeting=meeting,
+        token_ids=token_ids,
+        first_token=facts is not None,
+    )
+    return Try(request, plan, name, facts=facts, decode=decode)
 
 
 def leg_of(backend: Backend) -> LegName:
@@ -180,20 +216,17 @@ class Legs:
 
     Arguments:
         fleet: is told how legs went.
-        lease_seconds: how long the engines keep a hand-off.
     Attributes:
         authorization: what every request to an engine carries, as whole lines.
     """
 
-    def __init__(self, settings: Settings, fleet: Judge, telemetry: Telemetry, lease_seconds: float) -> None:
+    def __init__(self, settings: Settings, fleet: Judge, telemetry: Telemetry) -> None:
         self._settings = settings
         self._timeouts = settings.timeouts
         self._prefill_limit = Deadlines(settings.timeouts.prefill)
         self._first_token_limit = Deadlines(settings.timeouts.first_token)
         self._aside_limit = Deadlines(_ASIDE)
         self._running_loop: asyncio.AbstractEventLoop | None = None
-        # Whatever was set, a hand-off is not sent in the second half of its lease.
-        self._handoff_bound = min(settings.timeouts.handoff, lease_seconds / 2)
         self._fleet = fleet
         self._telemetry = telemetry
         self._origins: dict[str, Origin] = {}
@@ -286,7 +319,7 @@ class Legs:
             loop=self._loop,
         )
         try:
-            connection = await self._send(backend, attempt.decode_leg(), attempt, relay)
+            connection = await self._send(backend, attempt.decode_leg(), attempt, relay, rank=lease.rank)
             lease.on_lost = relay.fail
             await relay.run(connection, self._first_token_limit)
         except BackendError as error:
@@ -343,7 +376,7 @@ class Legs:
         """Run a leg whose answer is one JSON body."""
         receiver = self._collected(backend)
         try:
-            receiver.connection = await self._send(backend, leg, attempt, receiver)
+            receiver.connection = await self._send(backend, leg, attempt, receiver, rank=lease.rank)
             lease.on_lost = receiver.fail
             answer = await receiver.wait(limit)
             if receiver.status != 200:
@@ -364,14 +397,24 @@ class Legs:
         return self._running_loop
 
     async def _send(
-        self, backend: Backend, leg: Leg, attempt: Try, receiver: Receiver, *, reads: bool = True
+        self,
+        backend: Backend,
+        leg: Leg,
+        attempt: Try,
+        receiver: Receiver,
+        *,
+        reads: bool = True,
+        rank: int | None = None,
     ) -> Connection:
         """Send a leg.
 
         Arguments:
             reads: its engine is to read what was handed over.
+            rank: the engine's data-parallel rank that it is for, where it has several.
         """
-        headers = b"x-request-id: %b\r\n%b" % (attempt.id.encode("ascii"), self.authorization)
+        headers = b"x-request-id: %b\r\n%b%b" % (attempt.id.encode("ascii"), self.authorization, leg.headers)
+        if rank is not None:
+            headers += b"x-data-parallel-rank: %d\r\n" % rank
         limbo = attempt.limbo
         connection = await self._origin(backend).send(
             leg.path,
@@ -385,17 +428,24 @@ class Legs:
             limbo.use = "reading"
         return connection
 
-    def _time_left(self, limbo: Limbo | None) -> float | None:
+    def bound(self, connector: Connector) -> float:
+        """Seconds of age at which a hand-off is no longer sent."""
+        if connector.order == "concurrent" or connector.lease == inf:
+            return inf  # it is known before prefill's answer; it refers to nothing that prefill keeps
+        return min(self._timeouts.handoff, connector.lease / 2)  # whatever was set: not in the lease's second half
+
+    @staticmethod
+    def _time_left(limbo: Limbo | None) -> float | None:
         """Seconds in which a hand-off may still be sent.
 
         Raises:
             HandoffExpired: none are left.
         """
-        if limbo is None:
+        if limbo is None or limbo.bound == inf:
             return None
-        left = self._handoff_bound - (monotonic() - limbo.since)
+        left = limbo.bound - (monotonic() - limbo.since)
         if left <= 0:
-            raise HandoffExpired(f"the hand-off was not sent within {self._handoff_bound:g} s")
+            raise HandoffExpired(f"the hand-off was not sent within {limbo.bound:g} s")
         return left
 
     def _note(self, backend: Backend, error: BackendError, leg: LegName, attempt: Try) -> None:

@@ -33,6 +33,12 @@ class Resumption:
         # An engine's parser for tool calls may hold back a part of a token's text.
         request.transcript = Transcript(flaw, limit=self._limit, with_text=not hopeless and has_tools(request.body))
 
+    def forgo(self, request: Request) -> None:
+        """It goes to engines that cannot go on from token ids."""
+        request.token_ids = False
+        if request.transcript is not None:
+            request.transcript.spoil("connector")
+
     def complete(self, request: Request) -> bool:
         """End an answer of which the client has every token already; whether it was such a one."""
         transcript, body = request.transcript, request.body

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import msgspec
@@ -22,11 +22,10 @@ from proxy.errors import BackendError, GatewayError
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.standing import LegName
-from proxy.flow.legs import Legs, Limbo, Try
+from proxy.flow.legs import Legs, Limbo, new_try
 from proxy.flow.request import Request, new_id
 from proxy.handoff.body import read_body
 from proxy.handoff.connector import Connector
-from proxy.handoff.plan import SequentialPlan
 from proxy.relay.client import Flow, Headers
 from proxy.settings import Settings
 from proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
@@ -92,11 +91,11 @@ class _Mute:
 class Warmup:
     """Warms pairs up while it runs. A sink of request records, by which it hears of pairs that are warm already."""
 
-    def __init__(self, settings: Settings, fleet: Fleet, connector: Connector) -> None:
+    def __init__(self, settings: Settings, fleet: Fleet, connectors: Mapping[str, Connector]) -> None:
         self._on = settings.warmup
         self._fleet = fleet
-        self._connector = connector
-        self._legs = Legs(settings, _Mute(), _Mute(), connector.lease)
+        self._connectors = connectors
+        self._legs = Legs(settings, _Mute(), _Mute())
         self._warm: set[Pair] = set()
         self._waiting: dict[Pair, tuple[Backend, Backend]] = {}
         self._workers: set[asyncio.Task[None]] = set()
@@ -179,13 +178,19 @@ class Warmup:
             members["model"] = model
         body = read_body(msgspec.json.encode(members), "completions")
         request = Request(body, Nobody(), RequestRecord("completions"))
-        attempt = Try(request, SequentialPlan(body, self._connector), new_id())
-        with Lease(decode, request.decode_tokens) as decode_lease:
-            with Lease(prefill, request.prefill_tokens) as lease:
-                handoff, _ = attempt.plan.take(await self._legs.prefill(attempt, prefill, lease))
+        connector = self._connectors[decode.connector]
+        with Lease(decode, request.decode_tokens) as decode_lease, Lease(prefill, request.prefill_tokens) as lease:
+            attempt = new_try(request, connector, lease, decode)
+            if connector.order == "concurrent":
+                async with asyncio.TaskGroup() as legs:
+                    legs.create_task(self._legs.prefill(attempt, prefill, lease))
+                    legs.create_task(self._legs.decode_whole(attempt, decode, decode_lease))
+                return
+            handoff, _ = attempt.plan.take(await self._legs.prefill(attempt, prefill, lease))
+            lease.release()
             if handoff is None:
                 return  # such an engine hands nothing over, and has no hand to shake
-            attempt.limbo = Limbo(self._fleet, prefill, handoff)
+            attempt.limbo = Limbo(self._fleet, prefill, handoff, self._legs.bound(connector))
             try:
                 await self._legs.decode_whole(attempt, decode, decode_lease)
             finally:

@@ -1,60 +1,136 @@
 """What a connector is: the few things in which one hand-off protocol differs from another.
 
 A connector is data and small pure functions; it does no I/O, reads no clock and holds no state. `plan.py` calls it.
+What one of them cannot do safely is a property here, which the flow asks.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Protocol, TypeVar
+from collections.abc import Mapping
+from math import inf
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
-from proxy.errors import HandoffInvalid
+from proxy.errors import BackendGarbled, HandoffInvalid
 from proxy.handoff.body import Endpoint, Members
+from proxy.handoff.coordinates import Coordinates
 
 
 class Handoff(msgspec.Struct, frozen=True):
-    """Where decode finds the KV cache: prefill's `kv_transfer_params`, checked, and word for word as they came."""
+    """What decode is told of the KV cache.
 
-    params: msgspec.Raw
+    Attributes:
+        members: of its body, beside the client's; from prefill's answer they are checked, and word for word as they
+            came.
+        headers: whole lines.
+    """
+
+    members: Members
+    headers: bytes = b""
 
 
-class Connector(Protocol):
-    """One hand-off protocol.
+class Meeting(msgspec.Struct, frozen=True):
+    """What the two legs of one try are told of each other before either is sent.
+
+    Attributes:
+        prefill: members of the prefill leg, beside those that `Connector.prefill` leaves.
+        handoff: what decode is told; None where that follows from prefill's answer.
+        id: the X-Request-Id of both legs, where the protocol gives it a form; else empty.
+    """
+
+    prefill: Members
+    handoff: Handoff | None = None
+    id: str = ""
+
+
+class PrefillAnswer(msgspec.Struct):
+    """What is read of prefill's answer."""
+
+    choices: msgspec.Raw = msgspec.Raw()
+    kv_transfer_params: msgspec.Raw = msgspec.Raw()
+    usage: msgspec.Raw = msgspec.Raw()
+
+
+_decode_answer = msgspec.json.Decoder(PrefillAnswer).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def read_answer(answer: bytes) -> PrefillAnswer:
+    """Prefill's answer.
+
+    Raises:
+        BackendGarbled: it is none.
+    """
+    try:
+        parsed = _decode_answer(answer)
+    except msgspec.MsgspecError as error:
+        raise BackendGarbled(f"prefill's answer is not one: {error}") from None
+    if not memoryview(parsed.choices):
+        raise BackendGarbled("prefill's answer has no choices")
+    return parsed
+
+
+class Connector:
+    """One hand-off protocol: what holds for most of them. Each is a subclass, and has one instance.
 
     Attributes:
         name: as in the settings.
-        lease: seconds for which prefill keeps the blocks for a decode that does not come. A hand-off older than
-            that gives silently wrong text, so the flow stays far below it.
+        order: whether decode's leg follows prefill's answer, or both are sent at once, since prefill waits for decode.
+        meets: the legs are told of each other beforehand (`meet`).
+        lease: seconds for which prefill keeps the blocks for a decode that does not come; `inf` where it keeps none. A
+            hand-off older than that gives silently wrong text, so the flow stays far below it.
         first_token: it is known that decode may go on behind the token that prefill has sampled, with the same blocks.
+        continues: engines that speak it go on from token ids (`continuation.py`), so that streams can be resumed.
+        plain_decode: a decode engine answers a request without hand-off right, from the prompt alone.
+        plain_prefill: a prefill engine does.
+        transferable: a hand-off that no decode engine has read may go to another than the one it was made for.
+        prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
+        port: of `Coordinates`, where none is set.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def lease(self) -> float: ...
-
-    @property
-    def first_token(self) -> bool: ...
+    name: ClassVar[str]
+    order: ClassVar[Literal["sequential", "concurrent"]] = "sequential"
+    meets: ClassVar[bool] = False
+    lease: ClassVar[float] = inf
+    first_token: ClassVar[bool] = False
+    continues: ClassVar[bool] = True
+    plain_decode: ClassVar[bool] = True
+    plain_prefill: ClassVar[bool] = True
+    transferable: ClassVar[bool] = True
+    prefill_may_be_cut: ClassVar[bool] = True
+    port: ClassVar[int] = 0
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
-        """The prefill leg's body.
+        """The prefill leg's body: a new mapping.
 
         Arguments:
             token: the client is to be given the token that it samples; only with `first_token`.
         """
+        return one_token(members)
 
-    def handoff(self, params: msgspec.Raw) -> Handoff:
-        """Check prefill's parameters.
+    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+        """What the legs of one try are told of each other; only with `meets`.
+
+        Arguments:
+            name: unique to the try; its X-Request-Id, if the meeting gives no other.
+            rank: the data-parallel rank of prefill that the leg is sent to, or None where there is but one.
+        """
+        raise NotImplementedError
+
+    def take(self, answer: PrefillAnswer) -> Handoff | None:
+        """What decode is told, from prefill's answer; None when that says nothing. Only of sequential connectors, and
+        where the meeting did not say it.
 
         Raises:
-            HandoffInvalid: they are incomplete or of the wrong type. Sent on, they would kill the decode engine or
-                leave the request waiting for ever.
+            HandoffInvalid: it is incomplete or of the wrong type. Sent on, it would kill the decode engine or leave
+                the request waiting for ever.
         """
+        raise NotImplementedError
 
     def decode(self, members: Members, handoff: Handoff) -> Members:
         """The decode leg's body with a hand-off: a new mapping, which the plan goes on to fill."""
+        return {**members, **handoff.members}
 
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
         """The body of a decode leg that has prefill free the blocks of a hand-off nobody wants; None where there is no
@@ -66,6 +142,38 @@ class Connector(Protocol):
         Arguments:
             sent: a decode engine has had it, and has answered with an error.
         """
+        return None
+
+    def inquiry(self, coordinates: Coordinates) -> str:
+        """The URL at which a prefill engine tells more of its coordinates; empty where there is none. An engine that
+        does not answer there takes no requests."""
+        return ""
+
+    def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates:
+        """The coordinates with what `inquiry` answered.
+
+        Raises:
+            ValueError: that is not what such an engine says.
+        """
+        raise NotImplementedError
+
+
+def params(values: Mapping[str, Any]) -> Members:
+    """`kv_transfer_params` of these values, as a member of a leg."""
+    return {"kv_transfer_params": msgspec.Raw(_encode(values))}
+
+
+def given_params(answer: PrefillAnswer) -> msgspec.Raw | None:
+    """`kv_transfer_params` of prefill's answer; None where there are none."""
+    params = answer.kv_transfer_params
+    return None if bytes(memoryview(params)[:4]) in (b"", b"null", b"{}") else params
+
+
+def refused(members: Members, handoff: Handoff) -> Members:
+    """The body of a decode leg that releases a hand-off on vLLM: its handler refuses it (min_tokens above max_tokens),
+    and by that alone tells prefill to free the blocks (`_with_kv_transfer_rejection_cleanup` in 0.32): nothing is read,
+    nothing computed."""
+    return {**one_token(members), "min_tokens": msgspec.Raw(b"2"), **handoff.members}
 
 
 # What the prefill leg does without. Its one token is thrown away, so nothing that shapes, reports or stops output is
@@ -145,7 +253,7 @@ def pulled(params: msgspec.Raw, required: msgspec.json.Decoder[P]) -> Handoff:
     if not checked.do_remote_prefill:
         raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")
     check_blocks(checked.remote_block_ids)
-    return Handoff(params)
+    return Handoff({"kv_transfer_params": params})
 
 
 def check_blocks(ids: msgspec.Raw) -> None:

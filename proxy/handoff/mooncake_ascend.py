@@ -10,7 +10,17 @@ from __future__ import annotations
 import msgspec
 
 from proxy.handoff.body import Endpoint, Members
-from proxy.handoff.connector import ASK, Handoff, Name, PullParams, one_token, pulled
+from proxy.handoff.connector import (
+    ASK,
+    Connector,
+    Handoff,
+    Name,
+    PrefillAnswer,
+    PullParams,
+    given_params,
+    one_token,
+    pulled,
+)
 
 
 class MooncakeAscendParams(PullParams):
@@ -22,22 +32,20 @@ class MooncakeAscendParams(PullParams):
 _required = msgspec.json.Decoder(MooncakeAscendParams)
 
 
-class MooncakeAscend:
+class MooncakeAscend(Connector):
     """MooncakeConnectorV1 of vllm-ascend (pull)."""
 
     name = "mooncake_ascend"
     lease = 480.0  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
-    first_token = False  # it keeps no blocks of a request that ended by itself; the rest has not been tried
+    # `first_token` stays off: it keeps no blocks of a request that ended by itself; the rest has not been tried.
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         return {**one_token(members), "min_tokens": msgspec.Raw(b"1"), "kv_transfer_params": ASK}
 
-    def handoff(self, params: msgspec.Raw) -> Handoff:
-        return pulled(params, _required)
-
-    def decode(self, members: Members, handoff: Handoff) -> Members:
-        return {**members, "kv_transfer_params": handoff.params}
+    def take(self, answer: PrefillAnswer) -> Handoff | None:
+        params = given_params(answer)
+        return None if params is None else pulled(params, _required)
 
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
         # Decode reads the blocks for one token, and prefill frees what was read. One that was sent may be free already.
-        return None if sent else {**one_token(members), "kv_transfer_params": handoff.params}
+        return None if sent else {**one_token(members), **handoff.members}

@@ -11,7 +11,18 @@ from typing import Annotated
 import msgspec
 
 from proxy.handoff.body import Endpoint, Members
-from proxy.handoff.connector import ASK, Handoff, Name, PullParams, one_token, pulled
+from proxy.handoff.connector import (
+    ASK,
+    Connector,
+    Handoff,
+    Name,
+    PrefillAnswer,
+    PullParams,
+    given_params,
+    one_token,
+    pulled,
+    refused,
+)
 from proxy.handoff.first_token import sampled_token
 
 
@@ -25,23 +36,20 @@ class NixlParams(PullParams):
 _required = msgspec.json.Decoder(NixlParams)
 
 
-class Nixl:
+class Nixl(Connector):
     """NixlConnector (pull)."""
 
     name = "nixl"
     lease = 30.0  # kv_lease_duration
     first_token = True  # it keeps the blocks however prefill's request ended, and reads them by position
+    port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         return {**(sampled_token if token else one_token)(members), "kv_transfer_params": ASK}
 
-    def handoff(self, params: msgspec.Raw) -> Handoff:
-        return pulled(params, _required)
-
-    def decode(self, members: Members, handoff: Handoff) -> Members:
-        return {**members, "kv_transfer_params": handoff.params}
+    def take(self, answer: PrefillAnswer) -> Handoff | None:
+        params = given_params(answer)
+        return None if params is None else pulled(params, _required)
 
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
-        # vLLM's handler refuses it (min_tokens above max_tokens), and by that alone tells prefill to free the blocks
-        # (`_with_kv_transfer_rejection_cleanup` in 0.32): nothing is read, nothing computed.
-        return {**one_token(members), "min_tokens": msgspec.Raw(b"2"), "kv_transfer_params": handoff.params}
+        return refused(members, handoff)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from proxy.handoff.connector import Connector
+from proxy.handoff.mooncake import Mooncake
 from proxy.handoff.mooncake_ascend import MooncakeAscend
 from proxy.handoff.nixl import Nixl
 
-CONNECTORS: dict[str, Connector] = {connector.name: connector for connector in (Nixl(), MooncakeAscend())}
+_ALL: tuple[Connector, ...] = (Nixl(), MooncakeAscend(), Mooncake())
+CONNECTORS = {connector.name: connector for connector in _ALL}

@@ -19,12 +19,14 @@ class View(msgspec.Struct, Generic[C], frozen=True):
 
     Attributes:
         configured: how many backends each pool has, up or not.
+        pairs: whether a prefill backend may hand over to a decode backend; None where any may to any.
     """
 
     prefill: Sequence[C]
     decode: Sequence[C]
     mixed: Sequence[C]
     configured: Mapping[str, int]
+    pairs: Callable[[C, C], bool] | None = None
 
 
 class Decision(msgspec.Struct, Generic[C], frozen=True):
@@ -105,14 +107,20 @@ def decide(
     if prefill_alone and any(c.url not in avoid for c in view.prefill):
         chosen = choose(view.prefill, policies["prefill"], avoid=avoid, random=random, turn=turn)
         return Decision(chosen, "prefill", None, "", view.prefill)
-    used = roles_used(alone=bool(alone), prefill=bool(view.prefill), decode=bool(view.decode), mixed=bool(view.mixed))
+    prefills, decodes = view.prefill, view.decode
+    if view.pairs is not None:
+        decodes = [d for d in decodes if any(view.pairs(p, d) for p in prefills)]
+    used = roles_used(alone=bool(alone), prefill=bool(prefills), decode=bool(decodes), mixed=bool(view.mixed))
     if "prefill" in used:
-        decode = choose(view.decode, policies["decode"], avoid=avoid, random=random, turn=turn)
-        kept = [c for c in view.prefill if c.url == prefer] if prefer and prefer not in avoid else []
-        prefill = kept[0] if kept else choose(view.prefill, policies["prefill"], avoid=avoid, random=random, turn=turn)
-        return Decision(decode, "decode", prefill, "", view.decode)
+        decode = choose(decodes, policies["decode"], avoid=avoid, random=random, turn=turn)
+        if view.pairs is not None:
+            prefills = [p for p in prefills if view.pairs(p, decode)]
+        kept = [c for c in prefills if c.url == prefer] if prefer and prefer not in avoid else []
+        prefill = kept[0] if kept else choose(prefills, policies["prefill"], avoid=avoid, random=random, turn=turn)
+        return Decision(decode, "decode", prefill, "", decodes)
+    used = roles_used(alone=bool(alone), prefill=False, decode=bool(view.decode), mixed=bool(view.mixed))
     split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
-    missing = "no_decode_backend" if view.prefill else "no_prefill_backend"
+    missing = _missing(view)
     fallback = alone or missing if split_configured else ""
     if "mixed" in used:
         mixed = choose(view.mixed, policies["mixed"], avoid=avoid, random=random, turn=turn)
@@ -129,6 +137,13 @@ def decide(
             param=alone,
         )
     raise NoBackend("no prefill backend is up, and decode backends may not prefill (fallback: reject)", retry_after=1)
+
+
+def _missing(view: View[C]) -> str:
+    """Why there is no pair."""
+    if view.prefill and view.decode:
+        return "no_matching_pair"
+    return "no_decode_backend" if view.prefill else "no_prefill_backend"
 
 
 def _nobody(view: View[C]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import msgspec
 import pytest
 
 from proxy.errors import (
@@ -372,7 +371,7 @@ def test_a_prefill_backend_that_is_removed_is_kept_while_decode_may_still_read_f
     made, left = fleet(prefill=1), list[Backend]()
     made.on_leave = left.append
     backend = at(made, "http://prefill0")
-    limbo = Limbo(made, backend, Handoff(msgspec.Raw(b"{}")))
+    limbo = Limbo(made, backend, Handoff({}), 10.0)
     made.remove("http://prefill0", "prefill")
     made.forget_idle()
     assert (left, backend.drained) == ([], False)

@@ -10,7 +10,7 @@ import pytest
 from proxy.handoff.body import Body, Endpoint, read_body
 from proxy.handoff.first_token import FirstToken, inexact_because, read, sampled_token
 from proxy.handoff.opening import joined_answer, opening_events, whole_answer
-from proxy.handoff.plan import SequentialPlan
+from proxy.handoff.plan import Plan
 from proxy.handoff.registry import CONNECTORS
 
 
@@ -156,7 +156,7 @@ def test_the_prefill_leg_keeps_what_decides_its_token() -> None:
 
 def test_the_decode_leg_goes_on_behind_the_token() -> None:
     asked = body(min_tokens=3, stream=True)
-    plan = SequentialPlan(asked, CONNECTORS["nixl"], first_token=True)
+    plan = Plan(asked, CONNECTORS["nixl"], first_token=True)
     first = token(answer(2))
     leg = json.loads(plan.behind(first).decode_leg(None).body)
     assert leg["kv_transfer_params"] == {"prompt_token_ids": [0, 1, 207]}

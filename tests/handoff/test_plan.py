@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from proxy.errors import BackendGarbled, HandoffInvalid
 from proxy.handoff.body import Endpoint, read_body
 from proxy.handoff.connector import Connector
-from proxy.handoff.plan import Leg, SequentialPlan
+from proxy.handoff.coordinates import Coordinates
+from proxy.handoff.plan import Leg, Plan
 from proxy.handoff.registry import CONNECTORS
+from proxy.settings import ConnectorName
 
 PARAMS: dict[str, Any] = {
     "do_remote_prefill": True,
@@ -40,11 +42,16 @@ ASKED = {
     "remote_host": None,
     "remote_port": None,
 }
-BOTH = pytest.mark.parametrize("connector", CONNECTORS.values(), ids=list(CONNECTORS))
+EVERY = pytest.mark.parametrize("connector", CONNECTORS.values(), ids=list(CONNECTORS))
+PULLS = ["nixl", "mooncake_ascend"]
+PULL = pytest.mark.parametrize("connector", [CONNECTORS[name] for name in PULLS], ids=PULLS)
+"""Those by which prefill answers with the address of its blocks."""
+HERE = Coordinates(host="10.0.0.1", port=8998, engine_ids=("engine-0",))
 
 
-def plan(connector: Connector, endpoint: Endpoint = "chat", **members: Any) -> SequentialPlan:
-    return SequentialPlan(read_body(json.dumps(members).encode(), endpoint), connector)
+def plan(connector: Connector, endpoint: Endpoint = "chat", **members: Any) -> Plan:
+    meeting = connector.meet(HERE, HERE, "0f" * 16, None) if connector.meets else None
+    return Plan(read_body(json.dumps(members).encode(), endpoint), connector, meeting=meeting)
 
 
 def said(leg: Leg) -> dict[str, Any]:
@@ -57,16 +64,14 @@ def answer(params: object) -> bytes:
 
 
 def test_a_connector_is_found_by_the_name_it_has() -> None:
-    assert {name: connector.name for name, connector in CONNECTORS.items()} == {
-        "nixl": "nixl",
-        "mooncake_ascend": "mooncake_ascend",
-    }
+    assert list(CONNECTORS) == [connector.name for connector in CONNECTORS.values()]
+    assert set(CONNECTORS) == set(get_args(ConnectorName))
 
 
 # The prefill leg
 
 
-@BOTH
+@PULL
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_prefill_makes_one_token_without_a_stream_and_keeps_its_blocks(
     connector: Connector, endpoint: Endpoint
@@ -79,14 +84,14 @@ def test_prefill_makes_one_token_without_a_stream_and_keeps_its_blocks(
     assert body["model"] == "m"
 
 
-@BOTH
+@EVERY
 def test_prefill_goes_to_the_clients_own_path(connector: Connector) -> None:
     assert plan(connector, "chat").prefill_leg().path == "/v1/chat/completions"
     assert plan(connector, "completions").prefill_leg().path == "/v1/completions"
     assert plan(connector, "chat").decode_leg(None).path == "/v1/chat/completions"
 
 
-@BOTH
+@EVERY
 def test_prefill_overrules_both_bounds_for_chat(connector: Connector) -> None:
     assert said(plan(connector, max_completion_tokens=9).prefill_leg())["max_completion_tokens"] == 1
     assert "max_completion_tokens" not in said(plan(connector, max_tokens=9).prefill_leg())
@@ -105,7 +110,7 @@ DROPPED: dict[str, Any] = {
 }
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("name", sorted(DROPPED))
 def test_prefill_does_without_what_shapes_or_stops_output(connector: Connector, name: str) -> None:
     made = plan(connector, stream=True, messages=[], **{name: DROPPED[name]})
@@ -141,7 +146,7 @@ PROMPT: dict[str, Any] = {
 }
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("name", sorted(PROMPT))
 def test_what_shapes_the_prompt_is_the_same_on_both_legs(connector: Connector, name: str) -> None:
     made = plan(connector, **{name: PROMPT[name]})
@@ -161,7 +166,7 @@ BODIES = st.dictionaries(st.sampled_from(sorted(PROMPT)) | st.text(max_size=6), 
 )
 
 
-@BOTH
+@EVERY
 @given(members=BODIES, stream=st.booleans(), bound=st.integers(1, 9000))
 def test_both_legs_carry_the_same_prompt(
     connector: Connector, members: dict[str, Any], stream: bool, bound: int
@@ -175,7 +180,7 @@ def test_both_legs_carry_the_same_prompt(
     assert (prefill["stream"], prefill["max_tokens"]) == (False, 1)
 
 
-@BOTH
+@EVERY
 def test_making_a_leg_changes_nothing_for_the_next_try(connector: Connector) -> None:
     made = plan(connector, stream=True, max_tokens=9, messages=[])
     first = made.prefill_leg(), made.decode_leg(made.take(answer(PARAMS))[0])
@@ -186,7 +191,7 @@ def test_making_a_leg_changes_nothing_for_the_next_try(connector: Connector) -> 
 # The hand-off
 
 
-@BOTH
+@PULL
 def test_the_hand_off_goes_to_decode_word_for_word(connector: Connector) -> None:
     odd = b'{ "unknown" : [1.0, "\\u00e9"], ' + json.dumps(PARAMS).encode()[1:]
     made = plan(connector, max_tokens=5)
@@ -197,7 +202,7 @@ def test_the_hand_off_goes_to_decode_word_for_word(connector: Connector) -> None
     assert bytes(usage) == b'{"prompt_tokens":3}'
 
 
-@BOTH
+@PULL
 @pytest.mark.parametrize("blocks", [[[33]], [[33], []], [[1, 2], [3]], [33, 34], [[0]]])
 def test_blocks_may_be_listed_flat_or_by_group(connector: Connector, blocks: object) -> None:
     assert plan(connector).take(answer({**PARAMS, "remote_block_ids": blocks}))[0] is not None
@@ -252,7 +257,7 @@ HARMFUL: dict[str, object] = {
 }
 
 
-@BOTH
+@PULL
 @pytest.mark.parametrize("params", HARMFUL.values(), ids=list(HARMFUL))
 def test_parameters_that_would_harm_decode_are_not_sent(connector: Connector, params: object) -> None:
     with pytest.raises(HandoffInvalid, match=r"prefill's (kv_transfer_params|remote_block_ids) ") as caught:
@@ -276,7 +281,7 @@ def test_nixl_needs_the_request_and_the_tensor_parallel_size(params: object) -> 
         plan(CONNECTORS["nixl"]).take(answer(params))
 
 
-@BOTH
+@PULL
 @pytest.mark.parametrize("params", [None, {}])
 def test_no_parameters_are_no_hand_off(connector: Connector, params: object) -> None:
     handoff, usage = plan(connector).take(answer(params))
@@ -284,21 +289,21 @@ def test_no_parameters_are_no_hand_off(connector: Connector, params: object) -> 
     assert json.loads(bytes(usage)) == {"prompt_tokens": 3}
 
 
-@BOTH
+@PULL
 def test_an_answer_without_the_member_is_no_hand_off(connector: Connector) -> None:
     handoff, usage = plan(connector).take(b'{"choices":[]}')
     assert handoff is None
     assert bytes(usage) == b""
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("text", [b"", b"<html>", b"[]", b'"x"', b'{"kv_transfer_params":', b"null"])
 def test_what_is_no_answer_is_garbled(connector: Connector, text: bytes) -> None:
     with pytest.raises(BackendGarbled, match="prefill's answer is not one"):
         plan(connector).take(text)
 
 
-@BOTH
+@PULL
 @given(params=VALUES | st.fixed_dictionaries({}, optional=dict.fromkeys(PARAMS, VALUES)))
 def test_any_parameters_are_taken_or_refused(connector: Connector, params: object) -> None:
     made = plan(connector)
@@ -313,13 +318,13 @@ def test_any_parameters_are_taken_or_refused(connector: Connector, params: objec
 # The decode leg
 
 
-@BOTH
+@EVERY
 def test_decode_alone_says_nothing_of_a_hand_off(connector: Connector) -> None:
     body = said(plan(connector, messages=[], max_tokens=9, n=3, stop=["a"]).decode_leg(None))
     assert body == {"messages": [], "max_tokens": 9, "n": 3, "stop": ["a"]}
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize(
     ("members", "options"),
     [
@@ -340,21 +345,21 @@ def test_a_stream_always_closes_with_usage(connector: Connector, members: dict[s
         assert said(made.decode_leg(handoff))["stream_options"] == options
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("members", [{}, {"stream": False}, {"stream": None}])
 def test_an_answer_in_one_piece_has_no_stream_options(connector: Connector, members: dict[str, Any]) -> None:
     assert "stream_options" not in said(plan(connector, **members).decode_leg(None))
 
 
-@BOTH
+@EVERY
 def test_a_lease_outlives_a_hand_off_many_times(connector: Connector) -> None:
     assert connector.lease >= 30.0
 
 
-@BOTH
+@EVERY
 def test_large_messages_go_to_both_engines_byte_for_byte(connector: Connector) -> None:
     messages = b'[ {"role" : "user", "content":"%b\\u00e9\\/"} ]' % (b"word " * 10_000)
-    made = SequentialPlan(read_body(b'{"messages":' + messages + b"}", "chat"), connector)
+    made = Plan(read_body(b'{"messages":' + messages + b"}", "chat"), connector)
     assert messages in made.prefill_leg().body
     assert messages in made.decode_leg(None).body
 
@@ -362,4 +367,4 @@ def test_large_messages_go_to_both_engines_byte_for_byte(connector: Connector) -
 def test_a_hand_off_is_raw_bytes() -> None:
     handoff, _ = plan(CONNECTORS["nixl"]).take(answer(PARAMS))
     assert handoff is not None
-    assert isinstance(handoff.params, msgspec.Raw)
+    assert isinstance(handoff.members["kv_transfer_params"], msgspec.Raw)
