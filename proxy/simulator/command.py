@@ -12,6 +12,7 @@ import signal
 import sys
 
 from proxy.simulator.config import SimulatorConfig
+from proxy.simulator.connectors import SIDES
 from proxy.simulator.server import Simulator
 
 _REAL_STEP = 0.02  # a token each 20 ms: an ordinary engine under load
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-queued", type=int, default=default.max_queued, help="queue bound; 0 is unbounded (%(default)s)")
     add("--lease", type=float, default=None, help="seconds a hand-off is kept (nixl 30, mooncake_ascend 480)")
     add("--handshake-timeout", type=float, default=default.handshake_timeout, help="seconds (%(default)s)")
-    add("--connector", choices=("nixl", "mooncake_ascend", "none"), default=default.connector, help="(%(default)s)")
+    add("--connector", choices=tuple(SIDES), default=default.connector, help="(%(default)s)")
     policies = ("fail", "recompute")
     add("--load-failure-policy", choices=policies, default=default.load_failure_policy, help="(%(default)s)")
     add("--preemption", choices=("recompute", "report"), default=default.preemption, help="(%(default)s)")

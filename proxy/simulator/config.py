@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["prefill", "decode", "mixed"]
-Connector = Literal["nixl", "mooncake_ascend", "none"]
+Connector = Literal["nixl", "mooncake_ascend", "mooncake", "none"]
 
 # What the connectors pin a hand-off for when nothing is set: kv_lease_duration and the Ascend abort timeout.
-DEFAULT_LEASE = {"nixl": 30.0, "mooncake_ascend": 480.0, "none": 0.0}
+DEFAULT_LEASE = {"nixl": 30.0, "mooncake_ascend": 480.0, "mooncake": 480.0, "none": 0.0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,10 @@ from typing import Any, Protocol
 
 from proxy.simulator.blocks import Block, BlockPool, Content
 from proxy.simulator.config import SimulatorConfig
+from proxy.simulator.connectors import SIDES
+from proxy.simulator.connectors.side import Transfer
 from proxy.simulator.errors import RequestError, engine_dead, internal_error
-from proxy.simulator.handoffs import Handoffs, RemotePrefill, mooncake_ascend_params, nixl_params
+from proxy.simulator.handoffs import Handoffs
 from proxy.simulator.metrics import Stats
 from proxy.simulator.sequences import Sequence, Status
 from proxy.simulator.sidechannel import OutOfRange, Peers, TransferFailed
@@ -57,15 +59,14 @@ class Engine:
         self._faults = faults
         self._changed = changed
         self._died = died
-        self._peers = Peers(config)
+        self.peers = Peers(config)
+        self.side = SIDES[config.connector](self)
         self._queue: deque[Sequence] = deque()
         self._ready: deque[Sequence] = deque()  # their KV has come; only a place in the batch is missing
         self._loading: set[Sequence] = set()
         self._running: list[Sequence] = []
-        self._beating: dict[Sequence, RemotePrefill] = {}
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._heart: asyncio.Task[None] | None = None
 
     # What tests and gauges look at.
 
@@ -118,7 +119,7 @@ class Engine:
 
     def start(self) -> None:
         """Begin to step."""
-        self._spawn(self._run())
+        self.spawn(self._run())
 
     def close(self) -> None:
         """End at once; nobody is told."""
@@ -131,7 +132,6 @@ class Engine:
         self._ready.clear()
         self._loading.clear()
         self._running.clear()
-        self._beating.clear()
 
     def die(self, reason: str) -> None:
         """An assertion in the core: everything in flight fails, and the process will be gone shortly."""
@@ -147,7 +147,8 @@ class Engine:
         self._died()
         self._changed()
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something for as long as the engine lives."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -181,14 +182,11 @@ class Engine:
         now = asyncio.get_running_loop().time()
         for sequence in sequences:
             sequence.arrived = now
-            if self.config.connector == "none" or sequence.skip_cache:
-                sequence.remote = None
+            if sequence.skip_cache and sequence.transfer.fetches:
+                sequence.transfer = Transfer()
             self._queue.append(sequence)
-            remote = sequence.remote
-            if remote is not None and self.config.connector == "nixl" and remote.has_heartbeats:
-                self._beating[sequence] = remote
-                if self._heart is None or self._heart.done():
-                    self._heart = self._spawn(self._beat())
+            if sequence.transfer.leg != "local":
+                self.side.submitted(sequence)
         self._wake.set()
         self._changed()
 
@@ -199,42 +197,24 @@ class Engine:
                 continue
             self.stats.aborted += 1
             if sequence.status is Status.LOADING:
-                if sequence.remote is not None and sequence.remote.missing:
+                if self.side.stuck(sequence):
                     self._drop(sequence)
-                    self.let_go(sequence.remote)
+                    self.let_go(sequence.transfer)
                 else:
                     sequence.vanished = True  # its blocks are being written to: they stay until the read ends
                 continue
-            remote = sequence.remote
+            if sequence.transfer.keeps:
+                self.side.dropped(sequence)
             self._drop(sequence)
-            if remote is not None and not sequence.loaded:
-                self.let_go(remote)
+            if sequence.transfer.fetches and not sequence.loaded:
+                self.let_go(sequence.transfer)
         self._wake.set()
         self._changed()
 
-    def let_go(self, remote: RemotePrefill) -> None:
-        """Tell prefill that nobody is going to pull a hand-off."""
-        if self.config.connector == "none" or self.dead is not None:
-            return
-        if remote.missing or not remote.block_ids:
-            if self.config.connector == "nixl" and remote.missing and remote.block_ids:
-                self.die(f"KeyError: {remote.missing[0]!r}")
-            return
-        self._spawn(self._notify(remote))
-
-    async def _notify(self, remote: RemotePrefill) -> None:
-        message = {"op": "done", "request_id": remote.request_id, "read": False}
-        if not await self._peers.tell(remote.host, remote.port, message):
-            self.stats.failed_notifications += 1
-
-    async def _beat(self) -> None:
-        while self._beating:
-            await asyncio.sleep(self.config.lease_seconds / 6)
-            peers: dict[tuple[str, int], list[str]] = {}
-            for remote in self._beating.values():
-                peers.setdefault((remote.host, remote.port), []).append(remote.request_id)
-            for (host, port), request_ids in peers.items():
-                await self._peers.tell(host, port, {"op": "beat", "request_ids": request_ids})
+    def let_go(self, transfer: Transfer) -> None:
+        """Tell prefill that nobody is going to fetch what it keeps."""
+        if transfer.fetches and self.dead is None:
+            self.side.let_go(transfer)
 
     def _drop(self, sequence: Sequence) -> None:
         """Take a sequence out of wherever it is and free its blocks."""
@@ -246,7 +226,7 @@ class Engine:
             case Status.WAITING:
                 (self._ready if sequence in self._ready else self._queue).remove(sequence)
         sequence.status = Status.FINISHED
-        self._beating.pop(sequence, None)
+        self.side.ended(sequence)
         self._free(sequence)
 
     def _free(self, sequence: Sequence) -> None:
@@ -311,7 +291,7 @@ class Engine:
                 if not self._allocate(sequence):
                     break
                 self._queue.popleft()
-                if sequence.remote is not None and not sequence.loaded:
+                if sequence.transfer.fetches and not sequence.loaded:
                     self._load(sequence)
                     if self.dead is not None:
                         break
@@ -441,11 +421,12 @@ class Engine:
         sequence.status = Status.FINISHED
         if sequence.output_length:
             self._seal(sequence, len(sequence.tokens) - 1)
-        accepted = {"nixl": ("length", "stop"), "mooncake_ascend": ("length",), "none": ()}[self.config.connector]
-        if sequence.keep_for_decode and reason in accepted and sequence.stop_reason != "recomputed":
+        if sequence.transfer.keeps and reason in self.side.kept_after and sequence.stop_reason != "recomputed":
             self._hand_off(sequence)
-        else:
-            self._free(sequence)
+            return
+        if sequence.transfer.keeps:
+            self.side.dropped(sequence)
+        self._free(sequence)
 
     def _hand_off(self, sequence: Sequence) -> None:
         size = self.config.block_size
@@ -458,71 +439,37 @@ class Engine:
             start = computed - computed % size
             part = sequence.tokens[start:computed]
             self.pool.write(blocks[-1], sequence.boundaries[start // size], part, sequence.error, None)
-        self.handoffs.pin(sequence.request_id, blocks)
-        if self.config.connector == "nixl":
-            sequence.handoff_params = nixl_params(
-                engine_id=self.id,
-                request_id=sequence.request_id,
-                host=self.config.advertised_host,
-                port=self.side_port,
-                blocks=blocks,
-                tokens=computed,
-                cached=sequence.cached,
-            )
-        else:
-            sequence.handoff_params = mooncake_ascend_params(
-                engine_id=self.id,
-                request_id=sequence.request_id,
-                host=self.config.advertised_host,
-                port=self.side_port,
-                blocks=blocks,
-                last_token=sequence.tokens[-1],
-                block_size=size,
-            )
+        self.handoffs.pin(self.side.key(sequence), blocks)
+        sequence.kept = blocks
+        sequence.handoff_params = self.side.kept(sequence, computed)
 
-    # Pulling.
+    # Fetching.
 
     def _load(self, sequence: Sequence) -> None:
-        """Begin to fetch a sequence's KV; bad parameters do here what they do to a real engine."""
-        remote = sequence.remote
-        assert remote is not None
+        """Begin to fetch a sequence's KV."""
         sequence.status = Status.LOADING
         self._loading.add(sequence)
-        strict = self.config.connector == "nixl"
         self.stats.external_queries += sequence.prompt_length - sequence.cached
-        if not remote.block_ids:
-            if strict:
-                self.die("AssertionError: num_external_tokens == 0 (pull_scheduler.py:186)")
-            return
-        if remote.missing:
-            logger.warning("hand-off without %s: nobody will load it", ", ".join(remote.missing))
-            return
-        group = remote.block_ids[0] if isinstance(remote.block_ids, list) else None
-        if not isinstance(group, list) or not all(type(index) is int for index in group):
-            self.die(f"TypeError: remote_block_ids {remote.block_ids!r}")
-            return
-        hits = sequence.cached // self.config.block_size
-        missing = len(sequence.blocks) - hits
-        if missing > len(group):
-            self.die("AssertionError: num_decode_blocks <= len(prefill_group) (base_worker.py:3453)")
-            return
-        self._spawn(self._pull(sequence, remote, hits, group[len(group) - missing :]))
+        self.side.load(sequence)
 
-    async def _pull(self, sequence: Sequence, remote: RemotePrefill, hits: int, block_ids: list[int]) -> None:
+    def fetch(self, sequence: Sequence, contents: Coroutine[Any, Any, list[Content]]) -> None:
+        """Fill the blocks of a sequence that is loading, less those that were cached, with ``contents``."""
+        self.spawn(self._fetch(sequence, contents))
+
+    async def _fetch(self, sequence: Sequence, fetching: Coroutine[Any, Any, list[Content]]) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
         tokens = sequence.prompt_length - sequence.cached
         contents: list[Content] | None = None
         try:
-            contents = await self._peers.fetch(remote, block_ids, tokens)
+            contents = await fetching
         except TransferFailed as error:
             logger.warning("cannot pull: %s", error)
             self.stats.failed_transfers += 1
         except OutOfRange as error:
             self.die(f"AssertionError: {error}")
             return
-        sequence.remote_cached = remote.cached_tokens
-        self._beating.pop(sequence, None)
+        self.side.loaded(sequence)
         self._loading.discard(sequence)
         sequence.loaded = True
         if sequence.vanished:
@@ -533,7 +480,7 @@ class Engine:
             self.stats.transfer_time.observe(loop.time() - began)
             self.stats.external_hits += tokens
             sequence.external = tokens
-            self._store(sequence, hits, contents)
+            self._store(sequence, sequence.cached // self.config.block_size, contents)
             sequence.prefill_left = 1
             sequence.status = Status.WAITING
             self._ready.append(sequence)

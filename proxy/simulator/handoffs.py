@@ -1,4 +1,4 @@
-"""Hand-offs: what prefill pins for a decode engine and for how long, and what decode is told to fetch.
+"""Hand-offs: what prefill pins for a decode engine, and for how long.
 
 Invariant: a hand-off is pinned once and released once: pulled, let go unread, or expired. Renewing only ever lengthens.
 """
@@ -8,64 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from proxy.simulator.blocks import Block, BlockPool
 from proxy.simulator.config import SimulatorConfig
-
-_ADDRESS = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port")
-
-
-@dataclass(frozen=True, slots=True)
-class RemotePrefill:
-    """The parameters with which a decode leg asks for KV, as they came; they may be anything."""
-
-    params: dict[str, Any]
-
-    @property
-    def missing(self) -> list[str]:
-        """The parts of the address that are not there at all."""
-        return [name for name in _ADDRESS if name not in self.params]
-
-    @property
-    def block_ids(self) -> Any:
-        """``remote_block_ids`` as given."""
-        return self.params.get("remote_block_ids")
-
-    @property
-    def host(self) -> str:
-        """Where the side channel is."""
-        return str(self.params.get("remote_host"))
-
-    @property
-    def port(self) -> int:
-        """The side channel's port; 0, which nobody listens on, if it is no number."""
-        try:
-            port = int(self.params.get("remote_port") or 0)
-        except (TypeError, ValueError):
-            return 0
-        return port if 0 < port < 65536 else 0
-
-    @property
-    def engine_id(self) -> str:
-        """Whose KV it is."""
-        return str(self.params.get("remote_engine_id"))
-
-    @property
-    def request_id(self) -> str:
-        """Prefill's name for the hand-off."""
-        return str(self.params.get("remote_request_id"))
-
-    @property
-    def has_heartbeats(self) -> bool:
-        """Whether decode renews the lease while the request waits."""
-        return not self.missing and "tp_size" in self.params and self.port > 0
-
-    @property
-    def cached_tokens(self) -> int | None:
-        """How many prompt tokens prefill had in its prefix cache, if it said."""
-        cached = self.params.get("remote_prefill_cached_tokens")
-        return cached if isinstance(cached, int) else None
 
 
 @dataclass(slots=True)
@@ -83,6 +28,7 @@ class Handoffs:
         self._config = config
         self._changed = changed
         self._live: dict[str, _Pinned] = {}
+        self._wanted: dict[str, list[Callable[[list[Block]], None]]] = {}
         self.pinned_total = 0
         self.pulled = 0
         self.released_unread = 0
@@ -94,7 +40,10 @@ class Handoffs:
         return len(self._live)
 
     def pin(self, request_id: str, blocks: list[Block]) -> None:
-        """Keep ``blocks`` (whose references pass over to the hand-off) until someone is done with them."""
+        """Keep ``blocks`` (whose references pass over to the hand-off) until someone is done with them.
+
+        ``request_id`` is what the two legs know it by.
+        """
         loop = asyncio.get_running_loop()
         lease = self._config.lease_seconds
         pinned = _Pinned(blocks, loop.time() + lease)
@@ -102,6 +51,15 @@ class Handoffs:
         self._live[request_id] = pinned
         self.pinned_total += 1
         self._pool.pin(blocks)
+        for take in self._wanted.pop(request_id, ()):
+            take(blocks)
+
+    def when_pinned(self, request_id: str, take: Callable[[list[Block]], None]) -> None:
+        """Have ``take`` called with the blocks of a hand-off: now, or when it comes."""
+        if (pinned := self._live.get(request_id)) is not None:
+            take(pinned.blocks)
+        else:
+            self._wanted.setdefault(request_id, []).append(take)
 
     def _look(self, request_id: str) -> None:
         pinned = self._live.get(request_id)
@@ -155,54 +113,3 @@ class Handoffs:
             pinned.timer.cancel()
         self._pool.unpin(pinned.blocks)
         self._pool.release(pinned.blocks)
-
-
-def nixl_params(
-    *, engine_id: str, request_id: str, host: str, port: int, blocks: list[Block], tokens: int, cached: int | None
-) -> dict[str, Any]:
-    """What NixlConnector's prefill answers with, field for field."""
-    return {
-        "do_remote_prefill": True,
-        "do_remote_decode": False,
-        "remote_block_ids": [[block.index for block in blocks]],
-        "remote_engine_id": engine_id,
-        "remote_request_id": request_id,
-        "remote_host": host,
-        "remote_port": port,
-        "tp_size": 1,
-        "dcp_size": 1,
-        "pp_size": 1,
-        "remote_num_tokens": tokens,
-        "remote_blocks_expiry_time": None,
-        "transfer_mode": "pull",
-        "remote_prefill_cached_tokens": cached,
-    }
-
-
-def mooncake_ascend_params(
-    *,
-    engine_id: str,
-    request_id: str,
-    host: str,
-    port: int,
-    blocks: list[Block],
-    last_token: int,
-    block_size: int,
-) -> dict[str, Any]:
-    """What vllm-ascend's MooncakeConnectorV1 answers with."""
-    return {
-        "do_remote_prefill": True,
-        "do_remote_decode": False,
-        "remote_block_ids": [[block.index for block in blocks]],
-        "remote_engine_id": engine_id,
-        "remote_request_id": request_id,
-        "remote_host": host,
-        "remote_port": port,
-        "remote_pcp_size": 1,
-        "remote_dcp_size": 1,
-        "remote_ptp_size": 1,
-        "last_token_id": last_token,
-        "remote_multi_nodes_meta_mapping": {},
-        "num_prompt_blocks": len(blocks),
-        "remote_block_size": block_size,
-    }

@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.errors import RequestError, bad_request, invalid_field
-from proxy.simulator.faults import Leg
-from proxy.simulator.fields import ChatFields, CommonFields, CompletionFields, Object, StreamOptions, decode_fields
+from proxy.simulator.fields import ChatFields, CommonFields, CompletionFields, StreamOptions, decode_fields
 from proxy.simulator.formats import tool_structure, wanted_structure, wanted_tool
 from proxy.simulator.prompts import completion_prompts, render_chat, reused_prompt
 from proxy.simulator.sequences import Sampling
@@ -43,30 +42,9 @@ class GenerationRequest:
     prompt_logprobs: int | None
     echo: bool
     only_echo: bool  # completions with max_tokens 0
-    kv: Object | None
     cache_key: int
     tool: str | None
     tool_required: bool
-
-    @property
-    def remote_prefill(self) -> Object | None:
-        """The parameters of a decode leg."""
-        return self.kv if self.kv and self.kv.get("do_remote_prefill") else None
-
-    @property
-    def remote_decode(self) -> bool:
-        """Whether this is a prefill leg."""
-        return bool(self.kv and self.kv.get("do_remote_decode"))
-
-
-def leg_of(body: Any) -> Leg:
-    """Which leg a body is, as far as it can be told."""
-    params = body.get("kv_transfer_params") if isinstance(body, dict) else None
-    if not isinstance(params, dict):
-        return "local"
-    if params.get("do_remote_decode"):
-        return "prefill"
-    return "decode" if params.get("do_remote_prefill") else "local"
 
 
 def decode_chat(body: Any, headers: Mapping[str, str], config: SimulatorConfig) -> GenerationRequest:
@@ -218,7 +196,6 @@ def _request(
         prompt_logprobs=fields.prompt_logprobs,
         echo=echo,
         only_echo=only_echo,
-        kv=fields.kv_transfer_params,
         cache_key=0 if fields.cache_salt is None else mix(int.from_bytes(fields.cache_salt.encode()) % (1 << 61) + 1),
         tool=tool,
         tool_required=tool_required,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.simulator import encoding
 from proxy.simulator.answers import GARBAGE, StreamAnswer, WholeAnswer
+from proxy.simulator.connectors.side import Transfer
 from proxy.simulator.errors import RequestError, engine_dead, internal_error, invalid_field
 from proxy.simulator.faults import NOTHING, Leg, Mischief, parse_faults
-from proxy.simulator.handoffs import RemotePrefill
 from proxy.simulator.http import Exchange
 from proxy.simulator.page import metrics_page, state
 from proxy.simulator.prompts import render_chat
-from proxy.simulator.requests import GenerationRequest, decode_chat, decode_completion, leg_of
+from proxy.simulator.requests import GenerationRequest, decode_chat, decode_completion
 from proxy.simulator.sequences import Sequence
 from proxy.simulator.tokens import detokenize, token_text, tokenize
 
@@ -180,9 +180,11 @@ class Routes:
             self._sim.changed()
 
         exchange.on_close = gone
+        transfer = Transfer()
         try:
             received.body = body = self._body(exchange)
-            received.leg = leg_of(body)
+            transfer = self._sim.engine.side.transfer(body, exchange.headers)
+            received.leg = transfer.leg
             self._sim.changed()
             mischief = self._sim.faults.draw(received.leg)
             if await self._misbehave(exchange, mischief):
@@ -190,13 +192,12 @@ class Routes:
             if not exchange.open:
                 # The client has gone before the request got anywhere; a decode engine still tells prefill.
                 received.aborted = True
-                if received.leg == "decode":
-                    self._sim.engine.let_go(RemotePrefill(body["kv_transfer_params"]))
+                self._sim.engine.let_go(transfer)
                 return
-            await self._infer(exchange, body, mischief, received, abandoned)
+            await self._infer(exchange, body, transfer, mischief, received, abandoned)
         except RequestError as error:
-            if error.late and received.leg == "decode":
-                self._sim.engine.let_go(RemotePrefill(received.body["kv_transfer_params"]))
+            if error.late:
+                self._sim.engine.let_go(transfer)
             exchange.respond(error.status, encoding.to_json(error.body()))
         finally:
             received.status = exchange.status
@@ -207,6 +208,7 @@ class Routes:
         self,
         exchange: Exchange,
         body: Any,
+        transfer: Transfer,
         mischief: Mischief,
         received: ReceivedRequest,
         abandoned: list[Callable[[], None]],
@@ -215,7 +217,7 @@ class Routes:
         request = decode(body, exchange.headers, self._sim.config)
         if self._sim.engine.dead is not None:
             raise engine_dead()
-        sequences = self._sequences(request, mischief)
+        sequences = self._sequences(request, transfer, mischief)
         arguments = (exchange, request, mischief, self._sim.config, self._sim.engine.abort, self._sim.kill)
         first_error = mischief.get("error_event_first")
         if request.stream:
@@ -238,9 +240,8 @@ class Routes:
         await answer.done
         received.output_tokens = sum(sequence.output_length for sequence in sequences)
 
-    def _sequences(self, request: GenerationRequest, mischief: Mischief) -> list[Sequence]:
+    def _sequences(self, request: GenerationRequest, transfer: Transfer, mischief: Mischief) -> list[Sequence]:
         config = self._sim.config
-        params = request.remote_prefill
         recomputed = mischief.get("recomputed")
         sequences = []
         for number, prompt in enumerate(request.prompts):
@@ -260,8 +261,7 @@ class Routes:
                         origin=self._sim.engine.origin,
                         block_size=config.block_size,
                         eos_limit=int(config.eos_rate * (1 << 24)),
-                        remote=None if params is None else RemotePrefill(params),
-                        keep_for_decode=request.remote_decode,
+                        transfer=transfer,
                         keep_draws=request.logprobs is not None,
                         cache_key=request.cache_key,
                         skip_cache=request.prompt_logprobs is not None,

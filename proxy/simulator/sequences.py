@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from proxy.simulator.blocks import Block
+from proxy.simulator.connectors.side import Transfer
 from proxy.simulator.errors import RequestError
-from proxy.simulator.handoffs import RemotePrefill
 from proxy.simulator.structured import Script, Structure, write_script
 from proxy.simulator.text import StopStrings, TextAssembler
 from proxy.simulator.tokens import EOS, MASK, advance, boundary_states, choose, draw, tokenize
@@ -70,13 +70,12 @@ class Sequence:
         "first_token_at",
         "handoff_params",
         "index",
-        "keep_for_decode",
+        "kept",
         "last_token_at",
         "listener",
         "loaded",
         "prefill_left",
         "prompt_length",
-        "remote",
         "remote_cached",
         "request_id",
         "sampling",
@@ -89,6 +88,7 @@ class Sequence:
         "stop_reason",
         "stops",
         "tokens",
+        "transfer",
         "vanished",
     )
 
@@ -102,8 +102,7 @@ class Sequence:
         origin: int,
         block_size: int,
         eos_limit: int,
-        remote: RemotePrefill | None = None,
-        keep_for_decode: bool = False,
+        transfer: Transfer | None = None,
         keep_draws: bool = False,
         cache_key: int = 0,
         skip_cache: bool = False,
@@ -114,9 +113,9 @@ class Sequence:
         self.prompt_length = len(prompt)
         self.sampling = sampling
         self.eos_limit = eos_limit
-        self.remote = remote
+        self.transfer = transfer or Transfer()
         self.remote_cached: int | None = None
-        self.keep_for_decode = keep_for_decode
+        self.kept: list[Block] = []  # blocks that have passed over to a hand-off
         self.handoff_params: dict[str, Any] | None = None  # what a prefill leg answers with
         self.cache_key = cache_key  # requests with another cache_salt share no blocks
         self.skip_cache = skip_cache  # prompt_logprobs: everything is computed here

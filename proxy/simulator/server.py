@@ -55,7 +55,10 @@ class Simulator:
 
     def _new_engine(self) -> None:
         self.engine = Engine(self.config, self.faults, changed=self._watch.changed, died=self._engine_died)
-        self._serving = Serving(self.config, self.engine.id, self.engine.pool, self.engine.handoffs, self.faults)
+        engine = self.engine
+        self._serving = Serving(
+            self.config, engine.id, engine.pool, engine.handoffs, self.faults, lambda path: engine.side.page(path)
+        )
 
     async def start(self) -> None:
         """Listen and begin to step."""

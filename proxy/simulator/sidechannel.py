@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
 
-from proxy.simulator.blocks import BlockPool, Content
+from proxy.simulator.blocks import Block, BlockPool, Content
 from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.faults import NOTHING, Faults
-from proxy.simulator.handoffs import Handoffs, RemotePrefill
+from proxy.simulator.handoffs import Handoffs
 from proxy.simulator.resetting import reset
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -61,6 +62,9 @@ class SideChannelServer(asyncio.Protocol):
         if self._serving.closed:
             return
         self._buffer += data
+        if self._buffer.startswith(b"GET "):
+            self._show_page()
+            return
         while len(self._buffer) >= 4:
             (length,) = _LENGTH.unpack_from(self._buffer)
             if len(self._buffer) < 4 + length:
@@ -74,12 +78,26 @@ class SideChannelServer(asyncio.Protocol):
                 return
             if mischief.get("hang") is not None or faults.lasting("hang", "pull"):
                 return
+            if message["op"] == "wait":
+                self._serving.wait(message, self._say)
+                continue
             answer = self._serving.answer(message)
             delay = mischief.get("delay_first_byte")
             if answer is not None and delay is not None:
                 asyncio.get_running_loop().call_later(delay.delay_s, self._say, answer)
             elif answer is not None:
                 self._say(answer)
+
+    def _show_page(self) -> None:
+        """The port is a connector's bootstrap server too, where there is one."""
+        head, end, _ = self._buffer.partition(b"\r\n\r\n")
+        if not end or self._transport is None:
+            return
+        page = self._serving.page(head.split(b" ")[1].decode("latin-1"))
+        status, body = ("404 Not Found", b"") if page is None else ("200 OK", page)
+        fields = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
+        self._transport.write(f"HTTP/1.1 {status}\r\n{fields}\r\n\r\n".encode() + body)
+        self._transport.close()
 
     def _say(self, answer: dict[str, Any]) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -95,9 +113,16 @@ class Serving:
     """Prefill's side channel: what it answers, and its open connections."""
 
     def __init__(
-        self, config: SimulatorConfig, engine_id: str, pool: BlockPool, handoffs: Handoffs, faults: Faults
+        self,
+        config: SimulatorConfig,
+        engine_id: str,
+        pool: BlockPool,
+        handoffs: Handoffs,
+        faults: Faults,
+        page: Callable[[str], bytes | None],
     ) -> None:
         self.faults = faults
+        self.page = page
         self._config = config
         self._engine_id = engine_id
         self._pool = pool
@@ -110,6 +135,15 @@ class Serving:
         self.closed = True
         for peer in list(self.connections):
             peer.reset()
+
+    def wait(self, message: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
+        """Answer with the blocks of a hand-off by its name, less those that decode has, once it is there."""
+
+        def take(blocks: list[Block]) -> None:
+            wanted = blocks[message["skip"] :]
+            say({"contents": [self._pool.read(block.index, scrambled_when_free=False) for block in wanted]})
+
+        self._handoffs.when_pinned(message["request_id"], take)
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """What one message is answered with, if with anything."""
@@ -146,42 +180,78 @@ class Peers:
         # A peer that is there gets a second to answer, however short the handshake of failures was set for a test.
         self._patience = max(config.handshake_timeout, 1.0)
 
-    async def fetch(self, remote: RemotePrefill, block_ids: list[int], tokens: int) -> list[Content]:
-        """Read blocks and tell their owner that they are no longer needed.
+    async def fetch(
+        self, host: str, port: int, engine_id: str, name: str, block_ids: list[int], tokens: int
+    ) -> list[Content]:
+        """Read blocks by number, and tell their owner that what it calls ``name`` is no longer needed.
 
         Raises:
             TransferFailed: the engine is not there or is another one; at once if they had met, else after the handshake
                 timeout, as with a real one's sockets.
             OutOfRange: the peer has no such block.
         """
+        read = {"op": "read", "block_ids": block_ids}
+        return await self._met(host, port, engine_id, name, read, block_ids, tokens)
+
+    async def wait(self, host: str, port: int, engine_id: str, name: str, skip: int, tokens: int) -> list[Content]:
+        """Wait until the engine keeps something as ``name``, as long as a lease lasts; read it but for its first
+        ``skip`` blocks.
+
+        Raises:
+            TransferFailed: as ``fetch``.
+        """
+        return await self._met(
+            host, port, engine_id, name, {"op": "wait", "request_id": name, "skip": skip}, [], tokens
+        )
+
+    async def _met(
+        self,
+        host: str,
+        port: int,
+        engine_id: str,
+        name: str,
+        question: dict[str, Any],
+        block_ids: list[int],
+        tokens: int,
+    ) -> list[Content]:
         began = asyncio.get_running_loop().time()
         try:
-            return await self._fetch(remote, block_ids, tokens)
+            return await self._fetch(host, port, engine_id, name, question, block_ids, tokens)
         except (OSError, EOFError, TimeoutError) as error:
-            if remote.engine_id not in self._known:
+            if engine_id not in self._known:
                 left = self._config.handshake_timeout - (asyncio.get_running_loop().time() - began)
                 await asyncio.sleep(max(left, 0))
-            raise TransferFailed(f"{remote.host}:{remote.port}: {error!r}") from error
+            raise TransferFailed(f"{host}:{port}: {error!r}") from error
 
-    async def _fetch(self, remote: RemotePrefill, block_ids: list[int], tokens: int) -> list[Content]:
-        if not remote.port:
+    async def _fetch(
+        self,
+        host: str,
+        port: int,
+        engine_id: str,
+        name: str,
+        question: dict[str, Any],
+        block_ids: list[int],
+        tokens: int,
+    ) -> list[Content]:
+        if not port:
             raise ConnectionRefusedError("no such port")
         async with asyncio.timeout(self._patience):
-            reader, writer = await asyncio.open_connection(remote.host, remote.port)
+            reader, writer = await asyncio.open_connection(host, port)
         try:
             async with asyncio.timeout(self._patience):
                 hello = await _ask(reader, writer, {"op": "hello"})
-            if hello["engine_id"] != remote.engine_id:
+            if hello["engine_id"] != engine_id:
                 raise ConnectionError("engine ID mismatch")
             if hello["compatibility"] != compatibility(self._config):
                 raise TransferFailed("compatibility hash mismatch")
-            self._known.add(remote.engine_id)
+            self._known.add(engine_id)
             if any(not 0 <= index < hello["blocks"] for index in block_ids):
                 raise OutOfRange(f"block ids {block_ids} out of range of {hello['blocks']} blocks")
+            async with asyncio.timeout(self._config.lease_seconds if question["op"] == "wait" else None):
+                answer = await _ask(reader, writer, question)
             if self._config.transfer_rate:
                 await asyncio.sleep(tokens / self._config.transfer_rate)
-            answer = await _ask(reader, writer, {"op": "read", "block_ids": block_ids})
-            writer.write(frame({"op": "done", "request_id": remote.request_id, "read": True}))
+            writer.write(frame({"op": "done", "request_id": name, "read": True}))
             contents: list[Content] = [(before, tokens, error) for before, tokens, error in answer["contents"]]
             return contents
         finally:

@@ -1,0 +1,14 @@
+"""The connectors that a simulated engine may speak, by the names that its flags use."""
+
+from __future__ import annotations
+
+from proxy.simulator.connectors.mooncake import Mooncake
+from proxy.simulator.connectors.pull import MooncakeAscend, Nixl
+from proxy.simulator.connectors.side import Side
+
+SIDES: dict[str, type[Side]] = {
+    "nixl": Nixl,
+    "mooncake_ascend": MooncakeAscend,
+    "mooncake": Mooncake,
+    "none": Side,
+}
