@@ -21,6 +21,7 @@ from proxy.fleet.backend import Backend, Lease
 from proxy.process import uvicorn_config
 from proxy.settings import build_settings
 from proxy.simulator import ReceivedRequest, Simulator, SimulatorConfig
+from tests.contract.cases import CASES, Case
 from tests.support import TestServer
 
 LEASE = 8.0
@@ -296,8 +297,14 @@ class Bed:
             engine.faults.clear()
             if not engine.alive:
                 await engine.restart()
+                self.backend(engine).attention.set()  # it was away for less than a probe's interval
         assert await self.until(lambda: all(engine.listening for engine in self.engines), 5)
         await self.up()
+        assert await self.until(lambda: all(self._known(engine) for engine in self.engines), 5)
+
+    def _known(self, engine: Simulator) -> bool:
+        """Whether the gateway knows an engine by its present id, where it has to."""
+        return self.backend(engine).coordinates.engine_ids in ((), (engine.engine.id,))
 
     def legs(self) -> Counter[str]:
         """The legs that reached an engine since `forget`: prefill (P), decode (D), decode without a hand-off (L), and
@@ -314,23 +321,25 @@ class Bed:
 def _letter(request: ReceivedRequest) -> str:
     if request.leg != "decode":
         return {"prefill": "P", "local": "L"}[request.leg]
-    return "R" if request.body["max_tokens"] == 1 and not request.body.get("stream") else "D"
+    return "R" if request.body.get("max_tokens") == 1 and not request.body.get("stream") else "D"
 
 
 @asynccontextmanager
-async def made(settings: dict[str, Any] | None = None, **engine: Any) -> AsyncIterator[Bed]:
+async def made(settings: dict[str, Any] | None = None, case: Case = CASES[0], **engine: Any) -> AsyncIterator[Bed]:
     """A bed, all backends up.
 
     Arguments:
         settings: the gateway's where they are other than `SETTINGS`, group by group.
+        case: the connector.
         engine: the simulators' where they are other than `ENGINE`.
     """
     async with AsyncExitStack() as stack:
         roles = ("prefill", "prefill", "decode", "decode")
-        configs = [SimulatorConfig(role=role, **{**ENGINE, **engine}) for role in roles]  # type: ignore[arg-type]
+        told = {**ENGINE, "connector": case.name, **case.engine, **engine}
+        configs = [SimulatorConfig(role=role, **told) for role in roles]  # type: ignore[arg-type]
         engines = [await stack.enter_async_context(Simulator(config)) for config in configs]
         flags: dict[str, Any] = {role: [e.url for e in engines if e.config.role == role] for role in set(roles)}
-        for name, value in {**SETTINGS, **(settings or {})}.items():
+        for name, value in {**SETTINGS, **case.gateway(engines), **(settings or {})}.items():
             flags[name] = {**SETTINGS.get(name, {}), **value} if isinstance(value, dict) else value
         gateway = build(build_settings(flags, {}))
         server = TestServer(uvicorn_config(gateway.surface))

@@ -1,0 +1,162 @@
+"""What holds for every connector: whatever the protocol, a client notices nothing of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from proxy.handoff.registry import CONNECTORS
+from tests.contract.cases import CASES, IDS, Case, fleet
+from tests.support import chat, completion, running_gateway, simulators, text_of, until
+
+EVERY = pytest.mark.parametrize("case", CASES, ids=IDS)
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+HIDDEN = ("kv_transfer_params", "disaggregated_params", "bootstrap", "remote_")
+
+
+def body(endpoint: str, **more: Any) -> dict[str, Any]:
+    return chat(**more) if endpoint == "chat" else completion(**more)
+
+
+def streamed(text: str) -> str:
+    """The text of a stream that came to its end."""
+    payloads = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    assert payloads[-1] == "[DONE]", payloads[-1]
+    choices = [c for p in payloads[:-1] for c in json.loads(p)["choices"]]
+    return "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
+
+
+async def said_alone(endpoint: str, **more: Any) -> str:
+    """What one engine says by itself."""
+    async with simulators("mixed") as [single], running_gateway(mixed=[single.url]) as alone:
+        return text_of((await alone.http.post(PATHS[endpoint], json=body(endpoint, **more))).json())
+
+
+def test_every_connector_is_under_contract() -> None:
+    assert set(IDS) == set(CONNECTORS)
+
+
+@EVERY
+@pytest.mark.parametrize("endpoint", PATHS)
+async def test_a_pair_says_what_one_engine_would_say(case: Case, endpoint: str) -> None:
+    expected = await said_alone(endpoint)
+    async with fleet(case) as (running, [p], [d]):
+        whole = await running.http.post(PATHS[endpoint], json=body(endpoint))
+        assert whole.status_code == 200, whole.text
+        assert text_of(whole.json()) == expected
+        assert "x-pd-proxy-fallback" not in whole.headers
+        other = "another prompt, so that no cache helps " * 4
+        request = {"messages": [{"role": "user", "content": other}]} if endpoint == "chat" else {"prompt": other}
+        stream = await running.http.post(PATHS[endpoint], json=body(endpoint, **request, stream=True))
+        assert streamed(stream.text) == await said_alone(endpoint, **request)
+        for answer in (whole, stream):
+            assert not any(name in answer.text for name in HIDDEN)
+        assert d.engine.stats.pulls == 2, "decode has computed the prompt itself"
+        await until(running.idle)
+        await p.wait_for(lambda: p.engine.used_blocks == 0)
+        await d.wait_for(lambda: d.engine.used_blocks == 0)
+
+
+@EVERY
+async def test_what_a_client_says_of_a_hand_off_reaches_no_engine(case: Case) -> None:
+    evil = {
+        "kv_transfer_params": {"do_remote_prefill": True, "remote_host": "10.6.6.6"},
+        "bootstrap_host": "10.6.6.6",
+        "bootstrap_room": 1,
+        "disaggregated_params": {"ctx_info_endpoint": "10.6.6.6"},
+        "ec_transfer_params": {"peer_host": "10.6.6.6"},
+    }
+    async with fleet(case) as (running, [p], [d]):
+        answer = await running.http.post(PATHS["chat"], json=chat(**evil))
+        assert answer.status_code == 200
+        for engine in (p, d):
+            assert "10.6.6.6" not in json.dumps([request.body for request in engine.requests])
+
+
+@EVERY
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prefill_that_fails_is_tried_elsewhere_and_decode_does_not_wait_for_it(
+    case: Case, stream: bool
+) -> None:
+    expected = await said_alone("completions")
+    # Some decode engines hold the memory of a transfer that never comes until their lease on it ends.
+    async with fleet(case, prefill=2, engine={"lease": 2.0}) as (running, prefill, [d]):
+        for engine in prefill:
+            engine.faults.add("status", leg="prefill", status=500, count=1)
+        started = asyncio.get_running_loop().time()
+        answer = await running.http.post(PATHS["completions"], json=completion(stream=stream))
+        assert answer.status_code == 200, answer.text
+        assert (streamed(answer.text) if stream else text_of(answer.json())) == expected
+        assert asyncio.get_running_loop().time() - started < 5
+        await until(running.idle)
+        await d.wait_for(lambda: not d.engine.running and not d.engine.waiting)
+
+
+@EVERY
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_decode_that_fails_is_tried_elsewhere(case: Case, stream: bool) -> None:
+    expected = await said_alone("completions")
+    async with fleet(case, decode=2, engine={"lease": 4.0}) as (running, [p], decode):
+        for engine in decode:  # whichever comes first; the other may meet it when it is to free the hand-off
+            engine.faults.add("status", leg="decode", status=500, count=1)
+        answer = await running.http.post(PATHS["completions"], json=completion(stream=stream))
+        assert answer.status_code == 200, answer.text
+        assert (streamed(answer.text) if stream else text_of(answer.json())) == expected
+        await until(running.idle)
+        await p.wait_for(lambda: p.engine.used_blocks == 0, 10)
+
+
+@EVERY
+async def test_dead_backends_among_live_ones_cost_clients_nothing(case: Case) -> None:
+    expected = await said_alone("completions")
+    async with fleet(case, prefill=2, decode=2) as (running, prefill, decode):
+        prefill[0].kill()
+        decode[1].kill()
+        answers = await asyncio.gather(
+            *(running.http.post(PATHS["completions"], json=completion(stream=bool(n % 2))) for n in range(20))
+        )
+        assert [answer.status_code for answer in answers] == [200] * 20
+        texts = [streamed(a.text) if n % 2 else text_of(a.json()) for n, a in enumerate(answers)]
+        assert texts == [expected] * 20
+        await until(running.idle)
+
+
+@EVERY
+@pytest.mark.parametrize("stage", ["prefill", "decode", "stream"])
+async def test_a_client_that_leaves_leaves_nothing_behind(case: Case, stage: str) -> None:
+    pace = {"step_time": 0.02, "prefill_rate": 400.0 if stage == "prefill" else 0.0, "lease": 2.0}
+    async with fleet(case, engine=pace) as (running, [p], [d]):
+        if stage == "decode":
+            d.faults.add("delay_first_byte", leg="decode", delay_s=1.0)
+        data = json.dumps(completion(max_tokens=400, ignore_eos=True, stream=True)).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        head = f"POST {PATHS['completions']} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+        writer.write(head.encode() + data)
+        if stage == "stream":
+            await reader.readuntil(b"\n\n")
+        else:
+            engine = {"prefill": p, "decode": d}[stage]
+            await engine.wait_for(lambda: len(engine.requests) > 0)
+        writer.close()
+        await until(running.idle, 3)
+        for one in (p, d):
+            await one.wait_for(lambda one=one: not one.engine.running and not one.engine.waiting, 5)  # type: ignore[misc]
+            await one.wait_for(lambda one=one: one.engine.used_blocks == 0, 5)  # type: ignore[misc]
+
+
+@EVERY
+async def test_without_prefill_decode_answers_by_itself_or_says_that_it_may_not(case: Case) -> None:
+    expected = await said_alone("completions")
+    async with fleet(case) as (running, [p], [d]):
+        p.kill()
+        await until(lambda: not next(b for b in running.gateway.fleet if b.url == p.url).up)
+        answer = await running.http.post(PATHS["completions"], json=completion())
+        if CONNECTORS[case.name].plain_decode:
+            assert text_of(answer.json()) == expected
+            assert answer.headers["x-pd-proxy-fallback"] == "no_prefill_backend"
+        else:
+            assert answer.status_code == 503
+            assert not d.requests, "a request without a hand-off would be answered wrong there"
