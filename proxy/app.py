@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 import httpx
 from fastapi import FastAPI
@@ -18,10 +19,13 @@ from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.api import operations
 from proxy.api.backends import backends
-from proxy.api.credentials import Credentials
+from proxy.api.credentials import Credentials, Trusted
 from proxy.api.inference import Inference
+from proxy.api.siblings import Siblings
 from proxy.api.surface import Surface
+from proxy.crew import Crew
 from proxy.fleet.backend import Backend
+from proxy.fleet.board import TICK, Exchange
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.flow.flow import Flow
@@ -46,7 +50,9 @@ class Gateway:
 
     Attributes:
         surface: the ASGI application. Its lifespan starts and stops the health checks.
-        registry: what /metrics shows.
+        registry: what /metrics shows, of this worker alone.
+        siblings: the other workers of this gateway, where there are any.
+        inner: what those are answered.
     """
 
     settings: Settings
@@ -55,14 +61,19 @@ class Gateway:
     admission: Admission
     surface: Surface
     registry: CollectorRegistry
+    siblings: Siblings | None = None
+    inner: Surface | None = None
 
 
-def build(settings: Settings, connections: Connections | None = None) -> Gateway:
+def build(settings: Settings, connections: Connections | None = None, crew: Crew | None = None) -> Gateway:
     """A gateway that does nothing until its surface's lifespan begins.
 
     Arguments:
         connections: of its server, to be shown by /metrics.
+        crew: its place among several workers.
     """
+    if crew is not None:
+        settings = settings.share(crew.workers)
     fleet = Fleet(settings)
     gate = Gate()
     admission = Admission(settings, FleetRoom(fleet) if fleet.bounded else None)
@@ -77,6 +88,8 @@ def build(settings: Settings, connections: Connections | None = None) -> Gateway
     credentials = Credentials(settings)
     legs = Legs(settings, fleet, telemetry)
     flow = Flow(settings, fleet, legs, CONNECTORS, telemetry, random.random)
+    exchange = None if crew is None else Exchange(crew.board, crew.worker)
+    siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
     key = settings.backend_api_key
     http = httpx.AsyncClient(
         timeout=settings.health.timeout,
@@ -95,15 +108,20 @@ def build(settings: Settings, connections: Connections | None = None) -> Gateway
             guides=CONNECTORS,
             tether_headers=legs.authorization,
         )
+        if siblings is not None:
+            _adopt(fleet, await siblings.backends())
         warmup.start()
         prober.start()
-        ticker = asyncio.create_task(_watch_loop(prometheus))
+        tickers = [asyncio.create_task(_watch_loop(prometheus))]
+        if exchange is not None:
+            tickers.append(asyncio.create_task(_exchange_loads(exchange, fleet, admission)))
         try:
             yield
         finally:
-            ticker.cancel()
-            with suppress(asyncio.CancelledError):
-                await ticker
+            for ticker in tickers:
+                ticker.cancel()
+                with suppress(asyncio.CancelledError):
+                    await ticker
             await flow.close()
             await prober.stop()
             await warmup.stop()
@@ -111,6 +129,8 @@ def build(settings: Settings, connections: Connections | None = None) -> Gateway
             await http.aclose()
 
     def forget(backend: Backend) -> None:
+        if exchange is not None:
+            exchange.forget(backend)
         legs.forget(backend)
         warmup.forget(backend)
         prometheus.forget(backend.url)
@@ -120,16 +140,26 @@ def build(settings: Settings, connections: Connections | None = None) -> Gateway
         for endpoint in ("chat", "completions")
     }
     routers = [
-        operations.probes(fleet, gate),
+        operations.probes(fleet, gate, siblings),
         operations.models(fleet, credentials),
         operations.administration(fleet, credentials, http),
         backends(fleet, credentials),
     ]
     if settings.metrics.port is None:
-        routers.append(operations.metrics(metrics))
+        routers.append(operations.metrics(metrics, siblings))
     body_seconds = settings.timeouts.request_body
-    surface = Surface(hot=hot, routers=routers, lifespan=lifespan, body_seconds=body_seconds)
-    return Gateway(settings, fleet, gate, admission, surface, metrics)
+    surface = Surface(hot=hot, routers=routers, lifespan=lifespan, body_seconds=body_seconds, siblings=siblings)
+    inner = None
+    if siblings is not None:
+        trusted = Trusted()
+        inside = [
+            operations.probes(fleet, gate),
+            operations.metrics(metrics, remembers=siblings.remember),
+            operations.administration(fleet, trusted, http),
+            backends(fleet, trusted),
+        ]
+        inner = Surface(hot={}, routers=inside)
+    return Gateway(settings, fleet, gate, admission, surface, metrics, siblings, inner)
 
 
 async def _watch_loop(prometheus: PrometheusSink) -> None:
@@ -137,3 +167,25 @@ async def _watch_loop(prometheus: PrometheusSink) -> None:
         before = monotonic()
         await asyncio.sleep(_LOOP_TICK)
         prometheus.loop_late(max(0.0, monotonic() - before - _LOOP_TICK))
+
+
+async def _exchange_loads(exchange: Exchange, fleet: Fleet, admission: Admission) -> None:
+    while True:
+        await asyncio.sleep(TICK)
+        if exchange.look(fleet) and fleet.bounded:
+            admission.look()
+
+
+def _adopt(fleet: Fleet, known: list[dict[str, Any]]) -> None:
+    """Have the backends that the other workers have: operators may have changed them since the settings were read."""
+    if not known:
+        return
+    for backend in list(fleet):
+        if not any(backend.url == other["url"] and backend.role == other["role"] for other in known):
+            fleet.remove(backend.url, backend.role)
+    for other in known:
+        backend = fleet.add(other["url"], other["role"])
+        if other["removed"]:
+            fleet.remove(backend.url, backend.role)
+        elif other["draining"]:
+            fleet.drain(backend)

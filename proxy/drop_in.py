@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--waiting-retry-interval", type=float, metavar="SECONDS", help="longest wait between probes of a lost backend"
     )
-    group.add_argument("--workers", type=int, metavar="N", help="has no effect: one process carries the script's load")
 
 
 def translate(arguments: argparse.Namespace, flags: dict[str, Any]) -> list[str]:
@@ -58,8 +57,6 @@ def translate(arguments: argparse.Namespace, flags: dict[str, Any]) -> list[str]
     ):
         if getattr(arguments, name) is not None:
             notices.append(f"--{name.replace('_', '-')} has no effect: {why}")
-    if (arguments.workers or 1) > 1:
-        notices.append("--workers has no effect: this gateway runs in one process")
     if level := flags.get("log_level"):
         flags["log_level"] = {"critical": "error"}.get(level.lower(), level.lower())
     return notices

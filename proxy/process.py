@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -24,8 +25,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from proxy.api import operations
+from proxy.api.siblings import socket_of
 from proxy.api.surface import Surface
 from proxy.app import Gateway, build
+from proxy.crew import Crew
 from proxy.relay.connections import Connections
 from proxy.relay.server import GatewayProtocol
 from proxy.settings import Settings
@@ -39,7 +42,9 @@ from proxy.sockets import (
     notify,
     raise_file_limit,
     steer_here,
+    unix_socket,
 )
+from proxy.workers import supervise
 
 __all__ = ["ListenError", "protocol", "serve", "uvicorn_config"]
 
@@ -62,19 +67,27 @@ def serve(settings: Settings) -> int:
         ListenError
     """
     files = raise_file_limit()
-    kind = protocol(settings, files)
     listeners = _listeners(settings)
-    if not (settings.prefill or settings.decode or settings.mixed):
+    if not any(group.prefill or group.decode or group.mixed for group in settings.all_groups()):
         log.warning("no backend is configured (--prefill, --decode, --mixed); they can be added at /instances/add")
-    if (wanted := kind.shared.limit) > connection_limit(files):
+    wanted = settings.limits.connections or 0
+    if wanted > settings.workers * connection_limit(files):
         log.warning("limits.connections is %d; streams on all of them need %d files, not %d", wanted, 3 * wanted, files)
-    gateway = build(settings, kind.shared)
+    if settings.workers > 1:
+        return supervise(settings.workers, listeners, partial(_work, settings, files, listeners))
+    return _work(settings, files, listeners, None)
+
+
+def _work(settings: Settings, files: int, listeners: list[Listener], crew: Crew | None) -> int:
+    """Be a gateway, or one worker of it."""
+    kind = protocol(settings if crew is None else settings.share(crew.workers), files)
+    gateway = build(settings, kind.shared, crew)
     # What is loaded by now stays for good: a full collection need not walk it while tokens wait.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)  # requests leave next to no cycles behind; looking for them cost 8 % of each
     with asyncio.Runner(loop_factory=_new_loop) as runner:
-        runner.run(_run(gateway, kind, listeners))
+        runner.run(_run(gateway, kind, listeners, crew))
     return 0
 
 
@@ -104,17 +117,39 @@ def protocol(settings: Settings, files: int) -> type[GatewayProtocol]:
     return Bounded
 
 
-async def _run(gateway: Gateway, kind: type[GatewayProtocol], listeners: list[Listener]) -> None:
-    main = _Server(uvicorn_config(gateway.surface, kind), gateway, kind.shared, listeners[0])
-    servers: list[uvicorn.Server] = [main]
+async def _run(
+    gateway: Gateway, kind: type[GatewayProtocol], listeners: list[Listener], crew: Crew | None = None
+) -> None:
+    main = _Server(
+        uvicorn_config(gateway.surface, kind), gateway, kind.shared, listeners[0], _tell_ready(crew, listeners[0].url)
+    )
+    beside: list[uvicorn.Server] = []
     if len(listeners) > 1:
-        metrics = Surface(hot={}, routers=[operations.metrics(gateway.registry)])
-        servers.append(_MetricsServer(uvicorn_config(metrics, kind), listeners[1]))
-    others = [asyncio.create_task(server.serve()) for server in servers[1:]]
+        metrics = Surface(hot={}, routers=[operations.metrics(gateway.registry, gateway.siblings)])
+        beside.append(_SideServer(uvicorn_config(metrics, kind), listeners[1].socket, taken=listeners[1].taken))
+        log.info("listening on %s for /metrics", listeners[1].url)
+    if crew is not None and gateway.inner is not None:
+        inner = uvicorn_config(gateway.inner)
+        beside.append(_SideServer(inner, unix_socket(socket_of(crew.directory, crew.worker))))
+    others = [asyncio.create_task(server.serve()) for server in beside]
     await main.serve()
-    for server in servers[1:]:
+    for server in beside:
         server.should_exit = True
     await asyncio.gather(*others)
+
+
+def _tell_ready(crew: Crew | None, url: str) -> Callable[[], object]:
+    """How to say that connections are accepted."""
+
+    def tell() -> None:
+        if crew is None:
+            log.info("listening on %s", url)
+            notify("READY=1")
+        else:
+            log.debug("worker %d serves", crew.worker)
+            os.write(crew.ready, b".")  # its supervisor says it for all
+
+    return tell
 
 
 def uvicorn_config(app: FastAPI, kind: type[GatewayProtocol] = GatewayProtocol) -> uvicorn.Config:
@@ -134,29 +169,37 @@ def uvicorn_config(app: FastAPI, kind: type[GatewayProtocol] = GatewayProtocol) 
     )
 
 
-class _MetricsServer(uvicorn.Server):
-    """The server of /metrics on a port of its own; it leaves signals to the main one."""
+class _SideServer(uvicorn.Server):
+    """A server beside the main one, to which it leaves signals."""
 
-    def __init__(self, config: uvicorn.Config, listener: Listener) -> None:
+    def __init__(self, config: uvicorn.Config, sock: socket.socket, *, taken: bool = False) -> None:
         super().__init__(config)
-        self._listener = listener
+        self._socket = sock
+        self._taken = taken
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=[self._listener.socket])
-        if self._listener.taken:
-            steer_here(self._listener.socket)
-        log.info("listening on %s for /metrics", self._listener.url)
+        await super().startup(sockets=[self._socket])
+        if self._taken:
+            steer_here(self._socket)
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server with our way of arriving and leaving."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, shared: Connections, listener: Listener) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        gateway: Gateway,
+        shared: Connections,
+        listener: Listener,
+        on_listening: Callable[[], object],
+    ) -> None:
         super().__init__(config)
+        self._on_listening = on_listening
         self._fleet = gateway.fleet
         self._gate = gateway.gate
         self._shutdown = gateway.settings.shutdown
@@ -190,8 +233,7 @@ class _Server(uvicorn.Server):
         self.servers.append(await loop.create_server(connection, sock=self._listener.socket, backlog=BACKLOG))
         if self._listener.taken:
             steer_here(self._listener.socket)
-        log.info("listening on %s", self._listener.url)  # said only now, when a signal would be heeded
-        notify("READY=1")
+        self._on_listening()  # said only now, when a signal would be heeded
 
     async def _ready(self, patience: float | None) -> None:
         """Wait until a request could be served: until then they are better off where they are."""

@@ -279,6 +279,9 @@ class Settings(BaseSettings):
     reuse_port: bool = Field(
         False, description="let a new gateway of the same user listen beside this one, to take over from it"
     )
+    workers: int = Field(
+        1, ge=1, le=64, description="processes that serve together; one relays some ten thousand tokens/s"
+    )
     prefill: BackendUrls = Field((), description="a prefill backend's URL; may be repeated")
     decode: BackendUrls = Field((), description="a decode backend's URL; may be repeated")
     mixed: BackendUrls = Field((), description="URL of a backend that does both; may be repeated")
@@ -363,6 +366,25 @@ class Settings(BaseSettings):
                 raise ValueError(f"clients: {other} and {name} have the same key")
             names.add(name)
         return self
+
+    def share(self, workers: int) -> Settings:
+        """The settings of one of several workers: its share of what the gateway may have in all. Bounds of backends
+        stay whole, since the workers know of each other's load."""
+
+        def part(bound: int | None) -> int | None:
+            return bound if bound is None else -(-bound // workers)
+
+        bounds = {name: part(getattr(self.admission, name)) for name in ("requests", "tokens", "queue", "queue_bytes")}
+        clients = tuple(
+            client.model_copy(update={"requests": part(client.requests), "tokens": part(client.tokens)})
+            for client in self.clients
+        )
+        retries = self.retries.model_copy(update={"floor": part(self.retries.floor)})
+        limits = self.limits.model_copy(update={"connections": part(self.limits.connections)})
+        admission = self.admission.model_copy(update=bounds)
+        return self.model_copy(
+            update={"admission": admission, "clients": clients, "retries": retries, "limits": limits}
+        )
 
     def client_keys(self) -> list[tuple[str, SecretStr]]:
         """Every client's name and key. Those of `api_keys` are named by their position, never by the secret."""

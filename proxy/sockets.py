@@ -83,6 +83,15 @@ def bind(host: str, port: int, *, reuse: bool, patience: float) -> Listener:
         raise ListenError(f"cannot listen on {host}:{port}: {why}") from None
 
 
+def unix_socket(path: Path) -> socket.socket:
+    """A socket that listens at a path; what a process that is gone has left there is replaced."""
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(str(path))
+    sock.listen(BACKLOG)
+    return sock
+
+
 def inherited(patience: float) -> list[Listener]:
     """The listening sockets that systemd passes to this process (sd_listen_fds(3)); none: it passes none.
 

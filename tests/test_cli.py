@@ -137,9 +137,9 @@ def test_the_scripts_tutorial_line_works(run: Run, served: list[Settings]) -> No
     )
     status, out, err = run(*line.split())
     assert (status, out) == (0, "")
-    assert err == "pd-proxy: --workers has no effect: this gateway runs in one process\n"
+    assert err == ""
     (settings,) = served
-    assert (settings.host, settings.port, settings.log_level) == ("0.0.0.0", 12347, "debug")
+    assert (settings.host, settings.port, settings.log_level, settings.workers) == ("0.0.0.0", 12347, "debug", 8)
     assert settings.prefill == ("http://10.0.0.1:7100", "http://10.0.0.1:7101")
     assert settings.decode == ("http://10.0.0.2:7100",)
 

@@ -118,7 +118,6 @@ def test_the_waiting_interval_is_the_longest_wait() -> None:
     [
         ("--retry-delay 0.001", "--retry-delay"),
         ("--max-waiting-retries 3", "--max-waiting-retries"),
-        ("--workers 4", "--workers"),
     ],
 )
 def test_a_flag_without_effect_is_told_of(line: str, flag: str) -> None:
@@ -126,10 +125,6 @@ def test_a_flag_without_effect_is_told_of(line: str, flag: str) -> None:
     assert flags == {}
     (notice,) = notices
     assert notice.startswith(f"{flag} has no effect: ")
-
-
-def test_one_worker_is_what_it_has_anyway() -> None:
-    assert translated("--workers 1") == ({}, [])
 
 
 @pytest.mark.parametrize(
@@ -141,7 +136,7 @@ def test_log_levels_may_be_the_scripts(given_: str, level: str) -> None:
     assert configure(flags, None, {}).log_level == level
 
 
-@pytest.mark.parametrize("line", ["--prefiller-ports one", "--max-retries few", "--workers"])
+@pytest.mark.parametrize("line", ["--prefiller-ports one", "--max-retries few"])
 def test_what_is_no_number_is_refused(line: str) -> None:
     with pytest.raises((argparse.ArgumentError, SystemExit)):
         translated(line)

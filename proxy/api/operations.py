@@ -10,11 +10,14 @@ import httpx
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import choose_encoder, generate_latest
+from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel, ConfigDict
 
 from proxy.admission.gate import Gate
 from proxy.api.credentials import Credentials
+from proxy.api.merging import merge, parse
+from proxy.api.siblings import Siblings
 from proxy.errors import InvalidRequest, ModelNotFound, NoBackend
 from proxy.fleet.backend import Role
 from proxy.fleet.fleet import Fleet
@@ -30,8 +33,8 @@ class Instances(BaseModel):
     instances: str | list[str]
 
 
-def probes(fleet: Fleet, gate: Gate) -> APIRouter:
-    """/health: the process is alive. /ready: it could serve a request now."""
+def probes(fleet: Fleet, gate: Gate, siblings: Siblings | None = None) -> APIRouter:
+    """/health: the process is alive. /ready: it could serve a request now, whichever worker gets it."""
     router = APIRouter(tags=["probes"])
 
     @router.get("/health")
@@ -44,7 +47,10 @@ def probes(fleet: Fleet, gate: Gate) -> APIRouter:
         """200 when one prefill and one decode backend, or one mixed, are up; else 503 with the reason."""
         if gate.draining:
             raise NoBackend("the gateway is shutting down", retry_after=1)
-        if reason := fleet.not_ready():
+        reason = fleet.not_ready()
+        if siblings is not None:
+            reason = reason or await siblings.not_ready()
+        if reason:
             raise NoBackend(reason, retry_after=1)
         return {"status": "ready"}
 
@@ -87,15 +93,39 @@ def models(fleet: Fleet, credentials: Credentials) -> APIRouter:
     return router
 
 
-def metrics(registry: CollectorRegistry) -> APIRouter:
-    """/metrics, as Prometheus text or, when asked for, OpenMetrics."""
+class _Page:
+    """What several workers have to show, as encoders want it."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
+def metrics(
+    registry: CollectorRegistry, siblings: Siblings | None = None, *, remembers: Callable[[str], None] | None = None
+) -> APIRouter:
+    """/metrics, as Prometheus text or, when asked for, OpenMetrics; of all workers, where there are several.
+
+    Arguments:
+        remembers: is told what this worker has shown.
+    """
     router = APIRouter(tags=["metrics"])
 
     @router.get("/metrics", response_class=Response)
     async def scrape(request: Request) -> Response:
         """What the gateway saw."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"content-type": content_type})
+        shown: Any = registry
+        if remembers is not None:
+            remembers(generate_latest(registry).decode())
+        if siblings is not None:
+            pages = [*await siblings.metrics(), siblings.departed()]
+            own = generate_latest(registry).decode()
+            siblings.remember(own)
+            shown = _Page(merge(map(parse, [own, *pages])))
+        return Response(encode(shown), headers={"content-type": content_type})
 
     return router
 

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy import __version__
+from proxy.api.siblings import Siblings
 from proxy.errors import (
     BodyTooLarge,
     GatewayError,
@@ -36,6 +37,7 @@ class Surface(FastAPI):
             `direct`.
         routers: the other routes, whose bodies are bounded here.
         body_seconds: seconds in which such a body must arrive.
+        siblings: the gateway's other workers, who are to serve what changes it too.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Surface(FastAPI):
         routers: list[APIRouter],
         lifespan: Lifespan | None = None,
         body_seconds: float = 60.0,
+        siblings: Siblings | None = None,
     ) -> None:
         super().__init__(
             title="pd-proxy",
@@ -55,6 +58,7 @@ class Surface(FastAPI):
         self._hot = hot
         self.direct = {path.encode("ascii"): app for path, app in hot.items()}
         self._body_seconds = body_seconds
+        self._siblings = siblings
         for router in routers:
             self.include_router(router)
         self.add_exception_handler(GatewayError, _gateway_error)
@@ -66,7 +70,11 @@ class Surface(FastAPI):
         if scope["type"] == "http" and (endpoint := self._hot.get(scope["path"])) is not None:
             await endpoint(scope, receive, send)
         elif scope["type"] == "http":
-            await super().__call__(scope, _bounded(receive, self._body_seconds), _with_request_id(send))
+            receive, send = _bounded(receive, self._body_seconds), _with_request_id(send)
+            if self._siblings is not None and self._siblings.repeats(scope["method"], scope["path"]):
+                await self._siblings.repeat(super().__call__, scope, receive, send)
+            else:
+                await super().__call__(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 

@@ -49,6 +49,7 @@ class Backend:
         factor: the share of its usual load that it may be given, in (0, 1]; below 1 after its return.
         slow_since: when it returned, while `factor` is below 1.
         resting_until: it has said that it is busy, and when to come back.
+        elsewhere_requests, elsewhere_tokens: what other workers of this gateway have in flight here (`board.py`).
         open_handoffs: hand-offs of this prefill backend that decode has not yet begun to use.
         attention: set when something happened that its prober should look at now.
         most_requests, most_tokens: what may be in flight here before new requests should go elsewhere.
@@ -61,6 +62,8 @@ class Backend:
         "connector",
         "coordinates",
         "draining",
+        "elsewhere_requests",
+        "elsewhere_tokens",
         "engine_id",
         "factor",
         "facts",
@@ -110,6 +113,8 @@ class Backend:
         self.open_handoffs = 0
         self.inflight_requests = 0
         self.inflight_tokens = 0
+        self.elsewhere_requests = 0
+        self.elsewhere_tokens = 0
         self.most_requests: float = inf
         self.most_tokens: float = inf
         self.on_freed: Callable[[], object] | None = None
@@ -123,7 +128,8 @@ class Backend:
     @property
     def drained(self) -> bool:
         """It is draining, and nothing needs it any more: no leg runs, and no hand-off waits to be read from it."""
-        return self.draining and not self.inflight_requests and not self.open_handoffs
+        busy = self.inflight_requests or self.elsewhere_requests or self.open_handoffs
+        return self.draining and not busy
 
     @property
     def legs(self) -> tuple[LegName, ...]:
@@ -133,8 +139,9 @@ class Backend:
     def has_room(self, tokens: int) -> bool:
         """Whether a leg of so many tokens stays within the bounds. An idle backend has room for any leg: a bound on
         tokens is none on the length of one prompt."""
-        return not self.inflight_requests or (
-            self.inflight_requests < self.most_requests and self.inflight_tokens + tokens <= self.most_tokens
+        requests = self.inflight_requests + self.elsewhere_requests
+        return not requests or (
+            requests < self.most_requests and self.inflight_tokens + self.elsewhere_tokens + tokens <= self.most_tokens
         )
 
     def locate(self, coordinates: Coordinates) -> None:

@@ -19,6 +19,12 @@ class Candidate(Protocol):
     def inflight_requests(self) -> int: ...
 
     @property
+    def elsewhere_tokens(self) -> int: ...
+
+    @property
+    def elsewhere_requests(self) -> int: ...
+
+    @property
     def factor(self) -> float:
         """The share of its usual load that it may be given, in (0, 1]: below 1 during its slow start."""
 
@@ -28,12 +34,13 @@ Choice = Callable[[Sequence[Candidate], Callable[[], float], int], int]
 
 
 def load(candidate: Candidate) -> tuple[float, float]:
-    """What least-loaded compares: tokens in flight, then requests; both over the candidate's factor. One request is
-    added, so that of idle candidates those in their slow start come last."""
+    """What least-loaded compares: tokens in flight, then requests, those of this gateway's other workers included; both
+    over the candidate's factor. One request is added, so that of idle candidates those in their slow start come last.
+    """
     factor = candidate.factor
-    if factor == 1.0:
-        return candidate.inflight_tokens, candidate.inflight_requests + 1
-    return candidate.inflight_tokens / factor, (candidate.inflight_requests + 1) / factor
+    tokens = candidate.inflight_tokens + candidate.elsewhere_tokens
+    requests = candidate.inflight_requests + candidate.elsewhere_requests + 1
+    return (tokens, requests) if factor == 1.0 else (tokens / factor, requests / factor)
 
 
 def _or_next(candidates: Sequence[Candidate], index: int, random: Callable[[], float]) -> int:

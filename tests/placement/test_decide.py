@@ -18,6 +18,8 @@ class Backend:
     url: str
     inflight_tokens: int = 0
     inflight_requests: int = 0
+    elsewhere_tokens: int = 0
+    elsewhere_requests: int = 0
     factor: float = 1.0
 
 

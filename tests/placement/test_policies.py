@@ -20,6 +20,8 @@ class Backend:
     url: str
     inflight_tokens: int = 0
     inflight_requests: int = 0
+    elsewhere_tokens: int = 0
+    elsewhere_requests: int = 0
     factor: float = 1.0
 
 
@@ -48,6 +50,12 @@ def test_every_policy_takes_one_of_the_pool(
 @given(loads=LOADS, number=NUMBERS, turn=st.integers(0, 1000))
 def test_least_loaded_takes_a_minimum(loads: list[tuple[int, int]], number: float, turn: int) -> None:
     assert loads[least_loaded(pool(loads), drawn(number), turn)] == min(loads)
+
+
+def test_what_other_workers_have_in_flight_counts_like_ones_own() -> None:
+    own, elsewhere = Backend("http://a", 10, 1), Backend("http://b", 0, 0, elsewhere_tokens=11, elsewhere_requests=1)
+    assert load(own) < load(elsewhere)
+    assert least_loaded([elsewhere, own], lambda: 0.0, 0) == 1
 
 
 def test_least_loaded_compares_tokens_before_requests() -> None:

@@ -1,0 +1,78 @@
+"""One page of metrics from those of several workers.
+
+Counters and histograms are summed, and so are gauges that count something. Of gauges that judge something the most
+cautious judgement is shown: a backend is up where every worker thinks so.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+_LEAST = {"pd_proxy_backend_up", "pd_proxy_ready", "process_start_time_seconds"}
+_MOST = {"pd_proxy_build_info", "pd_proxy_pool_panic", "pd_proxy_backend_state", "python_info", "process_max_fds"}
+"""Gauges of which the least, or the greatest, is shown. All others are summed."""
+
+
+def parse(page: str) -> list[Metric]:
+    """The families of a page in the Prometheus text format.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return list(text_string_to_metric_families(page))
+
+
+def merge(pages: Iterable[Iterable[Metric]]) -> list[Metric]:
+    """The families of all pages, with one sample for each set of labels, in the order of their first appearance."""
+    families: dict[str, Metric] = {}
+    found: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], Sample]] = {}
+    for page in pages:
+        for family in page:
+            if family.name not in families:
+                families[family.name] = Metric(family.name, family.documentation, family.type)
+                found[family.name] = {}
+            samples, join = found[family.name], _join(family.name)
+            for sample in family.samples:
+                key = sample.name, tuple(sorted(sample.labels.items()))
+                before = samples.get(key)
+                samples[key] = sample if before is None else sample._replace(value=join(before.value, sample.value))
+    for name, family in families.items():
+        family.samples = list(found[name].values())
+    return list(families.values())
+
+
+def _join(name: str) -> Callable[[float, float], float]:
+    if name in _LEAST:
+        return min
+    return max if name in _MOST else operator.add
+
+
+def counts_of(page: str) -> str:
+    """What of a page stays true when its process has ended: counters and histograms, in the text format.
+
+    Raises:
+        ValueError: it is none.
+    """
+    kept = [family for family in parse(page) if family.type in ("counter", "histogram")]
+    return render(family for family in kept if not family.name.startswith("process_"))
+
+
+def render(families: Iterable[Metric]) -> str:
+    """Families in the text format."""
+    return generate_latest(_Page(families)).decode()
+
+
+class _Page:
+    """Families as the encoder wants them."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> list[Metric]:
+        return self._families

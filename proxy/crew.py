@@ -1,0 +1,27 @@
+"""A worker's place among the workers of one gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy.fleet.board import Board
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """What a worker is told when it is made.
+
+    Attributes:
+        worker: its number, from 0.
+        workers: how many there are.
+        directory: where each has a socket for the others; nobody else may enter it.
+        board: by which they tell each other of their load.
+        ready: a pipe's end, on which it says that it accepts connections.
+    """
+
+    worker: int
+    workers: int
+    directory: Path
+    board: Board
+    ready: int

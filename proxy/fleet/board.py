@@ -1,0 +1,108 @@
+"""What the workers of one gateway tell each other of their load: a page of memory that all of them see.
+
+Each worker writes what it has in flight on each backend, and reads what the others have, some hundred times a second
+(`TICK`), so that each places requests as if all of them were its own. Nothing is locked but the allotment of rows: a
+number has one writer, and is written whole.
+
+Invariant: a worker that has ended is wiped by its supervisor before another takes its place, so that nothing of it is
+counted for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import multiprocessing
+from collections.abc import Iterable
+
+from proxy.fleet.backend import Backend
+
+TICK = 0.01
+"""Seconds between looks. A backend's load changes by a request or two in that time."""
+
+_ROWS = 1024  # backends that have been there since the start; those beyond are each worker's own business
+_KEY = 8  # bytes of a backend's digest; 0 is a free row
+_NUMBERS = 2  # requests, tokens
+_LOCK_PATIENCE = 1.0  # seconds; whoever died with the lock has left at most a row half-named
+
+
+class Board:
+    """The page, made before the workers are forked.
+
+    Arguments:
+        workers: how many there are.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._width = 1 + workers * _NUMBERS
+        self._cells = memoryview(mmap.mmap(-1, _ROWS * self._width * 8)).cast("q")
+        self._lock = multiprocessing.get_context("fork").Lock()
+
+    def row(self, backend: Backend) -> int:
+        """Where a backend's numbers begin; -1 when the page is full."""
+        digest = hashlib.blake2b(f"{backend.role} {backend.url}".encode(), digest_size=_KEY).digest()
+        key = int.from_bytes(digest, "little", signed=True) or 1
+        held = self._lock.acquire(timeout=_LOCK_PATIENCE)
+        try:
+            for step in range(_ROWS):
+                start = (key + step) % _ROWS * self._width
+                if self._cells[start] in (0, key):
+                    self._cells[start] = key
+                    return start + 1
+            return -1
+        finally:
+            if held:
+                self._lock.release()
+
+    def write(self, row: int, worker: int, requests: int, tokens: int) -> None:
+        place = row + worker * _NUMBERS
+        self._cells[place] = requests
+        self._cells[place + 1] = tokens
+
+    def others(self, row: int, worker: int) -> tuple[int, int]:
+        """Requests and tokens of all workers but one."""
+        end = row + self.workers * _NUMBERS
+        own = row + worker * _NUMBERS
+        requests = sum(self._cells[row:end:_NUMBERS]) - self._cells[own]
+        return requests, sum(self._cells[row + 1 : end : _NUMBERS]) - self._cells[own + 1]
+
+    def wipe(self, worker: int) -> None:
+        """A worker has ended, and everything that it had in flight with it."""
+        for row in range(1, _ROWS * self._width, self._width):
+            self.write(row, worker, 0, 0)
+
+
+class Exchange:
+    """One worker's dealings with the board.
+
+    Arguments:
+        worker: its number.
+    """
+
+    def __init__(self, board: Board, worker: int) -> None:
+        self._board = board
+        self._worker = worker
+        self._rows: dict[Backend, int] = {}
+
+    def look(self, fleet: Iterable[Backend]) -> bool:
+        """Tell the others what this worker has in flight, and learn what they have; whether a backend has become less
+        loaded by that."""
+        board, worker, rows, freed = self._board, self._worker, self._rows, False
+        for backend in fleet:
+            row = rows.get(backend)
+            if row is None:
+                row = rows[backend] = board.row(backend)
+            if row < 0:
+                continue
+            board.write(row, worker, backend.inflight_requests, backend.inflight_tokens)
+            requests, tokens = board.others(row, worker)
+            freed = freed or requests < backend.elsewhere_requests
+            backend.elsewhere_requests, backend.elsewhere_tokens = requests, tokens
+        return freed
+
+    def forget(self, backend: Backend) -> None:
+        """A backend has left."""
+        row = self._rows.pop(backend, -1)
+        if row >= 0:
+            self._board.write(row, self._worker, 0, 0)

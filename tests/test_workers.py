@@ -1,0 +1,169 @@
+"""Several workers: one gateway to its clients, its operators and its scraper, whichever of them dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support import chat, completion, simulators, until
+from tests.test_process import Process, ready, served
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+pytestmark = pytest.mark.slow
+
+
+def workers_of(process: Process) -> list[int]:
+    """The process ids of a gateway's workers."""
+    pid = process.process.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def metric(http: httpx.AsyncClient, name: str) -> float:
+    """The sum of a metric's samples."""
+    families = text_string_to_metric_families((await http.get("/metrics")).text)
+    return sum(s.value for family in families for s in family.samples if s.name == name)
+
+
+async def ask_apart(url: str, count: int, body: dict[str, Any], path: str = COMPLETIONS) -> list[httpx.Response]:
+    """Ask at the same time on connections of their own."""
+
+    async def one() -> httpx.Response:
+        async with httpx.AsyncClient(base_url=url, timeout=20, trust_env=False) as http:
+            return await http.post(path, json=body)
+
+    return await asyncio.gather(*(one() for _ in range(count)))
+
+
+async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
+    async with (
+        simulators("prefill", "decode", "decode") as [p, d1, d2],
+        served("--workers", "3", "--prefill", p.url, "--decode", d1.url) as process,
+        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as http,
+    ):
+        await ready(http)
+        answers = await ask_apart(process.url, 60, completion())
+        assert {answer.status_code for answer in answers} == {200}
+        for _ in range(6):  # whichever worker answers
+            assert await metric(http, "pd_proxy_requests_total") == 60
+            assert await metric(http, "pd_proxy_backend_up") == 2
+            assert await metric(http, "pd_proxy_time_to_first_token_seconds_count") == 0  # they were not streamed
+        added = await http.post("/instances/add", json={"type": "decode", "instances": d2.url})
+        assert added.status_code == 200
+        name = d1.url.removeprefix("http://")
+        assert (await http.post(f"/admin/backends/{name}/drain")).status_code == 200
+        for _ in range(8):
+            async with httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as other:
+                listed = (await other.get("/admin/backends")).json()["backends"]
+                assert {b["url"]: b["draining"] for b in listed} == {p.url: False, d1.url: True, d2.url: False}
+        before = len(d1.requests)
+        await until_up(http, d2.url)
+        assert {a.status_code for a in await ask_apart(process.url, 20, completion())} == {200}
+        assert len(d1.requests) == before
+
+
+async def until_up(http: httpx.AsyncClient, url: str) -> None:
+    """Wait until every worker has a backend in its rotation: the least of them is shown."""
+    async with asyncio.timeout(10):
+        while True:
+            families = text_string_to_metric_families((await http.get("/metrics")).text)
+            up = {s.labels["backend"]: s.value for f in families for s in f.samples if s.name == "pd_proxy_backend_up"}
+            if up.get(url) == 1:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_ends() -> None:
+    async with (
+        simulators("prefill", "decode", step_time=0.02) as [p, d],
+        served("--workers", "2", "--prefill", p.url, "--decode", d.url) as process,
+        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as http,
+    ):
+        await ready(http)
+        await ask_apart(process.url, 10, completion(max_tokens=2))
+        await http.post(f"/admin/backends/{p.url.removeprefix('http://')}/drain")
+        counted = await metric(http, "pd_proxy_requests_total")
+        whole = cut = 0
+
+        async def stream() -> None:
+            nonlocal whole, cut
+            body = chat(max_tokens=100, ignore_eos=True, stream=True)
+            try:
+                async with httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as one:
+                    text = (await one.post(CHAT, json=body)).text
+                whole += text.rstrip().endswith("[DONE]")
+            except httpx.HTTPError:
+                cut += 1
+
+        streams = [asyncio.create_task(stream()) for _ in range(24)]
+        await until(lambda: d.engine.running >= 20, 10)
+        victim, survivor = workers_of(process)
+        os.kill(victim, signal.SIGKILL)
+        await asyncio.gather(*streams)
+        assert whole + cut == 24
+        assert whole > 0, "the other worker's streams have ended"
+        await until(lambda: len(workers_of(process)) == 2 and survivor in workers_of(process), 10)
+        await until(lambda: any("ended with signal 9" in line for line in process.log), 5)
+        assert await metric(http, "pd_proxy_requests_total") >= counted, "counts have gone back"
+        drained: list[bool] = []
+        async with asyncio.timeout(10):  # the new one knows what the operator had said before its time
+            while len(drained) < 20:
+                async with httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as one:
+                    answer = await one.get("/admin/backends")
+                drained.append(answer.json()["backends"][0]["draining"])
+        assert all(drained)
+        for engine in (p, d):
+            await engine.wait_for(lambda engine=engine: not engine.engine.running)  # type: ignore[misc]
+
+
+async def test_they_leave_together_and_let_their_streams_finish() -> None:
+    async with (
+        simulators("prefill", "decode", step_time=0.01) as [p, d],
+        served("--workers", "2", "--prefill", p.url, "--decode", d.url) as process,
+        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as http,
+    ):
+        await ready(http)
+        body = chat(max_tokens=60, ignore_eos=True, stream=True)
+        asking = asyncio.create_task(ask_apart(process.url, 8, body, CHAT))
+        await until(lambda: d.engine.running == 8, 10)
+        process.signal(signal.SIGTERM)
+        answers = await asking
+        assert all(answer.text.rstrip().endswith("[DONE]") for answer in answers)
+        assert await process.status() == 0
+
+
+async def test_workers_whose_supervisor_is_killed_leave_too() -> None:
+    async with simulators("mixed") as [m], served("--workers", "2", "--mixed", m.url) as process:
+        workers = workers_of(process)
+        process.signal(signal.SIGKILL)
+        await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 10)
+
+
+async def test_requests_are_placed_as_if_one_worker_had_placed_them() -> None:
+    """Two workers that did not know of each other would each give half of what it has to each backend as well, but in
+    ignorance of one backend's long request that the other has placed."""
+    async with (
+        simulators("mixed", "mixed", step_time=0.05) as [one, two],
+        served("--workers", "2", "--mixed", one.url, "--mixed", two.url) as process,
+        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as http,
+    ):
+        await ready(http)
+        await until_up(http, one.url)
+        await until_up(http, two.url)
+        heavy = completion(prompt="long " * 4000, max_tokens=200, ignore_eos=True, stream=True)
+        async with http.stream("POST", COMPLETIONS, json=heavy) as answer:
+            await anext(answer.aiter_bytes())
+            busy, idle = (one, two) if one.engine.running else (two, one)
+            before = len(busy.requests)
+            answers = await ask_apart(process.url, 16, completion(max_tokens=2))
+            assert {a.status_code for a in answers} == {200}
+            assert len(busy.requests) == before, json.dumps([len(e.requests) for e in (one, two)])
+            assert len(idle.requests) == 16
