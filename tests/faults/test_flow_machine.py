@@ -28,6 +28,7 @@ from proxy.simulator.faults import Kind
 from proxy.simulator.prompts import render_chat
 from proxy.simulator.sequences import Sampling, Sequence
 from proxy.simulator.tokens import start_state, tokenize
+from tests.contract.cases import CASES
 from tests.faults import bed as beds
 from tests.faults.bed import Bed, Heard
 from tests.faults.clock import virtual_time
@@ -224,7 +225,13 @@ MOMENTS = st.sampled_from([0.0, 0.003, 0.01, 0.03, 0.06, 0.1, 0.5, 2.5])
 
 
 class FlowMachine(RuleBasedStateMachine):
-    """A fleet, its clients, and what befalls them."""
+    """A fleet, its clients, and what befalls them.
+
+    Attributes:
+        case: the connector its engines speak.
+    """
+
+    case = CASES[0]
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +241,7 @@ class FlowMachine(RuleBasedStateMachine):
         self._open = AsyncExitStack()
         self.clients: list[tuple[Asked, asyncio.Task[Heard]]] = []
         self.left: set[asyncio.Task[Heard]] = set()
-        self.bed: Bed = self._runner.run(self._open.enter_async_context(beds.made(max_num_seqs=4)))
+        self.bed: Bed = self._runner.run(self._open.enter_async_context(beds.made(case=self.case, max_num_seqs=4)))
         # Whoever is struck gets the requests: nothing happens to those that never meet a fault.
         self._steering = self._exit.enter_context(ExitStack())
         self._steering.enter_context(self.bed.steered())
@@ -388,3 +395,13 @@ FlowMachine.TestCase.settings = settings(
     phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
 )
 TestFlowMachine = pytest.mark.slow(FlowMachine.TestCase)
+
+
+class TogetherMachine(FlowMachine):
+    """With both legs sent at once."""
+
+    case = next(case for case in CASES if case.name == "mooncake")
+
+
+TogetherMachine.TestCase.settings = FlowMachine.TestCase.settings
+TestTogetherMachine = pytest.mark.slow(TogetherMachine.TestCase)
