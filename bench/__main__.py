@@ -7,6 +7,7 @@ same rounds, so that the ratio holds on a noisy machine. Needs Linux, gcc and ng
   .venv/bin/python -m bench                      all cases, pd-proxy, 3 rounds (a few minutes)
   .venv/bin/python -m bench --quick              paced and short, one short round
   .venv/bin/python -m bench --write              ... and write bench/RESULTS.md
+  .venv/bin/python -m bench --case scale         cost and delay against the number of streams (with --write: the plots)
   .venv/bin/python -m bench --case connections   memory of idle and of streaming clients (bench/connections.py)
   .venv/bin/python -m bench --name other --cmd 'other --port {port} --prefill {prefill} --decode {decode}'
 
@@ -24,14 +25,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import cases, connections, load, machine, report
+from bench import cases, connections, load, machine, plots, report
 from bench.cost import NGINX, PEERS, Contender, nginx_path, rounds
 from bench.process import BenchError
 
 DEFAULT_COMMAND = "pd-proxy serve --port {port} --prefill {prefill} --decode {decode}"
 CONNECTIONS = "connections"
+SCALE = "scale"
 QUICK = ("paced", "short")  # the cases with a budget
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
+SCALE_RESULTS = RESULTS.with_name("SCALE.md")
+PLOTS = RESULTS.parents[1] / "docs" / "cost.svg"
+
+
+SHOWN = "CPU time a token, and delay of a token, against the number of streams, beside nginx"
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -44,8 +51,8 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--case",
         action="append",
-        choices=[*cases.BY_NAME, CONNECTIONS],
-        help=f"may be repeated; default: all but {CONNECTIONS} (memory of idle and of streaming clients). {what}",
+        choices=[*cases.BY_NAME, SCALE, CONNECTIONS],
+        help=f"may be repeated; default: all but {SCALE} and {CONNECTIONS}. {what}",
     )
     parser.add_argument("--rounds", type=int, choices=range(1, 21), metavar="1..20", help="default: 3")
     parser.add_argument("--quick", action="store_true", help="a first look: paced and short, one round, a third of it")
@@ -74,14 +81,24 @@ def run(arguments: Sequence[str]) -> int:
     if chosen.case == [CONNECTIONS]:
         print(connections.report(load.build(), Contender(chosen.name, chosen.cmd, chosen.ready_path)))
         return 0
-    if CONNECTIONS in (chosen.case or ()):
-        raise BenchError(f"--case {CONNECTIONS} runs alone")
+    for alone in (CONNECTIONS, SCALE):
+        if alone in (chosen.case or ()) and chosen.case != [alone]:
+            raise BenchError(f"--case {alone} runs alone")
     count = chosen.rounds or (1 if chosen.quick else 3)
     nginx_path()
     program = load.build()
     selected, against = chosen_cases(chosen), contenders(chosen)
     facts = machine.facts(shlex.join(["python", "-m", "bench", *arguments]), count)
+    if chosen.case == [SCALE]:
+        selected = [case.quick() if chosen.quick else case for case in cases.scale()]
     measured = {case.name: rounds(program, against, case, count) for case in selected}
+    if chosen.case == [SCALE]:
+        print(report.scale_table(selected, measured))
+        if chosen.write:
+            SCALE_RESULTS.write_text(report.scale_markdown(selected, measured, facts))
+            PLOTS.write_text(plots.svg(report.scale_plots(selected, measured), SHOWN))
+            print(f"wrote {SCALE_RESULTS} and {PLOTS}", file=sys.stderr)
+        return 0
     if chosen.json:
         print(json.dumps(report.as_json(selected, measured, facts), indent=1))
     else:

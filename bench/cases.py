@@ -131,3 +131,12 @@ ALL = (
     ),
 )
 BY_NAME = {case.name: case for case in ALL}
+
+STREAMS = (36, 72, 144, 288, 576, 1152)
+"""How many streams the plots show."""
+
+
+def scale() -> list[Case]:
+    """`paced` with more and more streams."""
+    paced = BY_NAME["paced"]
+    return [replace(paced, name=f"{n} streams", concurrency=n, requests=n, budget=None) for n in STREAMS]
