@@ -22,6 +22,7 @@ CONFIG_VARIABLE = "PD_PROXY_CONFIG"
 """The variable that names the file; the only one with the prefix that is no setting."""
 
 Seconds = Annotated[float, Field(gt=0)]
+KindName = Literal["vllm", "sglang", "tensorrt_llm", "nim", "openai"]
 ConnectorName = Literal["nixl", "mooncake_ascend", "mooncake"]
 PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
@@ -169,7 +170,7 @@ class Limits(Group):
 
 
 class Health(Group):
-    """Active probes of each backend's /health: is it alive?"""
+    """Active probes of each backend, at the health path of its kind: is it alive?"""
 
     interval: Seconds = Field(2.0, description="seconds between probes of a backend that is up")
     timeout: Seconds = Field(2.0, description="seconds one probe may take")
@@ -285,6 +286,9 @@ class Settings(BaseSettings):
     prefill: BackendUrls = Field((), description="a prefill backend's URL; may be repeated")
     decode: BackendUrls = Field((), description="a decode backend's URL; may be repeated")
     mixed: BackendUrls = Field((), description="URL of a backend that does both; may be repeated")
+    kind: KindName = Field(
+        "vllm", description="what the backends are: where they say how they are, and which routes they offer"
+    )
     connector: ConnectorName = Field("nixl", description="the hand-off protocol the engines speak")
     groups: Groups = Field(
         (), description="further fleets of backends, each with a connector of its own; no hand-off leaves its group"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from proxy.errors import BackendError, BackendLost
 from proxy.fleet.facts import Facts
+from proxy.fleet.kinds import KINDS, Kind
 from proxy.fleet.standing import LegName, Standing
 from proxy.handoff.coordinates import Coordinates
 
@@ -31,6 +32,8 @@ class Backend:
     """State of one engine endpoint.
 
     Attributes:
+        kind: what sort of engine it is.
+        lacks: routes of its kind that it has said it does not have; asked again now and then, as for its models.
         up: in the rotation.
         reason: why not, for people; empty when up.
         models: its cards of /v1/models by id, or None while that is not known.
@@ -70,7 +73,9 @@ class Backend:
         "group",
         "inflight_requests",
         "inflight_tokens",
+        "kind",
         "known",
+        "lacks",
         "models",
         "most_requests",
         "most_tokens",
@@ -89,9 +94,11 @@ class Backend:
         "version",
     )
 
-    def __init__(self, url: str, role: Role, *, window: float = 30.0) -> None:
+    def __init__(self, url: str, role: Role, *, kind: Kind = KINDS["vllm"], window: float = 30.0) -> None:
         self.url = url
         self.role = role
+        self.kind = kind
+        self.lacks: set[str] = set()
         self.up = False
         self.reason = "not probed yet"
         self.models: dict[str, dict[str, Any]] | None = None
@@ -124,6 +131,10 @@ class Backend:
     def serves(self, model: str | None) -> bool:
         """Whether a request for `model` may go here; what is not known is not held against it."""
         return model is None or self.models is None or model in self.models
+
+    def offers(self, route: str) -> bool:
+        """Whether a request for `route` may go here, as far as is known."""
+        return route in self.kind.routes and route not in self.lacks
 
     @property
     def drained(self) -> bool:

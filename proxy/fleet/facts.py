@@ -49,12 +49,9 @@ class _Version(msgspec.Struct):
 _read_models = msgspec.json.Decoder(_Models).decode
 _read_version = msgspec.json.Decoder(_Version).decode
 
-PAGES = ("/metrics", "/v1/models", "/version")
-"""Where an engine says it."""
-
 
 def read_facts(metrics: bytes, models: bytes, version: bytes) -> Facts | None:
-    """What the `PAGES` say; None where they do not say all of it."""
+    """What an engine's pages say; None where they do not say all of it."""
     block_size = read_block_size(metrics)
     try:
         cards, named = _read_models(models).data, _read_version(version).version

@@ -14,6 +14,7 @@ from proxy.errors import BackendBusy, BackendError, BackendFailed, BackendTimedO
 from proxy.fleet.backend import LEGS, ROLES, Backend, Role
 from proxy.fleet.breaker import FEWEST
 from proxy.fleet.budget import Budgets
+from proxy.fleet.kinds import KINDS
 from proxy.fleet.rotation import Rotation
 from proxy.fleet.standing import LegName
 from proxy.handoff.coordinates import Coordinates
@@ -30,6 +31,7 @@ class Fleet:
     Arguments:
         clock: seconds, never going back.
     Attributes:
+        kind: of backends that join.
         sizes: how many backends each pool has, up or not.
         rotation: who is fit.
         succeeded: is told of a backend's leg that ended well.
@@ -40,6 +42,7 @@ class Fleet:
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = monotonic) -> None:
         self._window = settings.breaker.window
+        self.kind = KINDS[settings.kind]
         self.rotation = Rotation(settings.breaker, self._peers, clock)
         self.succeeded = self.rotation.succeeded
         self.budgets = Budgets(settings.retries, self.pool)
@@ -156,6 +159,11 @@ class Fleet:
                     return True
         return False
 
+    def routes(self) -> frozenset[str]:
+        """The engines' routes that there are here, by the kinds of the backends."""
+        kinds = {backend.kind.name: backend.kind for backend in self} or {self.kind.name: self.kind}
+        return frozenset().union(*(kind.routes for kind in kinds.values()))
+
     def model_cards(self) -> list[dict[str, Any]]:
         """The models a client can ask for, as /v1/models shows them: those of the backends that answer clients. The
         context is as long as the shortest backend's, prefill's included."""
@@ -224,7 +232,7 @@ class Fleet:
         if backend := self.find(url, role):
             self.undrain(backend)
             return backend
-        backend = Backend(url, role, window=self._window)
+        backend = Backend(url, role, kind=self.kind, window=self._window)
         backend.group = group
         backend.connector = self._connectors[group]
         backend.locate(placed(url, self._locations.get(url)))

@@ -1,7 +1,8 @@
 """Active health checks: one watcher a backend, which brings it into the rotation and takes it out.
 
-httpx carries the probes and tenacity their patience. `/health` decides; `/v1/models` and `/version` are learnt on the
-way in and now and then after. Probes say whether a backend is alive; whether it is any good, its requests say.
+httpx carries the probes and tenacity their patience. The health path of a backend's kind decides; its models and its
+version are learnt on the way in and now and then after, and so is whether it sleeps: vLLM calls a sleeping engine
+healthy. Probes say whether a backend is alive; whether it is any good, its requests say.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tenacity import (
 )
 
 from proxy.fleet.backend import Backend
-from proxy.fleet.facts import PAGES, read_facts
+from proxy.fleet.facts import read_facts
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.tether import Tether, TetherBroken
 from proxy.handoff.coordinates import Coordinates
@@ -40,6 +41,10 @@ _NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, RecursionEr
 
 class ProbeFailed(Exception):
     """A probe that says the backend should get no requests; the text says why, for people."""
+
+
+class Asleep(ProbeFailed):
+    """It has given its memory back, and would serve nobody until it is woken."""
 
 
 class Guide(Protocol):
@@ -84,6 +89,7 @@ class Prober:
         self._tether_headers = tether_headers
         self._tethers: dict[Backend, Tether] = {}
         self._watchers: dict[Backend, asyncio.Task[None]] = {}
+        self._sleepers: set[Backend] = set()  # those that have said that they can
 
     def start(self) -> None:
         """Watch what is in the fleet now and whatever joins later."""
@@ -109,6 +115,7 @@ class Prober:
     def _leave(self, backend: Backend) -> None:
         if watcher := self._watchers.pop(backend, None):
             watcher.cancel()
+        self._sleepers.discard(backend)
         self._on_leave(backend)
 
     async def _watch(self, backend: Backend) -> None:
@@ -172,36 +179,49 @@ class Prober:
                 return
             if stale := loop.time() - learnt > _RELEARN:
                 learnt = loop.time()
-                with suppress(ProbeFailed):
+                try:
                     await self._learn(backend)
+                except Asleep as failure:
+                    self._fleet.take_out(backend, str(failure))
+                    return
+                except ProbeFailed:
+                    pass  # what was known holds until a health check says otherwise
             elif called:  # what failed may be another engine by now, with other coordinates
                 with suppress(ProbeFailed):
                     await self._locate(backend)
             await self._hold(backend, anew=stale)
 
     async def probe(self, backend: Backend) -> None:
-        """Ask /health once.
+        """Ask once whether it is healthy.
 
         Raises:
             ProbeFailed: anything but 200 in time.
         """
-        answer = await self._get(backend, "/health")
+        path = backend.kind.health
+        answer = await self._get(backend, path)
         if answer.status_code != 200:
-            raise ProbeFailed(f"/health answered {answer.status_code}")
+            raise ProbeFailed(f"{path} answered {answer.status_code}")
 
     async def _learn(self, backend: Backend) -> None:
-        """Read the model ids and the version. An engine without one of the two is no worse for it, one that cannot
-        be reached is."""
+        """Read the model ids and the version. An engine without one of the two is no worse for it; one that cannot
+        be reached is, and so is one that sleeps.
+
+        Raises:
+            ProbeFailed: it should get no requests.
+        """
+        if await self._sleeps(backend):
+            raise Asleep("it is asleep (POST /admin/wake_up wakes it)")
+        backend.lacks.clear()
         models = await self._get(backend, "/v1/models")
         if models.status_code == 200:
             with suppress(*_NOT_AS_EXPECTED):
                 backend.models = {str(card["id"]): dict(card) for card in models.json()["data"]}
         elif models.status_code in (401, 403):
             raise ProbeFailed(f"/v1/models answered {models.status_code}: set backend_api_key")
-        version = await self._get(backend, "/version")
-        if version.status_code == 200:
+        path, member = backend.kind.version
+        if path and (version := await self._get(backend, path)).status_code == 200:
             with suppress(*_NOT_AS_EXPECTED):
-                backend.version = str(version.json()["version"])
+                backend.version = str(version.json()[member])
         await self._locate(backend)
 
     async def _locate(self, backend: Backend) -> None:
@@ -225,17 +245,32 @@ class Prober:
         except _NOT_AS_EXPECTED as error:
             raise ProbeFailed(f"{url} did not tell where its KV cache is: {error}") from None
 
+    async def _sleeps(self, backend: Backend) -> bool:
+        """Whether it says that it sleeps. Only engines in development mode can, and only they have the route."""
+        path = backend.kind.operations.get("is_sleeping")
+        if path is None or (backend.up and backend not in self._sleepers):
+            return False
+        answer = await self._get(backend, path)
+        if answer.status_code != 200:
+            self._sleepers.discard(backend)
+            return False
+        self._sleepers.add(backend)
+        with suppress(*_NOT_AS_EXPECTED):
+            return answer.json()["is_sleeping"] is True
+        return False
+
     async def _tie(self, backend: Backend) -> None:
         """Learn an engine's facts, over a connection that is held for as long as they are to be believed. They are
         unknown where that does not come about, which is no fault: its hand-offs are then those that fit any engine."""
         self._untie(backend)
-        if not self._learns_facts(backend):
+        kind = backend.kind
+        if not self._learns_facts(backend) or not (kind.metrics and kind.version[0]):
             return
         seconds = self._settings.timeout
         try:
             tether = await Tether.tie(backend.url, self._tether_headers, lambda: backend.learn(None), seconds)
             self._tethers[backend] = tether
-            said = [await tether.ask(page, seconds) for page in PAGES]
+            said = [await tether.ask(page, seconds) for page in (kind.metrics, "/v1/models", kind.version[0])]
         except TetherBroken as error:
             log.debug("%s backend %s told nothing of itself: %s", backend.role, backend.url, error)
             self._untie(backend)
@@ -255,7 +290,7 @@ class Prober:
         tether, facts = self._tethers.get(backend), backend.facts
         if tether is not None and tether.holds and facts is not None:
             with suppress(TetherBroken):
-                status, answer = await tether.ask("/version", self._settings.timeout)
+                status, answer = await tether.ask(backend.kind.version[0], self._settings.timeout)
                 if status == 200 and facts.version.encode() not in answer:
                     backend.learn(None)
         elif anew or tether is not None:

@@ -63,6 +63,7 @@ def engine() -> Iterator[respx.MockRouter]:
         router.get("/health", name="health").respond(200)
         router.get("/v1/models", name="models").respond(200, json={"data": [{"id": "m", "max_model_len": 100}]})
         router.get("/version", name="version").respond(200, json={"version": "0.32.0"})
+        router.get("/is_sleeping", name="is_sleeping").respond(404)  # as an engine that is not in development mode
         yield router
 
 
@@ -387,3 +388,51 @@ async def test_a_watcher_outlives_an_answer_that_nobody_expected(
             task.cancel()
         await asyncio.gather(watcher, up, return_exceptions=True)
         assert not dead
+
+
+async def test_an_engine_that_sleeps_is_down_until_it_is_awake(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
+) -> None:
+    engine["is_sleeping"].respond(200, json={"is_sleeping": True})
+    prober.start()
+    assert "it is asleep" in await news.of("is not up")
+    assert not backend.up and engine["health"].called
+    engine["is_sleeping"].respond(200, json={"is_sleeping": False})
+    await news.of("is up")
+
+
+async def test_an_engine_that_falls_asleep_by_another_hand_is_taken_out(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_RELEARN", 0.0)
+    engine["is_sleeping"].respond(200, json={"is_sleeping": False})
+    prober.start()
+    await news.of("is up")
+    engine["is_sleeping"].respond(200, json={"is_sleeping": True})
+    assert "it is asleep" in await news.of("is out")
+
+
+async def test_an_engine_that_cannot_sleep_is_asked_once_for_each_time_it_comes_up(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_RELEARN", 0.0)
+    prober.start()
+    await news.of("is up")
+    learnt = engine["models"].call_count
+    async with asyncio.timeout(PATIENCE):
+        while engine["models"].call_count < learnt + 3:
+            await asyncio.sleep(0.001)
+    assert engine["is_sleeping"].call_count == 1
+
+
+async def test_what_a_backend_said_it_lacks_is_asked_again_with_its_models(
+    prober: Prober, news: News, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prober.start()
+    await news.of("is up")
+    monkeypatch.setattr(health, "_RELEARN", 0.0)
+    backend.lacks.add("/v1/embeddings")
+    assert not backend.offers("/v1/embeddings")
+    async with asyncio.timeout(PATIENCE):
+        while not backend.offers("/v1/embeddings"):
+            await asyncio.sleep(0.001)
