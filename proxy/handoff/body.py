@@ -43,7 +43,7 @@ FORBIDDEN = frozenset(
 """Members by which engines find each other's memory. A client that could set them could make an engine connect
 wherever it likes, read another user's KV cache, or die (wire protocols, section F)."""
 
-_NESTED = ("vllm_xargs", "extra_args", "sampling_params")
+NESTED = ("vllm_xargs", "extra_args", "sampling_params")
 """Members that an engine merges into its own arguments; the same names are taken out inside them."""
 
 _decode_members = msgspec.json.Decoder(Members).decode
@@ -81,15 +81,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         InvalidRequest: not JSON, not an object, or a field that the gateway must understand has the wrong type.
             All else is left for the engine to judge.
     """
-    try:
-        members = _decode_members(raw)
-        _strip(members)
-    except msgspec.ValidationError:
-        raise InvalidRequest("the request body must be a JSON object") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the request body is not valid JSON: {_plain(error)}") from None
-    except RecursionError:
-        raise InvalidRequest("the request body is nested too deeply") from None
+    members = read_members(raw)
     read = {name: _read(members, name) for name in _READ[endpoint] if name in members}
     options = read.get("stream_options") or {}
     max_tokens = read.get("max_tokens")
@@ -110,17 +102,50 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
     )
 
 
-def _strip(members: Members) -> None:
-    for name in FORBIDDEN.intersection(members):
-        del members[name]
-    for name in _NESTED:
-        if name in members:
-            try:
-                value = msgspec.json.decode(members[name])
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise InvalidRequest(f"`{name}` is not valid JSON: {_plain(error)}", param=name) from None
-            if isinstance(value, dict):
-                members[name] = msgspec.Raw(_encode(_stripped(value)))
+def read_members(raw: bytes | bytearray) -> Members:
+    """The members of a JSON request, rid of what no client may say to an engine.
+
+    Raises:
+        InvalidRequest: not JSON, or not an object.
+    """
+    try:
+        members = _decode_members(raw)
+        for name in FORBIDDEN.intersection(members):
+            del members[name]
+        for name in NESTED:
+            if name in members:
+                members[name] = msgspec.Raw(strip_nested(name, members[name]))
+    except msgspec.ValidationError:
+        raise InvalidRequest("the request body must be a JSON object") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the request body is not valid JSON: {_plain(error)}") from None
+    except RecursionError:
+        raise InvalidRequest("the request body is nested too deeply") from None
+    return members
+
+
+def read_model(members: Members) -> str | None:
+    """The model that is asked for, or None where none is named.
+
+    Raises:
+        InvalidRequest: it is no string.
+    """
+    return _read(members, "model") if "model" in members else None
+
+
+def strip_nested(name: str, raw: bytes | bytearray | msgspec.Raw) -> bytes | msgspec.Raw:
+    """The value of one of the `NESTED` members without the forbidden names in it.
+
+    Raises:
+        InvalidRequest: it is not JSON.
+    """
+    try:
+        value = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"`{name}` is not valid JSON: {_plain(error)}", param=name) from None
+    if isinstance(value, dict):
+        return _encode(_stripped(value))
+    return raw if isinstance(raw, msgspec.Raw) else bytes(raw)
 
 
 def _stripped(value: Mapping[str, Any]) -> dict[str, Any]:
