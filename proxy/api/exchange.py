@@ -1,0 +1,204 @@
+"""What every route with an engine behind it does alike: the way in up to its body, and how an error is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from time import monotonic
+from typing import Any
+
+from proxy.admission.admission import Admission
+from proxy.admission.gate import Gate
+from proxy.admission.ticket import Ticket
+from proxy.errors import (
+    BodyTooLarge,
+    Draining,
+    GatewayError,
+    InvalidRequest,
+    MethodNotAllowed,
+    RequestTimedOut,
+    RouteNotFound,
+)
+from proxy.flow.request import new_id
+from proxy.relay.client import EXTENSION, AsgiClient, Client, Receive, Scope, Send
+from proxy.relay.direct import DirectClient
+from proxy.telemetry.records import RequestRecord, Telemetry
+
+JSON = (b"content-type", b"application/json")
+
+_SECONDS = re.compile(rb"\d{1,6}(\.\d{1,3})?").fullmatch
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}").fullmatch
+
+Work = Callable[[Scope, Receive, Client, RequestRecord, asyncio.Task[Any]], Awaitable[None]]
+
+
+class ClientLeft(Exception):
+    """The client closed its connection before its request was whole."""
+
+
+async def exchange(
+    gate: Gate, telemetry: Telemetry, record: RequestRecord, scope: Scope, receive: Receive, send: Send, work: Work
+) -> None:
+    """One request from its head to its end: counted, answered whatever befalls `work`, and recorded."""
+    # Taken out, since the client knows its scope: a circle would leave every request to the garbage collector.
+    client: Client = scope.pop("extensions", {}).get(EXTENSION) or AsgiClient(receive, send)
+    task = asyncio.current_task()
+    assert task is not None, "ASGI servers call applications from a task"
+    try:
+        gate.enter(task)
+        await work(scope, receive, client, record, task)
+        record.outcome = "ok"
+    except ClientLeft:
+        record.outcome = "client_gone"
+    except GatewayError as error:
+        record.outcome = "client_gone" if client.gone else error.code
+        give_error(client, record, error)
+    except asyncio.CancelledError:
+        if client.gone:  # by our own hand, when its connection closed
+            record.outcome = "client_gone"
+            task.uncancel()
+        else:
+            record.outcome = Draining.code
+            give_error(client, record, Draining("the gateway shut down before the answer was whole"))
+    finally:
+        gate.leave(task)
+        client.on_gone = None
+        record.ended = monotonic()
+        telemetry.finished(record)
+    await client.flushed()
+
+
+def no_route(path: str, known: Iterable[str]) -> RouteNotFound:
+    """The answer to who asks for a path that is not served here."""
+    return RouteNotFound(f"there is no {path[:256]} here; this gateway serves {', '.join(known)}")
+
+
+def identify(headers: dict[bytes, bytes]) -> str:
+    """The request's id: the client's own where it sent a sane one."""
+    name = headers.get(b"x-request-id", b"")
+    return name.decode("ascii") if name and _SANE_ID(name) else new_id()
+
+
+def time_limit(headers: dict[bytes, bytes], most: float) -> float:
+    """Seconds that the request may take: `most`, or fewer where its x-request-timeout says so.
+
+    Raises:
+        InvalidRequest: that is no number of seconds.
+    """
+    value = headers.get(b"x-request-timeout")
+    if value is None:
+        return most
+    seconds = float(value) if _SECONDS(value) else 0.0
+    if seconds <= 0:
+        raise InvalidRequest("x-request-timeout is a number of seconds above 0, such as 30 or 2.5")
+    return min(most, seconds)
+
+
+def check_length(headers: dict[bytes, bytes], limit: int) -> None:
+    """Refuse a body that says itself that it is too long.
+
+    Raises:
+        BodyTooLarge
+    """
+    length = headers.get(b"content-length", b"")
+    if length.isdigit() and int(length) > limit:
+        raise BodyTooLarge(f"the request body of {int(length)} bytes exceeds the limit of {limit}")
+
+
+async def read_whole(client: Client, receive: Receive, limit: int, seconds: float) -> bytes | bytearray:
+    """The request's body.
+
+    Raises:
+        BodyTooLarge, RequestTimedOut, ClientLeft
+    """
+    if isinstance(client, DirectClient) and (body := client.body) is not None:
+        if len(body) > limit:
+            raise BodyTooLarge(f"the request body exceeds the limit of {limit} bytes")
+        return body
+    whole = bytearray()  # not a list: a body of single bytes would weigh fifty times its length
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                whole += message.get("body", b"")
+                if len(whole) > limit:
+                    raise BodyTooLarge(f"the request body exceeds the limit of {limit} bytes")
+                if not message.get("more_body", False):
+                    break
+    except TimeoutError:
+        raise RequestTimedOut(f"the request body did not arrive within {seconds:g} s") from None
+    if isinstance(client, AsgiClient):
+        client.watch()
+    return whole
+
+
+def enter(
+    admission: Admission,
+    record: RequestRecord,
+    model: str | None,
+    *,
+    split: bool,
+    prefill_tokens: int,
+    tokens: int,
+    size: int,
+    patience: float,
+) -> Ticket:
+    """A ticket for the request (see `Admission.enter`), and in the record what became of it.
+
+    Raises:
+        GatewayError: it may neither start nor wait.
+    """
+    try:
+        ticket = admission.enter(
+            record.client,
+            model,
+            split=split,
+            prefill_tokens=prefill_tokens,
+            tokens=tokens,
+            size=size,
+            patience=patience,
+        )
+    except GatewayError as error:
+        record.refused = error.code
+        raise
+    record.admitted = ticket.state == "running"
+    return ticket
+
+
+async def turn(admission: Admission, ticket: Ticket, record: RequestRecord) -> None:
+    """Wait in the queue.
+
+    Raises:
+        GatewayError: its time ran out, or its place was lost.
+    """
+    try:
+        await admission.turn(ticket)
+        record.admitted = True
+    except GatewayError as error:
+        record.refused = error.code
+        raise
+    finally:
+        record.queued_seconds = monotonic() - ticket.arrived
+
+
+def give_error(client: Client, record: RequestRecord, error: GatewayError) -> None:
+    """Answer with an error: as the whole answer, or as the last event of one that has begun."""
+    record.error = record.error or str(error)
+    if client.gone:
+        return
+    if client.started:
+        client.write(error.event())
+        client.end()
+        return
+    record.status = error.status
+    headers = [JSON, (b"x-request-id", record.request_id.encode("ascii"))]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", b"%d" % error.retry_after))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", error.allow.encode("ascii")))
+    if isinstance(error, BodyTooLarge | RequestTimedOut | Draining):
+        headers.append((b"connection", b"close"))  # the rest of the body is not going to be read
+    client.respond(error.status, headers, error.body())
