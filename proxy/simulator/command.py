@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--side-port", type=int, default=0, help="port hand-offs are pulled from; 0 takes any free one")
     add("--side-host", default="", help="what hand-offs call this host (as VLLM_NIXL_SIDE_CHANNEL_HOST)")
     add("--model", default=default.model, help="served model name (%(default)s)")
+    tasks = ("generate", "embed", "classify", "transcribe", "moderate", "any")
+    add("--task", choices=tasks, default=default.task, help="what the model is for (%(default)s)")
+    surfaces = ("vllm", "nim", "openai")
+    add("--surface", choices=surfaces, default=default.surface, help="whose health paths it has (%(default)s)")
+    add("--no-dev-mode", action="store_true", help="no /reset_prefix_cache, /sleep and /wake_up")
+    add("--no-profiler", action="store_true", help="no /start_profile and /stop_profile")
     add("--api-key", default=None, help="wanted as bearer token on /v1")
     add("--step-time", type=float, default=_REAL_STEP, help="seconds a decode step takes (%(default)s)")
     add("--prefill-rate", type=float, default=_REAL_PREFILL, help="prompt tokens/s; 0 is instant (%(default)s)")
@@ -66,6 +72,10 @@ def config_from(args: argparse.Namespace) -> SimulatorConfig:
         side_port=args.side_port,
         side_host=args.side_host,
         model=args.model,
+        task=args.task,
+        surface=args.surface,
+        dev_mode=not args.no_dev_mode,
+        profiler=not args.no_profiler,
         api_key=args.api_key,
         step_time=args.step_time,
         prefill_rate=args.prefill_rate,

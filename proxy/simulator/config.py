@@ -10,6 +10,8 @@ from typing import Literal
 
 Role = Literal["prefill", "decode", "mixed"]
 Connector = Literal["nixl", "mooncake_ascend", "mooncake", "none"]
+Task = Literal["generate", "embed", "classify", "transcribe", "moderate", "any"]
+Surface = Literal["vllm", "nim", "openai"]
 
 # What the connectors pin a hand-off for when nothing is set: kv_lease_duration and the Ascend abort timeout.
 DEFAULT_LEASE = {"nixl": 30.0, "mooncake_ascend": 480.0, "mooncake": 480.0, "none": 0.0}
@@ -25,6 +27,10 @@ class SimulatorConfig:
     side_port: int = 0  # where hand-offs are pulled from; 0: any free port
     side_host: str = ""  # what hand-offs call this host; "": host, or localhost (as vLLM) if it is a wildcard
     model: str = "sim"
+    task: Task = "generate"  # what the model is for: as in vLLM, routes of other tasks do not exist
+    surface: Surface = "vllm"  # whose paths it is asked at for its health, metrics and version
+    dev_mode: bool = True  # VLLM_SERVER_DEV_MODE: its cache can be reset, and it can be put to sleep
+    profiler: bool = True  # a profiler is configured
     step_time: float = 0.0  # one decode step for the whole batch; 0 keeps tests fast
     prefill_rate: float = 0.0  # prompt tokens a second
     transfer_rate: float = 0.0  # pulled tokens a second

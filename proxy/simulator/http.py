@@ -51,6 +51,7 @@ class Exchange:
         self.connection = connection
         self.method = ""
         self.path = ""
+        self.query = ""
         self.headers: dict[str, str] = {}
         self.body = b""
         self.keep_alive = True
@@ -204,6 +205,7 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self.exchange: Exchange | None = None  # the one being answered
         self.paused = False
+        self.received = 0  # bytes of the body that is coming, or came last
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not checked: uvloop's transports do not inherit from asyncio's.
@@ -247,6 +249,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._reading = Exchange(self)
         self._body = []
+        self.received = 0
 
     def on_url(self, url: bytes) -> None:
         assert self._reading is not None
@@ -261,13 +264,16 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
+        self.received += len(body)
+        self._handler.connection_changed()
 
     def on_message_complete(self) -> None:
         exchange = self._reading
         assert exchange is not None
         self._reading = None
         exchange.method = self._parser.get_method().decode()
-        exchange.path = urlsplit(exchange.path).path
+        target = urlsplit(exchange.path)
+        exchange.path, exchange.query = target.path, target.query
         exchange.body = b"".join(self._body)
         exchange.keep_alive = self._parser.should_keep_alive()
         if self.exchange is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from proxy.simulator import encoding
+from proxy.simulator import encoding, pooling, speech
 from proxy.simulator.answers import GARBAGE, StreamAnswer, WholeAnswer
 from proxy.simulator.connectors.side import Transfer
 from proxy.simulator.errors import RequestError, engine_dead, internal_error, invalid_field
@@ -27,7 +27,29 @@ if TYPE_CHECKING:
     from proxy.simulator.server import Simulator
 
 VERSION = "0.32.0"
-_PROBES = ("/health", "/metrics", "/ping", "/version")
+_PROBES = {
+    "vllm": {"/health": "health", "/ping": "health", "/metrics": "metrics", "/version": "version"},
+    "nim": {
+        "/v1/health/live": "live",
+        "/v1/health/ready": "health",
+        "/v1/metrics": "metrics",
+        "/v1/version": "release",
+    },
+    "openai": {},
+}
+_GENERATE = {"/v1/chat/completions", "/v1/completions", "/v1/messages/count_tokens"}
+_SCORE = {"/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"}
+_TASKS = {
+    "generate": _GENERATE,
+    "embed": {"/v1/embeddings", "/pooling", *_SCORE},
+    "classify": {"/classify", "/pooling", *_SCORE},
+    "transcribe": {"/v1/audio/transcriptions", "/v1/audio/translations"},
+    "moderate": {"/v1/moderations"},
+}
+_TASKS["any"] = set().union(*_TASKS.values())
+_POST = {"/tokenize", "/detokenize"}
+_DEVELOPMENT = {"/reset_prefix_cache": "POST", "/sleep": "POST", "/wake_up": "POST", "/is_sleeping": "GET"}
+_PROFILER = {"/start_profile": "POST", "/stop_profile": "POST"}
 
 
 @dataclass(slots=True)
@@ -65,9 +87,9 @@ class Routes:
 
     async def _route(self, exchange: Exchange) -> None:
         path = exchange.path
-        if path in _PROBES:
+        if (probe := _PROBES[self._sim.config.surface].get(path)) is not None:
             self._sim.probes[path] += 1
-            await self._probe(exchange)
+            await self._probe(exchange, probe)
             return
         if path.startswith("/simulator/"):
             self._control(exchange)
@@ -76,34 +98,71 @@ class Routes:
         if key is not None and path.startswith("/v1") and exchange.headers.get("authorization") != f"Bearer {key}":
             exchange.respond(401, b'{"error":"Unauthorized"}')
             return
-        match (exchange.method, path):
-            case ("POST", "/v1/chat/completions" | "/v1/completions"):
+        known = self._known()
+        if path not in known:
+            raise RequestError(404, "Not Found", "Not Found")
+        if exchange.method != known[path]:
+            raise RequestError(405, "Method Not Allowed", "Method Not Allowed")
+        match path:
+            case "/v1/chat/completions" | "/v1/completions":
                 await self._generate(exchange)
-            case ("GET", "/v1/models"):
+            case "/v1/models":
                 exchange.respond(200, encoding.to_json(self._models()))
-            case ("POST", "/tokenize"):
+            case "/tokenize":
                 exchange.respond(200, encoding.to_json(self._tokenize(self._body(exchange))))
-            case ("POST", "/detokenize"):
+            case "/detokenize":
                 tokens = self._body(exchange).get("tokens") or []
                 exchange.respond(200, encoding.to_json({"prompt": detokenize(tokens, special=True)}))
-            case ("POST", "/reset_prefix_cache"):
-                self._sim.engine.pool.forget()
-                exchange.respond(200, b"", content_type="")
-            case (_, "/v1/chat/completions" | "/v1/completions" | "/v1/models" | "/tokenize" | "/reset_prefix_cache"):
-                raise RequestError(405, "Method Not Allowed", "Method Not Allowed")
+            case "/v1/messages/count_tokens":
+                exchange.respond(200, encoding.to_json(self._count(self._body(exchange))))
+            case _ if path in _DEVELOPMENT or path in _PROFILER:
+                self._operate(exchange)
             case _:
-                raise RequestError(404, "Not Found", "Not Found")
+                await self._single(exchange)
 
-    async def _probe(self, exchange: Exchange) -> None:
-        mischief = self._sim.faults.draw("health") if exchange.path in ("/health", "/ping") else NOTHING
+    def _known(self) -> dict[str, str]:
+        """The paths that there are, and the method of each."""
+        config = self._sim.config
+        known = dict.fromkeys(_TASKS[config.task] | _POST, "POST") | {"/v1/models": "GET"}
+        if config.surface == "vllm":
+            known |= _DEVELOPMENT if config.dev_mode else {}
+            known |= _PROFILER if config.profiler else {}
+        return known
+
+    def _operate(self, exchange: Exchange) -> None:
+        """What operators do."""
+        sim = self._sim
+        sim.operations.append((exchange.path, exchange.query))
+        match exchange.path:
+            case "/is_sleeping":
+                exchange.respond(200, encoding.to_json({"is_sleeping": sim.asleep}))
+                return
+            case "/reset_prefix_cache":
+                sim.engine.pool.forget()
+            case "/sleep":
+                sim.asleep = True
+            case "/wake_up":
+                sim.asleep = False
+            case "/start_profile":
+                sim.profiling = True
+            case "/stop_profile":
+                sim.profiling = False
+        exchange.respond(200, b"", content_type="")
+
+    async def _probe(self, exchange: Exchange, probe: str) -> None:
+        mischief = self._sim.faults.draw("health") if probe == "health" else NOTHING
         if await self._misbehave(exchange, mischief):
             return
-        match exchange.path:
-            case "/health" | "/ping":
+        match probe:
+            case "live":
+                exchange.respond(200, b"", content_type="")
+            case "release":
+                exchange.respond(200, encoding.to_json({"release": VERSION, "api": "1.0.0"}))
+            case "health":
                 exchange.respond(200 if self._sim.engine.dead is None else 503, b"", content_type="")
-            case "/version":
+            case "version":
                 exchange.respond(200, encoding.to_json({"version": VERSION}))
-            case "/metrics":
+            case "metrics":
                 exchange.respond(
                     200, metrics_page(self._sim.engine).encode(), "text/plain; version=0.0.4; charset=utf-8"
                 )
@@ -152,6 +211,16 @@ class Routes:
         shown = [token_text(token) for token in tokens] if body.get("return_token_strs") else None
         return {"count": len(tokens), "max_model_len": self._sim.config.context, "tokens": tokens, "token_strs": shown}
 
+    def _count(self, body: Any) -> dict[str, Any]:
+        """/v1/messages/count_tokens, as Anthropic's."""
+        pooling.check_model(body, self._sim.config)
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise invalid_field("messages", "missing", "Field required", body)
+        if system := body.get("system"):
+            messages = [{"role": "system", "content": system}, *messages]
+        return {"input_tokens": len(render_chat(messages, body.get("tools")))}
+
     @staticmethod
     def _body(exchange: Exchange) -> Any:
         kind = exchange.headers.get("content-type", "application/json").split(";")[0].strip()
@@ -165,6 +234,54 @@ class Routes:
         if not isinstance(body, dict):
             raise invalid_field("", "model_attributes_type", "Input should be a valid dictionary or object", body)
         return body
+
+    # Inference without a decode phase, and speech.
+
+    async def _single(self, exchange: Exchange) -> None:
+        received = ReceivedRequest(exchange.method, exchange.path, exchange.headers, None)
+        self._sim.requests.append(received)
+
+        def gone() -> None:
+            received.aborted = True
+            self._sim.changed()
+
+        exchange.on_close = gone
+        try:
+            spoken = exchange.path.startswith("/v1/audio/")
+            received.body = body = speech.read_form(exchange) if spoken else self._body(exchange)
+            self._sim.changed()
+            mischief = self._sim.faults.draw("local")
+            if await self._misbehave(exchange, mischief):
+                return
+            if self._sim.engine.dead is not None:
+                raise engine_dead()
+            if spoken:
+                received.output_tokens = await speech.transcribe(exchange, body, mischief, self._sim.config)
+            else:
+                self._pool(exchange, body)
+        except RequestError as error:
+            exchange.respond(error.status, encoding.to_json(error.body()))
+        finally:
+            received.status = exchange.status
+            received.finished = exchange.ended and not received.aborted
+            self._sim.served += received.finished
+
+    def _pool(self, exchange: Exchange, body: Any) -> None:
+        config = self._sim.config
+        match exchange.path:
+            case "/v1/embeddings" | "/pooling":
+                answer, kind, headers = pooling.embeddings(body, config)
+                exchange.respond(200, answer, kind, headers)
+                return
+            case "/classify":
+                said = pooling.classify(body, config)
+            case "/v1/moderations":
+                said = pooling.moderate(body, config)
+            case "/score" | "/v1/score":
+                said = pooling.score(body, config)
+            case _:
+                said = pooling.rerank(body, config)
+        exchange.respond(200, encoding.to_json(said))
 
     # Inference.
 
@@ -189,6 +306,8 @@ class Routes:
             mischief = self._sim.faults.draw(received.leg)
             if await self._misbehave(exchange, mischief):
                 return
+            if self._sim.asleep:  # the scheduler is paused: whoever comes waits
+                await self._sim.wait_for(lambda: not self._sim.asleep or not exchange.open, 86_400)
             if not exchange.open:
                 # The client has gone before the request got anywhere; a decode engine still tells prefill.
                 received.aborted = True

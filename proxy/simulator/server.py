@@ -34,6 +34,9 @@ class Simulator:
         self.connections: set[Connection] = set()
         self.requests: deque[ReceivedRequest] = deque(maxlen=self.config.request_log)
         self.probes: Counter[str] = Counter()  # requests to /health, /metrics and the like, by path
+        self.operations: list[tuple[str, str]] = []  # what operators asked for: path and query
+        self.asleep = False
+        self.profiling = False
         self.served = 0  # inference requests that were answered to the end
         self.alive = False
         self.faults = Faults(self._faults_changed)
@@ -125,6 +128,7 @@ class Simulator:
         if self.alive:
             self.kill()
             await asyncio.sleep(0)
+        self.asleep = self.profiling = False
         self._new_engine()
         await self.start()
 
