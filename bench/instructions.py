@@ -129,8 +129,8 @@ class _Client(_Transport):
             self.whole.set_result(None)
 
 
-async def _connect(origin: Origin, patience: float) -> Connection:
-    connection = Connection(origin)
+async def _connect(origin: Origin, kind: type[Connection], patience: float) -> Connection:
+    connection = kind(origin)
     connection.connection_made(_Engine(connection))
     return connection
 
@@ -142,7 +142,7 @@ async def serve(requests: int, flags: list[str]) -> None:
     for backend in gateway.fleet:
         backend.models = {"m": {"id": "m"}}  # as its first probe would have found
         gateway.fleet.bring_in(backend)
-    Origin._connect = _connect  # type: ignore[method-assign, assignment]
+    Origin.connect = _connect  # type: ignore[method-assign, assignment]
     config = uvicorn_config(gateway.surface)
     config.load()
     protocol = GatewayProtocol(config=config, server_state=ServerState(), app_state={})

@@ -243,7 +243,8 @@ class Legs:
         if origin := self._origins.pop(backend.url, None):
             origin.close()
 
-    def _origin(self, backend: Backend) -> Origin:
+    def origin(self, backend: Backend) -> Origin:
+        """The connections to a backend."""
         origin = self._origins.get(backend.url)
         if origin is None:
             origin = self._origins[backend.url] = Origin(backend.url, connect_timeout=self._timeouts.connect)
@@ -361,7 +362,7 @@ class Legs:
         named = {} if model is None else {"model": model}
         body = msgspec.json.encode({**named, "tokens": msgspec.Raw(b"[%b]" % ids)})
         receiver = self._collected(backend)
-        receiver.connection = await self._origin(backend).send("/detokenize", self.authorization, body, receiver)
+        receiver.connection = await self.origin(backend).send("/detokenize", self.authorization, body, receiver)
         answer = await receiver.wait(self._aside_limit)
         if receiver.status != 200:
             raise engine_error(backend.url, receiver.status, receiver.headers, answer)
@@ -416,7 +417,7 @@ class Legs:
         if rank is not None:
             headers += b"x-data-parallel-rank: %d\r\n" % rank
         limbo = attempt.limbo
-        connection = await self._origin(backend).send(
+        connection = await self.origin(backend).send(
             leg.path,
             headers,
             leg.body,

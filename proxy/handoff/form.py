@@ -18,7 +18,7 @@ from proxy.errors import InvalidRequest
 from proxy.handoff.body import FORBIDDEN, NESTED, strip_nested
 
 _BOUNDARY = re.compile(
-    rb"""multipart/form-data\s*;\s*boundary=(?:"([0-9A-Za-z'()+_,./:=? -]{1,70})"|([0-9A-Za-z'()+_,./:=?-]{1,70}))\s*""",
+    rb"multipart/form-data\s*;\s*boundary=(?:\"([0-9A-Za-z'()+_,./:=? -]{1,70})\"|([0-9A-Za-z'()+_,./:=?-]{1,70}))",
     re.IGNORECASE,
 )
 _PARAMETER = re.compile(rb';\s*([A-Za-z]+\*?)=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s";]+))\s*')

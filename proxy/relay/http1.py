@@ -14,7 +14,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -26,6 +26,8 @@ from proxy.relay.deadlines import Deadlines
 # request meets a closing connection.
 KEEPALIVE = 4.0
 HEAD_LIMIT = 64 * 1024
+
+C = TypeVar("C", bound="Connection")
 
 
 class Receiver(Protocol):
@@ -73,6 +75,15 @@ class Origin:
             headers,
         )
 
+    def chunked_head(self, path: str, content_type: bytes, headers: bytes) -> bytes:
+        """The head of a POST whose body follows in chunks."""
+        return b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: %b\r\ntransfer-encoding: chunked\r\n%b\r\n" % (
+            (self.prefix + path).encode("ascii"),
+            self._host_header,
+            content_type,
+            headers,
+        )
+
     async def send(
         self,
         path: str,
@@ -92,7 +103,7 @@ class Origin:
             BackendUnreachable: no connection could be made; nothing was sent.
         """
         patience = self.connect_timeout if within is None else min(within, self.connect_timeout)
-        connection = self._take() or await self._connect(patience)
+        connection = self._take() or await self.connect(Connection, patience)
         if check is not None:
             try:
                 check()
@@ -131,13 +142,18 @@ class Origin:
             if now - idle[0].idle_since > KEEPALIVE:
                 idle.popleft().abort()
 
-    async def _connect(self, patience: float) -> Connection:
+    async def connect(self, kind: Callable[[Origin], C], patience: float) -> C:
+        """A new connection.
+
+        Arguments:
+            patience: seconds.
+        Raises:
+            BackendUnreachable
+        """
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(patience):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self), self.host, self.port, ssl=self._ssl
-                )
+                _, connection = await loop.create_connection(lambda: kind(self), self.host, self.port, ssl=self._ssl)
         except TimeoutError:
             raise BackendUnreachable(f"{self.url}: no connection within {patience:.3g} s") from None
         except OSError as error:

@@ -8,6 +8,7 @@ application never sees it, or never its whole body.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from random import getrandbits
 from time import monotonic
 from typing import Any, ClassVar
@@ -229,7 +230,8 @@ class Inbound(HttpToolsProtocol):
             self._stop_listening()
             self.flow.resume_reading()
             if self.transport.can_write_eof():
-                self.transport.write_eof()
+                with suppress(OSError):  # the client has gone, unseen while nothing was read from it
+                    self.transport.write_eof()
 
     def _stop_listening(self) -> None:
         self.deaf = True

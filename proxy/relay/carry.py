@@ -1,0 +1,231 @@
+"""An engine's whole answer on its way to the client, whatever it is: events as they come, all else in one piece.
+
+For the routes whose answers the gateway neither counts nor continues. What it holds to: a client gets whole events, an
+error under status 200 is an error, nothing of a hand-off goes out, and an answer in one piece goes out only when it is
+whole, so that until then another engine may be asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut
+from proxy.relay.answers import engine_error_event, strip_handoff
+from proxy.relay.client import Client, Headers
+from proxy.relay.deadlines import Deadlines
+from proxy.relay.edit import HANDOFF_MARK
+from proxy.relay.events import EventReader, read
+from proxy.relay.http1 import Connection
+
+EVENTS = b"text/event-stream"
+_JSON = b"application/json"
+# What the engines answer these routes with: subtitles, embeddings as bytes. HTML, for one, is another proxy's.
+_TYPES = frozenset({_JSON, EVENTS, b"text/plain", b"text/vtt", b"application/x-subrip", b"application/octet-stream"})
+_PASSED = (b"content-type", b"metadata")  # the latter tells how embeddings lie in an octet-stream
+_ERROR = b'{"error":'
+
+
+class _Object(msgspec.Struct):
+    """The top level of an answer: what is read of it, with the rest of it found to be JSON."""
+
+    usage: msgspec.Raw = msgspec.Raw()
+    error: msgspec.Raw = msgspec.Raw()
+
+
+_decode_object = msgspec.json.Decoder(_Object).decode
+
+
+class Carry:
+    """The receiver of such an answer, and what pauses it while the client does not keep up.
+
+    Arguments:
+        url: the backend, for messages.
+        begin: called when a stream of events is about to go out; gives its head.
+        limit: bytes of an answer that does not come in events.
+        first: from `sent` to the answer's first byte.
+        idle: between two reads.
+    Attributes:
+        connection: to be set by whoever sends the request.
+        status, headers: of the answer.
+        answered: done when the answer is whole, or failed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        client: Client,
+        begin: Callable[[], Headers],
+        *,
+        limit: int,
+        first: Deadlines,
+        idle: Deadlines,
+    ) -> None:
+        self._url = url
+        self._client = client
+        self._begin = begin
+        self._limit = limit
+        self._first = first
+        self._idle = idle
+        self._loop = asyncio.get_running_loop()
+        self._watched: Deadlines | None = None
+        self._reader: EventReader | None = None
+        self._body = bytearray()
+        self.answered: asyncio.Future[None] = self._loop.create_future()
+        self.connection: Connection | None = None
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+
+    def sent(self) -> None:
+        """The request has been sent whole: the answer's time begins."""
+        if not self.status and not self.answered.done():
+            self._watch(self._first)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the answer comes in events."""
+        return self._reader is not None
+
+    @property
+    def body(self) -> bytes:
+        """What came that is no event."""
+        return bytes(self._body)
+
+    def whole(self) -> tuple[bytes, msgspec.Raw]:
+        """A good answer in one piece, as the client gets it, and the usage that it names.
+
+        Raises:
+            BackendError: it is none.
+        """
+        if self._type != _JSON:
+            return self.body, msgspec.Raw()
+        body = self.body
+        try:
+            parsed = _decode_object(body)
+        except msgspec.ValidationError:  # a list, say
+            if HANDOFF_MARK in body:
+                raise BackendGarbled(f"{self._url} answered 200 with a hand-off where none is looked for") from None
+            return body, msgspec.Raw()
+        except msgspec.MsgspecError as error:
+            raise BackendGarbled(f"{self._url} answered 200 with what is not JSON: {error}") from None
+        if memoryview(parsed.error) and bytes(parsed.error) != b"null":
+            raise engine_error_event(self._url, body)
+        return strip_handoff(body), parsed.usage
+
+    def passed_headers(self) -> list[tuple[bytes, bytes]]:
+        """Those of the engine's headers that are the client's too."""
+        return [(name, self.headers[name]) for name in _PASSED if name in self.headers]
+
+    def fail(self, error: BackendError) -> None:
+        """End the exchange from outside, as if the backend had failed with `error`."""
+        self.abort()
+        self.lost(error)
+
+    def abort(self) -> None:
+        """Nobody waits for it any more."""
+        self._watch(None)
+        if self._client.flow is self:
+            self._client.flow = None
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+
+    def overdue(self, seconds: float) -> None:
+        self._watched = None
+        what = f"was silent for {seconds:g} s" if self.status else f"did not answer within {seconds:g} s"
+        self.fail(BackendTimedOut(f"{self._url} {what}"))
+
+    # What the connection tells
+
+    def head(self, status: int, headers: dict[bytes, bytes]) -> None:
+        self.status = status
+        self.headers = headers
+        self._watch(self._idle)
+        if status != 200:
+            return
+        if self._type not in _TYPES:
+            self.fail(BackendGarbled(f"{self._url} answered with {self._type[:64]!r}, which is no engine's answer"))
+        elif self._type == EVENTS:
+            self._reader = EventReader()
+
+    def data(self, data: bytes, last: bool) -> None:
+        if self.answered.done():
+            return
+        self._watch(self._idle)
+        if self._reader is None:
+            self._body += data
+            if len(self._body) > self._limit:
+                self.fail(BackendGarbled(f"{self._url} answered with more than {self._limit} bytes"))
+            return
+        try:
+            block = self._reader.feed(data)
+            if block:
+                self._give(block)
+        except BackendError as error:
+            self.fail(error)
+
+    def end(self) -> None:
+        self.connection = None
+        self._watch(None)
+        if self._reader is not None and (self._reader.rest.strip() or not self._client.started):
+            self.lost(BackendCut(f"{self._url} ended its events in the middle"))
+        elif not self.answered.done():
+            self.answered.set_result(None)
+
+    def lost(self, error: BackendError) -> None:
+        self.connection = None
+        self._watch(None)
+        if not self.answered.done():
+            self.answered.set_exception(error)
+
+    # What the client tells
+
+    def pause(self) -> None:
+        self._watch(None)  # the silence is the client's
+        if self.connection is not None:
+            self.connection.pause()
+
+    def resume(self) -> None:
+        if self.connection is not None:
+            self.connection.resume()
+            self._watch(self._idle)
+
+    def stop(self) -> None:
+        self.abort()
+
+    def _give(self, block: bytes) -> None:
+        """Pass whole events on."""
+        if _ERROR in block or HANDOFF_MARK in block:
+            events: list[bytes] = []
+            for event, payload in read(block):
+                if payload.startswith(_ERROR):
+                    if events:
+                        self._write(b"".join(events))
+                    raise engine_error_event(self._url, payload)
+                if HANDOFF_MARK in payload:
+                    stripped = strip_handoff(payload)
+                    if stripped is payload:
+                        raise BackendGarbled(f"{self._url} sent an event with a hand-off in it that is not JSON")
+                    event = b"data: %b\n\n" % stripped
+                events.append(event)
+            block = b"".join(events)
+        self._write(block)
+
+    def _write(self, block: bytes) -> None:
+        if not self._client.started:
+            self._client.start(200, self._begin())
+            self._client.flow = self
+        self._client.write(block)
+
+    @property
+    def _type(self) -> bytes:
+        return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+
+    def _watch(self, deadlines: Deadlines | None) -> None:
+        if self._watched is not None:
+            self._watched.forget(self)
+        self._watched = deadlines
+        if deadlines is not None:
+            deadlines.watch(self, self._loop)
