@@ -24,6 +24,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   ├── DeadlineTooClose           503  it would not be its turn in time
     │   └── QueueTimedOut              503  it was not its turn in time
     ├── TotalTimedOut                  504  the request's own time ran out
+    ├── FanOutFailed                   502  an operator's call did not go well on every backend
     └── BackendError                   502  one leg failed; another try may help
         ├── BackendUnreachable         502  no connection: nothing was read by the engine
         ├── BackendCut                 502  the connection ended before the answer was whole
@@ -73,10 +74,13 @@ class GatewayError(Exception):
         """What a client is told."""
         return str(self)
 
+    def detail(self) -> dict[str, dict[str, str | None]]:
+        """What happened, in OpenAI's shape."""
+        return {"error": {"message": self.public_message, "type": self.type, "param": self.param, "code": self.code}}
+
     def body(self) -> bytes:
-        """The answer's body, in OpenAI's shape."""
-        detail = {"message": self.public_message, "type": self.type, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": detail})
+        """The answer's body."""
+        return msgspec.json.encode(self.detail())
 
     def event(self) -> bytes:
         """The same as the last event of a stream that had begun."""
@@ -210,6 +214,14 @@ class TotalTimedOut(GatewayError):
     status = 504
     type = "timeout"
     code = "total_timeout"
+
+
+class FanOutFailed(GatewayError):
+    """What an operator wanted of several backends did not go well on all of them; the answer says on which."""
+
+    status = 502
+    type = "backend_error"
+    code = "fan_out_failed"
 
 
 class BackendError(GatewayError):

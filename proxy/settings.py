@@ -324,7 +324,8 @@ class Settings(BaseSettings):
         (), description="clients with names, keys, and bounds and shares of their own, beside api_keys"
     )
     admin_key: SecretStr | None = Field(
-        None, description="key for /admin, /instances and /reset_prefix_cache; none: loopback clients only"
+        None,
+        description="key for /admin, /instances, /reset_prefix_cache and the profiler; none: loopback clients only",
     )
     backend_api_key: SecretStr | None = Field(None, description="bearer token the gateway sends to the backends")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")

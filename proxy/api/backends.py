@@ -34,26 +34,33 @@ def backend_id(url: str) -> str:
     return f"{host}-{digest[:_HASH_LENGTH]}"
 
 
+def find_backend(fleet: Fleet, name: str) -> Backend:
+    """A backend by its id or its URL.
+
+    Raises:
+        BackendNotFound: there is none.
+    """
+    try:
+        url = backend_url(name)
+    except ValueError:
+        url = ""
+    for backend in fleet:
+        if backend.url == url or backend_id(backend.url) == name:
+            return backend
+    raise BackendNotFound(
+        f"there is no backend {name[:256]!r} in this gateway; GET /admin/backends lists them", param="name"
+    )
+
+
 def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
     """The routes, for operators."""
     router = APIRouter(prefix="/admin/backends", tags=["administration"], dependencies=[Depends(operator(credentials))])
-
-    def find(name: str) -> Backend:
-        try:
-            url = backend_url(name)
-        except ValueError:
-            url = ""
-        for backend in fleet:
-            if backend.url == url or backend_id(backend.url) == name:
-                return backend
-        raise BackendNotFound(
-            f"there is no backend {name[:256]!r} in this gateway; GET /admin/backends lists them", param="name"
-        )
 
     def shown(backend: Backend) -> dict[str, Any]:
         return {
             "id": backend_id(backend.url),
             "role": backend.role,
+            "kind": backend.kind.name,
             "url": backend.url,
             "state": fleet.state(backend),
             "up": backend.up,
@@ -82,20 +89,20 @@ def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
     @router.get("/{name:path}")
     async def one_backend(name: str) -> dict[str, Any]:
         """One of them."""
-        return shown(find(name))
+        return shown(find_backend(fleet, name))
 
     @router.post("/{name:path}/drain")
     async def drain(name: str) -> dict[str, Any]:
         """Give it nothing new. What it has is finished; `drained` in the answer, and in the list, says when nothing
         needs it any more: no leg runs there, and decode has read all that prefill handed over."""
-        backend = find(name)
+        backend = find_backend(fleet, name)
         fleet.drain(backend)
         return shown(backend)
 
     @router.post("/{name:path}/undrain")
     async def undrain(name: str) -> dict[str, Any]:
         """Give it requests again."""
-        backend = find(name)
+        backend = find_backend(fleet, name)
         fleet.undrain(backend)
         return shown(backend)
 

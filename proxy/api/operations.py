@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-import httpx
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, generate_latest
 from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel, ConfigDict
 
+from proxy import __version__
+from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.api.credentials import Credentials
 from proxy.api.merging import merge, parse
 from proxy.api.siblings import Siblings
 from proxy.errors import InvalidRequest, ModelNotFound, NoBackend
-from proxy.fleet.backend import Role
+from proxy.fleet.backend import ROLES, Role
 from proxy.fleet.fleet import Fleet
 from proxy.settings import backend_url
 
@@ -67,13 +68,82 @@ def probes(fleet: Fleet, gate: Gate, siblings: Siblings | None = None) -> APIRou
     return router
 
 
-def models(fleet: Fleet, credentials: Credentials) -> APIRouter:
-    """/v1/models, from what the backends say."""
+class Engines(BaseModel):
+    """Backends of one pool, kind and version."""
 
-    async def client(request: Request) -> None:
+    role: Role
+    kind: str
+    version: str
+    count: int
+
+
+class Versions(BaseModel):
+    """The answer of /version."""
+
+    version: str
+    backends: list[Engines]
+
+
+class PoolLoad(BaseModel):
+    """One pool: its backends, those that are up, and what is in flight there."""
+
+    backends: int
+    up: int
+    requests: int
+    tokens: int
+
+
+class Load(BaseModel):
+    """The answer of /load. `server_load` is vLLM's: requests that have begun and not ended."""
+
+    server_load: int
+    waiting: int
+    pools: dict[Role, PoolLoad]
+
+
+def client(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
+    """What lets only clients through."""
+
+    async def check(request: Request) -> None:
         credentials.check_client(request.headers.get("authorization", "").encode("latin-1"))
 
-    router = APIRouter(tags=["models"], dependencies=[Depends(client)])
+    return check
+
+
+def service(fleet: Fleet, gate: Gate, admission: Admission, credentials: Credentials) -> APIRouter:
+    """/version and /load, as of one engine: of the gateway with all that is behind it, without its addresses."""
+    router = APIRouter(tags=["service"], dependencies=[Depends(client(credentials))])
+
+    @router.get("/version")
+    async def version() -> Versions:
+        """The gateway's version, and those of the engines behind it."""
+        counted = Counter((backend.role, backend.kind.name, backend.version) for backend in fleet)
+        engines = [
+            Engines(role=role, kind=kind, version=named, count=count) for (role, kind, named), count in counted.items()
+        ]
+        return Versions(version=__version__, backends=engines)
+
+    @router.get("/load")
+    async def load() -> Load:
+        """How much there is to do now, in all and in each pool. Tokens are estimates."""
+        pools = {
+            role: PoolLoad(
+                backends=len(pool),
+                up=sum(backend.up for backend in pool),
+                requests=sum(backend.inflight_requests for backend in pool),
+                tokens=sum(backend.inflight_tokens for backend in pool),
+            )
+            for role in ROLES
+            if (pool := fleet.pool(role))
+        }
+        return Load(server_load=gate.inside, waiting=admission.waiting, pools=pools)
+
+    return router
+
+
+def models(fleet: Fleet, credentials: Credentials) -> APIRouter:
+    """/v1/models, from what the backends say."""
+    router = APIRouter(tags=["models"], dependencies=[Depends(client(credentials))])
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -139,8 +209,8 @@ def operator(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
     return check
 
 
-def administration(fleet: Fleet, credentials: Credentials, http: httpx.AsyncClient) -> APIRouter:
-    """What changes the gateway or its backends: by the admin key, or from the gateway's own machine."""
+def administration(fleet: Fleet, credentials: Credentials) -> APIRouter:
+    """What changes the pools: by the admin key, or from the gateway's own machine."""
 
     router = APIRouter(tags=["administration"], dependencies=[Depends(operator(credentials))])
 
@@ -184,25 +254,6 @@ def administration(fleet: Fleet, credentials: Credentials, http: httpx.AsyncClie
         for url in given:
             fleet.remove(url, change.type)
         return membership(f"Removed {change.type} instances: {', '.join(map(_short, given))}.")
-
-    @router.post("/reset_prefix_cache")
-    async def reset_prefix_cache(request: Request) -> Response:
-        """Pass the call on to every backend."""
-        query = dict(request.query_params)
-
-        async def reset(url: str) -> str:
-            try:
-                answer = await http.post(f"{url}/reset_prefix_cache", params=query)
-            except httpx.HTTPError:
-                return url
-            return "" if answer.is_success else url
-
-        failed = [url for url in await asyncio.gather(*(reset(backend.url) for backend in fleet)) if url]
-        if not failed:
-            return Response(status_code=200)
-        message = f"{len(failed)} backend(s) did not reset their prefix cache"
-        error = {"message": message, "type": "backend_error", "param": None, "code": "reset_failed"}
-        return JSONResponse({"error": error, "failed": failed}, status_code=500)
 
     return router
 

@@ -37,6 +37,7 @@ async def test_the_list_says_what_is_known_of_each_backend() -> None:
         assert shown == {
             "id": p.url.removeprefix("http://"),
             "role": "prefill",
+            "kind": "vllm",
             "url": p.url,
             "state": "up",
             "up": True,

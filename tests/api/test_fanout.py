@@ -1,0 +1,197 @@
+"""What operators have the engines do."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from proxy.api.backends import backend_id
+from tests.api.test_single import mixed
+from tests.support import chat, pools, running_gateway, simulators, until
+
+CHAT = "/v1/chat/completions"
+
+
+def outcomes(answer: Any) -> list[tuple[str, str, bool, int | None]]:
+    return [(one["id"], one["role"], one["ok"], one["status"]) for one in answer.json()["backends"]]
+
+
+@pytest.mark.parametrize("operation", ["reset_prefix_cache", "start_profile", "stop_profile"])
+async def test_every_engine_is_asked_and_reported_on(operation: str) -> None:
+    async with pools(1, 2) as (running, [p], [d, d2]):
+        answer = await running.http.post(f"/admin/{operation}")
+        assert (answer.status_code, answer.json()["operation"]) == (200, operation)
+        assert outcomes(answer) == [
+            (backend_id(p.url), "prefill", True, 200),
+            (backend_id(d.url), "decode", True, 200),
+            (backend_id(d2.url), "decode", True, 200),
+        ]
+        assert all(engine.operations[-1] == (f"/{operation}", "") for engine in (p, d, d2))
+
+
+async def test_some_can_be_meant_by_role_or_by_name() -> None:
+    async with pools(1, 2) as (running, [p], [d, d2]):
+        answer = await running.http.post("/admin/start_profile?role=decode")
+        assert len(outcomes(answer)) == 2 and d.profiling and d2.profiling and not p.profiling
+        for name in (backend_id(p.url), quote(p.url, safe="")):
+            answer = await running.http.post(f"/admin/start_profile?backend={name}")
+            assert outcomes(answer) == [(backend_id(p.url), "prefill", True, 200)]
+        for query in ("backend=nobody:1", "role=mixed", f"role=decode&backend={backend_id(p.url)}"):
+            answer = await running.http.post(f"/admin/start_profile?{query}")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "backend_not_found"), query
+
+
+async def test_a_dead_engine_is_reported_and_the_others_are_asked_all_the_same() -> None:
+    async with pools(1, 1) as (running, [p], [d]):
+        p.kill()
+        answer = await running.http.post("/admin/reset_prefix_cache")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "fan_out_failed")
+        assert outcomes(answer) == [
+            (backend_id(p.url), "prefill", False, None),
+            (backend_id(d.url), "decode", True, 200),
+        ]
+        assert "could not be asked" in answer.json()["backends"][0]["error"]
+
+
+async def test_an_engine_that_has_it_not_is_reported() -> None:
+    async with mixed(engine={"dev_mode": False, "profiler": False}) as (running, _):
+        answer = await running.http.post("/admin/start_profile")
+        assert (answer.status_code, outcomes(answer)[0][2:]) == (502, (False, 404))
+    async with mixed(kind="openai", engine={"surface": "openai"}) as (running, [engine]):
+        answer = await running.http.post("/admin/start_profile")
+        [outcome] = answer.json()["backends"]
+        assert (outcome["status"], outcome["error"]) == (None, "a backend of the kind openai has no start_profile")
+        assert not engine.operations
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"),
+    [
+        ("/admin/reset_prefix_cache?reset_running_requests=true&reset_external=false", "reset_running_requests=true"),
+        ("/reset_prefix_cache?reset_external=1", "reset_external=true"),
+        ("/admin/sleep?level=2&mode=wait", "level=2&mode=wait"),
+        ("/admin/sleep", "level=1&mode=abort"),
+        ("/admin/wake_up?tags=weights&tags=kv_cache", "tags=weights&tags=kv_cache"),
+        ("/admin/wake_up", ""),
+    ],
+)
+async def test_the_parameters_that_engines_know_are_passed_on(path: str, sent: str) -> None:
+    async with mixed() as (running, [engine]):
+        assert (await running.http.post(path)).status_code == 200
+        assert [query for asked, query in engine.operations if asked in path.partition("?")[0]] == [sent]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/admin/reset_prefix_cache?reset_running_requests=perhaps",
+        "/admin/reset_prefix_cache?other=1",
+        "/reset_prefix_cache?other=1",
+        "/admin/sleep?level=3",
+        "/admin/sleep?mode=kill",
+        "/admin/sleep?drain=-1",
+        "/admin/wake_up?tags=everything",
+        "/admin/start_profile?role=all",
+        "/start_profile?x=1",
+    ],
+)
+async def test_any_other_parameter_is_refused(path: str) -> None:
+    async with mixed() as (running, [engine]):
+        before = list(engine.operations)
+        answer = await running.http.post(path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+        assert engine.operations == before
+
+
+async def test_the_paths_of_the_example_script_are_kept() -> None:
+    async with pools(1, 1) as (running, [p], [d]):
+        answer = await running.http.post("/reset_prefix_cache")
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert (await running.http.post("/start_profile")).json()["operation"] == "start_profile"
+        assert p.profiling and d.profiling
+        assert (await running.http.post("/stop_profile")).status_code == 200
+        assert not p.profiling and not d.profiling
+        d.kill()
+        answer = await running.http.post("/reset_prefix_cache")
+        assert (answer.status_code, answer.json()["failed"]) == (500, [d.url])
+
+
+async def test_only_operators_may_do_it() -> None:
+    async with running_gateway(["http://127.0.0.1:9"], admin_key="secret", ready=False) as running:
+        for method, path in (
+            *(("POST", f"/admin/{name}") for name in ("reset_prefix_cache", "start_profile", "stop_profile")),
+            *(("POST", path) for path in ("/admin/sleep", "/admin/wake_up", "/reset_prefix_cache", "/start_profile")),
+            ("POST", "/stop_profile"),
+            ("GET", "/admin/is_sleeping"),
+        ):
+            assert (await running.http.request(method, path)).status_code == 401, path
+
+
+async def test_a_backend_that_is_put_to_sleep_gets_nothing_until_it_is_woken() -> None:
+    async with mixed(2) as (running, [one, other]):
+        answer = await running.http.post(f"/admin/sleep?backend={backend_id(one.url)}")
+        assert answer.status_code == 200 and one.asleep and not other.asleep
+        for _ in range(4):
+            assert (await running.http.post(CHAT, json=chat())).status_code == 200
+        assert len(other.requests) == 4 and not one.requests
+        shown = (await running.http.get(f"/admin/backends/{backend_id(one.url)}")).json()
+        assert (shown["state"], shown["draining"]) == ("down", False)
+        asleep = await running.http.get("/admin/is_sleeping")
+        assert [o["answer"]["is_sleeping"] for o in asleep.json()["backends"]] == [True, False]
+        backend = running.gateway.fleet.pool("mixed")[0]
+        await until(lambda: "it is asleep" in backend.reason)
+        assert not backend.up, "its /health says that it is well"
+        assert (await running.http.post("/admin/wake_up")).status_code == 200
+        await until(lambda: backend.up)
+        assert (await running.http.post(CHAT, json=chat())).status_code == 200
+
+
+async def test_an_engine_that_slept_before_the_gateway_came_gets_nothing() -> None:
+    async with simulators("mixed") as [engine]:
+        engine.asleep = True
+        async with running_gateway(mixed=[engine.url], ready=False) as running:
+            [backend] = running.gateway.fleet
+            await until(lambda: "it is asleep" in backend.reason)
+            assert (await running.http.post(CHAT, json=chat())).status_code == 503
+            engine.asleep = False
+            await until(lambda: backend.up)
+
+
+async def test_what_runs_on_a_backend_ends_before_it_sleeps() -> None:
+    async with mixed(engine={"step_time": 0.01}) as (running, [engine]):
+        request = asyncio.create_task(running.http.post(CHAT, json=chat(max_tokens=30, ignore_eos=True)))
+        await until(lambda: engine.engine.running == 1)
+        assert (await running.http.post("/admin/sleep")).status_code == 200
+        assert request.done() or (await request).status_code == 200
+        assert (await request).json()["usage"]["completion_tokens"] == 30
+        assert engine.asleep
+
+
+async def test_a_backend_that_is_needed_is_not_put_to_sleep_unless_forced() -> None:
+    async with mixed() as (running, [engine]):
+        engine.faults.add("hang", leg="local")
+        request = asyncio.create_task(running.http.post(CHAT, json=chat()))
+        await until(lambda: bool(engine.requests))
+        answer = await running.http.post("/admin/sleep?drain=0.05")
+        [outcome] = answer.json()["backends"]
+        assert (answer.status_code, outcome["status"]) == (502, None)
+        assert outcome["error"].startswith("not put to sleep: 1 request(s) and 0 hand-off(s) still need it")
+        assert not engine.asleep
+        [backend] = running.gateway.fleet
+        assert backend.up and not backend.draining
+        assert (await running.http.post("/admin/sleep?drain=0&force=true")).status_code == 200
+        assert engine.asleep
+        request.cancel()
+
+
+async def test_a_backend_that_was_draining_goes_on_draining() -> None:
+    async with mixed() as (running, _):
+        [backend] = running.gateway.fleet
+        running.gateway.fleet.drain(backend)
+        assert (await running.http.post("/admin/sleep")).status_code == 200
+        assert (await running.http.post("/admin/wake_up")).status_code == 200
+        await until(lambda: backend.up)
+        assert backend.draining
