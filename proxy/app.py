@@ -20,8 +20,10 @@ from proxy.admission.gate import Gate
 from proxy.api import operations
 from proxy.api.backends import backends
 from proxy.api.credentials import Credentials, Trusted
+from proxy.api.fanout import fanout
 from proxy.api.inference import Inference
 from proxy.api.siblings import Siblings
+from proxy.api.single import SingleRoute
 from proxy.api.surface import Surface
 from proxy.crew import Crew
 from proxy.fleet.backend import Backend
@@ -31,6 +33,7 @@ from proxy.fleet.health import Prober
 from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
 from proxy.flow.room import FleetRoom
+from proxy.flow.single import ROUTES, Single
 from proxy.flow.warmup import Warmup
 from proxy.handoff.plan import PATHS
 from proxy.handoff.registry import CONNECTORS
@@ -139,23 +142,37 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         PATHS[endpoint]: Inference(endpoint, settings, fleet, flow, gate, admission, credentials, telemetry)
         for endpoint in ("chat", "completions")
     }
+    single = Single(settings, fleet, legs, random.random)
+    for path in ROUTES:
+        hot[path] = SingleRoute(
+            path, settings, fleet, single, gate, admission, credentials, telemetry, lambda: surface.paths()
+        )
     routers = [
         operations.probes(fleet, gate, siblings),
         operations.models(fleet, credentials),
-        operations.administration(fleet, credentials, http),
+        operations.service(fleet, gate, admission, credentials),
+        operations.administration(fleet, credentials),
         backends(fleet, credentials),
+        fanout(fleet, credentials, http),
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics, siblings))
     body_seconds = settings.timeouts.request_body
-    surface = Surface(hot=hot, routers=routers, lifespan=lifespan, body_seconds=body_seconds, siblings=siblings)
+    surface = Surface(
+        hot=hot,
+        routers=routers,
+        offered=fleet.routes,
+        lifespan=lifespan,
+        body_seconds=body_seconds,
+        siblings=siblings,
+    )
     inner = None
     if siblings is not None:
         trusted = Trusted()
         inside = [
             operations.probes(fleet, gate),
             operations.metrics(metrics, remembers=siblings.remember),
-            operations.administration(fleet, trusted, http),
+            operations.administration(fleet, trusted),
             backends(fleet, trusted),
         ]
         inner = Surface(hot={}, routers=inside)

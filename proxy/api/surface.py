@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager
 from time import monotonic
 from typing import Any
@@ -15,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy import __version__
+from proxy.api.document import complete
+from proxy.api.exchange import no_route
 from proxy.api.siblings import Siblings
 from proxy.errors import (
     BodyTooLarge,
@@ -22,7 +25,6 @@ from proxy.errors import (
     InvalidRequest,
     MethodNotAllowed,
     RequestTimedOut,
-    RouteNotFound,
 )
 from proxy.flow.request import new_id
 
@@ -35,6 +37,7 @@ class Surface(FastAPI):
     Arguments:
         hot: path -> ASGI application, which bounds the bodies that it reads. Our own server finds them by itself, in
             `direct`.
+        offered: the paths of engines that there are here now; of `hot`, people are told of these.
         routers: the other routes, whose bodies are bounded here.
         body_seconds: seconds in which such a body must arrive.
         siblings: the gateway's other workers, who are to serve what changes it too.
@@ -45,6 +48,7 @@ class Surface(FastAPI):
         *,
         hot: dict[str, ASGIApp],
         routers: list[APIRouter],
+        offered: Callable[[], AbstractSet[str]] | None = None,
         lifespan: Lifespan | None = None,
         body_seconds: float = 60.0,
         siblings: Siblings | None = None,
@@ -57,6 +61,7 @@ class Surface(FastAPI):
         )
         self._hot = hot
         self.direct = {path.encode("ascii"): app for path, app in hot.items()}
+        self._offered = offered or hot.keys
         self._body_seconds = body_seconds
         self._siblings = siblings
         for router in routers:
@@ -80,29 +85,13 @@ class Surface(FastAPI):
 
     def paths(self) -> list[str]:
         """Every path that is served, for people who asked for another."""
-        return sorted({*self._hot, *self.openapi()["paths"]})
+        own = self.openapi()["paths"].keys() - self._hot.keys()
+        return sorted(own | (self._hot.keys() & self._offered()))
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:
-            schema = super().openapi()
-            for path in self._hot:
-                schema["paths"][path] = {"post": _INFERENCE}
-            self.openapi_schema = schema
+            self.openapi_schema = complete(super().openapi(), self._hot)
         return self.openapi_schema
-
-
-_INFERENCE = {
-    "tags": ["inference"],
-    "summary": "OpenAI's, as the engines serve it",
-    "description": "The body is the engine's, less the hand-off fields; the answer is the engine's too.",
-    "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
-    "responses": {
-        "200": {
-            "description": "The answer, or its events when `stream` is true.",
-            "content": {"application/json": {}, "text/event-stream": {}},
-        }
-    },
-}
 
 
 _MOST_BODY = 1024 * 1024  # bytes; the longest list of backends is far below
@@ -161,8 +150,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         allow = (error.headers or {}).get("allow", (error.headers or {}).get("Allow", ""))
         return answer(MethodNotAllowed(f"{path} takes {allow}", allow=allow))
     if error.status_code == 404:
-        known = ", ".join(request.app.paths())
-        return answer(RouteNotFound(f"there is no {path[:256]} here; this gateway serves {known}"))
+        return answer(no_route(path, request.app.paths()))
     kind = {408: RequestTimedOut, 413: BodyTooLarge}.get(error.status_code, InvalidRequest)
     return answer(kind(str(error.detail)))
 

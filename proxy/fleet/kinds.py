@@ -1,9 +1,9 @@
 """Kinds of backend: where each says how it is, what it offers to clients, and what it lets operators do.
 
-Plain data. A route that is on no list of a gateway's backends does not exist there, so that nothing an engine happens to
-serve (vLLM's `/invocations` and `/collective_rpc`, for two) can be reached through the gateway. That a route is on the
-list does not mean that each engine has it: which of vLLM's exist depends on the model, and an engine that has one not
-says so when it is asked (`Backend.lacks`).
+Plain data. A route that is on no list of a gateway's backends does not exist there, so that nothing else an engine
+happens to serve (vLLM's `/invocations` and `/collective_rpc`, for two) can be reached through the gateway. That a route
+is on the list does not mean that each engine has it: which of vLLM's exist depends on the model, and an engine that has
+one not says so when it is asked (`Backend.lacks`).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from proxy import __version__
 from tests.support import chat, pools, running_gateway, simulators, until
 
 CHAT = "/v1/chat/completions"
@@ -155,3 +156,65 @@ async def test_labels_stay_bounded_whatever_clients_send() -> None:
         assert {k for k in samples if k.startswith("pd_proxy_requests_total")} == {
             'pd_proxy_requests_total{endpoint="chat",model="other",outcome="model_not_found"}'
         }
+
+
+async def test_the_version_is_told_with_those_of_the_engines_and_without_their_addresses() -> None:
+    async with pools(1, 2) as (running, [p], _):
+        answer = await running.http.get("/version")
+        assert answer.json() == {
+            "version": __version__,
+            "backends": [
+                {"role": "prefill", "kind": "vllm", "version": "0.32.0", "count": 1},
+                {"role": "decode", "kind": "vllm", "version": "0.32.0", "count": 2},
+            ],
+        }
+        assert str(p.port) not in answer.text
+
+
+async def test_the_load_is_the_fleets() -> None:
+    async with pools(1, 2) as (running, [p], _):
+        assert (await running.http.get("/load")).json() == {
+            "server_load": 0,
+            "waiting": 0,
+            "pools": {
+                "prefill": {"backends": 1, "up": 1, "requests": 0, "tokens": 0},
+                "decode": {"backends": 2, "up": 2, "requests": 0, "tokens": 0},
+            },
+        }
+        p.faults.add("hang", leg="prefill")
+        request = asyncio.create_task(running.http.post(CHAT, json=chat()))
+        await until(lambda: bool(p.requests))
+        load = (await running.http.get("/load")).json()
+        assert (load["server_load"], load["pools"]["prefill"]["requests"]) == (1, 1)
+        assert load["pools"]["prefill"]["tokens"] > 0
+        request.cancel()
+        await until(running.idle)
+
+
+async def test_version_and_load_are_for_clients() -> None:
+    async with running_gateway(["http://127.0.0.1:9"], api_keys="k", ready=False) as running:
+        for path in ("/version", "/load"):
+            assert (await running.http.get(path)).status_code == 401
+            assert (await running.http.get(path, headers={"authorization": "Bearer k"})).status_code == 200
+
+
+async def test_a_model_may_have_slashes_in_its_name() -> None:
+    async with (
+        simulators("mixed", model="org/family/model-7b") as [engine],
+        running_gateway(mixed=[engine.url]) as running,
+    ):
+        for name in ("org/family/model-7b", "org%2Ffamily%2Fmodel-7b"):
+            answer = await running.http.get(f"/v1/models/{name}")
+            assert (answer.status_code, answer.json()["id"]) == (200, "org/family/model-7b")
+        answer = await running.http.get("/v1/models/org/family")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_nim_is_served_where_it_says_that_it_is_ready() -> None:
+    async with (
+        simulators("mixed", surface="nim") as [engine],
+        running_gateway(mixed=[engine.url], kind="nim") as running,
+    ):
+        assert (await running.http.post(CHAT, json=chat())).status_code == 200
+        assert set(engine.probes) == {"/v1/health/ready", "/v1/version", "/v1/metrics"}
+        assert (await running.http.get("/version")).json()["backends"][0]["version"] == "0.32.0"
