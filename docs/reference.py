@@ -36,7 +36,8 @@ LABELS = {
     "client": "a client's name in the settings; `key-1`, `key-2`, … for those of `api_keys`; `anonymous` without keys",
     "code": "of the error: `queue_full`, `deadline_too_close`, `queue_timeout`, `rate_limit_exceeded`, "
     "`too_many_tokens` or `draining`",
-    "endpoint": "`chat` or `completions`",
+    "endpoint": "`chat`, `completions`, or a one-leg route: `embeddings`, `rerank`, `score`, `pooling`, `classify`, "
+    "`moderations`, `transcriptions`, `translations`, `tokenize`, `detokenize`, `count_tokens`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
     "leg": "`prefill` or `decode`",
     "model": "a model that some backend has named; any other is `other`",

@@ -15,6 +15,8 @@ from xml.etree import ElementTree
 import pytest
 
 from proxy import cli
+from proxy.fleet.kinds import KINDS
+from proxy.flow.single import ROUTES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -173,3 +175,16 @@ def test_the_picture_is_well_formed_and_fetches_nothing() -> None:
     assert "prefers-color-scheme: dark" in picture
     assert not re.search(r"https?://", picture.replace("http://www.w3.org/2000/svg", ""))
     assert "@import" not in picture
+
+
+def test_the_page_of_routes_has_each_with_its_pools_and_kinds() -> None:
+    text = (ROOT / "docs" / "routes.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `POST (/[^`]+)` \| (?:one|prefill, decode) \| ([^|]+\|[^|]+) \|", text, re.MULTILINE))
+    assert rows.keys() >= ROUTES.keys()
+    for path, row in rows.items():
+        pools, kinds = (cell.strip() for cell in row.split("|"))
+        assert kinds == ", ".join(f"`{kind.name}`" for kind in KINDS.values() if path in kind.routes), path
+        if path in ROUTES:
+            assert pools == ", ".join(ROUTES[path].roles), path
+    health = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| `(/[^`]+)`", text, re.MULTILINE))
+    assert health == {name: kind.health for name, kind in KINDS.items()}
