@@ -98,6 +98,7 @@ class BackendGroup(Group):
     with another model, or of another make."""
 
     name: str = Field(pattern=_NAME, description="what logs and /admin call it; letters, digits, ._-")
+    kind: KindName = Field("vllm", description="what its backends are")
     connector: ConnectorName = Field("nixl", description="the hand-off protocol its engines speak")
     prefill: BackendUrls = Field((), description="URLs of its prefill backends")
     decode: BackendUrls = Field((), description="URLs of its decode backends")
@@ -356,7 +357,12 @@ class Settings(BaseSettings):
     def all_groups(self) -> list[BackendGroup]:
         """Every group of backends, the top level's first."""
         own = BackendGroup.model_construct(
-            name=DEFAULT_GROUP, connector=self.connector, prefill=self.prefill, decode=self.decode, mixed=self.mixed
+            name=DEFAULT_GROUP,
+            kind=self.kind,
+            connector=self.connector,
+            prefill=self.prefill,
+            decode=self.decode,
+            mixed=self.mixed,
         )
         return [own, *self.groups]
 

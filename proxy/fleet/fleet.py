@@ -31,7 +31,6 @@ class Fleet:
     Arguments:
         clock: seconds, never going back.
     Attributes:
-        kind: of backends that join.
         sizes: how many backends each pool has, up or not.
         rotation: who is fit.
         succeeded: is told of a backend's leg that ended well.
@@ -42,7 +41,6 @@ class Fleet:
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = monotonic) -> None:
         self._window = settings.breaker.window
-        self.kind = KINDS[settings.kind]
         self.rotation = Rotation(settings.breaker, self._peers, clock)
         self.succeeded = self.rotation.succeeded
         self.budgets = Budgets(settings.retries, self.pool)
@@ -57,6 +55,7 @@ class Fleet:
         self.on_join: Callable[[Backend], object] | None = None
         self.on_leave: Callable[[Backend], object] | None = None
         self.on_up: Callable[[Backend], object] | None = None
+        self._kinds = {group.name: KINDS[group.kind] for group in settings.all_groups()}
         self._connectors = {group.name: group.connector for group in settings.all_groups()}
         self.uniform = len(self._connectors) == 1
         self._locations = {location.backend: location for location in settings.locations}
@@ -161,8 +160,8 @@ class Fleet:
 
     def routes(self) -> frozenset[str]:
         """The engines' routes that there are here, by the kinds of the backends."""
-        kinds = {backend.kind.name: backend.kind for backend in self} or {self.kind.name: self.kind}
-        return frozenset().union(*(kind.routes for kind in kinds.values()))
+        kinds = {backend.kind.name: backend.kind for backend in self}
+        return frozenset().union(*(kind.routes for kind in (kinds or self._kinds).values()))
 
     def model_cards(self) -> list[dict[str, Any]]:
         """The models a client can ask for, as /v1/models shows them: those of the backends that answer clients. The
@@ -232,7 +231,7 @@ class Fleet:
         if backend := self.find(url, role):
             self.undrain(backend)
             return backend
-        backend = Backend(url, role, kind=self.kind, window=self._window)
+        backend = Backend(url, role, kind=self._kinds[group], window=self._window)
         backend.group = group
         backend.connector = self._connectors[group]
         backend.locate(placed(url, self._locations.get(url)))

@@ -71,6 +71,10 @@ def test_a_fleet_offers_what_the_kinds_of_its_backends_offer() -> None:
     fleet = Fleet(Settings(mixed=[URL], kind="openai"))
     assert fleet.routes() == KINDS["openai"].routes
     [backend] = fleet
+    group = {"name": "more", "kind": "nim", "mixed": ["http://nim:8000"]}
+    both = Fleet(Settings(mixed=[URL], kind="openai", groups=[group]))
+    assert [backend.kind.name for backend in both] == ["openai", "nim"]
+    assert both.routes() == KINDS["openai"].routes | KINDS["nim"].routes
     assert backend.offers("/v1/moderations") and not backend.offers("/tokenize")
     backend.lacks.add("/v1/moderations")
     assert not backend.offers("/v1/moderations")
