@@ -153,7 +153,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         operations.service(fleet, gate, admission, credentials),
         operations.administration(fleet, credentials),
         backends(fleet, credentials),
-        fanout(fleet, credentials, http),
+        fanout(fleet, credentials, http, siblings),
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics, siblings))

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 import httpx
 from fastapi import APIRouter, Depends, Query
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from proxy.api.backends import backend_id, find_backend
 from proxy.api.credentials import Credentials
 from proxy.api.operations import operator
+from proxy.api.siblings import Siblings
 from proxy.errors import BackendNotFound, FanOutFailed
 from proxy.fleet.backend import Backend, Role
 from proxy.fleet.fleet import Fleet
@@ -91,10 +93,12 @@ class FanOut:
 
     Arguments:
         http: a client with the backends' key.
+        siblings: the gateway's other workers, which have requests of their own.
     """
 
-    def __init__(self, fleet: Fleet, http: httpx.AsyncClient) -> None:
+    def __init__(self, fleet: Fleet, http: httpx.AsyncClient, siblings: Siblings | None = None) -> None:
         self._fleet = fleet
+        self._siblings = siblings
         self._http = http
 
     async def ask(
@@ -125,9 +129,12 @@ class FanOut:
 
         async def one(backend: Backend) -> Outcome:
             draining = backend.draining
+            name = quote(backend.url, safe="")
             self._fleet.drain(backend)
             try:
-                if not await _drained(backend, query.drain) and not query.force:
+                if self._siblings is not None:
+                    await self._siblings.tell(f"/admin/backends/{name}/drain")
+                if not await self._drained(backend, query.drain) and not query.force:
                     left = f"{backend.inflight_requests} request(s) and {backend.open_handoffs} hand-off(s)"
                     return _outcome(
                         backend, f"not put to sleep: {left} still need it; wait longer (drain), or force it"
@@ -139,8 +146,19 @@ class FanOut:
             finally:
                 if not draining and not backend.removed:
                     self._fleet.undrain(backend)
+                    if self._siblings is not None:
+                        await self._siblings.tell(f"/admin/backends/{name}/undrain")
 
         return await self.ask("sleep", query, one=one)
+
+    async def _drained(self, backend: Backend, seconds: float) -> bool:
+        """Wait until nothing needs a backend, here or in another worker; whether that came true in time."""
+        end = monotonic() + seconds
+        while not (backend.drained and (self._siblings is None or await self._siblings.drained(backend.url))):
+            if monotonic() >= end:
+                return False
+            await asyncio.sleep(_LOOK)
+        return True
 
     def _meant(self, which: Which) -> list[Backend]:
         found = [find_backend(self._fleet, which.backend)] if which.backend is not None else list(self._fleet)
@@ -178,20 +196,12 @@ def _outcome(backend: Backend, error: str | None, status: int | None = None, ans
     return Outcome(id=name, role=backend.role, ok=error is None, status=status, error=error, answer=answer)
 
 
-async def _drained(backend: Backend, seconds: float) -> bool:
-    """Wait until nothing needs a backend; whether that came true in time."""
-    end = monotonic() + seconds
-    while not backend.drained:
-        if monotonic() >= end:
-            return False
-        await asyncio.sleep(_LOOK)
-    return True
-
-
-def fanout(fleet: Fleet, credentials: Credentials, http: httpx.AsyncClient) -> APIRouter:
+def fanout(
+    fleet: Fleet, credentials: Credentials, http: httpx.AsyncClient, siblings: Siblings | None = None
+) -> APIRouter:
     """The routes, for operators. Those of the example script, without /admin, are kept."""
     router = APIRouter(tags=["engines"], dependencies=[Depends(operator(credentials))])
-    engines = FanOut(fleet, http)
+    engines = FanOut(fleet, http, siblings)
 
     @router.post("/admin/reset_prefix_cache", response_model=Report)
     async def reset_prefix_cache(query: Annotated[ResetQuery, Query()]) -> Response:

@@ -95,6 +95,19 @@ class Siblings:
                 return found
         return []
 
+    async def tell(self, target: str) -> None:
+        """Have each of the others do what an operator could tell it to."""
+        await asyncio.gather(*(self._ask(path, "POST", target) for path in self._paths))
+
+    async def drained(self, url: str) -> bool:
+        """Whether none of the others needs a backend that they drain. One that does not answer has nothing there."""
+        for answer in await asyncio.gather(*(self._ask(path, "GET", "/admin/backends") for path in self._paths)):
+            if answer is not None and answer.is_success:
+                for backend in answer.json()["backends"]:
+                    if backend["url"] == url and not backend["drained"]:
+                        return False
+        return True
+
     def repeats(self, method: str, path: str) -> bool:
         """Whether a request is one that every worker is to serve."""
         return method == "POST" and path.startswith(_REPEATED)

@@ -257,6 +257,7 @@ class Fleet:
         if backend.draining:
             log.info("%s backend %s is draining no more", backend.role, backend.url)
         backend.draining = backend.removed = False
+        backend.attention.set()  # it may have been put to sleep meanwhile
         self._room_changed()
 
     def remove(self, url: str, role: Role) -> bool:

@@ -1,8 +1,8 @@
 """Active health checks: one watcher a backend, which brings it into the rotation and takes it out.
 
-httpx carries the probes and tenacity their patience. The health path of a backend's kind decides; its models and its
-version are learnt on the way in and now and then after, and so is whether it sleeps: vLLM calls a sleeping engine
-healthy. Probes say whether a backend is alive; whether it is any good, its requests say.
+httpx carries the probes and tenacity their patience. The health path of a backend's kind decides, and whether it
+sleeps, as vLLM calls a sleeping engine healthy; its models and its version are learnt on the way in and now and then
+after. Probes say whether a backend is alive; whether it is any good, its requests say.
 """
 
 from __future__ import annotations
@@ -41,10 +41,6 @@ _NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, RecursionEr
 
 class ProbeFailed(Exception):
     """A probe that says the backend should get no requests; the text says why, for people."""
-
-
-class Asleep(ProbeFailed):
-    """It has given its memory back, and would serve nobody until it is woken."""
 
 
 class Guide(Protocol):
@@ -179,20 +175,15 @@ class Prober:
                 return
             if stale := loop.time() - learnt > _RELEARN:
                 learnt = loop.time()
-                try:
+                with suppress(ProbeFailed):
                     await self._learn(backend)
-                except Asleep as failure:
-                    self._fleet.take_out(backend, str(failure))
-                    return
-                except ProbeFailed:
-                    pass  # what was known holds until a health check says otherwise
             elif called:  # what failed may be another engine by now, with other coordinates
                 with suppress(ProbeFailed):
                     await self._locate(backend)
             await self._hold(backend, anew=stale)
 
     async def probe(self, backend: Backend) -> None:
-        """Ask once whether it is healthy.
+        """Ask once whether it is healthy and awake.
 
         Raises:
             ProbeFailed: anything but 200 in time.
@@ -201,16 +192,16 @@ class Prober:
         answer = await self._get(backend, path)
         if answer.status_code != 200:
             raise ProbeFailed(f"{path} answered {answer.status_code}")
+        if await self._sleeps(backend):
+            raise ProbeFailed("it is asleep (POST /admin/wake_up wakes it)")
 
     async def _learn(self, backend: Backend) -> None:
-        """Read the model ids and the version. An engine without one of the two is no worse for it; one that cannot
-        be reached is, and so is one that sleeps.
+        """Read the model ids and the version. An engine without one of the two is no worse for it, one that cannot be
+        reached is.
 
         Raises:
             ProbeFailed: it should get no requests.
         """
-        if await self._sleeps(backend):
-            raise Asleep("it is asleep (POST /admin/wake_up wakes it)")
         backend.lacks.clear()
         models = await self._get(backend, "/v1/models")
         if models.status_code == 200:

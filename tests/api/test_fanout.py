@@ -6,9 +6,11 @@ import asyncio
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 
 from proxy.api.backends import backend_id
+from proxy.api.fanout import FanOut, SleepQuery
 from tests.api.test_single import mixed
 from tests.support import chat, pools, running_gateway, simulators, until
 
@@ -195,3 +197,29 @@ async def test_a_backend_that_was_draining_goes_on_draining() -> None:
         assert (await running.http.post("/admin/wake_up")).status_code == 200
         await until(lambda: backend.up)
         assert backend.draining
+
+
+class OtherWorkers:
+    """The gateway's other workers, as the calls see them: the backend is needed there for a while."""
+
+    def __init__(self, looks: int) -> None:
+        self.told: list[str] = []
+        self._looks = looks
+
+    async def tell(self, target: str) -> None:
+        self.told.append(target)
+
+    async def drained(self, url: str) -> bool:
+        self._looks -= 1
+        return self._looks < 0
+
+
+@pytest.mark.parametrize(("looks", "sleeps"), [(3, True), (10**6, False)])
+async def test_all_workers_drain_a_backend_before_it_sleeps(looks: int, sleeps: bool) -> None:
+    async with mixed() as (running, [engine]), httpx.AsyncClient() as http:
+        others = OtherWorkers(looks)
+        engines = FanOut(running.gateway.fleet, http, others)  # type: ignore[arg-type]
+        report = await engines.sleep(SleepQuery(drain=5.0 if sleeps else 0.1))
+        assert (report.backends[0].ok, engine.asleep) == (sleeps, sleeps)
+        name = quote(engine.url, safe="")
+        assert others.told == [f"/admin/backends/{name}/drain", f"/admin/backends/{name}/undrain"]

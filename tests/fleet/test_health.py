@@ -402,9 +402,8 @@ async def test_an_engine_that_sleeps_is_down_until_it_is_awake(
 
 
 async def test_an_engine_that_falls_asleep_by_another_hand_is_taken_out(
-    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
 ) -> None:
-    monkeypatch.setattr(health, "_RELEARN", 0.0)
     engine["is_sleeping"].respond(200, json={"is_sleeping": False})
     prober.start()
     await news.of("is up")
