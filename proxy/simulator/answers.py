@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from proxy.simulator import encoding
+from proxy.simulator import encoding, generate, messages, responses
 from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.errors import RequestError, internal_error
 from proxy.simulator.faults import Fault, Mischief
 from proxy.simulator.http import Exchange
-from proxy.simulator.requests import GenerationRequest
+from proxy.simulator.requests import GenerationRequest, Kind
 from proxy.simulator.sequences import Sequence
 from proxy.simulator.tokens import detokenize
 
@@ -112,11 +112,21 @@ class Answer:
         return next((params for params in reversed(found) if params is not None), None)
 
 
+BODIES: dict[Kind, Callable[..., Object]] = {
+    "chat": encoding.chat_body,
+    "completion": encoding.completion_body,
+    "messages": messages.message_body,
+    "responses": responses.response_body,
+    "generate": generate.generate_body,
+}
+
+
 class WholeAnswer(Answer):
     """One JSON body when every sequence has ended."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.body: Object | None = None  # what was answered
         self._texts: dict[int, list[str]] = {}
 
     def on_token(self, sequence: Sequence, token: int | None, text: str) -> None:
@@ -136,7 +146,8 @@ class WholeAnswer(Answer):
         """Answer with the error; the other sequences are of no use any more."""
         if self.done.done():
             return
-        self.exchange.respond(error.status, encoding.to_json(error.body()))
+        body = error.anthropic_body() if self.request.kind == "messages" else error.body()
+        self.exchange.respond(error.status, encoding.to_json(body))
         self.finish()
         self._abort(self.sequences)
 
@@ -145,16 +156,20 @@ class WholeAnswer(Answer):
         if self._stall is not None and self._stall.after_tokens >= 0:
             return
         request = self.request
-        encode = encoding.chat_body if request.kind == "chat" else encoding.completion_body
-        body = encode(
-            request,
-            self.sequences,
-            ["".join(self._texts.get(sequence.index, ())) for sequence in self.sequences],
-            self.created,
-            details=self.config.prompt_tokens_details,
-            weights=self.config.weights,
-            handoff=self.handoff,
-        )
+        try:
+            body = BODIES[request.kind](
+                request,
+                self.sequences,
+                ["".join(self._texts.get(sequence.index, ())) for sequence in self.sequences],
+                self.created,
+                details=self.config.prompt_tokens_details,
+                weights=self.config.weights,
+                handoff=self.handoff,
+            )
+        except RequestError as error:
+            self.on_failure(self.sequences[0], error)
+            return
+        self.body = body
         data = encoding.to_json(body)
         if not late and self._stall is None:
             self.exchange.respond(200, data)
@@ -176,7 +191,7 @@ class StreamAnswer(Answer):
         self._greeted: set[int] = set()
         self._backlog: dict[Sequence, tuple[list[int], list[str]]] = {}
         self._offsets: dict[int, int] = {}  # characters of log probabilities shown so far
-        self._calls: dict[int, _CallStream] = {}
+        self._calls: dict[int, CallStream] = {}
         self._handed_out: dict[int, int] = {}
         self._stalled = False
 
@@ -208,14 +223,14 @@ class StreamAnswer(Answer):
             return
         if error.is_output:
             self._greet(sequence)
-        self._fail(error.body())
+        self._fail(error)
         self._abort(self.sequences)
 
-    def fail_first(self, body: Object) -> None:
+    def fail_first(self, error: RequestError) -> None:
         """The fault ``error_event_first``: an error before any token."""
         if self.request.kind == "chat":
             self._choice({"index": 0, "delta": {"role": "assistant", "content": ""}, **_ROLE_REST})
-        self._fail(body)
+        self._fail(error)
 
     def _last_words(self, death: Fault) -> None:
         exchange = self.exchange
@@ -235,8 +250,8 @@ class StreamAnswer(Answer):
         else:
             super()._last_words(death)
 
-    def _fail(self, body: Object) -> None:
-        self.exchange.write(encoding.event(body))
+    def _fail(self, error: RequestError) -> None:
+        self.exchange.write(encoding.event(error.body()))
         self.exchange.write(encoding.DONE)
         self.exchange.end_stream()
         self.finish()
@@ -253,10 +268,7 @@ class StreamAnswer(Answer):
         handed = self._handed_out.get(sequence.index, 0)
         self._handed_out[sequence.index] = handed + len(tokens)
         draws = [] if sequence.draws is None else sequence.draws[handed : handed + len(tokens)]
-        if self.request.kind == "chat":
-            self._tell_chat(sequence, tokens, draws, text)
-        else:
-            self._tell_completion(sequence, tokens, draws, text)
+        self._say(sequence, tokens, draws, text)
         self.tokens_seen += len(tokens)
         if self.dies_now():
             return
@@ -269,6 +281,19 @@ class StreamAnswer(Answer):
             if not self._unfinished:
                 self._end()
 
+    def _say(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
+        if self.request.kind == "chat":
+            self._tell_chat(sequence, tokens, draws, text)
+        elif self.request.kind == "generate":
+            first = sequence.index not in self._greeted
+            self._greeted.add(sequence.index)
+            prompt = self.request.prompts[0] if self.request.return_token_ids and first else None
+            extra = b"" if prompt is None else b',"prompt_token_ids":' + encoding.to_json(prompt)
+            choice = generate.stream_choice(self.request, sequence, tokens, draws, text, last=self._is_last(sequence))
+            self._choice(choice, self._running_usage(sequence), extra)
+        else:
+            self._tell_completion(sequence, tokens, draws, text)
+
     def _is_last(self, sequence: Sequence) -> bool:
         return sequence.finish_reason is not None and self._handed_out[sequence.index] == sequence.output_length
 
@@ -280,7 +305,7 @@ class StreamAnswer(Answer):
             script = sequence.script
             call = self._calls.get(sequence.index)
             if call is None:
-                call = self._calls[sequence.index] = _CallStream(request.tool, script.start, script.end)
+                call = self._calls[sequence.index] = CallStream(request.tool, script.start, script.end)
             delta = call.push(text)
             if delta is None:
                 if not last and not request.return_token_ids:
@@ -364,18 +389,21 @@ class StreamAnswer(Answer):
             return
         if self._stall is not None and self._stall.after_tokens < 0:
             return
+        self._close()
+        self.exchange.end_stream()
+        self.finish()
+
+    def _close(self) -> None:
         if self.request.include_usage:
             total = encoding.total_usage(self.request, self.sequences, details=self.config.prompt_tokens_details)
             self.exchange.write(self._head + b'],"usage":' + encoding.to_json(total) + b"}\n\n")
         self.exchange.write(encoding.DONE)
-        self.exchange.end_stream()
-        self.finish()
 
 
 _ROLE_REST: Object = {"logprobs": None, "finish_reason": None}
 
 
-class _CallStream:
+class CallStream:
     """A tool call's deltas: first its name, then its arguments in the pieces in which they are generated."""
 
     __slots__ = ("_end", "_name", "_named", "_seen", "_start")

@@ -48,6 +48,8 @@ class SimulatorConfig:
     stale_reads: Literal["wrong", "memory"] = "wrong"  # memory: wrong only once the blocks were really used again
     eos_rate: float = 1 / 512  # how often the end-of-sequence token is drawn
     prefix_caching: bool = True
+    responses_store: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE
+    scale_out: bool = False  # --enable-scale-out: tokens in, tokens out
     prompt_tokens_details: bool = True  # usage says cached_tokens
     death_delay: float = 0.3  # a dead engine answers /health with 503 this long, then its process is gone
     keep_alive: float = 5.0  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE

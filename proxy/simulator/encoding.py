@@ -252,6 +252,9 @@ def completion_body(
 
 def head(request: GenerationRequest, created: int) -> bytes:
     """What every chunk of a stream begins with; the choices follow."""
+    if request.kind == "generate":
+        mode = request.body.get("output_mode", "tokens")
+        return b"data: " + to_json({"request_id": request.external_id, "output_mode": mode})[:-1] + b',"choices":['
     kind = "chat.completion.chunk" if request.kind == "chat" else "text_completion"
     start = {"id": request.external_id, "object": kind, "created": created, "model": request.model}
     return b"data: " + to_json(start)[:-1] + b',"choices":['

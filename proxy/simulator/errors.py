@@ -33,6 +33,10 @@ class RequestError(Exception):
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
         return {"error": error}
 
+    def anthropic_body(self) -> dict[str, object]:
+        """The same from the handler of ``/v1/messages``."""
+        return {"type": "error", "error": {"type": self.kind, "message": self.message}}
+
 
 def bad_request(message: str, param: str | None = None) -> RequestError:
     """A value that the handler refuses."""

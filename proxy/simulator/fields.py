@@ -85,7 +85,7 @@ _PYDANTIC = {
 _WRONG = re.compile(r"Expected `([^`]*)`.*? - at `\$\.?([^`\[]*)(.*)`")
 
 
-_Fields = TypeVar("_Fields", bound=CommonFields)
+_Fields = TypeVar("_Fields", bound=msgspec.Struct)
 
 
 def decode_fields(body: Any, fields: type[_Fields]) -> _Fields:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.errors import RequestError, bad_request, invalid_field
-from proxy.simulator.fields import ChatFields, CommonFields, CompletionFields, StreamOptions, decode_fields
+from proxy.simulator.fields import ChatFields, CommonFields, CompletionFields, Object, StreamOptions, decode_fields
 from proxy.simulator.formats import tool_structure, wanted_structure, wanted_tool
 from proxy.simulator.prompts import completion_prompts, render_chat, reused_prompt
 from proxy.simulator.sequences import Sampling
@@ -23,11 +23,14 @@ _MAX_LOGPROBS = 20
 _DEFAULT_COMPLETION_TOKENS = 16
 
 
+Kind = Literal["chat", "completion", "messages", "responses", "generate"]
+
+
 @dataclass(slots=True)
 class GenerationRequest:
     """One request, decoded."""
 
-    kind: Literal["chat", "completion"]
+    kind: Kind
     external_id: str
     model: str
     prompts: list[list[int]]
@@ -45,6 +48,7 @@ class GenerationRequest:
     cache_key: int
     tool: str | None
     tool_required: bool
+    body: Object = field(default_factory=dict)  # as it came; responses tell the client what it asked for
 
 
 def decode_chat(body: Any, headers: Mapping[str, str], config: SimulatorConfig) -> GenerationRequest:
@@ -60,7 +64,7 @@ def decode_chat(body: Any, headers: Mapping[str, str], config: SimulatorConfig) 
     if fields.continue_final_message and fields.add_generation_prompt:
         message = "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
         raise bad_request(message, "continue_final_message")
-    _check(fields, config)
+    check(fields, config)
     tool, required = wanted_tool(fields)
     logprobs = (top or 0) if fields.logprobs else None
     prompt = reused_prompt(fields)
@@ -75,28 +79,32 @@ def decode_chat(body: Any, headers: Mapping[str, str], config: SimulatorConfig) 
     structure = wanted_structure(fields)
     if tool is not None:
         structure = tool_structure(fields, tool, listed=required)
-    external_id = "chatcmpl-" + _base_id(fields, headers)
-    return _request("chat", external_id, fields, config, [prompt], limit, logprobs, structure, tool, required)
+    external_id = "chatcmpl-" + base_id(fields, headers)
+    return generation("chat", external_id, fields, config, [prompt], limit, logprobs, structure, tool, required)
 
 
 def decode_completion(body: Any, headers: Mapping[str, str], config: SimulatorConfig) -> GenerationRequest:
     """A completion request. Raises RequestError."""
     fields: CompletionFields = decode_fields(body, CompletionFields)
-    _check(fields, config)
+    check(fields, config)
     if fields.suffix:
         raise bad_request("suffix is not currently supported", "suffix")
     prompts = completion_prompts(fields.prompt)
     limit = _DEFAULT_COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
-    external_id = "cmpl-" + _base_id(fields, headers)
+    external_id = "cmpl-" + base_id(fields, headers)
     structure = wanted_structure(fields)
-    return _request("completion", external_id, fields, config, prompts, limit, fields.logprobs, structure, None, False)
+    return generation(
+        "completion", external_id, fields, config, prompts, limit, fields.logprobs, structure, None, False
+    )
 
 
-def _base_id(fields: CommonFields, headers: Mapping[str, str]) -> str:
+def base_id(fields: CommonFields, headers: Mapping[str, str]) -> str:
+    """The name that a request has in its answer, less the endpoint's own prefix."""
     return headers.get("x-request-id") or fields.request_id or uuid.uuid4().hex
 
 
-def _check(fields: CommonFields, config: SimulatorConfig) -> None:
+def check(fields: CommonFields, config: SimulatorConfig) -> None:
+    """Refuse what no endpoint accepts. Raises RequestError."""
     if fields.model is not None and fields.model != config.model:
         raise RequestError(404, "NotFoundError", f"The model `{fields.model}` does not exist.", "model")
     if fields.stream_options is not None and not fields.stream:
@@ -125,8 +133,8 @@ def _check(fields: CommonFields, config: SimulatorConfig) -> None:
         raise bad_request("Got priority but Priority scheduling is not enabled.", "priority")
 
 
-def _request(
-    kind: Literal["chat", "completion"],
+def generation(
+    kind: Kind,
     external_id: str,
     fields: CommonFields,
     config: SimulatorConfig,
@@ -137,6 +145,7 @@ def _request(
     tool: str | None,
     tool_required: bool,
 ) -> GenerationRequest:
+    """What the engine is to do. Raises RequestError."""
     echo = kind == "completion" and bool(fields.echo)
     only_echo = echo and limit == 0
     if only_echo:

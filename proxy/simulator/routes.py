@@ -6,20 +6,28 @@ Invariant: every request is answered, cut, or (when a fault says so) left hangin
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
 from proxy.simulator import encoding, pooling, speech
 from proxy.simulator.answers import GARBAGE, StreamAnswer, WholeAnswer
+from proxy.simulator.background import Recorder
 from proxy.simulator.connectors.side import Transfer
 from proxy.simulator.errors import RequestError, engine_dead, internal_error, invalid_field
 from proxy.simulator.faults import NOTHING, Leg, Mischief, parse_faults
+from proxy.simulator.generate import decode_generate, what_is_asked
 from proxy.simulator.http import Exchange
+from proxy.simulator.messages import decode_messages
+from proxy.simulator.named_streams import MessageStream, ResponseStream
 from proxy.simulator.page import metrics_page, state
 from proxy.simulator.prompts import render_chat
 from proxy.simulator.requests import GenerationRequest, decode_chat, decode_completion
+from proxy.simulator.responses import StoredResponse, decode_response, outline
 from proxy.simulator.sequences import Sequence
 from proxy.simulator.tokens import detokenize, token_text, tokenize
 
@@ -37,7 +45,14 @@ _PROBES = {
     },
     "openai": {},
 }
-_GENERATE = {"/v1/chat/completions", "/v1/completions", "/v1/messages/count_tokens"}
+_GENERATING = {
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/messages",
+    "/v1/responses",
+    "/inference/v1/generate",
+}
+_GENERATE = {*_GENERATING, "/v1/messages/count_tokens"}
 _SCORE = {"/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"}
 _TASKS = {
     "generate": _GENERATE,
@@ -65,6 +80,9 @@ class ReceivedRequest:
     aborted: bool = False
     finished: bool = False
     output_tokens: int = 0
+
+
+_STREAMS: dict[str, type[StreamAnswer]] = {"messages": MessageStream, "responses": ResponseStream}
 
 
 class Routes:
@@ -95,8 +113,15 @@ class Routes:
             self._control(exchange)
             return
         key = self._sim.config.api_key
-        if key is not None and path.startswith("/v1") and exchange.headers.get("authorization") != f"Bearer {key}":
+        if (
+            key is not None
+            and path.startswith(("/v1", "/inference"))
+            and exchange.headers.get("authorization") != f"Bearer {key}"
+        ):
             exchange.respond(401, b'{"error":"Unauthorized"}')
+            return
+        if path.startswith("/v1/responses/") and "/v1/responses" in self._known():
+            await self._stored(exchange)
             return
         known = self._known()
         if path not in known:
@@ -104,7 +129,7 @@ class Routes:
         if exchange.method != known[path]:
             raise RequestError(405, "Method Not Allowed", "Method Not Allowed")
         match path:
-            case "/v1/chat/completions" | "/v1/completions":
+            case _ if path in _GENERATING:
                 await self._generate(exchange)
             case "/v1/models":
                 exchange.respond(200, encoding.to_json(self._models()))
@@ -300,7 +325,8 @@ class Routes:
         transfer = Transfer()
         try:
             received.body = body = self._body(exchange)
-            transfer = self._sim.engine.side.transfer(body, exchange.headers)
+            asked = what_is_asked(body) if exchange.path == "/inference/v1/generate" else body
+            transfer = self._sim.engine.side.transfer(asked, exchange.headers)
             received.leg = transfer.leg
             self._sim.changed()
             mischief = self._sim.faults.draw(received.leg)
@@ -317,7 +343,9 @@ class Routes:
         except RequestError as error:
             if error.late:
                 self._sim.engine.let_go(transfer)
-            exchange.respond(error.status, encoding.to_json(error.body()))
+            # What the handler of messages refuses has Anthropic's shape, what pydantic refuses before it has OpenAI's.
+            anthropic = error.late and exchange.path == "/v1/messages"
+            exchange.respond(error.status, encoding.to_json(error.anthropic_body() if anthropic else error.body()))
         finally:
             received.status = exchange.status
             received.finished = exchange.ended and not received.aborted
@@ -332,18 +360,33 @@ class Routes:
         received: ReceivedRequest,
         abandoned: list[Callable[[], None]],
     ) -> None:
-        decode = decode_chat if exchange.path == "/v1/chat/completions" else decode_completion
-        request = decode(body, exchange.headers, self._sim.config)
+        messages: list[Any] = []
+        config = self._sim.config
+        match exchange.path:
+            case "/v1/chat/completions":
+                request = decode_chat(body, exchange.headers, config)
+            case "/v1/messages":
+                request = decode_messages(body, exchange.headers, config)
+            case "/v1/responses":
+                request, messages = decode_response(body, config, self._sim.responses)
+            case "/inference/v1/generate":
+                request = decode_generate(body, exchange.headers, config)
+            case _:
+                request = decode_completion(body, exchange.headers, config)
         if self._sim.engine.dead is not None:
             raise engine_dead()
         sequences = self._sequences(request, transfer, mischief)
-        arguments = (exchange, request, mischief, self._sim.config, self._sim.engine.abort, self._sim.kill)
+        keeps = request.kind == "responses" and body.get("store") is not False and config.responses_store
+        if keeps and body.get("background"):
+            await self._in_background(exchange, request, sequences, mischief, messages)
+            return
+        arguments = (exchange, request, mischief, config, self._sim.engine.abort, self._sim.kill)
         first_error = mischief.get("error_event_first")
         if request.stream:
-            stream = StreamAnswer(*arguments)
+            stream = _STREAMS.get(request.kind, StreamAnswer)(*arguments)
             if first_error is not None:
                 stream.start()
-                stream.fail_first(internal_error().body())
+                stream.fail_first(internal_error())
                 return
             answer: StreamAnswer | WholeAnswer = stream
         else:
@@ -358,6 +401,65 @@ class Routes:
             received.status = exchange.status
         await answer.done
         received.output_tokens = sum(sequence.output_length for sequence in sequences)
+        if keeps and (whole := getattr(answer, "body", None)) is not None:
+            self._sim.responses.keep(StoredResponse(whole, messages))
+
+    async def _in_background(
+        self,
+        exchange: Exchange,
+        request: GenerationRequest,
+        sequences: list[Sequence],
+        mischief: Mischief,
+        messages: list[Any],
+    ) -> None:
+        engine = self._sim.engine
+        stored = StoredResponse(outline(request, int(time.time()), "queued", []), messages)
+        stored.abort = lambda: engine.abort(sequences)
+        self._sim.responses.keep(stored)
+        recorder = Recorder(stored, self._sim.changed)
+        kind = ResponseStream if request.stream else WholeAnswer
+        answer = kind(recorder, request, mischief, self._sim.config, engine.abort, self._sim.kill)
+        answer.expect(sequences)
+        engine.submit(sequences)
+        if isinstance(answer, ResponseStream):
+            answer.start()
+            await self._replay(exchange, stored, 0)
+        else:
+            exchange.respond(200, encoding.to_json(stored.body))
+
+    async def _replay(self, exchange: Exchange, stored: StoredResponse, start: int) -> None:
+        """The events of a response in the background, from `start`, as they come. One that failed never ends here:
+        vLLM waits for an event that does not come."""
+        exchange.start_stream()
+        while exchange.open:
+            for event in stored.events[start:]:
+                exchange.write(event)
+                start += 1
+                if event.startswith(b"event: response.completed"):
+                    exchange.end_stream()
+                    return
+            await self._sim.wait_for(partial(self._has_more, exchange, stored, start), 86_400)
+
+    @staticmethod
+    def _has_more(exchange: Exchange, stored: StoredResponse, seen: int) -> bool:
+        return len(stored.events) > seen or not exchange.open
+
+    async def _stored(self, exchange: Exchange) -> None:
+        """A stored response is asked for, or cancelled."""
+        _, _, rest = exchange.path.partition("/v1/responses/")
+        response_id, _, action = rest.partition("/")
+        stored = self._sim.responses.find(response_id)
+        match (exchange.method, action):
+            case ("GET", ""):
+                query = parse_qs(exchange.query)
+                if query.get("stream", [""])[0] not in ("true", "1"):
+                    exchange.respond(200, encoding.to_json(stored.body))
+                    return
+                await self._replay(exchange, stored, int(query.get("starting_after", ["-1"])[0]) + 1)
+            case ("POST", "cancel"):
+                exchange.respond(200, encoding.to_json(stored.cancel()))
+            case _:
+                raise RequestError(404, "Not Found", "Not Found")
 
     def _sequences(self, request: GenerationRequest, transfer: Transfer, mischief: Mischief) -> list[Sequence]:
         config = self._sim.config

@@ -17,6 +17,7 @@ from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.engine import Engine
 from proxy.simulator.faults import Faults
 from proxy.simulator.http import Connection, Exchange
+from proxy.simulator.responses import ResponseStore
 from proxy.simulator.routes import ReceivedRequest, Routes
 from proxy.simulator.sidechannel import Serving, SideChannelServer
 from proxy.simulator.watch import Watch
@@ -41,6 +42,7 @@ class Simulator:
         self.alive = False
         self.faults = Faults(self._faults_changed)
         self.engine: Engine
+        self.responses: ResponseStore
         self._watch = Watch()
         self._routes = Routes(self)
         self._listener: asyncio.Server | None = None
@@ -57,6 +59,7 @@ class Simulator:
     # Life.
 
     def _new_engine(self) -> None:
+        self.responses = ResponseStore()
         self.engine = Engine(self.config, self.faults, changed=self._watch.changed, died=self._engine_died)
         engine = self.engine
         self._serving = Serving(
