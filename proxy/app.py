@@ -22,6 +22,7 @@ from proxy.api.backends import backends
 from proxy.api.credentials import Credentials, Trusted
 from proxy.api.fanout import fanout
 from proxy.api.inference import Inference
+from proxy.api.responses import responses
 from proxy.api.siblings import Siblings
 from proxy.api.single import SingleRoute
 from proxy.api.surface import Surface
@@ -34,8 +35,9 @@ from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
 from proxy.flow.room import FleetRoom
 from proxy.flow.single import ROUTES, Single
+from proxy.flow.stored import StoredResponses
 from proxy.flow.warmup import Warmup
-from proxy.handoff.plan import PATHS
+from proxy.handoff.endpoints import LAYOUTS
 from proxy.handoff.registry import CONNECTORS
 from proxy.relay.connections import Connections
 from proxy.settings import Settings
@@ -93,6 +95,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     flow = Flow(settings, fleet, legs, CONNECTORS, telemetry, random.random)
     exchange = None if crew is None else Exchange(crew.board, crew.worker)
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
+    stored = StoredResponses(settings.limits.stored_responses)
     key = settings.backend_api_key
     http = httpx.AsyncClient(
         timeout=settings.health.timeout,
@@ -139,8 +142,9 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         prometheus.forget(backend.url)
 
     hot: dict[str, ASGIApp] = {
-        PATHS[endpoint]: Inference(endpoint, settings, fleet, flow, gate, admission, credentials, telemetry)
-        for endpoint in ("chat", "completions")
+        layout.path: Inference(endpoint, settings, fleet, flow, gate, admission, credentials, telemetry, stored)
+        for endpoint, layout in LAYOUTS.items()
+        if endpoint != "generate" or settings.routes.generate
     }
     single = Single(settings, fleet, legs, random.random)
     for path in ROUTES:
@@ -151,6 +155,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         operations.probes(fleet, gate, siblings),
         operations.models(fleet, credentials),
         operations.service(fleet, gate, admission, credentials),
+        responses(settings, fleet, stored, credentials, http),
         operations.administration(fleet, credentials),
         backends(fleet, credentials),
         fanout(fleet, credentials, http, siblings),

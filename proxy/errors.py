@@ -11,6 +11,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   ├── RouteNotFound              404
     │   ├── ModelNotFound              404
     │   ├── BackendNotFound            404
+    │   ├── ResponseNotFound           404
     │   ├── MethodNotAllowed           405
     │   ├── RequestTimedOut            408
     │   ├── BodyTooLarge               413
@@ -130,6 +131,13 @@ class BackendNotFound(ClientError):
 
     status = 404
     code = "backend_not_found"
+
+
+class ResponseNotFound(ClientError):
+    """No backend is known to have a stored response of this client's by that id."""
+
+    status = 404
+    code = "response_not_found"
 
 
 class MethodNotAllowed(ClientError):

@@ -167,7 +167,18 @@ class Limits(Group):
     transcript: int = Field(
         1024 * 1024, ge=1024, description="token ids kept of one stream so that it can be resumed; 5 to 6 bytes a token"
     )
+    stored_responses: int = Field(
+        50_000, ge=1, description="stored responses of which it is remembered who has them; 200 bytes each"
+    )
     answer: int = Field(256 * 1024 * 1024, ge=1024, description="an engine's answer that is not streamed")
+
+
+class Routes(Group):
+    """Routes that are not for everybody."""
+
+    generate: bool = Field(
+        False, description="serve /inference/v1/generate: tokens in, tokens out; engines need --enable-scale-out"
+    )
 
 
 class Health(Group):
@@ -311,6 +322,7 @@ class Settings(BaseSettings):
     policy: Policies = Policies()
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
+    routes: Routes = Routes()
     health: Health = Health()
     breaker: BreakerSettings = BreakerSettings()
     retries: Retries = Retries()

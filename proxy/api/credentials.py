@@ -17,20 +17,26 @@ _FORWARDED = {b"forwarded", b"x-forwarded-for", b"x-real-ip"}
 
 
 class Credentials:
-    """Checks bearer tokens. Keys are kept and compared as digests, in constant time."""
+    """Checks keys: a bearer token, or for clients Anthropic's `x-api-key`. They are kept and compared as digests, in
+    constant time."""
 
     def __init__(self, settings: Settings) -> None:
         self._clients = [(_digest(key.get_secret_value().encode()), name) for name, key in settings.client_keys()]
         key = settings.admin_key
         self._admin = [(_digest(key.get_secret_value().encode()), "admin")] if key else []
 
-    def check_client(self, authorization: bytes) -> str:
-        """The client's name; raises `Unauthorized` unless the header holds a client's key, or there are none."""
+    def check_client(self, authorization: bytes, api_key: bytes = b"") -> str:
+        """The client's name; raises `Unauthorized` unless a header holds a client's key, or there are none.
+
+        Arguments:
+            authorization: that header.
+            api_key: `x-api-key`.
+        """
         if not self._clients:
             return ANONYMOUS
-        if name := _whose(authorization, self._clients):
+        if name := _whose(authorization, self._clients) or (api_key and _whose(b"bearer " + api_key, self._clients)):
             return name
-        raise Unauthorized("this gateway wants an API key: Authorization: Bearer <key>")
+        raise Unauthorized("this gateway wants an API key: Authorization: Bearer <key>, or x-api-key: <key>")
 
     def check_operator(self, headers: Iterable[Header], peer: Sequence[object] | None) -> None:
         """Raise unless the request may change the gateway: by the admin key, or, where none is set, from this machine

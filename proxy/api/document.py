@@ -13,6 +13,7 @@ from typing import Any
 from proxy import errors
 from proxy.errors import GatewayError
 from proxy.flow.single import ROUTES
+from proxy.handoff.endpoints import LAYOUTS
 
 Schema = dict[str, Any]
 Kinds = tuple[type[GatewayError], ...]
@@ -24,6 +25,14 @@ _OF_TAG: dict[str, Kinds] = {
     "probes": (errors.NoBackend,),
     "models": (errors.Unauthorized, errors.ModelNotFound, errors.NoBackend),
     "service": (errors.Unauthorized,),
+    "responses": (
+        errors.Unauthorized,
+        errors.ResponseNotFound,
+        errors.NoBackend,
+        errors.BackendUnreachable,
+        errors.BackendCut,
+        errors.BackendTimedOut,
+    ),
     "metrics": (),
     "administration": (*_OPERATOR, *_BODY),
     "engines": (*_OPERATOR, errors.FanOutFailed),
@@ -96,6 +105,9 @@ _FORM = {
 _SUMMARIES = {
     "/v1/chat/completions": "OpenAI's chat completions",
     "/v1/completions": "OpenAI's completions",
+    "/v1/messages": "Anthropic's messages",
+    "/v1/responses": "OpenAI's responses",
+    "/inference/v1/generate": "vLLM's tokens in, tokens out",
     "/v1/embeddings": "OpenAI's embeddings",
     "/v1/moderations": "OpenAI's moderations",
     "/v1/audio/transcriptions": "OpenAI's transcriptions",
@@ -104,7 +116,7 @@ _SUMMARIES = {
     "/tokenize": "A text's or a conversation's tokens",
     "/detokenize": "The text of tokens",
 }
-_STREAMED = ("/v1/chat/completions", "/v1/completions")
+_STREAMED = tuple(layout.path for layout in LAYOUTS.values())
 
 
 def complete(schema: Schema, engine_routes: Iterable[str]) -> Schema:
@@ -133,6 +145,9 @@ def _complete(operation: Schema) -> None:
     responses = operation["responses"]
     responses.pop("422", None)
     responses |= _responses((*_ANYWHERE, *_OF_TAG[tag]))
+    if tag == "responses":
+        responses["4XX"] = {"description": "The engine's own refusal.", "content": _json("Error")}
+        responses["500"] = {"description": "The engine failed.", "content": _json("Error")}
     if tag == "engines":
         responses["502"]["content"] = {"application/json": {"schema": _REPORTED}}
     if tag not in ("probes", "metrics"):

@@ -11,6 +11,7 @@ from typing import Any
 from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.admission.ticket import Ticket
+from proxy.api.error_shapes import OPENAI, ErrorShape
 from proxy.errors import (
     BodyTooLarge,
     Draining,
@@ -38,9 +39,20 @@ class ClientLeft(Exception):
 
 
 async def exchange(
-    gate: Gate, telemetry: Telemetry, record: RequestRecord, scope: Scope, receive: Receive, send: Send, work: Work
+    gate: Gate,
+    telemetry: Telemetry,
+    record: RequestRecord,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    work: Work,
+    shape: ErrorShape = OPENAI,
 ) -> None:
-    """One request from its head to its end: counted, answered whatever befalls `work`, and recorded."""
+    """One request from its head to its end: counted, answered whatever befalls `work`, and recorded.
+
+    Arguments:
+        shape: how its API says that something failed.
+    """
     # Taken out, since the client knows its scope: a circle would leave every request to the garbage collector.
     client: Client = scope.pop("extensions", {}).get(EXTENSION) or AsgiClient(receive, send)
     task = asyncio.current_task()
@@ -53,14 +65,14 @@ async def exchange(
         record.outcome = "client_gone"
     except GatewayError as error:
         record.outcome = "client_gone" if client.gone else error.code
-        give_error(client, record, error)
+        give_error(client, record, error, shape)
     except asyncio.CancelledError:
         if client.gone:  # by our own hand, when its connection closed
             record.outcome = "client_gone"
             task.uncancel()
         else:
             record.outcome = Draining.code
-            give_error(client, record, Draining("the gateway shut down before the answer was whole"))
+            give_error(client, record, Draining("the gateway shut down before the answer was whole"), shape)
     finally:
         gate.leave(task)
         client.on_gone = None
@@ -184,13 +196,13 @@ async def turn(admission: Admission, ticket: Ticket, record: RequestRecord) -> N
         record.queued_seconds = monotonic() - ticket.arrived
 
 
-def give_error(client: Client, record: RequestRecord, error: GatewayError) -> None:
+def give_error(client: Client, record: RequestRecord, error: GatewayError, shape: ErrorShape) -> None:
     """Answer with an error: as the whole answer, or as the last event of one that has begun."""
     record.error = record.error or str(error)
     if client.gone:
         return
     if client.started:
-        client.write(error.event())
+        client.write(shape.event(error, record.sequence))
         client.end()
         return
     record.status = error.status
@@ -201,4 +213,4 @@ def give_error(client: Client, record: RequestRecord, error: GatewayError) -> No
         headers.append((b"allow", error.allow.encode("ascii")))
     if isinstance(error, BodyTooLarge | RequestTimedOut | Draining):
         headers.append((b"connection", b"close"))  # the rest of the body is not going to be read
-    client.respond(error.status, headers, error.body())
+    client.respond(error.status, headers, shape.body(error))

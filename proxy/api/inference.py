@@ -1,4 +1,4 @@
-"""The two hot routes, as plain ASGI: no router, no middleware, no dependency between a request and its flow."""
+"""The routes that generate, as plain ASGI: no router, no middleware, no dependency between a request and its flow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.api.credentials import Credentials
+from proxy.api.error_shapes import ERROR_SHAPES
 from proxy.api.exchange import ClientLeft, check_length, enter, exchange, identify, read_whole, time_limit, turn
-from proxy.errors import MethodNotAllowed, ModelNotFound, TotalTimedOut
+from proxy.errors import MethodNotAllowed, ModelNotFound, ResponseNotFound, TotalTimedOut
 from proxy.fleet.fleet import Fleet
 from proxy.flow.flow import Flow
 from proxy.flow.request import Request
+from proxy.flow.stored import StoredResponses
 from proxy.handoff.body import Endpoint, read_body
 from proxy.relay.client import Client, Receive, Scope, Send
 from proxy.settings import Settings
@@ -22,7 +24,11 @@ from proxy.telemetry.records import RequestRecord, Telemetry
 
 
 class Inference:
-    """Serves one endpoint."""
+    """Serves one endpoint.
+
+    Arguments:
+        stored: who has which stored response.
+    """
 
     def __init__(
         self,
@@ -34,8 +40,11 @@ class Inference:
         admission: Admission,
         credentials: Credentials,
         telemetry: Telemetry,
+        stored: StoredResponses,
     ) -> None:
         self._endpoint = endpoint
+        self._shape = ERROR_SHAPES[endpoint]
+        self._stored = stored
         self._limit = settings.limits.request_body
         self._body_seconds = settings.timeouts.request_body
         self._total = settings.timeouts.total or inf
@@ -49,7 +58,7 @@ class Inference:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         record = RequestRecord(self._endpoint)
-        return exchange(self._gate, self._telemetry, record, scope, receive, send, self._serve)
+        return exchange(self._gate, self._telemetry, record, scope, receive, send, self._serve, self._shape)
 
     async def _serve(
         self, scope: Scope, receive: Receive, client: Client, record: RequestRecord, task: asyncio.Task[Any]
@@ -63,7 +72,9 @@ class Inference:
         record.request_id = identify(headers)
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{scope['path']} takes POST", allow="POST")
-        record.client = self._credentials.check_client(headers.get(b"authorization", b""))
+        record.client = self._credentials.check_client(
+            headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
+        )
         total = time_limit(headers, self._total)
         check_length(headers, self._limit)
         raw = await read_whole(client, receive, self._limit, self._body_seconds)
@@ -76,6 +87,8 @@ class Inference:
             raise ClientLeft
         client.on_gone = task.cancel
         request = Request(body, client, record)
+        if body.follows or body.stored:
+            self._see_to_stored(request)
         with enter(
             self._admission,
             record,
@@ -96,3 +109,22 @@ class Inference:
                     await self._flow.run(request)
             except TimeoutError:
                 raise TotalTimedOut(f"the request was not finished within {total:g} s") from None
+
+    def _see_to_stored(self, request: Request) -> None:
+        """Send a request to the backend that has what it goes on from, and note who has its answer.
+
+        Raises:
+            ResponseNotFound: nobody is known to have it.
+        """
+        body = request.body
+        if body.stored:
+            request.stored = self._stored
+        if body.follows:
+            request.pinned = self._stored.holder(body.follows, request.record.client)
+            if not request.pinned:
+                raise not_stored(body.follows, param="previous_response_id")
+
+
+def not_stored(response_id: str, *, param: str) -> ResponseNotFound:
+    """The error for a stored response that nobody is known to have."""
+    return ResponseNotFound(f"Response with id '{response_id[:256]}' not found.", param=param)

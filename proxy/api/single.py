@@ -14,6 +14,7 @@ import msgspec
 from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.api.credentials import Credentials
+from proxy.api.error_shapes import ANTHROPIC, OPENAI
 from proxy.api.exchange import (
     ClientLeft,
     check_length,
@@ -66,6 +67,7 @@ class SingleRoute:
     ) -> None:
         self._path = path
         self._route = ROUTES[path]
+        self._shape = ANTHROPIC if path.startswith("/v1/messages/") else OPENAI
         self._limit = settings.limits.request_body
         self._body_seconds = settings.timeouts.request_body
         self._total = settings.timeouts.total or inf
@@ -80,7 +82,7 @@ class SingleRoute:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         record = RequestRecord(self._route.endpoint)
-        return exchange(self._gate, self._telemetry, record, scope, receive, send, self._serve)
+        return exchange(self._gate, self._telemetry, record, scope, receive, send, self._serve, self._shape)
 
     async def _serve(
         self, scope: Scope, receive: Receive, client: Client, record: RequestRecord, task: asyncio.Task[Any]
@@ -96,7 +98,9 @@ class SingleRoute:
             raise no_route(self._path, self._paths())
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{self._path} takes POST", allow="POST")
-        record.client = self._credentials.check_client(headers.get(b"authorization", b""))
+        record.client = self._credentials.check_client(
+            headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
+        )
         total = time_limit(headers, self._total)
         check_length(headers, self._limit)
         if self._route.form:

@@ -37,7 +37,9 @@ from proxy.flow.first_token import FirstTokens
 from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try
 from proxy.flow.request import Request
 from proxy.flow.resumption import Resumption
+from proxy.handoff.body import Body
 from proxy.handoff.connector import Connector
+from proxy.handoff.endpoints import LAYOUTS
 from proxy.handoff.plan import Leg
 from proxy.placement.decide import Decision, View, choose, decide
 from proxy.relay.answers import read_usage
@@ -203,18 +205,22 @@ class Flow:
             configured=fleet.sizes,
             pairs=None if fleet.uniform else fleet.pairs,
         )
+        if request.pinned:
+            view = _only(view, request.pinned)
         self._turn += 1
         try:
             decision = decide(
                 view,
-                alone=body.alone or self._given_up_handoff(request),
+                alone=body.alone or self._unpinnable(body, view) or self._given_up_handoff(request),
                 policies=self._policies,
                 avoid=request.avoid,
                 prefer=request.prefill,
                 random=self._random,
                 turn=self._turn,
                 allow_local_prefill=self._local_prefill and self._plain_decode,
-                prefill_alone=body.max_tokens is not None and self._first_tokens.is_prefills(body.max_tokens),
+                prefill_alone=body.max_tokens is not None
+                and self._first_tokens.is_prefills(body.max_tokens)
+                and not body.stored,
             )
         except NoBackend as error:
             if isinstance(request.error, BackendBusy):
@@ -226,6 +232,15 @@ class Flow:
         record.prefill = decision.prefill.url if decision.prefill else ""
         record.fallback = decision.fallback
         return decision
+
+    def _unpinnable(self, body: Body, view: View[Backend]) -> str:
+        """Why the legs of this request would not find each other, or an empty string: there are several ranks for
+        prefill's, and its engine does not read here which one it is for."""
+        if LAYOUTS[body.endpoint].id_member and any(
+            backend.ranks and self._connectors[backend.connector].meets for backend in view.prefill
+        ):
+            return "data_parallel"
+        return ""
 
     def _given_up_handoff(self, request: Request) -> str:
         """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
@@ -476,6 +491,12 @@ def _went_well(task: asyncio.Task[None]) -> bool:
 def _backoff(tries: int) -> float:
     """Seconds before try number `tries`."""
     return min(_FIRST_BACKOFF * 2.0 ** (tries - 2), _LONGEST_BACKOFF)
+
+
+def _only(view: View[Backend], url: str) -> View[Backend]:
+    """A view in which only one backend can answer."""
+    decode, mixed = ([backend for backend in pool if backend.url == url] for pool in (view.decode, view.mixed))
+    return View(prefill=(), decode=decode, mixed=mixed, configured=view.configured)
 
 
 def _urls(decision: Decision[Backend]) -> set[str]:

@@ -36,6 +36,7 @@ from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, Plan
 from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff
 from proxy.relay.deadlines import Deadlines
+from proxy.relay.dialects import DIALECTS
 from proxy.relay.edit import Edit
 from proxy.relay.http1 import Collected, Connection, Origin, Receiver
 from proxy.relay.stream import StreamRelay
@@ -119,6 +120,11 @@ class Try(msgspec.Struct):
         """Where its decode leg goes on, when a part of the answer has been given."""
         return (self.rest or self.plan).continuation
 
+    def remember(self, backend: Backend) -> None:
+        """`backend` answers, and may keep what it says."""
+        if (stored := self.request.stored) is not None:
+            stored.remember(self.plan.answer_id, backend.url, self.request.record.client)
+
     def decode_is_as_known(self) -> bool:
         """Whether the decode engine is surely the one that `facts` are of."""
         return self.facts is not None and self.decode is not None and self.decode.facts is self.facts[1]
@@ -159,6 +165,7 @@ def new_try(
         meeting=meeting,
         token_ids=token_ids,
         first_token=facts is not None,
+        try_id=name,
     )
     return Try(request, plan, name, facts=facts, decode=decode)
 
@@ -186,12 +193,14 @@ def _begin(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
         if record.first_token_from == "prefill":
             record.second_token = record.second_token or now
     if not request.client.started:
+        attempt.remember(lease.backend)
         record.status = 200
         record.stage = "stream"
         record.first_token = now
         request.client.start(200, request.headers(*EVENT_STREAM))
 
 
+_PREEMPTED = b'"stop_reason":"recomputed"'
 _REASONS = re.compile(rb'"reasoning(?:_content)?":"[^"]')
 
 
@@ -199,8 +208,15 @@ class _Answer(msgspec.Struct):
     """What is read of an answer that was not streamed."""
 
     choices: msgspec.Raw = msgspec.Raw()
+    content: msgspec.Raw = msgspec.Raw()
+    output: msgspec.Raw = msgspec.Raw()
     usage: msgspec.Raw = msgspec.Raw()
     error: msgspec.Raw = msgspec.Raw()
+
+
+def _is_failure(answer: _Answer) -> bool:
+    """Whether an answer without choices is an error, and not one of another endpoint."""
+    return bool(memoryview(answer.error)) and not memoryview(answer.content) and not memoryview(answer.output)
 
 
 class _Detokenized(msgspec.Struct):
@@ -269,11 +285,13 @@ class Legs:
             garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
             self._note(backend, garbled, leg, attempt)
             raise garbled from None
-        if b'"stop_reason":"recomputed"' in answer:
+        dialect = DIALECTS.get(request.body.endpoint)
+        mark = _PREEMPTED if dialect is None else dialect.preempted
+        if mark and mark in answer:
             preempted = BackendPreempted(f"{backend.url} gave the request up for want of memory")
             self._note(backend, preempted, leg, attempt)
             raise preempted
-        if not memoryview(parsed.choices) and memoryview(parsed.error):
+        if not memoryview(parsed.choices) and _is_failure(parsed):
             failed = engine_error_event(backend.url, answer)
             self._note(backend, failed, leg, attempt)
             raise failed
@@ -294,6 +312,7 @@ class Legs:
             record.cached_tokens = record.cached_tokens or usage.cached_tokens
         if attempt.limbo is not None:
             attempt.limbo.close()
+        attempt.remember(backend)
         record.status = 200
         request.client.respond(200, request.headers(JSON), strip_handoff(answer))
 
@@ -318,6 +337,7 @@ class Legs:
             drop_usage=not request.body.wants_usage,
             idle=self._timeouts.idle,
             loop=self._loop,
+            dialect=DIALECTS.get(request.body.endpoint),
         )
         try:
             connection = await self._send(backend, attempt.decode_leg(), attempt, relay, rank=lease.rank)
@@ -328,6 +348,7 @@ class Legs:
             raise
         finally:
             record.last_token = relay.last_token or record.last_token
+            record.sequence = relay.sequence
             record.tokens = edit.said + relay.events
             if usage := relay.usage:
                 record.tokens = edit.said + (usage.completion_tokens or relay.events)

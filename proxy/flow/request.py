@@ -8,6 +8,7 @@ import msgspec
 
 from proxy.errors import BackendError
 from proxy.fleet.budget import Permit
+from proxy.flow.stored import StoredResponses
 from proxy.handoff.body import Body
 from proxy.handoff.continuation import Continuation
 from proxy.relay.client import Client
@@ -30,6 +31,8 @@ class Request(msgspec.Struct):
         permit: leave for the present try, when it is a retry that could amplify an overload.
         resumes: how often the answer was continued on other backends.
         prefill: URL of the prefill backend that has this prompt in its prefix cache, or empty.
+        pinned: URL of the only backend that can serve it, since it has what the request goes on from; or empty.
+        stored: where it is noted who has the answer, when the client may ask for it later.
         avoid: URLs of backends that failed it.
         error: why the last try failed.
         failed: the leg that failed last and the reason, for `note_retry`.
@@ -47,6 +50,8 @@ class Request(msgspec.Struct):
     permit: Permit | None = None
     resumes: int = 0
     prefill: str = ""
+    pinned: str = ""
+    stored: StoredResponses | None = None
     avoid: set[str] = msgspec.field(default_factory=set)
     error: BackendError | None = None
     failed: tuple[str, str] = ("", "")

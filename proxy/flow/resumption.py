@@ -10,7 +10,7 @@ import logging
 
 from proxy.errors import BackendError, StreamInterrupted
 from proxy.flow.request import Request
-from proxy.handoff.continuation import Continuation, has_media, has_tools, inexact
+from proxy.handoff.continuation import UNTRIED, Continuation, has_media, has_tools, inexact
 from proxy.relay.transcript import Transcript
 from proxy.settings import Settings
 
@@ -28,7 +28,7 @@ class Resumption:
     def prepare(self, request: Request) -> None:
         """Before a stream's first try: is it one that could be resumed, and are token ids needed for that?"""
         flaw = "off" if self._mode == "off" else inexact(request.body)
-        hopeless = flaw and (self._mode != "best_effort" or flaw == request.body.alone)
+        hopeless = flaw and (self._mode != "best_effort" or flaw in (request.body.alone, UNTRIED))
         request.token_ids = not hopeless
         # An engine's parser for tool calls may hold back a part of a token's text.
         request.transcript = Transcript(flaw, limit=self._limit, with_text=not hopeless and has_tools(request.body))

@@ -8,14 +8,12 @@ spliced: of two members with one name only the last exists from here on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from proxy.errors import InvalidRequest
-
-Members = dict[str, msgspec.Raw]
-Endpoint = Literal["chat", "completions"]
+from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
 
 FORBIDDEN = frozenset(
     {
@@ -56,11 +54,14 @@ class Body(msgspec.Struct, frozen=True):
 
     Attributes:
         stream: the client wants events.
-        wants_usage: the client asked for the closing usage event (`stream_options.include_usage`).
+        wants_usage: the client gets the engine's usage event: it asked (`stream_options.include_usage`), or this
+            endpoint's streams have one in any case.
         wants_token_ids: the client asked for `return_token_ids`.
         max_tokens: the completion's bound, or None where the engine's default holds.
         prompt_tokens: an estimate from the size of the prompt, for placement.
         alone: why prefill and decode cannot share this request, or empty. Such a request goes to one backend whole.
+        follows: id of the stored response that it goes on from, or empty; only the backend that has that can serve it.
+        stored: the engine may keep the answer, to be asked for by its id.
     """
 
     endpoint: Endpoint
@@ -72,6 +73,8 @@ class Body(msgspec.Struct, frozen=True):
     max_tokens: int | None
     prompt_tokens: int
     alone: str
+    follows: str = ""
+    stored: bool = False
 
 
 def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
@@ -82,23 +85,36 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
             All else is left for the engine to judge.
     """
     members = read_members(raw)
-    read = {name: _read(members, name) for name in _READ[endpoint] if name in members}
+    layout = LAYOUTS[endpoint]
+    read = {name: _read(members, name) for name in layout.reads if name in members}
     options = read.get("stream_options") or {}
     max_tokens = read.get("max_tokens")
     if endpoint == "chat":
         max_tokens = read.get("max_completion_tokens") or max_tokens
-    elif max_tokens is None:
-        max_tokens = 16  # the engine's default for completions
+        alone = _why_alone(members, endpoint, read.get("n"))
+    elif endpoint == "completions":
+        max_tokens = 16 if max_tokens is None else max_tokens  # the engine's default
+        alone = _why_alone(members, endpoint, read.get("n"))
+    elif endpoint == "generate":
+        max_tokens, n = _read_sampling(members)
+        alone = _why_alone(_decode_members(members.get("sampling_params", b"{}")), endpoint, n)
+    elif endpoint == "responses":
+        max_tokens = read.get("max_output_tokens")
+        alone = _why_response_alone(members, read)
+    else:
+        alone = ""
     return Body(
         endpoint=endpoint,
         members=members,
         model=read.get("model"),
         stream=bool(read.get("stream")),
-        wants_usage=bool(options.get("include_usage")),
+        wants_usage=bool(options.get("include_usage")) or not layout.asks_usage,
         wants_token_ids=bool(read.get("return_token_ids")),
         max_tokens=max_tokens,
-        prompt_tokens=_estimate_tokens(members, endpoint),
-        alone=_why_alone(members, endpoint, read.get("n")),
+        prompt_tokens=_estimate_tokens(members, endpoint, layout.prompt),
+        alone=alone,
+        follows=read.get("previous_response_id") or "",
+        stored=endpoint == "responses" and read.get("store") is not False,
     )
 
 
@@ -165,12 +181,12 @@ _KINDS = {
     "max_completion_tokens": int,
     "model": str,
     "return_token_ids": bool,
+    "max_output_tokens": int,
+    "previous_response_id": str,
+    "store": bool,
+    "background": bool,
 }
-_READ: dict[Endpoint, tuple[str, ...]] = {
-    "chat": tuple(_KINDS),
-    "completions": tuple(name for name in _KINDS if name != "max_completion_tokens"),
-}
-"""Members whose values the gateway must know, in the order in which a wrong one is told."""
+"""The types of the members that the gateway reads (`Layout.reads`)."""
 
 
 def _read(members: Members, name: str) -> Any:
@@ -182,7 +198,28 @@ def _read(members: Members, name: str) -> Any:
         raise InvalidRequest(f"`{name}` must be {_NAMES[kind]}", param=name) from None
 
 
-_WHOLE = ("prompt_logprobs", "echo", "use_beam_search", "truncate_prompt_tokens")
+class _Sampling(msgspec.Struct):
+    max_tokens: int | None = None
+    n: int | None = None
+
+
+_decode_sampling = msgspec.json.Decoder(_Sampling).decode
+
+
+def _read_sampling(members: Members) -> tuple[int | None, int | None]:
+    """`max_tokens` and `n` of `sampling_params`, which is where `/inference/v1/generate` has them."""
+    if "sampling_params" not in members:
+        return None, None
+    try:
+        sampling = _decode_sampling(members["sampling_params"])
+    except msgspec.MsgspecError:
+        raise InvalidRequest(
+            "`sampling_params` must be an object, its `max_tokens` and `n` integers", param="sampling_params"
+        ) from None
+    return sampling.max_tokens, sampling.n
+
+
+_WHOLE = ("prompt_logprobs", "prompt_logprob_token_ids", "echo", "use_beam_search", "truncate_prompt_tokens")
 
 
 def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
@@ -202,6 +239,33 @@ def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
     return ""
 
 
+class _Tool(msgspec.Struct):
+    type: str = "function"
+
+
+_decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
+_CLIENT_TOOLS = frozenset({"function", "custom", "namespace"})
+
+
+def _why_response_alone(members: Members, read: Mapping[str, Any]) -> str:
+    """The same for OpenAI's responses.
+
+    What one goes on from is in a single backend. One in the background outlives the answer, so that nobody would see
+    its hand-off fail. Tools that the engine calls by itself make it generate several times, each time with the
+    parameters of the one hand-off. Truncation depends on the bound, which differs between the legs.
+    """
+    for name in ("previous_response_id", "background"):
+        if read.get(name):
+            return name
+    if bytes(members.get("truncation", b"")) == b'"auto"':
+        return "truncation"
+    try:
+        tools = _decode_tools(members.get("tools", b"null")) or ()
+    except msgspec.MsgspecError:
+        return ""  # the engine says what is wrong with them
+    return "" if all(tool.type in _CLIENT_TOOLS for tool in tools) else "builtin_tools"
+
+
 def _is_list_of_prompts(prompt: msgspec.Raw | None) -> bool:
     """Whether a completions prompt is a list of several prompts, as text or as token ids."""
     if prompt is None:
@@ -217,11 +281,14 @@ _BYTES_PER_TOKEN = 4
 _TOKENS_PER_MEDIUM = 1000
 
 
-def _estimate_tokens(members: Members, endpoint: Endpoint) -> int:
-    raw = members.get("messages" if endpoint == "chat" else "prompt")
+def _estimate_tokens(members: Members, endpoint: Endpoint, parts: tuple[str, ...]) -> int:
+    raw = members.get(parts[0])
     size = 0 if raw is None else len(memoryview(raw))
-    if tools := members.get("tools"):
-        size += len(memoryview(tools))
+    for name in parts[1:]:
+        if part := members.get(name):
+            size += len(memoryview(part))
+    if endpoint == "generate":
+        return 1 if raw is None else bytes(raw).count(b",") + 1
     if raw is None or size < 16384:
         return size // _BYTES_PER_TOKEN + 1
     text = bytes(raw)

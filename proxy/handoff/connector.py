@@ -48,6 +48,8 @@ class PrefillAnswer(msgspec.Struct):
     """What is read of prefill's answer."""
 
     choices: msgspec.Raw = msgspec.Raw()
+    content: msgspec.Raw = msgspec.Raw()
+    output: msgspec.Raw = msgspec.Raw()
     kv_transfer_params: msgspec.Raw = msgspec.Raw()
     usage: msgspec.Raw = msgspec.Raw()
 
@@ -56,9 +58,11 @@ _decode_answer = msgspec.json.Decoder(PrefillAnswer).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def read_answer(answer: bytes) -> PrefillAnswer:
+def read_answer(answer: bytes, member: str = "choices") -> PrefillAnswer:
     """Prefill's answer.
 
+    Arguments:
+        member: without which it is none (`Layout.answer`).
     Raises:
         BackendGarbled: it is none.
     """
@@ -66,8 +70,8 @@ def read_answer(answer: bytes) -> PrefillAnswer:
         parsed = _decode_answer(answer)
     except msgspec.MsgspecError as error:
         raise BackendGarbled(f"prefill's answer is not one: {error}") from None
-    if not memoryview(parsed.choices):
-        raise BackendGarbled("prefill's answer has no choices")
+    if not memoryview(parsed.choices) and not memoryview(getattr(parsed, member)):
+        raise BackendGarbled(f"prefill's answer has no {member}")
     return parsed
 
 
@@ -86,6 +90,7 @@ class Connector:
         plain_prefill: a prefill engine does.
         transferable: a hand-off that no decode engine has read may go to another than the one it was made for.
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
+        refused_release: engines refuse its `release` leg for what that says of tokens, and need not know the prompt.
         port: of `Coordinates`, where none is set.
     """
 
@@ -99,6 +104,7 @@ class Connector:
     plain_prefill: ClassVar[bool] = True
     transferable: ClassVar[bool] = True
     prefill_may_be_cut: ClassVar[bool] = True
+    refused_release: ClassVar[bool] = False
     port: ClassVar[int] = 0
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:

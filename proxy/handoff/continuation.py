@@ -12,6 +12,7 @@ import re
 import msgspec
 
 from proxy.handoff.body import Body, Endpoint, Members
+from proxy.handoff.endpoints import LAYOUTS
 
 _MEDIA = re.compile(rb'"type"\s*:\s*"(?:image|input_image|audio|input_audio|video|file)')
 _SUSPECTS = frozenset(
@@ -23,6 +24,10 @@ _SUSPECTS = frozenset(
 )
 _STRUCTURE = frozenset(name for name in _SUSPECTS if name.startswith(("response", "structured", "guided")))
 _EMPTY = (b"null", b"false", b"[]", b"{}", b'""', b"0", b"0.0")
+
+UNTRIED = "endpoint"
+"""The reason for which nothing is continued on endpoints that take no tokens of an answer."""
+_UNTRIED = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not layout.resumable)
 
 _read_number = msgspec.json.Decoder(float).decode
 
@@ -70,6 +75,8 @@ def inexact(body: Body) -> str:
     """
     if body.alone:
         return body.alone
+    if body.endpoint in _UNTRIED:
+        return UNTRIED
     members = body.members
     if _SUSPECTS.isdisjoint(members):
         return ""

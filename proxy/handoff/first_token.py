@@ -19,12 +19,12 @@ from typing import Any
 import msgspec
 
 from proxy.handoff.body import Body, Members
-from proxy.handoff.continuation import has_media, has_tools, inexact
+from proxy.handoff.continuation import UNTRIED, has_media, has_tools, inexact
 
 # Members that an engine's decode leg would judge and prefill's does not carry: a refusal after the first token would
 # be an error in the middle of an answer.
 _JUDGED = ("stream_options", "min_tokens")
-_NEVER = frozenset({"structured_output", "tool_calls", "stop", "media", "options", "repetition_detection"})
+_NEVER = frozenset({"structured_output", "tool_calls", "stop", "media", "options", "repetition_detection", UNTRIED})
 """Reasons that no setting overrules: the text would be wrong, not only another draw."""
 
 _MARKUP = ("<", "[", "\u25c1")

@@ -37,6 +37,7 @@ class Mooncake(Connector):
     meets = True
     lease = 480.0  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
     prefill_may_be_cut = False
+    refused_release = True
     port = 8998  # VLLM_MOONCAKE_BOOTSTRAP_PORT
 
     def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:

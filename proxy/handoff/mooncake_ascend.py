@@ -38,6 +38,7 @@ class MooncakeAscend(Connector):
     name = "mooncake_ascend"
     lease = 480.0  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
     # `first_token` stays off: it keeps no blocks of a request that ended by itself; the rest has not been tried.
+    # `refused_release` too: its release is served, since decode reads the blocks, so the prompt must be theirs.
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         return {**one_token(members), "min_tokens": msgspec.Raw(b"1"), "kv_transfer_params": ASK}

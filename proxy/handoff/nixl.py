@@ -42,6 +42,7 @@ class Nixl(Connector):
     name = "nixl"
     lease = 30.0  # kv_lease_duration
     first_token = True  # it keeps the blocks however prefill's request ended, and reads them by position
+    refused_release = True
     port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:

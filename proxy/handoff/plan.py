@@ -13,12 +13,12 @@ import msgspec
 from proxy.handoff.body import Body, Members
 from proxy.handoff.connector import Connector, Handoff, Meeting, read_answer
 from proxy.handoff.continuation import Continuation
+from proxy.handoff.endpoints import LAYOUTS
 from proxy.handoff.first_token import FirstToken
-
-PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 _encode = msgspec.json.Encoder().encode
 _TRUE = msgspec.Raw(b"true")
+_SOME = msgspec.Raw(b'"."')
 _WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 
@@ -40,6 +40,7 @@ class Plan:
         meeting: what the legs are told of each other, where the connector `meets`.
         token_ids: ask decode for the ids of the tokens, so that the answer can be continued.
         first_token: have prefill sample the client's first token.
+        try_id: what the engines are to call this try.
     Attributes:
         handoff: the hand-off, where it is known before prefill's answer.
     """
@@ -48,10 +49,11 @@ class Plan:
         "_body",
         "_continuation",
         "_first_token",
+        "_layout",
         "_meeting",
         "_members",
-        "_path",
         "_token_ids",
+        "_try_id",
         "connector",
         "handoff",
     )
@@ -65,6 +67,7 @@ class Plan:
         meeting: Meeting | None = None,
         token_ids: bool = False,
         first_token: bool = False,
+        try_id: str = "",
     ) -> None:
         self._body = body
         self.connector = connector
@@ -72,7 +75,8 @@ class Plan:
         self._meeting = meeting
         self._token_ids = token_ids
         self._first_token = first_token
-        self._path = PATHS[body.endpoint]
+        self._try_id = try_id
+        self._layout = LAYOUTS[body.endpoint]
         self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
         self.handoff = None if meeting is None else meeting.handoff
 
@@ -80,6 +84,8 @@ class Plan:
         members = self.connector.prefill(self._members, self._body.endpoint, token=self._first_token)
         if self._meeting is not None:
             members.update(self._meeting.prefill)
+        if (own_words := self._layout.own_words) is not None:
+            members = own_words(members)
         return self._leg(members)
 
     def behind(self, first: FirstToken) -> Plan:
@@ -99,7 +105,7 @@ class Plan:
             BackendGarbled: it is not an answer.
             HandoffInvalid: what it says would harm decode.
         """
-        parsed = read_answer(answer)
+        parsed = read_answer(answer, self._layout.answer)
         return self.handoff or self.connector.take(parsed), parsed.usage
 
     def decode_leg(self, handoff: Handoff | None) -> Leg:
@@ -124,13 +130,31 @@ class Plan:
         Arguments:
             sent: a decode engine has had it, and has answered with an error.
         """
-        members = self.connector.release(self._members, handoff, sent=sent)
-        return None if members is None else self._leg(members, handoff.headers)
+        members, own_words = self._members, self._layout.own_words
+        if own_words is not None and self.connector.refused_release:
+            # Here an engine would not refuse it, but serve it. The name of the blocks is all that matters, so another
+            # endpoint will do.
+            members = {"prompt": _SOME, **{name: members[name] for name in ("model",) if name in members}}
+            released = self.connector.release(members, handoff, sent=sent)
+            path = LAYOUTS["completions"].path
+            return None if released is None else Leg(path, _encode(released), handoff.headers)
+        released = self.connector.release(members, handoff, sent=sent)
+        if released is not None and own_words is not None:
+            released = own_words(released)
+        return None if released is None else self._leg(released, handoff.headers)
 
     def _leg(self, members: Members, headers: bytes = b"") -> Leg:
+        layout = self._layout
         if self._continuation is not None and self._body.endpoint == "chat":
             members = self._continuation.in_params(members)
-        return Leg(self._path, _encode(members), headers)
+        elif layout.id_member:
+            members[layout.id_member] = msgspec.Raw(_encode(self.answer_id))
+        return Leg(layout.path, _encode(members), headers)
+
+    @property
+    def answer_id(self) -> str:
+        """What the engine will call its answer, where the gateway tells it so."""
+        return self._layout.id_prefix + self._try_id
 
 
 def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:

@@ -29,11 +29,17 @@ class CachedDetails(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """The `usage` object of an answer, as far as the gateway reads it."""
+    """The `usage` object of an answer, as far as the gateway reads it. Anthropic's messages and OpenAI's responses say
+    `input_tokens` and `output_tokens`; the former without those that came from a cache."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: CachedDetails | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: CachedDetails | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
 
     @property
     def cached_tokens(self) -> int:
@@ -44,11 +50,17 @@ _decode_usage = msgspec.json.Decoder(Usage).decode
 
 
 def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
-    """The usage object, or None where there is none or it is not one we understand."""
+    """The usage object in chat's words, or None where there is none or it is not one we understand."""
     try:
-        return _decode_usage(raw)
+        usage = _decode_usage(raw)
     except msgspec.MsgspecError:
         return None
+    if usage.prompt_tokens is None and usage.input_tokens is not None:
+        read = usage.cache_read_input_tokens
+        usage.prompt_tokens = usage.input_tokens + (read or 0) + (usage.cache_creation_input_tokens or 0)
+        usage.completion_tokens = usage.output_tokens
+        usage.prompt_tokens_details = usage.input_tokens_details if read is None else CachedDetails(read)
+    return usage
 
 
 def strip_handoff(body: bytes) -> bytes:

@@ -28,6 +28,7 @@ from proxy.relay import events
 from proxy.relay.answers import Usage, engine_error, engine_error_event, read_usage
 from proxy.relay.client import Client
 from proxy.relay.deadlines import Deadlines
+from proxy.relay.dialects import Dialect
 from proxy.relay.edit import HANDOFF_MARK, Edit, take_prompt_ids
 from proxy.relay.http1 import Connection
 from proxy.relay.passage import Passage
@@ -103,7 +104,9 @@ class StreamRelay:
         drop_usage: take out the closing usage event, which the gateway asked for and the client did not.
         idle: seconds without a byte after which the stream counts as dead, or None.
         loop: the running one, for those who know it.
+        dialect: how its events speak, where they do not speak as chat's do.
     Attributes:
+        sequence: the number of the last event that the client was given, where events are numbered; else -1.
         first_token: `time.monotonic` of the read that brought it; None before.
         usage: the last usage the engine reported, of this leg alone.
         throttled: the client has been slow, so that the stream's pace says nothing about the engine.
@@ -113,6 +116,7 @@ class StreamRelay:
         "_begin",
         "_client",
         "_connection",
+        "_dialect",
         "_done",
         "_drop_usage",
         "_early",
@@ -143,6 +147,7 @@ class StreamRelay:
         "_url",
         "first_token",
         "headers",
+        "sequence",
         "throttled",
         "usage",
     )
@@ -159,8 +164,11 @@ class StreamRelay:
         drop_usage: bool,
         idle: float | None,
         loop: asyncio.AbstractEventLoop | None = None,
+        dialect: Dialect | None = None,
     ) -> None:
         self._url = url
+        self._dialect = dialect
+        self.sequence = -1
         self._client = client
         self._begin = begin
         self._gaps = gaps
@@ -181,7 +189,7 @@ class StreamRelay:
         self._pattern = b""  # an ordinary token event, for the passage to learn from
         self._heard = 0.0
         self._last = b""
-        self._last_word = b""  # [DONE]
+        self._last_word = b""  # [DONE], or the event that stands for it
         self._hollow = b""  # events without text, as the client will see them together with the next that has some
         self._error_body = b""
         self._status = 0
@@ -199,7 +207,7 @@ class StreamRelay:
     # What the flow uses
 
     async def run(self, connection: Connection, first_token: Deadlines) -> None:
-        """Relay until the engine's stream ends with `[DONE]`.
+        """Relay until the engine's stream ends as it should: with `[DONE]`, or with what its dialect has instead.
 
         Arguments:
             first_token: how long to wait for that.
@@ -306,7 +314,8 @@ class StreamRelay:
         elif self._status != 200:
             self._finish(engine_error(self._url, self._status, self.headers, self._error_body))
         else:
-            self._finish(BackendCut(f"{self._url} ended its stream without [DONE]"))
+            lacks = "[DONE]" if self._dialect is None else "its last event"
+            self._finish(BackendCut(f"{self._url} ended its stream without {lacks}"))
 
     def lost(self, error: BackendError) -> None:
         self._connection = None
@@ -405,6 +414,8 @@ class StreamRelay:
         if connection is None or self._client.gone:
             return
         if passage.write is None:
+            if self._dialect is not None:
+                return
             # A client that wants the token ids itself gets them as they come, while the transcript is told of them.
             if self._transcript.continuable and not self._edit.hide_ids:
                 return
@@ -417,6 +428,8 @@ class StreamRelay:
 
     def _take(self, block: bytes, last: bool) -> tuple[bytes, int]:
         """What of a block the client is given, and the number of its token events."""
+        if self._dialect is not None:
+            return self._take_named(self._dialect, events.read(block))
         if self._passage is not None and self._edit.idle and not self._transcript.continuable:
             count = block.count(b"\n\n")
             ordinary = count and count == block.count(b'"choices":[{') == block.count(b'"finish_reason":null')
@@ -496,6 +509,45 @@ class StreamRelay:
             kept.append(shown)
             if text and not last and _ordinary(choices):
                 self._pattern = event
+        return b"".join(kept), count
+
+    def _take_named(self, dialect: Dialect, found: list[tuple[bytes, bytes]]) -> tuple[bytes, int]:
+        """The same for events that have names. One that follows the opening ones counts as a token even where it brings
+        none: an answer may be empty."""
+        kept: list[bytes] = []
+        count = 0
+        for event, payload in found:
+            if self._done:
+                self._last_word += event
+                continue
+            if not payload:
+                kept.append(event)  # a comment that keeps the connection alive
+                continue
+            try:
+                named = dialect.read(payload)
+                if event.find(HANDOFF_MARK) >= 0:
+                    event = dialect.stripped(named.type, payload)
+            except (BackendGarbled, msgspec.MsgspecError) as error:
+                self._failure = BackendGarbled(f"{self._url} sent what cannot be read: {error}")
+                break
+            if failed := dialect.failure(named, payload):
+                self._failure = engine_error_event(self._url, failed)
+                break
+            if dialect.preempted and payload.find(dialect.preempted) >= 0:
+                self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
+                break
+            if usage := read_usage(dialect.usage(named)):
+                self.usage = usage
+            if named.type in dialect.last:
+                self._done = self._transcript.finished = True
+                self._last_word = event
+            else:
+                kept.append(event)
+            self.sequence = max(self.sequence, named.sequence_number)
+            if named.type.endswith(dialect.tokens) or (
+                not count and self._passage is None and named.type not in dialect.opening
+            ):
+                count += 1
         return b"".join(kept), count
 
     def _open_transcript(self, opening: bytes) -> None:

@@ -97,6 +97,7 @@ class RequestRecord(msgspec.Struct):
         resume_gaps: seconds between the last token before and the first one after, for each of them.
         not_resumed: why a broken stream could not be continued, or empty.
         fallback: why the request was served without a hand-off, or empty.
+        sequence: the number of the last event that the client was given, where its API numbers them; else -1.
         tokens: completion tokens, as the engine counted them; where it did not say, token events as the relay did.
     """
 
@@ -131,6 +132,7 @@ class RequestRecord(msgspec.Struct):
     fallback: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    sequence: int = -1
     tokens: int = 0
     error: str = ""
 

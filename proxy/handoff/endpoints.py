@@ -1,0 +1,154 @@
+"""The endpoints by which engines generate, and how the body of each is laid out.
+
+Connectors speak of one request for one token in the words of OpenAI's chat (`max_tokens`, `ignore_eos`, `min_tokens`);
+what these are called elsewhere is said here, so that no connector knows of endpoints and no endpoint of connectors.
+Field names as in vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import msgspec
+
+Members = dict[str, msgspec.Raw]
+Endpoint = Literal["chat", "completions", "messages", "responses", "generate"]
+
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
+_ONE = msgspec.Raw(b"1")
+_FALSE = msgspec.Raw(b"false")
+_AUTO = msgspec.Raw(b'{"type":"auto"}')
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """One endpoint.
+
+    Attributes:
+        path: where engines serve it, and the gateway too.
+        reads: members whose values the gateway must know, in the order in which a wrong one is told.
+        prompt: members that make up the prompt, the main one first.
+        answer: the member of a whole answer without which it is none.
+        resumable: a broken stream may be continued, and prefill's token may be the client's first.
+        asks_usage: `stream_options.include_usage` brings usage; without it the stream has its own.
+        id_member: the member that names the request, for engines that do not read X-Request-Id here; or empty.
+        id_prefix: what such a name begins with.
+        own_words: turns the members of a leg of one token from chat's words into this endpoint's; None where these are
+            the same.
+    """
+
+    path: str
+    reads: tuple[str, ...]
+    prompt: tuple[str, ...]
+    answer: str = "choices"
+    resumable: bool = False
+    asks_usage: bool = True
+    id_member: str = ""
+    id_prefix: str = ""
+    own_words: Callable[[Members], Members] | None = None
+
+
+def _messages_leg(leg: Members) -> Members:
+    """Anthropic's. It has no `ignore_eos` and no `min_tokens`, and engines ignore both."""
+    drops = ("stop_sequences", "output_config", "ignore_eos", "min_tokens", "metadata")
+    members = {name: value for name, value in leg.items() if name not in drops}
+    effort = _effort(leg.get("output_config"))
+    if effort:  # shapes the prompt; the format beside it does not, and is a grammar for a token nobody sees
+        members["output_config"] = effort
+    if _kind(leg.get("tool_choice")) in ("any", "tool"):
+        # An engine parses the arguments of a call that it was made to write, and one token of them is no JSON. `none`
+        # stays: it may take the tools out of the prompt.
+        members["tool_choice"] = _AUTO
+    return members
+
+
+def _responses_leg(leg: Members) -> Members:
+    """OpenAI's responses. Nothing of it is stored, so that the client's answer alone has its name."""
+    drops = ("max_tokens", "min_tokens", "include", "text", "metadata", "max_tool_calls", "enable_response_messages")
+    members = {name: value for name, value in leg.items() if name not in drops}
+    members["max_output_tokens"] = _ONE
+    members["store"] = members["background"] = _FALSE
+    return members
+
+
+def _generate_leg(leg: Members) -> Members:
+    """vLLM's tokens in, tokens out: all that is about sampling is in `sampling_params`."""
+    members = dict(leg)
+    given = _object(members.get("sampling_params"))
+    sampling = {name: value for name, value in given.items() if name not in _SAMPLING_DROPPED}
+    for name in ("max_tokens", "min_tokens", "ignore_eos"):
+        if (value := members.pop(name, None)) is not None:
+            sampling[name] = value
+    members["sampling_params"] = msgspec.Raw(_encode(sampling))
+    members.pop("output_mode", None)
+    return members
+
+
+_SAMPLING_DROPPED = frozenset(
+    {
+        *("n", "min_tokens", "stop", "stop_token_ids", "repetition_detection"),
+        *("logprobs", "logprob_token_ids", "flat_logprobs", "structured_outputs"),
+    }
+)
+"""What the prefill leg of `/inference/v1/generate` does without, as `connector.py` says for the others."""
+
+
+def _object(raw: msgspec.Raw | None) -> dict[str, msgspec.Raw]:
+    """The members of an object; none of what is no object."""
+    try:
+        return _decode_object(raw) if raw is not None else {}
+    except msgspec.MsgspecError:
+        return {}
+
+
+def _effort(config: msgspec.Raw | None) -> msgspec.Raw | None:
+    effort = _object(config).get("effort")
+    return None if effort is None else msgspec.Raw(_encode({"effort": effort}))
+
+
+def _kind(raw: msgspec.Raw | None) -> Any:
+    kind = _object(raw).get("type")
+    return None if kind is None else msgspec.json.decode(kind)
+
+
+_COMMON = ("stream", "stream_options", "n", "max_tokens")
+
+LAYOUTS: dict[Endpoint, Layout] = {
+    "chat": Layout(
+        path="/v1/chat/completions",
+        reads=(*_COMMON, "max_completion_tokens", "model", "return_token_ids"),
+        prompt=("messages", "tools"),
+        resumable=True,
+    ),
+    "completions": Layout(
+        path="/v1/completions",
+        reads=(*_COMMON, "model", "return_token_ids"),
+        prompt=("prompt", "tools"),
+        resumable=True,
+    ),
+    "messages": Layout(
+        path="/v1/messages",
+        reads=("stream", "max_tokens", "model"),
+        prompt=("messages", "tools", "system"),
+        answer="content",
+        asks_usage=False,
+        own_words=_messages_leg,
+    ),
+    "responses": Layout(
+        path="/v1/responses",
+        reads=("stream", "max_output_tokens", "model", "previous_response_id", "store", "background"),
+        prompt=("input", "tools", "instructions"),
+        answer="output",
+        asks_usage=False,
+        id_member="request_id",
+        id_prefix="resp_",
+        own_words=_responses_leg,
+    ),
+    "generate": Layout(
+        path="/inference/v1/generate",
+        reads=("stream", "stream_options", "model", "return_token_ids"),
+        prompt=("token_ids",),
+        own_words=_generate_leg,
+    ),
+}
