@@ -102,7 +102,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         max_tokens = read.get("max_output_tokens")
         alone = _why_response_alone(members, read)
     else:
-        alone = ""
+        alone = _why_message_alone(members)
     return Body(
         endpoint=endpoint,
         members=members,
@@ -241,6 +241,23 @@ def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
 
 class _Tool(msgspec.Struct):
     type: str = "function"
+
+
+_decode_tool = msgspec.json.Decoder(_Tool | None).decode
+
+
+def _why_message_alone(members: Members) -> str:
+    """The same for Anthropic's messages.
+
+    Of a request for one certain call an engine takes whatever it writes for the call's arguments, and refuses it where
+    they are no JSON, as prefill's one token is none. To ask prefill for something else is no way out: there are
+    templates that write the choice into the prompt.
+    """
+    try:
+        choice = _decode_tool(members.get("tool_choice", b"null"))
+    except msgspec.MsgspecError:
+        return ""  # the engine says what is wrong with it
+    return "tool_choice" if choice is not None and choice.type == "tool" else ""
 
 
 _decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode

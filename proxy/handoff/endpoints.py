@@ -8,7 +8,7 @@ Field names as in vLLM 0.32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -19,7 +19,6 @@ _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 _ONE = msgspec.Raw(b"1")
 _FALSE = msgspec.Raw(b"false")
-_AUTO = msgspec.Raw(b'{"type":"auto"}')
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -51,21 +50,13 @@ class Layout(msgspec.Struct, frozen=True):
 
 def _messages_leg(leg: Members) -> Members:
     """Anthropic's. It has no `ignore_eos` and no `min_tokens`, and engines ignore both."""
-    drops = ("stop_sequences", "output_config", "ignore_eos", "min_tokens", "metadata")
-    members = {name: value for name, value in leg.items() if name not in drops}
-    effort = _effort(leg.get("output_config"))
-    if effort:  # shapes the prompt; the format beside it does not, and is a grammar for a token nobody sees
-        members["output_config"] = effort
-    if _kind(leg.get("tool_choice")) in ("any", "tool"):
-        # An engine parses the arguments of a call that it was made to write, and one token of them is no JSON. `none`
-        # stays: it may take the tools out of the prompt.
-        members["tool_choice"] = _AUTO
-    return members
+    drops = ("stop_sequences", "ignore_eos", "min_tokens", "metadata")
+    return {name: value for name, value in leg.items() if name not in drops}
 
 
 def _responses_leg(leg: Members) -> Members:
     """OpenAI's responses. Nothing of it is stored, so that the client's answer alone has its name."""
-    drops = ("max_tokens", "min_tokens", "include", "text", "metadata", "max_tool_calls", "enable_response_messages")
+    drops = ("max_tokens", "min_tokens", "include", "metadata", "max_tool_calls", "enable_response_messages")
     members = {name: value for name, value in leg.items() if name not in drops}
     members["max_output_tokens"] = _ONE
     members["store"] = members["background"] = _FALSE
@@ -100,16 +91,6 @@ def _object(raw: msgspec.Raw | None) -> dict[str, msgspec.Raw]:
         return _decode_object(raw) if raw is not None else {}
     except msgspec.MsgspecError:
         return {}
-
-
-def _effort(config: msgspec.Raw | None) -> msgspec.Raw | None:
-    effort = _object(config).get("effort")
-    return None if effort is None else msgspec.Raw(_encode({"effort": effort}))
-
-
-def _kind(raw: msgspec.Raw | None) -> Any:
-    kind = _object(raw).get("type")
-    return None if kind is None else msgspec.json.decode(kind)
 
 
 _COMMON = ("stream", "stream_options", "n", "max_tokens")

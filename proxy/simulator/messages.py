@@ -212,15 +212,18 @@ def message_body(
 ) -> Object:
     """The whole answer. Raises RequestError: a call that the model was made to write is no JSON yet."""
     sequence, text = sequences[0], texts[0]
-    tool_used = request.tool is not None and sequence.script is not None
+    tool_used = False
     content: list[Object] = [{"type": "text", "text": text}]
-    if tool_used:
-        assert sequence.script is not None
+    if request.tool is not None and sequence.script is not None:
         try:
             arguments = json.loads(text[sequence.script.start : sequence.script.end])
         except ValueError as error:
-            raise bad_request(str(error)) from error
-        content = [{"type": "tool_use", "id": encoding.call_id(), "name": request.tool, "input": arguments}]
+            if not request.tool_required:
+                raise bad_request(str(error)) from error
+            content = [{"type": "text", "text": ""}]  # of a list of calls none is whole yet
+        else:
+            tool_used = True
+            content = [{"type": "tool_use", "id": encoding.call_id(), "name": request.tool, "input": arguments}]
     reason, stopped = stop_reason(sequence, tool_used=tool_used)
     body: Object = {
         "id": request.external_id,

@@ -41,6 +41,7 @@ COMMON_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
     "UCX_TLS": "sm,tcp,self",  # with tcp alone, transfers stalled for 1 to 30 s
     "NIXL_LOG_LEVEL": "WARN",
+    "VLLM_ENABLE_RESPONSES_API_STORE": "1",
     # One unpinned compute thread an engine: pinned ones would all sit on the same core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
@@ -144,6 +145,7 @@ def command_line(python: Path, model: Path, port: int, role: Role) -> list[str]:
     command += ["--block-size", str(BLOCK_SIZE), "--kv-cache-memory-bytes", str(64 * 1024**2)]
     # float32 and no compiled graph: the same tokens from the same prompt, whichever engine computes them.
     command += ["--dtype", "float32", "--enforce-eager"]
+    command += ["--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "pythonic"]
     if role is not Role.SINGLE:
         command += ["--kv-transfer-config", json.dumps(transfer_config(role))]
     return command

@@ -107,9 +107,21 @@ KILLED_QUESTIONS = tuple(
     for api in Api
 )
 RELEASED_QUESTIONS = tuple(Question(api, False, 330, f"released-{api.name}", 40) for api in Api)
+ROUTE_QUESTIONS = tuple(
+    Question(Api.CHAT, False, tokens, f"{route}-{way}", MAX_TOKENS)
+    for route, tokens in (("messages", 80), ("responses", 97), ("generate", 130))
+    for way in ("whole", "streamed")
+)
+"""What is asked on other endpoints; the same words in a chat make the same prompt."""
 
 ALL_QUESTIONS = (
-    COMPARED_QUESTIONS + UNSEEN_QUESTIONS + SEVERED_QUESTIONS + HUNG_QUESTIONS + KILLED_QUESTIONS + RELEASED_QUESTIONS
+    COMPARED_QUESTIONS
+    + UNSEEN_QUESTIONS
+    + SEVERED_QUESTIONS
+    + HUNG_QUESTIONS
+    + KILLED_QUESTIONS
+    + RELEASED_QUESTIONS
+    + ROUTE_QUESTIONS
 )
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from proxy.errors import BackendError
 from proxy.relay.deadlines import Deadlines
+from proxy.relay.dialects import Dialect
 from proxy.relay.edit import Edit
 from proxy.relay.http1 import Connection, Origin
 from proxy.relay.stream import StreamRelay
@@ -87,6 +88,7 @@ class Stream:
         chunks: bool = True,
         client: RecordingClient | None = None,
         framing: bytes = b"transfer-encoding: chunked",
+        dialect: Dialect | None = None,
     ) -> None:
         self.client = client or RecordingClient(chunks)
         self.gaps = Distribution(ITL_BOUNDS)
@@ -102,6 +104,7 @@ class Stream:
             edit or Edit(),
             drop_usage=drop_usage,
             idle=idle,
+            dialect=dialect,
         )
         self.origin = Origin(URL)
         self.connection = CountingConnection(self.origin)
