@@ -194,8 +194,7 @@ _DROPPED = {
     "repetition_detection",
     "logprobs",
     "top_logprobs",
-    "response_format",  # a grammar compiled for a token nobody sees
-    "structured_outputs",
+    "structured_outputs",  # a grammar compiled for a token nobody sees; `response_format` some templates render
     "return_token_ids",
 }
 

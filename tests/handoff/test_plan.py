@@ -105,7 +105,6 @@ DROPPED: dict[str, Any] = {
     "repetition_detection": {"min": 2},
     "logprobs": True,
     "top_logprobs": 3,
-    "response_format": {"type": "json_object"},
     "structured_outputs": {"regex": "a"},
 }
 
@@ -131,6 +130,7 @@ PROMPT: dict[str, Any] = {
     "prompt": "once upon",
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "none",
+    "response_format": {"type": "json_object"},
     "chat_template": "{{ x }}",
     "chat_template_kwargs": {"enable_thinking": False},
     "documents": [{"text": "d"}],
