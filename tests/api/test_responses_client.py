@@ -153,7 +153,7 @@ async def test_a_response_is_its_clients_own() -> None:
 
 
 async def test_a_response_in_the_background_is_asked_for_until_it_is_there() -> None:
-    async with clients(2, 2, engine={"step_time": 0.005}) as (client, running, p, decode):
+    async with clients(2, 2, engine={"step_time": 0.005}) as (client, _, p, decode):
         whole = await client.responses.create(**ASKED)
         queued = await client.responses.create(**ASKED, background=True)
         assert queued.status == "queued"
@@ -188,7 +188,7 @@ async def test_a_stream_in_the_background_can_be_taken_up_again() -> None:
 
 
 async def test_a_retrieved_stream_that_breaks_ends_with_an_error_and_hides_what_stays_inside() -> None:
-    async with clients(engine={"step_time": 0.01}) as (client, running, _, [d]):
+    async with clients(engine={"step_time": 0.01}) as (client, _, _, [d]):
         stream = await client.responses.create(**ASKED, background=True, stream=True)
         async for _ in stream:
             break
@@ -212,7 +212,7 @@ async def test_a_retrieved_stream_that_breaks_ends_with_an_error_and_hides_what_
     ],
 )
 async def test_what_cannot_be_split_goes_to_one_backend_whole(more: dict[str, Any], why: str) -> None:
-    async with clients() as (client, running, [p], [d]):
+    async with clients() as (client, _, [p], [d]):
         answer = await client.responses.with_raw_response.create(**ASKED, **more)
         assert answer.headers["x-pd-proxy-fallback"] == why
         assert not p.requests and [request.leg for request in d.requests] == ["local"]
@@ -224,7 +224,7 @@ async def test_decode_that_dies_in_mid_stream_raises_in_the_client() -> None:
         kinds = []
         with pytest.raises(openai.APIError, match="could not be continued"):
             async for event in await client.responses.create(**ASKED, stream=True):
-                kinds.append(event.type)
+                kinds.append(event.type)  # noqa: PERF401 - those before the error count too
         assert 1 <= kinds.count("response.output_text.delta") <= 4
         await until(running.idle)
 

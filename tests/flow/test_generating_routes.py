@@ -12,6 +12,7 @@ import pytest
 
 from proxy.simulator import Simulator
 from proxy.simulator.prompts import render_chat
+from tests.contract.cases import CASES, IDS, Case, fleet
 from tests.support import PROMPT, Running, pools, running_gateway, simulators, until
 
 TOKENS = render_chat([{"role": "user", "content": PROMPT}], None)
@@ -136,10 +137,10 @@ async def at_rest(running: Running, *engines: Simulator) -> None:
 
 @EVERY
 @BOTH_WAYS
-@pytest.mark.parametrize("connector", ["nixl", "mooncake_ascend"])
-async def test_the_answer_is_one_engines_and_decode_has_prefills_kv(route: Route, stream: bool, connector: str) -> None:
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+async def test_the_answer_is_one_engines_and_decode_has_prefills_kv(route: Route, stream: bool, case: Case) -> None:
     expected = await what_one_engine_says(route)
-    async with gateway(engine={"connector": connector}, connector=connector) as (running, [p], [d]):
+    async with fleet(case, engine=ENGINE, routes={"generate": True}) as (running, [p], [d]):
         assert await ask(running, route, route.body(stream=stream)) == expected
         [prefill], [decode] = p.requests, d.requests
         assert (prefill.leg, decode.leg, prefill.path, decode.path) == ("prefill", "decode", route.path, route.path)

@@ -12,12 +12,13 @@ from proxy.handoff.body import Body, read_body
 from proxy.handoff.connector import Connector, Handoff
 from proxy.handoff.continuation import inexact
 from proxy.handoff.endpoints import LAYOUTS, Endpoint
-from proxy.handoff.plan import Leg, SequentialPlan
+from proxy.handoff.plan import Leg, Plan
 from proxy.handoff.registry import CONNECTORS
 
 from .test_plan import PARAMS, answer
 
-BOTH = pytest.mark.parametrize("connector", CONNECTORS.values(), ids=list(CONNECTORS))
+PULL = ("nixl", "mooncake_ascend")
+BOTH = pytest.mark.parametrize("connector", [CONNECTORS[name] for name in PULL], ids=PULL)
 NIXL = CONNECTORS["nixl"]
 ASKED: dict[Endpoint, dict[str, Any]] = {
     "messages": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9},
@@ -31,8 +32,8 @@ def body(endpoint: Endpoint, **more: Any) -> Body:
     return read_body(json.dumps({"model": "m", **ASKED[endpoint], **more}).encode(), endpoint)
 
 
-def plan(endpoint: Endpoint, connector: Connector = NIXL, **more: Any) -> SequentialPlan:
-    return SequentialPlan(body(endpoint, **more), connector, try_id="7")
+def plan(endpoint: Endpoint, connector: Connector = NIXL, **more: Any) -> Plan:
+    return Plan(body(endpoint, **more), connector, try_id="7")
 
 
 def said(leg: Leg | None) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def said(leg: Leg | None) -> dict[str, Any]:
 
 
 def handoff(connector: Connector = NIXL) -> Handoff:
-    taken, _ = SequentialPlan(read_body(b'{"prompt": "a"}', "completions"), connector).take(answer(PARAMS))
+    taken, _ = Plan(read_body(b'{"prompt": "a"}', "completions"), connector).take(answer(PARAMS))
     assert taken is not None
     return taken
 

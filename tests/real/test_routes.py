@@ -145,7 +145,7 @@ def test_errors_have_anthropics_shape(all_routes: Gateway) -> None:
         with pytest.raises(anthropic.BadRequestError) as refused:
             client.messages.create(model=MODEL_NAME, max_tokens=0, messages=[{"role": "user", "content": "a"}])
         assert isinstance(refused.value.body, dict) and refused.value.body["type"] == "error"
-        with pytest.raises(anthropic.BadRequestError, match="context length|too long|maximum"):
+        with pytest.raises(anthropic.BadRequestError, match=r"context length|too long|maximum"):
             long = prompt_of(4000, "long")
             client.messages.create(model=MODEL_NAME, max_tokens=5, messages=[{"role": "user", "content": long}])
 
