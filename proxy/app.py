@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from secrets import token_bytes
 from time import monotonic
 from typing import Any
 
@@ -95,7 +96,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     flow = Flow(settings, fleet, legs, CONNECTORS, telemetry, random.random)
     exchange = None if crew is None else Exchange(crew.board, crew.worker)
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
-    stored = StoredResponses(settings.limits.stored_responses)
+    stored = StoredResponses(_shared_secret(settings, crew))
     key = settings.backend_api_key
     http = httpx.AsyncClient(
         timeout=settings.health.timeout,
@@ -182,6 +183,15 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         ]
         inner = Surface(hot={}, routers=inside)
     return Gateway(settings, fleet, gate, admission, surface, metrics, siblings, inner)
+
+
+def _shared_secret(settings: Settings, crew: Crew | None) -> bytes:
+    """What gateways of one operator have in common and no client knows; without such keys, what the workers of one
+    gateway do."""
+    secrets = [key.get_secret_value() for key in (settings.admin_key, settings.backend_api_key) if key is not None]
+    if secrets:
+        return "\0".join(secrets).encode()
+    return token_bytes(32) if crew is None else str(crew.directory).encode()
 
 
 async def _watch_loop(prometheus: PrometheusSink) -> None:

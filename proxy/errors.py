@@ -134,7 +134,7 @@ class BackendNotFound(ClientError):
 
 
 class ResponseNotFound(ClientError):
-    """No backend is known to have a stored response of this client's by that id."""
+    """No backend has a stored response of this client's by that id."""
 
     status = 404
     code = "response_not_found"

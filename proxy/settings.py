@@ -167,9 +167,6 @@ class Limits(Group):
     transcript: int = Field(
         1024 * 1024, ge=1024, description="token ids kept of one stream so that it can be resumed; 5 to 6 bytes a token"
     )
-    stored_responses: int = Field(
-        50_000, ge=1, description="stored responses of which it is remembered who has them; 200 bytes each"
-    )
     answer: int = Field(256 * 1024 * 1024, ge=1024, description="an engine's answer that is not streamed")
 
 

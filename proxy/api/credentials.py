@@ -55,7 +55,7 @@ class Trusted(Credentials):
     def __init__(self) -> None:
         pass
 
-    def check_client(self, authorization: bytes) -> str:
+    def check_client(self, authorization: bytes, api_key: bytes = b"") -> str:
         return ANONYMOUS
 
     def check_operator(self, headers: Iterable[Header], peer: Sequence[object] | None) -> None:

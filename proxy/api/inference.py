@@ -27,7 +27,7 @@ class Inference:
     """Serves one endpoint.
 
     Arguments:
-        stored: who has which stored response.
+        stored: names responses by who has them.
     """
 
     def __init__(
@@ -111,20 +111,22 @@ class Inference:
                 raise TotalTimedOut(f"the request was not finished within {total:g} s") from None
 
     def _see_to_stored(self, request: Request) -> None:
-        """Send a request to the backend that has what it goes on from, and note who has its answer.
+        """Send a request to the backend that has what it goes on from, and have its answer's name say who has that.
 
         Raises:
-            ResponseNotFound: nobody is known to have it.
+            ResponseNotFound: nobody has it.
         """
         body = request.body
         if body.stored:
             request.stored = self._stored
         if body.follows:
-            request.pinned = self._stored.holder(body.follows, request.record.client)
+            request.pinned = self._stored.holder(
+                body.follows, request.record.client, (backend.url for backend in self._fleet)
+            )
             if not request.pinned:
                 raise not_stored(body.follows, param="previous_response_id")
 
 
 def not_stored(response_id: str, *, param: str) -> ResponseNotFound:
-    """The error for a stored response that nobody is known to have."""
+    """The error for a stored response that nobody has."""
     return ResponseNotFound(f"Response with id '{response_id[:256]}' not found.", param=param)

@@ -45,7 +45,7 @@ def responses(
         name = credentials.check_client(
             headers.get("authorization", "").encode("latin-1"), headers.get("x-api-key", "").encode("latin-1")
         )
-        url = stored.holder(response_id, name)
+        url = stored.holder(response_id, name, (backend.url for backend in fleet))
         if not url:
             raise not_stored(response_id, param="response_id")
         if not any(backend.url == url and backend.up for backend in fleet):

@@ -438,6 +438,7 @@ class Flow:
         request.note_retry()
         lease.release()
         request.record.decode = other.url
+        attempt.goes_to(other)
         if attempt.facts is not None and other.facts is not None:
             attempt.facts, attempt.decode = (attempt.facts[0], other.facts), other
         with Lease(other, request.decode_tokens) as lease:

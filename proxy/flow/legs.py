@@ -31,6 +31,7 @@ from proxy.fleet.standing import LegName
 from proxy.flow.request import Request, new_id
 from proxy.handoff.connector import Connector, Handoff
 from proxy.handoff.continuation import Continuation
+from proxy.handoff.endpoints import LAYOUTS
 from proxy.handoff.first_token import FirstToken
 from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, Plan
@@ -120,10 +121,10 @@ class Try(msgspec.Struct):
         """Where its decode leg goes on, when a part of the answer has been given."""
         return (self.rest or self.plan).continuation
 
-    def remember(self, backend: Backend) -> None:
-        """`backend` answers, and may keep what it says."""
-        if (stored := self.request.stored) is not None:
-            stored.remember(self.plan.answer_id, backend.url, self.request.record.client)
+    def goes_to(self, decode: Backend) -> None:
+        """Its hand-off goes to another decode backend than it was made for."""
+        if self.request.stored is not None:
+            self.plan.answer_id = _answer_id(self.request, decode)
 
     def decode_is_as_known(self) -> bool:
         """Whether the decode engine is surely the one that `facts` are of."""
@@ -165,9 +166,16 @@ def new_try(
         meeting=meeting,
         token_ids=token_ids,
         first_token=facts is not None,
-        try_id=name,
+        answer_id=_answer_id(request, decode) if LAYOUTS[request.body.endpoint].id_member else "",
     )
     return Try(request, plan, name, facts=facts, decode=decode)
+
+
+def _answer_id(request: Request, decode: Backend) -> str:
+    """What an answer of `decode`'s is to be called. It goes to the client, so it is not the legs' own id."""
+    if request.stored is None:
+        return new_id()
+    return request.stored.name(new_id(), decode.url, request.record.client)
 
 
 def leg_of(backend: Backend) -> LegName:
@@ -193,7 +201,6 @@ def _begin(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
         if record.first_token_from == "prefill":
             record.second_token = record.second_token or now
     if not request.client.started:
-        attempt.remember(lease.backend)
         record.status = 200
         record.stage = "stream"
         record.first_token = now
@@ -312,7 +319,6 @@ class Legs:
             record.cached_tokens = record.cached_tokens or usage.cached_tokens
         if attempt.limbo is not None:
             attempt.limbo.close()
-        attempt.remember(backend)
         record.status = 200
         request.client.respond(200, request.headers(JSON), strip_handoff(answer))
 

@@ -32,7 +32,7 @@ class Request(msgspec.Struct):
         resumes: how often the answer was continued on other backends.
         prefill: URL of the prefill backend that has this prompt in its prefix cache, or empty.
         pinned: URL of the only backend that can serve it, since it has what the request goes on from; or empty.
-        stored: where it is noted who has the answer, when the client may ask for it later.
+        stored: gives the answer its name, when the client may ask for it later.
         avoid: URLs of backends that failed it.
         error: why the last try failed.
         failed: the leg that failed last and the reason, for `note_retry`.

@@ -1,35 +1,50 @@
 """Who has which stored response: engines keep what they answered, and only the one that did can be asked for it.
 
-Invariant: no more than `limit` are known; the one that was neither made nor asked for the longest is forgotten first.
-A response is its client's own: for others it does not exist.
+The gateway names each response, and the name says where it is: behind what makes it unique stands a hash, under a key
+that no client knows, of that, of the backend's URL and of the client's name. So nothing is remembered, and nothing
+forgotten: whoever has the key finds the backend by trying those that there are. For another client than its own a
+response does not exist.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from sys import intern
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable
+
+_TAG = 8  # bytes: a client that guesses hits one of 50 backends once in 10^17 tries
+_NAME = re.compile(r"resp_([0-9a-f]{32})([0-9a-f]{16})").fullmatch
 
 
 class StoredResponses:
-    """Ids of stored responses, each with its backend's URL and its client's name."""
+    """The names of stored responses.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._known: OrderedDict[str, tuple[str, str]] = OrderedDict()
+    Arguments:
+        key: the secret of all gateways that are to find each other's.
+    """
 
-    def remember(self, response_id: str, url: str, client: str) -> None:
-        """The backend at `url` has answered `client`, and may keep the answer."""
-        self._known[response_id] = (intern(url), intern(client))
-        if len(self._known) > self._limit:
-            self._known.popitem(last=False)
+    def __init__(self, key: bytes) -> None:
+        self._key = hashlib.sha256(key).digest()
 
-    def holder(self, response_id: str, client: str) -> str:
-        """URL of the backend that has a response of `client`'s; empty where none is known to."""
-        url, owner = self._known.get(response_id, ("", ""))
-        if not url or owner != client:
+    def name(self, unique: str, url: str, client: str) -> str:
+        """What a response is called, less its prefix.
+
+        Arguments:
+            unique: 32 hexadecimal digits.
+            url: of the backend that has it.
+            client: whose it is.
+        """
+        return unique + self._tag(unique, url, client)
+
+    def holder(self, response_id: str, client: str, urls: Iterable[str]) -> str:
+        """Which of these backends has a response of `client`'s; empty where none has."""
+        found = _NAME(response_id)
+        if found is None:
             return ""
-        self._known.move_to_end(response_id)
-        return url
+        unique, tag = found.groups()
+        return next((url for url in urls if hmac.compare_digest(self._tag(unique, url, client), tag)), "")
 
-    def __len__(self) -> int:
-        return len(self._known)
+    def _tag(self, unique: str, url: str, client: str) -> str:
+        said = f"{unique}\0{url}\0{client}".encode()
+        return hashlib.blake2b(said, key=self._key, digest_size=_TAG).hexdigest()

@@ -40,7 +40,7 @@ class Plan:
         meeting: what the legs are told of each other, where the connector `meets`.
         token_ids: ask decode for the ids of the tokens, so that the answer can be continued.
         first_token: have prefill sample the client's first token.
-        try_id: what the engines are to call this try.
+        answer_id: what engines are to call their answer, less its prefix, where they are told.
     Attributes:
         handoff: the hand-off, where it is known before prefill's answer.
     """
@@ -53,7 +53,7 @@ class Plan:
         "_meeting",
         "_members",
         "_token_ids",
-        "_try_id",
+        "answer_id",
         "connector",
         "handoff",
     )
@@ -67,7 +67,7 @@ class Plan:
         meeting: Meeting | None = None,
         token_ids: bool = False,
         first_token: bool = False,
-        try_id: str = "",
+        answer_id: str = "",
     ) -> None:
         self._body = body
         self.connector = connector
@@ -75,7 +75,7 @@ class Plan:
         self._meeting = meeting
         self._token_ids = token_ids
         self._first_token = first_token
-        self._try_id = try_id
+        self.answer_id = answer_id
         self._layout = LAYOUTS[body.endpoint]
         self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
         self.handoff = None if meeting is None else meeting.handoff
@@ -148,13 +148,8 @@ class Plan:
         if self._continuation is not None and self._body.endpoint == "chat":
             members = self._continuation.in_params(members)
         elif layout.id_member:
-            members[layout.id_member] = msgspec.Raw(_encode(self.answer_id))
+            members[layout.id_member] = msgspec.Raw(_encode(layout.id_prefix + self.answer_id))
         return Leg(layout.path, _encode(members), headers)
-
-    @property
-    def answer_id(self) -> str:
-        """What the engine will call its answer, where the gateway tells it so."""
-        return self._layout.id_prefix + self._try_id
 
 
 def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from proxy.simulator import Simulator
-from tests.support import PROMPT, Running, pools, until
+from tests.support import PROMPT, Running, pools, running_gateway, until
 
 WEATHER: Any = {
     "type": "function",
@@ -114,10 +114,10 @@ async def test_what_goes_on_from_a_response_goes_whole_to_the_backend_that_has_i
 
 
 async def test_a_response_that_nobody_has_is_not_found() -> None:
-    async with clients(limits={"stored_responses": 2}) as (client, running, _, [d]):
-        first, second, third = [await client.responses.create(**ASKED) for _ in range(3)]
-        assert len(d.engine.stats.finished) and (await client.responses.retrieve(third.id)).id == third.id
-        for unknown in (first.id, "resp_other"):
+    async with clients() as (client, running, _, [d]):
+        kept = await client.responses.create(**ASKED)
+        assert (await client.responses.retrieve(kept.id)).id == kept.id
+        for unknown in (kept.id[:-1], "resp_other"):
             with pytest.raises(openai.NotFoundError, match="not found") as missing:
                 await client.responses.retrieve(unknown)
             assert missing.value.param == "response_id"
@@ -132,9 +132,34 @@ async def test_a_response_that_nobody_has_is_not_found() -> None:
         await d.restart()
         await until(lambda: all(backend.up for backend in running.gateway.fleet))
         with pytest.raises(openai.NotFoundError, match="not found"):  # the engine says so
-            await client.responses.retrieve(second.id)
-        answer = await running.http.delete(f"/v1/responses/{second.id}")
+            await client.responses.retrieve(kept.id)
+        answer = await running.http.delete(f"/v1/responses/{kept.id}")
         assert answer.status_code == 405
+
+
+async def test_a_gateway_beside_the_one_that_made_it_finds_a_response() -> None:
+    async with (
+        clients(1, 2, admin_key="s") as (client, _, [p], decode),
+        running_gateway([p.url], [d.url for d in reversed(decode)], admin_key="s") as beside,
+    ):
+        other = client.with_options(base_url=f"{beside.url}/v1")
+        for _ in range(4):
+            made = await client.responses.create(**ASKED)
+            assert (await other.responses.retrieve(made.id)).output_text == made.output_text
+
+
+async def test_a_response_of_a_backend_that_is_down_is_there_again_when_that_is() -> None:
+    async with clients() as (client, running, _, [d]):
+        made = await client.responses.create(**ASKED)
+        [backend] = running.gateway.fleet.pool("decode")
+        d.faults.add("hang", leg="health")
+        await until(lambda: not backend.up)
+        with pytest.raises(openai.InternalServerError) as down:
+            await client.responses.retrieve(made.id)
+        assert down.value.status_code == 503
+        d.faults.clear()
+        await until(lambda: backend.up)
+        assert (await client.responses.retrieve(made.id)).id == made.id
 
 
 async def test_a_response_is_its_clients_own() -> None:

@@ -1,31 +1,32 @@
-"""Who has which stored response."""
+"""The names of stored responses say who has them."""
 
 from __future__ import annotations
 
+import pytest
+
 from proxy.flow.stored import StoredResponses
 
-
-def test_a_response_is_found_with_its_own_client_alone() -> None:
-    stored = StoredResponses(10)
-    stored.remember("resp_1", "http://a", "me")
-    assert stored.holder("resp_1", "me") == "http://a"
-    assert stored.holder("resp_1", "you") == stored.holder("resp_2", "me") == stored.holder("resp_2", "") == ""
+UNIQUE = "0123456789abcdef" * 2
+URLS = ["http://a", "http://b", "http://c"]
 
 
-def test_the_one_that_nobody_asked_for_the_longest_is_forgotten_first() -> None:
-    stored = StoredResponses(2)
-    stored.remember("resp_1", "http://a", "")
-    stored.remember("resp_2", "http://b", "")
-    assert stored.holder("resp_1", "") == "http://a"
-    stored.remember("resp_3", "http://c", "")
-    assert [stored.holder(f"resp_{n}", "") for n in (1, 2, 3)] == ["http://a", "", "http://c"]
-    assert len(stored) == 2
+def named(stored: StoredResponses, url: str = "http://b", client: str = "me") -> str:
+    return f"resp_{stored.name(UNIQUE, url, client)}"
 
 
-def test_asking_for_another_clients_does_not_keep_it() -> None:
-    stored = StoredResponses(2)
-    stored.remember("resp_1", "http://a", "me")
-    stored.remember("resp_2", "http://b", "me")
-    stored.holder("resp_1", "you")
-    stored.remember("resp_3", "http://c", "me")
-    assert stored.holder("resp_1", "me") == ""
+def test_the_backend_is_found_by_the_name_and_by_its_client_alone() -> None:
+    stored = StoredResponses(b"key")
+    assert stored.holder(named(stored), "me", URLS) == "http://b"
+    assert stored.holder(named(stored), "you", URLS) == ""
+    assert stored.holder(named(stored), "me", ["http://a", "http://c"]) == ""
+
+
+def test_a_gateway_with_the_same_key_finds_it_and_another_does_not() -> None:
+    name = named(StoredResponses(b"key"))
+    assert StoredResponses(b"key").holder(name, "me", URLS) == "http://b"
+    assert StoredResponses(b"other").holder(name, "me", URLS) == ""
+
+
+@pytest.mark.parametrize("name", ["", "resp_", f"resp_{UNIQUE}", f"resp_{UNIQUE}{'0' * 16}", "resp_" + "é" * 48])
+def test_what_the_gateway_has_not_named_is_nowhere(name: str) -> None:
+    assert StoredResponses(b"key").holder(name, "me", URLS) == ""

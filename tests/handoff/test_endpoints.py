@@ -33,7 +33,7 @@ def body(endpoint: Endpoint, **more: Any) -> Body:
 
 
 def plan(endpoint: Endpoint, connector: Connector = NIXL, **more: Any) -> Plan:
-    return Plan(body(endpoint, **more), connector, try_id="7")
+    return Plan(body(endpoint, **more), connector, answer_id="7")
 
 
 def said(leg: Leg | None) -> dict[str, Any]:
