@@ -17,7 +17,8 @@ from proxy.fleet.fleet import Fleet
 from proxy.flow.flow import Flow
 from proxy.flow.request import Request
 from proxy.flow.stored import StoredResponses
-from proxy.handoff.body import Endpoint, read_body
+from proxy.handoff.body import read_body
+from proxy.handoff.endpoints import Endpoint
 from proxy.relay.client import Client, Receive, Scope, Send
 from proxy.settings import Settings
 from proxy.telemetry.records import RequestRecord, Telemetry

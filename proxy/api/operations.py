@@ -71,6 +71,39 @@ def probes(fleet: Fleet, gate: Gate, siblings: Siblings | None = None) -> APIRou
 class Engines(BaseModel):
     """Backends of one pool, kind and version."""
 
+    role: Role
+    kind: str
+    version: str
+    count: int
+
+
+class Versions(BaseModel):
+    """The answer of /version."""
+
+    version: str
+    backends: list[Engines]
+
+
+class PoolLoad(BaseModel):
+    """One pool: its backends, those that are up, and what is in flight there."""
+
+    backends: int
+    up: int
+    requests: int
+    tokens: int
+
+
+class Load(BaseModel):
+    """The answer of /load. `server_load` is vLLM's: requests that have begun and not ended."""
+
+    server_load: int
+    waiting: int
+    pools: dict[Role, PoolLoad]
+
+
+def client(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
+    """What lets only clients through."""
+
     async def check(request: Request) -> None:
         headers = request.headers
         credentials.check_client(

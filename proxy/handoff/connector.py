@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 
 from proxy.errors import BackendGarbled, HandoffInvalid
-from proxy.handoff.body import Endpoint, Members
 from proxy.handoff.coordinates import Coordinates
+from proxy.handoff.endpoints import Endpoint, Members
 
 
 class Handoff(msgspec.Struct, frozen=True):

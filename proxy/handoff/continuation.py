@@ -11,8 +11,8 @@ import re
 
 import msgspec
 
-from proxy.handoff.body import Body, Endpoint, Members
-from proxy.handoff.endpoints import LAYOUTS
+from proxy.handoff.body import Body
+from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
 
 _MEDIA = re.compile(rb'"type"\s*:\s*"(?:image|input_image|audio|input_audio|video|file)')
 _SUSPECTS = frozenset(

@@ -18,8 +18,9 @@ from typing import Any
 
 import msgspec
 
-from proxy.handoff.body import Body, Members
+from proxy.handoff.body import Body
 from proxy.handoff.continuation import UNTRIED, has_media, has_tools, inexact
+from proxy.handoff.endpoints import Members
 
 # Members that an engine's decode leg would judge and prefill's does not carry: a refusal after the first token would
 # be an error in the middle of an answer.

@@ -14,9 +14,9 @@ from typing import Annotated
 
 import msgspec
 
-from proxy.handoff.body import Members
 from proxy.handoff.connector import Connector, Handoff, Meeting, Name, params, refused
 from proxy.handoff.coordinates import Coordinates
+from proxy.handoff.endpoints import Members
 
 
 class _Worker(msgspec.Struct):

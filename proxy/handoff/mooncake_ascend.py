@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import msgspec
 
-from proxy.handoff.body import Endpoint, Members
 from proxy.handoff.connector import (
     ASK,
     Connector,
@@ -21,6 +20,7 @@ from proxy.handoff.connector import (
     one_token,
     pulled,
 )
+from proxy.handoff.endpoints import Endpoint, Members
 
 
 class MooncakeAscendParams(PullParams):

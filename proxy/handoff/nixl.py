@@ -10,7 +10,6 @@ from typing import Annotated
 
 import msgspec
 
-from proxy.handoff.body import Endpoint, Members
 from proxy.handoff.connector import (
     ASK,
     Connector,
@@ -23,6 +22,7 @@ from proxy.handoff.connector import (
     pulled,
     refused,
 )
+from proxy.handoff.endpoints import Endpoint, Members
 from proxy.handoff.first_token import sampled_token
 
 

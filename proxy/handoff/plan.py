@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import msgspec
 
-from proxy.handoff.body import Body, Members
+from proxy.handoff.body import Body
 from proxy.handoff.connector import Connector, Handoff, Meeting, read_answer
 from proxy.handoff.continuation import Continuation
-from proxy.handoff.endpoints import LAYOUTS
+from proxy.handoff.endpoints import LAYOUTS, Members
 from proxy.handoff.first_token import FirstToken
 
 _encode = msgspec.json.Encoder().encode

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from proxy.handoff.body import Body, Endpoint, read_body
+from proxy.handoff.body import Body, read_body
+from proxy.handoff.endpoints import Endpoint
 from proxy.handoff.first_token import FirstToken, inexact_because, read, sampled_token
 from proxy.handoff.opening import joined_answer, opening_events, whole_answer
 from proxy.handoff.plan import Plan

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import BackendGarbled, HandoffInvalid
-from proxy.handoff.body import Endpoint, read_body
+from proxy.handoff.body import read_body
 from proxy.handoff.connector import Connector
 from proxy.handoff.coordinates import Coordinates
+from proxy.handoff.endpoints import Endpoint
 from proxy.handoff.plan import Leg, Plan
 from proxy.handoff.registry import CONNECTORS
 from proxy.settings import ConnectorName
