@@ -45,6 +45,10 @@ def _anthropic_event(error: GatewayError, sequence: int) -> bytes:
     return b"event: error\ndata: %b\n\n" % _anthropic_body(error)
 
 
+def _openai_body(error: GatewayError) -> bytes:
+    return error.body()  # an engine's own words, where it is one of those
+
+
 def _openai_event(error: GatewayError, sequence: int) -> bytes:
     return error.event()
 
@@ -61,8 +65,8 @@ def _responses_event(error: GatewayError, sequence: int) -> bytes:
     return b"event: error\ndata: %b\n\n" % msgspec.json.encode(members)
 
 
-OPENAI = ErrorShape(GatewayError.body, _openai_event)
-RESPONSES = ErrorShape(GatewayError.body, _responses_event)
+OPENAI = ErrorShape(_openai_body, _openai_event)
+RESPONSES = ErrorShape(_openai_body, _responses_event)
 ANTHROPIC = ErrorShape(_anthropic_body, _anthropic_event)
 
 ERROR_SHAPES: dict[Endpoint, ErrorShape] = {

@@ -145,7 +145,7 @@ def command_line(python: Path, model: Path, port: int, role: Role) -> list[str]:
     command += ["--block-size", str(BLOCK_SIZE), "--kv-cache-memory-bytes", str(64 * 1024**2)]
     # float32 and no compiled graph: the same tokens from the same prompt, whichever engine computes them.
     command += ["--dtype", "float32", "--enforce-eager"]
-    command += ["--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "pythonic"]
+    command += ["--enable-scale-out"]
     if role is not Role.SINGLE:
         command += ["--kv-transfer-config", json.dumps(transfer_config(role))]
     return command
