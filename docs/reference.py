@@ -36,9 +36,9 @@ LABELS = {
     "client": "a client's name in the settings; `key-1`, `key-2`, … for those of `api_keys`; `anonymous` without keys",
     "code": "of the error: `queue_full`, `deadline_too_close`, `queue_timeout`, `rate_limit_exceeded`, "
     "`too_many_tokens` or `draining`",
-    "endpoint": "`chat`, `completions`, `messages`, `responses`, `generate`, or a one-leg route: `embeddings`, `rerank`, "
-    "`score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, `detokenize`, "
-    "`count_tokens`",
+    "endpoint": "`chat`, `completions`, `messages`, `responses`, `generate`, or a one-leg route: `embeddings`, "
+    "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "
+    "`detokenize`, `count_tokens`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
     "leg": "`prefill` or `decode`",
     "model": "a model that some backend has named; any other is `other`",
@@ -218,8 +218,8 @@ def errors_page() -> str:
         [
             NOTE,
             "# Errors\n",
-            "Every error has OpenAI's shape, so that clients' libraries understand it, and on `/v1/messages` Anthropic's "
-            "([routes](generating-routes.md#errors)):\n",
+            "Every error has OpenAI's shape, so that clients' libraries understand it, and on `/v1/messages` "
+            "Anthropic's ([routes](generating-routes.md#errors)):\n",
             '```json\n{"error": {"message": "…", "type": "…", "param": null, "code": "…"}}\n```\n',
             "An answer that has not begun gets the status. A stream that has begun gets the same object as its last "
             "event, and no `[DONE]`. Every answer has an `x-request-id`: the client's own where it sent a sane one. "
