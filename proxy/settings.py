@@ -7,6 +7,7 @@ in all three, since a misspelt setting that is silently ignored is found in prod
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 from collections.abc import Mapping
@@ -23,7 +24,12 @@ CONFIG_VARIABLE = "PD_PROXY_CONFIG"
 
 Seconds = Annotated[float, Field(gt=0)]
 KindName = Literal["vllm", "sglang", "tensorrt_llm", "nim", "openai"]
-ConnectorName = Literal["nixl", "mooncake_ascend", "mooncake"]
+ConnectorName = Literal[
+    "nixl",
+    "mooncake_ascend",
+    "mooncake",
+    "ascend_layerwise",
+]
 PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
 
@@ -76,6 +82,12 @@ def _parsed(shape: str) -> BeforeValidator:
     return BeforeValidator(parse)
 
 
+def _network(value: str) -> str:
+    """A network in its one form: `10.0.0.0/8`, or an address alone."""
+    return str(ipaddress.ip_network(value.strip()))
+
+
+Networks = Annotated[tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_split)]
 BackendUrls = Annotated[tuple[Annotated[str, AfterValidator(backend_url)], ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 
@@ -265,6 +277,28 @@ class MetricsSettings(Group):
     port: int | None = Field(None, ge=0, le=65535, description="serve /metrics on this port instead of the main one")
 
 
+CALLED_BACK = frozenset({"ascend_layerwise"})
+"""The connectors whose decode engines call the gateway back (`metaserver`)."""
+
+
+def _own_url(value: str) -> str:
+    url = backend_url(value)
+    host = urlsplit(url).hostname or ""
+    if host == "0.0.0.0" or host == "::":  # noqa: S104 - refused
+        raise ValueError(f"{host} is no address that an engine could call; name one of this host's own")
+    return url
+
+
+class Metaserver(Group):
+    """Where decode engines call the gateway back, for connectors by which they do
+    ([connectors](connectors.md#ascend_layerwise))."""
+
+    url: Annotated[str, AfterValidator(_own_url)] | None = Field(
+        None, description="this gateway as engines reach it (http://host:port); they call /v1/metaserver there"
+    )
+    allow: Networks = Field((), description="networks from which engines may call; none named: any address")
+
+
 class Settings(BaseSettings):
     """Everything that can be set."""
 
@@ -320,6 +354,7 @@ class Settings(BaseSettings):
     admission: AdmissionSettings = AdmissionSettings()
     shutdown: Shutdown = Shutdown()
     metrics: MetricsSettings = MetricsSettings()
+    metaserver: Metaserver = Metaserver()
     api_keys: Secrets = Field((), description="keys clients must send as a bearer token; none: open")
     clients: Clients = Field(
         (), description="clients with names, keys, and bounds and shares of their own, beside api_keys"
@@ -365,6 +400,16 @@ class Settings(BaseSettings):
             mixed=self.mixed,
         )
         return [own, *self.groups]
+
+    @model_validator(mode="after")
+    def _can_be_called_back(self) -> Settings:
+        used = CALLED_BACK.intersection(group.connector for group in self.all_groups())
+        if used and self.metaserver.url is None:
+            raise ValueError(
+                f"metaserver.url: decode engines that speak {', '.join(sorted(used))} call the gateway back; set the "
+                "URL at which they reach this one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _clients_differ(self) -> Settings:

@@ -28,7 +28,9 @@ from proxy.fleet.facts import Facts
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.judge import Judge
 from proxy.fleet.standing import LegName
+from proxy.flow.callbacks import Callbacks
 from proxy.flow.request import Request, new_id
+from proxy.handoff.body import Members
 from proxy.handoff.connector import Connector, Handoff
 from proxy.handoff.continuation import Continuation
 from proxy.handoff.first_token import FirstToken
@@ -99,6 +101,7 @@ class Try(msgspec.Struct):
         first: that token, once prefill has given it and it is to be used.
         rest: the plan for what comes behind it.
         runs_out: its prefill leg, where that goes on without it.
+        heard: what decode's engine has called back with, for its prefill leg.
     """
 
     request: Request
@@ -110,6 +113,10 @@ class Try(msgspec.Struct):
     first: FirstToken | None = None
     rest: Plan | None = None
     runs_out: asyncio.Task[None] | None = None
+    heard: Members | None = None
+
+    def prefill_leg(self) -> Leg:
+        return self.plan.prefill_leg(self.heard)
 
     def decode_leg(self) -> Leg:
         return (self.rest or self.plan).decode_leg(None if self.limbo is None else self.limbo.handoff)
@@ -141,15 +148,20 @@ def new_try(
     *,
     token_ids: bool = False,
     facts: tuple[Facts, Facts] | None = None,
+    callbacks: Callbacks | None = None,
 ) -> Try:
     """A try on a pair, or on one backend.
 
     Arguments:
         prefill: the lease for the prefill leg, where there is one.
         token_ids: ask decode for the ids of the tokens.
+        callbacks: where engines call back, for connectors by which they do.
     """
     name, meeting = new_id(), None
-    if prefill is not None and connector.meets:
+    if prefill is not None and connector.called_back:
+        assert callbacks is not None
+        name, meeting = callbacks.name(), connector.invite(callbacks.url)
+    elif prefill is not None and connector.meets:
         meeting = connector.meet(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
         name = meeting.id or name
     plan = Plan(
@@ -256,7 +268,7 @@ class Legs:
         Raises:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
         """
-        return await self._collect(backend, lease, "prefill", attempt.plan.prefill_leg(), attempt, self._prefill_limit)
+        return await self._collect(backend, lease, "prefill", attempt.prefill_leg(), attempt, self._prefill_limit)
 
     async def decode_whole(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants its answer in one piece."""

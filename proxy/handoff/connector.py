@@ -87,6 +87,8 @@ class Connector:
         transferable: a hand-off that no decode engine has read may go to another than the one it was made for.
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
         port: of `Coordinates`, where none is set.
+        called_back: decode's leg goes first, and its engine calls the gateway back once it has memory for the KV cache
+            (`invite`); prefill's leg waits for that, and says what the call said (`heard`). Of concurrent connectors.
     """
 
     name: ClassVar[str]
@@ -100,6 +102,7 @@ class Connector:
     transferable: ClassVar[bool] = True
     prefill_may_be_cut: ClassVar[bool] = True
     port: ClassVar[int] = 0
+    called_back: ClassVar[bool] = False
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         """The prefill leg's body: a new mapping.
@@ -154,6 +157,18 @@ class Connector:
 
         Raises:
             ValueError: that is not what such an engine says.
+        """
+        raise NotImplementedError
+
+    def invite(self, url: str) -> Meeting:
+        """What decode is told so that its engine calls back at `url`. Only with `called_back`."""
+        raise NotImplementedError
+
+    def heard(self, call: bytes) -> Members:
+        """The members by which prefill's leg says what decode's engine has called back with; only with `called_back`.
+
+        Raises:
+            HandoffInvalid: that is not what such an engine says.
         """
         raise NotImplementedError
 

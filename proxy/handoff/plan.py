@@ -76,10 +76,17 @@ class Plan:
         self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
         self.handoff = None if meeting is None else meeting.handoff
 
-    def prefill_leg(self) -> Leg:
+    def prefill_leg(self, heard: Members | None = None) -> Leg:
+        """The prefill leg.
+
+        Arguments:
+            heard: what decode's engine has called back with, where it does.
+        """
         members = self.connector.prefill(self._members, self._body.endpoint, token=self._first_token)
         if self._meeting is not None:
             members.update(self._meeting.prefill)
+        if heard is not None:
+            members.update(heard)
         return self._leg(members)
 
     def behind(self, first: FirstToken) -> Plan:
