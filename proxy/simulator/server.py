@@ -66,7 +66,7 @@ class Simulator:
             engine.handoffs,
             self.faults,
             lambda path: engine.side.page(path),
-            lambda message: engine.side.told(message),
+            lambda message: engine.media.told(message) or engine.side.told(message),
         )
 
     async def start(self) -> None:

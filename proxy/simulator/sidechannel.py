@@ -261,6 +261,19 @@ class Peers:
         finally:
             writer.close()
 
+    async def embedding(self, host: str, port: int, key: str) -> list[int] | None:
+        """What the encoder at ``host`` keeps as ``key``; None where it is not there, or keeps nothing by that name."""
+        try:
+            async with asyncio.timeout(self._patience):
+                reader, writer = await asyncio.open_connection(host, port)
+                try:
+                    found: list[int] | None = (await _ask(reader, writer, {"op": "embedding", "key": key}))["found"]
+                    return found
+                finally:
+                    writer.close()
+        except (OSError, EOFError, TimeoutError):
+            return None
+
     async def push(self, host: str, port: int, engine_id: str, message: dict[str, Any]) -> None:
         """Write KV into the engine at ``host``; it has taken it when this returns.
 
