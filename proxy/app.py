@@ -110,7 +110,11 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             settings.health,
             http,
             on_leave=forget,
-            learns_facts=lambda backend: settings.first_token != "decode" and CONNECTORS[backend.connector].first_token,
+            learns_facts=lambda backend: (
+                settings.first_token != "decode"
+                and backend.role != "encode"
+                and CONNECTORS[backend.connector].first_token
+            ),
             guides=CONNECTORS,
             tether_headers=legs.authorization,
         )

@@ -115,6 +115,7 @@ class BackendGroup(Group):
     prefill: BackendUrls = Field((), description="URLs of its prefill backends")
     decode: BackendUrls = Field((), description="URLs of its decode backends")
     mixed: BackendUrls = Field((), description="URLs of its backends that do both")
+    encode: BackendUrls = Field((), description="URLs of its encoders of images, audio and video")
 
 
 class Location(Group):
@@ -156,7 +157,7 @@ class Timeouts(Group):
     """Seconds. Each watches one thing, so that none of them cuts what is healthy."""
 
     connect: Seconds = Field(5.0, description="TCP (and TLS) connect to a backend")
-    prefill: Seconds = Field(300.0, description="the prefill leg, engine's queue included")
+    prefill: Seconds = Field(300.0, description="the prefill leg, and each leg to an encoder; engine's queue included")
     handoff: Seconds = Field(
         10.0, description="age at which a hand-off is no longer sent; engines keep it 30 s, then answer with wrong text"
     )
@@ -324,6 +325,9 @@ class Settings(BaseSettings):
     kind: KindName = Field(
         "vllm", description="what the backends are: where they say how they are, and which routes they offer"
     )
+    encode: BackendUrls = Field(
+        (), description="URL of an encoder of images, audio and video, whose output the others take; may be repeated"
+    )
     connector: ConnectorName = Field("nixl", description="the hand-off protocol the engines speak")
     groups: Groups = Field(
         (), description="further fleets of backends, each with a connector of its own; no hand-off leaves its group"
@@ -375,7 +379,7 @@ class Settings(BaseSettings):
         if len(names) != len(set(names)):
             raise ValueError(f"groups: each has a name of its own, and none is {DEFAULT_GROUP}")
         for group in self.all_groups():
-            for role in ("prefill", "decode", "mixed"):
+            for role in ("prefill", "decode", "mixed", "encode"):
                 place = role if group.name == DEFAULT_GROUP else f"{role} of group {group.name}"
                 for url in getattr(group, role):
                     if url in seen:
@@ -398,6 +402,7 @@ class Settings(BaseSettings):
             prefill=self.prefill,
             decode=self.decode,
             mixed=self.mixed,
+            encode=self.encode,
         )
         return [own, *self.groups]
 

@@ -209,3 +209,12 @@ def test_where_engines_call_back_is_an_address(url: str) -> None:
 def test_networks_are_networks() -> None:
     with pytest.raises(ValidationError, match=r"10\.0\.0\.1/8"):
         build_settings({"metaserver": {"allow": ["10.0.0.1/8"]}}, {})
+
+
+def test_an_encoder_is_nothing_else() -> None:
+    with pytest.raises(ValidationError, match="listed under prefill and under encode"):
+        build_settings({"prefill": ["a:1"], "encode": ["a:1"]}, {})
+    group = {"name": "far", "mixed": ["b:1"], "encode": ["a:1"]}
+    with pytest.raises(ValidationError, match="listed under encode and under encode of group far"):
+        build_settings({"encode": ["a:1"], "groups": [group]}, {})
+    assert build_settings({"groups": [group]}, {}).all_groups()[1].encode == ("http://a:1",)

@@ -34,6 +34,7 @@ from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
 from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
+from proxy.flow.encoders import Encoders
 from proxy.flow.first_token import FirstTokens
 from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try
 from proxy.flow.request import Request
@@ -79,6 +80,7 @@ class Flow:
         self._random = random
         self._callbacks = callbacks or Callbacks(None)
         self._call_limit = settings.timeouts.first_token
+        self._encoders = Encoders(settings, fleet, legs, random, self._failed)
         self._connectors = connectors
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._local_prefill = settings.fallback == "local_prefill"
@@ -142,7 +144,8 @@ class Flow:
         if not amplifies(error):
             return tries
         leg = request.failed[0]
-        role: Role = "prefill" if leg == "prefill" else "mixed" if request.record.decode_pool == "mixed" else "decode"
+        answers: Role = "mixed" if request.record.decode_pool == "mixed" else "decode"
+        role: Role = "prefill" if leg == "prefill" else "encode" if leg == "encode" else answers
         while (permit := self._fleet.budgets.take(role)) is None:
             tries += 1
             if tries >= self._attempts:
@@ -235,7 +238,8 @@ class Flow:
     def _given_up_handoff(self, request: Request) -> str:
         """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
         pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
-        failed = [leg for leg, reason in request.record.retries if reason not in _SAYS_NOTHING]
+        retries = request.record.retries
+        failed = [leg for leg, reason in retries if reason not in _SAYS_NOTHING and leg != "encode"]
         if len(failed) < 2 or not (request.record.prefill and self._local_prefill):
             return ""
         return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
@@ -252,6 +256,7 @@ class Flow:
             if not why:
                 assert prefill.facts is not None and decode.facts is not None
                 facts = prefill.facts, decode.facts
+        media = self._encoders.media(request) if self._fleet.sizes["encode"] else ()
         with Lease(decode, request.decode_tokens) as lease, _lease(prefill, request) as prefill_lease:
             attempt = new_try(
                 request,
@@ -263,6 +268,8 @@ class Flow:
                 callbacks=self._callbacks,
             )
             try:
+                if media:
+                    await self._encoders.encode(attempt, media, decode.group)
                 if prefill_lease is not None and connector.called_back:
                     with self._callbacks.expect(attempt.id, connector, decode.url) as call:
                         await self._together(attempt, prefill_lease, decode, lease, call)

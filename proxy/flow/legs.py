@@ -270,6 +270,17 @@ class Legs:
         """
         return await self._collect(backend, lease, "prefill", attempt.prefill_leg(), attempt, self._prefill_limit)
 
+    async def encode(self, attempt: Try, backend: Backend, lease: Lease, leg: Leg, number: int) -> bytes:
+        """One of a try's legs to encoders; returns the engine's answer.
+
+        Arguments:
+            number: of the leg, which has an id of its own.
+        Raises:
+            BackendError: it did not end in a 200 within `timeouts.prefill`.
+        """
+        child = msgspec.structs.replace(attempt, id=f"{attempt.id}:{number}")
+        return await self._collect(backend, lease, "encode", leg, child, self._prefill_limit)
+
     async def decode_whole(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants its answer in one piece."""
         request, record = attempt.request, attempt.request.record

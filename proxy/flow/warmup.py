@@ -143,7 +143,7 @@ class Warmup:
 
     def _came_up(self, backend: Backend) -> None:
         self._cool(backend)
-        if backend.role == "mixed":
+        if backend.role in ("mixed", "encode"):
             return
         own = self._fleet.pool(backend.role)
         others = [b for b in self._fleet.pool("decode" if backend.role == "prefill" else "prefill") if usable(b)]

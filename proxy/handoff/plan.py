@@ -42,6 +42,7 @@ class Plan:
         first_token: have prefill sample the client's first token.
     Attributes:
         handoff: the hand-off, where it is known before prefill's answer.
+        encoded: what the engine that computes the prompt is told of media that were encoded elsewhere (`encoder.py`).
     """
 
     __slots__ = (
@@ -53,6 +54,7 @@ class Plan:
         "_path",
         "_token_ids",
         "connector",
+        "encoded",
         "handoff",
     )
 
@@ -75,6 +77,7 @@ class Plan:
         self._path = PATHS[body.endpoint]
         self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
         self.handoff = None if meeting is None else meeting.handoff
+        self.encoded: Members | None = None
 
     def prefill_leg(self, heard: Members | None = None) -> Leg:
         """The prefill leg.
@@ -87,6 +90,8 @@ class Plan:
             members.update(self._meeting.prefill)
         if heard is not None:
             members.update(heard)
+        if self.encoded is not None:
+            members.update(self.encoded)
         return self._leg(members)
 
     def behind(self, first: FirstToken) -> Plan:
@@ -114,6 +119,8 @@ class Plan:
         headers = b""
         if handoff is None:
             members = dict(self._members)
+            if self.encoded is not None:
+                members.update(self.encoded)
         else:
             members = self.connector.decode(self._members, handoff)
             headers = handoff.headers
