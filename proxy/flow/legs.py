@@ -115,9 +115,6 @@ class Try(msgspec.Struct):
     runs_out: asyncio.Task[None] | None = None
     heard: Members | None = None
 
-    def prefill_leg(self) -> Leg:
-        return self.plan.prefill_leg(self.heard)
-
     def decode_leg(self) -> Leg:
         return (self.rest or self.plan).decode_leg(None if self.limbo is None else self.limbo.handoff)
 
@@ -268,7 +265,9 @@ class Legs:
         Raises:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
         """
-        return await self._collect(backend, lease, "prefill", attempt.prefill_leg(), attempt, self._prefill_limit)
+        return await self._collect(
+            backend, lease, "prefill", attempt.plan.prefill_leg(attempt.heard), attempt, self._prefill_limit
+        )
 
     async def encode(self, attempt: Try, backend: Backend, lease: Lease, leg: Leg, number: int) -> bytes:
         """One of a try's legs to encoders; returns the engine's answer.
