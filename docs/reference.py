@@ -40,16 +40,17 @@ LABELS = {
     "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "
     "`detokenize`, `count_tokens`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
-    "leg": "`prefill` or `decode`",
+    "leg": "`prefill`, `decode` or `encode`",
     "model": "a model that some backend has named; any other is `other`",
     "outcome": "`ok`, `client_gone`, or the code of the error that ended the request ([errors](errors.md))",
-    "pool": "`prefill`, `decode` or `mixed`",
+    "pool": "`prefill`, `decode`, `mixed` or `encode`",
     "reason": "of a retry: the error's reason ([errors](errors.md)); of a fallback: `no_prefill_backend`, "
-    "`no_decode_backend`, `no_handoff_params`, `handoff_invalid`, `prefill_failed`, `handoff_failed`, or the request "
+    "`no_decode_backend`, `no_handoff_params`, `handoff_invalid`, `prefill_failed`, `handoff_failed`, "
+    "`no_encode_backend`, `encode_failed`, or the request "
     "field that keeps it from being split (`n`, `prompt_list`, `echo`, …); of an ejection: `consecutive`, "
     "`success_rate`, `slow` ([operating](operating.md#the-breaker)); of a first token: [whose it is](first-token.md)",
     "source": "`prefill` or `decode`",
-    "stage": "`admission`, `prefill`, `decode` (before the first token) or `stream` (after it)",
+    "stage": "`admission`, `encode`, `prefill`, `decode` (before the first token) or `stream` (after it)",
     "state": "`up`, `slow_start`, `ejected`, `draining` or `down`",
     "version": "the gateway's version",
 }

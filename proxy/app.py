@@ -23,6 +23,7 @@ from proxy.api.backends import backends
 from proxy.api.credentials import Credentials, Trusted
 from proxy.api.fanout import fanout
 from proxy.api.inference import Inference
+from proxy.api.metaserver import metaserver
 from proxy.api.responses import responses
 from proxy.api.siblings import Siblings
 from proxy.api.single import SingleRoute
@@ -32,6 +33,7 @@ from proxy.fleet.backend import Backend
 from proxy.fleet.board import TICK, Exchange
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
+from proxy.flow.callbacks import Callbacks
 from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
 from proxy.flow.room import FleetRoom
@@ -87,13 +89,14 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     if fleet.bounded:
         fleet.watch_room(admission.look)
     prometheus = PrometheusSink(fleet, connections or Connections())
-    warmup = Warmup(settings, fleet, CONNECTORS)
+    callbacks = Callbacks(settings.metaserver.url, 0 if crew is None else crew.worker)
+    warmup = Warmup(settings, fleet, CONNECTORS, callbacks)
     queue = AdmissionSink(admission)
     telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup)
     metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
     legs = Legs(settings, fleet, telemetry)
-    flow = Flow(settings, fleet, legs, CONNECTORS, telemetry, random.random)
+    flow = Flow(settings, fleet, legs, CONNECTORS, telemetry, random.random, callbacks)
     exchange = None if crew is None else Exchange(crew.board, crew.worker)
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
     stored = StoredResponses(_shared_secret(settings, crew))
@@ -111,7 +114,11 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             settings.health,
             http,
             on_leave=forget,
-            learns_facts=lambda backend: settings.first_token != "decode" and CONNECTORS[backend.connector].first_token,
+            learns_facts=lambda backend: (
+                settings.first_token != "decode"
+                and backend.role != "encode"
+                and CONNECTORS[backend.connector].first_token
+            ),
             guides=CONNECTORS,
             tether_headers=legs.authorization,
         )
@@ -163,6 +170,9 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics, siblings))
+    called_back = any(CONNECTORS[group.connector].called_back for group in settings.all_groups())
+    if called_back:
+        routers.append(metaserver(callbacks, settings.metaserver.allow, siblings))
     body_seconds = settings.timeouts.request_body
     surface = Surface(
         hot=hot,
@@ -181,6 +191,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             operations.administration(fleet, trusted),
             backends(fleet, trusted),
         ]
+        if called_back:
+            inside.append(metaserver(callbacks, ()))
         inner = Surface(hot={}, routers=inside)
     return Gateway(settings, fleet, gate, admission, surface, metrics, siblings, inner)
 

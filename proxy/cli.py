@@ -55,7 +55,7 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
     for name, field in leaves():
         kwargs: dict[str, Any] = {"dest": f"setting:{name}", "metavar": _metavar(field), "help": _help(field)}
-        if name in ("prefill", "decode", "mixed", "api_keys"):
+        if name in ("prefill", "decode", "mixed", "encode", "api_keys"):
             kwargs |= {"action": "append"}
         elif field.annotation is bool:
             kwargs |= {"nargs": "?", "const": "true"}
@@ -107,10 +107,13 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     settings = configure({}, arguments.file)
     groups = [
-        group for group in settings.all_groups() if not settings.groups or group.prefill or group.decode or group.mixed
+        group
+        for group in settings.all_groups()
+        if not settings.groups or group.prefill or group.decode or group.mixed or group.encode
     ]
     for group in groups:
-        pools = ", ".join(f"{len(getattr(group, role))} {role}" for role in ("prefill", "decode", "mixed"))
+        roles = ("prefill", "decode", "mixed", *(["encode"] if group.encode else []))
+        pools = ", ".join(f"{len(getattr(group, role))} {role}" for role in roles)
         named = f"group {group.name}: " if settings.groups else ""
         print(f"{arguments.file}: good. {named}{pools} backend(s), connector {group.connector}, port {settings.port}")
     return 0

@@ -12,6 +12,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   ├── ModelNotFound              404
     │   ├── BackendNotFound            404
     │   ├── ResponseNotFound           404
+    │   ├── CallUnexpected             404  an engine called back for what nobody waits for
     │   ├── MethodNotAllowed           405
     │   ├── RequestTimedOut            408
     │   ├── BodyTooLarge               413
@@ -138,6 +139,13 @@ class ResponseNotFound(ClientError):
 
     status = 404
     code = "response_not_found"
+
+
+class CallUnexpected(ClientError):
+    """An engine has called back for a request that does not wait for it, or not any more."""
+
+    status = 404
+    code = "call_unexpected"
 
 
 class MethodNotAllowed(ClientError):

@@ -7,6 +7,7 @@ in all three, since a misspelt setting that is silently ignored is found in prod
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 from collections.abc import Mapping
@@ -23,7 +24,12 @@ CONFIG_VARIABLE = "PD_PROXY_CONFIG"
 
 Seconds = Annotated[float, Field(gt=0)]
 KindName = Literal["vllm", "sglang", "tensorrt_llm", "nim", "openai"]
-ConnectorName = Literal["nixl", "mooncake_ascend", "mooncake"]
+ConnectorName = Literal[
+    "nixl",
+    "mooncake_ascend",
+    "mooncake",
+    "ascend_layerwise",
+]
 PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
 
@@ -76,6 +82,12 @@ def _parsed(shape: str) -> BeforeValidator:
     return BeforeValidator(parse)
 
 
+def _network(value: str) -> str:
+    """A network in its one form: `10.0.0.0/8`, or an address alone."""
+    return str(ipaddress.ip_network(value.strip()))
+
+
+Networks = Annotated[tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_split)]
 BackendUrls = Annotated[tuple[Annotated[str, AfterValidator(backend_url)], ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 
@@ -103,6 +115,7 @@ class BackendGroup(Group):
     prefill: BackendUrls = Field((), description="URLs of its prefill backends")
     decode: BackendUrls = Field((), description="URLs of its decode backends")
     mixed: BackendUrls = Field((), description="URLs of its backends that do both")
+    encode: BackendUrls = Field((), description="URLs of its encoders of images, audio and video")
 
 
 class Location(Group):
@@ -144,7 +157,7 @@ class Timeouts(Group):
     """Seconds. Each watches one thing, so that none of them cuts what is healthy."""
 
     connect: Seconds = Field(5.0, description="TCP (and TLS) connect to a backend")
-    prefill: Seconds = Field(300.0, description="the prefill leg, engine's queue included")
+    prefill: Seconds = Field(300.0, description="the prefill leg, and each leg to an encoder; engine's queue included")
     handoff: Seconds = Field(
         10.0, description="age at which a hand-off is no longer sent; engines keep it 30 s, then answer with wrong text"
     )
@@ -273,6 +286,28 @@ class MetricsSettings(Group):
     port: int | None = Field(None, ge=0, le=65535, description="serve /metrics on this port instead of the main one")
 
 
+CALLED_BACK = frozenset({"ascend_layerwise"})
+"""The connectors whose decode engines call the gateway back (`metaserver`)."""
+
+
+def _own_url(value: str) -> str:
+    url = backend_url(value)
+    host = urlsplit(url).hostname or ""
+    if host == "0.0.0.0" or host == "::":  # noqa: S104 - refused
+        raise ValueError(f"{host} is no address that an engine could call; name one of this host's own")
+    return url
+
+
+class Metaserver(Group):
+    """Where decode engines call the gateway back, for connectors by which they do
+    ([connectors](connectors.md#ascend_layerwise))."""
+
+    url: Annotated[str, AfterValidator(_own_url)] | None = Field(
+        None, description="this gateway as engines reach it (http://host:port); they call /v1/metaserver there"
+    )
+    allow: Networks = Field((), description="networks from which engines may call; none named: any address")
+
+
 class Settings(BaseSettings):
     """Everything that can be set."""
 
@@ -297,6 +332,9 @@ class Settings(BaseSettings):
     mixed: BackendUrls = Field((), description="URL of a backend that does both; may be repeated")
     kind: KindName = Field(
         "vllm", description="what the backends are: where they say how they are, and which routes they offer"
+    )
+    encode: BackendUrls = Field(
+        (), description="URL of an encoder of images, audio and video, whose output the others take; may be repeated"
     )
     connector: ConnectorName = Field("nixl", description="the hand-off protocol the engines speak")
     groups: Groups = Field(
@@ -329,6 +367,7 @@ class Settings(BaseSettings):
     admission: AdmissionSettings = AdmissionSettings()
     shutdown: Shutdown = Shutdown()
     metrics: MetricsSettings = MetricsSettings()
+    metaserver: Metaserver = Metaserver()
     api_keys: Secrets = Field((), description="keys clients must send as a bearer token; none: open")
     clients: Clients = Field(
         (), description="clients with names, keys, and bounds and shares of their own, beside api_keys"
@@ -349,7 +388,7 @@ class Settings(BaseSettings):
         if len(names) != len(set(names)):
             raise ValueError(f"groups: each has a name of its own, and none is {DEFAULT_GROUP}")
         for group in self.all_groups():
-            for role in ("prefill", "decode", "mixed"):
+            for role in ("prefill", "decode", "mixed", "encode"):
                 place = role if group.name == DEFAULT_GROUP else f"{role} of group {group.name}"
                 for url in getattr(group, role):
                     if url in seen:
@@ -372,8 +411,19 @@ class Settings(BaseSettings):
             prefill=self.prefill,
             decode=self.decode,
             mixed=self.mixed,
+            encode=self.encode,
         )
         return [own, *self.groups]
+
+    @model_validator(mode="after")
+    def _can_be_called_back(self) -> Settings:
+        used = CALLED_BACK.intersection(group.connector for group in self.all_groups())
+        if used and self.metaserver.url is None:
+            raise ValueError(
+                f"metaserver.url: decode engines that speak {', '.join(sorted(used))} call the gateway back; set the "
+                "URL at which they reach this one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _clients_differ(self) -> Settings:

@@ -93,6 +93,8 @@ async def running_gateway(
 ) -> AsyncIterator[Running]:
     """A gateway before backends. Probes are quick, and pairs are not warmed up; other settings as given
     (`timeouts={"prefill": 1}`)."""
+    sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    port = sock.getsockname()[1]
     flags: dict[str, Any] = {
         "prefill": list(prefill),
         "decode": list(decode),
@@ -101,14 +103,13 @@ async def running_gateway(
         "warmup": False,  # tests count what engines were asked
         **more,
         "health": {"interval": 0.2, "timeout": 1.0, "longest_wait": 0.2, **more.get("health", {})},
+        "metaserver": {"url": f"http://127.0.0.1:{port}", **more.get("metaserver", {})},
     }
     settings = build_settings(flags, {})
     kind = protocol(settings, files=4096)
     gateway = build(settings, kind.shared)
     server = TestServer(uvicorn_config(gateway.surface, kind))
-    sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
     tune(sock, settings.timeouts.idle)
-    port = sock.getsockname()[1]
     serving = asyncio.create_task(server.serve([sock]))
     await server.listening.wait()
     url = f"http://127.0.0.1:{port}"

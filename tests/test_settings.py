@@ -187,3 +187,34 @@ def test_variables_of_settings_are_known(name: str) -> None:
 def test_variables_of_no_setting_are_found() -> None:
     names = ["PD_PROXY_PROT", "PD_PROXY_TIMEOUTS_IDLE", "PD_PROXY_TIMEOUTS__IDEL", "pd_proxy_x", "PD_PROXY_"]
     assert unknown_variables(dict.fromkeys(names, "1")) == sorted(names)
+
+
+def test_engines_that_call_back_must_be_told_where() -> None:
+    with pytest.raises(ValidationError, match=r"metaserver\.url: decode engines that speak ascend_layerwise call"):
+        build_settings({"connector": "ascend_layerwise"}, {})
+    group = {"name": "npu", "connector": "ascend_layerwise"}
+    with pytest.raises(ValidationError, match=r"metaserver\.url"):
+        build_settings({"groups": [group]}, {})
+    told = build_settings({"groups": [group], "metaserver": {"url": "10.0.0.1:8000/", "allow": "10.0.0.0/8, ::1"}}, {})
+    assert told.metaserver.url == "http://10.0.0.1:8000"
+    assert told.metaserver.allow == ("10.0.0.0/8", "::1/128")
+
+
+@pytest.mark.parametrize("url", ["http://0.0.0.0:8000", "[::]:8000", "ftp://here", "http://user:pw@here", "http://"])
+def test_where_engines_call_back_is_an_address(url: str) -> None:
+    with pytest.raises(ValidationError):
+        build_settings({"metaserver": {"url": url}}, {})
+
+
+def test_networks_are_networks() -> None:
+    with pytest.raises(ValidationError, match=r"10\.0\.0\.1/8"):
+        build_settings({"metaserver": {"allow": ["10.0.0.1/8"]}}, {})
+
+
+def test_an_encoder_is_nothing_else() -> None:
+    with pytest.raises(ValidationError, match="listed under prefill and under encode"):
+        build_settings({"prefill": ["a:1"], "encode": ["a:1"]}, {})
+    group = {"name": "far", "mixed": ["b:1"], "encode": ["a:1"]}
+    with pytest.raises(ValidationError, match="listed under encode and under encode of group far"):
+        build_settings({"encode": ["a:1"], "groups": [group]}, {})
+    assert build_settings({"groups": [group]}, {}).all_groups()[1].encode == ("http://a:1",)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,21 @@ async def test_requests_are_placed_as_if_one_worker_had_placed_them() -> None:
             assert {a.status_code for a in answers} == {200}
             assert len(busy.requests) == before, json.dumps([len(e.requests) for e in (one, two)])
             assert len(idle.requests) == 16
+
+
+async def test_engines_that_call_back_reach_the_worker_whose_request_it_is() -> None:
+    layerwise = {"connector": "ascend_layerwise"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ("--port", str(port), "--metaserver.url", f"http://127.0.0.1:{port}", "--connector", "ascend_layerwise")
+    async with (
+        simulators("prefill", "decode", **layerwise) as [p, d],
+        served("--workers", "3", *flags, "--prefill", p.url, "--decode", d.url) as process,
+        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as http,
+    ):
+        await ready(http)
+        answers = await ask_apart(process.url, 30, completion())
+        assert {answer.status_code for answer in answers} == {200}
+        assert not any("x-pd-proxy-fallback" in answer.headers for answer in answers)
+        assert await metric(http, "pd_proxy_retries_total") == 0
+        assert set(d.engine.side.calls) == {200}  # type: ignore[attr-defined]

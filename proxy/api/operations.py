@@ -30,7 +30,7 @@ class Instances(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    type: Literal["prefill", "decode", "mixed"]
+    type: Literal["prefill", "decode", "mixed", "encode"]
     instances: str | list[str]
 
 

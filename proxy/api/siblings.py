@@ -108,6 +108,11 @@ class Siblings:
                         return False
         return True
 
+    async def pass_on(self, worker: int, path: str, body: bytes) -> httpx.Response | None:
+        """Have one of the others serve a POST; None where it does not answer, or there is none of that number."""
+        other = socket_of(self._directory, worker)
+        return await self._ask(other, "POST", path, body) if other in self._paths else None
+
     def repeats(self, method: str, path: str) -> bool:
         """Whether a request is one that every worker is to serve."""
         return method == "POST" and path.startswith(_REPEATED)

@@ -19,12 +19,13 @@ from proxy.fleet.kinds import KINDS, Kind
 from proxy.fleet.standing import LegName, Standing
 from proxy.handoff.coordinates import Coordinates
 
-Role = Literal["prefill", "decode", "mixed"]
-ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
+Role = Literal["prefill", "decode", "mixed", "encode"]
+ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed", "encode")
 LEGS: dict[Role, tuple[LegName, ...]] = {
     "prefill": ("prefill",),
     "decode": ("decode",),
     "mixed": ("prefill", "decode"),
+    "encode": ("encode",),
 }
 
 
@@ -113,7 +114,8 @@ class Backend:
         self.draining = False
         self.removed = False
         self.known = False
-        self.standings: dict[LegName, Standing] = {"prefill": Standing(window), "decode": Standing(window)}
+        legs: tuple[LegName, ...] = ("encode",) if role == "encode" else ("prefill", "decode")
+        self.standings: dict[LegName, Standing] = {leg: Standing(window) for leg in legs}
         self.factor = 1.0
         self.slow_since: float | None = None
         self.resting_until = 0.0

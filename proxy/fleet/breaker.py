@@ -36,7 +36,7 @@ _FEWEST_TOKENS = 5  # a shorter stream's pace is chance
 _USUAL_WEIGHT = 1 / 64  # of one leg in what its pool usually takes: slow, so that all are measured with one rod
 # Seconds (decode: a token) by which a slow backend is slower, at least: nobody notices less, and on fast engines a
 # ratio alone would be noise.
-_NOTICEABLE: dict[LegName, float] = {"prefill": 0.1, "decode": 0.005}
+_NOTICEABLE: dict[LegName, float] = {"prefill": 0.1, "decode": 0.005, "encode": 0.1}
 _LEAST_FACTOR = 0.1  # of a backend's load when its slow start begins
 
 

@@ -236,8 +236,9 @@ class Fleet:
         backend.connector = self._connectors[group]
         backend.locate(placed(url, self._locations.get(url)))
         backend.known = True  # the others have been at it for longer
-        bounds = self._prefill_bounds if role == "prefill" else self._decode_bounds
-        backend.most_requests, backend.most_tokens = bounds
+        if role != "encode":
+            bounds = self._prefill_bounds if role == "prefill" else self._decode_bounds
+            backend.most_requests, backend.most_tokens = bounds
         backend.on_freed = self._on_room
         self._pools[role].append(backend)
         self.sizes[role] += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import exp, log
 from typing import Literal
 
-LegName = Literal["prefill", "decode"]
+LegName = Literal["prefill", "decode", "encode"]
 
 _SLICES = 10  # of a window: what is old goes in steps of a tenth of it
 _WEIGHT = 0.2  # of a new time in a running mean: about the last ten count

@@ -32,7 +32,9 @@ from proxy.errors import (
 from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
+from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
+from proxy.flow.encoders import Encoders
 from proxy.flow.first_token import FirstTokens
 from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try
 from proxy.flow.request import Request
@@ -60,6 +62,7 @@ class Flow:
     Arguments:
         connectors: the protocols that engines speak, by name.
         random: a number in [0, 1), for ties and random policies.
+        callbacks: where decode engines call back, for connectors by which they do.
     """
 
     def __init__(
@@ -70,12 +73,16 @@ class Flow:
         connectors: Mapping[str, Connector],
         telemetry: Telemetry,
         random: Callable[[], float],
+        callbacks: Callbacks | None = None,
     ) -> None:
         self._attempts = settings.retries.attempts
         self._fleet = fleet
         self._legs = legs
         self._telemetry = telemetry
         self._random = random
+        self._callbacks = callbacks or Callbacks(None)
+        self._call_limit = settings.timeouts.first_token
+        self._encoders = Encoders(settings, fleet, legs, random, self._failed)
         self._connectors = connectors
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._local_prefill = settings.fallback == "local_prefill"
@@ -139,7 +146,8 @@ class Flow:
         if not amplifies(error):
             return tries
         leg = request.failed[0]
-        role: Role = "prefill" if leg == "prefill" else "mixed" if request.record.decode_pool == "mixed" else "decode"
+        answers: Role = "mixed" if request.record.decode_pool == "mixed" else "decode"
+        role: Role = "prefill" if leg == "prefill" else "encode" if leg == "encode" else answers
         while (permit := self._fleet.budgets.take(role)) is None:
             tries += 1
             if tries >= self._attempts:
@@ -245,7 +253,8 @@ class Flow:
     def _given_up_handoff(self, request: Request) -> str:
         """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
         pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
-        failed = [leg for leg, reason in request.record.retries if reason not in _SAYS_NOTHING]
+        retries = request.record.retries
+        failed = [leg for leg, reason in retries if reason not in _SAYS_NOTHING and leg != "encode"]
         if len(failed) < 2 or not (request.record.prefill and self._local_prefill):
             return ""
         return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
@@ -262,9 +271,24 @@ class Flow:
             if not why:
                 assert prefill.facts is not None and decode.facts is not None
                 facts = prefill.facts, decode.facts
+        media = self._encoders.media(request) if self._fleet.sizes["encode"] else ()
         with Lease(decode, request.decode_tokens) as lease, _lease(prefill, request) as prefill_lease:
-            attempt = new_try(request, connector, prefill_lease, decode, token_ids=request.token_ids, facts=facts)
+            attempt = new_try(
+                request,
+                connector,
+                prefill_lease,
+                decode,
+                token_ids=request.token_ids,
+                facts=facts,
+                callbacks=self._callbacks,
+            )
             try:
+                if media:
+                    await self._encoders.encode(attempt, media, decode.group)
+                if prefill_lease is not None and connector.called_back:
+                    with self._callbacks.expect(attempt.id, connector, decode.url) as call:
+                        await self._together(attempt, prefill_lease, decode, lease, call)
+                    return
                 if prefill_lease is not None and connector.order == "concurrent":
                     await self._together(attempt, prefill_lease, decode, lease)
                     return
@@ -279,14 +303,24 @@ class Flow:
             finally:
                 self._put_away(attempt)
 
-    async def _together(self, attempt: Try, prefill_lease: Lease, decode: Backend, lease: Lease) -> None:
+    async def _together(
+        self, attempt: Try, prefill_lease: Lease, decode: Backend, lease: Lease, call: Call | None = None
+    ) -> None:
         """Both legs at once. Decode would wait for the KV cache of a prefill that has failed, so its leg is ended then;
-        once it answers, it has the cache, and what becomes of prefill is of no consequence to the client."""
+        once it answers, it has the cache, and what becomes of prefill is of no consequence to the client.
+
+        Arguments:
+            call: by which decode's engine asks for prefill, where it does. Before that, there is no prefill to run out.
+        """
         request, prefill, plan = attempt.request, prefill_lease.backend, attempt.plan
         assert plan.handoff is not None
         limbo = attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan.connector))
         request.record.stage = "prefill"
-        prefilling = asyncio.create_task(self._prefill(attempt, prefill_lease))
+        prefilling = asyncio.create_task(
+            self._prefill(attempt, prefill_lease)
+            if call is None
+            else self._prefill_when_called(attempt, prefill_lease, decode, call)
+        )
         decoding = asyncio.create_task(self._decode(attempt, decode, lease))
         try:
             await asyncio.wait((prefilling, decoding), return_when=asyncio.FIRST_COMPLETED)
@@ -297,12 +331,27 @@ class Flow:
             await decoding
         finally:
             await _ended(decoding)
-            if not prefilling.done() and (_went_well(decoding) or not plan.connector.prefill_may_be_cut):
+            unsent = call is not None and attempt.heard is None
+            if not (prefilling.done() or unsent) and (_went_well(decoding) or not plan.connector.prefill_may_be_cut):
                 attempt.runs_out = self._in_background(self._run_out(prefilling, prefill_lease))
             else:
                 await _ended(prefilling)
                 if not _went_well(prefilling):
                     limbo.close()  # it keeps nothing
+
+    async def _prefill_when_called(self, attempt: Try, lease: Lease, decode: Backend, call: Call) -> None:
+        """The prefill leg, once decode's engine has called back."""
+        lease.on_lost = call.fail
+        try:
+            attempt.heard = await call.wait(self._call_limit)
+        except BackendLost as error:
+            self._failed(attempt.request, lease.backend, "prefill", error)
+            raise
+        except BackendError as error:
+            self._fleet.failed(decode, error, "decode")
+            self._failed(attempt.request, decode, "decode", error)
+            raise
+        await self._prefill(attempt, lease)
 
     async def _run_out(self, prefilling: asyncio.Task[None], lease: Lease) -> None:
         """A prefill leg goes on without its request: nobody waits for it, but it is work for its engine."""

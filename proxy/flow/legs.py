@@ -28,10 +28,11 @@ from proxy.fleet.facts import Facts
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.judge import Judge
 from proxy.fleet.standing import LegName
+from proxy.flow.callbacks import Callbacks
 from proxy.flow.request import Request, new_id
 from proxy.handoff.connector import Connector, Handoff
 from proxy.handoff.continuation import Continuation
-from proxy.handoff.endpoints import LAYOUTS
+from proxy.handoff.endpoints import LAYOUTS, Members
 from proxy.handoff.first_token import FirstToken
 from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, Plan
@@ -101,6 +102,7 @@ class Try(msgspec.Struct):
         first: that token, once prefill has given it and it is to be used.
         rest: the plan for what comes behind it.
         runs_out: its prefill leg, where that goes on without it.
+        heard: what decode's engine has called back with, for its prefill leg.
     """
 
     request: Request
@@ -112,6 +114,7 @@ class Try(msgspec.Struct):
     first: FirstToken | None = None
     rest: Plan | None = None
     runs_out: asyncio.Task[None] | None = None
+    heard: Members | None = None
 
     def decode_leg(self) -> Leg:
         return (self.rest or self.plan).decode_leg(None if self.limbo is None else self.limbo.handoff)
@@ -148,15 +151,20 @@ def new_try(
     *,
     token_ids: bool = False,
     facts: tuple[Facts, Facts] | None = None,
+    callbacks: Callbacks | None = None,
 ) -> Try:
     """A try on a pair, or on one backend.
 
     Arguments:
         prefill: the lease for the prefill leg, where there is one.
         token_ids: ask decode for the ids of the tokens.
+        callbacks: where engines call back, for connectors by which they do.
     """
     name, meeting = new_id(), None
-    if prefill is not None and connector.meets:
+    if prefill is not None and connector.called_back:
+        assert callbacks is not None
+        name, meeting = callbacks.name(), connector.invite(callbacks.url)
+    elif prefill is not None and connector.meets:
         meeting = connector.meet(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
         name = meeting.id or name
     plan = Plan(
@@ -279,7 +287,20 @@ class Legs:
         Raises:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
         """
-        return await self._collect(backend, lease, "prefill", attempt.plan.prefill_leg(), attempt, self._prefill_limit)
+        return await self._collect(
+            backend, lease, "prefill", attempt.plan.prefill_leg(attempt.heard), attempt, self._prefill_limit
+        )
+
+    async def encode(self, attempt: Try, backend: Backend, lease: Lease, leg: Leg, number: int) -> bytes:
+        """One of a try's legs to encoders; returns the engine's answer.
+
+        Arguments:
+            number: of the leg, which has an id of its own.
+        Raises:
+            BackendError: it did not end in a 200 within `timeouts.prefill`.
+        """
+        child = msgspec.structs.replace(attempt, id=f"{attempt.id}:{number}")
+        return await self._collect(backend, lease, "encode", leg, child, self._prefill_limit)
 
     async def decode_whole(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants its answer in one piece."""

@@ -11,6 +11,7 @@ from proxy.fleet.budget import Permit
 from proxy.flow.stored import StoredResponses
 from proxy.handoff.body import Body
 from proxy.handoff.continuation import Continuation
+from proxy.handoff.encoder import Medium
 from proxy.relay.client import Client
 from proxy.relay.transcript import Transcript
 from proxy.telemetry.records import RequestRecord
@@ -38,6 +39,7 @@ class Request(msgspec.Struct):
         failed: the leg that failed last and the reason, for `note_retry`.
         prefill_tokens: what the prefill leg puts on its backend.
         decode_tokens: what the decode leg puts on its backend: the prompt's KV cache and the output to come.
+        media: its images, audio and video, once they have been looked for; empty where it has none.
     """
 
     body: Body
@@ -57,6 +59,7 @@ class Request(msgspec.Struct):
     failed: tuple[str, str] = ("", "")
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    media: tuple[Medium, ...] | None = None
 
     def __post_init__(self) -> None:
         self.prefill_tokens = self.body.prompt_tokens

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import msgspec
 
@@ -22,7 +22,8 @@ from proxy.errors import BackendError, GatewayError
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.standing import LegName
-from proxy.flow.legs import Legs, Limbo, new_try
+from proxy.flow.callbacks import Callbacks
+from proxy.flow.legs import Legs, Limbo, Try, new_try
 from proxy.flow.request import Request, new_id
 from proxy.handoff.body import read_body
 from proxy.handoff.connector import Connector
@@ -91,10 +92,17 @@ class _Mute:
 class Warmup:
     """Warms pairs up while it runs. A sink of request records, by which it hears of pairs that are warm already."""
 
-    def __init__(self, settings: Settings, fleet: Fleet, connectors: Mapping[str, Connector]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        connectors: Mapping[str, Connector],
+        callbacks: Callbacks | None = None,
+    ) -> None:
         self._on = settings.warmup
         self._fleet = fleet
         self._connectors = connectors
+        self._callbacks = callbacks or Callbacks(None)
         self._legs = Legs(settings, _Mute(), _Mute())
         self._warm: set[Pair] = set()
         self._waiting: dict[Pair, tuple[Backend, Backend]] = {}
@@ -135,7 +143,7 @@ class Warmup:
 
     def _came_up(self, backend: Backend) -> None:
         self._cool(backend)
-        if backend.role == "mixed":
+        if backend.role in ("mixed", "encode"):
             return
         own = self._fleet.pool(backend.role)
         others = [b for b in self._fleet.pool("decode" if backend.role == "prefill" else "prefill") if usable(b)]
@@ -180,11 +188,9 @@ class Warmup:
         request = Request(body, Nobody(), RequestRecord("completions"))
         connector = self._connectors[decode.connector]
         with Lease(decode, request.decode_tokens) as decode_lease, Lease(prefill, request.prefill_tokens) as lease:
-            attempt = new_try(request, connector, lease, decode)
-            if connector.order == "concurrent":
-                async with asyncio.TaskGroup() as legs:
-                    legs.create_task(self._legs.prefill(attempt, prefill, lease))
-                    legs.create_task(self._legs.decode_whole(attempt, decode, decode_lease))
+            attempt = new_try(request, connector, lease, decode, callbacks=self._callbacks)
+            if attempt.plan.handoff is not None:
+                await self._together(attempt, prefill, lease, decode, decode_lease)
                 return
             handoff, _ = attempt.plan.take(await self._legs.prefill(attempt, prefill, lease))
             lease.release()
@@ -195,6 +201,25 @@ class Warmup:
                 await self._legs.decode_whole(attempt, decode, decode_lease)
             finally:
                 attempt.limbo.close()
+
+    async def _together(
+        self, attempt: Try, prefill: Backend, lease: Lease, decode: Backend, decode_lease: Lease
+    ) -> None:
+        """Both legs at once, or prefill's when decode's engine has called."""
+        plan = attempt.plan
+        assert plan.handoff is not None
+        attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan.connector))
+        waits = plan.connector.called_back
+        called = self._callbacks.expect(attempt.id, plan.connector, decode.url) if waits else nullcontext()
+        try:
+            with called as call:
+                async with asyncio.TaskGroup() as legs:
+                    legs.create_task(self._legs.decode_whole(attempt, decode, decode_lease))
+                    if call is not None:
+                        attempt.heard = await call.wait(_PATIENCE)
+                    await self._legs.prefill(attempt, prefill, lease)
+        finally:
+            attempt.limbo.close()
 
 
 def usable(backend: Backend) -> bool:

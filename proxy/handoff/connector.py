@@ -92,6 +92,8 @@ class Connector:
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
         refused_release: engines refuse its `release` leg for what that says of tokens, and need not know the prompt.
         port: of `Coordinates`, where none is set.
+        called_back: decode's leg goes first, and its engine calls the gateway back once it has memory for the KV cache
+            (`invite`); prefill's leg waits for that, and says what the call said (`heard`). Of concurrent connectors.
     """
 
     name: ClassVar[str]
@@ -106,6 +108,7 @@ class Connector:
     prefill_may_be_cut: ClassVar[bool] = True
     refused_release: ClassVar[bool] = False
     port: ClassVar[int] = 0
+    called_back: ClassVar[bool] = False
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         """The prefill leg's body: a new mapping.
@@ -160,6 +163,18 @@ class Connector:
 
         Raises:
             ValueError: that is not what such an engine says.
+        """
+        raise NotImplementedError
+
+    def invite(self, url: str) -> Meeting:
+        """What decode is told so that its engine calls back at `url`. Only with `called_back`."""
+        raise NotImplementedError
+
+    def heard(self, call: bytes) -> Members:
+        """The members by which prefill's leg says what decode's engine has called back with; only with `called_back`.
+
+        Raises:
+            HandoffInvalid: that is not what such an engine says.
         """
         raise NotImplementedError
 

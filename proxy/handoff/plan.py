@@ -43,6 +43,7 @@ class Plan:
         answer_id: what engines are to call their answer, less its prefix, where they are told.
     Attributes:
         handoff: the hand-off, where it is known before prefill's answer.
+        encoded: what the engine that computes the prompt is told of media that were encoded elsewhere (`encoder.py`).
     """
 
     __slots__ = (
@@ -55,6 +56,7 @@ class Plan:
         "_token_ids",
         "answer_id",
         "connector",
+        "encoded",
         "handoff",
     )
 
@@ -79,11 +81,21 @@ class Plan:
         self._layout = LAYOUTS[body.endpoint]
         self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
         self.handoff = None if meeting is None else meeting.handoff
+        self.encoded: Members | None = None
 
-    def prefill_leg(self) -> Leg:
+    def prefill_leg(self, heard: Members | None = None) -> Leg:
+        """The prefill leg.
+
+        Arguments:
+            heard: what decode's engine has called back with, where it does.
+        """
         members = self.connector.prefill(self._members, self._body.endpoint, token=self._first_token)
         if self._meeting is not None:
             members.update(self._meeting.prefill)
+        if heard is not None:
+            members.update(heard)
+        if self.encoded is not None:
+            members.update(self.encoded)
         if (own_words := self._layout.own_words) is not None:
             members = own_words(members)
         return self._leg(members)
@@ -113,6 +125,8 @@ class Plan:
         headers = b""
         if handoff is None:
             members = dict(self._members)
+            if self.encoded is not None:
+                members.update(self.encoded)
         else:
             members = self.connector.decode(self._members, handoff)
             headers = handoff.headers

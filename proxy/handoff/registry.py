@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from proxy.handoff.ascend_layerwise import AscendLayerwise
 from proxy.handoff.connector import Connector
 from proxy.handoff.mooncake import Mooncake
 from proxy.handoff.mooncake_ascend import MooncakeAscend
 from proxy.handoff.nixl import Nixl
 
-_ALL: tuple[Connector, ...] = (Nixl(), MooncakeAscend(), Mooncake())
+_ALL: tuple[Connector, ...] = (
+    Nixl(),
+    MooncakeAscend(),
+    Mooncake(),
+    AscendLayerwise(),
+)
 CONNECTORS = {connector.name: connector for connector in _ALL}

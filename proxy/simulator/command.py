@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the simulator's flags."""
     default = SimulatorConfig()
     add = parser.add_argument
-    add("--role", choices=("prefill", "decode", "mixed"), default=default.role, help="what the engine calls itself")
+    add(
+        "--role",
+        choices=("prefill", "decode", "mixed", "encode"),
+        default=default.role,
+        help="what the engine calls itself",
+    )
     add("--host", default=default.host, help="address to listen on (%(default)s)")
     add("--port", type=int, default=8000, help="port of the API; 0 takes any free one (%(default)s)")
     add("--side-port", type=int, default=0, help="port hand-offs are pulled from; 0 takes any free one")
@@ -54,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lease", type=float, default=None, help="seconds a hand-off is kept (nixl 30, mooncake_ascend 480)")
     add("--handshake-timeout", type=float, default=default.handshake_timeout, help="seconds (%(default)s)")
     add("--connector", choices=tuple(SIDES), default=default.connector, help="(%(default)s)")
+    add(
+        "--encoder-connector",
+        choices=("none", "example", "cpu"),
+        default=default.encoder_connector,
+        help="how images come from encoders (%(default)s)",
+    )
+    add("--encoder-storage", default=default.encoder_storage, help="folder that encoders of kind example share")
+    add("--encode-time", type=float, default=default.encode_time, help="seconds that a medium takes (%(default)s)")
     policies = ("fail", "recompute")
     add("--load-failure-policy", choices=policies, default=default.load_failure_policy, help="(%(default)s)")
     add("--preemption", choices=("recompute", "report"), default=default.preemption, help="(%(default)s)")
@@ -89,6 +102,9 @@ def config_from(args: argparse.Namespace) -> SimulatorConfig:
         lease=args.lease,
         handshake_timeout=args.handshake_timeout,
         connector=args.connector,
+        encoder_connector=args.encoder_connector,
+        encoder_storage=args.encoder_storage,
+        encode_time=args.encode_time,
         load_failure_policy=args.load_failure_policy,
         preemption=args.preemption,
         stale_reads=args.stale_reads,

@@ -8,13 +8,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["prefill", "decode", "mixed"]
-Connector = Literal["nixl", "mooncake_ascend", "mooncake", "none"]
 Task = Literal["generate", "embed", "classify", "transcribe", "moderate", "any"]
 Surface = Literal["vllm", "nim", "openai"]
+Role = Literal["prefill", "decode", "mixed", "encode"]
+EncoderConnector = Literal["none", "example", "cpu"]
+Connector = Literal[
+    "nixl",
+    "mooncake_ascend",
+    "mooncake",
+    "ascend_layerwise",
+    "none",
+]
 
 # What the connectors pin a hand-off for when nothing is set: kv_lease_duration and the Ascend abort timeout.
-DEFAULT_LEASE = {"nixl": 30.0, "mooncake_ascend": 480.0, "mooncake": 480.0, "none": 0.0}
+# A decode engine that speaks ascend_layerwise waits for ever; here it gives up some time.
+DEFAULT_LEASE = {
+    "nixl": 30.0,
+    "mooncake_ascend": 480.0,
+    "mooncake": 480.0,
+    "ascend_layerwise": 480.0,
+    "none": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +57,9 @@ class SimulatorConfig:
     lease: float | None = None  # None: the connector's own (nixl 30, mooncake_ascend 480)
     handshake_timeout: float = 5.0  # as measured; tests want it small
     connector: Connector = "nixl"
+    encoder_connector: EncoderConnector = "none"
+    encoder_storage: str = ""  # where encoders of kind example leave what they made: shared_storage_path
+    encode_time: float = 0.0  # seconds that a medium takes
     load_failure_policy: Literal["fail", "recompute"] = "fail"  # vLLM's default
     preemption: Literal["recompute", "report"] = "recompute"  # report: vllm-ascend's stop_reason "recomputed"
     stale_reads: Literal["wrong", "memory"] = "wrong"  # memory: wrong only once the blocks were really used again
@@ -65,6 +82,10 @@ class SimulatorConfig:
         for name in ("blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if (self.encoder_connector == "example") != bool(self.encoder_storage):
+            raise ValueError("encoder_storage goes with the encoder connector example, and only with it")
+        if self.role == "encode" and self.encoder_connector == "none":
+            raise ValueError("an encoder needs an encoder connector")
         if not 0 <= self.eos_rate < 1:
             raise ValueError(f"eos_rate must be in [0, 1), got {self.eos_rate}")
         if self.lease is not None and self.lease <= 0:

@@ -6,6 +6,7 @@ Invariant: pure functions of what the engine produced; nothing here knows of soc
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Sequence as Items
 from typing import Any
@@ -266,3 +267,19 @@ def loads(body: bytes) -> Any:
         return msgspec.json.decode(body)
     except msgspec.DecodeError:
         return json.loads(body)
+
+
+def encoded(external_id: str, model: str, prompt_tokens: int, params: Object | None) -> Object:
+    """The body of an encoder's answer: it has sampled nothing."""
+    return {
+        "id": external_id,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": "stop"}
+        ],
+        "usage": usage(prompt_tokens, 0, None),
+        "kv_transfer_params": None,
+        "ec_transfer_params": params,
+    }

@@ -22,6 +22,7 @@ from proxy.simulator.connectors import SIDES
 from proxy.simulator.connectors.side import Transfer
 from proxy.simulator.errors import RequestError, engine_dead, internal_error
 from proxy.simulator.handoffs import Handoffs
+from proxy.simulator.media import Media
 from proxy.simulator.metrics import Stats
 from proxy.simulator.sequences import Sequence, Status
 from proxy.simulator.sidechannel import OutOfRange, Peers, TransferFailed
@@ -61,6 +62,7 @@ class Engine:
         self._died = died
         self.peers = Peers(config)
         self.side = SIDES[config.connector](self)
+        self.media = Media(self)
         self._queue: deque[Sequence] = deque()
         self._ready: deque[Sequence] = deque()  # their KV has come; only a place in the batch is missing
         self._loading: set[Sequence] = set()

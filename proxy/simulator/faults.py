@@ -28,7 +28,7 @@ Kind = Literal[
     "slow_body",
     "engine_death",
 ]
-Leg = Literal["any", "prefill", "decode", "local", "health", "pull"]
+Leg = Literal["any", "prefill", "decode", "local", "encode", "health", "pull"]
 Ending = Literal["reset", "close", "kill", "truncated", "garbage", "json", "error", "done", "end"]
 
 

@@ -50,6 +50,7 @@ class CommonFields(msgspec.Struct):
     response_format: Object | None = None
     structured_outputs: Object | None = None
     kv_transfer_params: Object | None = None
+    ec_transfer_params: Object | None = None
     echo: bool | None = None
 
 

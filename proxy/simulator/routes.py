@@ -326,8 +326,9 @@ class Routes:
         try:
             received.body = body = self._body(exchange)
             asked = what_is_asked(body) if exchange.path == "/inference/v1/generate" else body
-            transfer = self._sim.engine.side.transfer(asked, exchange.headers)
-            received.leg = transfer.leg
+            encoder = self._sim.config.role == "encode"
+            transfer = Transfer() if encoder else self._sim.engine.side.transfer(asked, exchange.headers)
+            received.leg = "encode" if encoder else transfer.leg
             self._sim.changed()
             mischief = self._sim.faults.draw(received.leg)
             if await self._misbehave(exchange, mischief):
@@ -339,6 +340,14 @@ class Routes:
                 received.aborted = True
                 self._sim.engine.let_go(transfer)
                 return
+            if encoder:
+                request = decode_chat(body, exchange.headers, self._sim.config)
+                params = await self._sim.engine.media.encode(body)
+                answer = encoding.encoded(request.external_id, request.model, len(request.prompts[0]), params)
+                exchange.respond(200, encoding.to_json(answer))
+                return
+            if exchange.path == "/v1/chat/completions" and transfer.leg != "decode":
+                body = await self._sim.engine.media.fetched(body)
             await self._infer(exchange, body, transfer, mischief, received, abandoned)
         except RequestError as error:
             if error.late:

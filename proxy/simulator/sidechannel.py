@@ -120,9 +120,11 @@ class Serving:
         handoffs: Handoffs,
         faults: Faults,
         page: Callable[[str], bytes | None],
+        told: Callable[[dict[str, Any]], dict[str, Any] | None],
     ) -> None:
         self.faults = faults
         self.page = page
+        self._told = told
         self._config = config
         self._engine_id = engine_id
         self._pool = pool
@@ -163,6 +165,8 @@ class Serving:
                 self._handoffs.renew(message["request_ids"])
             case "done":
                 self._handoffs.done(message["request_id"], read=message["read"])
+            case _:
+                return self._told(message)
         return None
 
 
@@ -256,6 +260,38 @@ class Peers:
             return contents
         finally:
             writer.close()
+
+    async def embedding(self, host: str, port: int, key: str) -> list[int] | None:
+        """What the encoder at ``host`` keeps as ``key``; None where it is not there, or keeps nothing by that name."""
+        try:
+            async with asyncio.timeout(self._patience):
+                reader, writer = await asyncio.open_connection(host, port)
+                try:
+                    found: list[int] | None = (await _ask(reader, writer, {"op": "embedding", "key": key}))["found"]
+                    return found
+                finally:
+                    writer.close()
+        except (OSError, EOFError, TimeoutError):
+            return None
+
+    async def push(self, host: str, port: int, engine_id: str, message: dict[str, Any]) -> None:
+        """Write KV into the engine at ``host``; it has taken it when this returns.
+
+        Raises:
+            TransferFailed: it is not there, is another one, or did not take it.
+        """
+        try:
+            async with asyncio.timeout(self._patience):
+                reader, writer = await asyncio.open_connection(host, port)
+                try:
+                    hello = await _ask(reader, writer, {"op": "hello"})
+                    if hello["engine_id"] != engine_id or hello["compatibility"] != compatibility(self._config):
+                        raise TransferFailed("another engine, or one of another kind")
+                    await _ask(reader, writer, message)
+                finally:
+                    writer.close()
+        except (OSError, EOFError, TimeoutError) as error:
+            raise TransferFailed(f"{host}:{port}: {error!r}") from error
 
     async def tell(self, host: str, port: int, message: dict[str, Any]) -> bool:
         """Send a notification; whether anybody took it."""

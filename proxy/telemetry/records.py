@@ -80,7 +80,7 @@ class RequestRecord(msgspec.Struct):
 
     Attributes:
         outcome: `ok`, `client_gone`, or the `code` of the error that ended it.
-        stage: where the request was when it ended: `admission`, `prefill`, `decode` (before the first token),
+        stage: where the request was when it ended: `admission`, `encode`, `prefill`, `decode` (before the first token),
             `stream` (after it).
         prefill, decode: URLs of the backends of the last try; `mixed` or local decode leaves prefill empty.
         decode_pool: `decode` or `mixed`.

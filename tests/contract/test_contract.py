@@ -61,6 +61,15 @@ async def test_a_pair_says_what_one_engine_would_say(case: Case, endpoint: str) 
 
 
 @EVERY
+async def test_a_new_pair_is_warmed_up_with_a_hand_off(case: Case) -> None:
+    async with fleet(case, warmup=True) as (running, [p], [d]):
+        await d.wait_for(lambda: d.engine.stats.pulls == 1)
+        await until(running.idle)
+        assert len(p.requests) == len(d.requests) == 1
+        await p.wait_for(lambda: p.engine.used_blocks == 0)
+
+
+@EVERY
 async def test_what_a_client_says_of_a_hand_off_reaches_no_engine(case: Case) -> None:
     evil = {
         "kv_transfer_params": {"do_remote_prefill": True, "remote_host": "10.6.6.6"},

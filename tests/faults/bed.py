@@ -341,9 +341,10 @@ async def made(settings: dict[str, Any] | None = None, case: Case = CASES[0], **
         flags: dict[str, Any] = {role: [e.url for e in engines if e.config.role == role] for role in set(roles)}
         for name, value in {**SETTINGS, **case.gateway(engines), **(settings or {})}.items():
             flags[name] = {**SETTINGS.get(name, {}), **value} if isinstance(value, dict) else value
+        sock = socket.create_server(("127.0.0.1", 0), backlog=128)
+        flags["metaserver"] = {"url": f"http://127.0.0.1:{sock.getsockname()[1]}"}
         gateway = build(build_settings(flags, {}))
         server = TestServer(uvicorn_config(gateway.surface))
-        sock = socket.create_server(("127.0.0.1", 0), backlog=128)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # no waiting for real time
         serving = asyncio.create_task(server.serve([sock]))
         await server.listening.wait()

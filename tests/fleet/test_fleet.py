@@ -189,7 +189,7 @@ def test_when_too_few_are_left_all_that_are_alive_are_candidates_again() -> None
     assert len(made.candidates("decode", None)) == 2
     made.take_out(at(made, "http://decode2"), "gone")
     assert urls(made.candidates("decode", None)) == ["http://decode0", "http://decode1", "http://decode3"]
-    assert dict(made.panicking()) == {"prefill": False, "decode": True, "mixed": False}
+    assert dict(made.panicking()) == {"prefill": False, "decode": True, "mixed": False, "encode": False}
     made.bring_in(at(made, "http://decode2"))
     assert urls(made.candidates("decode", None)) == ["http://decode2", "http://decode3"]
     assert dict(made.panicking())["decode"] is False

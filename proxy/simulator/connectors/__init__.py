@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from proxy.simulator.connectors.ascend_layerwise import AscendLayerwise
 from proxy.simulator.connectors.mooncake import Mooncake
 from proxy.simulator.connectors.pull import MooncakeAscend, Nixl
 from proxy.simulator.connectors.side import Side
@@ -10,5 +11,6 @@ SIDES: dict[str, type[Side]] = {
     "nixl": Nixl,
     "mooncake_ascend": MooncakeAscend,
     "mooncake": Mooncake,
+    "ascend_layerwise": AscendLayerwise,
     "none": Side,
 }

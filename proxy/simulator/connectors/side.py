@@ -59,6 +59,10 @@ class Side:
         """What the side port answers to a GET of ``path``, as JSON; None for 404."""
         return None
 
+    def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a message at the side port that only this connector knows is answered with, if with anything."""
+        return None
+
     # Prefill
 
     def key(self, sequence: Sequence) -> str:

@@ -1,0 +1,98 @@
+"""What the legs say where decode calls back, and which calls are believed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from proxy.errors import HandoffInvalid
+from proxy.handoff.body import read_body
+from proxy.handoff.plan import Plan
+from proxy.handoff.registry import CONNECTORS
+from proxy.settings import CALLED_BACK
+
+LAYERWISE = CONNECTORS["ascend_layerwise"]
+URL = "http://10.0.0.1:8000/v1/metaserver"
+CALL: dict[str, Any] = {
+    "token_ids": [],
+    "request_id": "cmpl-00112233445566778899aabbccddeeff-0",
+    "do_remote_prefill": False,
+    "do_remote_decode": True,
+    "remote_block_ids": [[4, 5, 6]],
+    "remote_block_size": [128],
+    "remote_engine_id": "e",
+    "remote_host": "10.0.0.9",
+    "remote_port": 5000,
+    "remote_tp_size": 2,
+    "remote_pcp_size": 1,
+    "remote_dcp_size": 1,
+    "remote_cached_tokens": 0,
+}
+
+
+def plan() -> Plan:
+    body = read_body(b'{"prompt": "a", "max_tokens": 9, "stop": ["x"]}', "completions")
+    return Plan(body, LAYERWISE, meeting=LAYERWISE.invite(URL))
+
+
+def heard(**changes: Any) -> Any:
+    said = {name: value for name, value in {**CALL, **changes}.items() if value is not ...}
+    return LAYERWISE.heard(json.dumps(said).encode())
+
+
+def test_the_settings_know_which_connectors_call_back() -> None:
+    assert {connector.name for connector in CONNECTORS.values() if connector.called_back} == CALLED_BACK
+
+
+def test_decode_is_told_whom_to_call_and_nothing_of_prefill() -> None:
+    leg = json.loads(plan().decode_leg(plan().handoff).body)
+    assert leg["kv_transfer_params"] == {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": URL}
+    assert (leg["max_tokens"], leg["stop"]) == (9, ["x"])
+
+
+def test_prefill_says_word_for_word_what_decode_has_called_back_with() -> None:
+    leg = json.loads(plan().prefill_leg(heard()).body)
+    assert leg["kv_transfer_params"] == CALL
+    assert (leg["max_tokens"], leg["min_tokens"], leg["stream"]) == (1, 1, False)
+    assert "stop" not in leg
+
+
+def test_what_only_newer_engines_say_of_their_side_is_passed_on() -> None:
+    params = json.loads(bytes(heard(remote_pp_size=2, remote_topology_id="t")["kv_transfer_params"]))
+    assert (params["remote_pp_size"], params["remote_topology_id"]) == (2, "t")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"remote_cached_tokens": ...},
+        {"remote_cached_tokens": -1},
+        {"remote_host": ...},
+        {"remote_host": ""},
+        {"remote_port": "5000"},
+        {"remote_port": 0},
+        {"remote_engine_id": None},
+        {"remote_block_ids": []},
+        {"remote_block_ids": [[]]},
+        {"remote_block_ids": [["4"]]},
+        {"remote_tp_size": 0},
+        {"do_remote_decode": False},
+        {"do_remote_prefill": True},
+        {"do_remote_decode": ...},
+        {"token_ids": ["1"]},
+        {"prompt_token_ids": [1, 2, 3]},
+        {"metaserver": "http://10.6.6.6"},
+    ],
+    ids=str,
+)
+def test_a_call_that_would_harm_prefill_or_say_more_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(HandoffInvalid):
+        heard(**changes)
+
+
+@pytest.mark.parametrize("call", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 100_000])
+def test_what_is_no_call_at_all_is_refused(call: bytes) -> None:
+    with pytest.raises(HandoffInvalid):
+        LAYERWISE.heard(call)
