@@ -2,9 +2,10 @@
 
 One stream's token events are alike but for the text and the id of the token. From one that was read and found to be an
 ordinary token event, `Passage` learns what stands before the text and behind it; from then on a read that is one whole
-chunk with such an event is passed on without being parsed. Everything else, and whatever is unlike in a single byte,
-goes the long way through the HTTP parser and the relay. So what passes here differs from a vetted event in the text of
-one JSON string (which holds no quote) and in digits behind it, and can hide neither an error nor an address.
+chunk with such an event is passed on without being parsed, and of several events that come together those at the front
+are taken as one piece. Everything else, and whatever is unlike in a single byte, goes the long way through the HTTP
+parser and the relay. So what passes here differs from a vetted event in the text of one JSON string (which holds no
+quote) and in digits around it, and can hide neither an error nor an address.
 
 These are the gateway's hottest lines: bytes methods on the read itself, one system call, and no call of our own.
 """
@@ -45,6 +46,9 @@ _CHUNK_HEADS = _ChunkHeads()
 _TEXT = re.compile(rb'(?:"delta":\{"\w+"|"text"):"')
 _IDS = b'"token_ids":['
 _HIDDEN = re.compile(rb',"(?:prompt_token_ids":null|token_ids":\[)')
+_ID = re.compile(rb'(?:,"prompt_token_ids":null)?,"token_ids":\[(\d+)\]')
+_EMPTY = b':""'
+_NOT_TEXT = b'"\r\n'
 _PLAIN = b'"finish_reason":null'
 _DIGITS = b"0123456789"
 _BRACKET, _BACKSLASH = ord("]"), ord("\\")
@@ -67,6 +71,7 @@ class Passage(asyncio.Protocol):
 
     __slots__ = (
         "_behind",
+        "_between",
         "_connection",
         "_counted",
         "_edit",
@@ -74,11 +79,13 @@ class Passage(asyncio.Protocol):
         "_head",
         "_ids",
         "_mid_length",
+        "_opening",
         "_prefix",
         "_prefix_length",
         "_shown",
         "_texts",
         "_times",
+        "_together",
         "_transcript",
         "clear",
         "pattern",
@@ -104,8 +111,11 @@ class Passage(asyncio.Protocol):
         self._behind = b""
         self._mid_length = 0
         self._shown = b""
-        self._times: list[float] = []
+        self._opening = b""  # what stands before an event's text, but for its digits
+        self._between = b""  # what stands between two texts, but for its digits; empty while no block may pass
+        self._times: list[float] = []  # of reads
         self._counted = 0
+        self._together = 0  # tokens that came with the one before them
         self.clear = False
         self.pattern = b""
         self.write: Callable[[bytes], object] | None = None
@@ -150,6 +160,52 @@ class Passage(asyncio.Protocol):
             self.clear = False
             self._connection.data_received(data)
 
+    def take(self, block: bytes) -> tuple[bytes, int, bytes]:
+        """Of events that came together, those at the front that are ordinary, as the client sees them; their number;
+        and the rest of the block. Their times are not noted here.
+
+        Arguments:
+            block: whole events, without the transfer's framing.
+        """
+        if self.pattern:
+            self._learn()
+        if not self._between:
+            return b"", 0, block
+        # Without its digits, such a block is `opening text between text between text ... behind`.
+        bare = block.translate(None, _DIGITS)
+        texts = bare.split(self._between)
+        if not texts[0].startswith(self._opening):
+            return b"", 0, block
+        texts[0] = texts[0][len(self._opening) :]
+        texts[-1], behind, more = texts[-1].partition(self._behind[:-2])
+        if not behind:
+            texts.pop()
+        count = len(texts)
+        every = b"".join(texts)
+        if every.translate(None, _NOT_TEXT) != every:
+            count = next(index for index, text in enumerate(texts) if text.translate(None, _NOT_TEXT) != text)
+        rest = b""
+        if more or not behind or count < len(texts):
+            rest = block.split(b"\n\n", count)[-1]
+            block = block[: len(block) - len(rest)]
+        if block.find(_EMPTY) >= 0:
+            return b"", 0, block + rest
+        shown = block
+        ids: list[bytes] = []
+        if self._ids is not None:
+            parts = _ID.split(block)
+            shown, ids = b"".join(parts[::2]), parts[1::2]
+            if len(ids) != count:
+                return b"", 0, block + rest
+        if self._edit is not None:
+            heads = shown.split(self._prefix)
+            if len(heads) != count + 1 or heads[0]:
+                return b"", 0, block + rest
+            shown = self._head.join(heads)
+        if self._ids is not None:
+            self._ids += ids
+        return shown, count, rest
+
     def _learn(self) -> None:
         """From now on, events that are as `pattern` is are passed on."""
         event, self.pattern = self.pattern, b""
@@ -178,12 +234,20 @@ class Passage(asyncio.Protocol):
         self._behind = (mid + rest + b"\r\n").translate(None, _DIGITS)
         self._mid_length = len(mid)
         self._shown = shown
+        self._opening = self._prefix.translate(None, _DIGITS)
+        self._between = b""
+        if self._texts is not None or not event.endswith(b"\n\n"):
+            return
+        if self._ids is None or b"".join(_ID.split(event)[::2]) == event[:end] + shown + rest.partition(b"]")[2]:
+            self._between = self._behind[:-2] + self._opening
 
     # The times of the tokens. The first in the list is the last one that was put away.
 
     def count(self, tokens: int, now: float) -> None:
         """Tokens have come the long way, in one read: between them there is no gap."""
-        self._times.extend([now] * tokens)
+        self._times.append(now)
+        self._counted += tokens - 1
+        self._together += tokens - 1
         if len(self._times) > _BATCH:
             self.fold()
 
@@ -210,6 +274,9 @@ class Passage(asyncio.Protocol):
             self._gaps.observe_all([after - before for before, after in pairwise(times)])
             self._counted += len(times) - 1
             del times[:-1]
+        if self._together:
+            self._gaps.observe_none(self._together)
+            self._together = 0
 
     # All else is the connection's.
 

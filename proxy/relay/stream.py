@@ -424,7 +424,16 @@ class StreamRelay:
                 if count == 1:
                     self._pattern = block
                 return block, count
-        return self._inspect(events.read(block), last)
+        passage = self._passage
+        if passage is None or passage.write is None:
+            return self._inspect(events.read(block), last)
+        shown, count, rest = passage.take(block)
+        if count and self._hollow:
+            shown, self._hollow = self._hollow + shown, b""
+        if not rest:
+            return shown, count
+        more, found = self._inspect(events.read(rest), last)
+        return shown + more, count + found
 
     def _inspect(self, found: list[tuple[bytes, bytes]], last: bool) -> tuple[bytes, int]:
         """Look at events with their payloads, one by one.
