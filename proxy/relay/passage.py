@@ -168,7 +168,7 @@ class Passage(asyncio.Protocol):
         Arguments:
             block: whole events, without the transfer's framing.
         """
-        if self.pattern:
+        if self.pattern and block.find(_PLAIN) >= 0:
             self._learn()
         if not self._between:
             return b"", 0, block

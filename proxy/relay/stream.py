@@ -37,6 +37,7 @@ from proxy.telemetry.records import Distribution
 _HELD_LIMIT = 64 * 1024 * 1024  # the ids of a prompt of a million tokens are 7 MB, and come before the first token
 _DOUBT = 1.0  # seconds of silence that are the last straw for a backend which fails its health checks
 _ERROR_BODY_LIMIT = 1024 * 1024
+_LARGE = 2048  # bytes of several events
 _FEW = 3  # events: an opening one, one with the prompt's ids, one like those that follow
 
 
@@ -299,7 +300,7 @@ class StreamRelay:
             return
         if block:
             self._pass_on(block, last)
-        if not self._done and self.live:
+        if not self._done and self.first_token is not None:
             self._open_passage()
 
     def end(self) -> None:
@@ -422,31 +423,30 @@ class StreamRelay:
 
     def _take(self, block: bytes, last: bool) -> tuple[bytes, int]:
         """What of a block the client is given, and the number of its token events."""
-        passage = self._passage
+        passage, live = self._passage, self.first_token is not None
         assert passage is not None
-        if self.live and self._edit.idle and not self._transcript.continuable:
+        if live and self._edit.idle and not self._transcript.continuable:
             count = block.count(b"\n\n")
             ordinary = count and count == block.count(b'"choices":[{') == block.count(b'"finish_reason":null')
             if ordinary and b"\r" not in block and block.find(HANDOFF_MARK) < 0 and not _ODD.search(block):
                 if count == 1:
                     passage.pattern = block
                 return block, count
-        shown, count = b"", 0
-        if not self.live and block.count(b"\n\n") > 2 * _FEW:
+        shown, count, rest = b"", 0, block
+        if not live and len(block) > _LARGE:
             # An answer that begins with many events at once: its first ones show what the others are like.
-            found = events.read(block)
-            shown, count = self._inspect(found[:_FEW], last=False)
+            rest = block.split(b"\n\n", _FEW)[-1]
+            shown, count = self._inspect(events.read(block[: len(block) - len(rest)]), False)
             if self._failure is not None:
                 return shown, count
-            block = b"".join([event for event, _ in found[_FEW:]])
-        if self._may_pass:
-            more, taken, block = passage.take(block)
+        if (live or count) and self._may_pass:
+            more, taken, rest = passage.take(rest)
             if taken:
                 shown += self._hollow + more
                 self._hollow = b""
                 count += taken
-        if block:
-            more, taken = self._inspect(events.read(block), last)
+        if rest:
+            more, taken = self._inspect(events.read(rest), last)
             shown += more
             count += taken
         return shown, count
