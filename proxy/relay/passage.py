@@ -5,7 +5,7 @@ ordinary token event, `Passage` learns what stands before the text and behind it
 chunk with such an event is passed on without being parsed, and of several events that come together those at the front
 are taken as one piece. Everything else, and whatever is unlike in a single byte, goes the long way through the HTTP
 parser and the relay. So what passes here differs from a vetted event in the text of one JSON string (which holds no
-quote) and in digits around it, and can hide neither an error nor an address.
+quote) and in digits behind it, and can hide neither an error nor an address.
 
 These are the gateway's hottest lines: bytes methods on the read itself, one system call, and no call of our own.
 """
@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from functools import lru_cache
+from itertools import pairwise, takewhile
 from time import monotonic
 
 from proxy.relay.edit import HANDOFF_MARK, Edit
@@ -46,14 +47,24 @@ _CHUNK_HEADS = _ChunkHeads()
 _TEXT = re.compile(rb'(?:"delta":\{"\w+"|"text"):"')
 _IDS = b'"token_ids":['
 _HIDDEN = re.compile(rb',"(?:prompt_token_ids":null|token_ids":\[)')
-_ID = re.compile(rb',"token_ids":\[(\d+)\]')  # it begins with a constant, which is searched for many times faster
-_NO_PROMPT = b',"prompt_token_ids":null'
-_EMPTY = b':""'
 _NOT_TEXT = b'"\r\n'
 _PLAIN = b'"finish_reason":null'
 _DIGITS = b"0123456789"
 _BRACKET, _BACKSLASH = ord("]"), ord("\\")
 _BATCH = 32  # tokens whose times and ids are put away together
+
+
+@lru_cache(64)
+def _form(mid: bytes, rest: bytes, with_id: bool) -> re.Pattern[bytes]:
+    """What stands behind the text of events that are alike, with two groups: the id, and what is behind that. Streams
+    of one engine share it; to compile it takes as long as some hundred tokens do.
+
+    Arguments:
+        mid: up to the id, or to some place if there is none.
+        rest: from the id on.
+    """
+    id_, tail = (rb"(\d+)\]", rest.partition(b"]")[2]) if with_id else (b"()", rest)
+    return re.compile(b"%b%b(%b)" % (re.escape(mid), id_, re.sub(rb"\d+", rb"\\d+", re.escape(tail))))
 
 
 class Passage(asyncio.Protocol):
@@ -72,15 +83,14 @@ class Passage(asyncio.Protocol):
 
     __slots__ = (
         "_behind",
-        "_between",
         "_connection",
         "_counted",
         "_edit",
+        "_form",
         "_gaps",
         "_head",
         "_ids",
         "_mid_length",
-        "_opening",
         "_prefix",
         "_prefix_length",
         "_shown",
@@ -112,8 +122,7 @@ class Passage(asyncio.Protocol):
         self._behind = b""
         self._mid_length = 0
         self._shown = b""
-        self._opening = b""  # what stands before an event's text, but for its digits
-        self._between = b""  # what stands between two texts, but for its digits; empty while no block may pass
+        self._form: re.Pattern[bytes] | None = None  # what is behind the text of ordinary events
         self._times: list[float] = []  # of reads
         self._counted = 0
         self._together = 0  # tokens that came with the one before them
@@ -170,42 +179,32 @@ class Passage(asyncio.Protocol):
         """
         if self.pattern and block.find(_PLAIN) >= 0:
             self._learn()
-        if not self._between:
+        if self._form is None:
             return b"", 0, block
-        # Without its digits, such a block is `opening text between text between text ... behind`.
-        bare = block.translate(None, _DIGITS)
-        texts = bare.split(self._between)
-        if not texts[0].startswith(self._opening):
-            return b"", 0, block
-        texts[0] = texts[0][len(self._opening) :]
-        texts[-1], behind, more = texts[-1].partition(self._behind[:-2])
-        if not behind:
-            texts.pop()
+        # `prefix text`, id, tail, `prefix text`, id, tail, ..., what is behind the last of them
+        parts = self._form.split(block)
+        rest = parts.pop()
+        prefix, length = self._prefix, self._prefix_length
+        texts = [said[length:] for said in parts[::3] if said.startswith(prefix)]
         count = len(texts)
         every = b"".join(texts)
-        if every.translate(None, _NOT_TEXT) != every:
-            count = next(index for index, text in enumerate(texts) if text.translate(None, _NOT_TEXT) != text)
-        rest = b""
-        if more or not behind or count < len(texts):
+        if 3 * count < len(parts) or not all(texts) or every.translate(None, _NOT_TEXT) != every:
+            heads = (said.startswith(prefix) and said[length:] for said in parts[::3])
+            ordinary = takewhile(lambda text: text and text.translate(None, _NOT_TEXT) == text, heads)
+            texts = list(ordinary)
+            count = len(texts)
             rest = block.split(b"\n\n", count)[-1]
-            block = block[: len(block) - len(rest)]
-        if block.find(_EMPTY) >= 0:
-            return b"", 0, block + rest
-        shown = block
-        ids: list[bytes] = []
+            del parts[3 * count :]
         if self._ids is not None:
-            parts = _ID.split(block)
-            shown, ids = b"".join(parts[::2]).replace(_NO_PROMPT, b""), parts[1::2]
-            if len(ids) != count:
-                return b"", 0, block + rest
+            self._ids += parts[1::3]
+            if self._texts is not None:
+                self._texts += texts
+        elif self._edit is None:
+            return block[: len(block) - len(rest)], count, rest
+        parts[1::3] = [self._shown] * count
         if self._edit is not None:
-            heads = shown.split(self._prefix)
-            if len(heads) != count + 1 or heads[0]:
-                return b"", 0, block + rest
-            shown = self._head.join(heads)
-        if self._ids is not None:
-            self._ids += ids
-        return shown, count, rest
+            parts[::3] = [self._head + text for text in texts]
+        return b"".join(parts), count, rest
 
     def _learn(self) -> None:
         """From now on, events that are as `pattern` is are passed on."""
@@ -223,7 +222,7 @@ class Passage(asyncio.Protocol):
             return
         if self._ids is not None and around.find(b'token_ids"') >= 0:
             return
-        shown = _HIDDEN.sub(b"", mid)
+        shown = mid if self._ids is None else _HIDDEN.sub(b"", mid)
         if self._ids is not None and shown.find(b'token_ids"') >= 0:
             return
         head = event[:text] if self._edit is None else self._edit.head(event, text)
@@ -235,12 +234,7 @@ class Passage(asyncio.Protocol):
         self._behind = (mid + rest + b"\r\n").translate(None, _DIGITS)
         self._mid_length = len(mid)
         self._shown = shown
-        self._opening = self._prefix.translate(None, _DIGITS)
-        self._between = b""
-        if self._texts is not None or not event.endswith(b"\n\n"):
-            return
-        if self._ids is None or b"".join(_ID.split(event)[::2]).replace(_NO_PROMPT, b"") == event[:end] + shown + rest.partition(b"]")[2]:
-            self._between = self._behind[:-2] + self._opening
+        self._form = _form(mid, rest, self._ids is not None) if event.endswith(b"\n\n") else None
 
     # The times of the tokens. The first in the list is the last one that was put away.
 
