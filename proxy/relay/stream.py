@@ -38,6 +38,7 @@ _HELD_LIMIT = 64 * 1024 * 1024  # the ids of a prompt of a million tokens are 7 
 _DOUBT = 1.0  # seconds of silence that are the last straw for a backend which fails its health checks
 _ERROR_BODY_LIMIT = 1024 * 1024
 _LARGE = 2048  # bytes of several events
+_MANY = 4  # tokens in one read
 _FEW = 3  # events: an opening one, one with the prompt's ids, one like those that follow
 
 
@@ -357,6 +358,8 @@ class StreamRelay:
         if count:
             passage.count(count, now)
         self._write(shown, last, count)
+        if count >= _MANY and not self._transcript.finished and self._connection is not None:
+            self._connection.rest(self._loop)
 
     def _hold(self, shown: bytes) -> None:
         self._held.append(shown)
