@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-import httpx
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
@@ -28,6 +27,7 @@ from proxy.api.surface import Surface
 from proxy.crew import Crew
 from proxy.fleet.backend import Backend
 from proxy.fleet.board import TICK, Exchange
+from proxy.fleet.control import control_client
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.flow.flow import Flow
@@ -94,11 +94,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     exchange = None if crew is None else Exchange(crew.board, crew.worker)
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
     key = settings.backend_api_key
-    http = httpx.AsyncClient(
-        timeout=settings.health.timeout,
-        headers={"authorization": f"Bearer {key.get_secret_value()}"} if key else None,
-        trust_env=False,  # backends are neighbours; an HTTP_PROXY variable is not meant for them
-    )
+    http = control_client(settings.health.timeout, key.get_secret_value() if key else None)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
