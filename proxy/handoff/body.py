@@ -97,7 +97,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         wants_usage=bool(options.get("include_usage")),
         wants_token_ids=bool(read.get("return_token_ids")),
         max_tokens=max_tokens,
-        prompt_tokens=_estimate_tokens(members, endpoint),
+        prompt_tokens=_estimate_tokens(raw, members, endpoint),
         alone=_why_alone(members, endpoint, read.get("n")),
     )
 
@@ -215,19 +215,21 @@ def _is_list_of_prompts(prompt: msgspec.Raw | None) -> bool:
 # Four bytes of English text make about a token; a base64 image of any size makes some hundreds to a thousand.
 _BYTES_PER_TOKEN = 4
 _TOKENS_PER_MEDIUM = 1000
+_MEDIUM = b";base64,"
 
 
-def _estimate_tokens(members: Members, endpoint: Endpoint) -> int:
+def _estimate_tokens(body: bytes | bytearray, members: Members, endpoint: Endpoint) -> int:
     raw = members.get("messages" if endpoint == "chat" else "prompt")
     size = 0 if raw is None else len(memoryview(raw))
     if tools := members.get("tools"):
         size += len(memoryview(tools))
     if raw is None or size < 16384:
         return size // _BYTES_PER_TOKEN + 1
-    text = bytes(raw)
-    if endpoint == "completions" and text[:1] == b"[":
-        return text.count(b",") + 1
-    media = text.split(b";base64,")
+    if endpoint == "completions" and memoryview(raw)[0] == ord("["):
+        return bytes(raw).count(b",") + 1
+    if body.find(_MEDIUM) < 0:
+        return size // _BYTES_PER_TOKEN + 1
+    media = bytes(raw).split(_MEDIUM)
     encoded = sum(part.find(b'"') for part in media[1:])
     return (size - encoded) // _BYTES_PER_TOKEN + _TOKENS_PER_MEDIUM * (len(media) - 1) + 1
 

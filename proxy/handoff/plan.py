@@ -18,15 +18,17 @@ from proxy.handoff.first_token import FirstToken
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 _encode = msgspec.json.Encoder().encode
+_LONG = 4096  # tokens, estimated
 _TRUE = msgspec.Raw(b"true")
 _WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 
 class Leg(msgspec.Struct, frozen=True):
-    """One upstream request: its path, its body, and headers beside the usual ones, as whole lines."""
+    """One upstream request: its path, its body, and headers beside the usual ones, as whole lines. The body comes in
+    pieces: a long prompt is one by itself, and not copied."""
 
     path: str
-    body: bytes
+    body: tuple[bytes | memoryview, ...]
     headers: bytes = b""
 
 
@@ -130,7 +132,13 @@ class Plan:
     def _leg(self, members: Members, headers: bytes = b"") -> Leg:
         if self._continuation is not None and self._body.endpoint == "chat":
             members = self._continuation.in_params(members)
-        return Leg(self._path, _encode(members), headers)
+        name = "messages" if self._body.endpoint == "chat" else "prompt"
+        if self._body.prompt_tokens < _LONG or name not in members:
+            return Leg(self._path, (_encode(members),), headers)
+        rest = dict(members)
+        prompt = memoryview(rest.pop(name))
+        comma = "," if rest else ""
+        return Leg(self._path, (_encode(rest)[:-1] + f'{comma}"{name}":'.encode(), prompt, b"}"), headers)
 
 
 def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:

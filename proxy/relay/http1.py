@@ -90,7 +90,7 @@ class Origin:
         self,
         path: str,
         headers: bytes,
-        body: bytes,
+        body: tuple[bytes | memoryview, ...],
         receiver: Receiver,
         *,
         within: float | None = None,
@@ -99,6 +99,7 @@ class Origin:
         """Send one request and return its connection; the answer goes to `receiver`.
 
         Arguments:
+            body: in pieces, which must not change before the exchange is over.
             within: seconds after which the request must no longer be sent, where that is less than the connect timeout.
             check: called once there is a connection; what it raises is raised, and nothing is sent.
         Raises:
@@ -112,7 +113,7 @@ class Origin:
             except BaseException:
                 connection.abort()
                 raise
-        connection.begin(receiver, self.request_head(path, headers, len(body)), body)
+        connection.begin(receiver, self.request_head(path, headers, sum(map(len, body))), body)
         return connection
 
     def close(self) -> None:
@@ -221,7 +222,7 @@ class Connection(asyncio.Protocol):
         """Whether a request can be written to it."""
         return self._transport is not None and not self._transport.is_closing()
 
-    def begin(self, receiver: Receiver, head: bytes, body: bytes) -> None:
+    def begin(self, receiver: Receiver, head: bytes, body: tuple[bytes | memoryview, ...]) -> None:
         """Start an exchange by writing its request."""
         assert self._receiver is None, "a connection serves one exchange at a time"
         self._receiver = receiver
@@ -233,10 +234,10 @@ class Connection(asyncio.Protocol):
             # The engine went away between the connection's birth and this write.
             self._lose(BackendCut(f"{self._origin.url} closed the connection", unread=True, blame=self._fresh))
             return
-        if len(body) < 4096:  # below, a copy is cheaper than a second buffer in the system call
-            self._transport.write(head + body)
+        if len(body) == 1 and len(body[0]) < 4096:  # a copy is cheaper than a second buffer in the system call
+            self._transport.write(head + body[0])
         else:
-            self._transport.writelines((head, body))
+            self._transport.writelines((head, *body))
 
     def abort(self) -> None:
         """End the exchange now; the engine sees its connection close and frees what the request held."""
