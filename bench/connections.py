@@ -1,10 +1,12 @@
-"""What an open connection costs: memory of a gateway with ten thousand idle clients, and with thousands of streams.
+"""What an open connection costs: memory of a gateway with ten thousand idle clients, with thousands of streams, and
+with some that have long prompts.
 
   .venv/bin/python -m bench --case connections
 
 Each kind is measured on a gateway of its own. Its resident memory with all connections open, less what it was before,
 is divided by their number. The kernel's socket buffers are not in it. As many streams are opened as files allow: each
-holds two sockets of the gateway, and a third for a while.
+holds two sockets of the gateway, and a third for a while. Of streams with long prompts it is the most that was seen
+from the first request on, since a body passes through more than one pair of hands on its way.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from bench.process import BenchError, free_port, rss_mib, running, wait_ready
 
 IDLE = 10_000
 STREAMS = 6_000
+LONG_STREAMS, LONG_PROMPT = 200, 400_000
 HOLD_S = 3.0  # how long all are open while memory is read
 LIMIT = "PD_PROXY_LIMITS__CONNECTIONS"  # the default allows as many as could all stream, which is fewer
 REQUEST = b"GET /health HTTP/1.1\r\nhost: bench\r\nuser-agent: bench\r\naccept: */*\r\n\r\n"
@@ -66,8 +69,8 @@ class Held:
 
 
 def report(program: Path, contender: Contender) -> str:
-    """Measures both kinds; gives a table."""
-    rows = [measure(program, contender, idle), measure(program, contender, streaming)]
+    """Measures each kind; gives a table."""
+    rows = [measure(program, contender, kind) for kind in (idle, streaming, long_prompts)]
     head = "| connections | open | MiB before | MiB with them | KiB each | MiB after |\n|---|---|---|---|---|---|"
     return "\n".join([head, *map(str, rows)])
 
@@ -108,23 +111,36 @@ def idle(_program: Path, pid: int, port: int, _decode: int) -> Held:
 
 def streaming(program: Path, pid: int, port: int, decode: int) -> Held:
     """Streams that all run at once."""
-    before = rss_mib(pid)
+    return _streams("streaming", program, pid, port, decode, STREAMS, STREAM.prompt_bytes)
+
+
+def long_prompts(program: Path, pid: int, port: int, decode: int) -> Held:
+    """Streams whose requests are large, all at once."""
+    kind = f"streaming, prompts of {LONG_PROMPT // 1000} kB"
+    return _streams(kind, program, pid, port, decode, LONG_STREAMS, LONG_PROMPT)
+
+
+def _streams(kind: str, program: Path, pid: int, port: int, decode: int, streams: int, prompt: int) -> Held:
+    before = most = rss_mib(pid)
     already = counted(decode)["decode"]
     argv = [str(program), "client", "--port", str(port), "--timeout-s", "120", "--tokens", str(STREAM.tokens)]
-    argv += ["--concurrency", str(STREAMS), "--requests", str(STREAMS), "--prompt-bytes", str(STREAM.prompt_bytes)]
+    argv += ["--concurrency", str(streams), "--requests", str(streams), "--prompt-bytes", str(prompt)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
         end = time.monotonic() + 60
-        while counted(decode)["decode"] - already < STREAMS:
+        while counted(decode)["decode"] - already < streams:
             if client.poll() is not None or time.monotonic() > end:
                 client.kill()
                 raise BenchError(f"not all streams began: {client.communicate()[1]}")
-            time.sleep(0.1)
+            most = max(most, rss_mib(pid))
+            time.sleep(0.01 if streams < STREAMS else 0.1)
         during = resident(pid)
+        if prompt >= LONG_PROMPT:
+            during = max(most, during)
         said, complaints = client.communicate(timeout=120)
-    if f'"ok":{STREAMS},' not in said:
+    if f'"ok":{streams},' not in said:
         raise BenchError(f"not all streams were whole: {complaints}{said}")
     time.sleep(2 * SETTLE_S)
-    return Held("streaming", STREAMS, before, during, rss_mib(pid))
+    return Held(kind, streams, before, during, rss_mib(pid))
 
 
 def resident(pid: int) -> float:

@@ -1,10 +1,10 @@
-"""How many instructions a short request costs in user space: the same number on a busy machine as on an idle one.
+"""How many instructions a request or a token costs in user space: the same number on a busy machine as on an idle one.
 
-A P/D request with a 1 kB prompt and a streamed answer of two tokens, through the whole gateway in one process, with
-transports that write nothing in place of sockets; valgrind's cachegrind counts. What the kernel does is not in it, so
-it is no measure of what a gateway costs, but it tells two versions apart where CPU time does not. Needs valgrind.
+P/D requests with streamed answers, through the whole gateway in one process, with transports that write nothing in
+place of sockets; valgrind's cachegrind counts. What the kernel does is not in it, so it is no measure of what a gateway
+costs, but it tells two versions apart where CPU time does not. Needs valgrind.
 
-  .venv/bin/python -m bench.instructions [resume=off ...]      settings of the gateway
+  .venv/bin/python -m bench.instructions [short|long|paced|flood|big] [resume=off ...]      settings of the gateway
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
@@ -29,12 +30,39 @@ from proxy.relay.http1 import Connection, Origin
 from proxy.relay.server import GatewayProtocol
 from proxy.settings import build_settings
 
-FEW, MANY = 200, 1200
 _COUNTED = "COUNTED_REQUESTS"
 _REFS = re.compile(r"I\s+refs:\s+([\d,]+)")
 
-_BODY = b'{"model":"m","messages":[{"role":"user","content":"%b"}],"stream":true,"max_tokens":2}' % (b"x" * 1000)
-_REQUEST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kind of request.
+
+    Attributes:
+        requests: so many more are counted in one of two runs than in the other.
+        more: tokens beyond two that an answer has; they are what is counted, where there are any.
+        together: tokens that come in one read.
+        pad: bytes that are added to a token's text.
+        prompt: bytes.
+    """
+
+    requests: int = 1000
+    more: int = 0
+    together: int = 1
+    pad: int = 0
+    prompt: int = 1000
+
+
+CASES = {
+    "short": Case(),
+    "long": Case(requests=100, prompt=400_000),
+    "paced": Case(requests=40, more=200),
+    "flood": Case(requests=40, more=200, together=20),
+    "big": Case(requests=40, more=200, pad=800),
+}
+_BODY = b'{"model":"m","messages":[{"role":"user","content":"%b"}],"stream":true,"max_tokens":%d}'
+_REQUEST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b"
+_READ = 256 * 1024  # what uvloop takes out of a socket at a time
 _PREFILLED = (
     b'{"id":"x","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"x"},'
     b'"finish_reason":"length"}],"usage":{"prompt_tokens":256,"total_tokens":257,"completion_tokens":1},'
@@ -51,18 +79,19 @@ def _event(data: bytes) -> bytes:
 
 
 @cache
-def _streamed(with_ids: bool) -> list[bytes]:
+def _streamed(case: Case, with_ids: bool) -> list[bytes]:
     """Decode's answer, read by read."""
-    ids = [b',"token_ids":[%d]' % token if with_ids else b"" for token in (300, 301)]
+    ids = [b',"token_ids":[%d]' % token if with_ids else b"" for token in range(300, 302 + case.more)]
     prompt = b',"prompt_token_ids":[%b]' % b",".join(b"%d" % token for token in range(256)) if with_ids else b""
     role = b'%b{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]%b}'
-    token = b'%b{"index":0,"delta":{"content":" tok"},"logprobs":null,"finish_reason":%b%b}]}'
-    first = token % (_HEAD, b"null", ids[0])
-    second = token % (_HEAD, b'"length"', ids[1])
-    usage = _HEAD + b'],"usage":{"prompt_tokens":256,"total_tokens":258,"completion_tokens":2}}'
+    token = b'%b{"index":0,"delta":{"content":" tok%b"},"logprobs":null,"finish_reason":%b%b}]}'
+    first, *more = [_event(token % (_HEAD, b"y" * case.pad, b"null", its)) for its in ids[:-1]]
+    last = _event(token % (_HEAD, b"y" * case.pad, b'"length"', ids[-1]))
+    usage = _event(_HEAD + b'],"usage":{"prompt_tokens":256,"total_tokens":258,"completion_tokens":2}}')
     return [
-        _STREAM + _event(role % (_HEAD, prompt)) + _event(first),
-        _event(second) + _event(usage) + _event(b"[DONE]") + b"0\r\n\r\n",
+        _STREAM + _event(role % (_HEAD, prompt)) + first,
+        *[b"".join(more[start : start + case.together]) for start in range(0, case.more, case.together)],
+        last + usage + _event(b"[DONE]") + b"0\r\n\r\n",
     ]
 
 
@@ -93,9 +122,10 @@ class _Transport(asyncio.Transport):
 class _Engine(_Transport):
     """The engine's end: answers each request in the next turns of the loop."""
 
-    def __init__(self, protocol: asyncio.Protocol) -> None:
+    def __init__(self, protocol: asyncio.Protocol, case: Case) -> None:
         super().__init__()
         self._protocol = protocol
+        self._case = case
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = cast(asyncio.Protocol, protocol)
@@ -103,18 +133,18 @@ class _Engine(_Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         data = bytes(data)
         prefill = b'"do_remote_decode":true' in data
-        self._deliver(_WHOLE if prefill else _streamed(b"return_token_ids" in data))
+        self._deliver(iter(_WHOLE if prefill else _streamed(self._case, b"return_token_ids" in data)))
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         self.write(b"".join(list_of_data))
 
-    def _deliver(self, reads: list[bytes]) -> None:
-        if reads:
-            asyncio.get_running_loop().call_soon(self._next, reads)
+    def _deliver(self, reads: Iterator[bytes]) -> None:
+        if data := next(reads, None):
+            asyncio.get_running_loop().call_soon(self._next, data, reads)
 
-    def _next(self, reads: list[bytes]) -> None:
-        self._protocol.data_received(reads[0])
-        self._deliver(reads[1:])
+    def _next(self, data: bytes, reads: Iterator[bytes]) -> None:
+        self._protocol.data_received(data)
+        self._deliver(reads)
 
 
 class _Client(_Transport):
@@ -129,40 +159,43 @@ class _Client(_Transport):
             self.whole.set_result(None)
 
 
-async def _connect(origin: Origin, kind: type[Connection], patience: float) -> Connection:
-    connection = kind(origin)
-    connection.connection_made(_Engine(connection))
-    return connection
-
-
-async def serve(requests: int, flags: list[str]) -> None:
+async def serve(case: Case, requests: int, flags: list[str]) -> None:
     """Serve so many requests, one after the other."""
+
+    async def connect(origin: Origin, kind: type[Connection], patience: float) -> Connection:
+        connection = kind(origin)
+        connection.connection_made(_Engine(connection, case))
+        return connection
+
     backends = {"prefill": ["http://127.0.0.1:1"], "decode": ["http://127.0.0.1:2"], "warmup": False}
     gateway = build(build_settings(backends | dict(flag.split("=", 1) for flag in flags), {}))
     for backend in gateway.fleet:
         backend.models = {"m": {"id": "m"}}  # as its first probe would have found
         gateway.fleet.bring_in(backend)
-    Origin.connect = _connect  # type: ignore[method-assign, assignment]
+    Origin.connect = connect  # type: ignore[method-assign, assignment]
     config = uvicorn_config(gateway.surface)
     config.load()
     protocol = GatewayProtocol(config=config, server_state=ServerState(), app_state={})
     client = _Client()
     protocol.connection_made(client)
+    body = _BODY % (b"x" * case.prompt, 2 + case.more)
+    request = _REQUEST % (len(body), body)
     for _ in range(requests):
         client.whole = asyncio.get_running_loop().create_future()
-        protocol.data_received(_REQUEST)
+        for start in range(0, len(request), _READ):
+            protocol.data_received(request[start : start + _READ])
         await client.whole
 
 
-def count(requests: int, flags: list[str]) -> int:
+def count(name: str, more: int, requests: int, flags: list[str]) -> int:
     """Instructions of a process that serves so many requests and ends."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         raise BenchError("valgrind is missing; apt-get install valgrind")
     command = [valgrind, "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
     done = subprocess.run(
-        [*command, sys.executable, "-m", "bench.instructions", *flags],
-        env={**os.environ, _COUNTED: str(requests), "PYTHONHASHSEED": "0"},
+        [*command, sys.executable, "-m", "bench.instructions", name, *flags],
+        env={**os.environ, _COUNTED: f"{requests} {more}", "PYTHONHASHSEED": "0"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -174,16 +207,24 @@ def count(requests: int, flags: list[str]) -> int:
     return int(found[1].replace(",", ""))
 
 
-def main(flags: list[str]) -> int:
-    if requests := os.environ.get(_COUNTED):
-        uvloop.run(serve(int(requests), flags))
+def main(arguments: list[str]) -> int:
+    name, flags = (arguments[0], arguments[1:]) if arguments and arguments[0] in CASES else ("short", arguments)
+    case = CASES[name]
+    if counted := os.environ.get(_COUNTED):
+        requests, more = map(int, counted.split())
+        uvloop.run(serve(replace(case, more=more), requests, flags))
         return 0
     try:
-        each = (count(MANY, flags) - count(FEW, flags)) / (MANY - FEW)
+        if case.more:  # what more tokens cost in as many requests
+            spent = count(name, case.more, case.requests, flags) - count(name, 0, case.requests, flags)
+            each = spent / case.requests / case.more
+        else:
+            few = case.requests // 5
+            each = (count(name, 0, few + case.requests, flags) - count(name, 0, few, flags)) / case.requests
     except BenchError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{each / 1000:.0f} thousand instructions a request")
+    print(f"{name}: {each / 1000:.1f} thousand instructions a {'token' if case.more else 'request'}")
     return 0
 
 

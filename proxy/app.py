@@ -11,7 +11,6 @@ from secrets import token_bytes
 from time import monotonic
 from typing import Any
 
-import httpx
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
@@ -31,6 +30,7 @@ from proxy.api.surface import Surface
 from proxy.crew import Crew
 from proxy.fleet.backend import Backend
 from proxy.fleet.board import TICK, Exchange
+from proxy.fleet.control import control_client
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.flow.callbacks import Callbacks
@@ -101,11 +101,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
     stored = StoredResponses(_shared_secret(settings, crew))
     key = settings.backend_api_key
-    http = httpx.AsyncClient(
-        timeout=settings.health.timeout,
-        headers={"authorization": f"Bearer {key.get_secret_value()}"} if key else None,
-        trust_env=False,  # backends are neighbours; an HTTP_PROXY variable is not meant for them
-    )
+    http = control_client(settings.health.timeout, key.get_secret_value() if key else None)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -410,7 +410,7 @@ class Legs:
         named = {} if model is None else {"model": model}
         body = msgspec.json.encode({**named, "tokens": msgspec.Raw(b"[%b]" % ids)})
         receiver = self._collected(backend)
-        receiver.connection = await self.origin(backend).send("/detokenize", self.authorization, body, receiver)
+        receiver.connection = await self.origin(backend).send("/detokenize", self.authorization, (body,), receiver)
         answer = await receiver.wait(self._aside_limit)
         if receiver.status != 200:
             raise engine_error(backend.url, receiver.status, receiver.headers, answer)

@@ -271,7 +271,7 @@ class Single:
         headers = b"x-request-id: %b\r\n%b" % (new_id().encode("ascii"), self._legs.authorization)
         try:
             if isinstance(body, bytes):
-                carry.connection = await origin.send(request.path, headers, body, carry)
+                carry.connection = await origin.send(request.path, headers, (body,), carry)
                 lease.on_lost = carry.fail
                 carry.sent()
                 await carry.answered

@@ -111,7 +111,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         wants_usage=bool(options.get("include_usage")) or not layout.asks_usage,
         wants_token_ids=bool(read.get("return_token_ids")),
         max_tokens=max_tokens,
-        prompt_tokens=_estimate_tokens(members, endpoint, layout.prompt),
+        prompt_tokens=_estimate_tokens(raw, members, endpoint, layout.prompt),
         alone=alone,
         follows=read.get("previous_response_id") or "",
         stored=endpoint == "responses" and read.get("store") is not False,
@@ -296,9 +296,10 @@ def _is_list_of_prompts(prompt: msgspec.Raw | None) -> bool:
 # Four bytes of English text make about a token; a base64 image of any size makes some hundreds to a thousand.
 _BYTES_PER_TOKEN = 4
 _TOKENS_PER_MEDIUM = 1000
+_MEDIUM = b";base64,"
 
 
-def _estimate_tokens(members: Members, endpoint: Endpoint, parts: tuple[str, ...]) -> int:
+def _estimate_tokens(body: bytes | bytearray, members: Members, endpoint: Endpoint, parts: tuple[str, ...]) -> int:
     raw = members.get(parts[0])
     size = 0 if raw is None else len(memoryview(raw))
     for name in parts[1:]:
@@ -308,10 +309,11 @@ def _estimate_tokens(members: Members, endpoint: Endpoint, parts: tuple[str, ...
         return 1 if raw is None else bytes(raw).count(b",") + 1
     if raw is None or size < 16384:
         return size // _BYTES_PER_TOKEN + 1
-    text = bytes(raw)
-    if endpoint == "completions" and text[:1] == b"[":
-        return text.count(b",") + 1
-    media = text.split(b";base64,")
+    if endpoint == "completions" and memoryview(raw)[0] == ord("["):
+        return bytes(raw).count(b",") + 1
+    if body.find(_MEDIUM) < 0:
+        return size // _BYTES_PER_TOKEN + 1
+    media = bytes(raw).split(_MEDIUM)
     encoded = sum(part.find(b'"') for part in media[1:])
     return (size - encoded) // _BYTES_PER_TOKEN + _TOKENS_PER_MEDIUM * (len(media) - 1) + 1
 

@@ -127,7 +127,7 @@ def encode_leg(body: Body, media: Sequence[Medium]) -> Leg:
     """The leg that has some media encoded. An encoder never samples, so nothing bounds its answer."""
     messages = [{"role": "user", "content": [medium.part for medium in media]}]
     members = {name: body.members[name] for name in _ALONG if name in body.members}
-    return Leg(LAYOUTS["chat"].path, _encode({**members, "messages": messages, "stream": _FALSE}))
+    return Leg(LAYOUTS["chat"].path, (_encode({**members, "messages": messages, "stream": _FALSE}),))
 
 
 def read_encoded(answer: bytes, count: int) -> dict[str, msgspec.Raw]:

@@ -17,16 +17,18 @@ from proxy.handoff.endpoints import LAYOUTS, Members
 from proxy.handoff.first_token import FirstToken
 
 _encode = msgspec.json.Encoder().encode
+_LONG = 4096  # tokens, estimated
 _TRUE = msgspec.Raw(b"true")
 _SOME = msgspec.Raw(b'"."')
 _WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 
 class Leg(msgspec.Struct, frozen=True):
-    """One upstream request: its path, its body, and headers beside the usual ones, as whole lines."""
+    """One upstream request: its path, its body, and headers beside the usual ones, as whole lines. The body comes in
+    pieces: a long prompt is one by itself, and not copied."""
 
     path: str
-    body: bytes
+    body: tuple[bytes | memoryview, ...]
     headers: bytes = b""
 
 
@@ -151,7 +153,7 @@ class Plan:
             members = {"prompt": _SOME, **{name: members[name] for name in ("model",) if name in members}}
             released = self.connector.release(members, handoff, sent=sent)
             path = LAYOUTS["completions"].path
-            return None if released is None else Leg(path, _encode(released), handoff.headers)
+            return None if released is None else Leg(path, (_encode(released),), handoff.headers)
         released = self.connector.release(members, handoff, sent=sent)
         if released is not None and own_words is not None:
             released = own_words(released)
@@ -163,7 +165,13 @@ class Plan:
             members = self._continuation.in_params(members)
         elif layout.id_member:
             members[layout.id_member] = msgspec.Raw(_encode(layout.id_prefix + self.answer_id))
-        return Leg(layout.path, _encode(members), headers)
+        name = layout.prompt[0]
+        if self._body.prompt_tokens < _LONG or name not in members:
+            return Leg(layout.path, (_encode(members),), headers)
+        rest = dict(members)
+        prompt = memoryview(rest.pop(name))
+        comma = "," if rest else ""
+        return Leg(layout.path, (_encode(rest)[:-1] + f'{comma}"{name}":'.encode(), prompt, b"}"), headers)
 
 
 def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:

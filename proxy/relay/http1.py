@@ -26,6 +26,7 @@ from proxy.relay.deadlines import Deadlines
 # request meets a closing connection.
 KEEPALIVE = 4.0
 HEAD_LIMIT = 64 * 1024
+_REST = 0.005  # seconds
 
 C = TypeVar("C", bound="Connection")
 
@@ -65,6 +66,7 @@ class Origin:
         self._host_header = parts.netloc.rpartition("@")[2].encode("ascii")
         self._idle: deque[Connection] = deque()
         self._closed = False
+        self.rests = Deadlines(_REST)
 
     def request_head(self, path: str, headers: bytes, length: int) -> bytes:
         """The head of a JSON POST: `headers` are whole lines, each ending in CRLF."""
@@ -88,7 +90,7 @@ class Origin:
         self,
         path: str,
         headers: bytes,
-        body: bytes,
+        body: tuple[bytes | memoryview, ...],
         receiver: Receiver,
         *,
         within: float | None = None,
@@ -97,6 +99,7 @@ class Origin:
         """Send one request and return its connection; the answer goes to `receiver`.
 
         Arguments:
+            body: in pieces, which must not change before the exchange is over.
             within: seconds after which the request must no longer be sent, where that is less than the connect timeout.
             check: called once there is a connection; what it raises is raised, and nothing is sent.
         Raises:
@@ -110,7 +113,7 @@ class Origin:
             except BaseException:
                 connection.abort()
                 raise
-        connection.begin(receiver, self.request_head(path, headers, len(body)), body)
+        connection.begin(receiver, self.request_head(path, headers, sum(map(len, body))), body)
         return connection
 
     def close(self) -> None:
@@ -182,7 +185,9 @@ class Connection(asyncio.Protocol):
         "_in_head",
         "_origin",
         "_parser",
+        "_paused",
         "_receiver",
+        "_resting",
         "_reusable",
         "_surplus",
         "_transport",
@@ -205,6 +210,8 @@ class Connection(asyncio.Protocol):
         self._reusable = False
         self._surplus = False
         self._diverted = False
+        self._paused = False
+        self._resting = False
         self.between_chunks = False
         self.idle_since = 0.0
 
@@ -215,7 +222,7 @@ class Connection(asyncio.Protocol):
         """Whether a request can be written to it."""
         return self._transport is not None and not self._transport.is_closing()
 
-    def begin(self, receiver: Receiver, head: bytes, body: bytes) -> None:
+    def begin(self, receiver: Receiver, head: bytes, body: tuple[bytes | memoryview, ...]) -> None:
         """Start an exchange by writing its request."""
         assert self._receiver is None, "a connection serves one exchange at a time"
         self._receiver = receiver
@@ -227,10 +234,10 @@ class Connection(asyncio.Protocol):
             # The engine went away between the connection's birth and this write.
             self._lose(BackendCut(f"{self._origin.url} closed the connection", unread=True, blame=self._fresh))
             return
-        if len(body) < 4096:  # below, a copy is cheaper than a second buffer in the system call
-            self._transport.write(head + body)
+        if len(body) == 1 and len(body[0]) < 4096:  # a copy is cheaper than a second buffer in the system call
+            self._transport.write(head + body[0])
         else:
-            self._transport.writelines((head, body))
+            self._transport.writelines((head, *body))
 
     def abort(self) -> None:
         """End the exchange now; the engine sees its connection close and frees what the request held."""
@@ -246,10 +253,25 @@ class Connection(asyncio.Protocol):
 
     def pause(self) -> None:
         """Stop reading, so that a slow client slows its engine and not our memory."""
+        self._paused = True
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
+    def rest(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Do not read for `_REST` seconds: so much comes that it is cheaper taken together."""
+        if self._transport is not None and not self._resting and not self._transport.is_closing():
+            self._resting = True
+            self._transport.pause_reading()
+            self._origin.rests.watch(self, loop)
+
+    def overdue(self, seconds: float) -> None:
+        """It has rested."""
+        self._resting = False
+        if not self._paused and self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
     def resume(self) -> None:
+        self._paused = False
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
@@ -357,6 +379,10 @@ class Connection(asyncio.Protocol):
                 self._diverted = False
                 transport.set_protocol(self)
             transport.resume_reading()
+            self._paused = False
+            if self._resting:
+                self._resting = False
+                self._origin.rests.forget(self)
             self._origin.give(self)
         else:
             self.abort()

@@ -2,9 +2,10 @@
 
 One stream's token events are alike but for the text and the id of the token. From one that was read and found to be an
 ordinary token event, `Passage` learns what stands before the text and behind it; from then on a read that is one whole
-chunk with such an event is passed on without being parsed. Everything else, and whatever is unlike in a single byte,
-goes the long way through the HTTP parser and the relay. So what passes here differs from a vetted event in the text of
-one JSON string (which holds no quote) and in digits behind it, and can hide neither an error nor an address.
+chunk with such an event is passed on without being parsed, and of several events that come together those at the front
+are taken as one piece. Everything else, and whatever is unlike in a single byte, goes the long way through the HTTP
+parser and the relay. So what passes here differs from a vetted event in the text of one JSON string (which holds no
+quote) and in digits behind it, and can hide neither an error nor an address.
 
 These are the gateway's hottest lines: bytes methods on the read itself, one system call, and no call of our own.
 """
@@ -14,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from functools import lru_cache
+from itertools import pairwise, takewhile
 from time import monotonic
 
 from proxy.relay.edit import HANDOFF_MARK, Edit
@@ -45,10 +47,24 @@ _CHUNK_HEADS = _ChunkHeads()
 _TEXT = re.compile(rb'(?:"delta":\{"\w+"|"text"):"')
 _IDS = b'"token_ids":['
 _HIDDEN = re.compile(rb',"(?:prompt_token_ids":null|token_ids":\[)')
+_NOT_TEXT = b'"\r\n'
 _PLAIN = b'"finish_reason":null'
 _DIGITS = b"0123456789"
 _BRACKET, _BACKSLASH = ord("]"), ord("\\")
 _BATCH = 32  # tokens whose times and ids are put away together
+
+
+@lru_cache(64)
+def _form(mid: bytes, rest: bytes, with_id: bool) -> re.Pattern[bytes]:
+    """What stands behind the text of events that are alike, with two groups: the id, and what is behind that. Streams
+    of one engine share it; to compile it takes as long as some hundred tokens do.
+
+    Arguments:
+        mid: up to the id, or to some place if there is none.
+        rest: from the id on.
+    """
+    id_, tail = (rb"(\d+)\]", rest.partition(b"]")[2]) if with_id else (b"()", rest)
+    return re.compile(b"%b%b(%b)" % (re.escape(mid), id_, re.sub(rb"\d+", rb"\\d+", re.escape(tail))))
 
 
 class Passage(asyncio.Protocol):
@@ -66,10 +82,12 @@ class Passage(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_around",
         "_behind",
         "_connection",
         "_counted",
         "_edit",
+        "_form",
         "_gaps",
         "_head",
         "_ids",
@@ -79,6 +97,7 @@ class Passage(asyncio.Protocol):
         "_shown",
         "_texts",
         "_times",
+        "_together",
         "_transcript",
         "clear",
         "pattern",
@@ -104,8 +123,11 @@ class Passage(asyncio.Protocol):
         self._behind = b""
         self._mid_length = 0
         self._shown = b""
-        self._times: list[float] = []
+        self._around = 0
+        self._form: re.Pattern[bytes] | None = None  # what is behind the text of ordinary events
+        self._times: list[float] = []  # of reads
         self._counted = 0
+        self._together = 0  # tokens that came with the one before them
         self.clear = False
         self.pattern = b""
         self.write: Callable[[bytes], object] | None = None
@@ -128,17 +150,20 @@ class Passage(asyncio.Protocol):
             ids = self._ids
             if ids is None:
                 if self._edit is not None:
-                    event = self._head + data[text:]
-                    data = b"%x\r\n%b" % (len(event) - 2, event)
+                    data = data[text:]
+                    data = b"%x\r\n%b%b" % (len(self._head) + len(data) - 2, self._head, data)
                 self.write(data)  # type: ignore[misc]  # it is set whenever `clear` is
             else:
                 # `behind` is `mid id ] tail`; the client gets `shown tail`.
                 stop = behind.find(b"]")
                 ids.append(behind[self._mid_length : stop])
+                said, tail = data[text:end], behind[stop + 1 :]
                 if self._texts is not None:
-                    self._texts.append(data[text:end])
-                event = self._head + data[text:end] + self._shown + behind[stop + 1 :]
-                self.write(b"%x\r\n%b" % (len(event) - 2, event))  # type: ignore[misc]
+                    self._texts.append(said)
+                self.write(  # type: ignore[misc]
+                    # Put together at once: a large event is copied once and not four times.
+                    b"%x\r\n%b%b%b%b" % (self._around + len(said) + len(tail), self._head, said, self._shown, tail)
+                )
             times = self._times
             times.append(monotonic())
             if len(times) > _BATCH:
@@ -149,6 +174,42 @@ class Passage(asyncio.Protocol):
         else:
             self.clear = False
             self._connection.data_received(data)
+
+    def take(self, block: bytes) -> tuple[bytes, int, bytes]:
+        """Of events that came together, those at the front that are ordinary, as the client sees them; their number;
+        and the rest of the block. Their times are not noted here.
+
+        Arguments:
+            block: whole events, without the transfer's framing.
+        """
+        if self.pattern and block.find(_PLAIN) >= 0:
+            self._learn()
+        if self._form is None:
+            return b"", 0, block
+        # `prefix text`, id, tail, `prefix text`, id, tail, ..., what is behind the last of them
+        parts = self._form.split(block)
+        rest = parts.pop()
+        prefix, length = self._prefix, self._prefix_length
+        texts = [said[length:] for said in parts[::3] if said.startswith(prefix)]
+        count = len(texts)
+        every = b"".join(texts)
+        if 3 * count < len(parts) or not all(texts) or every.translate(None, _NOT_TEXT) != every:
+            heads = (said.startswith(prefix) and said[length:] for said in parts[::3])
+            ordinary = takewhile(lambda text: text and text.translate(None, _NOT_TEXT) == text, heads)
+            texts = list(ordinary)
+            count = len(texts)
+            rest = block.split(b"\n\n", count)[-1]
+            del parts[3 * count :]
+        if self._ids is not None:
+            self._ids += parts[1::3]
+            if self._texts is not None:
+                self._texts += texts
+        elif self._edit is None:
+            return block[: len(block) - len(rest)], count, rest
+        parts[1::3] = [self._shown] * count
+        if self._edit is not None:
+            parts[::3] = [self._head + text for text in texts]
+        return b"".join(parts), count, rest
 
     def _learn(self) -> None:
         """From now on, events that are as `pattern` is are passed on."""
@@ -166,7 +227,7 @@ class Passage(asyncio.Protocol):
             return
         if self._ids is not None and around.find(b'token_ids"') >= 0:
             return
-        shown = _HIDDEN.sub(b"", mid)
+        shown = mid if self._ids is None else _HIDDEN.sub(b"", mid)
         if self._ids is not None and shown.find(b'token_ids"') >= 0:
             return
         head = event[:text] if self._edit is None else self._edit.head(event, text)
@@ -178,12 +239,16 @@ class Passage(asyncio.Protocol):
         self._behind = (mid + rest + b"\r\n").translate(None, _DIGITS)
         self._mid_length = len(mid)
         self._shown = shown
+        self._around = len(head) + len(shown) - 2  # the CRLF behind an event is in its tail
+        self._form = _form(mid, rest, self._ids is not None) if event.endswith(b"\n\n") else None
 
     # The times of the tokens. The first in the list is the last one that was put away.
 
     def count(self, tokens: int, now: float) -> None:
         """Tokens have come the long way, in one read: between them there is no gap."""
-        self._times.extend([now] * tokens)
+        self._times.append(now)
+        self._counted += tokens - 1
+        self._together += tokens - 1
         if len(self._times) > _BATCH:
             self.fold()
 
@@ -210,6 +275,9 @@ class Passage(asyncio.Protocol):
             self._gaps.observe_all([after - before for before, after in pairwise(times)])
             self._counted += len(times) - 1
             del times[:-1]
+        if self._together:
+            self._gaps.observe_none(self._together)
+            self._together = 0
 
     # All else is the connection's.
 

@@ -38,6 +38,9 @@ from proxy.telemetry.records import Distribution
 _HELD_LIMIT = 64 * 1024 * 1024  # the ids of a prompt of a million tokens are 7 MB, and come before the first token
 _DOUBT = 1.0  # seconds of silence that are the last straw for a backend which fails its health checks
 _ERROR_BODY_LIMIT = 1024 * 1024
+_LARGE = 2048  # bytes of several events
+_MANY = 4  # tokens in one read
+_FEW = 3  # events: an opening one, one with the prompt's ids, one like those that follow
 
 
 _ABSENT = msgspec.Raw()
@@ -137,7 +140,6 @@ class StreamRelay:
         "_opening",
         "_passage",
         "_patience",
-        "_pattern",
         "_paused_since",
         "_prompt",
         "_reader",
@@ -186,14 +188,13 @@ class StreamRelay:
         self._opening: bytes | None = None  # the first event with a choice, as the client sees it
         self._opened = False  # the transcript knows of that
         self._early: list[bytes] = []  # ids that came before the first token
-        self._pattern = b""  # an ordinary token event, for the passage to learn from
         self._heard = 0.0
         self._last = b""
         self._last_word = b""  # [DONE], or the event that stands for it
         self._hollow = b""  # events without text, as the client will see them together with the next that has some
         self._error_body = b""
         self._status = 0
-        self._passage: Passage | None = None  # there is one as soon as the client has been given anything
+        self._passage: Passage | None = None
         self._done = False
         self._failure: BackendError | None = None
         self._patience: Deadlines | None = None
@@ -215,8 +216,15 @@ class StreamRelay:
             BackendError: it ended in any other way. If `first_token` is None the client has seen nothing of it.
         """
         self._connection = connection
+        edit = self._edit
+        self._passage = Passage(
+            connection,
+            self._gaps,
+            self._transcript if edit.hide_ids else None,
+            edit if edit.identity is not None else None,
+        )
         self._client.flow = self
-        if self._passage is None and not self._future.done():
+        if not self._future.done():
             self._patience = first_token
             first_token.watch(self, self._loop)
         try:
@@ -255,7 +263,7 @@ class StreamRelay:
     @property
     def live(self) -> bool:
         """Whether the client has been given anything of this leg."""
-        return self._passage is not None
+        return self.first_token is not None
 
     @property
     def events(self) -> int:
@@ -301,13 +309,13 @@ class StreamRelay:
             return
         if block:
             self._pass_on(block, last)
-        if not self._done and self._passage is not None:
-            self._open_passage(self._passage)
+        if not self._done and self.first_token is not None:
+            self._open_passage()
 
     def end(self) -> None:
         self._connection = None
         if self._done:
-            if self._passage is not None:
+            if self.live:
                 self._conclude(None)
             else:  # a whole stream without a token is no answer
                 self._finish(BackendFailed(f"{self._url} ended its stream without a token", status=502))
@@ -319,7 +327,7 @@ class StreamRelay:
 
     def lost(self, error: BackendError) -> None:
         self._connection = None
-        if self._done and self._passage is not None:  # a connection that breaks after [DONE] broke nothing
+        if self._done and self.live:  # a connection that breaks after [DONE] broke nothing
             self._conclude(error)
         else:
             self._finish(error)
@@ -344,8 +352,9 @@ class StreamRelay:
         among them they are held."""
         now = self._heard = monotonic()
         passage = self._passage
+        assert passage is not None
         shown, count = self._take(block, last)
-        if passage is None:
+        if self.first_token is None:
             if not count:
                 if self._failure is not None:
                     self.fail(self._failure)
@@ -354,12 +363,12 @@ class StreamRelay:
                 return
             if self._held:
                 shown, self._held = b"".join(self._held) + shown, []
-            passage = self._go_live(now, last)
-        if self._pattern:
-            passage.pattern, self._pattern = self._pattern, b""
+            self._go_live(now, last)
         if count:
             passage.count(count, now)
         self._write(shown, last, count)
+        if count >= _MANY and not self._transcript.finished and self._connection is not None:
+            self._connection.rest(self._loop)
 
     def _hold(self, shown: bytes) -> None:
         self._held.append(shown)
@@ -367,20 +376,14 @@ class StreamRelay:
         if self._held_size + len(self._prompt) > _HELD_LIMIT:
             self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
 
-    def _go_live(self, now: float, last: bool) -> Passage:
+    def _go_live(self, now: float, last: bool) -> None:
         """The first token is here: from now on the client sees what the engine sends."""
         self.first_token = now
-        connection = self._connection
-        assert connection is not None
-        hidden = self._transcript if self._edit.hide_ids else None
-        edit = self._edit if self._edit.identity is not None else None
-        passage = self._passage = Passage(connection, self._gaps, hidden, edit)
         if self._patience is not None:
             self._patience.forget(self)
         self._begin(self)
         if not last and self._connection is not None and self._idle is not None:
             self._timer = self._loop.call_later(self._idle, self._check_idle)
-        return passage
 
     def _write(self, block: bytes, last: bool, tokens: int) -> None:
         # `[DONE]` alone waits for the end of the engine's answer, which is on its way, so that both go out at once.
@@ -408,16 +411,20 @@ class StreamRelay:
             return None
         return event
 
-    def _open_passage(self, passage: Passage) -> None:
+    @property
+    def _may_pass(self) -> bool:
+        """Whether ordinary events need not be read. A client that wants the token ids itself gets them as they come,
+        while the transcript is told of them."""
+        return self._dialect is None and (self._edit.hide_ids or not self._transcript.continuable)
+
+    def _open_passage(self) -> None:
         """Reads may go straight on from here if nothing is half read."""
-        connection = self._connection
+        connection, passage = self._connection, self._passage
+        assert passage is not None
         if connection is None or self._client.gone:
             return
         if passage.write is None:
-            if self._dialect is not None:
-                return
-            # A client that wants the token ids itself gets them as they come, while the transcript is told of them.
-            if self._transcript.continuable and not self._edit.hide_ids:
+            if not self._may_pass:
                 return
             passage.write = self._client.chunks()
             if passage.write is None:
@@ -430,14 +437,33 @@ class StreamRelay:
         """What of a block the client is given, and the number of its token events."""
         if self._dialect is not None:
             return self._take_named(self._dialect, events.read(block))
-        if self._passage is not None and self._edit.idle and not self._transcript.continuable:
+        passage, live = self._passage, self.first_token is not None
+        assert passage is not None
+        if live and self._edit.idle and not self._transcript.continuable:
             count = block.count(b"\n\n")
             ordinary = count and count == block.count(b'"choices":[{') == block.count(b'"finish_reason":null')
             if ordinary and b"\r" not in block and block.find(HANDOFF_MARK) < 0 and not _ODD.search(block):
                 if count == 1:
-                    self._pattern = block
+                    passage.pattern = block
                 return block, count
-        return self._inspect(events.read(block), last)
+        shown, count, rest = b"", 0, block
+        if not live and len(block) > _LARGE:
+            # An answer that begins with many events at once: its first ones show what the others are like.
+            rest = block.split(b"\n\n", _FEW)[-1]
+            shown, count = self._inspect(events.read(block[: len(block) - len(rest)]), False)
+            if self._failure is not None:
+                return shown, count
+        if (live or count) and self._may_pass:
+            more, taken, rest = passage.take(rest)
+            if taken:
+                shown += self._hollow + more
+                self._hollow = b""
+                count += taken
+        if rest:
+            more, taken = self._inspect(events.read(rest), last)
+            shown += more
+            count += taken
+        return shown, count
 
     def _inspect(self, found: list[tuple[bytes, bytes]], last: bool) -> tuple[bytes, int]:
         """Look at events with their payloads, one by one.
@@ -446,7 +472,8 @@ class StreamRelay:
         that ends the stream; `_failure` is told to the flow once the events before it are out, and the flow says it to
         the client in its own words.
         """
-        edit, transcript = self._edit, self._transcript
+        edit, transcript, passage = self._edit, self._transcript, self._passage
+        assert passage is not None
         kept: list[bytes] = []
         count = 0
         for event, payload in found:
@@ -508,7 +535,7 @@ class StreamRelay:
                 shown, self._hollow = self._hollow + shown, b""
             kept.append(shown)
             if text and not last and _ordinary(choices):
-                self._pattern = event
+                passage.pattern = event
         return b"".join(kept), count
 
     def _take_named(self, dialect: Dialect, found: list[tuple[bytes, bytes]]) -> tuple[bytes, int]:
@@ -545,7 +572,7 @@ class StreamRelay:
                 kept.append(event)
             self.sequence = max(self.sequence, named.sequence_number)
             if named.type.endswith(dialect.tokens) or (
-                not count and self._passage is None and named.type not in dialect.opening
+                not count and self.first_token is None and named.type not in dialect.opening
             ):
                 count += 1
         return b"".join(kept), count

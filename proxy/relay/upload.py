@@ -33,7 +33,7 @@ class Upload(Connection):
             BackendUnreachable: no connection could be made.
         """
         upload = await origin.connect(cls, origin.connect_timeout)
-        upload.begin(receiver, origin.chunked_head(path, content_type, headers), b"")
+        upload.begin(receiver, origin.chunked_head(path, content_type, headers), (b"",))
         return upload
 
     async def write(self, data: bytes) -> None:

@@ -53,6 +53,10 @@ class Distribution:
         if len(self._fresh) > _BATCH:
             self._fold()
 
+    def observe_none(self, times: int) -> None:
+        """0, so many times."""
+        self._counts[0] += times
+
     @property
     def counts(self) -> list[int]:
         self._fold()

@@ -11,10 +11,10 @@ import pytest
 from bench import instructions
 
 
-@pytest.mark.parametrize("flags", [[], ["resume=off"]])
+@pytest.mark.parametrize("flags", [[], ["resume=off"], ["long"], ["flood"], ["big", "resume=off"]])
 def test_the_counted_process_serves_its_requests_and_ends(flags: list[str]) -> None:
     command = [sys.executable, "-m", "bench.instructions", *flags]
-    subprocess.run(command, env={**os.environ, "COUNTED_REQUESTS": "3"}, timeout=60, check=True)
+    subprocess.run(command, env={**os.environ, "COUNTED_REQUESTS": "3 10"}, timeout=60, check=True)
 
 
 def test_without_valgrind_it_says_what_to_install(

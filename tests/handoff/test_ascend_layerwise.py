@@ -47,13 +47,13 @@ def test_the_settings_know_which_connectors_call_back() -> None:
 
 
 def test_decode_is_told_whom_to_call_and_nothing_of_prefill() -> None:
-    leg = json.loads(plan().decode_leg(plan().handoff).body)
+    leg = json.loads(b"".join(plan().decode_leg(plan().handoff).body))
     assert leg["kv_transfer_params"] == {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": URL}
     assert (leg["max_tokens"], leg["stop"]) == (9, ["x"])
 
 
 def test_prefill_says_word_for_word_what_decode_has_called_back_with() -> None:
-    leg = json.loads(plan().prefill_leg(heard()).body)
+    leg = json.loads(b"".join(plan().prefill_leg(heard()).body))
     assert leg["kv_transfer_params"] == CALL
     assert (leg["max_tokens"], leg["min_tokens"], leg["stream"]) == (1, 1, False)
     assert "stop" not in leg

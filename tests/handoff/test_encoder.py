@@ -105,7 +105,7 @@ def test_an_encoder_is_given_the_media_and_what_shapes_them_only() -> None:
     body, media = read_media(chat({"type": "text", "text": "secret"}, image(), stream=True, **kwargs), "s")
     leg = encode_leg(body, media)
     assert leg.path == "/v1/chat/completions"
-    assert json.loads(leg.body) == {
+    assert json.loads(b"".join(leg.body)) == {
         "model": "m",
         "mm_processor_kwargs": {"size": 1},
         "media_io_kwargs": {"video": {}},
@@ -170,7 +170,7 @@ def test_who_computes_the_prompt_is_told_where_the_media_are() -> None:
     given = {**params, "remote_request_id": "r", "remote_port": 1, "tp_size": 1}
     handoff, _ = plan.take(json.dumps({"choices": [], "kv_transfer_params": given}).encode())
     prefill, decode, alone = (
-        json.loads(x.body) for x in (plan.prefill_leg(), plan.decode_leg(handoff), plan.decode_leg(None))
+        json.loads(b"".join(x.body)) for x in (plan.prefill_leg(), plan.decode_leg(handoff), plan.decode_leg(None))
     )
     assert prefill["ec_transfer_params"] == alone["ec_transfer_params"] == {"k": HANDLE}
     assert "ec_transfer_params" not in decode

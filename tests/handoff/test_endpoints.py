@@ -38,7 +38,7 @@ def plan(endpoint: Endpoint, connector: Connector = NIXL, **more: Any) -> Plan:
 
 def said(leg: Leg | None) -> dict[str, Any]:
     assert leg is not None
-    value: dict[str, Any] = json.loads(leg.body)
+    value: dict[str, Any] = json.loads(b"".join(leg.body))
     return value
 
 

@@ -159,7 +159,7 @@ def test_the_decode_leg_goes_on_behind_the_token() -> None:
     asked = body(min_tokens=3, stream=True)
     plan = Plan(asked, CONNECTORS["nixl"], first_token=True)
     first = token(answer(2))
-    leg = json.loads(plan.behind(first).decode_leg(None).body)
+    leg = json.loads(b"".join(plan.behind(first).decode_leg(None).body))
     assert leg["kv_transfer_params"] == {"prompt_token_ids": [0, 1, 207]}
     assert (leg["max_tokens"], leg["min_tokens"]) == (8, 2)
 

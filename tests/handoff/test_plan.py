@@ -57,7 +57,7 @@ def plan(connector: Connector, endpoint: Endpoint = "chat", **members: Any) -> P
 
 
 def said(leg: Leg) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(leg.body)
+    value: dict[str, Any] = json.loads(b"".join(leg.body))
     return value
 
 
@@ -199,7 +199,7 @@ def test_the_hand_off_goes_to_decode_word_for_word(connector: Connector) -> None
     made = plan(connector, max_tokens=5)
     handoff, usage = made.take(b'{"usage":{"prompt_tokens":3},"choices":[],"kv_transfer_params":' + odd + b"}")
     leg = made.decode_leg(handoff)
-    assert odd in leg.body
+    assert odd in b"".join(leg.body)
     assert said(leg)["max_tokens"] == 5
     assert bytes(usage) == b'{"prompt_tokens":3}'
 
@@ -362,8 +362,29 @@ def test_a_lease_outlives_a_hand_off_many_times(connector: Connector) -> None:
 def test_large_messages_go_to_both_engines_byte_for_byte(connector: Connector) -> None:
     messages = b'[ {"role" : "user", "content":"%b\\u00e9\\/"} ]' % (b"word " * 10_000)
     made = Plan(read_body(b'{"messages":' + messages + b"}", "chat"), connector)
-    assert messages in made.prefill_leg().body
-    assert messages in made.decode_leg(None).body
+    for leg in (made.prefill_leg(), made.decode_leg(None)):
+        assert messages in leg.body  # a piece by itself
+        assert said(leg)["messages"] == json.loads(messages)
+    assert said(made.decode_leg(None)) == json.loads(b'{"messages":%b}' % messages)
+
+
+@EVERY
+@pytest.mark.parametrize("prompt", ["word " * 10_000, list(range(5_000))], ids=["text", "ids"])
+def test_large_prompts_go_to_both_engines(connector: Connector, prompt: object) -> None:
+    made = plan(connector, "completions", prompt=prompt, max_tokens=5, stream=True, seed=7)
+    prefill, decode = said(made.prefill_leg()), said(made.decode_leg(None))
+    assert prefill["prompt"] == decode["prompt"] == prompt
+    assert (prefill["max_tokens"], decode["max_tokens"]) == (1, 5)
+    assert prefill["seed"] == decode["seed"] == 7
+
+
+@EVERY
+def test_a_long_request_without_a_prompt_is_sent_without_one(connector: Connector) -> None:
+    """The size of a prompt is that of its tools, too."""
+    tools = [{"type": "function", "function": {"name": "f", "description": "word " * 10_000}}]
+    leg = plan(connector, tools=tools, model="m").prefill_leg()
+    assert said(leg)["tools"] == tools
+    assert "messages" not in said(leg)
 
 
 def test_a_hand_off_is_raw_bytes() -> None:

@@ -110,7 +110,7 @@ class Stream:
         self.connection = CountingConnection(self.origin)
         self.transport = FakeTransport()
         self.connection.connection_made(self.transport)
-        self.connection.begin(self.relay, b"", b"")
+        self.connection.begin(self.relay, b"", (b"",))
         self.feed(b"HTTP/1.1 %d X\r\n%b\r\n\r\n" % (status, framing))
         self.running = asyncio.ensure_future(self.relay.run(self.connection, Deadlines(first_token)))
 

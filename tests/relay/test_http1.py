@@ -37,7 +37,7 @@ async def origin(engine: Engine) -> AsyncIterator[Origin]:
 async def ask(origin: Origin, body: bytes = b"{}", headers: bytes = b"") -> Recorder:
     """Send one request and return who waits for its answer."""
     recorder = Recorder()
-    await origin.send("/v1/completions", headers, body, recorder)
+    await origin.send("/v1/completions", headers, (body,), recorder)
     return recorder
 
 
@@ -158,7 +158,7 @@ async def test_a_new_connection_that_closes_without_a_word_is_the_engines_fault(
 
 async def test_a_kept_connection_seen_to_close_is_not_used(engine: Engine, origin: Origin) -> None:
     recorder = Recorder()
-    connection = await origin.send("/", b"", b"{}", recorder)
+    connection = await origin.send("/", b"", (b"{}",), recorder)
     peer = await engine.accept()
     await peer.request()
     peer.say(OK)
@@ -199,7 +199,7 @@ async def test_closing_an_origin_closes_idle_connections_now_and_busy_ones_after
 
 async def test_abort_closes_the_engines_socket_and_says_no_more(engine: Engine, origin: Origin) -> None:
     recorder = Recorder()
-    connection = await origin.send("/", b"", b"{}", recorder)
+    connection = await origin.send("/", b"", (b"{}",), recorder)
     peer = await engine.accept()
     await peer.request()
     peer.say(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -240,7 +240,7 @@ async def test_a_connection_that_is_not_made_in_time_is_an_unreachable_backend(
             fillers.append(filler)
         origin = Origin(f"http://127.0.0.1:{full.getsockname()[1]}", connect_timeout=connect_timeout)
         with pytest.raises(BackendUnreachable, match=r"no connection within 0\.02 s"):
-            await origin.send("/", b"", b"{}", Recorder(), within=within)
+            await origin.send("/", b"", (b"{}",), Recorder(), within=within)
         for filler in fillers:
             filler.close()
 
@@ -334,7 +334,7 @@ async def test_endless_headers_are_garbled(engine: Engine, origin: Origin) -> No
 
 async def test_a_collected_answer_is_its_body(engine: Engine, origin: Origin) -> None:
     collected = Collected(engine.url, limit=100)
-    collected.connection = await origin.send("/", b"", b"{}", collected)
+    collected.connection = await origin.send("/", b"", (b"{}",), collected)
     peer = await engine.accept()
     peer.say(b"HTTP/1.1 418 Tea\r\ntransfer-encoding: chunked\r\nx-a: b\r\n\r\n5\r\nhello\r\n")
     peer.say(b"6\r\n world\r\n0\r\n\r\n")
@@ -345,7 +345,7 @@ async def test_a_collected_answer_is_its_body(engine: Engine, origin: Origin) ->
 
 async def test_a_collected_answer_that_takes_too_long_ends_its_exchange(engine: Engine, origin: Origin) -> None:
     collected = Collected(engine.url, limit=100)
-    collected.connection = await origin.send("/", b"", b"{}", collected)
+    collected.connection = await origin.send("/", b"", (b"{}",), collected)
     peer = await engine.accept()
     peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf")
     with pytest.raises(BackendTimedOut, match=r"did not answer within 0\.02 s"):
@@ -356,7 +356,7 @@ async def test_a_collected_answer_that_takes_too_long_ends_its_exchange(engine: 
 @pytest.mark.parametrize("framing", [b"content-length: 101\r\n\r\n", b"transfer-encoding: chunked\r\n\r\n65\r\n"])
 async def test_a_collected_answer_over_its_limit_is_garbled(engine: Engine, origin: Origin, framing: bytes) -> None:
     collected = Collected(engine.url, limit=100)
-    collected.connection = await origin.send("/", b"", b"{}", collected)
+    collected.connection = await origin.send("/", b"", (b"{}",), collected)
     peer = await engine.accept()
     peer.say(b"HTTP/1.1 200 OK\r\n" + framing + b"x" * 101)
     with pytest.raises(BackendGarbled, match="more than 100 bytes"):
@@ -366,14 +366,14 @@ async def test_a_collected_answer_over_its_limit_is_garbled(engine: Engine, orig
 
 async def test_a_collected_answer_of_just_its_limit_is_good(engine: Engine, origin: Origin) -> None:
     collected = Collected(engine.url, limit=100)
-    collected.connection = await origin.send("/", b"", b"{}", collected)
+    collected.connection = await origin.send("/", b"", (b"{}",), collected)
     (await engine.accept()).say(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n" + b"x" * 100)
     assert await collected.wait(Deadlines(None)) == b"x" * 100
 
 
 async def test_cancelling_the_wait_ends_the_exchange(engine: Engine, origin: Origin) -> None:
     collected = Collected(engine.url, limit=100)
-    collected.connection = await origin.send("/", b"", b"{}", collected)
+    collected.connection = await origin.send("/", b"", (b"{}",), collected)
     peer = await engine.accept()
     waiting = asyncio.create_task(collected.wait(Deadlines(None)))
     await peer.request()
@@ -385,7 +385,7 @@ async def test_cancelling_the_wait_ends_the_exchange(engine: Engine, origin: Ori
 
 async def test_a_collected_answer_can_be_failed_from_outside(engine: Engine, origin: Origin) -> None:
     collected = Collected(engine.url, limit=100)
-    collected.connection = await origin.send("/", b"", b"{}", collected)
+    collected.connection = await origin.send("/", b"", (b"{}",), collected)
     peer = await engine.accept()
     collected.fail(BackendError("given up"))
     with pytest.raises(BackendError, match="given up"):
@@ -402,7 +402,7 @@ def asked() -> tuple[Recorder, Connection, Origin]:
     connection = Connection(origin)
     connection.connection_made(FakeTransport())
     recorder = Recorder()
-    connection.begin(recorder, b"POST / HTTP/1.1\r\n\r\n", b"")
+    connection.begin(recorder, b"POST / HTTP/1.1\r\n\r\n", (b"",))
     return recorder, connection, origin
 
 
@@ -615,7 +615,7 @@ def test_a_next_answer_begins_outside_chunks() -> None:
     _, connection, origin = heard([HEAD + b"3\r\nyes\r\n", b"0\r\n\r\n"])
     again = Recorder()
     assert origin._take() is connection
-    connection.begin(again, b"", b"")
+    connection.begin(again, b"", (b"",))
     connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\nok\r\n")
     assert not connection.between_chunks
     connection.data_received(b"2\r\n")
@@ -644,7 +644,7 @@ def test_a_diverted_connection_is_its_own_again_after_the_exchange_and_serves_ag
     assert reader(connection) is connection
     again = Recorder()
     assert origin._take() is connection
-    connection.begin(again, b"", b"")
+    connection.begin(again, b"", (b"",))
     for read in (HEAD, b"3\r\nyes\r\n", b"0\r\n\r\n"):
         reader(connection).data_received(read)
     assert (again.body, again.endings) == (b"yes", ["end"])
@@ -660,7 +660,7 @@ def test_the_protocol_is_restored_before_the_end_is_told() -> None:
         def end(self) -> None:
             readers.append(reader(connection))
             assert origin._take() is connection
-            connection.begin(following, b"", b"")
+            connection.begin(following, b"", (b"",))
             super().end()
 
     following, first = Recorder(), Next()
@@ -684,7 +684,7 @@ def test_a_diverted_connection_that_the_engine_will_not_keep_is_closed() -> None
 
 async def test_a_diverted_connection_that_breaks_is_lost_once(engine: Engine, origin: Origin) -> None:
     recorder = Recorder()
-    connection = await origin.send("/", b"", b"{}", recorder)
+    connection = await origin.send("/", b"", (b"{}",), recorder)
     other = Diverted(connection)
     peer = await engine.accept()
     await peer.request()
@@ -701,7 +701,7 @@ async def test_a_diverted_connection_serves_again_on_its_socket(engine: Engine, 
     connections = set()
     for turn in range(3):
         recorder = Recorder()
-        connection = await origin.send("/", b"", b"%d" % turn, recorder)
+        connection = await origin.send("/", b"", (b"%d" % turn,), recorder)
         connections.add(connection)
         other = Diverted(connection)
         connection.divert(other)
@@ -745,7 +745,7 @@ def test_a_connection_that_died_between_its_birth_and_the_request_has_read_nothi
     connection.connection_made(transport)
     transport.close()
     recorder = Recorder()
-    connection.begin(recorder, b"", b"")
+    connection.begin(recorder, b"", (b"",))
     assert isinstance(recorder.error, BackendCut)
     assert recorder.error.unread
     assert recorder.error.blame

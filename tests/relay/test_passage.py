@@ -307,6 +307,81 @@ def test_ids_that_are_the_clients_own_pass_as_they_are() -> None:
     assert scene.ids == []
 
 
+# Several at once
+
+RESUMED = identity(id="the-first-one", created=77)
+TEXTS = st.one_of(
+    st.sampled_from(
+        ["a", "5", "12", " ", "]", "}]}", "é", "日本", "\\n", 'say "it"', "\\", "x" * 300, ',"token_ids":[7]', ""]
+    ),
+    st.text(max_size=8),
+)
+
+
+def odd(make: Callable[..., bytes]) -> list[bytes]:
+    """Events that are no ordinary ones, though some look much like them."""
+    like = make("x")
+    return [
+        b": ping\n\n",
+        b"data: [DONE]\n\n",
+        make(""),
+        make('"'),
+        event({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}),
+        event({"error": {"message": "no", "code": 500}}),
+        like.replace(b'"finish_reason":null', b'"finish_reason":"stop"'),
+        like.replace(b'"index":0', b'"index":1'),
+        like.replace(b"cmpl-1", b"cmpl-2"),
+        like.replace(b"\n\n", b"\r\n\r\n"),
+        like.replace(b'"x"', b'"x\ny"'),
+        like.replace(b"}\n\n", b',"kv_transfer_params":{"remote_host":"10.0.0.1"}}\n\n'),
+        like.replace(b"[5]", b"[5,6]").replace(b'"finish_reason":null', b'"finish_reason":null,"more":1'),
+        b"event: x\n" + like,
+    ]
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["first leg", "later leg"])
+@both
+@given(data=st.data())
+def test_of_a_block_the_ordinary_events_at_its_front_are_taken_each_as_it_would_be_alone(
+    make: Callable[..., bytes], hidden: bool, resumed: bool, data: st.DataObject
+) -> None:
+    edit = Edit(hide_ids=hidden, identity=RESUMED if resumed else None)
+    front = [make(token) for token in data.draw(st.lists(TEXTS.filter(lambda t: t and '"' not in t), max_size=6))]
+    rest = data.draw(st.lists(st.one_of(st.sampled_from(odd(make)), TEXTS.map(make)), max_size=4))
+    if rest:
+        rest[0] = data.draw(st.sampled_from(odd(make)))
+    scene = Scene(make("learnt"), hidden=hidden, edit=edit if resumed else None)
+    shown, count, left = scene.passage.take(b"".join(front + rest))
+    assert (count, left) == (len(front), b"".join(rest))
+    assert shown == b"".join(edit.event(event, event[6:-2]) for event in front)
+    assert scene.ids == [b"5"] * len(front) * hidden
+    assert scene.passage.events == 0  # whoever has the time of the read counts them
+
+
+def test_the_texts_of_a_block_are_kept_where_they_are_wanted() -> None:
+    scene = Scene(spoken("learnt"), hidden=True)
+    scene.transcript.fresh_text = scene.passage._texts = []
+    scene.passage.take(spoken("a", [6]) + spoken("5") + spoken("\n", [71]) + spoken("", [8]))
+    assert scene.ids == [b"6", b"5", b"71"]
+    assert scene.transcript.fresh_text == [b"a", b"5", rb"\n"]
+
+
+def test_numbers_behind_the_text_may_differ_from_event_to_event() -> None:
+    scene = Scene(text("learnt", ts=17))
+    block = text("a", ts=0) + text("b", ts=123_456)
+    assert scene.passage.take(block + text("c", ts=None)) == (block, 2, text("c", ts=None))
+
+
+def test_no_block_is_taken_before_anything_was_learnt() -> None:
+    scene = Scene()
+    assert scene.passage.take(text("a") + text("b")) == (b"", 0, text("a") + text("b"))
+
+
+def test_of_events_with_other_line_ends_no_block_is_taken() -> None:
+    crlf = text("a").replace(b"\n", b"\r\n")
+    assert Scene(crlf).passage.take(crlf + crlf) == (b"", 0, crlf + crlf)
+
+
 # Refusing
 
 

@@ -58,7 +58,7 @@ async def test_a_connection_is_used_again_after_a_whole_request_only(engine: Eng
     peer.say(OK)
     await recorder.ended()
     again = Recorder()
-    assert await origin.send("/y", b"", b"{}", again) is upload
+    assert await origin.send("/y", b"", (b"{}",), again) is upload
     peer.say(OK)
     await again.ended()
     early, recorder = await begin(origin)
@@ -72,7 +72,7 @@ async def test_a_connection_is_used_again_after_a_whole_request_only(engine: Eng
 
 async def test_every_upload_has_a_connection_of_its_own_making(engine: Engine, origin: Origin) -> None:
     first = Recorder()
-    connection = await origin.send("/y", b"", b"{}", first)
+    connection = await origin.send("/y", b"", (b"{}",), first)
     (await engine.accept()).say(OK)
     await first.ended()
     upload, _ = await begin(origin)
