@@ -32,6 +32,7 @@ from proxy.fleet.backend import Backend
 from proxy.fleet.board import TICK, Exchange
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
+from proxy.fleet.notices import Notices
 from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
 from proxy.flow.room import FleetRoom
@@ -67,8 +68,18 @@ class Gateway:
     admission: Admission
     surface: Surface
     registry: CollectorRegistry
+    notices: Notices
     siblings: Siblings | None = None
     inner: Surface | None = None
+
+    def hear(self) -> None:
+        """Listen for what engines tell, where that is not done yet: with the lifespan at the latest. In a running event
+        loop.
+
+        Raises:
+            CannotHear
+        """
+        self.notices.start()
 
 
 def build(settings: Settings, connections: Connections | None = None, crew: Crew | None = None) -> Gateway:
@@ -87,12 +98,13 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     if fleet.bounded:
         fleet.watch_room(admission.look)
     prometheus = PrometheusSink(fleet, connections or Connections())
-    warmup = Warmup(settings, fleet, CONNECTORS)
+    notices = Notices(settings.zmq.notices)
+    warmup = Warmup(settings, fleet, CONNECTORS, notices)
     queue = AdmissionSink(admission)
     telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup)
     metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
-    legs = Legs(settings, fleet, telemetry)
+    legs = Legs(settings, fleet, telemetry, notices)
     flow = Flow(settings, fleet, legs, CONNECTORS, telemetry, random.random)
     exchange = None if crew is None else Exchange(crew.board, crew.worker)
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
@@ -115,6 +127,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             guides=CONNECTORS,
             tether_headers=legs.authorization,
         )
+        gateway.hear()
         if siblings is not None:
             _adopt(fleet, await siblings.backends())
         warmup.start()
@@ -133,6 +146,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             await prober.stop()
             await warmup.stop()
             legs.close()
+            notices.close()
             await http.aclose()
 
     def forget(backend: Backend) -> None:
@@ -182,7 +196,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             backends(fleet, trusted),
         ]
         inner = Surface(hot={}, routers=inside)
-    return Gateway(settings, fleet, gate, admission, surface, metrics, siblings, inner)
+    gateway = Gateway(settings, fleet, gate, admission, surface, metrics, notices, siblings, inner)
+    return gateway
 
 
 def _shared_secret(settings: Settings, crew: Crew | None) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
@@ -23,7 +24,14 @@ CONFIG_VARIABLE = "PD_PROXY_CONFIG"
 
 Seconds = Annotated[float, Field(gt=0)]
 KindName = Literal["vllm", "sglang", "tensorrt_llm", "nim", "openai"]
-ConnectorName = Literal["nixl", "mooncake_ascend", "mooncake"]
+ConnectorName = Literal[
+    "nixl",
+    "mooncake_ascend",
+    "mooncake",
+    "lmcache_pd",
+]
+SENDS_NOTICES = {"lmcache_pd"}
+"""The connectors whose prefill engines say at `zmq.notices` that a KV cache has arrived."""
 PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
 
@@ -148,6 +156,9 @@ class Timeouts(Group):
     handoff: Seconds = Field(
         10.0, description="age at which a hand-off is no longer sent; engines keep it 30 s, then answer with wrong text"
     )
+    notice: Seconds = Field(
+        10.0, description="from prefill's answer to its notice that the KV cache has arrived, for connectors with one"
+    )
     first_token: Seconds = Field(300.0, description="from the decode leg's start to its first token, for streams")
     idle: Seconds = Field(120.0, description="silence of a stream that has begun, and of a client that stops reading")
     total: Seconds | None = Field(None, description="the whole request; off: a healthy long stream is never cut")
@@ -269,6 +280,34 @@ class Shutdown(Group):
     grace: float = Field(120.0, ge=0, description="seconds for running requests to end; then their streams are closed")
 
 
+def _socket_address(value: str) -> str:
+    """`host:port` of a socket to bind; a host is an IP address, IPv6 in brackets."""
+    text = value.strip().removeprefix("tcp://")
+    if not text:
+        return ""
+    try:
+        parts = urlsplit(f"//{text}")
+        ip_address(parts.hostname or "")
+        good = bool(parts.port) and not (parts.path or parts.query or parts.fragment or parts.username)
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"{value!r}: this is an IP address of this machine and a port, as 10.0.0.9:7500")
+    return text
+
+
+SocketAddress = Annotated[str, AfterValidator(_socket_address)]
+
+
+class ZmqSettings(Group):
+    """Sockets at which engines tell the gateway something over ZeroMQ. Nobody is authenticated there: bind them to an
+    internal address ([connectors](connectors.md#zeromq))."""
+
+    notices: SocketAddress = Field(
+        "", description="address to hear of KV caches that have arrived: `pd_proxy_host` and `pd_proxy_port` of LMCache"
+    )
+
+
 class MetricsSettings(Group):
     port: int | None = Field(None, ge=0, le=65535, description="serve /metrics on this port instead of the main one")
 
@@ -329,6 +368,7 @@ class Settings(BaseSettings):
     admission: AdmissionSettings = AdmissionSettings()
     shutdown: Shutdown = Shutdown()
     metrics: MetricsSettings = MetricsSettings()
+    zmq: ZmqSettings = ZmqSettings()
     api_keys: Secrets = Field((), description="keys clients must send as a bearer token; none: open")
     clients: Clients = Field(
         (), description="clients with names, keys, and bounds and shares of their own, beside api_keys"
@@ -361,6 +401,31 @@ class Settings(BaseSettings):
                 raise ValueError(f"locations: {location.backend} is no backend of this gateway")
         if len({location.backend for location in self.locations}) != len(self.locations):
             raise ValueError("locations: a backend is listed twice")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_are_heard(self) -> Settings:
+        located = {location.backend: location for location in self.locations}
+        for group in self.all_groups():
+            if not (group.prefill or group.decode) or group.connector not in SENDS_NOTICES:
+                continue
+            if not self.zmq.notices:
+                raise ValueError(
+                    f"{group.connector}: zmq.notices must be set, where prefill engines say that they are done"
+                )
+            if self.reuse_port:
+                raise ValueError(f"{group.connector}: not with reuse_port, since engines tell one gateway only")
+            for url in group.decode:
+                location = located.get(url) or Location.model_construct(backend=url)
+                if not location.init_ports or len(location.alloc_ports) != len(location.init_ports):
+                    raise ValueError(
+                        f"{group.connector}: {url} needs init_ports and as many alloc_ports in locations, "
+                        "one for each of its tensor-parallel ranks"
+                    )
+                if location.query_ports and len(location.query_ports) != len(location.init_ports):
+                    raise ValueError(
+                        f"{group.connector}: {url} has fewer or more query_ports than init_ports in locations"
+                    )
         return self
 
     def all_groups(self) -> list[BackendGroup]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from proxy.settings import Settings, backend_url, build_settings, leaves, unknown_variables
+from proxy.handoff.registry import CONNECTORS
+from proxy.settings import SENDS_NOTICES, Settings, backend_url, build_settings, leaves, unknown_variables
 
 PORTS = st.integers(1, 65535)
 HOSTS = st.from_regex(r"[a-z][a-z0-9-]{0,10}(\.[a-z][a-z0-9]{0,5}){0,2}", fullmatch=True) | st.just("[::1]")
@@ -187,3 +189,59 @@ def test_variables_of_settings_are_known(name: str) -> None:
 def test_variables_of_no_setting_are_found() -> None:
     names = ["PD_PROXY_PROT", "PD_PROXY_TIMEOUTS_IDLE", "PD_PROXY_TIMEOUTS__IDEL", "pd_proxy_x", "PD_PROXY_"]
     assert unknown_variables(dict.fromkeys(names, "1")) == sorted(names)
+
+
+# Engines that tell the gateway something
+
+LMCACHE: dict[str, Any] = {
+    "connector": "lmcache_pd",
+    "prefill": ["10.0.0.1:8000"],
+    "decode": ["10.0.0.2:8000"],
+    "locations": [{"backend": "10.0.0.2:8000", "init_ports": [7300], "alloc_ports": [7400]}],
+    "zmq": {"notices": "10.0.0.9:7500"},
+}
+
+
+def test_lmcache_is_told_where_notices_come_and_decode_is_written_to() -> None:
+    assert build_settings(LMCACHE, {}).zmq.notices == "10.0.0.9:7500"
+    assert build_settings({"connector": "lmcache_pd"}, {}).zmq.notices == "", (
+        "without backends there is nothing to hear"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"zmq": {}}, "zmq.notices must be set"),
+        ({"reuse_port": True}, "not with reuse_port"),
+        ({"locations": []}, "10.0.0.2:8000 needs init_ports"),
+        ({"locations": [{"backend": "10.0.0.2:8000", "init_ports": [1]}]}, "as many alloc_ports"),
+        ({"locations": [{"backend": "10.0.0.2:8000", "alloc_ports": [1]}]}, "needs init_ports"),
+        (
+            {"locations": [{"backend": "10.0.0.2:8000", "init_ports": [1], "alloc_ports": [2], "query_ports": [3, 4]}]},
+            "query_ports",
+        ),
+    ],
+)
+def test_what_lmcache_lacks_is_said_at_the_start(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        build_settings({**LMCACHE, **changed}, {})
+
+
+@pytest.mark.parametrize("text", ["10.0.0.9:7500", "tcp://10.0.0.9:7500", " 0.0.0.0:1 ", "[::1]:7500"])
+def test_an_address_for_engines_is_an_ip_address_and_a_port(text: str) -> None:
+    address = build_settings({"zmq": {"notices": text}}, {}).zmq.notices
+    assert address == text.strip().removeprefix("tcp://")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["7500", ":7500", "gateway:7500", "*:7500", "10.0.0.9", "10.0.0.9:0", "10.0.0.9:99999", "10.0.0.9:1/x", "a b"],
+)
+def test_no_other_address_for_engines_is_taken(text: str) -> None:
+    with pytest.raises(ValidationError, match="IP address"):
+        build_settings({"zmq": {"notices": text}}, {})
+
+
+def test_the_settings_know_which_connectors_send_notices() -> None:
+    assert {name for name, connector in CONNECTORS.items() if connector.waits} == SENDS_NOTICES

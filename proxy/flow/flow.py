@@ -27,6 +27,7 @@ from proxy.errors import (
     BackendUnreachable,
     HandoffExpired,
     HandoffInvalid,
+    HandoffUnconfirmed,
     NoBackend,
 )
 from proxy.fleet.backend import Backend, Lease, Role
@@ -382,6 +383,8 @@ class Flow:
                 answer = await self._legs.prefill(attempt, backend, lease)
         except BackendError as error:
             self._failed(request, backend, "prefill", error)
+            if isinstance(error, HandoffUnconfirmed) and attempt.decode is not None:
+                request.avoid.add(attempt.decode.url)  # it may hold a cache that is not written yet
             raise
         answered = monotonic()
         record.prefill_seconds = answered - started

@@ -21,6 +21,7 @@ import msgspec
 from proxy.errors import BackendError, GatewayError
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.notices import Notices
 from proxy.fleet.standing import LegName
 from proxy.flow.legs import Legs, Limbo, new_try
 from proxy.flow.request import Request, new_id
@@ -91,11 +92,11 @@ class _Mute:
 class Warmup:
     """Warms pairs up while it runs. A sink of request records, by which it hears of pairs that are warm already."""
 
-    def __init__(self, settings: Settings, fleet: Fleet, connectors: Mapping[str, Connector]) -> None:
+    def __init__(self, settings: Settings, fleet: Fleet, connectors: Mapping[str, Connector], notices: Notices) -> None:
         self._on = settings.warmup
         self._fleet = fleet
         self._connectors = connectors
-        self._legs = Legs(settings, _Mute(), _Mute())
+        self._legs = Legs(settings, _Mute(), _Mute(), notices)
         self._warm: set[Pair] = set()
         self._waiting: dict[Pair, tuple[Backend, Backend]] = {}
         self._workers: set[asyncio.Task[None]] = set()

@@ -37,11 +37,13 @@ class Meeting(msgspec.Struct, frozen=True):
         prefill: members of the prefill leg, beside those that `Connector.prefill` leaves.
         handoff: what decode is told; None where that follows from prefill's answer.
         id: the X-Request-Id of both legs, where the protocol gives it a form; else empty.
+        notices: how many notices with the try's name prefill's ranks send, by which the KV cache has arrived at decode.
     """
 
     prefill: Members
     handoff: Handoff | None = None
     id: str = ""
+    notices: int = 0
 
 
 class PrefillAnswer(msgspec.Struct):
@@ -92,6 +94,7 @@ class Connector:
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
         refused_release: engines refuse its `release` leg for what that says of tokens, and need not know the prompt.
         port: of `Coordinates`, where none is set.
+        waits: prefill sends notices (`Meeting.notices`), for which decode waits.
     """
 
     name: ClassVar[str]
@@ -106,6 +109,7 @@ class Connector:
     prefill_may_be_cut: ClassVar[bool] = True
     refused_release: ClassVar[bool] = False
     port: ClassVar[int] = 0
+    waits: ClassVar[bool] = False
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         """The prefill leg's body: a new mapping.

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from proxy.handoff.connector import Connector
+from proxy.handoff.lmcache_pd import LMCachePD
 from proxy.handoff.mooncake import Mooncake
 from proxy.handoff.mooncake_ascend import MooncakeAscend
 from proxy.handoff.nixl import Nixl
 
-_ALL: tuple[Connector, ...] = (Nixl(), MooncakeAscend(), Mooncake())
+_ALL: tuple[Connector, ...] = (
+    Nixl(),
+    MooncakeAscend(),
+    Mooncake(),
+    LMCachePD(),
+)
 CONNECTORS = {connector.name: connector for connector in _ALL}
