@@ -54,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lease", type=float, default=None, help="seconds a hand-off is kept (nixl 30, mooncake_ascend 480)")
     add("--handshake-timeout", type=float, default=default.handshake_timeout, help="seconds (%(default)s)")
     add("--connector", choices=tuple(SIDES), default=default.connector, help="(%(default)s)")
+    add("--proxy", default="", help="host:port of the gateway's ZeroMQ socket (as pd_proxy_host, proxy_ip)")
+    add("--tp", type=int, default=default.tp, help="tensor-parallel ranks that a connector tells of (%(default)s)")
     policies = ("fail", "recompute")
     add("--load-failure-policy", choices=policies, default=default.load_failure_policy, help="(%(default)s)")
     add("--preemption", choices=("recompute", "report"), default=default.preemption, help="(%(default)s)")
@@ -71,6 +73,8 @@ def config_from(args: argparse.Namespace) -> SimulatorConfig:
         port=args.port,
         side_port=args.side_port,
         side_host=args.side_host,
+        proxy=args.proxy,
+        tp=args.tp,
         model=args.model,
         task=args.task,
         surface=args.surface,

@@ -9,12 +9,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["prefill", "decode", "mixed"]
-Connector = Literal["nixl", "mooncake_ascend", "mooncake", "none"]
+Connector = Literal[
+    "nixl",
+    "mooncake_ascend",
+    "mooncake",
+    "lmcache_pd",
+    "none",
+]
 Task = Literal["generate", "embed", "classify", "transcribe", "moderate", "any"]
 Surface = Literal["vllm", "nim", "openai"]
 
 # What the connectors pin a hand-off for when nothing is set: kv_lease_duration and the Ascend abort timeout.
-DEFAULT_LEASE = {"nixl": 30.0, "mooncake_ascend": 480.0, "mooncake": 480.0, "none": 0.0}
+DEFAULT_LEASE = {
+    "nixl": 30.0,
+    "mooncake_ascend": 480.0,
+    "mooncake": 480.0,
+    "lmcache_pd": 60.0,  # allocation_timeout_sec and the like bound a transfer; nothing is kept after it
+    "none": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +38,8 @@ class SimulatorConfig:
     port: int = 0  # 0: any free port
     side_port: int = 0  # where hand-offs are pulled from; 0: any free port
     side_host: str = ""  # what hand-offs call this host; "": host, or localhost (as vLLM) if it is a wildcard
+    proxy: str = ""  # host:port of the gateway's socket, for connectors whose engines tell it something
+    tp: int = 1  # tensor-parallel ranks, as far as a connector tells of each
     model: str = "sim"
     task: Task = "generate"  # what the model is for: as in vLLM, routes of other tasks do not exist
     surface: Surface = "vllm"  # whose paths it is asked at for its health, metrics and version
@@ -62,7 +76,7 @@ class SimulatorConfig:
         for name in ("step_time", "prefill_rate", "transfer_rate", "max_queued", "handshake_timeout", "death_delay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        for name in ("blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "tp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.eos_rate < 1:

@@ -63,7 +63,13 @@ class Simulator:
         self.engine = Engine(self.config, self.faults, changed=self._watch.changed, died=self._engine_died)
         engine = self.engine
         self._serving = Serving(
-            self.config, engine.id, engine.pool, engine.handoffs, self.faults, lambda path: engine.side.page(path)
+            self.config,
+            engine.id,
+            engine.pool,
+            engine.handoffs,
+            self.faults,
+            lambda path: engine.side.page(path),
+            lambda message: engine.side.told(message),
         )
 
     async def start(self) -> None:
@@ -78,6 +84,8 @@ class Simulator:
         self.engine.start()
         self.alive = True
         await self._listen()
+        self.engine.http_address = self.url.removeprefix("http://")
+        self.engine.side.start()
         self._faults_changed()
         self._watch.changed()
 

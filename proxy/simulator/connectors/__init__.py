@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from proxy.simulator.connectors.lmcache_pd import LMCachePD
 from proxy.simulator.connectors.mooncake import Mooncake
 from proxy.simulator.connectors.pull import MooncakeAscend, Nixl
 from proxy.simulator.connectors.side import Side
@@ -10,5 +11,6 @@ SIDES: dict[str, type[Side]] = {
     "nixl": Nixl,
     "mooncake_ascend": MooncakeAscend,
     "mooncake": Mooncake,
+    "lmcache_pd": LMCachePD,
     "none": Side,
 }
