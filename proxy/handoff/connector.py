@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 
 from proxy.errors import BackendGarbled, HandoffInvalid
-from proxy.handoff.coordinates import Coordinates
+from proxy.handoff.coordinates import Announcement, Coordinates
 from proxy.handoff.endpoints import Endpoint, Members
 
 
@@ -94,6 +94,8 @@ class Connector:
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
         refused_release: engines refuse its `release` leg for what that says of tokens, and need not know the prompt.
         port: of `Coordinates`, where none is set.
+        registers: its engines tell where their sides of the hand-off are, again and again (`announced`); one that does
+            not can take part in no hand-off.
         waits: prefill sends notices (`Meeting.notices`), for which decode waits.
     """
 
@@ -109,6 +111,7 @@ class Connector:
     prefill_may_be_cut: ClassVar[bool] = True
     refused_release: ClassVar[bool] = False
     port: ClassVar[int] = 0
+    registers: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
@@ -161,6 +164,14 @@ class Connector:
 
     def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates:
         """The coordinates with what `inquiry` answered.
+
+        Raises:
+            ValueError: that is not what such an engine says.
+        """
+        raise NotImplementedError
+
+    def announced(self, message: bytes) -> Announcement:
+        """What an engine says of itself in a registration; only with `registers`.
 
         Raises:
             ValueError: that is not what such an engine says.
