@@ -33,6 +33,7 @@ from proxy.fleet.board import TICK, Exchange
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.fleet.notices import Notices
+from proxy.fleet.registration import Registrations
 from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
 from proxy.flow.room import FleetRoom
@@ -69,6 +70,7 @@ class Gateway:
     surface: Surface
     registry: CollectorRegistry
     notices: Notices
+    registrations: Registrations
     siblings: Siblings | None = None
     inner: Surface | None = None
 
@@ -80,6 +82,7 @@ class Gateway:
             CannotHear
         """
         self.notices.start()
+        self.registrations.start()
 
 
 def build(settings: Settings, connections: Connections | None = None, crew: Crew | None = None) -> Gateway:
@@ -99,6 +102,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         fleet.watch_room(admission.look)
     prometheus = PrometheusSink(fleet, connections or Connections())
     notices = Notices(settings.zmq.notices)
+    registrations = Registrations(fleet, settings.zmq, CONNECTORS)
+    fleet.messages = {"notice": notices.counts, "registration": registrations.counts}
     warmup = Warmup(settings, fleet, CONNECTORS, notices)
     queue = AdmissionSink(admission)
     telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup)
@@ -147,6 +152,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             await warmup.stop()
             legs.close()
             notices.close()
+            registrations.close()
             await http.aclose()
 
     def forget(backend: Backend) -> None:
@@ -154,6 +160,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             exchange.forget(backend)
         legs.forget(backend)
         warmup.forget(backend)
+        registrations.forget(backend)
         prometheus.forget(backend.url)
 
     hot: dict[str, ASGIApp] = {
@@ -196,7 +203,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             backends(fleet, trusted),
         ]
         inner = Surface(hot={}, routers=inside)
-    gateway = Gateway(settings, fleet, gate, admission, surface, metrics, notices, siblings, inner)
+    gateway = Gateway(settings, fleet, gate, admission, surface, metrics, notices, registrations, siblings, inner)
     return gateway
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
@@ -29,9 +29,14 @@ ConnectorName = Literal[
     "mooncake_ascend",
     "mooncake",
     "lmcache_pd",
+    "moriio_read",
+    "moriio_write",
+    "p2p_nccl",
 ]
 SENDS_NOTICES = {"lmcache_pd"}
 """The connectors whose prefill engines say at `zmq.notices` that a KV cache has arrived."""
+REGISTER = {"moriio_read", "moriio_write", "p2p_nccl"}
+"""The connectors whose engines say at `zmq.registrations` where they are reached."""
 PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
 
@@ -296,6 +301,13 @@ def _socket_address(value: str) -> str:
     return text
 
 
+def _network(value: object) -> IPv4Network | IPv6Network:
+    return ip_network(str(value).strip())
+
+
+Networks = Annotated[
+    tuple[Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)], ...], NoDecode, BeforeValidator(_split)
+]
 SocketAddress = Annotated[str, AfterValidator(_socket_address)]
 
 
@@ -306,6 +318,16 @@ class ZmqSettings(Group):
     notices: SocketAddress = Field(
         "", description="address to hear of KV caches that have arrived: `pd_proxy_host` and `pd_proxy_port` of LMCache"
     )
+    registrations: SocketAddress = Field(
+        "", description="address to hear where engines are reached: `proxy_ip` and `proxy_ping_port` or `proxy_port`"
+    )
+    expiry: Seconds = Field(
+        10.0, description="seconds without a registration, sent every 3 s, after which an engine is out of the rotation"
+    )
+    networks: Networks = Field(
+        (), description="where engines may be that join by registering; none: only configured backends register"
+    )
+    group: str = Field(DEFAULT_GROUP, description="the group that engines join by registering")
 
 
 class MetricsSettings(Group):
@@ -405,16 +427,23 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _engines_are_heard(self) -> Settings:
+        if self.zmq.group not in {group.name for group in self.all_groups()}:
+            raise ValueError(f"zmq.group: there is no group {self.zmq.group}")
         located = {location.backend: location for location in self.locations}
         for group in self.all_groups():
-            if not (group.prefill or group.decode) or group.connector not in SENDS_NOTICES:
+            joined = bool(self.zmq.networks) and group.name == self.zmq.group
+            if joined and group.connector not in REGISTER:
+                raise ValueError(f"zmq.networks: engines of {group.connector} (group {group.name}) do not register")
+            if group.connector not in SENDS_NOTICES | REGISTER or not (group.prefill or group.decode or joined):
                 continue
-            if not self.zmq.notices:
-                raise ValueError(
-                    f"{group.connector}: zmq.notices must be set, where prefill engines say that they are done"
-                )
             if self.reuse_port:
                 raise ValueError(f"{group.connector}: not with reuse_port, since engines tell one gateway only")
+            if group.connector in REGISTER:
+                if not self.zmq.registrations:
+                    raise ValueError(f"{group.connector}: zmq.registrations must be set, where its engines register")
+                continue
+            if not self.zmq.notices:
+                raise ValueError(f"{group.connector}: zmq.notices must be set, where its prefill says that it is done")
             for url in group.decode:
                 location = located.get(url) or Location.model_construct(backend=url)
                 if not location.init_ports or len(location.alloc_ports) != len(location.init_ports):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from proxy.handoff.registry import CONNECTORS
-from proxy.settings import SENDS_NOTICES, Settings, backend_url, build_settings, leaves, unknown_variables
+from proxy.settings import REGISTER, SENDS_NOTICES, Settings, backend_url, build_settings, leaves, unknown_variables
 
 PORTS = st.integers(1, 65535)
 HOSTS = st.from_regex(r"[a-z][a-z0-9-]{0,10}(\.[a-z][a-z0-9]{0,5}){0,2}", fullmatch=True) | st.just("[::1]")
@@ -243,5 +243,39 @@ def test_no_other_address_for_engines_is_taken(text: str) -> None:
         build_settings({"zmq": {"notices": text}}, {})
 
 
-def test_the_settings_know_which_connectors_send_notices() -> None:
+def test_the_settings_know_which_connectors_are_heard() -> None:
     assert {name for name, connector in CONNECTORS.items() if connector.waits} == SENDS_NOTICES
+    assert {name for name, connector in CONNECTORS.items() if connector.registers} == REGISTER
+
+
+MORIIO: dict[str, Any] = {
+    "connector": "moriio_read",
+    "prefill": ["10.0.0.1:8000"],
+    "decode": ["10.0.0.2:8000"],
+    "zmq": {"registrations": "10.0.0.9:36367"},
+}
+
+
+def test_networks_from_which_engines_join_are_a_list() -> None:
+    settings = build_settings(
+        {"connector": "p2p_nccl", "zmq": {**MORIIO["zmq"], "networks": "10.0.0.0/8,fd00::/8"}}, {}
+    )
+    assert [str(network) for network in settings.zmq.networks] == ["10.0.0.0/8", "fd00::/8"]
+    assert build_settings(MORIIO, {}).zmq.networks == ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"zmq": {}}, "zmq.registrations must be set"),
+        ({"reuse_port": True}, "not with reuse_port"),
+        ({"zmq": {**MORIIO["zmq"], "group": "other"}}, "there is no group other"),
+        ({"zmq": {**MORIIO["zmq"], "networks": ["10.0.0.1/8"]}}, "host bits"),
+        ({"zmq": {**MORIIO["zmq"], "networks": ["everywhere"]}}, "networks"),
+        ({"zmq": {"networks": ["10.0.0.0/8"]}, "prefill": [], "decode": []}, "zmq.registrations must be set"),
+        ({"zmq": {**MORIIO["zmq"], "networks": ["10.0.0.0/8"]}, "connector": "nixl"}, "nixl .*do not register"),
+    ],
+)
+def test_what_registering_engines_lack_is_said_at_the_start(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        build_settings({**MORIIO, **changed}, {})

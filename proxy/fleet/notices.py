@@ -24,8 +24,6 @@ from proxy.fleet.inbox import Inbox
 
 log = logging.getLogger("pd_proxy.fleet")
 
-Outcome = Literal["taken", "unexpected", "garbage"]
-
 
 class ProxyNotif(msgspec.Struct):
     """One rank of prefill has written its part of a request's KV cache."""
@@ -94,14 +92,14 @@ class Notices:
 
     Attributes:
         waiting: by the name that is in the notices; as many as tries are between their prefill leg's start and end.
-        counts: how many notices came, by what they were.
+        counts: how many notices came: `taken`, `unexpected` or `garbage`.
     """
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._inbox: Inbox | None = None
         self.waiting: dict[str, Expected] = {}
-        self.counts: Counter[Outcome] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def start(self) -> None:
         """Hear them, where there is an address to hear them at, and that is not done yet.
