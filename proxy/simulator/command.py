@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--handshake-timeout", type=float, default=default.handshake_timeout, help="seconds (%(default)s)")
     add("--connector", choices=tuple(SIDES), default=default.connector, help="(%(default)s)")
     add("--proxy", default="", help="host:port of the gateway's ZeroMQ socket (as pd_proxy_host, proxy_ip)")
+    add("--register-every", type=float, default=default.register_every, help="seconds (%(default)s)")
     add("--tp", type=int, default=default.tp, help="tensor-parallel ranks that a connector tells of (%(default)s)")
     policies = ("fail", "recompute")
     add("--load-failure-policy", choices=policies, default=default.load_failure_policy, help="(%(default)s)")
@@ -74,6 +75,7 @@ def config_from(args: argparse.Namespace) -> SimulatorConfig:
         side_port=args.side_port,
         side_host=args.side_host,
         proxy=args.proxy,
+        register_every=args.register_every,
         tp=args.tp,
         model=args.model,
         task=args.task,

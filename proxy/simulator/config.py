@@ -14,6 +14,9 @@ Connector = Literal[
     "mooncake_ascend",
     "mooncake",
     "lmcache_pd",
+    "moriio_read",
+    "moriio_write",
+    "p2p_nccl",
     "none",
 ]
 Task = Literal["generate", "embed", "classify", "transcribe", "moderate", "any"]
@@ -25,6 +28,9 @@ DEFAULT_LEASE = {
     "mooncake_ascend": 480.0,
     "mooncake": 480.0,
     "lmcache_pd": 60.0,  # allocation_timeout_sec and the like bound a transfer; nothing is kept after it
+    "moriio_read": 60.0,  # defer_timeout
+    "moriio_write": 60.0,
+    "p2p_nccl": 60.0,  # it has none: for as long decode waits
     "none": 0.0,
 }
 
@@ -39,6 +45,7 @@ class SimulatorConfig:
     side_port: int = 0  # where hand-offs are pulled from; 0: any free port
     side_host: str = ""  # what hand-offs call this host; "": host, or localhost (as vLLM) if it is a wildcard
     proxy: str = ""  # host:port of the gateway's socket, for connectors whose engines tell it something
+    register_every: float = 3.0  # for connectors whose engines register there
     tp: int = 1  # tensor-parallel ranks, as far as a connector tells of each
     model: str = "sim"
     task: Task = "generate"  # what the model is for: as in vLLM, routes of other tasks do not exist
@@ -73,7 +80,15 @@ class SimulatorConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no engine could run with."""
-        for name in ("step_time", "prefill_rate", "transfer_rate", "max_queued", "handshake_timeout", "death_delay"):
+        for name in (
+            "step_time",
+            "prefill_rate",
+            "transfer_rate",
+            "max_queued",
+            "handshake_timeout",
+            "death_delay",
+            "register_every",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "tp"):

@@ -72,6 +72,9 @@ CASES = [
     Case("mooncake_ascend"),
     Case("mooncake", located=True),
     Case("lmcache_pd", written_to=True, hears="notices"),
+    Case("moriio_read", hears="registrations"),
+    Case("moriio_write", hears="registrations"),
+    Case("p2p_nccl", hears="registrations"),
 ]
 IDS = [case.name for case in CASES]
 
