@@ -69,7 +69,8 @@ def serve(settings: Settings) -> int:
     """
     files = raise_file_limit()
     listeners = _listeners(settings)
-    if not any(group.prefill or group.decode or group.mixed for group in settings.all_groups()):
+    none = not any(group.prefill or group.decode or group.mixed for group in settings.all_groups())
+    if none and not settings.zmq.networks:
         log.warning("no backend is configured (--prefill, --decode, --mixed); they can be added at /instances/add")
     wanted = settings.limits.connections or 0
     if wanted > settings.workers * connection_limit(files):

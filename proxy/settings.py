@@ -436,8 +436,9 @@ class Settings(BaseSettings):
                 raise ValueError(f"zmq.networks: engines of {group.connector} (group {group.name}) do not register")
             if group.connector not in SENDS_NOTICES | REGISTER or not (group.prefill or group.decode or joined):
                 continue
-            if self.reuse_port:
-                raise ValueError(f"{group.connector}: not with reuse_port, since engines tell one gateway only")
+            if self.reuse_port or self.workers > 1:
+                other = "reuse_port" if self.reuse_port else "several workers"
+                raise ValueError(f"{group.connector}: not with {other}, since engines tell one process only")
             if group.connector in REGISTER:
                 if not self.zmq.registrations:
                     raise ValueError(f"{group.connector}: zmq.registrations must be set, where its engines register")

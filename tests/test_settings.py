@@ -214,6 +214,7 @@ def test_lmcache_is_told_where_notices_come_and_decode_is_written_to() -> None:
     [
         ({"zmq": {}}, "zmq.notices must be set"),
         ({"reuse_port": True}, "not with reuse_port"),
+        ({"workers": 2}, "not with several workers"),
         ({"locations": []}, "10.0.0.2:8000 needs init_ports"),
         ({"locations": [{"backend": "10.0.0.2:8000", "init_ports": [1]}]}, "as many alloc_ports"),
         ({"locations": [{"backend": "10.0.0.2:8000", "alloc_ports": [1]}]}, "needs init_ports"),
@@ -269,6 +270,7 @@ def test_networks_from_which_engines_join_are_a_list() -> None:
     [
         ({"zmq": {}}, "zmq.registrations must be set"),
         ({"reuse_port": True}, "not with reuse_port"),
+        ({"workers": 2}, "not with several workers"),
         ({"zmq": {**MORIIO["zmq"], "group": "other"}}, "there is no group other"),
         ({"zmq": {**MORIIO["zmq"], "networks": ["10.0.0.1/8"]}}, "host bits"),
         ({"zmq": {**MORIIO["zmq"], "networks": ["everywhere"]}}, "networks"),
