@@ -27,7 +27,6 @@ from proxy.errors import (
     BackendUnreachable,
     HandoffExpired,
     HandoffInvalid,
-    HandoffUnconfirmed,
     NoBackend,
 )
 from proxy.fleet.backend import Backend, Lease, Role
@@ -383,8 +382,8 @@ class Flow:
                 answer = await self._legs.prefill(attempt, backend, lease)
         except BackendError as error:
             self._failed(request, backend, "prefill", error)
-            if isinstance(error, HandoffUnconfirmed) and attempt.decode is not None:
-                request.avoid.add(attempt.decode.url)  # it may hold a cache that is not written yet
+            if attempt.plan.notices and attempt.decode is not None and not error.unread:
+                request.avoid.add(attempt.decode.url)  # it may have set memory aside that nobody will write to
             raise
         answered = monotonic()
         record.prefill_seconds = answered - started

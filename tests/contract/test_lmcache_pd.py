@@ -17,7 +17,7 @@ CASE = next(case for case in CASES if case.name == "lmcache_pd")
 
 
 async def test_decode_begins_only_when_the_cache_has_arrived() -> None:
-    # 200 tokens a second: the cache is written half a second after prefill's answer.
+    # So slowly that the cache is written about a second after prefill's answer.
     async with fleet(CASE, engine={"transfer_rate": 50.0}) as (running, [p], [d]):
         asked = asyncio.create_task(running.http.post("/v1/completions", json=completion(stream=True)))
         await p.wait_for(lambda: p.engine.stranded_blocks > 0)
@@ -53,6 +53,21 @@ async def test_a_notice_that_does_not_come_is_tried_with_another_pair() -> None:
         assert "x-pd-proxy-fallback" not in answer.headers
         assert (len(first.requests), second.engine.stats.pulls > 0) == (0, True)
         assert (await running.metrics())['pd_proxy_retries_total{leg="prefill",reason="handoff_unconfirmed"}'] >= 1
+        await until(running.idle)
+
+
+async def test_a_prefill_that_dies_while_it_writes_is_not_waited_for_nor_its_decode_believed() -> None:
+    quick = {"timeouts": {"notice": 60.0}, "health": {"interval": 0.1, "failures": 1}}
+    async with fleet(CASE, 2, 2, engine={"transfer_rate": 20.0}, **quick) as (running, prefill, decode):
+        asked = asyncio.create_task(running.http.post("/v1/completions", json=completion()))
+        await until(lambda: any(engine.engine.side._received for engine in decode))  # type: ignore[attr-defined]
+        dying = next(engine for engine in prefill if engine.requests)
+        written = next(engine for engine in decode if engine.engine.side._received)  # type: ignore[attr-defined]
+        dying.kill()
+        answer = await asked
+        assert answer.status_code == 200
+        assert "x-pd-proxy-fallback" not in answer.headers
+        assert not written.requests
         await until(running.idle)
 
 
