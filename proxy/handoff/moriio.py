@@ -21,7 +21,6 @@ import msgspec
 
 from proxy.errors import HandoffInvalid
 from proxy.handoff.announcement import ROLES, Ranks, Registration, address_of, host_of, port_of
-from proxy.handoff.body import Members
 from proxy.handoff.connector import (
     Connector,
     Handoff,
@@ -35,6 +34,7 @@ from proxy.handoff.connector import (
     refused,
 )
 from proxy.handoff.coordinates import Announcement, Coordinates
+from proxy.handoff.endpoints import Members
 
 
 class _Registration(Registration):
@@ -58,6 +58,7 @@ class MoRIIO(Connector):
     registers = True
     lease = 60.0  # defer_timeout
     transferable = False  # prefill is told which decode engine it is for
+    refused_release = True
 
     def announced(self, message: bytes) -> Announcement:
         said = _read_registration(message)
