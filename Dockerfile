@@ -25,7 +25,7 @@ RUN pip install -c constraints.txt setuptools \
  && pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 # Only wheels, hence no compiler in any stage. There are wheels of everything for x86-64 and for arm64.
 RUN python -m venv --without-pip /opt/pd-proxy \
- && pip --python /opt/pd-proxy/bin/python install --only-binary :all: -c constraints.txt /wheels/*.whl
+ && pip --python /opt/pd-proxy/bin/python install --only-binary :all: -c constraints.txt "$(echo /wheels/*.whl)[zmq]"
 
 FROM python:${PYTHON_VERSION}-slim
 LABEL org.opencontainers.image.title="pd-proxy" \

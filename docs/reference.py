@@ -41,6 +41,7 @@ LABELS = {
     "`detokenize`, `count_tokens`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
     "leg": "`prefill`, `decode` or `encode`",
+    "message": "`notice` or `registration`",
     "model": "a model that some backend has named; any other is `other`",
     "outcome": "`ok`, `client_gone`, or the code of the error that ended the request ([errors](errors.md))",
     "pool": "`prefill`, `decode`, `mixed` or `encode`",
@@ -49,6 +50,8 @@ LABELS = {
     "`no_encode_backend`, `encode_failed`, or the request "
     "field that keeps it from being split (`n`, `prompt_list`, `echo`, …); of an ejection: `consecutive`, "
     "`success_rate`, `slow` ([operating](operating.md#the-breaker)); of a first token: [whose it is](first-token.md)",
+    "result": "`taken`; `garbage` (it is no such message); of a notice: `unexpected` (nobody waits for it); of a "
+    "registration: `unknown` (of no backend that registers) or `refused` (of what its engine may not say)",
     "source": "`prefill` or `decode`",
     "stage": "`admission`, `encode`, `prefill`, `decode` (before the first token) or `stream` (after it)",
     "state": "`up`, `slow_start`, `ejected`, `draining` or `down`",

@@ -33,6 +33,8 @@ from proxy.fleet.board import TICK, Exchange
 from proxy.fleet.control import control_client
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
+from proxy.fleet.notices import Notices
+from proxy.fleet.registration import Registrations
 from proxy.flow.callbacks import Callbacks
 from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
@@ -69,8 +71,20 @@ class Gateway:
     admission: Admission
     surface: Surface
     registry: CollectorRegistry
+    notices: Notices
+    registrations: Registrations
     siblings: Siblings | None = None
     inner: Surface | None = None
+
+    def hear(self) -> None:
+        """Listen for what engines tell, where that is not done yet: with the lifespan at the latest. In a running event
+        loop.
+
+        Raises:
+            CannotHear
+        """
+        self.notices.start()
+        self.registrations.start()
 
 
 def build(settings: Settings, connections: Connections | None = None, crew: Crew | None = None) -> Gateway:
@@ -90,12 +104,15 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         fleet.watch_room(admission.look)
     prometheus = PrometheusSink(fleet, connections or Connections())
     callbacks = Callbacks(settings.metaserver.url, 0 if crew is None else crew.worker)
-    warmup = Warmup(settings, fleet, CONNECTORS, callbacks)
+    notices = Notices(settings.zmq.notices)
+    registrations = Registrations(fleet, settings.zmq, CONNECTORS)
+    fleet.messages = {"notice": notices.counts, "registration": registrations.counts}
+    warmup = Warmup(settings, fleet, CONNECTORS, notices, callbacks)
     queue = AdmissionSink(admission)
     telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup)
     metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
-    legs = Legs(settings, fleet, telemetry)
+    legs = Legs(settings, fleet, telemetry, notices)
     flow = Flow(settings, fleet, legs, CONNECTORS, telemetry, random.random, callbacks)
     exchange = None if crew is None else Exchange(crew.board, crew.worker)
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
@@ -118,6 +135,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             guides=CONNECTORS,
             tether_headers=legs.authorization,
         )
+        gateway.hear()
         if siblings is not None:
             _adopt(fleet, await siblings.backends())
         warmup.start()
@@ -136,6 +154,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             await prober.stop()
             await warmup.stop()
             legs.close()
+            notices.close()
+            registrations.close()
             await http.aclose()
 
     def forget(backend: Backend) -> None:
@@ -143,6 +163,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             exchange.forget(backend)
         legs.forget(backend)
         warmup.forget(backend)
+        registrations.forget(backend)
         prometheus.forget(backend.url)
 
     hot: dict[str, ASGIApp] = {
@@ -190,7 +211,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         if called_back:
             inside.append(metaserver(callbacks, ()))
         inner = Surface(hot={}, routers=inside)
-    return Gateway(settings, fleet, gate, admission, surface, metrics, siblings, inner)
+    gateway = Gateway(settings, fleet, gate, admission, surface, metrics, notices, registrations, siblings, inner)
+    return gateway
 
 
 def _shared_secret(settings: Settings, crew: Crew | None) -> bytes:

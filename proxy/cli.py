@@ -134,7 +134,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 def _metavar(field: FieldInfo) -> str:
     choices = getattr(field.annotation, "__args__", ())
     if choices and all(isinstance(choice, str) for choice in choices):
-        return "|".join(choices)
+        return "|".join(choices) if len(choices) < 6 else "NAME"
     return "VALUE"
 
 

@@ -38,6 +38,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
         ├── BackendBusy                429 or 503 from the engine's front door: nothing was read
         ├── HandoffInvalid             502  prefill's hand-off parameters would harm decode
         ├── HandoffExpired             504  the hand-off grew too old to be sent
+        ├── HandoffUnconfirmed         504  prefill did not say that its KV cache has arrived at decode
         ├── StreamInterrupted          502  a stream broke, and could not be continued; never retried
         └── BackendRejected            4xx  the engine refused the request itself; never retried
 
@@ -370,6 +371,13 @@ class HandoffExpired(BackendError):
     code = "handoff_expired"
     reason = "handoff_expired"
     public = "the hand-off between the engines took too long"
+
+
+class HandoffUnconfirmed(BackendError):
+    status = 504
+    code = "handoff_unconfirmed"
+    reason = "handoff_unconfirmed"
+    public = "prefill's KV cache did not arrive at decode in time"
 
 
 class StreamInterrupted(BackendError):

@@ -29,6 +29,7 @@ from proxy.api.siblings import socket_of
 from proxy.api.surface import Surface
 from proxy.app import Gateway, build
 from proxy.crew import Crew
+from proxy.fleet.inbox import CannotHear
 from proxy.relay.connections import Connections
 from proxy.relay.server import GatewayProtocol
 from proxy.settings import Settings
@@ -68,7 +69,8 @@ def serve(settings: Settings) -> int:
     """
     files = raise_file_limit()
     listeners = _listeners(settings)
-    if not any(group.prefill or group.decode or group.mixed for group in settings.all_groups()):
+    none = not any(group.prefill or group.decode or group.mixed for group in settings.all_groups())
+    if none and not settings.zmq.networks:
         log.warning("no backend is configured (--prefill, --decode, --mixed); they can be added at /instances/add")
     wanted = settings.limits.connections or 0
     if wanted > settings.workers * connection_limit(files):
@@ -87,7 +89,10 @@ def _work(settings: Settings, files: int, listeners: list[Listener], crew: Crew 
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)  # requests leave next to no cycles behind; looking for them cost 8 % of each
     with asyncio.Runner(loop_factory=_new_loop) as runner:
-        runner.run(_run(gateway, kind, listeners, crew))
+        try:
+            runner.run(_run(gateway, kind, listeners, crew))
+        except CannotHear as error:
+            raise ListenError(str(error)) from None
     return 0
 
 
@@ -120,6 +125,7 @@ def protocol(settings: Settings, files: int) -> type[GatewayProtocol]:
 async def _run(
     gateway: Gateway, kind: type[GatewayProtocol], listeners: list[Listener], crew: Crew | None = None
 ) -> None:
+    gateway.hear()
     main = _Server(
         uvicorn_config(gateway.surface, kind), gateway, kind.shared, listeners[0], _tell_ready(crew, listeners[0].url)
     )

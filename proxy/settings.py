@@ -7,10 +7,10 @@ in all three, since a misspelt setting that is silently ignored is found in prod
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
@@ -29,7 +29,15 @@ ConnectorName = Literal[
     "mooncake_ascend",
     "mooncake",
     "ascend_layerwise",
+    "lmcache_pd",
+    "moriio_read",
+    "moriio_write",
+    "p2p_nccl",
 ]
+SENDS_NOTICES = {"lmcache_pd"}
+"""The connectors whose prefill engines say at `zmq.notices` that a KV cache has arrived."""
+REGISTER = {"moriio_read", "moriio_write", "p2p_nccl"}
+"""The connectors whose engines say at `zmq.registrations` where they are reached."""
 PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
 
@@ -82,12 +90,13 @@ def _parsed(shape: str) -> BeforeValidator:
     return BeforeValidator(parse)
 
 
-def _network(value: str) -> str:
-    """A network in its one form: `10.0.0.0/8`, or an address alone."""
-    return str(ipaddress.ip_network(value.strip()))
+def _network(value: object) -> IPv4Network | IPv6Network:
+    return ip_network(str(value).strip())
 
 
-Networks = Annotated[tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_split)]
+Networks = Annotated[
+    tuple[Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)], ...], NoDecode, BeforeValidator(_split)
+]
 BackendUrls = Annotated[tuple[Annotated[str, AfterValidator(backend_url)], ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 
@@ -160,6 +169,9 @@ class Timeouts(Group):
     prefill: Seconds = Field(300.0, description="the prefill leg, and each leg to an encoder; engine's queue included")
     handoff: Seconds = Field(
         10.0, description="age at which a hand-off is no longer sent; engines keep it 30 s, then answer with wrong text"
+    )
+    notice: Seconds = Field(
+        10.0, description="from prefill's answer to its notice that the KV cache has arrived, for connectors with one"
     )
     first_token: Seconds = Field(300.0, description="from the decode leg's start to its first token, for streams")
     idle: Seconds = Field(120.0, description="silence of a stream that has begun, and of a client that stops reading")
@@ -282,6 +294,44 @@ class Shutdown(Group):
     grace: float = Field(120.0, ge=0, description="seconds for running requests to end; then their streams are closed")
 
 
+def _socket_address(value: str) -> str:
+    """`host:port` of a socket to bind; a host is an IP address, IPv6 in brackets."""
+    text = value.strip().removeprefix("tcp://")
+    if not text:
+        return ""
+    try:
+        parts = urlsplit(f"//{text}")
+        ip_address(parts.hostname or "")
+        good = bool(parts.port) and not (parts.path or parts.query or parts.fragment or parts.username)
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"{value!r}: this is an IP address of this machine and a port, as 10.0.0.9:7500")
+    return text
+
+
+SocketAddress = Annotated[str, AfterValidator(_socket_address)]
+
+
+class ZmqSettings(Group):
+    """Sockets at which engines tell the gateway something over ZeroMQ. Nobody is authenticated there: bind them to an
+    internal address ([connectors](connectors.md#zeromq))."""
+
+    notices: SocketAddress = Field(
+        "", description="address to hear of KV caches that have arrived: `pd_proxy_host` and `pd_proxy_port` of LMCache"
+    )
+    registrations: SocketAddress = Field(
+        "", description="address to hear where engines are reached: `proxy_ip` and `proxy_ping_port` or `proxy_port`"
+    )
+    expiry: Seconds = Field(
+        10.0, description="seconds without a registration, sent every 3 s, after which an engine is out of the rotation"
+    )
+    networks: Networks = Field(
+        (), description="where engines may be that join by registering; none: only configured backends register"
+    )
+    group: str = Field(DEFAULT_GROUP, description="the group that engines join by registering")
+
+
 class MetricsSettings(Group):
     port: int | None = Field(None, ge=0, le=65535, description="serve /metrics on this port instead of the main one")
 
@@ -368,6 +418,7 @@ class Settings(BaseSettings):
     shutdown: Shutdown = Shutdown()
     metrics: MetricsSettings = MetricsSettings()
     metaserver: Metaserver = Metaserver()
+    zmq: ZmqSettings = ZmqSettings()
     api_keys: Secrets = Field((), description="keys clients must send as a bearer token; none: open")
     clients: Clients = Field(
         (), description="clients with names, keys, and bounds and shares of their own, beside api_keys"
@@ -400,6 +451,39 @@ class Settings(BaseSettings):
                 raise ValueError(f"locations: {location.backend} is no backend of this gateway")
         if len({location.backend for location in self.locations}) != len(self.locations):
             raise ValueError("locations: a backend is listed twice")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_are_heard(self) -> Settings:
+        if self.zmq.group not in {group.name for group in self.all_groups()}:
+            raise ValueError(f"zmq.group: there is no group {self.zmq.group}")
+        located = {location.backend: location for location in self.locations}
+        for group in self.all_groups():
+            joined = bool(self.zmq.networks) and group.name == self.zmq.group
+            if joined and group.connector not in REGISTER:
+                raise ValueError(f"zmq.networks: engines of {group.connector} (group {group.name}) do not register")
+            if group.connector not in SENDS_NOTICES | REGISTER or not (group.prefill or group.decode or joined):
+                continue
+            if self.reuse_port or self.workers > 1:
+                other = "reuse_port" if self.reuse_port else "several workers"
+                raise ValueError(f"{group.connector}: not with {other}, since engines tell one process only")
+            if group.connector in REGISTER:
+                if not self.zmq.registrations:
+                    raise ValueError(f"{group.connector}: zmq.registrations must be set, where its engines register")
+                continue
+            if not self.zmq.notices:
+                raise ValueError(f"{group.connector}: zmq.notices must be set, where its prefill says that it is done")
+            for url in group.decode:
+                location = located.get(url) or Location.model_construct(backend=url)
+                if not location.init_ports or len(location.alloc_ports) != len(location.init_ports):
+                    raise ValueError(
+                        f"{group.connector}: {url} needs init_ports and as many alloc_ports in locations, "
+                        "one for each of its tensor-parallel ranks"
+                    )
+                if location.query_ports and len(location.query_ports) != len(location.init_ports):
+                    raise ValueError(
+                        f"{group.connector}: {url} has fewer or more query_ports than init_ports in locations"
+                    )
         return self
 
     def all_groups(self) -> list[BackendGroup]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from proxy.settings import Settings, backend_url, build_settings, leaves, unknown_variables
+from proxy.handoff.registry import CONNECTORS
+from proxy.settings import REGISTER, SENDS_NOTICES, Settings, backend_url, build_settings, leaves, unknown_variables
 
 PORTS = st.integers(1, 65535)
 HOSTS = st.from_regex(r"[a-z][a-z0-9-]{0,10}(\.[a-z][a-z0-9]{0,5}){0,2}", fullmatch=True) | st.just("[::1]")
@@ -197,7 +199,7 @@ def test_engines_that_call_back_must_be_told_where() -> None:
         build_settings({"groups": [group]}, {})
     told = build_settings({"groups": [group], "metaserver": {"url": "10.0.0.1:8000/", "allow": "10.0.0.0/8, ::1"}}, {})
     assert told.metaserver.url == "http://10.0.0.1:8000"
-    assert told.metaserver.allow == ("10.0.0.0/8", "::1/128")
+    assert [str(network) for network in told.metaserver.allow] == ["10.0.0.0/8", "::1/128"]
 
 
 @pytest.mark.parametrize("url", ["http://0.0.0.0:8000", "[::]:8000", "ftp://here", "http://user:pw@here", "http://"])
@@ -218,3 +220,95 @@ def test_an_encoder_is_nothing_else() -> None:
     with pytest.raises(ValidationError, match="listed under encode and under encode of group far"):
         build_settings({"encode": ["a:1"], "groups": [group]}, {})
     assert build_settings({"groups": [group]}, {}).all_groups()[1].encode == ("http://a:1",)
+
+
+# Engines that tell the gateway something
+
+LMCACHE: dict[str, Any] = {
+    "connector": "lmcache_pd",
+    "prefill": ["10.0.0.1:8000"],
+    "decode": ["10.0.0.2:8000"],
+    "locations": [{"backend": "10.0.0.2:8000", "init_ports": [7300], "alloc_ports": [7400]}],
+    "zmq": {"notices": "10.0.0.9:7500"},
+}
+
+
+def test_lmcache_is_told_where_notices_come_and_decode_is_written_to() -> None:
+    assert build_settings(LMCACHE, {}).zmq.notices == "10.0.0.9:7500"
+    assert build_settings({"connector": "lmcache_pd"}, {}).zmq.notices == "", (
+        "without backends there is nothing to hear"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"zmq": {}}, "zmq.notices must be set"),
+        ({"reuse_port": True}, "not with reuse_port"),
+        ({"workers": 2}, "not with several workers"),
+        ({"locations": []}, "10.0.0.2:8000 needs init_ports"),
+        ({"locations": [{"backend": "10.0.0.2:8000", "init_ports": [1]}]}, "as many alloc_ports"),
+        ({"locations": [{"backend": "10.0.0.2:8000", "alloc_ports": [1]}]}, "needs init_ports"),
+        (
+            {"locations": [{"backend": "10.0.0.2:8000", "init_ports": [1], "alloc_ports": [2], "query_ports": [3, 4]}]},
+            "query_ports",
+        ),
+    ],
+)
+def test_what_lmcache_lacks_is_said_at_the_start(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        build_settings({**LMCACHE, **changed}, {})
+
+
+@pytest.mark.parametrize("text", ["10.0.0.9:7500", "tcp://10.0.0.9:7500", " 0.0.0.0:1 ", "[::1]:7500"])
+def test_an_address_for_engines_is_an_ip_address_and_a_port(text: str) -> None:
+    address = build_settings({"zmq": {"notices": text}}, {}).zmq.notices
+    assert address == text.strip().removeprefix("tcp://")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["7500", ":7500", "gateway:7500", "*:7500", "10.0.0.9", "10.0.0.9:0", "10.0.0.9:99999", "10.0.0.9:1/x", "a b"],
+)
+def test_no_other_address_for_engines_is_taken(text: str) -> None:
+    with pytest.raises(ValidationError, match="IP address"):
+        build_settings({"zmq": {"notices": text}}, {})
+
+
+def test_the_settings_know_which_connectors_are_heard() -> None:
+    assert {name for name, connector in CONNECTORS.items() if connector.waits} == SENDS_NOTICES
+    assert {name for name, connector in CONNECTORS.items() if connector.registers} == REGISTER
+
+
+MORIIO: dict[str, Any] = {
+    "connector": "moriio_read",
+    "prefill": ["10.0.0.1:8000"],
+    "decode": ["10.0.0.2:8000"],
+    "zmq": {"registrations": "10.0.0.9:36367"},
+}
+
+
+def test_networks_from_which_engines_join_are_a_list() -> None:
+    settings = build_settings(
+        {"connector": "p2p_nccl", "zmq": {**MORIIO["zmq"], "networks": "10.0.0.0/8,fd00::/8"}}, {}
+    )
+    assert [str(network) for network in settings.zmq.networks] == ["10.0.0.0/8", "fd00::/8"]
+    assert build_settings(MORIIO, {}).zmq.networks == ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"zmq": {}}, "zmq.registrations must be set"),
+        ({"reuse_port": True}, "not with reuse_port"),
+        ({"workers": 2}, "not with several workers"),
+        ({"zmq": {**MORIIO["zmq"], "group": "other"}}, "there is no group other"),
+        ({"zmq": {**MORIIO["zmq"], "networks": ["10.0.0.1/8"]}}, "host bits"),
+        ({"zmq": {**MORIIO["zmq"], "networks": ["everywhere"]}}, "networks"),
+        ({"zmq": {"networks": ["10.0.0.0/8"]}, "prefill": [], "decode": []}, "zmq.registrations must be set"),
+        ({"zmq": {**MORIIO["zmq"], "networks": ["10.0.0.0/8"]}, "connector": "nixl"}, "nixl .*do not register"),
+    ],
+)
+def test_what_registering_engines_lack_is_said_at_the_start(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        build_settings({**MORIIO, **changed}, {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Sequence
+from ipaddress import IPv4Network, IPv6Network
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -20,14 +21,15 @@ from proxy.flow.callbacks import PATH, Callbacks
 log = logging.getLogger("pd_proxy.api")
 
 
-def metaserver(callbacks: Callbacks, allow: Sequence[str], siblings: Siblings | None = None) -> APIRouter:
+def metaserver(
+    callbacks: Callbacks, allow: Sequence[IPv4Network | IPv6Network], siblings: Siblings | None = None
+) -> APIRouter:
     """The route.
 
     Arguments:
         allow: networks from which engines may call; none: any address.
         siblings: the other workers of this gateway; a call for one of their tries is passed on.
     """
-    networks = [ipaddress.ip_network(network) for network in allow]
     router = APIRouter(tags=["engines"])
 
     def may_call(host: str) -> bool:
@@ -36,13 +38,13 @@ def metaserver(callbacks: Callbacks, allow: Sequence[str], siblings: Siblings | 
         except ValueError:
             return False
         address = getattr(address, "ipv4_mapped", None) or address
-        return any(address in network for network in networks)
+        return any(address in network for network in allow)
 
     @router.post(PATH, response_model=None)
     async def call(request: Request) -> dict[str, str] | Response:
         """A decode engine has memory for a request, and says where."""
         host = request.client.host if request.client is not None else ""
-        if networks and not may_call(host):
+        if allow and not may_call(host):
             log.warning("%s may not call back: it is in none of metaserver.allow", host)
             raise Forbidden("this address may not call back; see metaserver.allow")
         body = await request.body()

@@ -42,6 +42,7 @@ class Backend:
         group: the name of its group: backends that may hand over to each other.
         connector: the protocol its group speaks.
         coordinates: where its side of a hand-off is reached.
+        registered: its engine says, again and again, where that is; who should and does not is out of the rotation.
         ranks: tokens in flight on each of its data-parallel ranks; empty where it has but one.
         facts: what is surely true of the engine that is there now; None while nothing is.
         engine_id: what its hand-offs have called it since the facts were learnt, or empty.
@@ -85,6 +86,7 @@ class Backend:
         "ranks",
         "reason",
         "reasons",
+        "registered",
         "removed",
         "resting_until",
         "role",
@@ -107,6 +109,7 @@ class Backend:
         self.group = ""
         self.connector = ""
         self.coordinates = Coordinates()
+        self.registered = False
         self.ranks: list[int] = []
         self.facts: Facts | None = None
         self.engine_id = ""

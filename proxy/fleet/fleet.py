@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import inf
 from time import monotonic
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from proxy.fleet.kinds import KINDS
 from proxy.fleet.rotation import Rotation
 from proxy.fleet.standing import LegName
 from proxy.handoff.coordinates import Coordinates
-from proxy.settings import DEFAULT_GROUP, Location, Settings
+from proxy.settings import DEFAULT_GROUP, Settings
 
 log = logging.getLogger("pd_proxy.fleet")
 
@@ -37,6 +37,7 @@ class Fleet:
         budgets: the pools' retry budgets.
         bounded: whether backends have bounds.
         uniform: any prefill backend may hand over to any decode backend.
+        messages: how many messages of engines came over ZeroMQ, by kind, and by what became of them.
     """
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = monotonic) -> None:
@@ -52,6 +53,7 @@ class Fleet:
         self._pools: dict[Role, list[Backend]] = {role: [] for role in ROLES}
         self.sizes: dict[str, int] = dict.fromkeys(ROLES, 0)
         self.handoffs_in_limbo = 0
+        self.messages: dict[str, Mapping[str, int]] = {}
         self.on_join: Callable[[Backend], object] | None = None
         self.on_leave: Callable[[Backend], object] | None = None
         self.on_up: Callable[[Backend], object] | None = None
@@ -234,7 +236,7 @@ class Fleet:
         backend = Backend(url, role, kind=self._kinds[group], window=self._window)
         backend.group = group
         backend.connector = self._connectors[group]
-        backend.locate(placed(url, self._locations.get(url)))
+        backend.locate(self.placed(url))
         backend.known = True  # the others have been at it for longer
         if role != "encode":
             bounds = self._prefill_bounds if role == "prefill" else self._decode_bounds
@@ -245,6 +247,20 @@ class Fleet:
         if self.on_join is not None:
             self.on_join(backend)
         return backend
+
+    def placed(self, url: str) -> Coordinates:
+        """A backend's coordinates, as far as the settings tell."""
+        host, location = urlsplit(url).hostname or "", self._locations.get(url)
+        if location is None:
+            return Coordinates(host=host)
+        return Coordinates(
+            host=location.host or host,
+            **{name: getattr(location, name) for name in Coordinates.__struct_fields__ if name != "host"},
+        )
+
+    def connector_of(self, group: str) -> str:
+        """The connector that a group speaks."""
+        return self._connectors[group]
 
     def drain(self, backend: Backend) -> None:
         """Give a backend nothing new. What it has ends in its own time."""
@@ -341,14 +357,3 @@ class Fleet:
         self._room_changed()
         if self.on_up is not None:
             self.on_up(backend)
-
-
-def placed(url: str, location: Location | None) -> Coordinates:
-    """A backend's coordinates, as far as the settings tell."""
-    host = urlsplit(url).hostname or ""
-    if location is None:
-        return Coordinates(host=host)
-    return Coordinates(
-        host=location.host or host,
-        **{name: getattr(location, name) for name in Coordinates.__struct_fields__ if name != "host"},
-    )

@@ -49,6 +49,9 @@ class Guide(Protocol):
     @property
     def port(self) -> int: ...
 
+    @property
+    def registers(self) -> bool: ...
+
     def inquiry(self, coordinates: Coordinates) -> str: ...
 
     def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates: ...
@@ -216,12 +219,14 @@ class Prober:
         await self._locate(backend)
 
     async def _locate(self, backend: Backend) -> None:
-        """Ask an engine for what its connector's legs must know of it.
+        """Ask an engine for what its connector's legs must know of it, unless it says so by itself.
 
         Raises:
             ProbeFailed: it did not say, so that no hand-off can come about.
         """
         guide = self._guides.get(backend.connector)
+        if guide is not None and guide.registers and backend.role != "mixed" and not backend.registered:
+            raise ProbeFailed("its engine has not registered at zmq.registrations")
         if guide is None or backend.role != "prefill":
             return
         if not backend.coordinates.port:

@@ -255,7 +255,7 @@ class Flow:
         pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
         retries = request.record.retries
         failed = [leg for leg, reason in retries if reason not in _SAYS_NOTHING and leg != "encode"]
-        if len(failed) < 2 or not (request.record.prefill and self._local_prefill):
+        if len(failed) < 2 or not (request.record.prefill and self._local_prefill and self._plain_decode):
             return ""
         return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
 
@@ -431,6 +431,8 @@ class Flow:
                 answer = await self._legs.prefill(attempt, backend, lease)
         except BackendError as error:
             self._failed(request, backend, "prefill", error)
+            if attempt.plan.notices and attempt.decode is not None and not error.unread:
+                request.avoid.add(attempt.decode.url)  # it may have set memory aside that nobody will write to
             raise
         answered = monotonic()
         record.prefill_seconds = answered - started
@@ -443,7 +445,7 @@ class Flow:
             self._failed(request, backend, "prefill", error)
             raise
         except HandoffInvalid as error:
-            self._do_without(request, backend, "handoff_invalid", error)
+            self._do_without(attempt, backend, "handoff_invalid", error)
             return
         if counted := read_usage(usage):
             record.cached_tokens = counted.cached_tokens
@@ -457,15 +459,16 @@ class Flow:
         if attempt.facts is not None:
             self._first_tokens.take(attempt, backend, answer)
         if handoff is None and not (attempt.first is not None and attempt.first.whole):
-            self._do_without(request, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
+            self._do_without(attempt, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
 
-    def _do_without(self, request: Request, backend: Backend, reason: str, error: HandoffInvalid) -> None:
-        """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that."""
+    def _do_without(self, attempt: Try, backend: Backend, reason: str, error: HandoffInvalid) -> None:
+        """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that, or the
+        connector."""
         log.warning("prefill backend %s gave no usable hand-off: %s", backend.url, error)
-        if not self._local_prefill:
-            self._failed(request, backend, "prefill", error)
+        if not (self._local_prefill and attempt.plan.connector.plain_decode):
+            self._failed(attempt.request, backend, "prefill", error)
             raise error
-        request.record.fallback = reason
+        attempt.request.record.fallback = reason
 
     async def _decode(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg. When the engine surely never read it, the same hand-off goes to another decode backend."""

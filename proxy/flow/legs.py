@@ -22,11 +22,13 @@ from proxy.errors import (
     BackendPreempted,
     BackendRejected,
     HandoffExpired,
+    HandoffUnconfirmed,
 )
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.facts import Facts
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.judge import Judge
+from proxy.fleet.notices import Notices
 from proxy.fleet.standing import LegName
 from proxy.flow.callbacks import Callbacks
 from proxy.flow.request import Request, new_id
@@ -247,12 +249,14 @@ class Legs:
 
     Arguments:
         fleet: is told how legs went.
+        notices: by which prefill engines say that a KV cache has arrived.
     Attributes:
         authorization: what every request to an engine carries, as whole lines.
     """
 
-    def __init__(self, settings: Settings, fleet: Judge, telemetry: Telemetry) -> None:
+    def __init__(self, settings: Settings, fleet: Judge, telemetry: Telemetry, notices: Notices) -> None:
         self._settings = settings
+        self._notices = notices
         self._timeouts = settings.timeouts
         self._prefill_limit = Deadlines(settings.timeouts.prefill)
         self._first_token_limit = Deadlines(settings.timeouts.first_token)
@@ -282,14 +286,27 @@ class Legs:
         return origin
 
     async def prefill(self, attempt: Try, backend: Backend, lease: Lease) -> bytes:
-        """The prefill leg; returns the engine's answer.
+        """The prefill leg; returns the engine's answer, once its KV cache has arrived where it sends notices of that.
 
         Raises:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
+            HandoffUnconfirmed: its notices did not come within `timeouts.notice`.
         """
-        return await self._collect(
-            backend, lease, "prefill", attempt.plan.prefill_leg(attempt.heard), attempt, self._prefill_limit
-        )
+        leg, count = attempt.plan.prefill_leg(attempt.heard), attempt.plan.notices
+        if not count:
+            return await self._collect(backend, lease, "prefill", leg, attempt, self._prefill_limit)
+        with self._notices.expect(attempt.id, count) as expected:  # they may come before the answer
+            answer = await self._collect(backend, lease, "prefill", leg, attempt, self._prefill_limit)
+            lease.on_lost = expected.lost
+            seconds = self._timeouts.notice
+            if not await expected.all(seconds):
+                unconfirmed = HandoffUnconfirmed(
+                    f"{backend.url} did not say within {seconds:g} s that its KV cache has arrived "
+                    f"({expected.missing} of {count} notices are missing)"
+                )
+                self._note(backend, unconfirmed, "prefill", attempt)
+                raise unconfirmed
+        return answer
 
     async def encode(self, attempt: Try, backend: Backend, lease: Lease, leg: Leg, number: int) -> bytes:
         """One of a try's legs to encoders; returns the engine's answer.

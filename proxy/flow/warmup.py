@@ -21,6 +21,7 @@ import msgspec
 from proxy.errors import BackendError, GatewayError
 from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.notices import Notices
 from proxy.fleet.standing import LegName
 from proxy.flow.callbacks import Callbacks
 from proxy.flow.legs import Legs, Limbo, Try, new_try
@@ -97,13 +98,14 @@ class Warmup:
         settings: Settings,
         fleet: Fleet,
         connectors: Mapping[str, Connector],
+        notices: Notices,
         callbacks: Callbacks | None = None,
     ) -> None:
         self._on = settings.warmup
         self._fleet = fleet
         self._connectors = connectors
         self._callbacks = callbacks or Callbacks(None)
-        self._legs = Legs(settings, _Mute(), _Mute())
+        self._legs = Legs(settings, _Mute(), _Mute(), notices)
         self._warm: set[Pair] = set()
         self._waiting: dict[Pair, tuple[Backend, Backend]] = {}
         self._workers: set[asyncio.Task[None]] = set()

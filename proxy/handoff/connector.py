@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 
 from proxy.errors import BackendGarbled, HandoffInvalid
-from proxy.handoff.coordinates import Coordinates
+from proxy.handoff.coordinates import Announcement, Coordinates
 from proxy.handoff.endpoints import Endpoint, Members
 
 
@@ -37,11 +37,13 @@ class Meeting(msgspec.Struct, frozen=True):
         prefill: members of the prefill leg, beside those that `Connector.prefill` leaves.
         handoff: what decode is told; None where that follows from prefill's answer.
         id: the X-Request-Id of both legs, where the protocol gives it a form; else empty.
+        notices: how many notices with the try's name prefill's ranks send, by which the KV cache has arrived at decode.
     """
 
     prefill: Members
     handoff: Handoff | None = None
     id: str = ""
+    notices: int = 0
 
 
 class PrefillAnswer(msgspec.Struct):
@@ -94,6 +96,9 @@ class Connector:
         port: of `Coordinates`, where none is set.
         called_back: decode's leg goes first, and its engine calls the gateway back once it has memory for the KV cache
             (`invite`); prefill's leg waits for that, and says what the call said (`heard`). Of concurrent connectors.
+        registers: its engines tell where their sides of the hand-off are, again and again (`announced`); one that does
+            not can take part in no hand-off.
+        waits: prefill sends notices (`Meeting.notices`), for which decode waits.
     """
 
     name: ClassVar[str]
@@ -109,6 +114,8 @@ class Connector:
     refused_release: ClassVar[bool] = False
     port: ClassVar[int] = 0
     called_back: ClassVar[bool] = False
+    registers: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         """The prefill leg's body: a new mapping.
@@ -175,6 +182,14 @@ class Connector:
 
         Raises:
             HandoffInvalid: that is not what such an engine says.
+        """
+        raise NotImplementedError
+
+    def announced(self, message: bytes) -> Announcement:
+        """What an engine says of itself in a registration; only with `registers`.
+
+        Raises:
+            ValueError: that is not what such an engine says.
         """
         raise NotImplementedError
 

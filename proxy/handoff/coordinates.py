@@ -5,6 +5,8 @@ Set by people, or learnt from the engine itself; each connector says which of it
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -36,3 +38,16 @@ class Coordinates(msgspec.Struct, frozen=True):
         """`host:port`, with brackets where the host needs them."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+
+class Announcement(msgspec.Struct, frozen=True):
+    """What an engine says of itself when it registers.
+
+    Attributes:
+        host, port: of its API, by which it is known as a backend.
+    """
+
+    role: Literal["prefill", "decode"]
+    host: str
+    port: int
+    coordinates: Coordinates

@@ -108,6 +108,11 @@ class Plan:
         return Plan(self._body, self.connector, continuation, meeting=self._meeting, token_ids=self._token_ids)
 
     @property
+    def notices(self) -> int:
+        """How many notices of prefill must be here before decode may begin."""
+        return 0 if self._meeting is None else self._meeting.notices
+
+    @property
     def continuation(self) -> Continuation | None:
         """Where its decode leg goes on."""
         return self._continuation

@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-queued", type=int, default=default.max_queued, help="queue bound; 0 is unbounded (%(default)s)")
     add("--lease", type=float, default=None, help="seconds a hand-off is kept (nixl 30, mooncake_ascend 480)")
     add("--handshake-timeout", type=float, default=default.handshake_timeout, help="seconds (%(default)s)")
-    add("--connector", choices=tuple(SIDES), default=default.connector, help="(%(default)s)")
+    known = ", ".join(SIDES)
+    add("--connector", choices=tuple(SIDES), metavar="NAME", default=default.connector, help=f"{known} (%(default)s)")
     add(
         "--encoder-connector",
         choices=("none", "example", "cpu"),
@@ -67,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--encoder-storage", default=default.encoder_storage, help="folder that encoders of kind example share")
     add("--encode-time", type=float, default=default.encode_time, help="seconds that a medium takes (%(default)s)")
+    add("--proxy", default="", help="host:port of the gateway's ZeroMQ socket (as pd_proxy_host, proxy_ip)")
+    add("--register-every", type=float, default=default.register_every, help="seconds (%(default)s)")
+    add("--tp", type=int, default=default.tp, help="tensor-parallel ranks that a connector tells of (%(default)s)")
     policies = ("fail", "recompute")
     add("--load-failure-policy", choices=policies, default=default.load_failure_policy, help="(%(default)s)")
     add("--preemption", choices=("recompute", "report"), default=default.preemption, help="(%(default)s)")
@@ -84,6 +88,9 @@ def config_from(args: argparse.Namespace) -> SimulatorConfig:
         port=args.port,
         side_port=args.side_port,
         side_host=args.side_host,
+        proxy=args.proxy,
+        register_every=args.register_every,
+        tp=args.tp,
         model=args.model,
         task=args.task,
         surface=args.surface,

@@ -17,6 +17,10 @@ Connector = Literal[
     "mooncake_ascend",
     "mooncake",
     "ascend_layerwise",
+    "lmcache_pd",
+    "moriio_read",
+    "moriio_write",
+    "p2p_nccl",
     "none",
 ]
 
@@ -27,6 +31,10 @@ DEFAULT_LEASE = {
     "mooncake_ascend": 480.0,
     "mooncake": 480.0,
     "ascend_layerwise": 480.0,
+    "lmcache_pd": 60.0,  # allocation_timeout_sec and the like bound a transfer; nothing is kept after it
+    "moriio_read": 60.0,  # defer_timeout
+    "moriio_write": 60.0,
+    "p2p_nccl": 60.0,  # it has none: for as long decode waits
     "none": 0.0,
 }
 
@@ -40,6 +48,9 @@ class SimulatorConfig:
     port: int = 0  # 0: any free port
     side_port: int = 0  # where hand-offs are pulled from; 0: any free port
     side_host: str = ""  # what hand-offs call this host; "": host, or localhost (as vLLM) if it is a wildcard
+    proxy: str = ""  # host:port of the gateway's socket, for connectors whose engines tell it something
+    register_every: float = 3.0  # for connectors whose engines register there
+    tp: int = 1  # tensor-parallel ranks, as far as a connector tells of each
     model: str = "sim"
     task: Task = "generate"  # what the model is for: as in vLLM, routes of other tasks do not exist
     surface: Surface = "vllm"  # whose paths it is asked at for its health, metrics and version
@@ -76,10 +87,18 @@ class SimulatorConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no engine could run with."""
-        for name in ("step_time", "prefill_rate", "transfer_rate", "max_queued", "handshake_timeout", "death_delay"):
+        for name in (
+            "step_time",
+            "prefill_rate",
+            "transfer_rate",
+            "max_queued",
+            "handshake_timeout",
+            "death_delay",
+            "register_every",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        for name in ("blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "tp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if (self.encoder_connector == "example") != bool(self.encoder_storage):

@@ -39,7 +39,7 @@ class Slowness(Protocol):
 
 
 class Engine:
-    """One engine core. ``host`` and ``side_port`` are what its hand-offs say they can be pulled from."""
+    """One engine core. ``side_port`` is where its hand-offs can be pulled from, ``http_address`` where its API is."""
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Engine:
         self.id = str(uuid.uuid4())
         self.origin = start_state(config.weights)
         self.side_port = 0
+        self.http_address = ""
         self.stats = Stats()
         self.pool = BlockPool(config.blocks, caching=config.prefix_caching)
         self.handoffs = Handoffs(self.pool, config, self._handoffs_changed)
@@ -457,6 +458,14 @@ class Engine:
     def fetch(self, sequence: Sequence, contents: Coroutine[Any, Any, list[Content]]) -> None:
         """Fill the blocks of a sequence that is loading, less those that were cached, with ``contents``."""
         self.spawn(self._fetch(sequence, contents))
+
+    def compute(self, sequence: Sequence) -> None:
+        """A sequence that is loading computes its prompt itself after all: there is nothing to fetch."""
+        self._loading.discard(sequence)
+        sequence.loaded = True
+        sequence.status = Status.WAITING
+        self._ready.append(sequence)
+        self._wake.set()
 
     async def _fetch(self, sequence: Sequence, fetching: Coroutine[Any, Any, list[Content]]) -> None:
         loop = asyncio.get_running_loop()

@@ -84,6 +84,8 @@ class Simulator:
         self.engine.start()
         self.alive = True
         await self._listen()
+        self.engine.http_address = self.url.removeprefix("http://")
+        self.engine.side.start()
         self._faults_changed()
         self._watch.changed()
 

@@ -293,6 +293,30 @@ class Peers:
         except (OSError, EOFError, TimeoutError) as error:
             raise TransferFailed(f"{host}:{port}: {error!r}") from error
 
+    async def ask(self, host: str, port: int, message: dict[str, Any], after: float = 0.0) -> dict[str, Any]:
+        """What an engine answers to one message that is not a fetch, sent after so many seconds.
+
+        Raises:
+            TransferFailed: there is nobody, or it does not answer; or its KV is not of this kind.
+        """
+        if not 0 < port < 65536:
+            raise TransferFailed(f"{host}:{port}: no such port")
+        try:
+            async with asyncio.timeout(self._patience):
+                reader, writer = await asyncio.open_connection(host, port)
+            try:
+                async with asyncio.timeout(self._patience):
+                    hello = await _ask(reader, writer, {"op": "hello"})
+                if hello["compatibility"] != compatibility(self._config):
+                    raise TransferFailed("compatibility hash mismatch")
+                await asyncio.sleep(after)
+                async with asyncio.timeout(self._patience):
+                    return await _ask(reader, writer, message)
+            finally:
+                writer.close()
+        except (OSError, EOFError, TimeoutError) as error:
+            raise TransferFailed(f"{host}:{port}: {error!r}") from error
+
     async def tell(self, host: str, port: int, message: dict[str, Any]) -> bool:
         """Send a notification; whether anybody took it."""
         try:

@@ -71,6 +71,10 @@ class FleetState(Protocol):
     def budget_refusals(self) -> Mapping[str, int]:
         """By pool."""
 
+    @property
+    def messages(self) -> Mapping[str, Mapping[str, int]]:
+        """Of engines over ZeroMQ, by kind and by what became of them."""
+
     def names(self, model: str) -> bool: ...
 
     def not_ready(self) -> str: ...
@@ -457,6 +461,15 @@ class PrometheusSink(Collector):
         for pool, count in self._fleet.budget_refusals.items():
             refusals.add_metric((pool,), count)
         yield refusals
+        messages = CounterMetricFamily(
+            "pd_proxy_engine_messages",
+            "Messages of engines that came over ZeroMQ, by what became of them.",
+            labels=("message", "result"),
+        )
+        for kind, results in self._fleet.messages.items():
+            for result, count in results.items():
+                messages.add_metric((kind, result), count)
+        yield messages
 
     def _connection_gauges(self) -> Iterator[Metric]:
         now = self._connections

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ class Case:
         engine: settings of its simulated engines.
         settings: of the gateway.
         located: the gateway must be told the port of a prefill engine's side of the hand-off.
+        written_to: the gateway must be told the ports at which a decode engine is written to.
+        hears: the setting of the address at which the gateway hears its engines, where they tell it something.
         asks: the members by which an engine knows a prefill and a decode leg.
     """
 
@@ -27,11 +30,41 @@ class Case:
     engine: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     located: bool = False
+    written_to: bool = False
+    hears: str = ""
 
     def gateway(self, engines: Iterable[Simulator]) -> dict[str, Any]:
         """The settings of a gateway before `engines`."""
+        engines = list(engines)
         places = [{"backend": engine.url, "port": engine.side_port} for engine in engines] if self.located else []
-        return {"connector": self.name, "locations": places, **self.settings}
+        heard = next((engine.config.proxy for engine in engines if engine.config.proxy), "")
+        return {
+            "connector": self.name,
+            "locations": places + (self._receivers(engines) if self.written_to else []),
+            **({"zmq": {self.hears: heard}} if self.hears else {}),
+            **self.settings,
+        }
+
+    @staticmethod
+    def _receivers(engines: Iterable[Simulator]) -> list[dict[str, Any]]:
+        return [
+            {"backend": engine.url, "init_ports": ports, "alloc_ports": ports, "tp": engine.config.tp}
+            for engine in engines
+            if engine.config.role == "decode"
+            for ports in [[engine.side_port] * engine.config.tp]
+        ]
+
+    @contextmanager
+    def engines(self) -> Iterator[dict[str, Any]]:
+        """The settings of its engines. An address at which a gateway is to hear them stays reserved for it."""
+        told = {"connector": self.name, **self.engine}
+        if not self.hears:
+            yield told
+            return
+        with socket.socket() as held:  # bound, and never listening: so the kernel gives the port to nobody else
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(("127.0.0.1", 0))
+            yield {**told, "proxy": f"127.0.0.1:{held.getsockname()[1]}"}
 
 
 CASES = [
@@ -39,6 +72,10 @@ CASES = [
     Case("mooncake_ascend"),
     Case("mooncake", located=True),
     Case("ascend_layerwise"),
+    Case("lmcache_pd", written_to=True, hears="notices"),
+    Case("moriio_read", hears="registrations"),
+    Case("moriio_write", hears="registrations"),
+    Case("p2p_nccl", hears="registrations"),
 ]
 IDS = [case.name for case in CASES]
 
@@ -49,8 +86,9 @@ async def fleet(
 ) -> AsyncIterator[tuple[Running, list[Simulator], list[Simulator]]]:
     """A gateway before simulated pools that speak a connector, all up."""
     roles = ["prefill"] * prefill + ["decode"] * decode
-    async with simulators(*roles, **{"connector": case.name, **case.engine, **(engine or {})}) as engines:
-        p, d = engines[:prefill], engines[prefill:]
-        more = {**case.gateway(engines), **settings}
-        async with running_gateway([e.url for e in p], [e.url for e in d], **more) as running:
-            yield running, p, d
+    with case.engines() as told:
+        async with simulators(*roles, **{**told, **(engine or {})}) as engines:
+            p, d = engines[:prefill], engines[prefill:]
+            more = {**case.gateway(engines), **settings}
+            async with running_gateway([e.url for e in p], [e.url for e in d], **more) as running:
+                yield running, p, d

@@ -34,6 +34,9 @@ PARAMS: dict[str, Any] = {
     "remote_blocks_expiry_time": None,
     "transfer_mode": "pull",
     "remote_prefill_cached_tokens": 0,
+    "remote_handshake_port": 6301,
+    "remote_notify_port": 61005,
+    "transfer_id": "tx-1",
 }
 ASKED = {
     "do_remote_decode": True,

@@ -48,6 +48,7 @@ NAMES = {
     "pd_proxy_backend_open_handoffs": ("gauge", {"pool", "backend"}),
     "pd_proxy_pool_panic": ("gauge", {"pool"}),
     "pd_proxy_retry_budget_refusals": ("counter", {"pool"}),
+    "pd_proxy_engine_messages": ("counter", {"message", "result"}),
     "pd_proxy_backend_inflight_requests": ("gauge", {"pool", "backend"}),
     "pd_proxy_backend_inflight_tokens": ("gauge", {"pool", "backend"}),
     "pd_proxy_handoffs_in_limbo": ("gauge", set()),
@@ -112,6 +113,7 @@ def fill(scene: Scene) -> None:
     """Everything that can happen, once."""
     scene.fleet.ejections["decode", DECODE, "decode", "slow"] += 1
     scene.fleet.budget_refusals["decode"] += 1
+    scene.fleet.messages["notice"] = {"taken": 1}
     scene.finish()
     scene.finish(outcome="client_gone", retries=[("prefill", "cut")], fallback="no_handoff_params")
     scene.finish(first_token_from="prefill", first_token_reason="exact", second_token=0.5, handoff_gap=0.3)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from proxy.simulator.connectors.ascend_layerwise import AscendLayerwise
+from proxy.simulator.connectors.lmcache_pd import LMCachePD
 from proxy.simulator.connectors.mooncake import Mooncake
+from proxy.simulator.connectors.moriio import MoRIIORead, MoRIIOWrite
+from proxy.simulator.connectors.p2p_nccl import P2pNccl
 from proxy.simulator.connectors.pull import MooncakeAscend, Nixl
 from proxy.simulator.connectors.side import Side
 
@@ -12,5 +15,9 @@ SIDES: dict[str, type[Side]] = {
     "mooncake_ascend": MooncakeAscend,
     "mooncake": Mooncake,
     "ascend_layerwise": AscendLayerwise,
+    "lmcache_pd": LMCachePD,
+    "moriio_read": MoRIIORead,
+    "moriio_write": MoRIIOWrite,
+    "p2p_nccl": P2pNccl,
     "none": Side,
 }

@@ -55,12 +55,15 @@ class Side:
         """What a request asks, before anything of it is judged. Raises RequestError where its handler refuses it."""
         return Transfer()
 
-    def page(self, path: str) -> bytes | None:
-        """What the side port answers to a GET of ``path``, as JSON; None for 404."""
-        return None
+    def start(self) -> None:
+        """The engine has begun, and its ports are known."""
 
     def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         """What a message at the side port that only this connector knows is answered with, if with anything."""
+        return None
+
+    def page(self, path: str) -> bytes | None:
+        """What the side port answers to a GET of ``path``, as JSON; None for 404."""
         return None
 
     # Prefill

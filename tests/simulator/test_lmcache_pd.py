@@ -1,0 +1,137 @@
+"""LMCache's prefill-decode mode as the engines have it: a sender, a receiver, and what befalls whoever is not exact."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+
+from proxy.simulator import Simulator
+from tests.support import until
+
+from .conftest import Start
+from .helpers import PROMPT, Client
+
+
+class Gateway:
+    """A PULL socket, as a gateway has it."""
+
+    def __init__(self) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.PULL)
+        self.address = f"127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
+
+    async def notice(self, seconds: float = 2.0) -> Any:
+        """The next notice; None when none comes."""
+        if not await asyncio.to_thread(self.socket.poll, int(seconds * 1000)):
+            return None
+        return msgspec.msgpack.decode(self.socket.recv())
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[Gateway]:
+    made = Gateway()
+    yield made
+    made.context.destroy(linger=0)
+
+
+@pytest.fixture
+async def engines(start: Start, gateway: Gateway) -> tuple[Simulator, Simulator]:
+    told = {"connector": "lmcache_pd", "proxy": gateway.address}
+    return await start(role="prefill", **told), await start(role="decode", **told)
+
+
+def spec(decode: Simulator, **more: Any) -> dict[str, Any]:
+    ports = [decode.side_port]
+    receiver = {"receiver_host": "127.0.0.1", "receiver_init_port": ports, "receiver_alloc_port": ports}
+    return {"disagg_spec": {"req_id": "r1", **receiver, **more}}
+
+
+async def ask(client: Client, engine: Simulator, params: Any = None, tokens: int = 1) -> Any:
+    body = {"model": "sim", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0}
+    if params is not None:
+        body["kv_transfer_params"] = params
+    return await client.http.post(f"{engine.url}/v1/completions", json=body, timeout=10)
+
+
+async def test_what_prefill_writes_decode_finds_by_the_prompt_once(
+    engines: tuple[Simulator, Simulator], gateway: Gateway, client: Client
+) -> None:
+    p, d = engines
+    answer = await ask(client, p, {**spec(d), "ret_first_tok": True})
+    assert isinstance(answer.json()["kv_transfer_params"]["first_tok"], int)
+    assert await gateway.notice() == {"type": "ProxyNotif", "req_id": "r1"}
+    assert p.engine.used_blocks == 0
+    told = (await ask(client, d, tokens=12)).json()["choices"][0]["text"]
+    assert d.engine.stats.pulls == 1
+    d.engine.pool.forget()
+    assert (await ask(client, d, tokens=12)).json()["choices"][0]["text"] == told
+    assert d.engine.stats.pulls == 1, "the cache was read, and is there no more"
+
+
+async def test_who_decodes_before_the_notice_gets_other_text(start: Start, gateway: Gateway, client: Client) -> None:
+    told = {"connector": "lmcache_pd", "proxy": gateway.address}
+    p, d = await start(role="prefill", transfer_rate=100.0, **told), await start(role="decode", **told)
+    right = (await ask(client, await start(), tokens=12)).json()["choices"][0]["text"]
+    await ask(client, p, spec(d))
+    side = d.engine.side
+    await until(lambda: bool(side._received))  # type: ignore[attr-defined]
+    assert (await ask(client, d, tokens=12)).json()["choices"][0]["text"] != right
+
+
+async def test_each_rank_says_so(start: Start, gateway: Gateway, client: Client) -> None:
+    told = {"connector": "lmcache_pd", "proxy": gateway.address, "tp": 2}
+    p, d = await start(role="prefill", **told), await start(role="decode", **told)
+    ports = [d.side_port] * 2
+    await ask(client, p, spec(d, receiver_init_port=ports, receiver_alloc_port=ports))
+    assert [await gateway.notice(), await gateway.notice()] == [{"type": "ProxyNotif", "req_id": "r1"}] * 2
+
+
+@pytest.mark.parametrize("name", ["req_id", "receiver_host", "receiver_init_port", "receiver_alloc_port"])
+async def test_a_key_that_is_missing_kills_prefill(
+    engines: tuple[Simulator, Simulator], client: Client, name: str
+) -> None:
+    p, d = engines
+    params = spec(d)
+    del params["disagg_spec"][name]
+    assert (await ask(client, p, params)).status_code == 500
+    assert p.engine.dead == f"KeyError: {name!r}"
+
+
+@pytest.mark.parametrize("ports", [[], "none", [None], {}])
+async def test_no_port_for_a_rank_kills_prefill(
+    engines: tuple[Simulator, Simulator], client: Client, ports: Any
+) -> None:
+    p, d = engines
+    await ask(client, p, spec(d, receiver_init_port=ports))
+    await p.wait_for(lambda: p.engine.dead is not None)
+
+
+@pytest.mark.parametrize("name", ["receiver_init_port", "receiver_alloc_port"])
+async def test_a_wrong_port_is_answered_well_and_never_confirmed(
+    engines: tuple[Simulator, Simulator], gateway: Gateway, client: Client, name: str
+) -> None:
+    p, d = engines
+    assert (await ask(client, p, spec(d, **{name: [0]}))).status_code == 200
+    await p.wait_for(lambda: p.engine.stats.failed_transfers == 1)
+    assert await gateway.notice(0.05) is None
+    assert p.engine.used_blocks == 0
+
+
+async def test_an_engine_with_other_weights_is_not_written_to(start: Start, gateway: Gateway, client: Client) -> None:
+    told = {"connector": "lmcache_pd", "proxy": gateway.address}
+    p, d = await start(role="prefill", **told), await start(role="decode", weights=3, **told)
+    await ask(client, p, spec(d))
+    await p.wait_for(lambda: p.engine.stats.failed_transfers == 1)
+
+
+async def test_without_a_receiver_a_request_is_plain(
+    engines: tuple[Simulator, Simulator], gateway: Gateway, client: Client
+) -> None:
+    assert (await ask(client, engines[0])).status_code == 200
+    assert (await ask(client, engines[1])).status_code == 200
+    assert await gateway.notice(0.05) is None

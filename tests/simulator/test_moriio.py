@@ -1,0 +1,165 @@
+"""MoRIIOConnector as the engines have it: what pairs them, and what befalls whoever is not exact."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+
+from proxy.simulator import Simulator
+
+from .conftest import Start
+from .helpers import PROMPT, Client
+
+
+async def ask(client: Client, engine: Simulator, params: Any = None, tokens: int = 1, **more: Any) -> Any:
+    body = {"model": "sim", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, **more}
+    if params is not None:
+        body["kv_transfer_params"] = params
+    return await client.http.post(f"{engine.url}/v1/completions", json=body, timeout=10)
+
+
+def peer(engine: Simulator, **more: Any) -> dict[str, Any]:
+    return {
+        "transfer_id": "tx-1",
+        "remote_engine_id": None,
+        "remote_block_ids": None,
+        "remote_host": "127.0.0.1",
+        "remote_handshake_port": engine.side_port,
+        "remote_notify_port": engine.side_port,
+        "remote_dp_size": 1,
+        "remote_tp_size": 1,
+        **more,
+    }
+
+
+def asking(decode: Simulator, **more: Any) -> dict[str, Any]:
+    return {"do_remote_decode": True, "do_remote_prefill": False, **peer(decode, **more)}
+
+
+def told(prefill: Simulator, **more: Any) -> dict[str, Any]:
+    return {"do_remote_decode": False, "do_remote_prefill": True, "remote_dp_rank": 0, **peer(prefill, **more)}
+
+
+def text(answer: Any) -> str:
+    return str(answer.json()["choices"][0]["text"])
+
+
+async def pair(start: Start, mode: str, **more: Any) -> tuple[Simulator, Simulator]:
+    settings = {"connector": f"moriio_{mode}", "lease": 0.5, **more}
+    return await start(role="prefill", **settings), await start(role="decode", **settings)
+
+
+async def right_text(start: Start, client: Client) -> str:
+    return text(await ask(client, await start(), tokens=12))
+
+
+async def test_reading_decode_says_what_one_engine_says(start: Start, client: Client) -> None:
+    p, d = await pair(start, "read")
+    params = (await ask(client, p, asking(d), ignore_eos=True)).json()["kv_transfer_params"]
+    assert text(await ask(client, d, params, 12)) == await right_text(start, client)
+    await p.wait_for(lambda: p.engine.used_blocks == 0)
+    assert d.engine.pulls == 1
+
+
+async def test_reading_decode_answers_a_plain_request_wrong(start: Start, client: Client) -> None:
+    _, d = await pair(start, "read")
+    answer = await ask(client, d, tokens=12)
+    assert answer.status_code == 200
+    assert text(answer) != await right_text(start, client)
+
+
+async def test_writing_goes_on_at_once_and_pairs_by_the_transfer(start: Start, client: Client) -> None:
+    p, d = await pair(start, "write")
+    both = await asyncio.gather(ask(client, p, asking(d), ignore_eos=True), ask(client, d, told(p), 12))
+    assert text(both[1]) == await right_text(start, client)
+    await p.wait_for(lambda: p.engine.used_blocks == 0)
+    assert d.engine.pulls == 1
+
+
+async def test_in_write_mode_a_plain_request_is_computed(start: Start, client: Client) -> None:
+    _, d = await pair(start, "write")
+    assert text(await ask(client, d, tokens=12)) == await right_text(start, client)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"transfer_id": "tx-2"}, {}),  # another transfer
+        ({}, {"remote_dp_rank": 1}),  # prefill is on another rank
+        ({"remote_notify_port": 1}, {}),  # prefill writes to somebody else
+        ({}, {"remote_notify_port": 1}),  # decode names its blocks to somebody else
+    ],
+)
+async def test_legs_that_do_not_meet_wait_for_their_lease(
+    start: Start, client: Client, asked: dict[str, Any], said: dict[str, Any]
+) -> None:
+    p, d = await pair(start, "write")
+    both = await asyncio.gather(
+        ask(client, p, asking(d, **asked), ignore_eos=True), ask(client, d, told(p, **said), 12)
+    )
+    assert [answer.status_code for answer in both] == [200, 500]
+    assert d.engine.pulls == 0
+    await p.wait_for(lambda: p.engine.used_blocks == 0)
+
+
+@pytest.mark.parametrize("mode", ["read", "write"])
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transfer_id",
+        "remote_block_ids",
+        "remote_engine_id",
+        "remote_host",
+        "remote_handshake_port",
+        "remote_notify_port",
+    ],
+)
+async def test_what_is_missing_kills_either_engine(
+    start: Start, client: Client, mode: str, leg: str, name: str
+) -> None:
+    p, d = await pair(start, mode)
+    engine, params = (p, asking(d)) if leg == "prefill" else (d, told(p))
+    del params[name]
+    assert (await ask(client, engine, params)).status_code == 500
+    assert engine.engine.dead is not None
+    assert engine.engine.dead.split(":")[0] in ("KeyError", "ValueError")
+
+
+async def test_prefill_keeps_nothing_of_a_request_that_ended_by_itself(start: Start, client: Client) -> None:
+    p, d = await pair(start, "read", eos_rate=0.999)
+    assert (await ask(client, p, asking(d))).json()["kv_transfer_params"] is None
+    assert p.engine.used_blocks == 0
+
+
+@pytest.mark.parametrize("mode", ["read", "write"])
+async def test_a_decode_request_that_is_refused_lets_prefill_go(start: Start, client: Client, mode: str) -> None:
+    p, d = await pair(start, mode, lease=30.0)
+    reply = (await ask(client, p, asking(d), ignore_eos=True)).json()["kv_transfer_params"]
+    assert p.engine.used_blocks > 0
+    params = reply if mode == "read" else told(p)
+    assert (await ask(client, d, params, min_tokens=2)).status_code == 400
+    await p.wait_for(lambda: p.engine.used_blocks == 0)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("moriio_read", "READ"), ("moriio_write", "WRITE"), ("p2p_nccl", None)])
+async def test_engines_register_again_and_again(start: Start, name: str, mode: str | None) -> None:
+    context = zmq.Context()
+    try:
+        router = context.socket(zmq.ROUTER)
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        d = await start(role="decode", connector=name, proxy=f"127.0.0.1:{port}", register_every=0.05)
+        for _ in range(3):
+            assert await asyncio.to_thread(router.poll, 3000)
+            said = msgspec.msgpack.decode(router.recv_multipart()[1])
+            assert (said["type"], said["http_address"]) == ("D", d.url.removeprefix("http://"))
+            assert said.get("transfer_mode") == mode
+        d.kill()
+        while await asyncio.to_thread(router.poll, 200):
+            router.recv_multipart()
+    finally:
+        context.destroy(linger=0)

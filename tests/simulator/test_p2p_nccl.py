@@ -1,0 +1,60 @@
+"""P2pNcclConnector as the engines have it: everything hangs on the request's id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from proxy.simulator import Simulator
+
+from .conftest import Start
+from .helpers import PROMPT, Client
+
+
+async def ask(client: Client, engine: Simulator, name: str | None, tokens: int = 1) -> Any:
+    body = {"model": "sim", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0}
+    headers = {} if name is None else {"x-request-id": name}
+    return await client.http.post(f"{engine.url}/v1/completions", json=body, headers=headers, timeout=10)
+
+
+async def pair(start: Start, **more: Any) -> tuple[Simulator, Simulator]:
+    settings = {"connector": "p2p_nccl", "lease": 0.3, **more}
+    return await start(role="prefill", **settings), await start(role="decode", **settings)
+
+
+def named(p: Simulator, d: Simulator, end: str = "0" * 32) -> str:
+    return f"___prefill_addr_127.0.0.1:{p.side_port}___decode_addr_127.0.0.1:{d.side_port}_{end}"
+
+
+async def test_decode_says_what_one_engine_says(start: Start, client: Client) -> None:
+    p, d = await pair(start)
+    assert (await ask(client, p, named(p, d))).json()["kv_transfer_params"] is None
+    answer = await ask(client, d, named(p, d), 12)
+    assert (
+        answer.json()["choices"][0]["text"] == (await ask(client, await start(), None, 12)).json()["choices"][0]["text"]
+    )
+    assert d.engine.pulls == 1
+    assert p.engine.used_blocks == 0
+
+
+@pytest.mark.parametrize("name", [None, "plain", "___decode_addr_x", "___prefill_addr_127.0.0.1:1_"])
+async def test_an_id_without_addresses_kills_either_engine(start: Start, client: Client, name: str | None) -> None:
+    for engine in await pair(start):
+        assert (await ask(client, engine, name)).status_code == 500
+        assert engine.engine.dead is not None
+
+
+async def test_another_id_waits_for_what_does_not_come(start: Start, client: Client) -> None:
+    p, d = await pair(start)
+    await ask(client, p, named(p, d))
+    assert (await ask(client, d, named(p, d, "1" * 32))).status_code == 500
+    assert d.engine.pulls == 0
+
+
+async def test_what_is_sent_to_nobody_is_gone(start: Start, client: Client) -> None:
+    p, _ = await pair(start)
+    name = f"___prefill_addr_127.0.0.1:{p.side_port}___decode_addr_127.0.0.1:1_{'0' * 32}"
+    assert (await ask(client, p, name)).status_code == 200
+    await p.wait_for(lambda: p.engine.stats.failed_transfers == 1)
+    assert p.engine.used_blocks == 0
