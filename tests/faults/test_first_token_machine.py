@@ -45,7 +45,7 @@ class FirstTokenMachine(RuleBasedStateMachine):
 
     def _looking(self, load: Any) -> Any:
         def loads(engine: Engine, sequence: Sequence) -> None:
-            remote = sequence.remote
+            remote = sequence.transfer.params
             assert remote is not None
             handed = remote.params.get("remote_num_tokens")
             if isinstance(handed, int) and sequence.prompt_length > handed:
