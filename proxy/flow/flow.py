@@ -84,8 +84,14 @@ class Flow:
         in_use = [connectors[group.connector] for group in settings.all_groups()]
         self._first_tokens = FirstTokens(settings, in_use)
         self._plain_decode = all(connector.plain_decode for connector in in_use)
+        self._splits_somewhere = frozenset[str]().union(*(connector.splits for connector in in_use))
+        self._splits_everywhere = self._splits_somewhere.intersection(*(connector.splits for connector in in_use))
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
+
+    def may_split(self, body: Body) -> bool:
+        """Whether prefill and decode backends of some group can share a request."""
+        return not body.alone or body.alone in self._splits_somewhere
 
     async def run(self, request: Request) -> None:
         """Serve a request: the client has its whole answer when this returns.
@@ -198,26 +204,40 @@ class Flow:
             NoBackend: nothing is up; or, after a failed try, that try's own error where it says more.
         """
         body, fleet, record = request.body, self._fleet, request.record
+        prefill = fleet.candidates("prefill", body.model, request.prefill_tokens)
+        decode = fleet.candidates("decode", body.model, request.decode_tokens)
+        alone = body.alone
+        if alone and alone in self._splits_somewhere:
+            able = [backend for backend in prefill if alone in self._connectors[backend.connector].splits]
+            if able or alone in self._splits_everywhere:
+                prefill, alone = able, ""
+        plain = None
+        if not self._plain_decode:
+            plain = [backend for backend in decode if self._connectors[backend.connector].plain_decode]
         view = View(
-            prefill=fleet.candidates("prefill", body.model, request.prefill_tokens),
-            decode=fleet.candidates("decode", body.model, request.decode_tokens),
+            prefill=prefill,
+            decode=decode,
             mixed=fleet.candidates("mixed", body.model, request.decode_tokens),
             configured=fleet.sizes,
             pairs=None if fleet.uniform else fleet.pairs,
+            plain=plain,
         )
         if request.pinned:
             view = _only(view, request.pinned)
+        alone = alone or self._unpinnable(body, view)
+        if not alone and (view.mixed or view.plain is None or view.plain):
+            alone = self._given_up_handoff(request)
         self._turn += 1
         try:
             decision = decide(
                 view,
-                alone=body.alone or self._unpinnable(body, view) or self._given_up_handoff(request),
+                alone=alone,
                 policies=self._policies,
                 avoid=request.avoid,
                 prefer=request.prefill,
                 random=self._random,
                 turn=self._turn,
-                allow_local_prefill=self._local_prefill and self._plain_decode,
+                allow_local_prefill=self._local_prefill,
                 prefill_alone=body.max_tokens is not None
                 and self._first_tokens.is_prefills(body.max_tokens)
                 and not body.stored,
@@ -394,7 +414,7 @@ class Flow:
             self._failed(request, backend, "prefill", error)
             raise
         except HandoffInvalid as error:
-            self._do_without(request, backend, "handoff_invalid", error)
+            self._do_without(attempt, backend, "handoff_invalid", error)
             return
         if counted := read_usage(usage):
             record.cached_tokens = counted.cached_tokens
@@ -408,15 +428,16 @@ class Flow:
         if attempt.facts is not None:
             self._first_tokens.take(attempt, backend, answer)
         if handoff is None and not (attempt.first is not None and attempt.first.whole):
-            self._do_without(request, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
+            self._do_without(attempt, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
 
-    def _do_without(self, request: Request, backend: Backend, reason: str, error: HandoffInvalid) -> None:
-        """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that."""
+    def _do_without(self, attempt: Try, backend: Backend, reason: str, error: HandoffInvalid) -> None:
+        """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that, or the
+        connector."""
         log.warning("prefill backend %s gave no usable hand-off: %s", backend.url, error)
-        if not self._local_prefill:
-            self._failed(request, backend, "prefill", error)
+        if not (self._local_prefill and attempt.plan.connector.plain_decode):
+            self._failed(attempt.request, backend, "prefill", error)
             raise error
-        request.record.fallback = reason
+        attempt.request.record.fallback = reason
 
     async def _decode(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg. When the engine surely never read it, the same hand-off goes to another decode backend."""
@@ -497,7 +518,8 @@ def _backoff(tries: int) -> float:
 def _only(view: View[Backend], url: str) -> View[Backend]:
     """A view in which only one backend can answer."""
     decode, mixed = ([backend for backend in pool if backend.url == url] for pool in (view.decode, view.mixed))
-    return View(prefill=(), decode=decode, mixed=mixed, configured=view.configured)
+    plain = None if view.plain is None else [backend for backend in view.plain if backend.url == url]
+    return View(prefill=(), decode=decode, mixed=mixed, configured=view.configured, plain=plain)
 
 
 def _urls(decision: Decision[Backend]) -> set[str]:

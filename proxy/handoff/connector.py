@@ -88,6 +88,7 @@ class Connector:
         continues: engines that speak it go on from token ids (`continuation.py`), so that streams can be resumed.
         plain_decode: a decode engine answers a request without hand-off right, from the prompt alone.
         plain_prefill: a prefill engine does.
+        splits: reasons of `Body.alone` that are none here: its engines pair every part of such a request themselves.
         transferable: a hand-off that no decode engine has read may go to another than the one it was made for.
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
         refused_release: engines refuse its `release` leg for what that says of tokens, and need not know the prompt.
@@ -102,6 +103,7 @@ class Connector:
     continues: ClassVar[bool] = True
     plain_decode: ClassVar[bool] = True
     plain_prefill: ClassVar[bool] = True
+    splits: ClassVar[frozenset[str]] = frozenset()
     transferable: ClassVar[bool] = True
     prefill_may_be_cut: ClassVar[bool] = True
     refused_release: ClassVar[bool] = False
