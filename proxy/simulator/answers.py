@@ -40,6 +40,7 @@ class Answer:
         config: SimulatorConfig,
         abort: Abort,
         kill: Callable[[], None],
+        error_body: Callable[[RequestError], Object],
     ) -> None:
         self.exchange = exchange
         self.request = request
@@ -52,6 +53,7 @@ class Answer:
         self.tokens_seen = 0
         self._abort = abort
         self._kill = kill
+        self._error_body = error_body
         self._unfinished = 0
         self._death = mischief.get("die_mid_stream")
         self._stall = mischief.get("stall_mid_stream")
@@ -146,7 +148,8 @@ class WholeAnswer(Answer):
         """Answer with the error; the other sequences are of no use any more."""
         if self.done.done():
             return
-        body = error.anthropic_body() if self.request.kind == "messages" else error.body()
+        anthropic = self.request.kind == "messages"
+        body = error.anthropic_body() if anthropic else self._error_body(error)
         self.exchange.respond(error.status, encoding.to_json(body))
         self.finish()
         self._abort(self.sequences)

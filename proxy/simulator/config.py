@@ -9,12 +9,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["prefill", "decode", "mixed"]
-Connector = Literal["nixl", "mooncake_ascend", "mooncake", "none"]
+Connector = Literal[
+    "nixl",
+    "mooncake_ascend",
+    "mooncake",
+    "sglang",
+    "none",
+]
 Task = Literal["generate", "embed", "classify", "transcribe", "moderate", "any"]
 Surface = Literal["vllm", "nim", "openai"]
 
 # What the connectors pin a hand-off for when nothing is set: kv_lease_duration and the Ascend abort timeout.
-DEFAULT_LEASE = {"nixl": 30.0, "mooncake_ascend": 480.0, "mooncake": 480.0, "none": 0.0}
+DEFAULT_LEASE = {
+    "nixl": 30.0,
+    "mooncake_ascend": 480.0,
+    "mooncake": 480.0,
+    "sglang": 300.0,
+    "none": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True)

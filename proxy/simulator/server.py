@@ -62,9 +62,7 @@ class Simulator:
         self.responses = ResponseStore()
         self.engine = Engine(self.config, self.faults, changed=self._watch.changed, died=self._engine_died)
         engine = self.engine
-        self._serving = Serving(
-            self.config, engine.id, engine.pool, engine.handoffs, self.faults, lambda path: engine.side.page(path)
-        )
+        self._serving = Serving(self.config, engine.id, engine.pool, engine.handoffs, self.faults, engine.side)
 
     async def start(self) -> None:
         """Listen and begin to step."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from proxy.simulator.connectors.mooncake import Mooncake
 from proxy.simulator.connectors.pull import MooncakeAscend, Nixl
+from proxy.simulator.connectors.sglang import SGLang
 from proxy.simulator.connectors.side import Side
 
 SIDES: dict[str, type[Side]] = {
     "nixl": Nixl,
     "mooncake_ascend": MooncakeAscend,
     "mooncake": Mooncake,
+    "sglang": SGLang,
     "none": Side,
 }
