@@ -1,7 +1,8 @@
 """Reading what engines answer: usage, and errors in the several shapes they come in.
 
 The one place that turns an engine's words into `errors.py`. vLLM says `{"error": {...}}`, `{"error": "text"}` (401, and
-503 while scaling), or, behind another proxy, HTML; under status 200 a stream may carry the same as an event.
+503 while scaling), or, behind another proxy, HTML; SGLang and TensorRT-LLM say the members of the object without the
+object around them. Under status 200 a stream may carry the same as an event.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
     if status >= 500 and _ADDRESS.search(body.decode("utf-8", "replace")):
         said, whole = None, False
     answer = body if whole else None
+    if answer and detail.get("object") == "error":  # the members without the object around them
+        answer = msgspec.json.encode({"error": {name: detail.get(name) for name in _OPENAI}}) if said else None
     if status in (429, 503):
         # vLLM's front door says "Service Unavailable" when a queue limit is reached, before it reads the request.
         unread = status == 429 or kind in ("Service Unavailable", None)
@@ -117,12 +120,18 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
     return BackendFailed(log_line, status=status, answer=answer, engine_message=said)
 
 
+_OPENAI = ("message", "type", "param", "code")
+
+
 def _detail(body: bytes) -> dict[str, Any]:
-    """The `error` object of an answer; a bare string becomes its message; `{}` for anything else."""
+    """The `error` object of an answer, or an answer that is one; a bare string becomes its message; `{}` for anything
+    else."""
     try:
         parsed = msgspec.json.decode(body)
     except msgspec.MsgspecError:
         return {}
+    if isinstance(parsed, dict) and parsed.get("object") == "error":
+        return parsed
     error = parsed.get("error") if isinstance(parsed, dict) else None
     if isinstance(error, dict):
         return error

@@ -185,6 +185,25 @@ def test_an_error_carries_no_hand_off(status: int) -> None:
     assert b"secret-host" not in engine_error_event(URL, body).body()
 
 
+@pytest.mark.parametrize(("status", "kind"), KINDS)
+def test_an_error_that_is_the_whole_answer_is_given_in_openais_shape(status: int, kind: type[BackendAnswered]) -> None:
+    said = {"object": "error", "message": "prompt is too long", "type": "BadRequest", "param": None, "code": status}
+    error = engine_error(URL, status, {}, json.dumps(said).encode())
+    assert type(error) is kind
+    assert told(error) == {name: said[name] for name in ("message", "type", "param", "code")}
+
+
+@pytest.mark.parametrize("message", [None, 7, ""])
+def test_such_an_error_without_words_is_worded_here(message: object) -> None:
+    error = engine_error(URL, 400, {}, json.dumps({"object": "error", "message": message}).encode())
+    assert told(error)["message"]
+
+
+def test_such_an_error_keeps_its_addresses_inside() -> None:
+    said = {"object": "error", "message": "KVTransferError with 10.0.0.1:8998", "type": "500", "code": 500}
+    assert b"10.0.0.1" not in engine_error(URL, 500, {}, json.dumps(said).encode()).body()
+
+
 # Usage
 
 
