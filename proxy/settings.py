@@ -23,7 +23,12 @@ CONFIG_VARIABLE = "PD_PROXY_CONFIG"
 
 Seconds = Annotated[float, Field(gt=0)]
 KindName = Literal["vllm", "sglang", "tensorrt_llm", "nim", "openai"]
-ConnectorName = Literal["nixl", "mooncake_ascend", "mooncake"]
+ConnectorName = Literal[
+    "nixl",
+    "mooncake_ascend",
+    "mooncake",
+    "sglang",
+]
 PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
 

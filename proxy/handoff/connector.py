@@ -93,6 +93,8 @@ class Connector:
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
         refused_release: engines refuse its `release` leg for what that says of tokens, and need not know the prompt.
         port: of `Coordinates`, where none is set.
+        pages: paths of a prefill engine's own HTTP port at which it tells more of its coordinates: the first that it
+            has. As `inquiry`, for engines that need not be asked elsewhere.
     """
 
     name: ClassVar[str]
@@ -108,6 +110,7 @@ class Connector:
     prefill_may_be_cut: ClassVar[bool] = True
     refused_release: ClassVar[bool] = False
     port: ClassVar[int] = 0
+    pages: ClassVar[tuple[str, ...]] = ()
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         """The prefill leg's body: a new mapping.
@@ -158,7 +161,7 @@ class Connector:
         return ""
 
     def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates:
-        """The coordinates with what `inquiry` answered.
+        """The coordinates, as people set them, with what `inquiry` answered, or one of the `pages`.
 
         Raises:
             ValueError: that is not what such an engine says.

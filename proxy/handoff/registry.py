@@ -6,6 +6,12 @@ from proxy.handoff.connector import Connector
 from proxy.handoff.mooncake import Mooncake
 from proxy.handoff.mooncake_ascend import MooncakeAscend
 from proxy.handoff.nixl import Nixl
+from proxy.handoff.sglang import SGLang
 
-_ALL: tuple[Connector, ...] = (Nixl(), MooncakeAscend(), Mooncake())
+_ALL: tuple[Connector, ...] = (
+    Nixl(),
+    MooncakeAscend(),
+    Mooncake(),
+    SGLang(),
+)
 CONNECTORS = {connector.name: connector for connector in _ALL}

@@ -38,6 +38,7 @@ CASES = [
     Case("nixl"),
     Case("mooncake_ascend"),
     Case("mooncake", located=True),
+    Case("sglang"),
 ]
 IDS = [case.name for case in CASES]
 
