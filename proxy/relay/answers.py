@@ -18,11 +18,15 @@ HANDOFF_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 """Members of an answer that carry the engines' addresses and block ids, and so stay inside."""
 
 _HANDOFF_MARK = b'_transfer_params"'
+_IN_CHOICES = "disaggregated_params"
+"""The same of TensorRT-LLM, which has it in its choices."""
+_IN_CHOICES_MARK = b'"disaggregated_params"'
 # host:port, URLs and bare IP addresses: an engine's 5xx may quote the peer it could not reach.
 # Each alternative looks at a bounded number of characters: a megabyte of nonsense costs no more than its length.
 _ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]|[\w-]:\d{2,5}\b")
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_choices = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
 
 
 class CachedDetails(msgspec.Struct):
@@ -66,14 +70,20 @@ def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
 
 def strip_handoff(body: bytes) -> bytes:
     """A JSON object without the hand-off's members; other bytes as they are."""
-    if _HANDOFF_MARK not in body:
+    in_choices = _IN_CHOICES_MARK in body
+    if _HANDOFF_MARK not in body and not in_choices:
         return body
     try:
         members = _decode_members(body)
+        choices = _decode_choices(members["choices"]) if in_choices and "choices" in members else []
     except msgspec.MsgspecError:
         return body
     for field in HANDOFF_FIELDS:
         members.pop(field, None)
+    for choice in choices:
+        choice.pop(_IN_CHOICES, None)
+    if choices:
+        members["choices"] = msgspec.Raw(msgspec.json.encode(choices))
     return msgspec.json.encode(members)
 
 

@@ -171,6 +171,19 @@ def test_the_hand_off_is_taken_out_of_an_answer_and_the_rest_stays_byte_for_byte
     assert strip_handoff(given_) == kept
 
 
+def test_the_hand_off_is_taken_out_of_choices_too() -> None:
+    kept = b'{"id":"a","choices":[{"text":"\\u00e9\\/","n":1e2},{"text":"b"}],"x":1.10}'
+    given_ = kept.replace(b'"}', b'","disaggregated_params":{"ctx_info_endpoint":"10.0.0.1"}}')
+    given_ = given_.replace(b"1e2}", b'1e2,"disaggregated_params":null}')
+    assert strip_handoff(given_) == kept
+
+
+@pytest.mark.parametrize("choices", [b"7", b"null", b"[1]", b'"x"'])
+def test_choices_that_are_none_are_left_alone(choices: bytes) -> None:
+    body = b'{"choices":' + choices + b',"x":{"disaggregated_params":1}}'
+    assert strip_handoff(body) == body
+
+
 @pytest.mark.parametrize("body", [b'{"a":1}', b"", b"<html>", b'{ "spaces" : [ ] }', b'{"text":"kv_transfer_params"}'])
 def test_a_body_without_a_hand_off_is_not_touched(body: bytes) -> None:
     assert strip_handoff(body) == body
