@@ -12,7 +12,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy.simulator import encoding, generate, messages, responses
 from proxy.simulator.config import SimulatorConfig
@@ -22,6 +22,9 @@ from proxy.simulator.http import Exchange
 from proxy.simulator.requests import GenerationRequest, Kind
 from proxy.simulator.sequences import Sequence
 from proxy.simulator.tokens import detokenize
+
+if TYPE_CHECKING:
+    from proxy.simulator.connectors.side import Side
 
 Object = dict[str, Any]
 Abort = Callable[[list[Sequence]], None]
@@ -40,7 +43,7 @@ class Answer:
         config: SimulatorConfig,
         abort: Abort,
         kill: Callable[[], None],
-        error_body: Callable[[RequestError], Object],
+        side: Side,
     ) -> None:
         self.exchange = exchange
         self.request = request
@@ -53,7 +56,7 @@ class Answer:
         self.tokens_seen = 0
         self._abort = abort
         self._kill = kill
-        self._error_body = error_body
+        self._side = side
         self._unfinished = 0
         self._death = mischief.get("die_mid_stream")
         self._stall = mischief.get("stall_mid_stream")
@@ -149,7 +152,7 @@ class WholeAnswer(Answer):
         if self.done.done():
             return
         anthropic = self.request.kind == "messages"
-        body = error.anthropic_body() if anthropic else self._error_body(error)
+        body = error.anthropic_body() if anthropic else self._side.error_body(error)
         self.exchange.respond(error.status, encoding.to_json(body))
         self.finish()
         self._abort(self.sequences)
@@ -172,6 +175,7 @@ class WholeAnswer(Answer):
         except RequestError as error:
             self.on_failure(self.sequences[0], error)
             return
+        self._side.answer(body)
         self.body = body
         data = encoding.to_json(body)
         if not late and self._stall is None:

@@ -14,6 +14,7 @@ Connector = Literal[
     "mooncake_ascend",
     "mooncake",
     "sglang",
+    "tensorrt_llm",
     "none",
 ]
 Task = Literal["generate", "embed", "classify", "transcribe", "moderate", "any"]
@@ -25,6 +26,7 @@ DEFAULT_LEASE = {
     "mooncake_ascend": 480.0,
     "mooncake": 480.0,
     "sglang": 300.0,
+    "tensorrt_llm": 60.0,
     "none": 0.0,
 }
 
@@ -67,6 +69,7 @@ class SimulatorConfig:
     keep_alive: float = 5.0  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE
     request_log: int = 256  # received requests that are kept to be looked at
     api_key: str | None = None
+    handoff_key: str | None = None  # tensorrt_llm: what a generation server is told must be signed with it
     weights: int = 0  # engines with other weights say other things
 
     def __post_init__(self) -> None:

@@ -365,6 +365,7 @@ class Routes:
         abandoned: list[Callable[[], None]],
     ) -> None:
         messages: list[Any] = []
+        body = self._sim.engine.side.read(body)
         config = self._sim.config
         match exchange.path:
             case "/v1/chat/completions":
@@ -385,7 +386,7 @@ class Routes:
             await self._in_background(exchange, request, sequences, mischief, messages)
             return
         engine = self._sim.engine
-        arguments = (exchange, request, mischief, config, engine.abort, self._sim.kill, engine.side.error_body)
+        arguments = (exchange, request, mischief, config, engine.abort, self._sim.kill, engine.side)
         first_error = mischief.get("error_event_first")
         if request.stream:
             stream = _STREAMS.get(request.kind, StreamAnswer)(*arguments)
@@ -423,7 +424,7 @@ class Routes:
         self._sim.responses.keep(stored)
         recorder = Recorder(stored, self._sim.changed)
         kind = ResponseStream if request.stream else WholeAnswer
-        answer = kind(recorder, request, mischief, self._sim.config, engine.abort, self._sim.kill)
+        answer = kind(recorder, request, mischief, self._sim.config, engine.abort, self._sim.kill, engine.side)
         answer.expect(sequences)
         engine.submit(sequences)
         if isinstance(answer, ResponseStream):

@@ -70,6 +70,13 @@ class Side:
         """How the API port says an error."""
         return error.body()
 
+    def read(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A request's body in the words of vLLM's handlers, where the engine has others."""
+        return body
+
+    def answer(self, body: dict[str, Any]) -> None:
+        """Say in a whole answer what was kept, where the engine says it elsewhere than in ``kv_transfer_params``."""
+
     # Prefill
 
     def key(self, sequence: Sequence) -> str:
@@ -77,7 +84,8 @@ class Side:
         return sequence.request_id
 
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any] | None:
-        """The answer's ``kv_transfer_params`` once the blocks in ``sequence.kept`` are kept; ``tokens`` are in them."""
+        """The parameters that prefill answers with, once the blocks in ``sequence.kept`` are kept; ``tokens`` are in
+        them."""
         return None
 
     def dropped(self, sequence: Sequence) -> None:
