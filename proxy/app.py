@@ -39,7 +39,7 @@ from proxy.flow.single import ROUTES, Single
 from proxy.flow.stored import StoredResponses
 from proxy.flow.warmup import Warmup
 from proxy.handoff.endpoints import LAYOUTS
-from proxy.handoff.registry import CONNECTORS
+from proxy.handoff.registry import connectors
 from proxy.relay.connections import Connections
 from proxy.settings import Settings
 from proxy.telemetry.admission import AdmissionSink
@@ -87,13 +87,15 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     if fleet.bounded:
         fleet.watch_room(admission.look)
     prometheus = PrometheusSink(fleet, connections or Connections())
-    warmup = Warmup(settings, fleet, CONNECTORS)
+    handoff_key = settings.handoff_key
+    spoken = connectors("" if handoff_key is None else handoff_key.get_secret_value())
+    warmup = Warmup(settings, fleet, spoken)
     queue = AdmissionSink(admission)
     telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup)
     metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
     legs = Legs(settings, fleet, telemetry)
-    flow = Flow(settings, fleet, legs, CONNECTORS, telemetry, random.random)
+    flow = Flow(settings, fleet, legs, spoken, telemetry, random.random)
     exchange = None if crew is None else Exchange(crew.board, crew.worker)
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
     stored = StoredResponses(_shared_secret(settings, crew))
@@ -111,8 +113,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             settings.health,
             http,
             on_leave=forget,
-            learns_facts=lambda backend: settings.first_token != "decode" and CONNECTORS[backend.connector].first_token,
-            guides=CONNECTORS,
+            learns_facts=lambda backend: settings.first_token != "decode" and spoken[backend.connector].first_token,
+            guides=spoken,
             tether_headers=legs.authorization,
         )
         if siblings is not None:

@@ -28,6 +28,7 @@ ConnectorName = Literal[
     "mooncake_ascend",
     "mooncake",
     "sglang",
+    "tensorrt_llm",
 ]
 PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
@@ -343,6 +344,9 @@ class Settings(BaseSettings):
         description="key for /admin, /instances, /reset_prefix_cache and the profiler; none: loopback clients only",
     )
     backend_api_key: SecretStr | None = Field(None, description="bearer token the gateway sends to the backends")
+    handoff_key: SecretStr | None = Field(
+        None, description="key shared with TensorRT-LLM's generation servers, with which hand-offs to them are signed"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
     log_format: Literal["text", "json"] = Field("text", description="shape of a log line")
     access_log: bool = Field(False, description="log a line for every request, not only for failed ones")

@@ -407,6 +407,7 @@ class Flow:
         record.prefill_seconds = answered - started
         request.prefill = backend.url
         try:
+            attempt.first = attempt.plan.connector.whole(answer)
             handoff, usage = attempt.plan.take(answer)
             self._fleet.succeeded(backend, "prefill")
         except BackendGarbled as error:

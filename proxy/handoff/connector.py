@@ -15,6 +15,7 @@ import msgspec
 from proxy.errors import BackendGarbled, HandoffInvalid
 from proxy.handoff.coordinates import Coordinates
 from proxy.handoff.endpoints import Endpoint, Members
+from proxy.handoff.first_token import FirstToken
 
 
 class Handoff(msgspec.Struct, frozen=True):
@@ -52,6 +53,8 @@ class PrefillAnswer(msgspec.Struct):
     output: msgspec.Raw = msgspec.Raw()
     kv_transfer_params: msgspec.Raw = msgspec.Raw()
     usage: msgspec.Raw = msgspec.Raw()
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()
+    prompt_token_ids_b64: msgspec.Raw = msgspec.Raw()
 
 
 _decode_answer = msgspec.json.Decoder(PrefillAnswer).decode
@@ -139,6 +142,14 @@ class Connector:
         """
         raise NotImplementedError
 
+    def whole(self, answer: bytes) -> FirstToken | None:
+        """Prefill's answer where it is all there is to say, so that decode is not asked; else None.
+
+        Raises:
+            BackendGarbled: it would be, but lacks what a client must be told.
+        """
+        return None
+
     def decode(self, members: Members, handoff: Handoff) -> Members:
         """The decode leg's body with a hand-off: a new mapping, which the plan goes on to fill."""
         return {**members, **handoff.members}
@@ -218,6 +229,14 @@ def one_token(members: Members) -> Members:
     if "max_completion_tokens" in leg:  # for chat it wins over max_tokens
         leg["max_completion_tokens"] = _ONE
     leg["ignore_eos"] = _TRUE
+    return leg
+
+
+def in_one_piece(members: Members) -> Members:
+    """The members of a prefill leg whose first token is the client's, and whose engine knows by itself where to end:
+    the client's, not streamed."""
+    leg = {name: value for name, value in members.items() if name != "stream_options"}
+    leg["stream"] = _FALSE
     return leg
 
 

@@ -7,11 +7,18 @@ from proxy.handoff.mooncake import Mooncake
 from proxy.handoff.mooncake_ascend import MooncakeAscend
 from proxy.handoff.nixl import Nixl
 from proxy.handoff.sglang import SGLang
+from proxy.handoff.tensorrt_llm import TensorRTLLM
 
 _ALL: tuple[Connector, ...] = (
     Nixl(),
     MooncakeAscend(),
     Mooncake(),
     SGLang(),
+    TensorRTLLM(),
 )
 CONNECTORS = {connector.name: connector for connector in _ALL}
+
+
+def connectors(handoff_key: str) -> dict[str, Connector]:
+    """The same, for engines that want a hand-off signed with a key that they share with the gateway."""
+    return {**CONNECTORS, TensorRTLLM.name: TensorRTLLM(handoff_key)}

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import msgspec
 
-from proxy.handoff.body import Endpoint, Members
-from proxy.handoff.connector import Connector, Handoff, Meeting
+from proxy.handoff.endpoints import Endpoint, Members
+from proxy.handoff.connector import Connector, Handoff, Meeting, in_one_piece
 from proxy.handoff.coordinates import Coordinates
 
 _MOST_PROMPTS = 1 << 24
 """Rooms that are left free above the one that is told: more than the prompts that a body holds."""
 
-_FALSE = msgspec.Raw(b"false")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -50,9 +49,7 @@ class SGLang(Connector):
     pages = ("/server_info", "/get_server_info")  # the older name, which newer engines complain of
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
-        leg = {name: value for name, value in members.items() if name != "stream_options"}
-        leg["stream"] = _FALSE
-        return leg
+        return in_one_piece(members)
 
     def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
         room = int(name[:16], 16) % ((1 << 63) - _MOST_PROMPTS)

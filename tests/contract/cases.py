@@ -20,13 +20,14 @@ class Case:
         engine: settings of its simulated engines.
         settings: of the gateway.
         located: the gateway must be told the port of a prefill engine's side of the hand-off.
-        asks: the members by which an engine knows a prefill and a decode leg.
+        spared: faults of the matrix that its engines do not have.
     """
 
     name: str
     engine: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     located: bool = False
+    spared: tuple[str, ...] = ()
 
     def gateway(self, engines: Iterable[Simulator]) -> dict[str, Any]:
         """The settings of a gateway before `engines`."""
@@ -39,6 +40,7 @@ CASES = [
     Case("mooncake_ascend"),
     Case("mooncake", located=True),
     Case("sglang"),
+    Case("tensorrt_llm", spared=("recomputed",)),
 ]
 IDS = [case.name for case in CASES]
 

@@ -47,7 +47,7 @@ EVERY = pytest.mark.parametrize("connector", CONNECTORS.values(), ids=list(CONNE
 PULLS = ["nixl", "mooncake_ascend"]
 PULL = pytest.mark.parametrize("connector", [CONNECTORS[name] for name in PULLS], ids=PULLS)
 """Those by which prefill answers with the address of its blocks."""
-SAMPLES = ["sglang"]
+SAMPLES = ["sglang", "tensorrt_llm"]
 ONE_TOKEN = [name for name in CONNECTORS if name not in SAMPLES]
 MAKES_ONE = pytest.mark.parametrize("connector", [CONNECTORS[name] for name in ONE_TOKEN], ids=ONE_TOKEN)
 """Those whose prefill is to make a token that nobody sees. With the others it is the client's first."""
@@ -59,13 +59,22 @@ def plan(connector: Connector, endpoint: Endpoint = "chat", **members: Any) -> P
     return Plan(read_body(json.dumps(members).encode(), endpoint), connector, meeting=meeting)
 
 
+CHOICE = {
+    "index": 0,
+    "finish_reason": "length",
+    "disaggregated_params": {"ctx_request_id": 1, "disagg_request_id": 1, "first_gen_tokens": [7]},
+}
+"""With what engines need of it that hand over in their choices."""
+
+
 def said(leg: Leg) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(leg.body)
     return value
 
 
 def answer(params: object) -> bytes:
-    return json.dumps({"id": "a", "choices": [], "usage": {"prompt_tokens": 3}, "kv_transfer_params": params}).encode()
+    told = {"id": "a", "choices": [CHOICE], "usage": {"prompt_tokens": 3}, "kv_transfer_params": params}
+    return json.dumps(told).encode()
 
 
 def test_a_connector_is_found_by_the_name_it_has() -> None:
@@ -161,7 +170,7 @@ def test_what_shapes_the_prompt_is_the_same_on_both_legs(connector: Connector, n
 
 
 EDITED = {"stream", "max_tokens", "max_completion_tokens", "min_tokens", "ignore_eos", "kv_transfer_params", *DROPPED}
-OWN = {"bootstrap_host", "bootstrap_port", "bootstrap_room"}
+OWN = {"bootstrap_host", "bootstrap_port", "bootstrap_room", "disaggregated_params", "prompt_token_ids"}
 """What connectors say beside it."""
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
