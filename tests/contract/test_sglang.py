@@ -129,6 +129,12 @@ async def test_an_engine_in_another_role_stays_out_of_the_prefill_pool() -> None
         assert answer.status_code == 200 and text_of(answer.json())
 
 
+async def test_as_backends_of_their_own_kind_they_tell_their_version_too() -> None:
+    async with fleet(CASE, kind="sglang") as (running, _, _):
+        assert (await running.http.post(PATHS["chat"], json=chat())).status_code == 200
+        assert {backend.version for backend in running.gateway.fleet} == {"0.5.23"}
+
+
 async def test_an_engine_that_knows_only_the_older_page_is_asked_there(monkeypatch: pytest.MonkeyPatch) -> None:
     about = SGLang.about
     monkeypatch.setattr(SGLang, "about", lambda side, path: None if path == "/server_info" else about(side, path))

@@ -107,6 +107,12 @@ async def test_hand_offs_are_signed_with_the_key_that_the_servers_share() -> Non
         assert (await running.http.post(PATHS["chat"], json=chat())).status_code == 400
 
 
+async def test_backends_of_their_own_kind_are_served_alike() -> None:
+    async with fleet(CASE, kind="tensorrt_llm") as (running, _, [d]):
+        assert (await running.http.post(PATHS["chat"], json=chat())).status_code == 200
+        assert [request.leg for request in d.requests] == ["decode"]
+
+
 async def test_a_bad_request_is_the_clients_in_openais_shape() -> None:
     async with fleet(CASE) as (running, _, [d]):
         answer = await running.http.post(PATHS["chat"], json=chat(max_tokens=10**6))

@@ -84,6 +84,7 @@ class SGLang(Side):
             "disaggregation_mode": mode if role == "mixed" else role,
             "disaggregation_bootstrap_port": self.engine.side_port,
             "internal_states": [{}],
+            "version": "0.5.23",
         }
 
     def error_body(self, error: RequestError) -> dict[str, object]:
