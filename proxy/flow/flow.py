@@ -85,13 +85,15 @@ class Flow:
         self._first_tokens = FirstTokens(settings, in_use)
         self._plain_decode = all(connector.plain_decode for connector in in_use)
         self._splits_somewhere = frozenset[str]().union(*(connector.splits for connector in in_use))
+        self._endpoints_somewhere = frozenset[str]().union(*(connector.endpoints for connector in in_use))
+        self._endpoints_everywhere = self._endpoints_somewhere.intersection(*(one.endpoints for one in in_use))
         self._splits_everywhere = self._splits_somewhere.intersection(*(connector.splits for connector in in_use))
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
 
     def may_split(self, body: Body) -> bool:
         """Whether prefill and decode backends of some group can share a request."""
-        return not body.alone or body.alone in self._splits_somewhere
+        return body.endpoint in self._endpoints_somewhere and (not body.alone or body.alone in self._splits_somewhere)
 
     async def run(self, request: Request) -> None:
         """Serve a request: the client has its whole answer when this returns.
@@ -207,10 +209,12 @@ class Flow:
         prefill = fleet.candidates("prefill", body.model, request.prefill_tokens)
         decode = fleet.candidates("decode", body.model, request.decode_tokens)
         alone = body.alone
-        if alone and alone in self._splits_somewhere:
-            able = [backend for backend in prefill if alone in self._connectors[backend.connector].splits]
+        if alone in self._splits_somewhere or body.endpoint not in self._endpoints_everywhere:
+            able = [backend for backend in prefill if self._splits(backend, body)]
             if able or alone in self._splits_everywhere:
                 prefill, alone = able, ""
+            else:
+                alone = alone or "endpoint"
         plain = None
         if not self._plain_decode:
             plain = [backend for backend in decode if self._connectors[backend.connector].plain_decode]
@@ -252,6 +256,11 @@ class Flow:
         record.prefill = decision.prefill.url if decision.prefill else ""
         record.fallback = decision.fallback
         return decision
+
+    def _splits(self, backend: Backend, body: Body) -> bool:
+        """Whether a prefill backend's engines share a request with decode."""
+        connector = self._connectors[backend.connector]
+        return body.endpoint in connector.endpoints and (not body.alone or body.alone in connector.splits)
 
     def _unpinnable(self, body: Body, view: View[Backend]) -> str:
         """Why the legs of this request would not find each other, or an empty string: there are several ranks for

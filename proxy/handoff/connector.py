@@ -14,7 +14,7 @@ import msgspec
 
 from proxy.errors import BackendGarbled, HandoffInvalid
 from proxy.handoff.coordinates import Coordinates
-from proxy.handoff.endpoints import Endpoint, Members
+from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
 from proxy.handoff.first_token import FirstToken
 
 
@@ -91,6 +91,7 @@ class Connector:
         continues: engines that speak it go on from token ids (`continuation.py`), so that streams can be resumed.
         plain_decode: a decode engine answers a request without hand-off right, from the prompt alone.
         plain_prefill: a prefill engine does.
+        endpoints: those whose requests are split between prefill and decode; others are served whole.
         splits: reasons of `Body.alone` that are none here: its engines pair every part of such a request themselves.
         transferable: a hand-off that no decode engine has read may go to another than the one it was made for.
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
@@ -108,6 +109,7 @@ class Connector:
     continues: ClassVar[bool] = True
     plain_decode: ClassVar[bool] = True
     plain_prefill: ClassVar[bool] = True
+    endpoints: ClassVar[frozenset[Endpoint]] = frozenset(LAYOUTS)
     splits: ClassVar[frozenset[str]] = frozenset()
     transferable: ClassVar[bool] = True
     prefill_may_be_cut: ClassVar[bool] = True

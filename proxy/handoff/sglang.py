@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import msgspec
 
-from proxy.handoff.endpoints import Endpoint, Members
 from proxy.handoff.connector import Connector, Handoff, Meeting, in_one_piece
 from proxy.handoff.coordinates import Coordinates
+from proxy.handoff.endpoints import Endpoint, Members
 
 _MOST_PROMPTS = 1 << 24
 """Rooms that are left free above the one that is told: more than the prompts that a body holds."""
@@ -45,6 +45,7 @@ class SGLang(Connector):
     continues = False
     plain_decode = False
     plain_prefill = False
+    endpoints = frozenset({"chat", "completions"})
     splits = frozenset({"prompt_list"})
     pages = ("/server_info", "/get_server_info")  # the older name, which newer engines complain of
 

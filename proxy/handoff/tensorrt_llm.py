@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import msgspec
 
 from proxy.errors import BackendGarbled, HandoffInvalid
-from proxy.handoff.endpoints import Endpoint, Members
 from proxy.handoff.connector import Connector, Handoff, Meeting, PrefillAnswer, in_one_piece
 from proxy.handoff.coordinates import Coordinates
+from proxy.handoff.endpoints import Endpoint, Members
 from proxy.handoff.first_token import FirstToken
 
 _GOES_ON = ("length", "not_finished")
@@ -70,6 +70,7 @@ class TensorRTLLM(Connector):
     lease = 60.0  # kv_transfer_timeout_ms where engines have one by default; older ones keep the blocks without end
     continues = False
     plain_prefill = False
+    endpoints = frozenset({"chat", "completions"})
 
     def __init__(self, key: str = "") -> None:
         self._key = key.encode()

@@ -116,7 +116,7 @@ class TensorRTLLM(Side):
         }
 
     def answer(self, body: dict[str, Any]) -> None:
-        params = body.pop("kv_transfer_params")
+        params = body.pop("kv_transfer_params", None)
         told = dict(params) if params is not None else None
         prompt = None if told is None else told.pop("prompt")
         for choice in body.get("choices", ()):
