@@ -43,7 +43,7 @@ from proxy.flow.single import ROUTES, Single
 from proxy.flow.stored import StoredResponses
 from proxy.flow.warmup import Warmup
 from proxy.handoff.endpoints import LAYOUTS
-from proxy.handoff.registry import CONNECTORS
+from proxy.handoff.registry import connectors
 from proxy.relay.connections import Connections
 from proxy.settings import Settings
 from proxy.telemetry.admission import AdmissionSink
@@ -103,17 +103,19 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     if fleet.bounded:
         fleet.watch_room(admission.look)
     prometheus = PrometheusSink(fleet, connections or Connections())
+    handoff_key = settings.handoff_key
+    spoken = connectors("" if handoff_key is None else handoff_key.get_secret_value())
     callbacks = Callbacks(settings.metaserver.url, 0 if crew is None else crew.worker)
     notices = Notices(settings.zmq.notices)
-    registrations = Registrations(fleet, settings.zmq, CONNECTORS)
+    registrations = Registrations(fleet, settings.zmq, spoken)
     fleet.messages = {"notice": notices.counts, "registration": registrations.counts}
-    warmup = Warmup(settings, fleet, CONNECTORS, notices, callbacks)
+    warmup = Warmup(settings, fleet, spoken, notices, callbacks)
     queue = AdmissionSink(admission)
     telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup)
     metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
     legs = Legs(settings, fleet, telemetry, notices)
-    flow = Flow(settings, fleet, legs, CONNECTORS, telemetry, random.random, callbacks)
+    flow = Flow(settings, fleet, legs, spoken, telemetry, random.random, callbacks)
     exchange = None if crew is None else Exchange(crew.board, crew.worker)
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
     stored = StoredResponses(_shared_secret(settings, crew))
@@ -128,11 +130,9 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             http,
             on_leave=forget,
             learns_facts=lambda backend: (
-                settings.first_token != "decode"
-                and backend.role != "encode"
-                and CONNECTORS[backend.connector].first_token
+                settings.first_token != "decode" and backend.role != "encode" and spoken[backend.connector].first_token
             ),
-            guides=CONNECTORS,
+            guides=spoken,
             tether_headers=legs.authorization,
         )
         gateway.hear()
@@ -187,7 +187,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics, siblings))
-    called_back = any(CONNECTORS[group.connector].called_back for group in settings.all_groups())
+    called_back = any(spoken[group.connector].called_back for group in settings.all_groups())
     if called_back:
         routers.append(metaserver(callbacks, settings.metaserver.allow, siblings))
     body_seconds = settings.timeouts.request_body

@@ -28,7 +28,7 @@ _KNOWN = [
     *Settings.model_fields,
     *(f"clients.{name}" for name in ClientSettings.model_fields),
 ]
-_SECRET = {"api_keys", "admin_key", "backend_api_key", "clients", "clients.key"}
+_SECRET = {"api_keys", "admin_key", "backend_api_key", "handoff_key", "clients", "clients.key"}
 
 
 class ConfigurationError(Exception):

@@ -33,6 +33,8 @@ ConnectorName = Literal[
     "moriio_read",
     "moriio_write",
     "p2p_nccl",
+    "sglang",
+    "tensorrt_llm",
 ]
 SENDS_NOTICES = {"lmcache_pd"}
 """The connectors whose prefill engines say at `zmq.notices` that a KV cache has arrived."""
@@ -428,6 +430,9 @@ class Settings(BaseSettings):
         description="key for /admin, /instances, /reset_prefix_cache and the profiler; none: loopback clients only",
     )
     backend_api_key: SecretStr | None = Field(None, description="bearer token the gateway sends to the backends")
+    handoff_key: SecretStr | None = Field(
+        None, description="key shared with TensorRT-LLM's generation servers, with which hand-offs to them are signed"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
     log_format: Literal["text", "json"] = Field("text", description="shape of a log line")
     access_log: bool = Field(False, description="log a line for every request, not only for failed ones")

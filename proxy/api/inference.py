@@ -94,7 +94,7 @@ class Inference:
             self._admission,
             record,
             body.model,
-            split=not body.alone,
+            split=self._flow.may_split(body),
             prefill_tokens=request.prefill_tokens,
             tokens=request.decode_tokens,
             size=len(raw),

@@ -52,6 +52,9 @@ class Guide(Protocol):
     @property
     def registers(self) -> bool: ...
 
+    @property
+    def pages(self) -> tuple[str, ...]: ...
+
     def inquiry(self, coordinates: Coordinates) -> str: ...
 
     def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates: ...
@@ -87,6 +90,7 @@ class Prober:
         self._guides = guides or {}
         self._tether_headers = tether_headers
         self._tethers: dict[Backend, Tether] = {}
+        self._told: dict[Backend, Coordinates] = {}  # coordinates as people set them
         self._watchers: dict[Backend, asyncio.Task[None]] = {}
         self._sleepers: set[Backend] = set()  # those that have said that they can
 
@@ -115,6 +119,7 @@ class Prober:
         if watcher := self._watchers.pop(backend, None):
             watcher.cancel()
         self._sleepers.discard(backend)
+        self._told.pop(backend, None)
         self._on_leave(backend)
 
     async def _watch(self, backend: Backend) -> None:
@@ -229,15 +234,22 @@ class Prober:
             raise ProbeFailed("its engine has not registered at zmq.registrations")
         if guide is None or backend.role != "prefill":
             return
+        told = self._told.setdefault(backend, backend.coordinates)
+        if not told.port:
+            told = msgspec.structs.replace(told, port=guide.port)
         if not backend.coordinates.port:
-            backend.locate(msgspec.structs.replace(backend.coordinates, port=guide.port))
-        if not (url := guide.inquiry(backend.coordinates)):
+            backend.locate(told)
+        urls = [backend.url + page for page in guide.pages] or [guide.inquiry(told)]
+        if not urls[0]:
             return
-        answer = await self._fetch(url, url)
+        for url in urls:
+            answer = await self._fetch(url, url)
+            if answer.status_code != 404:
+                break
         try:
             if answer.status_code != 200:
                 raise ValueError(f"status {answer.status_code}")
-            backend.locate(guide.learn(backend.coordinates, answer.content))
+            backend.locate(guide.learn(told, answer.content))
         except _NOT_AS_EXPECTED as error:
             raise ProbeFailed(f"{url} did not tell where its KV cache is: {error}") from None
 

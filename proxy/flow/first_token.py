@@ -112,7 +112,7 @@ class FirstTokens:
         request.began()
         record.stage = "stream"
         record.first_token = record.last_token = monotonic()
-        record.tokens = 1
+        record.tokens = record.tokens or 1
         client.start(200, request.headers(*EVENT_STREAM))
         if first.whole:
             client.end(role + token + end)

@@ -91,8 +91,16 @@ class Flow:
         in_use = [connectors[group.connector] for group in settings.all_groups()]
         self._first_tokens = FirstTokens(settings, in_use)
         self._plain_decode = all(connector.plain_decode for connector in in_use)
+        self._splits_somewhere = frozenset[str]().union(*(connector.splits for connector in in_use))
+        self._endpoints_somewhere = frozenset[str]().union(*(connector.endpoints for connector in in_use))
+        self._endpoints_everywhere = self._endpoints_somewhere.intersection(*(one.endpoints for one in in_use))
+        self._splits_everywhere = self._splits_somewhere.intersection(*(connector.splits for connector in in_use))
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
+
+    def may_split(self, body: Body) -> bool:
+        """Whether prefill and decode backends of some group can share a request."""
+        return body.endpoint in self._endpoints_somewhere and (not body.alone or body.alone in self._splits_somewhere)
 
     async def run(self, request: Request) -> None:
         """Serve a request: the client has its whole answer when this returns.
@@ -206,26 +214,42 @@ class Flow:
             NoBackend: nothing is up; or, after a failed try, that try's own error where it says more.
         """
         body, fleet, record = request.body, self._fleet, request.record
+        prefill = fleet.candidates("prefill", body.model, request.prefill_tokens)
+        decode = fleet.candidates("decode", body.model, request.decode_tokens)
+        alone = body.alone
+        if alone in self._splits_somewhere or body.endpoint not in self._endpoints_everywhere:
+            able = [backend for backend in prefill if self._splits(backend, body)]
+            if able or alone in self._splits_everywhere:
+                prefill, alone = able, ""
+            else:
+                alone = alone or "endpoint"
+        plain = None
+        if not self._plain_decode:
+            plain = [backend for backend in decode if self._connectors[backend.connector].plain_decode]
         view = View(
-            prefill=fleet.candidates("prefill", body.model, request.prefill_tokens),
-            decode=fleet.candidates("decode", body.model, request.decode_tokens),
+            prefill=prefill,
+            decode=decode,
             mixed=fleet.candidates("mixed", body.model, request.decode_tokens),
             configured=fleet.sizes,
             pairs=None if fleet.uniform else fleet.pairs,
+            plain=plain,
         )
         if request.pinned:
             view = _only(view, request.pinned)
+        alone = alone or self._unpinnable(body, view)
+        if not alone and (view.mixed or view.plain is None or view.plain):
+            alone = self._given_up_handoff(request)
         self._turn += 1
         try:
             decision = decide(
                 view,
-                alone=body.alone or self._unpinnable(body, view) or self._given_up_handoff(request),
+                alone=alone,
                 policies=self._policies,
                 avoid=request.avoid,
                 prefer=request.prefill,
                 random=self._random,
                 turn=self._turn,
-                allow_local_prefill=self._local_prefill and self._plain_decode,
+                allow_local_prefill=self._local_prefill,
                 prefill_alone=body.max_tokens is not None
                 and self._first_tokens.is_prefills(body.max_tokens)
                 and not body.stored,
@@ -241,6 +265,11 @@ class Flow:
         record.fallback = decision.fallback
         return decision
 
+    def _splits(self, backend: Backend, body: Body) -> bool:
+        """Whether a prefill backend's engines share a request with decode."""
+        connector = self._connectors[backend.connector]
+        return body.endpoint in connector.endpoints and (not body.alone or body.alone in connector.splits)
+
     def _unpinnable(self, body: Body, view: View[Backend]) -> str:
         """Why the legs of this request would not find each other, or an empty string: there are several ranks for
         prefill's, and its engine does not read here which one it is for."""
@@ -255,7 +284,7 @@ class Flow:
         pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
         retries = request.record.retries
         failed = [leg for leg, reason in retries if reason not in _SAYS_NOTHING and leg != "encode"]
-        if len(failed) < 2 or not (request.record.prefill and self._local_prefill and self._plain_decode):
+        if len(failed) < 2 or not (request.record.prefill and self._local_prefill):
             return ""
         return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
 
@@ -438,6 +467,7 @@ class Flow:
         record.prefill_seconds = answered - started
         request.prefill = backend.url
         try:
+            attempt.first = attempt.plan.connector.whole(answer)
             handoff, usage = attempt.plan.take(answer)
             self._fleet.succeeded(backend, "prefill")
         except BackendGarbled as error:
@@ -549,7 +579,8 @@ def _backoff(tries: int) -> float:
 def _only(view: View[Backend], url: str) -> View[Backend]:
     """A view in which only one backend can answer."""
     decode, mixed = ([backend for backend in pool if backend.url == url] for pool in (view.decode, view.mixed))
-    return View(prefill=(), decode=decode, mixed=mixed, configured=view.configured)
+    plain = None if view.plain is None else [backend for backend in view.plain if backend.url == url]
+    return View(prefill=(), decode=decode, mixed=mixed, configured=view.configured, plain=plain)
 
 
 def _urls(decision: Decision[Backend]) -> set[str]:

@@ -14,7 +14,8 @@ import msgspec
 
 from proxy.errors import BackendGarbled, HandoffInvalid
 from proxy.handoff.coordinates import Announcement, Coordinates
-from proxy.handoff.endpoints import Endpoint, Members
+from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
+from proxy.handoff.first_token import FirstToken
 
 
 class Handoff(msgspec.Struct, frozen=True):
@@ -54,6 +55,8 @@ class PrefillAnswer(msgspec.Struct):
     output: msgspec.Raw = msgspec.Raw()
     kv_transfer_params: msgspec.Raw = msgspec.Raw()
     usage: msgspec.Raw = msgspec.Raw()
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()
+    prompt_token_ids_b64: msgspec.Raw = msgspec.Raw()
 
 
 _decode_answer = msgspec.json.Decoder(PrefillAnswer).decode
@@ -90,6 +93,8 @@ class Connector:
         continues: engines that speak it go on from token ids (`continuation.py`), so that streams can be resumed.
         plain_decode: a decode engine answers a request without hand-off right, from the prompt alone.
         plain_prefill: a prefill engine does.
+        endpoints: those whose requests are split between prefill and decode; others are served whole.
+        splits: reasons of `Body.alone` that are none here: its engines pair every part of such a request themselves.
         transferable: a hand-off that no decode engine has read may go to another than the one it was made for.
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
         refused_release: engines refuse its `release` leg for what that says of tokens, and need not know the prompt.
@@ -99,6 +104,8 @@ class Connector:
         registers: its engines tell where their sides of the hand-off are, again and again (`announced`); one that does
             not can take part in no hand-off.
         waits: prefill sends notices (`Meeting.notices`), for which decode waits.
+        pages: paths of a prefill engine's own HTTP port at which it tells more of its coordinates: the first that it
+            has. As `inquiry`, for engines that need not be asked elsewhere.
     """
 
     name: ClassVar[str]
@@ -109,6 +116,8 @@ class Connector:
     continues: ClassVar[bool] = True
     plain_decode: ClassVar[bool] = True
     plain_prefill: ClassVar[bool] = True
+    endpoints: ClassVar[frozenset[Endpoint]] = frozenset(LAYOUTS)
+    splits: ClassVar[frozenset[str]] = frozenset()
     transferable: ClassVar[bool] = True
     prefill_may_be_cut: ClassVar[bool] = True
     refused_release: ClassVar[bool] = False
@@ -116,6 +125,7 @@ class Connector:
     called_back: ClassVar[bool] = False
     registers: ClassVar[bool] = False
     waits: ClassVar[bool] = False
+    pages: ClassVar[tuple[str, ...]] = ()
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         """The prefill leg's body: a new mapping.
@@ -144,6 +154,14 @@ class Connector:
         """
         raise NotImplementedError
 
+    def whole(self, answer: bytes) -> FirstToken | None:
+        """Prefill's answer where it is all there is to say, so that decode is not asked; else None.
+
+        Raises:
+            BackendGarbled: it would be, but lacks what a client must be told.
+        """
+        return None
+
     def decode(self, members: Members, handoff: Handoff) -> Members:
         """The decode leg's body with a hand-off: a new mapping, which the plan goes on to fill."""
         return {**members, **handoff.members}
@@ -166,7 +184,7 @@ class Connector:
         return ""
 
     def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates:
-        """The coordinates with what `inquiry` answered.
+        """The coordinates, as people set them, with what `inquiry` answered, or one of the `pages`.
 
         Raises:
             ValueError: that is not what such an engine says.
@@ -243,6 +261,14 @@ def one_token(members: Members) -> Members:
     if "max_completion_tokens" in leg:  # for chat it wins over max_tokens
         leg["max_completion_tokens"] = _ONE
     leg["ignore_eos"] = _TRUE
+    return leg
+
+
+def in_one_piece(members: Members) -> Members:
+    """The members of a prefill leg whose first token is the client's, and whose engine knows by itself where to end:
+    the client's, not streamed."""
+    leg = {name: value for name, value in members.items() if name != "stream_options"}
+    leg["stream"] = _FALSE
     return leg
 
 

@@ -91,7 +91,7 @@ class FirstToken(msgspec.Struct, frozen=True):
     Attributes:
         answer: all of its members; `choice` is the first of its choices.
         prompt: ids of the prompt, `1,2,3`.
-        token: its id.
+        token: its id; empty where the answer is whole and the engine did not say.
         text: what it says; never a part of a character.
         whole: it is all of the answer; there is nothing to go on with.
         engine: the engine that gave it, without its data-parallel rank; empty where it gave no hand-off.

@@ -62,7 +62,7 @@ def _choice(first: FirstToken, body: Body) -> dict[str, Any]:
     stop = given.get("stop_reason", _NULL) if first.whole else None
     shown: dict[str, Any] = {"index": 0}
     if body.endpoint == "chat":
-        shown["delta"] = {"content": first.text}
+        shown["delta"] = {"content": first.text, **(_beside_text(given) if first.whole else {})}
     else:
         shown["text"] = first.text
     shown["logprobs"] = given.get("logprobs", _NULL)
@@ -72,8 +72,17 @@ def _choice(first: FirstToken, body: Body) -> dict[str, Any]:
     if body.wants_token_ids:
         if body.endpoint == "completions":
             shown["prompt_token_ids"] = msgspec.Raw(b"[%b]" % first.prompt)
-        shown["token_ids"] = given["token_ids"]
+        shown["token_ids"] = given.get("token_ids", _NULL)
     return shown
+
+
+def _beside_text(choice: dict[str, msgspec.Raw]) -> dict[str, Any]:
+    """What the message of a whole answer says beside its content, as a delta says it."""
+    message = _decode_object(choice["message"])
+    said = {name: message[name] for name in ("reasoning", "reasoning_content") if message.get(name)}
+    if calls := message.get("tool_calls"):
+        said["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
+    return said
 
 
 class _Counts:

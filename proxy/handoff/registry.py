@@ -10,6 +10,8 @@ from proxy.handoff.mooncake_ascend import MooncakeAscend
 from proxy.handoff.moriio import MoRIIORead, MoRIIOWrite
 from proxy.handoff.nixl import Nixl
 from proxy.handoff.p2p_nccl import P2pNccl
+from proxy.handoff.sglang import SGLang
+from proxy.handoff.tensorrt_llm import TensorRTLLM
 
 _ALL: tuple[Connector, ...] = (
     Nixl(),
@@ -20,5 +22,12 @@ _ALL: tuple[Connector, ...] = (
     MoRIIORead(),
     MoRIIOWrite(),
     P2pNccl(),
+    SGLang(),
+    TensorRTLLM(),
 )
 CONNECTORS = {connector.name: connector for connector in _ALL}
+
+
+def connectors(handoff_key: str) -> dict[str, Connector]:
+    """The same, for engines that want a hand-off signed with a key that they share with the gateway."""
+    return {**CONNECTORS, TensorRTLLM.name: TensorRTLLM(handoff_key)}

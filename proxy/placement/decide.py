@@ -20,6 +20,7 @@ class View(msgspec.Struct, Generic[C], frozen=True):
     Attributes:
         configured: how many backends each pool has, up or not.
         pairs: whether a prefill backend may hand over to a decode backend; None where any may to any.
+        plain: the decode backends that answer right without a hand-off; None where all do.
     """
 
     prefill: Sequence[C]
@@ -27,6 +28,7 @@ class View(msgspec.Struct, Generic[C], frozen=True):
     mixed: Sequence[C]
     configured: Mapping[str, int]
     pairs: Callable[[C, C], bool] | None = None
+    plain: Sequence[C] | None = None
 
 
 class Decision(msgspec.Struct, Generic[C], frozen=True):
@@ -102,7 +104,7 @@ def decide(
         prefill_alone: a prefill backend can give the whole answer, which is one token.
     Raises:
         NoBackend: nothing that is up may serve it.
-        InvalidRequest: it cannot be split, and the settings forbid serving it whole on a decode backend.
+        InvalidRequest: it cannot be split, and the settings forbid serving it whole on a decode backend, or none can.
     """
     if prefill_alone and any(c.url not in avoid for c in view.prefill):
         chosen = choose(view.prefill, policies["prefill"], avoid=avoid, random=random, turn=turn)
@@ -127,16 +129,18 @@ def decide(
         return Decision(mixed, "mixed", None, fallback, view.mixed)
     if not used:
         raise NoBackend(_nobody(view), retry_after=1)
-    if allow_local_prefill:
-        decode = choose(view.decode, policies["decode"], avoid=avoid, random=random, turn=turn)
-        return Decision(decode, "decode", None, fallback, view.decode)
+    plain = view.decode if view.plain is None else view.plain
+    if allow_local_prefill and plain:
+        decode = choose(plain, policies["decode"], avoid=avoid, random=random, turn=turn)
+        return Decision(decode, "decode", None, fallback, plain)
+    why = "their connector does not let them" if allow_local_prefill else "fallback: reject"
     if alone:
         raise InvalidRequest(
             f"`{alone}` cannot be split between prefill and decode, and this gateway's decode backends do not prefill "
-            "(fallback: reject)",
+            f"({why})",
             param=alone,
         )
-    raise NoBackend("no prefill backend is up, and decode backends may not prefill (fallback: reject)", retry_after=1)
+    raise NoBackend(f"no prefill backend is up, and decode backends may not prefill ({why})", retry_after=1)
 
 
 def _missing(view: View[C]) -> str:

@@ -1,7 +1,8 @@
 """Reading what engines answer: usage, and errors in the several shapes they come in.
 
 The one place that turns an engine's words into `errors.py`. vLLM says `{"error": {...}}`, `{"error": "text"}` (401, and
-503 while scaling), or, behind another proxy, HTML; under status 200 a stream may carry the same as an event.
+503 while scaling), or, behind another proxy, HTML; SGLang and TensorRT-LLM say the members of the object without the
+object around them. Under status 200 a stream may carry the same as an event.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ HANDOFF_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 """Members of an answer that carry the engines' addresses and block ids, and so stay inside."""
 
 _HANDOFF_MARK = b'_transfer_params"'
+_IN_CHOICES = "disaggregated_params"
+"""The same of TensorRT-LLM, which has it in its choices."""
+_IN_CHOICES_MARK = b'"disaggregated_params"'
 # host:port, URLs and bare IP addresses: an engine's 5xx may quote the peer it could not reach.
 # Each alternative looks at a bounded number of characters: a megabyte of nonsense costs no more than its length.
 _ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]|[\w-]:\d{2,5}\b")
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_choices = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
 
 
 class CachedDetails(msgspec.Struct):
@@ -65,14 +70,20 @@ def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
 
 def strip_handoff(body: bytes) -> bytes:
     """A JSON object without the hand-off's members; other bytes as they are."""
-    if _HANDOFF_MARK not in body:
+    in_choices = _IN_CHOICES_MARK in body
+    if _HANDOFF_MARK not in body and not in_choices:
         return body
     try:
         members = _decode_members(body)
+        choices = _decode_choices(members["choices"]) if in_choices and "choices" in members else []
     except msgspec.MsgspecError:
         return body
     for field in HANDOFF_FIELDS:
         members.pop(field, None)
+    for choice in choices:
+        choice.pop(_IN_CHOICES, None)
+    if choices:
+        members["choices"] = msgspec.Raw(msgspec.json.encode(choices))
     return msgspec.json.encode(members)
 
 
@@ -106,6 +117,8 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
     if status >= 500 and _ADDRESS.search(body.decode("utf-8", "replace")):
         said, whole = None, False
     answer = body if whole else None
+    if answer and detail.get("object") == "error":  # the members without the object around them
+        answer = msgspec.json.encode({"error": {name: detail.get(name) for name in _OPENAI}}) if said else None
     if status in (429, 503):
         # vLLM's front door says "Service Unavailable" when a queue limit is reached, before it reads the request.
         unread = status == 429 or kind in ("Service Unavailable", None)
@@ -117,12 +130,18 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
     return BackendFailed(log_line, status=status, answer=answer, engine_message=said)
 
 
+_OPENAI = ("message", "type", "param", "code")
+
+
 def _detail(body: bytes) -> dict[str, Any]:
-    """The `error` object of an answer; a bare string becomes its message; `{}` for anything else."""
+    """The `error` object of an answer, or an answer that is one; a bare string becomes its message; `{}` for anything
+    else."""
     try:
         parsed = msgspec.json.decode(body)
     except msgspec.MsgspecError:
         return {}
+    if isinstance(parsed, dict) and parsed.get("object") == "error":
+        return parsed
     error = parsed.get("error") if isinstance(parsed, dict) else None
     if isinstance(error, dict):
         return error

@@ -12,7 +12,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy.simulator import encoding, generate, messages, responses
 from proxy.simulator.config import SimulatorConfig
@@ -22,6 +22,9 @@ from proxy.simulator.http import Exchange
 from proxy.simulator.requests import GenerationRequest, Kind
 from proxy.simulator.sequences import Sequence
 from proxy.simulator.tokens import detokenize
+
+if TYPE_CHECKING:
+    from proxy.simulator.connectors.side import Side
 
 Object = dict[str, Any]
 Abort = Callable[[list[Sequence]], None]
@@ -40,6 +43,7 @@ class Answer:
         config: SimulatorConfig,
         abort: Abort,
         kill: Callable[[], None],
+        side: Side,
     ) -> None:
         self.exchange = exchange
         self.request = request
@@ -52,6 +56,7 @@ class Answer:
         self.tokens_seen = 0
         self._abort = abort
         self._kill = kill
+        self._side = side
         self._unfinished = 0
         self._death = mischief.get("die_mid_stream")
         self._stall = mischief.get("stall_mid_stream")
@@ -146,7 +151,8 @@ class WholeAnswer(Answer):
         """Answer with the error; the other sequences are of no use any more."""
         if self.done.done():
             return
-        body = error.anthropic_body() if self.request.kind == "messages" else error.body()
+        anthropic = self.request.kind == "messages"
+        body = error.anthropic_body() if anthropic else self._side.error_body(error)
         self.exchange.respond(error.status, encoding.to_json(body))
         self.finish()
         self._abort(self.sequences)
@@ -169,6 +175,7 @@ class WholeAnswer(Answer):
         except RequestError as error:
             self.on_failure(self.sequences[0], error)
             return
+        self._side.answer(body)
         self.body = body
         data = encoding.to_json(body)
         if not late and self._stall is None:

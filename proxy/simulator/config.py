@@ -21,6 +21,8 @@ Connector = Literal[
     "moriio_read",
     "moriio_write",
     "p2p_nccl",
+    "sglang",
+    "tensorrt_llm",
     "none",
 ]
 
@@ -35,6 +37,8 @@ DEFAULT_LEASE = {
     "moriio_read": 60.0,  # defer_timeout
     "moriio_write": 60.0,
     "p2p_nccl": 60.0,  # it has none: for as long decode waits
+    "sglang": 300.0,
+    "tensorrt_llm": 60.0,
     "none": 0.0,
 }
 
@@ -83,6 +87,7 @@ class SimulatorConfig:
     keep_alive: float = 5.0  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE
     request_log: int = 256  # received requests that are kept to be looked at
     api_key: str | None = None
+    handoff_key: str | None = None  # tensorrt_llm: what a generation server is told must be signed with it
     weights: int = 0  # engines with other weights say other things
 
     def __post_init__(self) -> None:

@@ -205,6 +205,7 @@ class Engine:
                     self.let_go(sequence.transfer)
                 else:
                     sequence.vanished = True  # its blocks are being written to: they stay until the read ends
+                    self.side.vanished(sequence)
                 continue
             if sequence.transfer.keeps:
                 self.side.dropped(sequence)
@@ -229,7 +230,7 @@ class Engine:
             case Status.WAITING:
                 (self._ready if sequence in self._ready else self._queue).remove(sequence)
         sequence.status = Status.FINISHED
-        self.side.ended(sequence)
+        self._gone(sequence)
         self._free(sequence)
 
     def _free(self, sequence: Sequence) -> None:
@@ -294,7 +295,7 @@ class Engine:
                 if not self._allocate(sequence):
                     break
                 self._queue.popleft()
-                if sequence.transfer.fetches and not sequence.loaded:
+                if (sequence.transfer.fetches or sequence.transfer.awaits) and not sequence.loaded:
                     self._load(sequence)
                     if self.dead is not None:
                         break
@@ -426,10 +427,11 @@ class Engine:
             self._seal(sequence, len(sequence.tokens) - 1)
         if sequence.transfer.keeps and reason in self.side.kept_after and sequence.stop_reason != "recomputed":
             self._hand_off(sequence)
-            return
-        if sequence.transfer.keeps:
-            self.side.dropped(sequence)
-        self._free(sequence)
+        else:
+            if sequence.transfer.keeps:
+                self.side.dropped(sequence)
+            self._free(sequence)
+        self._gone(sequence)
 
     def _hand_off(self, sequence: Sequence) -> None:
         size = self.config.block_size
@@ -449,11 +451,37 @@ class Engine:
     # Fetching.
 
     def _load(self, sequence: Sequence) -> None:
-        """Begin to fetch a sequence's KV."""
+        """Begin to fetch a sequence's KV, or to wait for what it awaits."""
         sequence.status = Status.LOADING
         self._loading.add(sequence)
-        self.stats.external_queries += sequence.prompt_length - sequence.cached
+        if sequence.transfer.fetches:
+            self.stats.external_queries += sequence.prompt_length - sequence.cached
         self.side.load(sequence)
+
+    def admit(self, sequence: Sequence) -> None:
+        """What a sequence waited for is there, or is not needed any more: compute it."""
+        self._loading.discard(sequence)
+        sequence.loaded = True
+        sequence.status = Status.WAITING
+        self._ready.append(sequence)
+        self._wake.set()
+        self._changed()
+
+    def fail(self, sequence: Sequence) -> None:
+        """What a sequence waited for does not come."""
+        self._loading.discard(sequence)
+        sequence.status = Status.FINISHED
+        self.stats.finished["error"] += 1
+        self._free(sequence)
+        self._gone(sequence)
+        if sequence.listener is not None:
+            sequence.listener.on_failure(sequence, internal_error())
+        self._wake.set()
+        self._changed()
+
+    def _gone(self, sequence: Sequence) -> None:
+        if sequence.transfer.leg != "local":
+            self.side.ended(sequence)
 
     def fetch(self, sequence: Sequence, contents: Coroutine[Any, Any, list[Content]]) -> None:
         """Fill the blocks of a sequence that is loading, less those that were cached, with ``contents``."""
@@ -481,11 +509,13 @@ class Engine:
             self.die(f"AssertionError: {error}")
             return
         self.side.loaded(sequence)
-        self._loading.discard(sequence)
-        sequence.loaded = True
         if sequence.vanished:
+            self._loading.discard(sequence)
             sequence.status = Status.FINISHED
             self._free(sequence)
+            self._gone(sequence)
+            self._wake.set()
+            self._changed()
         elif contents is not None:
             self.stats.pulls += 1
             self.stats.transfer_time.observe(loop.time() - began)
@@ -493,19 +523,11 @@ class Engine:
             sequence.external = tokens
             self._store(sequence, sequence.cached // self.config.block_size, contents)
             sequence.prefill_left = 1
-            sequence.status = Status.WAITING
-            self._ready.append(sequence)
+            self.admit(sequence)
         elif self.config.load_failure_policy == "recompute":
-            sequence.status = Status.WAITING
-            self._ready.append(sequence)
+            self.admit(sequence)
         else:
-            sequence.status = Status.FINISHED
-            self.stats.finished["error"] += 1
-            self._free(sequence)
-            if sequence.listener is not None:
-                sequence.listener.on_failure(sequence, internal_error())
-        self._wake.set()
-        self._changed()
+            self.fail(sequence)
 
     def _store(self, sequence: Sequence, hits: int, contents: list[Content]) -> None:
         """Put pulled KV into this engine's own blocks, right or wrong: the positions decide, not the owner."""

@@ -96,7 +96,7 @@ class Routes:
         try:
             await self._route(exchange)
         except RequestError as error:
-            exchange.respond(error.status, encoding.to_json(error.body()))
+            exchange.respond(error.status, encoding.to_json(self._sim.engine.side.error_body(error)))
         except Exception:
             exchange.respond(500, encoding.to_json(internal_error().body()))
             raise
@@ -119,6 +119,9 @@ class Routes:
             and exchange.headers.get("authorization") != f"Bearer {key}"
         ):
             exchange.respond(401, b'{"error":"Unauthorized"}')
+            return
+        if exchange.method == "GET" and (about := self._sim.engine.side.about(path)) is not None:
+            exchange.respond(200, encoding.to_json(about))
             return
         if path.startswith("/v1/responses/") and "/v1/responses" in self._known():
             await self._stored(exchange)
@@ -354,7 +357,8 @@ class Routes:
                 self._sim.engine.let_go(transfer)
             # What the handler of messages refuses has Anthropic's shape, what pydantic refuses before it has OpenAI's.
             anthropic = error.late and exchange.path == "/v1/messages"
-            exchange.respond(error.status, encoding.to_json(error.anthropic_body() if anthropic else error.body()))
+            body = error.anthropic_body() if anthropic else self._sim.engine.side.error_body(error)
+            exchange.respond(error.status, encoding.to_json(body))
         finally:
             received.status = exchange.status
             received.finished = exchange.ended and not received.aborted
@@ -370,6 +374,7 @@ class Routes:
         abandoned: list[Callable[[], None]],
     ) -> None:
         messages: list[Any] = []
+        body = self._sim.engine.side.read(body)
         config = self._sim.config
         match exchange.path:
             case "/v1/chat/completions":
@@ -389,7 +394,8 @@ class Routes:
         if keeps and body.get("background"):
             await self._in_background(exchange, request, sequences, mischief, messages)
             return
-        arguments = (exchange, request, mischief, config, self._sim.engine.abort, self._sim.kill)
+        engine = self._sim.engine
+        arguments = (exchange, request, mischief, config, engine.abort, self._sim.kill, engine.side)
         first_error = mischief.get("error_event_first")
         if request.stream:
             stream = _STREAMS.get(request.kind, StreamAnswer)(*arguments)
@@ -427,7 +433,7 @@ class Routes:
         self._sim.responses.keep(stored)
         recorder = Recorder(stored, self._sim.changed)
         kind = ResponseStream if request.stream else WholeAnswer
-        answer = kind(recorder, request, mischief, self._sim.config, engine.abort, self._sim.kill)
+        answer = kind(recorder, request, mischief, self._sim.config, engine.abort, self._sim.kill, engine.side)
         answer.expect(sequences)
         engine.submit(sequences)
         if isinstance(answer, ResponseStream):
@@ -541,7 +547,7 @@ class Routes:
         }.get(status, ("Error", "Simulated error"))
         error = RequestError(status, kind, message)
         headers = None if retry_after is None else {"retry-after": str(retry_after)}
-        exchange.respond(status, encoding.to_json(error.body()), headers=headers)
+        exchange.respond(status, encoding.to_json(self._sim.engine.side.error_body(error)), headers=headers)
 
     @staticmethod
     def _answer_with_garbage(exchange: Exchange, form: str) -> None:

@@ -68,6 +68,7 @@ class Sequence:
         "external",
         "finish_reason",
         "first_token_at",
+        "given",
         "handoff_params",
         "index",
         "kept",
@@ -136,6 +137,7 @@ class Sequence:
         self.script: Script | None = None
         self.script_tokens: list[int] = []
         self.draws: list[int] | None = [] if keep_draws else None
+        self.given: tuple[int, int] | None = None  # the first token, as prefill has drawn it, and its draw
         self.vanished = False  # its client went away while KV was on the way
         self.arrived = 0.0
         self.first_token_at = 0.0
@@ -170,6 +172,8 @@ class Sequence:
             token = self.script_tokens[generated] if generated < len(self.script_tokens) else EOS
         else:
             token = choose(bits, self.tokens[-1], self.eos_limit if armed else 0)
+        if self.given is not None and not generated:
+            token, bits = self.given
         if self.draws is not None:
             self.draws.append(bits)
         self.tokens.append(token)

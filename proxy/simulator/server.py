@@ -68,7 +68,7 @@ class Simulator:
             engine.pool,
             engine.handoffs,
             self.faults,
-            lambda path: engine.side.page(path),
+            engine.side,
             lambda message: engine.media.told(message) or engine.side.told(message),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -18,6 +18,9 @@ from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.faults import NOTHING, Faults
 from proxy.simulator.handoffs import Handoffs
 from proxy.simulator.resetting import reset
+
+if TYPE_CHECKING:
+    from proxy.simulator.connectors.side import Side
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
@@ -93,7 +96,7 @@ class SideChannelServer(asyncio.Protocol):
         head, end, _ = self._buffer.partition(b"\r\n\r\n")
         if not end or self._transport is None:
             return
-        page = self._serving.page(head.split(b" ")[1].decode("latin-1"))
+        page = self._serving.side.page(head.split(b" ")[1].decode("latin-1"))
         status, body = ("404 Not Found", b"") if page is None else ("200 OK", page)
         fields = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
         self._transport.write(f"HTTP/1.1 {status}\r\n{fields}\r\n\r\n".encode() + body)
@@ -119,11 +122,11 @@ class Serving:
         pool: BlockPool,
         handoffs: Handoffs,
         faults: Faults,
-        page: Callable[[str], bytes | None],
+        side: Side,
         told: Callable[[dict[str, Any]], dict[str, Any] | None],
     ) -> None:
         self.faults = faults
-        self.page = page
+        self.side = side
         self._told = told
         self._config = config
         self._engine_id = engine_id
@@ -143,9 +146,12 @@ class Serving:
 
         def take(blocks: list[Block]) -> None:
             wanted = blocks[message["skip"] :]
-            say({"contents": [self._pool.read(block.index, scrambled_when_free=False) for block in wanted]})
+            contents = [self._pool.read(block.index, scrambled_when_free=False) for block in wanted]
+            say({"contents": contents, **self.side.sent_along(name)})
 
-        self._handoffs.when_pinned(message["request_id"], take)
+        name = message["request_id"]
+        self._handoffs.when_pinned(name, take)
+        self.side.wanted(name)
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """What one message is answered with, if with anything."""
@@ -197,16 +203,27 @@ class Peers:
         read = {"op": "read", "block_ids": block_ids}
         return await self._met(host, port, engine_id, name, read, block_ids, tokens)
 
-    async def wait(self, host: str, port: int, engine_id: str, name: str, skip: int, tokens: int) -> list[Content]:
+    async def wait(
+        self,
+        host: str,
+        port: int,
+        engine_id: str,
+        name: str,
+        skip: int,
+        tokens: int,
+        *,
+        hear: Callable[[dict[str, Any]], None] = lambda answer: None,
+        thank: bool = True,
+    ) -> list[Content]:
         """Wait until the engine keeps something as ``name``, as long as a lease lasts; read it but for its first
-        ``skip`` blocks.
+        ``skip`` blocks. An empty ``engine_id`` is any. ``hear`` is given all that it said; ``thank``: tell it that
+        what it kept has been read.
 
         Raises:
             TransferFailed: as ``fetch``.
         """
-        return await self._met(
-            host, port, engine_id, name, {"op": "wait", "request_id": name, "skip": skip}, [], tokens
-        )
+        question = {"op": "wait", "request_id": name, "skip": skip}
+        return await self._met(host, port, engine_id, name, question, [], tokens, hear, thank)
 
     async def _met(
         self,
@@ -217,12 +234,14 @@ class Peers:
         question: dict[str, Any],
         block_ids: list[int],
         tokens: int,
+        hear: Callable[[dict[str, Any]], None] = lambda answer: None,
+        thank: bool = True,
     ) -> list[Content]:
         began = asyncio.get_running_loop().time()
         try:
-            return await self._fetch(host, port, engine_id, name, question, block_ids, tokens)
+            return await self._fetch(host, port, engine_id, name, question, block_ids, tokens, hear, thank)
         except (OSError, EOFError, TimeoutError) as error:
-            if engine_id not in self._known:
+            if (engine_id or f"{host}:{port}") not in self._known:
                 left = self._config.handshake_timeout - (asyncio.get_running_loop().time() - began)
                 await asyncio.sleep(max(left, 0))
             raise TransferFailed(f"{host}:{port}: {error!r}") from error
@@ -236,6 +255,8 @@ class Peers:
         question: dict[str, Any],
         block_ids: list[int],
         tokens: int,
+        hear: Callable[[dict[str, Any]], None],
+        thank: bool,
     ) -> list[Content]:
         if not port:
             raise ConnectionRefusedError("no such port")
@@ -244,18 +265,20 @@ class Peers:
         try:
             async with asyncio.timeout(self._patience):
                 hello = await _ask(reader, writer, {"op": "hello"})
-            if hello["engine_id"] != engine_id:
+            if engine_id and hello["engine_id"] != engine_id:
                 raise ConnectionError("engine ID mismatch")
             if hello["compatibility"] != compatibility(self._config):
                 raise TransferFailed("compatibility hash mismatch")
-            self._known.add(engine_id)
+            self._known.add(engine_id or f"{host}:{port}")
             if any(not 0 <= index < hello["blocks"] for index in block_ids):
                 raise OutOfRange(f"block ids {block_ids} out of range of {hello['blocks']} blocks")
             async with asyncio.timeout(self._config.lease_seconds if question["op"] == "wait" else None):
                 answer = await _ask(reader, writer, question)
             if self._config.transfer_rate:
                 await asyncio.sleep(tokens / self._config.transfer_rate)
-            writer.write(frame({"op": "done", "request_id": name, "read": True}))
+            hear(answer)
+            if thank:
+                writer.write(frame({"op": "done", "request_id": name, "read": True}))
             contents: list[Content] = [(before, tokens, error) for before, tokens, error in answer["contents"]]
             return contents
         finally:

@@ -24,6 +24,7 @@ class Case:
         written_to: the gateway must be told the ports at which a decode engine is written to.
         hears: the setting of the address at which the gateway hears its engines, where they tell it something.
         asks: the members by which an engine knows a prefill and a decode leg.
+        spared: faults of the matrix that its engines do not have.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Case:
     located: bool = False
     written_to: bool = False
     hears: str = ""
+    spared: tuple[str, ...] = ()
 
     def gateway(self, engines: Iterable[Simulator]) -> dict[str, Any]:
         """The settings of a gateway before `engines`."""
@@ -76,6 +78,8 @@ CASES = [
     Case("moriio_read", hears="registrations"),
     Case("moriio_write", hears="registrations"),
     Case("p2p_nccl", hears="registrations"),
+    Case("sglang"),
+    Case("tensorrt_llm", spared=("recomputed",)),
 ]
 IDS = [case.name for case in CASES]
 

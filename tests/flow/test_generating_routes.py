@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from proxy.handoff.registry import CONNECTORS
 from proxy.simulator import Simulator
 from proxy.simulator.prompts import render_chat
-from tests.contract.cases import CASES, IDS, Case, fleet
+from tests.contract.cases import CASES, Case, fleet
 from tests.support import PROMPT, Running, pools, running_gateway, simulators, until
 
 TOKENS = render_chat([{"role": "user", "content": PROMPT}], None)
@@ -100,6 +101,7 @@ ROUTES = [
     ),
 ]
 MESSAGES, RESPONSES, GENERATE = ROUTES
+SPLITTING = [case for case in CASES if {"messages", "responses", "generate"} <= CONNECTORS[case.name].endpoints]
 EVERY = pytest.mark.parametrize("route", ROUTES, ids=["messages", "responses", "generate"])
 NAMED = pytest.mark.parametrize("route", [MESSAGES, RESPONSES], ids=["messages", "responses"])
 BOTH_WAYS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -137,7 +139,7 @@ async def at_rest(running: Running, *engines: Simulator) -> None:
 
 @EVERY
 @BOTH_WAYS
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", SPLITTING, ids=[case.name for case in SPLITTING])
 async def test_the_answer_is_one_engines_and_decode_has_prefills_kv(route: Route, stream: bool, case: Case) -> None:
     expected = await what_one_engine_says(route)
     async with fleet(case, engine=ENGINE, routes={"generate": True}) as (running, [p], [d]):
@@ -154,6 +156,22 @@ async def test_the_answer_is_one_engines_and_decode_has_prefills_kv(route: Route
         assert metrics[f'pd_proxy_requests_total{{endpoint="{endpoint}",model="sim",outcome="ok"}}'] == 1
         assert metrics['pd_proxy_tokens_total{kind="completion",model="sim"}'] == 20
         assert metrics['pd_proxy_tokens_total{kind="prompt",model="sim"}'] == len(TOKENS)
+
+
+@EVERY
+async def test_engines_that_hand_nothing_over_on_a_route_serve_it_whole_or_not_at_all(route: Route) -> None:
+    expected = await what_one_engine_says(route)
+    for case in CASES:
+        if case in SPLITTING:
+            continue
+        async with fleet(case, engine=ENGINE, routes={"generate": True}) as (running, [p], [d]):
+            answer = await running.http.post(route.path, json=route.body())
+            assert not p.requests
+            if CONNECTORS[case.name].plain_decode:
+                assert route.text(answer.json()) == expected
+                assert answer.headers["x-pd-proxy-fallback"] == "endpoint"
+            else:
+                assert answer.status_code == 400 and not d.requests
 
 
 @EVERY

@@ -314,6 +314,11 @@ def test_several_prompts_are_served_by_one_backend(prompt: bytes, reason: str) -
     assert read_body(b'{"prompt":' + prompt + b"}", "completions").alone == reason
 
 
+@pytest.mark.parametrize("other", ["echo", "prompt_logprobs"])
+def test_several_prompts_are_the_last_reason_told_since_some_connectors_split_them(other: str) -> None:
+    assert completion(prompt=["a", "b"], **{other: 1}).alone == other
+
+
 def test_a_chat_has_no_prompt_list() -> None:
     assert chat(prompt=["a", "b"], messages=[]).alone == ""
 

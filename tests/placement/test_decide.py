@@ -190,3 +190,34 @@ def test_a_decision_is_a_pair_or_says_why_not(
     assert (decision.prefill is not None) == (decision.fallback == "" and not only_mixed)
     assert decision.pool in ("decode", "mixed")
     assert decision.decode in (fleet.decode if decision.pool == "decode" else fleet.mixed)
+
+
+# Decode backends that need a hand-off
+
+
+def needing(prefill: int, decode: int, mixed: int, plain: int) -> View[Backend]:
+    """A fleet of whose decode backends only the last `plain` answer without a hand-off."""
+    pools = view(prefill, decode, mixed)
+    return View(pools.prefill, pools.decode, pools.mixed, pools.configured, plain=pools.decode[decode - plain :])
+
+
+def test_a_decode_backend_that_needs_a_hand_off_serves_pairs() -> None:
+    assert summary(decided(needing(1, 1, 0, 0))) == PAIR
+
+
+def test_of_the_decode_backends_only_those_that_need_no_hand_off_serve_whole_requests() -> None:
+    decision = decided(needing(1, 3, 0, 1), alone="n")
+    assert summary(decision) == ("http://decode2", "decode", None, "n")
+    assert decision.runners_up == ()
+
+
+def test_what_cannot_be_split_is_refused_where_every_decode_backend_needs_a_hand_off() -> None:
+    with pytest.raises(InvalidRequest, match=r"`n` cannot be split.*their connector") as caught:
+        decided(needing(1, 2, 0, 0), alone="n")
+    assert caught.value.param == "n"
+    assert summary(decided(needing(1, 2, 1, 0), alone="n")) == ("http://mixed0", "mixed", None, "n")
+
+
+def test_without_prefill_nothing_is_served_where_every_decode_backend_needs_a_hand_off() -> None:
+    with pytest.raises(NoBackend, match=r"no prefill backend is up.*their connector"):
+        decided(needing(0, 2, 0, 0))

@@ -171,6 +171,19 @@ def test_the_hand_off_is_taken_out_of_an_answer_and_the_rest_stays_byte_for_byte
     assert strip_handoff(given_) == kept
 
 
+def test_the_hand_off_is_taken_out_of_choices_too() -> None:
+    kept = b'{"id":"a","choices":[{"text":"\\u00e9\\/","n":1e2},{"text":"b"}],"x":1.10}'
+    given_ = kept.replace(b'"}', b'","disaggregated_params":{"ctx_info_endpoint":"10.0.0.1"}}')
+    given_ = given_.replace(b"1e2}", b'1e2,"disaggregated_params":null}')
+    assert strip_handoff(given_) == kept
+
+
+@pytest.mark.parametrize("choices", [b"7", b"null", b"[1]", b'"x"'])
+def test_choices_that_are_none_are_left_alone(choices: bytes) -> None:
+    body = b'{"choices":' + choices + b',"x":{"disaggregated_params":1}}'
+    assert strip_handoff(body) == body
+
+
 @pytest.mark.parametrize("body", [b'{"a":1}', b"", b"<html>", b'{ "spaces" : [ ] }', b'{"text":"kv_transfer_params"}'])
 def test_a_body_without_a_hand_off_is_not_touched(body: bytes) -> None:
     assert strip_handoff(body) == body
@@ -183,6 +196,25 @@ def test_an_error_carries_no_hand_off(status: int) -> None:
     assert b"secret-host" not in error.body()
     assert json.loads(error.body()) == {"error": {"message": "no"}}
     assert b"secret-host" not in engine_error_event(URL, body).body()
+
+
+@pytest.mark.parametrize(("status", "kind"), KINDS)
+def test_an_error_that_is_the_whole_answer_is_given_in_openais_shape(status: int, kind: type[BackendAnswered]) -> None:
+    said = {"object": "error", "message": "prompt is too long", "type": "BadRequest", "param": None, "code": status}
+    error = engine_error(URL, status, {}, json.dumps(said).encode())
+    assert type(error) is kind
+    assert told(error) == {name: said[name] for name in ("message", "type", "param", "code")}
+
+
+@pytest.mark.parametrize("message", [None, 7, ""])
+def test_such_an_error_without_words_is_worded_here(message: object) -> None:
+    error = engine_error(URL, 400, {}, json.dumps({"object": "error", "message": message}).encode())
+    assert told(error)["message"]
+
+
+def test_such_an_error_keeps_its_addresses_inside() -> None:
+    said = {"object": "error", "message": "KVTransferError with 10.0.0.1:8998", "type": "500", "code": 500}
+    assert b"10.0.0.1" not in engine_error(URL, 500, {}, json.dumps(said).encode()).body()
 
 
 # Usage

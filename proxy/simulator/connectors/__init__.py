@@ -8,7 +8,9 @@ from proxy.simulator.connectors.mooncake import Mooncake
 from proxy.simulator.connectors.moriio import MoRIIORead, MoRIIOWrite
 from proxy.simulator.connectors.p2p_nccl import P2pNccl
 from proxy.simulator.connectors.pull import MooncakeAscend, Nixl
+from proxy.simulator.connectors.sglang import SGLang
 from proxy.simulator.connectors.side import Side
+from proxy.simulator.connectors.tensorrt_llm import TensorRTLLM
 
 SIDES: dict[str, type[Side]] = {
     "nixl": Nixl,
@@ -19,5 +21,7 @@ SIDES: dict[str, type[Side]] = {
     "moriio_read": MoRIIORead,
     "moriio_write": MoRIIOWrite,
     "p2p_nccl": P2pNccl,
+    "sglang": SGLang,
+    "tensorrt_llm": TensorRTLLM,
     "none": Side,
 }

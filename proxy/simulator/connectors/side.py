@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from proxy.simulator.errors import RequestError
 from proxy.simulator.faults import Leg
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ class Transfer:
     Attributes:
         leg: its leg, as far as the connector can tell.
         params: what it came with; they may be anything.
+        awaits: nothing of it is computed before decode has come, though it is prefill's.
     """
 
     leg: Leg = "local"
     params: Any = None
+    awaits: bool = False
 
     @property
     def fetches(self) -> bool:
@@ -66,6 +69,21 @@ class Side:
         """What the side port answers to a GET of ``path``, as JSON; None for 404."""
         return None
 
+    def about(self, path: str) -> dict[str, Any] | None:
+        """What the API port answers to a GET of ``path``, for engines that tell of themselves; None for 404."""
+        return None
+
+    def error_body(self, error: RequestError) -> dict[str, object]:
+        """How the API port says an error."""
+        return error.body()
+
+    def read(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A request's body in the words of vLLM's handlers, where the engine has others."""
+        return body
+
+    def answer(self, body: dict[str, Any]) -> None:
+        """Say in a whole answer what was kept, where the engine says it elsewhere than in ``kv_transfer_params``."""
+
     # Prefill
 
     def key(self, sequence: Sequence) -> str:
@@ -73,11 +91,19 @@ class Side:
         return sequence.request_id
 
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any] | None:
-        """The answer's ``kv_transfer_params`` once the blocks in ``sequence.kept`` are kept; ``tokens`` are in them."""
+        """The parameters that prefill answers with, once the blocks in ``sequence.kept`` are kept; ``tokens`` are in
+        them."""
         return None
 
     def dropped(self, sequence: Sequence) -> None:
         """A sequence whose blocks were to be kept has ended otherwise."""
+
+    def wanted(self, name: str) -> None:
+        """Decode waits for what is to be kept as ``name``."""
+
+    def sent_along(self, name: str) -> dict[str, Any]:
+        """What decode is told beside the KV that it has waited for."""
+        return {}
 
     # Decode
 
@@ -85,11 +111,15 @@ class Side:
         """A sequence that keeps or fetches has been queued."""
 
     def load(self, sequence: Sequence) -> None:
-        """Begin to fetch a sequence's KV into its blocks; bad parameters do here what they do to a real engine."""
+        """Begin to fetch a sequence's KV into its blocks, or to wait for what it awaits; bad parameters do here what
+        they do to a real engine."""
         raise NotImplementedError
 
     def loaded(self, sequence: Sequence) -> None:
         """The fetch has ended, well or not."""
+
+    def vanished(self, sequence: Sequence) -> None:
+        """Its client has gone while it was loading; its blocks stay until the fetch ends."""
 
     def ended(self, sequence: Sequence) -> None:
         """A sequence has gone, at whatever point of its life."""

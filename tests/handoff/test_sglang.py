@@ -1,0 +1,138 @@
+"""SGLang's legs: the client's body on both, and one room."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.handoff.body import Endpoint, read_body
+from proxy.handoff.coordinates import Coordinates
+from proxy.handoff.plan import Leg, Plan
+from proxy.handoff.registry import CONNECTORS
+
+SGLANG = CONNECTORS["sglang"]
+P = Coordinates(host="10.0.0.1", port=9001)
+D = Coordinates(host="10.0.0.2")
+ROOM = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+
+
+def legs(
+    name: str = "0f" * 16, rank: int | None = None, at: Coordinates = P, endpoint: Endpoint = "chat", **members: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    plan = Plan(
+        read_body(json.dumps(members).encode(), endpoint),
+        SGLANG,
+        meeting=SGLANG.meet(at, D, name, rank),
+        token_ids=False,
+    )
+    return said(plan.prefill_leg()), said(plan.decode_leg(plan.handoff))
+
+
+def said(leg: Leg) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(b"".join(leg.body))
+    return value
+
+
+SHAPING: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "é"}],
+    "max_tokens": 9,
+    "max_completion_tokens": 8,
+    "min_tokens": 3,
+    "stop": ["x"],
+    "stop_token_ids": [2],
+    "logprobs": True,
+    "top_logprobs": 2,
+    "temperature": 0.3,
+    "seed": 7,
+    "response_format": {"type": "json_object"},
+    "ebnf": "root ::= a",
+    "n": 1,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_both_legs_are_the_clients_body_and_one_room(stream: bool) -> None:
+    prefill, decode = legs(**SHAPING, stream=stream)
+    assert {name: prefill[name] for name in ROOM} == {name: decode[name] for name in ROOM}
+    assert (prefill["bootstrap_host"], prefill["bootstrap_port"]) == ("10.0.0.1", 9001)
+    for leg in (prefill, decode):
+        more = {"stream_options": {"include_usage": True}} if stream and leg is decode else {}
+        wanted = {**SHAPING, "stream": stream and leg is decode, **more}
+        assert {name: value for name, value in leg.items() if name not in ROOM} == wanted
+
+
+def test_prefills_answer_is_one_piece_whatever_the_client_wants_of_its_stream() -> None:
+    prefill, decode = legs(stream=True, stream_options={"include_usage": True}, messages=[])
+    assert prefill["stream"] is False and "stream_options" not in prefill
+    assert decode["stream"] is True and decode["stream_options"] == {"include_usage": True}
+
+
+@given(a=st.integers(0, 2**128 - 1), b=st.integers(0, 2**128 - 1))
+def test_each_try_has_a_room_of_its_own_that_leaves_room_for_a_batch(a: int, b: int) -> None:
+    rooms = [legs(f"{name:032x}")[0]["bootstrap_room"] for name in (a, b)]
+    assert all(type(room) is int and 0 <= room < 2**63 - 2**24 for room in rooms)
+    if a >> 64 != b >> 64 and (a >> 64) % (2**63 - 2**24) != (b >> 64) % (2**63 - 2**24):
+        assert rooms[0] != rooms[1]
+
+
+@given(name=st.integers(0, 2**128 - 1), dp=st.integers(2, 64), data=st.data())
+def test_decode_is_told_prefills_rank_and_the_room_says_it_too(name: int, dp: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, dp - 1))
+    at = Coordinates(host="h", port=1, dp=dp)
+    prefill, decode = legs(f"{name:032x}", rank, at, messages=[])
+    assert decode["disagg_prefill_dp_rank"] == rank
+    assert "disagg_prefill_dp_rank" not in prefill
+    assert decode["bootstrap_room"] % dp == rank
+    assert 0 <= decode["bootstrap_room"] < 2**63 - 2**24 + dp
+
+
+def test_no_rank_is_told_where_there_is_but_one() -> None:
+    assert "disagg_prefill_dp_rank" not in legs(messages=[])[1]
+
+
+def test_an_ipv6_host_is_in_brackets() -> None:
+    assert legs(at=Coordinates(host="fd00::1", port=1))[0]["bootstrap_host"] == "[fd00::1]"
+
+
+def test_several_prompts_go_as_they_are() -> None:
+    for leg in legs(endpoint="completions", prompt=["a", "b"]):
+        assert leg["prompt"] == ["a", "b"]
+        assert type(leg["bootstrap_room"]) is int  # a scalar: the engines count up from it
+    assert SGLANG.splits == {"prompt_list"}
+
+
+# What an engine says of itself
+
+
+def info(**said: Any) -> bytes:
+    return json.dumps({"disaggregation_mode": "prefill", "disaggregation_bootstrap_port": 8998, **said}).encode()
+
+
+def test_the_port_and_the_ranks_are_learnt() -> None:
+    here = SGLANG.learn(Coordinates(host="h"), info(disaggregation_bootstrap_port=9000, dp_size=4, model_path="m"))
+    assert (here.host, here.port, here.dp) == ("h", 9000, 4)
+    assert SGLANG.learn(Coordinates(host="h"), info()).dp == 1
+
+
+def test_a_port_that_people_set_is_kept() -> None:
+    assert SGLANG.learn(Coordinates(host="h", port=31000), info()).port == 31000
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        info(disaggregation_mode="decode"),
+        info(disaggregation_mode="null"),
+        info(disaggregation_bootstrap_port="8998"),
+        b'{"dp_size":1}',
+        b"[]",
+        b"<html>",
+    ],
+)
+def test_what_is_no_prefill_server_is_told_apart(answer: bytes) -> None:
+    with pytest.raises(ValueError):
+        SGLANG.learn(Coordinates(), answer)
