@@ -230,7 +230,7 @@ class Prober:
             ProbeFailed: it did not say, so that no hand-off can come about.
         """
         guide = self._guides.get(backend.connector)
-        if guide is not None and guide.registers and backend.role != "mixed" and not backend.registered:
+        if guide is not None and guide.registers and backend.role in ("prefill", "decode") and not backend.registered:
             raise ProbeFailed("its engine has not registered at zmq.registrations")
         if guide is None or backend.role != "prefill":
             return

@@ -98,6 +98,7 @@ class Try(msgspec.Struct):
 
     Attributes:
         id: the X-Request-Id of both its legs.
+        alias: what clients are shown instead, where that names engines' addresses; else empty.
         limbo: the hand-off between them; None before prefill's answer, and when decode goes without.
         facts: of the prefill and the decode engine, where prefill's token may become the client's first.
         decode: the backend that the latter are of.
@@ -116,7 +117,16 @@ class Try(msgspec.Struct):
     first: FirstToken | None = None
     rest: Plan | None = None
     runs_out: asyncio.Task[None] | None = None
+    alias: str = ""
     heard: Members | None = None
+
+    @property
+    def identity(self) -> dict[str, msgspec.Raw] | None:
+        """Members that its answer's events are to have instead of their own, where these are not for clients."""
+        if not self.alias:
+            return None
+        kind = "chatcmpl" if self.request.body.endpoint == "chat" else "cmpl"
+        return {"id": msgspec.Raw(f'"{kind}-{self.alias}"'.encode())}
 
     def decode_leg(self) -> Leg:
         return (self.rest or self.plan).decode_leg(None if self.limbo is None else self.limbo.handoff)
@@ -168,7 +178,7 @@ def new_try(
         name, meeting = callbacks.name(), connector.invite(callbacks.url)
     elif prefill is not None and connector.meets:
         meeting = connector.meet(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
-        name = meeting.id or name
+        own, name = name, meeting.id or name
     plan = Plan(
         request.body,
         connector,
@@ -178,7 +188,8 @@ def new_try(
         first_token=facts is not None,
         answer_id=_answer_id(request, decode) if LAYOUTS[request.body.endpoint].id_member else "",
     )
-    return Try(request, plan, name, facts=facts, decode=decode)
+    alias = own if meeting is not None and meeting.id else ""
+    return Try(request, plan, name, facts=facts, decode=decode, alias=alias)
 
 
 def _answer_id(request: Request, decode: Backend) -> str:
@@ -348,6 +359,8 @@ class Legs:
                 garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
                 self._note(backend, garbled, leg, attempt)
                 raise garbled from None
+        if attempt.alias:
+            answer = answer.replace(attempt.id.encode(), attempt.alias.encode())
         self._fleet.succeeded(backend, leg)
         if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
             backend.reasons = True
@@ -367,8 +380,9 @@ class Legs:
         leg, continuation = leg_of(backend), attempt.continuation
         edit = Edit(
             hide_ids=request.token_ids and not request.body.wants_token_ids,
-            identity=request.transcript.identity if continuation is not None else None,
+            identity=request.transcript.identity if continuation is not None else attempt.identity,
             said=continuation.said if continuation is not None else 0,
+            opens=continuation is None,
         )
 
         relay = StreamRelay(

@@ -191,7 +191,7 @@ class Warmup:
         connector = self._connectors[decode.connector]
         with Lease(decode, request.decode_tokens) as decode_lease, Lease(prefill, request.prefill_tokens) as lease:
             attempt = new_try(request, connector, lease, decode, callbacks=self._callbacks)
-            if attempt.plan.handoff is not None:
+            if connector.order == "concurrent":
                 await self._together(attempt, prefill, lease, decode, decode_lease)
                 return
             handoff, _ = attempt.plan.take(await self._legs.prefill(attempt, prefill, lease))

@@ -37,7 +37,8 @@ class Meeting(msgspec.Struct, frozen=True):
     Attributes:
         prefill: members of the prefill leg, beside those that `Connector.prefill` leaves.
         handoff: what decode is told; None where that follows from prefill's answer.
-        id: the X-Request-Id of both legs, where the protocol gives it a form; else empty.
+        id: the X-Request-Id of both legs, where the protocol gives it a form; else empty. It may name addresses, so
+            clients are shown another in its place.
         notices: how many notices with the try's name prefill's ranks send, by which the KV cache has arrived at decode.
     """
 

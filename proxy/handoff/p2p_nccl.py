@@ -26,6 +26,7 @@ class P2pNccl(Connector):
     plain_decode = False
     plain_prefill = False
     transferable = False
+    endpoints = frozenset({"chat", "completions"})  # those whose answers' ids can be given to clients (`Meeting.id`)
 
     def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
         name = f"___prefill_addr_{prefill.authority}___decode_addr_{decode.authority}_{name}"

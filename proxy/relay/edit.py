@@ -34,11 +34,13 @@ class Edit(msgspec.Struct, frozen=True):
         hide_ids: take out the token ids.
         identity: members that every event of the answer has, when this leg goes on with an answer that has begun.
         said: completion tokens of that answer before this leg, which this leg took for a part of its prompt.
+        opens: the answer begins with this leg; `identity` is only to hide the engine's own.
     """
 
     hide_ids: bool = False
     identity: dict[str, msgspec.Raw] | None = None
     said: int = 0
+    opens: bool = False
 
     @property
     def idle(self) -> bool:
@@ -74,7 +76,7 @@ class Edit(msgspec.Struct, frozen=True):
             for choice in choices or ():
                 choice.pop("token_ids", None)
                 choice.pop("prompt_token_ids", None)
-        elif self.identity is not None:
+        elif self.identity is not None and not self.opens:
             for choice in choices or ():
                 if "prompt_token_ids" in choice:
                     choice["prompt_token_ids"] = _NULL  # they were given with the first leg's first event

@@ -590,7 +590,7 @@ class StreamRelay:
         token ids (a parser holds its token back), or it opens an answer that has begun."""
         if not delta:
             return self._edit.hide_ids
-        return self._edit.identity is not None and "role" in delta
+        return self._edit.identity is not None and not self._edit.opens and "role" in delta
 
     # Endings
 

@@ -14,7 +14,7 @@ from tests.support import chat, completion, running_gateway, simulators, text_of
 
 EVERY = pytest.mark.parametrize("case", CASES, ids=IDS)
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
-HIDDEN = ("kv_transfer_params", "disaggregated_params", "bootstrap", "remote_")
+HIDDEN = ("kv_transfer_params", "disaggregated_params", "bootstrap", "remote_", "_addr_", "127.0.0.1")
 
 
 def body(endpoint: str, **more: Any) -> dict[str, Any]:

@@ -43,14 +43,15 @@ async def fleet(
 ) -> AsyncIterator[tuple[Running, list[Simulator], list[Simulator]]]:
     """A gateway before encoders and other engines: `cpu`, or `example` where there is a storage."""
     kind = {"encoder_connector": "example" if storage else "cpu", "encoder_storage": storage}
-    told = {"connector": case.name, **case.engine, **kind, **settings.pop("engine", {})}
-    async with simulators(*["encode"] * encode, *roles, **told) as engines:
-        by_role: dict[str, list[str]] = {}
-        for engine in engines:
-            by_role.setdefault(engine.config.role, []).append(engine.url)
-        more = {**case.gateway(engines), **settings, "encode": by_role.pop("encode", [])}
-        async with running_gateway(**by_role, **more) as running:
-            yield running, engines[:encode], engines[encode:]
+    with case.engines() as told:
+        told = {**told, **kind, **settings.pop("engine", {})}
+        async with simulators(*["encode"] * encode, *roles, **told) as engines:
+            by_role: dict[str, list[str]] = {}
+            for engine in engines:
+                by_role.setdefault(engine.config.role, []).append(engine.url)
+            more = {**case.gateway(engines), **settings, "encode": by_role.pop("encode", [])}
+            async with running_gateway(**by_role, **more) as running:
+                yield running, engines[:encode], engines[encode:]
 
 
 async def said_alone(**more: Any) -> str:
@@ -76,7 +77,7 @@ async def test_media_are_encoded_elsewhere_and_prefill_takes_them(case: Case, sh
         legs = [request for engine in encoders for request in engine.requests]
         names = {request.headers["x-request-id"] for request in legs}
         assert len(names) == len(legs)
-        assert {name.split(":")[0] for name in names} == {r.headers["x-request-id"] for r in p.requests}
+        assert {name.rpartition(":")[0] for name in names} == {r.headers["x-request-id"] for r in p.requests}
         await until(running.idle)
 
 
