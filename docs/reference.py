@@ -39,6 +39,7 @@ LABELS = {
     "endpoint": "`chat`, `completions`, `messages`, `responses`, `generate`, or a one-leg route: `embeddings`, "
     "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "
     "`detokenize`, `count_tokens`",
+    "group": "`default`, or the name of one of `groups`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
     "leg": "`prefill`, `decode` or `encode`",
     "message": "`notice` or `registration`",
@@ -46,8 +47,8 @@ LABELS = {
     "outcome": "`ok`, `client_gone`, or the code of the error that ended the request ([errors](errors.md))",
     "pool": "`prefill`, `decode`, `mixed` or `encode`",
     "reason": "of a retry: the error's reason ([errors](errors.md)); of a fallback: `no_prefill_backend`, "
-    "`no_decode_backend`, `no_handoff_params`, `handoff_invalid`, `prefill_failed`, `handoff_failed`, "
-    "`no_encode_backend`, `encode_failed`, or the request "
+    "`no_decode_backend`, `no_matching_pair` ([models](models.md#revisions)), `no_handoff_params`, "
+    "`handoff_invalid`, `prefill_failed`, `handoff_failed`, `no_encode_backend`, `encode_failed`, or the request "
     "field that keeps it from being split (`n`, `prompt_list`, `echo`, …); of an ejection: `consecutive`, "
     "`success_rate`, `slow` ([operating](operating.md#the-breaker)); of a first token: [whose it is](first-token.md)",
     "result": "`taken`; `garbage` (it is no such message); of a notice: `unexpected` (nobody waits for it); of a "
@@ -133,7 +134,7 @@ def settings_page() -> str:
 def default(field: FieldInfo) -> str:
     """A setting's default, as a file would have it."""
     value = field.default
-    if value is PydanticUndefined or value is None or value == ():
+    if value is PydanticUndefined or value in (None, (), {}, ""):
         return NONE
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

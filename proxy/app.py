@@ -33,6 +33,7 @@ from proxy.fleet.board import TICK, Exchange
 from proxy.fleet.control import control_client
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
+from proxy.fleet.names import Names
 from proxy.fleet.notices import Notices
 from proxy.fleet.registration import Registrations
 from proxy.flow.callbacks import Callbacks
@@ -42,6 +43,7 @@ from proxy.flow.room import FleetRoom
 from proxy.flow.single import ROUTES, Single
 from proxy.flow.stored import StoredResponses
 from proxy.flow.warmup import Warmup
+from proxy.handoff.connector import UNKNOWN
 from proxy.handoff.endpoints import LAYOUTS
 from proxy.handoff.registry import connectors
 from proxy.relay.connections import Connections
@@ -124,17 +126,6 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        prober = Prober(
-            fleet,
-            settings.health,
-            http,
-            on_leave=forget,
-            learns_facts=lambda backend: (
-                settings.first_token != "decode" and backend.role != "encode" and spoken[backend.connector].first_token
-            ),
-            guides=spoken,
-            tether_headers=legs.authorization,
-        )
         gateway.hear()
         if siblings is not None:
             _adopt(fleet, await siblings.backends())
@@ -166,19 +157,33 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         registrations.forget(backend)
         prometheus.forget(backend.url)
 
+    prober = Prober(
+        fleet,
+        settings.health,
+        http,
+        on_leave=forget,
+        learns_facts=lambda backend: (
+            settings.first_token != "decode"
+            and backend.role != "encode"
+            and spoken.get(backend.connector, UNKNOWN).first_token
+        ),
+        guides=spoken,
+        tether_headers=legs.authorization,
+    )
+    names = Names(settings, fleet, prober.ask_models)
     hot: dict[str, ASGIApp] = {
-        layout.path: Inference(endpoint, settings, fleet, flow, gate, admission, credentials, telemetry, stored)
+        layout.path: Inference(endpoint, settings, fleet, flow, gate, admission, credentials, telemetry, stored, names)
         for endpoint, layout in LAYOUTS.items()
         if endpoint != "generate" or settings.routes.generate
     }
     single = Single(settings, fleet, legs, random.random)
     for path in ROUTES:
         hot[path] = SingleRoute(
-            path, settings, fleet, single, gate, admission, credentials, telemetry, lambda: surface.paths()
+            path, settings, fleet, single, gate, admission, credentials, telemetry, lambda: surface.paths(), names
         )
     routers = [
         operations.probes(fleet, gate, siblings),
-        operations.models(fleet, credentials),
+        operations.models(fleet, names, credentials),
         operations.service(fleet, gate, admission, credentials),
         responses(settings, fleet, stored, credentials, http),
         operations.administration(fleet, credentials),
@@ -187,7 +192,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics, siblings))
-    called_back = any(spoken[group.connector].called_back for group in settings.all_groups())
+    called_back = any(spoken.get(group.connector, UNKNOWN).called_back for group in settings.all_groups())
     if called_back:
         routers.append(metaserver(callbacks, settings.metaserver.allow, siblings))
     body_seconds = settings.timeouts.request_body
@@ -246,7 +251,7 @@ def _adopt(fleet: Fleet, known: list[dict[str, Any]]) -> None:
         if not any(backend.url == other["url"] and backend.role == other["role"] for other in known):
             fleet.remove(backend.url, backend.role)
     for other in known:
-        backend = fleet.add(other["url"], other["role"])
+        backend = fleet.add(other["url"], other["role"], other["group"])
         if other["removed"]:
             fleet.remove(backend.url, backend.role)
         elif other["draining"]:

@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from proxy.settings import (
     CONFIG_VARIABLE,
     PREFIX,
+    BackendGroup,
     ClientSettings,
+    Location,
     Settings,
     build_settings,
     leaves,
     unknown_variables,
 )
 
+_LISTS: dict[str, type[BaseModel]] = {"clients": ClientSettings, "groups": BackendGroup, "locations": Location}
+"""The settings that are lists of groups, each one setting as a flag or a variable."""
 _KNOWN = [
     *(leaf for leaf, _ in leaves()),
     *Settings.model_fields,
-    *(f"clients.{name}" for name in ClientSettings.model_fields),
+    *(f"{group}.{name}" for group, model in _LISTS.items() for name in model.model_fields),
 ]
 _SECRET = {"api_keys", "admin_key", "backend_api_key", "handoff_key", "clients", "clients.key"}
 
@@ -136,8 +140,9 @@ def _explain(detail: ErrorDetails, flags: Mapping[str, Any], file: File | None, 
 def _source(
     setting: str, name: str, flags: Mapping[str, Any], file: File | None, environment: Mapping[str, str]
 ) -> str:
-    if setting.startswith("clients."):  # one setting as a flag or a variable, whatever is in it
-        setting = "clients"
+    top = setting.partition(".")[0]
+    if top in (*_LISTS, "aliases"):  # one setting as a flag or a variable, whatever is in it
+        setting = top
     value: Any = flags
     for part in setting.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

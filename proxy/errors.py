@@ -41,6 +41,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
         ├── HandoffUnconfirmed         504  prefill did not say that its KV cache has arrived at decode
         ├── StreamInterrupted          502  a stream broke, and could not be continued; never retried
         └── BackendRejected            4xx  the engine refused the request itself; never retried
+            └── BackendLacksModel      404  the engine does not have the model (any more); another may
 
 Messages of `BackendError` name backends and are for logs; `public_message` is what a client reads, since an
 engine's address is nobody's business outside.
@@ -358,6 +359,13 @@ class BackendRejected(BackendAnswered):
     code = "rejected"
     reason = "rejected"
     public = "the engine refused the request"
+
+
+class BackendLacksModel(BackendRejected):
+    retryable = True
+    code = "model_not_found"
+    reason = "lacks_model"
+    public = "no engine has this model any more"
 
 
 class HandoffInvalid(BackendError):

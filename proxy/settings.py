@@ -36,6 +36,7 @@ ConnectorName = Literal[
     "sglang",
     "tensorrt_llm",
 ]
+ConnectorChoice = Literal[ConnectorName, "auto"]
 SENDS_NOTICES = {"lmcache_pd"}
 """The connectors whose prefill engines say at `zmq.notices` that a KV cache has arrived."""
 REGISTER = {"moriio_read", "moriio_write", "p2p_nccl"}
@@ -122,7 +123,9 @@ class BackendGroup(Group):
 
     name: str = Field(pattern=_NAME, description="what logs and /admin call it; letters, digits, ._-")
     kind: KindName = Field("vllm", description="what its backends are")
-    connector: ConnectorName = Field("nixl", description="the hand-off protocol its engines speak")
+    connector: ConnectorChoice = Field(
+        "nixl", description="the hand-off protocol its engines speak; auto: the one that they tell of"
+    )
     prefill: BackendUrls = Field((), description="URLs of its prefill backends")
     decode: BackendUrls = Field((), description="URLs of its decode backends")
     mixed: BackendUrls = Field((), description="URLs of its backends that do both")
@@ -152,6 +155,18 @@ class Location(Group):
     )
 
 
+def _mapped(value: object) -> object:
+    """Mappings may come as one string (environment, flags): `name=model`, comma-separated."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if not all(sign for _, sign, _ in pairs):
+        raise ValueError("as a variable or a flag this is a list of name=model, separated by commas")
+    return {name.strip(): model.strip() for name, _, model in pairs}
+
+
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+Aliases = Annotated[dict[ModelName, ModelName], NoDecode, BeforeValidator(_mapped)]
 Groups = Annotated[tuple[BackendGroup, ...], NoDecode, _parsed('[{"name": "…", "prefill": ["…"], "decode": ["…"]}]')]
 Locations = Annotated[tuple[Location, ...], NoDecode, _parsed('[{"backend": "…", "port": …}]')]
 
@@ -388,12 +403,24 @@ class Settings(BaseSettings):
     encode: BackendUrls = Field(
         (), description="URL of an encoder of images, audio and video, whose output the others take; may be repeated"
     )
-    connector: ConnectorName = Field("nixl", description="the hand-off protocol the engines speak")
+    connector: ConnectorChoice = Field(
+        "nixl", description="the hand-off protocol the engines speak; auto: the one that they tell of"
+    )
     groups: Groups = Field(
         (), description="further fleets of backends, each with a connector of its own; no hand-off leaves its group"
     )
     locations: Locations = Field(
         (), description="where backends' sides of the hand-off are reached, for connectors that need to know"
+    )
+    aliases: Aliases = Field(
+        {}, description="names by which clients may ask for a model: its alias, and the engines' own name for it"
+    )
+    default_model: str = Field("", description="the model of requests that name none; empty: the engines' own")
+    unknown_model: Literal["reject", "default"] = Field(
+        "reject", description="a request for a model that no engine has: it is a 404, or default_model serves it"
+    )
+    pair_revisions: Literal["strict", "any"] = Field(
+        "strict", description="pair only engines of one version and one model root, as far as they tell, or any"
     )
     fallback: Literal["local_prefill", "reject"] = Field(
         "local_prefill", description="when there is no hand-off: decode prefills for itself, or it is an error"
@@ -456,6 +483,15 @@ class Settings(BaseSettings):
                 raise ValueError(f"locations: {location.backend} is no backend of this gateway")
         if len({location.backend for location in self.locations}) != len(self.locations):
             raise ValueError("locations: a backend is listed twice")
+        return self
+
+    @model_validator(mode="after")
+    def _names_lead_somewhere(self) -> Settings:
+        for alias, model in self.aliases.items():
+            if model in self.aliases:
+                raise ValueError(f"aliases: {alias} stands for {model}, which is an alias itself; name the model")
+        if self.unknown_model == "default" and not self.default_model:
+            raise ValueError("unknown_model: default needs a default_model")
         return self
 
     @model_validator(mode="after")

@@ -57,6 +57,32 @@ def test_check_says_what_a_good_file_holds(run: Run, tmp_path: Path) -> None:
     )
 
 
+def test_check_says_what_each_group_holds(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "good.yaml"
+    group = "{name: small, connector: auto, prefill: [p:1], decode: [d:1]}"
+    file.write_text(f"prefill: [a:1]\ndecode: [c:1]\ngroups:\n  - {group}\n  - {{name: spare, mixed: [m:1]}}\n")
+    lines = [
+        "group default: 1 prefill, 1 decode, 0 mixed backend(s), connector nixl, port 8000",
+        "group small: 1 prefill, 1 decode, 0 mixed backend(s), connector auto, port 8000",
+        "group spare: 0 prefill, 0 decode, 1 mixed backend(s), connector nixl, port 8000",
+    ]
+    assert run("check", file) == (0, "".join(f"{file}: good. {line}\n" for line in lines), "")
+
+
+def test_check_says_in_which_line_a_group_or_an_alias_is_wrong(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(
+        "groups:\n  - name: small\n    conector: nixl\n  - name: other\n    prefill: [a:b]\naliases:\n  a: 7\n"
+    )
+    status, _, err = run("check", file)
+    assert status == 2
+    assert sorted(err.splitlines()) == [
+        f"pd-proxy: {file}:3: groups.conector: no such setting (did you mean groups.connector?)",
+        f"pd-proxy: {file}:5: groups.prefill: a: the port must be a number from 1 to 65535",
+        f"pd-proxy: {file}:7: aliases.a: input should be a valid string, not 7",
+    ]
+
+
 def test_check_of_a_wrong_file_says_where_and_exits_with_2(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_text("port: 9000\ntimeouts:\n  idel: 1\nlog_level: loud\n")

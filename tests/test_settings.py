@@ -191,6 +191,29 @@ def test_variables_of_no_setting_are_found() -> None:
     assert unknown_variables(dict.fromkeys(names, "1")) == sorted(names)
 
 
+def test_aliases_are_a_mapping_in_the_file_and_pairs_as_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"gpt-4": "org/model:v1", "o3": "small"}
+    assert build_settings({}, {"aliases": expected}).aliases == expected
+    monkeypatch.setenv("PD_PROXY_ALIASES", "gpt-4=org/model:v1, o3 = small")
+    assert build_settings({}, {}).aliases == expected
+    assert build_settings({"aliases": "a=b"}, {}).aliases == {"a": "b"}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"aliases": "gpt-4"}, "name=model"),
+        ({"aliases": {"a": ""}}, "at least 1 character"),
+        ({"aliases": {"a": "b", "b": "c"}}, "a stands for b, which is an alias itself"),
+        ({"unknown_model": "default"}, "needs a default_model"),
+        ({"pair_revisions": "never"}, "'strict' or 'any'"),
+    ],
+)
+def test_names_that_lead_nowhere_are_refused(values: dict[str, object], says: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(says)):
+        build_settings(values, {})
+
+
 def test_engines_that_call_back_must_be_told_where() -> None:
     with pytest.raises(ValidationError, match=r"metaserver\.url: decode engines that speak ascend_layerwise call"):
         build_settings({"connector": "ascend_layerwise"}, {})

@@ -62,6 +62,8 @@ def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
             "role": backend.role,
             "kind": backend.kind.name,
             "url": backend.url,
+            "group": backend.group,
+            "connector": backend.connector,
             "state": fleet.state(backend),
             "up": backend.up,
             "reason": backend.reason,

@@ -12,12 +12,13 @@ from proxy.admission.gate import Gate
 from proxy.api.credentials import Credentials
 from proxy.api.error_shapes import ERROR_SHAPES
 from proxy.api.exchange import ClientLeft, check_length, enter, exchange, identify, read_whole, time_limit, turn
-from proxy.errors import MethodNotAllowed, ModelNotFound, ResponseNotFound, TotalTimedOut
+from proxy.errors import MethodNotAllowed, ResponseNotFound, TotalTimedOut
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.names import Names
 from proxy.flow.flow import Flow
 from proxy.flow.request import Request
 from proxy.flow.stored import StoredResponses
-from proxy.handoff.body import read_body
+from proxy.handoff.body import read_body, renamed
 from proxy.handoff.endpoints import Endpoint
 from proxy.relay.client import Client, Receive, Scope, Send
 from proxy.settings import Settings
@@ -42,6 +43,7 @@ class Inference:
         credentials: Credentials,
         telemetry: Telemetry,
         stored: StoredResponses,
+        names: Names,
     ) -> None:
         self._endpoint = endpoint
         self._shape = ERROR_SHAPES[endpoint]
@@ -56,6 +58,8 @@ class Inference:
         self._admission = admission
         self._credentials = credentials
         self._telemetry = telemetry
+        self._names = names
+        self._renames = names.any
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         record = RequestRecord(self._endpoint)
@@ -82,8 +86,12 @@ class Inference:
         body = read_body(raw, self._endpoint)
         record.model = body.model or ""
         record.stream = body.stream
-        if body.model is not None and not self._fleet.knows(body.model):
-            raise ModelNotFound(f"The model `{body.model[:256]}` does not exist.", param="model")
+        asked = body.model
+        if not body.follows if asked is None else self._renames or not self._fleet.knows(asked):
+            model = await self._names.meant(asked)
+            if model is not None and model != body.model:
+                record.alias, record.model = record.model, model
+                body = renamed(body, model)
         if client.gone:
             raise ClientLeft
         client.on_gone = task.cancel

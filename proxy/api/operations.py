@@ -19,10 +19,11 @@ from proxy.admission.gate import Gate
 from proxy.api.credentials import Credentials
 from proxy.api.merging import merge, parse
 from proxy.api.siblings import Siblings
-from proxy.errors import InvalidRequest, ModelNotFound, NoBackend
+from proxy.errors import InvalidRequest, NoBackend
 from proxy.fleet.backend import ROLES, Role
 from proxy.fleet.fleet import Fleet
-from proxy.settings import backend_url
+from proxy.fleet.names import Names
+from proxy.settings import DEFAULT_GROUP, backend_url
 
 
 class Instances(BaseModel):
@@ -32,6 +33,7 @@ class Instances(BaseModel):
 
     type: Literal["prefill", "decode", "mixed", "encode"]
     instances: str | list[str]
+    group: str = DEFAULT_GROUP
 
 
 def probes(fleet: Fleet, gate: Gate, siblings: Siblings | None = None) -> APIRouter:
@@ -44,8 +46,9 @@ def probes(fleet: Fleet, gate: Gate, siblings: Siblings | None = None) -> APIRou
         return {"status": "alive"}
 
     @router.get("/ready")
-    async def ready() -> dict[str, str]:
-        """200 when one prefill and one decode backend, or one mixed, are up; else 503 with the reason."""
+    async def ready() -> dict[str, Any]:
+        """200 when one prefill and one decode backend that match, or one mixed, are up; else 503 with the reason. Of
+        several groups one has to be ready; `groups` says what the others lack."""
         if gate.draining:
             raise NoBackend("the gateway is shutting down", retry_after=1)
         reason = fleet.not_ready()
@@ -53,7 +56,10 @@ def probes(fleet: Fleet, gate: Gate, siblings: Siblings | None = None) -> APIRou
             reason = reason or await siblings.not_ready()
         if reason:
             raise NoBackend(reason, retry_after=1)
-        return {"status": "ready"}
+        readiness = fleet.readiness()
+        if len(readiness) < 2:
+            return {"status": "ready"}
+        return {"status": "ready", "groups": {name: missing or "ready" for name, missing in readiness.items()}}
 
     @router.get("/healthcheck")
     async def healthcheck() -> dict[str, Any]:
@@ -144,24 +150,21 @@ def service(fleet: Fleet, gate: Gate, admission: Admission, credentials: Credent
     return router
 
 
-def models(fleet: Fleet, credentials: Credentials) -> APIRouter:
-    """/v1/models, from what the backends say."""
+def models(fleet: Fleet, names: Names, credentials: Credentials) -> APIRouter:
+    """/v1/models, from what the backends say, and the aliases."""
     router = APIRouter(tags=["models"], dependencies=[Depends(client(credentials))])
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """Every model that can be asked for."""
-        if cards := fleet.model_cards():
+        if cards := names.cards():
             return {"object": "list", "data": cards}
         raise NoBackend(fleet.not_ready() or "no backend has named a model", retry_after=1)
 
     @router.get("/v1/models/{model:path}")
     async def one_model(model: str) -> dict[str, Any]:
         """One of them."""
-        for card in fleet.model_cards():
-            if card["id"] == model:
-                return card
-        raise ModelNotFound(f"The model `{model[:256]}` does not exist.", param="model")
+        return await names.card(model)
 
     return router
 
@@ -231,18 +234,26 @@ def administration(fleet: Fleet, credentials: Credentials) -> APIRouter:
         except ValueError as error:
             raise InvalidRequest(str(error), param="instances") from None
 
-    def role_elsewhere(url: str, role: Role) -> Role | None:
-        return next((b.role for b in fleet if b.url == url and b.role != role), None)
+    def elsewhere(url: str, role: Role, group: str) -> str:
+        """What a backend is already, where that is something else."""
+        found = next((b for b in fleet if b.url == url and (b.role, b.group) != (role, group)), None)
+        if found is None:
+            return ""
+        return f"a {found.role} backend" + (f" of group {found.group}" if found.group != group else "")
 
     @router.post("/instances/add")
     async def add(change: Instances) -> dict[str, Any]:
-        """Add backends. Each joins the rotation when its first health check passes."""
+        """Add backends, to the group that is named or to the default one. Each joins the rotation when its first health
+        check passes."""
         given = urls(change)
+        if change.group not in fleet.groups:
+            known = ", ".join(fleet.groups)
+            raise InvalidRequest(f"there is no group {change.group[:64]!r}; the settings have {known}", param="group")
         for url in given:
-            if other := role_elsewhere(url, change.type):
-                raise InvalidRequest(f"{url} is already a {other} backend; remove it there first", param="instances")
+            if other := elsewhere(url, change.type, change.group):
+                raise InvalidRequest(f"{url} is already {other}; remove it there first", param="instances")
         for url in given:
-            fleet.add(url, change.type)
+            fleet.add(url, change.type, change.group)
         return membership(f"Added {change.type} instances: {', '.join(map(_short, given))}.")
 
     @router.post("/instances/remove")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from math import inf
 from secrets import token_hex
 from time import monotonic
@@ -26,8 +26,9 @@ from proxy.api.exchange import (
     time_limit,
     turn,
 )
-from proxy.errors import BodyTooLarge, MethodNotAllowed, ModelNotFound, RequestTimedOut, TotalTimedOut
+from proxy.errors import BodyTooLarge, MethodNotAllowed, RequestTimedOut, TotalTimedOut
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.names import Names
 from proxy.flow.single import ROUTES, Single, SingleRequest
 from proxy.handoff.body import read_members, read_model
 from proxy.handoff.form import Form
@@ -64,6 +65,7 @@ class SingleRoute:
         credentials: Credentials,
         telemetry: Telemetry,
         paths: Callable[[], list[str]],
+        names: Names,
     ) -> None:
         self._path = path
         self._route = ROUTES[path]
@@ -79,6 +81,7 @@ class SingleRoute:
         self._credentials = credentials
         self._telemetry = telemetry
         self._paths = paths
+        self._names = names
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         record = RequestRecord(self._route.endpoint)
@@ -105,7 +108,14 @@ class SingleRoute:
         check_length(headers, self._limit)
         if self._route.form:
             client.on_gone = task.cancel
-            form = ClientForm(headers.get(b"content-type", b""), client, receive, self._limit, self._body_seconds)
+            form = ClientForm(
+                headers.get(b"content-type", b""),
+                client,
+                receive,
+                self._limit,
+                self._body_seconds,
+                self._names.aliases,
+            )
             await form.until_named()
             length = headers.get(b"content-length", b"")
             size = int(length) if length.isdigit() else _USUAL_AUDIO
@@ -115,12 +125,16 @@ class SingleRoute:
             raw = await read_whole(client, receive, self._limit, self._body_seconds)
             size = len(raw)
             members = read_members(raw)
-            model = read_model(members)
+            if (asked := read_model(members)) is not None:
+                model = record.model = await self._named(asked, record)
+                members["model"] = msgspec.Raw(_encode(model))
+            else:
+                model = None
             request = SingleRequest(self._path, client, record, _encode(members), model, size // _BYTES_PER_TOKEN + 1)
-        if request.model is not None:
+        if self._route.form and request.model is not None:
             record.model = request.model
             if not self._fleet.knows(request.model):
-                raise ModelNotFound(f"The model `{request.model[:256]}` does not exist.", param="model")
+                await self._names.known(request.model)
         if client.gone:
             raise ClientLeft
         client.on_gone = task.cancel
@@ -142,6 +156,17 @@ class SingleRoute:
             except TimeoutError:
                 raise TotalTimedOut(f"the request was not finished within {total:g} s") from None
 
+    async def _named(self, asked: str, record: RequestRecord) -> str:
+        """The model that a client means.
+
+        Raises:
+            ModelNotFound: nobody has it.
+        """
+        record.model = asked
+        model = await self._names.meant(asked) or asked
+        record.alias = asked if model != asked else ""
+        return model
+
 
 class ClientForm:
     """A multipart form as it comes from the client, as the engine is to get it (`flow.single.Source`).
@@ -149,10 +174,19 @@ class ClientForm:
     Arguments:
         limit: bytes that it may have.
         seconds: for which the client may be waited for in all. What the engine's slowness takes does not count.
+        aliases: other names of models, and the engines' own.
     """
 
-    def __init__(self, content_type: bytes, client: Client, receive: Receive, limit: int, seconds: float) -> None:
-        self._form = Form(content_type, token_hex(16).encode("ascii"))
+    def __init__(
+        self,
+        content_type: bytes,
+        client: Client,
+        receive: Receive,
+        limit: int,
+        seconds: float,
+        aliases: Mapping[str, str],
+    ) -> None:
+        self._form = Form(content_type, token_hex(16).encode("ascii"), aliases=aliases)
         self._client = client
         self._receive = receive
         self._limit = limit

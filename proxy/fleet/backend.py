@@ -40,7 +40,8 @@ class Backend:
         models: its cards of /v1/models by id, or None while that is not known.
         version: as /version says, or empty.
         group: the name of its group: backends that may hand over to each other.
-        connector: the protocol its group speaks.
+        connector: the protocol that its side of a hand-off speaks; empty while that is not known.
+        told: the one that its engine has told of, where it was to tell; else empty.
         coordinates: where its side of a hand-off is reached.
         registered: its engine says, again and again, where that is; who should and does not is out of the rotation.
         ranks: tokens in flight on each of its data-parallel ranks; empty where it has but one.
@@ -92,6 +93,7 @@ class Backend:
         "role",
         "slow_since",
         "standings",
+        "told",
         "up",
         "url",
         "version",
@@ -108,6 +110,7 @@ class Backend:
         self.version = ""
         self.group = ""
         self.connector = ""
+        self.told = ""
         self.coordinates = Coordinates()
         self.registered = False
         self.ranks: list[int] = []

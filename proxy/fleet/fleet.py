@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from proxy.fleet.backend import LEGS, ROLES, Backend, Role
 from proxy.fleet.breaker import FEWEST
 from proxy.fleet.budget import Budgets
 from proxy.fleet.kinds import KINDS
+from proxy.fleet.pairing import Pairing
+from proxy.fleet.protocols import Protocols
 from proxy.fleet.rotation import Rotation
 from proxy.fleet.standing import LegName
 from proxy.handoff.coordinates import Coordinates
@@ -36,7 +39,8 @@ class Fleet:
         succeeded: is told of a backend's leg that ended well.
         budgets: the pools' retry budgets.
         bounded: whether backends have bounds.
-        uniform: any prefill backend may hand over to any decode backend.
+        pairing: who may hand over to whom.
+        groups: the names of the groups, and the connector of each.
         messages: how many messages of engines came over ZeroMQ, by kind, and by what became of them.
     """
 
@@ -58,8 +62,9 @@ class Fleet:
         self.on_leave: Callable[[Backend], object] | None = None
         self.on_up: Callable[[Backend], object] | None = None
         self._kinds = {group.name: KINDS[group.kind] for group in settings.all_groups()}
-        self._connectors = {group.name: group.connector for group in settings.all_groups()}
-        self.uniform = len(self._connectors) == 1
+        self.pairing = Pairing(settings.pair_revisions)
+        self._protocols = Protocols(settings.all_groups())
+        self.groups = self._protocols.groups
         self._locations = {location.backend: location for location in settings.locations}
         for group in settings.all_groups():
             for role in ROLES:
@@ -112,12 +117,20 @@ class Fleet:
             if b is not backend
             and b.up
             and not b.draining
+            and b.group == backend.group  # another group's hardware may be another
             and (models is None or b.models is None or not models.keys().isdisjoint(b.models))
         ]
 
-    def pairs(self, prefill: Backend, decode: Backend) -> bool:
-        """Whether a prefill backend may hand over to a decode backend."""
-        return prefill.group == decode.group
+    def configured(self, model: str | None) -> Mapping[str, int]:
+        """How many backends of each role are meant for requests for `model`, up or not. Within one group these are all
+        of them."""
+        if len(self.groups) == 1:
+            return self.sizes
+        return {role: sum(b.serves(model) for b in pool) for role, pool in self._pools.items()}
+
+    def pairer(self, model: str | None) -> Callable[[Backend, Backend], bool] | None:
+        """Whether a prefill backend may hand over to a decode backend for `model`; None where any may to any."""
+        return None if self.pairing.uniform else partial(self.pairing.pairs, model=model)
 
     def has_room(self, role: Role, model: str | None, tokens: int) -> bool | None:
         """Whether a candidate for `model` has room for a leg of so many tokens; None when there is no candidate. As
@@ -145,10 +158,10 @@ class Fleet:
             self._on_room()
 
     def knows(self, model: str) -> bool:
-        """Whether any backend serves `model`, or may."""
-        for pool in self._pools.values():
+        """Whether any backend that answers clients serves `model`, or may."""
+        for pool in (self._pools["decode"], self._pools["mixed"]):
             for backend in pool:
-                if backend.serves(model):
+                if backend.models is None or model in backend.models:
                     return True
         return False
 
@@ -180,15 +193,32 @@ class Fleet:
         return list(cards.values())
 
     def not_ready(self) -> str:
-        """Why the fleet cannot serve a request, or an empty string when it can."""
-        up = {role: any(b.up and not b.draining for b in pool) for role, pool in self._pools.items()}
-        if up["mixed"] or (up["prefill"] and up["decode"]):
-            return ""
-        if not any(self._pools.values()):
+        """Why the fleet cannot serve a request, or an empty string when some group can."""
+        readiness = self.readiness()
+        if not readiness:
             return "no backend is configured"
-        missing = [role for role in ("prefill", "decode") if not up[role]]
-        draining = sum(b.draining for b in self)
-        return f"no {' and no '.join(missing)} backend is up" + (f" ({draining} draining)" if draining else "")
+        if len(readiness) == 1:
+            return next(iter(readiness.values()))
+        if not all(readiness.values()):
+            return ""
+        return "; ".join(f"group {name}: {missing}" for name, missing in readiness.items())
+
+    def readiness(self) -> dict[str, str]:
+        """For each group that has backends: what it lacks to serve requests as it is meant to, or an empty string."""
+        return {name: self._missing(name) for name in self.groups if any(b.group == name for b in self)}
+
+    def _missing(self, group: str) -> str:
+        members = [b for b in self if b.group == group]
+        up: dict[Role, list[Backend]] = {
+            role: [b for b in members if b.role == role and b.up and not b.draining] for role in ROLES
+        }
+        if up["mixed"]:
+            return ""
+        if missing := [role for role in ("prefill", "decode") if not up[role]]:
+            draining = sum(b.draining for b in members)
+            return f"no {' and no '.join(missing)} backend is up" + (f" ({draining} draining)" if draining else "")
+        missing_pair = self.pairing.why_none(up["prefill"], up["decode"])
+        return missing_pair and (self._protocols.lacking(group, up["prefill"] + up["decode"]) or missing_pair)
 
     def state(self, backend: Backend) -> State:
         """What a backend is to new requests."""
@@ -235,7 +265,6 @@ class Fleet:
             return backend
         backend = Backend(url, role, kind=self._kinds[group], window=self._window)
         backend.group = group
-        backend.connector = self._connectors[group]
         backend.locate(self.placed(url))
         backend.known = True  # the others have been at it for longer
         if role != "encode":
@@ -244,6 +273,7 @@ class Fleet:
         backend.on_freed = self._on_room
         self._pools[role].append(backend)
         self.sizes[role] += 1
+        self._regroup(group)
         if self.on_join is not None:
             self.on_join(backend)
         return backend
@@ -260,7 +290,7 @@ class Fleet:
 
     def connector_of(self, group: str) -> str:
         """The connector that a group speaks."""
-        return self._connectors[group]
+        return self.groups[group]
 
     def drain(self, backend: Backend) -> None:
         """Give a backend nothing new. What it has ends in its own time."""
@@ -298,6 +328,7 @@ class Fleet:
                 pool.remove(backend)
                 self.sizes[backend.role] -= 1
                 self.rotation.forget(backend)
+                self._regroup(backend.group)
                 log.info("%s backend %s has left", backend.role, backend.url)
                 if self.on_leave is not None:
                     self.on_leave(backend)
@@ -338,6 +369,43 @@ class Fleet:
             self.rotation.timed(backend, leg, seconds, tokens)
 
     # What probes tell
+
+    def learnt(self, backend: Backend, models: dict[str, dict[str, Any]] | None, version: str) -> None:
+        """An engine has said which models it serves, and which version it is.
+
+        Arguments:
+            models: its cards by id; None where it did not say.
+        """
+        if (models, version) != (backend.models, backend.version):
+            backend.models, backend.version = models, version
+            self.pairing.refresh(self)
+            self._room_changed()
+
+    def is_to_tell(self, backend: Backend) -> bool:
+        """Whether an engine is to tell which hand-off protocol it speaks."""
+        return backend.role in ("prefill", "decode") and self._protocols.found_out(backend.group)
+
+    def told(self, backend: Backend, connector: str) -> None:
+        """An engine has told which hand-off protocol it speaks; empty: it tells nothing of it."""
+        if backend.told != connector:
+            backend.told = connector
+            self._regroup(backend.group)
+
+    def _regroup(self, group: str) -> None:
+        """A group has changed: what its members speak, and who pairs with whom."""
+        for backend in self._protocols.settle(group, [b for b in self if b.group == group]):
+            if backend.up and backend.role == "prefill":  # before it hands over, it is to be asked for its coordinates
+                self.take_out(backend, f"is looked at again: it speaks {backend.connector or 'nothing that is known'}")
+        self.pairing.refresh(self)
+
+    def has_lost(self, backend: Backend, model: str) -> None:
+        """An engine has refused a request for a model that it was known to have, as an adapter that was unloaded."""
+        if backend.models is not None and model in backend.models:
+            log.info("%s backend %s does not have %s any more", backend.role, backend.url, model)
+            self.learnt(
+                backend, {name: card for name, card in backend.models.items() if name != model}, backend.version
+            )
+        backend.attention.set()  # its prober asks what it has
 
     def take_out(self, backend: Backend, reason: str) -> None:
         """Mark a backend down; its prober brings it back."""

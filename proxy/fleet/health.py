@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 import msgspec
@@ -28,6 +28,7 @@ from tenacity import (
 from proxy.fleet.backend import Backend
 from proxy.fleet.facts import read_facts
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.signs import CONFIGURATION, configured, counted, speaker
 from proxy.fleet.tether import Tether, TetherBroken
 from proxy.handoff.coordinates import Coordinates
 from proxy.settings import Health
@@ -35,6 +36,8 @@ from proxy.settings import Health
 log = logging.getLogger("pd_proxy.fleet")
 
 _RELEARN = 15.0  # seconds; LoRA adapters come and go at run time
+_MOST_ASKED = 50  # engines a second, for models that nobody is known to have: some percent of a core
+_PATIENCE = 10.0  # seconds for an engine's configuration: vLLM looks at its whole environment for it
 _FIRST_WAIT = 0.1  # seconds between the first probes of a backend that is down: engines start in bursts
 _NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of an answer's JSON
 
@@ -48,6 +51,9 @@ class Guide(Protocol):
 
     @property
     def port(self) -> int: ...
+
+    @property
+    def marks(self) -> frozenset[str]: ...
 
     @property
     def registers(self) -> bool: ...
@@ -93,6 +99,9 @@ class Prober:
         self._told: dict[Backend, Coordinates] = {}  # coordinates as people set them
         self._watchers: dict[Backend, asyncio.Task[None]] = {}
         self._sleepers: set[Backend] = set()  # those that have said that they can
+        self._rounds: set[asyncio.Task[None]] = set()
+        self._next_round: asyncio.Task[None] | None = None
+        self._not_before = float("-inf")  # when the next round may begin
 
     def start(self) -> None:
         """Watch what is in the fleet now and whatever joins later."""
@@ -104,7 +113,7 @@ class Prober:
     async def stop(self) -> None:
         """End all watchers."""
         self._fleet.on_join = self._fleet.on_leave = None
-        watchers = list(self._watchers.values())
+        watchers = [*self._watchers.values(), *self._rounds]
         for watcher in watchers:
             watcher.cancel()
         for watcher in watchers:
@@ -121,6 +130,31 @@ class Prober:
         self._sleepers.discard(backend)
         self._told.pop(backend, None)
         self._on_leave(backend)
+
+    async def ask_models(self) -> None:
+        """Ask all that are up which models they serve; returns when they have said. It is for requests that name an
+        unknown one, so it is done once for all that come together, and no faster than `_MOST_ASKED`: who comes sooner
+        waits for the next time, since what it wants may have been loaded after the last."""
+        if self._next_round is None:
+            self._next_round = asyncio.create_task(self._ask_all(), name="ask for models")
+            self._rounds.add(self._next_round)
+            self._next_round.add_done_callback(self._rounds.discard)
+        await asyncio.shield(self._next_round)
+
+    async def _ask_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._not_before - loop.time())
+        asked = [backend for backend in self._fleet if backend.up]
+        self._next_round, self._not_before = None, loop.time() + len(asked) / _MOST_ASKED
+        await asyncio.gather(*(self._ask(backend) for backend in asked))
+
+    async def _ask(self, backend: Backend) -> None:
+        try:
+            models = await self._models(backend)
+        except ProbeFailed as failure:
+            log.info("%s backend %s did not say which models it has: %s", backend.role, backend.url, failure)
+        else:
+            self._fleet.learnt(backend, models, backend.version)
 
     async def _watch(self, backend: Backend) -> None:
         while True:
@@ -144,7 +178,7 @@ class Prober:
         async for attempt in patience:
             with attempt:
                 await self.probe(backend)
-                await self._learn(backend)
+                await self._learn(backend, anew=True)
         await self._tie(backend)
         backend.attention.clear()
         self._fleet.bring_in(backend)
@@ -183,11 +217,9 @@ class Prober:
                 return
             if stale := loop.time() - learnt > _RELEARN:
                 learnt = loop.time()
+            if stale or called:  # what failed may be another engine by now, with other models and coordinates
                 with suppress(ProbeFailed):
                     await self._learn(backend)
-            elif called:  # what failed may be another engine by now, with other coordinates
-                with suppress(ProbeFailed):
-                    await self._locate(backend)
             await self._hold(backend, anew=stale)
 
     async def probe(self, backend: Backend) -> None:
@@ -203,25 +235,68 @@ class Prober:
         if await self._sleeps(backend):
             raise ProbeFailed("it is asleep (POST /admin/wake_up wakes it)")
 
-    async def _learn(self, backend: Backend) -> None:
+    async def _learn(self, backend: Backend, *, anew: bool = False) -> None:
         """Read the model ids and the version. An engine without one of the two is no worse for it, one that cannot be
         reached is.
 
+        Arguments:
+            anew: it may be another engine than before.
         Raises:
             ProbeFailed: it should get no requests.
         """
         backend.lacks.clear()
-        models = await self._get(backend, "/v1/models")
-        if models.status_code == 200:
-            with suppress(*_NOT_AS_EXPECTED):
-                backend.models = {str(card["id"]): dict(card) for card in models.json()["data"]}
-        elif models.status_code in (401, 403):
-            raise ProbeFailed(f"/v1/models answered {models.status_code}: set backend_api_key")
+        models = await self._models(backend)
+        version = ""
         path, member = backend.kind.version
-        if path and (version := await self._get(backend, path)).status_code == 200:
-            with suppress(*_NOT_AS_EXPECTED):
-                backend.version = str(version.json()[member])
+        if path and (answer := await self._get(backend, path)).status_code != 404:
+            version = backend.version
+            if answer.status_code == 200:
+                with suppress(*_NOT_AS_EXPECTED):
+                    version = str(answer.json()[member])
+        self._fleet.learnt(backend, models, version)
+        if self._fleet.is_to_tell(backend) and (anew or not backend.told):
+            self._fleet.told(backend, await self._tell(backend))
         await self._locate(backend)
+
+    async def _tell(self, backend: Backend) -> str:
+        """Which hand-off protocol an engine speaks, as far as it tells."""
+        marks = {name: guide.marks for name, guide in self._guides.items()}
+        for page in CONFIGURATION:
+            if known := configured(await self._page(backend.url + page, _PATIENCE)):
+                return speaker(known, marks)
+        if path := backend.kind.metrics:
+            series = counted(await self._page(backend.url + path, self._settings.timeout))
+            if name := speaker(series, marks):
+                return name
+        return await self._show(backend) if backend.role == "prefill" else ""
+
+    async def _show(self, backend: Backend) -> str:
+        """The protocol whose page about a prefill engine's coordinates there is; empty where there is none."""
+        for name, guide in self._guides.items():
+            coordinates = msgspec.structs.replace(backend.coordinates, port=backend.coordinates.port or guide.port)
+            if url := guide.inquiry(coordinates):
+                with suppress(*_NOT_AS_EXPECTED):
+                    guide.learn(coordinates, await self._page(url, self._settings.timeout))
+                    return name
+        return ""
+
+    async def _page(self, url: str, seconds: float) -> bytes:
+        """A page, or nothing where it is not there."""
+        try:
+            answer = await self._http.get(url, timeout=seconds)
+        except httpx.HTTPError:
+            return b""
+        return answer.content if answer.status_code == 200 else b""
+
+    async def _models(self, backend: Backend) -> dict[str, dict[str, Any]] | None:
+        """The models that a backend serves now, or what was known of them where it does not say."""
+        answer = await self._get(backend, "/v1/models")
+        if answer.status_code in (401, 403):
+            raise ProbeFailed(f"/v1/models answered {answer.status_code}: set backend_api_key")
+        if answer.status_code == 200:
+            with suppress(*_NOT_AS_EXPECTED):
+                return {str(card["id"]): dict(card) for card in answer.json()["data"]}
+        return backend.models
 
     async def _locate(self, backend: Backend) -> None:
         """Ask an engine for what its connector's legs must know of it, unless it says so by itself.

@@ -22,6 +22,7 @@ from proxy.errors import (
     BackendError,
     BackendFailed,
     BackendGarbled,
+    BackendLacksModel,
     BackendLost,
     BackendTimedOut,
     BackendUnreachable,
@@ -32,6 +33,7 @@ from proxy.errors import (
 from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.pairing import same_weights
 from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
 from proxy.flow.encoders import Encoders
@@ -40,7 +42,7 @@ from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try
 from proxy.flow.request import Request
 from proxy.flow.resumption import Resumption
 from proxy.handoff.body import Body
-from proxy.handoff.connector import Connector
+from proxy.handoff.connector import UNKNOWN, Connector
 from proxy.handoff.endpoints import LAYOUTS
 from proxy.handoff.plan import Leg
 from proxy.placement.decide import Decision, View, choose, decide
@@ -53,7 +55,10 @@ log = logging.getLogger("pd_proxy.flow")
 _FIRST_BACKOFF = 0.05  # seconds before a backend that has just failed is tried again
 _LONGEST_BACKOFF = 1.0
 _RELEASE_TRIES = 5  # within 0.8 s
-_SAYS_NOTHING = {kind.reason for kind in (BackendBusy, BackendUnreachable, BackendLost, BackendCut, HandoffExpired)}
+_SAYS_NOTHING = {
+    kind.reason
+    for kind in (BackendBusy, BackendLacksModel, BackendUnreachable, BackendLost, BackendCut, HandoffExpired)
+}
 
 
 class Flow:
@@ -83,14 +88,15 @@ class Flow:
         self._callbacks = callbacks or Callbacks(None)
         self._call_limit = settings.timeouts.first_token
         self._encoders = Encoders(settings, fleet, legs, random, self._failed)
-        self._connectors = connectors
+        self._connectors = {**connectors, UNKNOWN.name: UNKNOWN}
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._local_prefill = settings.fallback == "local_prefill"
         self._turn = 0
         self._resumption = Resumption(settings)
-        in_use = [connectors[group.connector] for group in settings.all_groups()]
+        names = {group.connector for group in settings.all_groups()}
+        in_use = [connector for name, connector in connectors.items() if name in names or "auto" in names]
         self._first_tokens = FirstTokens(settings, in_use)
-        self._plain_decode = all(connector.plain_decode for connector in in_use)
+        self._all_plain = all(connector.plain_decode for connector in in_use)
         self._splits_somewhere = frozenset[str]().union(*(connector.splits for connector in in_use))
         self._endpoints_somewhere = frozenset[str]().union(*(connector.endpoints for connector in in_use))
         self._endpoints_everywhere = self._endpoints_somewhere.intersection(*(one.endpoints for one in in_use))
@@ -121,13 +127,16 @@ class Flow:
             tries += 1
             request.live = False
             try:
-                await self._try(request, await self._place(request, tries))
+                decision = await self._place(request, tries)
+                cards = decision.decode.models
+                await self._try(request, decision)
             except BackendError as error:
                 request.error = error
                 request.give_permit_back()
                 if request.live:  # a part of the answer has been given since the last time
                     assert request.transcript is not None
                     request.transcript.verify()
+                    request.cards = request.cards or cards
                     if self._resumption.complete(request):
                         return
                     self._resumption.resume(request, error, await self._settle(request))
@@ -176,7 +185,7 @@ class Flow:
         if transcript.text is None and not transcript.unsure:
             return ""
         roles: tuple[Role, ...] = ("decode", "mixed", "prefill")
-        known = [backend for role in roles for backend in self._fleet.candidates(role, model)]
+        known = [backend for role in roles for backend in self._same(request, self._fleet.candidates(role, model))]
         for backend in sorted(known, key=lambda backend: backend.url in request.avoid):
             try:
                 return await settle(transcript, partial(self._legs.detokenize, backend, model))
@@ -216,6 +225,14 @@ class Flow:
         body, fleet, record = request.body, self._fleet, request.record
         prefill = fleet.candidates("prefill", body.model, request.prefill_tokens)
         decode = fleet.candidates("decode", body.model, request.decode_tokens)
+        mixed = fleet.candidates("mixed", body.model, request.decode_tokens)
+        pairs, plain = None, None
+        configured: Mapping[str, int] = fleet.sizes
+        if not (self._all_plain and fleet.pairing.simple and request.continuation is None):
+            prefill, decode, mixed = self._fitting(request, prefill, decode, mixed)
+            pairs, configured = fleet.pairer(body.model), fleet.configured(body.model)
+            if not self._all_plain:
+                plain = [backend for backend in decode if self._connectors[backend.connector].plain_decode]
         alone = body.alone
         if alone in self._splits_somewhere or body.endpoint not in self._endpoints_everywhere:
             able = [backend for backend in prefill if self._splits(backend, body)]
@@ -223,17 +240,7 @@ class Flow:
                 prefill, alone = able, ""
             else:
                 alone = alone or "endpoint"
-        plain = None
-        if not self._plain_decode:
-            plain = [backend for backend in decode if self._connectors[backend.connector].plain_decode]
-        view = View(
-            prefill=prefill,
-            decode=decode,
-            mixed=fleet.candidates("mixed", body.model, request.decode_tokens),
-            configured=fleet.sizes,
-            pairs=None if fleet.uniform else fleet.pairs,
-            plain=plain,
-        )
+        view = View(prefill=prefill, decode=decode, mixed=mixed, configured=configured, pairs=pairs, plain=plain)
         if request.pinned:
             view = _only(view, request.pinned)
         alone = alone or self._unpinnable(body, view)
@@ -255,7 +262,7 @@ class Flow:
                 and not body.stored,
             )
         except NoBackend as error:
-            if isinstance(request.error, BackendBusy):
+            if isinstance(request.error, BackendBusy | BackendLacksModel):
                 raise request.error from None
             error.__cause__ = request.error
             raise
@@ -278,6 +285,25 @@ class Flow:
         ):
             return "data_parallel"
         return ""
+
+    def _fitting(self, request: Request, *pools: list[Backend]) -> tuple[list[Backend], ...]:
+        """Of the prefill, decode and mixed backends that may be given a request, those that fit it and each other,
+        where not every pair is as good as any other."""
+        prefill, decode, mixed = pools
+        fleet, model = self._fleet, request.body.model
+        pairs = fleet.pairer(model)
+        if pairs is not None and fleet.bounded and not any(pairs(p, d) for d in decode for p in prefill):
+            # Those with room may be of different groups; a full pair is better than none.
+            prefill, decode = fleet.candidates("prefill", model), fleet.candidates("decode", model)
+        if request.continuation is None:
+            return prefill, decode, mixed
+        return self._same(request, prefill), self._same(request, decode), self._same(request, mixed)
+
+    @staticmethod
+    def _same(request: Request, backends: list[Backend]) -> list[Backend]:
+        """Those of some backends that may go on with an answer which another began: they have the same weights, and so
+        the same tokenizer."""
+        return [backend for backend in backends if same_weights(request.cards, backend.models, request.body.model)]
 
     def _given_up_handoff(self, request: Request) -> str:
         """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
@@ -422,7 +448,8 @@ class Flow:
                     if self._closing:
                         return
                     await asyncio.sleep(_backoff(tries))
-                candidates = self._fleet.candidates("decode", attempt.request.body.model)
+                model = attempt.request.body.model
+                candidates = self._may_read(limbo, self._fleet.candidates("decode", model), model)
                 if not candidates:
                     continue
                 backend = min(candidates, key=lambda backend: (backend.url in avoid, backend.url != decode))
@@ -528,14 +555,14 @@ class Flow:
 
     def _other_decode(self, attempt: Try) -> Backend | None:
         """A decode backend that has not failed this request, and that the hand-off surely fits."""
-        request, facts, fleet = attempt.request, attempt.facts if attempt.first is not None else None, self._fleet
+        request, facts = attempt.request, attempt.facts if attempt.first is not None else None
         if attempt.limbo is None or not attempt.plan.connector.transferable:
             return None
-        prefill = attempt.limbo.prefill
-        candidates = self._fleet.candidates("decode", request.body.model, request.decode_tokens)
+        model = request.body.model
+        candidates = self._may_read(
+            attempt.limbo, self._fleet.candidates("decode", model, request.decode_tokens), model
+        )
         fresh = [backend for backend in candidates if backend.url not in request.avoid]
-        if not fleet.uniform:
-            fresh = [backend for backend in fresh if fleet.pairs(prefill, backend)]
         if facts is not None:
             fresh = [backend for backend in fresh if backend.facts is not None and backend.facts.fits(facts[1])]
         if not fresh:
@@ -543,11 +570,18 @@ class Flow:
         policy = self._policies["decode"]
         return choose(fresh, policy, avoid=frozenset(), random=self._random, turn=self._turn)
 
+    def _may_read(self, limbo: Limbo, decodes: list[Backend], model: str | None) -> list[Backend]:
+        """Those of some decode backends that a hand-off may go to."""
+        pairs = self._fleet.pairer(model)
+        return decodes if pairs is None else [decode for decode in decodes if pairs(limbo.prefill, decode)]
+
     def _failed(self, request: Request, backend: Backend, leg: str, error: BackendError) -> None:
         """A leg failed: remember whom to avoid, and what to say of it should another try follow."""
         request.avoid.add(backend.url)
         request.failed = (leg, error.reason)
         request.record.error = str(error)
+        if isinstance(error, BackendLacksModel) and request.body.model is not None:
+            self._fleet.has_lost(backend, request.body.model)
 
 
 _NOBODY = nullcontext(None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import getrandbits
+from typing import Any
 
 import msgspec
 
@@ -28,6 +30,7 @@ class Request(msgspec.Struct):
         transcript: what a stream's client has been given; None for an answer in one piece.
         token_ids: engines are asked for token ids, so that the stream can be resumed.
         continuation: where the next try goes on, once a part of the answer has been given.
+        cards: the models, as /v1/models lists them, of the engine that began an answer which was broken off.
         live: the present try has given the client something.
         permit: leave for the present try, when it is a retry that could amplify an overload.
         resumes: how often the answer was continued on other backends.
@@ -48,6 +51,7 @@ class Request(msgspec.Struct):
     transcript: Transcript | None = None
     token_ids: bool = False
     continuation: Continuation | None = None
+    cards: Mapping[str, Mapping[str, Any]] | None = None
     live: bool = False
     permit: Permit | None = None
     resumes: int = 0

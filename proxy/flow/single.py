@@ -17,6 +17,7 @@ import msgspec
 
 from proxy.errors import (
     BackendError,
+    BackendLacksModel,
     BackendLost,
     BackendRejected,
     BackendTimedOut,
@@ -356,6 +357,8 @@ class Single:
     def _failed(self, request: SingleRequest, backend: Backend, error: BackendError) -> None:
         request.avoid.add(backend.url)
         request.record.error = str(error)
+        if isinstance(error, BackendLacksModel) and request.model is not None:
+            self._fleet.has_lost(backend, request.model)
         if request.route.computes and isinstance(error, BackendRejected):
             self._fleet.succeeded(backend, leg_of(backend))  # an engine that judges requests is alive
         elif request.route.computes or isinstance(error, BackendUnreachable | BackendLost):

@@ -148,12 +148,14 @@ class Warmup:
         if backend.role in ("mixed", "encode"):
             return
         own = self._fleet.pool(backend.role)
-        others = [b for b in self._fleet.pool("decode" if backend.role == "prefill" else "prefill") if usable(b)]
+        pool = self._fleet.pool("decode" if backend.role == "prefill" else "prefill")
+        others = [b for b in pool if usable(b) and b.group == backend.group]
         first = own.index(backend) * _PEERS  # newcomers that come together spread over their peers
         for number in range(min(_PEERS, len(others))):
             other = others[(first + number) % len(others)]
             prefill, decode = (backend, other) if backend.role == "prefill" else (other, backend)
-            if model_of(prefill, decode) is not None:
+            model = model_of(prefill, decode)
+            if model is not None and self._fleet.pairing.pairs(prefill, decode, model or None):
                 self._waiting[prefill.url, decode.url] = (prefill, decode)
         for _ in range(min(_AT_ONCE - len(self._workers), len(self._waiting))):
             worker = asyncio.create_task(self._work(), name="warm-up")

@@ -118,6 +118,11 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
     )
 
 
+def renamed(body: Body, model: str) -> Body:
+    """A body that asks for another model."""
+    return msgspec.structs.replace(body, model=model, members={**body.members, "model": msgspec.Raw(_encode(model))})
+
+
 def read_members(raw: bytes | bytearray) -> Members:
     """The members of a JSON request, rid of what no client may say to an engine.
 

@@ -107,6 +107,8 @@ class Connector:
         waits: prefill sends notices (`Meeting.notices`), for which decode waits.
         pages: paths of a prefill engine's own HTTP port at which it tells more of its coordinates: the first that it
             has. As `inquiry`, for engines that need not be asked elsewhere.
+        marks: by which an engine that speaks it is known (`fleet/signs.py`): how vLLM's configuration calls it, how the
+            names of series begin that it alone has, or another engine's name.
     """
 
     name: ClassVar[str]
@@ -127,6 +129,7 @@ class Connector:
     registers: ClassVar[bool] = False
     waits: ClassVar[bool] = False
     pages: ClassVar[tuple[str, ...]] = ()
+    marks: ClassVar[frozenset[str]] = frozenset()
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         """The prefill leg's body: a new mapping.
@@ -211,6 +214,15 @@ class Connector:
             ValueError: that is not what such an engine says.
         """
         raise NotImplementedError
+
+
+class Unknown(Connector):
+    """What engines speak of whom that is not known yet: they are sent plain requests, and no hand-off."""
+
+    name = ""
+
+
+UNKNOWN = Unknown()
 
 
 def params(values: Mapping[str, Any]) -> Members:

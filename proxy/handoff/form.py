@@ -11,6 +11,7 @@ RFC 7578, as clients write it: names and filenames in quotes, with RFC 2231's `f
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Literal
 from urllib.parse import unquote_to_bytes
 
@@ -38,6 +39,7 @@ class Form:
     Arguments:
         content_type: the request's.
         boundary: of the form that the engine gets; nobody can have guessed it.
+        aliases: other names of models, and the engines' own.
     Attributes:
         content_type: of that form.
         fields: the values of those of `wanted` that have come; every one comes once.
@@ -46,7 +48,13 @@ class Form:
         InvalidRequest: no form is announced; or, from `feed` and `end`, what comes is none.
     """
 
-    def __init__(self, content_type: bytes, boundary: bytes, wanted: tuple[str, ...] = ("model", "stream")) -> None:
+    def __init__(
+        self,
+        content_type: bytes,
+        boundary: bytes,
+        wanted: tuple[str, ...] = ("model", "stream"),
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
         announced = _BOUNDARY.fullmatch(content_type.strip())
         if announced is None:
             raise InvalidRequest("the content-type must be multipart/form-data, with a boundary")
@@ -55,6 +63,7 @@ class Form:
         self.whole = False
         self._seen: set[str] = set()
         self._wanted = wanted
+        self._aliases = aliases or {}
         self._delimiter = b"\r\n--" + (announced[1] or announced[2])
         self._own = b"--" + boundary
         self._rest = bytearray(b"\r\n")  # the first delimiter's line break, which is not sent
@@ -181,9 +190,13 @@ class Form:
                 value = bytes(strip_nested(self._name, value))
             else:
                 try:
-                    self.fields[self._name] = value.decode("utf-8")
+                    text = value.decode("utf-8")
                 except UnicodeDecodeError:
                     raise InvalidRequest(f"`{self._name}` must be text", param=self._name) from None
+                if self._name == "model" and text in self._aliases:
+                    text = self._aliases[text]
+                    value = text.encode()
+                self.fields[self._name] = text
             out.append(value)
         if self._passes:
             out.append(b"\r\n")

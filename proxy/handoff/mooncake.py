@@ -33,6 +33,7 @@ class Mooncake(Connector):
     """MooncakeConnector of vLLM."""
 
     name = "mooncake"
+    marks = frozenset({"MooncakeConnector"})
     order = "concurrent"
     meets = True
     lease = 480.0  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT

@@ -41,6 +41,7 @@ class Nixl(Connector):
 
     name = "nixl"
     lease = 30.0  # kv_lease_duration
+    marks = frozenset({"NixlConnector", "NixlPullConnector", "vllm:nixl_"})
     first_token = True  # it keeps the blocks however prefill's request ended, and reads them by position
     refused_release = True
     port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT

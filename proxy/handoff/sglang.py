@@ -40,6 +40,7 @@ class SGLang(Connector):
     """SGLang's disaggregation, whatever its transfer backend."""
 
     name = "sglang"
+    marks = frozenset({"sglang"})
     order = "concurrent"
     meets = True
     continues = False

@@ -66,6 +66,7 @@ class TensorRTLLM(Connector):
     """
 
     name = "tensorrt_llm"
+    marks = frozenset({"tensorrt_llm"})
     meets = True
     lease = 60.0  # kv_transfer_timeout_ms where engines have one by default; older ones keep the blocks without end
     continues = False

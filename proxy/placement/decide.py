@@ -18,7 +18,7 @@ class View(msgspec.Struct, Generic[C], frozen=True):
     """The fleet as one decision sees it: per role the backends that may take this request now.
 
     Attributes:
-        configured: how many backends each pool has, up or not.
+        configured: how many backends each pool has for this request, up or not.
         pairs: whether a prefill backend may hand over to a decode backend; None where any may to any.
         plain: the decode backends that answer right without a hand-off; None where all do.
     """
@@ -140,7 +140,8 @@ def decide(
             f"({why})",
             param=alone,
         )
-    raise NoBackend(f"no prefill backend is up, and decode backends may not prefill ({why})", retry_after=1)
+    lacking = "prefill backend is up" if not view.prefill else "prefill backend that is up matches a decode backend"
+    raise NoBackend(f"no {lacking}, and decode backends may not prefill ({why})", retry_after=1)
 
 
 def _missing(view: View[C]) -> str:

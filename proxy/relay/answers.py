@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.errors import BackendAnswered, BackendBusy, BackendFailed, BackendRejected
+from proxy.errors import BackendAnswered, BackendBusy, BackendFailed, BackendLacksModel, BackendRejected
 
 HANDOFF_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 """Members of an answer that carry the engines' addresses and block ids, and so stay inside."""
@@ -90,7 +90,8 @@ def strip_handoff(body: bytes) -> bytes:
 def engine_error(url: str, status: int, headers: dict[bytes, bytes], body: bytes) -> BackendAnswered:
     """The error that a status other than 200 stands for.
 
-    Returns one of `BackendRejected` (4xx), `BackendBusy` (429 and 503), `BackendFailed` (the rest).
+    Returns one of `BackendRejected` (4xx; where it says that it has no such model, `BackendLacksModel`), `BackendBusy`
+    (429 and 503), `BackendFailed` (the rest).
     """
     return _error(url, status, strip_handoff(body), _retry_after(headers))
 
@@ -125,6 +126,8 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
         return BackendBusy(
             log_line, status=status, answer=answer, engine_message=said, retry_after=retry_after or 1, unread=unread
         )
+    if status == 404 and kind == "NotFoundError" and detail.get("param") == "model":
+        return BackendLacksModel(log_line, status=status, answer=answer, engine_message=said)
     if status < 500:
         return BackendRejected(log_line, status=status, answer=answer, engine_message=said)
     return BackendFailed(log_line, status=status, answer=answer, engine_message=said)

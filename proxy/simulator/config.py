@@ -60,6 +60,9 @@ class SimulatorConfig:
     surface: Surface = "vllm"  # whose paths it is asked at for its health, metrics and version
     dev_mode: bool = True  # VLLM_SERVER_DEV_MODE: its cache can be reset, and it can be put to sleep
     profiler: bool = True  # a profiler is configured
+    root: str = ""  # the path that the model was loaded from; "": its name
+    version: str = "0.32.0"  # what /version says
+    adapters: tuple[str, ...] = ()  # LoRA adapters that it starts with
     step_time: float = 0.0  # one decode step for the whole batch; 0 keeps tests fast
     prefill_rate: float = 0.0  # prompt tokens a second
     transfer_rate: float = 0.0  # pulled tokens a second

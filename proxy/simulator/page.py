@@ -7,11 +7,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.engine import Engine
 from proxy.simulator.metrics import Exposition
 
 if TYPE_CHECKING:
     from proxy.simulator.server import Simulator
+
+
+_CLASSES = {"nixl": "NixlConnector", "mooncake": "MooncakeConnector", "mooncake_ascend": "MooncakeConnectorV1"}
+"""The connectors by the names of vLLM's classes."""
+
+
+def server_info(config: SimulatorConfig) -> dict[str, Any]:
+    """What vLLM says at /server_info?config_format=json in development mode, or TensorRT-LLM at /server_info, as far as
+    the simulator has it."""
+    if config.connector == "tensorrt_llm":  # which has a page of this name too: how a context server is reached
+        reached = {"ctx_info_endpoint": [f"tcp://{config.advertised_host}:0"], "ctx_dp_rank": 0}
+        return {"disaggregated_params": reached if config.role == "prefill" else None}
+    name = _CLASSES.get(config.connector)
+    transfer = None if name is None else {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": {}}
+    model = {"model": config.root or config.model, "max_model_len": config.context}
+    return {"vllm_config": {"model_config": model, "kv_transfer_config": transfer}, "vllm_env": {}, "system_env": {}}
 
 
 def metrics_page(engine: Engine) -> str:

@@ -24,17 +24,16 @@ from proxy.simulator.generate import decode_generate, what_is_asked
 from proxy.simulator.http import Exchange
 from proxy.simulator.messages import decode_messages
 from proxy.simulator.named_streams import MessageStream, ResponseStream
-from proxy.simulator.page import metrics_page, state
+from proxy.simulator.page import metrics_page, server_info, state
 from proxy.simulator.prompts import render_chat
 from proxy.simulator.requests import GenerationRequest, decode_chat, decode_completion
 from proxy.simulator.responses import StoredResponse, decode_response, outline
 from proxy.simulator.sequences import Sequence
-from proxy.simulator.tokens import detokenize, token_text, tokenize
+from proxy.simulator.tokens import detokenize, start_state, token_text, tokenize
 
 if TYPE_CHECKING:
     from proxy.simulator.server import Simulator
 
-VERSION = "0.32.0"
 _PROBES = {
     "vllm": {"/health": "health", "/ping": "health", "/metrics": "metrics", "/version": "version"},
     "nim": {
@@ -62,7 +61,7 @@ _TASKS = {
     "moderate": {"/v1/moderations"},
 }
 _TASKS["any"] = set().union(*_TASKS.values())
-_POST = {"/tokenize", "/detokenize"}
+_POST = {"/tokenize", "/detokenize", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 _DEVELOPMENT = {"/reset_prefix_cache": "POST", "/sleep": "POST", "/wake_up": "POST", "/is_sleeping": "GET"}
 _PROFILER = {"/start_profile": "POST", "/stop_profile": "POST"}
 
@@ -135,7 +134,7 @@ class Routes:
             case _ if path in _GENERATING:
                 await self._generate(exchange)
             case "/v1/models":
-                exchange.respond(200, encoding.to_json(self._models()))
+                exchange.respond(200, encoding.to_json({"object": "list", "data": self._sim.adapters.cards()}))
             case "/tokenize":
                 exchange.respond(200, encoding.to_json(self._tokenize(self._body(exchange))))
             case "/detokenize":
@@ -143,6 +142,12 @@ class Routes:
                 exchange.respond(200, encoding.to_json({"prompt": detokenize(tokens, special=True)}))
             case "/v1/messages/count_tokens":
                 exchange.respond(200, encoding.to_json(self._count(self._body(exchange))))
+            case "/v1/load_lora_adapter":
+                exchange.respond(200, self._sim.adapters.load(self._body(exchange)).encode(), "text/plain")
+            case "/v1/unload_lora_adapter":
+                exchange.respond(200, self._sim.adapters.unload(self._body(exchange)).encode(), "text/plain")
+            case "/server_info":
+                exchange.respond(200, encoding.to_json(server_info(self._sim.config)))
             case _ if path in _DEVELOPMENT or path in _PROFILER:
                 self._operate(exchange)
             case _:
@@ -153,7 +158,7 @@ class Routes:
         config = self._sim.config
         known = dict.fromkeys(_TASKS[config.task] | _POST, "POST") | {"/v1/models": "GET"}
         if config.surface == "vllm":
-            known |= _DEVELOPMENT if config.dev_mode else {}
+            known |= _DEVELOPMENT | {"/server_info": "GET"} if config.dev_mode else {}
             known |= _PROFILER if config.profiler else {}
         return known
 
@@ -185,11 +190,11 @@ class Routes:
             case "live":
                 exchange.respond(200, b"", content_type="")
             case "release":
-                exchange.respond(200, encoding.to_json({"release": VERSION, "api": "1.0.0"}))
+                exchange.respond(200, encoding.to_json({"release": self._sim.config.version, "api": "1.0.0"}))
             case "health":
                 exchange.respond(200 if self._sim.engine.dead is None else 503, b"", content_type="")
             case "version":
-                exchange.respond(200, encoding.to_json({"version": VERSION}))
+                exchange.respond(200, encoding.to_json({"version": self._sim.config.version}))
             case "metrics":
                 exchange.respond(
                     200, metrics_page(self._sim.engine).encode(), "text/plain; version=0.0.4; charset=utf-8"
@@ -214,19 +219,6 @@ class Routes:
                 exchange.respond(200, b'{"faults":[]}')
             case _:
                 raise RequestError(404, "Not Found", "Not Found")
-
-    def _models(self) -> dict[str, Any]:
-        card = {
-            "id": self._sim.config.model,
-            "object": "model",
-            "created": 0,
-            "owned_by": "vllm",
-            "root": self._sim.config.model,
-            "parent": None,
-            "max_model_len": self._sim.config.context,
-            "permission": [],
-        }
-        return {"object": "list", "data": [card]}
 
     def _tokenize(self, body: Any) -> dict[str, Any]:
         if isinstance(body.get("messages"), list):
@@ -375,7 +367,7 @@ class Routes:
     ) -> None:
         messages: list[Any] = []
         body = self._sim.engine.side.read(body)
-        config = self._sim.config
+        config = self._sim.adapters.served(body.get("model"))
         match exchange.path:
             case "/v1/chat/completions":
                 request = decode_chat(body, exchange.headers, config)
@@ -433,7 +425,8 @@ class Routes:
         self._sim.responses.keep(stored)
         recorder = Recorder(stored, self._sim.changed)
         kind = ResponseStream if request.stream else WholeAnswer
-        answer = kind(recorder, request, mischief, self._sim.config, engine.abort, self._sim.kill, engine.side)
+        config = self._sim.adapters.served(request.model)
+        answer = kind(recorder, request, mischief, config, engine.abort, self._sim.kill, engine.side)
         answer.expect(sequences)
         engine.submit(sequences)
         if isinstance(answer, ResponseStream):
@@ -477,7 +470,7 @@ class Routes:
                 raise RequestError(404, "Not Found", "Not Found")
 
     def _sequences(self, request: GenerationRequest, transfer: Transfer, mischief: Mischief) -> list[Sequence]:
-        config = self._sim.config
+        config = self._sim.adapters.served(request.model)
         recomputed = mischief.get("recomputed")
         sequences = []
         for number, prompt in enumerate(request.prompts):
@@ -494,7 +487,7 @@ class Routes:
                         number * request.n + child,
                         prompt,
                         sampling,
-                        origin=self._sim.engine.origin,
+                        origin=start_state(config.weights),
                         block_size=config.block_size,
                         eos_limit=int(config.eos_rate * (1 << 24)),
                         transfer=transfer,

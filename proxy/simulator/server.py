@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from types import TracebackType
 
+from proxy.simulator.adapters import Adapters
 from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.engine import Engine
 from proxy.simulator.faults import Faults
@@ -43,6 +44,7 @@ class Simulator:
         self.faults = Faults(self._faults_changed)
         self.engine: Engine
         self.responses: ResponseStore
+        self.adapters: Adapters
         self._watch = Watch()
         self._routes = Routes(self)
         self._listener: asyncio.Server | None = None
@@ -60,6 +62,7 @@ class Simulator:
 
     def _new_engine(self) -> None:
         self.responses = ResponseStore()
+        self.adapters = Adapters(self.config)
         self.engine = Engine(self.config, self.faults, changed=self._watch.changed, died=self._engine_died)
         engine = self.engine
         self._serving = Serving(

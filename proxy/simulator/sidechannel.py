@@ -178,7 +178,8 @@ class Serving:
 
 def compatibility(config: SimulatorConfig) -> str:
     """What must be the same on both sides for KV to make sense."""
-    return f"{config.model}/{config.weights}/{config.block_size}/{config.connector}"
+    model = config.root or config.model
+    return f"{config.version}/{model}/{config.weights}/{config.block_size}/{config.connector}"
 
 
 class Peers:

@@ -46,6 +46,7 @@ def _fields(record: RequestRecord) -> dict[str, Any]:
     """What is worth a place in a line: names as in the record, empty ones left out."""
     fields: dict[str, Any] = {
         "model": record.model[:128],
+        "alias": record.alias[:128],
         "client": "" if record.client == "anonymous" else record.client,
         "stage": record.stage,
         "queued": round(record.queued_seconds, 4),

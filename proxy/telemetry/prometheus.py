@@ -79,6 +79,9 @@ class FleetState(Protocol):
 
     def not_ready(self) -> str: ...
 
+    def readiness(self) -> Mapping[str, str]:
+        """What each group lacks."""
+
 
 class ConnectionState(Protocol):
     """What a scrape shows of the clients' connections."""
@@ -422,6 +425,12 @@ class PrometheusSink(Collector):
         ready = GaugeMetricFamily("pd_proxy_ready", "Whether the gateway could serve a request now.")
         ready.add_metric((), float(not self._fleet.not_ready()))
         yield ready
+        groups = GaugeMetricFamily(
+            "pd_proxy_group_ready", "Whether the group's backends could serve a request now.", labels=("group",)
+        )
+        for name, missing in self._fleet.readiness().items():
+            groups.add_metric((name,), float(not missing))
+        yield groups
         info = GaugeMetricFamily("pd_proxy_build_info", "Constant 1.", labels=("version",))
         info.add_metric((__version__,), 1.0)
         yield info

@@ -83,6 +83,8 @@ class RequestRecord(msgspec.Struct):
     """One client request from its first byte to its end. Times are seconds; those of events are `time.monotonic`.
 
     Attributes:
+        model: as engines call it.
+        alias: what the client called it, where that is another name.
         outcome: `ok`, `client_gone`, or the `code` of the error that ended it.
         stage: where the request was when it ended: `admission`, `encode`, `prefill`, `decode` (before the first token),
             `stream` (after it).
@@ -108,6 +110,7 @@ class RequestRecord(msgspec.Struct):
     endpoint: str
     request_id: str = ""
     model: str = ""
+    alias: str = ""
     stream: bool = False
     started: float = msgspec.field(default_factory=monotonic)
     ended: float = 0.0

@@ -39,6 +39,8 @@ async def test_the_list_says_what_is_known_of_each_backend() -> None:
             "role": "prefill",
             "kind": "vllm",
             "url": p.url,
+            "group": "default",
+            "connector": "nixl",
             "state": "up",
             "up": True,
             "reason": "",

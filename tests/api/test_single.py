@@ -317,3 +317,15 @@ async def test_admission_counts_one_leg_requests_like_all_others() -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
         assert (await first).status_code == 200
         assert running.idle()
+
+
+async def test_one_leg_routes_take_aliases_too() -> None:
+    async with mixed(aliases={"embedder": "sim"}) as (running, [engine]):
+        answer = await running.http.post(EMBEDDINGS, json={**INPUT, "model": "embedder"})
+        assert answer.status_code == 200, answer.text
+        form = {"model": (None, "embedder"), "file": ("a.wav", b"RIFF" + bytes(64), "audio/wav")}
+        heard = await running.http.post("/v1/audio/transcriptions", files=form)
+        assert heard.status_code == 200, heard.text
+        assert [request.body["model"] for request in engine.requests if isinstance(request.body, dict)][:1] == ["sim"]
+        missing = await running.http.post(EMBEDDINGS, json={**INPUT, "model": "nobody"})
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")

@@ -11,6 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from proxy.fleet.signs import counted, speaker
+from proxy.handoff.registry import CONNECTORS
+
 from .bed import Bed
 from .engines import MODEL_NAME, Engine
 from .processes import wait_until
@@ -166,3 +169,21 @@ def test_a_decode_leg_that_the_handler_refuses_gives_the_blocks_back_unread(bed:
     ask(bed.decode.url, api, body_for(api, "Kana", max_tokens=1), stream=False)
     wait_until(bed.prefill.is_idle, 5, "prefill to free the blocks")
     assert bed.decode.metrics()[PULLED] == received
+
+
+def test_engines_tell_before_any_request_which_connector_they_speak(bed: Bed) -> None:
+    marks = {name: connector.marks for name, connector in CONNECTORS.items()}
+    for engine in (bed.prefill, bed.decode):
+        assert speaker(counted(httpx.get(f"{engine.url}/metrics", timeout=10).content), marks) == "nixl"
+
+
+def test_engines_tell_their_revision(bed: Bed) -> None:
+    told = []
+    for engine in (bed.prefill, bed.decode):
+        (card,) = httpx.get(f"{engine.url}/v1/models", timeout=10).json()["data"]
+        told.append((card["id"], card["root"], card["parent"], httpx.get(f"{engine.url}/version").json()["version"]))
+    assert told[0] == told[1]
+    name, root, parent, version = told[0]
+    assert (name, parent) == (MODEL_NAME, None)
+    assert root.endswith("tiny-model"), "where it was loaded from"
+    assert version
