@@ -406,6 +406,9 @@ class Settings(BaseSettings):
         "auto",
         description="who gives a client its first token: prefill where it is exact, wherever it is safe, always decode",
     )
+    reuse_tokens: bool = Field(
+        True, description="decode takes the prompt's token ids from prefill instead of tokenising again, where it can"
+    )
     policy: Policies = Policies()
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()

@@ -86,6 +86,7 @@ class Flow:
         self._connectors = connectors
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._local_prefill = settings.fallback == "local_prefill"
+        self._reuse = settings.reuse_tokens
         self._turn = 0
         self._resumption = Resumption(settings)
         in_use = [connectors[group.connector] for group in settings.all_groups()]
@@ -310,6 +311,7 @@ class Flow:
                 token_ids=request.token_ids,
                 facts=facts,
                 callbacks=self._callbacks,
+                reuse=self._reuse,
             )
             try:
                 if media:
@@ -479,6 +481,8 @@ class Flow:
             return
         if counted := read_usage(usage):
             record.cached_tokens = counted.cached_tokens
+            if not attempt.plan.connector.tells_cached and (details := counted.prompt_tokens_details) is not None:
+                attempt.cached = details.cached_tokens
         computed = max(1, request.prefill_tokens - record.cached_tokens)
         self._fleet.timed(backend, "prefill", record.prefill_seconds, computed)
         if attempt.limbo is not None:  # decode's leg is under way

@@ -38,7 +38,8 @@ from proxy.handoff.endpoints import LAYOUTS, Members
 from proxy.handoff.first_token import FirstToken
 from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, Plan
-from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff
+from proxy.handoff.reuse import reusable
+from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff, with_cached
 from proxy.relay.deadlines import Deadlines
 from proxy.relay.dialects import DIALECTS
 from proxy.relay.edit import Edit
@@ -103,6 +104,7 @@ class Try(msgspec.Struct):
         decode: the backend that the latter are of.
         first: that token, once prefill has given it and it is to be used.
         rest: the plan for what comes behind it.
+        cached: prefill's count of cached tokens, where decode is not told it and prefill has said one.
         runs_out: its prefill leg, where that goes on without it.
         heard: what decode's engine has called back with, for its prefill leg.
     """
@@ -115,6 +117,7 @@ class Try(msgspec.Struct):
     decode: Backend | None = None
     first: FirstToken | None = None
     rest: Plan | None = None
+    cached: int | None = None
     runs_out: asyncio.Task[None] | None = None
     heard: Members | None = None
 
@@ -135,6 +138,10 @@ class Try(msgspec.Struct):
         """Whether the decode engine is surely the one that `facts` are of."""
         return self.facts is not None and self.decode is not None and self.decode.facts is self.facts[1]
 
+    def handed_over_cached(self) -> int | None:
+        """`cached`, where decode was handed anything."""
+        return None if self.limbo is None else self.cached
+
     def check(self) -> None:
         """Called with a connection at hand, just before a leg is written to it.
 
@@ -154,6 +161,7 @@ def new_try(
     token_ids: bool = False,
     facts: tuple[Facts, Facts] | None = None,
     callbacks: Callbacks | None = None,
+    reuse: bool = False,
 ) -> Try:
     """A try on a pair, or on one backend.
 
@@ -161,6 +169,7 @@ def new_try(
         prefill: the lease for the prefill leg, where there is one.
         token_ids: ask decode for the ids of the tokens.
         callbacks: where engines call back, for connectors by which they do.
+        reuse: decode may take the prompt's ids from prefill.
     """
     name, meeting = new_id(), None
     if prefill is not None and connector.called_back:
@@ -177,6 +186,7 @@ def new_try(
         token_ids=token_ids,
         first_token=facts is not None,
         answer_id=_answer_id(request, decode) if LAYOUTS[request.body.endpoint].id_member else "",
+        reuse=reuse and prefill is not None and connector.takes_ids and reusable(request.body),
     )
     return Try(request, plan, name, facts=facts, decode=decode)
 
@@ -348,6 +358,9 @@ class Legs:
                 garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
                 self._note(backend, garbled, leg, attempt)
                 raise garbled from None
+        if (cached := attempt.handed_over_cached()) is not None:
+            answer = with_cached(answer, cached)
+            parsed = _decode_answer(answer)
         self._fleet.succeeded(backend, leg)
         if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
             backend.reasons = True
@@ -369,6 +382,7 @@ class Legs:
             hide_ids=request.token_ids and not request.body.wants_token_ids,
             identity=request.transcript.identity if continuation is not None else None,
             said=continuation.said if continuation is not None else 0,
+            cached=None if attempt.plan.connector.tells_cached else attempt.handed_over_cached,
         )
 
         relay = StreamRelay(
@@ -397,7 +411,8 @@ class Legs:
             if usage := relay.usage:
                 record.tokens = edit.said + (usage.completion_tokens or relay.events)
                 record.prompt_tokens = max(0, (usage.prompt_tokens or 0) - edit.said)
-                record.cached_tokens = record.cached_tokens or usage.cached_tokens
+                if attempt.handed_over_cached() is None:
+                    record.cached_tokens = record.cached_tokens or usage.cached_tokens
         self._fleet.succeeded(backend, leg)
         if request.transcript.flaw == "reasoning":
             backend.reasons = True

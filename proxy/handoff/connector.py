@@ -25,10 +25,12 @@ class Handoff(msgspec.Struct, frozen=True):
         members: of its body, beside the client's; from prefill's answer they are checked, and word for word as they
             came.
         headers: whole lines.
+        prompt: ids of the prompt as prefill has tokenised it, `1,2,3`; empty where decode is to do that itself.
     """
 
     members: Members
     headers: bytes = b""
+    prompt: bytes = b""
 
 
 class Meeting(msgspec.Struct, frozen=True):
@@ -54,6 +56,7 @@ class PrefillAnswer(msgspec.Struct):
     content: msgspec.Raw = msgspec.Raw()
     output: msgspec.Raw = msgspec.Raw()
     kv_transfer_params: msgspec.Raw = msgspec.Raw()
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()
     usage: msgspec.Raw = msgspec.Raw()
     prompt_token_ids: msgspec.Raw = msgspec.Raw()
     prompt_token_ids_b64: msgspec.Raw = msgspec.Raw()
@@ -90,6 +93,9 @@ class Connector:
         lease: seconds for which prefill keeps the blocks for a decode that does not come; `inf` where it keeps none. A
             hand-off older than that gives silently wrong text, so the flow stays far below it.
         first_token: it is known that decode may go on behind the token that prefill has sampled, with the same blocks.
+        takes_ids: decode takes the prompt's ids from prefill's answer (`reuse.py`).
+        tells_cached: decode's usage has prefill's count of cached tokens, which the hand-off tells it. Where not, it
+            counts all that it was handed.
         continues: engines that speak it go on from token ids (`continuation.py`), so that streams can be resumed.
         plain_decode: a decode engine answers a request without hand-off right, from the prompt alone.
         plain_prefill: a prefill engine does.
@@ -113,6 +119,8 @@ class Connector:
     meets: ClassVar[bool] = False
     lease: ClassVar[float] = inf
     first_token: ClassVar[bool] = False
+    takes_ids: ClassVar[bool] = False
+    tells_cached: ClassVar[bool] = False
     continues: ClassVar[bool] = True
     plain_decode: ClassVar[bool] = True
     plain_prefill: ClassVar[bool] = True
