@@ -35,6 +35,9 @@ ConnectorName = Literal[
     "p2p_nccl",
     "sglang",
     "tensorrt_llm",
+    "nixl_push",
+    "offload_p2p",
+    "shared_cache",
 ]
 SENDS_NOTICES = {"lmcache_pd"}
 """The connectors whose prefill engines say at `zmq.notices` that a KV cache has arrived."""

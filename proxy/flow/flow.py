@@ -36,7 +36,7 @@ from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
 from proxy.flow.encoders import Encoders
 from proxy.flow.first_token import FirstTokens
-from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try
+from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try, remember
 from proxy.flow.request import Request
 from proxy.flow.resumption import Resumption
 from proxy.handoff.body import Body
@@ -320,7 +320,7 @@ class Flow:
                     with self._callbacks.expect(attempt.id, connector, decode.url) as call:
                         await self._together(attempt, prefill_lease, decode, lease, call)
                     return
-                if prefill_lease is not None and connector.order == "concurrent":
+                if prefill_lease is not None and attempt.plan.together:
                     await self._together(attempt, prefill_lease, decode, lease)
                     return
                 if prefill_lease is not None:
@@ -345,7 +345,7 @@ class Flow:
         """
         request, prefill, plan = attempt.request, prefill_lease.backend, attempt.plan
         assert plan.handoff is not None
-        limbo = attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan.connector))
+        limbo = attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
         request.record.stage = "prefill"
         prefilling = asyncio.create_task(
             self._prefill(attempt, prefill_lease)
@@ -360,6 +360,9 @@ class Flow:
                 if not request.client.started:
                     request.record.stage = "decode"
             await decoding
+        except BackendError:
+            prefill.forget_location()
+            raise
         finally:
             await _ended(decoding)
             unsent = call is not None and attempt.heard is None
@@ -489,7 +492,8 @@ class Flow:
             attempt.limbo.since = answered
             return
         if handoff is not None:
-            attempt.limbo = Limbo(self._fleet, backend, handoff, self._legs.bound(attempt.plan.connector))
+            remember(attempt, lease, handoff)
+            attempt.limbo = Limbo(self._fleet, backend, handoff, self._legs.bound(attempt.plan))
         if attempt.facts is not None:
             self._first_tokens.take(attempt, backend, answer)
         if handoff is None and not (attempt.first is not None and attempt.first.whole):

@@ -198,6 +198,17 @@ def _answer_id(request: Request, decode: Backend) -> str:
     return request.stored.name(new_id(), decode.url, request.record.client)
 
 
+def remember(attempt: Try, prefill: Lease, handoff: Handoff | None) -> None:
+    """Prefill has answered: keep what it says of its engine's coordinates, where the legs had need of it."""
+    plan = attempt.plan
+    if handoff is None or not plan.connector.meets or plan.handoff is not None:
+        return
+    backend = prefill.backend
+    located = plan.connector.remember(backend.coordinates, handoff, prefill.rank)
+    if located != backend.coordinates:
+        backend.remember(located)
+
+
 def leg_of(backend: Backend) -> LegName:
     """What a leg that answers the client is to a backend: a prefill backend answers those who want one token."""
     return "prefill" if backend.role == "prefill" else "decode"
@@ -509,9 +520,10 @@ class Legs:
             limbo.use = "reading"
         return connection
 
-    def bound(self, connector: Connector) -> float:
+    def bound(self, plan: Plan) -> float:
         """Seconds of age at which a hand-off is no longer sent."""
-        if connector.order == "concurrent" or connector.lease == inf:
+        connector = plan.connector
+        if plan.together or connector.lease == inf:
             return inf  # it is known before prefill's answer; it refers to nothing that prefill keeps
         return min(self._timeouts.handoff, connector.lease / 2)  # whatever was set: not in the lease's second half
 

@@ -38,7 +38,8 @@ class Meeting(msgspec.Struct, frozen=True):
 
     Attributes:
         prefill: members of the prefill leg, beside those that `Connector.prefill` leaves.
-        handoff: what decode is told; None where that follows from prefill's answer.
+        handoff: what decode is told; None where that follows from prefill's answer. Such a try is sequential, whatever
+            the connector's order.
         id: the X-Request-Id of both legs, where the protocol gives it a form; else empty.
         notices: how many notices with the try's name prefill's ranks send, by which the KV cache has arrived at decode.
     """
@@ -151,6 +152,11 @@ class Connector:
             rank: the data-parallel rank of prefill that the leg is sent to, or None where there is but one.
         """
         raise NotImplementedError
+
+    def remember(self, coordinates: Coordinates, handoff: Handoff, rank: int | None) -> Coordinates:
+        """Prefill's coordinates with what its answer says of them, where a meeting could not say the hand-off; unchanged
+        where that is nothing. They hold until there is cause to think that the engine is another."""
+        return coordinates
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         """What decode is told, from prefill's answer; None when that says nothing. Only of sequential connectors, and

@@ -120,6 +120,11 @@ class Plan:
         return 0 if self._meeting is None else self._meeting.notices
 
     @property
+    def together(self) -> bool:
+        """Both legs are sent at once."""
+        return self.connector.order == "concurrent" and self.handoff is not None
+
+    @property
     def continuation(self) -> Continuation | None:
         """Where its decode leg goes on."""
         return self._continuation
