@@ -154,8 +154,8 @@ class Connector:
         raise NotImplementedError
 
     def remember(self, coordinates: Coordinates, handoff: Handoff, rank: int | None) -> Coordinates:
-        """Prefill's coordinates with what its answer says of them, where a meeting could not say the hand-off; unchanged
-        where that is nothing. They hold until there is cause to think that the engine is another."""
+        """Prefill's coordinates with what its answer says of them, where a meeting could not say the hand-off; as they
+        are where that is nothing. They hold until there is cause to think that the engine is another."""
         return coordinates
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:

@@ -1,10 +1,10 @@
-"""vLLM's NixlPushConnector: prefill writes into blocks that decode has registered with it, so both legs are sent at once.
+"""vLLM's NixlPushConnector: prefill writes into blocks that decode has registered with it, so both legs go out at once.
 
-Decode registers with an engine that it must be told of: id, side channel, and ranks. Where the settings do not say them,
-the first try of a pair is sequential, since prefill's answer does (`remember`). From vLLM 0.32, `nixl/push_scheduler.py`
-and `push_worker.py`:
+Decode registers with an engine that it must be told of: id, side channel, ranks. Where the settings do not say them,
+the first try of a prefill engine is sequential, since its answer does (`remember`). From vLLM 0.32,
+`nixl/push_scheduler.py` and `push_worker.py`:
 
-- The legs are paired by their request ids, less a random suffix, hence one X-Request-Id; newer engines by `transfer_id`.
+- Legs are paired by their request ids, less a random suffix, hence one X-Request-Id; in newer engines by `transfer_id`.
 - Decode's scheduler indexes what it is told: a missing member ends the engine.
 - Decode is not told of a prefill that failed: the flow ends its leg. Its blocks are given back only when prefill has
   written to them, so a prefill leg that nobody wants any more runs out.

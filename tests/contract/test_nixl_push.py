@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
+
+import msgspec
 
 from proxy.fleet.backend import Backend
 from proxy.simulator import ReceivedRequest, Simulator
@@ -93,7 +94,7 @@ async def test_an_engine_that_comes_back_is_asked_again() -> None:
 
 
 async def test_an_engine_that_came_back_unnoticed_costs_its_client_nothing() -> None:
-    async with fleet(PUSH, health={"interval": 60}) as (running, [p], [d]):
+    async with fleet(PUSH, health={"interval": 60}) as (running, [p], _):
         await asked(running, 0)
         p.kill()
         await p.restart()
@@ -104,14 +105,12 @@ async def test_an_engine_that_came_back_unnoticed_costs_its_client_nothing() -> 
 
 
 async def test_each_rank_is_asked_once() -> None:
-    async with simulators("prefill", "decode", connector="nixl_push") as [p, d]:
-        async with running_gateway(
-            [p.url], [d.url], connector="nixl_push", locations=[{"backend": p.url, "dp": 2}]
-        ) as running:
-            engine = backend(running, p)
-            await asked(running, 0)
-            engine.ranks[0] += 1000  # the next goes to the other one
-            await running.http.post(PATH, json=completion("rank one"))
-            ranks = [request.headers["x-data-parallel-rank"] for request in p.requests]
-            assert ranks[:2] == ["0", "1"]
-            assert "remote_block_ids" in json.dumps(d.requests[1].body)
+    async with fleet(PUSH) as (running, [p], [d]):
+        engine = backend(running, p)
+        engine.locate(msgspec.structs.replace(engine.coordinates, dp=2))
+        await asked(running, 0)
+        engine.ranks[0] += 1000  # the next goes to the other one
+        await running.http.post(PATH, json=completion("rank one"))
+        ranks = [request.headers["x-data-parallel-rank"] for request in p.requests]
+        assert ranks[:2] == ["0", "1"]
+        assert "remote_block_ids" in params(d.requests[1])

@@ -19,7 +19,9 @@ HERE = Coordinates(host="10.0.0.1", port=5710, dp=4)
 def test_each_leg_is_told_the_name_and_decode_the_port_of_prefills_rank(rank: int | None) -> None:
     body = read_body(b'{"prompt":"a","max_tokens":9}', "completions")
     made = Plan(body, P2P, meeting=P2P.meet(HERE, Coordinates(), NAME, rank))
-    assert not made.together  # nothing keeps decode from coming first, but it would wait for blocks that it could compute
+    assert (
+        not made.together
+    )  # nothing keeps decode from coming first, but it would wait for blocks that it could compute
     assert said(made.prefill_leg())["kv_transfer_params"] == {"remote_decoder": {"kv_request_id": f"kv-{NAME}"}}
     handoff, _ = made.take(b'{"choices":[],"kv_transfer_params":null}')
     assert said(made.decode_leg(handoff))["kv_transfer_params"] == {
