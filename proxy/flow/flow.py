@@ -537,7 +537,10 @@ class Flow:
     def _other_decode(self, attempt: Try) -> Backend | None:
         """A decode backend that has not failed this request, and that the hand-off surely fits."""
         request, facts, fleet = attempt.request, attempt.facts if attempt.first is not None else None, self._fleet
-        if attempt.limbo is None or not attempt.plan.connector.transferable:
+        connector = attempt.plan.connector
+        if attempt.limbo is None or not connector.transferable:
+            return None
+        if connector.pairs_by_id and request.stored is not None:
             return None
         prefill = attempt.limbo.prefill
         candidates = self._fleet.candidates("decode", request.body.model, request.decode_tokens)

@@ -103,6 +103,8 @@ class Connector:
         endpoints: those whose requests are split between prefill and decode; others are served whole.
         splits: reasons of `Body.alone` that are none here: its engines pair every part of such a request themselves.
         transferable: a hand-off that no decode engine has read may go to another than the one it was made for.
+        pairs_by_id: engines pair the legs by their request ids. Where such an id names the decode engine (a stored
+            response), that leg goes to no other.
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
         refused_release: engines refuse its `release` leg for what that says of tokens, and need not know the prompt.
         port: of `Coordinates`, where none is set.
@@ -128,6 +130,7 @@ class Connector:
     endpoints: ClassVar[frozenset[Endpoint]] = frozenset(LAYOUTS)
     splits: ClassVar[frozenset[str]] = frozenset()
     transferable: ClassVar[bool] = True
+    pairs_by_id: ClassVar[bool] = False
     prefill_may_be_cut: ClassVar[bool] = True
     refused_release: ClassVar[bool] = False
     port: ClassVar[int] = 0

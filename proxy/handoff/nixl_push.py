@@ -55,6 +55,7 @@ class NixlPush(Connector):
     name = "nixl_push"
     order = "concurrent"
     meets = True
+    pairs_by_id = True
     lease = 30.0  # kv_lease_duration
     prefill_may_be_cut = False
     port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT; each data-parallel rank has the next one
