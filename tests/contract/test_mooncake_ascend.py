@@ -58,3 +58,16 @@ async def test_ranks_that_are_servers_of_their_own_are_backends_of_their_own() -
             assert [len(engine.requests) for engine in p] == [2, 2]
             assert sum(engine.engine.pulls for engine in d) == 4
             assert not any("x-data-parallel-rank" in r.headers for e in engines for r in e.requests)
+
+
+async def test_a_stored_response_that_decode_has_not_read_is_prefilled_again_since_its_id_names_that_decode() -> None:
+    async with fleet(ASCEND, decode=2, policy={"decode": "round_robin"}) as (running, [p], decode):
+        decode[0].faults.add("status", leg="decode", status=429, count=1)  # busy: it has not read the hand-off
+        for _ in range(2):  # one of them meets it
+            asked = {"model": "sim", "input": "tell me of the river " * 8, "max_output_tokens": 8, "store": True}
+            answer = await running.http.post("/v1/responses", json=asked)
+            assert answer.status_code == 200, answer.text
+        made = {request.body["request_id"] for request in p.requests}
+        served = [request.body["request_id"] for engine in decode for request in engine.requests]
+        assert len(p.requests) == len(served) == 3
+        assert set(served) <= made
