@@ -35,6 +35,9 @@ ConnectorName = Literal[
     "p2p_nccl",
     "sglang",
     "tensorrt_llm",
+    "nixl_push",
+    "offload_p2p",
+    "shared_cache",
 ]
 ConnectorChoice = Literal[ConnectorName, "auto"]
 SENDS_NOTICES = {"lmcache_pd"}
@@ -432,6 +435,9 @@ class Settings(BaseSettings):
     first_token: Literal["auto", "prefill", "decode"] = Field(
         "auto",
         description="who gives a client its first token: prefill where it is exact, wherever it is safe, always decode",
+    )
+    reuse_tokens: bool = Field(
+        True, description="decode takes the prompt's token ids from prefill instead of tokenising again, where it can"
     )
     policy: Policies = Policies()
     timeouts: Timeouts = Timeouts()

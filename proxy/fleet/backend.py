@@ -64,6 +64,7 @@ class Backend:
 
     __slots__ = (
         "_leases",
+        "_located",
         "attention",
         "connector",
         "coordinates",
@@ -113,6 +114,7 @@ class Backend:
         self.told = ""
         self.coordinates = Coordinates()
         self.registered = False
+        self._located: Coordinates | None = None  # what they were before something was remembered
         self.ranks: list[int] = []
         self.facts: Facts | None = None
         self.engine_id = ""
@@ -169,6 +171,17 @@ class Backend:
         if len(self.ranks) != (coordinates.dp if coordinates.dp > 1 else 0):
             self.ranks = [0] * coordinates.dp if coordinates.dp > 1 else []
 
+    def remember(self, coordinates: Coordinates) -> None:
+        """A hand-off has told these coordinates: they hold until `forget_location`."""
+        if self._located is None:
+            self._located = self.coordinates
+        self.coordinates = coordinates
+
+    def forget_location(self) -> None:
+        """What answers here may be another engine by now: only what was set, or asked of the engine, still holds."""
+        if self._located is not None:
+            self.coordinates, self._located = self._located, None
+
     def mark_up(self) -> None:
         self.up = True
         self.reason = ""
@@ -178,6 +191,7 @@ class Backend:
         self.up = False
         self.reason = reason
         self.learn(None)
+        self.forget_location()
         self.give_up_waiting(reason)
 
     def give_up_waiting(self, reason: str) -> None:

@@ -203,6 +203,8 @@ class Prober:
             self._fleet.forget_idle()
             if not backend.up:
                 return
+            if called:
+                backend.forget_location()
             try:
                 async for attempt in AsyncRetrying(
                     retry=retry_if_exception_type(ProbeFailed),

@@ -38,7 +38,7 @@ from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
 from proxy.flow.encoders import Encoders
 from proxy.flow.first_token import FirstTokens
-from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try
+from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try, remember
 from proxy.flow.request import Request
 from proxy.flow.resumption import Resumption
 from proxy.handoff.body import Body
@@ -91,6 +91,7 @@ class Flow:
         self._connectors = {**connectors, UNKNOWN.name: UNKNOWN}
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._local_prefill = settings.fallback == "local_prefill"
+        self._reuse = settings.reuse_tokens
         self._turn = 0
         self._resumption = Resumption(settings)
         names = {group.connector for group in settings.all_groups()}
@@ -336,6 +337,7 @@ class Flow:
                 token_ids=request.token_ids,
                 facts=facts,
                 callbacks=self._callbacks,
+                reuse=self._reuse,
             )
             try:
                 if media:
@@ -344,7 +346,7 @@ class Flow:
                     with self._callbacks.expect(attempt.id, connector, decode.url) as call:
                         await self._together(attempt, prefill_lease, decode, lease, call)
                     return
-                if prefill_lease is not None and connector.order == "concurrent":
+                if prefill_lease is not None and attempt.plan.together:
                     await self._together(attempt, prefill_lease, decode, lease)
                     return
                 if prefill_lease is not None:
@@ -369,7 +371,7 @@ class Flow:
         """
         request, prefill, plan = attempt.request, prefill_lease.backend, attempt.plan
         assert plan.handoff is not None
-        limbo = attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan.connector))
+        limbo = attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
         request.record.stage = "prefill"
         prefilling = asyncio.create_task(
             self._prefill(attempt, prefill_lease)
@@ -384,6 +386,9 @@ class Flow:
                 if not request.client.started:
                     request.record.stage = "decode"
             await decoding
+        except BackendError:
+            prefill.forget_location()
+            raise
         finally:
             await _ended(decoding)
             unsent = call is not None and attempt.heard is None
@@ -506,13 +511,16 @@ class Flow:
             return
         if counted := read_usage(usage):
             record.cached_tokens = counted.cached_tokens
+            if not attempt.plan.connector.tells_cached and (details := counted.prompt_tokens_details) is not None:
+                attempt.cached = details.cached_tokens
         computed = max(1, request.prefill_tokens - record.cached_tokens)
         self._fleet.timed(backend, "prefill", record.prefill_seconds, computed)
         if attempt.limbo is not None:  # decode's leg is under way
             attempt.limbo.since = answered
             return
         if handoff is not None:
-            attempt.limbo = Limbo(self._fleet, backend, handoff, self._legs.bound(attempt.plan.connector))
+            remember(attempt, lease, handoff)
+            attempt.limbo = Limbo(self._fleet, backend, handoff, self._legs.bound(attempt.plan))
         if attempt.facts is not None:
             self._first_tokens.take(attempt, backend, answer)
         if handoff is None and not (attempt.first is not None and attempt.first.whole):
@@ -556,7 +564,10 @@ class Flow:
     def _other_decode(self, attempt: Try) -> Backend | None:
         """A decode backend that has not failed this request, and that the hand-off surely fits."""
         request, facts = attempt.request, attempt.facts if attempt.first is not None else None
-        if attempt.limbo is None or not attempt.plan.connector.transferable:
+        connector = attempt.plan.connector
+        if attempt.limbo is None or not connector.transferable:
+            return None
+        if connector.pairs_by_id and request.stored is not None:
             return None
         model = request.body.model
         candidates = self._may_read(

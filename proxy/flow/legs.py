@@ -38,7 +38,8 @@ from proxy.handoff.endpoints import LAYOUTS, Members
 from proxy.handoff.first_token import FirstToken
 from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, Plan
-from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff
+from proxy.handoff.reuse import reusable
+from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff, with_cached
 from proxy.relay.deadlines import Deadlines
 from proxy.relay.dialects import DIALECTS
 from proxy.relay.edit import Edit
@@ -104,6 +105,7 @@ class Try(msgspec.Struct):
         decode: the backend that the latter are of.
         first: that token, once prefill has given it and it is to be used.
         rest: the plan for what comes behind it.
+        cached: prefill's count of cached tokens, where decode is not told it and prefill has said one.
         runs_out: its prefill leg, where that goes on without it.
         heard: what decode's engine has called back with, for its prefill leg.
     """
@@ -116,6 +118,7 @@ class Try(msgspec.Struct):
     decode: Backend | None = None
     first: FirstToken | None = None
     rest: Plan | None = None
+    cached: int | None = None
     runs_out: asyncio.Task[None] | None = None
     alias: str = ""
     heard: Members | None = None
@@ -145,6 +148,10 @@ class Try(msgspec.Struct):
         """Whether the decode engine is surely the one that `facts` are of."""
         return self.facts is not None and self.decode is not None and self.decode.facts is self.facts[1]
 
+    def handed_over_cached(self) -> int | None:
+        """`cached`, where decode was handed anything."""
+        return None if self.limbo is None else self.cached
+
     def check(self) -> None:
         """Called with a connection at hand, just before a leg is written to it.
 
@@ -164,6 +171,7 @@ def new_try(
     token_ids: bool = False,
     facts: tuple[Facts, Facts] | None = None,
     callbacks: Callbacks | None = None,
+    reuse: bool = False,
 ) -> Try:
     """A try on a pair, or on one backend.
 
@@ -171,6 +179,7 @@ def new_try(
         prefill: the lease for the prefill leg, where there is one.
         token_ids: ask decode for the ids of the tokens.
         callbacks: where engines call back, for connectors by which they do.
+        reuse: decode may take the prompt's ids from prefill.
     """
     name, meeting = new_id(), None
     if prefill is not None and connector.called_back:
@@ -187,6 +196,7 @@ def new_try(
         token_ids=token_ids,
         first_token=facts is not None,
         answer_id=_answer_id(request, decode) if LAYOUTS[request.body.endpoint].id_member else "",
+        reuse=reuse and prefill is not None and connector.takes_ids and reusable(request.body),
     )
     alias = own if meeting is not None and meeting.id else ""
     return Try(request, plan, name, facts=facts, decode=decode, alias=alias)
@@ -197,6 +207,17 @@ def _answer_id(request: Request, decode: Backend) -> str:
     if request.stored is None:
         return new_id()
     return request.stored.name(new_id(), decode.url, request.record.client)
+
+
+def remember(attempt: Try, prefill: Lease, handoff: Handoff | None) -> None:
+    """Prefill has answered: keep what it says of its engine's coordinates, where the legs had need of it."""
+    plan = attempt.plan
+    if handoff is None or not plan.connector.meets or plan.handoff is not None:
+        return
+    backend = prefill.backend
+    located = plan.connector.remember(backend.coordinates, handoff, prefill.rank)
+    if located != backend.coordinates:
+        backend.remember(located)
 
 
 def leg_of(backend: Backend) -> LegName:
@@ -361,6 +382,9 @@ class Legs:
                 raise garbled from None
         if attempt.alias:
             answer = answer.replace(attempt.id.encode(), attempt.alias.encode())
+        if (cached := attempt.handed_over_cached()) is not None:
+            answer = with_cached(answer, cached)
+            parsed = _decode_answer(answer)
         self._fleet.succeeded(backend, leg)
         if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
             backend.reasons = True
@@ -383,6 +407,7 @@ class Legs:
             identity=request.transcript.identity if continuation is not None else attempt.identity,
             said=continuation.said if continuation is not None else 0,
             opens=continuation is None,
+            cached=None if attempt.plan.connector.tells_cached else attempt.handed_over_cached,
         )
 
         relay = StreamRelay(
@@ -411,7 +436,8 @@ class Legs:
             if usage := relay.usage:
                 record.tokens = edit.said + (usage.completion_tokens or relay.events)
                 record.prompt_tokens = max(0, (usage.prompt_tokens or 0) - edit.said)
-                record.cached_tokens = record.cached_tokens or usage.cached_tokens
+                if attempt.handed_over_cached() is None:
+                    record.cached_tokens = record.cached_tokens or usage.cached_tokens
         self._fleet.succeeded(backend, leg)
         if request.transcript.flaw == "reasoning":
             backend.reasons = True
@@ -508,9 +534,10 @@ class Legs:
             limbo.use = "reading"
         return connection
 
-    def bound(self, connector: Connector) -> float:
+    def bound(self, plan: Plan) -> float:
         """Seconds of age at which a hand-off is no longer sent."""
-        if connector.order == "concurrent" or connector.lease == inf:
+        connector = plan.connector
+        if plan.together or connector.lease == inf:
             return inf  # it is known before prefill's answer; it refers to nothing that prefill keeps
         return min(self._timeouts.handoff, connector.lease / 2)  # whatever was set: not in the lease's second half
 

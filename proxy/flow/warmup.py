@@ -24,7 +24,7 @@ from proxy.fleet.fleet import Fleet
 from proxy.fleet.notices import Notices
 from proxy.fleet.standing import LegName
 from proxy.flow.callbacks import Callbacks
-from proxy.flow.legs import Legs, Limbo, Try, new_try
+from proxy.flow.legs import Legs, Limbo, Try, new_try, remember
 from proxy.flow.request import Request, new_id
 from proxy.handoff.body import read_body
 from proxy.handoff.connector import Connector
@@ -193,14 +193,15 @@ class Warmup:
         connector = self._connectors[decode.connector]
         with Lease(decode, request.decode_tokens) as decode_lease, Lease(prefill, request.prefill_tokens) as lease:
             attempt = new_try(request, connector, lease, decode, callbacks=self._callbacks)
-            if connector.order == "concurrent":
+            if connector.called_back or attempt.plan.together:
                 await self._together(attempt, prefill, lease, decode, decode_lease)
                 return
             handoff, _ = attempt.plan.take(await self._legs.prefill(attempt, prefill, lease))
             lease.release()
             if handoff is None:
                 return  # such an engine hands nothing over, and has no hand to shake
-            attempt.limbo = Limbo(self._fleet, prefill, handoff, self._legs.bound(connector))
+            remember(attempt, lease, handoff)
+            attempt.limbo = Limbo(self._fleet, prefill, handoff, self._legs.bound(attempt.plan))
             try:
                 await self._legs.decode_whole(attempt, decode, decode_lease)
             finally:
@@ -212,7 +213,7 @@ class Warmup:
         """Both legs at once, or prefill's when decode's engine has called."""
         plan = attempt.plan
         assert plan.handoff is not None
-        attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan.connector))
+        attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
         waits = plan.connector.called_back
         called = self._callbacks.expect(attempt.id, plan.connector, decode.url) if waits else nullcontext()
         try:

@@ -25,10 +25,12 @@ class Handoff(msgspec.Struct, frozen=True):
         members: of its body, beside the client's; from prefill's answer they are checked, and word for word as they
             came.
         headers: whole lines.
+        prompt: ids of the prompt as prefill has tokenised it, `1,2,3`; empty where decode is to do that itself.
     """
 
     members: Members
     headers: bytes = b""
+    prompt: bytes = b""
 
 
 class Meeting(msgspec.Struct, frozen=True):
@@ -36,7 +38,8 @@ class Meeting(msgspec.Struct, frozen=True):
 
     Attributes:
         prefill: members of the prefill leg, beside those that `Connector.prefill` leaves.
-        handoff: what decode is told; None where that follows from prefill's answer.
+        handoff: what decode is told; None where that follows from prefill's answer. Such a try is sequential, whatever
+            the connector's order.
         id: the X-Request-Id of both legs, where the protocol gives it a form; else empty. It may name addresses, so
             clients are shown another in its place.
         notices: how many notices with the try's name prefill's ranks send, by which the KV cache has arrived at decode.
@@ -55,8 +58,8 @@ class PrefillAnswer(msgspec.Struct):
     content: msgspec.Raw = msgspec.Raw()
     output: msgspec.Raw = msgspec.Raw()
     kv_transfer_params: msgspec.Raw = msgspec.Raw()
-    usage: msgspec.Raw = msgspec.Raw()
     prompt_token_ids: msgspec.Raw = msgspec.Raw()
+    usage: msgspec.Raw = msgspec.Raw()
     prompt_token_ids_b64: msgspec.Raw = msgspec.Raw()
 
 
@@ -91,12 +94,17 @@ class Connector:
         lease: seconds for which prefill keeps the blocks for a decode that does not come; `inf` where it keeps none. A
             hand-off older than that gives silently wrong text, so the flow stays far below it.
         first_token: it is known that decode may go on behind the token that prefill has sampled, with the same blocks.
+        takes_ids: decode takes the prompt's ids from prefill's answer (`reuse.py`).
+        tells_cached: decode's usage has prefill's count of cached tokens, which the hand-off tells it. Where not, it
+            counts all that it was handed.
         continues: engines that speak it go on from token ids (`continuation.py`), so that streams can be resumed.
         plain_decode: a decode engine answers a request without hand-off right, from the prompt alone.
         plain_prefill: a prefill engine does.
         endpoints: those whose requests are split between prefill and decode; others are served whole.
         splits: reasons of `Body.alone` that are none here: its engines pair every part of such a request themselves.
         transferable: a hand-off that no decode engine has read may go to another than the one it was made for.
+        pairs_by_id: engines pair the legs by their request ids. Where such an id names the decode engine (a stored
+            response), that leg goes to no other.
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
         refused_release: engines refuse its `release` leg for what that says of tokens, and need not know the prompt.
         port: of `Coordinates`, where none is set.
@@ -116,12 +124,15 @@ class Connector:
     meets: ClassVar[bool] = False
     lease: ClassVar[float] = inf
     first_token: ClassVar[bool] = False
+    takes_ids: ClassVar[bool] = False
+    tells_cached: ClassVar[bool] = False
     continues: ClassVar[bool] = True
     plain_decode: ClassVar[bool] = True
     plain_prefill: ClassVar[bool] = True
     endpoints: ClassVar[frozenset[Endpoint]] = frozenset(LAYOUTS)
     splits: ClassVar[frozenset[str]] = frozenset()
     transferable: ClassVar[bool] = True
+    pairs_by_id: ClassVar[bool] = False
     prefill_may_be_cut: ClassVar[bool] = True
     refused_release: ClassVar[bool] = False
     port: ClassVar[int] = 0
@@ -147,6 +158,11 @@ class Connector:
             rank: the data-parallel rank of prefill that the leg is sent to, or None where there is but one.
         """
         raise NotImplementedError
+
+    def remember(self, coordinates: Coordinates, handoff: Handoff, rank: int | None) -> Coordinates:
+        """Prefill's coordinates with what its answer says of them, where a meeting could not say the hand-off; as they
+        are where that is nothing. They hold until there is cause to think that the engine is another."""
+        return coordinates
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         """What decode is told, from prefill's answer; None when that says nothing. Only of sequential connectors, and

@@ -29,6 +29,8 @@ UNTRIED = "endpoint"
 """The reason for which nothing is continued on endpoints that take no tokens of an answer."""
 _UNTRIED = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not layout.resumable)
 
+_DIGITS = b"0123456789, \t\r\n"
+
 _read_number = msgspec.json.Decoder(float).decode
 
 
@@ -59,11 +61,16 @@ class Continuation(msgspec.Struct, frozen=True):
 
     def in_params(self, members: Members) -> Members:
         """A chat leg's members with the prompt's ids among its `kv_transfer_params`."""
-        params = bytes(members.get("kv_transfer_params", msgspec.Raw(b"{}"))).strip()
-        rest = params[1:].lstrip()
-        comma = b"" if rest.startswith(b"}") else b","
-        with_ids = b'{"prompt_token_ids":[%b]%b%b' % (self.ids, comma, rest)
-        return {**members, "kv_transfer_params": msgspec.Raw(with_ids)}
+        return with_prompt_ids(members, self.ids)
+
+
+def with_prompt_ids(members: Members, ids: bytes) -> Members:
+    """A chat leg's members with these ids, `1,2,3`, as its prompt, in place of template and tokenizer."""
+    params = bytes(members.get("kv_transfer_params", msgspec.Raw(b"{}"))).strip()
+    rest = params[1:].lstrip()
+    comma = b"" if rest.startswith(b"}") else b","
+    with_ids = b'{"prompt_token_ids":[%b]%b%b' % (ids, comma, rest)
+    return {**members, "kv_transfer_params": msgspec.Raw(with_ids)}
 
 
 def inexact(body: Body) -> str:
@@ -116,9 +123,17 @@ def has_tools(body: Body) -> bool:
 
 def has_media(body: Body) -> bool:
     """Whether a chat has more than text in it: engines ignore the prompt's ids then."""
-    messages = body.members.get("messages")
-    return messages is not None and _MEDIA.search(bytes(messages)) is not None
+    messages = bytes(body.members.get("messages", b""))
+    # `find` first: on a message without parts it takes a fraction of the pattern's time.
+    return messages.find(b'"type"') >= 0 and _MEDIA.search(messages) is not None
 
 
 def _is_zero_seed(members: Members) -> bool:
     return bytes(members.get("seed", b"")) == b"0"
+
+
+def inner_ids(raw: msgspec.Raw) -> bytes:
+    """The ids of a JSON list without its brackets; nothing for what is no list of ids."""
+    ids = bytes(raw)
+    inner = ids[1:-1] if ids.startswith(b"[") else b""
+    return b"" if inner.translate(None, _DIGITS) else inner

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from proxy.handoff.body import Body
-from proxy.handoff.continuation import UNTRIED, has_media, has_tools, inexact
+from proxy.handoff.continuation import UNTRIED, has_media, has_tools, inexact, inner_ids
 from proxy.handoff.endpoints import Members
 
 # Members that an engine's decode leg would judge and prefill's does not carry: a refusal after the first token would
@@ -34,7 +34,6 @@ _MARKUP = ("<", "[", "\u25c1")
 _ONE = msgspec.Raw(b"1")
 _FALSE = msgspec.Raw(b"false")
 _TRUE = msgspec.Raw(b"true")
-_DIGITS = b"0123456789, \t\r\n"
 _RANK = re.compile(r"_dp\d+$")
 
 _read_options = msgspec.json.Decoder(dict[str, bool | None] | None).decode
@@ -160,7 +159,7 @@ def read(answer: bytes, body: Body, *, block_size: int, context: int, limit: int
     if len(choices) != 1:
         return "unreadable"
     choice = choices[0]
-    prompt = _ids(members.get("prompt_token_ids", choice.prompt_token_ids))
+    prompt = inner_ids(members.get("prompt_token_ids", choice.prompt_token_ids))
     if not prompt or choice.token_ids is None or len(choice.token_ids) != 1:
         return "no_token_ids"
     if len(prompt) > limit:
@@ -207,10 +206,3 @@ def _unsafe(params: msgspec.Raw, members: Members, tokens: int, body: Body, bloc
     if tokens + (body.max_tokens or 2) > context:
         return "context"  # decode would refuse it
     return ""
-
-
-def _ids(raw: msgspec.Raw) -> bytes:
-    """The ids of a JSON list without its brackets; nothing for what is no list of ids."""
-    ids = bytes(raw)
-    inner = ids[1:-1] if ids.startswith(b"[") else b""
-    return b"" if inner.translate(None, _DIGITS) else inner

@@ -37,6 +37,7 @@ class MooncakeAscend(Connector):
 
     name = "mooncake_ascend"
     marks = frozenset({"MooncakeConnectorV1", "MooncakeHybridConnector"})
+    pairs_by_id = True  # before remote_request_id
     lease = 480.0  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
     # `first_token` stays off: it keeps no blocks of a request that ended by itself; the rest has not been tried.
     # `refused_release` too: its release is served, since decode reads the blocks, so the prompt must be theirs.

@@ -44,6 +44,8 @@ class Nixl(Connector):
     marks = frozenset({"NixlConnector", "NixlPullConnector", "vllm:nixl_"})
     first_token = True  # it keeps the blocks however prefill's request ended, and reads them by position
     refused_release = True
+    takes_ids = True
+    tells_cached = True  # remote_prefill_cached_tokens
     port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:

@@ -15,6 +15,7 @@ from proxy.handoff.connector import Connector, Handoff, Meeting, read_answer
 from proxy.handoff.continuation import Continuation
 from proxy.handoff.endpoints import LAYOUTS, Members
 from proxy.handoff.first_token import FirstToken
+from proxy.handoff.reuse import prompt_of, with_prompt
 
 _encode = msgspec.json.Encoder().encode
 _LONG = 4096  # tokens, estimated
@@ -43,6 +44,7 @@ class Plan:
         token_ids: ask decode for the ids of the tokens, so that the answer can be continued.
         first_token: have prefill sample the client's first token.
         answer_id: what engines are to call their answer, less its prefix, where they are told.
+        reuse: have decode take the prompt's ids from prefill's answer.
     Attributes:
         handoff: the hand-off, where it is known before prefill's answer.
         encoded: what the engine that computes the prompt is told of media that were encoded elsewhere (`encoder.py`).
@@ -55,6 +57,7 @@ class Plan:
         "_layout",
         "_meeting",
         "_members",
+        "_reuse",
         "_token_ids",
         "answer_id",
         "connector",
@@ -72,6 +75,7 @@ class Plan:
         token_ids: bool = False,
         first_token: bool = False,
         answer_id: str = "",
+        reuse: bool = False,
     ) -> None:
         self._body = body
         self.connector = connector
@@ -81,6 +85,7 @@ class Plan:
         self._first_token = first_token
         self.answer_id = answer_id
         self._layout = LAYOUTS[body.endpoint]
+        self._reuse = reuse and continuation is None  # a continuation has ids of its own
         self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
         self.handoff = None if meeting is None else meeting.handoff
         self.encoded: Members | None = None
@@ -100,6 +105,8 @@ class Plan:
             members.update(self.encoded)
         if (own_words := self._layout.own_words) is not None:
             members = own_words(members)
+        if self._reuse:
+            members["return_token_ids"] = _TRUE
         return self._leg(members)
 
     def behind(self, first: FirstToken) -> Plan:
@@ -111,6 +118,11 @@ class Plan:
     def notices(self) -> int:
         """How many notices of prefill must be here before decode may begin."""
         return 0 if self._meeting is None else self._meeting.notices
+
+    @property
+    def together(self) -> bool:
+        """Both legs are sent at once."""
+        return self.connector.order == "concurrent" and self.handoff is not None
 
     @property
     def continuation(self) -> Continuation | None:
@@ -125,7 +137,10 @@ class Plan:
             HandoffInvalid: what it says would harm decode.
         """
         parsed = read_answer(answer, self._layout.answer)
-        return self.handoff or self.connector.take(parsed), parsed.usage
+        handoff = self.handoff or self.connector.take(parsed)
+        if self._reuse and handoff is not None and (ids := prompt_of(parsed, self._body)):
+            handoff = Handoff(handoff.members, handoff.headers, ids)
+        return handoff, parsed.usage
 
     def decode_leg(self, handoff: Handoff | None) -> Leg:
         """The decode leg; without a hand-off the backend computes the prompt itself."""
@@ -137,6 +152,8 @@ class Plan:
         else:
             members = self.connector.decode(self._members, handoff)
             headers = handoff.headers
+            if handoff.prompt and self._continuation is None:
+                members = with_prompt(members, self._body.endpoint, handoff.prompt)
         if self._token_ids:
             members["return_token_ids"] = _TRUE
         if self._body.stream and not self._body.wants_usage:

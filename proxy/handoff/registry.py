@@ -9,8 +9,11 @@ from proxy.handoff.mooncake import Mooncake
 from proxy.handoff.mooncake_ascend import MooncakeAscend
 from proxy.handoff.moriio import MoRIIORead, MoRIIOWrite
 from proxy.handoff.nixl import Nixl
+from proxy.handoff.nixl_push import NixlPush
+from proxy.handoff.offload_p2p import OffloadP2P
 from proxy.handoff.p2p_nccl import P2pNccl
 from proxy.handoff.sglang import SGLang
+from proxy.handoff.shared_cache import SharedCache
 from proxy.handoff.tensorrt_llm import TensorRTLLM
 
 _ALL: tuple[Connector, ...] = (
@@ -24,6 +27,9 @@ _ALL: tuple[Connector, ...] = (
     P2pNccl(),
     SGLang(),
     TensorRTLLM(),
+    NixlPush(),
+    OffloadP2P(),
+    SharedCache(),
 )
 CONNECTORS = {connector.name: connector for connector in _ALL}
 

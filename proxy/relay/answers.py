@@ -27,6 +27,9 @@ _ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_choices = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw] | None).decode
+_encode = msgspec.json.Encoder().encode
+_NULL = msgspec.Raw(b"null")
 
 
 class CachedDetails(msgspec.Struct):
@@ -68,6 +71,24 @@ def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
     return usage
 
 
+def with_cached(body: bytes, cached: int) -> bytes:
+    """An answer, or a payload of one, whose usage says that so many tokens of its prompt were cached; one without usage
+    as it is.
+
+    A decode engine counts what it was handed as cached, where it is not told how much of that prefill had to compute.
+    """
+    try:
+        members = _decode_members(body)
+        usage = _decode_members(members["usage"])
+        details = _decode_object(usage.get("prompt_tokens_details", _NULL)) or {}
+        most = msgspec.json.decode(usage["prompt_tokens"], type=int)
+    except (msgspec.MsgspecError, KeyError):
+        return body
+    details = {**details, "cached_tokens": msgspec.Raw(b"%d" % min(cached, most))}
+    members["usage"] = msgspec.Raw(_encode({**usage, "prompt_tokens_details": details}))
+    return _encode(members)
+
+
 def strip_handoff(body: bytes) -> bytes:
     """A JSON object without the hand-off's members; other bytes as they are."""
     in_choices = _IN_CHOICES_MARK in body
@@ -83,8 +104,8 @@ def strip_handoff(body: bytes) -> bytes:
     for choice in choices:
         choice.pop(_IN_CHOICES, None)
     if choices:
-        members["choices"] = msgspec.Raw(msgspec.json.encode(choices))
-    return msgspec.json.encode(members)
+        members["choices"] = msgspec.Raw(_encode(choices))
+    return _encode(members)
 
 
 def engine_error(url: str, status: int, headers: dict[bytes, bytes], body: bytes) -> BackendAnswered:

@@ -6,11 +6,12 @@ is made of several legs, the later ones take on the first one's identity and its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from proxy.relay.answers import HANDOFF_FIELDS
+from proxy.relay.answers import HANDOFF_FIELDS, with_cached
 
 _Members = dict[str, msgspec.Raw]
 
@@ -35,12 +36,15 @@ class Edit(msgspec.Struct, frozen=True):
         identity: members that every event of the answer has, when this leg goes on with an answer that has begun.
         said: completion tokens of that answer before this leg, which this leg took for a part of its prompt.
         opens: the answer begins with this leg; `identity` is only to hide the engine's own.
+        cached: asked at the end: how many tokens of the prompt were cached, where its engine cannot know; None then
+            where nobody can.
     """
 
     hide_ids: bool = False
     identity: dict[str, msgspec.Raw] | None = None
     said: int = 0
     opens: bool = False
+    cached: Callable[[], int | None] | None = None
 
     @property
     def idle(self) -> bool:
@@ -89,6 +93,13 @@ class Edit(msgspec.Struct, frozen=True):
         if usage:
             members["usage"] = msgspec.Raw(_encode(self.merge(usage)))
         return b"data: %b\n\n" % _encode(members)
+
+    def closing(self, event: bytes, payload: bytes) -> bytes:
+        """As `event`, for one without choices: the usage of the whole answer."""
+        if self.cached is not None and (cached := self.cached()) is not None:
+            payload = with_cached(payload, cached)
+            event = b"data: %b\n\n" % payload
+        return self.event(event, payload)
 
     def head(self, event: bytes, length: int) -> bytes:
         """The first bytes of an event of the engine's as they are for the client, where all behind them stays as it is;

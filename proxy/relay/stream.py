@@ -496,7 +496,7 @@ class StreamRelay:
                 if not choices and self._drop_usage:
                     continue
             if not choices:
-                kept.append(edit.event(event, payload))
+                kept.append(edit.closing(event, payload))
                 continue
             choice = choices[0]
             delta = choice.delta

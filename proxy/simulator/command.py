@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--proxy", default="", help="host:port of the gateway's ZeroMQ socket (as pd_proxy_host, proxy_ip)")
     add("--register-every", type=float, default=default.register_every, help="seconds (%(default)s)")
     add("--tp", type=int, default=default.tp, help="tensor-parallel ranks that a connector tells of (%(default)s)")
+    add("--shared-path", default=default.shared_path, help="the folder that engines with shared_cache share")
     policies = ("fail", "recompute")
     add("--load-failure-policy", choices=policies, default=default.load_failure_policy, help="(%(default)s)")
     add("--preemption", choices=("recompute", "report"), default=default.preemption, help="(%(default)s)")
@@ -112,6 +113,7 @@ def config_from(args: argparse.Namespace) -> SimulatorConfig:
         encoder_connector=args.encoder_connector,
         encoder_storage=args.encoder_storage,
         encode_time=args.encode_time,
+        shared_path=args.shared_path,
         load_failure_policy=args.load_failure_policy,
         preemption=args.preemption,
         stale_reads=args.stale_reads,

@@ -23,6 +23,9 @@ Connector = Literal[
     "p2p_nccl",
     "sglang",
     "tensorrt_llm",
+    "nixl_push",
+    "offload_p2p",
+    "shared_cache",
     "none",
 ]
 
@@ -39,6 +42,9 @@ DEFAULT_LEASE = {
     "p2p_nccl": 60.0,  # it has none: for as long decode waits
     "sglang": 300.0,
     "tensorrt_llm": 60.0,
+    "nixl_push": 30.0,
+    "offload_p2p": 60.0,
+    "shared_cache": 0.0,
     "none": 0.0,
 }
 
@@ -78,6 +84,7 @@ class SimulatorConfig:
     encoder_connector: EncoderConnector = "none"
     encoder_storage: str = ""  # where encoders of kind example leave what they made: shared_storage_path
     encode_time: float = 0.0  # seconds that a medium takes
+    shared_path: str = ""  # the folder of shared_cache
     load_failure_policy: Literal["fail", "recompute"] = "fail"  # vLLM's default
     preemption: Literal["recompute", "report"] = "recompute"  # report: vllm-ascend's stop_reason "recomputed"
     stale_reads: Literal["wrong", "memory"] = "wrong"  # memory: wrong only once the blocks were really used again
@@ -117,6 +124,8 @@ class SimulatorConfig:
             raise ValueError(f"eos_rate must be in [0, 1), got {self.eos_rate}")
         if self.lease is not None and self.lease <= 0:
             raise ValueError(f"lease must be positive, got {self.lease}")
+        if self.connector == "shared_cache" and not self.shared_path:
+            raise ValueError("shared_cache needs shared_path, the folder that its engines share")
 
     @property
     def context(self) -> int:

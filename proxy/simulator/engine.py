@@ -405,6 +405,7 @@ class Engine:
 
     def _first_token(self, sequence: Sequence, now: float) -> None:
         stats = self.stats
+        self.side.computed(sequence)
         sequence.first_token_at = now
         stats.time_to_first_token.observe(now - sequence.arrived)
         stats.prompt_tokens += sequence.prompt_length
@@ -517,14 +518,15 @@ class Engine:
             self._wake.set()
             self._changed()
         elif contents is not None:
-            self.stats.pulls += 1
+            fetched = min(len(contents) * self.config.block_size, tokens)
+            self.stats.pulls += bool(contents)
             self.stats.transfer_time.observe(loop.time() - began)
-            self.stats.external_hits += tokens
-            sequence.external = tokens
+            self.stats.external_hits += fetched
+            sequence.external = fetched
             self._store(sequence, sequence.cached // self.config.block_size, contents)
-            sequence.prefill_left = 1
+            sequence.prefill_left = max(1, tokens - fetched)
             self.admit(sequence)
-        elif self.config.load_failure_policy == "recompute":
+        elif self.side.recomputes or self.config.load_failure_policy == "recompute":
             self.admit(sequence)
         else:
             self.fail(sequence)

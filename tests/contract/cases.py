@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 
 from proxy.simulator import Simulator
 from tests.support import Running, running_gateway, simulators
+
+_FOLDERS = tempfile.TemporaryDirectory(prefix="pd-proxy-shared-")  # gone when the process ends
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Case:
         name: as in the settings.
         engine: settings of its simulated engines.
         settings: of the gateway.
+        shared: its engines share a folder.
         located: the gateway must be told the port of a prefill engine's side of the hand-off.
         written_to: the gateway must be told the ports at which a decode engine is written to.
         hears: the setting of the address at which the gateway hears its engines, where they tell it something.
@@ -34,6 +38,7 @@ class Case:
     written_to: bool = False
     hears: str = ""
     spared: tuple[str, ...] = ()
+    shared: bool = False
 
     def gateway(self, engines: Iterable[Simulator]) -> dict[str, Any]:
         """The settings of a gateway before `engines`."""
@@ -60,6 +65,8 @@ class Case:
     def engines(self) -> Iterator[dict[str, Any]]:
         """The settings of its engines. An address at which a gateway is to hear them stays reserved for it."""
         told = {"connector": self.name, **self.engine}
+        if self.shared:
+            told["shared_path"] = tempfile.mkdtemp(dir=_FOLDERS.name)
         if not self.hears:
             yield told
             return
@@ -80,6 +87,9 @@ CASES = [
     Case("p2p_nccl", hears="registrations"),
     Case("sglang"),
     Case("tensorrt_llm", spared=("recomputed",)),
+    Case("nixl_push"),
+    Case("offload_p2p", located=True),
+    Case("shared_cache", shared=True),
 ]
 IDS = [case.name for case in CASES]
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 
 from proxy.handoff.registry import CONNECTORS
@@ -154,6 +155,40 @@ async def test_a_client_that_leaves_leaves_nothing_behind(case: Case, stage: str
         for one in (p, d):
             await one.wait_for(lambda one=one: not one.engine.running and not one.engine.waiting, 5)  # type: ignore[misc]
             await one.wait_for(lambda one=one: one.engine.used_blocks == 0, 5)  # type: ignore[misc]
+
+
+@EVERY
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("primed", [True, False], ids=["half in prefill's cache", "nothing in it"])
+async def test_a_client_is_told_what_prefill_had_in_its_cache(case: Case, stream: bool, primed: bool) -> None:
+    beginning = "the first half of a prompt that prefill has seen before, and decode never has; " * 2
+    if primed and not CONNECTORS[case.name].plain_prefill:
+        pytest.skip("its prefill engines answer nobody but a gateway")
+    async with fleet(case) as (running, [p], [d]):
+        if primed:
+            async with httpx.AsyncClient(base_url=p.url) as straight:
+                await straight.post(PATHS["completions"], json=completion(beginning, max_tokens=1))
+            p.requests.clear()
+        usage = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        prompt = beginning + "and the other half, which is new to both of them. " * 3
+        answer = await running.http.post(PATHS["completions"], json=completion(prompt, ignore_eos=True, **usage))
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        told = events[-1]["usage"] if stream else answer.json()["usage"]
+        cached = told["prompt_tokens_details"]["cached_tokens"]
+        assert (0 < cached < told["prompt_tokens"] * 0.7) if primed else cached == 0
+        assert p.engine.stats.prefix_hits == cached
+        assert d.engine.stats.pulls == 1
+        assert told["total_tokens"] == told["prompt_tokens"] + told["completion_tokens"]
+
+
+@EVERY
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_where_prefill_does_not_say_decodes_usage_stays(case: Case, stream: bool) -> None:
+    async with fleet(case, engine={"prompt_tokens_details": False}) as (running, _, _):
+        usage = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        answer = await running.http.post(PATHS["completions"], json=completion(**usage))
+        assert answer.status_code == 200
+        assert "cached_tokens" not in answer.text
 
 
 @EVERY

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import BackendError, BackendLost
 from proxy.fleet.backend import Backend, Lease
+from proxy.handoff.coordinates import Coordinates
 
 URL = "http://b:80"
 
@@ -145,3 +146,19 @@ def test_what_is_not_known_of_its_models_is_not_held_against_a_backend(
     backend = Backend(URL, "decode")
     backend.models = models
     assert backend.serves(asked) is serves
+
+
+def test_what_a_hand_off_told_of_coordinates_holds_until_there_is_cause_to_doubt_it() -> None:
+    backend = Backend(URL, "prefill")
+    configured = Coordinates(host="a", port=1)
+    backend.locate(configured)
+    for port in (2, 3):
+        backend.remember(Coordinates(host="b", port=port, engine_ids=("e",)))
+        assert backend.coordinates.port == port
+    backend.forget_location()
+    assert backend.coordinates == configured
+    backend.forget_location()
+    assert backend.coordinates == configured
+    backend.remember(Coordinates(host="b", port=2))
+    backend.mark_down("/health answered 503")
+    assert backend.coordinates == configured

@@ -285,7 +285,7 @@ async def test_what_is_not_known_to_be_exact_is_left_to_decode(
         await until(running.idle)
         assert d.engine.dead is None and p.engine.dead is None
         if why not in ("context",):
-            assert all(r.body.get("return_token_ids") is None for r in p.requests if r.leg == "prefill")
+            assert all(r.body.get("ignore_eos") is True for r in p.requests if r.leg == "prefill")
 
 
 @pytest.mark.parametrize("more", [{"n": 2, "temperature": 1}, {"echo": True}], ids=str)

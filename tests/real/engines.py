@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -137,7 +137,9 @@ def group_members(group_id: int) -> dict[int, int]:
     return members
 
 
-def command_line(python: Path, model: Path, port: int, role: Role) -> list[str]:
+def command_line(
+    python: Path, model: Path, port: int, role: Role, config: Callable[[Role], dict[str, object]]
+) -> list[str]:
     # Not `vllm serve`: the console script looks up a distribution named vllm, and the CPU build has another name.
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
@@ -147,7 +149,7 @@ def command_line(python: Path, model: Path, port: int, role: Role) -> list[str]:
     command += ["--dtype", "float32", "--enforce-eager"]
     command += ["--enable-scale-out"]
     if role is not Role.SINGLE:
-        command += ["--kv-transfer-config", json.dumps(transfer_config(role))]
+        command += ["--kv-transfer-config", json.dumps(config(role))]
     return command
 
 
@@ -174,13 +176,23 @@ def environment(role: Role) -> dict[str, str]:
 
 
 @contextmanager
-def running(python: Path, model: Path, roles: Sequence[Role], logs: Path) -> Iterator[list[Engine]]:
+def running(
+    python: Path,
+    model: Path,
+    roles: Sequence[Role],
+    logs: Path,
+    *,
+    config: Callable[[Role], dict[str, object]] = transfer_config,
+    more_environment: Mapping[str, str] | None = None,
+) -> Iterator[list[Engine]]:
     """Start one engine a role, all at once, and give them in that order when all are healthy.
 
     Args:
         python: interpreter of the virtual environment that install.sh made.
         model: directory that tiny_model.py made.
         logs: existing directory for one log an engine.
+        config: the `--kv-transfer-config` of an engine with a role.
+        more_environment: variables beside the usual ones, or other than they.
 
     Raises:
         RuntimeError: an engine ended while it started; the message holds the end of its log.
@@ -191,7 +203,8 @@ def running(python: Path, model: Path, roles: Sequence[Role], logs: Path) -> Ite
         for number, role in enumerate(roles, 1):
             port = free_port()
             log = logs / f"{number}-{role.name.lower()}.log"
-            group = Group(command_line(python, model, port, role), log, environment(role))
+            variables = environment(role) | dict(more_environment or {})
+            group = Group(command_line(python, model, port, role, config), log, variables)
             stack.enter_context(ended(group))
             engines.append(Engine(role, f"http://127.0.0.1:{port}", group))
         for engine in engines:

@@ -6,9 +6,12 @@ from proxy.simulator.connectors.ascend_layerwise import AscendLayerwise
 from proxy.simulator.connectors.lmcache_pd import LMCachePD
 from proxy.simulator.connectors.mooncake import Mooncake
 from proxy.simulator.connectors.moriio import MoRIIORead, MoRIIOWrite
+from proxy.simulator.connectors.nixl_push import NixlPush
+from proxy.simulator.connectors.offload_p2p import OffloadP2P
 from proxy.simulator.connectors.p2p_nccl import P2pNccl
 from proxy.simulator.connectors.pull import MooncakeAscend, Nixl
 from proxy.simulator.connectors.sglang import SGLang
+from proxy.simulator.connectors.shared_cache import SharedCache
 from proxy.simulator.connectors.side import Side
 from proxy.simulator.connectors.tensorrt_llm import TensorRTLLM
 
@@ -23,5 +26,8 @@ SIDES: dict[str, type[Side]] = {
     "p2p_nccl": P2pNccl,
     "sglang": SGLang,
     "tensorrt_llm": TensorRTLLM,
+    "nixl_push": NixlPush,
+    "offload_p2p": OffloadP2P,
+    "shared_cache": SharedCache,
     "none": Side,
 }

@@ -47,9 +47,11 @@ class Side:
     """No connector: every request is the engine's own. The base of all others.
 
     ``kept_after``: the finish reasons after which blocks are kept for decode.
+    ``recomputes``: what cannot be fetched is computed, whatever the load failure policy.
     """
 
     kept_after: ClassVar[tuple[str, ...]] = ()
+    recomputes: ClassVar[bool] = False
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -85,6 +87,9 @@ class Side:
         """Say in a whole answer what was kept, where the engine says it elsewhere than in ``kv_transfer_params``."""
 
     # Prefill
+
+    def computed(self, sequence: Sequence) -> None:
+        """A sequence's prompt is computed, and its blocks are full."""
 
     def key(self, sequence: Sequence) -> str:
         """The name under which a sequence's blocks are kept."""

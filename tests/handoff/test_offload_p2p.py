@@ -1,0 +1,40 @@
+"""The P2P tier: one name on both legs, in the sub-dictionary that is named for the other side."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.handoff.body import read_body
+from proxy.handoff.coordinates import Coordinates
+from proxy.handoff.offload_p2p import OffloadP2P
+from proxy.handoff.plan import Plan
+from tests.handoff.test_plan import said
+
+P2P = OffloadP2P()
+NAME = "0f" * 16
+HERE = Coordinates(host="10.0.0.1", port=5710, dp=4)
+
+
+@pytest.mark.parametrize("rank", [None, 0, 3])
+def test_each_leg_is_told_the_name_and_decode_the_port_of_prefills_rank(rank: int | None) -> None:
+    body = read_body(b'{"prompt":"a","max_tokens":9}', "completions")
+    made = Plan(body, P2P, meeting=P2P.meet(HERE, Coordinates(), NAME, rank))
+    assert (
+        not made.together
+    )  # nothing keeps decode from coming first, but it would wait for blocks that it could compute
+    assert said(made.prefill_leg())["kv_transfer_params"] == {"remote_decoder": {"kv_request_id": f"kv-{NAME}"}}
+    handoff, _ = made.take(b'{"choices":[],"kv_transfer_params":null}')
+    assert said(made.decode_leg(handoff))["kv_transfer_params"] == {
+        "remote_prefiller": {
+            "kv_request_id": f"kv-{NAME}",
+            "remote_host": "10.0.0.1",
+            "remote_port": 5710 + (rank or 0),
+        }
+    }
+    assert handoff is not None
+    assert made.release_leg(handoff, sent=False) is None
+
+
+def test_two_tries_have_two_names() -> None:
+    one, two = (P2P.meet(HERE, HERE, name * 16, None).prefill["kv_transfer_params"] for name in ("0a", "0b"))
+    assert bytes(one) != bytes(two)

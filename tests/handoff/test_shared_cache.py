@@ -1,0 +1,35 @@
+"""Shared caches: the legs are told nothing of each other."""
+
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+
+from proxy.handoff.body import read_body
+from proxy.handoff.connector import read_answer
+from proxy.handoff.plan import Plan
+from proxy.handoff.shared_cache import SharedCache
+from tests.handoff.test_plan import PARAMS, answer, said
+
+SHARED = SharedCache()
+BODY = b'{"prompt":"a","max_tokens":9,"stream":true,"stream_options":{"include_usage":true}}'
+
+
+@pytest.mark.parametrize("params", [None, {}, PARAMS, {"num_lmcache_cached_tokens": 3}])
+def test_decode_has_the_clients_own_request_whatever_prefill_says(params: object) -> None:
+    made = Plan(read_body(BODY, "completions"), SHARED)
+    prefill = said(made.prefill_leg())
+    assert (prefill["max_tokens"], prefill["stream"]) == (1, False)
+    assert "kv_transfer_params" not in prefill
+    handoff, _ = made.take(answer(params))
+    assert handoff is not None
+    assert made.decode_leg(handoff).body == made.decode_leg(None).body
+
+
+def test_nothing_is_held_so_nothing_is_freed() -> None:
+    made = Plan(read_body(BODY, "completions"), SHARED)
+    handoff = SHARED.take(read_answer(b'{"choices":[]}'))
+    assert handoff is not None
+    assert SHARED.lease == inf
+    assert made.release_leg(handoff, sent=False) is None
