@@ -33,7 +33,6 @@ from proxy.errors import (
 from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
-from proxy.fleet.pairing import same_weights
 from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
 from proxy.flow.encoders import Encoders
@@ -244,8 +243,9 @@ class Flow:
         view = View(prefill=prefill, decode=decode, mixed=mixed, configured=configured, pairs=pairs, plain=plain)
         if request.pinned:
             view = _only(view, request.pinned)
-        alone = alone or self._unpinnable(body, view)
-        if not alone and (view.mixed or view.plain is None or view.plain):
+        if not alone and body.endpoint in _NAMED_IN_BODY:
+            alone = self._unpinnable(view)
+        if record.retries and not alone and (view.mixed or view.plain is None or view.plain):
             alone = self._given_up_handoff(request)
         self._turn += 1
         try:
@@ -278,33 +278,12 @@ class Flow:
         connector = self._connectors[backend.connector]
         return body.endpoint in connector.endpoints and (not body.alone or body.alone in connector.splits)
 
-    def _unpinnable(self, body: Body, view: View[Backend]) -> str:
-        """Why the legs of this request would not find each other, or an empty string: there are several ranks for
-        prefill's, and its engine does not read here which one it is for."""
-        if LAYOUTS[body.endpoint].id_member and any(
-            backend.ranks and self._connectors[backend.connector].meets for backend in view.prefill
-        ):
+    def _unpinnable(self, view: View[Backend]) -> str:
+        """Why the legs of a request that has its id in its body would not find each other, or an empty string: there
+        are several ranks for prefill's, and its engine does not read here which one it is for."""
+        if any(backend.ranks and self._connectors[backend.connector].meets for backend in view.prefill):
             return "data_parallel"
         return ""
-
-    def _fitting(self, request: Request, *pools: list[Backend]) -> tuple[list[Backend], ...]:
-        """Of the prefill, decode and mixed backends that may be given a request, those that fit it and each other,
-        where not every pair is as good as any other."""
-        prefill, decode, mixed = pools
-        fleet, model = self._fleet, request.body.model
-        pairs = fleet.pairer(model)
-        if pairs is not None and fleet.bounded and not any(pairs(p, d) for d in decode for p in prefill):
-            # Those with room may be of different groups; a full pair is better than none.
-            prefill, decode = fleet.candidates("prefill", model), fleet.candidates("decode", model)
-        if request.continuation is None:
-            return prefill, decode, mixed
-        return self._same(request, prefill), self._same(request, decode), self._same(request, mixed)
-
-    @staticmethod
-    def _same(request: Request, backends: list[Backend]) -> list[Backend]:
-        """Those of some backends that may go on with an answer which another began: they have the same weights, and so
-        the same tokenizer."""
-        return [backend for backend in backends if same_weights(request.cards, backend.models, request.body.model)]
 
     def _given_up_handoff(self, request: Request) -> str:
         """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
@@ -596,6 +575,7 @@ class Flow:
 
 
 _NOBODY = nullcontext(None)
+_NAMED_IN_BODY = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if layout.id_member)
 
 
 def _lease(prefill: Backend | None, request: Request) -> AbstractContextManager[Lease | None]:

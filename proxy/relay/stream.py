@@ -446,8 +446,10 @@ class StreamRelay:
                 if count == 1:
                     passage.pattern = block
                 return block, count
+        if not live and len(block) <= _LARGE:
+            return self._inspect(events.read(block), last)
         shown, count, rest = b"", 0, block
-        if not live and len(block) > _LARGE:
+        if not live:
             # An answer that begins with many events at once: its first ones show what the others are like.
             rest = block.split(b"\n\n", _FEW)[-1]
             shown, count = self._inspect(events.read(block[: len(block) - len(rest)]), False)
