@@ -33,6 +33,7 @@ from proxy.errors import (
 from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.pairing import same_weights
 from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
 from proxy.flow.encoders import Encoders
@@ -284,6 +285,25 @@ class Flow:
         if any(backend.ranks and self._connectors[backend.connector].meets for backend in view.prefill):
             return "data_parallel"
         return ""
+
+    def _fitting(self, request: Request, *pools: list[Backend]) -> tuple[list[Backend], ...]:
+        """Of the prefill, decode and mixed backends that may be given a request, those that fit it and each other,
+        where not every pair is as good as any other."""
+        prefill, decode, mixed = pools
+        fleet, model = self._fleet, request.body.model
+        pairs = fleet.pairer(model)
+        if pairs is not None and fleet.bounded and not any(pairs(p, d) for d in decode for p in prefill):
+            # Those with room may be of different groups; a full pair is better than none.
+            prefill, decode = fleet.candidates("prefill", model), fleet.candidates("decode", model)
+        if request.continuation is None:
+            return prefill, decode, mixed
+        return self._same(request, prefill), self._same(request, decode), self._same(request, mixed)
+
+    @staticmethod
+    def _same(request: Request, backends: list[Backend]) -> list[Backend]:
+        """Those of some backends that may go on with an answer which another began: they have the same weights, and so
+        the same tokenizer."""
+        return [backend for backend in backends if same_weights(request.cards, backend.models, request.body.model)]
 
     def _given_up_handoff(self, request: Request) -> str:
         """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
