@@ -53,6 +53,7 @@ class AscendLayerwise(Connector):
     """MooncakeLayerwiseConnector of vllm-ascend (push)."""
 
     name = "ascend_layerwise"
+    endpoints = frozenset({"chat", "completions", "messages"})  # others' ids have a form that no call is known by
     order = "concurrent"
     called_back = True
     prefill_may_be_cut = False
