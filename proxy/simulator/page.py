@@ -20,11 +20,7 @@ _CLASSES = {"nixl": "NixlConnector", "mooncake": "MooncakeConnector", "mooncake_
 
 
 def server_info(config: SimulatorConfig) -> dict[str, Any]:
-    """What vLLM says at /server_info?config_format=json in development mode, or TensorRT-LLM at /server_info, as far as
-    the simulator has it."""
-    if config.connector == "tensorrt_llm":  # which has a page of this name too: how a context server is reached
-        reached = {"ctx_info_endpoint": [f"tcp://{config.advertised_host}:0"], "ctx_dp_rank": 0}
-        return {"disaggregated_params": reached if config.role == "prefill" else None}
+    """What vLLM says at /server_info?config_format=json in development mode, as far as the simulator has it."""
     name = _CLASSES.get(config.connector)
     transfer = None if name is None else {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": {}}
     model = {"model": config.root or config.model, "max_model_len": config.context}

@@ -158,7 +158,9 @@ class Routes:
         config = self._sim.config
         known = dict.fromkeys(_TASKS[config.task] | _POST, "POST") | {"/v1/models": "GET"}
         if config.surface == "vllm":
-            known |= _DEVELOPMENT | {"/server_info": "GET"} if config.dev_mode else {}
+            known |= _DEVELOPMENT if config.dev_mode else {}
+            if config.dev_mode and config.connector not in ("sglang", "tensorrt_llm"):
+                known["/server_info"] = "GET"  # of vLLM; others' sides have pages of that name
             known |= _PROFILER if config.profiler else {}
         return known
 

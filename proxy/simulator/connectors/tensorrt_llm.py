@@ -66,6 +66,14 @@ class TensorRTLLM(Side):
             case kind:
                 raise _bad(f"Unknown request type: {kind!r}")
 
+    def about(self, path: str) -> dict[str, Any] | None:
+        """A context server tells how its cache is reached; a generation server has nothing to tell."""
+        if path != "/server_info":
+            return None
+        config = self.engine.config
+        reached = {"ctx_info_endpoint": [f"tcp://{config.advertised_host}:{self.engine.side_port}"], "ctx_dp_rank": 0}
+        return {"disaggregated_params": reached if config.role == "prefill" else None}
+
     def _authenticate(self, params: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         key = self.engine.config.handoff_key
         if key is None:
