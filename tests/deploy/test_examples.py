@@ -21,7 +21,7 @@ def names(tree: dict[str, Any], prefix: str = "") -> set[str]:
     """The dotted names of a settings file's values."""
     found = set()
     for key, value in tree.items():
-        found |= names(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+        found |= names(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key}
     return found
 
 
