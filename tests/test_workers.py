@@ -107,7 +107,7 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_e
         streams = [asyncio.create_task(stream()) for _ in range(24)]
         await until(lambda: d.engine.running >= 20, 10)
         # The one with fewer connections: the kernel may have given nearly all of them to one.
-        victim, survivor = sorted(workers_of(process), key=lambda pid: len(os.listdir(f"/proc/{pid}/fd")))
+        victim, survivor = sorted(workers_of(process), key=lambda pid: len([*Path(f"/proc/{pid}/fd").iterdir()]))
         os.kill(victim, signal.SIGKILL)
         await asyncio.gather(*streams)
         assert whole + cut == 24
