@@ -80,7 +80,7 @@ class Edit(msgspec.Struct, frozen=True):
             for choice in choices or ():
                 choice.pop("token_ids", None)
                 choice.pop("prompt_token_ids", None)
-        elif self.identity is not None and not self.opens:
+        elif self.said:  # else its prompt is the client's own, and the event that told of it may not have gone out
             for choice in choices or ():
                 if "prompt_token_ids" in choice:
                     choice["prompt_token_ids"] = _NULL  # they were given with the first leg's first event

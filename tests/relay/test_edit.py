@@ -293,3 +293,12 @@ def test_the_head_of_an_ordinary_event_takes_on_the_answers_identity() -> None:
 )
 def test_an_event_of_which_more_is_changed_has_no_head(event: bytes) -> None:
     assert Edit(identity={"id": msgspec.Raw(b'"first"')}, said=1).head(event, event.find(b"x")) == b""
+
+
+def test_the_prompts_ids_are_given_with_a_leg_that_begins_anew_and_not_with_one_that_goes_on() -> None:
+    """A first token without text is held back, and with it the ids; the next leg is the first to give them."""
+    payload = b'{"id":"b","choices":[{"index":0,"text":"x","prompt_token_ids":[1,2]}]}'
+    identity = {"id": msgspec.Raw(b'"a"')}
+    anew, on = (Edit(identity=identity, said=said).event(b"data: %b\n\n" % payload, payload) for said in (0, 1))
+    assert b'"prompt_token_ids":[1,2]' in anew and b'"id":"a"' in anew
+    assert b'"prompt_token_ids":null' in on
