@@ -46,7 +46,7 @@ demo: $(VENV)/.run ## stream a completion through the gateway and simulated pool
 	@exec $(BIN)/python deploy/demo.py --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)
 
 test: $(VENV)/.develop ## run every test that needs no real vLLM
-	$(BIN)/pytest -m "not real" $(ARGS)
+	$(BIN)/pytest -m "not real" -n auto --dist loadgroup $(ARGS)
 
 test-real: $(VENV)/.develop ## run the tests against real vLLM engines on the CPU (installs 2.3 GB into .venv-vllm)
 	bash tests/real/install.sh $(REAL_VENV)

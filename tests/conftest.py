@@ -10,6 +10,13 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes for `pytest -n auto`: two a core, since tests wait for half of their time."""
+    return 2 * (os.cpu_count() or 1)
+
+
 # Settings come from the environment too; a developer's own must not change what is tested.
 for name in [name for name in os.environ if name.startswith("PD_PROXY_")]:
     del os.environ[name]

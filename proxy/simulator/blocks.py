@@ -36,9 +36,9 @@ class BlockPool:
     """All blocks of one engine."""
 
     def __init__(self, count: int, *, caching: bool) -> None:
-        self.blocks = [Block(index) for index in range(count)]
-        self._free: OrderedDict[int, Block] = OrderedDict((block.index, block) for block in self.blocks[1:])
-        # Block 0 is vLLM's null block: never given out.
+        self._count = count
+        self._touched = [Block(0)]  # those ever given out, in their order; block 0, vLLM's null block, never is
+        self._released: OrderedDict[int, Block] = OrderedDict()
         self._cached: dict[int, Block] = {}
         self._caching = caching
         self.pinned = 0  # blocks that at least one hand-off holds
@@ -46,12 +46,12 @@ class BlockPool:
     @property
     def free(self) -> int:
         """How many blocks can be given out."""
-        return len(self._free)
+        return self._count - len(self._touched) + len(self._released)
 
     @property
     def used(self) -> int:
         """How many blocks requests and hand-offs hold."""
-        return len(self.blocks) - 1 - len(self._free)
+        return len(self._touched) - 1 - len(self._released)
 
     def match(self, keys: Iterable[int]) -> list[Block]:
         """The cached blocks for the longest prefix of ``keys``; nothing is taken yet."""
@@ -66,15 +66,15 @@ class BlockPool:
     def take(self, hits: Sequence[Block], fresh: int) -> list[Block] | None:
         """Reference the ``hits`` and ``fresh`` new blocks; None, and nothing changed, if there are too few."""
         idle = sum(1 for block in hits if block.refs == 0)
-        if len(self._free) - idle < fresh:
+        if self.free - idle < fresh:
             return None
         for block in hits:
             if block.refs == 0:
-                del self._free[block.index]
+                del self._released[block.index]
             block.refs += 1
         taken = list(hits)
         for _ in range(fresh):
-            _, block = self._free.popitem(last=False)
+            block = self._least_recent()
             if block.key is not None:
                 del self._cached[block.key]
                 block.key = None
@@ -83,12 +83,20 @@ class BlockPool:
             taken.append(block)
         return taken
 
+    def _least_recent(self) -> Block:
+        """Take the free block that was used longest ago: one that never was, as long as there is one."""
+        if len(self._touched) == self._count:
+            return self._released.popitem(last=False)[1]
+        block = Block(len(self._touched))
+        self._touched.append(block)
+        return block
+
     def release(self, blocks: Sequence[Block]) -> None:
         """Drop one reference of each; the end of a prefix is forgotten before its beginning."""
         for block in reversed(blocks):
             block.refs -= 1
             if block.refs == 0:
-                self._free[block.index] = block
+                self._released[block.index] = block
 
     def write(self, block: Block, before: int, tokens: list[int], error: int, key: int | None) -> None:
         """Store KV in a block; ``key`` makes it findable (full blocks only)."""
@@ -113,7 +121,7 @@ class BlockPool:
 
     def read(self, index: int, *, scrambled_when_free: bool) -> Content:
         """What a peer finds in a block, whoever it belongs to now."""
-        block = self.blocks[index]
+        block = self._touched[index] if index < len(self._touched) else Block(index)
         error = block.error
         if scrambled_when_free and block.pins == 0:
             error = (error ^ mix(index + 0x5EED)) & MASK or 1

@@ -18,7 +18,7 @@ from tests.faults.expected import EXPECTED, REASONS, expected_of
 from tests.faults.matrix import Result, run
 from tests.faults.report import FILE, WRITE, render
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("matrix")]  # they share one run
 
 CELLS = [
     Cell(fault, stage, endpoint, stream, ahead)
