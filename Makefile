@@ -19,6 +19,8 @@ CHECKED := $(TYPED) docs tests
 
 # tests/real/install.sh reads a PYTHON of its own: vLLM's wheels choose that version, not this file.
 unexport PYTHON
+# Without compiled files each process of the tests would compile all of them for itself.
+unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-real soak lint types bench constraints clean
@@ -45,7 +47,7 @@ install: $(VENV)/.develop ## make .venv with all that the other targets need
 demo: $(VENV)/.run ## stream a completion through the gateway and simulated pools; Ctrl-C ends it
 	@exec $(BIN)/python deploy/demo.py --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)
 
-test: $(VENV)/.develop ## run every test that needs no real vLLM
+test: $(VENV)/.develop ## run every test that needs no real vLLM (ARGS='-m "not real and not slow"': the fast ones)
 	$(BIN)/pytest -m "not real" -n auto --dist loadgroup $(ARGS)
 
 test-real: $(VENV)/.develop ## run the tests against real vLLM engines on the CPU (installs 2.3 GB into .venv-vllm)

@@ -106,6 +106,7 @@ async def test_a_prefill_that_fails_is_tried_elsewhere_and_decode_does_not_wait_
 
 
 @EVERY
+@pytest.mark.slow  # it sees leases end
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_decode_that_fails_is_tried_elsewhere(case: Case, stream: bool) -> None:
     expected = await said_alone("completions")

@@ -89,6 +89,7 @@ def debian(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_without_ensurepip_root_gets_debians_package_without_questions(debian: Path) -> None:
     program(debian / "id", "echo 0")
     done = make_venv(debian, "python3")
@@ -108,6 +109,7 @@ def test_without_ensurepip_others_are_told_what_to_type(debian: Path) -> None:
     assert not (debian / "asked").exists()
 
 
+@pytest.mark.slow
 def test_a_virtual_environment_that_works_is_kept(debian: Path) -> None:
     program(debian / "id", "echo 0")
     make_venv(debian, "python3")
