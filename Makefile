@@ -1,6 +1,7 @@
 # What a developer types. Everything is installed into .venv; a second call installs only what has changed.
 
-PYTHON ?= python3
+# The interpreter for .venv; without one deploy/venv.sh finds it.
+PYTHON ?=
 PORT ?= 8000
 ONCE ?=
 # How long `make soak` runs, and the seed of its chaos (empty: a new one, which is printed).

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Make the virtual environment that the Makefile installs into, unless it is there and works.
 #
-# usage: PYTHON=python3 deploy/venv.sh VENV
+# usage: PYTHON=python3.11 deploy/venv.sh VENV
+#
+# Without PYTHON it is the python3 on the PATH; or another one there, where the first was built without optimisations (as
+# pyenv builds them unless told otherwise) and the other was not: the gateway needs an eighth less CPU with that.
 #
 # Debian and Ubuntu keep ensurepip, without which no virtual environment has pip, in a package of its own. It is
 # installed where that may be done; elsewhere the line to type is printed.
@@ -9,11 +12,26 @@ set -euo pipefail
 
 python=${PYTHON:-python3}
 venv=${1:?usage: $0 VENV}
+# Distributions optimise theirs in ways that CONFIG_ARGS does not tell.
+readonly UNOPTIMISED='import sys, sysconfig
+how = sysconfig.get_config_var("CONFIG_ARGS")
+sys.exit(sys.base_prefix == "/usr" or not how or "--enable-optimizations" in how)'
+readonly USABLE='import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
 
 fail() { printf '%s\n' "$@" >&2; exit 1; }
 
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 && exit 0
 
+if [ -z "${PYTHON:-}" ] && python3 -c "$UNOPTIMISED" 2>/dev/null; then
+    mapfile -t others < <(type -ap python3)
+    for other in "${others[@]}"; do
+        if "$other" -c "$USABLE" 2>/dev/null && ! "$other" -c "$UNOPTIMISED"; then
+            python=$other
+            echo "$(command -v python3) was built without optimisations, so $other is taken (PYTHON=python3 takes the first)"
+            break
+        fi
+    done
+fi
 command -v "$python" >/dev/null ||
     fail "No $python found. pd-proxy needs Python 3.11 or newer; name yours with: make PYTHON=/path/to/python3 ..."
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')

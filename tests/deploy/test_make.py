@@ -22,11 +22,11 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-def make_venv(folder: Path, python: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run deploy/venv.sh where the programs in `folder` come first."""
+def make_venv(folder: Path, python: str | Path, *more: Path) -> subprocess.CompletedProcess[str]:
+    """Run deploy/venv.sh where the programs in `folder` come first, and those of other folders behind them."""
     return subprocess.run(
         [ROOT / "deploy" / "venv.sh", folder / "venv"],
-        env={"PATH": f"{folder}:/usr/bin:/bin", "PYTHON": str(python)},
+        env={"PATH": ":".join(map(str, (folder, *more, "/usr/bin", "/bin"))), "PYTHON": str(python)},
         capture_output=True,
         text=True,
     )
@@ -72,6 +72,24 @@ def test_a_missing_python_is_named(tmp_path: Path) -> None:
     done = make_venv(tmp_path, "python-that-is-not-there")
     assert done.returncode == 1
     assert "No python-that-is-not-there found" in done.stderr
+
+
+def python_built(path: Path, *, optimised: bool) -> Path:
+    """A Python in a folder of its own that answers as one that was built with optimisations, or without."""
+    path.mkdir()
+    unoptimised = f'case "$2" in *CONFIG_ARGS*) exit {int(optimised)} ;; esac'
+    return program(path / "python3", f'{unoptimised}\nexec {sys.executable} "$@"')
+
+
+def test_a_python_that_is_not_slow_is_looked_for_unless_one_is_named(tmp_path: Path) -> None:
+    slow, quick = (python_built(tmp_path / name, optimised=name == "quick") for name in ("slow", "quick"))
+    found = make_venv(slow.parent, "", quick.parent)
+    assert found.returncode == 0, found.stderr
+    assert f"{slow} was built without optimisations, so {quick} is taken" in found.stdout
+    assert (slow.parent / "venv" / "bin" / "python").exists()
+    named = make_venv(quick.parent, slow)
+    assert named.returncode == 0, named.stderr
+    assert "optimisations" not in named.stdout
 
 
 @pytest.fixture
