@@ -11,7 +11,6 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
-
 def pytest_xdist_auto_num_workers() -> int:
     """Processes for `pytest -n auto`: two a core, since tests wait for half of their time."""
     return 2 * (os.cpu_count() or 1)

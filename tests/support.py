@@ -25,7 +25,7 @@ PROMPT = "The decode backend reads the cache of the prefill backend and goes on 
 
 
 class TestServer(uvicorn.Server):
-    """uvicorn without signal handlers, which leaves as soon as it may; `listening` is set once it accepts connections."""
+    """uvicorn without signal handlers, which leaves as soon as it may; `listening` is set once it accepts."""
 
     __test__ = False
 
