@@ -48,7 +48,7 @@ _TEXT = re.compile(rb'(?:"delta":\{"\w+"|"text"):"')
 _IDS = b'"token_ids":['
 _HIDDEN = re.compile(rb',"(?:prompt_token_ids":null|token_ids":\[)')
 _NOT_TEXT = b'"\r\n'
-_PLAIN = b'"finish_reason":null'
+PLAIN = b'"finish_reason":null'
 _DIGITS = b"0123456789"
 _BRACKET, _BACKSLASH = ord("]"), ord("\\")
 _BATCH = 32  # tokens whose times and ids are put away together
@@ -168,7 +168,7 @@ class Passage(asyncio.Protocol):
             times.append(monotonic())
             if len(times) > _BATCH:
                 self.fold()
-        elif self.pattern and data.find(_PLAIN) >= 0:
+        elif self.pattern and data.find(PLAIN) >= 0:
             self._learn()
             self.data_received(data)
         else:
@@ -182,7 +182,7 @@ class Passage(asyncio.Protocol):
         Arguments:
             block: whole events, without the transfer's framing.
         """
-        if self.pattern and block.find(_PLAIN) >= 0:
+        if self.pattern and block.find(PLAIN) >= 0:
             self._learn()
         if self._form is None:
             return b"", 0, block
@@ -219,9 +219,9 @@ class Passage(asyncio.Protocol):
             return
         text = found.end()
         end = event.find(b'"', text)
-        mid, marker, rest = event[end:].partition(_IDS if self._ids is not None else _PLAIN)
+        mid, marker, rest = event[end:].partition(_IDS if self._ids is not None else PLAIN)
         mid += marker
-        plain = mid.find(_PLAIN) >= 0 and _BRACKET not in mid and mid.translate(None, _DIGITS) == mid
+        plain = mid.find(PLAIN) >= 0 and _BRACKET not in mid and mid.translate(None, _DIGITS) == mid
         around = event[:end] + rest
         if not plain or _BACKSLASH in event[text:end] or around.find(HANDOFF_MARK) >= 0:
             return
@@ -247,8 +247,9 @@ class Passage(asyncio.Protocol):
     def count(self, tokens: int, now: float) -> None:
         """Tokens have come the long way, in one read: between them there is no gap."""
         self._times.append(now)
-        self._counted += tokens - 1
-        self._together += tokens - 1
+        if tokens > 1:
+            self._counted += tokens - 1
+            self._together += tokens - 1
         if len(self._times) > _BATCH:
             self.fold()
 

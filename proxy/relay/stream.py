@@ -31,7 +31,7 @@ from proxy.relay.deadlines import Deadlines
 from proxy.relay.dialects import Dialect
 from proxy.relay.edit import HANDOFF_MARK, Edit, take_prompt_ids
 from proxy.relay.http1 import Connection
-from proxy.relay.passage import Passage
+from proxy.relay.passage import PLAIN, Passage
 from proxy.relay.transcript import Transcript
 from proxy.telemetry.records import Distribution
 
@@ -446,7 +446,7 @@ class StreamRelay:
                 if count == 1:
                     passage.pattern = block
                 return block, count
-        if not live and len(block) <= _LARGE:
+        if len(block) <= _LARGE and not (live and block.find(PLAIN) >= 0):
             return self._inspect(events.read(block), last)
         shown, count, rest = b"", 0, block
         if not live:
