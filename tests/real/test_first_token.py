@@ -219,7 +219,7 @@ def test_an_answer_that_ends_at_once_needs_no_decode(
     assert shown(asked(ahead.url, api, body)[0]) == expected
     whole = 'first_tokens_total{reason="whole",source="prefill"}'
     assert counts(ahead)[whole] == before.get(whole, 0) + 1
-    wait_until(bed.prefill.is_idle, 5, "prefill to hold no block")  # its lease is 30 s
+    wait_until(bed.prefill.is_idle, 10, "prefill to hold no block")  # its lease is 30 s
     assert bed.decode.metrics()["generation_tokens_total"] == generated
 
 
