@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -26,8 +27,12 @@ pytestmark = [
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
+    """A port that the demo's own engines cannot be given before the gateway has it: the kernel gives out higher ones."""
+    with socket.socket() as sock:
+        while True:
+            with suppress(OSError):
+                sock.bind(("127.0.0.1", random.randrange(10_000, 32_000)))
+                return int(sock.getsockname()[1])
 
 
 @contextmanager
