@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def free_port() -> int:
-    """A port that the demo's own engines cannot be given before the gateway has it: the kernel gives out higher ones."""
+    """A port that none of the demo's engines has been given before: the kernel gives out higher ones."""
     with socket.socket() as sock:
         while True:
             with suppress(OSError):
