@@ -9,7 +9,6 @@ Invariant: the tokens are those of every other endpoint for the same prompt.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Any
 
@@ -28,7 +27,7 @@ _DEFAULT_TOKENS = 128
 
 
 class _Fields(msgspec.Struct):
-    """The body, as far as it matters here; unknown fields are ignored. Their values may be lists, one for each prompt."""
+    """The body, as far as it matters here; lists have a value for each prompt. Unknown fields are ignored."""
 
     text: str | list[str] | None = None
     input_ids: list[Any] | None = None

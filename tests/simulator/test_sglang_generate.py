@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -48,7 +49,7 @@ async def test_a_stream_says_all_again_with_each_event(engine: Simulator) -> Non
     whole = (await ask(engine, text=PROMPT, sampling_params=SAMPLING)).json()
     found = events((await ask(engine, text=PROMPT, sampling_params=SAMPLING, stream=True)).text)
     assert [event["meta_info"]["completion_tokens"] for event in found] == list(range(1, 9))
-    assert all(after["text"].startswith(before["text"]) for before, after in zip(found, found[1:], strict=False))
+    assert all(after["text"].startswith(before["text"]) for before, after in itertools.pairwise(found))
     assert [event["meta_info"]["finish_reason"] for event in found[:-1]] == [None] * 7
     assert found[-1]["text"] == whole["text"] and found[-1]["output_ids"] == whole["output_ids"]
 
