@@ -394,14 +394,13 @@ class Legs:
             answer = answer.replace(attempt.id.encode(), attempt.alias.encode())
         if (cached := attempt.handed_over_cached()) is not None:
             answer = with_cached(answer, cached)
-            parsed = read_whole(answer) if dialect is None else dialect.whole(answer)
         self._fleet.succeeded(backend, leg)
         if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
             backend.reasons = True
         if usage := read_usage(parsed.usage):
             record.prompt_tokens = usage.prompt_tokens or 0
             record.tokens = usage.completion_tokens or 0
-            record.cached_tokens = record.cached_tokens or usage.cached_tokens
+            record.cached_tokens = record.cached_tokens or (usage.cached_tokens if cached is None else cached)
         if attempt.limbo is not None:
             attempt.limbo.close()
         record.status = 200
