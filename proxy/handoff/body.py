@@ -92,8 +92,6 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
     members = read_members(raw)
     layout = LAYOUTS[endpoint]
     read = {name: _read(members, name) for name in layout.reads if name in members}
-    if endpoint == "sglang_generate":
-        return _read_sglang(members, read)
     options = read.get("stream_options") or {}
     max_tokens = read.get("max_tokens")
     if endpoint == "chat":
@@ -108,6 +106,8 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
     elif endpoint == "responses":
         max_tokens = read.get("max_output_tokens")
         alone = _why_response_alone(members, read)
+    elif endpoint == "sglang_generate":
+        return _read_sglang(members, read)
     else:
         alone = _why_message_alone(members)
     return Body(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -80,17 +78,6 @@ async def at_rest(running: Running, *engines: Simulator) -> None:
                 and engine.engine.used_blocks == 0
             )
         )
-
-
-@asynccontextmanager
-async def held(engine: Simulator) -> AsyncIterator[None]:
-    """An engine whose prefill answers only once this is left: it waits before it reads."""
-    engine.asleep = True
-    try:
-        yield
-    finally:
-        engine.asleep = False
-        engine.changed()
 
 
 @BOTH_WAYS
@@ -269,20 +256,25 @@ async def test_a_stream_that_breaks_ends_with_an_error(ending: str, scored: bool
         await until(running.idle)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@BOTH_WAYS
+@pytest.mark.parametrize("scored", [False, True], ids=["plain", "scored"])
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
-async def test_a_client_that_leaves_ends_both_legs(stage: str, stream: bool) -> None:
+async def test_a_client_that_leaves_ends_both_legs(stage: str, scored: bool, stream: bool) -> None:
     async with fleet(CASE, engine={"step_time": 0.01}) as (running, [p], [d]):
         if stage == "prefill":
             p.faults.add("delay_first_byte", leg="prefill", delay_s=30)
-        asked = asyncio.create_task(running.http.post(PATH, json=body(2000, stream=stream, background=True)))
+        request = body(2000, stream=stream, background=True, **(SCORED if scored else {}))
+        asked = asyncio.create_task(running.http.post(PATH, json=request))
         if stage == "prefill":
             await until(lambda: bool(p.requests) and bool(d.requests))
         else:
             await until(lambda: d.engine.stats.generation_tokens > 5)
         asked.cancel()
-        await at_rest(running, p, d)
-        assert d.requests[0].aborted
+        await until(running.idle)
+        engines = [p, d] if stage == "prefill" else [d]  # prefill has done its part
+        for engine in engines:
+            await engine.wait_for(lambda engine=engine: engine.requests[0].aborted)  # type: ignore[misc]
+        await d.wait_for(lambda: not d.engine.running and not d.engine.waiting and d.engine.used_blocks == 0)
 
 
 FORBIDDEN: dict[str, Any] = {
@@ -389,3 +381,16 @@ async def test_engines_of_another_make_are_sent_none() -> None:
             answer = await running.http.post(PATH, json=body(4))
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_backend")
             assert not vllm_p.requests and not vllm_d.requests and not vllm_m.requests
+
+
+async def test_an_engine_of_its_kind_serves_it_whole_beside_others() -> None:
+    request = body(4, session_params={"id": "s"})
+    async with (
+        simulators("mixed") as [vllm],
+        simulators("mixed", connector="sglang") as [sglang],
+    ):
+        groups = [{"name": "sglang", "kind": "sglang", "mixed": [sglang.url]}]
+        async with running_gateway(mixed=[vllm.url], groups=groups) as running:
+            for stream in (False, True):
+                await ask(running, {**request, "stream": stream})
+            assert len(sglang.requests) == 2 and not vllm.requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator
@@ -118,3 +119,44 @@ async def test_an_engine_that_gives_up_says_so_in_the_stream(engine: Simulator) 
 async def test_other_engines_have_no_such_route() -> None:
     async with simulators("mixed") as [sim]:
         assert (await ask(sim, text="a")).status_code == 404
+
+
+async def test_in_a_role_an_engine_wants_a_room_for_each_prompt() -> None:
+    async with simulators("prefill", "decode", connector="sglang") as [p, d]:
+        here = {"bootstrap_host": "127.0.0.1", "bootstrap_port": p.side_port}
+        for engine in (p, d):
+            answer = await ask(engine, text=PROMPT, **here)
+            assert answer.status_code == 400 and "without bootstrap room" in answer.json()["error"]["message"]
+            assert (await ask(engine, text=PROMPT, bootstrap_room="5", **here)).status_code == 400
+            assert (await ask(engine, text=["a", "b"], bootstrap_room=[5], **here)).status_code == 500
+            assert (await ask(engine, text="a", bootstrap_room=[5], **here)).status_code == 500
+            assert engine.engine.dead is None
+
+
+@pytest.mark.parametrize("rooms", [7, [7, 8]], ids=["counted", "told"])
+async def test_the_legs_of_a_batch_meet_and_prefill_alone_knows_the_prompts_log_probabilities(rooms: Any) -> None:
+    scored = {"sampling_params": SAMPLING, "return_logprob": True, "logprob_start_len": 0}
+    async with simulators("prefill", "decode", connector="sglang") as [p, d]:
+        each = isinstance(rooms, list)
+        here = {
+            "bootstrap_host": ["127.0.0.1"] * 2 if each else "127.0.0.1",
+            "bootstrap_port": [p.side_port] * 2 if each else p.side_port,
+            "bootstrap_room": rooms,
+        }
+        texts = ["the first of two", "the second of two"]
+        answers = await asyncio.gather(*(ask(engine, text=texts, **here, **scored) for engine in (p, d)))
+        prefill, decode = (answer.json() for answer in answers)
+        for first, whole, text in zip(prefill, decode, texts, strict=True):
+            assert whole["output_ids"][:1] == first["output_ids"] and len(whole["output_ids"]) == 8
+            given = first["meta_info"]["input_token_logprobs"]
+            assert [token for _, token, _ in given] == tokenize(text)
+            assert whole["meta_info"]["input_token_logprobs"] == []
+        assert d.engine.pulls == 2
+
+
+async def test_a_room_that_is_in_use_takes_the_engine_down() -> None:
+    async with simulators("prefill", connector="sglang", lease=0.5) as [p]:
+        here = {"bootstrap_host": "127.0.0.1", "bootstrap_port": p.side_port, "bootstrap_room": [7, 7]}
+        each = {**here, "bootstrap_host": ["127.0.0.1"] * 2, "bootstrap_port": [p.side_port] * 2}
+        assert (await ask(p, text=["a", "b"], **each)).status_code == 500
+        assert p.engine.dead is not None
