@@ -36,7 +36,8 @@ LABELS = {
     "client": "a client's name in the settings; `key-1`, `key-2`, … for those of `api_keys`; `anonymous` without keys",
     "code": "of the error: `queue_full`, `deadline_too_close`, `queue_timeout`, `rate_limit_exceeded`, "
     "`too_many_tokens` or `draining`",
-    "endpoint": "`chat`, `completions`, `messages`, `responses`, `generate`, or a one-leg route: `embeddings`, "
+    "endpoint": "`chat`, `completions`, `messages`, `responses`, `generate`, `sglang_generate`, "
+    "or a one-leg route: `embeddings`, "
     "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "
     "`detokenize`, `count_tokens`",
     "group": "`default`, or the name of one of `groups`",

@@ -35,6 +35,7 @@ from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.fleet.names import Names
 from proxy.fleet.notices import Notices
+from proxy.fleet.protocols import AUTO
 from proxy.fleet.registration import Registrations
 from proxy.flow.callbacks import Callbacks
 from proxy.flow.flow import Flow
@@ -44,7 +45,7 @@ from proxy.flow.single import ROUTES, Single
 from proxy.flow.stored import StoredResponses
 from proxy.flow.warmup import Warmup
 from proxy.handoff.connector import UNKNOWN
-from proxy.handoff.endpoints import LAYOUTS
+from proxy.handoff.endpoints import LAYOUTS, Endpoint
 from proxy.handoff.registry import connectors
 from proxy.relay.connections import Connections
 from proxy.settings import Settings
@@ -174,7 +175,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     hot: dict[str, ASGIApp] = {
         layout.path: Inference(endpoint, settings, fleet, flow, gate, admission, credentials, telemetry, stored, names)
         for endpoint, layout in LAYOUTS.items()
-        if endpoint != "generate" or settings.routes.generate
+        if _is_served(endpoint, settings)
     }
     single = Single(settings, fleet, legs, random.random)
     for path in ROUTES:
@@ -196,10 +197,13 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     if called_back:
         routers.append(metaserver(callbacks, settings.metaserver.allow, siblings))
     body_seconds = settings.timeouts.request_body
+    # A kind that is not set is vLLM's; a connector says as surely what else there is.
+    told = {endpoint for group in settings.all_groups() for endpoint in spoken.get(group.connector, UNKNOWN).endpoints}
+    own_routes = frozenset(LAYOUTS[endpoint].path for endpoint in told if LAYOUTS[endpoint].of_one_make)
     surface = Surface(
         hot=hot,
         routers=routers,
-        offered=fleet.routes,
+        offered=lambda: fleet.routes() | own_routes,
         lifespan=lifespan,
         body_seconds=body_seconds,
         siblings=siblings,
@@ -218,6 +222,16 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         inner = Surface(hot={}, routers=inside)
     gateway = Gateway(settings, fleet, gate, admission, surface, metrics, notices, registrations, siblings, inner)
     return gateway
+
+
+def _is_served(endpoint: Endpoint, settings: Settings) -> bool:
+    """Whether an endpoint is there: not every engine has all of them, and not all are for everybody."""
+    if endpoint == "generate":
+        return settings.routes.generate
+    if endpoint == "sglang_generate":
+        groups = settings.all_groups()
+        return any(group.kind == "sglang" or group.connector in ("sglang", AUTO) for group in groups)
+    return True
 
 
 def _shared_secret(settings: Settings, crew: Crew | None) -> bytes:

@@ -108,6 +108,7 @@ _SUMMARIES = {
     "/v1/messages": "Anthropic's messages",
     "/v1/responses": "OpenAI's responses",
     "/inference/v1/generate": "vLLM's tokens in, tokens out",
+    "/generate": "SGLang's own",
     "/v1/embeddings": "OpenAI's embeddings",
     "/v1/moderations": "OpenAI's moderations",
     "/v1/audio/transcriptions": "OpenAI's transcriptions",

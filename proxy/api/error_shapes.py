@@ -65,7 +65,13 @@ def _responses_event(error: GatewayError, sequence: int) -> bytes:
     return b"event: error\ndata: %b\n\n" % msgspec.json.encode(members)
 
 
+def _sglang_event(error: GatewayError, sequence: int) -> bytes:
+    """As OpenAI's, which has all of SGLang's own in it. Its clients read up to the word that ends every stream."""
+    return error.event() + b"data: [DONE]\n\n"
+
+
 OPENAI = ErrorShape(_openai_body, _openai_event)
+SGLANG = ErrorShape(_openai_body, _sglang_event)
 RESPONSES = ErrorShape(_openai_body, _responses_event)
 ANTHROPIC = ErrorShape(_anthropic_body, _anthropic_event)
 
@@ -75,4 +81,5 @@ ERROR_SHAPES: dict[Endpoint, ErrorShape] = {
     "messages": ANTHROPIC,
     "responses": RESPONSES,
     "generate": OPENAI,
+    "sglang_generate": SGLANG,
 }

@@ -84,6 +84,7 @@ KINDS: dict[KindName, Kind] = {
                     *_MESSAGES,
                     *_AUDIO,
                     *_TOKENS,
+                    "/generate",
                     "/v1/responses",
                     "/v1/embeddings",
                     *("/v1/rerank", "/v1/score", "/classify"),

@@ -47,6 +47,7 @@ from proxy.handoff.endpoints import LAYOUTS
 from proxy.handoff.plan import Leg
 from proxy.placement.decide import Decision, View, choose, decide
 from proxy.relay.answers import read_usage
+from proxy.relay.prompt_logprobs import STREAM_LIMIT, PromptLogprobs
 from proxy.settings import Settings
 from proxy.telemetry.records import Telemetry
 
@@ -241,10 +242,14 @@ class Flow:
                 prefill, alone = able, ""
             else:
                 alone = alone or "endpoint"
+            if LAYOUTS[body.endpoint].of_one_make:
+                decode, mixed = self._of_its_make(decode, body), self._of_its_make(mixed, body)
+                plain = None if plain is None else self._of_its_make(plain, body)
+                prefill, alone = able, body.alone  # where no such engine prefills, it is that it is down
         view = View(prefill=prefill, decode=decode, mixed=mixed, configured=configured, pairs=pairs, plain=plain)
         if request.pinned:
             view = _only(view, request.pinned)
-        if not alone and body.endpoint in _NAMED_IN_BODY:
+        if not alone and body.endpoint in _UNRANKED:
             alone = self._unpinnable(view)
         if record.retries and not alone and (view.mixed or view.plain is None or view.plain):
             alone = self._given_up_handoff(request)
@@ -279,9 +284,18 @@ class Flow:
         connector = self._connectors[backend.connector]
         return body.endpoint in connector.endpoints and (not body.alone or body.alone in connector.splits)
 
+    def _of_its_make(self, backends: list[Backend], body: Body) -> list[Backend]:
+        """Those of some backends whose engines have a request's endpoint, where no other make has it."""
+        path = LAYOUTS[body.endpoint].path
+        return [
+            backend
+            for backend in backends
+            if path in backend.kind.routes or body.endpoint in self._connectors[backend.connector].endpoints
+        ]
+
     def _unpinnable(self, view: View[Backend]) -> str:
-        """Why the legs of a request that has its id in its body would not find each other, or an empty string: there
-        are several ranks for prefill's, and its engine does not read here which one it is for."""
+        """Why the legs of a request that cannot be told a rank would not find each other, or an empty string: there are
+        several for prefill's."""
         if any(backend.ranks and self._connectors[backend.connector].meets for backend in view.prefill):
             return "data_parallel"
         return ""
@@ -372,6 +386,9 @@ class Flow:
         assert plan.handoff is not None
         limbo = attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
         request.record.stage = "prefill"
+        if request.body.prompt_logprobs:
+            limit = STREAM_LIMIT if request.body.stream else None
+            attempt.logprobs = PromptLogprobs(asyncio.get_running_loop(), limit)
         prefilling = asyncio.create_task(
             self._prefill(attempt, prefill_lease)
             if call is None
@@ -516,6 +533,8 @@ class Flow:
         self._fleet.timed(backend, "prefill", record.prefill_seconds, computed)
         if attempt.limbo is not None:  # decode's leg is under way
             attempt.limbo.since = answered
+            if attempt.logprobs is not None:
+                attempt.logprobs.take(answer)
             return
         if handoff is not None:
             remember(attempt, lease, handoff)
@@ -595,7 +614,7 @@ class Flow:
 
 
 _NOBODY = nullcontext(None)
-_NAMED_IN_BODY = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if layout.id_member)
+_UNRANKED = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not layout.ranked)
 
 
 def _lease(prefill: Backend | None, request: Request) -> AbstractContextManager[Lease | None]:

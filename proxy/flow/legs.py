@@ -39,11 +39,20 @@ from proxy.handoff.first_token import FirstToken
 from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, Plan
 from proxy.handoff.reuse import reusable
-from proxy.relay.answers import engine_error, engine_error_event, read_usage, strip_handoff, with_cached
+from proxy.relay.answers import (
+    WholeAnswer,
+    engine_error,
+    engine_error_event,
+    read_usage,
+    read_whole,
+    strip_handoff,
+    with_cached,
+)
 from proxy.relay.deadlines import Deadlines
 from proxy.relay.dialects import DIALECTS
 from proxy.relay.edit import Edit
 from proxy.relay.http1 import Collected, Connection, Origin, Receiver
+from proxy.relay.prompt_logprobs import PromptLogprobs
 from proxy.relay.stream import StreamRelay
 from proxy.settings import Settings
 from proxy.telemetry.records import Telemetry
@@ -108,6 +117,7 @@ class Try(msgspec.Struct):
         cached: prefill's count of cached tokens, where decode is not told it and prefill has said one.
         runs_out: its prefill leg, where that goes on without it.
         heard: what decode's engine has called back with, for its prefill leg.
+        logprobs: of the prompts, as prefill says them, where the client's answer is to have them and decode's has none.
     """
 
     request: Request
@@ -122,6 +132,7 @@ class Try(msgspec.Struct):
     runs_out: asyncio.Task[None] | None = None
     alias: str = ""
     heard: Members | None = None
+    logprobs: PromptLogprobs | None = None
 
     @property
     def identity(self) -> dict[str, msgspec.Raw] | None:
@@ -188,6 +199,8 @@ def new_try(
     elif prefill is not None and connector.meets:
         meeting = connector.meet(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
         own, name = name, meeting.id or name
+        if request.body.prompts:
+            meeting = connector.apart(meeting, request.body.prompts)
     plan = Plan(
         request.body,
         connector,
@@ -253,17 +266,7 @@ _PREEMPTED = b'"stop_reason":"recomputed"'
 _REASONS = re.compile(rb'"reasoning(?:_content)?":"[^"]')
 
 
-class _Answer(msgspec.Struct):
-    """What is read of an answer that was not streamed."""
-
-    choices: msgspec.Raw = msgspec.Raw()
-    content: msgspec.Raw = msgspec.Raw()
-    output: msgspec.Raw = msgspec.Raw()
-    usage: msgspec.Raw = msgspec.Raw()
-    error: msgspec.Raw = msgspec.Raw()
-
-
-def _is_failure(answer: _Answer) -> bool:
+def _is_failure(answer: WholeAnswer) -> bool:
     """Whether an answer without choices is an error, and not one of another endpoint."""
     return bool(memoryview(answer.error)) and not memoryview(answer.content) and not memoryview(answer.output)
 
@@ -273,7 +276,6 @@ class _Detokenized(msgspec.Struct):
 
 
 _decode_text = msgspec.json.Decoder(_Detokenized).decode
-_decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
 class Legs:
@@ -356,26 +358,34 @@ class Legs:
         request, record = attempt.request, attempt.request.record
         leg = leg_of(backend)
         answer = await self._collect(backend, lease, leg, attempt.decode_leg(), attempt, _NO_LIMIT)
+        dialect = DIALECTS.get(request.body.endpoint)
         try:
-            parsed = _decode_answer(answer)
+            parsed = read_whole(answer) if dialect is None else dialect.whole(answer)
         except msgspec.MsgspecError as error:
             garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
             self._note(backend, garbled, leg, attempt)
             raise garbled from None
-        dialect = DIALECTS.get(request.body.endpoint)
         mark = _PREEMPTED if dialect is None else dialect.preempted
         if mark and mark in answer:
             preempted = BackendPreempted(f"{backend.url} gave the request up for want of memory")
             self._note(backend, preempted, leg, attempt)
             raise preempted
         if not memoryview(parsed.choices) and _is_failure(parsed):
-            failed = engine_error_event(backend.url, answer)
+            said = answer if dialect is None else b'{"error":%b}' % bytes(parsed.error)
+            failed = engine_error_event(backend.url, said)
             self._note(backend, failed, leg, attempt)
             raise failed
+        if dialect is not None and attempt.logprobs is not None:
+            await attempt.logprobs.here
+            try:
+                answer = attempt.logprobs.whole(answer)
+            except BackendGarbled as error:
+                self._note(backend, error, leg, attempt)
+                raise
         if attempt.first is not None:
             try:
                 answer = joined_answer(attempt.first, answer, request.body, Edit(said=1).merge)
-                parsed = _decode_answer(answer)
+                parsed = read_whole(answer)
             except ValueError as error:
                 garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
                 self._note(backend, garbled, leg, attempt)
@@ -384,14 +394,13 @@ class Legs:
             answer = answer.replace(attempt.id.encode(), attempt.alias.encode())
         if (cached := attempt.handed_over_cached()) is not None:
             answer = with_cached(answer, cached)
-            parsed = _decode_answer(answer)
         self._fleet.succeeded(backend, leg)
         if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
             backend.reasons = True
         if usage := read_usage(parsed.usage):
             record.prompt_tokens = usage.prompt_tokens or 0
             record.tokens = usage.completion_tokens or 0
-            record.cached_tokens = record.cached_tokens or usage.cached_tokens
+            record.cached_tokens = record.cached_tokens or (usage.cached_tokens if cached is None else cached)
         if attempt.limbo is not None:
             attempt.limbo.close()
         record.status = 200
@@ -410,6 +419,9 @@ class Legs:
             cached=None if attempt.plan.connector.tells_cached else attempt.handed_over_cached,
         )
 
+        dialect = DIALECTS.get(request.body.endpoint)
+        if dialect is not None:
+            dialect = dialect.of(request.body.prompts, attempt.logprobs)
         relay = StreamRelay(
             backend.url,
             request.client,
@@ -420,8 +432,10 @@ class Legs:
             drop_usage=not request.body.wants_usage,
             idle=self._timeouts.idle,
             loop=self._loop,
-            dialect=DIALECTS.get(request.body.endpoint),
+            dialect=dialect,
         )
+        if dialect is not None and attempt.logprobs is not None:
+            attempt.logprobs.here.add_done_callback(relay.go_on)
         try:
             connection = await self._send(backend, attempt.decode_leg(), attempt, relay, rank=lease.rank)
             lease.on_lost = relay.fail

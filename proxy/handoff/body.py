@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from proxy.errors import InvalidRequest
+from proxy.handoff import sglang_generate
 from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
 
 FORBIDDEN = frozenset(
@@ -62,6 +63,8 @@ class Body(msgspec.Struct, frozen=True):
         alone: why prefill and decode cannot share this request, or empty. Such a request goes to one backend whole.
         follows: id of the stored response that it goes on from, or empty; only the backend that has that can serve it.
         stored: the engine may keep the answer, to be asked for by its id.
+        prompts: how many a batch has, each of which is answered by itself; 0 where there is no batch.
+        prompt_logprobs: the answer has log probabilities of the prompt that only prefill can say.
     """
 
     endpoint: Endpoint
@@ -75,6 +78,8 @@ class Body(msgspec.Struct, frozen=True):
     alone: str
     follows: str = ""
     stored: bool = False
+    prompts: int = 0
+    prompt_logprobs: bool = False
 
 
 def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
@@ -101,6 +106,8 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
     elif endpoint == "responses":
         max_tokens = read.get("max_output_tokens")
         alone = _why_response_alone(members, read)
+    elif endpoint == "sglang_generate":
+        return _read_sglang(members, read)
     else:
         alone = _why_message_alone(members)
     return Body(
@@ -115,6 +122,24 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         alone=alone,
         follows=read.get("previous_response_id") or "",
         stored=endpoint == "responses" and read.get("store") is not False,
+    )
+
+
+def _read_sglang(members: Members, read: Mapping[str, Any]) -> Body:
+    """The same of SGLang's own endpoint, which shares no words with the others."""
+    asked = sglang_generate.read(members)
+    return Body(
+        endpoint="sglang_generate",
+        members=members,
+        model=read.get("model"),
+        stream=bool(read.get("stream")),
+        wants_usage=True,
+        wants_token_ids=False,
+        max_tokens=asked.max_tokens,
+        prompt_tokens=asked.prompt_tokens,
+        alone=asked.alone,
+        prompts=asked.prompts,
+        prompt_logprobs=asked.prompt_logprobs,
     )
 
 
@@ -166,6 +191,8 @@ def strip_nested(name: str, raw: bytes | bytearray | msgspec.Raw) -> bytes | msg
         raise InvalidRequest(f"`{name}` is not valid JSON: {_plain(error)}", param=name) from None
     if isinstance(value, dict):
         return _encode(_stripped(value))
+    if isinstance(value, list):  # one for each prompt
+        return _encode([_stripped(item) if isinstance(item, dict) else item for item in value])
     return raw if isinstance(raw, msgspec.Raw) else bytes(raw)
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from proxy.errors import BackendGarbled, HandoffInvalid
 from proxy.handoff.coordinates import Announcement, Coordinates
-from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
+from proxy.handoff.endpoints import COMMON, Endpoint, Members
 from proxy.handoff.first_token import FirstToken
 
 
@@ -129,7 +129,7 @@ class Connector:
     continues: ClassVar[bool] = True
     plain_decode: ClassVar[bool] = True
     plain_prefill: ClassVar[bool] = True
-    endpoints: ClassVar[frozenset[Endpoint]] = frozenset(LAYOUTS)
+    endpoints: ClassVar[frozenset[Endpoint]] = COMMON
     splits: ClassVar[frozenset[str]] = frozenset()
     transferable: ClassVar[bool] = True
     pairs_by_id: ClassVar[bool] = False
@@ -158,6 +158,10 @@ class Connector:
             rank: the data-parallel rank of prefill that the leg is sent to, or None where there is but one.
         """
         raise NotImplementedError
+
+    def apart(self, meeting: Meeting, prompts: int) -> Meeting:
+        """A meeting of a batch of prompts, each of which the engines answer by itself."""
+        return meeting
 
     def remember(self, coordinates: Coordinates, handoff: Handoff, rank: int | None) -> Coordinates:
         """Prefill's coordinates with what its answer says of them, where a meeting could not say the hand-off; as they

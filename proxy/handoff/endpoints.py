@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 Members = dict[str, msgspec.Raw]
-Endpoint = Literal["chat", "completions", "messages", "responses", "generate"]
+Endpoint = Literal["chat", "completions", "messages", "responses", "generate", "sglang_generate"]
 
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
@@ -33,6 +33,8 @@ class Layout(msgspec.Struct, frozen=True):
         asks_usage: `stream_options.include_usage` brings usage; without it the stream has its own.
         id_member: the member that names the request, for engines that do not read X-Request-Id here; or empty.
         id_prefix: what such a name begins with.
+        ranked: a leg can be told the data-parallel rank that it is for.
+        of_one_make: only the engines of one make have it, whose connector says so; they do not know of models.
         own_words: turns the members of a leg of one token from chat's words into this endpoint's; None where these are
             the same.
     """
@@ -45,6 +47,8 @@ class Layout(msgspec.Struct, frozen=True):
     asks_usage: bool = True
     id_member: str = ""
     id_prefix: str = ""
+    ranked: bool = True
+    of_one_make: bool = False
     own_words: Callable[[Members], Members] | None = None
 
 
@@ -124,6 +128,7 @@ LAYOUTS: dict[Endpoint, Layout] = {
         asks_usage=False,
         id_member="request_id",
         id_prefix="resp_",
+        ranked=False,
         own_words=_responses_leg,
     ),
     "generate": Layout(
@@ -132,4 +137,16 @@ LAYOUTS: dict[Endpoint, Layout] = {
         prompt=("token_ids",),
         own_words=_generate_leg,
     ),
+    "sglang_generate": Layout(
+        path="/generate",
+        reads=("stream", "model"),
+        prompt=("text", "input_ids", "input_embeds"),
+        answer="meta_info",
+        asks_usage=False,
+        id_member="rid",
+        of_one_make=True,
+    ),
 }
+
+COMMON = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not layout.of_one_make)
+"""The endpoints that more than one make of engine has."""

@@ -16,6 +16,7 @@ from proxy.handoff.continuation import Continuation
 from proxy.handoff.endpoints import LAYOUTS, Members
 from proxy.handoff.first_token import FirstToken
 from proxy.handoff.reuse import prompt_of, with_prompt
+from proxy.handoff.sglang_generate import usage_of
 
 _encode = msgspec.json.Encoder().encode
 _LONG = 4096  # tokens, estimated
@@ -136,6 +137,8 @@ class Plan:
             BackendGarbled: it is not an answer.
             HandoffInvalid: what it says would harm decode.
         """
+        if self._layout.of_one_make:
+            return self.handoff, usage_of(answer, self._body.prompts)
         parsed = read_answer(answer, self._layout.answer)
         handoff = self.handoff or self.connector.take(parsed)
         if self._reuse and handoff is not None and (ids := prompt_of(parsed, self._body)):
@@ -186,7 +189,11 @@ class Plan:
         if self._continuation is not None and self._body.endpoint == "chat":
             members = self._continuation.in_params(members)
         elif layout.id_member:
-            members[layout.id_member] = msgspec.Raw(_encode(layout.id_prefix + self.answer_id))
+            named, prompts = layout.id_prefix + self.answer_id, self._body.prompts
+            each = [f"{named}_{prompt}" for prompt in range(prompts)]
+            members[layout.id_member] = msgspec.Raw(_encode(each or named))
+            if layout.of_one_make:
+                members.pop("model", None)
         name = layout.prompt[0]
         if self._body.prompt_tokens < _LONG or name not in members:
             return Leg(layout.path, (_encode(members),), headers)

@@ -13,6 +13,8 @@ prompt of a list finds its own room, since both engines count up from the one th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from proxy.handoff.connector import Connector, Handoff, Meeting, in_one_piece
@@ -33,6 +35,10 @@ class _ServerInfo(msgspec.Struct):
     dp_size: int = 1
 
 
+def _list(values: Sequence[object]) -> msgspec.Raw:
+    return msgspec.Raw(_encode(values))
+
+
 _read_info = msgspec.json.Decoder(_ServerInfo).decode
 
 
@@ -46,7 +52,7 @@ class SGLang(Connector):
     continues = False
     plain_decode = False
     plain_prefill = False
-    endpoints = frozenset({"chat", "completions"})
+    endpoints = frozenset({"chat", "completions", "sglang_generate"})
     splits = frozenset({"prompt_list"})
     pages = ("/server_info", "/get_server_info")  # the older name, which newer engines complain of
 
@@ -63,8 +69,21 @@ class SGLang(Connector):
             "bootstrap_port": msgspec.Raw(b"%d" % prefill.port),
             "bootstrap_room": msgspec.Raw(b"%d" % room),
         }
-        told = where if rank is None else {**where, "disagg_prefill_dp_rank": msgspec.Raw(b"%d" % rank)}
-        return Meeting(where, Handoff(told))
+        if rank is None:
+            return Meeting(where, Handoff(where))
+        said = msgspec.Raw(b"%d" % rank)
+        # By a header the rank is not told on every endpoint.
+        return Meeting({**where, "routed_dp_rank": said}, Handoff({**where, "disagg_prefill_dp_rank": said}))
+
+    def apart(self, meeting: Meeting, prompts: int) -> Meeting:
+        assert meeting.handoff is not None
+        room = int(bytes(meeting.prefill["bootstrap_room"]))
+        each = {
+            "bootstrap_host": _list([meeting.prefill["bootstrap_host"]] * prompts),
+            "bootstrap_port": _list([meeting.prefill["bootstrap_port"]] * prompts),
+            "bootstrap_room": _list([room + prompt for prompt in range(prompts)]),
+        }
+        return Meeting({**meeting.prefill, **each}, Handoff({**meeting.handoff.members, **each}))
 
     def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates:
         info = _read_info(answer)

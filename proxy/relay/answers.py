@@ -21,9 +21,9 @@ _HANDOFF_MARK = b'_transfer_params"'
 _IN_CHOICES = "disaggregated_params"
 """The same of TensorRT-LLM, which has it in its choices."""
 _IN_CHOICES_MARK = b'"disaggregated_params"'
-# host:port, URLs and bare IP addresses: an engine's 5xx may quote the peer it could not reach.
+# host:port, URLs, bare IP addresses, SGLang's rooms: an engine's 5xx may quote the peer that it could not reach.
 # Each alternative looks at a bounded number of characters: a megabyte of nonsense costs no more than its length.
-_ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]|[\w-]:\d{2,5}\b")
+_ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]|[\w-]:\d{2,5}\b|\bbootstrap_")
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_choices = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
@@ -55,6 +55,19 @@ class Usage(msgspec.Struct):
 
 
 _decode_usage = msgspec.json.Decoder(Usage).decode
+
+
+class WholeAnswer(msgspec.Struct):
+    """What is read of an answer that was not streamed."""
+
+    choices: msgspec.Raw = msgspec.Raw()
+    content: msgspec.Raw = msgspec.Raw()
+    output: msgspec.Raw = msgspec.Raw()
+    usage: msgspec.Raw = msgspec.Raw()
+    error: msgspec.Raw = msgspec.Raw()
+
+
+read_whole = msgspec.json.Decoder(WholeAnswer).decode
 
 
 def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:

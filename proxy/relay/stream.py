@@ -28,7 +28,7 @@ from proxy.relay import events
 from proxy.relay.answers import Usage, engine_error, engine_error_event, read_usage
 from proxy.relay.client import Client
 from proxy.relay.deadlines import Deadlines
-from proxy.relay.dialects import Dialect
+from proxy.relay.dialect import Dialect
 from proxy.relay.edit import HANDOFF_MARK, Edit, take_prompt_ids
 from proxy.relay.http1 import Connection
 from proxy.relay.passage import PLAIN, Passage
@@ -39,6 +39,7 @@ _HELD_LIMIT = 64 * 1024 * 1024  # the ids of a prompt of a million tokens are 7 
 _DOUBT = 1.0  # seconds of silence that are the last straw for a backend which fails its health checks
 _ERROR_BODY_LIMIT = 1024 * 1024
 _LARGE = 2048  # bytes of several events
+_ASIDE = 1024 * 1024  # bytes of events that wait; more are left in the engine
 _MANY = 4  # tokens in one read
 _FEW = 3  # events: an opening one, one with the prompt's ids, one like those that follow
 
@@ -138,6 +139,7 @@ class StreamRelay:
         "_loop",
         "_opened",
         "_opening",
+        "_over",
         "_passage",
         "_patience",
         "_paused_since",
@@ -147,6 +149,7 @@ class StreamRelay:
         "_timer",
         "_transcript",
         "_url",
+        "_waiting",
         "first_token",
         "headers",
         "sequence",
@@ -192,6 +195,8 @@ class StreamRelay:
         self._last = b""
         self._last_word = b""  # [DONE], or the event that stands for it
         self._hollow = b""  # events without text, as the client will see them together with the next that has some
+        self._waiting: list[bytes] = []  # what cannot be made the client's yet
+        self._over = False  # the engine has said all of it
         self._error_body = b""
         self._status = 0
         self._passage: Passage | None = None
@@ -260,6 +265,17 @@ class StreamRelay:
             self._timer.cancel()
         self._timer = self._loop.call_later(max(0.0, heard + _DOUBT - monotonic()), look)
 
+    def go_on(self, _: object = None) -> None:
+        """What the dialect waited for is here."""
+        if not self._waiting or self._future.done():
+            return
+        block, self._waiting = b"".join(self._waiting), []
+        if self._connection is not None:
+            self._connection.resume()
+        self._pass_on(block, self._over)
+        if self._over and not self._future.done():
+            self.end()
+
     @property
     def live(self) -> bool:
         """Whether the client has been given anything of this leg."""
@@ -314,6 +330,9 @@ class StreamRelay:
 
     def end(self) -> None:
         self._connection = None
+        if self._waiting:
+            self._over = True  # whether it ended well is seen when it is read
+            return
         if self._done:
             if self.live:
                 self._conclude(None)
@@ -355,6 +374,8 @@ class StreamRelay:
         assert passage is not None
         shown, count = self._take(block, last)
         if self.first_token is None:
+            if self._future.done():
+                return  # the flow has given it up in this very turn, and is on its way elsewhere
             if not count:
                 if self._failure is not None:
                     self.fail(self._failure)
@@ -436,6 +457,9 @@ class StreamRelay:
     def _take(self, block: bytes, last: bool) -> tuple[bytes, int]:
         """What of a block the client is given, and the number of its token events."""
         if self._dialect is not None:
+            if self._dialect.waits:
+                self._set_aside(self._dialect, block)
+                return b"", 0
             return self._take_named(self._dialect, events.read(block))
         passage, live = self._passage, self.first_token is not None
         assert passage is not None
@@ -554,7 +578,7 @@ class StreamRelay:
                 continue
             try:
                 named = dialect.read(payload)
-                if event.find(HANDOFF_MARK) >= 0:
+                if dialect.edits or event.find(HANDOFF_MARK) >= 0:
                     event = dialect.stripped(named.type, payload)
             except (BackendGarbled, msgspec.MsgspecError) as error:
                 self._failure = BackendGarbled(f"{self._url} sent what cannot be read: {error}")
@@ -565,7 +589,7 @@ class StreamRelay:
             if dialect.preempted and payload.find(dialect.preempted) >= 0:
                 self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
                 break
-            if usage := read_usage(dialect.usage(named)):
+            if usage := dialect.usage(named):
                 self.usage = usage
             if named.type in dialect.last:
                 self._done = self._transcript.finished = True
@@ -578,6 +602,21 @@ class StreamRelay:
             ):
                 count += 1
         return b"".join(kept), count
+
+    def _set_aside(self, dialect: Dialect, block: bytes) -> None:
+        """Keep events until their dialect can make them the client's. That the engine has failed is seen at once."""
+        for _, payload in events.read(block):
+            try:
+                failed = dialect.failure(dialect.read(payload), payload) if payload else b""
+            except BackendGarbled as error:
+                self._failure = BackendGarbled(f"{self._url} sent what cannot be read: {error}")
+                return
+            if failed:
+                self._failure = engine_error_event(self._url, failed)
+                return
+        self._waiting.append(block)
+        if sum(map(len, self._waiting)) > _ASIDE and self._connection is not None:
+            self._connection.pause()
 
     def _open_transcript(self, opening: bytes) -> None:
         """The first event with a token is here, so that the client will be given it and what came before it."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from proxy.simulator import encoding, generate, messages, responses
+from proxy.simulator import encoding, generate, messages, responses, sglang_generate
 from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.errors import RequestError, internal_error
 from proxy.simulator.faults import Fault, Mischief
@@ -117,12 +117,13 @@ class Answer:
         return next((params for params in reversed(found) if params is not None), None)
 
 
-BODIES: dict[Kind, Callable[..., Object]] = {
+BODIES: dict[Kind, Callable[..., Any]] = {
     "chat": encoding.chat_body,
     "completion": encoding.completion_body,
     "messages": messages.message_body,
     "responses": responses.response_body,
     "generate": generate.generate_body,
+    "sglang_generate": sglang_generate.sglang_generate_body,
 }
 
 
@@ -151,8 +152,12 @@ class WholeAnswer(Answer):
         """Answer with the error; the other sequences are of no use any more."""
         if self.done.done():
             return
-        anthropic = self.request.kind == "messages"
-        body = error.anthropic_body() if anthropic else self._side.error_body(error)
+        if self.request.kind == "messages":
+            body = error.anthropic_body()
+        elif self.request.kind == "sglang_generate" and error.status == 400:
+            body = sglang_generate.refusal(error)
+        else:
+            body = self._side.error_body(error)
         self.exchange.respond(error.status, encoding.to_json(body))
         self.finish()
         self._abort(self.sequences)

@@ -23,7 +23,7 @@ _MAX_LOGPROBS = 20
 _DEFAULT_COMPLETION_TOKENS = 16
 
 
-Kind = Literal["chat", "completion", "messages", "responses", "generate"]
+Kind = Literal["chat", "completion", "messages", "responses", "generate", "sglang_generate"]
 
 
 @dataclass(slots=True)

@@ -29,6 +29,8 @@ from proxy.simulator.prompts import render_chat
 from proxy.simulator.requests import GenerationRequest, decode_chat, decode_completion
 from proxy.simulator.responses import StoredResponse, decode_response, outline
 from proxy.simulator.sequences import Sequence
+from proxy.simulator.sglang_generate import decode_sglang_generate, refusal
+from proxy.simulator.sglang_stream import SGLangStream
 from proxy.simulator.tokens import detokenize, start_state, token_text, tokenize
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ _GENERATING = {
     "/inference/v1/generate",
 }
 _GENERATE = {*_GENERATING, "/v1/messages/count_tokens"}
+_SGLANGS_OWN = "/generate"
 _SCORE = {"/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"}
 _TASKS = {
     "generate": _GENERATE,
@@ -81,7 +84,11 @@ class ReceivedRequest:
     output_tokens: int = 0
 
 
-_STREAMS: dict[str, type[StreamAnswer]] = {"messages": MessageStream, "responses": ResponseStream}
+_STREAMS: dict[str, type[StreamAnswer]] = {
+    "messages": MessageStream,
+    "responses": ResponseStream,
+    "sglang_generate": SGLangStream,
+}
 
 
 class Routes:
@@ -131,7 +138,7 @@ class Routes:
         if exchange.method != known[path]:
             raise RequestError(405, "Method Not Allowed", "Method Not Allowed")
         match path:
-            case _ if path in _GENERATING:
+            case _ if path in _GENERATING or path == _SGLANGS_OWN:
                 await self._generate(exchange)
             case "/v1/models":
                 exchange.respond(200, encoding.to_json({"object": "list", "data": self._sim.adapters.cards()}))
@@ -157,6 +164,8 @@ class Routes:
         """The paths that there are, and the method of each."""
         config = self._sim.config
         known = dict.fromkeys(_TASKS[config.task] | _POST, "POST") | {"/v1/models": "GET"}
+        if config.connector == "sglang":
+            known[_SGLANGS_OWN] = "POST"
         if config.surface == "vllm":
             known |= _DEVELOPMENT if config.dev_mode else {}
             if config.dev_mode and config.connector not in ("sglang", "tensorrt_llm"):
@@ -350,8 +359,12 @@ class Routes:
             if error.late:
                 self._sim.engine.let_go(transfer)
             # What the handler of messages refuses has Anthropic's shape, what pydantic refuses before it has OpenAI's.
-            anthropic = error.late and exchange.path == "/v1/messages"
-            body = error.anthropic_body() if anthropic else self._sim.engine.side.error_body(error)
+            if error.late and exchange.path == "/v1/messages":
+                body = error.anthropic_body()
+            elif error.late and exchange.path == _SGLANGS_OWN and error.status == 400:
+                body = refusal(error)
+            else:
+                body = self._sim.engine.side.error_body(error)
             exchange.respond(error.status, encoding.to_json(body))
         finally:
             received.status = exchange.status
@@ -379,6 +392,8 @@ class Routes:
                 request, messages = decode_response(body, config, self._sim.responses)
             case "/inference/v1/generate":
                 request = decode_generate(body, exchange.headers, config)
+            case "/generate":
+                request = decode_sglang_generate(body, config)
             case _:
                 request = decode_completion(body, exchange.headers, config)
         if self._sim.engine.dead is not None:

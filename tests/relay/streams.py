@@ -10,7 +10,7 @@ import msgspec
 
 from proxy.errors import BackendError
 from proxy.relay.deadlines import Deadlines
-from proxy.relay.dialects import Dialect
+from proxy.relay.dialect import Dialect
 from proxy.relay.edit import Edit
 from proxy.relay.http1 import Connection, Origin
 from proxy.relay.stream import StreamRelay

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import BackendCut, BackendError, BackendFailed, BackendGarbled, BackendPreempted
-from proxy.relay.dialects import DIALECTS, Dialect
+from proxy.relay.dialect import Dialect
+from proxy.relay.dialects import DIALECTS
 
 from .streams import PING, Stream, chunk, opened, relayed
 

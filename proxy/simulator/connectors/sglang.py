@@ -29,17 +29,46 @@ _DEFAULT_PORT = 8998  # --disaggregation-bootstrap-port
 
 @dataclass(frozen=True, slots=True)
 class _Meeting:
-    """Where a request's prompts meet prefill: one room for all, from which is counted up, or one each."""
+    """Where a request's prompts meet prefill: one room for all, from which is counted up, or one each. So of the host
+    and the port."""
 
-    host: str | None
-    port: int
+    hosts: str | list[str] | None
+    ports: int | list[int]
     rooms: int | list[int]
     n: int
+
+    def host(self, sequence: Sequence) -> str:
+        found = self.hosts[sequence.index // self.n] if isinstance(self.hosts, list) else self.hosts
+        return found or ""
+
+    def port(self, sequence: Sequence) -> int:
+        return self.ports[sequence.index // self.n] if isinstance(self.ports, list) else self.ports
 
     def room(self, sequence: Sequence) -> int:
         """A sequence's room. The choices of one prompt share theirs, by a mistake of the real engine."""
         prompt = sequence.index // self.n
         return self.rooms[prompt] if isinstance(self.rooms, list) else self.rooms + prompt
+
+
+def batch_size(body: Mapping[str, Any]) -> int:
+    """How many prompts a batch has; 0 for a single prompt."""
+    text, ids = body.get("text"), body.get("input_ids")
+    if text is not None:
+        return len(text) if isinstance(text, list) else 0
+    return len(ids) if isinstance(ids, list) and ids and not isinstance(ids[0], int) else 0
+
+
+def choices(body: Mapping[str, Any]) -> int:
+    """How many answers each prompt gets."""
+    sampling = body.get("sampling_params")
+    first = sampling[0] if isinstance(sampling, list) and sampling else sampling
+    n = first.get("n") if isinstance(first, dict) else None
+    return n if type(n) is int and n > 0 else 1
+
+
+def _each(given: Any) -> list[Any]:
+    """What is said once for all prompts, or once for each."""
+    return given if isinstance(given, list) else [given]
 
 
 class SGLang(Side):
@@ -62,13 +91,20 @@ class SGLang(Side):
         if rooms is None:
             message = "Invalid request: Disaggregated request received without bootstrap room id."
             raise RequestError(400, "BadRequest", message)
-        whole = rooms if isinstance(rooms, list) else [rooms]
-        if not all(type(room) is int and 0 <= room < 1 << 63 for room in whole):
+        if not all(type(room) is int and 0 <= room < 1 << 63 for room in _each(rooms)):
             raise RequestError(400, "Bad Request", "bootstrap_room: Input should be a valid integer", late=False)
-        if not (host is None or isinstance(host, str)) or not (port is None or type(port) is int):
+        if not all(one is None or isinstance(one, str) for one in _each(host)):
             raise RequestError(400, "Bad Request", "bootstrap_host: Input should be a valid string", late=False)
+        if not all(one is None or type(one) is int for one in _each(port)):
+            raise RequestError(400, "Bad Request", "bootstrap_port: Input should be a valid integer", late=False)
+        if "prompt" not in body and "messages" not in body:
+            count = batch_size(body)
+            for given in (host, port, rooms):
+                if isinstance(given, list) and len(given) != count:
+                    raise RequestError(500, "500", "list index out of range")
         n = body.get("n")
-        meeting = _Meeting(host, port or _DEFAULT_PORT, rooms, n if type(n) is int and n > 0 else 1)
+        n = n if type(n) is int and n > 0 else choices(body)
+        meeting = _Meeting(host, port or _DEFAULT_PORT, rooms, n)
         return Transfer(role, meeting, awaits=role == "prefill")
 
     def page(self, path: str) -> bytes | None:
@@ -104,7 +140,7 @@ class SGLang(Side):
         self._live[room] = sequence
         if sequence.transfer.keeps:
             sequence.sampling = replace(sequence.sampling, max_tokens=1)
-        elif not sequence.transfer.params.host:
+        elif not sequence.transfer.params.host(sequence):
             self.engine.die("AttributeError: a decode request without bootstrap_host")
 
     def ended(self, sequence: Sequence) -> None:
@@ -158,13 +194,13 @@ class SGLang(Side):
         engine = self.engine
         cached = sequence.cached // engine.config.block_size
         tokens = sequence.prompt_length - sequence.cached
-        host = (meeting.host or "").strip("[]")
+        host = meeting.host(sequence).strip("[]")
         name = str(self._room(sequence))
 
         def hear(answer: Mapping[str, Any]) -> None:
             sequence.given = tuple(answer["first"])
 
-        return await engine.peers.wait(host, meeting.port, "", name, cached, tokens, hear=hear, thank=False)
+        return await engine.peers.wait(host, meeting.port(sequence), "", name, cached, tokens, hear=hear, thank=False)
 
     async def _received(self, sequence: Sequence, receiving: asyncio.Future[list[Content]]) -> list[Content]:
         try:

@@ -1,0 +1,132 @@
+"""How a stream's events speak where they do not speak as OpenAI's chat does: what begins an answer, what ends it, what
+says that it failed, where its usage is. `dialects.py` has those that there are.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from proxy.errors import BackendGarbled
+from proxy.relay.answers import HANDOFF_FIELDS, Usage, WholeAnswer, read_usage, read_whole
+from proxy.relay.prompt_logprobs import PromptLogprobs
+
+_ABSENT = msgspec.Raw()
+_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class NamedEvent(msgspec.Struct):
+    """What is read of an event.
+
+    Attributes:
+        sequence_number: its place in the stream, where events are numbered; else -1.
+    """
+
+    type: str = ""
+    sequence_number: int = -1
+    usage: msgspec.Raw = _ABSENT
+    response: msgspec.Raw = _ABSENT
+    error: msgspec.Raw = _ABSENT
+
+
+class _Answer(msgspec.Struct):
+    usage: msgspec.Raw = _ABSENT
+    error: msgspec.Raw = _ABSENT
+
+
+_decode_event = msgspec.json.Decoder(NamedEvent).decode
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+
+
+class Dialect(msgspec.Struct, frozen=True):
+    """One way of speaking.
+
+    Attributes:
+        opening: events that come before the first token. An engine may say them and then fail.
+        tokens: how the names of events end that bring tokens.
+        last: events of which one ends the answer.
+        failed: events of which one says that the engine could not finish.
+        inside: members of an event that hold the answer's own object, and with it what stays inside.
+        preempted: bytes by which an engine says that it dropped the request to get at its memory; or nothing.
+    """
+
+    opening: frozenset[str]
+    tokens: str
+    last: frozenset[str]
+    failed: frozenset[str]
+    inside: tuple[str, ...]
+    preempted: bytes = b""
+
+    def of(self, prompts: int, logprobs: PromptLogprobs | None) -> Dialect:
+        """The same for one stream, where it must be known what was said before.
+
+        Arguments:
+            prompts: how many the request has, where they are a batch; else 0.
+            logprobs: of the prompts, to be put into its events.
+        """
+        return self
+
+    @property
+    def edits(self) -> bool:
+        """Every event is made anew by `stripped`."""
+        return False
+
+    @property
+    def waits(self) -> bool:
+        """No event can be made yet."""
+        return False
+
+    def read(self, payload: bytes) -> NamedEvent:
+        """An event.
+
+        Raises:
+            BackendGarbled: it is none.
+        """
+        try:
+            return _decode_event(payload)
+        except msgspec.MsgspecError as error:
+            raise BackendGarbled(f"an event that is no answer: {error}") from None
+
+    def failure(self, event: NamedEvent, payload: bytes) -> bytes:
+        """An object with the `error` that an event tells of, or nothing where it tells of none."""
+        if event.type not in self.failed:
+            return b"" if bytes(memoryview(event.error)[:4]) in (b"", b"null") else payload
+        if memoryview(event.error):
+            return payload
+        try:
+            error = _decode_answer(event.response).error
+        except msgspec.MsgspecError:
+            error = _ABSENT
+        # OpenAI's own `error` event has its parts beside its type.
+        return _encode({"error": error if memoryview(error) else msgspec.Raw(payload)})
+
+    def usage(self, event: NamedEvent) -> Usage | None:
+        """The usage that an event tells of."""
+        if not memoryview(event.response):
+            return read_usage(event.usage)
+        try:
+            return read_usage(_decode_answer(event.response).usage)
+        except msgspec.MsgspecError:
+            return None
+
+    def stripped(self, name: str, payload: bytes) -> bytes:
+        """An event, without what names engines' addresses."""
+        members = _stripped(_decode_members(payload))
+        for inside in self.inside:
+            if bytes(memoryview(members.get(inside, _ABSENT))[:1]) == b"{":
+                members[inside] = msgspec.Raw(_encode(_stripped(_decode_members(members[inside]))))
+        return b"event: %b\ndata: %b\n\n" % (name.encode(), _encode(members))
+
+    def whole(self, answer: bytes) -> WholeAnswer:
+        """An answer that was not streamed.
+
+        Raises:
+            msgspec.MsgspecError: it is none.
+        """
+        return read_whole(answer)
+
+
+def _stripped(members: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
+    for field in HANDOFF_FIELDS:
+        members.pop(field, None)
+    return members
