@@ -200,7 +200,7 @@ def new_try(
         meeting = connector.meet(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
         own, name = name, meeting.id or name
         if request.body.prompts:
-            meeting = connector.apart(meeting, request.body.prompts)
+            meeting = connector.apart(meeting, request.body.prompts, prefill.backend.coordinates.dp)
     plan = Plan(
         request.body,
         connector,
@@ -380,8 +380,9 @@ class Legs:
             try:
                 answer = attempt.logprobs.whole(answer)
             except BackendGarbled as error:
-                self._note(backend, error, leg, attempt)
-                raise
+                garbled = BackendGarbled(f"{backend.url}: {error}")
+                self._note(backend, garbled, leg, attempt)
+                raise garbled from None
         if attempt.first is not None:
             try:
                 answer = joined_answer(attempt.first, answer, request.body, Edit(said=1).merge)

@@ -159,8 +159,12 @@ class Connector:
         """
         raise NotImplementedError
 
-    def apart(self, meeting: Meeting, prompts: int) -> Meeting:
-        """A meeting of a batch of prompts, each of which the engines answer by itself."""
+    def apart(self, meeting: Meeting, prompts: int, ranks: int) -> Meeting:
+        """A meeting of a batch of prompts, each of which the engines answer by itself.
+
+        Arguments:
+            ranks: how many data-parallel ranks prefill has.
+        """
         return meeting
 
     def remember(self, coordinates: Coordinates, handoff: Handoff, rank: int | None) -> Coordinates:

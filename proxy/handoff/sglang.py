@@ -21,8 +21,9 @@ from proxy.handoff.connector import Connector, Handoff, Meeting, in_one_piece
 from proxy.handoff.coordinates import Coordinates
 from proxy.handoff.endpoints import Endpoint, Members
 
-_MOST_PROMPTS = 1 << 24
-"""Rooms that are left free above the one that is told: more than the prompts that a body holds."""
+_FREE = 1 << 32
+"""Rooms that are left free above the one that is told: more than the prompts that a body holds, times any number of
+ranks."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -33,10 +34,6 @@ class _ServerInfo(msgspec.Struct):
     disaggregation_mode: str
     disaggregation_bootstrap_port: int
     dp_size: int = 1
-
-
-def _list(values: Sequence[object]) -> msgspec.Raw:
-    return msgspec.Raw(_encode(values))
 
 
 _read_info = msgspec.json.Decoder(_ServerInfo).decode
@@ -60,7 +57,7 @@ class SGLang(Connector):
         return in_one_piece(members)
 
     def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
-        room = int(name[:16], 16) % ((1 << 63) - _MOST_PROMPTS)
+        room = int(name[:16], 16) % ((1 << 63) - _FREE)
         if rank is not None:
             room += rank - room % prefill.dp
         host = f"[{prefill.host}]" if ":" in prefill.host else prefill.host
@@ -75,13 +72,13 @@ class SGLang(Connector):
         # By a header the rank is not told on every endpoint.
         return Meeting({**where, "routed_dp_rank": said}, Handoff({**where, "disagg_prefill_dp_rank": said}))
 
-    def apart(self, meeting: Meeting, prompts: int) -> Meeting:
-        assert meeting.handoff is not None
+    def apart(self, meeting: Meeting, prompts: int, ranks: int) -> Meeting:
+        assert meeting.handoff is not None  # both are sent at once
         room = int(bytes(meeting.prefill["bootstrap_room"]))
         each = {
             "bootstrap_host": _list([meeting.prefill["bootstrap_host"]] * prompts),
             "bootstrap_port": _list([meeting.prefill["bootstrap_port"]] * prompts),
-            "bootstrap_room": _list([room + prompt for prompt in range(prompts)]),
+            "bootstrap_room": _list([room + prompt * ranks for prompt in range(prompts)]),
         }
         return Meeting({**meeting.prefill, **each}, Handoff({**meeting.handoff.members, **each}))
 
@@ -91,3 +88,7 @@ class SGLang(Connector):
             raise ValueError(f"its disaggregation mode is {info.disaggregation_mode}")
         port = coordinates.port or info.disaggregation_bootstrap_port
         return msgspec.structs.replace(coordinates, port=port, dp=max(1, info.dp_size))
+
+
+def _list(values: Sequence[object]) -> msgspec.Raw:
+    return msgspec.Raw(_encode(values))

@@ -148,10 +148,17 @@ async def test_every_event_of_a_stream_has_the_prompts_log_probabilities() -> No
 @BOTH_WAYS
 async def test_decodes_answer_waits_for_prefills_log_probabilities_and_for_nothing_else(stream: bool) -> None:
     async with fleet(CASE) as (running, [p], [d]):
-        p.faults.add("slow_body", leg="prefill", piece_bytes=64, delay_s=0.02)  # its answer, not its KV cache
-        for more in ({}, SCORED):
-            answer = await ask(running, body(4, **more, stream=stream))
-            assert len(answer["meta_info"].get("input_token_logprobs", ())) == (len(tokenize(PROMPT)) if more else 0)
+        prefill = next(backend for backend in running.gateway.fleet if backend.url == p.url)
+        # What is slow is prefill's answer, not its KV cache.
+        p.faults.add("slow_body", leg="prefill", piece_bytes=8, delay_s=0.05)
+        await ask(running, body(4, stream=stream))
+        await until(lambda: prefill.inflight_requests > 0)  # it goes on without the request
+        p.faults.clear()
+        await at_rest(running, p, d)
+        p.faults.add("slow_body", leg="prefill", piece_bytes=64, delay_s=0.005)
+        answer = await ask(running, body(4, **SCORED, stream=stream))
+        assert len(answer["meta_info"]["input_token_logprobs"]) == len(tokenize(PROMPT))
+        assert not prefill.inflight_requests
         await at_rest(running, p, d)
 
 
@@ -394,3 +401,13 @@ async def test_an_engine_of_its_kind_serves_it_whole_beside_others() -> None:
             for stream in (False, True):
                 await ask(running, {**request, "stream": stream})
             assert len(sglang.requests) == 2 and not vllm.requests
+
+
+@BOTH_WAYS
+async def test_it_is_there_too_where_the_connector_is_found_out(stream: bool) -> None:
+    async with (
+        simulators("prefill", "decode", connector="sglang") as [p, d],
+        running_gateway([p.url], [d.url], connector="auto", kind="sglang") as running,
+    ):
+        await ask(running, body(4, stream=stream, **SCORED))
+        assert d.engine.pulls == 1

@@ -17,7 +17,6 @@ from proxy.handoff.registry import CONNECTORS
 from proxy.handoff.sglang_generate import usage_of
 
 SGLANG = CONNECTORS["sglang"]
-P, D = Coordinates(host="10.0.0.1", port=9001), Coordinates(host="10.0.0.2")
 
 
 def body(**members: Any) -> Body:
@@ -30,11 +29,12 @@ def said(leg: Leg) -> dict[str, Any]:
     return value
 
 
-def legs(rank: int | None = None, **members: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def legs(rank: int | None = None, dp: int = 1, **members: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     read = body(**members)
-    meeting = SGLANG.meet(P, D, "0f" * 16, rank)
+    prefill = Coordinates(host="10.0.0.1", port=9001, dp=dp)
+    meeting = SGLANG.meet(prefill, Coordinates(host="10.0.0.2"), "0f" * 16, rank)
     if read.prompts:
-        meeting = SGLANG.apart(meeting, read.prompts)
+        meeting = SGLANG.apart(meeting, read.prompts, dp)
     plan = Plan(read, SGLANG, meeting=meeting, answer_id="named")
     return said(plan.prefill_leg()), said(plan.decode_leg(plan.handoff))
 
@@ -141,6 +141,15 @@ def test_a_rank_is_told_in_the_body_where_no_header_may_be_read() -> None:
     prefill, decode = legs(rank=1, text="a")
     assert prefill["routed_dp_rank"] == 1 and "routed_dp_rank" not in decode
     assert decode["disagg_prefill_dp_rank"] == 1 and "disagg_prefill_dp_rank" not in prefill
+
+
+@given(dp=st.integers(2, 64), data=st.data())
+def test_every_room_of_a_batch_says_the_rank(dp: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, dp - 1))
+    prefill, decode = legs(rank=rank, dp=dp, text=["a", "b", "c"])
+    rooms = prefill["bootstrap_room"]
+    assert rooms == decode["bootstrap_room"] and len(set(rooms)) == 3
+    assert {room % dp for room in rooms} == {rank} and max(rooms) < 1 << 63
 
 
 def test_of_a_batchs_sampling_parameters_each_is_stripped() -> None:

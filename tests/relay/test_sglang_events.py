@@ -113,6 +113,12 @@ async def test_an_engine_that_gives_up_has_failed(
     assert json.loads(bytes(whole.error))["code"] == status
 
 
+async def test_a_failure_that_names_rooms_or_addresses_is_not_quoted() -> None:
+    for where in ("bootstrap_room=81", "10.0.0.7:8998"):
+        _, error = await failed(said("", 0, {**ABORT, "message": f"Decode handshake failed for {where}"}))
+        assert where.encode() not in error.body() and where not in error.public_message
+
+
 async def test_an_abort_without_a_status_is_how_the_answer_ended() -> None:
     events = [said("a", 1), said("a", 1, {"type": "abort", "message": "Aborted"}), DONE]
     stream = await relayed(*events, dialect=single(), finished=False)
