@@ -33,6 +33,7 @@ from proxy.errors import (
 from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.kinds import KINDS
 from proxy.fleet.pairing import same_weights
 from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
@@ -101,7 +102,11 @@ class Flow:
         self._all_plain = all(connector.plain_decode for connector in in_use)
         self._splits_somewhere = frozenset[str]().union(*(connector.splits for connector in in_use))
         self._endpoints_somewhere = frozenset[str]().union(*(connector.endpoints for connector in in_use))
-        self._endpoints_everywhere = self._endpoints_somewhere.intersection(*(one.endpoints for one in in_use))
+        kinds = [KINDS[name] for name in {group.kind for group in settings.all_groups()}]
+        self._endpoints_everywhere = self._endpoints_somewhere.intersection(
+            *(one.endpoints for one in in_use),
+            (name for name, layout in LAYOUTS.items() if all(layout.path in kind.routes for kind in kinds)),
+        )
         self._splits_everywhere = self._splits_somewhere.intersection(*(connector.splits for connector in in_use))
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -246,6 +251,9 @@ class Flow:
                 decode, mixed = self._of_its_make(decode, body), self._of_its_make(mixed, body)
                 plain = None if plain is None else self._of_its_make(plain, body)
                 prefill, alone = able, body.alone  # where no such engine prefills, it is that it is down
+            else:
+                decode, mixed = _offering(decode, body), _offering(mixed, body)
+                plain = None if plain is None else _offering(plain, body)
         view = View(prefill=prefill, decode=decode, mixed=mixed, configured=configured, pairs=pairs, plain=plain)
         if request.pinned:
             view = _only(view, request.pinned)
@@ -615,6 +623,12 @@ class Flow:
 
 _NOBODY = nullcontext(None)
 _UNRANKED = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not layout.ranked)
+
+
+def _offering(backends: list[Backend], body: Body) -> list[Backend]:
+    """Those of some backends whose kind has a request's endpoint; all where none has, since engines say it best."""
+    path = LAYOUTS[body.endpoint].path
+    return [backend for backend in backends if backend.offers(path)] or backends
 
 
 def _lease(prefill: Backend | None, request: Request) -> AbstractContextManager[Lease | None]:

@@ -425,3 +425,19 @@ async def test_a_request_for_one_token(route: Route, stream: bool) -> None:
         # A prefill engine gives such an answer whole, unless it is to be kept: who keeps is decode.
         assert [len(p.requests), len(d.requests)] == ([1, 0] if route is MESSAGES else [1, 1])
         await at_rest(running, p, d)
+
+
+async def test_a_route_that_not_every_kind_of_backend_has_goes_to_those_that_have_it() -> None:
+    async with simulators("mixed", "mixed") as (vllm, other):
+        group = {"name": "other", "kind": "openai", "mixed": [other.url]}
+        async with running_gateway(mixed=[vllm.url], groups=[group]) as running:
+            for _ in range(8):
+                answer = await running.http.post(MESSAGES.path, json=MESSAGES.body(4))
+                assert answer.status_code == 200, answer.text
+            assert (len(vllm.requests), len(other.requests)) == (8, 0)
+
+
+async def test_a_route_that_no_kind_has_is_for_the_engine_to_judge() -> None:
+    async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url], kind="openai") as running:
+        assert (await running.http.post(MESSAGES.path, json=MESSAGES.body(4))).status_code == 200
+        assert len(engine.requests) == 1
