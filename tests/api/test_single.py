@@ -255,9 +255,12 @@ async def test_a_failure_before_the_first_byte_is_tried_again_elsewhere(fault: d
 async def test_a_dead_backend_is_passed_over_and_out() -> None:
     async with mixed(2, health={"interval": 60.0}) as (running, [one, other]):
         one.kill()
-        for _ in range(4):
+        dead, _ = running.gateway.fleet
+        sent = 0
+        while dead.up and sent < 100:  # between two that are as good as each other it is by chance who is asked
             assert (await running.http.post(EMBEDDINGS, json=INPUT)).status_code == 200
-        assert len(other.requests) == 4
+            sent += 1
+        assert len(other.requests) == sent
         assert [backend.up for backend in running.gateway.fleet] == [False, True]
         other.kill()
         answer = await running.http.post(EMBEDDINGS, json=INPUT)
