@@ -114,7 +114,8 @@ async def test_tools_are_called_whole_and_streamed(choice: Any) -> None:
         answer = await client.messages.create(
             model="sim", max_tokens=8, messages=result, tools=[WEATHER], extra_body=GREEDY
         )
-        assert text_of(answer)
+        # Its prompt has the call's id, which is new each time: its text is too, and may be none.
+        assert [part.type for part in answer.content] == ["text"]
         assert running.idle()
 
 
