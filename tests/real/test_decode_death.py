@@ -23,7 +23,7 @@ from .questions import KILLED_QUESTIONS, Answer, Api, Question, as_answer, ask, 
 pytestmark = [pytest.mark.real, pytest.mark.kills_second_decode]
 
 STREAMED = [question for question in KILLED_QUESTIONS if question.stream]
-WAVES = 3
+WAVES = 4
 APART = 20
 """Events that each stream of a wave has before the next wave starts, so that the engine dies at many tokens."""
 
@@ -61,7 +61,7 @@ def gateway_of_two(bed: Bed, second_decode: Engine, logs: Path) -> Iterator[Gate
 
 @pytest.fixture(scope="module")
 def outcome(gateway_of_two: Gateway, second_decode: Engine) -> Outcome:
-    """All questions asked in three waves, the whole ones with the first, since one engine can die only once."""
+    """All questions asked in four waves, the whole ones with the first, since one engine can die only once."""
     with ThreadPoolExecutor(len(KILLED_QUESTIONS)) as pool:
         whole = {
             question: pool.submit(question.ask, gateway_of_two.url)
