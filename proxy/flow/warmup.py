@@ -174,7 +174,7 @@ class Warmup:
             except (GatewayError, TimeoutError) as error:
                 log.debug("warming up %s and %s failed: %s", *pair, error or f"not done within {_PATIENCE:g} s")
             except Exception:
-                log.debug("warming up %s and %s failed", *pair, exc_info=True)
+                log.exception("warming up %s and %s failed", *pair)  # a defect of ours; serving goes on without it
             else:
                 self._warm.add(pair)
                 log.debug("%s and %s are warm", *pair)
