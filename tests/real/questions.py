@@ -99,7 +99,7 @@ SEVERED_TOKENS = (20, 31, 46, 47, 57, 64, 90, 110, 130, 150)
 """Prompts that, alone or with the tokens before a cut, end at a block's edge in one API or the other, and some between.
 (A chat's prompt has seventeen tokens more.)"""
 SEVERED_QUESTIONS = tuple(Question(api, True, tokens, "severed", 40) for api in Api for tokens in SEVERED_TOKENS)
-HUNG_QUESTIONS = tuple(Question(api, True, 80, f"hung-{api.name}", 400) for api in Api)
+HUNG_QUESTIONS = tuple(Question(api, True, 80, f"hung-{api.name}", 1000) for api in Api)
 KILLED_QUESTIONS = tuple(
     Question(api, stream, tokens, "killed", 800 if stream else 400)  # streams of the first wave see the last one begin
     for stream, lengths in ((False, (70, 130)), (True, (40, 64, 90, 111, 150, 200)))
