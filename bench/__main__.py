@@ -8,7 +8,8 @@ same rounds, so that the ratio holds on a noisy machine. Needs Linux, gcc and ng
   .venv/bin/python -m bench --quick              paced and short, one short round
   .venv/bin/python -m bench --write              ... and write bench/RESULTS.md
   .venv/bin/python -m bench --case scale         cost and delay against the number of streams (with --write: the plots)
-  .venv/bin/python -m bench --case connections   memory of idle and of streaming clients (bench/connections.py)
+  .venv/bin/python -m bench --case connections   memory of idle and of streaming clients (bench/connections.py), and the
+                                                 delay of tokens among ten thousand streams (bench/crowd.py)
   .venv/bin/python -m bench --name other --cmd 'other --port {port} --prefill {prefill} --decode {decode}'
 
 Ends with 0; with 1 when a request failed, or with --check when a budget was missed; with 2 when something is missing.
@@ -25,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import cases, connections, load, machine, plots, report
+from bench import cases, connections, crowd, load, machine, plots, report
 from bench.cost import NGINX, PEERS, Contender, nginx_path, rounds
 from bench.process import BenchError
 
@@ -34,6 +35,7 @@ CONNECTIONS = "connections"
 SCALE = "scale"
 QUICK = ("paced", "short")  # the cases with a budget
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
+CONNECTIONS_RESULTS = RESULTS.with_name("CONNECTIONS.md")
 SCALE_RESULTS = RESULTS.with_name("SCALE.md")
 PLOTS = RESULTS.parents[1] / "docs" / "cost.svg"
 
@@ -58,7 +60,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a first look: paced and short, one round, a third of it")
     parser.add_argument("--peers", action="store_true", help="also other P/D gateways found on PATH (vllm-router)")
     parser.add_argument("--json", action="store_true", help="print all numbers of all rounds as JSON, not tables")
-    parser.add_argument("--write", action="store_true", help="write bench/RESULTS.md")
+    parser.add_argument("--write", action="store_true", help="write bench/RESULTS.md, or the case's own file")
     parser.add_argument("--check", action="store_true", help="end with 1 when a budget is missed")
     return parser.parse_args(arguments)
 
@@ -79,8 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     """Measures and prints; gives the exit status."""
     chosen = options(arguments)
     if chosen.case == [CONNECTIONS]:
-        print(connections.report(load.build(), Contender(chosen.name, chosen.cmd, chosen.ready_path)))
-        return 0
+        return run_connections(chosen, arguments)
     for alone in (CONNECTIONS, SCALE):
         if alone in (chosen.case or ()) and chosen.case != [alone]:
             raise BenchError(f"--case {alone} runs alone")
@@ -109,6 +110,18 @@ def run(arguments: Sequence[str]) -> int:
     comparisons = report.all_comparisons(selected, measured)
     missed = chosen.check and any(one.holds is False for one in comparisons)
     return 1 if missed or any(one.gateway.failed or one.nginx.failed for one in comparisons) else 0
+
+
+def run_connections(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """What open connections cost, and how late tokens are among many; gives the exit status."""
+    facts = machine.facts(shlex.join(["python", "-m", "bench", *arguments]), 1)
+    program, contender = load.build(), Contender(chosen.name, chosen.cmd, chosen.ready_path)
+    tables = [connections.table(program, contender), crowd.table(program, contender)]
+    print("\n".join(map(str, tables)))
+    if chosen.write:
+        CONNECTIONS_RESULTS.write_text(report.connections_markdown(tables, facts))
+        print(f"wrote {CONNECTIONS_RESULTS}", file=sys.stderr)
+    return 0
 
 
 def interrupt(_number: int, _frame: object) -> None:

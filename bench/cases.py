@@ -44,6 +44,7 @@ class Case:
         nginx_times: nginx is given so many times the requests. Where it is much faster than any gateway, the case
             would be over in a tenth of a second, too short to read its CPU by.
         budget: what it may cost, if anything was promised.
+        rate: streams that begin in a second; 0: one whenever one ends.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Case:
     prompt_bytes: int
     nginx_times: int = 1
     budget: Budget | None = None
+    rate: int = 0
 
     def for_nginx(self) -> Case:
         """The load that nginx is given."""

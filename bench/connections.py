@@ -1,12 +1,13 @@
-"""What an open connection costs: memory of a gateway with ten thousand idle clients, with thousands of streams, and
+"""What an open connection costs: memory of a gateway with ten thousand idle clients, with ten thousand streams, and
 with some that have long prompts.
 
   .venv/bin/python -m bench --case connections
 
-Each kind is measured on a gateway of its own. Its resident memory with all connections open, less what it was before,
-is divided by their number. The kernel's socket buffers are not in it. As many streams are opened as files allow: each
-holds two sockets of the gateway, and a third for a while. Of streams with long prompts it is the most that was seen
-from the first request on, since a body passes through more than one pair of hands on its way.
+Each kind is measured on a gateway of its own, with one worker. Its resident memory with all connections open, less what
+it was before, is divided by their number. The kernel's socket buffers are not in it. Streams begin one after the other,
+so that each holds two sockets of the gateway, and a third, to prefill, only for a moment: ten thousand, or as many as
+files allow. Of streams with long prompts, which begin at once, it is the most that was seen from the first request on,
+since a body passes through more than one pair of hands on its way.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from pathlib import Path
 from bench.cases import Case
 from bench.cost import SETTLE_S, Contender, counted, engine, gateway_argv, last_lines, warm_up
 from bench.process import BenchError, free_port, rss_mib, running, wait_ready
+from bench.report import Table
 
 IDLE = 10_000
-STREAMS = 6_000
+STREAMS = 10_000
+STARTS_A_SECOND = 500
+OTHER_FILES = 200  # of a gateway: its own, those of prefill legs, and of engines' health
 LONG_STREAMS, LONG_PROMPT = 200, 400_000
 HOLD_S = 3.0  # how long all are open while memory is read
 LIMIT = "PD_PROXY_LIMITS__CONNECTIONS"  # the default allows as many as could all stream, which is fewer
@@ -42,7 +46,7 @@ STREAM = Case(
     pad_bytes=0,
     concurrency=STREAMS,
     requests=STREAMS,
-    tokens=30,
+    tokens=30,  # the first streams must be there when the last begin
     prompt_bytes=1_000,
 )
 
@@ -61,18 +65,22 @@ class Held:
     def kib_each(self) -> float:
         return (self.during - self.before) * 1024 / self.count
 
-    def __str__(self) -> str:
-        return (
-            f"| {self.kind} | {self.count:,} | {self.before:.0f} | {self.during:.0f} | **{self.kib_each:.1f}** "
-            f"| {self.after:.0f} |"
+
+def table(program: Path, contender: Contender) -> Table:
+    """Measures each kind."""
+    rows = [
+        (
+            one.kind,
+            f"{one.count:,}",
+            f"{one.before:.0f}",
+            f"{one.during:.0f}",
+            f"{one.kib_each:.1f}",
+            f"{one.after:.0f}",
         )
-
-
-def report(program: Path, contender: Contender) -> str:
-    """Measures each kind; gives a table."""
-    rows = [measure(program, contender, kind) for kind in (idle, streaming, long_prompts)]
-    head = "| connections | open | MiB before | MiB with them | KiB each | MiB after |\n|---|---|---|---|---|---|"
-    return "\n".join([head, *map(str, rows)])
+        for one in (measure(program, contender, kind) for kind in (idle, streaming, long_prompts))
+    ]
+    columns = ("connections", "open", "MiB before", "MiB with them", "KiB each", "MiB after")
+    return Table("Memory of open connections", columns, rows)
 
 
 def measure(program: Path, contender: Contender, kind: Callable[[Path, int, int, int], Held]) -> Held:
@@ -111,20 +119,22 @@ def idle(_program: Path, pid: int, port: int, _decode: int) -> Held:
 
 def streaming(program: Path, pid: int, port: int, decode: int) -> Held:
     """Streams that all run at once."""
-    return _streams("streaming", program, pid, port, decode, STREAMS, STREAM.prompt_bytes)
+    count = streams_that_fit()
+    return _streams("streaming", program, pid, port, decode, count, STREAM.prompt_bytes, STARTS_A_SECOND)
 
 
 def long_prompts(program: Path, pid: int, port: int, decode: int) -> Held:
     """Streams whose requests are large, all at once."""
     kind = f"streaming, prompts of {LONG_PROMPT // 1000} kB"
-    return _streams(kind, program, pid, port, decode, LONG_STREAMS, LONG_PROMPT)
+    return _streams(kind, program, pid, port, decode, LONG_STREAMS, LONG_PROMPT, 0)
 
 
-def _streams(kind: str, program: Path, pid: int, port: int, decode: int, streams: int, prompt: int) -> Held:
+def _streams(kind: str, program: Path, pid: int, port: int, decode: int, streams: int, prompt: int, rate: int) -> Held:
     before = most = rss_mib(pid)
     already = counted(decode)["decode"]
     argv = [str(program), "client", "--port", str(port), "--timeout-s", "120", "--tokens", str(STREAM.tokens)]
     argv += ["--concurrency", str(streams), "--requests", str(streams), "--prompt-bytes", str(prompt)]
+    argv += ["--rate", str(rate)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
         end = time.monotonic() + 60
         while counted(decode)["decode"] - already < streams:
@@ -132,15 +142,21 @@ def _streams(kind: str, program: Path, pid: int, port: int, decode: int, streams
                 client.kill()
                 raise BenchError(f"not all streams began: {client.communicate()[1]}")
             most = max(most, rss_mib(pid))
-            time.sleep(0.01 if streams < STREAMS else 0.1)
+            time.sleep(0.1 if rate else 0.01)
         during = resident(pid)
-        if prompt >= LONG_PROMPT:
+        if not rate:
             during = max(most, during)
         said, complaints = client.communicate(timeout=120)
     if f'"ok":{streams},' not in said:
         raise BenchError(f"not all streams were whole: {complaints}{said}")
     time.sleep(2 * SETTLE_S)
     return Held(kind, streams, before, during, rss_mib(pid))
+
+
+def streams_that_fit(workers: int = 1) -> int:
+    """How many streams a gateway of so many workers can hold here, at most `STREAMS`."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(STREAMS, workers * (files - OTHER_FILES) // 2)
 
 
 def resident(pid: int) -> float:
@@ -155,12 +171,13 @@ def resident(pid: int) -> float:
 @contextlib.contextmanager
 def many_files() -> Iterator[None]:
     """Lets this process and those it starts open as many files as may be, and the gateway as many connections."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 3 * STREAMS + 1_000:
-        raise BenchError(f"{STREAMS} streams need {3 * STREAMS + 1_000} open files, and ulimit -Hn says {hard}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < IDLE + OTHER_FILES:
+        raise BenchError(f"{IDLE} clients need {IDLE + OTHER_FILES} open files, and ulimit -Hn says {hard}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    os.environ[LIMIT] = str(max(IDLE, STREAMS) + 100)
+    os.environ[LIMIT] = str(2 * (max(IDLE, STREAMS) + OTHER_FILES))
     try:
         yield
     finally:
         del os.environ[LIMIT]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -48,7 +48,7 @@ def engine_argv(program: Path, port: int, case: Case) -> list[str]:
 def drive(program: Path, port: int, case: Case, timeout_s: int = 120) -> dict[str, Any]:
     """Runs the case's load against 127.0.0.1:`port` to its end; gives the client's report (times in microseconds)."""
     argv = [str(program), "client", "--port", str(port), "--timeout-s", str(timeout_s)]
-    for option in ("concurrency", "requests", "tokens", "prompt_bytes"):
+    for option in ("concurrency", "requests", "tokens", "prompt_bytes", "rate"):
         argv += ["--" + option.replace("_", "-"), str(getattr(case, option))]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s + 30)
     if done.returncode:

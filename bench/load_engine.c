@@ -28,7 +28,7 @@
 #include <signal.h>
 #include <unistd.h>
 
-enum { MOST_CONNECTIONS = 8192, MOST_PAD_BYTES = 8192, BYTES_PER_TOKEN = 4, TOKENS_PER_BLOCK = 16 };
+enum { MOST_CONNECTIONS = 16384, MOST_PAD_BYTES = 8192, BYTES_PER_TOKEN = 4, TOKENS_PER_BLOCK = 16 };
 
 // What one request asked for, and how far its answer is.
 typedef struct {

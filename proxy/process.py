@@ -114,6 +114,8 @@ def protocol(settings: Settings, files: int) -> type[GatewayProtocol]:
     """
 
     class Bounded(GatewayProtocol):
+        __slots__ = ()
+
         header_limit = settings.limits.request_headers
         header_seconds = settings.timeouts.request_headers
         write_seconds = settings.timeouts.idle

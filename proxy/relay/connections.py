@@ -27,6 +27,11 @@ class Connections:
     refused: int = 0
     leaving: bool = False
     _idle: dict[float, Deadlines] = field(default_factory=dict)
+    _headers: dict[float, Deadlines] = field(default_factory=dict)
+
+    def headers(self, seconds: float) -> Deadlines:
+        """For how long connections wait for the headers of a request."""
+        return self._headers.setdefault(seconds, Deadlines(seconds))
 
     def idle(self, seconds: float) -> Deadlines:
         """For how long connections wait for another request: one limit for all that wait so long."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from random import getrandbits
-from time import monotonic
 from typing import Any, ClassVar
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from proxy.errors import GatewayError, HeadersTooLarge, InvalidRequest, RequestTimedOut
+from proxy.relay.connections import Connections
 from proxy.relay.direct import DirectClient
 
 # Seconds for which what a client still sends is read and thrown away after its request was refused. Closing at once
@@ -36,13 +36,32 @@ class Inbound(HttpToolsProtocol):
         header_limit: bytes of request line and headers.
         header_seconds: seconds in which they must arrive, once the first byte is there, and for the first byte on a
             new connection.
+        shared: what all connections have in common.
     Attributes:
+        awaited: a request is on its way: it has begun to come, or the connection is new.
         clients: of the requests whose answers are not complete.
         deaf: nothing that the client still sends is heard.
     """
 
+    # What uvicorn keeps of a connection fits into a dictionary that shares its keys with those of all others; with
+    # ours beside it each would have keys of its own, a kB of them.
+    __slots__ = (
+        "_framing",
+        "_header_bytes",
+        "_headers_wait",
+        "_in_message",
+        "_lingering",
+        "_offered",
+        "_read_size",
+        "_refusal",
+        "awaited",
+        "clients",
+        "deaf",
+    )
+
     header_limit: ClassVar[int] = 64 * 1024
     header_seconds: ClassVar[float] = 30.0
+    shared: ClassVar[Connections] = Connections()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,8 +73,8 @@ class Inbound(HttpToolsProtocol):
         self._read_size = 0
         self._framing = 0
         self._header_bytes = 0
-        self._header_deadline: asyncio.TimerHandle | None = None
-        self._waiting_since: float | None = None
+        self._headers_wait = self.shared.headers(self.header_seconds)
+        self.awaited = False
         self._lingering: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -63,15 +82,10 @@ class Inbound(HttpToolsProtocol):
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._header_deadline, self._lingering):
-            if timer is not None:
-                timer.cancel()
+        self._headers_wait.forget(self)
+        if self._lingering is not None:
+            self._lingering.cancel()
         super().connection_lost(exc)
-
-    @property
-    def awaited(self) -> bool:
-        """Whether a request is on its way: it has begun to come, or the connection is new."""
-        return self._waiting_since is not None
 
     def data_received(self, data: bytes) -> None:
         # As uvicorn's, which would write a line to the log for each of a hostile client's requests.
@@ -82,7 +96,7 @@ class Inbound(HttpToolsProtocol):
         if self._in_message:
             self._framing += len(data)
         else:
-            if self._waiting_since is None:
+            if not self.awaited:
                 self._expect_headers()
             self._header_bytes += len(data)
         while data:
@@ -94,7 +108,7 @@ class Inbound(HttpToolsProtocol):
             except httptools.HttpParserError:
                 self._refuse(self._refusal or InvalidRequest("the request is not valid HTTP/1.1"))
                 return
-        if self._waiting_since is not None and self._header_bytes > self.header_limit:
+        if self.awaited and self._header_bytes > self.header_limit:
             self._refuse(HeadersTooLarge(f"request line and headers exceed {self.header_limit} bytes"))
         elif self._framing > _MOST_FRAMING:
             self._refuse(InvalidRequest(f"more than {_MOST_FRAMING} bytes of chunk sizes, extensions and trailers"))
@@ -108,7 +122,7 @@ class Inbound(HttpToolsProtocol):
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
-        if self._waiting_since is None:  # behind another request, in the same read
+        if not self.awaited:  # behind another request, in the same read
             self._expect_headers()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -133,7 +147,7 @@ class Inbound(HttpToolsProtocol):
             self._check_header_size()
         self.begin_request()
         self._in_message = True
-        self._waiting_since = None
+        self._expect_nothing()
         self._header_bytes = 0
         self._framing = 0
 
@@ -184,23 +198,22 @@ class Inbound(HttpToolsProtocol):
 
     def _expect_headers(self) -> None:
         """The bounds on headers apply from now until they are complete."""
-        self._waiting_since = monotonic()
+        self.awaited = True
         self._header_bytes = 0
-        if self._header_deadline is None:
-            self._header_deadline = self.loop.call_later(self.header_seconds, self._check_headers)
+        self._headers_wait.watch(self, self.loop)
 
-    def _check_headers(self) -> None:
-        # One timer a connection, set anew only when it fires: a busy connection pays for one a half minute.
-        self._header_deadline = None
-        if self._waiting_since is None or self.transport.is_closing():
+    def _expect_nothing(self) -> None:
+        self.awaited = False
+        self._headers_wait.forget(self)
+
+    def overdue(self, seconds: float) -> None:
+        """Headers are late."""
+        if self.transport.is_closing():
             return
-        left = self._waiting_since + self.header_seconds - monotonic()
-        if left > 0:
-            self._header_deadline = self.loop.call_later(left, self._check_headers)
-        elif self._header_bytes == 0:
+        if self._header_bytes == 0:
             self.transport.close()  # a connection that never asked for anything gets no answer
         else:
-            self._refuse(RequestTimedOut(f"headers did not arrive within {self.header_seconds:g} s"))
+            self._refuse(RequestTimedOut(f"headers did not arrive within {seconds:g} s"))
 
     # Refusing
 
@@ -235,7 +248,7 @@ class Inbound(HttpToolsProtocol):
 
     def _stop_listening(self) -> None:
         self.deaf = True
-        self._waiting_since = None
+        self._expect_nothing()
 
 
 class _Unheard(Exception):

@@ -20,7 +20,6 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from proxy.errors import TooManyConnections
 from proxy.relay.client import EXTENSION, Receive, Scope, Send
-from proxy.relay.connections import Connections
 from proxy.relay.direct import DirectClient
 from proxy.relay.inbound import Inbound, answer_headers
 
@@ -32,13 +31,13 @@ class GatewayProtocol(Inbound):
 
     Class attributes are set once, in a subclass, before the server listens:
         write_seconds: seconds for which a client may read nothing while bytes for it are held.
-        shared: the count of open connections, and their limit.
     Attributes:
         streaming: the client whose answer is under way.
     """
 
+    __slots__ = ("_crowded", "_direct", "_held_back", "_idle", "_write_deadline", "streaming")
+
     write_seconds: ClassVar[float] = 120.0
-    shared: ClassVar[Connections] = Connections()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,6 +53,8 @@ class GatewayProtocol(Inbound):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow._is_writable_event = writable = _Event()
+        writable.set()
         shared = self.shared
         shared.open += 1
         if shared.open > shared.limit:
@@ -139,7 +140,7 @@ class GatewayProtocol(Inbound):
             access_logger=self.access_logger,
             access_log=False,
             default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
+            message_event=_Event(),
             expect_100_continue=self.expect_100_continue,
             keep_alive=version != "1.0" and parser.should_keep_alive(),
             on_response=self.on_response_complete,
@@ -199,7 +200,10 @@ class GatewayProtocol(Inbound):
             self._idle.watch(self, self.loop)
 
     def overdue(self, seconds: float) -> None:
-        self.timeout_keep_alive_handler()
+        if self.awaited:
+            super().overdue(seconds)
+        else:
+            self.timeout_keep_alive_handler()
 
     def _unset_keepalive_if_required(self) -> None:
         self._idle.forget(self)
@@ -251,6 +255,14 @@ class _Answered:
 
 
 _ANSWERED = cast(RequestResponseCycle, _Answered)
+
+
+class _Event(asyncio.Event):
+    """One without a deque, of which each connection and each request has one."""
+
+    def __init__(self) -> None:
+        self._waiters: list[asyncio.Future[Any]] = []  # type: ignore[assignment]
+        self._value = False
 
 
 class _Queue(list[Any]):
