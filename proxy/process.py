@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ from typing import cast
 import uvicorn
 from fastapi import FastAPI
 
+from proxy import garbage
 from proxy.api import operations
 from proxy.api.siblings import socket_of
 from proxy.api.surface import Surface
@@ -84,10 +84,7 @@ def _work(settings: Settings, files: int, listeners: list[Listener], crew: Crew 
     """Be a gateway, or one worker of it."""
     kind = protocol(settings if crew is None else settings.share(crew.workers), files)
     gateway = build(settings, kind.shared, crew)
-    # What is loaded by now stays for good: a full collection need not walk it while tokens wait.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 10, 10)  # requests leave next to no cycles behind; looking for them cost 8 % of each
+    garbage.settle()
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         try:
             runner.run(_run(gateway, kind, listeners, crew))
@@ -140,7 +137,9 @@ async def _run(
         inner = uvicorn_config(gateway.inner)
         beside.append(_SideServer(inner, unix_socket(socket_of(crew.directory, crew.worker))))
     others = [asyncio.create_task(server.serve()) for server in beside]
+    tidying = asyncio.create_task(garbage.collect_when_quiet(lambda: gateway.gate.inside))
     await main.serve()
+    tidying.cancel()
     for server in beside:
         server.should_exit = True
     await asyncio.gather(*others)
