@@ -30,10 +30,12 @@ class Admission:
         clock: seconds, never going back.
     Attributes:
         clients: by name.
+        on_wait: called when a request begins to wait.
     """
 
     def __init__(self, settings: Settings, room: Room | None = None, clock: Callable[[], float] = monotonic) -> None:
         self.clients = clients(settings)
+        self.on_wait: Callable[[], object] | None = None
         self._schedule = Schedule(settings.admission, room)
         self._clock = clock
         self._closed = False
@@ -86,6 +88,8 @@ class Admission:
                 self._schedule.leave(ticket, now)
                 raise _draining()
             self.look()
+            if self.on_wait is not None:
+                self.on_wait()
         ticket.on_leave = self._give_back
         return ticket
 

@@ -60,6 +60,7 @@ class Backend:
         attention: set when something happened that its prober should look at now.
         most_requests, most_tokens: what may be in flight here before new requests should go elsewhere.
         on_freed: called when a lease is released, where somebody waits for room.
+        tell: called with requests and tokens in flight when these change, where there are other workers.
     """
 
     __slots__ = (
@@ -94,6 +95,7 @@ class Backend:
         "role",
         "slow_since",
         "standings",
+        "tell",
         "told",
         "up",
         "url",
@@ -135,6 +137,7 @@ class Backend:
         self.most_requests: float = inf
         self.most_tokens: float = inf
         self.on_freed: Callable[[], object] | None = None
+        self.tell: Callable[[int, int], object] | None = None
         self.attention = asyncio.Event()
         self._leases: set[Lease] = set()
 
@@ -227,6 +230,8 @@ class Lease:
         backend.inflight_requests += 1
         backend.inflight_tokens += tokens
         backend._leases.add(self)
+        if backend.tell is not None:
+            backend.tell(backend.inflight_requests, backend.inflight_tokens)
         self.rank: int | None = None
         if backend.ranks:
             self._ranks = backend.ranks  # the list that is counted in, should its engine come back with another
@@ -241,6 +246,8 @@ class Lease:
         self.on_lost = None
         backend.inflight_requests -= 1
         backend.inflight_tokens -= self.tokens
+        if backend.tell is not None:
+            backend.tell(backend.inflight_requests, backend.inflight_tokens)
         if self.rank is not None:
             self._ranks[self.rank] -= self.tokens
         if backend.removed:

@@ -1,8 +1,9 @@
 """What the workers of one gateway tell each other of their load: a page of memory that all of them see.
 
-Each worker writes what it has in flight on each backend, and reads what the others have, some hundred times a second
-(`TICK`), so that each places requests as if all of them were its own. Nothing is locked but the allotment of rows: a
-number has one writer, and is written whole.
+Each worker writes what it has in flight on each backend whenever that changes, and reads what the others have when it
+is about to place a request, so that each places requests as if all of them were its own. While nothing happens nothing
+is looked at: to wake a process a hundred times a second costs as much as seven hundred tokens. Nothing is locked but
+the allotment of rows: a number has one writer, and is written whole.
 
 Invariant: a worker that has ended is wiped by its supervisor before another takes its place, so that nothing of it is
 counted for ever.
@@ -13,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import mmap
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from math import inf
+from time import monotonic
 
 from proxy.fleet.backend import Backend
 
-TICK = 0.01
-"""Seconds between looks. A backend's load changes by a request or two in that time."""
-
+_FRESH = 0.005  # seconds for which what was read will do; a backend's load changes by a request in that time
 _ROWS = 1024  # backends that have been there since the start; those beyond are each worker's own business
 _KEY = 8  # bytes of a backend's digest; 0 is a free row
 _NUMBERS = 2  # requests, tokens
@@ -60,6 +61,16 @@ class Board:
         self._cells[place] = requests
         self._cells[place + 1] = tokens
 
+    def teller(self, row: int, worker: int) -> Callable[[int, int], None]:
+        """What writes one worker's numbers of one backend, quickly."""
+        cells, place = self._cells, row + worker * _NUMBERS
+
+        def tell(requests: int, tokens: int) -> None:
+            cells[place] = requests
+            cells[place + 1] = tokens
+
+        return tell
+
     def others(self, row: int, worker: int) -> tuple[int, int]:
         """Requests and tokens of all workers but one."""
         end = row + self.workers * _NUMBERS
@@ -78,24 +89,34 @@ class Exchange:
 
     Arguments:
         worker: its number.
+        clock: seconds, never going back.
     """
 
-    def __init__(self, board: Board, worker: int) -> None:
+    def __init__(self, board: Board, worker: int, clock: Callable[[], float] = monotonic) -> None:
         self._board = board
         self._worker = worker
+        self._clock = clock
+        self._looked = -inf
         self._rows: dict[Backend, int] = {}
 
+    def freshen(self, fleet: Iterable[Backend]) -> bool:
+        """Look, unless that was just done."""
+        return self._clock() - self._looked > _FRESH and self.look(fleet)
+
     def look(self, fleet: Iterable[Backend]) -> bool:
-        """Tell the others what this worker has in flight, and learn what they have; whether a backend has become less
-        loaded by that."""
+        """Learn what the other workers have in flight; whether a backend has become less loaded by that. From a
+        backend's first look on, they are told of each of its leases here."""
         board, worker, rows, freed = self._board, self._worker, self._rows, False
+        self._looked = self._clock()
         for backend in fleet:
             row = rows.get(backend)
             if row is None:
                 row = rows[backend] = board.row(backend)
+                if row >= 0:
+                    backend.tell = board.teller(row, worker)
+                    backend.tell(backend.inflight_requests, backend.inflight_tokens)
             if row < 0:
                 continue
-            board.write(row, worker, backend.inflight_requests, backend.inflight_tokens)
             requests, tokens = board.others(row, worker)
             freed = freed or requests < backend.elsewhere_requests
             backend.elsewhere_requests, backend.elsewhere_tokens = requests, tokens
@@ -103,6 +124,7 @@ class Exchange:
 
     def forget(self, backend: Backend) -> None:
         """A backend has left."""
+        backend.tell = None
         row = self._rows.pop(backend, -1)
         if row >= 0:
             self._board.write(row, self._worker, 0, 0)

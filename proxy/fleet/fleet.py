@@ -42,6 +42,7 @@ class Fleet:
         pairing: who may hand over to whom.
         groups: the names of the groups, and the connector of each.
         messages: how many messages of engines came over ZeroMQ, by kind, and by what became of them.
+        before_choice: called before backends are told apart by their load, where there are other workers.
     """
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = monotonic) -> None:
@@ -58,6 +59,7 @@ class Fleet:
         self.sizes: dict[str, int] = dict.fromkeys(ROLES, 0)
         self.handoffs_in_limbo = 0
         self.messages: dict[str, Mapping[str, int]] = {}
+        self.before_choice: Callable[[], object] | None = None
         self.on_join: Callable[[Backend], object] | None = None
         self.on_leave: Callable[[Backend], object] | None = None
         self.on_up: Callable[[Backend], object] | None = None
@@ -89,6 +91,8 @@ class Fleet:
         """
         if not self._pools[role]:
             return []
+        if self.before_choice is not None:
+            self.before_choice()
         found = self._serving(role, model)
         if self.rotation.watches:
             found = self.rotation.fit(found, LEGS[role][-1], lambda: self._members(role, model))
@@ -135,6 +139,8 @@ class Fleet:
     def has_room(self, role: Role, model: str | None, tokens: int) -> bool | None:
         """Whether a candidate for `model` has room for a leg of so many tokens; None when there is no candidate. As
         `candidates`, but ends with the first that has."""
+        if self.before_choice is not None:
+            self.before_choice()
         if self.rotation.watches:
             fit = self.candidates(role, model)
             return any(b.has_room(tokens) for b in fit) if fit else None

@@ -16,23 +16,60 @@ def test_each_sees_what_the_others_have_and_not_its_own() -> None:
     board = Board(3)
     fleets = [backends() for _ in range(3)]
     exchanges = [Exchange(board, number) for number in range(3)]
+    for exchange, fleet in zip(exchanges, fleets, strict=True):
+        exchange.look(fleet)
     leases = [Lease(fleets[0][0], 100), Lease(fleets[1][0], 20), Lease(fleets[1][0], 3), Lease(fleets[2][2], 7)]
-    for _ in range(2):
-        for exchange, fleet in zip(exchanges, fleets, strict=True):
-            exchange.look(fleet)
+    for exchange, fleet in zip(exchanges, fleets, strict=True):
+        exchange.look(fleet)
     seen = [[(b.elsewhere_requests, b.elsewhere_tokens) for b in fleet] for fleet in fleets]
     assert seen == [
         [(2, 23), (0, 0), (1, 7)],
         [(1, 100), (0, 0), (1, 7)],
         [(3, 123), (0, 0), (0, 0)],
     ]
+    assert not exchanges[2].look(fleets[2])
     for lease in leases:
         lease.release()
-    assert not exchanges[2].look(fleets[2])  # the others have not told yet
-    exchanges[0].look(fleets[0])
-    exchanges[1].look(fleets[1])
     assert exchanges[2].look(fleets[2]), "somebody may be waiting for the room that there is now"
     assert fleets[2][0].elsewhere_requests == 0
+
+
+def test_what_there_was_before_the_first_look_is_told_too() -> None:
+    board = Board(2)
+    one, other = backends(), backends()
+    Lease(one[0], 9)
+    Exchange(board, 0).look(one)
+    Exchange(board, 1).look(other)
+    assert (other[0].elsewhere_requests, other[0].elsewhere_tokens) == (1, 9)
+
+
+def test_what_was_just_read_will_do() -> None:
+    board, now = Board(2), 100.0
+    one, other = backends(), backends()
+    reader, writer = Exchange(board, 0, lambda: now), Exchange(board, 1)
+    writer.look(other)
+    reader.freshen(one)
+    lease = Lease(other[0], 5)
+    assert not reader.freshen(one)
+    assert one[0].elsewhere_tokens == 0
+    now += 0.006
+    assert not reader.freshen(one)
+    assert one[0].elsewhere_tokens == 5
+    lease.release()
+    now += 0.006
+    assert reader.freshen(one)
+
+
+def test_a_backend_that_has_left_is_told_of_no_more() -> None:
+    board = Board(2)
+    one, other = backends(), backends()
+    exchange = Exchange(board, 0)
+    exchange.look(one)
+    lease = Lease(one[0], 5)
+    exchange.forget(one[0])
+    lease.release()
+    Exchange(board, 1).look(other)
+    assert other[0].elsewhere_requests == 0
 
 
 def test_what_a_dead_worker_had_is_forgotten() -> None:
