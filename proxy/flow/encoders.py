@@ -16,7 +16,6 @@ from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
 from proxy.flow.legs import Legs, Try
 from proxy.flow.request import Request, new_id
-from proxy.handoff.continuation import has_media
 from proxy.handoff.encoder import TOKENS, Medium, encode_leg, encoded, read_encoded, read_media
 from proxy.placement.spread import spread
 from proxy.settings import Settings
@@ -54,7 +53,7 @@ class Encoders:
         """What there is to encode. The request's own parts are marked with the keys of it, for all its legs."""
         if request.media is None:
             request.media = ()
-            if request.body.endpoint == "chat" and has_media(request.body):
+            if request.body.endpoint == "chat" and request.body.media:
                 request.body, request.media = read_media(request.body, new_id())
         return request.media
 

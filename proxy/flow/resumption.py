@@ -10,7 +10,7 @@ import logging
 
 from proxy.errors import BackendError, StreamInterrupted
 from proxy.flow.request import Request
-from proxy.handoff.continuation import UNTRIED, Continuation, has_media, has_tools, inexact
+from proxy.handoff.continuation import UNTRIED, Continuation, has_tools, inexact
 from proxy.relay.transcript import Transcript
 from proxy.settings import Settings
 
@@ -93,7 +93,7 @@ class Resumption:
             return transcript.flaw or "no_token_ids"
         if transcript.flaw and self._mode != "best_effort":
             return transcript.flaw
-        if has_media(request.body):
+        if request.body.media:
             return "media"
         if transcript.dropped and (request.body.wants_token_ids or "logprobs" in request.body.members):
             unsettled = "merged_tokens"  # their ids, or their logprobs, would be given twice

@@ -15,6 +15,7 @@ import msgspec
 from proxy.errors import InvalidRequest
 from proxy.handoff import sglang_generate
 from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
+from proxy.handoff.parts import has_media
 
 FORBIDDEN = frozenset(
     {
@@ -65,6 +66,7 @@ class Body(msgspec.Struct, frozen=True):
         stored: the engine may keep the answer, to be asked for by its id.
         prompts: how many a batch has, each of which is answered by itself; 0 where there is no batch.
         prompt_logprobs: the answer has log probabilities of the prompt that only prefill can say.
+        media: its messages have more than text in them: engines ignore a prompt's ids then.
     """
 
     endpoint: Endpoint
@@ -80,6 +82,7 @@ class Body(msgspec.Struct, frozen=True):
     stored: bool = False
     prompts: int = 0
     prompt_logprobs: bool = False
+    media: bool = False
 
 
 def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
@@ -110,6 +113,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         return _read_sglang(members, read)
     else:
         alone = _why_message_alone(members)
+    media = has_media(members)
     return Body(
         endpoint=endpoint,
         members=members,
@@ -118,10 +122,11 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         wants_usage=bool(options.get("include_usage")) or not layout.asks_usage,
         wants_token_ids=bool(read.get("return_token_ids")),
         max_tokens=max_tokens,
-        prompt_tokens=_estimate_tokens(raw, members, endpoint, layout.prompt),
+        prompt_tokens=_estimate_tokens(members, endpoint, layout.prompt, media),
         alone=alone,
         follows=read.get("previous_response_id") or "",
         stored=endpoint == "responses" and read.get("store") is not False,
+        media=media,
     )
 
 
@@ -331,7 +336,7 @@ _TOKENS_PER_MEDIUM = 1000
 _MEDIUM = b";base64,"
 
 
-def _estimate_tokens(body: bytes | bytearray, members: Members, endpoint: Endpoint, parts: tuple[str, ...]) -> int:
+def _estimate_tokens(members: Members, endpoint: Endpoint, parts: tuple[str, ...], has_media: bool) -> int:
     raw = members.get(parts[0])
     size = 0 if raw is None else len(memoryview(raw))
     for name in parts[1:]:
@@ -343,7 +348,7 @@ def _estimate_tokens(body: bytes | bytearray, members: Members, endpoint: Endpoi
         return size // _BYTES_PER_TOKEN + 1
     if endpoint == "completions" and memoryview(raw)[0] == ord("["):
         return bytes(raw).count(b",") + 1
-    if body.find(_MEDIUM) < 0:
+    if not has_media and parts[0] != "input":
         return size // _BYTES_PER_TOKEN + 1
     media = bytes(raw).split(_MEDIUM)
     encoded = sum(part.find(b'"') for part in media[1:])

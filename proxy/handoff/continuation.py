@@ -7,14 +7,11 @@ vLLM 0.32; `docs/resume.md` has the figures, and the table of the reasons below.
 
 from __future__ import annotations
 
-import re
-
 import msgspec
 
 from proxy.handoff.body import Body
 from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
 
-_MEDIA = re.compile(rb'"type"\s*:\s*"(?:image|input_image|audio|input_audio|video|file)')
 _SUSPECTS = frozenset(
     {
         *("presence_penalty", "frequency_penalty", "stop", "seed", "tools", "logprobs"),
@@ -119,13 +116,6 @@ def has_tools(body: Body) -> bool:
     """Whether an engine may look for tool calls in the answer."""
     choice = body.members.get("tool_choice")
     return "tools" in body.members and (choice is None or bytes(choice) != b'"none"')
-
-
-def has_media(body: Body) -> bool:
-    """Whether a chat has more than text in it: engines ignore the prompt's ids then."""
-    messages = bytes(body.members.get("messages", b""))
-    # `find` first: on a message without parts it takes a fraction of the pattern's time.
-    return messages.find(b'"type"') >= 0 and _MEDIA.search(messages) is not None
 
 
 def _is_zero_seed(members: Members) -> bool:

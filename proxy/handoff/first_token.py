@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from proxy.handoff.body import Body
-from proxy.handoff.continuation import UNTRIED, has_media, has_tools, inexact, inner_ids
+from proxy.handoff.continuation import UNTRIED, has_tools, inexact, inner_ids
 from proxy.handoff.endpoints import Members
 
 # Members that an engine's decode leg would judge and prefill's does not carry: a refusal after the first token would
@@ -55,7 +55,7 @@ def inexact_because(body: Body, *, even_inexact: bool) -> str:
         return "tool_calls"
     if not _JUDGED_MEMBERS.isdisjoint(body.members) and _may_be_refused(body):
         return "options"
-    return "media" if has_media(body) else ""
+    return "media" if body.media else ""
 
 
 _JUDGED_MEMBERS = frozenset(_JUDGED)

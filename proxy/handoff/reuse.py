@@ -15,7 +15,7 @@ import msgspec
 
 from proxy.handoff.body import Body
 from proxy.handoff.connector import PrefillAnswer
-from proxy.handoff.continuation import has_media, inner_ids, with_prompt_ids
+from proxy.handoff.continuation import inner_ids, with_prompt_ids
 from proxy.handoff.endpoints import Endpoint, Members
 
 
@@ -47,7 +47,7 @@ def prompt_of(answer: PrefillAnswer, body: Body) -> bytes:
         except msgspec.MsgspecError:
             return b""
         raw = choices[0].prompt_token_ids if len(choices) == 1 else _NONE
-    if raw == _NONE or (body.endpoint == "chat" and has_media(body)):
+    if raw == _NONE or body.media:
         return b""
     return inner_ids(raw)
 
