@@ -18,7 +18,8 @@ from typing import Annotated
 import msgspec
 
 from proxy.errors import HandoffInvalid
-from proxy.handoff.connector import BlockId, Connector, Handoff, Meeting, Name, Port, check_blocks, one_token, params
+from proxy.handoff.blocks import BlockId, check_blocks
+from proxy.handoff.connector import Connector, Handoff, Meeting, Name, Port, one_token, params
 from proxy.handoff.endpoints import Endpoint, Members
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]

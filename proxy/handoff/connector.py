@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 
 from proxy.errors import BackendGarbled, HandoffInvalid
+from proxy.handoff.blocks import check_blocks
 from proxy.handoff.coordinates import Announcement, Coordinates
 from proxy.handoff.endpoints import COMMON, Endpoint, Members
 from proxy.handoff.first_token import FirstToken
@@ -315,12 +316,8 @@ ASK = msgspec.Raw(
 )
 """The `kv_transfer_params` by which the pull connectors ask prefill to keep its blocks for a decode elsewhere."""
 
-BlockId = Annotated[int, msgspec.Meta(ge=0)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-
-_decode_groups = msgspec.json.Decoder(list[list[BlockId]]).decode  # one list a KV cache group
-_decode_flat = msgspec.json.Decoder(list[BlockId]).decode  # engines before 0.2x
 
 
 class PullParams(msgspec.Struct):
@@ -352,16 +349,3 @@ def pulled(params: msgspec.Raw, required: msgspec.json.Decoder[P]) -> Handoff:
         raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")
     check_blocks(checked.remote_block_ids)
     return Handoff({"kv_transfer_params": params})
-
-
-def check_blocks(ids: msgspec.Raw) -> None:
-    """Raise `HandoffInvalid` unless `ids` names at least one block, in either of the two shapes engines use."""
-    try:
-        some = any(_decode_groups(ids))
-    except msgspec.MsgspecError:
-        try:
-            some = bool(_decode_flat(ids))
-        except msgspec.MsgspecError as error:
-            raise HandoffInvalid(f"prefill's remote_block_ids are not usable: {error}") from None
-    if not some:
-        raise HandoffInvalid("prefill's remote_block_ids name no block")

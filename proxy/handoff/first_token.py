@@ -18,6 +18,8 @@ from typing import Any
 
 import msgspec
 
+from proxy.errors import HandoffInvalid
+from proxy.handoff.blocks import block_counts
 from proxy.handoff.body import Body
 from proxy.handoff.continuation import UNTRIED, has_tools, inexact, inner_ids
 from proxy.handoff.endpoints import Members
@@ -124,7 +126,7 @@ class _Choice(msgspec.Struct):
 class _Params(msgspec.Struct):
     """What tells the blocks of a hand-off; the connector has checked the rest."""
 
-    remote_block_ids: list[list[int]]
+    remote_block_ids: msgspec.Raw
     remote_engine_id: str
     remote_num_tokens: int | None = None
     dcp_size: int = 1
@@ -192,14 +194,16 @@ def _unsafe(params: msgspec.Raw, members: Members, tokens: int, body: Body, bloc
     try:
         handed = _decode_params(params)
         counted = _decode_usage(members["usage"]).prompt_tokens
-    except (msgspec.MsgspecError, KeyError):
+        held = block_counts(handed.remote_block_ids)
+    except (msgspec.MsgspecError, KeyError, HandoffInvalid):
         return "unreadable"
     if not block_size:
         return "unknown_engine"
-    if len(handed.remote_block_ids) != 1 or handed.dcp_size != 1 or handed.pp_size != 1:
+    flat = bytes(memoryview(handed.remote_block_ids)[:2]) != b"[["  # not tried
+    if flat or len(held) != 1 or handed.dcp_size != 1 or handed.pp_size != 1:
         return "unlike_blocks"  # their size is not the one that was learnt
     blocks = -(-tokens // block_size)
-    if len(handed.remote_block_ids[0]) != blocks or handed.remote_num_tokens not in (None, tokens) or counted != tokens:
+    if held[0] != blocks or handed.remote_num_tokens not in (None, tokens) or counted != tokens:
         return "unlike_blocks"
     if tokens % block_size == 0:
         return "full_blocks"  # one token more would need one block more than there is: the decode engine would die

@@ -21,6 +21,7 @@ import msgspec
 
 from proxy.errors import HandoffInvalid
 from proxy.handoff.announcement import ROLES, Ranks, Registration, address_of, host_of, port_of
+from proxy.handoff.blocks import check_blocks
 from proxy.handoff.connector import (
     Connector,
     Handoff,
@@ -28,7 +29,6 @@ from proxy.handoff.connector import (
     Name,
     Port,
     PrefillAnswer,
-    check_blocks,
     given_params,
     params,
     refused,

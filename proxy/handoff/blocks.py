@@ -1,0 +1,48 @@
+"""The block ids of a hand-off: where on prefill's engine the KV cache of a prompt lies."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from proxy.errors import HandoffInvalid
+
+BlockId = Annotated[int, msgspec.Meta(ge=0)]
+
+_LONG = 1024  # bytes
+
+_decode_groups = msgspec.json.Decoder(list[list[BlockId]]).decode  # one list a KV cache group
+_decode_flat = msgspec.json.Decoder(list[BlockId]).decode  # engines before 0.2x
+
+
+def check_blocks(ids: msgspec.Raw) -> None:
+    """Raise `HandoffInvalid` unless `ids` names at least one block, in either of the two shapes engines use."""
+    if not any(block_counts(ids)):
+        raise HandoffInvalid("prefill's remote_block_ids name no block")
+
+
+def block_counts(ids: msgspec.Raw) -> list[int]:
+    """How many blocks a hand-off has of each KV cache group.
+
+    Raises:
+        HandoffInvalid: `ids` is no list of block ids, and no list of such lists.
+    """
+    if (groups := _groups(bytes(ids))) is not None:
+        return [group.count(b",") + 1 if group else 0 for group in groups]
+    try:
+        return [len(group) for group in _decode_groups(ids)]
+    except msgspec.MsgspecError:
+        try:
+            return [len(_decode_flat(ids))]
+        except msgspec.MsgspecError as error:
+            raise HandoffInvalid(f"prefill's remote_block_ids are not usable: {error}") from None
+
+
+def _groups(ids: bytes) -> list[bytes] | None:
+    """The inside of each list in a list of lists of numbers, where the whole is long and has no spaces: the blocks of a
+    long prompt are thousands, and to make a number of each takes five times as long. None where it is not like that."""
+    if len(ids) < _LONG or not ids.startswith(b"[[") or ids.translate(None, b"0123456789,[]"):
+        return None
+    groups = ids[2:-2].split(b"],[")
+    return None if any(group.find(b"[") >= 0 or group.find(b"]") >= 0 for group in groups) else groups
