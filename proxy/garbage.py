@@ -1,8 +1,8 @@
 """When Python looks for garbage in cycles. While it looks nothing else happens, and every stream waits.
 
 A running stream is some hundred objects: among ten thousand streams a full collection takes 200 ms. Requests leave next
-to no cycles behind, so the young are looked through often, which takes 10 to 20 ms at most, and all there is only when
-few would notice.
+to no cycles behind, so only the young are looked through while many run, once and some ms at a time, and all there is
+when few would notice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from time import monotonic
 
 _YOUNG = 10_000  # objects that are there more than at the last look, until the next
-_TIMES = 4  # looks at the young until those that survived are looked at again
+_OLD = 4  # looks at the young since a full collection that make the next one worth its while
 _NEVER = 1_000_000_000
 
 _FEW = 100  # requests
@@ -26,7 +26,7 @@ def settle() -> None:
     `collect_when_quiet`."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_YOUNG, _TIMES, _NEVER)
+    gc.set_threshold(_YOUNG, _NEVER, _NEVER)
 
 
 async def collect_when_quiet(
@@ -41,7 +41,7 @@ async def collect_when_quiet(
     last = clock()
     while True:
         await asyncio.sleep(look)
-        due = gc.get_count()[2] > 0  # something has survived two looks since the last time
+        due = gc.get_count()[1] >= _OLD
         if due and (inside() < _FEW or clock() - last > _LONGEST):
             gc.collect()
             last = clock()
