@@ -486,7 +486,8 @@ class Engine:
 
     def fetch(self, sequence: Sequence, contents: Coroutine[Any, Any, list[Content]]) -> None:
         """Fill the blocks of a sequence that is loading, less those that were cached, with ``contents``."""
-        self.spawn(self._fetch(sequence, contents))
+        task = self.spawn(self._fetch(sequence, contents))
+        task.add_done_callback(lambda _: contents.close())  # an engine may die before its first step
 
     def compute(self, sequence: Sequence) -> None:
         """A sequence that is loading computes its prompt itself after all: there is nothing to fetch."""
