@@ -175,6 +175,7 @@ def many_files() -> Iterator[None]:
     if hard != resource.RLIM_INFINITY and hard < IDLE + OTHER_FILES:
         raise BenchError(f"{IDLE} clients need {IDLE + OTHER_FILES} open files, and ulimit -Hn says {hard}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # Workers share it out evenly, and the kernel not the connections.
     os.environ[LIMIT] = str(2 * (max(IDLE, STREAMS) + OTHER_FILES))
     try:
         yield

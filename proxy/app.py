@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from secrets import token_bytes
 from time import monotonic
 from typing import Any
@@ -56,8 +55,6 @@ from proxy.telemetry.prometheus import PrometheusSink, registry
 from proxy.telemetry.records import Sinks
 
 _LOOP_TICK = 0.1  # seconds between looks at the event loop's lateness
-_OTHERS_TICK = 0.01  # seconds between looks at the other workers' load while a request waits for room
-_OTHERS_PAUSE = 0.5  # and while none does
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +119,10 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     credentials = Credentials(settings)
     legs = Legs(settings, fleet, telemetry, notices)
     flow = Flow(settings, fleet, legs, spoken, telemetry, random.random, callbacks)
-    exchange = None if crew is None else Exchange(crew.board, crew.worker)
+    exchange = None if crew is None else Exchange(crew.board, crew.worker, fleet, admission.look)
     if exchange is not None:
-        fleet.before_choice = partial(_hear_others, exchange.freshen, fleet, admission)
+        fleet.before_choice = exchange.freshen
+        admission.on_wait = exchange.hurry
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
     stored = StoredResponses(_shared_secret(settings, crew))
     key = settings.backend_api_key
@@ -139,7 +137,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         prober.start()
         tickers = [asyncio.create_task(_watch_loop(prometheus))]
         if exchange is not None:
-            tickers.append(asyncio.create_task(_watch_others(exchange, fleet, admission)))
+            tickers.append(asyncio.create_task(exchange.keep_up(lambda: admission.waiting)))
         try:
             yield
         finally:
@@ -253,27 +251,6 @@ async def _watch_loop(prometheus: PrometheusSink) -> None:
         before = monotonic()
         await asyncio.sleep(_LOOP_TICK)
         prometheus.loop_late(max(0.0, monotonic() - before - _LOOP_TICK))
-
-
-async def _watch_others(exchange: Exchange, fleet: Fleet, admission: Admission) -> None:
-    """What the other workers do while no request is placed here: one that waits may get room by it, and a backend that
-    drains is drained."""
-    waits = asyncio.Event()
-    admission.on_wait = waits.set
-    while True:
-        waits.clear()
-        if admission.waiting:
-            await asyncio.sleep(_OTHERS_TICK)
-        else:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_OTHERS_PAUSE):
-                    await waits.wait()
-        _hear_others(exchange.look, fleet, admission)
-
-
-def _hear_others(look: Callable[[Fleet], bool], fleet: Fleet, admission: Admission) -> None:
-    if look(fleet) and fleet.bounded:
-        admission.look()
 
 
 def _adopt(fleet: Fleet, known: list[dict[str, Any]]) -> None:

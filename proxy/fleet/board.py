@@ -11,16 +11,21 @@ counted for ever.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import mmap
 import multiprocessing
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from math import inf
 from time import monotonic
 
 from proxy.fleet.backend import Backend
 
 _FRESH = 0.005  # seconds for which what was read will do; a backend's load changes by a request in that time
+_TICK = 0.01  # seconds between looks while a request waits for room
+_PAUSE = 0.5  # and while none does
 _ROWS = 1024  # backends that have been there since the start; those beyond are each worker's own business
 _KEY = 8  # bytes of a backend's digest; 0 is a free row
 _NUMBERS = 2  # requests, tokens
@@ -61,16 +66,6 @@ class Board:
         self._cells[place] = requests
         self._cells[place + 1] = tokens
 
-    def teller(self, row: int, worker: int) -> Callable[[int, int], None]:
-        """What writes one worker's numbers of one backend, quickly."""
-        cells, place = self._cells, row + worker * _NUMBERS
-
-        def tell(requests: int, tokens: int) -> None:
-            cells[place] = requests
-            cells[place + 1] = tokens
-
-        return tell
-
     def others(self, row: int, worker: int) -> tuple[int, int]:
         """Requests and tokens of all workers but one."""
         end = row + self.workers * _NUMBERS
@@ -89,38 +84,72 @@ class Exchange:
 
     Arguments:
         worker: its number.
+        on_freed: called when a backend has become less loaded by what another worker does.
         clock: seconds, never going back.
     """
 
-    def __init__(self, board: Board, worker: int, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self,
+        board: Board,
+        worker: int,
+        fleet: Iterable[Backend],
+        on_freed: Callable[[], object],
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self._board = board
         self._worker = worker
+        self._fleet = fleet
+        self._on_freed = on_freed
         self._clock = clock
         self._looked = -inf
         self._rows: dict[Backend, int] = {}
+        self._awaited = asyncio.Event()
 
-    def freshen(self, fleet: Iterable[Backend]) -> bool:
+    async def keep_up(self, waiting: Callable[[], int]) -> None:
+        """Look now and then, for ever, since no request may be placed here that would: one that waits may get room by
+        what the others do, and a backend that drains is drained by it.
+
+        Arguments:
+            waiting: how many requests wait for room. Who lets the first one wait calls `hurry`.
+        """
+        while True:
+            self._awaited.clear()
+            if waiting():
+                await asyncio.sleep(_TICK)
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_PAUSE):
+                        await self._awaited.wait()
+            self.look()
+
+    def hurry(self) -> None:
+        """A request waits."""
+        self._awaited.set()
+
+    def freshen(self) -> None:
         """Look, unless that was just done."""
-        return self._clock() - self._looked > _FRESH and self.look(fleet)
+        if self._clock() - self._looked > _FRESH:
+            self.look()
 
-    def look(self, fleet: Iterable[Backend]) -> bool:
-        """Learn what the other workers have in flight; whether a backend has become less loaded by that. From a
-        backend's first look on, they are told of each of its leases here."""
+    def look(self) -> None:
+        """Learn what the other workers have in flight. From a backend's first look on, they are told of each of its
+        leases here."""
         board, worker, rows, freed = self._board, self._worker, self._rows, False
         self._looked = self._clock()
-        for backend in fleet:
+        for backend in self._fleet:
             row = rows.get(backend)
             if row is None:
                 row = rows[backend] = board.row(backend)
                 if row >= 0:
-                    backend.tell = board.teller(row, worker)
+                    backend.tell = partial(board.write, row, worker)
                     backend.tell(backend.inflight_requests, backend.inflight_tokens)
             if row < 0:
                 continue
             requests, tokens = board.others(row, worker)
             freed = freed or requests < backend.elsewhere_requests
             backend.elsewhere_requests, backend.elsewhere_tokens = requests, tokens
-        return freed
+        if freed:
+            self._on_freed()
 
     def forget(self, backend: Backend) -> None:
         """A backend has left."""

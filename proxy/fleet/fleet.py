@@ -139,11 +139,11 @@ class Fleet:
     def has_room(self, role: Role, model: str | None, tokens: int) -> bool | None:
         """Whether a candidate for `model` has room for a leg of so many tokens; None when there is no candidate. As
         `candidates`, but ends with the first that has."""
-        if self.before_choice is not None:
-            self.before_choice()
         if self.rotation.watches:
             fit = self.candidates(role, model)
             return any(b.has_room(tokens) for b in fit) if fit else None
+        if self.before_choice is not None:
+            self.before_choice()
         found = None
         for b in self._pools[role]:
             if b.up and not b.draining and (model is None or b.models is None or model in b.models):

@@ -18,7 +18,14 @@ _decode_flat = msgspec.json.Decoder(list[BlockId]).decode  # engines before 0.2x
 
 def check_blocks(ids: msgspec.Raw) -> None:
     """Raise `HandoffInvalid` unless `ids` names at least one block, in either of the two shapes engines use."""
-    if not any(block_counts(ids)):
+    try:
+        some = any(block_counts(ids))
+    except msgspec.MsgspecError:
+        try:
+            some = bool(_decode_flat(ids))
+        except msgspec.MsgspecError as error:
+            raise HandoffInvalid(f"prefill's remote_block_ids are not usable: {error}") from None
+    if not some:
         raise HandoffInvalid("prefill's remote_block_ids name no block")
 
 
@@ -26,17 +33,11 @@ def block_counts(ids: msgspec.Raw) -> list[int]:
     """How many blocks a hand-off has of each KV cache group.
 
     Raises:
-        HandoffInvalid: `ids` is no list of block ids, and no list of such lists.
+        msgspec.MsgspecError: `ids` is no list of lists of block ids.
     """
     if (groups := _groups(bytes(ids))) is not None:
         return [group.count(b",") + 1 if group else 0 for group in groups]
-    try:
-        return [len(group) for group in _decode_groups(ids)]
-    except msgspec.MsgspecError:
-        try:
-            return [len(_decode_flat(ids))]
-        except msgspec.MsgspecError as error:
-            raise HandoffInvalid(f"prefill's remote_block_ids are not usable: {error}") from None
+    return [len(group) for group in _decode_groups(ids)]
 
 
 def _groups(ids: bytes) -> list[bytes] | None:

@@ -66,7 +66,7 @@ class Body(msgspec.Struct, frozen=True):
         stored: the engine may keep the answer, to be asked for by its id.
         prompts: how many a batch has, each of which is answered by itself; 0 where there is no batch.
         prompt_logprobs: the answer has log probabilities of the prompt that only prefill can say.
-        media: its messages have more than text in them: engines ignore a prompt's ids then.
+        media: its prompt is more than text: engines ignore a prompt's ids then.
     """
 
     endpoint: Endpoint
@@ -336,7 +336,7 @@ _TOKENS_PER_MEDIUM = 1000
 _MEDIUM = b";base64,"
 
 
-def _estimate_tokens(members: Members, endpoint: Endpoint, parts: tuple[str, ...], has_media: bool) -> int:
+def _estimate_tokens(members: Members, endpoint: Endpoint, parts: tuple[str, ...], media: bool) -> int:
     raw = members.get(parts[0])
     size = 0 if raw is None else len(memoryview(raw))
     for name in parts[1:]:
@@ -348,11 +348,11 @@ def _estimate_tokens(members: Members, endpoint: Endpoint, parts: tuple[str, ...
         return size // _BYTES_PER_TOKEN + 1
     if endpoint == "completions" and memoryview(raw)[0] == ord("["):
         return bytes(raw).count(b",") + 1
-    if not has_media and parts[0] != "input":
+    if not media:
         return size // _BYTES_PER_TOKEN + 1
-    media = bytes(raw).split(_MEDIUM)
-    encoded = sum(part.find(b'"') for part in media[1:])
-    return (size - encoded) // _BYTES_PER_TOKEN + _TOKENS_PER_MEDIUM * (len(media) - 1) + 1
+    inline = bytes(raw).split(_MEDIUM)[1:]
+    encoded = sum(part.find(b'"') for part in inline)
+    return (size - encoded) // _BYTES_PER_TOKEN + _TOKENS_PER_MEDIUM * len(inline) + 1
 
 
 def _plain(error: Exception) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 
-from proxy.errors import HandoffInvalid
 from proxy.handoff.blocks import block_counts
 from proxy.handoff.body import Body
 from proxy.handoff.continuation import UNTRIED, has_tools, inexact, inner_ids
@@ -195,12 +194,11 @@ def _unsafe(params: msgspec.Raw, members: Members, tokens: int, body: Body, bloc
         handed = _decode_params(params)
         counted = _decode_usage(members["usage"]).prompt_tokens
         held = block_counts(handed.remote_block_ids)
-    except (msgspec.MsgspecError, KeyError, HandoffInvalid):
+    except (msgspec.MsgspecError, KeyError):
         return "unreadable"
     if not block_size:
         return "unknown_engine"
-    flat = bytes(memoryview(handed.remote_block_ids)[:2]) != b"[["  # not tried
-    if flat or len(held) != 1 or handed.dcp_size != 1 or handed.pp_size != 1:
+    if len(held) != 1 or handed.dcp_size != 1 or handed.pp_size != 1:
         return "unlike_blocks"  # their size is not the one that was learnt
     blocks = -(-tokens // block_size)
     if held[0] != blocks or handed.remote_num_tokens not in (None, tokens) or counted != tokens:

@@ -1,7 +1,7 @@
-"""Whether a chat says more than text: images, sound and the like, whose place in the prompt its token ids do not tell.
+"""Whether a prompt is more than text: images, sound and the like, which its token ids do not tell.
 
-Names of parts as in vLLM 0.32, `renderers/chat_utils.py`, and in Anthropic's messages. What is not known to be text is
-taken for more: nothing clever is done with such a chat then, and no harm.
+Names of parts as in vLLM 0.32, `renderers/chat_utils.py`, in Anthropic's messages and in OpenAI's responses. What is
+not known to be text is taken for more: nothing clever is done with such a prompt then, and no harm.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ _TEXT = frozenset(
         "thinking",
         "redacted_thinking",
         "refusal",
+        "summary_text",
+        "reasoning_text",
         "tool_reference",
         "tool_use",
         "tool_result",
     }
 )
 _ABSENT = msgspec.Raw()
+_NULL = msgspec.Raw(b"null")
 
 
 class _Message(msgspec.Struct):
     content: msgspec.Raw = _ABSENT
+    output: msgspec.Raw = _ABSENT  # of a function, among the items of responses
 
 
 class _Part(msgspec.Struct):
@@ -41,14 +45,15 @@ _decode_parts = msgspec.json.Decoder(list[_Part | str]).decode
 
 
 def has_media(members: Members) -> bool:
-    """Whether there is more than text in the messages of a request; false where it has none."""
-    messages = members.get("messages")
+    """Whether there is more than text in what a request says."""
+    messages = members.get("messages") or members.get("input")
     if messages is None:
-        return "prompt_embeds" in members
-    if bytes(messages).find(b"[", 1) < 0:  # no list in the list
+        return members.get("prompt_embeds", _NULL) != _NULL
+    said = bytes(messages)
+    if said.startswith(b'"') or said.find(b"[", 1) < 0:  # a text; or no list in the list, so that nothing has parts
         return False
     try:
-        return any(_is_more(message.content) for message in _decode_messages(messages) or ())
+        return any(_is_more(item.content) or _is_more(item.output) for item in _decode_messages(said) or ())
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return True  # the engine says what is wrong with them
 

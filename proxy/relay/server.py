@@ -196,7 +196,7 @@ class GatewayProtocol(Inbound):
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
-        else:
+        elif not self.awaited:  # else the limit on headers runs already
             self._idle.watch(self, self.loop)
 
     def overdue(self, seconds: float) -> None:

@@ -89,7 +89,7 @@ def test_only_a_prompt_that_leaves_room_in_its_last_block_is_safe(tokens: int) -
         (answer(params={"dcp_size": 2}), "unlike_blocks"),
         (answer(params={"pp_size": 2}), "unlike_blocks"),
         (answer(usage={"prompt_tokens": 19}), "unlike_blocks"),
-        (answer(params={"remote_block_ids": [1, 2]}), "unlike_blocks"),
+        (answer(params={"remote_block_ids": [1, 2]}), "unreadable"),
         (answer(usage=None), "unreadable"),
         (answer(choices=[]), "unreadable"),
         (b"[]", "unreadable"),

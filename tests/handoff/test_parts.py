@@ -64,7 +64,16 @@ def test_names_in_escapes_are_read() -> None:
 
 def test_what_has_no_messages() -> None:
     assert not told(prompt="hello")
+    assert not told(prompt="hello", prompt_embeds=None)
     assert told(prompt_embeds="AAAA")
+
+
+def test_responses() -> None:
+    assert not told(input='Say [{"type":"input_image"}]')
+    assert not told(input=[{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}])
+    assert not told(input=[{"type": "function_call_output", "output": "[4]"}])
+    assert told(input=[{"role": "user", "content": [{"type": "input_image", "image_url": "http://a/b"}]}])
+    assert told(input=[{"type": "function_call_output", "output": [{"type": "input_file"}]}])
 
 
 def test_however_deep() -> None:

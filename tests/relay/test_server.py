@@ -15,9 +15,11 @@ import httpx
 import pytest
 
 from proxy.relay.client import EXTENSION, AsgiClient, Receive, Scope, Send
+from proxy.relay.connections import Connections
+from proxy.relay.deadlines import Deadlines
 from proxy.relay.direct import DirectClient
 from proxy.relay.server import GatewayProtocol
-from tests.support import soon
+from tests.support import soon, until
 
 from .helpers import PATIENCE
 from .serving import TEXT, Server, WatchedFlow, error, hello, parts, reluctant, request, stream
@@ -436,6 +438,32 @@ async def test_slow_headers_of_a_later_request_time_out_too(server: Server, monk
         await reader.readuntil(b"GET / ")
         writer.write(request()[:-2])
         assert error(await reader.read())[0] == 408
+
+
+async def test_a_request_that_begins_before_the_last_answer_has_its_own_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GatewayProtocol, "header_seconds", 1.0)
+    monkeypatch.setattr(Connections, "idle", lambda *_: Deadlines(0.02))  # for connections without a request
+    asked, released = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Scope, client: DirectClient, receive: Receive) -> None:
+        asked.set()
+        await released.wait()
+        await hello(scope, client, receive)
+
+    server.app = slow
+    async with server.connect() as (reader, writer):
+        writer.write(request())
+        await asked.wait()
+        (connection,) = server.connections
+        writer.write(request()[:-2])
+        await until(lambda: connection.awaited)
+        released.set()
+        await reader.readuntil(b"GET / ")
+        status, detail = error(await reader.read())
+        assert status == 408
+        assert "within 1 s" in detail["message"]
 
 
 async def test_a_connection_that_says_nothing_is_closed_without_a_word(
