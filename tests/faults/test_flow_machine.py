@@ -100,8 +100,7 @@ class Ledger:
     """Counts leases and legs of the gateway while it is open."""
 
     def __init__(self) -> None:
-        self.leases: Counter[int] = Counter()  # releases, by lease
-        self.taken: list[Lease] = []  # kept, so that no id is used twice
+        self.leases: dict[Lease, int] = {}  # how often each was released; those from before it was open are not in it
         self.begun: dict[Connection, Any] = {}  # what runs
         self.legs = 0
         self.wrong: list[str] = []
@@ -114,12 +113,13 @@ class Ledger:
 
         def taking(lease: Lease, *arguments: Any) -> None:
             take(lease, *arguments)
-            ledger.taken.append(lease)
+            ledger.leases[lease] = 0
 
         def releasing(lease: Lease) -> None:
             before = lease.backend.inflight_requests
             release(lease)
-            ledger.leases[id(lease)] += before - lease.backend.inflight_requests
+            if lease in ledger.leases:
+                ledger.leases[lease] += before - lease.backend.inflight_requests
 
         def beginning(connection: Connection, receiver: Any, head: bytes, body: bytes) -> None:
             if connection in ledger.begun:
@@ -148,7 +148,7 @@ class Ledger:
         """Nothing is in flight."""
         assert not self.wrong, self.wrong
         assert not self.begun, f"{len(self.begun)} of {self.legs} legs were never ended"
-        counts = Counter(self.leases[id(lease)] for lease in self.taken)
+        counts = Counter(self.leases.values())
         assert set(counts) <= {1}, f"leases by times released: {dict(counts)}"
 
 
