@@ -47,6 +47,8 @@ def inexact_because(body: Body, *, even_inexact: bool) -> str:
     Arguments:
         even_inexact: only what would be wrong counts, not what would be another draw than one engine's.
     """
+    if body.max_tokens is not None and body.max_tokens <= 1:
+        return "one_token"
     flaw = inexact(body)
     if flaw == "logprobs" and not body.stream:
         flaw = ""  # the two answers' are joined (`opening.py`)

@@ -240,6 +240,22 @@ async def test_one_token_is_asked_for_elsewhere_when_prefill_fails() -> None:
         await until(running.idle)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("first_token", ["auto", "prefill"])
+async def test_one_token_stays_one_when_it_is_split_after_all(
+    path: str, shape: dict[str, Any], first_token: str
+) -> None:
+    body = {**body_of(path, max_tokens=1), **shape}
+    async with pools(first_token="decode") as (running, _, _):
+        expected = await says(running, path, body)
+    async with pools(first_token=first_token) as (running, [p], [d]):
+        p.faults.add("reset", count=1)
+        assert await says(running, path, body) == expected
+        assert (legs(p), legs(d)) == (["local", "prefill"], ["decode"])
+        await at_rest(running, p, d)
+
+
 # Left to decode
 
 

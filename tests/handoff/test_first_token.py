@@ -180,6 +180,8 @@ def test_the_decode_leg_goes_on_behind_the_token() -> None:
         (body(min_tokens=10), "options", "options"),
         (body(min_tokens=9), "", ""),
         (body(n=2), "n", "n"),
+        (body(max_tokens=1), "one_token", "one_token"),
+        (body(max_tokens=2), "", ""),
     ],
 )
 def test_a_request_alone_says_whether_it_is_exact(asked: Body, why: str, even_inexact: str) -> None:
