@@ -21,6 +21,16 @@ EXIT_FAILED = 1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigurationError as error:
+        for line in str(error).splitlines():
+            print(f"pd-proxy: {line}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pd-proxy",
         description="A prefill-decode disaggregation gateway for LLM serving.",
@@ -30,18 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve | check | simulate")
     _add_serve(commands)
     _add_check(commands)
-    _add_simulate(commands)
+    _add_simulate(commands, wanted="simulate" in argv)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [f"--{name}" for name, _ in leaves()] if arguments.command == "serve" else []
         hint = did_you_mean(unknown[0].partition("=")[0], known)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    try:
-        return int(arguments.run(arguments))
-    except ConfigurationError as error:
-        for line in str(error).splitlines():
-            print(f"pd-proxy: {line}", file=sys.stderr)
-        return EXIT_USAGE
+    return arguments
 
 
 def _add_serve(commands: Any) -> None:
@@ -73,10 +78,15 @@ def _add_check(commands: Any) -> None:
     check.set_defaults(run=_check)
 
 
-def _add_simulate(commands: Any) -> None:
+def _add_simulate(commands: Any, *, wanted: bool) -> None:
+    """Arguments:
+    wanted: it may be the command; a gateway does without the simulator's code, which is 2 MB.
+    """
+    simulate = commands.add_parser("simulate", help="run a simulated vLLM engine", allow_abbrev=False)
+    if not wanted:
+        return
     from proxy.simulator import command
 
-    simulate = commands.add_parser("simulate", help="run a simulated vLLM engine", allow_abbrev=False)
     command.add_arguments(simulate)
     simulate.set_defaults(run=command.run)
 

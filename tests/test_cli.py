@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,3 +244,14 @@ def test_no_command_or_a_wrong_one_is_refused(run: Run, argv: list[str]) -> None
     status, _, err = run(*argv)
     assert status == 2
     assert "serve | check | simulate" in err
+
+
+def test_a_gateway_does_without_the_simulators_code(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("port: 1\n")
+    said = (
+        "import sys; from proxy.cli import main; main(sys.argv[1:]); "
+        "print([name for name in sys.modules if name.startswith('proxy.simulator')])"
+    )
+    command = [sys.executable, "-c", said, "check", str(tmp_path / "c.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
