@@ -65,7 +65,8 @@ class Surface(FastAPI):
         self._body_seconds = body_seconds
         self._siblings = siblings
         for router in routers:
-            self.include_router(router)
+            # Including it would make each of its routes a second time, and nothing of ours would be put into them.
+            self.router.routes += router.routes
         self.add_exception_handler(GatewayError, _gateway_error)
         self.add_exception_handler(HTTPException, _http_error)
         self.add_exception_handler(RequestValidationError, _validation_error)

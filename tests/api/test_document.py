@@ -92,6 +92,7 @@ def service() -> Iterator[Service]:
 schema = schemathesis.openapi.from_dict(DOCUMENT)
 
 
+@pytest.mark.slow
 @schema.parametrize()
 @settings(
     max_examples=EXAMPLES,

@@ -127,6 +127,7 @@ async def test_a_decode_that_fails_is_tried_elsewhere(case: Case, stream: bool) 
         await p.wait_for(lambda: p.engine.used_blocks == 0, 10)
 
 
+@pytest.mark.slow
 @EVERY
 async def test_dead_backends_among_live_ones_cost_clients_nothing(case: Case) -> None:
     # Each has a prompt of its own: LMCache may answer wrong where two prompts are the same (docs/connectors.md).
