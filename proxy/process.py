@@ -23,7 +23,7 @@ from typing import cast
 import uvicorn
 from fastapi import FastAPI
 
-from proxy import garbage
+from proxy import garbage, heap
 from proxy.api import operations
 from proxy.api.siblings import socket_of
 from proxy.api.surface import Surface
@@ -85,6 +85,7 @@ def _work(settings: Settings, files: int, listeners: list[Listener], crew: Crew 
     kind = protocol(settings if crew is None else settings.share(crew.workers), files)
     gateway = build(settings, kind.shared, crew)
     garbage.settle()
+    heap.keep()
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         try:
             runner.run(_run(gateway, kind, listeners, crew))

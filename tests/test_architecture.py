@@ -26,7 +26,19 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Room -> the rooms (or single modules of them) that it may import besides itself."""
 
-UNBOUND = {"__init__", "app", "crew", "garbage", "process", "workers", "sockets", "cli", "configuration", "drop_in"}
+UNBOUND = {
+    "__init__",
+    "app",
+    "crew",
+    "garbage",
+    "heap",
+    "process",
+    "workers",
+    "sockets",
+    "cli",
+    "configuration",
+    "drop_in",
+}
 """Top-level modules that put the rooms together and so may import what they need."""
 
 FORBIDDEN_WITHOUT_IO = {

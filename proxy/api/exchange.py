@@ -124,27 +124,32 @@ async def read_whole(client: Client, receive: Receive, limit: int, seconds: floa
     Raises:
         BodyTooLarge, RequestTimedOut, ClientLeft
     """
-    if isinstance(client, DirectClient) and (body := client.body) is not None:
-        if len(body) > limit:
-            raise BodyTooLarge(f"the request body exceeds the limit of {limit} bytes")
-        return body
-    whole = bytearray()  # not a list: a body of single bytes would weigh fifty times its length
-    try:
-        async with asyncio.timeout(seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeft
-                whole += message.get("body", b"")
-                if len(whole) > limit:
-                    raise BodyTooLarge(f"the request body exceeds the limit of {limit} bytes")
-                if not message.get("more_body", False):
-                    break
-    except TimeoutError:
-        raise RequestTimedOut(f"the request body did not arrive within {seconds:g} s") from None
+    body: bytes | bytearray | None = client.body if isinstance(client, DirectClient) else None
+    if body is None:
+        try:
+            async with asyncio.timeout(seconds):
+                body = await (client.gather(limit) if isinstance(client, DirectClient) else _gather(receive, limit))
+        except TimeoutError:
+            raise RequestTimedOut(f"the request body did not arrive within {seconds:g} s") from None
+        if body is None:
+            raise ClientLeft
+    if len(body) > limit:
+        raise BodyTooLarge(f"the request body exceeds the limit of {limit} bytes")
     if isinstance(client, AsgiClient):
         client.watch()
-    return whole
+    return body
+
+
+async def _gather(receive: Receive, limit: int) -> bytearray | None:
+    """As `DirectClient.gather`, from any server."""
+    whole = bytearray()  # not a list: a body of single bytes would weigh fifty times its length
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        whole += message.get("body", b"")
+        if len(whole) > limit or not message.get("more_body", False):
+            return whole
 
 
 def enter(

@@ -67,6 +67,22 @@ class DirectClient:
         cycle.message_event.clear()
         return body
 
+    async def gather(self, limit: int) -> bytearray | None:
+        """The request's body once it is whole, or longer than `limit` bytes; None when its client has left. A long body
+        is not copied on its way, as with each message of ASGI's `receive`."""
+        cycle = self._cycle
+        if cycle.waiting_for_100_continue and not self._transport.is_closing():
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            cycle.waiting_for_100_continue = False
+        while cycle.more_body and len(cycle.body) <= limit and not cycle.disconnected:
+            cycle.flow.resume_reading()
+            await cycle.message_event.wait()
+            cycle.message_event.clear()
+        if cycle.disconnected:
+            return None
+        body, cycle.body = cycle.body, bytearray()
+        return body
+
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         if self.gone:
             return

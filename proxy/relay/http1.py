@@ -65,6 +65,7 @@ class Origin:
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
         self._host_header = parts.netloc.rpartition("@")[2].encode("ascii")
         self._idle: deque[Connection] = deque()
+        self._outbox: list[Connection] = []
         self._closed = False
         self.rests = Deadlines(_REST)
 
@@ -113,8 +114,20 @@ class Origin:
             except BaseException:
                 connection.abort()
                 raise
-        connection.begin(receiver, self.request_head(path, headers, sum(map(len, body))), body)
+        connection.begin(receiver, self.request_head(path, headers, sum(map(len, body))), body, self._post)
         return connection
+
+    def _post(self, connection: Connection) -> None:
+        """Send its request at the end of this turn of the event loop. An engine on this machine sleeps while there is
+        nothing for it, and to wake it is dear: requests that go out together wake it once."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._send_all)
+        self._outbox.append(connection)
+
+    def _send_all(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        for connection in outbox:
+            connection.send()
 
     def close(self) -> None:
         """Close what is idle; connections in use end with their exchange."""
@@ -187,6 +200,7 @@ class Connection(asyncio.Protocol):
         "_parser",
         "_paused",
         "_receiver",
+        "_request",
         "_resting",
         "_reusable",
         "_surplus",
@@ -200,6 +214,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
+        self._request: tuple[bytes | memoryview, ...] | None = None  # until it is sent
         self._headers: dict[bytes, bytes] = {}
         self._body: list[bytes] = []
         self._in_head = True
@@ -222,26 +237,50 @@ class Connection(asyncio.Protocol):
         """Whether a request can be written to it."""
         return self._transport is not None and not self._transport.is_closing()
 
-    def begin(self, receiver: Receiver, head: bytes, body: tuple[bytes | memoryview, ...]) -> None:
-        """Start an exchange by writing its request."""
+    def begin(
+        self,
+        receiver: Receiver,
+        head: bytes,
+        body: tuple[bytes | memoryview, ...],
+        post: Callable[[Connection], object] | None = None,
+    ) -> None:
+        """Start an exchange.
+
+        Arguments:
+            post: has `send` called soon; without it the request is sent at once.
+        """
         assert self._receiver is None, "a connection serves one exchange at a time"
         self._receiver = receiver
         self._headers = {}
         self._in_head = True
         self._head_bytes = 0
         self._complete = False
+        if len(body) == 1 and len(body[0]) < 4096:  # a copy is cheaper than a second buffer in the system call
+            self._request = (head + body[0],)
+        else:
+            self._request = (head, *body)
+        if post is None:
+            self.send()
+        else:
+            post(self)
+
+    def send(self) -> None:
+        """Send the exchange's request, unless the exchange is over."""
+        request, self._request = self._request, None
+        if request is None:
+            return
         if self._transport is None or self._transport.is_closing():
             # The engine went away between the connection's birth and this write.
             self._lose(BackendCut(f"{self._origin.url} closed the connection", unread=True, blame=self._fresh))
-            return
-        if len(body) == 1 and len(body[0]) < 4096:  # a copy is cheaper than a second buffer in the system call
-            self._transport.write(head + body[0])
+        elif len(request) == 1:
+            self._transport.write(request[0])
         else:
-            self._transport.writelines((head, *body))
+            self._transport.writelines(request)
 
     def abort(self) -> None:
         """End the exchange now; the engine sees its connection close and frees what the request held."""
         self._receiver = None
+        self._request = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -286,6 +325,9 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         if self._in_head:
+            if self._request is not None:  # the same, before anything was asked
+                self._fail(BackendCut(f"{self._origin.url} closed the connection", unread=True, blame=self._fresh))
+                return
             self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
@@ -325,7 +367,9 @@ class Connection(asyncio.Protocol):
             receiver.end()
             return
         # A kept-alive connection that ends before the first byte of an answer was most likely closed for idleness.
-        self._lose(BackendCut(f"{self._origin.url} closed the connection", blame=self._fresh or not self._in_head))
+        blame, unread = self._fresh or not self._in_head, self._request is not None
+        self._request = None
+        self._lose(BackendCut(f"{self._origin.url} closed the connection", unread=unread, blame=blame))
 
     # httptools callbacks
 

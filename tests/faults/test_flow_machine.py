@@ -121,12 +121,12 @@ class Ledger:
             if lease in ledger.leases:
                 ledger.leases[lease] += before - lease.backend.inflight_requests
 
-        def beginning(connection: Connection, receiver: Any, head: bytes, body: bytes) -> None:
+        def beginning(connection: Connection, receiver: Any, *request: Any) -> None:
             if connection in ledger.begun:
                 ledger.wrong.append("a leg began on a connection that has one")
             ledger.legs += 1
             counted = ledger.begun[connection] = _Receiver(ledger, connection, receiver)
-            begin(connection, counted, head, body)  # type: ignore[arg-type]
+            begin(connection, counted, *request)
 
         def aborting(connection: Connection) -> None:
             if (counted := ledger.begun.get(connection)) is not None:

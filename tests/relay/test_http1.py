@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from itertools import pairwise
+from time import monotonic
 
 import pytest
 from hypothesis import given
@@ -391,6 +392,55 @@ async def test_a_collected_answer_can_be_failed_from_outside(engine: Engine, ori
     with pytest.raises(BackendError, match="given up"):
         await collected.wait(Deadlines(None))
     assert await peer.left()
+
+
+# Requests that go out together
+
+
+async def posted(count: int = 1) -> tuple[Origin, list[FakeTransport], list[Recorder], list[Connection]]:
+    """Requests that were begun in this turn of the loop."""
+    origin = Origin("http://engine:80")
+    connections = [Connection(origin) for _ in range(count)]
+    transports = [FakeTransport() for _ in connections]
+    for connection, transport in zip(connections, transports, strict=True):
+        connection.connection_made(transport)
+        connection.idle_since = monotonic()
+        origin.give(connection)
+    recorders = [await ask(origin, b"%d" % number) for number in range(count)]
+    connections.reverse()  # the last given is the first taken
+    transports.reverse()
+    return origin, transports, recorders, connections
+
+
+async def test_requests_of_one_turn_go_out_when_it_ends_in_their_order() -> None:
+    _, transports, _, _ = await posted(3)
+    assert [transport.written for transport in transports] == [b"", b"", b""]
+    await asyncio.sleep(0)
+    assert [transport.written[-1:] for transport in transports] == [b"0", b"1", b"2"]
+
+
+async def test_a_request_that_is_given_up_at_once_is_not_sent() -> None:
+    _, [given_up, other], recorders, [connection, _] = await posted(2)
+    connection.abort()
+    await asyncio.sleep(0)
+    assert (given_up.written, given_up.aborted) == (b"", True)
+    assert other.written and not recorders[0].endings
+
+
+@pytest.mark.parametrize("closes", ["at once", "politely", "with an answer"])
+async def test_a_connection_that_ends_before_its_request_is_sent_leaves_it_unread(closes: str) -> None:
+    origin, [transport], [recorder], [connection] = await posted()
+    if closes == "at once":
+        connection.connection_lost(None)
+    elif closes == "politely":
+        transport.close()
+    else:
+        connection.data_received(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n")
+    await asyncio.sleep(0)
+    assert transport.written == b""
+    assert recorder.endings == ["lost"]
+    assert isinstance(recorder.error, BackendCut) and recorder.error.unread
+    assert origin._take() is None
 
 
 # Bytes in any split: no socket, so that each piece is one read
