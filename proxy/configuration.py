@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -25,6 +22,9 @@ from proxy.settings import (
     unknown_variables,
 )
 
+if TYPE_CHECKING:
+    from proxy.settings_file import File
+
 _LISTS: dict[str, type[BaseModel]] = {"clients": ClientSettings, "groups": BackendGroup, "locations": Location}
 """The settings that are lists of groups, each one setting as a flag or a variable."""
 _KNOWN = [
@@ -37,54 +37,6 @@ _SECRET = {"api_keys", "admin_key", "backend_api_key", "handoff_key", "clients",
 
 class ConfigurationError(Exception):
     """The settings cannot be used; the text has one line for each thing that is wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A settings file: its values, and the line of each key by dotted name."""
-
-    path: Path
-    values: Mapping[str, Any]
-    lines: Mapping[str, int]
-
-
-def read_file(path: Path) -> File:
-    """Read a YAML settings file.
-
-    Raises:
-        ConfigurationError: it cannot be read, is not YAML, or is not a mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigurationError(f"{path}: {why}") from None
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise ConfigurationError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:
-        return File(path, {}, {})
-    if not isinstance(values, dict):
-        raise ConfigurationError(f"{path}:1: a settings file is a mapping of names to values")
-    lines: dict[str, int] = {}
-    _note_lines(tree, "", lines)
-    return File(path, values, lines)
-
-
-def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            lines[name] = key.start_mark.line + 1
-            _note_lines(value, f"{name}.", lines)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[f"{prefix}{index}"] = item.start_mark.line + 1
-            _note_lines(item, f"{prefix}{index}.", lines)
 
 
 def configure(
@@ -100,7 +52,11 @@ def configure(
     """
     if file is None and environment.get(CONFIG_VARIABLE):
         file = Path(environment[CONFIG_VARIABLE])
-    source = read_file(file) if file is not None else None
+    source = None
+    if file is not None:
+        from proxy.settings_file import read_file  # a gateway without a file does without a reader of YAML
+
+        source = read_file(file)
     problems = [f"{name}: no such setting{_like_variable(name)}" for name in unknown_variables(environment)]
     settings = None
     try:
@@ -160,6 +116,8 @@ def _source(
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ " (did you mean X?)" where one of the known names is close to `name`, else nothing."""
+    import difflib  # only for who has made a mistake
+
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -37,6 +37,7 @@ UNBOUND = {
     "sockets",
     "cli",
     "configuration",
+    "settings_file",
     "drop_in",
 }
 """Top-level modules that put the rooms together and so may import what they need."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.configuration import ConfigurationError, configure, read_file
+from proxy.configuration import ConfigurationError, configure
 
 Write = Callable[[str], Path]
 
@@ -122,19 +122,6 @@ def test_what_is_not_yaml_is_said_with_line_and_column(write: Write, text: str, 
 @pytest.mark.parametrize("text", ["[1, 2]", "just words", "7"])
 def test_a_file_that_is_no_mapping_is_refused(write: Write, text: str) -> None:
     assert wrong({}, write(text)) == ["gateway.yaml:1: a settings file is a mapping of names to values"]
-
-
-def test_lines_are_noted_for_every_name(write: Write) -> None:
-    file = read_file(write("# top\nport: 1\ntimeouts:\n  # inner\n  idle: 2\ndecode:\n  - a:1\n  - b:1\n"))
-    assert file.values == {"port": 1, "timeouts": {"idle": 2}, "decode": ["a:1", "b:1"]}
-    assert file.lines == {
-        "port": 2,
-        "timeouts": 3,
-        "timeouts.idle": 5,
-        "decode": 6,
-        "decode.0": 7,
-        "decode.1": 8,
-    }
 
 
 # What is wrong, and where
