@@ -94,6 +94,10 @@ class Limbo:
         fleet.handoffs_in_limbo += 1
         prefill.open_handoffs += 1
 
+    def sent(self) -> None:
+        """A leg that refers to it has gone out."""
+        self.use = "reading"
+
     def close(self) -> None:
         if self.open:
             self.open = False
@@ -537,17 +541,15 @@ class Legs:
         if rank is not None:
             headers += b"x-data-parallel-rank: %d\r\n" % rank
         limbo = attempt.limbo
-        connection = await self.origin(backend).send(
+        return await self.origin(backend).send(
             leg.path,
             headers,
             leg.body,
             receiver,
             within=self._time_left(limbo),
             check=attempt.check if reads and attempt.first is not None and limbo is not None else None,
+            sent=None if limbo is None else limbo.sent,
         )
-        if limbo is not None:
-            limbo.use = "reading"
-        return connection
 
     def bound(self, plan: Plan) -> float:
         """Seconds of age at which a hand-off is no longer sent."""

@@ -96,6 +96,7 @@ class Origin:
         *,
         within: float | None = None,
         check: Callable[[], object] | None = None,
+        sent: Callable[[], object] | None = None,
     ) -> Connection:
         """Send one request and return its connection; the answer goes to `receiver`.
 
@@ -103,6 +104,7 @@ class Origin:
             body: in pieces, which must not change before the exchange is over.
             within: seconds after which the request must no longer be sent, where that is less than the connect timeout.
             check: called once there is a connection; what it raises is raised, and nothing is sent.
+            sent: called when the request has gone out, soon after this returns; never, if it is aborted by then.
         Raises:
             BackendUnreachable: no connection could be made; nothing was sent.
         """
@@ -114,7 +116,7 @@ class Origin:
             except BaseException:
                 connection.abort()
                 raise
-        connection.begin(receiver, self.request_head(path, headers, sum(map(len, body))), body, self._post)
+        connection.begin(receiver, self.request_head(path, headers, sum(map(len, body))), body, self._post, sent)
         return connection
 
     def _post(self, connection: Connection) -> None:
@@ -203,6 +205,7 @@ class Connection(asyncio.Protocol):
         "_request",
         "_resting",
         "_reusable",
+        "_sent",
         "_surplus",
         "_transport",
         "between_chunks",
@@ -215,6 +218,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
         self._request: tuple[bytes | memoryview, ...] | None = None  # until it is sent
+        self._sent: Callable[[], object] | None = None
         self._headers: dict[bytes, bytes] = {}
         self._body: list[bytes] = []
         self._in_head = True
@@ -243,11 +247,13 @@ class Connection(asyncio.Protocol):
         head: bytes,
         body: tuple[bytes | memoryview, ...],
         post: Callable[[Connection], object] | None = None,
+        sent: Callable[[], object] | None = None,
     ) -> None:
         """Start an exchange.
 
         Arguments:
             post: has `send` called soon; without it the request is sent at once.
+            sent: called when it has been.
         """
         assert self._receiver is None, "a connection serves one exchange at a time"
         self._receiver = receiver
@@ -255,6 +261,7 @@ class Connection(asyncio.Protocol):
         self._in_head = True
         self._head_bytes = 0
         self._complete = False
+        self._sent = sent
         if len(body) == 1 and len(body[0]) < 4096:  # a copy is cheaper than a second buffer in the system call
             self._request = (head + body[0],)
         else:
@@ -272,10 +279,14 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             # The engine went away between the connection's birth and this write.
             self._lose(BackendCut(f"{self._origin.url} closed the connection", unread=True, blame=self._fresh))
-        elif len(request) == 1:
+            return
+        if len(request) == 1:
             self._transport.write(request[0])
         else:
             self._transport.writelines(request)
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            sent()
 
     def abort(self) -> None:
         """End the exchange now; the engine sees its connection close and frees what the request held."""

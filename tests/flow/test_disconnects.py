@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from proxy.relay.http1 import Connection, Origin
 from proxy.simulator import Simulator
 from tests.support import Running, chat, pools, running_gateway, simulators, soon, stuck_backend, until
 
@@ -131,6 +132,28 @@ async def test_while_the_gateway_connects_to_decode() -> None:
                 client.leave()
                 await soon(lambda: not running.gateway.gate.inside, SOON)
                 await until(running.idle, 5 * connect + PATIENCE)  # after some attempts to have the hand-off claimed
+
+
+async def test_before_decodes_leg_has_gone_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pools(first_token="decode") as (running, [p], [d]), RawClient(running.port) as client:
+        post, begun = Origin._post, asyncio.Event()
+
+        def hold(origin: Origin, connection: Connection) -> None:
+            if origin.url != d.url:
+                post(origin, connection)
+                return
+            monkeypatch.setattr(Origin, "_post", post)
+            begun.set()
+
+        monkeypatch.setattr(Origin, "_post", hold)
+        client.send(chat(stream=True))
+        async with asyncio.timeout(PATIENCE):
+            await begun.wait()
+        client.leave()
+        await p.wait_for(lambda: p.engine.stranded_blocks == 0)  # long before the lease's end
+        assert p.engine.handoffs.pinned_total == 1
+        await left(running, [p, d], "decode")
+        assert len(d.requests) == 1  # which had prefill free the blocks
 
 
 async def test_while_a_failed_try_waits_for_the_next() -> None:
