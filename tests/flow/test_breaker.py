@@ -32,8 +32,9 @@ async def good(running: Running, count: int, **request: Any) -> None:
 
 @pytest.mark.parametrize("leg", ["prefill", "decode"])
 async def test_one_that_answers_500_to_everything_is_left_out_and_comes_back(leg: str) -> None:
+    patient = {"handshake_timeout": 5.0}  # where each request is counted, none may fail by itself
     breaker = {"consecutive_failures": 3, "ejection": 0.5, "slow_start": 0.1}
-    async with pools(2, 2, policy=TURNS, breaker=breaker) as (running, prefill, decode):
+    async with pools(2, 2, engine=patient, policy=TURNS, breaker=breaker) as (running, prefill, decode):
         expected = text_of((await running.http.post(CHAT, json=chat())).json())
         bad, _ = prefill if leg == "prefill" else decode
         fault = bad.faults.add("status", status=500, leg=leg)
