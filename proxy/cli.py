@@ -79,9 +79,7 @@ def _add_check(commands: Any) -> None:
 
 
 def _add_simulate(commands: Any, *, wanted: bool) -> None:
-    """Arguments:
-    wanted: it may be the command; a gateway does without the simulator's code, which is 2 MB.
-    """
+    """The simulator is loaded only where it may be `wanted`: it is 2 MB that a gateway does without."""
     simulate = commands.add_parser("simulate", help="run a simulated vLLM engine", allow_abbrev=False)
     if not wanted:
         return

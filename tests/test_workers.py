@@ -161,7 +161,7 @@ async def test_requests_are_placed_as_if_one_worker_had_placed_them() -> None:
         await ready(http)
         await until_up(http, one.url)
         await until_up(http, two.url)
-        # It runs for a minute, however long the others take.
+        # It runs for longer than the others may take on any machine.
         heavy = completion(prompt="long " * 1000, max_tokens=2000, ignore_eos=True, stream=True)
         async with http.stream("POST", COMPLETIONS, json=heavy) as answer:
             pieces = answer.aiter_bytes()  # kept: one that nobody holds is closed, and its request ends

@@ -273,13 +273,14 @@ class Connection(asyncio.Protocol):
 
     def send(self) -> None:
         """Send the exchange's request, unless the exchange is over."""
-        request, self._request = self._request, None
+        request = self._request
         if request is None:
             return
         if self._transport is None or self._transport.is_closing():
             # The engine went away between the connection's birth and this write.
-            self._lose(BackendCut(f"{self._origin.url} closed the connection", unread=True, blame=self._fresh))
+            self._lose(self._cut())
             return
+        self._request = None
         if len(request) == 1:
             self._transport.write(request[0])
         else:
@@ -336,8 +337,8 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         if self._in_head:
-            if self._request is not None:  # the same, before anything was asked
-                self._fail(BackendCut(f"{self._origin.url} closed the connection", unread=True, blame=self._fresh))
+            if self._request is not None:  # nor these: it says why it closes a connection that was idle
+                self._fail(self._cut())
                 return
             self._head_bytes += len(data)
         try:
@@ -377,10 +378,7 @@ class Connection(asyncio.Protocol):
             self._receiver = None
             receiver.end()
             return
-        # A kept-alive connection that ends before the first byte of an answer was most likely closed for idleness.
-        blame, unread = self._fresh or not self._in_head, self._request is not None
-        self._request = None
-        self._lose(BackendCut(f"{self._origin.url} closed the connection", unread=unread, blame=blame))
+        self._lose(self._cut())
 
     # httptools callbacks
 
@@ -449,7 +447,14 @@ class Connection(asyncio.Protocol):
         if receiver is not None:
             receiver.lost(error)
 
+    def _cut(self) -> BackendCut:
+        """The engine has closed the connection. One that it had kept, and closes before the first byte of an answer, it
+        most likely closes for idleness."""
+        unread, blame = self._request is not None, self._fresh or not self._in_head
+        return BackendCut(f"{self._origin.url} closed the connection", unread=unread, blame=blame)
+
     def _lose(self, error: BackendError) -> None:
+        self._request = None
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             receiver.lost(error)
