@@ -23,6 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from proxy import errors  # noqa: E402 - the checkout's own package, installed or not
 from proxy.admission.admission import Admission  # noqa: E402
+from proxy.flags import flag  # noqa: E402
 from proxy.fleet.fleet import Fleet  # noqa: E402
 from proxy.settings import CONFIG_VARIABLE, PREFIX, ClientSettings, Group, Settings, leaves  # noqa: E402
 from proxy.telemetry.admission import AdmissionSink  # noqa: E402
@@ -97,9 +98,9 @@ def settings_page() -> str:
     parts = [
         NOTE,
         "# Settings\n",
-        "A setting has one name in the file, in the environment and as a flag of `pd-proxy serve`. Flags win over "
-        "variables, variables over the file. Unknown names are refused in all three. `pd-proxy check FILE` says what "
-        "is wrong with a file, and in which line.\n",
+        "A setting has one name in the file, in the environment and as a flag of `pd-proxy serve`, where hyphens stand "
+        "for its underscores. Flags win over variables, variables over the file. Unknown names are refused in all "
+        "three. `pd-proxy check FILE` says what is wrong with a file, and in which line.\n",
         f"The file is named by `--config` or by the variable `{CONFIG_VARIABLE}`. Lists are YAML lists in the file; "
         "in a variable they are separated by commas; a flag may be repeated.\n",
         "The reasons for the defaults are in [config/pd-proxy.yaml](../config/pd-proxy.yaml).\n",
@@ -115,7 +116,7 @@ def settings_page() -> str:
             (
                 f"`{name}`",
                 f"`{PREFIX}{name.upper().replace('.', '__')}`",
-                f"`--{name}`",
+                f"`{flag(name)}`",
                 default(field),
                 meaning(field),
             )

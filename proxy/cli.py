@@ -8,20 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
-from proxy import __version__, drop_in
+from proxy import __version__, flags
 from proxy.configuration import ConfigurationError, configure, did_you_mean
-from proxy.settings import leaves
 
 EXIT_USAGE = 2
 EXIT_FAILED = 1
+_COMMANDS = ("serve", "check", "simulate")
+_ABOUT = (
+    "Every setting is a flag, a line of the --config file (timeouts.first_token) and a variable "
+    "(PD_PROXY_TIMEOUTS__FIRST_TOKEN). Flags win over variables, variables over the file."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    arguments = _parse(flags.in_kebab_case(sys.argv[1:] if argv is None else argv))
     try:
         return int(arguments.run(arguments))
     except ConfigurationError as error:
@@ -31,44 +32,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments. What is unknown ends the program, with the nearest that is known."""
+    parser, commands = _parser(argv)
+    if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
+        parser.error(f"there is no command {argv[0]!r}{did_you_mean(argv[0], _COMMANDS)}: {' | '.join(_COMMANDS)}")
+    if argv and argv[0].partition("=")[0] in flags_of(commands["serve"]) - flags_of(parser):
+        parser.error(f"{argv[0]} is a flag of serve (did you mean pd-proxy serve {argv[0]}?)")
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = flags_of(commands[arguments.command])
+        hints = [did_you_mean(word.partition("=")[0], known) for word in unknown if word.startswith("-")]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(dict.fromkeys(hints))}")
+    return arguments
+
+
+def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of everything, and those of the commands by name."""
     parser = argparse.ArgumentParser(
         prog="pd-proxy",
         description="A prefill-decode disaggregation gateway for LLM serving.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"pd-proxy {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="serve | check | simulate")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(_COMMANDS))
     _add_serve(commands)
     _add_check(commands)
     _add_simulate(commands, wanted="simulate" in argv)
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [f"--{name}" for name, _ in leaves()] if arguments.command == "serve" else []
-        hint = did_you_mean(unknown[0].partition("=")[0], known)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    return arguments
+    return parser, dict(commands.choices)
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The names of a parser's flags."""
+    return {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
 
 
 def _add_serve(commands: Any) -> None:
     serve = commands.add_parser(
-        "serve",
-        help="run the gateway",
-        description="Run the gateway. Every setting is also a line of the --config file and a PD_PROXY_ variable "
-        "(timeouts.prefill is PD_PROXY_TIMEOUTS__PREFILL); flags win over variables, variables over the file.",
-        allow_abbrev=False,
+        "serve", help="run the gateway", description=f"Run the gateway. {_ABOUT}", allow_abbrev=False, add_help=False
     )
-    serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
-    for name, field in leaves():
-        kwargs: dict[str, Any] = {"dest": f"setting:{name}", "metavar": _metavar(field), "help": _help(field)}
-        if name in ("prefill", "decode", "mixed", "encode", "api_keys"):
-            kwargs |= {"action": "append"}
-        elif field.annotation is bool:
-            kwargs |= {"nargs": "?", "const": "true"}
-        flags = [f"--{name}"]
-        if "_" in name:
-            flags.append(f"--{name.replace('_', '-')}")
-        serve.add_argument(*flags, **kwargs)
-    drop_in.add_arguments(serve)
+    flags.add_settings(serve)
     serve.set_defaults(run=_serve)
 
 
@@ -93,15 +95,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     from proxy.process import ListenError, serve
     from proxy.telemetry.logs import set_up_logging
 
-    flags = _nested(
-        {
-            name.removeprefix("setting:"): ",".join(value) if isinstance(value, list) else value
-            for name, value in vars(arguments).items()
-            if name.startswith("setting:") and value is not None
-        }
-    )
-    notices = drop_in.translate(arguments, flags)
-    settings = configure(flags, arguments.config)
+    given, notices = flags.given(arguments)
+    settings = configure(given, arguments.config)
     set_up_logging(settings.log_level, settings.log_format)
     for notice in notices:
         print(f"pd-proxy: {notice}", file=sys.stderr)
@@ -125,31 +120,6 @@ def _check(arguments: argparse.Namespace) -> int:
         named = f"group {group.name}: " if settings.groups else ""
         print(f"{arguments.file}: good. {named}{pools} backend(s), connector {group.connector}, port {settings.port}")
     return 0
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"timeouts.prefill": 3} -> {"timeouts": {"prefill": 3}}"""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *groups, leaf = name.split(".")
-        branch = tree
-        for group in groups:
-            branch = branch.setdefault(group, {})
-        branch[leaf] = value
-    return tree
-
-
-def _metavar(field: FieldInfo) -> str:
-    choices = getattr(field.annotation, "__args__", ())
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return "|".join(choices) if len(choices) < 6 else "NAME"
-    return "VALUE"
-
-
-def _help(field: FieldInfo) -> str:
-    default = field.default
-    shown = "" if default in (PydanticUndefined, None, ()) else f" (default {default})"
-    return f"{field.description}{shown}".replace("%", "%%")
 
 
 if __name__ == "__main__":

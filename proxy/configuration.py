@@ -103,7 +103,7 @@ def _source(
     for part in setting.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     if value is not None:
-        return f"flag --{setting}"
+        return f"flag --{setting.replace('_', '-')}"
     variable = PREFIX + setting.upper().replace(".", "__")
     if variable in environment:
         return variable
@@ -115,10 +115,14 @@ def _source(
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean X?)" where one of the known names is close to `name`, else nothing."""
+    """ " (did you mean X?)" where one of the known names is close to `name`, or ends in it, else nothing."""
     import difflib  # only for who has made a mistake
 
-    close = difflib.get_close_matches(name, known, n=1)
+    known = list(known)
+    last = name.lstrip("-")
+    ending = [other for other in known if other.rpartition(".")[2] == last]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+    close = near or (ending if len(ending) == 1 else difflib.get_close_matches(name, known, n=1))
     return f" (did you mean {close[0]}?)" if close else ""
 
 

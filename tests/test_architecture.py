@@ -39,6 +39,7 @@ UNBOUND = {
     "configuration",
     "settings_file",
     "drop_in",
+    "flags",
 }
 """Top-level modules that put the rooms together and so may import what they need."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy import __version__, cli
+from proxy import __version__, cli, flags
 from proxy.process import ListenError
 from proxy.settings import Settings, leaves
 
@@ -131,11 +132,16 @@ def test_serve_takes_every_kind_of_flag(run: Run, served: list[Settings]) -> Non
     assert settings.retries.attempts == 2
 
 
-def test_every_setting_is_a_flag_with_underscores_or_hyphens(run: Run) -> None:
-    help_ = run("serve", "--help")[1]
-    for name, _ in leaves():
-        assert f"--{name} " in help_ or f"--{name}," in help_, name
-        assert f"--{name.replace('_', '-')}" in help_, name
+def test_every_setting_is_a_flag_in_kebab_case(run: Run) -> None:
+    words = set(re.findall(r"^  (--\S+)", run("serve", "--help", "all")[1], re.MULTILINE))
+    assert words >= {f"--{name.replace('_', '-')}" for name, _ in leaves()}
+    assert not [word for word in words if "_" in word]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in leaves() if "_" in name])
+def test_underscores_in_a_flag_are_as_good_as_hyphens(name: str) -> None:
+    given = [flags.in_kebab_case([f"--{written}=a_b", "c_d"]) for written in (name, name.replace("_", "-"))]
+    assert given == [[f"--{name.replace('_', '-')}=a_b", "c_d"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -199,8 +205,27 @@ def test_an_unknown_or_abbreviated_flag_is_refused(run: Run, served: list[Settin
     assert served == []
 
 
-def test_an_unknown_flag_is_said_with_what_it_may_have_meant(run: Run) -> None:
-    assert "did you mean --timeouts.prefill?" in run("serve", "--timeout.prefill", "1")[2]
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        ("serve --timeout.prefill 1", "--timeouts.prefill"),
+        ("serve --log-levl=info", "--log-level"),
+        ("serve --log_levl=info", "--log-level"),
+        ("serve --grace 1", "--shutdown.grace"),
+        ("serve --prefil a:1", "--prefill"),
+        ("simulate --roll prefill", "--role"),
+        ("serv --port 1", "serve"),
+        ("chek file", "check"),
+        ("--prefill a:1 --decode b:1", "pd-proxy serve --prefill"),
+    ],
+)
+def test_what_is_unknown_is_said_with_what_it_may_have_meant(
+    run: Run, served: list[Settings], argv: str, meant: str
+) -> None:
+    status, out, err = run(*argv.split())
+    assert (status, out) == (2, "")
+    assert f"(did you mean {meant}" in err
+    assert served == []
 
 
 def test_an_address_that_is_taken_exits_with_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,10 +239,13 @@ def test_an_address_that_is_taken_exits_with_1(run: Run, monkeypatch: pytest.Mon
 # Help
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["check"], ["simulate"]])
+HELP = [[], ["serve"], ["check"], ["simulate"]]
+
+
+@pytest.mark.parametrize("command", [*HELP, ["serve", "all"], *(["serve", s.title] for s in flags.sections())])
 def test_help_is_there_and_fits_a_terminal(run: Run, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    status, out, err = run(*command, "--help")
+    status, out, err = run(*command[:1], "--help", *command[1:])
     assert (status, err) == (0, "")
     assert out.startswith("usage: pd-proxy")
     assert max(map(len, out.splitlines())) <= 100
@@ -226,9 +254,32 @@ def test_help_is_there_and_fits_a_terminal(run: Run, command: list[str], monkeyp
     assert "**" not in out
 
 
+def test_help_begins_with_the_common_settings_and_fits_a_screen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    out = run("serve", "--help")[1]
+    assert len(out.splitlines()) <= 50
+    shown = re.findall(r"^  --(\S+)", out, re.MULTILINE)
+    assert shown == ["config", *(name.replace("_", "-") for name in flags.COMMON)]
+    assert "--help SECTION" in out or "--help: all" in out
+
+
+def test_help_of_a_section_shows_that_section_alone(run: Run) -> None:
+    out = run("serve", "--help", "timeouts")[1]
+    shown = set(re.findall(r"^  --(\S+)", out, re.MULTILINE))
+    assert shown == {"config"} | {name.replace("_", "-") for name, _ in leaves() if name.startswith("timeouts.")}
+    status, _, err = run("serve", "--help", "timeout")
+    assert status == 2
+    assert "no section 'timeout'" in err
+
+
+def test_each_setting_is_in_one_section() -> None:
+    listed = [name for section in flags.sections() for name, _ in section.settings]
+    assert sorted(listed) == sorted(name for name, _ in leaves())
+
+
 def test_help_says_what_each_setting_is_and_its_default(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    text = " ".join(run("serve", "--help")[1].split())
+    text = " ".join(run("serve", "--help", "all")[1].split())
     for _, field in leaves():
         assert " ".join(str(field.description).split()) in text
     assert "(default 8000)" in text

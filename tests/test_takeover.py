@@ -247,7 +247,7 @@ async def test_a_new_process_takes_over_and_nothing_is_lost(way: str) -> None:
             def start() -> contextlib.AbstractAsyncContextManager[Process]:
                 if way == "inherited":
                     return gateway(*flags, inherit=owned)
-                return gateway(*flags, "--port", str(port), "--reuse_port")
+                return gateway(*flags, "--port", str(port), "--reuse-port")
 
             async with start() as old:
                 await until(old.listens, 20)
@@ -275,7 +275,7 @@ async def test_connections_that_the_old_process_had_not_accepted_yet_are_served(
             old, new = [
                 gateway(*flags, inherit=owned)
                 if way == "inherited"
-                else gateway(*flags, "--port", str(port), "--reuse_port")
+                else gateway(*flags, "--port", str(port), "--reuse-port")
                 for _ in range(2)
             ]
             first = await stack.enter_async_context(old)
@@ -307,10 +307,10 @@ def connections_to(port: int) -> int:
 async def test_a_new_process_that_could_not_serve_leaves_the_clients_where_they_are() -> None:
     async with simulators("prefill", "decode") as [p, d]:
         flags = ["--decode", d.url, "--health.interval", "0.1", "--port"]
-        async with gateway("--prefill", p.url, *flags, "0", "--reuse_port") as old:
+        async with gateway("--prefill", p.url, *flags, "0", "--reuse-port") as old:
             await until(old.listens, 20)
             await ready(old.url)
-            async with gateway("--prefill", "http://127.0.0.1:9", *flags, str(old.port), "--reuse_port") as new:
+            async with gateway("--prefill", "http://127.0.0.1:9", *flags, str(old.port), "--reuse-port") as new:
                 await until(lambda: new.says("taking over once ready"), 20)
                 async with httpx.AsyncClient(base_url=old.url, trust_env=False) as http:
                     for _ in range(100):
@@ -324,7 +324,7 @@ async def test_a_new_process_that_could_not_serve_leaves_the_clients_where_they_
 async def test_without_the_setting_the_port_is_taken_for_both() -> None:
     async with gateway("--decode", "http://127.0.0.1:9", "--port", "0") as first:
         await until(first.listens, 20)
-        for flag in ([], ["--reuse_port"]):
+        for flag in ([], ["--reuse-port"]):
             async with gateway("--port", str(first.port), *flag) as second:
                 async with asyncio.timeout(20):
                     assert await second.process.wait() == 1

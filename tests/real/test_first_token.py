@@ -137,7 +137,7 @@ def counts(gateway: Gateway) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def ordinary(bed: Bed, logs: Path) -> Iterator[Gateway]:
-    with serving(bed.prefill.url, bed.decode.url, logs / "gateway-ordinary.log", "--first_token", "decode") as started:
+    with serving(bed.prefill.url, bed.decode.url, logs / "gateway-ordinary.log", "--first-token", "decode") as started:
         yield started
 
 

@@ -53,7 +53,7 @@ def relay(bed: Bed) -> Iterator[Severing]:
 def watched_gateway(bed: Bed, relay: Severing, logs: Path) -> Iterator[Gateway]:
     # Nothing finds out that decode is unreachable while a client waits between the legs: no probe, no connect.
     # (With a first token from prefill, that engine would refuse what only decode is to refuse here.)
-    flags = ["--first_token", "decode", "--warmup", "false", "--health.interval", "60", "--timeouts.connect", "30"]
+    flags = ["--first-token", "decode", "--warmup", "false", "--health.interval", "60", "--timeouts.connect", "30"]
     with serving(bed.prefill.url, relay.urls, logs / "gateway-release.log", *flags) as started:
         yield started
 

@@ -75,7 +75,7 @@ def relays(bed: Bed, second_decode: Engine) -> Iterator[Severing]:
 def severed_gateway(bed: Bed, relays: Severing, logs: Path) -> Iterator[Gateway]:
     # Both backends lose streams here all the time, which no breaker and no budget should mind.
     # A first token from prefill would move each cut by one.
-    flags = ["--first_token", "decode", "--warmup", "false", "--breaker.max_ejected", "0", "--health.interval", "0.2"]
+    flags = ["--first-token", "decode", "--warmup", "false", "--breaker.max-ejected", "0", "--health.interval", "0.2"]
     with serving(bed.prefill.url, relays.urls, logs / "gateway-severed.log", *flags) as started:
         yield started
 
