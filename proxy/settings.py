@@ -7,7 +7,6 @@ in all three, since a misspelt setting that is silently ignored is found in prod
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -17,6 +16,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from proxy.decoding import decode_json
 
 PREFIX = "PD_PROXY_"
 CONFIG_VARIABLE = "PD_PROXY_CONFIG"
@@ -89,7 +90,7 @@ def _parsed(shape: str) -> BeforeValidator:
         if not isinstance(value, str):
             return value
         try:
-            return json.loads(value)
+            return decode_json(value)
         except ValueError:  # said without the text, since there are keys in it
             raise ValueError(f"as a variable or a flag this is a JSON list: {shape}") from None
 

@@ -89,7 +89,7 @@ def no_route(path: str, known: Iterable[str]) -> RouteNotFound:
 def identify(headers: dict[bytes, bytes]) -> str:
     """The request's id: the client's own where it sent a sane one."""
     name = headers.get(b"x-request-id", b"")
-    return name.decode("ascii") if name and _SANE_ID(name) else new_id()
+    return name.decode("latin-1") if name and _SANE_ID(name) else new_id()
 
 
 def time_limit(headers: dict[bytes, bytes], most: float) -> float:

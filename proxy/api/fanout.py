@@ -22,6 +22,7 @@ from proxy.api.backends import backend_id, find_backend
 from proxy.api.credentials import Credentials
 from proxy.api.operations import operator
 from proxy.api.siblings import Siblings
+from proxy.decoding import decode_json
 from proxy.errors import BackendNotFound, FanOutFailed
 from proxy.fleet.backend import Backend, Role
 from proxy.fleet.fleet import Fleet
@@ -181,7 +182,7 @@ class FanOut:
         said: Any = None
         if answer.headers.get("content-type", "").startswith("application/json"):
             try:
-                said = answer.json()
+                said = decode_json(answer.content)
             except ValueError:
                 said = None
         if answer.is_success:

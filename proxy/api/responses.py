@@ -10,7 +10,6 @@ from contextlib import aclosing
 from typing import Annotated
 
 import httpx
-import msgspec
 from fastapi import APIRouter, Query, Request
 from starlette.background import BackgroundTask
 from starlette.responses import Response, StreamingResponse
@@ -18,6 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from proxy.api.credentials import Credentials
 from proxy.api.error_shapes import RESPONSES
 from proxy.api.inference import not_stored
+from proxy.decoding import Undecodable
 from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable, NoBackend
 from proxy.fleet.fleet import Fleet
 from proxy.flow.stored import StoredResponses
@@ -97,7 +97,7 @@ def responses(
                 raise BackendCut(f"{url} ended its stream before its last event")
         except httpx.HTTPError as error:
             yield RESPONSES.event(_translated(url, error), sequence)
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             yield RESPONSES.event(BackendGarbled(f"{url} sent what cannot be read: {error}"), sequence)
         except BackendError as error:
             yield RESPONSES.event(error, sequence)

@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from proxy.decoding import decode_json
+
 log = logging.getLogger("pd_proxy.api")
 
 Message = MutableMapping[str, Any]
@@ -72,7 +74,7 @@ class Siblings:
         """Why one of the others cannot serve a request, or an empty string. One that does not answer accepts none."""
         for answer in await asyncio.gather(*(self._ask(path, "GET", "/ready") for path in self._paths)):
             if answer is not None and not answer.is_success:
-                return str(answer.json()["error"]["message"])
+                return str(decode_json(answer.content)["error"]["message"])
         return ""
 
     def remember(self, page: str) -> None:
@@ -91,7 +93,7 @@ class Siblings:
         for path in self._paths:
             answer = await self._ask(path, "GET", "/admin/backends")
             if answer is not None and answer.is_success:
-                found: list[dict[str, Any]] = answer.json()["backends"]
+                found: list[dict[str, Any]] = decode_json(answer.content)["backends"]
                 return found
         return []
 
@@ -103,7 +105,7 @@ class Siblings:
         """Whether none of the others needs a backend that they drain. One that does not answer has nothing there."""
         for answer in await asyncio.gather(*(self._ask(path, "GET", "/admin/backends") for path in self._paths)):
             if answer is not None and answer.is_success:
-                for backend in answer.json()["backends"]:
+                for backend in decode_json(answer.content)["backends"]:
                     if backend["url"] == url and not backend["drained"]:
                         return False
         return True
@@ -138,7 +140,7 @@ class Siblings:
 
     async def _repeat(self, scope: MutableMapping[str, Any], body: bytes) -> None:
         path = scope.get("raw_path") or scope["path"].encode()
-        target = (path + (b"?" + scope["query_string"] if scope["query_string"] else b"")).decode("ascii")
+        target = (path + (b"?" + scope["query_string"] if scope["query_string"] else b"")).decode("latin-1")
         await asyncio.gather(*(self._ask(other, scope["method"], target, body) for other in self._paths))
 
     @staticmethod

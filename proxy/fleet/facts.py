@@ -10,6 +10,8 @@ import re
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
+
 _CONFIG = b"vllm:cache_config_info{"
 _BLOCK_SIZE = re.compile(rb'[{,]block_size="(\d{1,6})"')
 
@@ -46,8 +48,8 @@ class _Version(msgspec.Struct):
     version: str
 
 
-_read_models = msgspec.json.Decoder(_Models).decode
-_read_version = msgspec.json.Decoder(_Version).decode
+_read_models = json_decoder(_Models)
+_read_version = json_decoder(_Version)
 
 
 def read_facts(metrics: bytes, models: bytes, version: bytes) -> Facts | None:
@@ -55,7 +57,7 @@ def read_facts(metrics: bytes, models: bytes, version: bytes) -> Facts | None:
     block_size = read_block_size(metrics)
     try:
         cards, named = _read_models(models).data, _read_version(version).version
-    except msgspec.MsgspecError:
+    except Undecodable:
         return None
     context = min((card.max_model_len for card in cards if card.max_model_len), default=0)  # adapters name none
     return Facts(block_size, named, context) if block_size and context > 0 and named else None

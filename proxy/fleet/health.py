@@ -25,6 +25,7 @@ from tenacity import (
     wait_random,
 )
 
+from proxy.decoding import decode_json
 from proxy.fleet.backend import Backend
 from proxy.fleet.facts import read_facts
 from proxy.fleet.fleet import Fleet
@@ -39,7 +40,7 @@ _RELEARN = 15.0  # seconds; LoRA adapters come and go at run time
 _MOST_ASKED = 50  # engines a second, for models that nobody is known to have: some percent of a core
 _PATIENCE = 10.0  # seconds for an engine's configuration: vLLM looks at its whole environment for it
 _FIRST_WAIT = 0.1  # seconds between the first probes of a backend that is down: engines start in bursts
-_NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of an answer's JSON
+_NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError)  # of an answer's JSON
 
 
 class ProbeFailed(Exception):
@@ -254,7 +255,7 @@ class Prober:
             version = backend.version
             if answer.status_code == 200:
                 with suppress(*_NOT_AS_EXPECTED):
-                    version = str(answer.json()[member])
+                    version = str(decode_json(answer.content)[member])
         self._fleet.learnt(backend, models, version)
         if self._fleet.is_to_tell(backend) and (anew or not backend.told):
             self._fleet.told(backend, await self._tell(backend))
@@ -297,7 +298,7 @@ class Prober:
             raise ProbeFailed(f"/v1/models answered {answer.status_code}: set backend_api_key")
         if answer.status_code == 200:
             with suppress(*_NOT_AS_EXPECTED):
-                return {str(card["id"]): dict(card) for card in answer.json()["data"]}
+                return {str(card["id"]): dict(card) for card in decode_json(answer.content)["data"]}
         return backend.models
 
     async def _locate(self, backend: Backend) -> None:
@@ -341,7 +342,7 @@ class Prober:
             return False
         self._sleepers.add(backend)
         with suppress(*_NOT_AS_EXPECTED):
-            return answer.json()["is_sleeping"] is True
+            return decode_json(answer.content)["is_sleeping"] is True
         return False
 
     async def _tie(self, backend: Backend) -> None:

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from proxy.decoding import Undecodable, msgpack_decoder
 from proxy.errors import BackendError
 from proxy.fleet.inbox import Inbox
 
@@ -32,7 +33,7 @@ class ProxyNotif(msgspec.Struct):
     req_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 
 
-_read = msgspec.msgpack.Decoder(ProxyNotif).decode
+_read = msgpack_decoder(ProxyNotif)
 
 
 class Expected:
@@ -123,9 +124,9 @@ class Notices:
         """A message has come, whoever sent it."""
         try:
             if len(parts) != 1:
-                raise msgspec.DecodeError("a notice has one part")
+                raise Undecodable("a notice has one part")
             notice = _read(parts[0])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except Undecodable as error:
             self.counts["garbage"] += 1
             log.debug("no notice: %s", error)
             return

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from proxy.decoding import msgpack_decoder
 from proxy.fleet.backend import Backend
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.inbox import Inbox
@@ -51,7 +52,7 @@ class _Whose(msgspec.Struct):
     http_address: Annotated[str, msgspec.Meta(max_length=300)]
 
 
-_read_whose = msgspec.msgpack.Decoder(_Whose).decode
+_read_whose = msgpack_decoder(_Whose)
 
 
 class Registrations:
@@ -116,7 +117,7 @@ class Registrations:
         try:
             host, _, port = _read_whose(parts[0]).http_address.rpartition(":")
             address = (host.removeprefix("[").removesuffix("]").lower(), int(port[:5]))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             self._not_taken("garbage", f"no registration: {error}")
             return
         backend = self._find(address)
@@ -134,7 +135,7 @@ class Registrations:
                 backend = self._add(said)
             else:
                 self._check(backend, said)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             self._not_taken("refused", f"{address[0]}:{address[1]} registers, and is refused: {error}")
             return
         self.counts["taken"] += 1

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import msgspec
+from proxy.decoding import Undecodable, decode_json
 
 CONFIGURATION = ("/server_info?config_format=json", "/get_server_info")
 
@@ -25,8 +25,8 @@ _SERIES = re.compile(rb"^(?:# TYPE )?(vllm:[a-z0-9]+_)", re.MULTILINE)
 def configured(page: bytes) -> list[str]:
     """The marks that a page of an engine's configuration shows; empty where it is none, or says nothing of it."""
     try:
-        page_says = msgspec.json.decode(page)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        page_says = decode_json(page)
+    except Undecodable:
         return []
     if not isinstance(page_says, dict):
         return []
@@ -53,7 +53,7 @@ def _vllm_connectors(transfer: Any) -> Iterator[str]:
 
 def counted(page: bytes) -> list[str]:
     """The marks that a page of metrics shows: how the names of its series begin, as `vllm:nixl_`."""
-    return sorted({mark.decode("ascii") for mark in _SERIES.findall(page)})
+    return sorted({mark.decode("latin-1") for mark in _SERIES.findall(page)})
 
 
 def speaker(marks: list[str], known: Mapping[str, frozenset[str]]) -> str:

@@ -13,6 +13,7 @@ from types import TracebackType
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendError, BackendGarbled, BackendTimedOut, CallUnexpected, HandoffInvalid, InvalidRequest
 from proxy.handoff.connector import Connector
 from proxy.handoff.endpoints import Members
@@ -28,7 +29,7 @@ class _Named(msgspec.Struct):
     request_id: str
 
 
-_read = msgspec.json.Decoder(_Named).decode
+_read = json_decoder(_Named)
 
 
 def _name(request_id: str) -> str:
@@ -118,7 +119,7 @@ class Callbacks:
         """The number of the worker whose try an engine's call is for, where that is another."""
         try:
             name = _name(_read(body).request_id)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except Undecodable:
             return None
         worker = int(name[:2], 16) if name else self._worker
         return None if worker == self._worker else worker
@@ -136,7 +137,7 @@ class Callbacks:
         """
         try:
             name = _name(_read(body).request_id)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except Undecodable as error:
             raise InvalidRequest(f"this is no call of a decode engine: {error}") from None
         call = self.waiting.pop(name, None)
         if call is None:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import (
     BackendAnswered,
     BackendError,
@@ -279,7 +280,7 @@ class _Detokenized(msgspec.Struct):
     prompt: str
 
 
-_decode_text = msgspec.json.Decoder(_Detokenized).decode
+_decode_text = json_decoder(_Detokenized)
 
 
 class Legs:
@@ -365,7 +366,7 @@ class Legs:
         dialect = DIALECTS.get(request.body.endpoint)
         try:
             parsed = read_whole(answer) if dialect is None else dialect.whole(answer)
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
             self._note(backend, garbled, leg, attempt)
             raise garbled from None
@@ -492,7 +493,7 @@ class Legs:
             raise engine_error(backend.url, receiver.status, receiver.headers, answer)
         try:
             return _decode_text(answer).prompt
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             raise BackendGarbled(f"{backend.url} did not detokenize: {error}") from None
 
     async def _collect(

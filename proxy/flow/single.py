@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 
+from proxy.decoding import Undecodable, decode_json
 from proxy.errors import (
     BackendError,
     BackendLacksModel,
@@ -377,8 +378,8 @@ def _lacks_route(status: int, body: bytes) -> bool:
     if status != 404:
         return False
     try:
-        answer = msgspec.json.decode(body[:_MOST_REFUSAL])
-    except msgspec.MsgspecError:
+        answer = decode_json(body[:_MOST_REFUSAL])
+    except Undecodable:
         return True  # a web server's own
     error = answer.get("error") if isinstance(answer, dict) else None
     message = error.get("message") if isinstance(error, dict) else error

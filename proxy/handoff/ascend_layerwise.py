@@ -17,6 +17,7 @@ from typing import Annotated
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import HandoffInvalid
 from proxy.handoff.blocks import BlockId, check_blocks
 from proxy.handoff.connector import Connector, Handoff, Meeting, Name, Port, one_token, params
@@ -45,8 +46,8 @@ class _Call(msgspec.Struct):
     token_ids: list[BlockId] = []
 
 
-_read = msgspec.json.Decoder(_Call).decode
-_read_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_read = json_decoder(_Call)
+_read_members = json_decoder(dict[str, msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -69,7 +70,7 @@ class AscendLayerwise(Connector):
     def heard(self, call: bytes) -> Members:
         try:
             said, members = _read(call), _read_members(call)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except Undecodable as error:
             raise HandoffInvalid(f"decode's call back is not usable: {error}") from None
         if not said.do_remote_decode or said.do_remote_prefill:
             raise HandoffInvalid("decode's call back does not ask for a remote decode")

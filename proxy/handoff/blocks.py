@@ -6,24 +6,25 @@ from typing import Annotated
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import HandoffInvalid
 
 BlockId = Annotated[int, msgspec.Meta(ge=0)]
 
 _LONG = 1024  # bytes
 
-_decode_groups = msgspec.json.Decoder(list[list[BlockId]]).decode  # one list a KV cache group
-_decode_flat = msgspec.json.Decoder(list[BlockId]).decode  # engines before 0.2x
+_decode_groups = json_decoder(list[list[BlockId]])  # one list a KV cache group
+_decode_flat = json_decoder(list[BlockId])  # engines before 0.2x
 
 
 def check_blocks(ids: msgspec.Raw) -> None:
     """Raise `HandoffInvalid` unless `ids` names at least one block, in either of the two shapes engines use."""
     try:
         some = any(block_counts(ids))
-    except msgspec.MsgspecError:
+    except Undecodable:
         try:
             some = bool(_decode_flat(ids))
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             raise HandoffInvalid(f"prefill's remote_block_ids are not usable: {error}") from None
     if not some:
         raise HandoffInvalid("prefill's remote_block_ids name no block")
@@ -33,7 +34,7 @@ def block_counts(ids: msgspec.Raw) -> list[int]:
     """How many blocks a hand-off has of each KV cache group.
 
     Raises:
-        msgspec.MsgspecError: `ids` is no list of lists of block ids.
+        Undecodable: `ids` is no list of lists of block ids.
     """
     if (groups := _groups(bytes(ids))) is not None:
         return [group.count(b",") + 1 if group else 0 for group in groups]

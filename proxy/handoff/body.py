@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.decoding import Undecodable, WrongShape, decode_json, json_decoder
 from proxy.errors import InvalidRequest
 from proxy.handoff import sglang_generate
 from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
@@ -46,8 +47,8 @@ wherever it likes, read another user's KV cache, or die (wire protocols, section
 NESTED = ("vllm_xargs", "extra_args", "sampling_params")
 """Members that an engine merges into its own arguments; the same names are taken out inside them."""
 
-_decode_members = msgspec.json.Decoder(Members).decode
-_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_members = json_decoder(Members)
+_decode_list = json_decoder(list[msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -166,12 +167,10 @@ def read_members(raw: bytes | bytearray) -> Members:
         for name in NESTED:
             if name in members:
                 members[name] = msgspec.Raw(strip_nested(name, members[name]))
-    except msgspec.ValidationError:
+    except WrongShape:
         raise InvalidRequest("the request body must be a JSON object") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the request body is not valid JSON: {_plain(error)}") from None
-    except RecursionError:
-        raise InvalidRequest("the request body is nested too deeply") from None
+    except Undecodable as error:
+        raise InvalidRequest(f"the request body is not valid JSON: {error}") from None
     return members
 
 
@@ -191,13 +190,15 @@ def strip_nested(name: str, raw: bytes | bytearray | msgspec.Raw) -> bytes | msg
         InvalidRequest: it is not JSON.
     """
     try:
-        value = msgspec.json.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"`{name}` is not valid JSON: {_plain(error)}", param=name) from None
-    if isinstance(value, dict):
-        return _encode(_stripped(value))
-    if isinstance(value, list):  # one for each prompt
-        return _encode([_stripped(item) if isinstance(item, dict) else item for item in value])
+        value = decode_json(raw)
+        if isinstance(value, dict):
+            return _encode(_stripped(value))
+        if isinstance(value, list):  # one for each prompt
+            return _encode([_stripped(item) if isinstance(item, dict) else item for item in value])
+    except Undecodable as error:
+        raise InvalidRequest(f"`{name}` is not valid JSON: {error}", param=name) from None
+    except RecursionError:
+        raise InvalidRequest(f"`{name}` is nested too deeply", param=name) from None
     return raw if isinstance(raw, msgspec.Raw) else bytes(raw)
 
 
@@ -209,7 +210,7 @@ def _stripped(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _NAMES = {bool: "a boolean", int: "an integer", str: "a string", dict: "an object"}
-_DECODERS = {kind: msgspec.json.Decoder(kind | None).decode for kind in _NAMES}
+_DECODERS = {kind: json_decoder(kind | None) for kind in _NAMES}
 _KINDS = {
     "stream": bool,
     "stream_options": dict,
@@ -231,7 +232,7 @@ def _read(members: Members, name: str) -> Any:
     kind = _KINDS[name]
     try:
         return _DECODERS[kind](members[name])
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except Undecodable:
         raise InvalidRequest(f"`{name}` must be {_NAMES[kind]}", param=name) from None
 
 
@@ -240,7 +241,7 @@ class _Sampling(msgspec.Struct):
     n: int | None = None
 
 
-_decode_sampling = msgspec.json.Decoder(_Sampling).decode
+_decode_sampling = json_decoder(_Sampling)
 
 
 def _read_sampling(members: Members) -> tuple[int | None, int | None]:
@@ -249,7 +250,7 @@ def _read_sampling(members: Members) -> tuple[int | None, int | None]:
         return None, None
     try:
         sampling = _decode_sampling(members["sampling_params"])
-    except msgspec.MsgspecError:
+    except Undecodable:
         raise InvalidRequest(
             "`sampling_params` must be an object, its `max_tokens` and `n` integers", param="sampling_params"
         ) from None
@@ -280,7 +281,7 @@ class _Tool(msgspec.Struct):
     type: str = "function"
 
 
-_decode_tool = msgspec.json.Decoder(_Tool | None).decode
+_decode_tool = json_decoder(_Tool | None)
 
 
 def _why_message_alone(members: Members) -> str:
@@ -292,12 +293,12 @@ def _why_message_alone(members: Members) -> str:
     """
     try:
         choice = _decode_tool(members.get("tool_choice", b"null"))
-    except msgspec.MsgspecError:
+    except Undecodable:
         return ""  # the engine says what is wrong with it
     return "tool_choice" if choice is not None and choice.type == "tool" else ""
 
 
-_decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
+_decode_tools = json_decoder(list[_Tool] | None)
 _CLIENT_TOOLS = frozenset({"function", "custom", "namespace"})
 
 
@@ -315,7 +316,7 @@ def _why_response_alone(members: Members, read: Mapping[str, Any]) -> str:
         return "truncation"
     try:
         tools = _decode_tools(members.get("tools", b"null")) or ()
-    except msgspec.MsgspecError:
+    except Undecodable:
         return ""  # the engine says what is wrong with them
     return "" if all(tool.type in _CLIENT_TOOLS for tool in tools) else "builtin_tools"
 
@@ -353,7 +354,3 @@ def _estimate_tokens(members: Members, endpoint: Endpoint, parts: tuple[str, ...
     inline = bytes(raw).split(_MEDIUM)[1:]
     encoded = sum(part.find(b'"') for part in inline)
     return (size - encoded) // _BYTES_PER_TOKEN + _TOKENS_PER_MEDIUM * len(inline) + 1
-
-
-def _plain(error: Exception) -> str:
-    return str(error).removeprefix("JSON is malformed: ")

@@ -6,12 +6,13 @@ What one of them cannot do safely is a property here, which the flow asks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendGarbled, HandoffInvalid
 from proxy.handoff.blocks import check_blocks
 from proxy.handoff.coordinates import Announcement, Coordinates
@@ -64,7 +65,7 @@ class PrefillAnswer(msgspec.Struct):
     prompt_token_ids_b64: msgspec.Raw = msgspec.Raw()
 
 
-_decode_answer = msgspec.json.Decoder(PrefillAnswer).decode
+_decode_answer = json_decoder(PrefillAnswer)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -78,7 +79,7 @@ def read_answer(answer: bytes, member: str = "choices") -> PrefillAnswer:
     """
     try:
         parsed = _decode_answer(answer)
-    except msgspec.MsgspecError as error:
+    except Undecodable as error:
         raise BackendGarbled(f"prefill's answer is not one: {error}") from None
     if not memoryview(parsed.choices) and not memoryview(getattr(parsed, member)):
         raise BackendGarbled(f"prefill's answer has no {member}")
@@ -333,7 +334,7 @@ class PullParams(msgspec.Struct):
 P = TypeVar("P", bound=PullParams)
 
 
-def pulled(params: msgspec.Raw, required: msgspec.json.Decoder[P]) -> Handoff:
+def pulled(params: msgspec.Raw, required: Callable[[msgspec.Raw], P]) -> Handoff:
     """The hand-off of a pull connector.
 
     Arguments:
@@ -342,8 +343,8 @@ def pulled(params: msgspec.Raw, required: msgspec.json.Decoder[P]) -> Handoff:
         HandoffInvalid: something is missing or of the wrong type.
     """
     try:
-        checked = required.decode(params)
-    except msgspec.MsgspecError as error:
+        checked = required(params)
+    except Undecodable as error:
         raise HandoffInvalid(f"prefill's kv_transfer_params are not usable: {error}") from None
     if not checked.do_remote_prefill:
         raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from proxy.decoding import json_decoder
 from proxy.handoff.body import Body
 from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
 
@@ -28,7 +29,7 @@ _UNTRIED = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not lay
 
 _DIGITS = b"0123456789, \t\r\n"
 
-_read_number = msgspec.json.Decoder(float).decode
+_read_number = json_decoder(float)
 
 
 class Continuation(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendGarbled
 from proxy.handoff.body import Body
 from proxy.handoff.connector import Name, Port
@@ -27,10 +28,10 @@ _KINDS = ("image_url", "audio_url", "input_audio", "video_url")
 _ALONG = ("model", "mm_processor_kwargs", "media_io_kwargs", "priority", "session_id")
 """Members of the client's that shape what an encoder makes of its media, or when."""
 
-_decode_messages = msgspec.json.Decoder(list[Members]).decode
-_decode_parts = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_decode_part = msgspec.json.Decoder(Members).decode
-_decode_text = msgspec.json.Decoder(str).decode
+_decode_messages = json_decoder(list[Members])
+_decode_parts = json_decoder(list[msgspec.Raw])
+_decode_part = json_decoder(Members)
+_decode_text = json_decoder(str)
 _encode = msgspec.json.Encoder().encode
 _FALSE = msgspec.Raw(b"false")
 
@@ -66,9 +67,9 @@ class _Encoded(msgspec.Struct):
     ec_transfer_params: dict[Name, msgspec.Raw] | None = None
 
 
-_decode_url = msgspec.json.Decoder(str | _Url).decode
-_decode_encoded = msgspec.json.Decoder(_Encoded).decode
-_decode_handle = msgspec.json.Decoder(_Handle).decode
+_decode_url = json_decoder(str | _Url)
+_decode_encoded = json_decoder(_Encoded)
+_decode_handle = json_decoder(_Handle)
 _RESERVED = ("ec_items", "consumer_zmq")  # by which encoders are told to push, in the place of a key
 
 
@@ -88,7 +89,7 @@ def read_media(body: Body, salt: str) -> tuple[Body, tuple[Medium, ...]]:
                 message["content"] = msgspec.Raw(
                     _encode([_marked(part, salt, media) for part in _decode_parts(content)])
                 )
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except Undecodable:
         return body, ()  # the engine's to judge
     if not media:
         return body, ()
@@ -118,7 +119,7 @@ def _url(content: bytes) -> str:
     """The URL of a medium's content; empty where it has none, which is the engine's to judge."""
     try:
         said = _decode_url(content)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except Undecodable:
         return ""
     return said if isinstance(said, str) else said.url
 
@@ -145,7 +146,7 @@ def read_encoded(answer: bytes, count: int) -> dict[str, msgspec.Raw]:
                 raise BackendGarbled("the encoder's ec_transfer_params name what it was not given")
             if (handle.peer_host is None) != (handle.peer_port is None):
                 raise BackendGarbled("the encoder's ec_transfer_params name half of an address")
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except Undecodable as error:
         raise BackendGarbled(f"the encoder's ec_transfer_params are not usable: {error}") from None
     if len(handles) > count:
         raise BackendGarbled(f"the encoder's ec_transfer_params name {len(handles)} media and it was given {count}")

@@ -12,10 +12,12 @@ from typing import Literal
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
+
 Members = dict[str, msgspec.Raw]
 Endpoint = Literal["chat", "completions", "messages", "responses", "generate", "sglang_generate"]
 
-_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_object = json_decoder(dict[str, msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
 _ONE = msgspec.Raw(b"1")
 _FALSE = msgspec.Raw(b"false")
@@ -93,7 +95,7 @@ def _object(raw: msgspec.Raw | None) -> dict[str, msgspec.Raw]:
     """The members of an object; none of what is no object."""
     try:
         return _decode_object(raw) if raw is not None else {}
-    except msgspec.MsgspecError:
+    except Undecodable:
         return {}
 
 

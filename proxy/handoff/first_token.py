@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.handoff.blocks import block_counts
 from proxy.handoff.body import Body
 from proxy.handoff.continuation import UNTRIED, has_tools, inexact, inner_ids
@@ -37,8 +38,8 @@ _FALSE = msgspec.Raw(b"false")
 _TRUE = msgspec.Raw(b"true")
 _RANK = re.compile(r"_dp\d+$")
 
-_read_options = msgspec.json.Decoder(dict[str, bool | None] | None).decode
-_read_count = msgspec.json.Decoder(int | None).decode
+_read_options = json_decoder(dict[str, bool | None] | None)
+_read_count = json_decoder(int | None)
 
 
 def inexact_because(body: Body, *, even_inexact: bool) -> str:
@@ -68,7 +69,7 @@ def _may_be_refused(body: Body) -> bool:
     try:
         _read_options(body.members.get("stream_options", b"null"))
         least = _read_count(body.members.get("min_tokens", b"null"))
-    except msgspec.MsgspecError:
+    except Undecodable:
         return True
     return least is not None and (least < 0 or (body.max_tokens is not None and least > body.max_tokens))
 
@@ -138,11 +139,11 @@ class _Usage(msgspec.Struct):
     prompt_tokens: int
 
 
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_choices = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
-_decode_choice = msgspec.json.Decoder(list[_Choice]).decode
-_decode_params = msgspec.json.Decoder(_Params).decode
-_decode_usage = msgspec.json.Decoder(_Usage).decode
+_decode_members = json_decoder(dict[str, msgspec.Raw])
+_decode_choices = json_decoder(list[dict[str, msgspec.Raw]])
+_decode_choice = json_decoder(list[_Choice])
+_decode_params = json_decoder(_Params)
+_decode_usage = json_decoder(_Usage)
 
 
 def read(answer: bytes, body: Body, *, block_size: int, context: int, limit: int) -> FirstToken | str:
@@ -157,7 +158,7 @@ def read(answer: bytes, body: Body, *, block_size: int, context: int, limit: int
         members = _decode_members(answer)
         raw = members["choices"]
         choices, found = _decode_choice(raw), _decode_choices(raw)
-    except (msgspec.MsgspecError, KeyError):
+    except (Undecodable, KeyError):
         return "unreadable"
     if len(choices) != 1:
         return "unreadable"
@@ -196,7 +197,7 @@ def _unsafe(params: msgspec.Raw, members: Members, tokens: int, body: Body, bloc
         handed = _decode_params(params)
         counted = _decode_usage(members["usage"]).prompt_tokens
         held = block_counts(handed.remote_block_ids)
-    except (msgspec.MsgspecError, KeyError):
+    except (Undecodable, KeyError):
         return "unreadable"
     if not block_size:
         return "unknown_engine"

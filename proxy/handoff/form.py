@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Literal
 from urllib.parse import unquote_to_bytes
 
+from proxy.decoding import Undecodable, decode_text
 from proxy.errors import InvalidRequest
 from proxy.handoff.body import FORBIDDEN, NESTED, strip_nested
 
@@ -190,8 +191,8 @@ class Form:
                 value = bytes(strip_nested(self._name, value))
             else:
                 try:
-                    text = value.decode("utf-8")
-                except UnicodeDecodeError:
+                    text = decode_text(value)
+                except Undecodable:
                     raise InvalidRequest(f"`{self._name}` must be text", param=self._name) from None
                 if self._name == "model" and text in self._aliases:
                     text = self._aliases[text]
@@ -224,7 +225,7 @@ def _read_head(head: bytes) -> tuple[str, bytes | None, bytes]:
     content_type = headers.get(b"content-type", b"")
     if content_type and (len(content_type) > 256 or _CONTENT_TYPE.fullmatch(content_type) is None):
         raise InvalidRequest("a part of the form has a content-type that cannot be read")
-    return values[b"name"].decode("ascii"), _filename(values), content_type
+    return values[b"name"].decode("latin-1"), _filename(values), content_type
 
 
 def _parameters(text: bytes) -> dict[bytes, bytes]:

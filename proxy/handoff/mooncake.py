@@ -14,6 +14,7 @@ from typing import Annotated
 
 import msgspec
 
+from proxy.decoding import json_decoder
 from proxy.handoff.connector import Connector, Handoff, Meeting, Name, params, refused
 from proxy.handoff.coordinates import Coordinates
 from proxy.handoff.endpoints import Members
@@ -26,7 +27,7 @@ class _Worker(msgspec.Struct):
 
 
 _Rank = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,4}$")]
-_read_workers = msgspec.json.Decoder(dict[_Rank, _Worker]).decode
+_read_workers = json_decoder(dict[_Rank, _Worker])
 
 
 class Mooncake(Connector):

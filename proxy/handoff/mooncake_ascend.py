@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from proxy.decoding import json_decoder
 from proxy.handoff.connector import (
     ASK,
     Connector,
@@ -29,7 +30,7 @@ class MooncakeAscendParams(PullParams):
     remote_request_id: Name | None = None
 
 
-_required = msgspec.json.Decoder(MooncakeAscendParams)
+_required = json_decoder(MooncakeAscendParams)
 
 
 class MooncakeAscend(Connector):

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder, msgpack_decoder
 from proxy.errors import HandoffInvalid
 from proxy.handoff.announcement import ROLES, Ranks, Registration, address_of, host_of, port_of
 from proxy.handoff.blocks import check_blocks
@@ -43,7 +44,7 @@ class _Registration(Registration):
     transfer_mode: Literal["READ", "WRITE"]
 
 
-_read_registration = msgspec.msgpack.Decoder(_Registration).decode
+_read_registration = msgpack_decoder(_Registration)
 
 
 class MoRIIO(Connector):
@@ -134,8 +135,8 @@ class MoRIIOReadParams(msgspec.Struct):
     tp_size: Ranks = 1
 
 
-_required = msgspec.json.Decoder(MoRIIOReadParams).decode
-_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_required = json_decoder(MoRIIOReadParams)
+_members = json_decoder(dict[str, msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -155,7 +156,7 @@ class MoRIIORead(MoRIIO):
             return None
         try:
             checked = _required(given)
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             raise HandoffInvalid(f"prefill's kv_transfer_params are not usable: {error}") from None
         if not checked.do_remote_prefill:
             raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import msgspec
 
+from proxy.decoding import json_decoder
 from proxy.handoff.connector import (
     ASK,
     Connector,
@@ -33,7 +34,7 @@ class NixlParams(PullParams):
     tp_size: Annotated[int, msgspec.Meta(ge=1)]
 
 
-_required = msgspec.json.Decoder(NixlParams)
+_required = json_decoder(NixlParams)
 
 
 class Nixl(Connector):

@@ -18,6 +18,7 @@ from typing import Annotated
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.handoff.connector import (
     Connector,
     Handoff,
@@ -45,8 +46,8 @@ class _Place(msgspec.Struct):
     pp_size: _Count = 1
 
 
-_required = msgspec.json.Decoder(NixlParams)
-_read_place = msgspec.json.Decoder(_Place).decode
+_required = json_decoder(NixlParams)
+_read_place = json_decoder(_Place)
 
 
 class NixlPush(Connector):
@@ -87,7 +88,7 @@ class NixlPush(Connector):
     def remember(self, coordinates: Coordinates, handoff: Handoff, rank: int | None) -> Coordinates:
         try:
             place = _read_place(handoff.members["kv_transfer_params"])
-        except msgspec.MsgspecError:
+        except Undecodable:
             return coordinates  # it serves this request, and no other
         at = rank or 0
         host, port = place.remote_host, place.remote_port - at

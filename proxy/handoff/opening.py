@@ -11,16 +11,17 @@ from typing import Any
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.handoff.body import Body
 from proxy.handoff.first_token import FirstToken
 
 _encode = msgspec.json.Encoder().encode
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_choices = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
-_decode_text = msgspec.json.Decoder(str | None).decode
-_decode_object = msgspec.json.Decoder(dict[str, Any]).decode
-_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_decode_columns = msgspec.json.Decoder(dict[str, list[Any]] | None).decode
+_decode_members = json_decoder(dict[str, msgspec.Raw])
+_decode_choices = json_decoder(list[dict[str, msgspec.Raw]])
+_decode_text = json_decoder(str | None)
+_decode_object = json_decoder(dict[str, Any])
+_decode_list = json_decoder(list[msgspec.Raw])
+_decode_columns = json_decoder(dict[str, list[Any]] | None)
 
 _NULL = msgspec.Raw(b"null")
 _OPENING = msgspec.Raw(b'[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]')
@@ -147,7 +148,7 @@ def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) ->
             ids = [*_decode_list(first.choice["token_ids"]), *_decode_list(rest["token_ids"])]
             rest["token_ids"] = msgspec.Raw(_encode(ids))
         members["usage"] = msgspec.Raw(_encode(merge(_decode_object(members["usage"]))))
-    except (msgspec.MsgspecError, KeyError, IndexError) as error:
+    except (Undecodable, KeyError, IndexError) as error:
         raise ValueError(f"it cannot be joined to its first token: {error}") from None
     members = {name: value for name, value in members.items() if name not in _ENDPOINTS_OWN}
     for name in ("id", "created", "model"):

@@ -8,13 +8,12 @@ id: engines must not change it (`VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1` where 
 
 from __future__ import annotations
 
-import msgspec
-
+from proxy.decoding import msgpack_decoder
 from proxy.handoff.announcement import ROLES, Registration, address_of
 from proxy.handoff.connector import Connector, Handoff, Meeting
 from proxy.handoff.coordinates import Announcement, Coordinates
 
-_read_registration = msgspec.msgpack.Decoder(Registration).decode
+_read_registration = msgpack_decoder(Registration)
 
 
 class P2pNccl(Connector):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.handoff.endpoints import Members
 
 _TEXT = frozenset(
@@ -40,8 +41,8 @@ class _Part(msgspec.Struct):
     content: msgspec.Raw = _ABSENT
 
 
-_decode_messages = msgspec.json.Decoder(list[_Message] | None).decode
-_decode_parts = msgspec.json.Decoder(list[_Part | str]).decode
+_decode_messages = json_decoder(list[_Message] | None)
+_decode_parts = json_decoder(list[_Part | str])
 
 
 def has_media(members: Members) -> bool:
@@ -54,7 +55,7 @@ def has_media(members: Members) -> bool:
         return False
     try:
         return any(_is_more(item.content) or _is_more(item.output) for item in _decode_messages(said) or ())
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except Undecodable:
         return True  # the engine says what is wrong with them
 
 

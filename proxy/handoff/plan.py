@@ -8,8 +8,11 @@ are the same but for one thing: whether the hand-off is there before prefill's a
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
+from proxy.decoding import decode_json
 from proxy.handoff.body import Body
 from proxy.handoff.connector import Connector, Handoff, Meeting, read_answer
 from proxy.handoff.continuation import Continuation
@@ -207,6 +210,6 @@ def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
     """The client's stream options and `include_usage`; without it `continuous_usage_stats` had no effect either."""
     if options is None:
         return _WITH_USAGE
-    members = msgspec.json.decode(options) or {}
+    members: dict[str, Any] = decode_json(options) or {}
     members.pop("continuous_usage_stats", None)
     return msgspec.Raw(_encode({**members, "include_usage": True}))

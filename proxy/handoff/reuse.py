@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.handoff.body import Body
 from proxy.handoff.connector import PrefillAnswer
 from proxy.handoff.continuation import inner_ids, with_prompt_ids
@@ -24,7 +25,7 @@ class _Choice(msgspec.Struct):
 
 
 _NONE = msgspec.Raw()
-_decode_choices = msgspec.json.Decoder(list[_Choice]).decode
+_decode_choices = json_decoder(list[_Choice])
 
 
 def reusable(body: Body) -> bool:
@@ -44,7 +45,7 @@ def prompt_of(answer: PrefillAnswer, body: Body) -> bytes:
     if body.endpoint == "completions":
         try:
             choices = _decode_choices(answer.choices)
-        except msgspec.MsgspecError:
+        except Undecodable:
             return b""
         raw = choices[0].prompt_token_ids if len(choices) == 1 else _NONE
     if raw == _NONE or body.media:

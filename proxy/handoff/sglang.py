@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from proxy.decoding import json_decoder
 from proxy.handoff.connector import Connector, Handoff, Meeting, in_one_piece
 from proxy.handoff.coordinates import Coordinates
 from proxy.handoff.endpoints import Endpoint, Members
@@ -36,7 +37,7 @@ class _ServerInfo(msgspec.Struct):
     dp_size: int = 1
 
 
-_read_info = msgspec.json.Decoder(_ServerInfo).decode
+_read_info = json_decoder(_ServerInfo)
 
 
 class SGLang(Connector):

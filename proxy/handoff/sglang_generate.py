@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendGarbled, InvalidRequest
 from proxy.handoff.endpoints import Members
 
@@ -34,7 +35,7 @@ DROPPED = frozenset(
 _DEFAULT_TOKENS = 128
 _BYTES_PER_TOKEN = 4
 
-_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_list = json_decoder(list[msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -62,8 +63,8 @@ class _Sampling(msgspec.Struct):
     beam_width: int | None = None
 
 
-_decode_sampling = msgspec.json.Decoder(_Sampling | list[_Sampling] | None).decode
-_decode_flag = msgspec.json.Decoder(bool | list[bool] | None).decode
+_decode_sampling = json_decoder(_Sampling | list[_Sampling] | None)
+_decode_flag = json_decoder(bool | list[bool] | None)
 _NULL = msgspec.Raw(b"null")
 
 
@@ -77,14 +78,14 @@ def read(members: Members) -> Asked:
         del members[name]
     try:
         sampling = _decode_sampling(members.get("sampling_params", _NULL)) or _Sampling()
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except Undecodable:
         raise InvalidRequest(
             "`sampling_params` must be an object, or a list of them, with integers for `max_new_tokens` and `n`",
             param="sampling_params",
         ) from None
     try:
         flags = _decode_flag(members.get("return_logprob", _NULL))
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except Undecodable:
         raise InvalidRequest("`return_logprob` must be a boolean, or a list of them", param="return_logprob") from None
     each = sampling if isinstance(sampling, list) else [sampling]
     prompts, prompt_tokens = _read_prompts(members)
@@ -134,7 +135,7 @@ def _read_prompts(members: Members) -> tuple[int, int]:
 def _length(raw: bytes) -> int:
     try:
         return len(_decode_list(raw))
-    except msgspec.MsgspecError:
+    except Undecodable:
         return 0
 
 
@@ -149,7 +150,7 @@ class _Item(msgspec.Struct):
     meta_info: _Meta
 
 
-_decode_items = msgspec.json.Decoder(_Item | list[_Item]).decode
+_decode_items = json_decoder(_Item | list[_Item])
 
 
 def usage_of(answer: bytes, prompts: int) -> msgspec.Raw:
@@ -162,7 +163,7 @@ def usage_of(answer: bytes, prompts: int) -> msgspec.Raw:
     """
     try:
         items = _decode_items(answer)
-    except msgspec.MsgspecError as error:
+    except Undecodable as error:
         raise BackendGarbled(f"prefill's answer is not one: {error}") from None
     if isinstance(items, list) != bool(prompts) or (isinstance(items, list) and len(items) != prompts):
         raise BackendGarbled("prefill's answer is not for as many prompts as it was asked")

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from proxy.decoding import Undecodable, WrongShape, json_decoder
 from proxy.errors import BackendGarbled, HandoffInvalid
 from proxy.handoff.connector import Connector, Handoff, Meeting, PrefillAnswer, in_one_piece
 from proxy.handoff.coordinates import Coordinates
@@ -49,12 +50,12 @@ class _Params(msgspec.Struct):
     ctx_info_endpoint: str | list[str] | None = None
 
 
-_decode_members = msgspec.json.Decoder(Members).decode
-_decode_raw_choices = msgspec.json.Decoder(list[Members]).decode
-_decode_choices = msgspec.json.Decoder(list[_Choice]).decode
-_decode_params = msgspec.json.Decoder(_Params).decode
-_decode_ids = msgspec.json.Decoder(list[int] | None).decode
-_decode_lists = msgspec.json.Decoder(Annotated[list[list[int]], msgspec.Meta(min_length=1, max_length=1)]).decode
+_decode_members = json_decoder(Members)
+_decode_raw_choices = json_decoder(list[Members])
+_decode_choices = json_decoder(list[_Choice])
+_decode_params = json_decoder(_Params)
+_decode_ids = json_decoder(list[int] | None)
+_decode_lists = json_decoder(Annotated[list[list[int]], msgspec.Meta(min_length=1, max_length=1)])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -90,7 +91,7 @@ class TensorRTLLM(Connector):
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         try:
             choices = _decode_choices(answer.choices)
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             raise HandoffInvalid(f"the context server's choices are not usable: {error}") from None
         if len(choices) != 1:
             raise HandoffInvalid(f"the context server has answered with {len(choices)} choices")
@@ -106,7 +107,7 @@ class TensorRTLLM(Connector):
                 "schedule_style": msgspec.Raw(b"%d" % _CONTEXT_FIRST),
             }
             _check_ids(answer.prompt_token_ids)
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             raise HandoffInvalid(f"the context server's disaggregated_params are not usable: {error}") from None
         if not checked.first_gen_tokens:
             raise HandoffInvalid("the context server's disaggregated_params have no first token")
@@ -133,7 +134,7 @@ class TensorRTLLM(Connector):
             checked, choices = _decode_choices(members["choices"]), _decode_raw_choices(members["choices"])
             prompt = members.get("prompt_token_ids", msgspec.Raw(b"null"))
             _check_ids(prompt)
-        except (msgspec.MsgspecError, KeyError):
+        except (Undecodable, KeyError):
             return None  # `take` says what is wrong
         if len(checked) != 1 or checked[0].finish_reason in (None, *_GOES_ON):
             return None
@@ -167,11 +168,11 @@ def _given(raw: msgspec.Raw) -> bool:
 
 
 def _check_ids(raw: msgspec.Raw) -> None:
-    """Raise `msgspec.ValidationError` unless these are the ids of one prompt, or nothing. Completions have them within
+    """Raise `WrongShape` unless these are the ids of one prompt, or nothing. Completions have them within
     a list of prompts."""
     if not _given(raw):
         return
     try:
         _decode_ids(raw)
-    except msgspec.ValidationError:
+    except WrongShape:
         _decode_lists(raw)

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.decoding import Undecodable, decode_json, json_decoder
 from proxy.errors import BackendAnswered, BackendBusy, BackendFailed, BackendLacksModel, BackendRejected
 
 HANDOFF_FIELDS = ("kv_transfer_params", "ec_transfer_params")
@@ -25,9 +26,10 @@ _IN_CHOICES_MARK = b'"disaggregated_params"'
 # Each alternative looks at a bounded number of characters: a megabyte of nonsense costs no more than its length.
 _ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]|[\w-]:\d{2,5}\b|\bbootstrap_")
 
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_choices = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
-_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw] | None).decode
+_decode_members = json_decoder(dict[str, msgspec.Raw])
+_decode_choices = json_decoder(list[dict[str, msgspec.Raw]])
+_decode_count = json_decoder(int)
+_decode_object = json_decoder(dict[str, msgspec.Raw] | None)
 _encode = msgspec.json.Encoder().encode
 _NULL = msgspec.Raw(b"null")
 
@@ -54,7 +56,7 @@ class Usage(msgspec.Struct):
         return (self.prompt_tokens_details.cached_tokens or 0) if self.prompt_tokens_details else 0
 
 
-_decode_usage = msgspec.json.Decoder(Usage).decode
+_decode_usage = json_decoder(Usage)
 
 
 class WholeAnswer(msgspec.Struct):
@@ -67,14 +69,14 @@ class WholeAnswer(msgspec.Struct):
     error: msgspec.Raw = msgspec.Raw()
 
 
-read_whole = msgspec.json.Decoder(WholeAnswer).decode
+read_whole = json_decoder(WholeAnswer)
 
 
 def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
     """The usage object in chat's words, or None where there is none or it is not one we understand."""
     try:
         usage = _decode_usage(raw)
-    except msgspec.MsgspecError:
+    except Undecodable:
         return None
     if usage.prompt_tokens is None and usage.input_tokens is not None:
         read = usage.cache_read_input_tokens
@@ -94,8 +96,8 @@ def with_cached(body: bytes, cached: int) -> bytes:
         members = _decode_members(body)
         usage = _decode_members(members["usage"])
         details = _decode_object(usage.get("prompt_tokens_details", _NULL)) or {}
-        most = msgspec.json.decode(usage["prompt_tokens"], type=int)
-    except (msgspec.MsgspecError, KeyError):
+        most = _decode_count(usage["prompt_tokens"])
+    except (Undecodable, KeyError):
         return body
     details = {**details, "cached_tokens": msgspec.Raw(b"%d" % min(cached, most))}
     members["usage"] = msgspec.Raw(_encode({**usage, "prompt_tokens_details": details}))
@@ -110,7 +112,7 @@ def strip_handoff(body: bytes) -> bytes:
     try:
         members = _decode_members(body)
         choices = _decode_choices(members["choices"]) if in_choices and "choices" in members else []
-    except msgspec.MsgspecError:
+    except Undecodable:
         return body
     for field in HANDOFF_FIELDS:
         members.pop(field, None)
@@ -174,8 +176,8 @@ def _detail(body: bytes) -> dict[str, Any]:
     """The `error` object of an answer, or an answer that is one; a bare string becomes its message; `{}` for anything
     else."""
     try:
-        parsed = msgspec.json.decode(body)
-    except msgspec.MsgspecError:
+        parsed = decode_json(body)
+    except Undecodable:
         return {}
     if isinstance(parsed, dict) and parsed.get("object") == "error":
         return parsed

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from proxy.decoding import Undecodable, WrongShape, json_decoder
 from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut
 from proxy.relay.answers import engine_error_event, strip_handoff
 from proxy.relay.client import Client, Headers
@@ -35,7 +36,7 @@ class _Object(msgspec.Struct):
     error: msgspec.Raw = msgspec.Raw()
 
 
-_decode_object = msgspec.json.Decoder(_Object).decode
+_decode_object = json_decoder(_Object)
 
 
 class Carry:
@@ -104,11 +105,11 @@ class Carry:
         body = self.body
         try:
             parsed = _decode_object(body)
-        except msgspec.ValidationError:  # a list, say
+        except WrongShape:  # a list, say
             if HANDOFF_MARK in body:
                 raise BackendGarbled(f"{self._url} answered 200 with a hand-off where none is looked for") from None
             return body, msgspec.Raw()
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             raise BackendGarbled(f"{self._url} answered 200 with what is not JSON: {error}") from None
         if memoryview(parsed.error) and bytes(parsed.error) != b"null":
             raise engine_error_event(self._url, body)

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendGarbled
 from proxy.relay.answers import HANDOFF_FIELDS, Usage, WholeAnswer, read_usage, read_whole
 from proxy.relay.prompt_logprobs import PromptLogprobs
 
 _ABSENT = msgspec.Raw()
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_members = json_decoder(dict[str, msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -34,8 +35,8 @@ class _Answer(msgspec.Struct):
     error: msgspec.Raw = _ABSENT
 
 
-_decode_event = msgspec.json.Decoder(NamedEvent).decode
-_decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_event = json_decoder(NamedEvent)
+_decode_answer = json_decoder(_Answer)
 
 
 class Dialect(msgspec.Struct, frozen=True):
@@ -84,7 +85,7 @@ class Dialect(msgspec.Struct, frozen=True):
         """
         try:
             return _decode_event(payload)
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             raise BackendGarbled(f"an event that is no answer: {error}") from None
 
     def failure(self, event: NamedEvent, payload: bytes) -> bytes:
@@ -95,7 +96,7 @@ class Dialect(msgspec.Struct, frozen=True):
             return payload
         try:
             error = _decode_answer(event.response).error
-        except msgspec.MsgspecError:
+        except Undecodable:
             error = _ABSENT
         # OpenAI's own `error` event has its parts beside its type.
         return _encode({"error": error if memoryview(error) else msgspec.Raw(payload)})
@@ -106,7 +107,7 @@ class Dialect(msgspec.Struct, frozen=True):
             return read_usage(event.usage)
         try:
             return read_usage(_decode_answer(event.response).usage)
-        except msgspec.MsgspecError:
+        except Undecodable:
             return None
 
     def stripped(self, name: str, payload: bytes) -> bytes:
@@ -121,7 +122,7 @@ class Dialect(msgspec.Struct, frozen=True):
         """An answer that was not streamed.
 
         Raises:
-            msgspec.MsgspecError: it is none.
+            Undecodable: it is none.
         """
         return read_whole(answer)
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.relay.answers import HANDOFF_FIELDS, with_cached
 
 _Members = dict[str, msgspec.Raw]
 
-_decode_members = msgspec.json.Decoder(_Members).decode
-_decode_choices = msgspec.json.Decoder(list[_Members] | None).decode
-_decode_usage = msgspec.json.Decoder(dict[str, Any] | None).decode
+_decode_members = json_decoder(_Members)
+_decode_choices = json_decoder(list[_Members] | None)
+_decode_usage = json_decoder(dict[str, Any] | None)
 _encode = msgspec.json.Encoder().encode
 _NULL = msgspec.Raw(b"null")
 
@@ -71,7 +72,7 @@ class Edit(msgspec.Struct, frozen=True):
             members = _decode_members(payload)
             choices = _decode_choices(members.get("choices", _NULL))
             usage = _decode_usage(members.get("usage", _NULL)) if self.said else None
-        except msgspec.MsgspecError:
+        except Undecodable:
             return event
         for field in HANDOFF_FIELDS:
             members.pop(field, None)
@@ -113,7 +114,7 @@ class Edit(msgspec.Struct, frozen=True):
             return event[:length]
         try:
             members = _decode_members(event[6:-2])
-        except msgspec.MsgspecError:
+        except Undecodable:
             return b""
         if bytes(members.get("usage", _NULL)) != b"null" or b"data: %b\n\n" % _encode(members) != event:
             return b""

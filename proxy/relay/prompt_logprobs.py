@@ -11,6 +11,7 @@ import asyncio
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendGarbled, InvalidRequest
 
 Members = dict[str, msgspec.Raw]
@@ -24,9 +25,9 @@ class _Item(msgspec.Struct):
     meta_info: Members
 
 
-_decode_items = msgspec.json.Decoder(_Item | list[_Item]).decode
-_decode_members = msgspec.json.Decoder(Members).decode
-_decode_answers = msgspec.json.Decoder(list[Members] | Members).decode
+_decode_items = json_decoder(_Item | list[_Item])
+_decode_members = json_decoder(Members)
+_decode_answers = json_decoder(list[Members] | Members)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -82,7 +83,7 @@ class PromptLogprobs:
                     own = _inner(meta.get(name, _EMPTY))
                     meta[name] = msgspec.Raw(b"[%b%b%b]" % (inner, b"," if own else b"", own))
                 members["meta_info"] = msgspec.Raw(_encode(meta))
-        except (IndexError, KeyError, msgspec.MsgspecError):
+        except (IndexError, KeyError, Undecodable):
             raise BackendGarbled("decode's answer is for other prompts than prefill's") from None
         return members
 
@@ -94,7 +95,7 @@ class PromptLogprobs:
         """
         try:
             found = _decode_answers(answer)
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             raise BackendGarbled(f"decode's answer is none: {error}") from None
         if isinstance(found, dict):
             return _encode(self.into(found, 0))

@@ -130,8 +130,8 @@ class GatewayProtocol(Inbound):
             scope={  # type: ignore[typeddict-item]
                 "type": "http",
                 "http_version": version,
-                "method": parser.get_method().decode("ascii"),
-                "path": self.url.decode("ascii"),
+                "method": parser.get_method().decode("latin-1"),
+                "path": self.url.decode("latin-1"),
                 "headers": self.headers,
             },
             transport=self.transport,

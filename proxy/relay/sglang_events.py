@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.decoding import Undecodable, WrongShape, json_decoder
 from proxy.errors import BackendGarbled
 from proxy.relay.answers import HANDOFF_FIELDS, CachedDetails, Usage, WholeAnswer
 from proxy.relay.dialect import Dialect, NamedEvent
@@ -38,10 +39,11 @@ class _Said(msgspec.Struct):
     index: int = 0
 
 
-_decode_event = msgspec.json.Decoder(_Said).decode
-_decode_whole = msgspec.json.Decoder(_Said | list[_Said]).decode
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_error = msgspec.json.Decoder(dict[str, Any] | str).decode
+_decode_event = json_decoder(_Said)
+_decode_whole = json_decoder(_Said | list[_Said])
+_decode_index = json_decoder(int)
+_decode_members = json_decoder(dict[str, msgspec.Raw])
+_decode_error = json_decoder(dict[str, Any] | str)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -77,7 +79,7 @@ class SGLangEvents(Dialect, frozen=True):
             return NamedEvent(type="[DONE]")
         try:
             said = _decode_event(payload)
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             raise BackendGarbled(f"an event that is no answer: {error}") from None
         failure = _failure(said)
         if said.meta_info is None and not failure:
@@ -100,7 +102,7 @@ class SGLangEvents(Dialect, frozen=True):
         for field in HANDOFF_FIELDS:
             members.pop(field, None)
         if self.logprobs is not None and not self.waits and "meta_info" in members:
-            members = self.logprobs.into(members, msgspec.json.decode(members.get("index", b"0"), type=int))
+            members = self.logprobs.into(members, _decode_index(members.get("index", b"0")))
         return b"data: %b\n\n" % _encode(members)
 
     def whole(self, answer: bytes) -> WholeAnswer:
@@ -110,7 +112,7 @@ class SGLangEvents(Dialect, frozen=True):
             return WholeAnswer(error=msgspec.Raw(error))
         metas = [item.meta_info for item in items if item.meta_info is not None]
         if not metas or len(metas) < len(items):
-            raise msgspec.ValidationError("it has no meta_info")
+            raise WrongShape("it has no meta_info")
         return WholeAnswer(usage=msgspec.Raw(_encode(_total(metas))))
 
 

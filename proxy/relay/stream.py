@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import (
     BackendCut,
     BackendError,
@@ -66,7 +67,7 @@ class _Event(msgspec.Struct):
 
 
 _ODD = re.compile(rb'"recomputed"|"error":')
-_decode_event = msgspec.json.Decoder(_Event).decode
+_decode_event = json_decoder(_Event)
 
 
 def carries_token(event: _Event) -> bool:
@@ -421,7 +422,7 @@ class StreamRelay:
         """An event, or None where it ends the stream: `_failure` says why."""
         try:
             event = _decode_event(payload)
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             self._failure = BackendGarbled(f"{self._url} sent an event that is no answer: {error}")
             return None
         if event.error is not None:
@@ -580,7 +581,7 @@ class StreamRelay:
                 named = dialect.read(payload)
                 if dialect.edits or event.find(HANDOFF_MARK) >= 0:
                     event = dialect.stripped(named.type, payload)
-            except (BackendGarbled, msgspec.MsgspecError) as error:
+            except (BackendGarbled, Undecodable) as error:
                 self._failure = BackendGarbled(f"{self._url} sent what cannot be read: {error}")
                 break
             if failed := dialect.failure(named, payload):

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import msgspec
 
+from proxy.decoding import json_decoder
 from proxy.relay.events import payload
 
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_text = msgspec.json.Decoder(str).decode
+_decode_members = json_decoder(dict[str, msgspec.Raw])
+_decode_text = json_decoder(str)
 _encode = msgspec.json.Encoder().encode
 _IDENTITY = ("id", "object", "created", "model", "system_fingerprint")
 _IDS = b"0123456789, \t\r\n"

@@ -5,7 +5,6 @@ Invariant: pure functions of what the engine produced; nothing here knows of soc
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Sequence as Items
@@ -13,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.decoding import Undecodable, decode_json, decode_python_json
 from proxy.simulator.requests import GenerationRequest
 from proxy.simulator.sequences import Sequence
 from proxy.simulator.tokens import advance as advance_state
@@ -264,9 +264,9 @@ def head(request: GenerationRequest, created: int) -> bytes:
 def loads(body: bytes) -> Any:
     """Decode a request's JSON. Raises ValueError."""
     try:
-        return msgspec.json.decode(body)
-    except msgspec.DecodeError:
-        return json.loads(body)
+        return decode_json(body)
+    except Undecodable:
+        return decode_python_json(body)
 
 
 def encoded(external_id: str, model: str, prompt_tokens: int, params: Object | None) -> Object:

@@ -5,9 +5,9 @@ Invariant: a structure that leaves this module can be written in any state; one 
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from proxy.decoding import decode_python_json
 from proxy.simulator.errors import bad_request, invalid_field
 from proxy.simulator.fields import ChatFields, CommonFields, Object
 from proxy.simulator.structured import Structure, write_script
@@ -36,7 +36,7 @@ def wanted_structure(fields: CommonFields) -> Structure | None:
         if wanted.get("json") is not None:
             schema = wanted["json"]
             try:
-                schema = json.loads(schema) if isinstance(schema, str) else schema
+                schema = decode_python_json(schema) if isinstance(schema, str) else schema
             except ValueError as error:
                 raise bad_request(f"Invalid grammar specification: {error}", "structured_outputs") from error
             return _checked(Structure(schema=schema))

@@ -271,7 +271,7 @@ class Connection(asyncio.Protocol):
         exchange = self._reading
         assert exchange is not None
         self._reading = None
-        exchange.method = self._parser.get_method().decode()
+        exchange.method = self._parser.get_method().decode("latin-1")
         target = urlsplit(exchange.path)
         exchange.path, exchange.query = target.path, target.query
         exchange.body = b"".join(self._body)

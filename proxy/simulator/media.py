@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proxy.decoding import decode_python_json
 from proxy.simulator.errors import bad_request, internal_error
 from proxy.simulator.fields import Object
 from proxy.simulator.prompts import EMBEDDING, embedding
@@ -122,7 +123,7 @@ def _store(folder: str, key: str, made: list[int]) -> None:
 
 def _stored(folder: str, key: str) -> list[int] | None:
     file = Path(folder, key)
-    found: list[int] | None = json.loads(file.read_text(encoding="ascii")) if file.exists() else None
+    found: list[int] | None = decode_python_json(file.read_text(encoding="ascii")) if file.exists() else None
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.decoding import decode_python_json
 from proxy.simulator import encoding
 from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.errors import RequestError, bad_request, invalid_field
@@ -216,7 +217,7 @@ def message_body(
     content: list[Object] = [{"type": "text", "text": text}]
     if request.tool is not None and sequence.script is not None:
         try:
-            arguments = json.loads(text[sequence.script.start : sequence.script.end])
+            arguments = decode_python_json(text[sequence.script.start : sequence.script.end])
         except ValueError as error:
             if not request.tool_required:
                 raise bad_request(str(error)) from error

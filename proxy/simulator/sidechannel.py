@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from proxy.decoding import msgpack_decoder
 from proxy.simulator.blocks import Block, BlockPool, Content
 from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.faults import NOTHING, Faults
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from proxy.simulator.connectors.side import Side
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder().decode
+_decode: Callable[[bytes], dict[str, Any]] = msgpack_decoder(Any)
 _LENGTH = struct.Struct(">I")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from proxy.decoding import msgpack_decoder
 from proxy.simulator.blocks import Content
 from proxy.simulator.connectors.side import Side, Transfer
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from proxy.simulator.sequences import Sequence
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(tuple[int, tuple[int, ...], int]).decode
+_decode = msgpack_decoder(tuple[int, tuple[int, ...], int])
 
 
 class SharedCache(Side):

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from proxy.decoding import decode_python_json
 from proxy.simulator.connectors.side import Side, Transfer
 from proxy.simulator.errors import RequestError
 
@@ -156,7 +157,7 @@ def _context(params: Mapping[str, Any]) -> _Context:
         raise _bad("generation_only: schedule_style or ctx_usage is missing")
     draws = params.get("first_gen_log_probs") or [0]
     try:
-        way = json.loads(base64.b64decode(str(state), validate=True))
+        way = decode_python_json(base64.b64decode(str(state), validate=True))
         return _Context(str(name), way["host"], way["port"], way["engine"], first[0], draws[0])
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(500, "InternalServerError", f"generation_only: encoded_opaque_state: {error}") from error
