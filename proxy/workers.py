@@ -128,7 +128,7 @@ class _Supervisor:
             log.exception("worker %d failed", worker)
         finally:
             sys.stdout.flush()
-            sys.stderr.flush()
+            logging.shutdown()  # standard error is written by a thread, which has some lines left
             os._exit(status)  # what the supervisor has to put in order at its end is not a worker's
 
     def _reap(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import re
@@ -186,3 +187,67 @@ def cpu_seconds(pid: int) -> float:
     """CPU that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@asynccontextmanager
+async def unread(*flags: str) -> AsyncIterator[Process]:
+    """A gateway of whose standard error only what it says at its start is read. The pipe holds a dozen lines."""
+    end, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *flags, stderr=writing,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")},
+    )  # fmt: skip
+    os.close(writing)
+    try:
+        said = b""
+        while (found := re.search(rb"listening on (http://\S+)\n", said)) is None:
+            said += await asyncio.wait_for(asyncio.to_thread(os.read, end, 4096), 20)
+        yield Process(process, found[1].decode(), [])
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        os.close(end)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_standard_error_that_nobody_reads_stops_neither_requests_nor_the_end(workers: str) -> None:
+    flags = ("--access_log", "--log_level", "debug", "--workers", workers, "--shutdown.delay", "0")
+    async with (
+        simulators("prefill", "decode") as [p, d],
+        unread("--prefill", p.url, "--decode", d.url, *flags) as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=20, trust_env=False) as http,
+    ):
+        await ready(http)
+        for _ in range(60):
+            assert (await http.post(CHAT, json=chat(max_tokens=2))).status_code == 200
+        d.faults.add("status", status=500)
+        failing = [http.post(CHAT, json=chat(max_tokens=2)) for _ in range(20)]  # lines with or without an access log
+        assert all(answer.status_code >= 500 for answer in await asyncio.gather(*failing))
+        gateway.signal(signal.SIGTERM)
+        assert await gateway.status() == 0
+
+
+async def test_a_reader_of_standard_error_that_has_gone_stops_nothing() -> None:
+    end, writing = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "proxy.cli", "serve", "--port", "0", "--access_log", stderr=writing,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")},
+    )  # fmt: skip
+    os.close(writing)
+    try:
+        said = b""
+        while (found := re.search(rb"listening on (http://\S+)\n", said)) is None:
+            said += await asyncio.wait_for(asyncio.to_thread(os.read, end, 4096), 20)
+        os.close(end)
+        async with httpx.AsyncClient(base_url=found[1].decode(), timeout=20, trust_env=False) as http:
+            for _ in range(5):
+                assert (await http.post(CHAT, json=chat())).status_code == 404  # it has no backends
+            assert "pd_proxy_log_lines_dropped_total" in (await http.get("/metrics")).text
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

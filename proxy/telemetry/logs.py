@@ -5,15 +5,21 @@ Nothing that a client wrote (prompts, keys, headers) is logged, apart from its o
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
+import threading
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any
 
 import msgspec
 
+from proxy.telemetry.log_queue import LogQueue, standard_error
 from proxy.telemetry.records import RequestRecord
 
 log = logging.getLogger("pd_proxy.request")
+log_python = logging.getLogger("pd_proxy.python")
 
 
 class RequestLog:
@@ -89,7 +95,10 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
+        try:
+            return msgspec.json.encode(line).decode()
+        except UnicodeEncodeError:  # half of a surrogate pair: no UTF-8 has it
+            return json.dumps(line)
 
 
 def _time(record: logging.LogRecord) -> str:
@@ -97,11 +106,29 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def set_up_logging(level: str, shape: str) -> None:
-    """Send all logs to standard error in one shape. uvicorn and httpx only speak up when something is wrong."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if shape == "json" else TextFormatter())
+    """Send all logs to standard error in one shape, by a thread of their own (`log_queue.py`). uvicorn and httpx only
+    speak up when something is wrong. What Python would write to standard error itself becomes a line as well."""
+    handler = LogQueue(JsonFormatter() if shape == "json" else TextFormatter(), standard_error())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error", "httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.access").handlers.clear()
     logging.getLogger("uvicorn.access").propagate = False
+    logging.captureWarnings(True)
+    sys.excepthook = _uncaught
+    sys.unraisablehook = _unraisable
+    threading.excepthook = _thread_failed
+
+
+def _uncaught(kind: type[BaseException], raised: BaseException, trace: TracebackType | None) -> None:
+    log_python.critical("the process failed", exc_info=(kind, raised, trace))
+
+
+def _unraisable(failure: sys.UnraisableHookArgs) -> None:
+    raised = failure.exc_value or failure.exc_type()
+    log_python.error("%s", failure.err_msg or "exception ignored", exc_info=raised)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    name = "a thread" if failure.thread is None else f"thread {failure.thread.name}"
+    log_python.error("%s failed", name, exc_info=failure.exc_value or True)

@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from proxy import __version__
+from proxy.telemetry.log_queue import lines_dropped
 from proxy.telemetry.records import (
     DURATION_BOUNDS,
     HANDOFF_BOUNDS,
@@ -396,6 +397,11 @@ class PrometheusSink(Collector):
             yield family.collect()
         yield from self._fleet_gauges()
         yield from self._connection_gauges()
+        yield CounterMetricFamily(
+            "pd_proxy_log_lines_dropped",
+            "Log lines that were not written, since standard error was not read in time or could not be written to.",
+            value=lines_dropped(),
+        )
 
     def describe(self) -> Iterable[Metric]:
         return ()

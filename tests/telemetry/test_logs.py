@@ -6,6 +6,8 @@ import json
 import logging
 import re
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -149,12 +151,15 @@ def test_a_line_holds_nothing_but_the_record(caplog: pytest.LogCaptureFixture) -
 
 @pytest.fixture
 def untouched() -> Iterator[None]:
-    """Puts the loggers back."""
+    """Puts the loggers and Python's hooks back."""
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
     names = ["", "uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "httpcore", "asyncio"]
     loggers = [logging.getLogger(name) for name in names]
     before = [(logger, logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
     logging.getLogger().handlers = []
     yield
+    logging.captureWarnings(False)
+    sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
     for logger, level, handlers, propagate in before:
         logger.setLevel(level)
         logger.handlers = handlers
@@ -163,25 +168,52 @@ def untouched() -> Iterator[None]:
 
 @pytest.mark.parametrize(("shape", "formatter"), [("text", TextFormatter), ("json", JsonFormatter)])
 def test_all_logs_go_to_standard_error_in_one_shape(
-    untouched: None, capsys: pytest.CaptureFixture[str], shape: str, formatter: type[logging.Formatter]
+    untouched: None, capfd: pytest.CaptureFixture[str], shape: str, formatter: type[logging.Formatter]
 ) -> None:
     set_up_logging("info", shape)
     logging.getLogger("pd_proxy.fleet").info("seen")
     logging.getLogger("pd_proxy.fleet").debug("not seen")
     logging.getLogger("some.library").info("seen too")
-    out, err = capsys.readouterr()
+    (handler,) = logging.getLogger().handlers
+    handler.flush()
+    out, err = capfd.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 2
-    (handler,) = logging.getLogger().handlers
     assert type(handler.formatter) is formatter
 
 
-def test_libraries_speak_up_only_when_something_is_wrong(untouched: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_libraries_speak_up_only_when_something_is_wrong(untouched: None, capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("debug", "text")
     for name in ("httpx", "httpcore", "asyncio", "uvicorn.error"):
         logging.getLogger(name).info("GET http://engine/?key=secret")
     logging.getLogger("uvicorn.access").info("a line a request")
-    assert capsys.readouterr().err == ""
+    logging.getLogger().handlers[0].flush()
+    assert capfd.readouterr().err == ""
+
+
+def test_what_python_would_write_to_standard_error_becomes_lines(
+    untouched: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Bad:
+        def __del__(self) -> None:
+            raise ZeroDivisionError("while it is forgotten")
+
+    def fails() -> None:
+        raise ZeroDivisionError("in a thread")
+
+    set_up_logging("info", "json")
+    Bad()
+    thread = threading.Thread(target=fails)
+    thread.start()
+    thread.join()
+    warnings.warn("be warned", UserWarning, stacklevel=1)
+    sys.excepthook(ZeroDivisionError, ZeroDivisionError("in the main thread"), None)
+    logging.getLogger().handlers[0].flush()
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    said = [line["message"] + line.get("trace", "") for line in lines]
+    for text in ("while it is forgotten", "in a thread", "be warned", "in the main thread"):
+        assert any(text in line for line in said), text
+    assert len(lines) == 4
 
 
 def test_what_overload_refuses_makes_no_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:

@@ -55,6 +55,7 @@ NAMES = {
     "pd_proxy_client_connections": ("gauge", set()),
     "pd_proxy_client_connections_limit": ("gauge", set()),
     "pd_proxy_client_connections_refused": ("counter", set()),
+    "pd_proxy_log_lines_dropped": ("counter", set()),
     "pd_proxy_group_ready": ("gauge", {"group"}),
     "pd_proxy_ready": ("gauge", set()),
     "pd_proxy_build_info": ("gauge", {"version"}),
