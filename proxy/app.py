@@ -19,7 +19,7 @@ from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.api import operations
 from proxy.api.backends import backends
-from proxy.api.credentials import Credentials, Trusted
+from proxy.api.credentials import AtSocket, Credentials, Trusted
 from proxy.api.fanout import fanout
 from proxy.api.inference import Inference
 from proxy.api.metaserver import metaserver
@@ -66,6 +66,7 @@ class Gateway:
         registry: what /metrics shows, of this worker alone.
         siblings: the other workers of this gateway, where there are any.
         inner: what those are answered.
+        admin: what operators get at `admin_socket`, where there is one.
     """
 
     settings: Settings
@@ -78,6 +79,7 @@ class Gateway:
     registrations: Registrations
     siblings: Siblings | None = None
     inner: Surface | None = None
+    admin: Surface | None = None
 
     def hear(self) -> None:
         """Listen for what engines tell, where that is not done yet: with the lifespan at the latest. In a running event
@@ -223,7 +225,25 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         if called_back:
             inside.append(metaserver(callbacks, ()))
         inner = Surface(hot={}, routers=inside)
-    gateway = Gateway(settings, fleet, gate, admission, surface, metrics, notices, registrations, siblings, inner)
+    admin = None
+    if settings.admin_socket:
+        local = AtSocket()
+        admin = Surface(
+            hot={},
+            routers=[
+                operations.probes(fleet, gate, siblings),
+                operations.service(fleet, gate, admission, local),
+                operations.models(fleet, names, local),
+                operations.metrics(metrics, siblings),
+                operations.administration(fleet, local),
+                backends(fleet, local),
+                fanout(fleet, local, http, siblings),
+            ],
+            siblings=siblings,
+        )
+    gateway = Gateway(
+        settings, fleet, gate, admission, surface, metrics, notices, registrations, siblings, inner, admin
+    )
     return gateway
 
 

@@ -29,7 +29,7 @@ _SECTIONS = {
     "backends": ("prefill", "decode", "mixed", "encode", "kind", "connector", "groups", "locations", "warmup"),
     "models": ("aliases", "default_model", "unknown_model", "pair_revisions"),
     "requests": ("fallback", "resume", "first_token", "reuse_tokens"),
-    "keys": ("api_keys", "clients", "admin_key", "backend_api_key", "handoff_key"),
+    "keys": ("api_keys", "clients", "admin_key", "admin_socket", "backend_api_key", "handoff_key"),
     "logs": ("log_level", "log_format", "access_log"),
 }
 """The settings that are in no group, by what they are about. What is missing here is shown under "other"."""

@@ -17,6 +17,8 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
 from time import monotonic
 from typing import cast
 
@@ -41,6 +43,7 @@ from proxy.sockets import (
     connection_limit,
     inherited,
     notify,
+    own_socket,
     raise_file_limit,
     steer_here,
     unix_socket,
@@ -69,18 +72,46 @@ def serve(settings: Settings) -> int:
     """
     files = raise_file_limit()
     listeners = _listeners(settings)
-    none = not any(group.prefill or group.decode or group.mixed for group in settings.all_groups())
-    if none and not settings.zmq.networks:
+    _warn_of_operators(settings)
+    if not _has_backends(settings) and not settings.zmq.networks:
         log.warning("no backend is configured (--prefill, --decode, --mixed); they can be added at /instances/add")
     wanted = settings.limits.connections or 0
     if wanted > settings.workers * connection_limit(files):
         log.warning("limits.connections is %d; streams on all of them need %d files, not %d", wanted, 3 * wanted, files)
-    if settings.workers > 1:
-        return supervise(settings.workers, listeners, partial(_work, settings, files, listeners))
-    return _work(settings, files, listeners, None)
+    path = settings.admin_socket
+    takes_over = settings.reuse_port or listeners[0].inherited
+    with own_socket(Path(path), reuse=takes_over) if path else contextlib.nullcontext() as admin:
+        work = partial(_work, settings, files, listeners, admin)
+        return supervise(settings.workers, listeners, work) if settings.workers > 1 else work(None)
 
 
-def _work(settings: Settings, files: int, listeners: list[Listener], crew: Crew | None) -> int:
+def _warn_of_operators(settings: Settings) -> None:
+    """Say what operators cannot do, where they might want to."""
+    if settings.admin_key is not None:
+        return
+    if not _is_loopback(settings.host):
+        log.warning(
+            "no admin_key is set: GET /admin/… answers programs on this machine, and a reverse proxy there can pass "
+            "others off as these; set admin_key where there is one"
+        )
+    if not settings.admin_socket and not _has_backends(settings):
+        log.warning("neither admin_key nor admin_socket is set, so nobody can add a backend")
+
+
+def _has_backends(settings: Settings) -> bool:
+    return any(group.prefill or group.decode or group.mixed for group in settings.all_groups())
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _work(
+    settings: Settings, files: int, listeners: list[Listener], admin: socket.socket | None, crew: Crew | None
+) -> int:
     """Be a gateway, or one worker of it."""
     kind = protocol(settings if crew is None else settings.share(crew.workers), files)
     gateway = build(settings, kind.shared, crew)
@@ -88,7 +119,7 @@ def _work(settings: Settings, files: int, listeners: list[Listener], crew: Crew 
     heap.keep()
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         try:
-            runner.run(_run(gateway, kind, listeners, crew))
+            runner.run(_run(gateway, kind, listeners, admin, crew))
         except CannotHear as error:
             raise ListenError(str(error)) from None
     return 0
@@ -123,7 +154,11 @@ def protocol(settings: Settings, files: int) -> type[GatewayProtocol]:
 
 
 async def _run(
-    gateway: Gateway, kind: type[GatewayProtocol], listeners: list[Listener], crew: Crew | None = None
+    gateway: Gateway,
+    kind: type[GatewayProtocol],
+    listeners: list[Listener],
+    admin: socket.socket | None = None,
+    crew: Crew | None = None,
 ) -> None:
     gateway.hear()
     main = _Server(
@@ -134,6 +169,9 @@ async def _run(
         metrics = Surface(hot={}, routers=[operations.metrics(gateway.registry, gateway.siblings)])
         beside.append(_SideServer(uvicorn_config(metrics, kind), listeners[1].socket, taken=listeners[1].taken))
         log.info("listening on %s for /metrics", listeners[1].url)
+    if admin is not None and gateway.admin is not None:
+        beside.append(_SideServer(uvicorn_config(gateway.admin), admin))
+        log.info("listening at %s for operators", gateway.settings.admin_socket)
     if crew is not None and gateway.inner is not None:
         inner = uvicorn_config(gateway.inner)
         beside.append(_SideServer(inner, unix_socket(socket_of(crew.directory, crew.worker))))

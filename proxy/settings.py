@@ -334,6 +334,18 @@ def _socket_address(value: str) -> str:
 SocketAddress = Annotated[str, AfterValidator(_socket_address)]
 
 
+def _socket_path(value: str) -> str:
+    """A path at which a unix socket can be made. The kernel's limit is 107 bytes, and while the socket is made its name
+    is longer by a process id."""
+    text = value.strip()
+    if len(os.fsencode(text)) > 95 or "\0" in text:
+        raise ValueError(f"{value[:128]!r}: the path of a unix socket has at most 95 bytes")
+    return text
+
+
+SocketPath = Annotated[str, AfterValidator(_socket_path)]
+
+
 class ZmqSettings(Group):
     """Sockets at which engines tell the gateway something over ZeroMQ. Nobody is authenticated there: bind them to an
     internal address ([connectors](connectors.md#zeromq))."""
@@ -461,7 +473,11 @@ class Settings(BaseSettings):
     )
     admin_key: SecretStr | None = Field(
         None,
-        description="key for /admin, /instances, /reset_prefix_cache and the profiler; none: loopback clients only",
+        description="key for what operators do (/admin, /instances, /reset_prefix_cache, the profiler); none: this "
+        "machine's own programs may look, and nobody may change anything but at admin_socket",
+    )
+    admin_socket: SocketPath = Field(
+        "", description="path of a unix socket, for the gateway's own user, at which operators need no key; empty: none"
     )
     backend_api_key: SecretStr | None = Field(None, description="bearer token the gateway sends to the backends")
     handoff_key: SecretStr | None = Field(

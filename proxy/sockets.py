@@ -13,6 +13,7 @@ import os
 import resource
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,44 @@ def unix_socket(path: Path) -> socket.socket:
     sock.bind(str(path))
     sock.listen(BACKLOG)
     return sock
+
+
+@contextlib.contextmanager
+def own_socket(path: Path, *, reuse: bool) -> Iterator[socket.socket]:
+    """A socket that listens at a path, to which only this process's user may connect, and whose file goes with it. What
+    a process that is gone has left there is replaced in one step, so that the path leads somewhere at any moment.
+
+    Arguments:
+        reuse: take the path over from a process that listens there.
+    Raises:
+        ListenError
+    """
+    try:
+        if os.path.lexists(path) and not path.is_socket():
+            raise ListenError(f"cannot listen at {path}: there is a file that is no socket")
+        if not reuse and _answers(path):
+            raise ListenError(f"cannot listen at {path}: another process does")
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.unlink(missing_ok=True)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(str(new))
+        new.chmod(0o600)  # before it listens: until then nobody can connect
+        sock.listen(BACKLOG)
+        file = new.stat().st_ino
+        new.replace(path)
+    except OSError as error:
+        raise ListenError(f"cannot listen at {path}: {error.strerror or error}") from None
+    try:
+        yield sock
+    finally:
+        with contextlib.suppress(OSError):
+            if path.lstat().st_ino == file:  # else it is a successor's
+                path.unlink()
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def inherited(patience: float) -> list[Listener]:

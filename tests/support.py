@@ -21,6 +21,8 @@ from proxy.settings import build_settings
 from proxy.simulator import Simulator, SimulatorConfig
 from proxy.sockets import tune
 
+OPERATOR = {"authorization": "Bearer operator"}
+"""With which tests do what operators may, where they set no keys themselves."""
 PROMPT = "The decode backend reads the cache of the prefill backend and goes on from there, token by token."
 
 
@@ -111,7 +113,8 @@ async def running_gateway(
     **more: Any,
 ) -> AsyncIterator[Running]:
     """A gateway before backends. Probes are quick, and pairs are not warmed up; other settings as given
-    (`timeouts={"prefill": 1}`)."""
+    (`timeouts={"prefill": 1}`). Where no keys are set, its client is an operator (`admin_key=None`: nobody is)."""
+    operated = not {"admin_key", "api_keys", "clients"} & more.keys()
     sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
     port = sock.getsockname()[1]
     flags: dict[str, Any] = {
@@ -120,6 +123,7 @@ async def running_gateway(
         "mixed": list(mixed),
         "port": 0,
         "warmup": False,  # tests count what engines were asked
+        **({"admin_key": "operator"} if operated else {}),
         **more,
         "health": {"interval": 0.2, "timeout": 1.0, "longest_wait": 0.2, **more.get("health", {})},
         "metaserver": {"url": f"http://127.0.0.1:{port}", **more.get("metaserver", {})},
@@ -132,7 +136,9 @@ async def running_gateway(
     serving = asyncio.create_task(server.serve([sock]))
     await server.listening.wait()
     url = f"http://127.0.0.1:{port}"
-    async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False, verify=False) as http:
+    async with httpx.AsyncClient(
+        base_url=url, headers=OPERATOR if operated else None, timeout=30, trust_env=False, verify=False
+    ) as http:
         try:
             running = Running(gateway, url, port, http, server)
             if ready:

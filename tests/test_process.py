@@ -251,3 +251,34 @@ async def test_a_reader_of_standard_error_that_has_gone_stops_nothing() -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_operators_are_served_at_a_socket_of_their_own_which_goes_with_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "admin.sock"
+    async with (
+        simulators("mixed", "mixed") as [one, other],
+        served("--mixed", one.url, "--admin-socket", str(path), "--workers", "2") as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+        httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(path)), base_url="http://localhost", timeout=30
+        ) as operator,
+    ):
+        await ready(http)
+        change = {"type": "mixed", "instances": [other.url]}
+        assert (await http.post("/instances/add", json=change)).status_code == 403
+        assert (await operator.post("/instances/add", json=change)).status_code == 200
+        for _ in range(6):  # whichever worker answers
+            async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as client:
+                listed = (await client.get("/admin/backends")).json()["backends"]
+                assert [backend["url"] for backend in listed] == [one.url, other.url]
+        gateway.signal(signal.SIGTERM)
+        assert await gateway.status() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_where_operators_lack_something_the_log_says_so_at_the_start() -> None:
+    async with served("--host", "0.0.0.0") as gateway:
+        await until(lambda: any("reverse proxy" in line for line in gateway.log))
+        assert any("nobody can add a backend" in line for line in gateway.log)
+    async with served("--host", "0.0.0.0", "--admin-key", "k") as gateway:
+        assert not any("admin_key" in line for line in gateway.log)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support import chat, completion, simulators, until
+from tests.support import OPERATOR, chat, completion, simulators, until
 from tests.test_process import Process, ready, served
 
 CHAT = "/v1/chat/completions"
@@ -48,8 +48,8 @@ async def ask_apart(url: str, count: int, body: dict[str, Any], path: str = COMP
 async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
     async with (
         simulators("prefill", "decode", "decode") as [p, d1, d2],
-        served("--workers", "3", "--prefill", p.url, "--decode", d1.url) as process,
-        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as http,
+        served("--workers", "3", "--prefill", p.url, "--decode", d1.url, "--admin_key", "operator") as process,
+        httpx.AsyncClient(base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False) as http,
     ):
         await ready(http)
         answers = await ask_apart(process.url, 60, completion())
@@ -63,7 +63,7 @@ async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
         name = d1.url.removeprefix("http://")
         assert (await http.post(f"/admin/backends/{name}/drain")).status_code == 200
         for _ in range(8):
-            async with httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as other:
+            async with httpx.AsyncClient(base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False) as other:
                 listed = (await other.get("/admin/backends")).json()["backends"]
                 assert {b["url"]: b["draining"] for b in listed} == {p.url: False, d1.url: True, d2.url: False}
         before = len(d1.requests)
@@ -86,8 +86,8 @@ async def until_up(http: httpx.AsyncClient, url: str) -> None:
 async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_ends() -> None:
     async with (
         simulators("prefill", "decode", step_time=0.02) as [p, d],
-        served("--workers", "2", "--prefill", p.url, "--decode", d.url) as process,
-        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as http,
+        served("--workers", "2", "--prefill", p.url, "--decode", d.url, "--admin_key", "operator") as process,
+        httpx.AsyncClient(base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False) as http,
     ):
         await ready(http)
         await ask_apart(process.url, 10, completion(max_tokens=2))
@@ -119,7 +119,9 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_e
         drained: list[bool] = []
         async with asyncio.timeout(10):  # the new one knows what the operator had said before its time
             while len(drained) < 20:
-                async with httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as one:
+                async with httpx.AsyncClient(
+                    base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False
+                ) as one:
                     answer = await one.get("/admin/backends")
                 drained.append(answer.json()["backends"][0]["draining"])
         assert all(drained)

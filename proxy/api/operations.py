@@ -210,13 +210,13 @@ def operator(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
     """What lets only operators through."""
 
     async def check(request: Request) -> None:
-        credentials.check_operator(request.scope["headers"], request.scope["client"])
+        credentials.check_operator(request.scope)
 
     return check
 
 
 def administration(fleet: Fleet, credentials: Credentials) -> APIRouter:
-    """What changes the pools: by the admin key, or from the gateway's own machine."""
+    """What changes the pools: by the admin key, or at the admin socket."""
 
     router = APIRouter(tags=["administration"], dependencies=[Depends(operator(credentials))])
 
