@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proxy import __version__, drop_in, flags
+from proxy import __version__, flags
 from proxy.configuration import ConfigurationError, configure, did_you_mean
 
 EXIT_USAGE = 2
@@ -97,7 +97,6 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     given, notices = flags.given(arguments)
     settings = configure(given, arguments.config)
-    notices += drop_in.advice(arguments, settings)
     set_up_logging(settings.log_level, settings.log_format)
     for notice in notices:
         print(f"pd-proxy: {notice}", file=sys.stderr)

@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 from proxy.configuration import ConfigurationError
-from proxy.settings import Settings
 
 _POOLS = (("prefill", "prefiller", 8001), ("decode", "decoder", 8002))
 
@@ -61,14 +60,6 @@ def translate(arguments: argparse.Namespace, flags: dict[str, Any]) -> list[str]
     if level := flags.get("log_level"):
         flags["log_level"] = {"critical": "error"}.get(level.lower(), level.lower())
     return notices
-
-
-def advice(arguments: argparse.Namespace, settings: Settings) -> list[str]:
-    """What users of the script's flags should be told of the settings that came out."""
-    given = any(getattr(arguments, f"{word}_{what}") for _, word, _ in _POOLS for what in ("hosts", "ports"))
-    if given and settings.admin_key is None and not settings.admin_socket:
-        return ["/instances/add, /instances/remove and /reset_prefix_cache want admin_key or admin_socket to be set"]
-    return []
 
 
 def _pair(word: str, hosts: list[str] | None, ports: list[int] | None, port: int) -> list[str]:

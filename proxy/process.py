@@ -94,8 +94,12 @@ def _warn_of_operators(settings: Settings) -> None:
             "no admin_key is set: GET /admin/… answers programs on this machine, and a reverse proxy there can pass "
             "others off as these; set admin_key where there is one"
         )
-    if not settings.admin_socket and not _has_backends(settings):
-        log.warning("neither admin_key nor admin_socket is set, so nobody can add a backend")
+    if not settings.admin_socket:
+        # Users of the example script may know it otherwise.
+        log.log(
+            logging.INFO if _has_backends(settings) else logging.WARNING,
+            "neither admin_key nor admin_socket is set: /instances/add and what else changes the gateway is refused",
+        )
 
 
 def _has_backends(settings: Settings) -> bool:

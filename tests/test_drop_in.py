@@ -95,23 +95,6 @@ def test_the_scripts_key_goes_to_the_backends(monkeypatch: pytest.MonkeyPatch) -
     assert "backend_api_key" not in translated("")[0]
 
 
-@pytest.mark.parametrize(
-    ("line", "settings", "told"),
-    [
-        ("--prefiller-ports 1", {}, True),
-        ("--decoder-hosts a", {}, True),
-        ("--prefiller-ports 1", {"admin_key": "k"}, False),
-        ("--prefiller-ports 1", {"admin_socket": "/tmp/admin.sock"}, False),
-        ("", {}, False),
-    ],
-)
-def test_users_of_the_script_are_told_what_its_endpoints_want(line: str, settings: dict[str, Any], told: bool) -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
-    drop_in.add_arguments(parser)
-    said = drop_in.advice(parser.parse_args(line.split()), configure(settings, None, {}))
-    assert [("/instances/add" in line and "admin_key" in line) for line in said] == [True] * told
-
-
 @pytest.mark.parametrize(("given_", "attempts"), [(3, 3), (1, 1), (0, 1), (-1, 1)])
 def test_max_retries_counts_tries_as_in_the_script(given_: int, attempts: int) -> None:
     flags, notices = translated(f"--max-retries {given_}")

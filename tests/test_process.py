@@ -279,6 +279,6 @@ async def test_operators_are_served_at_a_socket_of_their_own_which_goes_with_the
 async def test_where_operators_lack_something_the_log_says_so_at_the_start() -> None:
     async with served("--host", "0.0.0.0") as gateway:
         await until(lambda: any("reverse proxy" in line for line in gateway.log))
-        assert any("nobody can add a backend" in line for line in gateway.log)
+        assert any("/instances/add and what else changes the gateway is refused" in line for line in gateway.log)
     async with served("--host", "0.0.0.0", "--admin-key", "k") as gateway:
         assert not any("admin_key" in line for line in gateway.log)
