@@ -30,7 +30,7 @@ from proxy.api.surface import Surface
 from proxy.crew import Crew
 from proxy.fleet.backend import Backend
 from proxy.fleet.board import Exchange
-from proxy.fleet.control import control_client
+from proxy.fleet.control import Control
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.fleet.names import Names
@@ -127,8 +127,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         admission.on_wait = exchange.hurry
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
     stored = StoredResponses(_shared_secret(settings, crew))
-    key = settings.backend_api_key
-    http = control_client(settings.health.timeout, key.get_secret_value() if key else None)
+    control = Control(settings.health.timeout, legs.authorization)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -153,7 +152,6 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             legs.close()
             notices.close()
             registrations.close()
-            await http.aclose()
 
     def forget(backend: Backend) -> None:
         if exchange is not None:
@@ -166,7 +164,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     prober = Prober(
         fleet,
         settings.health,
-        http,
+        control,
         on_leave=forget,
         learns_facts=lambda backend: (
             settings.first_token != "decode"
@@ -191,10 +189,10 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         operations.probes(fleet, gate, siblings),
         operations.models(fleet, names, credentials),
         operations.service(fleet, gate, admission, credentials),
-        responses(settings, fleet, stored, credentials, http),
+        responses(settings, fleet, stored, credentials, control),
         operations.administration(fleet, credentials),
         backends(fleet, credentials),
-        fanout(fleet, credentials, http, siblings),
+        fanout(fleet, credentials, control, siblings),
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics, siblings))
@@ -237,7 +235,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
                 operations.metrics(metrics, siblings),
                 operations.administration(fleet, local),
                 backends(fleet, local),
-                fanout(fleet, local, http, siblings),
+                fanout(fleet, local, control, siblings),
             ],
             siblings=siblings,
         )

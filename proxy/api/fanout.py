@@ -13,7 +13,6 @@ from time import monotonic
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-import httpx
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,13 +22,15 @@ from proxy.api.credentials import Credentials
 from proxy.api.operations import operator
 from proxy.api.siblings import Siblings
 from proxy.decoding import decode_json
-from proxy.errors import BackendNotFound, FanOutFailed
+from proxy.errors import BackendError, BackendNotFound, FanOutFailed
 from proxy.fleet.backend import Backend, Role
+from proxy.fleet.control import Control
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.kinds import Operation
 
 _PATIENCE = 300.0  # seconds; an engine writes its profile, or its weights to memory, before it answers
 _LOOK = 0.02  # seconds between two looks at a backend that is being drained
+_MOST_SAID = 1024 * 1024  # bytes of an engine's answer
 _MOST_SHOWN = 500  # characters of what an engine said
 
 
@@ -93,14 +94,14 @@ class FanOut:
     """Asks backends.
 
     Arguments:
-        http: a client with the backends' key.
+        control: asks the engines.
         siblings: the gateway's other workers, which have requests of their own.
     """
 
-    def __init__(self, fleet: Fleet, http: httpx.AsyncClient, siblings: Siblings | None = None) -> None:
+    def __init__(self, fleet: Fleet, control: Control, siblings: Siblings | None = None) -> None:
         self._fleet = fleet
         self._siblings = siblings
-        self._http = http
+        self._control = control
 
     async def ask(
         self,
@@ -174,22 +175,22 @@ class FanOut:
             return _outcome(backend, f"a backend of the kind {backend.kind.name} has no {operation}")
         method = "GET" if operation == "is_sleeping" else "POST"
         shown = {name: str(value).lower() if isinstance(value, bool) else value for name, value in params.items()}
-        timeout = httpx.Timeout(_PATIENCE, connect=self._http.timeout.connect)
         try:
-            answer = await self._http.request(method, backend.url + path, params=shown, timeout=timeout)
-        except httpx.HTTPError as error:
-            return _outcome(backend, f"{path} could not be asked: {str(error) or type(error).__name__}")
+            answer = await self._control.ask(
+                backend.url + path, method=method, query=shown, seconds=_PATIENCE, limit=_MOST_SAID
+            )
+        except BackendError as error:
+            return _outcome(backend, f"{path} could not be asked: {error}")
         said: Any = None
-        if answer.headers.get("content-type", "").startswith("application/json"):
+        if answer.type == b"application/json":
             try:
-                said = decode_json(answer.content)
+                said = decode_json(answer.body)
             except ValueError:
                 said = None
-        if answer.is_success:
-            return _outcome(backend, None, answer.status_code, said)
-        return _outcome(
-            backend, f"{path} answered {answer.status_code}: {answer.text[:_MOST_SHOWN]}", answer.status_code
-        )
+        if answer.status < 300:
+            return _outcome(backend, None, answer.status, said)
+        text = answer.body.decode("utf-8", "replace")[:_MOST_SHOWN]
+        return _outcome(backend, f"{path} answered {answer.status}: {text}", answer.status)
 
 
 def _outcome(backend: Backend, error: str | None, status: int | None = None, answer: Any = None) -> Outcome:
@@ -197,12 +198,10 @@ def _outcome(backend: Backend, error: str | None, status: int | None = None, ans
     return Outcome(id=name, role=backend.role, ok=error is None, status=status, error=error, answer=answer)
 
 
-def fanout(
-    fleet: Fleet, credentials: Credentials, http: httpx.AsyncClient, siblings: Siblings | None = None
-) -> APIRouter:
+def fanout(fleet: Fleet, credentials: Credentials, control: Control, siblings: Siblings | None = None) -> APIRouter:
     """The routes, for operators. Those of the example script, without /admin, are kept."""
     router = APIRouter(tags=["engines"], dependencies=[Depends(operator(credentials))])
-    engines = FanOut(fleet, http, siblings)
+    engines = FanOut(fleet, control, siblings)
 
     @router.post("/admin/reset_prefix_cache", response_model=Report)
     async def reset_prefix_cache(query: Annotated[ResetQuery, Query()]) -> Response:

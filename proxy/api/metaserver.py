@@ -51,7 +51,7 @@ def metaserver(
         if siblings is not None and (worker := callbacks.elsewhere(body)) is not None:
             answer = await siblings.pass_on(worker, PATH, body)
             if answer is not None:
-                return Response(answer.content, status_code=answer.status_code, media_type="application/json")
+                return Response(answer.body, status_code=answer.status, media_type="application/json")
         try:
             callbacks.called(body)
         except (CallUnexpected, InvalidRequest) as error:

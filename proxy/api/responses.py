@@ -5,11 +5,11 @@ These are not generation: one upstream request, nothing to retry elsewhere, sinc
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack
 from typing import Annotated
 
-import httpx
 from fastapi import APIRouter, Query, Request
 from starlette.background import BackgroundTask
 from starlette.responses import Response, StreamingResponse
@@ -18,7 +18,8 @@ from proxy.api.credentials import Credentials
 from proxy.api.error_shapes import RESPONSES
 from proxy.api.inference import not_stored
 from proxy.decoding import Undecodable
-from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable, NoBackend
+from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, NoBackend
+from proxy.fleet.control import Answer, Control
 from proxy.fleet.fleet import Fleet
 from proxy.flow.stored import StoredResponses
 from proxy.handoff.endpoints import LAYOUTS
@@ -30,14 +31,15 @@ from proxy.settings import Settings
 
 _PATH = LAYOUTS["responses"].path
 _DIALECT = DIALECTS["responses"]
+_MOST_REFUSAL = 64 * 1024  # bytes that are read of one, where events were asked for
 
 
 def responses(
-    settings: Settings, fleet: Fleet, stored: StoredResponses, credentials: Credentials, http: httpx.AsyncClient
+    settings: Settings, fleet: Fleet, stored: StoredResponses, credentials: Credentials, control: Control
 ) -> APIRouter:
     """`GET /v1/responses/{id}`, streamed or not, and `POST /v1/responses/{id}/cancel`."""
     router = APIRouter(tags=["responses"])
-    patience = httpx.Timeout(settings.timeouts.idle, connect=settings.timeouts.connect)
+    idle, limit = settings.timeouts.idle, settings.limits.answer
 
     def holder(request: Request, response_id: str) -> str:
         """URL of the backend that has it."""
@@ -52,39 +54,55 @@ def responses(
             raise NoBackend("the backend that has this response is not up", retry_after=1)
         return url
 
-    async def ask(url: str, method: str, path: str, query: dict[str, str | int]) -> httpx.Response:
-        """The head of a backend's answer, which was a 200.
+    def good(url: str, answer: Answer) -> Answer:
+        """A backend's answer, which was a 200.
 
         Raises:
             BackendError: it was none.
         """
-        request = http.build_request(method, url + path, params=query, timeout=patience)
-        try:
-            answer = await http.send(request, stream=True)
-            if answer.status_code == 200:
-                return answer
-            async with aclosing(answer):
-                body = await answer.aread()
-        except httpx.HTTPError as error:
-            raise _translated(url, error) from error
-        headers = {name.lower(): value for name, value in answer.headers.raw}
-        raise engine_error(url, answer.status_code, headers, body)
+        if answer.status != 200:
+            raise engine_error(url, answer.status, dict(answer.headers), answer.body)
+        return answer
 
-    async def whole(url: str, answer: httpx.Response) -> Response:
+    async def whole(url: str, method: str, path: str, query: dict[str, str | int]) -> Response:
         try:
-            async with aclosing(answer):
-                body = await answer.aread()
-        except httpx.HTTPError as error:
-            raise _translated(url, error) from error
-        return Response(strip_handoff(body), media_type="application/json")
+            answer = await control.ask(url + path, method=method, query=query, seconds=idle, limit=limit)
+        except BackendError as error:
+            raise _named(url, error) from error
+        return Response(strip_handoff(good(url, answer).body), media_type="application/json")
 
-    async def relayed(url: str, answer: httpx.Response) -> AsyncIterator[bytes]:
+    async def streamed(url: str, path: str, query: dict[str, str | int]) -> Response:
+        async with AsyncExitStack() as stack:
+            try:
+                head, pieces = await stack.enter_async_context(control.stream(url + path, query=query, idle=idle))
+                if head.status != 200:
+                    body = b""
+                    async with asyncio.timeout(idle):
+                        async for piece in pieces:
+                            body += piece
+                            if len(body) > _MOST_REFUSAL:
+                                break
+                    head = Answer(head.status, head.headers, body)
+            except TimeoutError:
+                raise BackendTimedOut(f"{url}: no whole answer within {idle:g} s") from None
+            except BackendError as error:
+                raise _named(url, error) from error
+            good(url, head)
+            kept = stack.pop_all()
+        return StreamingResponse(
+            relayed(url, pieces),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            background=BackgroundTask(kept.aclose),
+        )
+
+    async def relayed(url: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Events for the client. A stream that breaks ends with an error."""
         reader = events.EventReader()
         sequence = -1
         done = False
         try:
-            async for data in answer.aiter_raw():
+            async for data in pieces:
                 for event, payload in events.read(reader.feed(data)):
                     if payload:
                         named = _DIALECT.read(payload)
@@ -95,12 +113,10 @@ def responses(
                     yield event
             if not done:
                 raise BackendCut(f"{url} ended its stream before its last event")
-        except httpx.HTTPError as error:
-            yield RESPONSES.event(_translated(url, error), sequence)
         except Undecodable as error:
             yield RESPONSES.event(BackendGarbled(f"{url} sent what cannot be read: {error}"), sequence)
         except BackendError as error:
-            yield RESPONSES.event(error, sequence)
+            yield RESPONSES.event(_named(url, error), sequence)
 
     @router.get(_PATH + "/{response_id}", response_class=Response)
     async def retrieve(
@@ -116,29 +132,18 @@ def responses(
         query: dict[str, str | int] = {"stream": "true"} if stream else {}
         if starting_after is not None:
             query["starting_after"] = starting_after
-        answer = await ask(url, "GET", f"{_PATH}/{response_id}", query)
-        if not stream:
-            return await whole(url, answer)
-        return StreamingResponse(
-            relayed(url, answer),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-            background=BackgroundTask(answer.aclose),
-        )
+        path = f"{_PATH}/{response_id}"
+        return await streamed(url, path, query) if stream else await whole(url, "GET", path, query)
 
     @router.post(_PATH + "/{response_id}/cancel", response_class=Response)
     async def cancel(request: Request, response_id: str) -> Response:
         """End a response that runs in the background."""
         url = holder(request, response_id)
-        return await whole(url, await ask(url, "POST", f"{_PATH}/{response_id}/cancel", {}))
+        return await whole(url, "POST", f"{_PATH}/{response_id}/cancel", {})
 
     return router
 
 
-def _translated(url: str, error: httpx.HTTPError) -> BackendError:
-    """What an HTTP client's error says of a backend."""
-    if isinstance(error, httpx.TimeoutException):
-        return BackendTimedOut(f"{url} did not answer in time")
-    if isinstance(error, httpx.ConnectError):
-        return BackendUnreachable(f"{url}: {error}")
-    return BackendCut(f"{url} broke off: {error}")
+def _named(url: str, error: BackendError) -> BackendError:
+    """An error of the control plane's client, which does not say of whom it speaks."""
+    return type(error)(f"{url}: {error}")

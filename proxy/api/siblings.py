@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from proxy.decoding import decode_json
+from proxy.errors import BackendError
+from proxy.fleet.control import Answer, Control
 
 log = logging.getLogger("pd_proxy.api")
 
@@ -26,7 +26,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 METRICS = "/metrics"
 _REPEATED = ("/instances/", "/admin/backends/")
 """What begins so changes the gateway itself, and so every worker of it."""
-_PATIENCE = 2.0  # seconds that another worker has to answer
+_control = Control(2.0)  # another worker has so many seconds to answer
+_MOST = 64 * 1024 * 1024  # bytes of its answer: metrics of a large fleet
 
 
 def socket_of(directory: Path, worker: int) -> Path:
@@ -68,13 +69,13 @@ class Siblings:
     async def metrics(self) -> list[str]:
         """The others' metrics in the text format. One that does not answer is left out: it is starting, or gone."""
         answers = await asyncio.gather(*(self._ask(path, "GET", METRICS) for path in self._paths))
-        return [answer.text for answer in answers if answer is not None and answer.is_success]
+        return [answer.body.decode() for answer in answers if answer is not None and _is_good(answer)]
 
     async def not_ready(self) -> str:
         """Why one of the others cannot serve a request, or an empty string. One that does not answer accepts none."""
         for answer in await asyncio.gather(*(self._ask(path, "GET", "/ready") for path in self._paths)):
-            if answer is not None and not answer.is_success:
-                return str(decode_json(answer.content)["error"]["message"])
+            if answer is not None and not _is_good(answer):
+                return str(decode_json(answer.body)["error"]["message"])
         return ""
 
     def remember(self, page: str) -> None:
@@ -92,8 +93,8 @@ class Siblings:
         """The backends as one of the others knows them; none where no other answers: the gateway is just starting."""
         for path in self._paths:
             answer = await self._ask(path, "GET", "/admin/backends")
-            if answer is not None and answer.is_success:
-                found: list[dict[str, Any]] = decode_json(answer.content)["backends"]
+            if answer is not None and _is_good(answer):
+                found: list[dict[str, Any]] = decode_json(answer.body)["backends"]
                 return found
         return []
 
@@ -104,13 +105,13 @@ class Siblings:
     async def drained(self, url: str) -> bool:
         """Whether none of the others needs a backend that they drain. One that does not answer has nothing there."""
         for answer in await asyncio.gather(*(self._ask(path, "GET", "/admin/backends") for path in self._paths)):
-            if answer is not None and answer.is_success:
-                for backend in decode_json(answer.content)["backends"]:
+            if answer is not None and _is_good(answer):
+                for backend in decode_json(answer.body)["backends"]:
                     if backend["url"] == url and not backend["drained"]:
                         return False
         return True
 
-    async def pass_on(self, worker: int, path: str, body: bytes) -> httpx.Response | None:
+    async def pass_on(self, worker: int, path: str, body: bytes) -> Answer | None:
         """Have one of the others serve a POST; None where it does not answer, or there is none of that number."""
         other = socket_of(self._directory, worker)
         return await self._ask(other, "POST", path, body) if other in self._paths else None
@@ -144,15 +145,16 @@ class Siblings:
         await asyncio.gather(*(self._ask(other, scope["method"], target, body) for other in self._paths))
 
     @staticmethod
-    async def _ask(path: Path, method: str, target: str, body: bytes = b"") -> httpx.Response | None:
-        transport = httpx.AsyncHTTPTransport(uds=str(path))
-        headers = {"content-type": "application/json"} if body else None
+    async def _ask(path: Path, method: str, target: str, body: bytes = b"") -> Answer | None:
         try:
-            async with httpx.AsyncClient(transport=transport, base_url="http://worker", timeout=_PATIENCE) as http:
-                answer = await http.request(method, target, content=body, headers=headers)
-        except httpx.HTTPError as error:
-            log.debug("another worker did not answer %s %s: %s", method, target, error or type(error).__name__)
+            answer = await _control.ask(f"http://worker{target}", method=method, body=body, socket=path, limit=_MOST)
+        except BackendError as error:
+            log.debug("another worker did not answer %s %s: %s", method, target, error)
             return None
-        if not answer.is_success and method != "GET":
-            log.warning("another worker answered %d to %s %s", answer.status_code, method, target)
+        if not _is_good(answer) and method != "GET":
+            log.warning("another worker answered %d to %s %s", answer.status, method, target)
         return answer
+
+
+def _is_good(answer: Answer) -> bool:
+    return answer.status < 300

@@ -1,32 +1,30 @@
 """Active health checks: one watcher a backend, which brings it into the rotation and takes it out.
 
-httpx carries the probes and tenacity their patience. The health path of a backend's kind decides, and whether it
-sleeps, as vLLM calls a sleeping engine healthy; its models and its version are learnt on the way in and now and then
-after. Probes say whether a backend is alive; whether it is any good, its requests say.
+The health path of a backend's kind decides, and whether it sleeps, as vLLM calls a sleeping engine healthy; its models
+and its version are learnt on the way in and now and then after. Probes say whether a backend is alive; whether it is
+any good, its requests say.
+
+Backends that are down may be many, and then they are many at once: a rack without power, a fleet that is still to be
+started. All of them together are probed at most `_MOST_DOWN` times a second, and few of them have a log line of their
+own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from random import random
 from typing import Any, Protocol
 
-import httpx
 import msgspec
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_exponential,
-    wait_fixed,
-    wait_random,
-)
 
 from proxy.decoding import decode_json
+from proxy.errors import BackendError, BackendTimedOut
 from proxy.fleet.backend import Backend
+from proxy.fleet.control import Answer, Control
 from proxy.fleet.facts import read_facts
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.signs import CONFIGURATION, configured, counted, speaker
@@ -40,6 +38,11 @@ _RELEARN = 15.0  # seconds; LoRA adapters come and go at run time
 _MOST_ASKED = 50  # engines a second, for models that nobody is known to have: some percent of a core
 _PATIENCE = 10.0  # seconds for an engine's configuration: vLLM looks at its whole environment for it
 _FIRST_WAIT = 0.1  # seconds between the first probes of a backend that is down: engines start in bursts
+_JITTER = 0.25  # share of a wait that is left to chance, lest backends that went down together are probed together
+_MOST_DOWN = 50  # probes a second of all backends that are down
+_LINES = 10  # log lines about single backends that are down, in `_LINES_FOR` seconds; of the rest one tells
+_LINES_FOR = 5.0
+_BETWEEN_FAILURES = 0.2  # seconds between a failed probe and the next, of a backend that is up
 _NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError)  # of an answer's JSON
 
 
@@ -71,7 +74,7 @@ class Prober:
     """Watches every backend of a fleet while it runs.
 
     Arguments:
-        http: a client whose timeout bounds one probe.
+        control: asks the engines; its timeout bounds one probe.
         on_leave: told of backends that have left the fleet.
         learns_facts: whether to keep a `Tether` to a backend that is up, and over it what is sure of the engine.
         guides: by connector: how to learn the coordinates of an engine that speaks it.
@@ -82,7 +85,7 @@ class Prober:
         self,
         fleet: Fleet,
         settings: Health,
-        http: httpx.AsyncClient,
+        control: Control,
         *,
         on_leave: Callable[[Backend], object] = lambda backend: None,
         learns_facts: Callable[[Backend], bool] = lambda backend: False,
@@ -91,7 +94,7 @@ class Prober:
     ) -> None:
         self._fleet = fleet
         self._settings = settings
-        self._http = http
+        self._control = control
         self._on_leave = on_leave
         self._learns_facts = learns_facts
         self._guides = guides or {}
@@ -103,6 +106,8 @@ class Prober:
         self._rounds: set[asyncio.Task[None]] = set()
         self._next_round: asyncio.Task[None] | None = None
         self._not_before = float("-inf")  # when the next round may begin
+        self._down = 0  # backends that are being probed until they are up
+        self._quiet = _Quiet()
 
     def start(self) -> None:
         """Watch what is in the fleet now and whatever joins later."""
@@ -170,26 +175,30 @@ class Prober:
 
     async def _until_up(self, backend: Backend) -> None:
         """Probe until it answers, ever more slowly."""
-        patience = AsyncRetrying(
-            retry=retry_if_exception_type(ProbeFailed),
-            wait=wait_exponential(multiplier=_FIRST_WAIT, max=self._settings.longest_wait)
-            + wait_random(0, _FIRST_WAIT),
-            before_sleep=lambda state: self._still_down(backend, state),
-        )
-        async for attempt in patience:
-            with attempt:
-                await self.probe(backend)
-                await self._learn(backend, anew=True)
+        wait = _FIRST_WAIT
+        self._down += 1
+        try:
+            while True:
+                try:
+                    await self.probe(backend)
+                    await self._learn(backend, anew=True)
+                    break
+                except ProbeFailed as failure:
+                    self._still_down(backend, str(failure))
+                await asyncio.sleep(max(wait, (self._down - 1) / _MOST_DOWN) * (1 - _JITTER * random()))
+                wait = min(2 * wait, self._settings.longest_wait)
+        finally:
+            self._down -= 1
         await self._tie(backend)
         backend.attention.clear()
         self._fleet.bring_in(backend)
 
-    def _still_down(self, backend: Backend, state: RetryCallState) -> None:
-        self._fleet.forget_idle()
-        reason = str(state.outcome.exception()) if state.outcome else "not probed yet"
+    def _still_down(self, backend: Backend, reason: str) -> None:
+        if backend.removed:
+            self._fleet.forget_idle()
         if reason != backend.reason:
-            log.warning("%s backend %s is not up: %s", backend.role, backend.url, reason)
             backend.reason = reason
+            self._quiet.tell(backend, reason)
 
     async def _until_down(self, backend: Backend) -> None:
         """Probe at the interval, or at once when a request failed, until the probes fail or a request took it out."""
@@ -201,21 +210,13 @@ class Prober:
                 async with asyncio.timeout(self._settings.interval):
                     called = await backend.attention.wait()
             backend.attention.clear()
-            self._fleet.forget_idle()
+            if backend.removed:
+                self._fleet.forget_idle()
             if not backend.up:
                 return
             if called:
                 backend.forget_location()
-            try:
-                async for attempt in AsyncRetrying(
-                    retry=retry_if_exception_type(ProbeFailed),
-                    stop=stop_after_attempt(self._settings.failures),
-                    wait=wait_fixed(min(0.2, self._settings.interval)),
-                    reraise=True,
-                ):
-                    with attempt:
-                        await self.probe(backend)
-            except ProbeFailed as failure:
+            if failure := await self._fails(backend):
                 self._fleet.take_out(backend, str(failure))
                 return
             if stale := loop.time() - learnt > _RELEARN:
@@ -225,6 +226,18 @@ class Prober:
                     await self._learn(backend)
             await self._hold(backend, anew=stale)
 
+    async def _fails(self, backend: Backend) -> ProbeFailed | None:
+        """Why a backend is to leave the rotation: `health.failures` probes in a row have failed."""
+        for left in reversed(range(self._settings.failures)):
+            try:
+                await self.probe(backend)
+                return None
+            except ProbeFailed as failure:
+                if not left:
+                    return failure
+            await asyncio.sleep(min(_BETWEEN_FAILURES, self._settings.interval))
+        return None
+
     async def probe(self, backend: Backend) -> None:
         """Ask once whether it is healthy and awake.
 
@@ -233,8 +246,8 @@ class Prober:
         """
         path = backend.kind.health
         answer = await self._get(backend, path)
-        if answer.status_code != 200:
-            raise ProbeFailed(f"{path} answered {answer.status_code}")
+        if answer.status != 200:
+            raise ProbeFailed(f"{path} answered {answer.status}")
         if await self._sleeps(backend):
             raise ProbeFailed("it is asleep (POST /admin/wake_up wakes it)")
 
@@ -251,11 +264,11 @@ class Prober:
         models = await self._models(backend)
         version = ""
         path, member = backend.kind.version
-        if path and (answer := await self._get(backend, path)).status_code != 404:
+        if path and (answer := await self._get(backend, path)).status != 404:
             version = backend.version
-            if answer.status_code == 200:
+            if answer.status == 200:
                 with suppress(*_NOT_AS_EXPECTED):
-                    version = str(decode_json(answer.content)[member])
+                    version = str(decode_json(answer.body)[member])
         self._fleet.learnt(backend, models, version)
         if self._fleet.is_to_tell(backend) and (anew or not backend.told):
             self._fleet.told(backend, await self._tell(backend))
@@ -286,19 +299,19 @@ class Prober:
     async def _page(self, url: str, seconds: float) -> bytes:
         """A page, or nothing where it is not there."""
         try:
-            answer = await self._http.get(url, timeout=seconds)
-        except httpx.HTTPError:
+            answer = await self._control.ask(url, seconds=seconds)
+        except BackendError:
             return b""
-        return answer.content if answer.status_code == 200 else b""
+        return answer.body if answer.status == 200 else b""
 
     async def _models(self, backend: Backend) -> dict[str, dict[str, Any]] | None:
         """The models that a backend serves now, or what was known of them where it does not say."""
         answer = await self._get(backend, "/v1/models")
-        if answer.status_code in (401, 403):
-            raise ProbeFailed(f"/v1/models answered {answer.status_code}: set backend_api_key")
-        if answer.status_code == 200:
+        if answer.status in (401, 403):
+            raise ProbeFailed(f"/v1/models answered {answer.status}: set backend_api_key")
+        if answer.status == 200:
             with suppress(*_NOT_AS_EXPECTED):
-                return {str(card["id"]): dict(card) for card in decode_json(answer.content)["data"]}
+                return {str(card["id"]): dict(card) for card in decode_json(answer.body)["data"]}
         return backend.models
 
     async def _locate(self, backend: Backend) -> None:
@@ -322,12 +335,12 @@ class Prober:
             return
         for url in urls:
             answer = await self._fetch(url, url)
-            if answer.status_code != 404:
+            if answer.status != 404:
                 break
         try:
-            if answer.status_code != 200:
-                raise ValueError(f"status {answer.status_code}")
-            backend.locate(guide.learn(told, answer.content))
+            if answer.status != 200:
+                raise ValueError(f"status {answer.status}")
+            backend.locate(guide.learn(told, answer.body))
         except _NOT_AS_EXPECTED as error:
             raise ProbeFailed(f"{url} did not tell where its KV cache is: {error}") from None
 
@@ -337,12 +350,12 @@ class Prober:
         if path is None or (backend.up and backend not in self._sleepers):
             return False
         answer = await self._get(backend, path)
-        if answer.status_code != 200:
+        if answer.status != 200:
             self._sleepers.discard(backend)
             return False
         self._sleepers.add(backend)
         with suppress(*_NOT_AS_EXPECTED):
-            return decode_json(answer.content)["is_sleeping"] is True
+            return decode_json(answer.body)["is_sleeping"] is True
         return False
 
     async def _tie(self, backend: Backend) -> None:
@@ -354,7 +367,9 @@ class Prober:
             return
         seconds = self._settings.timeout
         try:
-            tether = await Tether.tie(backend.url, self._tether_headers, lambda: backend.learn(None), seconds)
+            tether = await Tether.tie(
+                backend.url, self._tether_headers, lambda: backend.learn(None), seconds, self._control
+            )
             self._tethers[backend] = tether
             said = [await tether.ask(page, seconds) for page in (kind.metrics, "/v1/models", kind.version[0])]
         except TetherBroken as error:
@@ -388,13 +403,40 @@ class Prober:
         if tether := self._tethers.pop(backend, None):
             tether.close()
 
-    async def _get(self, backend: Backend, path: str) -> httpx.Response:
+    async def _get(self, backend: Backend, path: str) -> Answer:
         return await self._fetch(backend.url + path, path)
 
-    async def _fetch(self, url: str, path: str) -> httpx.Response:
+    async def _fetch(self, url: str, path: str) -> Answer:
         try:
-            return await self._http.get(url)
-        except httpx.TimeoutException:
-            raise ProbeFailed(f"{path} did not answer within {self._settings.timeout:g} s") from None
-        except httpx.HTTPError as error:
-            raise ProbeFailed(f"{path} could not be asked: {str(error) or type(error).__name__}") from None
+            return await self._control.ask(url)
+        except BackendTimedOut:
+            raise ProbeFailed(f"{path} did not answer within {self._control.timeout:g} s") from None
+        except BackendError as error:
+            raise ProbeFailed(f"{path} could not be asked: {error}") from None
+
+
+class _Quiet:
+    """Logs which backends are not up: the first of many by name, of the rest only how many."""
+
+    def __init__(self) -> None:
+        self._since = float("-inf")
+        self._told = 0
+        self._untold: Counter[str] = Counter()
+
+    def tell(self, backend: Backend, reason: str) -> None:
+        """A backend is not up, for another reason than before."""
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._since > _LINES_FOR and not self._untold:
+            self._since, self._told = loop.time(), 0
+        if self._told < _LINES:
+            self._told += 1
+            log.warning("%s backend %s is not up: %s", backend.role, backend.url, reason)
+            return
+        if not self._untold:
+            loop.call_at(self._since + _LINES_FOR, self._sum_up)
+        self._untold[reason] += 1
+
+    def _sum_up(self) -> None:
+        (reason, _), number = self._untold.most_common(1)[0], self._untold.total()
+        self._untold.clear()
+        log.warning("%d more backends are not up (GET /admin/backends), most of them: %s", number, reason)

@@ -64,6 +64,7 @@ EVENT_STREAM = (
     (b"x-accel-buffering", b"no"),  # nginx in front would hold tokens back otherwise
 )
 _ASIDE = 5.0  # seconds for what is not the request itself: claiming a hand-off that nobody wants, or a tokenizer's help
+_MOST_ASIDE = 4 * 1024 * 1024  # bytes of an answer to it
 _NO_LIMIT = Deadlines(None)
 JSON = (b"content-type", b"application/json")
 
@@ -290,7 +291,8 @@ class Legs:
         fleet: is told how legs went.
         notices: by which prefill engines say that a KV cache has arrived.
     Attributes:
-        authorization: what every request to an engine carries, as whole lines.
+        authorization: the line that shows engines their key, or nothing.
+        headers: what every leg carries, as whole lines.
     """
 
     def __init__(self, settings: Settings, fleet: Judge, telemetry: Telemetry, notices: Notices) -> None:
@@ -306,6 +308,7 @@ class Legs:
         self._origins: dict[str, Origin] = {}
         key = settings.backend_api_key
         self.authorization = b"" if key is None else b"authorization: Bearer %b\r\n" % key.get_secret_value().encode()
+        self.headers = b"accept-encoding: identity\r\n" + self.authorization
 
     def close(self) -> None:
         """Close idle connections."""
@@ -471,7 +474,7 @@ class Legs:
         Raises:
             BackendError: it did not; the blocks stay pinned until the engines' lease on them ends.
         """
-        receiver = self._collected(backend)
+        receiver = Collected(backend.url, limit=_MOST_ASIDE, loop=self._loop)
         with Lease(backend, attempt.request.prefill_tokens):
             receiver.connection = await self._send(backend, leg, attempt, receiver, reads=False)
             answer = await receiver.wait(self._aside_limit)
@@ -486,8 +489,8 @@ class Legs:
         """
         named = {} if model is None else {"model": model}
         body = msgspec.json.encode({**named, "tokens": msgspec.Raw(b"[%b]" % ids)})
-        receiver = self._collected(backend)
-        receiver.connection = await self.origin(backend).send("/detokenize", self.authorization, (body,), receiver)
+        receiver = Collected(backend.url, limit=_MOST_ASIDE, loop=self._loop)
+        receiver.connection = await self.origin(backend).send("/detokenize", self.headers, (body,), receiver)
         answer = await receiver.wait(self._aside_limit)
         if receiver.status != 200:
             raise engine_error(backend.url, receiver.status, receiver.headers, answer)
@@ -538,7 +541,7 @@ class Legs:
             reads: its engine is to read what was handed over.
             rank: the engine's data-parallel rank that it is for, where it has several.
         """
-        headers = b"x-request-id: %b\r\n%b%b" % (attempt.id.encode("ascii"), self.authorization, leg.headers)
+        headers = b"x-request-id: %b\r\n%b%b" % (attempt.id.encode("ascii"), self.headers, leg.headers)
         if rank is not None:
             headers += b"x-data-parallel-rank: %d\r\n" % rank
         limbo = attempt.limbo

@@ -270,7 +270,7 @@ class Single:
             idle=self._idle_limit,
         )
         origin = self._legs.origin(backend)
-        headers = b"x-request-id: %b\r\n%b" % (new_id().encode("ascii"), self._legs.authorization)
+        headers = b"x-request-id: %b\r\n%b" % (new_id().encode("ascii"), self._legs.headers)
         try:
             if isinstance(body, bytes):
                 carry.connection = await origin.send(request.path, headers, (body,), carry)

@@ -47,7 +47,7 @@ class Carry:
         begin: called when a stream of events is about to go out; gives its head.
         limit: bytes of an answer that does not come in events.
         first: from `sent` to the answer's first byte.
-        idle: between two reads.
+        idle: between two reads of events; of all else, from the answer's head to its end.
     Attributes:
         connection: to be set by whoever sends the request.
         status, headers: of the answer.
@@ -144,9 +144,12 @@ class Carry:
         self.status = status
         self.headers = headers
         self._watch(self._idle)
-        if status != 200:
+        if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
+            # The client is not told of it, and what its bytes hold cannot be looked at.
+            self.fail(BackendGarbled(f"{self._url} answered in an encoding that was not asked for"))
+        elif status != 200:
             return
-        if self._type not in _TYPES:
+        elif self._type not in _TYPES:
             self.fail(BackendGarbled(f"{self._url} answered with {self._type[:64]!r}, which is no engine's answer"))
         elif self._type == EVENTS:
             self._reader = EventReader()
@@ -154,12 +157,12 @@ class Carry:
     def data(self, data: bytes, last: bool) -> None:
         if self.answered.done():
             return
-        self._watch(self._idle)
         if self._reader is None:
             self._body += data
             if len(self._body) > self._limit:
                 self.fail(BackendGarbled(f"{self._url} answered with more than {self._limit} bytes"))
             return
+        self._watch(self._idle)
         try:
             block = self._reader.feed(data)
             if block:

@@ -6,11 +6,11 @@ import asyncio
 from typing import Any
 from urllib.parse import quote
 
-import httpx
 import pytest
 
 from proxy.api.backends import backend_id
 from proxy.api.fanout import FanOut, SleepQuery
+from proxy.fleet.control import Control
 from tests.api.test_single import mixed
 from tests.support import chat, pools, running_gateway, simulators, until
 
@@ -216,9 +216,9 @@ class OtherWorkers:
 
 @pytest.mark.parametrize(("looks", "sleeps"), [(3, True), (10**6, False)])
 async def test_all_workers_drain_a_backend_before_it_sleeps(looks: int, sleeps: bool) -> None:
-    async with mixed() as (running, [engine]), httpx.AsyncClient() as http:
+    async with mixed() as (running, [engine]):
         others = OtherWorkers(looks)
-        engines = FanOut(running.gateway.fleet, http, others)  # type: ignore[arg-type]
+        engines = FanOut(running.gateway.fleet, Control(5.0), others)  # type: ignore[arg-type]
         report = await engines.sleep(SleepQuery(drain=5.0 if sleeps else 0.1))
         assert (report.backends[0].ok, engine.asleep) == (sleeps, sleeps)
         name = quote(engine.url, safe="")

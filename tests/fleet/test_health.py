@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 from collections.abc import AsyncIterator, Iterator
-from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
 import respx
 
-from proxy.app import build
 from proxy.errors import BackendError, BackendUnreachable
 from proxy.fleet import health
 from proxy.fleet.backend import Backend, Lease
+from proxy.fleet.control import Control
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.settings import Settings
+from tests.fleet.fakes import Mocked
+from tests.fleet.raw import answer, raw_engine
 
 URL = "http://decode0:8000"
 PATIENCE = 5.0
@@ -80,10 +82,9 @@ def backend(fleet: Fleet) -> Backend:
 @pytest.fixture
 async def prober(fleet: Fleet, news: News, engine: respx.MockRouter) -> AsyncIterator[Prober]:
     """A prober that a test starts."""
-    async with httpx.AsyncClient(timeout=0.05) as http:
-        prober = Prober(fleet, Settings(health=QUICK).health, http)
-        yield prober
-        await prober.stop()
+    prober = Prober(fleet, Settings(health=QUICK).health, Mocked())
+    yield prober
+    await prober.stop()
 
 
 async def test_a_healthy_backend_comes_up_with_its_models_and_version(
@@ -122,7 +123,7 @@ async def test_a_backend_that_does_not_answer_stays_down_and_says_why(
 async def test_a_fault_without_words_is_named(prober: Prober, news: News, engine: respx.MockRouter) -> None:
     engine["health"].mock(side_effect=httpx.ReadError(""))
     prober.start()
-    assert (await news.of("is not up")).endswith("/health could not be asked: ReadError")
+    assert (await news.of("is not up")).endswith("/health could not be asked: the connection ended")
 
 
 async def test_an_engine_that_accepts_and_says_nothing_has_failed(news: News) -> None:
@@ -133,11 +134,10 @@ async def test_an_engine_that_accepts_and_says_nothing_has_failed(news: News) ->
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     fleet = Fleet(Settings(decode=[url]))
-    async with httpx.AsyncClient(timeout=0.05) as http:
-        prober = Prober(fleet, Settings(health=QUICK).health, http)
-        prober.start()
-        assert "did not answer within 0.05 s" in await news.of("is not up")
-        await prober.stop()
+    prober = Prober(fleet, Settings(health=QUICK).health, Control(0.05))
+    prober.start()
+    assert "did not answer within 0.05 s" in await news.of("is not up")
+    await prober.stop()
     server.close()
 
 
@@ -211,14 +211,13 @@ async def test_a_failed_request_has_its_backend_asked_at_once(news: News, engine
     patient = Settings(decode=[URL], health={**QUICK, "interval": 60.0})
     fleet = Fleet(patient)
     (backend,) = fleet.pool("decode")
-    async with httpx.AsyncClient() as http:
-        prober = Prober(fleet, patient.health, http)
-        prober.start()
-        await news.of("is up")
-        fleet.failed(backend, BackendUnreachable("refused"), "decode")
-        assert "failed a request: refused" in await news.of("is out")
-        await news.of("is up")
-        await prober.stop()
+    prober = Prober(fleet, patient.health, Mocked())
+    prober.start()
+    await news.of("is up")
+    fleet.failed(backend, BackendUnreachable("refused"), "decode")
+    assert "failed a request: refused" in await news.of("is out")
+    await news.of("is up")
+    await prober.stop()
 
 
 async def test_waits_between_probes_grow_to_their_limit(
@@ -237,10 +236,9 @@ async def test_waits_between_probes_grow_to_their_limit(
     await news.of("is up")
     waits = slept[:12]
     assert len(waits) == 12
-    for earlier, later in pairwise(waits[:4]):
-        assert later > earlier - 0.001
-    assert max(waits) <= QUICK["longest_wait"] + 0.001
-    assert min(waits[6:]) >= QUICK["longest_wait"]
+    assert waits[0] <= 0.001 < waits[2]
+    assert max(waits) <= QUICK["longest_wait"]
+    assert min(waits[6:]) >= 0.75 * QUICK["longest_wait"]  # the rest is left to chance
 
 
 # What is learnt on the way in
@@ -309,18 +307,17 @@ async def test_models_are_learnt_anew_now_and_then(
 async def test_a_backend_that_joins_is_watched_and_one_that_leaves_is_not(news: News, engine: respx.MockRouter) -> None:
     left: list[Backend] = []
     fleet = Fleet(Settings(health=QUICK))
-    async with httpx.AsyncClient() as http:
-        prober = Prober(fleet, Settings(health=QUICK).health, http, on_leave=left.append)
-        prober.start()
-        backend = fleet.add(URL, "decode")
-        await news.of("is up")
-        watcher = prober._watchers[backend]
-        fleet.remove(URL, "decode")
-        assert left == [backend]
-        async with asyncio.timeout(PATIENCE):
-            await asyncio.wait([watcher])
-        assert watcher.cancelled()
-        await prober.stop()
+    prober = Prober(fleet, Settings(health=QUICK).health, Mocked(), on_leave=left.append)
+    prober.start()
+    backend = fleet.add(URL, "decode")
+    await news.of("is up")
+    watcher = prober._watchers[backend]
+    fleet.remove(URL, "decode")
+    assert left == [backend]
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.wait([watcher])
+    assert watcher.cancelled()
+    await prober.stop()
 
 
 @pytest.mark.parametrize("healthy", [True, False])
@@ -343,14 +340,13 @@ async def test_a_removed_backend_is_forgotten_as_soon_as_its_last_leg_ends(
     patient = Settings(decode=[URL], health={**QUICK, "interval": 60.0})
     fleet = Fleet(patient)
     (backend,) = fleet.pool("decode")
-    async with httpx.AsyncClient() as http:
-        prober = Prober(fleet, patient.health, http)
-        prober.start()
-        await news.of("is up")
-        with Lease(backend, 1):
-            fleet.remove(URL, "decode")
-        await news.of("has left")  # long before the next probe
-        await prober.stop()
+    prober = Prober(fleet, patient.health, Mocked())
+    prober.start()
+    await news.of("is up")
+    with Lease(backend, 1):
+        fleet.remove(URL, "decode")
+    await news.of("has left")  # long before the next probe
+    await prober.stop()
 
 
 async def test_stopping_ends_every_watcher(prober: Prober, news: News, fleet: Fleet) -> None:
@@ -363,31 +359,19 @@ async def test_stopping_ends_every_watcher(prober: Prober, news: News, fleet: Fl
     assert fleet.on_leave is None
 
 
-@pytest.mark.parametrize(("key", "sent"), [("secret", "Bearer secret"), (None, None)])
-async def test_probes_carry_the_backends_key_when_there_is_one(
-    news: News, engine: respx.MockRouter, key: str | None, sent: str | None
-) -> None:
-    gateway = build(Settings(decode=[URL], health=QUICK, backend_api_key=key))
-    async with gateway.surface.router.lifespan_context(gateway.surface):
-        await news.of("is up")
-    for name in ("health", "models", "version"):
-        assert engine[name].calls.last.request.headers.get("authorization") == sent
-
-
 async def test_a_watcher_outlives_an_answer_that_nobody_expected(
     fleet: Fleet, backend: Backend, news: News, engine: respx.MockRouter
 ) -> None:
     engine["models"].respond(200, text="[" * 100_000)
-    async with httpx.AsyncClient() as http:
-        prober = Prober(fleet, Settings(health=QUICK).health, http)
-        prober.start()
-        watcher, up = prober._watchers[backend], asyncio.create_task(news.of("is up"))
-        await asyncio.wait([watcher, up], return_when=asyncio.FIRST_COMPLETED)
-        dead = watcher.done()
-        for task in (watcher, up):
-            task.cancel()
-        await asyncio.gather(watcher, up, return_exceptions=True)
-        assert not dead
+    prober = Prober(fleet, Settings(health=QUICK).health, Mocked())
+    prober.start()
+    watcher, up = prober._watchers[backend], asyncio.create_task(news.of("is up"))
+    await asyncio.wait([watcher, up], return_when=asyncio.FIRST_COMPLETED)
+    dead = watcher.done()
+    for task in (watcher, up):
+        task.cancel()
+    await asyncio.gather(watcher, up, return_exceptions=True)
+    assert not dead
 
 
 async def test_an_engine_that_sleeps_is_down_until_it_is_awake(
@@ -435,3 +419,73 @@ async def test_what_a_backend_said_it_lacks_is_asked_again_with_its_models(
     async with asyncio.timeout(PATIENCE):
         while not backend.offers("/v1/embeddings"):
             await asyncio.sleep(0.001)
+
+
+# Broken and hostile engines, and many of them
+
+
+async def test_an_engine_whose_health_trickles_for_ever_is_not_up(news: News) -> None:
+    async def trickle(head: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b" ")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    async with raw_engine(trickle) as raw:
+        fleet = Fleet(Settings(decode=[raw.url]))
+        prober = Prober(fleet, Settings(health=QUICK).health, Control(0.1))
+        prober.start()
+        assert (await news.of("is not up")).endswith("/health did not answer within 0.1 s")
+        await prober.stop()
+
+
+async def test_an_engine_whose_answers_inflate_is_not_up(news: News) -> None:
+    bomb = answer(gzip.compress(bytes(20 * 1024 * 1024)), b"content-encoding: gzip")
+    async with raw_engine(bomb) as raw:
+        fleet = Fleet(Settings(decode=[raw.url]))
+        prober = Prober(fleet, Settings(health=QUICK).health, Control(5.0))
+        prober.start()
+        assert "its answer is encoded ('gzip')" in await news.of("is not up")
+        await prober.stop()
+
+
+async def test_of_many_backends_that_are_down_few_have_a_line_of_their_own(
+    news: News, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(health, "_LINES_FOR", 0.3)
+    urls = [f"http://127.0.0.1:1/{number}" for number in range(40)]
+    fleet = Fleet(Settings(decode=urls))
+    prober = Prober(fleet, Settings().health, Control(5.0))
+    prober.start()
+    line = await news.of("more backends are not up")
+    await prober.stop()
+    single = [record for record in caplog.records if " backend http" in record.getMessage()]
+    assert len(single) == health._LINES
+    assert line.startswith(f"{40 - health._LINES} more backends are not up (GET /admin/backends), most of them: ")
+    assert all(backend.reason.startswith("/health could not be asked: ") for backend in fleet)
+
+
+async def test_backends_that_are_down_are_probed_no_faster_together_than_a_bound(
+    news: News, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_MOST_DOWN", 100)
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(0 if len(slept) < 400 else 60)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    engine["health"].respond(503)
+    fleet = Fleet(Settings(decode=[URL, *(f"{URL}/{number}" for number in range(200))], health=QUICK))
+    for number in range(200):
+        engine.get(f"/{number}/health").respond(503)
+    prober = Prober(fleet, Settings(health=QUICK).health, Mocked())
+    prober.start()
+    async with asyncio.timeout(PATIENCE):
+        while len(slept) < 400:
+            await sleep(0.001)
+    await prober.stop()
+    assert min(slept[201:400]) >= 0.75 * 200 / 100  # 201 backends, each again after two seconds or so

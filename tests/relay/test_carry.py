@@ -178,3 +178,24 @@ async def test_an_answer_has_its_time_from_when_the_request_was_sent() -> None:
     made.sent()
     with pytest.raises(BackendTimedOut, match=r"did not answer within 0\.01 s"):
         await made.answered
+
+
+async def test_an_answer_in_one_piece_that_trickles_is_given_up() -> None:
+    made, _, _ = carry(idle=Deadlines(0.1))
+    made.head(200, JSON)
+    async with asyncio.timeout(5):
+        while not made.answered.done():
+            made.data(b" ", False)
+            await asyncio.sleep(0.005)
+    with pytest.raises(BackendTimedOut):
+        await made.answered
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("kind", [b"application/json", b"application/octet-stream", b"text/event-stream"])
+async def test_an_answer_in_an_encoding_that_nobody_asked_for_is_none(kind: bytes, status: int) -> None:
+    made, client, _ = carry()
+    made.head(status, {b"content-type": kind, b"content-encoding": b"gzip"})
+    with pytest.raises(BackendGarbled, match="encoding"):
+        await made.answered
+    assert not client.started
