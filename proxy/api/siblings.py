@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from proxy.decoding import decode_json
+from proxy.decoding import decode_json, decode_text
 from proxy.errors import BackendError
 from proxy.fleet.control import Answer, Control
 
@@ -69,7 +69,7 @@ class Siblings:
     async def metrics(self) -> list[str]:
         """The others' metrics in the text format. One that does not answer is left out: it is starting, or gone."""
         answers = await asyncio.gather(*(self._ask(path, "GET", METRICS) for path in self._paths))
-        return [answer.body.decode() for answer in answers if answer is not None and _is_good(answer)]
+        return [decode_text(answer.body) for answer in answers if answer is not None and _is_good(answer)]
 
     async def not_ready(self) -> str:
         """Why one of the others cannot serve a request, or an empty string. One that does not answer accepts none."""
