@@ -17,7 +17,8 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   ├── RequestTimedOut            408
     │   ├── BodyTooLarge               413
     │   ├── RateLimited                429  this client's own bound
-    │   └── HeadersTooLarge            431
+    │   ├── HeadersTooLarge            431
+    │   └── VersionNotSupported        505  a version of HTTP that is not spoken here
     ├── Unavailable                    503  no engine was asked
     │   ├── NoBackend                  503
     │   ├── TooManyConnections         503
@@ -182,6 +183,13 @@ class RateLimited(ClientError):
 class HeadersTooLarge(ClientError):
     status = 431
     code = "headers_too_large"
+
+
+class VersionNotSupported(ClientError):
+    """The request is in another version of HTTP than 1.1 or 1.0."""
+
+    status = 505
+    code = "http_version_not_supported"
 
 
 class Unavailable(GatewayError):

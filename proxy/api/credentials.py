@@ -143,7 +143,7 @@ def _passed_on(headers: list[tuple[bytes, bytes]]) -> str:
 
 def _names_loopback(host: str) -> bool:
     """Whether a Host header names this machine as only its own programs do."""
-    name = re.sub(r":[0-9]+\Z", "", host)
+    name = re.sub(r":[0-9]+\Z", "", host.strip())
     if name.lower() == "localhost":
         return True
     try:

@@ -8,6 +8,7 @@ application never sees it, or never its whole body.
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import suppress
 from random import getrandbits
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from proxy.errors import GatewayError, HeadersTooLarge, InvalidRequest, RequestTimedOut
+from proxy.errors import GatewayError, HeadersTooLarge, InvalidRequest, RequestTimedOut, VersionNotSupported
 from proxy.relay.connections import Connections
 from proxy.relay.direct import DirectClient
 
@@ -27,6 +28,13 @@ _MOST_HEADERS = 256  # lines; engines and proxies take about 100
 _MOST_AHEAD = 16
 # Bytes of chunk sizes, extensions and trailers around one body. 64 MiB in chunks of 500 bytes need less.
 _MOST_FRAMING = 1024 * 1024
+# RFC 3986's host and port. No comma, with which proxies join two values into one.
+_VALID_HOST = re.compile(rb"([A-Za-z0-9._~%!$&'()*+;=-]+|\[[A-Za-z0-9:.%_~-]+\])(:[0-9]*)?[ \t]*").fullmatch
+_MOST_KNOWN = 64
+_known_hosts: set[bytes] = set()
+"""Values of Host that have been found valid: clients send few, and each again and again."""
+_VERSIONS = "this gateway speaks HTTP/1.1 and HTTP/1.0"
+_OTHER_VERSION = "Invalid HTTP version"  # the parser's words
 
 
 class Inbound(HttpToolsProtocol):
@@ -41,6 +49,7 @@ class Inbound(HttpToolsProtocol):
         awaited: a request is on its way: it has begun to come, or the connection is new.
         clients: of the requests whose answers are not complete.
         deaf: nothing that the client still sends is heard.
+        version: of HTTP, of the request whose head was read last.
     """
 
     # What uvicorn keeps of a connection fits into a dictionary that shares its keys with those of all others; with
@@ -49,6 +58,7 @@ class Inbound(HttpToolsProtocol):
         "_framing",
         "_header_bytes",
         "_headers_wait",
+        "_hosts",
         "_in_message",
         "_lingering",
         "_offered",
@@ -57,6 +67,7 @@ class Inbound(HttpToolsProtocol):
         "awaited",
         "clients",
         "deaf",
+        "version",
     )
 
     header_limit: ClassVar[int] = 64 * 1024
@@ -67,9 +78,11 @@ class Inbound(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.clients: set[DirectClient] = set()
         self.deaf = False
+        self.version = ""
         self._offered = False  # the request at hand asks for another protocol
         self._in_message = False  # between a request's headers and its end
-        self._refusal: GatewayError | None = None
+        self._refusal: GatewayError | None = None  # of what has just been read, or still to be answered with
+        self._hosts = 0  # Host headers of the request at hand
         self._read_size = 0
         self._framing = 0
         self._header_bytes = 0
@@ -92,6 +105,7 @@ class Inbound(HttpToolsProtocol):
         if self.deaf:
             return
         self._unset_keepalive_if_required()
+        alone = not self.clients
         self._read_size = len(data)
         if self._in_message:
             self._framing += len(data)
@@ -105,8 +119,13 @@ class Inbound(HttpToolsProtocol):
                 break
             except httptools.HttpParserUpgrade as offer:
                 data = self._decline_upgrade() + data[offer.args[0] :]
-            except httptools.HttpParserError:
-                self._refuse(self._refusal or InvalidRequest("the request is not valid HTTP/1.1"))
+            except httptools.HttpParserError as error:
+                refusal = self._refusal or (
+                    VersionNotSupported(_VERSIONS)
+                    if str(error) == _OTHER_VERSION
+                    else InvalidRequest("the request is not valid HTTP/1.1")
+                )
+                self._refuse(refusal, at_leisure=alone)
                 return
         if self.awaited and self._header_bytes > self.header_limit:
             self._refuse(HeadersTooLarge(f"request line and headers exceed {self.header_limit} bytes"))
@@ -121,6 +140,7 @@ class Inbound(HttpToolsProtocol):
             raise _Unheard
         self.url = b""
         self.headers = []
+        self._hosts = 0
         self.expect_100_continue = False
         if not self.awaited:  # behind another request, in the same read
             self._expect_headers()
@@ -129,7 +149,11 @@ class Inbound(HttpToolsProtocol):
         if self._in_message:
             return  # a trailer: no header, lest it passes what is in front of us and looks at headers alone
         name = name.lower()
-        if name == b"expect":
+        if name == b"host":
+            self._hosts += 1
+            if value not in _known_hosts:
+                self._check_host(value)
+        elif name == b"expect":
             self.expect_100_continue = value.lower() == b"100-continue"
         elif name == b"transfer-encoding" and (value.lower() != b"chunked" or self.parser.get_http_version() != "1.1"):
             self._refusal = InvalidRequest("of all transfer codings only chunked, in HTTP/1.1, is understood")
@@ -143,6 +167,9 @@ class Inbound(HttpToolsProtocol):
                 raise self._refusal
             self._offered = True
             return
+        self.version = self.parser.get_http_version()
+        if self._hosts != 1 or self.version != "1.1":
+            self._check_version_and_host()
         if len(self.headers) > _MOST_HEADERS or self._header_bytes + self._read_size > self.header_limit:
             self._check_header_size()
         self.begin_request()
@@ -188,6 +215,25 @@ class Inbound(HttpToolsProtocol):
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         return head + b"\r\n"
 
+    def _check_host(self, value: bytes) -> None:
+        if not _VALID_HOST(value):
+            self._refusal = InvalidRequest("the Host header is no host and port")
+            raise self._refusal
+        if len(_known_hosts) < _MOST_KNOWN and len(value) < 300:
+            _known_hosts.add(value)
+
+    def _check_version_and_host(self) -> None:
+        """RFC 9112, sections 2.3 and 3.2."""
+        version = self.version
+        if version not in ("1.1", "1.0"):
+            self._refusal = VersionNotSupported(_VERSIONS)
+        elif self._hosts > 1:
+            self._refusal = InvalidRequest("the request has more than one Host header")
+        elif self._hosts == 0 and version == "1.1":
+            self._refusal = InvalidRequest("the request has no Host header")
+        if self._refusal is not None:
+            raise self._refusal
+
     def _check_header_size(self) -> None:
         if len(self.headers) > _MOST_HEADERS:
             self._refusal = HeadersTooLarge(f"more than {_MOST_HEADERS} headers")
@@ -217,18 +263,33 @@ class Inbound(HttpToolsProtocol):
 
     # Refusing
 
-    def _refuse(self, error: GatewayError) -> None:
-        """Answer a request that the application will never see, or never whole, and close."""
+    def _refuse(self, error: GatewayError, *, at_leisure: bool = True) -> None:
+        """Answer a request that the application will never see, or never whole, and close. Those before it are answered
+        first, as answers come in order.
+
+        Arguments:
+            at_leisure: those before it have all the time they need; else a short one.
+        """
         if self.transport.is_closing() or self.deaf:
             return
+        if self._in_message and self.pipeline and self.pipeline[0][0] is self.cycle:
+            del self.pipeline[0]  # its body will never be whole
+            self.clients = {client for client in self.clients if client._cycle is not self.cycle}
         if self._in_message and len(self.clients) == 1:
             [client] = self.clients
             if client._cycle is self.cycle and not client.started:  # it waits for a body that will never be whole
                 self.clients.clear()
                 client.left()
         if self.clients:
-            self.transport.close()  # another request is being answered, and answers come in order
+            self._refusal = error
+            self._stop_listening()
+            self.flow.pause_reading()
+            if not at_leisure:
+                self.loop.call_later(_LINGER, self.transport.close)
             return
+        self._answer_refused(error)
+
+    def _answer_refused(self, error: GatewayError) -> None:
         body = error.body()
         lines = [b"%b: %b\r\n" % header for header in (*answer_headers(), (b"connection", b"close"))]
         self.transport.write(

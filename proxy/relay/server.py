@@ -123,8 +123,7 @@ class GatewayProtocol(Inbound):
 
     def _begin_direct(self, app: Any) -> None:
         """As uvicorn's `on_headers_complete`, for an application that asks no more of its scope than this."""
-        parser = self.parser
-        version = parser.get_http_version()
+        parser, version = self.parser, self.version
         before = self.cycle
         self.cycle = cycle = RequestResponseCycle(
             scope={  # type: ignore[typeddict-item]
@@ -196,6 +195,8 @@ class GatewayProtocol(Inbound):
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
+        elif self._refusal is not None:
+            self._answer_refused(self._refusal)
         elif not self.awaited:  # else the limit on headers runs already
             self._idle.watch(self, self.loop)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 from time import monotonic
 
 import pytest
 
+from proxy.relay import inbound
 from proxy.relay.client import Receive, Scope, Send
 from proxy.relay.connections import Connections
 from proxy.relay.direct import DirectClient
@@ -16,7 +18,7 @@ from proxy.relay.server import GatewayProtocol
 from tests.support import until
 
 from .helpers import PATIENCE
-from .serving import TEXT, Server, error, hello, parts, reluctant, request
+from .serving import TEXT, App, Server, error, hello, parts, reluctant, request, stream
 
 POST = b"POST / HTTP/1.1\r\nhost: gateway\r\n"
 CHUNKED = POST + b"transfer-encoding: chunked\r\n\r\n"
@@ -78,7 +80,27 @@ class Bodies:
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"CONNECT gateway:1 HTTP/1.1\r\n\r\n",
         b"GET http://gateway:999999/ HTTP/1.1\r\n\r\n",
-        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nhost: gateway\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nx-host: gateway\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: gateway\r\nhost: gateway\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: gateway\r\nx: y\r\nHOST: other\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: gateway\r\nhost:\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost:\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a, b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a,b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a/b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: user@a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a:b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a:1:2\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: ::1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: [::1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: caf\xe9\r\n\r\n",
+        b"GET / HTTP/1.0\r\nhost: a\r\nhost: a\r\n\r\n",
+        b"POST /a HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length: 2\r\n\r\n{}",
+        b"GET / http/1.1\r\nhost: gateway\r\n\r\n",
+        b"GET / HTTP/1.11\r\nhost: gateway\r\n\r\n",
     ],
 )
 async def test_headers_that_can_be_read_in_two_ways_are_400(server: Server, said: bytes) -> None:
@@ -120,7 +142,76 @@ async def test_chunks_that_can_be_read_in_two_ways_are_400(server: Server, body:
     await until(lambda: not server.connections)
 
 
-async def test_a_bad_request_behind_a_running_one_is_not_answered_in_its_place(server: Server) -> None:
+@pytest.mark.parametrize(
+    "host",
+    [
+        "gateway",
+        "GATEWAY:8000",
+        "my_gateway.svc",
+        "10.0.0.1:80",
+        "[::1]:8000",
+        "[fe80::1%25eth0]",
+        "a:",
+        "xn--caf-dma.fr",
+    ],
+)
+async def test_a_host_is_a_name_or_an_address_and_perhaps_a_port(server: Server, host: str) -> None:
+    said = f"GET / HTTP/1.1\r\nHost:  {host} \r\nconnection: close\r\n\r\n"
+    assert parts(await server.say(said.encode()))[0] == 200
+
+
+async def test_an_old_client_need_not_name_the_host(server: Server) -> None:
+    assert parts(await server.say(b"GET / HTTP/1.0\r\n\r\n"))[0] == 200
+
+
+@pytest.mark.parametrize("version", ["2.0", "0.9", "1.2", "3.0", "9.9"])
+async def test_another_version_of_http_is_505(server: Server, version: str) -> None:
+    status, detail = error(await server.say(f"GET / HTTP/{version}\r\nhost: gateway\r\n\r\n".encode()))
+    assert (status, detail["code"]) == (505, "http_version_not_supported")
+    assert server.seen == []
+
+
+GARBAGE = [
+    (b"garbage\r\n\r\n", 400),
+    (b"GET /b HTTP/1.1\r\n\r\n", 400),
+    (b"GET /b HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", 400),
+    (b"GET /b HTTP/2.0\r\nhost: a\r\n\r\n", 505),
+    (POST + b"content-length: 2, 3\r\n\r\n{}", 400),
+    (CHUNKED + b"x\r\n", 400),
+    (b"\x16\x03\x01\x02\x00", 400),
+    (request("/b", *["a:"] * 300), 431),
+]
+
+
+@pytest.mark.parametrize(("garbage", "status"), GARBAGE)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("app", [hello, stream], ids=["whole", "stream"])
+async def test_good_requests_before_a_bad_one_in_one_read_are_answered_first(
+    server: Server, garbage: bytes, status: int, count: int, app: App
+) -> None:
+    async def slow(scope: Scope, client: DirectClient, receive: Receive) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await app(scope, client, receive)
+
+    server.app = slow
+    answer = await server.say(b"".join(request(f"/{number}") for number in range(count)) + garbage)
+    heads = [found.start() for found in re.finditer(rb"HTTP/1\.1 \d\d\d ", answer)]
+    assert len(heads) == count + 1 and answer.count(b"HTTP/1.1 200 OK") == count
+    last = answer[heads[-1] :]
+    assert error(last)[0] == status and parts(last)[1]["connection"] == "close"
+    assert server.seen == [f"/{number}" for number in range(count)], "the bad one is not seen"
+
+
+async def test_what_follows_a_bad_request_is_not_heard(server: Server) -> None:
+    answer = await server.say(request("/a") + b"garbage\r\n\r\n" + request("/c"))
+    assert server.seen == ["/a"] and b"HTTP/1.1 200" in answer and b"HTTP/1.1 400" in answer
+
+
+async def test_a_bad_request_behind_a_running_one_is_not_answered_in_its_place(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbound, "_LINGER", 0.05)
     waiting, gone = asyncio.Event(), asyncio.Event()
 
     async def slow(scope: Scope, client: DirectClient, receive: Receive) -> None:
@@ -135,6 +226,26 @@ async def test_a_bad_request_behind_a_running_one_is_not_answered_in_its_place(s
         writer.write(b"GET http://gateway:999999/ HTTP/1.1\r\n\r\n")
         assert await reader.read() == b""
         await gone.wait()
+
+
+async def test_a_running_request_has_a_moment_to_end_when_a_bad_one_follows(server: Server) -> None:
+    waiting, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Scope, client: DirectClient, receive: Receive) -> None:
+        waiting.set()
+        await go_on.wait()
+        await hello(scope, client, receive)
+
+    server.app = slow
+    async with server.connect() as (reader, writer):
+        writer.write(request())
+        await waiting.wait()
+        [connection] = server.connections
+        writer.write(b"garbage\r\n\r\n")
+        await until(lambda: connection.deaf)
+        go_on.set()
+        answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 200") and b"HTTP/1.1 400" in answer
 
 
 async def test_trailers_are_no_headers(server: Server) -> None:
@@ -156,7 +267,7 @@ async def test_trailers_are_no_headers(server: Server) -> None:
     "upgrade", [b"connection: upgrade\r\nupgrade: h2c\r\n", b"connection: upgrade\r\nupgrade: websocket\r\n"]
 )
 async def test_another_protocol_is_declined_and_what_follows_is_still_heard(server: Server, upgrade: bytes) -> None:
-    first = b"POST /a HTTP/1.1\r\n" + upgrade + b"content-length: 2\r\n\r\n{}"
+    first = b"POST /a HTTP/1.1\r\nhost: gateway\r\n" + upgrade + b"content-length: 2\r\n\r\n{}"
     answer = await server.say(first + request("/b", "connection: close"))
     assert answer.count(b"HTTP/1.1 200 OK") == 2
     assert b"POST /a {}" in answer
