@@ -110,6 +110,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     prometheus = PrometheusSink(fleet, connections or Connections())
     handoff_key = settings.handoff_key
     spoken = connectors("" if handoff_key is None else handoff_key.get_secret_value())
+    fleet.answers_alone = frozenset(name for name, connector in spoken.items() if connector.plain_decode)
     callbacks = Callbacks(settings.metaserver.url, 0 if crew is None else crew.worker)
     notices = Notices(settings.zmq.notices)
     registrations = Registrations(fleet, settings.zmq, spoken)
@@ -134,7 +135,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         gateway.hear()
         if siblings is not None:
             _adopt(fleet, await siblings.backends())
-        warmup.start()
+        warmup.start(prober)
         prober.start()
         tickers = [asyncio.create_task(_watch_loop(prometheus))]
         if exchange is not None:

@@ -462,6 +462,11 @@ class Settings(BaseSettings):
     warmup: bool = Field(
         True, description="send a tiny request through each new pair, so that no user pays the handshake"
     )
+    ready_by_fallback: bool = Field(
+        False,
+        description="/ready is 200 though no pair has ever handed over, as long as decode serves alone (fallback); it "
+        "is 503 otherwise, where warmup tries pairs",
+    )
     admission: AdmissionSettings = AdmissionSettings()
     shutdown: Shutdown = Shutdown()
     metrics: MetricsSettings = MetricsSettings()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -52,6 +53,20 @@ def find_backend(fleet: Fleet, name: str) -> Backend:
     )
 
 
+def handoff_shown(backend: Backend) -> dict[str, Any]:
+    """What was last found of a backend's hand-offs."""
+    last = backend.handoff
+    return {
+        "state": last.state,
+        "ever": backend.handed_over,
+        "with": last.peer or None,
+        "at": datetime.fromtimestamp(last.at, UTC).isoformat(timespec="seconds") if last.at else None,
+        "code": last.finding.code if last.finding else None,
+        "reason": last.finding.what if last.finding else None,
+        "advice": last.finding.advice if last.finding else None,
+    }
+
+
 def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
     """The routes, for operators."""
     router = APIRouter(prefix="/admin/backends", tags=["administration"], dependencies=[Depends(operator(credentials))])
@@ -80,12 +95,13 @@ def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
             "open_handoffs": backend.open_handoffs,
             "models": sorted(backend.models) if backend.models is not None else None,
             "version": backend.version,
+            "handoff": handoff_shown(backend) if backend.role in ("prefill", "decode") else None,
         }
 
     @router.get("")
     async def list_backends() -> dict[str, Any]:
-        """Every backend, with what it is doing. `ejected` has the seconds that are left; `slow_start` is the share of
-        its usual load that a backend gets after its return."""
+        """Every backend, with what it is doing. `handoff` is what was last found of its hand-offs. `ejected` has the
+        seconds that are left; `slow_start` is the share of its usual load that a backend gets after its return."""
         return {"backends": [shown(backend) for backend in fleet]}
 
     @router.get("/{name:path}")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from proxy.errors import BackendError, BackendLost
 from proxy.fleet.facts import Facts
+from proxy.fleet.findings import NEVER, HandoffState
 from proxy.fleet.kinds import KINDS, Kind
 from proxy.fleet.standing import LegName, Standing
 from proxy.handoff.coordinates import Coordinates
@@ -47,6 +48,8 @@ class Backend:
         ranks: tokens in flight on each of its data-parallel ranks; empty where it has but one.
         facts: what is surely true of the engine that is there now; None while nothing is.
         engine_id: what its hand-offs have called it since the facts were learnt, or empty.
+        handoff: what was last found of its hand-offs, by a warm-up or by a request.
+        handed_over: one has worked since it joined the fleet; a restart of its engine does not make that untrue.
         reasons: its answers to chats have shown a reasoning parser at work; not forgotten, since it is no danger.
         draining: it finishes what it has and gets nothing new.
         removed: it is draining, and forgotten once it is `drained`.
@@ -76,6 +79,8 @@ class Backend:
         "factor",
         "facts",
         "group",
+        "handed_over",
+        "handoff",
         "inflight_requests",
         "inflight_tokens",
         "kind",
@@ -120,6 +125,8 @@ class Backend:
         self.ranks: list[int] = []
         self.facts: Facts | None = None
         self.engine_id = ""
+        self.handoff: HandoffState = NEVER
+        self.handed_over = False
         self.reasons = False
         self.draining = False
         self.removed = False

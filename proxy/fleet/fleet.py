@@ -15,6 +15,7 @@ from proxy.errors import BackendBusy, BackendError, BackendFailed, BackendTimedO
 from proxy.fleet.backend import LEGS, ROLES, Backend, Role
 from proxy.fleet.breaker import FEWEST
 from proxy.fleet.budget import Budgets
+from proxy.fleet.findings import PUBLIC
 from proxy.fleet.kinds import KINDS
 from proxy.fleet.pairing import Pairing
 from proxy.fleet.protocols import Protocols
@@ -42,6 +43,8 @@ class Fleet:
         pairing: who may hand over to whom.
         groups: the names of the groups, and the connector of each.
         messages: how many messages of engines came over ZeroMQ, by kind, and by what became of them.
+        warmups: how many warm-ups there were, by the code of what was found (`findings.py`), or `ok`.
+        answers_alone: the connectors whose decode engines answer a request without a hand-off right.
         before_choice: called before backends are told apart by their load, where there are other workers.
     """
 
@@ -59,6 +62,10 @@ class Fleet:
         self.sizes: dict[str, int] = dict.fromkeys(ROLES, 0)
         self.handoffs_in_limbo = 0
         self.messages: dict[str, Mapping[str, int]] = {}
+        self.warmups: Counter[str] = Counter()
+        self.answers_alone: frozenset[str] = frozenset()
+        self._ready_handed_over = settings.warmup
+        self._ready_by_fallback = settings.ready_by_fallback and settings.fallback == "local_prefill"
         self.before_choice: Callable[[], object] | None = None
         self.on_join: Callable[[Backend], object] | None = None
         self.on_leave: Callable[[Backend], object] | None = None
@@ -223,8 +230,25 @@ class Fleet:
         if missing := [role for role in ("prefill", "decode") if not up[role]]:
             draining = sum(b.draining for b in members)
             return f"no {' and no '.join(missing)} backend is up" + (f" ({draining} draining)" if draining else "")
-        missing_pair = self.pairing.why_none(up["prefill"], up["decode"])
-        return missing_pair and (self._protocols.lacking(group, up["prefill"] + up["decode"]) or missing_pair)
+        if missing_pair := self.pairing.why_none(up["prefill"], up["decode"]):
+            return self._protocols.lacking(group, up["prefill"] + up["decode"]) or missing_pair
+        return self._missing_handoff(up["prefill"], up["decode"])
+
+    def _missing_handoff(self, prefills: list[Backend], decodes: list[Backend]) -> str:
+        """What these lack to have handed over ever; whoever reaches the port may read it, so it names no address."""
+        if not self._ready_handed_over:
+            return ""
+        if self._ready_by_fallback and any(decode.connector in self.answers_alone for decode in decodes):
+            return ""
+        proven = [backend for backend in prefills if backend.handed_over]
+        readers = [backend for backend in decodes if backend.handed_over]
+        if proven and readers and not self.pairing.why_none(proven, readers):
+            return ""
+        why = next((PUBLIC.get(b.handoff.finding.code, "") for b in (*decodes, *prefills) if b.handoff.finding), "")
+        return (
+            f"no hand-off between its prefill and decode backends has worked yet ({why or 'one is being tried'}; "
+            "/admin/backends says more)"
+        )
 
     def state(self, backend: Backend) -> State:
         """What a backend is to new requests."""

@@ -18,15 +18,19 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from random import random
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
 from proxy.decoding import decode_json
 from proxy.errors import BackendError, BackendTimedOut
 from proxy.fleet.backend import Backend
+from proxy.fleet.contact import code_of, speaks_tls
 from proxy.fleet.control import Answer, Control
 from proxy.fleet.facts import read_facts
+from proxy.fleet.findings import Finding, found
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.profile import Profile, read_from_elsewhere, read_profile
 from proxy.fleet.signs import CONFIGURATION, configured, counted, speaker
 from proxy.fleet.tether import Tether, TetherBroken
 from proxy.handoff.coordinates import Coordinates
@@ -47,7 +51,19 @@ _NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError)  # of an an
 
 
 class ProbeFailed(Exception):
-    """A probe that says the backend should get no requests; the text says why, for people."""
+    """A probe that says the backend should get no requests; the text says why, for people.
+
+    Arguments:
+        code: of `findings.py`.
+    """
+
+    def __init__(self, message: str, code: str = "failed") -> None:
+        super().__init__(message)
+        self.code = code
+
+    def finding(self, backend: Backend) -> Finding:
+        """The same of a backend, with what to do about it."""
+        return found(self.code, f"{backend.role} backend {backend.url} is not up: {self}", backend.url)
 
 
 class Guide(Protocol):
@@ -180,8 +196,7 @@ class Prober:
         try:
             while True:
                 try:
-                    await self.probe(backend)
-                    await self._learn(backend, anew=True)
+                    await self.meet(backend)
                     break
                 except ProbeFailed as failure:
                     self._still_down(backend, str(failure))
@@ -238,6 +253,40 @@ class Prober:
             await asyncio.sleep(min(_BETWEEN_FAILURES, self._settings.interval))
         return None
 
+    async def meet(self, backend: Backend) -> None:
+        """Ask a backend that is not up whether it is well, and for what must be known of it before its first request.
+
+        Raises:
+            ProbeFailed: it should get no requests.
+        """
+        try:
+            await self.probe(backend)
+            await self._learn(backend, anew=True)
+        except ProbeFailed as failure:
+            parts = urlsplit(backend.url)
+            suspect = failure.code in ("no_http", "no_engine") and parts.scheme == "http"
+            if suspect and await speaks_tls(parts.hostname or "", parts.port or 80, self._settings.timeout):
+                raise ProbeFailed(f"it speaks TLS ({failure})", "speaks_tls") from failure
+            raise
+
+    async def profile(self, backend: Backend) -> Profile:
+        """What an engine tells of how it was started."""
+        configuration = b""
+        for page in CONFIGURATION:
+            if configuration := await self._page(backend.url + page, _PATIENCE):
+                break
+        path = backend.kind.metrics
+        metrics = await self._page(backend.url + path, self._settings.timeout) if path else b""
+        profile = read_profile(configuration, metrics)
+        contexts = [card.get("max_model_len") for card in (backend.models or {}).values()]
+        known = [context for context in contexts if isinstance(context, int) and context > 0]
+        return msgspec.structs.replace(profile, context=min(known)) if known else profile
+
+    async def read_from_elsewhere(self, backend: Backend) -> int | None:
+        """How many prompt tokens an engine has taken out of others' KV caches; None where it does not say."""
+        path = backend.kind.metrics
+        return read_from_elsewhere(await self._page(backend.url + path, self._settings.timeout)) if path else None
+
     async def probe(self, backend: Backend) -> None:
         """Ask once whether it is healthy and awake.
 
@@ -246,10 +295,11 @@ class Prober:
         """
         path = backend.kind.health
         answer = await self._get(backend, path)
-        if answer.status != 200:
-            raise ProbeFailed(f"{path} answered {answer.status}")
+        if (status := answer.status) != 200:
+            code = "key_refused" if status in (401, 403) else "unhealthy" if status >= 500 else "no_engine"
+            raise ProbeFailed(f"{path} answered {status}", code)
         if await self._sleeps(backend):
-            raise ProbeFailed("it is asleep (POST /admin/wake_up wakes it)")
+            raise ProbeFailed("it is asleep (POST /admin/wake_up wakes it)", "asleep")
 
     async def _learn(self, backend: Backend, *, anew: bool = False) -> None:
         """Read the model ids and the version. An engine without one of the two is no worse for it, one that cannot be
@@ -308,7 +358,7 @@ class Prober:
         """The models that a backend serves now, or what was known of them where it does not say."""
         answer = await self._get(backend, "/v1/models")
         if answer.status in (401, 403):
-            raise ProbeFailed(f"/v1/models answered {answer.status}: set backend_api_key")
+            raise ProbeFailed(f"/v1/models answered {answer.status}: set backend_api_key", "key_refused")
         if answer.status == 200:
             with suppress(*_NOT_AS_EXPECTED):
                 return {str(card["id"]): dict(card) for card in decode_json(answer.body)["data"]}
@@ -322,7 +372,7 @@ class Prober:
         """
         guide = self._guides.get(backend.connector)
         if guide is not None and guide.registers and backend.role in ("prefill", "decode") and not backend.registered:
-            raise ProbeFailed("its engine has not registered at zmq.registrations")
+            raise ProbeFailed("its engine has not registered at zmq.registrations", "unregistered")
         if guide is None or backend.role != "prefill":
             return
         told = self._told.setdefault(backend, backend.coordinates)
@@ -334,7 +384,10 @@ class Prober:
         if not urls[0]:
             return
         for url in urls:
-            answer = await self._fetch(url, url)
+            try:
+                answer = await self._fetch(url, url)
+            except ProbeFailed as failure:
+                raise ProbeFailed(str(failure), "no_coordinates") from failure
             if answer.status != 404:
                 break
         try:
@@ -342,7 +395,7 @@ class Prober:
                 raise ValueError(f"status {answer.status}")
             backend.locate(guide.learn(told, answer.body))
         except _NOT_AS_EXPECTED as error:
-            raise ProbeFailed(f"{url} did not tell where its KV cache is: {error}") from None
+            raise ProbeFailed(f"{url} did not tell where its KV cache is: {error}", "no_coordinates") from None
 
     async def _sleeps(self, backend: Backend) -> bool:
         """Whether it says that it sleeps. Only engines in development mode can, and only they have the route."""
@@ -410,9 +463,9 @@ class Prober:
         try:
             return await self._control.ask(url)
         except BackendTimedOut:
-            raise ProbeFailed(f"{path} did not answer within {self._control.timeout:g} s") from None
+            raise ProbeFailed(f"{path} did not answer within {self._control.timeout:g} s", "timeout") from None
         except BackendError as error:
-            raise ProbeFailed(f"{path} could not be asked: {error}") from None
+            raise ProbeFailed(f"{path} could not be asked: {error}", code_of(error)) from error
 
 
 class _Quiet:

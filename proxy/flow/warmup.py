@@ -1,93 +1,45 @@
-"""One tiny request through each new pair, so that no user pays for the engines' first handshake.
+"""One tiny request through each new pair: no user pays for the engines' first handshake, and it is known whether the
+pair can hand over at all.
 
 When a backend comes up, it is paired with those of the other role that are up: with eight of them at most, and four
 requests run at a time in all. So a fleet of 50 and 50 that starts at once sees some 800 requests of one token in a row
 of fours, and not 2,500 together; pairs beyond the eight are warmed by their first real request, as is any pair that one
-reaches before its turn. Nothing waits for it: /ready does not, and neither do requests.
+reaches before its turn. No request waits for it. `/ready` does, until a first pair of its group has handed over.
 
-It is nobody's request: it shows in no metric of clients', and whatever comes of it says nothing for or against a
-backend. It does hold leases, since it is work for the engines, and a backend that is draining must wait for it.
+A pair that fails is tried again, ever more slowly: without end while one of the two has never handed over, as its
+engine may be cold, or about to be mended; else a few times. What came of it is kept with both backends. It is logged as
+a warning where it is news of one of them: a fleet whose every pair fails for one reason makes a line for each backend.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 
-import msgspec
-
-from proxy.errors import BackendError, GatewayError
-from proxy.fleet.backend import Backend, Lease
+from proxy.fleet.backend import Backend
+from proxy.fleet.findings import NEVER, HandoffState
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.notices import Notices
-from proxy.fleet.standing import LegName
 from proxy.flow.callbacks import Callbacks
-from proxy.flow.legs import Legs, Limbo, Try, new_try, remember
-from proxy.flow.request import Request, new_id
-from proxy.handoff.body import read_body
+from proxy.flow.trial import Trial, Trials, Witness, model_of, usable
 from proxy.handoff.connector import Connector
-from proxy.relay.client import Flow, Headers
 from proxy.settings import Settings
-from proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
+from proxy.telemetry.records import RequestRecord
 
 log = logging.getLogger("pd_proxy.flow")
 
 _PEERS = 8  # pairs for each newcomer: enough that the least-loaded of a pool is mostly one of them
 _AT_ONCE = 4
-_PATIENCE = 30.0  # seconds for one pair; a handshake that fails takes an engine 5
-# Longer than a block of any engine (16 tokens on GPUs, 128 on Ascend), so that there is something to transfer. An id
-# goes before it, so that no engine has it in its prefix cache and can do without the other.
-_PROMPT = "The decode backend reads the cache of the prefill backend and goes on from there. " * 12
+_FIRST_WAIT = 1.0  # seconds before a pair that failed is tried again; each further time twice as long
+_LONGEST_WAIT = 60.0
+_TRIES = 5  # of a pair whose backends have both handed over, though not to each other
 
 Pair = tuple[str, str]
-
-
-class Nobody:
-    """A client that throws away what it is given."""
-
-    def __init__(self) -> None:
-        self.started = False
-        self.gone = False
-        self.flow: Flow | None = None
-        self.on_gone: Callable[[], object] | None = None
-
-    def respond(self, status: int, headers: Headers, body: bytes) -> None:
-        self.started = True
-
-    def start(self, status: int, headers: Headers) -> None:
-        self.started = True
-
-    def write(self, data: bytes) -> None: ...
-
-    def chunks(self) -> None:
-        return None
-
-    def end(self, data: bytes = b"") -> None: ...
-
-    def cut(self) -> None: ...
-
-    async def flushed(self) -> None: ...
-
-
-class _Mute:
-    """Takes what legs tell the fleet and telemetry, and tells nobody."""
-
-    def succeeded(self, backend: Backend, leg: LegName) -> None: ...
-
-    def failed(
-        self, backend: Backend, error: BackendError, leg: LegName, handoff_from: Backend | None = None
-    ) -> None: ...
-
-    def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None: ...
-
-    def gaps(self, pool: str, backend: str) -> Distribution:
-        return Distribution(ITL_BOUNDS)
-
-    def handoff_released(self, claimed: bool) -> None: ...
-
-    def finished(self, record: RequestRecord) -> None: ...
 
 
 class Warmup:
@@ -103,15 +55,22 @@ class Warmup:
     ) -> None:
         self._on = settings.warmup
         self._fleet = fleet
-        self._connectors = connectors
-        self._callbacks = callbacks or Callbacks(None)
-        self._legs = Legs(settings, _Mute(), _Mute(), notices)
+        self._trials = Trials(settings, fleet, connectors, notices, callbacks)
         self._warm: set[Pair] = set()
-        self._waiting: dict[Pair, tuple[Backend, Backend]] = {}
+        self._waiting: dict[Pair, tuple[Backend, Backend]] = {}  # of newcomers
+        self._due: dict[Pair, tuple[Backend, Backend]] = {}  # to be tried again
+        self._timers: dict[Pair, asyncio.TimerHandle] = {}
+        self._tries: Counter[Pair] = Counter()
+        self._warned: set[tuple[str, str]] = set()  # backends, and the codes of what was logged of them
         self._workers: set[asyncio.Task[None]] = set()
 
-    def start(self) -> None:
-        """Warm up whatever comes up from now on."""
+    def start(self, witness: Witness | None = None) -> None:
+        """Warm up whatever comes up from now on.
+
+        Arguments:
+            witness: is asked what engines say of themselves, for better reasons.
+        """
+        self._trials.witness = witness
         if self._on:
             self._fleet.on_up = self._came_up
 
@@ -119,32 +78,58 @@ class Warmup:
         """End what is running."""
         self._fleet.on_up = None
         self._waiting.clear()
+        self._due.clear()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
         workers = tuple(self._workers)
         for worker in workers:
             worker.cancel()
         for worker in workers:
             with suppress(asyncio.CancelledError):
                 await worker
-        self._legs.close()
+        self._trials.close()
 
     def forget(self, backend: Backend) -> None:
         """A backend has left."""
         self._cool(backend)
-        self._legs.forget(backend)
+        self._trials.forget(backend)
 
     def finished(self, record: RequestRecord) -> None:
         """A real request has ended: the pair it went through is warm."""
-        handed_over = record.prefill and not record.fallback and record.first_token_reason != "whole"
-        if self._on and handed_over and record.status == 200:
-            self._warm.add((record.prefill, record.decode))
+        if not (self._on and record.prefill and record.status == 200) or record.fallback:
+            return
+        if record.first_token_reason == "whole" or record.outcome != "ok" or record.resumes:
+            return
+        pair = record.prefill, record.decode
+        if pair in self._warm:
+            return
+        prefill, decode = self._fleet.find(record.prefill, "prefill"), self._fleet.find(record.decode, "decode")
+        if prefill is None or decode is None:
+            return
+        ignored = decode.handoff.finding
+        if ignored is not None and ignored.code == "not_read":
+            return  # such an engine answers as well without the hand-off
+        self._worked(prefill, decode, time.time())
 
     def _cool(self, backend: Backend) -> None:
         """Whatever is at a backend's address now, nobody has shaken hands with it."""
         known = {other.url for other in self._fleet}
-        self._warm = {pair for pair in self._warm if backend.url not in pair and known.issuperset(pair)}
+
+        def gone(pair: Pair) -> bool:
+            return backend.url in pair or not known.issuperset(pair)
+
+        self._warm = {pair for pair in self._warm if not gone(pair)}
+        for pair in [pair for pair in self._tries if gone(pair)]:
+            del self._tries[pair]
+        for pair in [pair for pair in self._timers if gone(pair)]:
+            self._timers.pop(pair).cancel()
+        self._warned = {said for said in self._warned if said[0] != backend.url and said[0] in known}
+        self._trials.doubt(backend)
 
     def _came_up(self, backend: Backend) -> None:
         self._cool(backend)
+        backend.handoff = NEVER
         if backend.role in ("mixed", "encode"):
             return
         own = self._fleet.pool(backend.role)
@@ -154,86 +139,77 @@ class Warmup:
         for number in range(min(_PEERS, len(others))):
             other = others[(first + number) % len(others)]
             prefill, decode = (backend, other) if backend.role == "prefill" else (other, backend)
-            model = model_of(prefill, decode)
-            if model is not None and self._fleet.pairing.pairs(prefill, decode, model or None):
+            if self._may_pair(prefill, decode):
                 self._waiting[prefill.url, decode.url] = (prefill, decode)
-        for _ in range(min(_AT_ONCE - len(self._workers), len(self._waiting))):
+        self._hire()
+
+    def _may_pair(self, prefill: Backend, decode: Backend) -> bool:
+        model = model_of(prefill, decode)
+        return model is not None and self._fleet.pairing.pairs(prefill, decode, model or None)
+
+    def _hire(self) -> None:
+        for _ in range(min(_AT_ONCE - len(self._workers), len(self._waiting) + len(self._due))):
             worker = asyncio.create_task(self._work(), name="warm-up")
             self._workers.add(worker)
             worker.add_done_callback(self._workers.discard)
 
     async def _work(self) -> None:
-        while self._waiting:
-            pair = next(iter(self._waiting))
-            prefill, decode = self._waiting.pop(pair)
-            if pair in self._warm or not (usable(prefill) and usable(decode)):
+        while queue := self._waiting or self._due:
+            pair = next(iter(queue))
+            prefill, decode = queue.pop(pair)
+            if pair in self._warm or not (usable(prefill) and usable(decode) and self._may_pair(prefill, decode)):
                 continue
             try:
-                async with asyncio.timeout(_PATIENCE):
-                    await self._warm_up(prefill, decode)
-            except (GatewayError, TimeoutError) as error:
-                log.debug("warming up %s and %s failed: %s", *pair, error or f"not done within {_PATIENCE:g} s")
+                trial = await self._trials.run(prefill, decode)
             except Exception:
                 log.exception("warming up %s and %s failed", *pair)  # a defect of ours; serving goes on without it
-            else:
-                self._warm.add(pair)
-                log.debug("%s and %s are warm", *pair)
+                continue
+            self._fleet.warmups["ok" if trial.finding is None else trial.finding.code] += 1
+            if trial.finding is None:
+                self._worked(prefill, decode, trial.at)
+            elif pair not in self._warm:  # no request has got through meanwhile
+                self._failed(prefill, decode, trial)
 
-    async def _warm_up(self, prefill: Backend, decode: Backend) -> None:
-        """Both legs of a request for one token.
+    def _worked(self, prefill: Backend, decode: Backend, at: float) -> None:
+        """A hand-off of a pair has worked."""
+        pair = prefill.url, decode.url
+        self._warm.add(pair)
+        for backend, peer in ((prefill, decode), (decode, prefill)):
+            if backend.handoff.state == "failed" or not backend.handed_over:
+                say = log.info if backend.handoff.state == "failed" else log.debug
+                say("%s backend %s hands over with %s", backend.role, backend.url, peer.url)
+            backend.handoff = HandoffState("ok", peer.url, at)
+            backend.handed_over = True
+            self._warned = {said for said in self._warned if said[0] != backend.url}
+        self._tries.pop(pair, None)
+        if timer := self._timers.pop(pair, None):
+            timer.cancel()
 
-        Raises:
-            GatewayError: it did not get through.
-        """
-        members = {"prompt": f"{new_id()} {_PROMPT}", "max_tokens": 1, "temperature": 0}
-        if model := model_of(prefill, decode):
-            members["model"] = model
-        body = read_body(msgspec.json.encode(members), "completions")
-        request = Request(body, Nobody(), RequestRecord("completions"))
-        connector = self._connectors[decode.connector]
-        with Lease(decode, request.decode_tokens) as decode_lease, Lease(prefill, request.prefill_tokens) as lease:
-            attempt = new_try(request, connector, lease, decode, callbacks=self._callbacks)
-            if connector.called_back or attempt.plan.together:
-                await self._together(attempt, prefill, lease, decode, decode_lease)
-                return
-            handoff, _ = attempt.plan.take(await self._legs.prefill(attempt, prefill, lease))
-            lease.release()
-            if handoff is None:
-                return  # such an engine hands nothing over, and has no hand to shake
-            remember(attempt, lease, handoff)
-            attempt.limbo = Limbo(self._fleet, prefill, handoff, self._legs.bound(attempt.plan))
-            try:
-                await self._legs.decode_whole(attempt, decode, decode_lease)
-            finally:
-                attempt.limbo.close()
+    def _failed(self, prefill: Backend, decode: Backend, trial: Trial) -> None:
+        """A trial of a pair has failed: say so, and plan the next."""
+        finding, pair = trial.finding, (prefill.url, decode.url)
+        assert finding is not None
+        news = {(url, finding.code) for url in pair} - self._warned
+        self._warned |= news
+        log.log(
+            logging.WARNING if news else logging.DEBUG,
+            "the hand-off does not work between %s. %s",
+            finding.what,
+            finding.advice,
+        )
+        prefill.handoff = HandoffState("failed", decode.url, trial.at, finding)
+        decode.handoff = HandoffState("failed", prefill.url, trial.at, finding)
+        self._tries[pair] += 1
+        if prefill.handed_over and decode.handed_over and self._tries[pair] >= _TRIES:
+            return
+        wait = min(_FIRST_WAIT * 2.0 ** min(self._tries[pair] - 1, 16), _LONGEST_WAIT)
+        wait *= 1 - random.random() / 4
+        loop = asyncio.get_running_loop()
+        self._timers[pair] = loop.call_later(wait, self._again, prefill, decode)
 
-    async def _together(
-        self, attempt: Try, prefill: Backend, lease: Lease, decode: Backend, decode_lease: Lease
-    ) -> None:
-        """Both legs at once, or prefill's when decode's engine has called."""
-        plan = attempt.plan
-        assert plan.handoff is not None
-        attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
-        waits = plan.connector.called_back
-        called = self._callbacks.expect(attempt.id, plan.connector, decode.url) if waits else nullcontext()
-        try:
-            with called as call:
-                async with asyncio.TaskGroup() as legs:
-                    legs.create_task(self._legs.decode_whole(attempt, decode, decode_lease))
-                    if call is not None:
-                        attempt.heard = await call.wait(_PATIENCE)
-                    await self._legs.prefill(attempt, prefill, lease)
-        finally:
-            attempt.limbo.close()
-
-
-def usable(backend: Backend) -> bool:
-    """Whether a backend takes requests."""
-    return backend.up and not backend.draining
-
-
-def model_of(prefill: Backend, decode: Backend) -> str | None:
-    """A model that both serve; empty where neither has named one, None where they have none in common."""
-    if prefill.models is None or decode.models is None:
-        return next(iter(prefill.models or decode.models or {}), "")
-    return next((model for model in decode.models if model in prefill.models), None)
+    def _again(self, prefill: Backend, decode: Backend) -> None:
+        pair = prefill.url, decode.url
+        self._timers.pop(pair, None)
+        if pair not in self._warm:
+            self._due[pair] = (prefill, decode)
+            self._hire()

@@ -117,6 +117,8 @@ class Connector:
         waits: prefill sends notices (`Meeting.notices`), for which decode waits.
         pages: paths of a prefill engine's own HTTP port at which it tells more of its coordinates: the first that it
             has. As `inquiry`, for engines that need not be asked elsewhere.
+        any_role: its engines do what a request asks, whatever role they were started in.
+        may_miss: decode may find nothing of what was handed over, and compute the prompt, without anything being wrong.
         marks: by which an engine that speaks it is known (`fleet/signs.py`): how vLLM's configuration calls it, how the
             names of series begin that it alone has, or another engine's name.
     """
@@ -142,6 +144,8 @@ class Connector:
     registers: ClassVar[bool] = False
     waits: ClassVar[bool] = False
     pages: ClassVar[tuple[str, ...]] = ()
+    any_role: ClassVar[bool] = False
+    may_miss: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]] = frozenset()
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:

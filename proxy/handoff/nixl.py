@@ -45,6 +45,7 @@ class Nixl(Connector):
     marks = frozenset({"NixlConnector", "NixlPullConnector", "vllm:nixl_"})
     first_token = True  # it keeps the blocks however prefill's request ended, and reads them by position
     refused_release = True
+    any_role = True  # of the two legs' parameters alone it knows which it is
     takes_ids = True
     tells_cached = True  # remote_prefill_cached_tokens
     port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT

@@ -17,6 +17,7 @@ class SharedCache(Connector):
     """Any connector that finds blocks by their content."""
 
     name = "shared_cache"
+    may_miss = True
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         return _PRIMED

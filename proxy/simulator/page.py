@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 _CLASSES = {"nixl": "NixlConnector", "mooncake": "MooncakeConnector", "mooncake_ascend": "MooncakeConnectorV1"}
 """The connectors by the names of vLLM's classes."""
 
+_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+
 
 def server_info(config: SimulatorConfig) -> dict[str, Any]:
     """What vLLM says at /server_info?config_format=json in development mode, as far as the simulator has it."""
     name = _CLASSES.get(config.connector)
-    transfer = None if name is None else {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": {}}
-    model = {"model": config.root or config.model, "max_model_len": config.context}
-    return {"vllm_config": {"model_config": model, "kv_transfer_config": transfer}, "vllm_env": {}, "system_env": {}}
+    role = _ROLES.get(config.role, "kv_both")
+    transfer = None if name is None else {"kv_connector": name, "kv_role": role, "kv_connector_extra_config": {}}
+    said = {
+        "model_config": {"model": config.root or config.model, "max_model_len": config.context},
+        "parallel_config": {"tensor_parallel_size": config.tp},
+        "kv_transfer_config": transfer,
+    }
+    return {"vllm_config": said, "vllm_env": {}, "system_env": {}}
 
 
 def metrics_page(engine: Engine) -> str:

@@ -46,6 +46,8 @@ class BackendState(Protocol):
     def inflight_tokens(self) -> int: ...
     @property
     def open_handoffs(self) -> int: ...
+    @property
+    def handed_over(self) -> bool: ...
 
 
 BACKEND_STATES = ("up", "slow_start", "ejected", "draining", "down")
@@ -75,6 +77,10 @@ class FleetState(Protocol):
     @property
     def messages(self) -> Mapping[str, Mapping[str, int]]:
         """Of engines over ZeroMQ, by kind and by what became of them."""
+
+    @property
+    def warmups(self) -> Mapping[str, int]:
+        """By what came of them."""
 
     def names(self, model: str) -> bool: ...
 
@@ -422,6 +428,7 @@ class PrometheusSink(Collector):
             for backend in self._fleet:
                 family.add_metric((backend.role, backend.url), float(read(backend)))
             yield family
+        yield from self._handoffs(labels)
         yield from self._states(labels)
         yield GaugeMetricFamily(
             "pd_proxy_handoffs_in_limbo",
@@ -440,6 +447,21 @@ class PrometheusSink(Collector):
         info = GaugeMetricFamily("pd_proxy_build_info", "Constant 1.", labels=("version",))
         info.add_metric((__version__,), 1.0)
         yield info
+
+    def _handoffs(self, labels: tuple[str, ...]) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "pd_proxy_backend_handed_over",
+            "Whether a hand-off of this prefill or decode backend has ever worked, as warm-ups and requests tell.",
+            labels=labels,
+        )
+        for backend in self._fleet:
+            if backend.role in ("prefill", "decode"):
+                family.add_metric((backend.role, backend.url), float(backend.handed_over))
+        yield family
+        warmups = CounterMetricFamily("pd_proxy_warmups", "Warm-ups of pairs, by what came of them.", labels=("found",))
+        for code, count in self._fleet.warmups.items():
+            warmups.add_metric((code,), count)
+        yield warmups
 
     def _states(self, labels: tuple[str, ...]) -> Iterator[Metric]:
         up = GaugeMetricFamily("pd_proxy_backend_up", "Whether the backend is in the rotation.", labels=labels)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from proxy.fleet.backend import Backend
-from proxy.flow import warmup
+from proxy.flow import trial, warmup
 from proxy.flow.warmup import model_of
 from proxy.simulator import Simulator
 from tests.support import Running, chat, pools, running_gateway, simulators, text_of, until
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+LOG = "pd_proxy.flow"
 
 
 def warmed(*engines: Simulator) -> int:
@@ -66,25 +71,28 @@ async def test_a_backend_that_joins_or_comes_back_is_warmed_up_with_the_others()
         await until(lambda: warmed(p) == before + 1)
 
 
-async def test_nobody_waits_for_a_warm_up() -> None:
+async def test_no_request_waits_for_a_warm_up_and_one_that_hands_over_makes_the_gateway_ready() -> None:
     async with (
         simulators("prefill", "decode", "decode") as [p, first, second],
         running_gateway([p.url], [first.url, second.url], ready=False, warmup=True) as running,
     ):
         p.faults.add("hang", leg="prefill", count=2)
         await until(lambda: warmed(p) == 2)
-        assert (await running.http.get("/ready")).status_code == 200
+        ready = await running.http.get("/ready")
+        assert ready.status_code == 503
+        assert "one is being tried" in ready.json()["error"]["message"]
         for _ in range(4):
             answer = await running.http.post(CHAT, json=chat())
             assert answer.status_code == 200
         assert warmed(first, second) == 0
+        assert (await running.http.get("/ready")).status_code == 200
 
 
 async def test_what_waits_for_its_turn_is_left_out_once_a_real_request_was_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(warmup, "_AT_ONCE", 1)
-    monkeypatch.setattr(warmup, "_PATIENCE", 0.5)
+    monkeypatch.setattr(trial, "PATIENCE", 0.5)
     async with simulators("prefill", "decode", "decode") as [p, *decode]:
         p.faults.add("hang", leg="prefill", count=1)
         urls = [engine.url for engine in decode]
@@ -104,7 +112,7 @@ async def test_a_warm_up_that_fails_is_held_against_nobody() -> None:
             engine.faults.add("status", status=500, leg="decode", count=1)
         urls = [engine.url for engine in decode]
         async with running_gateway([p.url], urls, warmup=True, breaker=breaker) as running:
-            await until(lambda: warmed(*decode) == 2)
+            await until(lambda: warmed(*decode) >= 2)
             await until(running.idle)
             fleet = running.gateway.fleet
             assert [fleet.state(backend) for backend in fleet] == ["up", "up", "up"]
@@ -129,6 +137,186 @@ async def test_many_newcomers_are_bounded_in_number_and_at_a_time(monkeypatch: p
             await until(over)
             assert 1 <= most <= 3
             assert 10 <= warmed(*decode) <= 20, "each brings two pairs at most, and many are brought by both"
+
+
+@asynccontextmanager
+async def unlike(
+    prefill: dict[str, Any], decode: dict[str, Any], **settings: Any
+) -> AsyncIterator[tuple[Running, Simulator, Simulator]]:
+    """A gateway that warms up a pair of engines with settings of their own."""
+    async with (
+        simulators("prefill", **prefill) as [p],
+        simulators("decode", **decode) as [d],
+        running_gateway([p.url], [d.url], **{"warmup": True, **settings}) as running,
+    ):
+        yield running, p, d
+
+
+def handoffs(running: Running) -> list[tuple[str, bool]]:
+    """The state of every backend's hand-offs, and whether one has ever worked."""
+    return [(backend.handoff.state, backend.handed_over) for backend in running.gateway.fleet]
+
+
+async def ready(running: Running) -> str:
+    """Empty when /ready is 200, else what it says."""
+    answer = await running.http.get("/ready")
+    return "" if answer.status_code == 200 else str(answer.json()["error"]["message"])
+
+
+async def test_a_pair_that_cannot_hand_over_is_not_ready_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    """Prefill calls itself by an address at which nobody listens: VLLM_NIXL_SIDE_CHANNEL_HOST is wrong."""
+    async with simulators("prefill", side_host="127.0.0.9") as [p], simulators("decode") as [d]:
+        with caplog.at_level(logging.INFO, "pd_proxy.flow"):
+            async with running_gateway([p.url], [d.url], warmup=True) as running:
+                assert await ready(running), "before the first trial has ended, too"
+                await until(lambda: handoffs(running) == [("failed", False)] * 2)
+                said = await ready(running)
+                assert "decode cannot reach prefill's KV cache" in said
+                assert "127.0.0" not in said, "whoever reaches the port may read it"
+                metrics = await running.metrics()
+                assert metrics["pd_proxy_ready"] == 0
+                assert metrics['pd_proxy_warmups_total{found="side_channel"}'] >= 1
+                assert metrics[f'pd_proxy_backend_handed_over{{backend="{d.url}",pool="decode"}}'] == 0
+                listed = (await running.http.get("/admin/backends")).json()["backends"]
+                for one, other in ((listed[0], listed[1]), (listed[1], listed[0])):
+                    shown = one["handoff"]
+                    assert (shown["state"], shown["ever"], shown["code"]) == ("failed", False, "side_channel")
+                    assert shown["with"] == other["url"]
+                    assert f"127.0.0.9:{p.side_port}" in shown["reason"]
+                    assert "VLLM_NIXL_SIDE_CHANNEL_HOST" in shown["advice"]
+                    assert shown["at"].endswith("+00:00")
+                answer = await running.http.post(CHAT, json=chat())
+                assert answer.status_code == 200, "requests are served all the same"
+                assert answer.headers["x-pd-proxy-fallback"]
+                assert await ready(running), "and a fallback is no hand-off"
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING and record.name == LOG]
+    [warning] = [record.getMessage() for record in warnings if "hand-off does not work" in record.getMessage()]
+    assert p.url in warning and d.url in warning and "VLLM_NIXL_SIDE_CHANNEL_HOST" in warning
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "code"),
+    [
+        ({"connector": "none"}, {}, "no_params"),
+        ({}, {"connector": "none"}, "not_read"),
+        ({"connector": "none"}, {"connector": "none"}, "no_params"),
+        ({"connector": "mooncake"}, {"connector": "mooncake"}, "wrong_connector"),
+        ({}, {"connector": "mooncake"}, "wrong_connector"),
+        ({}, {"block_size": 32}, "decode_failed"),
+        ({"weights": 1}, {}, "decode_failed"),
+    ],
+)
+async def test_engines_that_speak_something_else_never_become_ready(
+    prefill: dict[str, Any], decode: dict[str, Any], code: str
+) -> None:
+    async with unlike(prefill, decode) as (running, p, d):
+        await until(lambda: all(state == ("failed", False) for state in handoffs(running)))
+        [backend] = running.gateway.fleet.pool("decode")
+        finding = backend.handoff.finding
+        assert finding is not None
+        assert (finding.code, finding.backends) == (code, (p.url, d.url))
+        assert await ready(running)
+        if code != "wrong_connector":  # where each engine waits for something else, so would the request
+            answer = await running.http.post(CHAT, json=chat())
+            assert answer.status_code == 200
+        assert await ready(running), "an answer that decode made alone is no hand-off"
+
+
+async def test_a_cold_engine_becomes_ready_without_anybody_s_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "_FIRST_WAIT", 0.05)
+    async with simulators("prefill", "decode") as [p, d]:
+        d.faults.add("status", status=500, leg="decode", count=4)  # two trials, and what each has to let go
+        async with running_gateway([p.url], [d.url], warmup=True) as running:
+            await until(lambda: handoffs(running) == [("ok", True)] * 2)
+            assert not await ready(running)
+            metrics = await running.metrics()
+            assert metrics['pd_proxy_warmups_total{found="decode_failed"}'] == 2
+            assert metrics['pd_proxy_warmups_total{found="ok"}'] == 1
+            listed = (await running.http.get("/admin/backends")).json()["backends"]
+            assert [one["handoff"]["code"] for one in listed] == [None, None]
+
+
+async def test_engines_that_are_mended_become_ready_by_their_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed for a minute is tried every minute; who comes back is tried at once."""
+    monkeypatch.setattr(warmup, "_FIRST_WAIT", 60.0)
+    async with unlike({"side_host": "127.0.0.9"}, {}) as (running, p, _):
+        await until(lambda: handoffs(running) == [("failed", False)] * 2)
+        p.config = dataclasses.replace(p.config, side_host="")
+        p.kill()
+        await until(lambda: not running.gateway.fleet.pool("prefill")[0].up)
+        await p.restart()
+        await until(lambda: handoffs(running) == [("ok", True)] * 2)
+        assert not await ready(running)
+
+
+async def test_who_has_handed_over_once_is_ready_again_by_its_health_alone() -> None:
+    async with pools(1, 1, warmup=True) as (running, _, [d]):
+        await until(lambda: handoffs(running) == [("ok", True)] * 2)
+        d.kill()
+        await until(lambda: not running.gateway.fleet.pool("decode")[0].up)
+        assert "no decode backend is up" in await ready(running)
+        await d.restart()
+        d.faults.add("hang", leg="decode")
+        await until(lambda: running.gateway.fleet.pool("decode")[0].up)
+        assert not await ready(running)
+
+
+async def test_one_pair_that_works_is_enough_and_the_others_are_told_of() -> None:
+    async with (
+        simulators("prefill", "decode") as [p, d],
+        simulators("prefill", side_host="127.0.0.9") as [bad],
+        running_gateway([p.url, bad.url], [d.url], warmup=True) as running,
+    ):
+        good, wrong = running.gateway.fleet.pool("prefill")
+        await until(lambda: good.handoff.state == "ok" and wrong.handoff.state == "failed")
+        assert not await ready(running)
+        assert not wrong.handed_over
+
+
+async def test_backends_from_different_pairs_that_work_count_only_where_they_may_pair() -> None:
+    async with simulators("prefill", "decode") as [p, d]:
+        other = {"name": "other", "prefill": [p.url], "decode": [d.url]}
+        async with running_gateway(groups=[other], warmup=True) as running:
+            await until(lambda: handoffs(running) == [("ok", True)] * 2)
+            assert not await ready(running)
+
+
+@pytest.mark.parametrize(("fallback", "is_ready"), [("local_prefill", True), ("reject", False)])
+async def test_an_operator_may_have_the_fallback_count_as_ready(fallback: str, is_ready: bool) -> None:
+    settings: dict[str, Any] = {"fallback": fallback, "ready_by_fallback": True}
+    async with unlike({"side_host": "127.0.0.9"}, {}, **settings) as (running, _, _):
+        await until(lambda: handoffs(running) == [("failed", False)] * 2)
+        assert (not await ready(running)) is is_ready
+
+
+async def test_a_warm_up_that_failed_leaves_nothing_on_prefill() -> None:
+    """Decode refuses the hand-off, and is the one to tell prefill that nobody wants it."""
+    async with simulators("prefill", "decode", lease=600.0) as [p, d]:
+        d.faults.add("status", status=503, leg="decode", count=1)
+        async with running_gateway([p.url], [d.url], warmup=True) as running:
+            await until(lambda: running.gateway.fleet.warmups["decode_failed"] == 1)
+            await until(lambda: at_rest(running, p, d) and len(p.engine.handoffs) == 0)
+
+
+async def test_without_warm_ups_backends_that_are_up_are_ready() -> None:
+    async with unlike({"connector": "none"}, {}, warmup=False) as (running, _, _):
+        assert not await ready(running)
+        listed = (await running.http.get("/admin/backends")).json()["backends"]
+        assert [one["handoff"]["state"] for one in listed] == ["never", "never"]
+
+
+async def test_a_fleet_whose_every_pair_fails_makes_a_line_for_each_backend_at_most(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warmup, "_FIRST_WAIT", 0.02)
+    monkeypatch.setattr(warmup, "_LONGEST_WAIT", 0.02)
+    async with simulators(*["prefill"] * 3, *["decode"] * 3, connector="none") as engines:
+        urls = [engine.url for engine in engines]
+        with caplog.at_level(logging.WARNING, "pd_proxy.flow"):
+            async with running_gateway(urls[:3], urls[3:], warmup=True) as running:
+                await until(lambda: running.gateway.fleet.warmups["no_params"] >= 20)
+    lines = [record for record in caplog.records if "hand-off does not work" in record.getMessage()]
+    assert 1 <= len(lines) <= 6
 
 
 async def test_stopping_ends_what_is_running() -> None:
