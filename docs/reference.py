@@ -41,7 +41,7 @@ LABELS = {
     "or a one-leg route: `embeddings`, "
     "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "
     "`detokenize`, `count_tokens`",
-    "found": "`ok`, or the code of what is wrong with the pair ([operating](operating.md#doctor))",
+    "found": "`ok`, or the code of what is wrong with the pair ([operating](operating.md#warm-up))",
     "group": "`default`, or the name of one of `groups`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
     "leg": "`prefill`, `decode` or `encode`",

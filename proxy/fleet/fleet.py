@@ -44,6 +44,7 @@ class Fleet:
         groups: the names of the groups, and the connector of each.
         messages: how many messages of engines came over ZeroMQ, by kind, and by what became of them.
         warmups: how many warm-ups there were, by the code of what was found (`findings.py`), or `ok`.
+        pairs_are_tried: by warm-ups, so that a group is not ready before a hand-off of it has worked.
         answers_alone: the connectors whose decode engines answer a request without a hand-off right.
         before_choice: called before backends are told apart by their load, where there are other workers.
     """
@@ -62,9 +63,9 @@ class Fleet:
         self.sizes: dict[str, int] = dict.fromkeys(ROLES, 0)
         self.handoffs_in_limbo = 0
         self.messages: dict[str, Mapping[str, int]] = {}
-        self.warmups: Counter[str] = Counter()
+        self.warmups: Counter[str] = Counter(ok=0)
         self.answers_alone: frozenset[str] = frozenset()
-        self._ready_handed_over = settings.warmup
+        self.pairs_are_tried = False
         self._ready_by_fallback = settings.ready_by_fallback and settings.fallback == "local_prefill"
         self.before_choice: Callable[[], object] | None = None
         self.on_join: Callable[[Backend], object] | None = None
@@ -236,7 +237,7 @@ class Fleet:
 
     def _missing_handoff(self, prefills: list[Backend], decodes: list[Backend]) -> str:
         """What these lack to have handed over ever; whoever reaches the port may read it, so it names no address."""
-        if not self._ready_handed_over:
+        if not self.pairs_are_tried:
             return ""
         if self._ready_by_fallback and any(decode.connector in self.answers_alone for decode in decodes):
             return ""

@@ -73,6 +73,7 @@ class Warmup:
         self._trials.witness = witness
         if self._on:
             self._fleet.on_up = self._came_up
+            self._fleet.pairs_are_tried = True
 
     async def stop(self) -> None:
         """End what is running."""

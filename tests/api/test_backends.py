@@ -53,6 +53,10 @@ async def test_the_list_says_what_is_known_of_each_backend() -> None:
             "inflight_tokens": 0,
             "open_handoffs": 0,
             "models": ["sim"],
+            "handoff": {
+                **{"state": "never", "ever": False, "with": None, "at": None},
+                **{"code": None, "reason": None, "advice": None},
+            },
         }
         d.faults.add("status", status=500, leg="decode")
         await until(lambda: running.gateway.fleet.pool("decode")[0].up)

@@ -43,6 +43,8 @@ NAMES = {
     "pd_proxy_fallbacks": ("counter", {"reason"}),
     "pd_proxy_client_disconnects": ("counter", {"stage"}),
     "pd_proxy_backend_up": ("gauge", {"pool", "backend"}),
+    "pd_proxy_backend_handed_over": ("gauge", {"pool", "backend"}),
+    "pd_proxy_warmups": ("counter", {"found"}),
     "pd_proxy_backend_state": ("gauge", {"pool", "backend", "state"}),
     "pd_proxy_backend_ejections": ("counter", {"pool", "backend", "leg", "reason"}),
     "pd_proxy_backend_open_handoffs": ("gauge", {"pool", "backend"}),
