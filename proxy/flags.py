@@ -26,7 +26,18 @@ COMMON = (
 
 _SECTIONS = {
     "listening": ("host", "port", "reuse_port", "workers"),
-    "backends": ("prefill", "decode", "mixed", "encode", "kind", "connector", "groups", "locations", "warmup"),
+    "backends": (
+        "prefill",
+        "decode",
+        "mixed",
+        "encode",
+        "kind",
+        "connector",
+        "groups",
+        "locations",
+        "warmup",
+        "ready_by_fallback",
+    ),
     "models": ("aliases", "default_model", "unknown_model", "pair_revisions"),
     "requests": ("fallback", "resume", "first_token", "reuse_tokens"),
     "keys": ("api_keys", "clients", "admin_key", "admin_socket", "backend_api_key", "handoff_key"),
