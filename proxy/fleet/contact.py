@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import ssl
 from collections.abc import Iterator
+
+from proxy.errors import BackendUnreachable
+from proxy.fleet.control import Control, Wire
 
 _CODES: tuple[tuple[type[BaseException], str], ...] = (
     (ssl.SSLCertVerificationError, "certificate"),
@@ -26,6 +28,14 @@ def code_of(error: BaseException) -> str:
     return next((code for kind, code in _CODES if any(isinstance(one, kind) for one in chain)), "no_http")
 
 
+def reason_of(error: BaseException) -> str:
+    """The same for people: in our words where they are known, since those of asyncio and of resolvers vary."""
+    return _WORDS.get(code_of(error)) or str(error) or type(error).__name__
+
+
+_WORDS = {"refused": "connection refused", "unresolved": "no such host"}
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
@@ -40,28 +50,29 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             waiting += one.exceptions
 
 
-async def why_unreachable(host: str, port: int, seconds: float) -> str:
-    """Why no TCP connection to an address comes about, for people; empty where one does. It is closed at once."""
+async def why_unreachable(control: Control, host: str, port: int, seconds: float) -> str:
+    """Why no connection to an address comes about, for people; empty where one does. It is closed at once."""
     try:
-        async with asyncio.timeout(seconds):
-            _, writer = await asyncio.open_connection(host, port)
-    except TimeoutError:
-        return f"no answer within {seconds:g} s"
-    except (OSError, ValueError, OverflowError) as error:
-        return {"refused": "connection refused", "unresolved": "no such host"}.get(code_of(error), "no way there")
-    writer.transport.abort()
+        await _connect(control, "http", host, port, seconds)
+    except BackendUnreachable as error:
+        return reason_of(error)
     return ""
 
 
-async def speaks_tls(host: str, port: int, seconds: float) -> bool:
-    """Whether what listens there begins a TLS handshake. Its certificate does not matter, and nothing is sent to it."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
+async def speaks_tls(control: Control, host: str, port: int, seconds: float) -> bool:
+    """Whether what listens there takes a TLS handshake, whatever its certificate."""
     try:
-        async with asyncio.timeout(seconds):
-            _, writer = await asyncio.open_connection(host, port, ssl=context)
-    except (OSError, ValueError):  # ssl.SSLError and TimeoutError are among the former
-        return False
-    writer.transport.abort()
+        await _connect(control, "https", host, port, seconds)
+    except BackendUnreachable as error:
+        return code_of(error) == "certificate"
     return True
+
+
+async def _connect(control: Control, scheme: str, host: str, port: int, seconds: float) -> None:
+    wire = Wire()
+    try:
+        await control.connect(wire, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", seconds)
+    except ValueError as error:  # a host or a port that cannot be one
+        raise BackendUnreachable(str(error)) from error
+    finally:
+        wire.close()

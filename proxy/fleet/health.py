@@ -25,7 +25,7 @@ import msgspec
 from proxy.decoding import decode_json
 from proxy.errors import BackendError, BackendTimedOut
 from proxy.fleet.backend import Backend
-from proxy.fleet.contact import code_of, speaks_tls
+from proxy.fleet.contact import code_of, reason_of, speaks_tls, why_unreachable
 from proxy.fleet.control import Answer, Control
 from proxy.fleet.facts import read_facts
 from proxy.fleet.findings import Finding, found
@@ -265,7 +265,9 @@ class Prober:
         except ProbeFailed as failure:
             parts = urlsplit(backend.url)
             suspect = failure.code in ("no_http", "no_engine") and parts.scheme == "http"
-            if suspect and await speaks_tls(parts.hostname or "", parts.port or 80, self._settings.timeout):
+            if suspect and await speaks_tls(
+                self._control, parts.hostname or "", parts.port or 80, self._settings.timeout
+            ):
                 raise ProbeFailed(f"it speaks TLS ({failure})", "speaks_tls") from failure
             raise
 
@@ -286,6 +288,10 @@ class Prober:
         """How many prompt tokens an engine has taken out of others' KV caches; None where it does not say."""
         path = backend.kind.metrics
         return read_from_elsewhere(await self._page(backend.url + path, self._settings.timeout)) if path else None
+
+    async def why_unreachable(self, host: str, port: int) -> str:
+        """Why no connection to an address comes about, for people; empty where one does."""
+        return await why_unreachable(self._control, host, port, self._settings.timeout)
 
     async def probe(self, backend: Backend) -> None:
         """Ask once whether it is healthy and awake.
@@ -465,7 +471,7 @@ class Prober:
         except BackendTimedOut:
             raise ProbeFailed(f"{path} did not answer within {self._control.timeout:g} s", "timeout") from None
         except BackendError as error:
-            raise ProbeFailed(f"{path} could not be asked: {error}", code_of(error)) from error
+            raise ProbeFailed(f"{path} could not be asked: {reason_of(error)}", code_of(error)) from error
 
 
 class _Quiet:

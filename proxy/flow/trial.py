@@ -22,7 +22,6 @@ import msgspec
 
 from proxy.errors import BackendError, GatewayError, HandoffInvalid
 from proxy.fleet.backend import Backend, Lease
-from proxy.fleet.contact import why_unreachable
 from proxy.fleet.findings import SIDE_ADVICE, Finding, found
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.notices import Notices
@@ -41,7 +40,6 @@ from proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
 log = logging.getLogger("pd_proxy.flow")
 
 PATIENCE = 30.0  # seconds for one pair; a handshake that fails takes an engine 5
-_CONTACT = 2.0  # seconds for a connection to prefill's side of the hand-off
 _LOOKS = (0.0, 0.1, 0.4)  # seconds before looks at decode's count: an engine may count after it has answered
 # Longer than a block of any engine (16 tokens on GPUs, 128 on Ascend), so that there is something to transfer. An id
 # goes before it, so that no engine has it in its prefix cache and can do without the other.
@@ -56,6 +54,8 @@ class Witness(Protocol):
     async def profile(self, backend: Backend) -> Profile: ...
 
     async def read_from_elsewhere(self, backend: Backend) -> int | None: ...
+
+    async def why_unreachable(self, host: str, port: int) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +212,8 @@ class Trials:
                 error = _first(errors)
             if error is None and course.problem is None and before is not None:
                 await self._see_read(decode, before, course)
-            if course.side is not None and (self._ports or error is not None):
-                unreachable = await why_unreachable(*course.side, _CONTACT)
+            if self.witness is not None and course.side is not None and (self._ports or error is not None):
+                unreachable = await self.witness.why_unreachable(*course.side)
             finding = await self._explain(prefill, decode, course, error, unreachable)
         return Trial(prefill.url, decode.url, finding, course.side, unreachable, monotonic() - began, time.time())
 

@@ -9,7 +9,10 @@ import ssl
 import pytest
 
 from proxy.fleet.contact import code_of, speaks_tls, why_unreachable
+from proxy.fleet.control import Control
 from tests.support import stuck_backend
+
+CONTROL = Control(5.0)
 
 
 def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
@@ -47,15 +50,15 @@ def test_a_chain_that_bites_its_tail_ends() -> None:
 async def test_an_address_is_reachable_or_it_is_said_why_not() -> None:
     server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    assert await why_unreachable("127.0.0.1", port, 5) == ""
+    assert await why_unreachable(CONTROL, "127.0.0.1", port, 5) == ""
     server.close()
     await server.wait_closed()
-    assert await why_unreachable("127.0.0.1", port, 5) == "connection refused"
-    assert await why_unreachable("no-such-host.invalid", 80, 5)
-    assert await why_unreachable("127.0.0.1", 1 << 40, 5)
-    assert await why_unreachable("a\0b", 80, 5)
+    assert await why_unreachable(CONTROL, "127.0.0.1", port, 5) == "connection refused"
+    assert await why_unreachable(CONTROL, "no-such-host.invalid", 80, 5)
+    assert await why_unreachable(CONTROL, "127.0.0.1", 1 << 40, 5)
+    assert await why_unreachable(CONTROL, "a\0b", 80, 5)
     with stuck_backend() as url:
-        assert "within 0.05 s" in await why_unreachable("127.0.0.1", int(url.rpartition(":")[2]), 0.05)
+        assert "within 0.05 s" in await why_unreachable(CONTROL, "127.0.0.1", int(url.rpartition(":")[2]), 0.05)
 
 
 async def test_a_plain_server_speaks_no_tls() -> None:
@@ -65,5 +68,5 @@ async def test_a_plain_server_speaks_no_tls() -> None:
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        assert not await speaks_tls("127.0.0.1", server.sockets[0].getsockname()[1], 5)
-    assert not await speaks_tls("no-such-host.invalid", 80, 5)
+        assert not await speaks_tls(CONTROL, "127.0.0.1", server.sockets[0].getsockname()[1], 5)
+    assert not await speaks_tls(CONTROL, "no-such-host.invalid", 80, 5)
