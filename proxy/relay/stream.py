@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.decoding import Undecodable, json_decoder
+from proxy.decoding import Undecodable, decode_json, json_decoder
 from proxy.errors import (
     BackendCut,
     BackendError,
@@ -531,7 +531,7 @@ class StreamRelay:
             text = bool(said) or (delta is not None and _has_more(delta))
             finished = choice.finish_reason is not None
             ids = bytes(choice.token_ids)
-            silent = not text and not finished and delta is not None and self._is_silent(delta)
+            silent = not text and not finished and delta is not None and self._is_silent(delta, payload)
             shown = b"" if silent else edit.event(event, payload, ids)
             if self._opening is None:
                 self._opening = shown
@@ -627,12 +627,14 @@ class StreamRelay:
         for ids in self._early:
             self._transcript.note(_inner(ids), False)
 
-    def _is_silent(self, delta: dict[str, Any]) -> bool:
-        """Whether an event without text is not for this client: it would not be there if the gateway had not asked for
-        token ids (a parser holds its token back), or it opens an answer that has begun."""
+    def _is_silent(self, delta: dict[str, Any], payload: bytes) -> bool:
+        """Whether an event without text is not for this client: nothing in it is what the client asked for, and it
+        would not be there if the gateway had not asked for token ids (a parser holds its token back), or it opens an
+        answer that has begun."""
         if not delta:
-            return self._edit.hide_ids
-        return self._edit.identity is not None and not self._edit.opens and "role" in delta
+            return self._edit.hide_ids and _is_frame(payload)
+        opens_again = self._edit.identity is not None and not self._edit.opens and "role" in delta
+        return opens_again and _is_frame(payload, frame=_OPENING_FRAME)
 
     # Endings
 
@@ -669,6 +671,25 @@ class StreamRelay:
             self._future.set_result(None)
         else:
             self._future.set_exception(error)
+
+
+_FRAME = frozenset({"id", "object", "created", "model", "system_fingerprint", "choices", "prompt_token_ids"})
+_OPENING_FRAME = _FRAME | {"usage"}  # it counts no token that the event before had not counted
+_CHOICE_FRAME = frozenset({"index", "delta", "token_ids", "prompt_token_ids"})
+
+
+def _is_frame(payload: bytes, frame: frozenset[str] = _FRAME) -> bool:
+    """Whether an event carries nothing beside what every event has, `frame`, and token ids: no logprobs, no usage,
+    nothing that is not known here."""
+    try:
+        members: dict[str, Any] = decode_json(payload)
+    except Undecodable:  # in what the relay does not read
+        return False
+    if any(value is not None and name not in frame for name, value in members.items()):
+        return False
+    return all(
+        value is None or name in _CHOICE_FRAME for choice in members["choices"] for name, value in choice.items()
+    )
 
 
 def _preempted(event: _Event) -> bool:

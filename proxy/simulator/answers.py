@@ -319,10 +319,12 @@ class StreamAnswer(Answer):
             if call is None:
                 call = self._calls[sequence.index] = CallStream(request.tool, script.start, script.end)
             delta = call.push(text)
-            if delta is None:
-                if not last and not request.return_token_ids:
-                    return
-                delta = {}
+        elif self.config.parser and not text:
+            delta = None
+        if delta is None:
+            if not last and not request.return_token_ids and request.logprobs is None:
+                return
+            delta = {}
         finish_reason = sequence.finish_reason if last else None
         if request.tool_required and finish_reason == "stop":
             finish_reason = "tool_calls"

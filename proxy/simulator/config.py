@@ -93,6 +93,7 @@ class SimulatorConfig:
     responses_store: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE
     scale_out: bool = False  # --enable-scale-out: tokens in, tokens out
     prompt_tokens_details: bool = True  # usage says cached_tokens
+    parser: bool = False  # --reasoning-parser or --tool-call-parser: a token without text has no content in its delta
     death_delay: float = 0.3  # a dead engine answers /health with 503 this long, then its process is gone
     keep_alive: float = 5.0  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE
     request_log: int = 256  # received requests that are kept to be looked at

@@ -74,6 +74,41 @@ TEXT_END = text("", [2], finish_reason="stop")
 answers = pytest.mark.parametrize("values", [[*CHAT, CHAT_END], [*TEXT, TEXT_END]], ids=["chat", "completions"])
 
 
+# Events without text
+
+
+@pytest.mark.parametrize(
+    ("choice", "beside"),
+    [
+        ({"logprobs": LOGPROBS}, {}),
+        ({}, {"usage": COUNTS}),
+        ({"matched_stop": 3}, {}),
+        ({"hidden_states": [0.5]}, {}),
+        ({}, {"metrics": {"queued": 0.5}}),
+    ],
+    ids=["logprobs", "usage", "stop", "states", "metrics"],
+)
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("resumable", [False, True])
+async def test_an_event_without_text_is_the_clients_where_anything_of_it_is(
+    choice: Value, beside: Value, together: bool, resumable: bool
+) -> None:
+    empty = chat({}, [9], **choice) | beside
+    values = [role(PROMPT if resumable else None), *CHAT[1:3], empty, empty, CHAT[3], empty, CHAT_END]
+    reads = [as_is(values)] if together else [event(value) for value in values]
+    stream = await relayed(*reads, DONE, edit=HIDE, finished=False)
+    assert stream.client.body == shown(values) + DONE
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_an_event_that_is_there_for_the_gateways_ids_alone_is_not_the_clients(together: bool) -> None:
+    empty = chat({}, [9]) | {"system_fingerprint": "f", "usage": None}
+    values = [*CHAT[:3], empty, CHAT[3], CHAT_END]
+    reads = [as_is(values)] if together else [event(value) for value in values]
+    stream = await relayed(*reads, DONE, edit=HIDE, finished=False)
+    assert stream.client.body == shown([*CHAT, CHAT_END]) + DONE
+
+
 # Ids
 
 
@@ -411,7 +446,8 @@ def streams(draw: st.DrawFn, min_size: int = 0, hollow_first: bool = True) -> li
     """Events of one answer: mostly plain ones of a token each."""
     completions = draw(st.booleans())
     make = text if completions else said
-    kinds = ["plain"] * 6 + ["hollow", "several", "logprobs"] + ([] if completions else ["silent", "reasoning", "call"])
+    kinds = ["plain"] * 6 + ["hollow", "several", "logprobs"]
+    kinds += [] if completions else ["silent", "silent with logprobs", "silent with usage", "reasoning", "call"]
     values = [] if completions else [role()]
     for number, kind in enumerate(draw(st.lists(st.sampled_from(kinds), min_size=min_size, max_size=25))):
         if completions and not number and not hollow_first:
@@ -422,9 +458,11 @@ def streams(draw: st.DrawFn, min_size: int = 0, hollow_first: bool = True) -> li
         more: Value = {"logprobs": LOGPROBS} if kind == "logprobs" else {}
         if completions and not number:
             more["prompt"] = PROMPT
-        if kind in ("silent", "reasoning", "call"):
-            delta = {"silent": {}, "reasoning": {"reasoning": draw(TOKENS)}, "call": {"tool_calls": CALL}}[kind]
-            values.append(chat(delta, ids))
+        if kind in ("reasoning", "call"):
+            values.append(chat({"reasoning": draw(TOKENS)} if kind == "reasoning" else {"tool_calls": CALL}, ids))
+        elif kind.startswith("silent"):
+            beside = {"usage": COUNTS} if kind.endswith("usage") else {}
+            values.append(chat({}, ids, **({"logprobs": LOGPROBS} if kind.endswith("logprobs") else {})) | beside)
         else:
             values.append(make("" if kind == "hollow" else draw(TOKENS), ids, **more))
     finish = draw(st.sampled_from([("", "length"), ("", "stop"), ("x", "length")]))
@@ -460,7 +498,8 @@ def start_of(values: list[Value]) -> int:
 def is_silent(value: Value) -> bool:
     """Whether an event is only there for the ids that the gateway asked for."""
     choice = value["choices"][0]
-    return choice.get("delta") == {} and choice["finish_reason"] is None
+    asked_for = choice["logprobs"] or value.get("usage")
+    return choice.get("delta") == {} and choice["finish_reason"] is None and not asked_for
 
 
 def waits(value: Value) -> bool:
