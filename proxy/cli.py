@@ -1,4 +1,4 @@
-"""The command line: `serve`, `check`, `simulate`."""
+"""The command line: `serve`, `check`, `doctor`, `simulate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from proxy.configuration import ConfigurationError, configure, did_you_mean
 
 EXIT_USAGE = 2
 EXIT_FAILED = 1
-_COMMANDS = ("serve", "check", "simulate")
+_COMMANDS = ("serve", "check", "simulate", "doctor")
 _ABOUT = (
     "Every setting is a flag, a line of the --config file (timeouts.first_token) and a variable "
     "(PD_PROXY_TIMEOUTS__FIRST_TOKEN). Flags win over variables, variables over the file."
@@ -57,6 +57,7 @@ def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, arg
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(_COMMANDS))
     _add_serve(commands)
     _add_check(commands)
+    _add_doctor(commands, wanted="doctor" in argv)
     _add_simulate(commands, wanted="simulate" in argv)
     return parser, dict(commands.choices)
 
@@ -77,7 +78,26 @@ def _add_serve(commands: Any) -> None:
 def _add_check(commands: Any) -> None:
     check = commands.add_parser("check", help="say what is wrong with a settings file, and where", allow_abbrev=False)
     check.add_argument("file", type=Path, help="YAML file of settings")
+    check.add_argument("--probe", action="store_true", help="ask the engines too; exit as doctor does")
     check.set_defaults(run=_check)
+
+
+def _add_doctor(commands: Any, *, wanted: bool) -> None:
+    """It is loaded only where it is `wanted`, since it is most of a gateway."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="ask every engine what it is, hand over between them, and say what to mend",
+        description="Ask every engine of the settings what it is, try hand-offs between them, and say what is wrong "
+        "and what to do. Exits with 0 when all is well, 1 when all works and something could be better, 2 when an "
+        f"engine or a pair does not work or the settings are wrong. {_ABOUT}",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    if wanted:
+        from proxy.doctor import command
+
+        flags.add_settings(doctor, command.add_arguments)
+        doctor.set_defaults(run=_doctor)
 
 
 def _add_simulate(commands: Any, *, wanted: bool) -> None:
@@ -119,7 +139,21 @@ def _check(arguments: argparse.Namespace) -> int:
         pools = ", ".join(f"{len(getattr(group, role))} {role}" for role in roles)
         named = f"group {group.name}: " if settings.groups else ""
         print(f"{arguments.file}: good. {named}{pools} backend(s), connector {group.connector}, port {settings.port}")
+    if arguments.probe:
+        from proxy.doctor import command
+
+        return command.run(settings, pairs=0)
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from proxy.doctor import command
+
+    given, notices = flags.given(arguments)
+    settings = configure(given, arguments.config)
+    for notice in notices:
+        print(f"pd-proxy: {notice}", file=sys.stderr)
+    return command.run(settings, pairs=arguments.pairs, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "relay": {"errors", "telemetry.records"},
     "flow": ABOVE_FLOW,
     "api": ABOVE_FLOW | {"flow"},
+    "doctor": ABOVE_FLOW | {"flow"},
     "telemetry": set(),
     "simulator": set(),
 }

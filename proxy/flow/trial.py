@@ -162,6 +162,7 @@ class Trials:
             where it failed.
     Attributes:
         witness: is asked what engines say of themselves; None: nobody is.
+        authorization: what every request to an engine carries, as whole lines.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class Trials:
         self._connectors = connectors
         self._callbacks = callbacks or Callbacks(None)
         self._legs = Legs(settings, _Mute(), _Mute(), notices)
+        self.authorization = self._legs.authorization
         self._ports = ports
         self._profiles: dict[Backend, Profile] = {}
         self._reads: set[Backend] = set()  # those that have been seen to read what they are handed over
