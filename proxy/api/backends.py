@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends
+from starlette.convertors import Convertor, register_url_convertor
 
 from proxy.api.credentials import Credentials
 from proxy.api.operations import operator
@@ -67,6 +68,21 @@ def handoff_shown(backend: Backend) -> dict[str, Any]:
     }
 
 
+class _Name(Convertor[str]):
+    """A backend's name in a path. What is done to it comes behind, and is no part of it."""
+
+    regex = r"(?:(?!/(?:un)?drain$).)+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("backend", _Name())
+
+
 def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
     """The routes, for operators."""
     router = APIRouter(prefix="/admin/backends", tags=["administration"], dependencies=[Depends(operator(credentials))])
@@ -104,12 +120,12 @@ def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
         seconds that are left; `slow_start` is the share of its usual load that a backend gets after its return."""
         return {"backends": [shown(backend) for backend in fleet]}
 
-    @router.get("/{name:path}")
+    @router.get("/{name:backend}")
     async def one_backend(name: str) -> dict[str, Any]:
         """One of them."""
         return shown(find_backend(fleet, name))
 
-    @router.post("/{name:path}/drain")
+    @router.post("/{name:backend}/drain")
     async def drain(name: str) -> dict[str, Any]:
         """Give it nothing new. What it has is finished; `drained` in the answer, and in the list, says when nothing
         needs it any more: no leg runs there, and decode has read all that prefill handed over."""
@@ -117,7 +133,7 @@ def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
         fleet.drain(backend)
         return shown(backend)
 
-    @router.post("/{name:path}/undrain")
+    @router.post("/{name:backend}/undrain")
     async def undrain(name: str) -> dict[str, Any]:
         """Give it requests again."""
         backend = find_backend(fleet, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable
+from difflib import get_close_matches
 from time import monotonic
 from typing import Any
 
@@ -81,9 +82,20 @@ async def exchange(
     await client.flushed()
 
 
+_MOST_COMPARED = 64  # characters of a path: what it takes to compare grows with their square
+
+
 def no_route(path: str, known: Iterable[str]) -> RouteNotFound:
-    """The answer to who asks for a path that is not served here."""
-    return RouteNotFound(f"there is no {path[:256]} here; this gateway serves {', '.join(known)}")
+    """The error for a path that is not served here. It names the nearest that are.
+
+    Arguments:
+        known: paths that clients may be told of.
+    """
+    near = get_close_matches(path[:_MOST_COMPARED], known, n=3, cutoff=0.7)
+    served = ", ".join(near or ("/v1/chat/completions", "/v1/completions", "/v1/models"))
+    return RouteNotFound(
+        f"there is no {path[:256]} here; this gateway serves {served} and what else GET /openapi.json lists"
+    )
 
 
 def identify(headers: dict[bytes, bytes]) -> str:

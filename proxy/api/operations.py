@@ -45,6 +45,12 @@ def probes(fleet: Fleet, gate: Gate, siblings: Siblings | None = None) -> APIRou
         """Alive, whatever the backends do."""
         return {"status": "alive"}
 
+    @router.get("/ping")
+    @router.post("/ping")
+    async def ping() -> dict[str, str]:
+        """As /health, for SageMaker."""
+        return {"status": "alive"}
+
     @router.get("/ready")
     async def ready() -> dict[str, Any]:
         """200 when one prefill and one decode backend that match, or one mixed, are up; else 503 with the reason. Of

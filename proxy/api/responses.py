@@ -31,6 +31,8 @@ from proxy.settings import Settings
 
 _PATH = LAYOUTS["responses"].path
 _DIALECT = DIALECTS["responses"]
+ABSENT = frozenset({f"{_PATH}/compact", f"{_PATH}/input_tokens"})
+"""What OpenAI's API has beside stored responses, and no engine: no `POST` to a response of that name."""
 _MOST_REFUSAL = 64 * 1024  # bytes that are read of one, where events were asked for
 
 

@@ -13,11 +13,13 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy import __version__
 from proxy.api.document import complete
 from proxy.api.exchange import no_route
+from proxy.api.responses import ABSENT
 from proxy.api.siblings import Siblings
 from proxy.errors import (
     BodyTooLarge,
@@ -58,12 +60,14 @@ class Surface(FastAPI):
             version=__version__,
             description="A prefill-decode disaggregation gateway for LLM serving.",
             lifespan=lifespan,
+            redirect_slashes=False,
         )
         self._hot = hot
         self.direct = {path.encode("ascii"): app for path, app in hot.items()}
         self._offered = offered or hot.keys
         self._body_seconds = body_seconds
         self._siblings = siblings
+        self._own_paths: set[str] | None = None
         for router in routers:
             # Including it would make each of its routes a second time, and nothing of ours would be put into them.
             self.router.routes += router.routes
@@ -73,9 +77,13 @@ class Surface(FastAPI):
         self.add_exception_handler(Exception, _unexpected)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].endswith("/"):
+            scope = _without_slash(scope)
         if scope["type"] == "http" and (endpoint := self._hot.get(scope["path"])) is not None:
             await endpoint(scope, receive, send)
         elif scope["type"] == "http":
+            if scope["method"] == "HEAD":
+                scope, send = {**scope, "method": "GET"}, _without_body(send)
             receive, send = _bounded(receive, self._body_seconds), _with_request_id(send)
             if self._siblings is not None and self._siblings.repeats(scope["method"], scope["path"]):
                 await self._siblings.repeat(super().__call__, scope, receive, send)
@@ -85,14 +93,47 @@ class Surface(FastAPI):
             await super().__call__(scope, receive, send)
 
     def paths(self) -> list[str]:
-        """Every path that is served, for people who asked for another."""
-        own = self.openapi()["paths"].keys() - self._hot.keys()
-        return sorted(own | (self._hot.keys() & self._offered()))
+        """The paths that clients may be told of when they ask for another: not those of operators."""
+        if self._own_paths is None:
+            operations = {path: next(iter(item.values())) for path, item in self.openapi()["paths"].items()}
+            self._own_paths = {path for path, one in operations.items() if not _OF_OPERATORS & set(one["tags"])}
+        return sorted(self._own_paths - (self._hot.keys() - self._offered()))
+
+    def allowed(self, scope: Scope) -> str:
+        """The methods that a path takes, as in an Allow header."""
+        methods: set[str] = set()
+        for route in self.routes:
+            if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+                methods |= route.methods or set()
+        if "GET" in methods:
+            methods.add("HEAD")
+        return ", ".join(sorted(methods))
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:
             self.openapi_schema = complete(super().openapi(), self._hot)
         return self.openapi_schema
+
+
+_OF_OPERATORS = {"administration", "engines"}
+
+
+def _without_slash(scope: Scope) -> Scope:
+    """A path means the same with a slash at its end. A redirect would lose the key, or the body, of many a client."""
+    path = scope["path"].rstrip("/") or "/"
+    raw: bytes | None = scope.get("raw_path")
+    return {**scope, "path": path, "raw_path": (raw.rstrip(b"/") or b"/") if raw is not None else None}
+
+
+def _without_body(send: Send) -> Send:
+    """A `send` for the answer to HEAD, which is that to GET without its body."""
+
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_head
 
 
 _MOST_BODY = 1024 * 1024  # bytes; the longest list of backends is far below
@@ -147,10 +188,10 @@ async def _gateway_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
-    if error.status_code == 405:
-        allow = (error.headers or {}).get("allow", (error.headers or {}).get("Allow", ""))
+    if error.status_code == 405 and not (request.method == "POST" and path in ABSENT):
+        allow = request.app.allowed(request.scope)
         return answer(MethodNotAllowed(f"{path} takes {allow}", allow=allow))
-    if error.status_code == 404:
+    if error.status_code in (404, 405):
         return answer(no_route(path, request.app.paths()))
     kind = {408: RequestTimedOut, 413: BodyTooLarge}.get(error.status_code, InvalidRequest)
     return answer(kind(str(error.detail)))

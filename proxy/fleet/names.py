@@ -8,11 +8,17 @@ as OpenAI's answers to an alias of theirs name the model behind it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from difflib import get_close_matches
 from typing import Any
 
 from proxy.errors import InvalidRequest, ModelNotFound
 from proxy.fleet.fleet import Fleet
 from proxy.settings import Settings
+
+_MOST_NAMED = 8  # models that an error names
+_MOST_NAMES = 100  # ... of which the nearest are looked for
+_MOST_COMPARED = 64  # characters of a name: what it takes to compare grows with their square
+_MOST_SHOWN = 256  # characters of a name
 
 
 class Names:
@@ -56,7 +62,7 @@ class Names:
             ModelNotFound: nobody has.
         """
         if await self._find(model) != model:  # what stands in has another name, and this one is on its way already
-            raise _not_found(model)
+            raise self.not_found(model)
 
     async def _find(self, model: str) -> str:
         """A model that no engine is known to have: it may have been loaded a moment ago, as adapters are."""
@@ -65,7 +71,7 @@ class Names:
             return model
         if self._stands_in:
             return self._default
-        raise _not_found(model)
+        raise self.not_found(model)
 
     def cards(self) -> list[dict[str, Any]]:
         """The models a client can ask for, as /v1/models shows them. An alias has the root of the model that it stands
@@ -89,8 +95,13 @@ class Names:
                 return found
             if attempt == "known":
                 await self._ask()
-        raise _not_found(model)
+        raise self.not_found(model)
 
-
-def _not_found(model: str) -> ModelNotFound:
-    return ModelNotFound(f"The model `{model[:256]}` does not exist.", param="model")
+    def not_found(self, model: str) -> ModelNotFound:
+        """The error for a model that nobody has. It names those that there are, the nearest first."""
+        there = sorted(card["id"][:_MOST_SHOWN] for card in self.cards())
+        near = get_close_matches(model[:_MOST_COMPARED], there[:_MOST_NAMES], n=3) if len(there) > _MOST_NAMED else []
+        named = [*near, *(name for name in there if name not in near)][:_MOST_NAMED]
+        more = f" and {len(there) - len(named)} more (GET /v1/models)" if len(there) > len(named) else ""
+        served = f" This gateway serves {', '.join(f'`{name}`' for name in named)}{more}." if named else ""
+        return ModelNotFound(f"The model `{model[:_MOST_SHOWN]}` does not exist.{served}", param="model")

@@ -139,7 +139,10 @@ async def test_errors_are_the_clients_own_exceptions() -> None:
             await client.messages.create(model="other", max_tokens=2, messages=MESSAGES)
         assert missing.value.body == {
             "type": "error",
-            "error": {"type": "not_found_error", "message": "The model `other` does not exist."},
+            "error": {
+                "type": "not_found_error",
+                "message": "The model `other` does not exist. This gateway serves `sim`.",
+            },
         }
         with pytest.raises(anthropic.BadRequestError, match="max_tokens must be positive"):
             await client.messages.create(model="sim", max_tokens=0, messages=MESSAGES)

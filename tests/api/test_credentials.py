@@ -121,7 +121,7 @@ async def test_every_route_of_operators_is_guarded() -> None:
                 assert (await running.http.get(path, headers=headers)).status_code == 403, (path, headers)
         guarded = {*CHANGES, *LOOKS}
         for route in running.gateway.surface.routes:  # one that is added later is on neither list
-            named = getattr(route, "path", "").replace("{name:path}", "127.0.0.1:9")
+            named = getattr(route, "path", "").replace("{name:backend}", "127.0.0.1:9")
             tags = getattr(route, "tags", [])
             assert named in guarded or not {"administration", "engines"} & set(tags) or named == "/v1/metaserver", named
 

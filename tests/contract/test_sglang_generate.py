@@ -367,7 +367,7 @@ async def test_metrics_are_those_of_every_route() -> None:
 async def test_the_route_is_there_where_such_engines_are() -> None:
     async with fleet(CASE) as (running, _, _):
         assert PATH in (await running.http.get("/openapi.json")).json()["paths"]
-        assert PATH in (await running.http.post("/nothing")).json()["error"]["message"]
+        assert PATH in (await running.http.post("/generat")).json()["error"]["message"]
         assert (await running.http.get(PATH)).status_code == 405
     async with simulators("prefill", "decode") as [p, d], running_gateway([p.url], [d.url]) as running:
         answer = await running.http.post(PATH, json=body())
