@@ -25,9 +25,10 @@ from proxy import errors  # noqa: E402 - the checkout's own package, installed o
 from proxy.admission.admission import Admission  # noqa: E402
 from proxy.flags import flag  # noqa: E402
 from proxy.fleet.fleet import Fleet  # noqa: E402
-from proxy.settings import CONFIG_VARIABLE, PREFIX, ClientSettings, Group, Settings, leaves  # noqa: E402
+from proxy.settings import ClientSettings, Group, Settings, leaves  # noqa: E402
 from proxy.telemetry.admission import AdmissionSink  # noqa: E402
 from proxy.telemetry.prometheus import PrometheusSink  # noqa: E402
+from proxy.variables import CONFIG_VARIABLE, variable  # noqa: E402
 
 NONE = "\N{EN DASH}"
 NOTE = "<!-- Written by docs/reference.py from the code. Do not edit; run it again. -->\n"
@@ -116,7 +117,7 @@ def settings_page() -> str:
         rows = [
             (
                 f"`{name}`",
-                f"`{PREFIX}{name.upper().replace('.', '__')}`",
+                f"`{variable(name)}`",
                 f"`{flag(name)}`",
                 default(field),
                 meaning(field),

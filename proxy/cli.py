@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from proxy import __version__, flags
-from proxy.configuration import ConfigurationError, configure, did_you_mean
+from proxy.configuration import ConfigurationError, did_you_mean, gather
+
+log = logging.getLogger("pd_proxy")
 
 EXIT_USAGE = 2
 EXIT_FAILED = 1
@@ -79,6 +82,7 @@ def _add_check(commands: Any) -> None:
     check = commands.add_parser("check", help="say what is wrong with a settings file, and where", allow_abbrev=False)
     check.add_argument("file", type=Path, help="YAML file of settings")
     check.add_argument("--probe", action="store_true", help="ask the engines too; exit as doctor does")
+    check.add_argument("--strict", action="store_true", help="exit with 1 when there are warnings")
     check.set_defaults(run=_check)
 
 
@@ -116,10 +120,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     from proxy.telemetry.logs import set_up_logging
 
     given, notices = flags.given(arguments)
-    settings = configure(given, arguments.config)
+    configuration = gather(given, arguments.config)
+    settings = configuration.settings
     set_up_logging(settings.log_level, settings.log_format)
-    for notice in notices:
-        print(f"pd-proxy: {notice}", file=sys.stderr)
+    for notice in (*notices, *configuration.notes):
+        log.info("%s", notice)
+    for warning in (*flags.secrets_in(arguments), *configuration.warnings):
+        log.warning("%s", warning)
     try:
         return serve(settings)
     except ListenError as error:
@@ -128,32 +135,42 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    settings = configure({}, arguments.file)
+    configuration = gather({}, arguments.file)
+    settings, warnings = configuration.settings, configuration.warnings
+    for note in configuration.notes:
+        print(f"pd-proxy: note: {note}", file=sys.stderr)
+    for warning in warnings:
+        print(f"pd-proxy: warning: {warning}", file=sys.stderr)
     groups = [
         group
         for group in settings.all_groups()
         if not settings.groups or group.prefill or group.decode or group.mixed or group.encode
     ]
+    verdict = f"{len(warnings)} warning(s)" if warnings else "good"
     for group in groups:
         roles = ("prefill", "decode", "mixed", *(["encode"] if group.encode else []))
         pools = ", ".join(f"{len(getattr(group, role))} {role}" for role in roles)
         named = f"group {group.name}: " if settings.groups else ""
-        print(f"{arguments.file}: good. {named}{pools} backend(s), connector {group.connector}, port {settings.port}")
+        told = f"{pools} backend(s), connector {group.connector}, port {settings.port}"
+        print(f"{arguments.file}: {verdict}. {named}{told}")
+    status = EXIT_FAILED if warnings and arguments.strict else 0
     if arguments.probe:
         from proxy.doctor import command
 
-        return command.run(settings, pairs=0)
-    return 0
+        return command.run(settings, pairs=0) or status
+    return status
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from proxy.doctor import command
 
     given, notices = flags.given(arguments)
-    settings = configure(given, arguments.config)
-    for notice in notices:
-        print(f"pd-proxy: {notice}", file=sys.stderr)
-    return command.run(settings, pairs=arguments.pairs, as_json=arguments.json)
+    configuration = gather(given, arguments.config)
+    for notice in (*notices, *configuration.notes):
+        print(f"pd-proxy: note: {notice}", file=sys.stderr)
+    for warning in (*flags.secrets_in(arguments), *configuration.warnings):
+        print(f"pd-proxy: warning: {warning}", file=sys.stderr)
+    return command.run(configuration.settings, pairs=arguments.pairs, as_json=arguments.json)
 
 
 if __name__ == "__main__":

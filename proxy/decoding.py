@@ -83,6 +83,24 @@ def decode_python_json(raw: bytes | str) -> Any:
         raise _error(error) from None
 
 
+def decode_json_once(raw: bytes | str) -> Any:
+    """JSON in which no name of an object is given twice: what people write, where the second would win in silence.
+
+    Raises:
+        Undecodable
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name is given twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(raw, object_pairs_hook=unique)
+    except _WRONG as error:
+        raise _error(error) from None
+
+
 def decode_text(raw: bytes | bytearray, encoding: str = "utf-8") -> str:
     """Text in one encoding.
 

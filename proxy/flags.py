@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from proxy import drop_in
-from proxy.settings import Group, Settings, leaves
+from proxy.settings import REFERENCES, Group, Settings, leaves
+from proxy.variables import variable
 
 COMMON = (
     *("host", "port", "workers", "prefill", "decode", "mixed", "kind", "connector"),
@@ -46,6 +48,7 @@ _SECTIONS = {
 """The settings that are in no group, by what they are about. What is missing here is shown under "other"."""
 _SCRIPT = "example-script"
 _REPEATED = ("prefill", "decode", "mixed", "encode", "api_keys")
+_SECRETS = ("api_keys", "admin_key", "backend_api_key", "handoff_key", "clients")
 _DESTINATION = "setting:"
 _HELP = ("-h", "--help")
 _HELP_ABOUT = "show this help; all: every setting; SECTION: those of one section"
@@ -121,6 +124,25 @@ def given(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             branch = branch.setdefault(group, {})
         branch[leaf] = ",".join(value) if isinstance(value, list) else value
     return tree, drop_in.translate(arguments, tree)
+
+
+def secrets_in(arguments: argparse.Namespace) -> list[str]:
+    """A warning for each secret that was typed as a flag, where every user of the machine can read it."""
+    return [
+        f"{flag(name)}: every user of this machine can read it in the list of processes; use {flag(name)} file:PATH, "
+        f"{flag(name)} env:NAME, {variable(name)} or the settings file"
+        for name in _SECRETS
+        if (value := getattr(arguments, f"{_DESTINATION}{name}", None)) is not None and not _only_refers(value)
+    ]
+
+
+def _only_refers(value: str | list[str]) -> bool:
+    """Whether there are references to secrets alone: `file:PATH`, `env:NAME`."""
+    text = ",".join(value) if isinstance(value, list) else value
+    if text.lstrip().startswith("["):  # clients, as JSON
+        keys = re.findall(r'"key"\s*:\s*"([^"]*)', text)
+        return all(key.startswith(REFERENCES) for key in keys)
+    return all(part.strip().startswith(REFERENCES) for part in text.split(","))
 
 
 def _add_config(parser: argparse._ActionsContainer) -> None:

@@ -73,8 +73,6 @@ def serve(settings: Settings) -> int:
     files = raise_file_limit()
     listeners = _listeners(settings)
     _warn_of_operators(settings)
-    if not _has_backends(settings) and not settings.zmq.networks:
-        log.warning("no backend is configured (--prefill, --decode, --mixed); they can be added at /instances/add")
     wanted = settings.limits.connections or 0
     if wanted > settings.workers * connection_limit(files):
         log.warning("limits.connections is %d; streams on all of them need %d files, not %d", wanted, 3 * wanted, files)

@@ -3,27 +3,41 @@
 A setting has one name everywhere: `timeouts.prefill` in the file, `PD_PROXY_TIMEOUTS__PREFILL` in the environment,
 `--timeouts.prefill` as a flag. Flags win over the environment, the environment over the file. Unknown keys are refused
 in all three, since a misspelt setting that is silently ignored is found in production.
+
+A secret may be a reference instead, so that it stands in no process list and in no file of settings: `file:PATH` or
+`env:VARIABLE`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from functools import cache
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
-from typing import Annotated, Any, Literal, cast
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from proxy.decoding import decode_json
+from proxy.decoding import decode_json_once
+from proxy.variables import merge, read_variables
 
-PREFIX = "PD_PROXY_"
-CONFIG_VARIABLE = "PD_PROXY_CONFIG"
-"""The variable that names the file; the only one with the prefix that is no setting."""
-
-Seconds = Annotated[float, Field(gt=0)]
+_LONGEST = 366 * 86400.0  # seconds; far beyond it event loops refuse to wait
+Seconds = Annotated[float, Field(gt=0, le=_LONGEST)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=_LONGEST)]
 KindName = Literal["vllm", "sglang", "tensorrt_llm", "nim", "openai"]
 ConnectorName = Literal[
     "nixl",
@@ -48,32 +62,68 @@ REGISTER = {"moriio_read", "moriio_write", "p2p_nccl"}
 PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
 
 
+class Misfit(ValueError):
+    """A value that is good by itself does not go with another one.
+
+    Attributes:
+        setting: the dotted name of one of the two, with the number of an item where it is a list.
+    """
+
+    def __init__(self, setting: str, text: str) -> None:
+        super().__init__(text)
+        self.setting = setting
+
+
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:/|https?([:/]|$)", re.IGNORECASE)
+_ROUTE = re.compile(r"/(v\d+/(chat/)?(completions|models|messages|responses|embeddings)|health|metrics|ping|generate)")
+
+
 def backend_url(value: str) -> str:
     """A backend's URL in its one form: scheme and host in lower case, explicit port kept, no trailing slash."""
     text = value.strip()
+    shown = repr(value.rpartition("@")[2].partition("?")[0])  # what stands before or behind may be a secret
     if "://" not in text:
+        if _SCHEME.match(text):
+            raise ValueError(f"{shown}: two slashes stand behind the scheme and its colon, as in http://host:port")
         text = f"http://{text}"
     if not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError(
-            f"{value!r}: a backend's URL is plain ASCII without spaces (an international host in punycode)"
-        )
+        raise ValueError(f"{shown}: a backend's URL is plain ASCII without spaces (an international host in punycode)")
     parts = urlsplit(text)
     if parts.scheme.lower() not in ("http", "https"):
-        raise ValueError(f"{value!r}: a backend is http://host:port or https://host:port")
+        raise ValueError(f"{shown}: a backend is http://host:port or https://host:port")
     if not parts.hostname:
-        raise ValueError(f"{value!r} names no host")
+        raise ValueError(f"{shown} names no host")
     try:
         port = parts.port
     except ValueError:
         port = 0
     if port == 0:
         raise ValueError(f"{parts.hostname}: the port must be a number from 1 to 65535")
-    if parts.username or parts.password:
+    if parts.username is not None or parts.password is not None:
         raise ValueError(f"{parts.hostname}: credentials do not belong in a backend's URL; set backend_api_key")
     if parts.query or parts.fragment:
-        raise ValueError(f"{value!r}: a backend's URL has no query and no fragment")
+        raise ValueError(f"{shown}: a backend's URL has no query and no fragment")
+    if parts.netloc.endswith(":"):
+        raise ValueError(f"{parts.hostname}: a colon without a port")
+    _check_host(parts.hostname, bracketed="[" in parts.netloc)
     path = parts.path.rstrip("/").removesuffix("/v1")  # a base_url pasted from a client's settings
+    if _ROUTE.fullmatch(path):
+        raise ValueError(f"{shown}: {path} is one of an engine's routes; a backend's URL ends before it")
+    if "//" in parts.path.rstrip("/") + "/":
+        raise ValueError(f"{shown}: there is an empty part in its path")
     return f"{parts.scheme.lower()}://{parts.netloc.lower()}{path}"
+
+
+def _check_host(host: str, *, bracketed: bool = False) -> None:
+    """Raise unless it is a name or an address."""
+    if bracketed or re.fullmatch(r"[0-9.]+", host):
+        try:
+            ip_address(host.partition("%")[0])
+        except ValueError:
+            raise ValueError(f"{host} is no IP address") from None
+    elif not _HOST.fullmatch(host) or ".." in host:
+        raise ValueError(f"{host!r} is no name of a host")
 
 
 def _split(value: object) -> object:
@@ -90,7 +140,7 @@ def _parsed(shape: str) -> BeforeValidator:
         if not isinstance(value, str):
             return value
         try:
-            return decode_json(value)
+            return decode_json_once(value)
         except ValueError:  # said without the text, since there are keys in it
             raise ValueError(f"as a variable or a flag this is a JSON list: {shape}") from None
 
@@ -102,16 +152,106 @@ def _network(value: object) -> IPv4Network | IPv6Network:
 
 
 Networks = Annotated[
-    tuple[Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)], ...], NoDecode, BeforeValidator(_split)
+    tuple[Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)], ...], BeforeValidator(_split)
 ]
-BackendUrls = Annotated[tuple[Annotated[str, AfterValidator(backend_url)], ...], NoDecode, BeforeValidator(_split)]
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+BackendUrls = Annotated[tuple[Annotated[str, AfterValidator(backend_url)], ...], BeforeValidator(_split)]
+_IN_FILE = "file:"
+_IN_VARIABLE = "env:"
+REFERENCES = (_IN_FILE, _IN_VARIABLE)
+"""How a secret begins that is not given itself, but by where it is."""
+_PLACEHOLDER = re.compile(r"\$\{\w+[^}]*\}|\$\(\w+\)|\$[A-Z][A-Z0-9_]*|\{\{.*\}\}|<[\w -]+>")
+
+
+def _secrets(value: object, info: ValidationInfo) -> object:
+    """Several secrets: a list, or one string with commas. A file may hold several, one a line."""
+    items = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        return value
+    found: list[object] = []
+    for item in items:
+        if isinstance(item, str) and item.startswith(_IN_FILE):
+            found += [line.strip() for line in _referred(item, info).splitlines() if line.strip()]
+        else:
+            found.append(item)
+    return found
+
+
+def _secret(value: object, info: ValidationInfo) -> object:
+    """A secret, from where it is if it was not given itself. None without characters: that one everybody has."""
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if not isinstance(value, str):
+        return value
+    value = _referred(value, info)
+    if not value.strip():
+        raise ValueError("an empty secret is none; for none leave the setting out")
+    if _PLACEHOLDER.fullmatch(value):
+        raise ValueError("this is a placeholder that nobody has replaced; a secret may also be file:PATH or env:NAME")
+    if value != value.strip() or not value.isascii() or not value.isprintable():
+        raise ValueError("a secret is printable ASCII without spaces around it, since it is sent in a header")
+    return value
+
+
+def _referred(value: str, info: ValidationInfo) -> str:
+    """What `file:PATH` or `env:VARIABLE` names; else the value itself."""
+    text = value
+    if value.startswith(_IN_VARIABLE):
+        where = value.removeprefix(_IN_VARIABLE)
+        text = _environment(info).get(where, "")
+        where = f"the variable {where}"
+    elif value.startswith(_IN_FILE):
+        where = value.removeprefix(_IN_FILE)
+        try:
+            text = Path(where).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ValueError(f"{where}: {error.strerror}") from None
+        except ValueError:  # a null byte in the path, or bytes that are no text
+            raise ValueError(f"{where}: it is not UTF-8 text") from None
+    if text is not value and not text.strip():
+        raise ValueError(f"{where} is empty or not there")
+    return text
+
+
+def _environment(info: ValidationInfo) -> Mapping[str, str]:
+    return cast("Mapping[str, str]", (info.context or {}).get("environment", os.environ))
+
+
+Secret = Annotated[SecretStr, BeforeValidator(_secret)]
+Secrets = Annotated[tuple[Secret, ...], BeforeValidator(_secrets)]
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The words that a setting may have, where these are all."""
+    parts = get_args(annotation)
+    return parts if parts and all(isinstance(part, str) for part in parts) else ()
+
+
+def _is_number(annotation: Any) -> bool:
+    parts = get_args(annotation)
+    return annotation in (int, float) or bool(_choices(annotation) == () and any(map(_is_number, parts)))
 
 
 class Group(BaseModel):
     """A group of settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: object, info: ValidationInfo) -> object:
+        """Words in any case, with hyphens or underscores; `off`, which YAML takes for false. No number is a yes."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool):
+            if _is_number(annotation):
+                raise ValueError(f"must be a number, not {str(value).lower()}")
+            word = "on" if value else "off"
+            return word if word in _choices(annotation) else value
+        if isinstance(value, str) and (choices := _choices(annotation)):
+            word = value.strip().lower().replace("-", "_")
+            return word if word in choices else value
+        if value is None and isinstance(annotation, type) and issubclass(annotation, Group):
+            return {}  # a group whose members are all commented out
+        return value
 
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -170,9 +310,9 @@ def _mapped(value: object) -> object:
 
 
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
-Aliases = Annotated[dict[ModelName, ModelName], NoDecode, BeforeValidator(_mapped)]
-Groups = Annotated[tuple[BackendGroup, ...], NoDecode, _parsed('[{"name": "…", "prefill": ["…"], "decode": ["…"]}]')]
-Locations = Annotated[tuple[Location, ...], NoDecode, _parsed('[{"backend": "…", "port": …}]')]
+Aliases = Annotated[dict[ModelName, ModelName], BeforeValidator(_mapped)]
+Groups = Annotated[tuple[BackendGroup, ...], _parsed('[{"name": "…", "prefill": ["…"], "decode": ["…"]}]')]
+Locations = Annotated[tuple[Location, ...], _parsed('[{"backend": "…", "port": …}]')]
 
 
 class Policies(Group):
@@ -257,7 +397,9 @@ class BreakerSettings(Group):
     panic_threshold: float = Field(
         0.3, ge=0, le=1, description="share of a pool that must be fit, lest ejections be ignored"
     )
-    slow_start: float = Field(30.0, ge=0, description="seconds in which a backend that returns gets its full load back")
+    slow_start: SecondsOrZero = Field(
+        30.0, description="seconds in which a backend that returns gets its full load back"
+    )
 
 
 class Retries(Group):
@@ -296,7 +438,7 @@ class ClientSettings(Group):
     """A client with a name."""
 
     name: str = Field(pattern=_NAME, description="what metrics and logs call it; letters, digits, ._-")
-    key: SecretStr = Field(min_length=1, description="what it sends as a bearer token")
+    key: Secret = Field(description="what it sends as a bearer token")
     weight: float = Field(
         1.0, ge=0.01, le=100, description="its share of what is free, beside others of its priority that wait too"
     )
@@ -305,14 +447,18 @@ class ClientSettings(Group):
     tokens: int | None = Field(None, ge=1, description="tokens of these")
 
 
-Clients = Annotated[tuple[ClientSettings, ...], NoDecode, _parsed('[{"name": "…", "key": "…"}]')]
+Clients = Annotated[tuple[ClientSettings, ...], _parsed('[{"name": "…", "key": "…"}]')]
 
 
 class Shutdown(Group):
     """What SIGTERM does."""
 
-    delay: float = Field(0.0, ge=0, description="seconds to serve on with /ready at 503, so that load balancers see it")
-    grace: float = Field(120.0, ge=0, description="seconds for running requests to end; then their streams are closed")
+    delay: SecondsOrZero = Field(
+        0.0, description="seconds to serve on with /ready at 503, so that load balancers see it"
+    )
+    grace: SecondsOrZero = Field(
+        120.0, description="seconds for running requests to end; then their streams are closed"
+    )
 
 
 def _socket_address(value: str) -> str:
@@ -391,18 +537,30 @@ class Metaserver(Group):
     allow: Networks = Field((), description="networks from which engines may call; none named: any address")
 
 
-class Settings(BaseSettings):
+def _listening_host(value: str) -> str:
+    text = value.strip()
+    if text == "*":
+        raise ValueError("all addresses are 0.0.0.0, or :: for IPv6")
+    if "://" in text or "/" in text or re.fullmatch(r"[^:]*:\d*|\[.*\]:\d*", text):
+        raise ValueError(f"{value!r}: a host alone, without scheme and port")
+    host = text.removeprefix("[").removesuffix("]")
+    if not host:
+        raise ValueError("must not be empty; all addresses are 0.0.0.0")
+    _check_host(host, bracketed=":" in host)
+    return host
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one port cannot be bound at both addresses."""
+    return one == other or not {"0.0.0.0", "::"}.isdisjoint((one, other))  # noqa: S104 - compared
+
+
+class Settings(Group):
     """Everything that can be set."""
 
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        env_prefix=PREFIX,
-        env_nested_delimiter="__",
-        nested_model_default_partial_update=True,
+    host: Annotated[str, AfterValidator(_listening_host)] = Field(
+        "127.0.0.1", description="address to listen on; 0.0.0.0 for all (the Docker image sets it)"
     )
-
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all (the Docker image sets it)")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     reuse_port: bool = Field(
         False, description="let a new gateway of the same user listen beside this one, to take over from it"
@@ -476,7 +634,7 @@ class Settings(BaseSettings):
     clients: Clients = Field(
         (), description="clients with names, keys, and bounds and shares of their own, beside api_keys"
     )
-    admin_key: SecretStr | None = Field(
+    admin_key: Secret | None = Field(
         None,
         description="key for what operators do (/admin, /instances, /reset_prefix_cache, the profiler); none: this "
         "machine's own programs may look, and nobody may change anything but at admin_socket",
@@ -484,8 +642,8 @@ class Settings(BaseSettings):
     admin_socket: SocketPath = Field(
         "", description="path of a unix socket, for the gateway's own user, at which operators need no key; empty: none"
     )
-    backend_api_key: SecretStr | None = Field(None, description="bearer token the gateway sends to the backends")
-    handoff_key: SecretStr | None = Field(
+    backend_api_key: Secret | None = Field(None, description="bearer token the gateway sends to the backends")
+    handoff_key: Secret | None = Field(
         None, description="key shared with TensorRT-LLM's generation servers, with which hand-offs to them are signed"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
@@ -497,62 +655,99 @@ class Settings(BaseSettings):
         seen: dict[str, str] = {}
         names = [group.name for group in self.all_groups()]
         if len(names) != len(set(names)):
-            raise ValueError(f"groups: each has a name of its own, and none is {DEFAULT_GROUP}")
-        for group in self.all_groups():
+            raise Misfit("groups", f"groups: each has a name of its own, and none is {DEFAULT_GROUP}")
+        for position, group in enumerate(self.all_groups(), -1):
             for role in ("prefill", "decode", "mixed", "encode"):
                 place = role if group.name == DEFAULT_GROUP else f"{role} of group {group.name}"
-                for url in getattr(group, role):
+                for item, url in enumerate(getattr(group, role)):
                     if url in seen:
                         where = f"twice under {place}" if seen[url] == place else f"under {seen[url]} and under {place}"
-                        raise ValueError(f"{url} is listed {where}; a backend has one role (use mixed for both)")
+                        setting = f"{role}.{item}" if position < 0 else f"groups.{position}.{role}.{item}"
+                        raise Misfit(setting, f"{url} is listed {where}; a backend has one role (use mixed for both)")
                     seen[url] = place
-        for location in self.locations:
+        for item, location in enumerate(self.locations):
             if location.backend not in seen:
-                raise ValueError(f"locations: {location.backend} is no backend of this gateway")
+                raise Misfit(
+                    f"locations.{item}.backend", f"locations: {location.backend} is no backend of this gateway"
+                )
         if len({location.backend for location in self.locations}) != len(self.locations):
-            raise ValueError("locations: a backend is listed twice")
+            raise Misfit("locations", "locations: a backend is listed twice")
         return self
 
     @model_validator(mode="after")
     def _names_lead_somewhere(self) -> Settings:
         for alias, model in self.aliases.items():
             if model in self.aliases:
-                raise ValueError(f"aliases: {alias} stands for {model}, which is an alias itself; name the model")
+                raise Misfit(
+                    f"aliases.{alias}", f"aliases: {alias} stands for {model}, which is an alias itself; name the model"
+                )
         if self.unknown_model == "default" and not self.default_model:
-            raise ValueError("unknown_model: default needs a default_model")
+            raise Misfit("unknown_model", "unknown_model: default needs a default_model")
         return self
 
     @model_validator(mode="after")
     def _engines_are_heard(self) -> Settings:
         if self.zmq.group not in {group.name for group in self.all_groups()}:
-            raise ValueError(f"zmq.group: there is no group {self.zmq.group}")
+            raise Misfit("zmq.group", f"zmq.group: there is no group {self.zmq.group}")
         located = {location.backend: location for location in self.locations}
         for group in self.all_groups():
             joined = bool(self.zmq.networks) and group.name == self.zmq.group
             if joined and group.connector not in REGISTER:
-                raise ValueError(f"zmq.networks: engines of {group.connector} (group {group.name}) do not register")
+                raise Misfit(
+                    "zmq.networks", f"zmq.networks: engines of {group.connector} (group {group.name}) do not register"
+                )
             if group.connector not in SENDS_NOTICES | REGISTER or not (group.prefill or group.decode or joined):
                 continue
             if self.reuse_port or self.workers > 1:
                 other = "reuse_port" if self.reuse_port else "several workers"
-                raise ValueError(f"{group.connector}: not with {other}, since engines tell one process only")
+                raise Misfit(
+                    "reuse_port" if self.reuse_port else "workers",
+                    f"{group.connector}: not with {other}, since engines tell one process only",
+                )
             if group.connector in REGISTER:
                 if not self.zmq.registrations:
-                    raise ValueError(f"{group.connector}: zmq.registrations must be set, where its engines register")
+                    raise Misfit(
+                        "connector", f"{group.connector}: zmq.registrations must be set, where its engines register"
+                    )
                 continue
             if not self.zmq.notices:
-                raise ValueError(f"{group.connector}: zmq.notices must be set, where its prefill says that it is done")
+                raise Misfit(
+                    "connector", f"{group.connector}: zmq.notices must be set, where its prefill says that it is done"
+                )
             for url in group.decode:
                 location = located.get(url) or Location.model_construct(backend=url)
                 if not location.init_ports or len(location.alloc_ports) != len(location.init_ports):
-                    raise ValueError(
+                    raise Misfit(
+                        "decode",
                         f"{group.connector}: {url} needs init_ports and as many alloc_ports in locations, "
-                        "one for each of its tensor-parallel ranks"
+                        "one for each of its tensor-parallel ranks",
                     )
                 if location.query_ports and len(location.query_ports) != len(location.init_ports):
-                    raise ValueError(
-                        f"{group.connector}: {url} has fewer or more query_ports than init_ports in locations"
+                    raise Misfit(
+                        "locations",
+                        f"{group.connector}: {url} has fewer or more query_ports than init_ports in locations",
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Settings:
+        if self.port and self.metrics.port == self.port:
+            raise Misfit("metrics.port", f"metrics.port: {self.port} is taken by port; leave it out for /metrics there")
+        bound = [("port", self.host, self.port), ("metrics.port", self.host, self.metrics.port)]
+        for name, address in (("zmq.notices", self.zmq.notices), ("zmq.registrations", self.zmq.registrations)):
+            parts = urlsplit(f"//{address}")
+            for other, host, port in bound:
+                if port and port == parts.port and _overlap(host, parts.hostname or ""):
+                    raise Misfit(name, f"{name}: {port} is taken by {other}")
+            bound.append((name, parts.hostname or "", parts.port))
+        if self.breaker.ejection > self.breaker.longest_ejection:
+            raise Misfit("breaker.ejection", "breaker.ejection: it is above breaker.longest_ejection")
+        for position, group in enumerate(self.all_groups(), -1):
+            if group.kind == "openai" and group.prefill and group.decode:
+                raise Misfit(
+                    "kind" if position < 0 else f"groups.{position}.kind",
+                    "kind: backends of kind openai hand nothing over; list them under mixed, or say what they are",
+                )
         return self
 
     def all_groups(self) -> list[BackendGroup]:
@@ -572,9 +767,10 @@ class Settings(BaseSettings):
     def _can_be_called_back(self) -> Settings:
         used = CALLED_BACK.intersection(group.connector for group in self.all_groups())
         if used and self.metaserver.url is None:
-            raise ValueError(
+            raise Misfit(
+                "connector",
                 f"metaserver.url: decode engines that speak {', '.join(sorted(used))} call the gateway back; set the "
-                "URL at which they reach this one"
+                "URL at which they reach this one",
             )
         return self
 
@@ -584,9 +780,9 @@ class Settings(BaseSettings):
         for place, (name, secret) in enumerate(self.client_keys()):
             other = keys.setdefault(secret.get_secret_value(), name)
             if name in names:
-                raise ValueError(f"clients: two of them are named {name}")
+                raise Misfit("clients", f"clients: two of them are named {name}")
             if other != name and place >= len(self.api_keys):  # the same key twice in api_keys harms nobody
-                raise ValueError(f"clients: {other} and {name} have the same key")
+                raise Misfit("clients", f"clients: {other} and {name} have the same key")
             names.add(name)
         return self
 
@@ -614,55 +810,28 @@ class Settings(BaseSettings):
         numbered = [(f"key-{number}", key) for number, key in enumerate(self.api_keys, 1)]
         return numbered + [(client.name, client.key) for client in self.clients]
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # Flags come in as the call's arguments; the file as one argument, `_File`, which ranks last.
-        flags = init_settings
-        file = _FileSource(settings_cls, cast("dict[str, Any]", getattr(flags, "init_kwargs", {})).pop(_FILE, {}))
-        return flags, env_settings, file
 
-
-_FILE = "file_values"
-
-
-class _FileSource(PydanticBaseSettingsSource):
-    """The file's values, read by the caller (who knows their lines)."""
-
-    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, Any]) -> None:
-        super().__init__(settings_cls)
-        self._values = values
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return self._values.get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return self._values
-
-
-def build_settings(flags: Mapping[str, Any], file_values: Mapping[str, Any]) -> Settings:
+def build_settings(
+    flags: Mapping[str, Any], file_values: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> Settings:
     """The settings from flags, environment and file.
 
     Arguments:
         flags, file_values: nested mappings of setting names.
+        environment: the process's own, where none is given.
     Raises:
         pydantic.ValidationError: a value is wrong or a key unknown.
     """
-    return Settings(**{**flags, _FILE: dict(file_values)})
+    environment = os.environ if environment is None else environment
+    variables = read_variables(environment, setting_names())
+    values = merge(merge(merge(variables.defaults, file_values), variables.values), flags)
+    return Settings.model_validate(values, context={"environment": environment})
 
 
-def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Variables with our prefix that name no setting."""
-    known = {PREFIX + name.upper().replace(".", "__") for name, _ in leaves()} | {CONFIG_VARIABLE}
-    groups = {PREFIX + name.upper() for name, field in Settings.model_fields.items() if _is_group(field)}
-    ours = {name: name.upper() for name in environment if name.upper().startswith(PREFIX)}
-    return sorted(name for name, upper in ours.items() if upper not in known | groups)
+@cache
+def setting_names() -> frozenset[str]:
+    """The dotted names of all settings."""
+    return frozenset(name for name, _ in leaves())
 
 
 def leaves(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[str, FieldInfo]]:

@@ -14,7 +14,8 @@ ABOVE_FLOW = {"errors", "settings", "handoff", "placement", "fleet", "admission"
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "decoding": set(),
-    "settings": {"errors"},
+    "variables": set(),
+    "settings": {"errors", "variables"},
     "handoff": {"errors"},
     "placement": {"errors"},
     "fleet": {"errors", "settings", "handoff.coordinates"},
@@ -42,6 +43,8 @@ UNBOUND = {
     "settings_file",
     "drop_in",
     "flags",
+    "advice",
+    "wording",
 }
 """Top-level modules that put the rooms together and so may import what they need."""
 

@@ -82,7 +82,7 @@ def test_check_says_in_which_line_a_group_or_an_alias_is_wrong(run: Run, tmp_pat
     assert sorted(err.splitlines()) == [
         f"pd-proxy: {file}:3: groups.conector: no such setting (did you mean groups.connector?)",
         f"pd-proxy: {file}:5: groups.prefill: a: the port must be a number from 1 to 65535",
-        f"pd-proxy: {file}:7: aliases.a: input should be a valid string, not 7",
+        f"pd-proxy: {file}:7: aliases.a: must be text, not 7; put it in quotes",
     ]
 
 
@@ -93,7 +93,7 @@ def test_check_of_a_wrong_file_says_where_and_exits_with_2(run: Run, tmp_path: P
     assert (status, out) == (2, "")
     assert sorted(err.splitlines()) == [
         f"pd-proxy: {file}:3: timeouts.idel: no such setting (did you mean timeouts.idle?)",
-        f"pd-proxy: {file}:4: log_level: input should be 'debug', 'info', 'warning' or 'error', not 'loud'",
+        f"pd-proxy: {file}:4: log_level: must be debug, info, warning or error, not 'loud'",
     ]
 
 
@@ -183,10 +183,10 @@ def test_the_scripts_tutorial_line_works(run: Run, served: list[Settings]) -> No
     [
         ("--port many", "pd-proxy: flag --port: port: "),
         ("--decode ftp://x", "pd-proxy: flag --decode: decode: 'ftp://x': a backend is "),
-        ("--timeouts.idle 0", "pd-proxy: flag --timeouts.idle: timeouts.idle: input should be greater than 0"),
+        ("--timeouts.idle 0", "pd-proxy: flag --timeouts.idle: timeouts.idle: must be above 0, not '0'"),
         ("--prefiller-hosts a b --prefiller-ports 1", "pd-proxy: --prefiller-hosts names 2 host(s)"),
         ("--config /no/such/file", "pd-proxy: /no/such/file: No such file or directory"),
-        ("--decode a:1 --mixed a:1", "pd-proxy: http://a:1 is listed under decode and under mixed"),
+        ("--decode a:1 --mixed a:1", "pd-proxy: flag --mixed: http://a:1 is listed under decode and under mixed"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_status_2(run: Run, served: list[Settings], line: str, says: str) -> None:

@@ -138,7 +138,8 @@ async def test_a_taken_port_is_said_in_one_line() -> None:
     async with served("--decode", "http://127.0.0.1:9") as gateway:
         port = gateway.url.rsplit(":", 1)[1]
         second = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "proxy.cli", "serve", "--port", port, stderr=asyncio.subprocess.PIPE
+            *(sys.executable, "-m", "proxy.cli", "serve", "--port", port, "--mixed", "http://127.0.0.1:9"),
+            stderr=asyncio.subprocess.PIPE,
         )
         _, said = await second.communicate()
         assert second.returncode == 1

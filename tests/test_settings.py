@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from proxy.handoff.registry import CONNECTORS
-from proxy.settings import REGISTER, SENDS_NOTICES, Settings, backend_url, build_settings, leaves, unknown_variables
+from proxy.settings import REGISTER, SENDS_NOTICES, Settings, backend_url, build_settings, leaves
 
 PORTS = st.integers(1, 65535)
 HOSTS = st.from_regex(r"[a-z][a-z0-9-]{0,10}(\.[a-z][a-z0-9]{0,5}){0,2}", fullmatch=True) | st.just("[::1]")
@@ -58,6 +58,31 @@ def test_a_backends_one_form_is_kept_as_it_is(host: str, port: int, path: str) -
         ("http://host/?x=1", "no query"),
         ("http://host#x", "no fragment"),
         ("http://me:secret@host", "credentials do not belong"),
+        ("http://:secret@host", "credentials do not belong"),
+        ("http:/me:secret@host:1", "two slashes"),
+        ("http:/a:1", "two slashes"),
+        ("HTTP:/a:1", "two slashes"),
+        ("https:/a", "two slashes"),
+        ("http:a:1", "two slashes"),
+        ("http//a:1", "two slashes"),
+        ("ftp:/a:1", "two slashes"),
+        ("://a:1", "backend is http://"),
+        ("//a:1", "names no host"),
+        ("http://a:", "a colon without a port"),
+        ("http://a:1:2", "the port must be a number"),
+        ("http://10.0.0.256:1", "no IP address"),
+        ("http://10.0.0:1", "no IP address"),
+        ("http://[::zz]:1", "IP"),
+        ("http://a..b:1", "no name of a host"),
+        ("http://-a:1", "no name of a host"),
+        ("http://*:1", "no name of a host"),
+        ("http://$(HOST):1", "no name of a host"),
+        ("http://{{ host }}:1", "without spaces"),
+        ("http://<decode>:1", "no name of a host"),
+        ("http://a:1/v1/chat/completions", "one of an engine's routes"),
+        ("http://a:1/health", "one of an engine's routes"),
+        ("http://a:1//v1", "an empty part"),
+        ("unix:/run/engine.sock", "two slashes"),
     ],
 )
 def test_what_is_no_backends_url_is_refused(url: str, why: str) -> None:
@@ -179,16 +204,6 @@ def test_the_example_file_has_every_setting_with_its_default() -> None:
             value, given_ = getattr(value, part), given_[part]
         if name not in ("prefill", "decode"):
             assert value == field.default, name
-
-
-@pytest.mark.parametrize("name", ["PD_PROXY_PORT", "pd_proxy_port", "PD_PROXY_TIMEOUTS__IDLE", "PD_PROXY_TIMEOUTS"])
-def test_variables_of_settings_are_known(name: str) -> None:
-    assert unknown_variables({name: "1", "PD_PROXY_CONFIG": "x", "PATH": "y", "PD_PROXYING": "z"}) == []
-
-
-def test_variables_of_no_setting_are_found() -> None:
-    names = ["PD_PROXY_PROT", "PD_PROXY_TIMEOUTS_IDLE", "PD_PROXY_TIMEOUTS__IDEL", "pd_proxy_x", "PD_PROXY_"]
-    assert unknown_variables(dict.fromkeys(names, "1")) == sorted(names)
 
 
 def test_aliases_are_a_mapping_in_the_file_and_pairs_as_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
