@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: settings.md, metrics.md and errors.md, beside this file.
+"""Write the reference pages from the code, beside this file: settings.md, metrics.md, errors.md and findings.md.
 
 python docs/reference.py            writes them
 python docs/reference.py --check    exits 1 when one of them is not what the code says now
@@ -24,6 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 from proxy import errors  # noqa: E402 - the checkout's own package, installed or not
 from proxy.admission.admission import Admission  # noqa: E402
 from proxy.flags import flag  # noqa: E402
+from proxy.fleet.findings import ADVICE, MEANING, SIDE_ADVICE  # noqa: E402
 from proxy.fleet.fleet import Fleet  # noqa: E402
 from proxy.settings import ClientSettings, Group, Settings, leaves  # noqa: E402
 from proxy.telemetry.admission import AdmissionSink  # noqa: E402
@@ -42,7 +43,7 @@ LABELS = {
     "or a one-leg route: `embeddings`, "
     "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "
     "`detokenize`, `count_tokens`",
-    "found": "`ok`, or the code of what is wrong with the pair ([operating](operating.md#warm-up))",
+    "found": "`ok`, or [what is wrong with the pair](findings.md)",
     "group": "`default`, or the name of one of `groups`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
     "leg": "`prefill`, `decode` or `encode`",
@@ -87,7 +88,31 @@ def is_fresh(path: Path, text: str) -> bool:
 
 def pages() -> dict[str, str]:
     """Every page's text by its file name."""
-    return {"settings.md": settings_page(), "metrics.md": metrics_page(), "errors.md": errors_page()}
+    return {
+        "settings.md": settings_page(),
+        "metrics.md": metrics_page(),
+        "errors.md": errors_page(),
+        "findings.md": findings_page(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ findings
+
+
+def findings_page() -> str:
+    rows = [(f"`{code}`", MEANING[code], advice) for code, advice in ADVICE.items()]
+    named = [(f"`{connector}`", advice) for connector, advice in SIDE_ADVICE.items()]
+    return "\n".join(
+        [
+            NOTE,
+            "# Findings\n",
+            "What [`pd-proxy doctor`](operating.md#doctor), [warm-ups](operating.md#warm-up) and `GET /admin/backends` "
+            "find wrong with engines and pairs of them, by its code, and what to do.\n",
+            table(("code", "meaning", "what to do"), rows),
+            "For `side_channel` the advice depends on the connector:\n",
+            table(("connector", "what to do"), named),
+        ]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ settings

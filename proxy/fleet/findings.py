@@ -74,7 +74,7 @@ ADVICE: dict[str, str] = {
     "no_coordinates": "Start it as a prefill engine with this connector, and name the port of its bootstrap server "
     "under `locations` where it is not the default one.",
     "failed": "Look at the engine's log.",
-    "no_models": "Correct the address: an engine lists its models at /v1/models.",
+    "no_models": "Correct the address, or `kind`: an engine lists its models at /v1/models.",
     # of a pair
     "no_params": "Start the prefill engine with the connector that the settings name (vLLM: --kv-transfer-config), or "
     "set `connector` to the one that it speaks.",
@@ -102,7 +102,6 @@ ADVICE: dict[str, str] = {
     "not_tried": "Raise --pairs to try more.",
     "cannot_try": "Start the gateway: its own warm-up tries them, and GET /admin/backends shows what came of it.",
     "side_unreachable": "Nothing, as long as decode's machine reaches it.",
-    "own_url": "List engines, not gateways.",
     "nothing_to_serve": "Name prefill and decode backends, or mixed ones.",
 }
 """What to do about each code."""
@@ -120,7 +119,23 @@ SIDE_ADVICE = {
 }
 """`side_channel`, where the connector has names for it."""
 
-PUBLIC = {
+MEANING: dict[str, str] = {
+    "refused": "nothing listens at its address",
+    "unresolved": "its host has no address",
+    "unreachable": "there is no way to its host",
+    "timeout": "it does not answer in time",
+    "speaks_tls": "it speaks TLS, and its URL says http",
+    "no_tls": "it speaks no TLS, and its URL says https",
+    "certificate": "its certificate is not trusted here",
+    "no_http": "what listens there speaks no HTTP",
+    "unhealthy": "its health check answers with an error of its own",
+    "no_engine": "what answers there has no health check of this kind",
+    "key_refused": "it wants another key",
+    "asleep": "it sleeps, or is paused",
+    "unregistered": "it has not told the gateway where its side of the hand-off is",
+    "no_coordinates": "it does not say where its side of the hand-off is",
+    "failed": "it is not up for another reason",
+    "no_models": "it lists no models",
     "no_params": "prefill gives no hand-off",
     "invalid_params": "prefill's hand-off cannot be used",
     "prefill_failed": "prefill fails",
@@ -130,8 +145,20 @@ PUBLIC = {
     "stalled": "prefill and decode wait for each other",
     "wrong_connector": "an engine speaks another connector than the settings say",
     "roles_swapped": "an engine has another role than the settings say",
+    "no_pair": "no two engines may hand over to each other",
+    "inconclusive": "prefill had nothing to hand over",
+    "models_differ": "engines of one group have different models",
+    "versions_differ": "engines of one group have different versions",
+    "blocks_differ": "prefill and decode engines of one group have different block sizes",
+    "contexts_differ": "engines of one group have different context lengths",
+    "parallel_differ": "prefill and decode engines of one group have different tensor-parallel sizes",
+    "uncached": "a prefill engine has no prefix cache",
+    "not_tried": "an engine was in none of the pairs that were tried",
+    "cannot_try": "hand-offs cannot be tried from outside of a gateway",
+    "side_unreachable": "a hand-off works, and its address cannot be reached from this machine",
+    "nothing_to_serve": "the settings name too few backends",
 }
-"""What `/ready` may say of a pair, which whoever reaches the port may read: no addresses."""
+"""What each code means. `/ready` says it of a pair to whoever reaches the port, so it names nobody."""
 
 
 def found(code: str, what: str, *backends: str, severity: Severity = "fault", advice: str | None = None) -> Finding:

@@ -15,7 +15,7 @@ from proxy.errors import BackendBusy, BackendError, BackendFailed, BackendTimedO
 from proxy.fleet.backend import LEGS, ROLES, Backend, Role
 from proxy.fleet.breaker import FEWEST
 from proxy.fleet.budget import Budgets
-from proxy.fleet.findings import PUBLIC
+from proxy.fleet.findings import MEANING
 from proxy.fleet.kinds import KINDS
 from proxy.fleet.pairing import Pairing
 from proxy.fleet.protocols import Protocols
@@ -245,7 +245,7 @@ class Fleet:
         readers = [backend for backend in decodes if backend.handed_over]
         if proven and readers and not self.pairing.why_none(proven, readers):
             return ""
-        why = next((PUBLIC.get(b.handoff.finding.code, "") for b in (*decodes, *prefills) if b.handoff.finding), "")
+        why = next((MEANING.get(b.handoff.finding.code, "") for b in (*decodes, *prefills) if b.handoff.finding), "")
         return (
             f"no hand-off between its prefill and decode backends has worked yet ({why or 'one is being tried'}; "
             "/admin/backends says more)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from proxy.fleet.findings import ADVICE, PUBLIC, SIDE_ADVICE, Finding, found, in_order
+from proxy.fleet.findings import ADVICE, MEANING, SIDE_ADVICE, Finding, found, in_order
 from proxy.handoff.registry import CONNECTORS
 
 PROXY = Path(__file__).parents[2] / "proxy"
@@ -40,5 +40,5 @@ def test_every_code_that_the_gateway_uses_has_an_advice() -> None:
                 used.add(code.value)
     assert len(used) > 5
     assert used <= ADVICE.keys()
-    assert PUBLIC.keys() <= ADVICE.keys()
+    assert MEANING.keys() == ADVICE.keys()
     assert SIDE_ADVICE.keys() <= CONNECTORS.keys()
