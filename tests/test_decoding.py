@@ -11,8 +11,10 @@ import msgspec
 import pytest
 
 from proxy.decoding import (
+    UNDECODABLE,
     Undecodable,
     WrongShape,
+    bare_json_decoder,
     decode_json,
     decode_python_json,
     decode_text,
@@ -168,6 +170,48 @@ def test_no_other_module_calls_a_decoder() -> None:
             tree = ast.parse(file.read_text(encoding="utf-8"))
             wrong += [f"{name}:{use}" for use in decoders(tree, text=name not in OWN_VOCABULARY)]
     assert wrong == [], "decode with proxy.decoding"
+
+
+def unguarded(tree: ast.Module) -> Iterator[str]:
+    """Each use of a bare decoder outside a `try` that catches all it may raise."""
+    bare = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign) and "bare_json_decoder(" in ast.unparse(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Try)
+        and any(h.type is not None and ast.unparse(h.type) == "UNDECODABLE" for h in node.handlers)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Name)
+            and isinstance(node.ctx, ast.Load)
+            and node.id in bare
+            and id(node) not in guarded
+        ):
+            yield f"{node.lineno}: {node.id}"
+
+
+def test_whoever_uses_a_bare_decoder_catches_whatever_it_raises() -> None:
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(ROOT.rglob("*.py"))}
+    assert [f"{file.relative_to(ROOT)}:{use}" for file, tree in trees.items() for use in unguarded(tree)] == []
+    source = "read = bare_json_decoder(int)\ntry:\n    read(x)\nexcept {}:\n    pass\n"
+    assert list(unguarded(ast.parse(source.format("UNDECODABLE")))) == []
+    assert list(unguarded(ast.parse(source.format("Undecodable")))) == ["3: read"]
+    assert list(unguarded(ast.parse("reads = {1: bare_json_decoder(int)}\nreads[1](x)"))) == ["2: reads"]
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_a_bare_decoder_raises_nothing_else(name: str) -> None:
+    with pytest.raises(UNDECODABLE):
+        bare_json_decoder(dict[str, Point | None])(BAD_JSON[name])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.decoding import Undecodable, WrongShape, decode_json, json_decoder
+from proxy.decoding import UNDECODABLE, Undecodable, WrongShape, bare_json_decoder, decode_json, json_decoder
 from proxy.errors import InvalidRequest
 from proxy.handoff import sglang_generate
 from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
@@ -210,7 +210,7 @@ def _stripped(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _NAMES = {bool: "a boolean", int: "an integer", str: "a string", dict: "an object"}
-_DECODERS = {kind: json_decoder(kind | None) for kind in _NAMES}
+_DECODERS = {kind: bare_json_decoder(kind | None) for kind in _NAMES}
 _KINDS = {
     "stream": bool,
     "stream_options": dict,
@@ -232,7 +232,7 @@ def _read(members: Members, name: str) -> Any:
     kind = _KINDS[name]
     try:
         return _DECODERS[kind](members[name])
-    except Undecodable:
+    except UNDECODABLE:
         raise InvalidRequest(f"`{name}` must be {_NAMES[kind]}", param=name) from None
 
 

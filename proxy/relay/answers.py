@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.decoding import Undecodable, decode_json, json_decoder
+from proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder, decode_json, json_decoder
 from proxy.errors import BackendAnswered, BackendBusy, BackendFailed, BackendLacksModel, BackendRejected
 
 HANDOFF_FIELDS = ("kv_transfer_params", "ec_transfer_params")
@@ -56,7 +56,7 @@ class Usage(msgspec.Struct):
         return (self.prompt_tokens_details.cached_tokens or 0) if self.prompt_tokens_details else 0
 
 
-_decode_usage = json_decoder(Usage)
+_decode_usage = bare_json_decoder(Usage)
 
 
 class WholeAnswer(msgspec.Struct):
@@ -76,7 +76,7 @@ def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
     """The usage object in chat's words, or None where there is none or it is not one we understand."""
     try:
         usage = _decode_usage(raw)
-    except Undecodable:
+    except UNDECODABLE:
         return None
     if usage.prompt_tokens is None and usage.input_tokens is not None:
         read = usage.cache_read_input_tokens

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.decoding import Undecodable, decode_json, json_decoder
+from proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder, decode_json, json_decoder
 from proxy.errors import (
     BackendCut,
     BackendError,
@@ -67,7 +67,7 @@ class _Event(msgspec.Struct):
 
 
 _ODD = re.compile(rb'"recomputed"|"error":')
-_decode_event = json_decoder(_Event)
+_decode_event = bare_json_decoder(_Event)
 
 
 def carries_token(event: _Event) -> bool:
@@ -422,7 +422,7 @@ class StreamRelay:
         """An event, or None where it ends the stream: `_failure` says why."""
         try:
             event = _decode_event(payload)
-        except Undecodable as error:
+        except UNDECODABLE as error:
             self._failure = BackendGarbled(f"{self._url} sent an event that is no answer: {error}")
             return None
         if event.error is not None:
