@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from difflib import get_close_matches
@@ -31,6 +32,10 @@ JSON = (b"content-type", b"application/json")
 
 _SECONDS = re.compile(rb"\d{1,6}(\.\d{1,3})?").fullmatch
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}").fullmatch
+
+log = logging.getLogger("pd_proxy.api")
+
+_OWN_FAULT = "the gateway failed on this request; its log says more"
 
 Work = Callable[[Scope, Receive, Client, RequestRecord, asyncio.Task[Any]], Awaitable[None]]
 
@@ -74,6 +79,11 @@ async def exchange(
         else:
             record.outcome = Draining.code
             give_error(client, record, Draining("the gateway shut down before the answer was whole"), shape)
+    except Exception:  # the last resort: a fault of the gateway's own, which is to be no riddle to anybody
+        record.outcome = "client_gone" if client.gone else GatewayError.code
+        record.request_id = record.request_id or new_id()
+        log.exception("%s: the gateway failed on this request", record.request_id)
+        give_error(client, record, GatewayError(_OWN_FAULT), shape)
     finally:
         gate.leave(task)
         client.on_gone = None
@@ -216,14 +226,31 @@ async def turn(admission: Admission, ticket: Ticket, record: RequestRecord) -> N
 def give_error(client: Client, record: RequestRecord, error: GatewayError, shape: ErrorShape) -> None:
     """Answer with an error: as the whole answer, or as the last event of one that has begun."""
     record.error = record.error or str(error)
+    record.request_id = record.request_id or new_id()
     if client.gone:
         return
+    try:
+        _give(client, record, error, shape)
+    except Exception:  # in place of an answer that cannot be written, one that can
+        log.exception("%s: the gateway could not answer with %s", record.request_id, error.code)
+        if client.started:
+            client.cut()
+            return
+        record.status = GatewayError.status
+        client.respond(500, _headers(record), GatewayError(_OWN_FAULT).body())
+
+
+def _headers(record: RequestRecord) -> list[tuple[bytes, bytes]]:
+    return [JSON, (b"x-request-id", record.request_id.encode("ascii"))]
+
+
+def _give(client: Client, record: RequestRecord, error: GatewayError, shape: ErrorShape) -> None:
     if client.started:
         client.write(shape.event(error, record.sequence))
         client.end()
         return
     record.status = error.status
-    headers = [JSON, (b"x-request-id", record.request_id.encode("ascii"))]
+    headers = _headers(record)
     if error.retry_after is not None:
         headers.append((b"retry-after", b"%d" % error.retry_after))
     if isinstance(error, MethodNotAllowed):

@@ -8,8 +8,11 @@ order in which they began, and dictionaries keep that order.
 from __future__ import annotations
 
 import asyncio
+import logging
 from time import monotonic
 from typing import Protocol
+
+log = logging.getLogger("pd_proxy.relay")
 
 
 class Waiting(Protocol):
@@ -57,4 +60,7 @@ class Deadlines:
                 self._timer = self._loop.call_later(left, self._look)
                 return
             del self._open[waiting]
-            waiting.overdue(self.seconds)
+            try:
+                waiting.overdue(self.seconds)
+            except Exception:  # of one of them; the others' limits hold
+                log.exception("a time limit of %g s could not be enforced", self.seconds)

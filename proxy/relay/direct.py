@@ -139,7 +139,7 @@ class DirectClient:
         """Nothing is held here; the transport sends what it has by itself."""
 
     def _answer_head(self, status: int, headers: Headers, last: bytes) -> bytes:
-        cycle = self._cycle
+        cycle, first = self._cycle, STATUS_LINE[status]
         self.started = cycle.response_started = True
         cycle.waiting_for_100_continue = False
         lines = [b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)]
@@ -149,7 +149,7 @@ class DirectClient:
         elif not cycle.keep_alive or cycle.more_body or cycle.scope["http_version"] != "1.1":
             cycle.keep_alive = False
             lines.append(_CLOSE)
-        return b"%b%b%b" % (STATUS_LINE[status], b"".join(lines), last)
+        return b"%b%b%b" % (first, b"".join(lines), last)
 
     def _complete(self) -> None:
         cycle = self._cycle

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +30,8 @@ HEAD_LIMIT = 64 * 1024
 _REST = 0.005  # seconds
 
 C = TypeVar("C", bound="Connection")
+
+log = logging.getLogger("pd_proxy.relay")
 
 
 class Receiver(Protocol):
@@ -129,7 +132,11 @@ class Origin:
     def _send_all(self) -> None:
         outbox, self._outbox = self._outbox, []
         for connection in outbox:
-            connection.send()
+            receiver = connection.receiver
+            try:
+                connection.send()
+            except Exception as fault:  # of one request; the others are to go out
+                connection.broken(receiver, fault)
 
     def close(self) -> None:
         """Close what is idle; connections in use end with their exchange."""
@@ -241,6 +248,11 @@ class Connection(asyncio.Protocol):
         """Whether a request can be written to it."""
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def receiver(self) -> Receiver | None:
+        """Whose exchange is on it, if any is."""
+        return self._receiver
+
     def begin(
         self,
         receiver: Receiver,
@@ -296,6 +308,15 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def broken(self, receiver: Receiver | None, fault: Exception) -> None:
+        """The last resort: the gateway's own code failed on an exchange. Its leg fails as if its engine had, so that
+        nobody waits for an answer that will not come; the connection is not used again."""
+        log.error("%s: the gateway failed on this engine's answer", self._origin.url, exc_info=fault)
+        self.abort()
+        if receiver is not None:
+            why = f"{self._origin.url}: the gateway failed on its answer ({type(fault).__name__})"
+            self._tell_lost(receiver, BackendGarbled(why))
+
     def divert(self, protocol: asyncio.Protocol) -> None:
         """Let another protocol have the reads of this exchange first; what is not for it, it passes on to here."""
         if self._transport is not None:
@@ -336,35 +357,42 @@ class Connection(asyncio.Protocol):
         if receiver is None:  # bytes that nobody asked for
             self.abort()
             return
-        if self._in_head:
-            if self._request is not None:  # nor these: it says why it closes a connection that was idle
-                self._fail(self._cut())
-                return
-            self._head_bytes += len(data)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._fail(BackendGarbled(f"{self._origin.url} wanted to switch protocols"))
-            return
-        except httptools.HttpParserError as error:
-            if good := b"".join(self._body):  # what came before the bad
-                self._body.clear()
-                receiver.data(good, False)
-            if self._receiver is receiver:
-                self._fail(BackendGarbled(f"{self._origin.url} did not speak HTTP: {error}"))
-            return
-        if self._in_head and self._head_bytes > HEAD_LIMIT:
-            self._fail(BackendGarbled(f"{self._origin.url} sent more than {HEAD_LIMIT} bytes of headers"))
-            return
-        # The next chunk's size may have begun without the parser saying so, hence the look at the last bytes.
-        self.between_chunks = self._chunk_complete and data.endswith(b"\r\n")
-        if self._body:
-            body = self._body
-            data = body[0] if len(body) == 1 else b"".join(body)
-            body.clear()
-            receiver.data(data, self._complete)
-        if self._complete and self._receiver is receiver:
-            self._finish(receiver)
+            if self._in_head:
+                if self._request is not None:  # nor these: it says why it closes a connection that was idle
+                    self._fail(self._cut())
+                    return
+                self._head_bytes += len(data)
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade:
+                self._fail(BackendGarbled(f"{self._origin.url} wanted to switch protocols"))
+                return
+            except httptools.HttpParserCallbackError as error:
+                raise error.__context__ or error from None
+            except httptools.HttpParserError as error:
+                if good := b"".join(self._body):  # what came before the bad
+                    self._body.clear()
+                    receiver.data(good, False)
+                if self._receiver is receiver:
+                    self._fail(BackendGarbled(f"{self._origin.url} did not speak HTTP: {error}"))
+                return
+            if self._in_head and self._head_bytes > HEAD_LIMIT:
+                self._fail(BackendGarbled(f"{self._origin.url} sent more than {HEAD_LIMIT} bytes of headers"))
+                return
+            # The next chunk's size may have begun without the parser saying so, hence the look at the last bytes.
+            self.between_chunks = self._chunk_complete and data.endswith(b"\r\n")
+            if self._body:
+                body = self._body
+                data = body[0] if len(body) == 1 else b"".join(body)
+                body.clear()
+                receiver.data(data, self._complete)
+            if self._complete and self._receiver is receiver:
+                self._finish(receiver)
+        except BackendGarbled as error:
+            self._fail(error)
+        except Exception as fault:
+            self.broken(receiver, fault)
 
     def eof_received(self) -> None:
         return None
@@ -376,9 +404,11 @@ class Connection(asyncio.Protocol):
             return
         if not self._in_head and self._parser_ends_at_close():
             self._receiver = None
-            receiver.end()
-            return
-        self._lose(self._cut())
+            self._tell_end(receiver)
+        elif exc is None or isinstance(exc, OSError):
+            self._lose(self._cut())
+        else:  # an exception of the protocol that has the reads, which is what the event loop ends a connection for
+            self.broken(receiver, exc)
 
     # httptools callbacks
 
@@ -387,6 +417,8 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
+        if not 100 <= status <= 599:
+            raise BackendGarbled(f"{self._origin.url} answered with status {status}")
         if status < 200:  # 100 Continue and early hints: the answer is still to come
             self._headers = {}
             return
@@ -439,13 +471,25 @@ class Connection(asyncio.Protocol):
             self._origin.give(self)
         else:
             self.abort()
-        receiver.end()
+        self._tell_end(receiver)
+
+    def _tell_end(self, receiver: Receiver) -> None:
+        try:
+            receiver.end()
+        except Exception as fault:
+            self.broken(receiver, fault)
+
+    def _tell_lost(self, receiver: Receiver, error: BackendError) -> None:
+        try:
+            receiver.lost(error)
+        except Exception:
+            log.exception("%s: a leg could not be ended", self._origin.url)
 
     def _fail(self, error: BackendError) -> None:
         receiver = self._receiver
         self.abort()
         if receiver is not None:
-            receiver.lost(error)
+            self._tell_lost(receiver, error)
 
     def _cut(self) -> BackendCut:
         """The engine has closed the connection. One that it had kept, and closes before the first byte of an answer, it
@@ -457,7 +501,7 @@ class Connection(asyncio.Protocol):
         self._request = None
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
-            receiver.lost(error)
+            self._tell_lost(receiver, error)
 
 
 class Collected:

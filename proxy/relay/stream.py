@@ -9,6 +9,7 @@ take the straight way (`passage.py`), and what is unlike them is read here, even
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable
 from time import monotonic
@@ -35,6 +36,8 @@ from proxy.relay.http1 import Connection
 from proxy.relay.passage import PLAIN, Passage
 from proxy.relay.transcript import Transcript
 from proxy.telemetry.records import Distribution
+
+log = logging.getLogger("pd_proxy.relay")
 
 _HELD_LIMIT = 64 * 1024 * 1024  # the ids of a prompt of a million tokens are 7 MB, and come before the first token
 _DOUBT = 1.0  # seconds of silence that are the last straw for a backend which fails its health checks
@@ -270,12 +273,18 @@ class StreamRelay:
         """What the dialect waited for is here."""
         if not self._waiting or self._future.done():
             return
+        connection = self._connection
         block, self._waiting = b"".join(self._waiting), []
-        if self._connection is not None:
-            self._connection.resume()
-        self._pass_on(block, self._over)
-        if self._over and not self._future.done():
-            self.end()
+        try:
+            if connection is not None:
+                connection.resume()
+            self._pass_on(block, self._over)
+            if self._over and not self._future.done():
+                self.end()
+        except Exception as fault:  # it is called by the event loop, which would forget the stream
+            log.error("%s: the gateway failed on this engine's answer", self._url, exc_info=fault)
+            self._transcript.give_up()
+            self.fail(BackendGarbled(f"{self._url}: the gateway failed on its answer ({type(fault).__name__})"))
 
     @property
     def live(self) -> bool:
@@ -321,13 +330,15 @@ class StreamRelay:
             return
         try:
             block = self._reader.feed(data)
+            if block:
+                self._pass_on(block, last)
+            if not self._done and self.first_token is not None:
+                self._open_passage()
         except BackendGarbled as error:
             self.fail(error)
-            return
-        if block:
-            self._pass_on(block, last)
-        if not self._done and self.first_token is not None:
-            self._open_passage()
+        except Exception:
+            self._transcript.give_up()
+            raise
 
     def end(self) -> None:
         self._connection = None
@@ -347,10 +358,11 @@ class StreamRelay:
 
     def lost(self, error: BackendError) -> None:
         self._connection = None
-        if self._done and self.live:  # a connection that breaks after [DONE] broke nothing
-            self._conclude(error)
-        else:
-            self._finish(error)
+        try:
+            if self._done and self.live:  # a connection that breaks after [DONE] broke nothing
+                self._conclude(error)
+        finally:
+            self._finish(error)  # unless that is done
 
     def _conclude(self, error: BackendError | None) -> None:
         """The engine has said `[DONE]`: the answer is whole if it also said why it ended, else it failed; with `error`,

@@ -98,12 +98,17 @@ class Transcript:
         """The answer can no longer be continued exactly. Only the first reason counts."""
         if not self.flaw:
             self.flaw = flaw
-        if flaw in ("no_token_ids", "too_long"):  # nothing to go on from, even inexactly
+        if flaw in ("no_token_ids", "too_long", "fault"):  # nothing to go on from, even inexactly
             self._prompt = b""
             self.continuable = False
             self._ids.clear()
             self._text.clear()
             self._sent = 0
+
+    def give_up(self) -> None:
+        """The gateway's own code failed on an event, so that nobody knows what of it the client has."""
+        self.spoil("fault")
+        self.finished = False
 
     def note(self, ids: bytes, text: str | bool) -> None:
         """An event has been passed on.

@@ -5,11 +5,14 @@ A `Distribution` is a histogram that sinks read when they are scraped; to observ
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from time import monotonic
 from typing import Protocol
 
 import msgspec
+
+log = logging.getLogger("pd_proxy.telemetry")
 
 # Upper bounds in seconds. LLM serving spans five decades: a cached prompt answers in 10 ms, a 100k-token prompt behind
 # a queue in minutes. Three buckets a decade (1, 2.5, 5) keep a quantile within a factor of about 1.6.
@@ -187,4 +190,7 @@ class Sinks:
 
     def finished(self, record: RequestRecord) -> None:
         for finished in self._finished:
-            finished(record)
+            try:
+                finished(record)
+            except Exception:  # the request is over, and the other sinks are to know of it
+                log.exception("%s: a sink failed on this request's record", record.request_id)
