@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder, decode_json, json_decoder
+from proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder, decode_json
 from proxy.errors import (
     BackendCut,
     BackendError,
