@@ -108,7 +108,7 @@ def decode_json_once(raw: bytes | str) -> Any:
 
     try:
         return json.loads(raw, object_pairs_hook=unique)
-    except _WRONG as error:
+    except UNDECODABLE as error:
         raise _error(error) from None
 
 
