@@ -16,6 +16,8 @@ from proxy.simulator.prompts import render_chat
 from tests.contract.cases import CASES, Case, fleet
 from tests.support import PROMPT, Running, pools, running_gateway, simulators, until
 
+pytestmark = pytest.mark.cross_product
+
 TOKENS = render_chat([{"role": "user", "content": PROMPT}], None)
 ENGINE = {"scale_out": True, "responses_store": True}
 

@@ -11,6 +11,8 @@ from proxy.simulator import Simulator
 from tests.support import PROMPT, Running, chat, completion, pools, simulators, until
 from tests.support import running_gateway as gateway
 
+pytestmark = pytest.mark.cross_product
+
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 USAGE = {"include_usage": True}
