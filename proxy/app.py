@@ -20,6 +20,7 @@ from proxy.admission.gate import Gate
 from proxy.api import operations
 from proxy.api.backends import backends
 from proxy.api.credentials import AtSocket, Credentials, Trusted
+from proxy.api.cross_origin import CrossOrigin
 from proxy.api.fanout import fanout
 from proxy.api.inference import Inference
 from proxy.api.metaserver import metaserver
@@ -211,6 +212,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         lifespan=lifespan,
         body_seconds=body_seconds,
         siblings=siblings,
+        cross_origin=CrossOrigin(settings.cors) if settings.cors.origins else None,
     )
     inner = None
     if siblings is not None:
