@@ -44,6 +44,7 @@ from proxy.flow.legs import Legs
 from proxy.flow.room import FleetRoom
 from proxy.flow.single import ROUTES, Single
 from proxy.flow.stored import StoredResponses
+from proxy.flow.suspicion import Suspicion
 from proxy.flow.warmup import Warmup
 from proxy.handoff.connector import UNKNOWN
 from proxy.handoff.endpoints import LAYOUTS, Endpoint
@@ -122,7 +123,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
     legs = Legs(settings, fleet, telemetry, notices)
-    flow = Flow(settings, fleet, legs, spoken, telemetry, random.random, callbacks)
+    suspicion = Suspicion(settings.retries.after_cut, lambda backend: prober.lives(backend))
+    flow = Flow(settings, fleet, legs, spoken, telemetry, random.random, callbacks, suspicion)
     exchange = None if crew is None else Exchange(crew.board, crew.worker, fleet, admission.look)
     if exchange is not None:
         fleet.before_choice = exchange.freshen
@@ -182,7 +184,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         for endpoint, layout in LAYOUTS.items()
         if _is_served(endpoint, settings)
     }
-    single = Single(settings, fleet, legs, random.random)
+    single = Single(settings, fleet, legs, random.random, suspicion)
     for path in ROUTES:
         hot[path] = SingleRoute(
             path, settings, fleet, single, gate, admission, credentials, telemetry, lambda: surface.paths(), names

@@ -35,6 +35,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
         ├── BackendTimedOut            504
         ├── BackendLost                502  health checks gave the backend up while the leg waited
         ├── BackendPreempted           502  the engine dropped the request to get at its memory
+        ├── BackendsKilled             502  several engines ended while they had the request; never retried
         ├── BackendFailed              5xx  the engine answered with an error of its own
         ├── BackendBusy                429 or 503 from the engine's front door: nothing was read
         ├── HandoffInvalid             502  prefill's hand-off parameters would harm decode
@@ -310,6 +311,15 @@ class BackendLost(BackendError):
     code = "backend_lost"
     reason = "lost"
     public = "the engine stopped answering its health checks"
+
+
+class BackendsKilled(BackendError):
+    """As many engines have ended while they worked on the request as `retries.after_cut` allows, and one more."""
+
+    retryable = False
+    code = "request_kills_engines"
+    reason = "kills_engines"
+    public = "every engine that was given this request ended while it worked on it, so no other is given it"
 
 
 class BackendPreempted(BackendError):

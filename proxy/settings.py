@@ -440,6 +440,12 @@ class BreakerSettings(Group):
 class Retries(Group):
     attempts: int = Field(4, ge=1, le=20, description="tries for a request's first token, and again for each resume's")
     resumes: int = Field(5, ge=0, le=100, description="times one broken stream may be continued on other backends")
+    after_cut: int = Field(
+        1,
+        ge=0,
+        le=20,
+        description="engines that a request is given after one ended while it had it; 1, lest it ends them all",
+    )
     share: float = Field(0.2, ge=0, description="retries in progress, as a share of a pool's live requests, at most")
     floor: int = Field(10, ge=0, description="retries in progress that a pool may have however few its live requests")
 

@@ -293,6 +293,14 @@ class Prober:
         """Why no connection to an address comes about, for people; empty where one does."""
         return await why_unreachable(self._control, host, port, self._settings.timeout)
 
+    async def lives(self, backend: Backend) -> bool:
+        """Whether a backend answers its health check now."""
+        try:
+            await self.probe(backend)
+        except ProbeFailed:
+            return False
+        return True
+
     async def probe(self, backend: Backend) -> None:
         """Ask once whether it is healthy and awake.
 

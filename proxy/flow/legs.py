@@ -453,6 +453,7 @@ class Legs:
             self._note(backend, error, leg, attempt)
             raise
         finally:
+            request.gained = relay.events
             record.last_token = relay.last_token or record.last_token
             record.sequence = relay.sequence
             record.tokens = edit.said + relay.events
