@@ -419,7 +419,7 @@ def _why_response_alone(members: Members, read: Mapping[str, Any]) -> str:
         return "truncation"
     tools = islice(scan.elements(bytes(members.get("tools", b"null"))), _MOST_TOOLS + 1)
     try:
-        count = sum(1 for tool in tools if _decode_tool(tool))
+        count = len([_decode_tool(tool) for tool in tools])
     except Undecodable:  # which may be no tool at all: the one engine says what is wrong with it
         return "builtin_tools"
     return "builtin_tools" if count > _MOST_TOOLS else ""
