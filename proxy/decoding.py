@@ -95,7 +95,7 @@ def json_extent(raw: memoryview) -> int:
         follows = _FOLLOWS.search(str(error))
         if follows is None:
             raise _error(error) from None
-    except _WRONG as error:
+    except UNDECODABLE as error:
         raise _error(error) from None
     end = int(follows[1]) - _FOLLOWS_LATE
     # Blanks behind a value are none of it, and no value ends in one.
