@@ -222,6 +222,31 @@ async def test_engines_that_speak_something_else_never_become_ready(
         assert await ready(running), "an answer that decode made alone is no hand-off"
 
 
+async def test_a_decode_engine_that_computes_what_it_cannot_fetch_hands_nothing_over() -> None:
+    """`kv_load_failure_policy: recompute`: every answer is a 200."""
+    async with unlike({"side_host": "127.0.0.9"}, {"load_failure_policy": "recompute"}) as (running, _, _):
+        await until(lambda: handoffs(running) == [("failed", False)] * 2)
+        [backend] = running.gateway.fleet.pool("decode")
+        assert backend.handoff.finding is not None
+        assert backend.handoff.finding.code == "side_channel"
+        assert await ready(running)
+
+
+async def test_roles_that_are_swapped_are_a_warning_where_hand_offs_work(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, LOG):
+        async with (
+            simulators("prefill", "decode", "decode") as [p, d, e],
+            running_gateway([d.url, e.url], [p.url], warmup=True) as running,
+        ):
+            await until(lambda: handoffs(running) == [("ok", True)] * 3)
+            await until(lambda: warmed(p) == 2 and at_rest(running, p, d, e))
+            assert not await ready(running)
+            listed = (await running.http.get("/admin/backends")).json()["backends"]
+            assert [one["handoff"]["code"] for one in listed] == ["roles_swapped"] * 3
+    lines = [record.getMessage() for record in caplog.records if "was started as a" in record.getMessage()]
+    assert len(lines) == 3, "one for each engine"
+
+
 async def test_a_cold_engine_becomes_ready_without_anybody_s_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmup, "_FIRST_WAIT", 0.05)
     async with simulators("prefill", "decode") as [p, d]:
