@@ -189,9 +189,14 @@ class _Examination:
                     self._findings.append(found("uncached", what, backend.url, severity="note"))
             elif failure.code == "unregistered" and not self._hears:
                 continue
-            elif not (failure.code == "no_coordinates" and misfit is not None):
+            elif misfit is None or failure.code not in ("no_coordinates", "unregistered"):
                 self._findings.append(failure.finding(backend))
-        self._findings += together([trial.finding for trial in trials if trial.finding is not None])
+        told = {(finding.code, url) for finding in self._findings for url in finding.backends}
+        of_pairs = [trial.finding for trial in trials if trial.finding is not None]
+        of_pairs += [warning for trial in trials for warning in trial.warnings if len(warning.backends) > 1]
+        self._findings += together(
+            [finding for finding in of_pairs if told.isdisjoint((finding.code, url) for url in finding.backends)]
+        )
         for trial in trials:
             if trial.finding is None and trial.unreachable and trial.side is not None:
                 where = f"{trial.side[0]}:{trial.side[1]}"

@@ -40,6 +40,7 @@ from proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
 log = logging.getLogger("pd_proxy.flow")
 
 PATIENCE = 30.0  # seconds for one pair; a handshake that fails takes an engine 5
+_PROMPTS = 3
 _LOOKS = (0.0, 0.1, 0.4)  # seconds before looks at decode's count: an engine may count after it has answered
 # Longer than a block of any engine (16 tokens on GPUs, 128 on Ascend), so that there is something to transfer. An id
 # goes before it, so that no engine has it in its prefix cache and can do without the other.
@@ -203,20 +204,18 @@ class Trials:
 
     async def run(self, prefill: Backend, decode: Backend) -> Trial:
         """Hand a KV cache over from one backend to the other."""
-        course = _Course()
         if misfit := await self._known_misfit(prefill, decode):
             return Trial(prefill.url, decode.url, misfit, at=time.time())
         before = await self._count(decode)
-        error: BaseException | None = None
         began = monotonic()
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await self._hand_over(prefill, decode, course)
-        except* (GatewayError, TimeoutError) as errors:
-            error = _first(errors)
+        course, error = await self._attempt(prefill, decode)
         seconds = monotonic() - began
         if error is None and course.problem is None and before is not None:
             await self._see_read(decode, before, course)
+        missed: tuple[Finding, ...] = ()
+        if course.problem is not None and self._connectors[decode.connector].may_miss:
+            missed = (found(course.problem[0], _missed(prefill, decode), prefill.url, decode.url, severity="warning"),)
+            course.problem = None
         failed = error is not None or course.problem is not None
         unreachable = ""
         if self.witness is not None and course.side is not None and (self._ports or failed):
@@ -229,8 +228,23 @@ class Trials:
             unreachable,
             seconds,
             time.time(),
-            () if failed or self.witness is None else await self._oddities(prefill, decode),
+            () if failed else (*missed, *await self._oddities(prefill, decode)),
         )
+
+    async def _attempt(self, prefill: Backend, decode: Backend) -> tuple[_Course, BaseException | None]:
+        """How far a hand-off came, and the error that ended it, if one did. A prompt at which prefill's answer is whole
+        says nothing of the pair, so others are tried."""
+        error: BaseException | None = None
+        for _ in range(_PROMPTS):
+            course = _Course()
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await self._hand_over(prefill, decode, course)
+            except* (GatewayError, TimeoutError) as errors:
+                error = _first(errors)
+            if error is not None or course.problem is None or course.problem[0] != "inconclusive":
+                break
+        return course, error
 
     # What engines say of themselves
 
@@ -256,12 +270,14 @@ class Trials:
 
     async def _oddities(self, prefill: Backend, decode: Backend) -> tuple[Finding, ...]:
         """What is odd about engines that hand over all the same."""
+        if self.witness is None:
+            return ()
         told = [wrong_role(backend, await self.profile(backend)) for backend in (prefill, decode)]
         return tuple(tolerated(finding) for finding in told if finding is not None)
 
     async def _count(self, decode: Backend) -> int | None:
         """What decode has read from others before the trial, where that is to be compared; else None."""
-        if self.witness is None or decode in self._reads or self._connectors[decode.connector].may_miss:
+        if self.witness is None or decode in self._reads:
             return None
         return await self.witness.read_from_elsewhere(decode)
 
@@ -436,6 +452,10 @@ def wrong_connector(backend: Backend, profile: Profile, connectors: Mapping[str,
 
 def _named(prefill: Backend, decode: Backend) -> str:
     return f"prefill {prefill.url} and decode {decode.url}"
+
+
+def _missed(prefill: Backend, decode: Backend) -> str:
+    return f"{_named(prefill, decode)}: decode found nothing of the prompt in their shared cache"
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -109,7 +109,7 @@ class Warmup:
         if prefill is None or decode is None:
             return
         ignored = decode.handoff.finding
-        if ignored is not None and ignored.code == "not_read":
+        if ignored is not None and ignored.code == "not_read" and ignored.severity == "fault":
             return  # such an engine answers as well without the hand-off
         self._worked(prefill, decode, time.time())
 
@@ -185,11 +185,13 @@ class Warmup:
                 say("%s backend %s hands over with %s", backend.role, backend.url, peer.url)
             odd = next((finding for finding in warnings if backend.url in finding.backends), None)
             self._warned = {said for said in self._warned if said[0] != backend.url or (odd and said[1] == odd.code)}
-            if odd is not None and (backend.url, odd.code) not in self._warned:
-                self._warned.add((backend.url, odd.code))
-                log.warning("%s. %s", odd.what, odd.advice)
             backend.handoff = HandoffState("ok", peer.url, at, odd)
             backend.handed_over = True
+        for finding in warnings:
+            news = {(url, finding.code) for url in finding.backends} - self._warned
+            self._warned |= news
+            if news:
+                log.warning("%s. %s", finding.what, finding.advice)
         self._tries.pop(pair, None)
         if timer := self._timers.pop(pair, None):
             timer.cancel()

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,6 +246,22 @@ async def test_roles_that_are_swapped_are_a_warning_where_hand_offs_work(caplog:
             assert [one["handoff"]["code"] for one in listed] == ["roles_swapped"] * 3
     lines = [record.getMessage() for record in caplog.records if "was started as a" in record.getMessage()]
     assert len(lines) == 3, "one for each engine"
+
+
+async def test_engines_that_share_no_cache_are_ready_and_a_warning(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    shared = {"connector": "shared_cache"}
+    prefill, decode = ({**shared, "shared_path": str(tmp_path / name)} for name in ("one", "other"))
+    with caplog.at_level(logging.WARNING, LOG):
+        async with unlike(prefill, decode, **shared) as (running, _, _):
+            await until(lambda: handoffs(running) == [("ok", True)] * 2)
+            assert not await ready(running)
+            listed = (await running.http.get("/admin/backends")).json()["backends"]
+            assert [one["handoff"]["code"] for one in listed] == ["not_read"] * 2
+    assert len([record for record in caplog.records if "shared cache" in record.getMessage()]) == 1
 
 
 async def test_a_cold_engine_becomes_ready_without_anybody_s_help(monkeypatch: pytest.MonkeyPatch) -> None:
