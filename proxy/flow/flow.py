@@ -50,6 +50,7 @@ from proxy.handoff.endpoints import LAYOUTS
 from proxy.handoff.plan import Leg
 from proxy.placement.decide import Decision, View, choose, decide
 from proxy.relay.answers import read_usage
+from proxy.relay.cache_counts import CacheCounts
 from proxy.relay.prompt_logprobs import STREAM_LIMIT, PromptLogprobs
 from proxy.settings import Settings
 from proxy.telemetry.records import Telemetry
@@ -560,10 +561,11 @@ class Flow:
         except HandoffInvalid as error:
             self._do_without(attempt, backend, "handoff_invalid", error)
             return
-        if counted := read_usage(usage):
-            record.cached_tokens = counted.cached_tokens
-            if not attempt.plan.connector.tells_cached and (details := counted.prompt_tokens_details) is not None:
-                attempt.cached = details.cached_tokens
+        counted = read_usage(usage)
+        attempt.counts = CacheCounts.of(counted, None if handoff is None else handoff.cached)
+        record.cached_tokens = attempt.counts.cached or 0
+        if counted is not None:
+            record.prompt_tokens = attempt.prompt_tokens(counted)
         computed = max(1, request.prefill_tokens - record.cached_tokens)
         self._fleet.timed(backend, "prefill", record.prefill_seconds, computed)
         if attempt.limbo is not None:  # decode's leg is under way

@@ -41,14 +41,15 @@ from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, Plan
 from proxy.handoff.reuse import reusable
 from proxy.relay.answers import (
+    Usage,
     WholeAnswer,
     engine_error,
     engine_error_event,
     read_usage,
     read_whole,
     strip_handoff,
-    with_cached,
 )
+from proxy.relay.cache_counts import CacheCounts
 from proxy.relay.deadlines import Deadlines
 from proxy.relay.dialects import DIALECTS
 from proxy.relay.edit import Edit
@@ -120,7 +121,7 @@ class Try(msgspec.Struct):
         decode: the backend that the latter are of.
         first: that token, once prefill has given it and it is to be used.
         rest: the plan for what comes behind it.
-        cached: prefill's count of cached tokens, where decode is not told it and prefill has said one.
+        counts: of the prompt, as prefill says them; nothing is known before its answer.
         runs_out: its prefill leg, where that goes on without it.
         heard: what decode's engine has called back with, for its prefill leg.
         logprobs: of the prompts, as prefill says them, where the client's answer is to have them and decode's has none.
@@ -134,7 +135,7 @@ class Try(msgspec.Struct):
     decode: Backend | None = None
     first: FirstToken | None = None
     rest: Plan | None = None
-    cached: int | None = None
+    counts: CacheCounts = CacheCounts()
     runs_out: asyncio.Task[None] | None = None
     alias: str = ""
     heard: Members | None = None
@@ -165,9 +166,25 @@ class Try(msgspec.Struct):
         """Whether the decode engine is surely the one that `facts` are of."""
         return self.facts is not None and self.decode is not None and self.decode.facts is self.facts[1]
 
-    def handed_over_cached(self) -> int | None:
-        """`cached`, where decode was handed anything."""
-        return None if self.limbo is None else self.cached
+    def handed_over_counts(self) -> CacheCounts | None:
+        """`counts`, where decode was handed anything; else None, and decode's own are right."""
+        return None if self.limbo is None else self.counts
+
+    def prompt_tokens(self, usage: Usage) -> int:
+        """Tokens of the client's prompt: a leg that goes on with an answer has what was said in its own."""
+        said = 0 if self.continuation is None else self.continuation.said
+        return max(0, (usage.prompt_tokens or 0) - said)
+
+    def note_usage(self, usage: Usage, said: int) -> None:
+        """Keep decode's usage in the record.
+
+        Arguments:
+            said: tokens of the answer that it takes for prompt.
+        """
+        record, counts = self.request.record, self.handed_over_counts()
+        record.prompt_tokens = max(0, (usage.prompt_tokens or 0) - said)
+        cached = usage.cached_tokens if counts is None else counts.cached or 0
+        record.cached_tokens = min(cached, record.prompt_tokens)
 
     def check(self) -> None:
         """Called with a connection at hand, just before a leg is written to it.
@@ -401,15 +418,14 @@ class Legs:
                 raise garbled from None
         if attempt.alias:
             answer = answer.replace(attempt.id.encode(), attempt.alias.encode())
-        if (cached := attempt.handed_over_cached()) is not None:
-            answer = with_cached(answer, cached)
+        if (counts := attempt.handed_over_counts()) is not None:
+            answer = counts.into(answer)
         self._fleet.succeeded(backend, leg)
         if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
             backend.reasons = True
         if usage := read_usage(parsed.usage):
-            record.prompt_tokens = usage.prompt_tokens or 0
+            attempt.note_usage(usage, said=0)
             record.tokens = usage.completion_tokens or 0
-            record.cached_tokens = record.cached_tokens or (usage.cached_tokens if cached is None else cached)
         if attempt.limbo is not None:
             attempt.limbo.close()
         record.status = 200
@@ -425,7 +441,7 @@ class Legs:
             identity=request.transcript.identity if continuation is not None else attempt.identity,
             said=continuation.said if continuation is not None else 0,
             opens=continuation is None,
-            cached=None if attempt.plan.connector.tells_cached else attempt.handed_over_cached,
+            counts=attempt.handed_over_counts,
         )
 
         dialect = DIALECTS.get(request.body.endpoint)
@@ -459,9 +475,7 @@ class Legs:
             record.tokens = edit.said + relay.events
             if usage := relay.usage:
                 record.tokens = edit.said + (usage.completion_tokens or relay.events)
-                record.prompt_tokens = max(0, (usage.prompt_tokens or 0) - edit.said)
-                if attempt.handed_over_cached() is None:
-                    record.cached_tokens = record.cached_tokens or usage.cached_tokens
+                attempt.note_usage(usage, edit.said)
         self._fleet.succeeded(backend, leg)
         if request.transcript.flaw == "reasoning":
             backend.reasons = True

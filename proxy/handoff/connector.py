@@ -28,11 +28,13 @@ class Handoff(msgspec.Struct, frozen=True):
             came.
         headers: whole lines.
         prompt: ids of the prompt as prefill has tokenised it, `1,2,3`; empty where decode is to do that itself.
+        cached: how many tokens of the prompt prefill says were cached, for decode to tell; None where it does not.
     """
 
     members: Members
     headers: bytes = b""
     prompt: bytes = b""
+    cached: int | None = None
 
 
 class Meeting(msgspec.Struct, frozen=True):
@@ -97,8 +99,6 @@ class Connector:
             hand-off older than that gives silently wrong text, so the flow stays far below it.
         first_token: it is known that decode may go on behind the token that prefill has sampled, with the same blocks.
         takes_ids: decode takes the prompt's ids from prefill's answer (`reuse.py`).
-        tells_cached: decode's usage has prefill's count of cached tokens, which the hand-off tells it. Where not, it
-            counts all that it was handed.
         continues: engines that speak it go on from token ids (`continuation.py`), so that streams can be resumed.
         plain_decode: a decode engine answers a request without hand-off right, from the prompt alone.
         plain_prefill: a prefill engine does.
@@ -129,7 +129,6 @@ class Connector:
     lease: ClassVar[float] = inf
     first_token: ClassVar[bool] = False
     takes_ids: ClassVar[bool] = False
-    tells_cached: ClassVar[bool] = False
     continues: ClassVar[bool] = True
     plain_decode: ClassVar[bool] = True
     plain_prefill: ClassVar[bool] = True
@@ -325,7 +324,7 @@ Name = Annotated[str, msgspec.Meta(min_length=1)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
-class PullParams(msgspec.Struct):
+class PullParams(msgspec.Struct, kw_only=True):
     """What every connector by which decode pulls needs of prefill's parameters."""
 
     do_remote_prefill: bool
@@ -333,6 +332,7 @@ class PullParams(msgspec.Struct):
     remote_engine_id: Name
     remote_host: Name
     remote_port: Port
+    remote_prefill_cached_tokens: Any = None
 
 
 P = TypeVar("P", bound=PullParams)
@@ -353,4 +353,5 @@ def pulled(params: msgspec.Raw, required: Callable[[msgspec.Raw], P]) -> Handoff
     if not checked.do_remote_prefill:
         raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")
     check_blocks(checked.remote_block_ids)
-    return Handoff({"kv_transfer_params": params})
+    cached = checked.remote_prefill_cached_tokens
+    return Handoff({"kv_transfer_params": params}, cached=cached if type(cached) is int and cached >= 0 else None)

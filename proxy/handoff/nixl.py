@@ -47,7 +47,6 @@ class Nixl(Connector):
     refused_release = True
     any_role = True  # of the two legs' parameters alone it knows which it is
     takes_ids = True
-    tells_cached = True  # remote_prefill_cached_tokens
     port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:

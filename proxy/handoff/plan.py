@@ -145,7 +145,7 @@ class Plan:
         parsed = read_answer(answer, self._layout.answer)
         handoff = self.handoff or self.connector.take(parsed)
         if self._reuse and handoff is not None and (ids := prompt_of(parsed, self._body)):
-            handoff = Handoff(handoff.members, handoff.headers, ids)
+            handoff = msgspec.structs.replace(handoff, prompt=ids)
         return handoff, parsed.usage
 
     def decode_leg(self, handoff: Handoff | None) -> Leg:

@@ -28,14 +28,13 @@ _ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]
 
 _decode_members = json_decoder(dict[str, msgspec.Raw])
 _decode_choices = json_decoder(list[dict[str, msgspec.Raw]])
-_decode_count = json_decoder(int)
-_decode_object = json_decoder(dict[str, msgspec.Raw] | None)
 _encode = msgspec.json.Encoder().encode
-_NULL = msgspec.Raw(b"null")
 
 
 class CachedDetails(msgspec.Struct):
     cached_tokens: int | None = None
+    created_cache_tokens: int | None = None
+    cache_write_tokens: int | None = None
 
 
 class Usage(msgspec.Struct):
@@ -54,6 +53,15 @@ class Usage(msgspec.Struct):
     @property
     def cached_tokens(self) -> int:
         return (self.prompt_tokens_details.cached_tokens or 0) if self.prompt_tokens_details else 0
+
+    @property
+    def written_tokens(self) -> int | None:
+        """Tokens of the prompt that were computed and written to a cache; None where the engine has not said."""
+        details = self.prompt_tokens_details
+        if details is None or details.created_cache_tokens is None:
+            said = None if details is None else details.cache_write_tokens
+            return self.cache_creation_input_tokens if said is None else said
+        return details.created_cache_tokens
 
 
 _decode_usage = bare_json_decoder(Usage)
@@ -84,24 +92,6 @@ def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
         usage.completion_tokens = usage.output_tokens
         usage.prompt_tokens_details = usage.input_tokens_details if read is None else CachedDetails(read)
     return usage
-
-
-def with_cached(body: bytes, cached: int) -> bytes:
-    """An answer, or a payload of one, whose usage says that so many tokens of its prompt were cached; one without usage
-    as it is.
-
-    A decode engine counts what it was handed as cached, where it is not told how much of that prefill had to compute.
-    """
-    try:
-        members = _decode_members(body)
-        usage = _decode_members(members["usage"])
-        details = _decode_object(usage.get("prompt_tokens_details", _NULL)) or {}
-        most = _decode_count(usage["prompt_tokens"])
-    except (Undecodable, KeyError):
-        return body
-    details = {**details, "cached_tokens": msgspec.Raw(b"%d" % min(cached, most))}
-    members["usage"] = msgspec.Raw(_encode({**usage, "prompt_tokens_details": details}))
-    return _encode(members)
 
 
 def strip_handoff(body: bytes) -> bytes:

@@ -9,6 +9,7 @@ import msgspec
 from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendGarbled
 from proxy.relay.answers import HANDOFF_FIELDS, Usage, WholeAnswer, read_usage, read_whole
+from proxy.relay.cache_counts import CacheCounts
 from proxy.relay.prompt_logprobs import PromptLogprobs
 
 _ABSENT = msgspec.Raw()
@@ -47,7 +48,7 @@ class Dialect(msgspec.Struct, frozen=True):
         tokens: how the names of events end that bring tokens.
         last: events of which one ends the answer.
         failed: events of which one says that the engine could not finish.
-        inside: members of an event that hold the answer's own object, and with it what stays inside.
+        inside: members of an event that hold the answer's own object, and with it what stays inside and its usage.
         preempted: bytes by which an engine says that it dropped the request to get at its memory; or nothing.
     """
 
@@ -117,6 +118,13 @@ class Dialect(msgspec.Struct, frozen=True):
             if bytes(memoryview(members.get(inside, _ABSENT))[:1]) == b"{":
                 members[inside] = msgspec.Raw(_encode(_stripped(_decode_members(members[inside]))))
         return b"event: %b\ndata: %b\n\n" % (name.encode(), _encode(members))
+
+    def recounted(self, event: bytes, name: str, payload: bytes, counts: CacheCounts) -> bytes:
+        """An event that tells of a usage, with prefill's counts in it."""
+        changed = counts.into(payload)
+        for inside in self.inside:
+            changed = counts.into(changed, inside)
+        return event if changed == payload else b"event: %b\ndata: %b\n\n" % (name.encode(), changed)
 
     def whole(self, answer: bytes) -> WholeAnswer:
         """An answer that was not streamed.

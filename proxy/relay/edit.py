@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from proxy.decoding import Undecodable, json_decoder
-from proxy.relay.answers import HANDOFF_FIELDS, with_cached
+from proxy.relay.answers import HANDOFF_FIELDS
+from proxy.relay.cache_counts import CacheCounts
 
 _Members = dict[str, msgspec.Raw]
 
@@ -37,15 +38,14 @@ class Edit(msgspec.Struct, frozen=True):
         identity: members that every event of the answer has, when this leg goes on with an answer that has begun.
         said: completion tokens of that answer before this leg, which this leg took for a part of its prompt.
         opens: the answer begins with this leg; `identity` is only to hide the engine's own.
-        cached: asked at the end: how many tokens of the prompt were cached, where its engine cannot know; None then
-            where nobody can.
+        counts: asked where an event has a usage: prefill's counts of the prompt, where another engine computed it.
     """
 
     hide_ids: bool = False
     identity: dict[str, msgspec.Raw] | None = None
     said: int = 0
     opens: bool = False
-    cached: Callable[[], int | None] | None = None
+    counts: Callable[[], CacheCounts | None] | None = None
 
     @property
     def idle(self) -> bool:
@@ -97,10 +97,14 @@ class Edit(msgspec.Struct, frozen=True):
 
     def closing(self, event: bytes, payload: bytes) -> bytes:
         """As `event`, for one without choices: the usage of the whole answer."""
-        if self.cached is not None and (cached := self.cached()) is not None:
-            payload = with_cached(payload, cached)
-            event = b"data: %b\n\n" % payload
-        return self.event(event, payload)
+        return self.event(*self.recounted(event, payload))
+
+    def recounted(self, event: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        """An event and its payload, with prefill's counts in its usage."""
+        if self.counts is None or (counts := self.counts()) is None:
+            return event, payload
+        changed = counts.into(payload)
+        return (event, payload) if changed is payload else (b"data: %b\n\n" % changed, changed)
 
     def head(self, event: bytes, length: int) -> bytes:
         """The first bytes of an event of the engine's as they are for the client, where all behind them stays as it is;

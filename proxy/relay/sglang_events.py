@@ -16,6 +16,7 @@ import msgspec
 from proxy.decoding import Undecodable, WrongShape, json_decoder
 from proxy.errors import BackendGarbled
 from proxy.relay.answers import HANDOFF_FIELDS, CachedDetails, Usage, WholeAnswer
+from proxy.relay.cache_counts import CacheCounts
 from proxy.relay.dialect import Dialect, NamedEvent
 from proxy.relay.prompt_logprobs import PromptLogprobs
 
@@ -94,6 +95,9 @@ class SGLangEvents(Dialect, frozen=True):
 
     def usage(self, event: NamedEvent) -> Usage | None:
         return None if event.type == _TOKEN else _total(self.said.values())
+
+    def recounted(self, event: bytes, name: str, payload: bytes, counts: CacheCounts) -> bytes:
+        return event  # `meta_info` is decode's own (docs/generating-routes.md)
 
     def stripped(self, name: str, payload: bytes) -> bytes:
         if payload == _DONE:

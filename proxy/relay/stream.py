@@ -534,6 +534,8 @@ class StreamRelay:
                 self.usage = usage
                 if not choices and self._drop_usage:
                     continue
+                if choices and usage.prompt_tokens_details is not None:
+                    event, payload = edit.recounted(event, payload)
             if not choices:
                 kept.append(edit.closing(event, payload))
                 continue
@@ -582,6 +584,7 @@ class StreamRelay:
         none: an answer may be empty."""
         kept: list[bytes] = []
         count = 0
+        counted = None if self._edit.counts is None else self._edit.counts()
         for event, payload in found:
             if self._done:
                 self._last_word += event
@@ -593,6 +596,7 @@ class StreamRelay:
                 named = dialect.read(payload)
                 if dialect.edits or event.find(HANDOFF_MARK) >= 0:
                     event = dialect.stripped(named.type, payload)
+                    payload = events.payload(event)
             except (BackendGarbled, Undecodable) as error:
                 self._failure = BackendGarbled(f"{self._url} sent what cannot be read: {error}")
                 break
@@ -602,8 +606,11 @@ class StreamRelay:
             if dialect.preempted and payload.find(dialect.preempted) >= 0:
                 self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
                 break
-            if usage := dialect.usage(named):
+            usage = dialect.usage(named)
+            if usage is not None:
                 self.usage = usage
+            if counted is not None and (usage is not None or named.type in dialect.opening):
+                event = dialect.recounted(event, named.type, payload, counted)
             if named.type in dialect.last:
                 self._done = self._transcript.finished = True
                 self._last_word = event

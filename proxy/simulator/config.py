@@ -93,6 +93,8 @@ class SimulatorConfig:
     responses_store: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE
     scale_out: bool = False  # --enable-scale-out: tokens in, tokens out
     prompt_tokens_details: bool = True  # usage says cached_tokens
+    written_tokens: bool = False  # usage says how many tokens were written to the cache (vLLM since 9/2026)
+    handoff_cached: bool = True  # a hand-off says how many tokens of the prompt were cached (not in vLLM before that)
     parser: bool = False  # --reasoning-parser or --tool-call-parser: a token without text has no content in its delta
     death_delay: float = 0.3  # a dead engine answers /health with 503 this long, then its process is gone
     keep_alive: float = 5.0  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE

@@ -29,13 +29,14 @@ def event(payload: Any) -> bytes:
     return b"data: " + to_json(payload) + b"\n\n"
 
 
-def usage(prompt: int, completion: int, cached: int | None) -> Object:
+def usage(prompt: int, completion: int, cached: int | None, written: int | None = None) -> Object:
     """The usage object; ``cached`` None leaves the details out."""
+    more = {} if written is None else {"created_cache_tokens": written}
     return {
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,
         "completion_tokens": completion,
-        "prompt_tokens_details": None if cached is None else {"cached_tokens": cached},
+        "prompt_tokens_details": None if cached is None else {"cached_tokens": cached, **more},
     }
 
 
@@ -43,7 +44,8 @@ def total_usage(request: GenerationRequest, sequences: Items[Sequence], *, detai
     """The usage of a request: each prompt once, every child's output."""
     prompts = sum(map(len, request.prompts))
     completion = sum(sequence.output_length for sequence in sequences)
-    return usage(prompts, completion, cached_tokens(sequences[-1]) if details else None)
+    written = sequences[-1].written if request.kind == "chat" else None
+    return usage(prompts, completion, cached_tokens(sequences[-1]) if details else None, written)
 
 
 def cached_tokens(sequence: Sequence) -> int:

@@ -410,6 +410,8 @@ class Engine:
         stats.time_to_first_token.observe(now - sequence.arrived)
         stats.prompt_tokens += sequence.prompt_length
         stats.local_cache_hit += sequence.cached
+        if self.config.written_tokens:
+            sequence.written = sequence.prompt_length - sequence.cached - sequence.external
         stats.external_kv_transfer += sequence.external
         stats.local_compute += sequence.prompt_length - sequence.cached - sequence.external
         stats.prompt_length.observe(sequence.prompt_length)

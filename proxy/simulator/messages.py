@@ -185,11 +185,14 @@ def _turns(message: Message) -> list[Object]:
     return turns
 
 
-def usage(prompt: int, completion: int, cached: int | None) -> Object:
-    """Anthropic counts what came from a cache beside what did not."""
+def usage(prompt: int, completion: int, cached: int | None, written: int | None = None) -> Object:
+    """Anthropic counts what came from a cache, and what was written to one, beside the rest."""
     if cached is None:
         return {"input_tokens": prompt, "output_tokens": completion}
-    return {"input_tokens": prompt - cached, "output_tokens": completion, "cache_read_input_tokens": cached}
+    counts = {"input_tokens": prompt - cached, "output_tokens": completion, "cache_read_input_tokens": cached}
+    if written is not None:
+        counts |= {"input_tokens": prompt - cached - written, "cache_creation_input_tokens": written}
+    return counts
 
 
 def stop_reason(sequence: Sequence, *, tool_used: bool) -> tuple[str | None, str | None]:
@@ -235,7 +238,10 @@ def message_body(
         "stop_reason": reason,
         "stop_sequence": stopped,
         "usage": usage(
-            sequence.prompt_length, sequence.output_length, encoding.cached_tokens(sequence) if details else None
+            sequence.prompt_length,
+            sequence.output_length,
+            encoding.cached_tokens(sequence) if details else None,
+            sequence.written,
         ),
         "kv_transfer_params": handoff,
     }

@@ -120,7 +120,7 @@ class MessageStream(NamedStream):
         self._send(
             "message_delta",
             delta={"stop_reason": reason, "stop_sequence": stopped},
-            usage=messages.usage(sequence.prompt_length, sequence.output_length, cached),
+            usage=messages.usage(sequence.prompt_length, sequence.output_length, cached, sequence.written),
         )
         self._send("message_stop")
 

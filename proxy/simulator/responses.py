@@ -290,7 +290,11 @@ def response_body(
     body = outline(request, created, status, output)
     body["usage"] = {
         "input_tokens": sequence.prompt_length,
-        "input_tokens_details": {"cached_tokens": encoding.cached_tokens(sequence)},
+        "input_tokens_details": {
+            "cached_tokens": encoding.cached_tokens(sequence),
+            "cached_tokens_per_turn": [encoding.cached_tokens(sequence)],
+            **({} if sequence.written is None else {"cache_write_tokens": sequence.written}),
+        },
         "output_tokens": sequence.output_length,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": sequence.prompt_length + sequence.output_length,

@@ -91,6 +91,7 @@ class Sequence:
         "tokens",
         "transfer",
         "vanished",
+        "written",
     )
 
     def __init__(
@@ -126,6 +127,7 @@ class Sequence:
         self.sealed = 0  # full blocks whose content has been stored
         self.prefill_left = 0
         self.cached = 0  # prompt tokens found in this engine's own prefix cache
+        self.written: int | None = None  # prompt tokens computed and put into that cache, where the engine says so
         self.external = 0  # prompt tokens whose KV came from prefill
         self.loaded = False
         self.status = Status.WAITING

@@ -154,7 +154,7 @@ class Nixl(Pull):
             "remote_num_tokens": tokens,
             "remote_blocks_expiry_time": None,
             "transfer_mode": "pull",
-            "remote_prefill_cached_tokens": sequence.cached,
+            **({"remote_prefill_cached_tokens": sequence.cached} if engine.config.handoff_cached else {}),
         }
 
     def no_blocks(self) -> None:
