@@ -37,7 +37,6 @@ UNBOUND = {
     "heap",
     "process",
     "workers",
-    "signals",
     "sockets",
     "cli",
     "configuration",

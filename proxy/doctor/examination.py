@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from proxy.doctor.differences import differences, together
 from proxy.doctor.pairs import choose_pairs
@@ -22,7 +23,7 @@ from proxy.fleet.notices import Notices
 from proxy.fleet.profile import Profile
 from proxy.fleet.registration import Registrations
 from proxy.flow.callbacks import Callbacks
-from proxy.flow.trial import Trial, Trials, model_of, tolerated, usable, wrong_connector, wrong_role
+from proxy.flow.trial import Trial, Trials, model_of, usable, wrong_connector, wrong_role
 from proxy.handoff.connector import UNKNOWN, Connector
 from proxy.handoff.registry import connectors
 from proxy.settings import Settings
@@ -174,7 +175,7 @@ class _Examination:
         for backend, profile in profiles.items():
             misfit = wrong_role(backend, profile)
             if misfit is not None and self._connector(backend).any_role and backend.url not in failed:
-                misfit = tolerated(misfit)
+                misfit = replace(misfit, severity="warning", what=f"{misfit.what}; it hands over all the same")
             if misfit is None and backend.connector:
                 misfit = wrong_connector(backend, profile, self._connectors)
             if misfit is not None:
@@ -189,14 +190,9 @@ class _Examination:
                     self._findings.append(found("uncached", what, backend.url, severity="note"))
             elif failure.code == "unregistered" and not self._hears:
                 continue
-            elif misfit is None or failure.code not in ("no_coordinates", "unregistered"):
+            elif not (failure.code == "no_coordinates" and misfit is not None):
                 self._findings.append(failure.finding(backend))
-        told = {(finding.code, url) for finding in self._findings for url in finding.backends}
-        of_pairs = [trial.finding for trial in trials if trial.finding is not None]
-        of_pairs += [warning for trial in trials for warning in trial.warnings if len(warning.backends) > 1]
-        self._findings += together(
-            [finding for finding in of_pairs if told.isdisjoint((finding.code, url) for url in finding.backends)]
-        )
+        self._findings += together([trial.finding for trial in trials if trial.finding is not None])
         for trial in trials:
             if trial.finding is None and trial.unreachable and trial.side is not None:
                 where = f"{trial.side[0]}:{trial.side[1]}"
