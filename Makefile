@@ -4,15 +4,17 @@
 PYTHON ?=
 PORT ?= 8000
 ONCE ?=
-# How long `make soak` runs, and the seed of its chaos (empty: a new one, which is printed).
+# How long `make soak` runs.
 SECONDS ?= 300
+# The seed of the chaos in `make soak` and of the examples in `make test-random` (empty: a new one, which is printed).
 SEED ?=
-# Arguments for pytest (make test) and for the bench (make bench).
+# Arguments for pytest (make test, make test-all, ...) and for the bench (make bench).
 ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 REAL_VENV := .venv-vllm
+PYTEST := $(BIN)/pytest -n auto --dist loadgroup
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 RECIPE := pyproject.toml constraints.txt deploy/venv.sh
 TYPED := proxy bench deploy
@@ -22,9 +24,10 @@ CHECKED := $(TYPED) docs tests
 unexport PYTHON
 # Without compiled files each process of the tests would compile all of them for itself.
 unexport PYTHONDONTWRITEBYTECODE
+export SEED
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real soak lint types bench constraints clean
+.PHONY: help install demo test test-all test-random test-real soak lint types bench constraints clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.11] [PORT=8000] [ONCE=1] [ARGS='...']"
@@ -48,14 +51,23 @@ install: $(VENV)/.develop ## make .venv with all that the other targets need
 demo: $(VENV)/.run ## stream a completion through the gateway and simulated pools; Ctrl-C ends it
 	@exec $(BIN)/python deploy/demo.py --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)
 
-test: $(VENV)/.develop ## run every test that needs no real vLLM (ARGS='-m "not real and not slow"': the fast ones)
-	$(BIN)/pytest -m "not real" -n auto --dist loadgroup $(ARGS)
+test: $(VENV)/.develop ## run the quick tests, of every part; the same ones with the same data each time
+	$(PYTEST) -m "not real and not slow" $(ARGS)
+
+test-all: $(VENV)/.develop ## run every test that needs no real vLLM
+	$(PYTEST) -m "not real" $(ARGS)
+
+# One seed for all the processes of pytest, printed first, so that what is found can be run again.
+test-random: $(VENV)/.develop ## run the property tests with new random examples (SEED=n repeats a run)
+	@seed=$${SEED:-$$($(BIN)/python -c 'import random; print(random.SystemRandom().randrange(1 << 32))')}; \
+	echo "random examples; to repeat them: make test-random SEED=$$seed"; \
+	PROPERTIES=random exec $(PYTEST) -m "hypothesis and not real" --hypothesis-seed=$$seed $(ARGS)
 
 test-real: $(VENV)/.develop ## run the tests against real vLLM engines on the CPU (installs 2.3 GB into .venv-vllm)
 	bash tests/real/install.sh $(REAL_VENV)
 	REQUIRE_REAL_VLLM=1 $(BIN)/pytest -m real tests/real $(ARGS)
 
-soak: $(VENV)/.develop ## requests for SECONDS while engines are killed at random (SEED=n repeats a run)
+soak: test-random ## random examples, then requests for SECONDS while engines are stopped at random (SEED=n repeats both)
 	SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(BIN)/pytest -s tests/faults/test_soak.py $(ARGS)
 
 lint: $(VENV)/.develop ## check style and format

@@ -117,7 +117,7 @@ class Processes:
 def main() -> int:
     """Run the demonstration; gives the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=8000, help="the gateway's port (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="the gateway's port; 0: any (default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="end after the answer")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -134,7 +134,7 @@ def main() -> int:
 
 def demonstrate(processes: Processes, port: int, logs: Path, *, once: bool) -> None:
     """The whole of it. Raises DemoError."""
-    check_free(port)
+    port = free_port(port)
     pools = start_engines(processes, logs)
     url = start_gateway(processes, pools, port)
     with httpx.Client(base_url=url, timeout=START_SECONDS, trust_env=False) as client:
@@ -147,10 +147,11 @@ def demonstrate(processes: Processes, port: int, logs: Path, *, once: bool) -> N
     stay(processes)
 
 
-def check_free(port: int) -> None:
-    """Raises DemoError where the gateway could not listen."""
+def free_port(port: int) -> int:
+    """The port, or for 0 one that nobody listens on. Raises DemoError where the gateway could not listen."""
     try:
-        socket.create_server((HOST, port)).close()
+        with socket.create_server((HOST, port)) as listener:
+            return int(listener.getsockname()[1])
     except (OSError, OverflowError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         other = 8001 if port == 8000 else 8000

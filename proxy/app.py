@@ -20,6 +20,7 @@ from proxy.admission.gate import Gate
 from proxy.api import operations
 from proxy.api.backends import backends
 from proxy.api.credentials import AtSocket, Credentials, Trusted
+from proxy.api.cross_origin import CrossOrigin
 from proxy.api.fanout import fanout
 from proxy.api.inference import Inference
 from proxy.api.metaserver import metaserver
@@ -43,6 +44,7 @@ from proxy.flow.legs import Legs
 from proxy.flow.room import FleetRoom
 from proxy.flow.single import ROUTES, Single
 from proxy.flow.stored import StoredResponses
+from proxy.flow.suspicion import Suspicion
 from proxy.flow.warmup import Warmup
 from proxy.handoff.connector import UNKNOWN
 from proxy.handoff.endpoints import LAYOUTS, Endpoint
@@ -121,7 +123,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
     legs = Legs(settings, fleet, telemetry, notices)
-    flow = Flow(settings, fleet, legs, spoken, telemetry, random.random, callbacks)
+    suspicion = Suspicion(settings.retries.after_cut, lambda backend: prober.lives(backend))
+    flow = Flow(settings, fleet, legs, spoken, telemetry, random.random, callbacks, suspicion)
     exchange = None if crew is None else Exchange(crew.board, crew.worker, fleet, admission.look)
     if exchange is not None:
         fleet.before_choice = exchange.freshen
@@ -181,7 +184,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         for endpoint, layout in LAYOUTS.items()
         if _is_served(endpoint, settings)
     }
-    single = Single(settings, fleet, legs, random.random)
+    single = Single(settings, fleet, legs, random.random, suspicion)
     for path in ROUTES:
         hot[path] = SingleRoute(
             path, settings, fleet, single, gate, admission, credentials, telemetry, lambda: surface.paths(), names
@@ -211,6 +214,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         lifespan=lifespan,
         body_seconds=body_seconds,
         siblings=siblings,
+        cross_origin=CrossOrigin(settings.cors) if settings.cors.origins else None,
     )
     inner = None
     if siblings is not None:

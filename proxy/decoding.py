@@ -9,6 +9,7 @@ calls a decoder.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -80,6 +81,42 @@ def _guarded(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 decode_json: Callable[[Buffer | str], Any] = json_decoder(Any)
 """JSON of any type. Raises `Undecodable`."""
+
+
+def json_extent(raw: memoryview) -> int:
+    """How many bytes the one JSON value has with which `raw` begins, whatever follows it; it is passed over, not made.
+
+    Raises:
+        Undecodable: it begins with none.
+    """
+    try:
+        return len(memoryview(_decode_raw(raw)))
+    except msgspec.DecodeError as error:
+        follows = _FOLLOWS.search(str(error))
+        if follows is None:
+            raise _error(error) from None
+    except UNDECODABLE as error:
+        raise _error(error) from None
+    end = int(follows[1]) - _FOLLOWS_LATE
+    # Blanks behind a value are none of it, and no value ends in one.
+    return end if raw[end - 1] not in b" \t\r\n" else len(bytes(raw[:end]).rstrip(b" \t\r\n"))
+
+
+_decode_raw = msgspec.json.Decoder(msgspec.Raw).decode
+_FOLLOWS = re.compile(r"trailing characters \(byte (\d+)\)")
+
+
+def _told_late() -> int:
+    """By how much msgspec tells too high a byte for what follows a value."""
+    try:
+        _decode_raw(b"[1] 2")
+    except msgspec.DecodeError as error:
+        if follows := _FOLLOWS.search(str(error)):
+            return int(follows[1]) - 4
+    raise RuntimeError("this msgspec does not say where the first of two values ends; another version does")
+
+
+_FOLLOWS_LATE = _told_late()
 
 
 def decode_python_json(raw: bytes | str) -> Any:

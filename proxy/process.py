@@ -2,9 +2,9 @@
 
 It accepts connections at once; but where another gateway serves the address, only when it is ready itself.
 
-SIGTERM: /ready turns 503 while requests are still served for `shutdown.delay`; then no new request starts, those that
-run have `shutdown.grace` to end, and the rest are told so; exit 0. SIGINT skips the delay; a second signal skips the
-grace. Where another process has the address too, new connections are left to it, and no request is refused.
+SIGTERM and SIGQUIT: /ready turns 503 while requests are still served for `shutdown.delay`; then no new request starts,
+those that run have `shutdown.grace` to end, and the rest are told so; exit 0. SIGINT skips the delay; a second signal
+skips the grace. Where another process has the address too, new connections are left to it, and no request is refused.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from proxy.fleet.inbox import CannotHear
 from proxy.relay.connections import Connections
 from proxy.relay.server import GatewayProtocol
 from proxy.settings import Settings
+from proxy.signals import IGNORED, LEAVING, ignore, tell_ignored
 from proxy.sockets import (
     BACKLOG,
     Listener,
@@ -70,6 +71,7 @@ def serve(settings: Settings) -> int:
     Raises:
         ListenError
     """
+    ignore()
     files = raise_file_limit()
     listeners = _listeners(settings)
     _warn_of_operators(settings)
@@ -258,13 +260,16 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number, delay in ((signal.SIGTERM, self._shutdown.delay), (signal.SIGINT, 0.0)):
-            loop.add_signal_handler(number, self._signalled, delay)
+        for number in LEAVING:
+            loop.add_signal_handler(number, self._signalled, 0.0 if number == signal.SIGINT else self._shutdown.delay)
+        for number in IGNORED:
+            loop.add_signal_handler(number, tell_ignored, number)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (*LEAVING, *IGNORED):
                 loop.remove_signal_handler(number)
+            ignore()  # what is left to do is not to be cut off either
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])  # the lifespan alone: health checks begin

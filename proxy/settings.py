@@ -364,6 +364,41 @@ class Routes(Group):
     )
 
 
+def _origin(value: str) -> str:
+    """An origin in the form in which browsers send it."""
+    text = value.strip().lower()
+    if text == "*":
+        return text
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://([a-z0-9._~%-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", text):
+        raise ValueError(f"{value[:128]!r}: an origin is scheme://host or scheme://host:port, without a path; or *")
+    for scheme, port in (("http", ":80"), ("https", ":443")):
+        if text.startswith(f"{scheme}://"):
+            text = text.removesuffix(port)
+    return text
+
+
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_split)]
+
+
+class CorsSettings(Group):
+    """Which web pages of other origins may use the gateway from a browser ([operating](operating.md#web-pages)). The
+    routes of operators and `/metrics` are for no page."""
+
+    origins: Origins = Field(
+        (), description="origins whose pages may, as https://chat.example.com; * is any; none: no page may read answers"
+    )
+    credentials: bool = Field(
+        False, description="pages may send cookies and the like, for what stands in front of the gateway; not with *"
+    )
+    max_age: int = Field(600, ge=0, description="seconds for which browsers may remember what they may ask")
+
+    @model_validator(mode="after")
+    def _nobody_is_anybody(self) -> CorsSettings:
+        if self.credentials and "*" in self.origins:
+            raise ValueError("cors: credentials are not for every origin (*); name the origins")
+        return self
+
+
 class Health(Group):
     """Active probes of each backend, at the health path of its kind: is it alive?"""
 
@@ -405,6 +440,12 @@ class BreakerSettings(Group):
 class Retries(Group):
     attempts: int = Field(4, ge=1, le=20, description="tries for a request's first token, and again for each resume's")
     resumes: int = Field(5, ge=0, le=100, description="times one broken stream may be continued on other backends")
+    after_cut: int = Field(
+        1,
+        ge=0,
+        le=20,
+        description="engines that a request is given after one ended while it had it; 1, lest it ends them all",
+    )
     share: float = Field(0.2, ge=0, description="retries in progress, as a share of a pool's live requests, at most")
     floor: int = Field(10, ge=0, description="retries in progress that a pool may have however few its live requests")
 
@@ -614,6 +655,7 @@ class Settings(Group):
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
     routes: Routes = Routes()
+    cors: CorsSettings = CorsSettings()
     health: Health = Health()
     breaker: BreakerSettings = BreakerSettings()
     retries: Retries = Retries()

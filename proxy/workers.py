@@ -4,8 +4,8 @@ The supervisor opens the sockets and forks; it serves nobody itself, so nothing 
 workers accept from the same sockets: when one dies, its streams are lost with it, but no connection that waits, and no
 stream of the others. Another takes its place at once, and later if it keeps dying.
 
-A signal goes to every worker, and each leaves as a gateway of one process does. A worker whose supervisor has gone
-leaves likewise: nobody would replace it.
+A signal to leave goes to every worker, and each leaves as a gateway of one process does. A worker whose supervisor has
+gone leaves likewise: nobody would replace it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from proxy.api.merging import counts_of, merge, parse, render
 from proxy.api.siblings import departed_page, page_of, write
 from proxy.crew import Crew
 from proxy.fleet.board import Board
+from proxy.signals import IGNORED, LEAVING, ignore, tell_ignored
 from proxy.sockets import Listener, notify
 
 log = logging.getLogger("pd_proxy")
@@ -71,6 +72,7 @@ class _Supervisor:
         self._due: dict[int, float] = {}  # number: when it is to be made again
         self._ready = os.pipe()
         self._leaving = False
+        self._noted: list[int] = []  # signals that do nothing, not yet logged
         self._status = 0
 
     def run(self) -> int:
@@ -78,8 +80,10 @@ class _Supervisor:
         wake, waker = os.pipe()
         os.set_blocking(waker, False)
         os.set_blocking(self._ready[0], False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in LEAVING:
             signal.signal(number, self._signalled)
+        for number in IGNORED:
+            signal.signal(number, self._note)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # so that the pipe below hears of it
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         gc.collect()
@@ -96,6 +100,8 @@ class _Supervisor:
                 if waiting == 0:
                     log.info("%d workers are listening on %s", self._count, self._listeners[0].url)
                     notify("READY=1")
+            while self._noted:
+                tell_ignored(self._noted.pop(0))
             self._reap()
             for worker in [worker for worker, when in self._due.items() if when <= monotonic()]:
                 if not self._leaving:
@@ -116,8 +122,9 @@ class _Supervisor:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            for number in (*LEAVING, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
+            ignore()
             _leave_with(os.getppid())
             os.environ.pop("NOTIFY_SOCKET", None)
             os.close(self._ready[0])
@@ -162,6 +169,9 @@ class _Supervisor:
             page.unlink(missing_ok=True)
         except (OSError, ValueError) as error:
             log.warning("the counts of worker %d are lost: %s", worker, error)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted.append(number)  # not logged here: a handler interrupts anything, a log line too
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if not self._leaving:

@@ -1,4 +1,11 @@
-"""What all tests share."""
+"""What all tests share: settings from nowhere but the test, property tests that repeat, and which tests are slow.
+
+**Property tests** draw the same examples each time, so that a red run is about the change at hand. With
+PROPERTIES=random they draw new ones, from pytest's `--hypothesis-seed` (`make test-random`, which prints it).
+
+**Cross products.** A test that is marked `cross_product` has many combinations of its parameters. The everyday suite
+runs as many of them as it takes to see every value of every parameter once; the others are slow tests.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +15,34 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # How long an example takes says nothing here but how busy the machine is.
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy")
+settings.register_profile("same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile(os.environ.get("PROPERTIES") or "same")
 
 
 @pytest.hookimpl(optionalhook=True)  # for those who run pytest without xdist, to debug
 def pytest_xdist_auto_num_workers() -> int:
-    """Processes for `pytest -n auto`: two a core, since tests wait for half of their time."""
-    return 2 * (os.cpu_count() or 1)
+    """Processes for `pytest -n auto`: one for each core that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what the cross products have beyond each value once."""
+    products: dict[str, list[tuple[pytest.Item, set[tuple[str, str]]]]] = {}
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and item.get_closest_marker("cross_product") is not None:
+            values = {(name, repr(value)) for name, value in callspec.params.items()}
+            products.setdefault(item.nodeid.partition("[")[0], []).append((item, values))
+    for combinations in products.values():
+        unseen = set().union(*(values for _, values in combinations))
+        while unseen:
+            best = max(combinations, key=lambda combination: len(combination[1] & unseen))
+            combinations.remove(best)
+            unseen -= best[1]
+        for item, _ in combinations:
+            item.add_marker(pytest.mark.slow)
 
 
 # Settings come from the environment too; a developer's own must not change what is tested.

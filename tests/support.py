@@ -125,7 +125,7 @@ async def running_gateway(
         "warmup": False,  # tests count what engines were asked
         **({"admin_key": "operator"} if operated else {}),
         **more,
-        "health": {"interval": 0.2, "timeout": 1.0, "longest_wait": 0.2, **more.get("health", {})},
+        "health": {"interval": 0.2, "timeout": 5.0, "longest_wait": 0.2, **more.get("health", {})},
         "metaserver": {"url": f"http://127.0.0.1:{port}", **more.get("metaserver", {})},
     }
     settings = build_settings(flags, {})

@@ -37,6 +37,7 @@ UNBOUND = {
     "heap",
     "process",
     "workers",
+    "signals",
     "sockets",
     "cli",
     "configuration",

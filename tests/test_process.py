@@ -283,3 +283,42 @@ async def test_where_operators_lack_something_the_log_says_so_at_the_start() -> 
         assert any("/instances/add and what else changes the gateway is refused" in line for line in gateway.log)
     async with served("--host", "0.0.0.0", "--admin-key", "k") as gateway:
         assert not any("admin_key" in line for line in gateway.log)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_signals_that_mean_nothing_to_it_are_logged_and_cut_no_stream(workers: str) -> None:
+    async with (
+        simulators("prefill", "decode", step_time=0.02) as [p, d],
+        served("--workers", workers, "--prefill", p.url, "--decode", d.url) as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+    ):
+        await ready(http)
+        async with http.stream("POST", CHAT, json=chat(stream=True, max_tokens=60, ignore_eos=True)) as answer:
+            lines = answer.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+                gateway.signal(number)
+                name = signal.Signals(number).name
+                await until(lambda name=name: any(f"{name} is ignored" in line for line in gateway.log))  # type: ignore[misc]
+            rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and len(rest) >= 60
+        assert (await http.post(CHAT, json=chat())).status_code == 200
+        assert gateway.process.returncode is None
+        assert sum("SIGHUP is ignored" in line for line in gateway.log) == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_sigquit_lets_running_streams_finish_too(workers: str) -> None:
+    async with (
+        simulators("prefill", "decode", step_time=0.02) as [p, d],
+        served("--workers", workers, "--prefill", p.url, "--decode", d.url) as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+    ):
+        await ready(http)
+        async with http.stream("POST", CHAT, json=chat(stream=True, max_tokens=60, ignore_eos=True)) as answer:
+            lines = answer.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            gateway.signal(signal.SIGQUIT)
+            rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and len(rest) >= 60
+        assert await gateway.status() == 0

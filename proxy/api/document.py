@@ -58,8 +58,6 @@ _INFERENCE: Kinds = (
     errors.BackendTimedOut,
     errors.BackendLost,
     errors.BackendPreempted,
-    errors.BackendAborted,
-    errors.BackendStopping,
     errors.HandoffInvalid,
     errors.HandoffExpired,
 )

@@ -15,7 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 _LEAST = {"pd_proxy_backend_up", "pd_proxy_ready", "pd_proxy_group_ready", "process_start_time_seconds"}
-_MOST = {"pd_proxy_build_info", "pd_proxy_pool_panic", "pd_proxy_backend_state", "python_info", "process_max_fds"}
+_MOST = {
+    *("pd_proxy_build_info", "pd_proxy_pool_panic", "pd_proxy_backend_state", "pd_proxy_backend_handed_over"),
+    *("python_info", "process_max_fds"),
+}
 """Gauges of which the least, or the greatest, is shown. All others are summed."""
 
 

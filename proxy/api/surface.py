@@ -12,11 +12,13 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy import __version__
+from proxy.api.cross_origin import CrossOrigin
 from proxy.api.document import complete
 from proxy.api.exchange import no_route
 from proxy.api.responses import ABSENT
@@ -43,6 +45,7 @@ class Surface(FastAPI):
         routers: the other routes, whose bodies are bounded here.
         body_seconds: seconds in which such a body must arrive.
         siblings: the gateway's other workers, who are to serve what changes it too.
+        cross_origin: what web pages of other origins may do; None: nothing.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Surface(FastAPI):
         lifespan: Lifespan | None = None,
         body_seconds: float = 60.0,
         siblings: Siblings | None = None,
+        cross_origin: CrossOrigin | None = None,
     ) -> None:
         super().__init__(
             title="pd-proxy",
@@ -62,6 +66,10 @@ class Surface(FastAPI):
             lifespan=lifespan,
             redirect_slashes=False,
         )
+        self._for_pages: ASGIApp | None = None
+        if cross_origin is not None:
+            hot = {path: cross_origin.around(app) for path, app in hot.items()}
+            self._for_pages = cross_origin.around(self._serve)
         self._hot = hot
         self.direct = {path.encode("ascii"): app for path, app in hot.items()}
         self._offered = offered or hot.keys
@@ -82,15 +90,31 @@ class Surface(FastAPI):
         if scope["type"] == "http" and (endpoint := self._hot.get(scope["path"])) is not None:
             await endpoint(scope, receive, send)
         elif scope["type"] == "http":
-            if scope["method"] == "HEAD":
-                scope, send = {**scope, "method": "GET"}, _without_body(send)
-            receive, send = _bounded(receive, self._body_seconds), _with_request_id(send)
-            if self._siblings is not None and self._siblings.repeats(scope["method"], scope["path"]):
-                await self._siblings.repeat(super().__call__, scope, receive, send)
+            if self._for_pages is None or self._is_closed(scope):
+                await self._serve(scope, receive, send)
             else:
-                await super().__call__(scope, receive, send)
+                await self._for_pages(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request that is for the router."""
+        if scope["method"] == "HEAD":
+            scope, send = {**scope, "method": "GET"}, _without_body(send)
+        receive, send = _bounded(receive, self._body_seconds), _with_request_id(send)
+        if self._siblings is not None and self._siblings.repeats(scope["method"], scope["path"]):
+            await self._siblings.repeat(super().__call__, scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+    def _is_closed(self, scope: Scope) -> bool:
+        """Whether a request is for what web pages may never use."""
+        return scope["path"].startswith(_CLOSED) or any(
+            isinstance(route, APIRoute)
+            and not _FOR_NO_PAGE.isdisjoint(route.tags)
+            and route.matches(scope)[0] is not Match.NONE
+            for route in self.routes
+        )
 
     def paths(self) -> list[str]:
         """The paths that clients may be told of when they ask for another: not those of operators."""
@@ -116,6 +140,8 @@ class Surface(FastAPI):
 
 
 _OF_OPERATORS = {"administration", "engines"}
+_FOR_NO_PAGE = _OF_OPERATORS | {"metrics"}
+_CLOSED = ("/admin", "/instances")  # what is not there, too
 
 
 def _without_slash(scope: Scope) -> Scope:

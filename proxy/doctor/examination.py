@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 
 from proxy.doctor.differences import differences, together
 from proxy.doctor.pairs import choose_pairs
@@ -23,7 +22,7 @@ from proxy.fleet.notices import Notices
 from proxy.fleet.profile import Profile
 from proxy.fleet.registration import Registrations
 from proxy.flow.callbacks import Callbacks
-from proxy.flow.trial import Trial, Trials, model_of, usable, wrong_connector, wrong_role
+from proxy.flow.trial import Trial, Trials, model_of, tolerated, usable, wrong_connector, wrong_role
 from proxy.handoff.connector import UNKNOWN, Connector
 from proxy.handoff.registry import connectors
 from proxy.settings import Settings
@@ -175,7 +174,7 @@ class _Examination:
         for backend, profile in profiles.items():
             misfit = wrong_role(backend, profile)
             if misfit is not None and self._connector(backend).any_role and backend.url not in failed:
-                misfit = replace(misfit, severity="warning", what=f"{misfit.what}; it hands over all the same")
+                misfit = tolerated(misfit)
             if misfit is None and backend.connector:
                 misfit = wrong_connector(backend, profile, self._connectors)
             if misfit is not None:
@@ -190,9 +189,14 @@ class _Examination:
                     self._findings.append(found("uncached", what, backend.url, severity="note"))
             elif failure.code == "unregistered" and not self._hears:
                 continue
-            elif not (failure.code == "no_coordinates" and misfit is not None):
+            elif misfit is None or failure.code not in ("no_coordinates", "unregistered"):
                 self._findings.append(failure.finding(backend))
-        self._findings += together([trial.finding for trial in trials if trial.finding is not None])
+        told = {(finding.code, url) for finding in self._findings for url in finding.backends}
+        of_pairs = [trial.finding for trial in trials if trial.finding is not None]
+        of_pairs += [warning for trial in trials for warning in trial.warnings if len(warning.backends) > 1]
+        self._findings += together(
+            [finding for finding in of_pairs if told.isdisjoint((finding.code, url) for url in finding.backends)]
+        )
         for trial in trials:
             if trial.finding is None and trial.unreachable and trial.side is not None:
                 where = f"{trial.side[0]}:{trial.side[1]}"

@@ -42,7 +42,7 @@ class HandoffState:
         state: of the last one; `never` as long as none has been tried.
         peer: URL of the other backend of that one, or empty.
         at: when, in seconds since 1970.
-        finding: why it failed; None where it did not.
+        finding: why it failed; where it did not, what is odd about its engine all the same, or None.
     """
 
     state: Literal["ok", "failed", "never"] = "never"
@@ -69,8 +69,7 @@ ADVICE: dict[str, str] = {
     "started again.",
     "no_engine": "Correct the address, or set `kind` to what answers there: vllm, sglang, tensorrt_llm, nim or openai.",
     "key_refused": "Set backend_api_key to the key that the engine was started with (--api-key).",
-    "asleep": "Wake it: POST /wake_up at the engine, or POST /admin/wake_up at the gateway. One that is paused goes on "
-    "with POST /resume at the engine.",
+    "asleep": "Wake it: POST /wake_up at the engine, or POST /admin/wake_up at the gateway.",
     "unregistered": "Have the engine register here: its proxy_ip and proxy_port are those of zmq.registrations.",
     "no_coordinates": "Start it as a prefill engine with this connector, and name the port of its bootstrap server "
     "under `locations` where it is not the default one.",
@@ -85,7 +84,8 @@ ADVICE: dict[str, str] = {
     "and decode's machine must reach prefill's side of the hand-off.",
     "side_channel": "Give prefill's side of the hand-off an address that decode's machine reaches, and open its port.",
     "not_read": "Start the decode engine with the connector that the settings name (vLLM: --kv-transfer-config), or "
-    "set `connector` to the one that it speaks.",
+    "set `connector` to the one that it speaks. With kv_load_failure_policy: recompute, its log says why it could not "
+    "fetch.",
     "stalled": "Decode's machine must reach prefill's side of the hand-off, and both engines need one connector. Their "
     "logs say which of them waits.",
     "wrong_connector": "Set `connector` to what the engine speaks, or start it with the one that the settings name.",

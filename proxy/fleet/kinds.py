@@ -32,7 +32,6 @@ class Kind:
         version: the path that names its version, and the member of the answer that does; empty where there is none.
         routes: paths of its that clients may use.
         operations: what operators may have it do, with the path for that; `POST`, but for `is_sleeping`.
-        rests: the paths that say whether it is asleep or paused while its health is good, and the member that does.
     """
 
     name: KindName
@@ -41,7 +40,6 @@ class Kind:
     metrics: str = ""
     version: tuple[str, str] = ("", "")
     operations: Mapping[Operation, str] = field(default_factory=dict)
-    rests: Mapping[str, str] = field(default_factory=dict)
 
 
 KINDS: dict[KindName, Kind] = {
@@ -73,7 +71,6 @@ KINDS: dict[KindName, Kind] = {
                 "wake_up": "/wake_up",
                 "is_sleeping": "/is_sleeping",
             },
-            rests={"/is_sleeping": "is_sleeping", "/is_paused": "is_paused"},
         ),
         # It can release its memory too, but not say whether it has: nobody could tell that it must get no requests.
         Kind(

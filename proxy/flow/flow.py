@@ -17,7 +17,6 @@ from time import monotonic
 from typing import Any
 
 from proxy.errors import (
-    BackendAborted,
     BackendBusy,
     BackendCut,
     BackendError,
@@ -25,7 +24,7 @@ from proxy.errors import (
     BackendGarbled,
     BackendLacksModel,
     BackendLost,
-    BackendStopping,
+    BackendsKilled,
     BackendTimedOut,
     BackendUnreachable,
     HandoffExpired,
@@ -44,6 +43,7 @@ from proxy.flow.first_token import FirstTokens
 from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try, remember
 from proxy.flow.request import Request
 from proxy.flow.resumption import Resumption
+from proxy.flow.suspicion import Suspicion, warn
 from proxy.handoff.body import Body
 from proxy.handoff.connector import UNKNOWN, Connector
 from proxy.handoff.endpoints import LAYOUTS
@@ -62,16 +62,7 @@ _LONGEST_BACKOFF = 1.0
 _RELEASE_TRIES = 5  # within 0.8 s
 _SAYS_NOTHING = {
     kind.reason
-    for kind in (
-        BackendBusy,
-        BackendLacksModel,
-        BackendUnreachable,
-        BackendLost,
-        BackendCut,
-        BackendAborted,
-        BackendStopping,
-        HandoffExpired,
-    )
+    for kind in (BackendBusy, BackendLacksModel, BackendUnreachable, BackendLost, BackendCut, HandoffExpired)
 }
 
 
@@ -82,6 +73,7 @@ class Flow:
         connectors: the protocols that engines speak, by name.
         random: a number in [0, 1), for ties and random policies.
         callbacks: where decode engines call back, for connectors by which they do.
+        suspicion: says which requests no other engine is given.
     """
 
     def __init__(
@@ -92,14 +84,15 @@ class Flow:
         connectors: Mapping[str, Connector],
         telemetry: Telemetry,
         random: Callable[[], float],
-        callbacks: Callbacks | None = None,
+        callbacks: Callbacks,
+        suspicion: Suspicion,
     ) -> None:
         self._attempts = settings.retries.attempts
         self._fleet = fleet
         self._legs = legs
         self._telemetry = telemetry
         self._random = random
-        self._callbacks = callbacks or Callbacks(None)
+        self._callbacks = callbacks
         self._call_limit = settings.timeouts.first_token
         self._encoders = Encoders(settings, fleet, legs, random, self._failed)
         self._connectors = {**connectors, UNKNOWN.name: UNKNOWN}
@@ -108,6 +101,7 @@ class Flow:
         self._reuse = settings.reuse_tokens
         self._turn = 0
         self._resumption = Resumption(settings)
+        self._suspicion = suspicion
         names = {group.connector for group in settings.all_groups()}
         in_use = [connector for name, connector in connectors.items() if name in names or "auto" in names]
         self._first_tokens = FirstTokens(settings, in_use)
@@ -145,6 +139,7 @@ class Flow:
         while True:
             tries += 1
             request.live = False
+            request.gained = 0
             try:
                 decision = await self._place(request, tries)
                 cards = decision.decode.models
@@ -158,9 +153,11 @@ class Flow:
                     request.cards = request.cards or cards
                     if self._resumption.complete(request):
                         return
+                    await self._spare_engines(request, error)
                     self._resumption.resume(request, error, await self._settle(request))
                     tries = 0
                     continue
+                await self._spare_engines(request, error)
                 if not error.retryable or tries == self._attempts:
                     if request.client.started:
                         raise self._resumption.given_up(request, error.reason) from error
@@ -170,6 +167,22 @@ class Flow:
                 request.note_retry()
             else:
                 return
+
+    async def _spare_engines(self, request: Request, error: BackendError) -> None:
+        """After a try that failed with `error`.
+
+        Raises:
+            BackendsKilled: so many engines have ended while they had the request that no other is given it.
+        """
+        if request.cuts is None or not (ended := await self._suspicion.deadly(request.cuts)):
+            return
+        record, size = request.record, sum(len(memoryview(member)) for member in request.body.members.values())
+        killed = BackendsKilled(f"{len(ended)} engines ended while they had this request: {', '.join(ended)}")
+        record.error = str(killed)
+        if request.client.started:
+            record.not_resumed = killed.reason
+        warn(record, size, ended)
+        raise killed from error
 
     async def _permitted(self, request: Request, error: BackendError, tries: int) -> int:
         """Wait for leave to try again, so that retries never amplify an overload. To wait for it counts as a try.
@@ -484,6 +497,9 @@ class Flow:
         if attempt.runs_out is not None:
             await asyncio.wait((attempt.runs_out,))
         try:
+            cuts = attempt.request.cuts
+            if cuts is not None and await self._suspicion.any_dead(cuts.get("decode", ())):
+                return  # the leg has the request's prompt, which no other engine is to meet for this
             for tries in range(1, _RELEASE_TRIES + 1):
                 if tries > 1:
                     if self._closing:
@@ -584,8 +600,7 @@ class Flow:
                 await self._legs.decode_whole(attempt, backend, lease)
         except BackendError as error:
             self._failed(request, backend, leg_of(backend), error)
-            blames_prefill = isinstance(error, BackendFailed | BackendTimedOut) and not error.leaves
-            if attempt.limbo is not None and blames_prefill:
+            if attempt.limbo is not None and isinstance(error, BackendFailed | BackendTimedOut):
                 request.avoid.add(attempt.limbo.prefill.url)  # decode lives; perhaps it could not read from there
             other = self._other_decode(attempt) if error.unread else None
             if other is None:
@@ -629,6 +644,7 @@ class Flow:
     def _failed(self, request: Request, backend: Backend, leg: str, error: BackendError) -> None:
         """A leg failed: remember whom to avoid, and what to say of it should another try follow."""
         request.avoid.add(backend.url)
+        request.cuts = self._suspicion.noted(request.cuts, leg, backend, error, request.gained)
         request.failed = (leg, error.reason)
         request.record.error = str(error)
         if isinstance(error, BackendLacksModel) and request.body.model is not None:

@@ -11,6 +11,7 @@ import msgspec
 from proxy.errors import BackendError
 from proxy.fleet.budget import Permit
 from proxy.flow.stored import StoredResponses
+from proxy.flow.suspicion import Cuts
 from proxy.handoff.body import Body
 from proxy.handoff.continuation import Continuation
 from proxy.handoff.encoder import Medium
@@ -39,6 +40,8 @@ class Request(msgspec.Struct):
         stored: gives the answer its name, when the client may ask for it later.
         avoid: URLs of backends that failed it.
         error: why the last try failed.
+        cuts: the engines that may have died with it, where there are any.
+        gained: tokens that the present try's decode leg has given.
         failed: the leg that failed last and the reason, for `note_retry`.
         prefill_tokens: what the prefill leg puts on its backend.
         decode_tokens: what the decode leg puts on its backend: the prompt's KV cache and the output to come.
@@ -60,6 +63,8 @@ class Request(msgspec.Struct):
     stored: StoredResponses | None = None
     avoid: set[str] = msgspec.field(default_factory=set)
     error: BackendError | None = None
+    cuts: Cuts | None = None
+    gained: int = 0
     failed: tuple[str, str] = ("", "")
     prefill_tokens: int = 0
     decode_tokens: int = 0

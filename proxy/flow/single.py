@@ -21,6 +21,7 @@ from proxy.errors import (
     BackendLacksModel,
     BackendLost,
     BackendRejected,
+    BackendsKilled,
     BackendTimedOut,
     BackendUnreachable,
     InvalidRequest,
@@ -33,6 +34,7 @@ from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
 from proxy.flow.legs import EVENT_STREAM, Legs, leg_of
 from proxy.flow.request import new_id
+from proxy.flow.suspicion import Cuts, Suspicion, warn
 from proxy.placement.decide import choose
 from proxy.relay.answers import engine_error, read_usage
 from proxy.relay.carry import Carry
@@ -127,6 +129,7 @@ class SingleRequest(msgspec.Struct):
         model: None where the request names none, or has not yet.
         tokens: what it puts on its backend, estimated.
         avoid: URLs of backends that failed it.
+        cuts: the engines that may have died with it, where there are any.
     """
 
     path: str
@@ -136,6 +139,7 @@ class SingleRequest(msgspec.Struct):
     model: str | None
     tokens: int
     avoid: set[str] = msgspec.field(default_factory=set)
+    cuts: Cuts | None = None
 
     @property
     def route(self) -> Route:
@@ -153,9 +157,12 @@ class Single:
     Arguments:
         legs: whose connections it uses.
         random: a number in [0, 1), for ties and random policies.
+        suspicion: says which requests no other engine is given.
     """
 
-    def __init__(self, settings: Settings, fleet: Fleet, legs: Legs, random: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: Settings, fleet: Fleet, legs: Legs, random: Callable[[], float], suspicion: Suspicion
+    ) -> None:
         self._attempts = settings.retries.attempts
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._answer_limit = settings.limits.answer
@@ -165,6 +172,7 @@ class Single:
         self._idle_limit = Deadlines(settings.timeouts.idle)
         self._fleet = fleet
         self._legs = legs
+        self._suspicion = suspicion
         self._random = random
         self._turn = 0
 
@@ -195,10 +203,25 @@ class Single:
                     tries += 1
                     error = failure
                     self._failed(request, backend, failure)
+                    await self._spare_engines(request, failure)
                     if request.client.started or not failure.retryable or tries >= self._attempts or not request.again:
                         raise
             if not request.again:  # it has no such route, and said so late
                 raise NoBackend(f"an engine without {request.path} was asked; the next is another", retry_after=1)
+
+    async def _spare_engines(self, request: SingleRequest, error: BackendError) -> None:
+        """After a try that failed with `error`.
+
+        Raises:
+            BackendsKilled: so many engines have ended while they had the request that no other is given it.
+        """
+        if request.cuts is None or not (ended := await self._suspicion.deadly(request.cuts)):
+            return
+        body = request.body
+        killed = BackendsKilled(f"{len(ended)} engines ended while they had this request: {', '.join(ended)}")
+        request.record.error = str(killed)
+        warn(request.record, len(body if isinstance(body, bytes) else body.kept or b""), ended)
+        raise killed from error
 
     def _permit(self, backend: Backend, error: BackendError | None) -> AbstractContextManager[object]:
         """Leave for a try that follows `error`, so that retries never amplify an overload.
@@ -357,6 +380,7 @@ class Single:
 
     def _failed(self, request: SingleRequest, backend: Backend, error: BackendError) -> None:
         request.avoid.add(backend.url)
+        request.cuts = self._suspicion.noted(request.cuts, leg_of(backend), backend, error)
         request.record.error = str(error)
         if isinstance(error, BackendLacksModel) and request.model is not None:
             self._fleet.has_lost(backend, request.model)

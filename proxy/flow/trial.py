@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from time import monotonic
 from typing import Protocol, TypeVar
@@ -40,6 +40,7 @@ from proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
 log = logging.getLogger("pd_proxy.flow")
 
 PATIENCE = 30.0  # seconds for one pair; a handshake that fails takes an engine 5
+_PROMPTS = 3
 _LOOKS = (0.0, 0.1, 0.4)  # seconds before looks at decode's count: an engine may count after it has answered
 # Longer than a block of any engine (16 tokens on GPUs, 128 on Ascend), so that there is something to transfer. An id
 # goes before it, so that no engine has it in its prefix cache and can do without the other.
@@ -69,6 +70,7 @@ class Trial:
         unreachable: why these cannot be connected to from here; empty where they can, or that was not tried.
         seconds: how long it took.
         at: when it ended, in seconds since 1970.
+        warnings: what is odd about either engine, though they hand over.
     """
 
     prefill: str
@@ -78,6 +80,7 @@ class Trial:
     unreachable: str = ""
     seconds: float = 0.0
     at: float = 0.0
+    warnings: tuple[Finding, ...] = ()
 
 
 class Nobody:
@@ -201,23 +204,47 @@ class Trials:
 
     async def run(self, prefill: Backend, decode: Backend) -> Trial:
         """Hand a KV cache over from one backend to the other."""
-        course, began = _Course(), monotonic()
-        finding = await self._known_misfit(prefill, decode)
+        if misfit := await self._known_misfit(prefill, decode):
+            return Trial(prefill.url, decode.url, misfit, at=time.time())
+        before = await self._count(decode)
+        began = monotonic()
+        course, error = await self._attempt(prefill, decode)
+        seconds = monotonic() - began
+        if error is None and course.problem is None and before is not None:
+            await self._see_read(decode, before, course)
+        missed: tuple[Finding, ...] = ()
+        if course.problem is not None and self._connectors[decode.connector].may_miss:
+            missed = (found(course.problem[0], _missed(prefill, decode), prefill.url, decode.url, severity="warning"),)
+            course.problem = None
+        failed = error is not None or course.problem is not None
         unreachable = ""
-        if finding is None:
-            before = await self._count(decode)
-            error: BaseException | None = None
+        if self.witness is not None and course.side is not None and (self._ports or failed):
+            unreachable = await self.witness.why_unreachable(*course.side)
+        return Trial(
+            prefill.url,
+            decode.url,
+            await self._explain(prefill, decode, course, error, unreachable) if failed else None,
+            course.side,
+            unreachable,
+            seconds,
+            time.time(),
+            () if failed else (*missed, *await self._oddities(prefill, decode)),
+        )
+
+    async def _attempt(self, prefill: Backend, decode: Backend) -> tuple[_Course, BaseException | None]:
+        """How far a hand-off came, and the error that ended it, if one did. A prompt at which prefill's answer is whole
+        says nothing of the pair, so others are tried."""
+        error: BaseException | None = None
+        for _ in range(_PROMPTS):
+            course = _Course()
             try:
                 async with asyncio.timeout(PATIENCE):
                     await self._hand_over(prefill, decode, course)
             except* (GatewayError, TimeoutError) as errors:
                 error = _first(errors)
-            if error is None and course.problem is None and before is not None:
-                await self._see_read(decode, before, course)
-            if self.witness is not None and course.side is not None and (self._ports or error is not None):
-                unreachable = await self.witness.why_unreachable(*course.side)
-            finding = await self._explain(prefill, decode, course, error, unreachable)
-        return Trial(prefill.url, decode.url, finding, course.side, unreachable, monotonic() - began, time.time())
+            if error is not None or course.problem is None or course.problem[0] != "inconclusive":
+                break
+        return course, error
 
     # What engines say of themselves
 
@@ -241,9 +268,16 @@ class Trials:
                 return found(wrong.code, f"{_named(prefill, decode)}: {wrong.what}", prefill.url, decode.url)
         return None
 
+    async def _oddities(self, prefill: Backend, decode: Backend) -> tuple[Finding, ...]:
+        """What is odd about engines that hand over all the same."""
+        if self.witness is None:
+            return ()
+        told = [wrong_role(backend, await self.profile(backend)) for backend in (prefill, decode)]
+        return tuple(tolerated(finding) for finding in told if finding is not None)
+
     async def _count(self, decode: Backend) -> int | None:
         """What decode has read from others before the trial, where that is to be compared; else None."""
-        if self.witness is None or decode in self._reads or self._connectors[decode.connector].may_miss:
+        if self.witness is None or decode in self._reads:
             return None
         return await self.witness.read_from_elsewhere(decode)
 
@@ -338,10 +372,8 @@ class Trials:
 
     async def _explain(
         self, prefill: Backend, decode: Backend, course: _Course, error: BaseException | None, unreachable: str
-    ) -> Finding | None:
-        """What is wrong with a pair, after a trial that ended with `error`, or with none."""
-        if error is None and course.problem is None:
-            return None
+    ) -> Finding:
+        """What is wrong with a pair, after a trial that failed: with `error`, or with the course's problem."""
         pair = _named(prefill, decode)
         if error is None:
             assert course.problem is not None
@@ -356,7 +388,7 @@ class Trials:
         for backend in (prefill, decode) if code != "inconclusive" and self.witness is not None else ():
             if wrong := wrong_role(backend, await self.profile(backend)):
                 return found(wrong.code, f"{pair}: {wrong.what} ({text})", prefill.url, decode.url)
-        if course.side is not None and code in ("decode_failed", "stalled"):
+        if course.side is not None and code in ("decode_failed", "stalled", "not_read"):
             host, port = course.side
             away = _is_loopback(host) and not _is_loopback(urlsplit(prefill.url).hostname or "")
             where = f"the hand-off sends decode to {host}:{port}"
@@ -403,6 +435,11 @@ def wrong_role(backend: Backend, profile: Profile) -> Finding | None:
     return found("roles_swapped", what, backend.url)
 
 
+def tolerated(finding: Finding) -> Finding:
+    """What is wrong with an engine that hands over all the same, as a warning."""
+    return replace(finding, severity="warning", what=f"{finding.what}; it hands over all the same")
+
+
 def wrong_connector(backend: Backend, profile: Profile, connectors: Mapping[str, Connector]) -> Finding | None:
     """What is wrong with the connector that an engine tells of, if anything is."""
     marks = {mark for name, connector in connectors.items() if name != backend.connector for mark in connector.marks}
@@ -415,6 +452,10 @@ def wrong_connector(backend: Backend, profile: Profile, connectors: Mapping[str,
 
 def _named(prefill: Backend, decode: Backend) -> str:
     return f"prefill {prefill.url} and decode {decode.url}"
+
+
+def _missed(prefill: Backend, decode: Backend) -> str:
+    return f"{_named(prefill, decode)}: decode found nothing of the prompt in their shared cache"
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -18,11 +18,11 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from proxy.fleet.backend import Backend
-from proxy.fleet.findings import NEVER, HandoffState
+from proxy.fleet.findings import NEVER, Finding, HandoffState
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.notices import Notices
 from proxy.flow.callbacks import Callbacks
@@ -109,7 +109,7 @@ class Warmup:
         if prefill is None or decode is None:
             return
         ignored = decode.handoff.finding
-        if ignored is not None and ignored.code == "not_read":
+        if ignored is not None and ignored.code == "not_read" and ignored.severity == "fault":
             return  # such an engine answers as well without the hand-off
         self._worked(prefill, decode, time.time())
 
@@ -167,21 +167,31 @@ class Warmup:
                 continue
             self._fleet.warmups["ok" if trial.finding is None else trial.finding.code] += 1
             if trial.finding is None:
-                self._worked(prefill, decode, trial.at)
+                self._worked(prefill, decode, trial.at, trial.warnings)
             elif pair not in self._warm:  # no request has got through meanwhile
                 self._failed(prefill, decode, trial)
 
-    def _worked(self, prefill: Backend, decode: Backend, at: float) -> None:
-        """A hand-off of a pair has worked."""
+    def _worked(self, prefill: Backend, decode: Backend, at: float, warnings: Sequence[Finding] = ()) -> None:
+        """A hand-off of a pair has worked.
+
+        Arguments:
+            warnings: what is odd about its engines all the same.
+        """
         pair = prefill.url, decode.url
         self._warm.add(pair)
         for backend, peer in ((prefill, decode), (decode, prefill)):
             if backend.handoff.state == "failed" or not backend.handed_over:
                 say = log.info if backend.handoff.state == "failed" else log.debug
                 say("%s backend %s hands over with %s", backend.role, backend.url, peer.url)
-            backend.handoff = HandoffState("ok", peer.url, at)
+            odd = next((finding for finding in warnings if backend.url in finding.backends), None)
+            self._warned = {said for said in self._warned if said[0] != backend.url or (odd and said[1] == odd.code)}
+            backend.handoff = HandoffState("ok", peer.url, at, odd)
             backend.handed_over = True
-            self._warned = {said for said in self._warned if said[0] != backend.url}
+        for finding in warnings:
+            news = {(url, finding.code) for url in finding.backends} - self._warned
+            self._warned |= news
+            if news:
+                log.warning("%s. %s", finding.what, finding.advice)
         self._tries.pop(pair, None)
         if timer := self._timers.pop(pair, None):
             timer.cancel()

@@ -7,15 +7,18 @@ spliced: of two members with one name only the last exists from here on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import msgspec
 
 from proxy.decoding import UNDECODABLE, Undecodable, WrongShape, bare_json_decoder, decode_json, json_decoder
 from proxy.errors import InvalidRequest
-from proxy.handoff import sglang_generate
+from proxy.handoff import scan, sglang_generate
 from proxy.handoff.endpoints import LAYOUTS, Endpoint, Members
+from proxy.handoff.lenient import as_bool, as_int
 from proxy.handoff.parts import has_media
 
 FORBIDDEN = frozenset(
@@ -47,8 +50,26 @@ wherever it likes, read another user's KV cache, or die (wire protocols, section
 NESTED = ("vllm_xargs", "extra_args", "sampling_params")
 """Members that an engine merges into its own arguments; the same names are taken out inside them."""
 
-_decode_members = json_decoder(Members)
-_decode_list = json_decoder(list[msgspec.Raw])
+_KB, _MB = 1024, 1024 * 1024
+_MOST_BYTES = {
+    # A word, a number or a few flags, which the gateway reads.
+    **dict.fromkeys(("model", "previous_response_id", "stream", "stream_options", "store", "background"), 8 * _KB),
+    **dict.fromkeys(("n", "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"), 8 * _KB),
+    **dict.fromkeys(("return_token_ids", "truncation"), 8 * _KB),
+    # OpenAI takes 16 pairs of 64 and 512 characters, and 4 stop strings; engines take more of them.
+    **dict.fromkeys(("metadata", "stop", "stop_sequences", "tool_choice", "return_logprob"), 256 * _KB),
+    # There may be a whole vocabulary in them: 256,000 tokens of 7 bytes, or of 14 with a number for each.
+    **dict.fromkeys(("stop_token_ids", "allowed_token_ids", "bad_words", *NESTED), 4 * _MB),
+    **dict.fromkeys(("logit_bias", "tools", "response_format", "structured_outputs"), 8 * _MB),
+}
+"""Bytes of the members that are small by nature. All others are bounded by `limits.request_body` alone."""
+
+_LONG = 64 * _KB  # bytes of a body from which the sizes of its members are looked at
+_MOST_STRIPPED = 64 * _KB  # bytes of one of the `NESTED` members that is read to be rid of a name
+_MOST_TOOLS = 4096  # tools that are looked at
+_MOST_MEDIA = 1024  # media in a prompt that are counted
+_BOM = b"\xef\xbb\xbf"
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -96,7 +117,6 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
     members = read_members(raw)
     layout = LAYOUTS[endpoint]
     read = {name: _read(members, name) for name in layout.reads if name in members}
-    options = read.get("stream_options") or {}
     max_tokens = read.get("max_tokens")
     if endpoint == "chat":
         max_tokens = read.get("max_completion_tokens") or max_tokens
@@ -106,7 +126,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         alone = _why_alone(members, endpoint, read.get("n"))
     elif endpoint == "generate":
         max_tokens, n = _read_sampling(members)
-        alone = _why_alone(_decode_members(members.get("sampling_params", b"{}")), endpoint, n)
+        alone = _why_alone(_sampling_members(members), endpoint, n)
     elif endpoint == "responses":
         max_tokens = read.get("max_output_tokens")
         alone = _why_response_alone(members, read)
@@ -120,7 +140,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         members=members,
         model=read.get("model"),
         stream=bool(read.get("stream")),
-        wants_usage=bool(options.get("include_usage")) or not layout.asks_usage,
+        wants_usage=bool(read.get("stream_options")) or not layout.asks_usage,
         wants_token_ids=bool(read.get("return_token_ids")),
         max_tokens=max_tokens,
         prompt_tokens=_estimate_tokens(members, endpoint, layout.prompt, media),
@@ -160,18 +180,37 @@ def read_members(raw: bytes | bytearray) -> Members:
     Raises:
         InvalidRequest: not JSON, or not an object.
     """
+    if raw.startswith(_BOM):  # no JSON text may begin with one, but Windows' editors write it and engines take it
+        raw = raw[len(_BOM) :]
     try:
-        members = _decode_members(raw)
-        for name in FORBIDDEN.intersection(members):
-            del members[name]
-        for name in NESTED:
-            if name in members:
-                members[name] = msgspec.Raw(strip_nested(name, members[name]))
+        members = scan.members(raw)
+    except scan.TooMany:
+        raise InvalidRequest(f"the request body has more than {scan.MOST_MEMBERS} members") from None
     except WrongShape:
         raise InvalidRequest("the request body must be a JSON object") from None
     except Undecodable as error:
+        if not raw or raw.isspace():
+            raise InvalidRequest("the request body is empty; it must be a JSON object") from None
         raise InvalidRequest(f"the request body is not valid JSON: {error}") from None
+    for name in FORBIDDEN.intersection(members):
+        del members[name]
+    if len(raw) > _LONG:
+        check_sizes(members)
+    for name in NESTED:
+        if name in members:
+            members[name] = msgspec.Raw(strip_nested(name, members[name]))
     return members
+
+
+def check_sizes(members: Members) -> None:
+    """Refuse what is too long for what it is.
+
+    Raises:
+        InvalidRequest
+    """
+    for name, most in _MOST_BYTES.items():
+        if name in members and len(memoryview(members[name])) > most:
+            raise InvalidRequest(f"`{name}` is longer than {most} bytes", param=name)
 
 
 def read_model(members: Members) -> str | None:
@@ -183,30 +222,44 @@ def read_model(members: Members) -> str | None:
     return _read(members, "model") if "model" in members else None
 
 
+_WORDS = tuple(map(str.encode, sorted(FORBIDDEN)))
+_LETTER_ESCAPED = re.compile(rb"\\u00(?:5f|6[1-9a-f]|7[0-9a])", re.IGNORECASE)
+"""An escaped letter or underscore, of which the forbidden names are made. No encoder escapes these."""
+
+
 def strip_nested(name: str, raw: bytes | bytearray | msgspec.Raw) -> bytes | msgspec.Raw:
-    """The value of one of the `NESTED` members without the forbidden names in it.
+    """The value of one of the `NESTED` members without the forbidden names in it, at any depth.
 
     Raises:
-        InvalidRequest: it is not JSON.
+        InvalidRequest: it is not JSON; or there is such a name in it, and it is too long to be rid of that.
     """
+    text = bytes(raw)
+    if len(text) > _MOST_STRIPPED and not any(word in text for word in _WORDS) and not _LETTER_ESCAPED.search(text):
+        return raw if isinstance(raw, msgspec.Raw) else text
+    if len(text) > _MOST_STRIPPED:
+        raise InvalidRequest(
+            f"`{name}` has names in it that no client may use, and is longer than {_MOST_STRIPPED} bytes", param=name
+        )
     try:
-        value = decode_json(raw)
-        if isinstance(value, dict):
+        value = decode_json(text)
+        if isinstance(value, dict | list):
             return _encode(_stripped(value))
-        if isinstance(value, list):  # one for each prompt
-            return _encode([_stripped(item) if isinstance(item, dict) else item for item in value])
     except Undecodable as error:
         raise InvalidRequest(f"`{name}` is not valid JSON: {error}", param=name) from None
     except RecursionError:
         raise InvalidRequest(f"`{name}` is nested too deeply", param=name) from None
-    return raw if isinstance(raw, msgspec.Raw) else bytes(raw)
+    return raw if isinstance(raw, msgspec.Raw) else text
 
 
-def _stripped(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested object without the forbidden names, at any depth."""
-    return {
-        key: _stripped(item) if isinstance(item, dict) else item for key, item in value.items() if key not in FORBIDDEN
-    }
+def _stripped(value: Any) -> Any:
+    """A nested value without the forbidden names."""
+    if isinstance(value, dict):
+        return {
+            key: _stripped(item) if isinstance(item, dict | list) else item
+            for key, item in value.items()
+            if key not in FORBIDDEN
+        }
+    return [_stripped(item) if isinstance(item, dict | list) else item for item in value]
 
 
 _NAMES = {bool: "a boolean", int: "an integer", str: "a string", dict: "an object"}
@@ -214,6 +267,7 @@ _DECODERS = {kind: bare_json_decoder(kind | None) for kind in _NAMES}
 _KINDS = {
     "stream": bool,
     "stream_options": dict,
+    "min_tokens": int,
     "n": int,
     "max_tokens": int,
     "max_completion_tokens": int,
@@ -227,13 +281,47 @@ _KINDS = {
 """The types of the members that the gateway reads (`Layout.reads`)."""
 
 
+_LENIENT = {bool: as_bool, int: as_int}
+
+
 def _read(members: Members, name: str) -> Any:
-    """A member's value, of the type that it must have, or None for null."""
+    """A member's value, of the type that it must have, or None for null. What an engine would take for such a value is
+    written as one from here on.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
     kind = _KINDS[name]
     try:
-        return _DECODERS[kind](members[name])
+        value = _DECODERS[kind](members[name])
     except UNDECODABLE:
-        raise InvalidRequest(f"`{name}` must be {_NAMES[kind]}", param=name) from None
+        value = _LENIENT[kind](bytes(members[name])) if kind in _LENIENT else None
+        if value is None:
+            raise InvalidRequest(f"`{name}` must be {_NAMES[kind]}", param=name) from None
+        members[name] = msgspec.Raw(_encode(value))
+    return _read_flags(members, value) if name == "stream_options" else value
+
+
+def _read_flags(members: Members, options: dict[str, Any] | None) -> bool:
+    """Whether `stream_options` ask for usage.
+
+    Raises:
+        InvalidRequest: a flag among them is none.
+    """
+    if options is None:
+        return False
+    for name in _FLAGS:
+        given = options.get(name)
+        if given is None or isinstance(given, bool):
+            continue
+        options[name] = as_bool(_encode(given))
+        if options[name] is None:
+            raise InvalidRequest(f"`stream_options.{name}` must be a boolean", param="stream_options")
+        members["stream_options"] = msgspec.Raw(_encode(options))
+    return bool(options.get("include_usage"))
+
+
+_FLAGS = ("include_usage", "continuous_usage_stats")
 
 
 class _Sampling(msgspec.Struct):
@@ -257,6 +345,18 @@ def _read_sampling(members: Members) -> tuple[int | None, int | None]:
     return sampling.max_tokens, sampling.n
 
 
+def _sampling_members(members: Members) -> Members:
+    """The members of `sampling_params`."""
+    if "sampling_params" not in members:
+        return {}
+    try:
+        return scan.members(bytes(members["sampling_params"]))
+    except scan.TooMany:
+        raise InvalidRequest(
+            f"`sampling_params` has more than {scan.MOST_MEMBERS} members", param="sampling_params"
+        ) from None
+
+
 _WHOLE = ("prompt_logprobs", "prompt_logprob_token_ids", "echo", "use_beam_search", "truncate_prompt_tokens")
 
 
@@ -277,11 +377,11 @@ def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
     return ""
 
 
-class _Tool(msgspec.Struct):
-    type: str = "function"
+class _CertainTool(msgspec.Struct):
+    type: Literal["tool"]
 
 
-_decode_tool = json_decoder(_Tool | None)
+_decode_certain_tool = json_decoder(_CertainTool)
 
 
 def _why_message_alone(members: Members) -> str:
@@ -292,14 +392,17 @@ def _why_message_alone(members: Members) -> str:
     templates that write the choice into the prompt.
     """
     try:
-        choice = _decode_tool(members.get("tool_choice", b"null"))
+        _decode_certain_tool(members.get("tool_choice", b"null"))
     except Undecodable:
-        return ""  # the engine says what is wrong with it
-    return "tool_choice" if choice is not None and choice.type == "tool" else ""
+        return ""
+    return "tool_choice"
 
 
-_decode_tools = json_decoder(list[_Tool] | None)
-_CLIENT_TOOLS = frozenset({"function", "custom", "namespace"})
+class _Tool(msgspec.Struct, gc=False):
+    type: Literal["function", "custom", "namespace"] = "function"  # the kinds that a client calls by itself
+
+
+_decode_tool = json_decoder(_Tool)
 
 
 def _why_response_alone(members: Members, read: Mapping[str, Any]) -> str:
@@ -314,11 +417,12 @@ def _why_response_alone(members: Members, read: Mapping[str, Any]) -> str:
             return name
     if bytes(members.get("truncation", b"")) == b'"auto"':
         return "truncation"
+    tools = islice(scan.elements(bytes(members.get("tools", b"null"))), _MOST_TOOLS + 1)
     try:
-        tools = _decode_tools(members.get("tools", b"null")) or ()
-    except Undecodable:
-        return ""  # the engine says what is wrong with them
-    return "" if all(tool.type in _CLIENT_TOOLS for tool in tools) else "builtin_tools"
+        count = len([_decode_tool(tool) for tool in tools])
+    except Undecodable:  # which may be no tool at all: the one engine says what is wrong with it
+        return "builtin_tools"
+    return "builtin_tools" if count > _MOST_TOOLS else ""
 
 
 def _is_list_of_prompts(prompt: msgspec.Raw | None) -> bool:
@@ -328,7 +432,14 @@ def _is_list_of_prompts(prompt: msgspec.Raw | None) -> bool:
     start = bytes(memoryview(prompt)[:64]).lstrip()
     if not start.startswith(b"[") or start[1:].lstrip()[:1].isdigit():
         return False
-    return len(_decode_list(prompt)) != 1
+    try:
+        _decode_single(prompt)
+    except WrongShape:
+        return True
+    return False
+
+
+_decode_single = json_decoder(tuple[msgspec.Raw])
 
 
 # Four bytes of English text make about a token; a base64 image of any size makes some hundreds to a thousand.
@@ -351,6 +462,10 @@ def _estimate_tokens(members: Members, endpoint: Endpoint, parts: tuple[str, ...
         return bytes(raw).count(b",") + 1
     if not media:
         return size // _BYTES_PER_TOKEN + 1
-    inline = bytes(raw).split(_MEDIUM)[1:]
-    encoded = sum(part.find(b'"') for part in inline)
-    return (size - encoded) // _BYTES_PER_TOKEN + _TOKENS_PER_MEDIUM * len(inline) + 1
+    said = bytes(raw)
+    count = encoded = place = 0
+    while count < _MOST_MEDIA and (place := said.find(_MEDIUM, place)) >= 0:
+        place += len(_MEDIUM)
+        end = said.find(b'"', place)
+        count, encoded, place = count + 1, encoded + end - place, end
+    return (size - encoded) // _BYTES_PER_TOKEN + _TOKENS_PER_MEDIUM * count + 1

@@ -15,11 +15,13 @@ from typing import Annotated
 import msgspec
 
 from proxy.decoding import Undecodable, json_decoder
-from proxy.errors import BackendGarbled
+from proxy.errors import BackendGarbled, InvalidRequest
 from proxy.handoff.body import Body
 from proxy.handoff.connector import Name, Port
 from proxy.handoff.endpoints import LAYOUTS, Members
 from proxy.handoff.plan import Leg
+from proxy.handoff.scan import TooMany, elements
+from proxy.handoff.scan import members as members_of
 
 TOKENS = 1000
 """What a medium is taken to weigh on an encoder, as `body.py` counts it in a prompt."""
@@ -27,10 +29,9 @@ TOKENS = 1000
 _KINDS = ("image_url", "audio_url", "input_audio", "video_url")
 _ALONG = ("model", "mm_processor_kwargs", "media_io_kwargs", "priority", "session_id")
 """Members of the client's that shape what an encoder makes of its media, or when."""
+_MOST_VALUES = 65536
+"""Messages, parts and members of both that are looked through."""
 
-_decode_messages = json_decoder(list[Members])
-_decode_parts = json_decoder(list[msgspec.Raw])
-_decode_part = json_decoder(Members)
 _decode_text = json_decoder(str)
 _encode = msgspec.json.Encoder().encode
 _FALSE = msgspec.Raw(b"false")
@@ -78,41 +79,76 @@ def read_media(body: Body, salt: str) -> tuple[Body, tuple[Medium, ...]]:
 
     Arguments:
         salt: unique to the request. A URL may give something else tomorrow, so what it gave is not found again by it.
+    Raises:
+        InvalidRequest: there is more in it than is looked through. As it is it may not be sent on.
     """
     raw = body.members.get("messages")
+    marks = _Marks(salt)
     try:
-        messages = _decode_messages(raw) if raw is not None else []
-        media: dict[str, Medium] = {}
-        for message in messages:
-            content = message.get("content")
-            if content is not None and bytes(memoryview(content)[:1]) == b"[":
-                message["content"] = msgspec.Raw(
-                    _encode([_marked(part, salt, media) for part in _decode_parts(content)])
-                )
+        messages = [] if raw is None else [marks.message(message) for message in elements(bytes(raw))]
     except Undecodable:
         return body, ()  # the engine's to judge
-    if not media:
+    except TooMany:
+        raise InvalidRequest(
+            f"`messages` has more than {_MOST_VALUES} messages, parts and members", param="messages"
+        ) from None
+    if not marks.media:
         return body, ()
-    members = {**body.members, "messages": msgspec.Raw(_encode(messages))}
-    return msgspec.structs.replace(body, members=members), tuple(media.values())
+    members = {**body.members, "messages": msgspec.Raw(b"[%b]" % b",".join(messages))}
+    return msgspec.structs.replace(body, members=members), tuple(marks.media.values())
 
 
-def _marked(raw: msgspec.Raw, salt: str, media: dict[str, Medium]) -> msgspec.Raw:
-    """A part of a content with the `uuid` that all legs give it; without any where it is no medium."""
-    if bytes(memoryview(raw)[:1]) != b"{":
-        return raw
-    part = _decode_part(raw)
-    ours = part.pop("uuid", None) is None
-    kind = part.get("type")
-    name = "" if kind is None or bytes(memoryview(kind)[:1]) != b'"' else _decode_text(kind)
-    if name not in _KINDS or name not in part:
-        return raw if ours else msgspec.Raw(_encode(part))
-    content = bytes(part[name])
-    inline = name == "input_audio" or _url(content).startswith("data:")
-    key = hashlib.sha256(b"\0".join((name.encode(), b"" if inline else salt.encode(), content))).hexdigest()
-    marked = msgspec.Raw(_encode({**part, "uuid": key}))
-    media.setdefault(key, Medium(marked, name == "image_url"))
-    return marked
+class _Marks:
+    """The media of one chat, found message by message.
+
+    Attributes:
+        media: by their keys.
+    """
+
+    def __init__(self, salt: str) -> None:
+        self.media: dict[str, Medium] = {}
+        self._salt = salt
+        self._left = _MOST_VALUES
+
+    def message(self, raw: memoryview) -> bytes | memoryview:
+        """A message with its parts marked."""
+        message = self._members(raw)
+        content = message.get("content")
+        if content is None or bytes(memoryview(content)[:1]) != b"[":
+            return raw
+        parts = b",".join([self._part(part) for part in elements(bytes(content))])
+        message["content"] = msgspec.Raw(b"[%b]" % parts)
+        return _encode(message)
+
+    def _part(self, raw: memoryview) -> bytes | memoryview:
+        """A part of a content with the `uuid` that all legs give it; without any where it is no medium."""
+        if bytes(raw[:1]) != b"{":
+            self._spend(1)
+            return raw
+        part = self._members(raw)
+        ours = part.pop("uuid", None) is None
+        kind = part.get("type")
+        name = "" if kind is None or bytes(memoryview(kind)[:1]) != b'"' else _decode_text(kind)
+        if name not in _KINDS or name not in part:
+            return raw if ours else _encode(part)
+        content = bytes(part[name])
+        inline = name == "input_audio" or _url(content).startswith("data:")
+        digest = hashlib.sha256(name.encode() + b"\0" + (b"" if inline else self._salt.encode()) + b"\0")
+        digest.update(content)
+        key = digest.hexdigest()
+        marked = _encode({**part, "uuid": key})
+        self.media.setdefault(key, Medium(msgspec.Raw(marked), name == "image_url"))
+        return marked
+
+    def _members(self, raw: memoryview) -> Members:
+        found = members_of(bytes(raw))
+        self._spend(1 + len(found))
+        return found
+
+    def _spend(self, values: int) -> None:
+        self._left -= values
+        if self._left < 0:
+            raise TooMany
 
 
 def _url(content: bytes) -> str:

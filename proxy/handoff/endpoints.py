@@ -99,7 +99,7 @@ def _object(raw: msgspec.Raw | None) -> dict[str, msgspec.Raw]:
         return {}
 
 
-_COMMON = ("stream", "stream_options", "n", "max_tokens")
+_COMMON = ("stream", "stream_options", "n", "max_tokens", "min_tokens")
 
 LAYOUTS: dict[Endpoint, Layout] = {
     "chat": Layout(

@@ -6,43 +6,52 @@ not known to be text is taken for more: nothing clever is done with such a promp
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Literal
+
 import msgspec
 
-from proxy.decoding import Undecodable, json_decoder
+from proxy.decoding import Undecodable, WrongShape, json_decoder
 from proxy.handoff.endpoints import Members
+from proxy.handoff.scan import elements, has_few
 
-_TEXT = frozenset(
-    {
-        "text",
-        "input_text",
-        "output_text",
-        "thinking",
-        "redacted_thinking",
-        "refusal",
-        "summary_text",
-        "reasoning_text",
-        "tool_reference",
-        "tool_use",
-        "tool_result",
-    }
-)
+_Text = Literal[
+    "text",
+    "input_text",
+    "output_text",
+    "thinking",
+    "redacted_thinking",
+    "refusal",
+    "summary_text",
+    "reasoning_text",
+    "tool_reference",
+    "tool_use",
+    "tool_result",
+]
 _ABSENT = msgspec.Raw()
 _NULL = msgspec.Raw(b"null")
 
+_MOST = 16384
+"""Messages and parts of a prompt that are looked at."""
+_FEW = 1024  # as many are decoded at once
+_DEEPEST = 3  # a result of a tool has parts of its own; nothing goes deeper
 
-class _Message(msgspec.Struct):
+
+class _Message(msgspec.Struct, gc=False):
     content: msgspec.Raw = _ABSENT
     output: msgspec.Raw = _ABSENT  # of a function, among the items of responses
 
 
-class _Part(msgspec.Struct):
-    type: str | None = None
-    uuid: str | None = None  # with one, a part may be a medium whatever its type says
+class _TextPart(msgspec.Struct, gc=False):
+    type: _Text
+    uuid: None = None  # with one, a part may be a medium whatever its type says
     content: msgspec.Raw = _ABSENT
 
 
-_decode_messages = json_decoder(list[_Message] | None)
-_decode_parts = json_decoder(list[_Part | str])
+_decode_messages = json_decoder(list[_Message])
+_decode_message = json_decoder(_Message)
+_decode_parts = json_decoder(list[_TextPart])
+_decode_part = json_decoder(_TextPart)
 
 
 def has_media(members: Members) -> bool:
@@ -53,17 +62,49 @@ def has_media(members: Members) -> bool:
     said = bytes(messages)
     if said.startswith(b'"') or said.find(b"[", 1) < 0:  # a text; or no list in the list, so that nothing has parts
         return False
+    if said == b"null":
+        return False
     try:
-        return any(_is_more(item.content) or _is_more(item.output) for item in _decode_messages(said) or ())
+        return _Look().finds_more(said)
     except Undecodable:
         return True  # the engine says what is wrong with them
 
 
-def _is_more(content: msgspec.Raw) -> bool:
-    if bytes(memoryview(content)[:1]) != b"[":
+class _Look:
+    """One look at a prompt, which ends when it has seen so much that no person can have written it."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def finds_more(self, messages: bytes) -> bool:
+        if has_few(messages, b"{", _FEW):
+            found = _decode_messages(messages)
+            self._seen = len(found)
+            return any(self._is_more(item.content) or self._is_more(item.output) for item in found)
+        for element in elements(messages):
+            item = _decode_message(element)
+            if self._is_enough() or self._is_more(item.content) or self._is_more(item.output):
+                return True
         return False
-    return any(not isinstance(part, str) and not _is_text(part) for part in _decode_parts(content))
 
+    def _is_more(self, content: msgspec.Raw, depth: int = 1) -> bool:
+        if bytes(memoryview(content)[:1]) != b"[":
+            return False
+        if depth > _DEEPEST:
+            return True
+        said = bytes(content)
+        if has_few(said, b"{", _FEW):
+            with suppress(WrongShape):  # there is a medium, or a bare string
+                parts = _decode_parts(said)
+                self._seen += len(parts)
+                return any(self._is_more(part.content, depth + 1) for part in parts)
+        for element in elements(said):
+            if self._is_enough():
+                return True
+            if bytes(element[:1]) != b'"' and self._is_more(_decode_part(element).content, depth + 1):
+                return True
+        return False
 
-def _is_text(part: _Part) -> bool:
-    return part.type in _TEXT and part.uuid is None and not _is_more(part.content)
+    def _is_enough(self) -> bool:
+        self._seen += 1
+        return self._seen > _MOST

@@ -6,6 +6,7 @@ in `sampling_params`, once for all prompts or once for each. Field names as in S
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ import msgspec
 from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendGarbled, InvalidRequest
 from proxy.handoff.endpoints import Members
+from proxy.handoff.scan import elements
 
 DROPPED = frozenset(
     {
@@ -32,10 +34,12 @@ DROPPED = frozenset(
 """Members that this endpoint takes from anybody, and that are between engines or the operator's: beside those of
 `body.FORBIDDEN`, which are of every endpoint."""
 
+MOST_PROMPTS = 4096
+"""Prompts of one batch. Each is named by the gateway, and answered by itself."""
+
 _DEFAULT_TOKENS = 128
 _BYTES_PER_TOKEN = 4
 
-_decode_list = json_decoder(list[msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -87,6 +91,9 @@ def read(members: Members) -> Asked:
         flags = _decode_flag(members.get("return_logprob", _NULL))
     except Undecodable:
         raise InvalidRequest("`return_logprob` must be a boolean, or a list of them", param="return_logprob") from None
+    for name, given in (("sampling_params", sampling), ("return_logprob", flags)):
+        if isinstance(given, list) and len(given) > MOST_PROMPTS:
+            raise InvalidRequest(f"`{name}` has more than {MOST_PROMPTS} elements", param=name)
     each = sampling if isinstance(sampling, list) else [sampling]
     prompts, prompt_tokens = _read_prompts(members)
     bounds = [_DEFAULT_TOKENS if one.max_new_tokens is None else max(0, one.max_new_tokens) for one in each]
@@ -123,20 +130,28 @@ def _read_prompts(members: Members) -> tuple[int, int]:
     else:
         return 0, 1
     if name == "text":
-        prompts = _length(raw) if raw.startswith(b"[") else 0
+        prompts = _length(name, raw) if raw.startswith(b"[") else 0
         return prompts, len(raw) // _BYTES_PER_TOKEN + 1
     # Lists of numbers for each token, or of tokens for each prompt: what begins with one bracket more is a batch.
     depth = 2 if name == "input_ids" else 3
     opening = bytes(raw[:256].translate(None, b" \t\r\n"))
-    prompts = _length(raw) if opening.startswith(b"[" * depth) else 0
+    prompts = _length(name, raw) if opening.startswith(b"[" * depth) else 0
     return prompts, raw.count(b",") + 1 if name == "input_ids" else raw.count(b"[")
 
 
-def _length(raw: bytes) -> int:
+def _length(name: str, raw: bytes) -> int:
+    """How many elements a list has; 0 where it is none.
+
+    Raises:
+        InvalidRequest: too many.
+    """
     try:
-        return len(_decode_list(raw))
+        count = sum(1 for _ in islice(elements(raw), MOST_PROMPTS + 1))
     except Undecodable:
         return 0
+    if count > MOST_PROMPTS:
+        raise InvalidRequest(f"`{name}` has more than {MOST_PROMPTS} prompts", param=name)
+    return count
 
 
 class _Meta(msgspec.Struct):

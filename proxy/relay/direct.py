@@ -83,6 +83,11 @@ class DirectClient:
         body, cycle.body = cycle.body, bytearray()
         return body
 
+    def add_headers(self, headers: Headers) -> None:
+        """Put these into the answer too, also where it goes through ASGI's `send`."""
+        cycle = self._cycle
+        cycle.default_headers = [*cycle.default_headers, *headers]
+
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         if self.gone:
             return

@@ -286,8 +286,7 @@ def response_body(
         output = [message_item(text)]
         if request.tool is not None and sequence.script is not None:
             output = [call_item(request.tool, text[sequence.script.start : sequence.script.end])]
-    # "cancelled" as vLLM says it of models that speak harmony; of others it says "completed", and nobody could tell.
-    status = {"length": "incomplete", "abort": "cancelled"}.get(sequence.finish_reason or "", "completed")
+    status = "incomplete" if sequence.finish_reason == "length" else "completed"
     body = outline(request, created, status, output)
     body["usage"] = {
         "input_tokens": sequence.prompt_length,

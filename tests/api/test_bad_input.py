@@ -51,7 +51,7 @@ def is_error(answer: Any, code: str) -> bool:
         (b"[" * 100_000, ""),
         (b'{"a":' * 100_000, ""),
         (b'{"model": 5, "messages": []}', "model"),
-        (b'{"model": "sim", "stream": "yes", "messages": []}', "stream"),
+        (b'{"model": "sim", "stream": "maybe", "messages": []}', "stream"),
         (b'{"model": "sim", "n": "two", "messages": []}', "n"),
         (b'{"model": "sim", "max_tokens": {}, "messages": []}', "max_tokens"),
         (b'{"model": "sim", "stream_options": 3, "messages": []}', "stream_options"),

@@ -13,6 +13,8 @@ from proxy.handoff.registry import CONNECTORS
 from tests.contract.cases import CASES, IDS, Case, fleet
 from tests.support import PROMPT, Running, chat, completion, running_gateway, simulators, text_of, until
 
+pytestmark = pytest.mark.cross_product
+
 EVERY = pytest.mark.parametrize("case", CASES, ids=IDS)
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 HIDDEN = ("kv_transfer_params", "disaggregated_params", "bootstrap", "remote_", "_addr_", "127.0.0.1")

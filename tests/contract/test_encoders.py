@@ -17,6 +17,8 @@ from tests.contract.test_contract import streamed
 from tests.handoff.test_encoder import PNG, image, sound
 from tests.support import Running, chat, running_gateway, simulators, text_of, until
 
+pytestmark = pytest.mark.cross_product
+
 PATH = "/v1/chat/completions"
 NIXL = CASES[0]
 EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

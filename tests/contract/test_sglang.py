@@ -12,6 +12,8 @@ from tests.contract.cases import CASES, fleet
 from tests.contract.test_contract import PATHS, said_alone, streamed
 from tests.support import chat, completion, running_gateway, simulators, text_of, until
 
+pytestmark = pytest.mark.cross_product
+
 CASE = next(case for case in CASES if case.name == "sglang")
 
 

@@ -13,6 +13,8 @@ from proxy.simulator.tokens import tokenize
 from tests.contract.cases import CASES, fleet
 from tests.support import PROMPT, Running, running_gateway, simulators, until
 
+pytestmark = pytest.mark.cross_product
+
 CASE = next(case for case in CASES if case.name == "sglang")
 PATH = "/generate"
 PROMPTS = ["the first of them " * 5, "the second of them " * 5, "the third of them " * 5]

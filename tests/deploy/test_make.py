@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = {"help", "install", "demo", "test", "soak", "test-real", "lint", "types", "bench", "constraints", "clean"}
+TARGETS = {
+    *("help", "install", "demo", "test", "test-all", "test-random", "test-real", "soak"),
+    *("lint", "types", "bench", "constraints", "clean"),
+}
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
@@ -53,8 +56,15 @@ def test_every_target_can_be_made(target: str) -> None:
 
 
 @needs_make
-def test_the_suite_is_all_but_what_needs_real_engines() -> None:
-    assert '-m "not real"' in make("-n", "test").splitlines()[-1]
+def test_the_suite_is_all_but_what_needs_real_engines_and_the_everyday_one_what_is_quick() -> None:
+    assert '-m "not real"' in make("-n", "test-all").splitlines()[-1]
+    assert '-m "not real and not slow"' in make("-n", "test").splitlines()[-1]
+
+
+@needs_make
+def test_random_examples_come_from_a_seed_that_is_printed_and_may_be_given() -> None:
+    asked = make("-n", "test-random", "SEED=7")
+    assert "PROPERTIES=random" in asked and "--hypothesis-seed=$seed" in asked
 
 
 def test_an_old_python_is_refused_with_what_to_type(tmp_path: Path) -> None:
@@ -81,6 +91,7 @@ def python_built(path: Path, *, optimised: bool) -> Path:
     return program(path / "python3", f'{unoptimised}\nexec {sys.executable} "$@"')
 
 
+@pytest.mark.slow
 def test_a_python_that_is_not_slow_is_looked_for_unless_one_is_named(tmp_path: Path) -> None:
     slow, quick = (python_built(tmp_path / name, optimised=name == "quick") for name in ("slow", "quick"))
     found = make_venv(slow.parent, "", quick.parent)

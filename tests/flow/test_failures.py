@@ -10,6 +10,8 @@ import pytest
 
 from tests.support import Running, chat, completion, pools, running_gateway, simulators, stuck_backend, text_of, until
 
+pytestmark = pytest.mark.cross_product
+
 CHAT = "/v1/chat/completions"
 
 # Each is switched on for one backend of two; the other one is good.

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,6 +221,47 @@ async def test_engines_that_speak_something_else_never_become_ready(
             answer = await running.http.post(CHAT, json=chat())
             assert answer.status_code == 200
         assert await ready(running), "an answer that decode made alone is no hand-off"
+
+
+async def test_a_decode_engine_that_computes_what_it_cannot_fetch_hands_nothing_over() -> None:
+    """`kv_load_failure_policy: recompute`: every answer is a 200."""
+    async with unlike({"side_host": "127.0.0.9"}, {"load_failure_policy": "recompute"}) as (running, _, _):
+        await until(lambda: handoffs(running) == [("failed", False)] * 2)
+        [backend] = running.gateway.fleet.pool("decode")
+        assert backend.handoff.finding is not None
+        assert backend.handoff.finding.code == "side_channel"
+        assert await ready(running)
+
+
+async def test_roles_that_are_swapped_are_a_warning_where_hand_offs_work(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, LOG):
+        async with (
+            simulators("prefill", "decode", "decode") as [p, d, e],
+            running_gateway([d.url, e.url], [p.url], warmup=True) as running,
+        ):
+            await until(lambda: handoffs(running) == [("ok", True)] * 3)
+            await until(lambda: warmed(p) == 2 and at_rest(running, p, d, e))
+            assert not await ready(running)
+            listed = (await running.http.get("/admin/backends")).json()["backends"]
+            assert [one["handoff"]["code"] for one in listed] == ["roles_swapped"] * 3
+    lines = [record.getMessage() for record in caplog.records if "was started as a" in record.getMessage()]
+    assert len(lines) == 3, "one for each engine"
+
+
+async def test_engines_that_share_no_cache_are_ready_and_a_warning(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    shared = {"connector": "shared_cache"}
+    prefill, decode = ({**shared, "shared_path": str(tmp_path / name)} for name in ("one", "other"))
+    with caplog.at_level(logging.WARNING, LOG):
+        async with unlike(prefill, decode, **shared) as (running, _, _):
+            await until(lambda: handoffs(running) == [("ok", True)] * 2)
+            assert not await ready(running)
+            listed = (await running.http.get("/admin/backends")).json()["backends"]
+            assert [one["handoff"]["code"] for one in listed] == ["not_read"] * 2
+    assert len([record for record in caplog.records if "shared cache" in record.getMessage()]) == 1
 
 
 async def test_a_cold_engine_becomes_ready_without_anybody_s_help(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,7 @@ def test_the_bound_and_the_size_of_the_prompt_are_read(endpoint: Endpoint) -> No
         ({"tools": [{"type": "function", "name": "a"}, {"type": "mcp"}]}, "builtin_tools"),
         ({"tools": [{"type": "web_search"}]}, "builtin_tools"),
         ({"tools": 5}, ""),
-        ({"tools": [5]}, ""),
+        ({"tools": [5]}, "builtin_tools"),
     ],
 )
 def test_why_a_response_is_not_split(more: dict[str, Any], why: str) -> None:
@@ -245,12 +245,12 @@ def test_what_a_response_goes_on_from_and_whether_it_is_kept_are_read() -> None:
 @pytest.mark.parametrize(
     ("endpoint", "more", "param"),
     [
-        ("messages", {"max_tokens": "9"}, "max_tokens"),
-        ("messages", {"stream": "yes"}, "stream"),
+        ("messages", {"max_tokens": "nine"}, "max_tokens"),
+        ("messages", {"stream": "maybe"}, "stream"),
         ("responses", {"max_output_tokens": 1.5}, "max_output_tokens"),
         ("responses", {"previous_response_id": 5}, "previous_response_id"),
-        ("responses", {"store": "no"}, "store"),
-        ("responses", {"background": 1}, "background"),
+        ("responses", {"store": "never"}, "store"),
+        ("responses", {"background": 2}, "background"),
         ("generate", {"sampling_params": None}, "sampling_params"),
         ("generate", {"sampling_params": []}, "sampling_params"),
         ("generate", {"sampling_params": {"max_tokens": "9"}}, "sampling_params"),

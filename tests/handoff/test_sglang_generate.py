@@ -108,7 +108,7 @@ def test_prompt_logprobs_are_wanted_with_any_of_a_batch(asked: Any, wanted: bool
         ({"sampling_params": [5]}, "sampling_params"),
         ({"sampling_params": {"max_new_tokens": "5"}}, "sampling_params"),
         ({"return_logprob": "yes"}, "return_logprob"),
-        ({"stream": 1}, "stream"),
+        ({"stream": 2}, "stream"),
         ({"model": 5}, "model"),
     ],
 )
