@@ -62,7 +62,8 @@ _LAST_REQUEST = 5.0  # seconds for a connection that was accepted last to say wh
 _INHERITED_PATIENCE = 30.0  # seconds for backends to come up; the socket's owner may be waiting for us alone
 _TICK = 0.02  # seconds between looks while nothing tells
 _TELL = 10.0  # seconds between words about what is waited for
-_SPARED = frozenset({"/health", "/ready", "/metrics"})
+_SPARED = frozenset({"/health", "/ready", "/live", "/ping", "/metrics", "/healthcheck", "/admin/"})
+_SCRAPERS = 16  # connections to the port of /metrics
 
 
 def serve(settings: Settings) -> int:
@@ -75,9 +76,14 @@ def serve(settings: Settings) -> int:
     files = raise_file_limit()
     listeners = _listeners(settings)
     _warn_of_operators(settings)
-    wanted = settings.limits.connections or 0
-    if wanted > settings.workers * connection_limit(files):
-        log.warning("limits.connections is %d; streams on all of them need %d files, not %d", wanted, 3 * wanted, files)
+    wanted, most = settings.limits.connections or 0, settings.workers * connection_limit(files, _backends(settings))
+    if wanted > most:
+        log.warning(
+            "limits.connections is %d; %d are served: a stream needs up to three files, and there are %d (ulimit -n)",
+            wanted,
+            most,
+            files,
+        )
     path = settings.admin_socket
     takes_over = settings.reuse_port or listeners[0].inherited
     with own_socket(Path(path), reuse=takes_over) if path else contextlib.nullcontext() as admin:
@@ -152,9 +158,30 @@ def protocol(settings: Settings, files: int) -> type[GatewayProtocol]:
         header_limit = settings.limits.request_headers
         header_seconds = settings.timeouts.request_headers
         write_seconds = settings.timeouts.idle
-        shared = Connections(settings.limits.connections or connection_limit(files), _SPARED)
+        shared = Connections(
+            min(settings.limits.connections or files, connection_limit(files, _backends(settings))),
+            _SPARED,
+            settings.limits.connections_per_address,
+        )
 
     return Bounded
+
+
+def _backends(settings: Settings) -> int:
+    """How many backends are configured."""
+    groups = settings.all_groups()
+    return sum(len(group.prefill) + len(group.decode) + len(group.mixed) + len(group.encode) for group in groups)
+
+
+def _apart(kind: type[GatewayProtocol]) -> type[GatewayProtocol]:
+    """The protocol of a server whose connections are counted apart, so that clients' cannot take their place."""
+
+    class Apart(kind):  # type: ignore[misc, valid-type]
+        __slots__ = ()
+
+        shared = Connections(_SCRAPERS, frozenset({"/metrics"}))
+
+    return Apart
 
 
 async def _run(
@@ -171,7 +198,7 @@ async def _run(
     beside: list[uvicorn.Server] = []
     if len(listeners) > 1:
         metrics = Surface(hot={}, routers=[operations.metrics(gateway.registry, gateway.siblings)])
-        beside.append(_SideServer(uvicorn_config(metrics, kind), listeners[1].socket, taken=listeners[1].taken))
+        beside.append(_SideServer(uvicorn_config(metrics, _apart(kind)), listeners[1].socket, taken=listeners[1].taken))
         log.info("listening on %s for /metrics", listeners[1].url)
     if admin is not None and gateway.admin is not None:
         beside.append(_SideServer(uvicorn_config(gateway.admin), admin))

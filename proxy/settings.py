@@ -345,9 +345,13 @@ class Limits(Group):
     """Bytes, and connections."""
 
     connections: int | None = Field(
-        None, ge=1, description="open connections of clients; more get a 503. None: a third of the files it may open"
+        None,
+        ge=1,
+        description="open connections of clients; more get a 503. None, and at most: a third of the files it may open",
     )
-
+    connections_per_address: int | None = Field(
+        None, ge=1, description="of these, how many one address may have; None: any, as behind a proxy all are one"
+    )
     request_headers: int = Field(64 * 1024, ge=1024, description="request line and headers")
     request_body: int = Field(64 * 1024 * 1024, ge=1024, description="request body: room for images and long prompts")
     transcript: int = Field(

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BACKLOG = 4096
-_RESERVED_FILES = 128  # logs, probes, the event loop's own
+_RESERVED_FILES = 128  # logs, probes, scrapers, the event loop's own, and what is held to a few backends
+_FEW_BACKENDS = 16
 _FIRST_INHERITED = 3  # sd_listen_fds(3)
 _UNSENT = 128 * 1024  # bytes that the kernel keeps for a client beyond what is on its way: with 4 MB it hides slowness
 _SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h; Python has no name for it
@@ -233,6 +234,10 @@ def raise_file_limit() -> int:
     return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
-def connection_limit(files: int) -> int:
-    """How many connections of clients fit into so many open files: a stream has one, and one for each leg."""
-    return max(16, (files - _RESERVED_FILES) // 3)
+def connection_limit(files: int, backends: int = 0) -> int:
+    """How many connections of clients fit into so many open files: a stream has one, and one for each leg.
+
+    Arguments:
+        backends: engines, each of which has a connection that is held, and one for what it is asked aside.
+    """
+    return max(16, (files - _RESERVED_FILES - 2 * max(0, backends - _FEW_BACKENDS)) // 3)

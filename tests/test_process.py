@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support import chat, simulators, until
+from tests.support import OPERATOR, chat, simulators, until
 
 CHAT = "/v1/chat/completions"
 pytestmark = pytest.mark.slow
@@ -164,6 +164,37 @@ async def test_a_process_without_files_left_neither_dies_nor_spins_and_serves_ag
         async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http:
             await ready(http)
             assert (await http.post(CHAT, json=chat())).status_code == 200
+
+
+async def test_idle_connections_take_neither_the_probes_nor_the_port_of_the_metrics_down() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        metrics = free.getsockname()[1]
+    async with (
+        simulators("prefill", "decode") as [p, d],
+        served(
+            *("--prefill", p.url, "--decode", d.url, "--metrics.port", str(metrics), "--admin_key", "operator"),
+            files=256,
+        ) as gateway,
+    ):
+        port = int(gateway.url.rsplit(":", 1)[1])
+        crowd = [socket.create_connection(("127.0.0.1", at)) for at in (port, metrics) for _ in range(300)]
+        before = cpu_seconds(gateway.process.pid)
+        pages = (f"{gateway.url}/health", f"{gateway.url}/admin/backends", f"http://127.0.0.1:{metrics}/metrics")
+        for _ in range(3):
+            for page in pages:  # on new connections each, as probes are
+                async with httpx.AsyncClient(headers=OPERATOR, timeout=30, trust_env=False, verify=False) as http:
+                    assert (await http.get(page)).status_code == 200
+        await asyncio.sleep(1)  # in which it must not be busy
+        assert cpu_seconds(gateway.process.pid) - before < 1
+        files = len(list(Path(f"/proc/{gateway.process.pid}/fd").iterdir()))
+        assert files < 256 - 2 * 42, "none are left for the legs of streams on all the connections"
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as http:
+            answers = [await http.post(CHAT, json=chat())]
+            while answers[-1].status_code == 503:  # until some have been idle for long enough to make room
+                answers.append(await http.post(CHAT, json=chat()))
+            assert answers[-1].status_code == 200
+        for client in crowd:
+            client.close()
 
 
 async def test_by_default_connections_end_before_files_do() -> None:

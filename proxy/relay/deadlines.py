@@ -50,6 +50,13 @@ class Deadlines:
         """It has ended; or it was never watched."""
         self._open.pop(waiting, None)
 
+    def oldest(self, seconds: float) -> Waiting | None:
+        """What has waited longest, if that is for so many seconds."""
+        for waiting, deadline in self._open.items():
+            assert self.seconds is not None
+            return waiting if monotonic() - (deadline - self.seconds) >= seconds else None
+        return None
+
     def _look(self) -> None:
         self._timer = None
         assert self.seconds is not None and self._loop is not None

@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from proxy.errors import TooManyConnections
 from proxy.relay.client import EXTENSION, Receive, Scope, Send
+from proxy.relay.connections import VISIT
 from proxy.relay.direct import DirectClient
 from proxy.relay.inbound import Inbound, answer_headers
 
@@ -35,7 +36,7 @@ class GatewayProtocol(Inbound):
         streaming: the client whose answer is under way.
     """
 
-    __slots__ = ("_crowded", "_direct", "_held_back", "_idle", "_write_deadline", "streaming")
+    __slots__ = ("_counted", "_crowded", "_direct", "_held_back", "_idle", "_write_deadline", "streaming")
 
     write_seconds: ClassVar[float] = 120.0
 
@@ -46,6 +47,7 @@ class GatewayProtocol(Inbound):
         self.streaming: DirectClient | None = None
         self._idle = self.shared.idle(self.timeout_keep_alive)
         self._crowded = False  # one connection too many
+        self._counted = False  # it is one of `shared.open`
         self._held_back = False  # the next request waits for the client to read
         self._write_deadline: asyncio.TimerHandle | None = None
 
@@ -56,18 +58,30 @@ class GatewayProtocol(Inbound):
         self.flow._is_writable_event = writable = _Event()
         writable.set()
         shared = self.shared
-        shared.open += 1
-        if shared.open > shared.limit:
-            if shared.open > shared.limit + shared.spare:
-                shared.refused += 1
-                self.deaf = True
-                transport.abort()
-                return
+        if shared.per_address is not None and self.client is not None:
+            shared.addresses[self.client[0]] += 1
+            self._crowded = shared.addresses[self.client[0]] > shared.per_address
+        if shared.open < shared.limit or shared.make_room():
+            self._counted = True
+            shared.open += 1
+        elif shared.open < shared.limit + shared.spare:
+            self._counted = self._crowded = True
+            shared.open += 1
+        else:
             self._crowded = True
+            self._headers_wait.forget(self)
+            self._headers_wait = shared.headers(VISIT)
+            self._expect_headers()
+            shared.visit(self)
+        if self._crowded:
             self.app = self._serve_crowded
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.shared.open -= 1
+        self._uncount()
+        if self.shared.per_address is not None and self.client is not None:
+            self.shared.addresses[self.client[0]] -= 1
+            if not self.shared.addresses[self.client[0]]:
+                del self.shared.addresses[self.client[0]]
         self._idle.forget(self)
         if self._write_deadline is not None:
             self._write_deadline.cancel()
@@ -77,12 +91,38 @@ class GatewayProtocol(Inbound):
         for client in clients:
             client.left()
 
+    def _uncount(self) -> None:
+        if self._counted:
+            self._counted = False
+            self.shared.open -= 1
+        else:
+            self.shared.visitors.pop(self, None)
+
+    def make_room(self) -> bool:
+        """Close a connection on which nothing is asked, in favour of another; whether that was so."""
+        if self.clients or self.transport.is_closing() or not self._counted or self._has_unread():
+            return False
+        self._uncount()
+        self.transport.close()
+        return True
+
+    def leave_now(self) -> None:
+        """Make room for another visitor."""
+        self.deaf = True
+        self.transport.abort()
+
+    def _has_unread(self) -> bool:
+        """Whether something is in its socket that was not read yet."""
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        return any(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))
+
     async def _serve_crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application of a connection beyond the limit."""
-        if scope["path"] in self.shared.spared:
+        if self.shared.is_spared(scope["path"]):
             await self.config.loaded_app(scope, receive, send)
             return
-        self.shared.refused += 1
+        if self._counted:
+            self.shared.refused += 1  # visitors are counted when they come
         error = TooManyConnections(f"this gateway serves {self.shared.limit} connections at a time", retry_after=1)
         client: DirectClient = scope["extensions"][EXTENSION]
         client.respond(error.status, [*answer_headers(), (b"retry-after", b"1")], error.body())
@@ -102,8 +142,7 @@ class GatewayProtocol(Inbound):
         idle = self.cycle is not None and self.cycle.response_complete and not self.awaited
         if not idle or self.transport.is_closing():
             return
-        descriptor = self.transport.get_extra_info("socket").fileno()
-        if not any(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))):
+        if not self._has_unread():
             self.transport.close()
 
     # Requests and answers

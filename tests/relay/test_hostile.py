@@ -10,7 +10,7 @@ from time import monotonic
 
 import pytest
 
-from proxy.relay import inbound
+from proxy.relay import connections, inbound
 from proxy.relay.client import Receive, Scope, Send
 from proxy.relay.connections import Connections
 from proxy.relay.direct import DirectClient
@@ -506,9 +506,9 @@ async def opened(server: Server, count: int) -> list[socket.socket]:
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> Connections:
-    connections = Connections(limit=3, spared=frozenset({"/health"}))
-    monkeypatch.setattr(GatewayProtocol, "shared", connections)
-    return connections
+    shared = Connections(limit=3, spared=frozenset({"/health"}))
+    monkeypatch.setattr(GatewayProtocol, "shared", shared)
+    return shared
 
 
 async def test_one_connection_too_many_is_told_so_and_the_probes_are_served(
@@ -542,6 +542,71 @@ async def test_far_too_many_connections_are_closed_at_once(server: Server, share
         for client in clients:
             client.close()
     await until(lambda: shared.open == 0)
+
+
+async def test_probes_are_served_whatever_idle_connections_there_are(server: Server, shared: Connections) -> None:
+    clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(shared.limit + shared.spare + 100)]
+    try:
+        for _ in range(3):
+            assert parts(await server.say(request("/health")))[0] == 200
+        status, detail = error(await server.say(request("/")))
+        assert (status, detail["code"]) == (503, "too_many_connections")
+        assert shared.open == shared.limit + shared.spare
+        assert server.seen == ["/health"] * 3
+    finally:
+        for client in clients:
+            client.close()
+    await until(lambda: shared.open == 0 and not shared.visitors)
+
+
+async def test_connections_that_have_been_idle_make_room_for_those_that_ask(
+    server: Server, shared: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "_IDLE", 0.0)
+    async with server.connect() as (reader, writer):  # one that waits for another request, and two that are new
+        writer.write(request("/"))
+        await reader.readuntil(b"\r\n\r\n")
+        silent = await opened(server, 2)
+        for _ in range(3):
+            assert parts(await server.say(request("/", "connection: close")))[0] == 200
+        await until(lambda: shared.open == 2)
+        assert b"HTTP/1.1" not in await reader.read()  # it was closed, after what was left of its answer
+        for client in silent:
+            client.close()
+    assert shared.refused == 0
+    await until(lambda: shared.open == 0)
+
+
+async def test_a_connection_with_a_request_under_way_makes_no_room(
+    server: Server, shared: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "_IDLE", 0.0)
+    release = asyncio.Event()
+
+    async def slow(scope: Scope, client: DirectClient, receive: Receive) -> None:
+        if scope["path"] == "/slow":
+            await release.wait()
+        client.respond(200, [TEXT], b"ok")
+
+    server.app = slow
+    running = [asyncio.create_task(server.say(request("/slow", "connection: close"))) for _ in range(3)]
+    await until(lambda: len(server.seen) == 3)
+    status, detail = error(await server.say(request("/")))
+    assert (status, detail["code"]) == (503, "too_many_connections")
+    release.set()
+    assert [parts(answer)[0] for answer in await asyncio.gather(*running)] == [200] * 3
+
+
+async def test_one_address_may_have_so_many_connections_and_probes(server: Server, shared: Connections) -> None:
+    shared.limit, shared.per_address = 100, 2
+    clients = await opened(server, 2)
+    assert error(await server.say(request("/")))[0] == 503
+    assert parts(await server.say(request("/health")))[0] == 200
+    for client in clients:
+        client.close()
+    await until(lambda: shared.open == 0)
+    assert not shared.addresses
+    assert parts(await server.say(request("/", "connection: close")))[0] == 200
 
 
 # Leaving
