@@ -7,7 +7,8 @@ import ssl
 from collections.abc import Iterator
 
 from proxy.errors import BackendUnreachable
-from proxy.fleet.control import Control, Wire
+from proxy.fleet.control import Control
+from proxy.fleet.wire import Wire, connect
 
 _CODES: tuple[tuple[type[BaseException], str], ...] = (
     (ssl.SSLCertVerificationError, "certificate"),
@@ -71,7 +72,8 @@ async def speaks_tls(control: Control, host: str, port: int, seconds: float) -> 
 async def _connect(control: Control, scheme: str, host: str, port: int, seconds: float) -> None:
     wire = Wire()
     try:
-        await control.connect(wire, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", seconds)
+        authority = f"{f'[{host}]' if ':' in host else host}:{port}"
+        await connect(wire, f"{scheme}://{authority}", seconds, lambda: control.trust)
     except ValueError as error:  # a host or a port that cannot be one
         raise BackendUnreachable(str(error)) from error
     finally:

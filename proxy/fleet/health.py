@@ -1,8 +1,8 @@
 """Active health checks: one watcher a backend, which brings it into the rotation and takes it out.
 
-The health path of a backend's kind decides, and whether it sleeps, as vLLM calls a sleeping engine healthy; its models
-and its version are learnt on the way in and now and then after. Probes say whether a backend is alive; whether it is
-any good, its requests say.
+httpx carries the probes and tenacity repeats them. The health path of a backend's kind decides, and whether it sleeps,
+as vLLM calls a sleeping engine healthy; its models and its version are learnt on the way in and now and then after.
+Probes say whether a backend is alive; whether it is any good, its requests say.
 
 Backends that are down may be many, and then they are many at once: a rack without power, a fleet that is still to be
 started. All of them together are probed at most `_MOST_DOWN` times a second, and few of them have a log line of their
@@ -21,6 +21,14 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+    wait_fixed,
+)
 
 from proxy.decoding import decode_json
 from proxy.errors import BackendError, BackendTimedOut
@@ -43,7 +51,7 @@ _MOST_ASKED = 50  # engines a second, for models that nobody is known to have: s
 _PATIENCE = 10.0  # seconds for an engine's configuration: vLLM looks at its whole environment for it
 _FIRST_WAIT = 0.1  # seconds between the first probes of a backend that is down: engines start in bursts
 _JITTER = 0.25  # share of a wait that is left to chance, lest backends that went down together are probed together
-_MOST_DOWN = 50  # probes a second of all backends that are down
+_MOST_DOWN = 20  # probes a second of all backends that are down: some percent of a core
 _LINES = 10  # log lines about single backends that are down, in `_LINES_FOR` seconds; of the rest one tells
 _LINES_FOR = 5.0
 _BETWEEN_FAILURES = 0.2  # seconds between a failed probe and the next, of a backend that is up
@@ -191,24 +199,28 @@ class Prober:
 
     async def _until_up(self, backend: Backend) -> None:
         """Probe until it answers, ever more slowly."""
-        wait = _FIRST_WAIT
+        slower = wait_exponential(multiplier=_FIRST_WAIT, max=self._settings.longest_wait)
+
+        def wait(state: RetryCallState) -> float:
+            return max(slower(state), (self._down - 1) / _MOST_DOWN) * (1 - _JITTER * random())
+
         self._down += 1
         try:
-            while True:
-                try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(ProbeFailed),
+                wait=wait,
+                before_sleep=lambda state: self._still_down(backend, state),
+            ):
+                with attempt:
                     await self.meet(backend)
-                    break
-                except ProbeFailed as failure:
-                    self._still_down(backend, str(failure))
-                await asyncio.sleep(max(wait, (self._down - 1) / _MOST_DOWN) * (1 - _JITTER * random()))
-                wait = min(2 * wait, self._settings.longest_wait)
         finally:
             self._down -= 1
         await self._tie(backend)
         backend.attention.clear()
         self._fleet.bring_in(backend)
 
-    def _still_down(self, backend: Backend, reason: str) -> None:
+    def _still_down(self, backend: Backend, state: RetryCallState) -> None:
+        reason = str(state.outcome.exception()) if state.outcome else "not probed yet"
         if backend.removed:
             self._fleet.forget_idle()
         if reason != backend.reason:
@@ -243,14 +255,17 @@ class Prober:
 
     async def _fails(self, backend: Backend) -> ProbeFailed | None:
         """Why a backend is to leave the rotation: `health.failures` probes in a row have failed."""
-        for left in reversed(range(self._settings.failures)):
-            try:
-                await self.probe(backend)
-                return None
-            except ProbeFailed as failure:
-                if not left:
-                    return failure
-            await asyncio.sleep(min(_BETWEEN_FAILURES, self._settings.interval))
+        try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(ProbeFailed),
+                stop=stop_after_attempt(self._settings.failures),
+                wait=wait_fixed(min(_BETWEEN_FAILURES, self._settings.interval)),
+                reraise=True,
+            ):
+                with attempt:
+                    await self.probe(backend)
+        except ProbeFailed as failure:
+            return failure
         return None
 
     async def meet(self, backend: Backend) -> None:
@@ -435,7 +450,11 @@ class Prober:
         seconds = self._settings.timeout
         try:
             tether = await Tether.tie(
-                backend.url, self._tether_headers, lambda: backend.learn(None), seconds, self._control
+                backend.url,
+                self._tether_headers,
+                lambda: backend.learn(None),
+                seconds,
+                lambda: self._control.trust,
             )
             self._tethers[backend] = tether
             said = [await tether.ask(page, seconds) for page in (kind.metrics, "/v1/models", kind.version[0])]

@@ -10,10 +10,11 @@ An engine closes a connection that is idle for long (vLLM after 5 s); each healt
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
 
 from proxy.errors import BackendError
-from proxy.fleet.control import Address, Control, Wire
+from proxy.fleet.wire import Address, Wire, connect
 
 
 class TetherBroken(Exception):
@@ -33,19 +34,24 @@ class Tether:
 
     @classmethod
     async def tie(
-        cls, url: str, headers: bytes, on_lost: Callable[[], object], seconds: float, control: Control | None = None
+        cls,
+        url: str,
+        headers: bytes,
+        on_lost: Callable[[], object],
+        seconds: float,
+        trust: Callable[[], ssl.SSLContext] = ssl.create_default_context,
     ) -> Tether:
         """Connect.
 
         Arguments:
             headers: whole lines, each ending in CRLF.
-            control: whose trust in certificates it shares.
+            trust: gives what certificates are checked against, where the URL is of https.
         Raises:
             TetherBroken: it did not come about within `seconds`.
         """
         tether = cls(url, headers, on_lost)
         try:
-            await (control or Control(seconds)).connect(tether._wire, url, seconds)
+            await connect(tether._wire, url, seconds, trust)
         except BackendError as error:
             tether.close()
             raise TetherBroken(str(error)) from None

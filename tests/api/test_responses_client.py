@@ -149,7 +149,7 @@ async def test_a_gateway_beside_the_one_that_made_it_finds_a_response() -> None:
 
 
 async def test_a_response_of_a_backend_that_is_down_is_there_again_when_that_is() -> None:
-    async with clients() as (client, running, _, [d]):
+    async with clients(health={"timeout": 0.5}) as (client, running, _, [d]):
         made = await client.responses.create(**ASKED)
         [backend] = running.gateway.fleet.pool("decode")
         d.faults.add("hang", leg="health")

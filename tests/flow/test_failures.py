@@ -54,7 +54,8 @@ async def test_a_failure_before_the_first_token_is_tried_elsewhere(
     expected = await what_one_engine_says(chat())
     timeouts = {"prefill": 0.6, "first_token": 0.6, "total": None}
     policy = {"prefill": "round_robin", "decode": "round_robin"}
-    async with pools(2, 2, timeouts=timeouts, policy=policy, first_token="decode") as (
+    health = {"timeout": 1.0} if kind == "hang" else {}
+    async with pools(2, 2, timeouts=timeouts, policy=policy, first_token="decode", health=health) as (
         running,
         prefill,
         decode,
