@@ -42,7 +42,7 @@ LABELS = {
     "endpoint": "`chat`, `completions`, `messages`, `responses`, `generate`, `sglang_generate`, "
     "or a one-leg route: `embeddings`, "
     "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "
-    "`detokenize`, `count_tokens`",
+    "`detokenize`, `count_tokens`, `render`, `batch`",
     "found": "`ok`, or [what is wrong with the pair](findings.md)",
     "group": "`default`, or the name of one of `groups`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
-from proxy.api import operations
+from proxy.api import invocations, operations
 from proxy.api.backends import backends
 from proxy.api.credentials import AtSocket, Credentials, Trusted
 from proxy.api.cross_origin import CrossOrigin
@@ -189,6 +189,9 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         hot[path] = SingleRoute(
             path, settings, fleet, single, gate, admission, credentials, telemetry, lambda: surface.paths(), names
         )
+    invoked = invocations.Invocations(
+        settings, credentials, hot, lambda: {path for b in fleet for path in b.kind.routes if b.offers(path)}
+    )
     routers = [
         operations.probes(fleet, gate, siblings),
         operations.models(fleet, names, credentials),
@@ -196,7 +199,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         responses(settings, fleet, stored, credentials, control),
         operations.administration(fleet, credentials),
         backends(fleet, credentials),
-        fanout(fleet, credentials, control, siblings),
+        fanout(fleet, credentials, control, prober.ask_models, siblings),
     ]
     if settings.metrics.port is None:
         routers.append(operations.metrics(metrics, siblings))
@@ -209,8 +212,9 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     own_routes = frozenset(LAYOUTS[endpoint].path for endpoint in told if LAYOUTS[endpoint].of_one_make)
     surface = Surface(
         hot=hot,
+        rare={invocations.PATH: invoked},
         routers=routers,
-        offered=lambda: fleet.routes() | own_routes,
+        offered=lambda: fleet.routes() | own_routes | {invocations.PATH},
         lifespan=lifespan,
         body_seconds=body_seconds,
         siblings=siblings,
@@ -240,7 +244,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
                 operations.metrics(metrics, siblings),
                 operations.administration(fleet, local),
                 backends(fleet, local),
-                fanout(fleet, local, control, siblings),
+                fanout(fleet, local, control, prober.ask_models, siblings),
             ],
             siblings=siblings,
         )

@@ -140,7 +140,7 @@ def check_length(headers: dict[bytes, bytes], limit: int) -> None:
         raise BodyTooLarge(f"the request body of {int(length)} bytes exceeds the limit of {limit}")
 
 
-async def read_whole(client: Client, receive: Receive, limit: int, seconds: float) -> bytes | bytearray:
+async def read_whole(client: Client | None, receive: Receive, limit: int, seconds: float) -> bytes | bytearray:
     """The request's body.
 
     Raises:

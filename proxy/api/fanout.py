@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
+import msgspec
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +23,7 @@ from proxy.api.credentials import Credentials
 from proxy.api.operations import operator
 from proxy.api.siblings import Siblings
 from proxy.decoding import decode_json
-from proxy.errors import BackendError, BackendNotFound, FanOutFailed
+from proxy.errors import BackendError, BackendNotFound, FanOutFailed, InvalidRequest
 from proxy.fleet.backend import Backend, Role
 from proxy.fleet.control import Control
 from proxy.fleet.fleet import Fleet
@@ -67,6 +68,32 @@ class WakeQuery(Which):
     tags: list[Literal["weights", "kv_cache", "scheduling"]] = Field([], description="wake only these; none: all")
 
 
+class AdapterQuery(Which):
+    """Which backends an adapter is for: those that serve one base model."""
+
+    model: str | None = Field(None, description="the base model, where the gateway serves several")
+
+
+class LoadAdapter(BaseModel):
+    """As vLLM's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_path: str = Field(min_length=1, max_length=4096, description="as the engines find it")
+    load_inplace: bool = Field(False, description="in the place of one of that name")
+    is_3d_lora_weight: bool = False
+
+
+class UnloadAdapter(BaseModel):
+    """As vLLM's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_int_id: int | None = None
+
+
 class Outcome(BaseModel):
     """How it went on one backend.
 
@@ -90,16 +117,28 @@ class Report(BaseModel):
     backends: list[Outcome]
 
 
+async def _ask_nobody() -> None:
+    return None
+
+
 class FanOut:
     """Asks backends.
 
     Arguments:
         control: asks the engines.
         siblings: the gateway's other workers, which have requests of their own.
+        ask_models: asks the engines which models they have; it returns when they have said.
     """
 
-    def __init__(self, fleet: Fleet, control: Control, siblings: Siblings | None = None) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        control: Control,
+        siblings: Siblings | None = None,
+        ask_models: Callable[[], Awaitable[object]] = _ask_nobody,
+    ) -> None:
         self._fleet = fleet
+        self._ask_models = ask_models
         self._siblings = siblings
         self._control = control
 
@@ -153,6 +192,47 @@ class FanOut:
 
         return await self.ask("sleep", query, one=one)
 
+    async def load(self, query: AdapterQuery, adapter: LoadAdapter) -> Report:
+        """Load an adapter into every engine that serves its base model, prefill's too: both legs compute with it.
+
+        Raises:
+            InvalidRequest: several models are served, and none is named.
+            BackendNotFound: none serves it.
+        """
+        meant = [backend for backend in self._meant(query) if backend.role != "encode"]
+        bases = {backend.url: _bases(backend) for backend in meant}
+        served = sorted(set().union(*bases.values()))
+        if query.model is not None:
+            meant = [backend for backend in meant if query.model in bases[backend.url] or backend.models is None]
+            if not meant:
+                raise BackendNotFound(f"no backend serves the base model {query.model[:256]!r}")
+        elif query.backend is None and len(served) > 1:
+            raise InvalidRequest(f"this gateway serves several models; name one (?model=): {', '.join(served)}"[:1000])
+        return await self._adapt("load_lora_adapter", meant, adapter.model_dump(exclude_defaults=True))
+
+    async def unload(self, query: AdapterQuery, adapter: UnloadAdapter) -> Report:
+        """Unload an adapter from every engine that has it.
+
+        Raises:
+            BackendNotFound: none has it.
+        """
+        await self._ask_models()
+        meant = [
+            backend
+            for backend in self._meant(query)
+            if adapter.lora_name in (backend.models or {})
+            and (query.model is None or (backend.models or {})[adapter.lora_name].get("parent") == query.model)
+        ]
+        if not meant:
+            raise BackendNotFound(f"no backend has the adapter {adapter.lora_name!r}", param="lora_name")
+        return await self._adapt("unload_lora_adapter", meant, adapter.model_dump(exclude_defaults=True))
+
+    async def _adapt(self, operation: Operation, meant: list[Backend], body: dict[str, Any]) -> Report:
+        encoded = msgspec.json.encode(body)
+        outcomes = await asyncio.gather(*(self._call(backend, operation, {}, encoded) for backend in meant))
+        await self._ask_models()  # requests for it may come as soon as this is answered
+        return Report(operation=operation, backends=outcomes)
+
     async def _drained(self, backend: Backend, seconds: float) -> bool:
         """Wait until nothing needs a backend, here or in another worker; whether that came true in time."""
         end = monotonic() + seconds
@@ -169,7 +249,7 @@ class FanOut:
             raise BackendNotFound("no backend of this gateway is meant; GET /admin/backends lists them")
         return found
 
-    async def _call(self, backend: Backend, operation: Operation, params: dict[str, Any]) -> Outcome:
+    async def _call(self, backend: Backend, operation: Operation, params: dict[str, Any], body: bytes = b"") -> Outcome:
         path = backend.kind.operations.get(operation)
         if path is None:
             return _outcome(backend, f"a backend of the kind {backend.kind.name} has no {operation}")
@@ -177,7 +257,7 @@ class FanOut:
         shown = {name: str(value).lower() if isinstance(value, bool) else value for name, value in params.items()}
         try:
             answer = await self._control.ask(
-                backend.url + path, method=method, query=shown, seconds=_PATIENCE, limit=_MOST_SAID
+                backend.url + path, method=method, query=shown, body=body, seconds=_PATIENCE, limit=_MOST_SAID
             )
         except BackendError as error:
             return _outcome(backend, f"{path} could not be asked: {error}")
@@ -198,10 +278,21 @@ def _outcome(backend: Backend, error: str | None, status: int | None = None, ans
     return Outcome(id=name, role=backend.role, ok=error is None, status=status, error=error, answer=answer)
 
 
-def fanout(fleet: Fleet, credentials: Credentials, control: Control, siblings: Siblings | None = None) -> APIRouter:
+def _bases(backend: Backend) -> set[str]:
+    """The models of a backend that are no adapters."""
+    return {name for name, card in (backend.models or {}).items() if not card.get("parent")}
+
+
+def fanout(
+    fleet: Fleet,
+    credentials: Credentials,
+    control: Control,
+    ask_models: Callable[[], Awaitable[object]],
+    siblings: Siblings | None = None,
+) -> APIRouter:
     """The routes, for operators. Those of the example script, without /admin, are kept."""
     router = APIRouter(tags=["engines"], dependencies=[Depends(operator(credentials))])
-    engines = FanOut(fleet, control, siblings)
+    engines = FanOut(fleet, control, siblings, ask_models)
 
     @router.post("/admin/reset_prefix_cache", response_model=Report)
     async def reset_prefix_cache(query: Annotated[ResetQuery, Query()]) -> Response:
@@ -233,6 +324,16 @@ def fanout(fleet: Fleet, credentials: Credentials, control: Control, siblings: S
         """Ask each engine whether it sleeps."""
         return _told(await engines.ask("is_sleeping", query))
 
+    @router.post("/v1/load_lora_adapter", response_model=Report)
+    async def load_lora_adapter(query: Annotated[AdapterQuery, Query()], adapter: LoadAdapter) -> Response:
+        """Load a LoRA adapter into every engine of its base model. Clients can ask for it from then on."""
+        return _told_as_one(await engines.load(query, adapter))
+
+    @router.post("/v1/unload_lora_adapter", response_model=Report)
+    async def unload_lora_adapter(query: Annotated[AdapterQuery, Query()], adapter: UnloadAdapter) -> Response:
+        """Unload a LoRA adapter from every engine that has it."""
+        return _told_as_one(await engines.unload(query, adapter))
+
     @router.post("/reset_prefix_cache", response_class=Response, deprecated=True)
     async def reset_prefix_cache_as_the_script(query: Annotated[ResetQuery, Query()]) -> Response:
         """/admin/reset_prefix_cache, answered as by the example script: 200 without a body, or 500 with `failed`."""
@@ -257,6 +358,15 @@ def fanout(fleet: Fleet, credentials: Credentials, control: Control, siblings: S
 def _of_reset(query: ResetQuery) -> dict[str, Any]:
     """The parameters of a reset that differ from the engine's defaults: older ones do not know them."""
     return query.model_dump(include={"reset_running_requests", "reset_external"}, exclude_defaults=True)
+
+
+def _told_as_one(report: Report) -> Response:
+    """As `_told`; where all engines refused alike, with their status, which is what scripts for one engine know."""
+    answer = _told(report)
+    [status, *others] = {outcome.status for outcome in report.backends}
+    if status is not None and 400 <= status < 500 and not others:
+        answer.status_code = status
+    return answer
 
 
 def _told(report: Report) -> Response:

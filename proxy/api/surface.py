@@ -42,6 +42,7 @@ class Surface(FastAPI):
         hot: path -> ASGI application, which bounds the bodies that it reads. Our own server finds them by itself, in
             `direct`.
         offered: the paths of engines that there are here now; of `hot`, people are told of these.
+        rare: applications as `hot`, but for requests that need their whole scope.
         routers: the other routes, whose bodies are bounded here.
         body_seconds: seconds in which such a body must arrive.
         siblings: the gateway's other workers, who are to serve what changes it too.
@@ -53,6 +54,7 @@ class Surface(FastAPI):
         *,
         hot: dict[str, ASGIApp],
         routers: list[APIRouter],
+        rare: dict[str, ASGIApp] | None = None,
         offered: Callable[[], AbstractSet[str]] | None = None,
         lifespan: Lifespan | None = None,
         body_seconds: float = 60.0,
@@ -69,8 +71,9 @@ class Surface(FastAPI):
         self._for_pages: ASGIApp | None = None
         if cross_origin is not None:
             hot = {path: cross_origin.around(app) for path, app in hot.items()}
+            rare = {path: cross_origin.around(app) for path, app in (rare or {}).items()}
             self._for_pages = cross_origin.around(self._serve)
-        self._hot = hot
+        self._hot = {**hot, **(rare or {})}
         self.direct = {path.encode("ascii"): app for path, app in hot.items()}
         self._offered = offered or hot.keys
         self._body_seconds = body_seconds

@@ -1,7 +1,7 @@
 """Kinds of backend: where each says how it is, what it offers to clients, and what it lets operators do.
 
 Plain data. A route that is on no list of a gateway's backends does not exist there, so that nothing else an engine
-happens to serve (vLLM's `/invocations` and `/collective_rpc`, for two) can be reached through the gateway. That a route
+happens to serve (vLLM's `/collective_rpc`, for one) can be reached through the gateway. That a route
 is on the list does not mean that each engine has it: which of vLLM's exist depends on the model, and an engine that has
 one not says so when it is asked (`Backend.lacks`).
 """
@@ -14,7 +14,16 @@ from typing import Literal
 
 from proxy.settings import KindName
 
-Operation = Literal["reset_prefix_cache", "start_profile", "stop_profile", "sleep", "wake_up", "is_sleeping"]
+Operation = Literal[
+    "reset_prefix_cache",
+    "start_profile",
+    "stop_profile",
+    "sleep",
+    "wake_up",
+    "is_sleeping",
+    "load_lora_adapter",
+    "unload_lora_adapter",
+]
 
 _GENERATE = ("/v1/chat/completions", "/v1/completions")
 _MESSAGES = ("/v1/messages", "/v1/messages/count_tokens")
@@ -56,6 +65,8 @@ KINDS: dict[KindName, Kind] = {
                     *_MESSAGES,
                     *_AUDIO,
                     *_TOKENS,
+                    *(f"{path}/render" for path in (*_GENERATE, "/v1/messages", "/v1/responses")),
+                    "/v1/chat/completions/batch",
                     "/v1/responses",
                     "/inference/v1/generate",
                     "/v1/embeddings",
@@ -70,6 +81,8 @@ KINDS: dict[KindName, Kind] = {
                 "sleep": "/sleep",
                 "wake_up": "/wake_up",
                 "is_sleeping": "/is_sleeping",
+                "load_lora_adapter": "/v1/load_lora_adapter",
+                "unload_lora_adapter": "/v1/unload_lora_adapter",
             },
         ),
         # It can release its memory too, but not say whether it has: nobody could tell that it must get no requests.

@@ -76,6 +76,11 @@ class Route:
 
 
 ROUTES: dict[str, Route] = {
+    "/v1/chat/completions/batch": Route("batch", _DECODE_LIKE),
+    "/v1/chat/completions/render": Route("render", computes=False),
+    "/v1/completions/render": Route("render", computes=False),
+    "/v1/messages/render": Route("render", computes=False),
+    "/v1/responses/render": Route("render", computes=False),
     "/v1/embeddings": Route("embeddings"),
     "/v1/rerank": Route("rerank"),
     "/v2/rerank": Route("rerank"),

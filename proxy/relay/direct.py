@@ -67,6 +67,10 @@ class DirectClient:
         cycle.message_event.clear()
         return body
 
+    def put_back(self, body: bytes | bytearray) -> None:
+        """Have `body` be this again, for another reader."""
+        self._cycle.body = body if isinstance(body, bytearray) else bytearray(body)
+
     async def gather(self, limit: int) -> bytearray | None:
         """The request's body once it is whole, or longer than `limit` bytes; None when its client has left. A long body
         is not copied on its way, as with each message of ASGI's `receive`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from proxy.simulator.config import SimulatorConfig
@@ -81,6 +81,17 @@ def decode_chat(body: Any, headers: Mapping[str, str], config: SimulatorConfig) 
         structure = tool_structure(fields, tool, listed=required)
     external_id = "chatcmpl-" + base_id(fields, headers)
     return generation("chat", external_id, fields, config, [prompt], limit, logprobs, structure, tool, required)
+
+
+def decode_batch(body: Any, headers: Mapping[str, str], config: SimulatorConfig) -> GenerationRequest:
+    """Several chats at once: one choice for each. Raises RequestError."""
+    chats = body.get("messages")
+    if not isinstance(chats, list) or not chats or not all(isinstance(chat, list) and chat for chat in chats):
+        raise invalid_field("messages", "list_type", "Input should be a valid list", chats)
+    if body.get("stream") or body.get("tools") or body.get("n") not in (None, 1):
+        raise bad_request("streaming, tools and n are not for batches", None)
+    decoded = [decode_chat({**body, "messages": chat}, headers, config) for chat in chats]
+    return replace(decoded[0], prompts=[one.prompts[0] for one in decoded])
 
 
 def decode_completion(body: Any, headers: Mapping[str, str], config: SimulatorConfig) -> GenerationRequest:

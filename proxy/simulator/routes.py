@@ -25,8 +25,8 @@ from proxy.simulator.http import Exchange
 from proxy.simulator.messages import decode_messages
 from proxy.simulator.named_streams import MessageStream, ResponseStream
 from proxy.simulator.page import metrics_page, server_info, state
-from proxy.simulator.prompts import render_chat
-from proxy.simulator.requests import GenerationRequest, decode_chat, decode_completion
+from proxy.simulator.prompts import completion_prompts, render_chat
+from proxy.simulator.requests import GenerationRequest, decode_batch, decode_chat, decode_completion
 from proxy.simulator.responses import StoredResponse, decode_response, outline
 from proxy.simulator.sequences import Sequence
 from proxy.simulator.sglang_generate import decode_sglang_generate, refusal
@@ -53,7 +53,9 @@ _GENERATING = {
     "/v1/responses",
     "/inference/v1/generate",
 }
-_GENERATE = {*_GENERATING, "/v1/messages/count_tokens"}
+_BATCH = "/v1/chat/completions/batch"
+_RENDER = {f"{path}/render" for path in _GENERATING - {"/inference/v1/generate"}}
+_GENERATE = {*_GENERATING, _BATCH, *_RENDER, "/v1/messages/count_tokens"}
 _SGLANGS_OWN = "/generate"
 _SCORE = {"/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"}
 _TASKS = {
@@ -129,7 +131,7 @@ class Routes:
         if exchange.method == "GET" and (about := self._sim.engine.side.about(path)) is not None:
             exchange.respond(200, encoding.to_json(about))
             return
-        if path.startswith("/v1/responses/") and "/v1/responses" in self._known():
+        if path.startswith("/v1/responses/") and path not in _RENDER and "/v1/responses" in self._known():
             await self._stored(exchange)
             return
         known = self._known()
@@ -138,8 +140,10 @@ class Routes:
         if exchange.method != known[path]:
             raise RequestError(405, "Method Not Allowed", "Method Not Allowed")
         match path:
-            case _ if path in _GENERATING or path == _SGLANGS_OWN:
+            case _ if path in _GENERATING or path in (_BATCH, _SGLANGS_OWN):
                 await self._generate(exchange)
+            case _ if path in _RENDER:
+                exchange.respond(200, encoding.to_json(self._render(path, self._body(exchange))))
             case "/v1/models":
                 exchange.respond(200, encoding.to_json({"object": "list", "data": self._sim.adapters.cards()}))
             case "/tokenize":
@@ -241,6 +245,18 @@ class Routes:
             raise invalid_field("prompt", "missing", "Field required", body)
         shown = [token_text(token) for token in tokens] if body.get("return_token_strs") else None
         return {"count": len(tokens), "max_model_len": self._sim.config.context, "tokens": tokens, "token_strs": shown}
+
+    def _render(self, path: str, body: Any) -> Any:
+        """…/render: the request with its prompt as token ids, as /inference/v1/generate takes it."""
+        pooling.check_model(body, self._sim.config)
+        if path == "/v1/completions/render":
+            prompts = completion_prompts(body.get("prompt"))
+            return [{"token_ids": tokens, "sampling_params": {}} for tokens in prompts]
+        prompt = body.get("input") if path == "/v1/responses/render" else body.get("messages")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not isinstance(messages, list):
+            raise invalid_field("messages", "missing", "Field required", body)
+        return {"token_ids": render_chat(messages, body.get("tools")), "sampling_params": {}}
 
     def _count(self, body: Any) -> dict[str, Any]:
         """/v1/messages/count_tokens, as Anthropic's."""
@@ -386,6 +402,8 @@ class Routes:
         match exchange.path:
             case "/v1/chat/completions":
                 request = decode_chat(body, exchange.headers, config)
+            case "/v1/chat/completions/batch":
+                request = decode_batch(body, exchange.headers, config)
             case "/v1/messages":
                 request = decode_messages(body, exchange.headers, config)
             case "/v1/responses":

@@ -21,6 +21,7 @@ LOCAL = ("127.0.0.1", 50000)
 HOST = "127.0.0.1:8000"
 
 CHANGES = (
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
     *("/instances/add", "/instances/remove", "/reset_prefix_cache", "/start_profile", "/stop_profile"),
     *(f"/admin/{name}" for name in ("reset_prefix_cache", "start_profile", "stop_profile", "sleep", "wake_up")),
     *(f"/admin/backends/127.0.0.1:9/{name}" for name in ("drain", "undrain")),

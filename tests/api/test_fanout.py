@@ -223,3 +223,77 @@ async def test_all_workers_drain_a_backend_before_it_sleeps(looks: int, sleeps: 
         assert (report.backends[0].ok, engine.asleep) == (sleeps, sleeps)
         name = quote(engine.url, safe="")
         assert others.told == [f"/admin/backends/{name}/drain", f"/admin/backends/{name}/undrain"]
+
+
+# Adapters
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+ADAPTER = {"lora_name": "tuned", "lora_path": "/adapters/tuned"}
+
+
+async def test_an_adapter_is_loaded_into_both_legs_engines_and_served_at_once() -> None:
+    async with pools(2, 2) as (running, prefill, decode):
+        fleet = running.gateway.fleet
+        assert (await running.http.post(CHAT, json=chat(model="tuned"))).status_code == 404
+        answer = await running.http.post(LOAD, json=ADAPTER)
+        assert (answer.status_code, len(outcomes(answer))) == (200, 4)
+        assert all("tuned" in (backend.models or {}) for backend in fleet)
+        for _ in range(3):
+            served = await running.http.post(CHAT, json=chat(model="tuned"))
+            assert served.status_code == 200 and served.json()["model"] == "tuned"
+        assert "tuned" in [card["id"] for card in (await running.http.get("/v1/models")).json()["data"]]
+        assert (await running.http.post(LOAD, json={**ADAPTER, "load_inplace": True})).status_code == 200
+        answer = await running.http.post(UNLOAD, json={"lora_name": "tuned"})
+        assert (answer.status_code, len(outcomes(answer))) == (200, 4)
+        assert not any("tuned" in (backend.models or {}) for backend in fleet)
+        assert (await running.http.post(CHAT, json=chat(model="tuned"))).status_code == 404
+        assert len(prefill) == len(decode) == 2
+
+
+async def test_what_all_engines_refuse_alike_has_their_status() -> None:
+    async with pools() as (running, [p], _):
+        assert (await running.http.post(LOAD, json={**ADAPTER, "lora_name": "sim"})).status_code == 400
+        answer = await running.http.post(UNLOAD, json={"lora_name": "tuned"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "backend_not_found")
+        assert (await running.http.post(f"{LOAD}?backend={backend_id(p.url)}", json=ADAPTER)).status_code == 200
+        answer = await running.http.post(LOAD, json=ADAPTER)
+        assert answer.status_code == 502, "one has it and the other has not"
+        assert sorted(one[2:] for one in outcomes(answer)) == [(False, 400), (True, 200)]
+        answer = await running.http.post(UNLOAD, json={"lora_name": "tuned"})
+        assert (answer.status_code, len(outcomes(answer))) == (200, 2)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, [], {"lora_name": "a"}, {**ADAPTER, "lora_name": ""}, {**ADAPTER, "lora_path": 1}, {**ADAPTER, "other": 1}],
+)
+async def test_a_load_that_is_none_reaches_no_engine(body: Any) -> None:
+    async with pools() as (running, _, _):
+        answer = await running.http.post(LOAD, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+        assert (await running.http.get("/v1/models")).json()["data"][0]["id"] == "sim"
+
+
+async def test_an_adapter_goes_to_the_engines_of_its_base_model() -> None:
+    async with (
+        simulators("mixed", model="one") as [one],
+        simulators("mixed", model="two") as [two],
+        running_gateway(mixed=[one.url, two.url]) as running,
+    ):
+        answer = await running.http.post(LOAD, json=ADAPTER)
+        assert answer.status_code == 400 and "?model=): one, two" in answer.json()["error"]["message"]
+        answer = await running.http.post(f"{LOAD}?model=two", json=ADAPTER)
+        assert outcomes(answer) == [(backend_id(two.url), "mixed", True, 200)]
+        assert (await running.http.post(f"{LOAD}?model=three", json=ADAPTER)).status_code == 404
+        answer = await running.http.post(f"{UNLOAD}?model=one", json={"lora_name": "tuned"})
+        assert answer.status_code == 404
+        answer = await running.http.post(UNLOAD, json={"lora_name": "tuned"})
+        assert outcomes(answer) == [(backend_id(two.url), "mixed", True, 200)]
+        assert len(one.adapters.cards()) == len(two.adapters.cards()) == 1
+
+
+async def test_adapters_are_operators_business_and_not_clients() -> None:
+    async with running_gateway(["http://127.0.0.1:9"], api_keys="client", ready=False) as running:
+        for path in (LOAD, UNLOAD):
+            answer = await running.http.post(path, json=ADAPTER, headers={"authorization": "Bearer client"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")

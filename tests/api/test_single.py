@@ -65,6 +65,7 @@ async def test_embeddings_as_bytes_come_with_what_they_are_read_by() -> None:
         assert len(struct.unpack("<8f", answer.content)) == 8
 
 
+CHAT_MESSAGES = [{"role": "user", "content": "the river"}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/embeddings": INPUT,
     "/pooling": INPUT,
@@ -77,6 +78,11 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v2/rerank": {"model": "sim", "query": "a", "documents": ["b", "c"]},
     "/tokenize": {"model": "sim", "prompt": "the river"},
     "/detokenize": {"model": "sim", "tokens": [300, 301]},
+    "/v1/chat/completions/batch": {"model": "sim", "messages": [CHAT_MESSAGES, CHAT_MESSAGES], "max_tokens": 2},
+    "/v1/chat/completions/render": {"model": "sim", "messages": CHAT_MESSAGES},
+    "/v1/completions/render": {"model": "sim", "prompt": "the river"},
+    "/v1/messages/render": {"model": "sim", "messages": CHAT_MESSAGES, "max_tokens": 2},
+    "/v1/responses/render": {"model": "sim", "input": "the river"},
     "/v1/messages/count_tokens": {"model": "sim", "messages": [{"role": "user", "content": "the river"}]},
 }
 OFFERED = [path for path in BODIES if path != "/v1/moderations"]
@@ -89,7 +95,8 @@ async def test_every_route_is_served_in_one_leg_and_counted(path: str) -> None:
         assert answer.status_code == 200, answer.text
         assert answer.headers["x-request-id"] == "mine"
         direct = await running.http.post(engine.url + path, json=BODIES[path])
-        assert direct.json().keys() == answer.json().keys()
+        [said, wanted] = [one[0] if isinstance(one, list) else one for one in (answer.json(), direct.json())]
+        assert said.keys() == wanted.keys() - {"kv_transfer_params", "ec_transfer_params"}
         endpoint = path.rpartition("/")[2]
         metrics = await running.metrics()
         assert metrics[f'pd_proxy_requests_total{{endpoint="{endpoint}",model="sim",outcome="ok"}}'] == 1
