@@ -10,6 +10,8 @@ import sys
 from proxy.doctor.examination import MOST_PAIRS, examine
 from proxy.settings import Settings
 
+_INTERRUPTED = 130  # what a shell makes of SIGINT
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `doctor` itself."""
@@ -30,6 +32,9 @@ def run(settings: Settings, *, pairs: int = MOST_PAIRS, as_json: bool = False) -
     log.setLevel(logging.CRITICAL)  # what there is to say, the report says
     try:
         report = asyncio.run(examine(settings, most_pairs=pairs))
+    except KeyboardInterrupt:
+        print("pd-proxy: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     finally:
         log.setLevel(level)
     sys.stdout.write(report.as_json() + "\n" if as_json else report.as_text())

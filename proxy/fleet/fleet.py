@@ -30,7 +30,8 @@ State = Literal["down", "draining", "ejected", "slow_start", "up"]
 
 
 class Fleet:
-    """All backends by role. Changes of membership are told to `on_join` and `on_leave`, coming up to `on_up`.
+    """All backends by role. Changes of membership are told to `on_join` and `on_leave`, coming up to `on_up`; that one
+    may be paired with others than before, to `on_fit`.
 
     Arguments:
         clock: seconds, never going back.
@@ -71,6 +72,7 @@ class Fleet:
         self.on_join: Callable[[Backend], object] | None = None
         self.on_leave: Callable[[Backend], object] | None = None
         self.on_up: Callable[[Backend], object] | None = None
+        self.on_fit: Callable[[Backend], object] | None = None
         self._kinds = {group.name: KINDS[group.kind] for group in settings.all_groups()}
         self.pairing = Pairing(settings.pair_revisions)
         self._protocols = Protocols(settings.all_groups())
@@ -337,6 +339,7 @@ class Fleet:
         backend.draining = backend.removed = False
         backend.attention.set()  # it may have been put to sleep meanwhile
         self._room_changed()
+        self._fits(backend)
 
     def remove(self, url: str, role: Role) -> bool:
         """Drain a backend and then forget it: when its last leg has ended, and nobody may still read a hand-off
@@ -411,6 +414,11 @@ class Fleet:
             backend.models, backend.version = models, version
             self.pairing.refresh(self)
             self._room_changed()
+            self._fits(backend)
+
+    def _fits(self, backend: Backend) -> None:
+        if self.on_fit is not None and backend.up:
+            self.on_fit(backend)
 
     def is_to_tell(self, backend: Backend) -> bool:
         """Whether an engine is to tell which hand-off protocol it speaks."""

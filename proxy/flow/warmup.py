@@ -73,11 +73,12 @@ class Warmup:
         self._trials.witness = witness
         if self._on:
             self._fleet.on_up = self._came_up
+            self._fleet.on_fit = self._enlist
             self._fleet.pairs_are_tried = True
 
     async def stop(self) -> None:
         """End what is running."""
-        self._fleet.on_up = None
+        self._fleet.on_up = self._fleet.on_fit = None
         self._waiting.clear()
         self._due.clear()
         for timer in self._timers.values():
@@ -131,7 +132,11 @@ class Warmup:
     def _came_up(self, backend: Backend) -> None:
         self._cool(backend)
         backend.handoff = NEVER
-        if backend.role in ("mixed", "encode"):
+        self._enlist(backend)
+
+    def _enlist(self, backend: Backend) -> None:
+        """Have pairs of a backend tried that have not been."""
+        if backend.role in ("mixed", "encode") or not usable(backend):
             return
         own = self._fleet.pool(backend.role)
         pool = self._fleet.pool("decode" if backend.role == "prefill" else "prefill")
@@ -140,8 +145,9 @@ class Warmup:
         for number in range(min(_PEERS, len(others))):
             other = others[(first + number) % len(others)]
             prefill, decode = (backend, other) if backend.role == "prefill" else (other, backend)
-            if self._may_pair(prefill, decode):
-                self._waiting[prefill.url, decode.url] = (prefill, decode)
+            pair = prefill.url, decode.url
+            if pair not in self._warm and pair not in self._tries and self._may_pair(prefill, decode):
+                self._waiting[pair] = (prefill, decode)
         self._hire()
 
     def _may_pair(self, prefill: Backend, decode: Backend) -> bool:

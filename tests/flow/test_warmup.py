@@ -340,6 +340,33 @@ async def test_a_warm_up_that_failed_leaves_nothing_on_prefill() -> None:
             await until(lambda: at_rest(running, p, d) and len(p.engine.handoffs) == 0)
 
 
+async def test_a_pair_that_may_be_one_only_later_is_tried_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models come and go at run time."""
+    async with simulators("prefill", "decode") as [p, d]:
+        with monkeypatch.context() as patched:
+            patched.setattr(d.adapters, "cards", lambda: [{"id": "other"}])
+            async with running_gateway([p.url], [d.url], warmup=True) as running:
+                assert "no model in common" in await ready(running)
+                patched.undo()
+                running.gateway.fleet.pool("decode")[0].attention.set()
+                await until(lambda: handoffs(running) == [("ok", True)] * 2)
+                assert not await ready(running)
+
+
+async def test_who_was_draining_when_it_came_up_is_tried_once_it_drains_no_more() -> None:
+    async with (
+        simulators("prefill", "decode") as [p, d],
+        running_gateway([p.url], [d.url], ready=False, warmup=True) as running,
+    ):
+        fleet = running.gateway.fleet
+        [decode] = fleet.pool("decode")
+        fleet.drain(decode)
+        await until(lambda: all(backend.up for backend in fleet))
+        assert not p.requests
+        fleet.undrain(decode)
+        await until(lambda: handoffs(running) == [("ok", True)] * 2)
+
+
 async def test_without_warm_ups_backends_that_are_up_are_ready() -> None:
     async with unlike({"connector": "none"}, {}, warmup=False) as (running, _, _):
         assert not await ready(running)
