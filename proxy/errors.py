@@ -36,7 +36,9 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
         ├── BackendLost                502  health checks gave the backend up while the leg waited
         ├── BackendPreempted           502  the engine dropped the request to get at its memory
         ├── BackendsKilled             502  several engines ended while they had the request; never retried
+        ├── BackendAborted             502  the engine ended the answer before its time: it is stopping, or paused
         ├── BackendFailed              5xx  the engine answered with an error of its own
+        │   └── BackendStopping        503  the engine refuses new requests: it ends those it has, and then itself
         ├── BackendBusy                429 or 503 from the engine's front door: nothing was read
         ├── HandoffInvalid             502  prefill's hand-off parameters would harm decode
         ├── HandoffExpired             504  the hand-off grew too old to be sent
@@ -259,6 +261,7 @@ class BackendError(GatewayError):
         unread: True when the engine surely never read the request, so that a hand-off it carried is still good.
         blame: False when the failure says nothing about the backend's health (a kept-alive connection that the
             engine closed as the request was on its way).
+        leaves: True when the engine has shown that it is stopping or paused: it gets no new requests for a while.
     """
 
     status = 502
@@ -267,6 +270,7 @@ class BackendError(GatewayError):
     retryable = True
     reason: ClassVar[str] = "error"
     public: ClassVar[str] = "the engine that served this request failed"
+    leaves: ClassVar[bool] = False
 
     def __init__(self, message: str, *, unread: bool = False, blame: bool = True) -> None:
         super().__init__(message)
@@ -333,6 +337,16 @@ class BackendPreempted(BackendError):
         super().__init__(message, blame=False)
 
 
+class BackendAborted(BackendError):
+    """The engine ended a request before its time and called that an answer, status 200: `finish_reason: "abort"`. So
+    engines do that are stopped (SIGTERM), paused, put to sleep or scaled."""
+
+    code = "backend_aborted"
+    reason = "aborted"
+    public = "the engine stopped before its answer was whole"
+    leaves = True
+
+
 class BackendAnswered(BackendError):
     """The engine answered with an error status; its own body is kept and given to the client."""
 
@@ -364,6 +378,15 @@ class BackendFailed(BackendAnswered):
     code = "backend_failed"
     reason = "failed"
     public = "the engine answered with an internal error"
+
+
+class BackendStopping(BackendFailed):
+    """The engine has been told to stop, ends what it has, and refuses whatever comes."""
+
+    code = "backend_stopping"
+    reason = "stopping"
+    public = "the engine is shutting down"
+    leaves = True
 
 
 class BackendBusy(BackendAnswered):

@@ -58,6 +58,8 @@ _INFERENCE: Kinds = (
     errors.BackendTimedOut,
     errors.BackendLost,
     errors.BackendPreempted,
+    errors.BackendAborted,
+    errors.BackendStopping,
     errors.HandoffInvalid,
     errors.HandoffExpired,
 )

@@ -15,7 +15,8 @@ that size. It takes three backends to say who is the odd one: in a pool of two n
 with half of the capacity at stake "the other one is faster" is too little to go by. (Least-loaded placement gives a
 slow backend less all the same: what it has stays in flight for longer.)
 
-Invariants: never more than `max_ejected` of those that are up, and never the last of them.
+Invariants: never more than `max_ejected` of those that are up, and never the last of them. What has said itself that it
+is stopping or paused (`leaving`) is ejected without such a bound, but left with nobody else it is asked all the same.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Literal
 from proxy.fleet.standing import LegName, Standing, log_seconds
 from proxy.settings import BreakerSettings
 
-Reason = Literal["consecutive", "success_rate", "slow"]
+Reason = Literal["consecutive", "success_rate", "slow", "leaving"]
 
 FEWEST = 3  # backends that must have been timed before one of them can be the odd one
 _STALE = 120.0  # seconds after which a time says nothing of how a backend is now

@@ -71,6 +71,6 @@ class Budgets:
 
 
 def amplifies(error: BackendError) -> bool:
-    """Whether a retry after this failure may amplify an overload, and so needs a permit. A backend that has died took
-    its load with it: its requests, perhaps half of the pool's, are only moved."""
-    return not isinstance(error, BackendUnreachable | BackendLost | BackendCut)
+    """Whether a retry after this failure may amplify an overload, and so needs a permit. A backend that has died, or is
+    about to, took its load with it: its requests, perhaps half of the pool's, are only moved."""
+    return not (error.leaves or isinstance(error, BackendUnreachable | BackendLost | BackendCut))

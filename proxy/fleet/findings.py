@@ -69,7 +69,8 @@ ADVICE: dict[str, str] = {
     "started again.",
     "no_engine": "Correct the address, or set `kind` to what answers there: vllm, sglang, tensorrt_llm, nim or openai.",
     "key_refused": "Set backend_api_key to the key that the engine was started with (--api-key).",
-    "asleep": "Wake it: POST /wake_up at the engine, or POST /admin/wake_up at the gateway.",
+    "asleep": "Wake it: POST /wake_up at the engine, or POST /admin/wake_up at the gateway. One that is paused goes on "
+    "with POST /resume at the engine.",
     "unregistered": "Have the engine register here: its proxy_ip and proxy_port are those of zmq.registrations.",
     "no_coordinates": "Start it as a prefill engine with this connector, and name the port of its bootstrap server "
     "under `locations` where it is not the default one.",

@@ -370,8 +370,8 @@ class Fleet:
     # What real requests tell
 
     def failed(self, backend: Backend, error: BackendError, leg: LegName, handoff_from: Backend | None = None) -> None:
-        """A leg failed. A backend that cannot be reached is dead, until its prober says otherwise; of one that fails
-        otherwise the breaker thinks its part.
+        """A leg failed. A backend that cannot be reached is dead, until its prober says otherwise; one whose engine is
+        leaving is ejected at once; failures of other kinds are the breaker's to judge.
 
         Arguments:
             handoff_from: the prefill backend whose hand-off a decode leg came with. Where that one is gone, it is to
@@ -381,6 +381,10 @@ class Fleet:
             return
         if isinstance(error, BackendUnreachable):
             self.take_out(backend, f"failed a request: {error}")
+            return
+        if error.leaves:
+            self.rotation.leaves(backend, str(error))
+            backend.attention.set()
             return
         if handoff_from is not None and isinstance(error, BackendFailed | BackendTimedOut):
             if not handoff_from.up:

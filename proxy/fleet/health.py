@@ -49,6 +49,11 @@ log = logging.getLogger("pd_proxy.fleet")
 _RELEARN = 15.0  # seconds; LoRA adapters come and go at run time
 _MOST_ASKED = 50  # engines a second, for models that nobody is known to have: some percent of a core
 _PATIENCE = 10.0  # seconds for an engine's configuration: vLLM looks at its whole environment for it
+_RESTS = {
+    "is_sleeping": "it is asleep, or paused (POST /admin/wake_up, or the engine's own /resume, ends that)",
+    "is_paused": "it is paused (POST /resume to the engine ends that)",
+}
+_CLOSE_LOOK = 0.25  # seconds between probes of a backend whose engine is stopping
 _FIRST_WAIT = 0.1  # seconds between the first probes of a backend that is down: engines start in bursts
 _JITTER = 0.25  # share of a wait that is left to chance, lest backends that went down together are probed together
 _MOST_DOWN = 20  # probes a second of all backends that are down: some percent of a core
@@ -126,7 +131,7 @@ class Prober:
         self._tethers: dict[Backend, Tether] = {}
         self._told: dict[Backend, Coordinates] = {}  # coordinates as people set them
         self._watchers: dict[Backend, asyncio.Task[None]] = {}
-        self._sleepers: set[Backend] = set()  # those that have said that they can
+        self._resting: dict[Backend, set[str]] = {}  # where they have said that they can
         self._rounds: set[asyncio.Task[None]] = set()
         self._next_round: asyncio.Task[None] | None = None
         self._not_before = float("-inf")  # when the next round may begin
@@ -157,7 +162,7 @@ class Prober:
     def _leave(self, backend: Backend) -> None:
         if watcher := self._watchers.pop(backend, None):
             watcher.cancel()
-        self._sleepers.discard(backend)
+        self._resting.pop(backend, None)
         self._told.pop(backend, None)
         self._on_leave(backend)
 
@@ -220,7 +225,12 @@ class Prober:
         self._fleet.bring_in(backend)
 
     def _still_down(self, backend: Backend, state: RetryCallState) -> None:
-        reason = str(state.outcome.exception()) if state.outcome else "not probed yet"
+        failure = state.outcome.exception() if state.outcome else None
+        reason = str(failure) if state.outcome else "not probed yet"
+        if isinstance(failure, ProbeFailed) and failure.code == "refused":
+            # Streams that went on when it was taken out, as those of an engine that drains, may hang by now: a drain
+            # that is too short leaves their connections open and silent.
+            backend.give_up_waiting(reason)
         if backend.removed:
             self._fleet.forget_idle()
         if reason != backend.reason:
@@ -234,7 +244,7 @@ class Prober:
         while True:
             called = False
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.interval):
+                async with asyncio.timeout(self._interval(backend)):
                     called = await backend.attention.wait()
             backend.attention.clear()
             if backend.removed:
@@ -316,6 +326,11 @@ class Prober:
             return False
         return True
 
+    def _interval(self, backend: Backend) -> float:
+        """Seconds to the next probe. One that is stopping is looked at closely: it may be gone and back in no time."""
+        usual = self._settings.interval
+        return min(usual, _CLOSE_LOOK) if self._fleet.rotation.leaving(backend) else usual
+
     async def probe(self, backend: Backend) -> None:
         """Ask once whether it is healthy and awake.
 
@@ -327,8 +342,8 @@ class Prober:
         if (status := answer.status) != 200:
             code = "key_refused" if status in (401, 403) else "unhealthy" if status >= 500 else "no_engine"
             raise ProbeFailed(f"{path} answered {status}", code)
-        if await self._sleeps(backend):
-            raise ProbeFailed("it is asleep (POST /admin/wake_up wakes it)", "asleep")
+        if member := await self._rests(backend):
+            raise ProbeFailed(_RESTS[member], "asleep")
 
     async def _learn(self, backend: Backend, *, anew: bool = False) -> None:
         """Read the model ids and the version. An engine without one of the two is no worse for it, one that cannot be
@@ -426,19 +441,22 @@ class Prober:
         except _NOT_AS_EXPECTED as error:
             raise ProbeFailed(f"{url} did not tell where its KV cache is: {error}", "no_coordinates") from None
 
-    async def _sleeps(self, backend: Backend) -> bool:
-        """Whether it says that it sleeps. Only engines in development mode can, and only they have the route."""
-        path = backend.kind.operations.get("is_sleeping")
-        if path is None or (backend.up and backend not in self._sleepers):
-            return False
-        answer = await self._get(backend, path)
-        if answer.status != 200:
-            self._sleepers.discard(backend)
-            return False
-        self._sleepers.add(backend)
-        with suppress(*_NOT_AS_EXPECTED):
-            return decode_json(answer.body)["is_sleeping"] is True
-        return False
+    async def _rests(self, backend: Backend) -> str:
+        """The member by which it says that it takes no requests though it is well, or an empty string. Only engines in
+        development mode can, and only they have the routes; one without the first is not asked for the others."""
+        for path, member in backend.kind.rests.items():
+            if backend.up and path not in self._resting.get(backend, ()):
+                continue
+            answer = await self._get(backend, path)
+            can = self._resting.setdefault(backend, set())
+            if answer.status != 200:
+                can.discard(path)
+                break
+            can.add(path)
+            with suppress(*_NOT_AS_EXPECTED):
+                if decode_json(answer.body)[member] is True:
+                    return member
+        return ""
 
     async def _tie(self, backend: Backend) -> None:
         """Learn an engine's facts, over a connection that is held for as long as they are to be believed. They are

@@ -41,6 +41,7 @@ class Kind:
         version: the path that names its version, and the member of the answer that does; empty where there is none.
         routes: paths of its that clients may use.
         operations: what operators may have it do, with the path for that; `POST`, but for `is_sleeping`.
+        rests: the paths that say whether it is asleep or paused while its health is good, and the member that does.
     """
 
     name: KindName
@@ -49,6 +50,7 @@ class Kind:
     metrics: str = ""
     version: tuple[str, str] = ("", "")
     operations: Mapping[Operation, str] = field(default_factory=dict)
+    rests: Mapping[str, str] = field(default_factory=dict)
 
 
 KINDS: dict[KindName, Kind] = {
@@ -84,6 +86,7 @@ KINDS: dict[KindName, Kind] = {
                 "load_lora_adapter": "/v1/load_lora_adapter",
                 "unload_lora_adapter": "/v1/unload_lora_adapter",
             },
+            rests={"/is_sleeping": "is_sleeping", "/is_paused": "is_paused"},
         ),
         # It can release its memory too, but not say whether it has: nobody could tell that it must get no requests.
         Kind(

@@ -59,6 +59,20 @@ class Rotation:
             standing.note(False, now)
             self._judge(backend, leg, now, str(error))
 
+    def leaves(self, backend: Backend, what: str) -> None:
+        """A backend's engine has shown that it is stopping or paused. It looks idle then, and may look healthy for as
+        long as it drains: it is ejected on its own word, whatever share of its pool is out. What runs on it may end."""
+        now = self._clock()
+        for leg in backend.legs:
+            standing = backend.standings[leg]
+            if not standing.leaving(now):
+                self._eject(backend, leg, standing, "leaving", what, now)
+
+    def leaving(self, backend: Backend) -> bool:
+        """Whether a backend is ejected on its own word."""
+        now = self._clock()
+        return any(backend.standings[leg].leaving(now) for leg in backend.legs)
+
     def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None:
         """How long a leg took; for decode: each of its tokens."""
         now = self._clock()
@@ -145,7 +159,7 @@ class Rotation:
         now = self.refresh()
         fit = [backend for backend in serving if not backend.standings[leg].ejected(now)]
         if len(fit) < len(serving) and self._breaker.panics(len(fit), members()):
-            fit = serving
+            fit = [backend for backend in serving if not backend.standings[leg].leaving(now)] or serving
         return [backend for backend in fit if backend.resting_until <= now] or fit
 
     def panics(self, serving: Sequence[Backend], leg: LegName, members: int) -> bool:

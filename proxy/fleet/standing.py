@@ -11,6 +11,8 @@ from typing import Literal
 
 LegName = Literal["prefill", "decode", "encode"]
 
+LEAVING = "leaving"
+"""The `reason` of an ejection by the engine's own word."""
 _SLICES = 10  # of a window: what is old goes in steps of a tenth of it
 _WEIGHT = 0.2  # of a new time in a running mean: about the last ten count
 _FULL_MEMORY = 5  # until there are so many, the mean is a plain one
@@ -141,6 +143,10 @@ class Standing:
     def ejected(self, now: float) -> bool:
         """Whether it is out now."""
         return now < self.ejected_until
+
+    def leaving(self, now: float) -> bool:
+        """Whether it is out because its engine has shown that it is stopping or paused."""
+        return self.reason == LEAVING and now < self.ejected_until
 
 
 def log_seconds(seconds: float) -> float:

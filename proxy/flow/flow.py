@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any
 
 from proxy.errors import (
+    BackendAborted,
     BackendBusy,
     BackendCut,
     BackendError,
@@ -25,6 +26,7 @@ from proxy.errors import (
     BackendLacksModel,
     BackendLost,
     BackendsKilled,
+    BackendStopping,
     BackendTimedOut,
     BackendUnreachable,
     HandoffExpired,
@@ -62,7 +64,16 @@ _LONGEST_BACKOFF = 1.0
 _RELEASE_TRIES = 5  # within 0.8 s
 _SAYS_NOTHING = {
     kind.reason
-    for kind in (BackendBusy, BackendLacksModel, BackendUnreachable, BackendLost, BackendCut, HandoffExpired)
+    for kind in (
+        BackendBusy,
+        BackendLacksModel,
+        BackendUnreachable,
+        BackendLost,
+        BackendCut,
+        BackendAborted,
+        BackendStopping,
+        HandoffExpired,
+    )
 }
 
 
@@ -600,7 +611,8 @@ class Flow:
                 await self._legs.decode_whole(attempt, backend, lease)
         except BackendError as error:
             self._failed(request, backend, leg_of(backend), error)
-            if attempt.limbo is not None and isinstance(error, BackendFailed | BackendTimedOut):
+            blames_prefill = isinstance(error, BackendFailed | BackendTimedOut) and not error.leaves
+            if attempt.limbo is not None and blames_prefill:
                 request.avoid.add(attempt.limbo.prefill.url)  # decode lives; perhaps it could not read from there
             other = self._other_decode(attempt) if error.unread else None
             if other is None:

@@ -40,6 +40,7 @@ from proxy.handoff.first_token import FirstToken
 from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, Plan
 from proxy.handoff.reuse import reusable
+from proxy.relay.aborts import abort_in, aborted
 from proxy.relay.answers import (
     Usage,
     WholeAnswer,
@@ -261,15 +262,19 @@ def leg_of(backend: Backend) -> LegName:
     return "prefill" if backend.role == "prefill" else "decode"
 
 
-def _begin(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
-    """Decode's first token is here, and about to go out."""
+def _heard(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
+    """Decode's first token is here: it has what it was handed."""
+    if (limbo := attempt.limbo) is not None:
+        attempt.request.record.handoff_seconds = monotonic() - limbo.since
+        limbo.close()
+    lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
+
+
+def _begin(attempt: Try, relay: StreamRelay) -> None:
+    """The first of decode's tokens with something to read is here, and about to go out."""
     now = monotonic()
     request, record = attempt.request, attempt.request.record
     request.began()
-    if (limbo := attempt.limbo) is not None:
-        record.handoff_seconds = now - limbo.since
-        limbo.close()
-    lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
     if record.first_token is not None:
         before = record.last_token or now
         if request.continuation is not None:
@@ -353,9 +358,13 @@ class Legs:
         """
         leg, count = attempt.plan.prefill_leg(attempt.heard), attempt.plan.notices
         if not count:
-            return await self._collect(backend, lease, "prefill", leg, attempt, self._prefill_limit)
+            return self._unless_aborted(
+                attempt, backend, await self._collect(backend, lease, "prefill", leg, attempt, self._prefill_limit)
+            )
         with self._notices.expect(attempt.id, count) as expected:  # they may come before the answer
-            answer = await self._collect(backend, lease, "prefill", leg, attempt, self._prefill_limit)
+            answer = self._unless_aborted(
+                attempt, backend, await self._collect(backend, lease, "prefill", leg, attempt, self._prefill_limit)
+            )
             lease.on_lost = expected.lost
             seconds = self._timeouts.notice
             if not await expected.all(seconds):
@@ -366,6 +375,24 @@ class Legs:
                 self._note(backend, unconfirmed, "prefill", attempt)
                 raise unconfirmed
         return answer
+
+    def _unless_aborted(self, attempt: Try, backend: Backend, answer: bytes) -> bytes:
+        """Prefill's answer.
+
+        Raises:
+            BackendError: its engine ended the request before its time, and keeps nothing.
+        """
+        dialect = DIALECTS.get(attempt.request.body.endpoint)
+        try:
+            parsed = read_whole(answer) if dialect is None else dialect.whole(answer)
+        except Undecodable:
+            return answer  # the plan says what is wrong with it
+        reason = abort_in(parsed.choices) if dialect is None else dialect.aborted_whole(parsed)
+        if reason is None or _is_failure(parsed):
+            return answer
+        ended = aborted(backend.url, reason)
+        self._note(backend, ended, "prefill", attempt)
+        raise ended
 
     async def encode(self, attempt: Try, backend: Backend, lease: Lease, leg: Leg, number: int) -> bytes:
         """One of a try's legs to encoders; returns the engine's answer.
@@ -395,6 +422,11 @@ class Legs:
             preempted = BackendPreempted(f"{backend.url} gave the request up for want of memory")
             self._note(backend, preempted, leg, attempt)
             raise preempted
+        reason = abort_in(parsed.choices) if dialect is None else dialect.aborted_whole(parsed)
+        if reason is not None and not _is_failure(parsed):
+            ended = aborted(backend.url, reason)
+            self._note(backend, ended, leg, attempt)
+            raise ended
         if not memoryview(parsed.choices) and _is_failure(parsed):
             said = answer if dialect is None else b'{"error":%b}' % bytes(parsed.error)
             failed = engine_error_event(backend.url, said)
@@ -450,7 +482,7 @@ class Legs:
         relay = StreamRelay(
             backend.url,
             request.client,
-            partial(_begin, attempt, lease),
+            partial(_begin, attempt),
             self._telemetry.gaps(record.decode_pool, backend.url),
             request.transcript,
             edit,
@@ -458,6 +490,7 @@ class Legs:
             idle=self._timeouts.idle,
             loop=self._loop,
             dialect=dialect,
+            heard=partial(_heard, attempt, lease),
         )
         if dialect is not None and attempt.logprobs is not None:
             attempt.logprobs.here.add_done_callback(relay.go_on)

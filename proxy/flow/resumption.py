@@ -10,7 +10,7 @@ import logging
 
 from proxy.errors import BackendError, StreamInterrupted
 from proxy.flow.request import Request
-from proxy.handoff.continuation import UNTRIED, Continuation, has_tools, inexact
+from proxy.handoff.continuation import UNTRIED, Continuation, choices, has_tools, inexact
 from proxy.relay.transcript import Transcript
 from proxy.settings import Settings
 
@@ -31,7 +31,10 @@ class Resumption:
         hopeless = flaw and (self._mode != "best_effort" or flaw in (request.body.alone, UNTRIED))
         request.token_ids = not hopeless
         # An engine's parser for tool calls may hold back a part of a token's text.
-        request.transcript = Transcript(flaw, limit=self._limit, with_text=not hopeless and has_tools(request.body))
+        with_text = not hopeless and has_tools(request.body)
+        request.transcript = Transcript(
+            flaw, limit=self._limit, with_text=with_text, choices=choices(request.body) if request.body.alone else 1
+        )
 
     def forgo(self, request: Request) -> None:
         """It goes to engines that cannot go on from token ids."""
@@ -44,6 +47,8 @@ class Resumption:
         transcript, body = request.transcript, request.body
         assert transcript is not None
         if transcript.finished:
+            if not transcript.whole:
+                return False  # another of its choices has not ended
             if body.wants_usage and not transcript.continuable:
                 return False
             closing = transcript.closing(usage=body.wants_usage)

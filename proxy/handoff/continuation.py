@@ -7,6 +7,8 @@ vLLM 0.32; `docs/resume.md` has the figures, and the table of the reasons below.
 
 from __future__ import annotations
 
+import sys
+
 import msgspec
 
 from proxy.decoding import json_decoder
@@ -29,6 +31,7 @@ _UNTRIED = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not lay
 
 _DIGITS = b"0123456789, \t\r\n"
 
+_decode_members = json_decoder(Members)
 _read_number = json_decoder(float)
 
 
@@ -117,6 +120,19 @@ def has_tools(body: Body) -> bool:
     """Whether an engine may look for tool calls in the answer."""
     choice = body.members.get("tool_choice")
     return "tools" in body.members and (choice is None or bytes(choice) != b'"none"')
+
+
+def choices(body: Body) -> int:
+    """How many answers a request has; more than can be counted where it has several prompts."""
+    if body.alone == "prompt_list":
+        return sys.maxsize
+    where = body.members
+    try:
+        if body.endpoint == "generate":
+            where = _decode_members(where.get("sampling_params", b"{}"))
+        return max(1, int(_read_number(where.get("n", b"1"))))
+    except (ValueError, OverflowError):
+        return 1  # the engine says what is wrong with it
 
 
 def _is_zero_seed(members: Members) -> bool:

@@ -13,7 +13,14 @@ from typing import Any
 import msgspec
 
 from proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder, decode_json, json_decoder
-from proxy.errors import BackendAnswered, BackendBusy, BackendFailed, BackendLacksModel, BackendRejected
+from proxy.errors import (
+    BackendAnswered,
+    BackendBusy,
+    BackendFailed,
+    BackendLacksModel,
+    BackendRejected,
+    BackendStopping,
+)
 
 HANDOFF_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 """Members of an answer that carry the engines' addresses and block ids, and so stay inside."""
@@ -25,6 +32,8 @@ _IN_CHOICES_MARK = b'"disaggregated_params"'
 # host:port, URLs, bare IP addresses, SGLang's rooms: an engine's 5xx may quote the peer that it could not reach.
 # Each alternative looks at a bounded number of characters: a megabyte of nonsense costs no more than its length.
 _ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]|[\w-]:\d{2,5}\b|\bbootstrap_")
+# vLLM, told to stop while it lets requests end (`--shutdown-timeout`): its tokenizer's threads take no more.
+_STOPPING = "cannot schedule new futures after"
 
 _decode_members = json_decoder(dict[str, msgspec.Raw])
 _decode_choices = json_decoder(list[dict[str, msgspec.Raw]])
@@ -75,6 +84,9 @@ class WholeAnswer(msgspec.Struct):
     output: msgspec.Raw = msgspec.Raw()
     usage: msgspec.Raw = msgspec.Raw()
     error: msgspec.Raw = msgspec.Raw()
+    stop_reason: msgspec.Raw = msgspec.Raw()
+    status: msgspec.Raw = msgspec.Raw()
+    incomplete_details: msgspec.Raw = msgspec.Raw()
 
 
 read_whole = json_decoder(WholeAnswer)
@@ -156,6 +168,8 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
         return BackendLacksModel(log_line, status=status, answer=answer, engine_message=said)
     if status < 500:
         return BackendRejected(log_line, status=status, answer=answer, engine_message=said)
+    if isinstance(message, str) and _STOPPING in message:
+        return BackendStopping(log_line, status=503, retry_after=1)
     return BackendFailed(log_line, status=status, answer=answer, engine_message=said)
 
 

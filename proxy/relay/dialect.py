@@ -8,6 +8,7 @@ import msgspec
 
 from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendGarbled
+from proxy.relay.aborts import abort_in
 from proxy.relay.answers import HANDOFF_FIELDS, Usage, WholeAnswer, read_usage, read_whole
 from proxy.relay.cache_counts import CacheCounts
 from proxy.relay.prompt_logprobs import PromptLogprobs
@@ -29,6 +30,7 @@ class NamedEvent(msgspec.Struct):
     usage: msgspec.Raw = _ABSENT
     response: msgspec.Raw = _ABSENT
     error: msgspec.Raw = _ABSENT
+    delta: msgspec.Raw = _ABSENT
 
 
 class _Answer(msgspec.Struct):
@@ -44,12 +46,14 @@ class Dialect(msgspec.Struct, frozen=True):
     """One way of speaking.
 
     Attributes:
-        opening: events that come before the first token. An engine may say them and then fail.
+        opening: events that give the client nothing by themselves: those before the first token, and those that close
+            what has no content. An engine may say them and then fail.
         tokens: how the names of events end that bring tokens.
         last: events of which one ends the answer.
         failed: events of which one says that the engine could not finish.
         inside: members of an event that hold the answer's own object, and with it what stays inside and its usage.
         preempted: bytes by which an engine says that it dropped the request to get at its memory; or nothing.
+        ends: events that say why the answer ended.
     """
 
     opening: frozenset[str]
@@ -58,6 +62,7 @@ class Dialect(msgspec.Struct, frozen=True):
     failed: frozenset[str]
     inside: tuple[str, ...]
     preempted: bytes = b""
+    ends: frozenset[str] = frozenset()
 
     def of(self, prompts: int, logprobs: PromptLogprobs | None) -> Dialect:
         """The same for one stream, where it must be known what was said before.
@@ -101,6 +106,18 @@ class Dialect(msgspec.Struct, frozen=True):
             error = _ABSENT
         # OpenAI's own `error` event has its parts beside its type.
         return _encode({"error": error if memoryview(error) else msgspec.Raw(payload)})
+
+    def aborted(self, event: NamedEvent) -> object:
+        """Of an event among `ends`: by which word the engine gave the request up, or None where it did not."""
+        return None
+
+    def aborted_whole(self, answer: WholeAnswer) -> object:
+        """The same of an answer that was not streamed."""
+        return abort_in(answer.choices)
+
+    def empty(self, event: NamedEvent) -> bool:
+        """Whether an event that counts as a token gives the client nothing to read."""
+        return False
 
     def usage(self, event: NamedEvent) -> Usage | None:
         """The usage that an event tells of."""

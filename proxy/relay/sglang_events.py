@@ -3,7 +3,7 @@
 Events have no names. Each says again what was said before (unless the server streams increments, which is the same to
 us), and what is told of the request is in `meta_info`: counts of tokens, and at the end of each prompt's answer why it
 ended. Behind the last of them comes `[DONE]`. An engine that gives up says so as a reason to end, `abort`, with the
-status that the answer would have had; what it refuses comes as an `error`.
+status that the answer would have had, or without one where it is being stopped; what it refuses comes as an `error`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 
 from proxy.decoding import Undecodable, WrongShape, json_decoder
 from proxy.errors import BackendGarbled
+from proxy.relay.aborts import is_abort
 from proxy.relay.answers import HANDOFF_FIELDS, CachedDetails, Usage, WholeAnswer
 from proxy.relay.cache_counts import CacheCounts
 from proxy.relay.dialect import Dialect, NamedEvent
@@ -22,6 +23,7 @@ from proxy.relay.prompt_logprobs import PromptLogprobs
 
 _DONE = b"[DONE]"
 _TOKEN = "token"
+_ABORT = "abort"
 _ABSENT = msgspec.Raw()
 
 
@@ -44,6 +46,7 @@ _decode_event = json_decoder(_Said)
 _decode_whole = json_decoder(_Said | list[_Said])
 _decode_index = json_decoder(int)
 _decode_members = json_decoder(dict[str, msgspec.Raw])
+_decode_reason = json_decoder(dict[str, Any] | str)
 _decode_error = json_decoder(dict[str, Any] | str)
 _encode = msgspec.json.Encoder().encode
 
@@ -87,14 +90,19 @@ class SGLangEvents(Dialect, frozen=True):
             raise BackendGarbled("an event that is no answer: it has no meta_info")
         if said.meta_info is not None:
             self.said[said.index] = said.meta_info
+        if not failure and said.meta_info is not None and is_abort(reason := said.meta_info.finish_reason):
+            return NamedEvent(type=_ABORT, delta=msgspec.Raw(_encode(reason)))
         return NamedEvent(type=_TOKEN, error=msgspec.Raw(failure) if failure else _ABSENT)
 
     def failure(self, event: NamedEvent, payload: bytes) -> bytes:
         error = bytes(memoryview(event.error))
         return b'{"error":%b}' % error if error else b""
 
+    def aborted(self, event: NamedEvent) -> object:
+        return _decode_reason(event.delta)
+
     def usage(self, event: NamedEvent) -> Usage | None:
-        return None if event.type == _TOKEN else _total(self.said.values())
+        return None if event.type in (_TOKEN, _ABORT) else _total(self.said.values())
 
     def recounted(self, event: bytes, name: str, payload: bytes, counts: CacheCounts) -> bytes:
         return event  # `meta_info` is decode's own (docs/generating-routes.md)
@@ -117,11 +125,17 @@ class SGLangEvents(Dialect, frozen=True):
         metas = [item.meta_info for item in items if item.meta_info is not None]
         if not metas or len(metas) < len(items):
             raise WrongShape("it has no meta_info")
-        return WholeAnswer(usage=msgspec.Raw(_encode(_total(metas))))
+        ends = [{"finish_reason": meta.finish_reason} for meta in metas]
+        return WholeAnswer(choices=msgspec.Raw(_encode(ends)), usage=msgspec.Raw(_encode(_total(metas))))
 
 
 SGLANG_EVENTS = SGLangEvents(
-    opening=frozenset(), tokens=_TOKEN, last=frozenset({"[DONE]"}), failed=frozenset({"error"}), inside=()
+    opening=frozenset(),
+    tokens=_TOKEN,
+    last=frozenset({"[DONE]"}),
+    failed=frozenset({"error"}),
+    inside=(),
+    ends=frozenset({_ABORT}),
 )
 
 

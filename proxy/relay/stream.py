@@ -1,8 +1,9 @@
 """The relay of a streamed answer: from the engine's socket to the client's.
 
-Until the first event that carries a token everything is held, since the engine may still answer with an error under
-status 200 (vLLM does when the KV cache cannot be loaded: a role chunk, then an error event); so until then the request
-can be tried elsewhere. From that event on, each read from the engine is one write to the client: ordinary token events
+Until the first event that gives the client something to read everything is held, since the engine may still answer with
+an error under status 200 (vLLM does when the KV cache cannot be loaded: a role chunk, then an error event); so until
+then the request can be tried elsewhere. Tokens that give nothing to read (a stop string or a parser holds their text
+back) wait as well. From that event on, each read from the engine is one write to the client: ordinary token events
 take the straight way (`passage.py`), and what is unlike them is read here, event by event.
 """
 
@@ -27,6 +28,7 @@ from proxy.errors import (
     BackendTimedOut,
 )
 from proxy.relay import events
+from proxy.relay.aborts import abort_of, aborted
 from proxy.relay.answers import Usage, engine_error, engine_error_event, read_usage
 from proxy.relay.client import Client
 from proxy.relay.deadlines import Deadlines
@@ -46,12 +48,15 @@ _LARGE = 2048  # bytes of several events
 _ASIDE = 1024 * 1024  # bytes of events that wait; more are left in the engine
 _MANY = 4  # tokens in one read
 _FEW = 3  # events: an opening one, one with the prompt's ids, one like those that follow
+# Seconds for which tokens without content are held: an engine that hides minutes of reasoning must not look dead.
+_LONGEST_HOLD = 5.0
 
 
 _ABSENT = msgspec.Raw()
 
 
 class _Choice(msgspec.Struct):
+    index: Any = 0
     delta: dict[str, Any] | None = None
     text: str | None = None
     finish_reason: Any = None
@@ -69,7 +74,7 @@ class _Event(msgspec.Struct):
     prompt_token_ids: msgspec.Raw = _ABSENT
 
 
-_ODD = re.compile(rb'"recomputed"|"error":')
+_ODD = re.compile(rb'"(?:recomputed"|error":|finish_reason"(?!:null))')
 _decode_event = bare_json_decoder(_Event)
 
 
@@ -94,6 +99,21 @@ def _has_more(delta: dict[str, Any]) -> bool:
     return not delta.keys() <= _OPENING and any(value for name, value in delta.items() if name not in _OPENING)
 
 
+def _has_content(choices: list[_Choice]) -> bool:
+    """Whether an event gives the client anything to read, or says that an answer has ended. Tokens in, tokens out
+    (neither text nor a delta) is read by its ids."""
+    for choice in choices:
+        delta = choice.delta
+        if choice.finish_reason is not None or choice.text:
+            return True
+        if delta is None:
+            if choice.text is None and bytes(choice.token_ids) not in (b"", b"null", b"[]"):
+                return True
+        elif delta.get("content") or _has_more(delta):
+            return True
+    return False
+
+
 def _inner(ids: bytes) -> bytes:
     """The ids of a JSON list without its brackets; nothing for null and for what is no list."""
     return ids[1:-1] if ids.startswith(b"[") else b""
@@ -106,6 +126,7 @@ class StreamRelay:
         url: the backend, for messages.
         client: where the events go.
         begin: called once, with this relay, just before the first bytes go out; it starts the client's answer.
+        heard: called once, with this relay, when the engine's first token is here, whether or not it is to be read.
         gaps: where the gaps between tokens are noted, in seconds.
         transcript: where it is written down what the client was given.
         edit: how this leg's events become the client's.
@@ -115,15 +136,17 @@ class StreamRelay:
         dialect: how its events speak, where they do not speak as chat's do.
     Attributes:
         sequence: the number of the last event that the client was given, where events are numbered; else -1.
-        first_token: `time.monotonic` of the read that brought it; None before.
+        first_token: `time.monotonic` of the read that brought the first content; None before.
         usage: the last usage the engine reported, of this leg alone.
         throttled: the client has been slow, so that the stream's pace says nothing about the engine.
     """
 
     __slots__ = (
         "_begin",
+        "_begun",
         "_client",
         "_connection",
+        "_content",
         "_dialect",
         "_done",
         "_drop_usage",
@@ -134,6 +157,7 @@ class StreamRelay:
         "_future",
         "_gaps",
         "_heard",
+        "_heard_first",
         "_held",
         "_held_size",
         "_hollow",
@@ -174,9 +198,13 @@ class StreamRelay:
         idle: float | None,
         loop: asyncio.AbstractEventLoop | None = None,
         dialect: Dialect | None = None,
+        heard: Callable[[StreamRelay], None] | None = None,
     ) -> None:
         self._url = url
         self._dialect = dialect
+        self._heard_first = heard
+        self._begun: float | None = None  # when the engine's first token came
+        self._content = False  # something has come for the client to read
         self.sequence = -1
         self._client = client
         self._begin = begin
@@ -386,36 +414,49 @@ class StreamRelay:
         passage = self._passage
         assert passage is not None
         shown, count = self._take(block, last)
+        if count:
+            passage.count(count, now)
         if self.first_token is None:
             if self._future.done():
                 return  # the flow has given it up in this very turn, and is on its way elsewhere
-            if not count:
-                if self._failure is not None:
-                    self.fail(self._failure)
-                else:
-                    self._hold(shown)
+            if self._failure is not None:  # the client has nothing yet: all of it can be begun anew elsewhere
+                if self._opened:
+                    self._transcript.rewind()
+                self.fail(self._failure)
+                return
+            if count and self._begun is None:
+                self._hear(now, last)
+            if not self._content and (self._begun is None or now - self._begun < _LONGEST_HOLD):
+                self._hold(shown)
                 return
             if self._held:
                 shown, self._held = b"".join(self._held) + shown, []
-            self._go_live(now, last)
-        if count:
-            passage.count(count, now)
+            self._go_live(now)
         self._write(shown, last, count)
         if count >= _MANY and not self._transcript.finished and self._connection is not None:
             self._connection.rest(self._loop)
 
     def _hold(self, shown: bytes) -> None:
-        self._held.append(shown)
+        if shown:
+            self._held.append(shown)
         self._held_size += len(shown)
         if self._held_size + len(self._prompt) > _HELD_LIMIT:
             self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
 
-    def _go_live(self, now: float, last: bool) -> None:
-        """The first token is here: from now on the client sees what the engine sends."""
+    def _go_live(self, now: float) -> None:
+        """From now on the client sees what the engine sends."""
         self.first_token = now
+        if not self._opened and self._opening is not None:
+            self._open_transcript(self._opening)
+        self._begin(self)
+
+    def _hear(self, now: float, last: bool) -> None:
+        """The engine's first token is here."""
+        self._begun = now
         if self._patience is not None:
             self._patience.forget(self)
-        self._begin(self)
+        if self._heard_first is not None:
+            self._heard_first(self)
         if not last and self._connection is not None and self._idle is not None:
             self._timer = self._loop.call_later(self._idle, self._check_idle)
 
@@ -544,6 +585,10 @@ class StreamRelay:
             said = choice.text if delta is None else delta.get("content")
             text = bool(said) or (delta is not None and _has_more(delta))
             finished = choice.finish_reason is not None
+            if (finished or len(choices) > 1) and (reason := abort_of(choices)) is not None:
+                # Text that comes with it is of tokens behind the last one whose text was sent: they are made again.
+                self._failure = aborted(self._url, reason)
+                break
             ids = bytes(choice.token_ids)
             silent = not text and not finished and delta is not None and self._is_silent(delta, payload)
             shown = b"" if silent else edit.event(event, payload, ids)
@@ -558,10 +603,18 @@ class StreamRelay:
                 kept.append(shown)
                 continue
             count += 1
+            if not self._content:
+                if not _has_content(choices) and self.first_token is None:
+                    if ids:
+                        self._early.append(ids)
+                        self._held_size += len(ids)
+                    kept.append(shown)
+                    continue
+                self._content = True
             if not self._opened:
                 self._open_transcript(self._opening)
-            if finished:
-                transcript.finished = True
+            if finished or len(choices) > 1:
+                transcript.close(choice.index for choice in choices if choice.finish_reason is not None)
             if text and not said:
                 assert delta is not None
                 transcript.spoil("tool_calls" if delta.get("tool_calls") else "reasoning")
@@ -603,6 +656,9 @@ class StreamRelay:
             if failed := dialect.failure(named, payload):
                 self._failure = engine_error_event(self._url, failed)
                 break
+            if named.type in dialect.ends and (reason := dialect.aborted(named)) is not None:
+                self._failure = aborted(self._url, reason)
+                break
             if dialect.preempted and payload.find(dialect.preempted) >= 0:
                 self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
                 break
@@ -621,6 +677,8 @@ class StreamRelay:
                 not count and self.first_token is None and named.type not in dialect.opening
             ):
                 count += 1
+                if not self._content:
+                    self._content = not dialect.empty(named)
         return b"".join(kept), count
 
     def _set_aside(self, dialect: Dialect, block: bytes) -> None:
@@ -639,8 +697,9 @@ class StreamRelay:
             self._connection.pause()
 
     def _open_transcript(self, opening: bytes) -> None:
-        """The first event with a token is here, so that the client will be given it and what came before it."""
+        """The first event with content is here, so that the client will be given it and what came before it."""
         self._opened = True
+        self._transcript.mark()
         if not self._transcript.first:
             self._transcript.open(opening, self._prompt)
         for ids in self._early:

@@ -11,6 +11,8 @@ token would lose the held bytes; the tokens at the end that brought no text are 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from proxy.decoding import json_decoder
@@ -24,6 +26,9 @@ _IDS = b"0123456789, \t\r\n"
 _BATCH = 32  # events whose ids are put away together
 _END = 16  # tokens; a character is four at most
 _DONE = b"data: [DONE]\n\n"
+
+
+_Mark = tuple[bytes, bytes, bool, str, bool, bool, tuple[int, int, int]]
 
 
 class Transcript:
@@ -43,14 +48,18 @@ class Transcript:
         unsure: the latest text came with several tokens at once, and of those the last may be half a character.
         dropped: tokens are to be generated again whose event has gone out, though not their text.
         first: the first event as the client saw it.
+        choices: how many answers the stream has.
     """
 
     __slots__ = (
+        "_ended",
         "_ids",
         "_limit",
+        "_mark",
         "_prompt",
         "_sent",
         "_text",
+        "choices",
         "continuable",
         "dropped",
         "finished",
@@ -61,7 +70,7 @@ class Transcript:
         "unsure",
     )
 
-    def __init__(self, flaw: str = "", *, limit: int = 1 << 20, with_text: bool = False) -> None:
+    def __init__(self, flaw: str = "", *, limit: int = 1 << 20, with_text: bool = False, choices: int = 1) -> None:
         self._limit = limit
         self._text = bytearray()  # as in the engine's JSON, escapes and all
         self.fresh_text: list[bytes] | None = [] if with_text else None
@@ -75,6 +84,41 @@ class Transcript:
         self.unsure = False
         self.dropped = False
         self.first = b""
+        self.choices = choices
+        self._ended: set[object] = set()
+        self._mark: _Mark = (b"", b"", False, flaw, False, False, (0, 0, 0))
+
+    def close(self, indexes: Iterable[object]) -> None:
+        """The client is given a `finish_reason` of these choices."""
+        if self.choices > 1:
+            self._ended.update(indexes)
+            if not self._ended:
+                return
+        self.finished = True
+
+    @property
+    def whole(self) -> bool:
+        """The client has been given the `finish_reason` of every choice."""
+        return self.finished and (self.choices == 1 or len(self._ended) >= self.choices)
+
+    def mark(self) -> None:
+        """A leg is about to be written down."""
+        self.fold()
+        lengths = len(self._ids), self._sent, len(self._text)
+        self._mark = (self.first, self._prompt, self.continuable, self.flaw, self.finished, self.unsure, lengths)
+
+    def rewind(self) -> None:
+        """What has been written down since `mark` is not going to reach the client."""
+        first, prompt, continuable, flaw, finished, unsure, (ids, sent, text) = self._mark
+        self.fresh.clear()
+        if self.fresh_text is not None:
+            self.fresh_text.clear()
+        if prompt and not self._prompt:
+            return  # it has grown too long, and what there was before is gone
+        self.first, self._prompt, self.continuable, self.flaw = first, prompt, continuable, flaw
+        self.finished, self.unsure, self._sent = finished, unsure, sent
+        del self._ids[ids:], self._text[text:]
+        self._ended.clear()
 
     def open(self, first: bytes, prompt: bytes) -> None:
         """The first event is here, and with it the ids of the prompt: `1,2,3`, or nothing when it has none."""

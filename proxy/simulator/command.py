@@ -1,6 +1,7 @@
 """The command line: ``pd-proxy simulate``, or ``python -m proxy.simulator``.
 
-Invariant: SIGTERM and SIGINT end it with exit status 0; an engine that died ends it with 1, as vLLM's process does.
+Invariant: SIGTERM (as vLLM takes it) and SIGINT end it with exit status 0; an engine that died ends it with 1, as
+vLLM's process does.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-model-len", type=int, default=default.max_model_len, help="longest sequence in tokens (%(default)s)")
     add("--max-queued", type=int, default=default.max_queued, help="queue bound; 0 is unbounded (%(default)s)")
+    add(
+        "--shutdown-timeout",
+        type=float,
+        default=default.shutdown_timeout,
+        help="seconds for which SIGTERM lets requests run on; 0 aborts them (%(default)s)",
+    )
     add("--lease", type=float, default=None, help="seconds a hand-off is kept (nixl 30, mooncake_ascend 480)")
     add("--handshake-timeout", type=float, default=default.handshake_timeout, help="seconds (%(default)s)")
     known = ", ".join(SIDES)
@@ -107,6 +114,7 @@ def config_from(args: argparse.Namespace) -> SimulatorConfig:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=args.max_model_len,
         max_queued=args.max_queued,
+        shutdown_timeout=args.shutdown_timeout,
         lease=args.lease,
         handshake_timeout=args.handshake_timeout,
         connector=args.connector,
@@ -143,8 +151,8 @@ async def _serve(config: SimulatorConfig) -> int:
     simulator = Simulator(config)
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ending.set)
+    loop.add_signal_handler(signal.SIGTERM, simulator.terminate)
+    loop.add_signal_handler(signal.SIGINT, ending.set)
     await simulator.start()
     print(f"{config.role} engine {config.model!r} listening on {simulator.url}", flush=True)
     told = asyncio.ensure_future(ending.wait())
@@ -155,7 +163,10 @@ async def _serve(config: SimulatorConfig) -> int:
         await died
     if not told.done():
         told.cancel()
-        return 1
+        if not simulator.stopping:
+            return 1
+        await simulator.wait_for(lambda: not simulator.connections, 10**9)  # it waits for its clients to close
+        return 0
     await simulator.stop()
     return 0
 

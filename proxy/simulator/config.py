@@ -96,6 +96,8 @@ class SimulatorConfig:
     written_tokens: bool = False  # usage says how many tokens were written to the cache (vLLM since 9/2026)
     handoff_cached: bool = True  # a hand-off says how many tokens of the prompt were cached (not in vLLM before that)
     parser: bool = False  # --reasoning-parser or --tool-call-parser: a token without text has no content in its delta
+    shutdown_timeout: float = 0.0  # --shutdown-timeout: seconds for which SIGTERM lets requests run on; 0 aborts them
+    exit_delay: float = 0.17  # from SIGTERM until nobody listens any more, where requests are aborted
     death_delay: float = 0.3  # a dead engine answers /health with 503 this long, then its process is gone
     keep_alive: float = 5.0  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE
     request_log: int = 256  # received requests that are kept to be looked at
@@ -111,6 +113,8 @@ class SimulatorConfig:
             "transfer_rate",
             "max_queued",
             "handshake_timeout",
+            "shutdown_timeout",
+            "exit_delay",
             "death_delay",
             "register_every",
         ):

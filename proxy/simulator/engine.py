@@ -58,6 +58,7 @@ class Engine:
         self.pool = BlockPool(config.blocks, caching=config.prefix_caching)
         self.handoffs = Handoffs(self.pool, config, self._handoffs_changed)
         self.dead: str | None = None  # why
+        self.frozen = False  # no step is made
         self._faults = faults
         self._changed = changed
         self._died = died
@@ -215,6 +216,35 @@ class Engine:
         self._wake.set()
         self._changed()
 
+    def give_up(self, sequences: list[Sequence] | None = None) -> None:
+        """End some sequences, or all there are, with finish reason "abort", as an engine does that is stopped or
+        paused: each answers with what it has."""
+        if sequences is None:
+            sequences = [*self._running, *self._ready, *self._loading, *self._queue]
+        for sequence in sequences:
+            if sequence.status is Status.FINISHED or sequence.vanished:
+                continue
+            self.stats.finished["abort"] += 1
+            text = sequence.abort()
+            if sequence.status is Status.LOADING and not self.side.stuck(sequence):
+                sequence.vanished = True  # its blocks are being written to: they stay until the read ends
+                self.side.vanished(sequence)
+            else:
+                if sequence.transfer.keeps:
+                    self.side.dropped(sequence)
+                self._drop(sequence)
+                if sequence.transfer.fetches and not sequence.loaded:
+                    self.let_go(sequence.transfer)
+            if sequence.listener is not None:
+                sequence.listener.on_token(sequence, None, text)
+        self._wake.set()
+        self._changed()
+
+    def freeze(self, frozen: bool) -> None:
+        """Make no step, or go on."""
+        self.frozen = frozen
+        self._wake.set()
+
     def let_go(self, transfer: Transfer) -> None:
         """Tell prefill that nobody is going to fetch what it keeps."""
         if transfer.fetches and self.dead is None:
@@ -244,6 +274,10 @@ class Engine:
         config = self.config
         deadline = 0.0
         while True:
+            if self.frozen:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
             batch, prompt_tokens = self._schedule()
             if self.dead is not None:
                 return

@@ -199,6 +199,8 @@ def stop_reason(sequence: Sequence, *, tool_used: bool) -> tuple[str | None, str
     """``stop_reason`` and ``stop_sequence``."""
     if sequence.finish_reason == "length":
         return "max_tokens", None
+    if sequence.finish_reason == "abort":
+        return None, None  # Anthropic has no word for it
     if isinstance(sequence.stop_reason, str):
         return "stop_sequence", sequence.stop_reason
     return ("tool_use" if tool_used else "end_turn"), None

@@ -286,7 +286,8 @@ def response_body(
         output = [message_item(text)]
         if request.tool is not None and sequence.script is not None:
             output = [call_item(request.tool, text[sequence.script.start : sequence.script.end])]
-    status = "incomplete" if sequence.finish_reason == "length" else "completed"
+    # "cancelled" as vLLM says it of models that speak harmony; of others it says "completed", and nobody could tell.
+    status = {"length": "incomplete", "abort": "cancelled"}.get(sequence.finish_reason or "", "completed")
     body = outline(request, created, status, output)
     body["usage"] = {
         "input_tokens": sequence.prompt_length,

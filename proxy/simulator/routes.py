@@ -67,7 +67,15 @@ _TASKS = {
 }
 _TASKS["any"] = set().union(*_TASKS.values())
 _POST = {"/tokenize", "/detokenize", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
-_DEVELOPMENT = {"/reset_prefix_cache": "POST", "/sleep": "POST", "/wake_up": "POST", "/is_sleeping": "GET"}
+_DEVELOPMENT = {
+    "/reset_prefix_cache": "POST",
+    "/sleep": "POST",
+    "/wake_up": "POST",
+    "/is_sleeping": "GET",
+    "/pause": "POST",
+    "/resume": "POST",
+    "/is_paused": "GET",
+}
 _PROFILER = {"/start_profile": "POST", "/stop_profile": "POST"}
 
 
@@ -84,6 +92,11 @@ class ReceivedRequest:
     aborted: bool = False
     finished: bool = False
     output_tokens: int = 0
+
+
+def _is_ids(prompt: object) -> bool:
+    """Whether a prompt needs no tokenizer."""
+    return isinstance(prompt, list) and all(isinstance(item, int) for item in prompt)
 
 
 _STREAMS: dict[str, type[StreamAnswer]] = {
@@ -160,7 +173,7 @@ class Routes:
             case "/server_info":
                 exchange.respond(200, encoding.to_json(server_info(self._sim.config)))
             case _ if path in _DEVELOPMENT or path in _PROFILER:
-                self._operate(exchange)
+                await self._operate(exchange)
             case _:
                 await self._single(exchange)
 
@@ -177,20 +190,37 @@ class Routes:
             known |= _PROFILER if config.profiler else {}
         return known
 
-    def _operate(self, exchange: Exchange) -> None:
+    async def _operate(self, exchange: Exchange) -> None:
         """What operators do."""
         sim = self._sim
         sim.operations.append((exchange.path, exchange.query))
+        query = {name: values[0] for name, values in parse_qs(exchange.query).items()}
+        mode = query.get("mode", "abort")
         match exchange.path:
-            case "/is_sleeping":
-                exchange.respond(200, encoding.to_json({"is_sleeping": sim.asleep}))
+            case "/is_sleeping" | "/is_paused":  # vLLM 0.32 says both of an engine that is paused
+                exchange.respond(200, encoding.to_json({exchange.path[1:]: sim.asleep or sim.paused}))
+                return
+            case "/pause":
+                sim.paused = True
+                await sim.suspend(mode)
+                exchange.respond(200, b'{"status":"paused"}')
+                return
+            case "/resume":
+                sim.paused = False
+                sim.engine.freeze(False)
+                exchange.respond(200, b'{"status":"resumed"}')
                 return
             case "/reset_prefix_cache":
                 sim.engine.pool.forget()
             case "/sleep":
                 sim.asleep = True
+                await sim.suspend(mode)
+                level = int(query.get("level", "1"))
+                exchange.respond(200, encoding.to_json({"status": "sleeping", "level": level}))
+                return
             case "/wake_up":
                 sim.asleep = False
+                sim.engine.freeze(False)
             case "/start_profile":
                 sim.profiling = True
             case "/stop_profile":
@@ -355,8 +385,8 @@ class Routes:
             mischief = self._sim.faults.draw(received.leg)
             if await self._misbehave(exchange, mischief):
                 return
-            if self._sim.asleep:  # the scheduler is paused: whoever comes waits
-                await self._sim.wait_for(lambda: not self._sim.asleep or not exchange.open, 86_400)
+            if self._sim.suspended:  # the scheduler is paused: whoever comes waits
+                await self._sim.wait_for(lambda: not self._sim.suspended or not exchange.open, 86_400)
             if not exchange.open:
                 # The client has gone before the request got anywhere; a decode engine still tells prefill.
                 received.aborted = True
@@ -416,6 +446,10 @@ class Routes:
                 request = decode_completion(body, exchange.headers, config)
         if self._sim.engine.dead is not None:
             raise engine_dead()
+        draining = self._sim.draining
+        if draining and not _is_ids(body.get("prompt", body.get("token_ids"))):
+            # Of the API server's tokenizer, whose threads take nothing more.
+            raise RequestError(500, "InternalServerError", "cannot schedule new futures after shutdown", late=False)
         sequences = self._sequences(request, transfer, mischief)
         keeps = request.kind == "responses" and body.get("store") is not False and config.responses_store
         if keeps and body.get("background"):
@@ -441,6 +475,8 @@ class Routes:
         if isinstance(answer, StreamAnswer):
             answer.start()
             received.status = exchange.status
+        if draining:
+            engine.give_up(sequences)
         await answer.done
         received.output_tokens = sum(sequence.output_length for sequence in sequences)
         if keeps and (whole := getattr(answer, "body", None)) is not None:

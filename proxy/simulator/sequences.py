@@ -161,6 +161,15 @@ class Sequence:
             if block.error:
                 self.error = (self.error * 31 + block.error) & MASK or 1
 
+    def abort(self) -> str:
+        """End before its time; gives the text that was held back."""
+        self.finish_reason, self.stop_reason = "abort", None
+        text = self.assembler.flush()
+        if self.stops is None:
+            return text
+        shown, _ = self.stops.push(text, armed=False)
+        return shown + self.stops.flush()
+
     def generate(self, block_size: int, context: int) -> str:
         """Draw the next token and append it; gives its text, and sets ``finish_reason`` if it was the last."""
         sampling = self.sampling

@@ -38,6 +38,8 @@ class Simulator:
         self.probes: Counter[str] = Counter()  # requests to /health, /metrics and the like, by path
         self.operations: list[tuple[str, str]] = []  # what operators asked for: path and query
         self.asleep = False
+        self.paused = False
+        self.stopping = False  # SIGTERM has come
         self.profiling = False
         self.served = 0  # inference requests that were answered to the end
         self.alive = False
@@ -129,6 +131,65 @@ class Simulator:
         for _ in range(3):
             await asyncio.sleep(0)
 
+    def terminate(self) -> None:
+        """SIGTERM, as vLLM takes it. By default what runs ends with finish reason "abort" at once, and shortly after
+        nobody listens any more; until then `/health` says 200, and whoever comes waits for a reset. With
+        ``shutdown_timeout`` what runs goes on for so long, and new requests are refused; the process is gone when
+        nothing runs and no hand-off is kept. What has not ended by then hangs: the core is killed, and the API server
+        waits for its clients to close."""
+        if self.stopping or not self.alive:
+            return
+        self.stopping = True
+        if not self.config.shutdown_timeout:
+            self.engine.give_up()
+            self._later(self.config.exit_delay, self.kill)
+            return
+        self._later(self.config.shutdown_timeout, self._drain_ran_out)
+        task = asyncio.get_running_loop().create_task(self._drain())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _drain(self) -> None:
+        await self.wait_for(lambda: not self.alive or self._idle, 86_400)
+        if self.alive:
+            self.kill()
+
+    @property
+    def _idle(self) -> bool:
+        """Nothing runs, nothing is kept for decode, and nobody is being answered."""
+        busy = self.engine.running + self.engine.waiting + len(self.engine.handoffs)
+        return not busy and all(connection.exchange is None for connection in self.connections)
+
+    def _drain_ran_out(self) -> None:
+        """The core is killed under the API server, which takes no more connections and keeps those there are."""
+        self.alive = False
+        self._close_listener()
+        for connection in list(self.connections):
+            if connection.exchange is None:
+                connection.close()
+        self._end()
+
+    async def suspend(self, mode: str) -> None:
+        """`/pause` and `/sleep`: what runs is aborted, or ends (``wait``), or stands still (``keep``). Whoever comes
+        waits."""
+        if mode == "abort":
+            self.engine.give_up()
+        elif mode == "keep":
+            self.engine.freeze(True)
+        else:
+            await self.wait_for(lambda: not self.engine.running + self.engine.waiting, 86_400)
+        self._watch.changed()
+
+    @property
+    def suspended(self) -> bool:
+        """Whether new requests wait."""
+        return self.asleep or self.paused or (self.stopping and not self.config.shutdown_timeout)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused, while what runs may end."""
+        return self.stopping and bool(self.config.shutdown_timeout)
+
     def kill(self) -> None:
         """``kill -9``, as peers see it: nothing listens any more and every connection is reset."""
         self.alive = False
@@ -142,7 +203,9 @@ class Simulator:
         if self.alive:
             self.kill()
             await asyncio.sleep(0)
-        self.asleep = self.profiling = False
+        for connection in list(self.connections):
+            connection.kill()  # of an engine whose drain ran out
+        self.asleep = self.paused = self.stopping = self.profiling = False
         self._new_engine()
         await self.start()
 

@@ -193,6 +193,8 @@ def _logprobs(request: GenerationRequest, sequence: Sequence, tokens: int, weigh
 def _finish(sequence: Sequence) -> Object:
     if sequence.finish_reason == "length":
         return {"type": "length", "length": sequence.output_length}
+    if sequence.finish_reason == "abort":
+        return {"type": "abort", "message": "Aborted"}
     return {"type": "stop", "matched": EOS if sequence.stop_reason is None else sequence.stop_reason}
 
 

@@ -40,6 +40,11 @@ class TextAssembler:
         self._started = self._started or bool(whole)
         return whole
 
+    def flush(self) -> str:
+        """What was held back of an incomplete character, when the sequence is given up."""
+        held, self._held = self._held, b""
+        return held.decode("utf-8", "replace")
+
 
 class StopStrings:
     """Watches one sequence's text for stop strings and holds back what could be the beginning of one."""

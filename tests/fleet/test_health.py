@@ -65,6 +65,7 @@ def engine() -> Iterator[respx.MockRouter]:
         router.get("/health", name="health").respond(200)
         router.get("/v1/models", name="models").respond(200, json={"data": [{"id": "m", "max_model_len": 100}]})
         router.get("/version", name="version").respond(200, json={"version": "0.32.0"})
+        router.get("/is_paused", name="is_paused").respond(200, json={"is_paused": False})
         router.get("/is_sleeping", name="is_sleeping").respond(404)  # as an engine that is not in development mode
         yield router
 
@@ -393,6 +394,18 @@ async def test_an_engine_that_falls_asleep_by_another_hand_is_taken_out(
     await news.of("is up")
     engine["is_sleeping"].respond(200, json={"is_sleeping": True})
     assert "it is asleep" in await news.of("is out")
+
+
+async def test_an_engine_that_is_paused_though_it_says_that_it_does_not_sleep_is_taken_out(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
+) -> None:
+    engine["is_sleeping"].respond(200, json={"is_sleeping": False})
+    prober.start()
+    await news.of("is up")
+    engine["is_paused"].respond(200, json={"is_paused": True})
+    assert "it is paused" in await news.of("is out")
+    engine["is_paused"].respond(200, json={"is_paused": False})
+    await news.of("is up")
 
 
 async def test_an_engine_that_cannot_sleep_is_asked_once_for_each_time_it_comes_up(

@@ -181,6 +181,6 @@ async def test_the_number_of_the_last_event_that_went_out_is_known() -> None:
     assert stream.relay.sequence == 2
     stream = await opened(dialect=RESPONSES, finished=False)
     failure = named("error", code="x", message="no luck", sequence_number=3)
-    stream.feed(chunk(b"".join([*RESPONSE[:3], failure])))
+    stream.feed(*map(chunk, (b"".join(RESPONSE[:3]), failure)))
     assert isinstance(await stream.outcome(), BackendFailed)
     assert stream.relay.sequence == 2 and stream.client.body == b"".join(RESPONSE[:3])

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from proxy.decoding import Undecodable
-from proxy.errors import BackendBusy, BackendCut, BackendError, BackendFailed, BackendGarbled, BackendRejected
+from proxy.errors import (
+    BackendAborted,
+    BackendBusy,
+    BackendCut,
+    BackendError,
+    BackendFailed,
+    BackendGarbled,
+    BackendRejected,
+)
 from proxy.relay import stream as relay_stream
 from proxy.relay.dialect import Dialect
 from proxy.relay.dialects import DIALECTS
@@ -119,10 +127,11 @@ async def test_a_failure_that_names_rooms_or_addresses_is_not_quoted() -> None:
         assert where.encode() not in error.body() and where not in error.public_message
 
 
-async def test_an_abort_without_a_status_is_how_the_answer_ended() -> None:
-    events = [said("a", 1), said("a", 1, {"type": "abort", "message": "Aborted"}), DONE]
-    stream = await relayed(*events, dialect=single(), finished=False)
-    assert stream.client.body == b"".join(events)
+async def test_an_abort_without_a_status_is_its_engines_failure() -> None:
+    stream = await opened(dialect=single(), finished=False)
+    stream.read(said("a", 1), said("a", 1, {"type": "abort", "message": "Aborted"}), DONE)
+    assert type(await stream.outcome()) is BackendAborted
+    assert stream.client.body == said("a", 1)
 
 
 async def test_what_names_engines_is_taken_out() -> None:
