@@ -54,7 +54,7 @@ class Suspicion:
         Arguments:
             gained: tokens that the leg had given.
         """
-        if error.unread or not isinstance(error, BackendCut | BackendLost | BackendFailed):
+        if error.unread or error.leaves or not isinstance(error, BackendCut | BackendLost | BackendFailed):
             return cuts
         cuts = {} if cuts is None else cuts
         before = [] if gained >= PROGRESS else cuts.get(leg, [])
