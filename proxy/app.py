@@ -37,6 +37,7 @@ from proxy.fleet.health import Prober
 from proxy.fleet.names import Names
 from proxy.fleet.notices import Notices
 from proxy.fleet.protocols import AUTO
+from proxy.fleet.readiness import tell_readiness
 from proxy.fleet.registration import Registrations
 from proxy.flow.callbacks import Callbacks
 from proxy.flow.flow import Flow
@@ -141,6 +142,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         warmup.start(prober)
         prober.start()
         tickers = [asyncio.create_task(_watch_loop(prometheus))]
+        if crew is None or crew.worker == 0:  # one tells for all
+            tickers.append(asyncio.create_task(tell_readiness(fleet)))
         if exchange is not None:
             tickers.append(asyncio.create_task(exchange.keep_up(lambda: admission.waiting)))
         try:

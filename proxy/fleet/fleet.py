@@ -17,7 +17,7 @@ from proxy.fleet.breaker import FEWEST
 from proxy.fleet.budget import Budgets
 from proxy.fleet.findings import MEANING
 from proxy.fleet.kinds import KINDS
-from proxy.fleet.pairing import Pairing
+from proxy.fleet.pairing import Pairing, models_apart
 from proxy.fleet.protocols import Protocols
 from proxy.fleet.rotation import Rotation
 from proxy.fleet.standing import LegName
@@ -252,6 +252,18 @@ class Fleet:
             f"no hand-off between its prefill and decode backends has worked yet ({why or 'one is being tried'}; "
             "/admin/backends says more)"
         )
+
+    def models_apart(self, model: str | None) -> str:
+        """Which models a group's prefill and decode backends that are up serve, for people, where they have none in
+        common and one of the two is that of a request; else an empty string."""
+        for name in self.groups:
+            prefills, decodes = (
+                [b for b in self._pools[role] if b.group == name and b.up and not b.draining]
+                for role in ("prefill", "decode")
+            )
+            if any(b.serves(model) for b in (*prefills, *decodes)) and (apart := models_apart(prefills, decodes)):
+                return apart
+        return ""
 
     def state(self, backend: Backend) -> State:
         """What a backend is to new requests."""

@@ -19,6 +19,8 @@ log = logging.getLogger("pd_proxy.fleet")
 
 Cards = Mapping[str, Mapping[str, Any]]
 _UNKNOWN = ("", "")
+_MOST_NAMES = 3  # models that a message names of one pool
+_LONGEST_NAME = 100  # characters
 _LIKELIEST = {
     "group": "its prefill and decode backends are of different groups",
     "model": "its prefill and decode backends have no model in common",
@@ -74,7 +76,9 @@ class Pairing:
                     if not (reason := self.why_not(prefill, decode, model)):
                         return ""
                     reasons.add(reason)
-        return _LIKELIEST[max(reasons, key=list(_LIKELIEST).index)]
+        likeliest = max(reasons, key=list(_LIKELIEST).index)
+        served = f" ({models_apart(prefills, decodes)})" if likeliest == "model" else ""
+        return _LIKELIEST[likeliest] + served
 
     def refresh(self, backends: Iterable[Backend]) -> None:
         """Look at the fleet as it is now."""
@@ -100,6 +104,24 @@ class Pairing:
             log.warning("engines of versions %s: %s", ", ".join(sorted(versions)), rule)
         for model in sorted(revised):
             log.warning("model %s has more than one root: %s", model, rule)
+
+
+def models_apart(prefills: Sequence[Backend], decodes: Sequence[Backend]) -> str:
+    """Which models these and those serve, for people, where they have none in common; else an empty string."""
+    sides = []
+    for backends in (prefills, decodes):
+        if not backends or any(backend.models is None for backend in backends):
+            return ""
+        sides.append({model for backend in backends for model in backend.models or ()})
+    if not sides[0].isdisjoint(sides[1]):
+        return ""
+    return f"prefill serves {_listed(sides[0])}; decode serves {_listed(sides[1])}"
+
+
+def _listed(models: set[str]) -> str:
+    shown = ", ".join(model[:_LONGEST_NAME] for model in sorted(models)[:_MOST_NAMES])
+    more = len(models) - _MOST_NAMES
+    return (shown or "no model") + (f" and {more} more" if more > 0 else "")
 
 
 def same_weights(one: Cards | None, other: Cards | None, model: str | None) -> bool:

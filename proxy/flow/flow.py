@@ -315,12 +315,16 @@ class Flow:
         except NoBackend as error:
             if isinstance(request.error, BackendBusy | BackendLacksModel):
                 raise request.error from None
+            if apart := fleet.models_apart(body.model):
+                error.args = (f"the prefill and decode backends have no model in common: {apart}",)
             error.__cause__ = request.error
             raise
         record.decode = decision.decode.url
         record.decode_pool = decision.pool
         record.prefill = decision.prefill.url if decision.prefill else ""
         record.fallback = decision.fallback
+        if decision.fallback == "no_prefill_backend" and fleet.models_apart(body.model):
+            record.fallback = "no_matching_pair"  # they are up, and serve other models
         return decision
 
     def _splits(self, backend: Backend, body: Body) -> bool:
