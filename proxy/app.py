@@ -53,9 +53,10 @@ from proxy.handoff.registry import connectors
 from proxy.relay.connections import Connections
 from proxy.settings import Settings
 from proxy.telemetry.admission import AdmissionSink
-from proxy.telemetry.logs import RequestLog
+from proxy.telemetry.logs import RequestLog, tell_throughput
 from proxy.telemetry.prometheus import PrometheusSink, registry
 from proxy.telemetry.records import Sinks
+from proxy.telemetry.throughput import Throughput
 
 _LOOP_TICK = 0.1  # seconds between looks at the event loop's lateness
 
@@ -120,7 +121,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     fleet.messages = {"notice": notices.counts, "registration": registrations.counts}
     warmup = Warmup(settings, fleet, spoken, notices, callbacks)
     queue = AdmissionSink(admission)
-    telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup)
+    throughput = Throughput(prometheus.tokens_streamed)
+    telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup, throughput)
     metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
     legs = Legs(settings, fleet, telemetry, notices)
@@ -144,6 +146,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         tickers = [asyncio.create_task(_watch_loop(prometheus))]
         if crew is None or crew.worker == 0:  # one tells for all
             tickers.append(asyncio.create_task(tell_readiness(fleet)))
+        if seconds := settings.throughput_interval:
+            tickers.append(asyncio.create_task(_tell_throughput(throughput, seconds, gate, admission)))
         if exchange is not None:
             tickers.append(asyncio.create_task(exchange.keep_up(lambda: admission.waiting)))
         try:
@@ -274,6 +278,12 @@ def _shared_secret(settings: Settings, crew: Crew | None) -> bytes:
     if secrets:
         return "\0".join(secrets).encode()
     return token_bytes(32) if crew is None else str(crew.directory).encode()
+
+
+async def _tell_throughput(throughput: Throughput, seconds: float, gate: Gate, admission: Admission) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        tell_throughput(throughput, gate.inside, admission.waiting)
 
 
 async def _watch_loop(prometheus: PrometheusSink) -> None:

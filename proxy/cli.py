@@ -1,4 +1,4 @@
-"""The command line: `serve`, `check`, `doctor`, `simulate`."""
+"""The command line: `serve`, `check`, `config`, `doctor`, `simulate`, `completion`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proxy import __version__, flags
+from proxy import __version__, flags, shown
+from proxy.completion import SHELLS, script
 from proxy.configuration import ConfigurationError, did_you_mean, gather
 
 log = logging.getLogger("pd_proxy")
 
 EXIT_USAGE = 2
 EXIT_FAILED = 1
-_COMMANDS = ("serve", "check", "simulate", "doctor")
+_COMMANDS = ("serve", "check", "config", "doctor", "simulate", "completion")
 _ABOUT = (
     "Every setting is a flag, a line of the --config file (timeouts.first_token) and a variable "
     "(PD_PROXY_TIMEOUTS__FIRST_TOKEN). Flags win over variables, variables over the file."
@@ -60,8 +61,10 @@ def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, arg
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(_COMMANDS))
     _add_serve(commands)
     _add_check(commands)
-    _add_doctor(commands, wanted="doctor" in argv)
-    _add_simulate(commands, wanted="simulate" in argv)
+    _add_config(commands)
+    _add_doctor(commands, wanted=not {"doctor", "completion"}.isdisjoint(argv))
+    _add_simulate(commands, wanted=not {"simulate", "completion"}.isdisjoint(argv))
+    _add_completion(commands)
     return parser, dict(commands.choices)
 
 
@@ -84,6 +87,24 @@ def _add_check(commands: Any) -> None:
     check.add_argument("--probe", action="store_true", help="ask the engines too; exit as doctor does")
     check.add_argument("--strict", action="store_true", help="exit with 1 when there are warnings")
     check.set_defaults(run=_check)
+
+
+def _add_config(commands: Any) -> None:
+    config = commands.add_parser(
+        "config",
+        help="show the settings in force and where each comes from, or a file with all defaults",
+        description=f"Show the settings in force, each with where it comes from; secrets are masked. {_ABOUT}",
+        allow_abbrev=False,
+        add_help=False,
+    )
+
+    def own(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--default", action="store_true", help="print a settings file with every default explained")
+        parser.add_argument("--changed", action="store_true", help="only what was set")
+        parser.add_argument("--json", action="store_true", help="for programs: value and origin of each")
+
+    flags.add_settings(config, own)
+    config.set_defaults(run=_config)
 
 
 def _add_doctor(commands: Any, *, wanted: bool) -> None:
@@ -115,6 +136,24 @@ def _add_simulate(commands: Any, *, wanted: bool) -> None:
     simulate.set_defaults(run=command.run)
 
 
+def _add_completion(commands: Any) -> None:
+    completion = commands.add_parser(
+        "completion",
+        help="print the script by which a shell completes this command",
+        description="Print the script by which a shell completes this command. bash: add "
+        "`source <(pd-proxy completion bash)` to ~/.bashrc. zsh: write it to a file named _pd-proxy in a folder of "
+        "$fpath. fish: write it to ~/.config/fish/completions/pd-proxy.fish.",
+        allow_abbrev=False,
+    )
+    completion.add_argument("shell", choices=SHELLS, help="which shell")
+    completion.set_defaults(run=_completion)
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    print(script(*_parser(["completion"]), arguments.shell))
+    return 0
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     from proxy.process import ListenError, serve
     from proxy.telemetry.logs import set_up_logging
@@ -123,6 +162,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     configuration = gather(given, arguments.config)
     settings = configuration.settings
     set_up_logging(settings.log_level, settings.log_format)
+    changed = ", ".join(f"{name}={_shown(value)}" for name, value in shown.not_defaults(settings).items())
+    log.info("pd-proxy %s starts; settings that are not defaults: %s", __version__, changed or "none")
     for notice in (*notices, *configuration.notes):
         log.info("%s", notice)
     for warning in (*flags.secrets_in(arguments), *configuration.warnings):
@@ -130,7 +171,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         return serve(settings)
     except ListenError as error:
-        print(f"pd-proxy: {error}", file=sys.stderr)
+        log.error("%s", error)
         return EXIT_FAILED
 
 
@@ -159,6 +200,23 @@ def _check(arguments: argparse.Namespace) -> int:
 
         return command.run(settings, pairs=0) or status
     return status
+
+
+def _shown(value: object) -> str:
+    return ",".join(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else str(value)
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    if arguments.default:
+        print(shown.annotated_file(), end="")
+        return 0
+    given, _ = flags.given(arguments)
+    configuration = gather(given, arguments.config)
+    if arguments.json:
+        print(shown.as_json(configuration.settings, configuration.origins, changed=arguments.changed))
+    else:
+        print(shown.in_force(configuration.settings, configuration.origins, changed=arguments.changed), end="")
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ _SECTIONS = {
     "models": ("aliases", "default_model", "unknown_model", "pair_revisions"),
     "requests": ("fallback", "resume", "first_token", "reuse_tokens"),
     "keys": ("api_keys", "clients", "admin_key", "admin_socket", "backend_api_key", "handoff_key"),
-    "logs": ("log_level", "log_format", "access_log"),
+    "logs": ("log_level", "log_format", "access_log", "throughput_interval"),
 }
 """The settings that are in no group, by what they are about. What is missing here is shown under "other"."""
 _SCRIPT = "example-script"
@@ -106,6 +106,12 @@ def add_settings(parser: argparse.ArgumentParser, own: Callable[[argparse.Argume
     for section in sections():
         _add_section(parser, section)
     drop_in.add_arguments(parser)
+
+
+def fields_of(parser: argparse.ArgumentParser) -> dict[str, FieldInfo]:
+    """The settings among a parser's flags, by what argparse calls these (`dest`)."""
+    every = {f"{_DESTINATION}{name}": field for name, field in leaves()}
+    return {action.dest: every[action.dest] for action in parser._actions if action.dest in every}
 
 
 def given(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

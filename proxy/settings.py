@@ -695,6 +695,9 @@ class Settings(Group):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
     log_format: Literal["text", "json"] = Field("text", description="shape of a log line")
     access_log: bool = Field(False, description="log a line for every request, not only for failed ones")
+    throughput_interval: SecondsOrZero = Field(
+        60.0, description="seconds between lines of the log that say how much is served, while anything is; 0: none"
+    )
 
     @model_validator(mode="after")
     def _roles_differ(self) -> Settings:

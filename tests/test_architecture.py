@@ -40,11 +40,13 @@ UNBOUND = {
     "signals",
     "sockets",
     "cli",
+    "completion",
     "configuration",
     "settings_file",
     "drop_in",
     "flags",
     "advice",
+    "shown",
     "wording",
 }
 """Top-level modules that put the rooms together and so may import what they need."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from proxy import __version__, cli, flags
 from proxy.process import ListenError
@@ -228,18 +231,125 @@ def test_what_is_unknown_is_said_with_what_it_may_have_meant(
     assert served == []
 
 
-def test_an_address_that_is_taken_exits_with_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_is_taken_exits_with_1(
+    run: Run, served: list[Settings], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def serve(settings: Settings) -> int:
         raise ListenError("cannot listen on 127.0.0.1:8000: Address already in use")
 
     monkeypatch.setattr("proxy.process.serve", serve)
-    assert run("serve") == (1, "", "pd-proxy: cannot listen on 127.0.0.1:8000: Address already in use\n")
+    assert run("serve")[0] == 1
+    assert caplog.records[-1].message == "cannot listen on 127.0.0.1:8000: Address already in use"
+    assert caplog.records[-1].levelname == "ERROR"
+
+
+# config
+
+
+def test_config_shows_what_is_in_force_and_where_it_comes_from(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text("port: 9000\nadmin_key: hush\n")
+    status, out, err = run("config", "--config", file, "--log-level", "debug", "--changed")
+    assert (status, err) == (0, "")
+    assert [line.split("#")[1].strip() for line in out.splitlines()] == [f"{file}:1", f"{file}:2", "flag --log-level"]
+    assert "hush" not in out
+    assert len(yaml.safe_load(run("config")[1])) == len(Settings.model_fields)
+    assert json.loads(run("config", "--json", "--port", "7")[1])["port"] == {"value": 7, "origin": "flag --port"}
+
+
+def test_the_default_file_that_config_prints_is_good(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "pd-proxy.yaml"
+    file.write_text(run("config", "--default")[1])
+    status, out, err = run("check", "--strict", file)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{file}: good. ")
+
+
+def test_config_of_wrong_settings_exits_with_2(run: Run) -> None:
+    assert run("config", "--port", "many") == (
+        2,
+        "",
+        "pd-proxy: flag --port: port: must be a whole number, not 'many'\n",
+    )
+
+
+def test_check_warns_and_is_strict_where_it_is_told_to(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text("host: 0.0.0.0\nmixed: [a:1]\n")
+    for more, expected in (([], 0), (["--strict"], 1)):
+        status, out, err = run("check", file, *more)
+        assert status == expected
+        assert out.startswith(f"{file}: 1 warning(s). 0 prefill, 0 decode, 1 mixed")
+        assert err.startswith(f"pd-proxy: warning: {file}:1: host: clients need no key")
+
+
+# What is said at the start
+
+
+def test_the_first_line_says_the_version_and_what_is_not_default(
+    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PD_PROXY_ADMIN_KEY", "hush")
+    with caplog.at_level(logging.INFO, "pd_proxy"):
+        run("serve", "--mixed", "a:1,b:1", "--timeouts.idle", "7", "--api-keys", "env:PD_PROXY_ADMIN_KEY")
+    first = caplog.records[0].message
+    begin = f"pd-proxy {__version__} starts; settings that are not defaults: "
+    assert first.startswith(begin)
+    assert sorted(first.removeprefix(begin).split(", ")) == [
+        *("admin_key=********", "api_keys=********", "mixed=http://a:1,http://b:1", "timeouts.idle=7.0")
+    ]
+    assert "hush" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags_", "warned"),
+    [
+        ("--admin-key hush", ["--admin-key"]),
+        (
+            "--api-keys hush --backend-api-key hush --handoff-key hush",
+            ["--api-keys", "--backend-api-key", "--handoff-key"],
+        ),
+        ("--api_keys env:A,hush", ["--api-keys"]),
+        ('--clients [{"name":"a","key":"hush"}]', ["--clients"]),
+        ("--admin-key env:A --api-keys env:B --backend-api-key env:B", []),
+        ('--clients [{"name":"a","key":"env:A"}]', []),
+    ],
+)
+def test_a_secret_that_is_typed_as_a_flag_is_warned_of_without_it(
+    run: Run,
+    served: list[Settings],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    flags_: str,
+    warned: list[str],
+) -> None:
+    monkeypatch.setenv("A", "one")
+    monkeypatch.setenv("B", "two")
+    with caplog.at_level(logging.INFO, "pd_proxy"):
+        assert run("serve", "--mixed", "m:1", *flags_.split(" "))[0] == 0
+    told = [record.message for record in caplog.records if "list of processes" in record.message]
+    assert [message.partition(":")[0] for message in told] == warned
+    assert "hush" not in caplog.text
+    assert len(served) == 1
+
+
+def test_variables_of_kubernetes_are_one_line_at_the_start(
+    run: Run, served: list[Settings], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PD_PROXY_SERVICE_HOST", "10.96.0.7")
+    monkeypatch.setenv("PD_PROXY_PORT", "tcp://10.96.0.7:80")
+    with caplog.at_level(logging.INFO, "pd_proxy"):
+        assert run("serve", "--mixed", "a:1")[0] == 0
+    (line,) = [record for record in caplog.records if "Kubernetes" in record.message]
+    assert line.levelname == "INFO"
+    assert "PD_PROXY_PORT, PD_PROXY_SERVICE_HOST" in line.message
+    assert served[0].port == 8000
 
 
 # Help
 
 
-HELP = [[], ["serve"], ["check"], ["simulate"]]
+HELP = [[], ["serve"], ["check"], ["config"], ["simulate"]]
 
 
 @pytest.mark.parametrize("command", [*HELP, ["serve", "all"], *(["serve", s.title] for s in flags.sections())])
@@ -294,7 +404,7 @@ def test_version_is_said(run: Run) -> None:
 def test_no_command_or_a_wrong_one_is_refused(run: Run, argv: list[str]) -> None:
     status, _, err = run(*argv)
     assert status == 2
-    assert "serve | check | simulate" in err
+    assert "serve | check | config | doctor" in err
 
 
 def test_a_gateway_does_without_the_simulators_code(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import msgspec
 
 from proxy.telemetry.log_queue import LogQueue, standard_error
 from proxy.telemetry.records import RequestRecord
+from proxy.telemetry.throughput import Throughput
 
 log = logging.getLogger("pd_proxy.request")
 log_python = logging.getLogger("pd_proxy.python")
@@ -103,6 +104,13 @@ class JsonFormatter(logging.Formatter):
 
 def _time(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def tell_throughput(throughput: Throughput, in_flight: int, waiting: int) -> None:
+    """Log what was served since the last time, if anything was."""
+    fields = throughput.look(in_flight, waiting)
+    if fields is not None:
+        logging.getLogger("pd_proxy").info("throughput", extra={"fields": fields})
 
 
 def set_up_logging(level: str, shape: str) -> None:

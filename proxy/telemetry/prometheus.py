@@ -136,6 +136,10 @@ class Histogram:
                 self._children[values] = child
         return child
 
+    def observed(self) -> int:
+        """Observations so far, of all label values that are shown."""
+        return sum(sum(child.counts) for child in self._children.values())
+
     def forget(self, value: str) -> None:
         """Drop what carries a label value, once nothing will be observed under it."""
         for values in [values for values in self._children if value in values]:
@@ -296,6 +300,10 @@ class PrometheusSink(Collector):
 
     def gaps(self, pool: str, backend: str) -> Distribution:
         return self._itl.at(pool, backend)
+
+    def tokens_streamed(self) -> int:
+        """Tokens that streams have been given, their first ones apart, of the backends that are there."""
+        return self._itl.observed()
 
     def handoff_released(self, claimed: bool) -> None:
         self._released.values[("claimed" if claimed else "left",)] += 1
