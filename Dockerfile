@@ -18,7 +18,8 @@ ARG PYTHON_VERSION=3.11
 FROM python:${PYTHON_VERSION}-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
-COPY constraints.txt pyproject.toml README.md ./
+COPY constraints.txt pyproject.toml setup.py README.md LICENSE ./
+COPY config config
 COPY proxy proxy
 # --no-build-isolation: with the setuptools that constraints.txt names, not with the newest.
 RUN pip install -c constraints.txt setuptools \
@@ -32,18 +33,17 @@ LABEL org.opencontainers.image.title="pd-proxy" \
       org.opencontainers.image.description="A prefill-decode disaggregation gateway for LLM serving" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/pd-proxy /opt/pd-proxy
-# The health check follows PD_PROXY_PORT, so change the port with that and not with --port.
+# Where it listens unless a file, a variable or a flag says otherwise.
 ENV PATH=/opt/pd-proxy/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    PD_PROXY_HOST=0.0.0.0 \
-    PD_PROXY_PORT=8000
+    PD_PROXY_DEFAULTS=host=0.0.0.0,port=8000
 # A number, so that Kubernetes' runAsNonRoot can tell that it is not root.
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# Not urllib.request, which would ask the proxy that an http_proxy variable names.
+# It finds out itself where the gateway listens.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 \
-  CMD ["python", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['PD_PROXY_PORT']), timeout=2); c.request('GET', '/health'); sys.exit(c.getresponse().status != 200)"]
+  CMD ["python", "-m", "proxy.container_health"]
 ENTRYPOINT ["pd-proxy", "serve"]
 CMD []

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from proxy import __version__
-from tests.support import running_gateway
+from proxy.configuration import configure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,25 +87,47 @@ def test_arguments_after_the_image_are_the_flags_of_serve() -> None:
 
 
 def test_it_listens_where_it_says_on_all_addresses_and_leaves_on_sigterm() -> None:
-    environment = final_environment()
-    assert environment["PD_PROXY_HOST"] == "0.0.0.0"
-    assert environment["PD_PROXY_PORT"] == only(FINAL, "EXPOSE") == "8000"
+    settings = configure({}, None, final_environment())
+    assert settings.host == "0.0.0.0"
+    assert settings.port == int(only(FINAL, "EXPOSE")) == 8000
     assert only(FINAL, "STOPSIGNAL") == "SIGTERM"
 
 
-async def test_the_health_check_is_good_while_the_gateway_answers_and_bad_otherwise() -> None:
-    async def check(port: int) -> int:
-        # A proxy that the environment names must not be asked.
-        environment = {"PD_PROXY_PORT": str(port), "http_proxy": "http://127.0.0.1:1"}
-        process = await asyncio.create_subprocess_exec(
-            *health_check(), env=environment, stderr=asyncio.subprocess.DEVNULL
-        )
-        return await process.wait()
+def test_a_mounted_file_wins_over_what_the_image_says(tmp_path: Path) -> None:
+    file = tmp_path / "pd-proxy.yaml"
+    file.write_text("host: 127.0.0.1\nport: 9000\n")
+    settings = configure({}, file, final_environment())
+    assert (settings.host, settings.port) == ("127.0.0.1", 9000)
+    assert not [name for name in final_environment() if name.removeprefix("PD_PROXY_") in ("HOST", "PORT")]
 
-    async with running_gateway(["http://127.0.0.1:1"], ["http://127.0.0.1:2"], ready=False) as gateway:
-        assert await check(gateway.port) == 0  # its backends are down; it is alive
-        port = gateway.port
-    assert await check(port) == 1
+
+@pytest.mark.parametrize("more", [[], ["--workers", "2"], ["--host", "::1"]], ids=["one", "workers", "ipv6"])
+async def test_the_health_check_finds_the_gateway_wherever_it_listens(more: list[str]) -> None:
+    async def check(process: int) -> int:
+        # A proxy that the environment names must not be asked.
+        asked = await asyncio.create_subprocess_exec(
+            *health_check(), str(process), env={"http_proxy": "http://127.0.0.1:1"}, cwd=ROOT
+        )
+        return await asked.wait()
+
+    command = [sys.executable, "-m", "proxy.cli", "serve", "--port", "0", "--mixed", "http://127.0.0.1:1", *more]
+    gateway = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, cwd=ROOT)
+    try:
+        assert gateway.stderr is not None
+        async with asyncio.timeout(60):
+            while b"listening on" not in await gateway.stderr.readline():
+                pass
+        assert await check(gateway.pid) == 0  # its backends are down; it is alive
+    finally:
+        gateway.terminate()
+        await gateway.communicate()
+    assert await check(gateway.pid) == 1
+
+
+def test_the_health_check_loads_nothing_but_the_standard_library() -> None:
+    program = "import sys, proxy.container_health; print({'pydantic', 'fastapi', 'httpx'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_the_context_holds_what_is_copied_and_nothing_else() -> None:
@@ -140,15 +162,21 @@ def test_the_builders_commands_give_an_environment_with_a_working_pd_proxy(tmp_p
     site = next((runtime / "lib").glob("python3*")) / "site-packages"
     assert (site / "proxy").is_dir()
     assert not (site / "tests").exists()
+    assert (site / "proxy" / "pd-proxy.yaml").read_text() == (ROOT / "config" / "pd-proxy.yaml").read_text()
+    assert (site / "proxy" / "py.typed").exists()
     # The image's entry point, as `docker run IMAGE --prefill ... --decode ...` starts it.
     flags = ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
     serve = [*json.loads(only(FINAL, "ENTRYPOINT")), *flags]
-    with subprocess.Popen(serve, env={**clean, "PD_PROXY_PORT": "0"}, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        serve, env={**clean, "PD_PROXY_DEFAULTS": "host=0.0.0.0,port=0"}, cwd=tmp_path, stderr=subprocess.PIPE
+    ) as process:
         try:
             assert process.stderr is not None
-            url = re.search(r"listening on (\S+)", process.stderr.readline().decode())
-            assert url is not None
-            assert httpx.get(f"{url[1]}/health", trust_env=False).json() == {"status": "alive"}
+            lines = iter(process.stderr.readline, b"")
+            url = next(
+                found for line in lines if (found := re.search(r"listening on http://0.0.0.0:(\d+)", line.decode()))
+            )
+            assert httpx.get(f"http://127.0.0.1:{url[1]}/health", trust_env=False).json() == {"status": "alive"}
         finally:
             process.terminate()
             process.wait(30)
