@@ -4,6 +4,8 @@
 #   docker run -p 8000:8000 pd-proxy --prefill http://p1:8000 --decode http://d1:8000
 #   docker run -v ./pd-proxy.yaml:/etc/pd-proxy.yaml:ro -p 8000:8000 pd-proxy --config /etc/pd-proxy.yaml
 #
+# The file wins over what the image says, so host: 0.0.0.0 must stand there where host does.
+#
 # Its other commands, by naming the entry point:
 #
 #   docker run --entrypoint pd-proxy -v ./pd-proxy.yaml:/etc/pd-proxy.yaml:ro pd-proxy check /etc/pd-proxy.yaml

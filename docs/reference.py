@@ -29,7 +29,7 @@ from proxy.fleet.fleet import Fleet  # noqa: E402
 from proxy.settings import ClientSettings, Group, Settings, leaves  # noqa: E402
 from proxy.telemetry.admission import AdmissionSink  # noqa: E402
 from proxy.telemetry.prometheus import PrometheusSink  # noqa: E402
-from proxy.variables import CONFIG_VARIABLE, variable  # noqa: E402
+from proxy.variables import CONFIG_VARIABLE, DEFAULTS_VARIABLE, variable  # noqa: E402
 
 NONE = "\N{EN DASH}"
 NOTE = "<!-- Written by docs/reference.py from the code. Do not edit; run it again. -->\n"
@@ -130,6 +130,8 @@ def settings_page() -> str:
         "three. `pd-proxy check FILE` says what is wrong with a file, and in which line.\n",
         f"The file is named by `--config` or by the variable `{CONFIG_VARIABLE}`. Lists are YAML lists in the file; "
         "in a variable they are separated by commas; a flag may be repeated.\n",
+        f"`{DEFAULTS_VARIABLE}` has settings that rank below the file, `name=value` separated by commas: for images. A "
+        "secret may be `file:PATH` or `env:NAME` everywhere; an empty one is an error.\n",
         "The reasons for the defaults are in [config/pd-proxy.yaml](../config/pd-proxy.yaml).\n",
     ]
     for group, fields in groups.items():

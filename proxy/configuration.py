@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from proxy.advice import advise
+from proxy.advice import advise, is_loopback
 from proxy.settings import (
     BackendGroup,
     ClientSettings,
@@ -185,6 +185,11 @@ def _notes(sources: _Sources) -> list[str]:
 def _warnings(settings: Settings, sources: _Sources) -> list[str]:
     file = sources.file
     found = [f"{file.path}:1: it is empty, so it sets nothing"] if file is not None and not file.values else []
+    usual = _value(sources.variables.defaults, "host")
+    if usual is not None and is_loopback(settings.host) and not is_loopback(str(usual)):
+        found.append(
+            f"{sources.of('host')}: host: nobody outside this container reaches {settings.host}; it needs {usual}"
+        )
     for advice in advise(settings):
         where = sources.of(advice.setting)
         found.append(f"{where}: {advice.text}" if where else advice.text)

@@ -604,7 +604,7 @@ class Settings(Group):
     """Everything that can be set."""
 
     host: Annotated[str, AfterValidator(_listening_host)] = Field(
-        "127.0.0.1", description="address to listen on; 0.0.0.0 for all (the Docker image sets it)"
+        "127.0.0.1", description="address to listen on; 0.0.0.0 for all, as in a container"
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     reuse_port: bool = Field(

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from proxy import __version__
-from proxy.configuration import configure
+from proxy.configuration import configure, gather
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,6 +98,8 @@ def test_a_mounted_file_wins_over_what_the_image_says(tmp_path: Path) -> None:
     file.write_text("host: 127.0.0.1\nport: 9000\n")
     settings = configure({}, file, final_environment())
     assert (settings.host, settings.port) == ("127.0.0.1", 9000)
+    (warning, *_) = gather({"mixed": "a:1"}, file, final_environment()).warnings
+    assert warning == f"{file}:1: host: nobody outside this container reaches 127.0.0.1; it needs 0.0.0.0"
     assert not [name for name in final_environment() if name.removeprefix("PD_PROXY_") in ("HOST", "PORT")]
 
 

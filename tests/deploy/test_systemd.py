@@ -25,7 +25,10 @@ def options() -> dict[str, list[str]]:
 def test_the_service_reads_variables_if_there_are_any_and_reloads_by_sighup() -> None:
     unit = options()
     assert unit["EnvironmentFile"] == ["-/etc/pd-proxy/environment"]
-    assert unit["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
+    assert unit["ExecReload"] == [
+        "/opt/pd-proxy/bin/pd-proxy check /etc/pd-proxy/pd-proxy.yaml",
+        "/bin/kill -HUP $MAINPID",
+    ]
     assert unit["Type"] == ["notify"]
 
 
