@@ -24,9 +24,8 @@ from proxy.fleet.fleet import Fleet
 from proxy.flow.stored import StoredResponses
 from proxy.handoff.endpoints import LAYOUTS
 from proxy.relay import events
-from proxy.relay.answers import engine_error, strip_handoff
+from proxy.relay.answers import engine_error, names_handoff, strip_handoff
 from proxy.relay.dialects import DIALECTS
-from proxy.relay.edit import HANDOFF_MARK
 from proxy.settings import Settings
 
 _PATH = LAYOUTS["responses"].path
@@ -71,7 +70,10 @@ def responses(
             answer = await control.ask(url + path, method=method, query=query, seconds=idle, limit=limit)
         except BackendError as error:
             raise _named(url, error) from error
-        return Response(strip_handoff(good(url, answer).body), media_type="application/json")
+        try:
+            return Response(strip_handoff(good(url, answer).body), media_type="application/json")
+        except Undecodable as error:
+            raise BackendGarbled(f"{url} sent what cannot be read: {error}") from None
 
     async def streamed(url: str, path: str, query: dict[str, str | int]) -> Response:
         async with AsyncExitStack() as stack:
@@ -110,7 +112,7 @@ def responses(
                         named = _DIALECT.read(payload)
                         sequence = max(sequence, named.sequence_number)
                         done = done or named.type in _DIALECT.last | _DIALECT.failed
-                        if HANDOFF_MARK in event:
+                        if names_handoff(event):
                             event = _DIALECT.stripped(named.type, payload)
                     yield event
             if not done:

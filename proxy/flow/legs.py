@@ -46,6 +46,7 @@ from proxy.relay.answers import (
     WholeAnswer,
     engine_error,
     engine_error_event,
+    flaw_of,
     read_usage,
     read_whole,
     strip_handoff,
@@ -296,7 +297,8 @@ _REASONS = re.compile(rb'"reasoning(?:_content)?":"[^"]')
 
 def _is_failure(answer: WholeAnswer) -> bool:
     """Whether an answer without choices is an error, and not one of another endpoint."""
-    return bool(memoryview(answer.error)) and not memoryview(answer.content) and not memoryview(answer.output)
+    error = bytes(memoryview(answer.error)[:4]) not in (b"", b"null")
+    return error and not memoryview(answer.content) and not memoryview(answer.output)
 
 
 class _Detokenized(msgspec.Struct):
@@ -427,11 +429,16 @@ class Legs:
             ended = aborted(backend.url, reason)
             self._note(backend, ended, leg, attempt)
             raise ended
-        if not memoryview(parsed.choices) and _is_failure(parsed):
+        flaw = flaw_of(parsed, LAYOUTS[request.body.endpoint].answer)
+        if (flaw or not memoryview(parsed.choices)) and _is_failure(parsed):
             said = answer if dialect is None else b'{"error":%b}' % bytes(parsed.error)
             failed = engine_error_event(backend.url, said)
             self._note(backend, failed, leg, attempt)
             raise failed
+        if flaw:
+            garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {flaw}")
+            self._note(backend, garbled, leg, attempt)
+            raise garbled
         if dialect is not None and attempt.logprobs is not None:
             await attempt.logprobs.here
             try:
@@ -452,6 +459,12 @@ class Legs:
             answer = answer.replace(attempt.id.encode(), attempt.alias.encode())
         if (counts := attempt.handed_over_counts()) is not None:
             answer = counts.into(answer)
+        try:
+            shown = strip_handoff(answer)
+        except Undecodable as error:
+            garbled = BackendGarbled(f"{backend.url} answered 200 with what cannot be given on: {error}")
+            self._note(backend, garbled, leg, attempt)
+            raise garbled from None
         self._fleet.succeeded(backend, leg)
         if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
             backend.reasons = True
@@ -461,7 +474,7 @@ class Legs:
         if attempt.limbo is not None:
             attempt.limbo.close()
         record.status = 200
-        request.client.respond(200, request.headers(JSON), strip_handoff(answer))
+        request.client.respond(200, request.headers(JSON), shown)
 
     async def decode_stream(self, attempt: Try, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants events. Returns when the client has been given all of them."""

@@ -82,7 +82,7 @@ def _beside_text(choice: dict[str, msgspec.Raw]) -> dict[str, Any]:
     message = _decode_object(choice["message"])
     said = {name: message[name] for name in ("reasoning", "reasoning_content") if message.get(name)}
     if calls := message.get("tool_calls"):
-        said["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
+        said["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls) if isinstance(call, dict)]
     return said
 
 
@@ -91,7 +91,8 @@ class _Counts:
 
     def __init__(self, answer: dict[str, msgspec.Raw], body: Body) -> None:
         usage = _decode_object(answer["usage"]) if "usage" in answer else {}
-        self._prompt = int(usage.get("prompt_tokens", 0))
+        prompt = usage.get("prompt_tokens")
+        self._prompt = prompt if type(prompt) is int else 0
         self._usage = usage
         # vLLM 0.32 shows this one in the events of chats even where it is null.
         self._more = ("completion_tokens_details",) if body.endpoint == "chat" else ()
@@ -148,7 +149,7 @@ def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) ->
             ids = [*_decode_list(first.choice["token_ids"]), *_decode_list(rest["token_ids"])]
             rest["token_ids"] = msgspec.Raw(_encode(ids))
         members["usage"] = msgspec.Raw(_encode(merge(_decode_object(members["usage"]))))
-    except (Undecodable, KeyError, IndexError) as error:
+    except (Undecodable, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"it cannot be joined to its first token: {error}") from None
     members = {name: value for name, value in members.items() if name not in _ENDPOINTS_OWN}
     for name in ("id", "created", "model"):

@@ -14,6 +14,7 @@ prompt of a list finds its own room, since both engines count up from the one th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 
@@ -33,8 +34,8 @@ class _ServerInfo(msgspec.Struct):
     """What an engine says of itself."""
 
     disaggregation_mode: str
-    disaggregation_bootstrap_port: int
-    dp_size: int = 1
+    disaggregation_bootstrap_port: Annotated[int, msgspec.Meta(ge=0, le=65535)]
+    dp_size: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 1
 
 
 _read_info = json_decoder(_ServerInfo)

@@ -156,9 +156,9 @@ def _length(name: str, raw: bytes) -> int:
 
 class _Meta(msgspec.Struct):
     finish_reason: dict[str, Any] | str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
+    prompt_tokens: Any = 0
+    completion_tokens: Any = 0
+    cached_tokens: Any = 0
 
 
 class _Item(msgspec.Struct):
@@ -185,9 +185,13 @@ def usage_of(answer: bytes, prompts: int) -> msgspec.Raw:
     metas = [item.meta_info for item in (items if isinstance(items, list) else [items])]
     if any(isinstance(meta.finish_reason, dict) and meta.finish_reason.get("type") == "abort" for meta in metas):
         raise BackendGarbled("prefill has given the request up")
+    counts = [(meta.prompt_tokens, meta.completion_tokens, meta.cached_tokens) for meta in metas]
+    if any(type(count) is not int or count < 0 for each in counts for count in each):
+        return _NULL  # of what counts no tokens nothing is believed
+    prompt, completion, cached = map(sum, zip(*counts, strict=True))
     usage = {
-        "prompt_tokens": sum(meta.prompt_tokens for meta in metas),
-        "completion_tokens": sum(meta.completion_tokens for meta in metas),
-        "prompt_tokens_details": {"cached_tokens": sum(meta.cached_tokens for meta in metas)},
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
     return msgspec.Raw(_encode(usage))

@@ -14,10 +14,9 @@ import msgspec
 
 from proxy.decoding import Undecodable, WrongShape, json_decoder
 from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut
-from proxy.relay.answers import engine_error_event, strip_handoff
+from proxy.relay.answers import engine_error_event, names_handoff, strip_handoff
 from proxy.relay.client import Client, Headers
 from proxy.relay.deadlines import Deadlines
-from proxy.relay.edit import HANDOFF_MARK
 from proxy.relay.events import EventReader, read
 from proxy.relay.http1 import Connection
 
@@ -104,16 +103,15 @@ class Carry:
             return self.body, msgspec.Raw()
         body = self.body
         try:
+            shown = strip_handoff(body)
             parsed = _decode_object(body)
         except WrongShape:  # a list, say
-            if HANDOFF_MARK in body:
-                raise BackendGarbled(f"{self._url} answered 200 with a hand-off where none is looked for") from None
-            return body, msgspec.Raw()
+            return shown, msgspec.Raw()
         except Undecodable as error:
             raise BackendGarbled(f"{self._url} answered 200 with what is not JSON: {error}") from None
         if memoryview(parsed.error) and bytes(parsed.error) != b"null":
             raise engine_error_event(self._url, body)
-        return strip_handoff(body), parsed.usage
+        return shown, parsed.usage
 
     def passed_headers(self) -> list[tuple[bytes, bytes]]:
         """Those of the engine's headers that are the client's too."""
@@ -201,18 +199,19 @@ class Carry:
 
     def _give(self, block: bytes) -> None:
         """Pass whole events on."""
-        if _ERROR in block or HANDOFF_MARK in block:
+        if _ERROR in block or names_handoff(block):
             events: list[bytes] = []
             for event, payload in read(block):
                 if payload.startswith(_ERROR):
                     if events:
                         self._write(b"".join(events))
                     raise engine_error_event(self._url, payload)
-                if HANDOFF_MARK in payload:
-                    stripped = strip_handoff(payload)
-                    if stripped is payload:
-                        raise BackendGarbled(f"{self._url} sent an event with a hand-off in it that is not JSON")
-                    event = b"data: %b\n\n" % stripped
+                if names_handoff(payload):
+                    try:
+                        event = b"data: %b\n\n" % strip_handoff(payload)
+                    except Undecodable:
+                        why = f"{self._url} sent an event with a hand-off in it that is not JSON"
+                        raise BackendGarbled(why) from None
                 events.append(event)
             block = b"".join(events)
         self._write(block)

@@ -9,12 +9,11 @@ import msgspec
 from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendGarbled
 from proxy.relay.aborts import abort_in
-from proxy.relay.answers import HANDOFF_FIELDS, Usage, WholeAnswer, read_usage, read_whole
+from proxy.relay.answers import Usage, WholeAnswer, read_usage, read_whole, strip_handoff
 from proxy.relay.cache_counts import CacheCounts
 from proxy.relay.prompt_logprobs import PromptLogprobs
 
 _ABSENT = msgspec.Raw()
-_decode_members = json_decoder(dict[str, msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -51,7 +50,7 @@ class Dialect(msgspec.Struct, frozen=True):
         tokens: how the names of events end that bring tokens.
         last: events of which one ends the answer.
         failed: events of which one says that the engine could not finish.
-        inside: members of an event that hold the answer's own object, and with it what stays inside and its usage.
+        inside: members of an event that hold the answer's own object, and with it its usage.
         preempted: bytes by which an engine says that it dropped the request to get at its memory; or nothing.
         ends: events that say why the answer ended.
     """
@@ -130,11 +129,7 @@ class Dialect(msgspec.Struct, frozen=True):
 
     def stripped(self, name: str, payload: bytes) -> bytes:
         """An event, without what names engines' addresses."""
-        members = _stripped(_decode_members(payload))
-        for inside in self.inside:
-            if bytes(memoryview(members.get(inside, _ABSENT))[:1]) == b"{":
-                members[inside] = msgspec.Raw(_encode(_stripped(_decode_members(members[inside]))))
-        return b"event: %b\ndata: %b\n\n" % (name.encode(), _encode(members))
+        return b"event: %b\ndata: %b\n\n" % (name.encode(), strip_handoff(payload))
 
     def recounted(self, event: bytes, name: str, payload: bytes, counts: CacheCounts) -> bytes:
         """An event that tells of a usage, with prefill's counts in it."""
@@ -150,9 +145,3 @@ class Dialect(msgspec.Struct, frozen=True):
             Undecodable: it is none.
         """
         return read_whole(answer)
-
-
-def _stripped(members: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
-    for field in HANDOFF_FIELDS:
-        members.pop(field, None)
-    return members

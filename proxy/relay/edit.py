@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from proxy.decoding import Undecodable, json_decoder
-from proxy.relay.answers import HANDOFF_FIELDS
+from proxy.relay.answers import names_handoff, strip_handoff
 from proxy.relay.cache_counts import CacheCounts
 
 _Members = dict[str, msgspec.Raw]
@@ -23,7 +23,6 @@ _decode_usage = json_decoder(dict[str, Any] | None)
 _encode = msgspec.json.Encoder().encode
 _NULL = msgspec.Raw(b"null")
 
-HANDOFF_MARK = b'_transfer_params"'
 # Within a JSON string every quote has a backslash before it, so these match members only.
 _IDS_MARK = b'token_ids"'
 _IDS = b',"token_ids":'
@@ -59,23 +58,23 @@ class Edit(msgspec.Struct, frozen=True):
             event: as it came.
             payload: its data.
             ids: the value of its `token_ids`, as it stands there, where known.
+        Raises:
+            Undecodable: something is to be changed, and it is no JSON.
         """
         # `find`, here and elsewhere on the way of each event: `in` tries to take the needle for a number first, and
         # the exception that this raises costs more than the search.
-        if self.identity is None and event.find(HANDOFF_MARK) < 0:
+        odd = names_handoff(event)
+        if self.identity is None and not odd:
             if not self.hide_ids:
                 return event
             shown = event.replace(_IDS + ids, b"", 1) if ids else event
             if shown.find(_IDS_MARK) < 0:
                 return shown
-        try:
-            members = _decode_members(payload)
-            choices = _decode_choices(members.get("choices", _NULL))
-            usage = _decode_usage(members.get("usage", _NULL)) if self.said else None
-        except Undecodable:
-            return event
-        for field in HANDOFF_FIELDS:
-            members.pop(field, None)
+        if odd:
+            payload = strip_handoff(payload)
+        members = _decode_members(payload)
+        choices = _decode_choices(members.get("choices", _NULL))
+        usage = _decode_usage(members.get("usage", _NULL)) if self.said else None
         if self.hide_ids:
             members.pop("prompt_token_ids", None)
             for choice in choices or ():

@@ -19,7 +19,8 @@ from functools import lru_cache
 from itertools import pairwise, takewhile
 from time import monotonic
 
-from proxy.relay.edit import HANDOFF_MARK, Edit
+from proxy.relay.answers import names_handoff
+from proxy.relay.edit import Edit
 from proxy.relay.transcript import Transcript
 from proxy.telemetry.records import Distribution
 
@@ -223,7 +224,7 @@ class Passage(asyncio.Protocol):
         mid += marker
         plain = mid.find(PLAIN) >= 0 and _BRACKET not in mid and mid.translate(None, _DIGITS) == mid
         around = event[:end] + rest
-        if not plain or _BACKSLASH in event[text:end] or around.find(HANDOFF_MARK) >= 0:
+        if not plain or _BACKSLASH in event[text:end] or names_handoff(around):
             return
         if self._ids is not None and around.find(b'token_ids"') >= 0:
             return

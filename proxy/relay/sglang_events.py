@@ -16,7 +16,7 @@ import msgspec
 from proxy.decoding import Undecodable, WrongShape, json_decoder
 from proxy.errors import BackendGarbled
 from proxy.relay.aborts import is_abort
-from proxy.relay.answers import HANDOFF_FIELDS, CachedDetails, Usage, WholeAnswer
+from proxy.relay.answers import Usage, WholeAnswer, count_usage, strip_handoff
 from proxy.relay.cache_counts import CacheCounts
 from proxy.relay.dialect import Dialect, NamedEvent
 from proxy.relay.prompt_logprobs import PromptLogprobs
@@ -29,9 +29,9 @@ _ABSENT = msgspec.Raw()
 
 class _Meta(msgspec.Struct):
     finish_reason: dict[str, Any] | str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
+    prompt_tokens: Any = 0
+    completion_tokens: Any = 0
+    cached_tokens: Any = 0
 
 
 class _Said(msgspec.Struct):
@@ -110,9 +110,7 @@ class SGLangEvents(Dialect, frozen=True):
     def stripped(self, name: str, payload: bytes) -> bytes:
         if payload == _DONE:
             return b"data: [DONE]\n\n"
-        members = _decode_members(payload)
-        for field in HANDOFF_FIELDS:
-            members.pop(field, None)
+        members = _decode_members(strip_handoff(payload))
         if self.logprobs is not None and not self.waits and "meta_info" in members:
             members = self.logprobs.into(members, _decode_index(members.get("index", b"0")))
         return b"data: %b\n\n" % _encode(members)
@@ -153,11 +151,9 @@ def _failure(said: _Said) -> bytes:
     return _encode({"message": reason.get("message"), "type": kind, "param": None, "code": reason["status_code"]})
 
 
-def _total(metas: Iterable[_Meta]) -> Usage:
-    """The usage of all prompts together, in chat's words."""
-    prompt = completion = cached = 0
-    for meta in metas:
-        prompt += meta.prompt_tokens
-        completion += meta.completion_tokens
-        cached += meta.cached_tokens
-    return Usage(prompt, completion, CachedDetails(cached))
+def _total(metas: Iterable[_Meta]) -> Usage | None:
+    """The usage of all prompts together, in chat's words; None where one of them says what counts no tokens."""
+    counts = [(meta.prompt_tokens, meta.completion_tokens, meta.cached_tokens) for meta in metas]
+    if any(count_usage(*each) is None for each in counts):
+        return None
+    return count_usage(*map(sum, zip(*counts, strict=True))) if counts else Usage(0, 0)

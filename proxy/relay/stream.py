@@ -29,11 +29,11 @@ from proxy.errors import (
 )
 from proxy.relay import events
 from proxy.relay.aborts import abort_of, aborted
-from proxy.relay.answers import Usage, engine_error, engine_error_event, read_usage
+from proxy.relay.answers import Usage, engine_error, engine_error_event, names_handoff, read_usage
 from proxy.relay.client import Client
 from proxy.relay.deadlines import Deadlines
 from proxy.relay.dialect import Dialect
-from proxy.relay.edit import HANDOFF_MARK, Edit, take_prompt_ids
+from proxy.relay.edit import Edit, take_prompt_ids
 from proxy.relay.http1 import Connection
 from proxy.relay.passage import PLAIN, Passage
 from proxy.relay.transcript import Transcript
@@ -520,7 +520,7 @@ class StreamRelay:
         if live and self._edit.idle and not self._transcript.continuable:
             count = block.count(b"\n\n")
             ordinary = count and count == block.count(b'"choices":[{') == block.count(b'"finish_reason":null')
-            if ordinary and b"\r" not in block and block.find(HANDOFF_MARK) < 0 and not _ODD.search(block):
+            if ordinary and b"\r" not in block and not names_handoff(block) and not _ODD.search(block):
                 if count == 1:
                     passage.pattern = block
                 return block, count
@@ -578,7 +578,11 @@ class StreamRelay:
                 if choices and usage.prompt_tokens_details is not None:
                     event, payload = edit.recounted(event, payload)
             if not choices:
-                kept.append(edit.closing(event, payload))
+                try:
+                    kept.append(edit.closing(event, payload))
+                except Undecodable as error:
+                    self._failure = BackendGarbled(f"{self._url} sent an event that cannot be edited: {error}")
+                    break
                 continue
             choice = choices[0]
             delta = choice.delta
@@ -591,7 +595,11 @@ class StreamRelay:
                 break
             ids = bytes(choice.token_ids)
             silent = not text and not finished and delta is not None and self._is_silent(delta, payload)
-            shown = b"" if silent else edit.event(event, payload, ids)
+            try:
+                shown = b"" if silent else edit.event(event, payload, ids)
+            except Undecodable as error:
+                self._failure = BackendGarbled(f"{self._url} sent an event that cannot be edited: {error}")
+                break
             if self._opening is None:
                 self._opening = shown
                 if not self._prompt:
@@ -647,7 +655,7 @@ class StreamRelay:
                 continue
             try:
                 named = dialect.read(payload)
-                if dialect.edits or event.find(HANDOFF_MARK) >= 0:
+                if dialect.edits or names_handoff(event):
                     event = dialect.stripped(named.type, payload)
                     payload = events.payload(event)
             except (BackendGarbled, Undecodable) as error:
@@ -686,7 +694,7 @@ class StreamRelay:
         for _, payload in events.read(block):
             try:
                 failed = dialect.failure(dialect.read(payload), payload) if payload else b""
-            except BackendGarbled as error:
+            except (BackendGarbled, Undecodable) as error:
                 self._failure = BackendGarbled(f"{self._url} sent what cannot be read: {error}")
                 return
             if failed:

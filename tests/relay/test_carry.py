@@ -64,7 +64,7 @@ async def test_an_answer_in_one_piece_is_whole_before_it_is_anything() -> None:
         (b"", BackendGarbled),
         (b'{"data":[', BackendGarbled),
         (b"<html>", BackendGarbled),
-        (b'[{"kv_transfer_params":1}]', BackendGarbled),
+        (b'{"kv_transfer_params":1,"caf\xe9":1}', BackendGarbled),
         (b'{"error":{"message":"m","code":500}}', BackendFailed),
         (b'{"x":1,"error":"text"}', BackendFailed),
     ],
@@ -73,6 +73,11 @@ async def test_what_is_no_answer_is_an_error(body: bytes, error: type[BackendErr
     made = await answered(body) if body else await answered()
     with pytest.raises(error):
         made.whole()
+
+
+async def test_a_list_is_rid_of_hand_offs_too() -> None:
+    made = await answered(rb'[{"a":1,"kv\u005ftransfer_params":{"remote_host":"10.0.0.1"}}]')
+    assert made.whole()[0] == b'[{"a":1}]'
 
 
 @pytest.mark.parametrize("body", [b"[1,2]", b'{"error":null,"a":1}', b'{"a":1}'])

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.decoding import Undecodable
 from proxy.relay.edit import Edit
 from proxy.relay.events import payload
 
@@ -266,8 +267,21 @@ def test_merging_leaves_what_it_was_given() -> None:
 
 @pytest.mark.parametrize("said", [b"data: {nope\n\n", b"data: [1]\n\n", b'data: {"choices":5}\n\n'])
 @pytest.mark.parametrize("edit", [HIDE, Edit(identity=SAME, said=3)])
-def test_what_is_no_answer_is_left_as_it_is(said: bytes, edit: Edit) -> None:
-    assert shown(said, edit) == said
+def test_what_is_no_answer_and_would_be_edited_is_an_error(said: bytes, edit: Edit) -> None:
+    with pytest.raises(Undecodable):
+        shown(said, edit)
+
+
+@pytest.mark.parametrize(
+    "name", [rb"kv\u005ftransfer_params", rb"ec_transfer_param\u0073", rb"disaggregated_params", rb"kv_transfer_params"]
+)
+@pytest.mark.parametrize("edit", [Edit(), HIDE, Edit(identity=SAME, said=3)])
+def test_a_hand_off_is_taken_out_of_an_event_however_it_is_spelled(name: bytes, edit: Edit) -> None:
+    said = b'data: {"%b":{"a":"10.0.0.1"},"choices":[{"delta":{"content":"x"},"%b":{"a":"10.0.0.1"}}]}\n\n' % (
+        name,
+        name,
+    )
+    assert shown(said, edit) == b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
 
 
 # What stands before a text
