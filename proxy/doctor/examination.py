@@ -243,7 +243,12 @@ class _Examination:
 
         async def attempt(prefill: Backend, decode: Backend) -> Trial:
             async with free:
-                return await self._trials.run(prefill, decode)
+                try:
+                    return await self._trials.run(prefill, decode)
+                except Exception as error:  # a defect of ours, which must not hide what is found of the others
+                    what = f"prefill {prefill.url} and decode {decode.url}: the trial itself failed: {error!r}"
+                    defect = found("failed", what, prefill.url, decode.url, advice="Report it as a defect of pd-proxy.")
+                    return Trial(prefill.url, decode.url, defect)
 
         return list(await asyncio.gather(*(attempt(*pair) for pair in pairs)))
 

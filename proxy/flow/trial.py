@@ -39,7 +39,7 @@ from proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
 
 log = logging.getLogger("pd_proxy.flow")
 
-PATIENCE = 30.0  # seconds for one pair; a handshake that fails takes an engine 5
+PATIENCE = 45.0  # seconds for one pair; a handshake that fails takes vLLM 5, one on a busy machine was seen to take 30
 _PROMPTS = 3
 _LOOKS = (0.0, 0.1, 0.4)  # seconds before looks at decode's count: an engine may count after it has answered
 # Longer than a block of any engine (16 tokens on GPUs, 128 on Ascend), so that there is something to transfer. An id

@@ -170,6 +170,7 @@ class Warmup:
                 trial = await self._trials.run(prefill, decode)
             except Exception:
                 log.exception("warming up %s and %s failed", *pair)  # a defect of ours; serving goes on without it
+                self._plan_another(prefill, decode)
                 continue
             self._fleet.warmups["ok" if trial.finding is None else trial.finding.code] += 1
             if trial.finding is None:
@@ -216,6 +217,11 @@ class Warmup:
         )
         prefill.handoff = HandoffState("failed", decode.url, trial.at, finding)
         decode.handoff = HandoffState("failed", prefill.url, trial.at, finding)
+        self._plan_another(prefill, decode)
+
+    def _plan_another(self, prefill: Backend, decode: Backend) -> None:
+        """Have a pair that failed tried again, later each time."""
+        pair = prefill.url, decode.url
         self._tries[pair] += 1
         if prefill.handed_over and decode.handed_over and self._tries[pair] >= _TRIES:
             return

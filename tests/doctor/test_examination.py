@@ -16,6 +16,7 @@ from proxy.doctor import examination
 from proxy.doctor.examination import examine
 from proxy.doctor.report import Report
 from proxy.fleet.findings import Finding
+from proxy.flow.trial import Trials
 from proxy.settings import build_settings
 from proxy.simulator import Simulator
 from tests.contract.cases import CASES, IDS, Case
@@ -413,3 +414,14 @@ async def test_an_engine_that_does_not_register(monkeypatch: pytest.MonkeyPatch)
             found = await report([p.url], [d.url], **{**case.gateway([p, d]), "zmq": {"registrations": told["proxy"]}})
             assert [finding.code for finding in found.findings] == ["unregistered", "unregistered"]
             assert "zmq.registrations" in found.findings[0].advice
+
+
+async def test_a_defect_of_ours_does_not_hide_what_is_found_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(trials: Trials, *pair: object) -> None:
+        raise RuntimeError("oops")
+
+    monkeypatch.setattr(Trials, "_hand_over", fail)
+    async with simulators("prefill", "decode") as [p, d]:
+        finding = only(await report([p.url], [d.url]))
+        assert (finding.code, finding.backends) == ("failed", (p.url, d.url))
+        assert "oops" in finding.what

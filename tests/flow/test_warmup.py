@@ -367,6 +367,22 @@ async def test_who_was_draining_when_it_came_up_is_tried_once_it_drains_no_more(
         await until(lambda: handoffs(running) == [("ok", True)] * 2)
 
 
+async def test_a_defect_of_ours_does_not_end_warm_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "_FIRST_WAIT", 0.05)
+    hand_over, failed = trial.Trials._hand_over, []
+
+    async def fail_once(trials: trial.Trials, *pair: Any) -> None:
+        if not failed:
+            failed.append(pair)
+            raise RuntimeError("oops")
+        await hand_over(trials, *pair)
+
+    monkeypatch.setattr(trial.Trials, "_hand_over", fail_once)
+    async with pools(1, 1, warmup=True) as (running, _, _):
+        await until(lambda: handoffs(running) == [("ok", True)] * 2)
+        assert not await ready(running)
+
+
 async def test_without_warm_ups_backends_that_are_up_are_ready() -> None:
     async with unlike({"connector": "none"}, {}, warmup=False) as (running, _, _):
         assert not await ready(running)

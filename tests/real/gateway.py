@@ -13,7 +13,7 @@ import httpx
 from .metrics import series
 from .processes import Group, ended, free_port, wait_until
 
-READY_SECONDS = 30.0
+READY_SECONDS = 90.0  # /ready waits for a first hand-off, and a first connection may take half a minute (UCX)
 STOP_SECONDS = 20.0
 COMMAND = Path(sys.executable).with_name("pd-proxy")
 """The console script beside the Python that runs pytest."""
