@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import cache
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
@@ -31,9 +32,10 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from proxy.decoding import decode_json_once
-from proxy.variables import merge, read_variables
+from proxy.variables import read_variables
 
 _LONGEST = 366 * 86400.0  # seconds; far beyond it event loops refuse to wait
 Seconds = Annotated[float, Field(gt=0, le=_LONGEST)]
@@ -162,7 +164,7 @@ REFERENCES = (_IN_FILE, _IN_VARIABLE)
 _PLACEHOLDER = re.compile(r"\$\{\w+[^}]*\}|\$\(\w+\)|\$[A-Z][A-Z0-9_]*|\{\{.*\}\}|<[\w -]+>")
 
 
-def _secrets(value: object, info: ValidationInfo) -> object:
+def _secrets(value: object) -> object:
     """Several secrets: a list, or one string with commas. A file may hold several, one a line."""
     items = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
@@ -170,19 +172,19 @@ def _secrets(value: object, info: ValidationInfo) -> object:
     found: list[object] = []
     for item in items:
         if isinstance(item, str) and item.startswith(_IN_FILE):
-            found += [line.strip() for line in _referred(item, info).splitlines() if line.strip()]
+            found += [line.strip() for line in _referred(item).splitlines() if line.strip()]
         else:
             found.append(item)
     return found
 
 
-def _secret(value: object, info: ValidationInfo) -> object:
+def _secret(value: object) -> object:
     """A secret, from where it is if it was not given itself. None without characters: that one everybody has."""
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
     if not isinstance(value, str):
         return value
-    value = _referred(value, info)
+    value = _referred(value)
     if not value.strip():
         raise ValueError("an empty secret is none; for none leave the setting out")
     if _PLACEHOLDER.fullmatch(value):
@@ -192,12 +194,12 @@ def _secret(value: object, info: ValidationInfo) -> object:
     return value
 
 
-def _referred(value: str, info: ValidationInfo) -> str:
+def _referred(value: str) -> str:
     """What `file:PATH` or `env:VARIABLE` names; else the value itself."""
     text = value
     if value.startswith(_IN_VARIABLE):
         where = value.removeprefix(_IN_VARIABLE)
-        text = _environment(info).get(where, "")
+        text = _environment.get().get(where, "")
         where = f"the variable {where}"
     elif value.startswith(_IN_FILE):
         where = value.removeprefix(_IN_FILE)
@@ -210,10 +212,6 @@ def _referred(value: str, info: ValidationInfo) -> str:
     if text is not value and not text.strip():
         raise ValueError(f"{where} is empty or not there")
     return text
-
-
-def _environment(info: ValidationInfo) -> Mapping[str, str]:
-    return cast("Mapping[str, str]", (info.context or {}).get("environment", os.environ))
 
 
 Secret = Annotated[SecretStr, BeforeValidator(_secret)]
@@ -600,8 +598,10 @@ def _overlap(one: str, other: str) -> bool:
     return one == other or not {"0.0.0.0", "::"}.isdisjoint((one, other))  # noqa: S104 - compared
 
 
-class Settings(Group):
+class Settings(Group, BaseSettings):
     """Everything that can be set."""
+
+    model_config = SettingsConfigDict(validate_default=False, nested_model_default_partial_update=True)
 
     host: Annotated[str, AfterValidator(_listening_host)] = Field(
         "127.0.0.1", description="address to listen on; 0.0.0.0 for all, as in a container"
@@ -859,6 +859,25 @@ class Settings(Group):
         numbered = [(f"key-{number}", key) for number, key in enumerate(self.api_keys, 1)]
         return numbered + [(client.name, client.key) for client in self.clients]
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *others: object,
+        **more: object,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # What `build_settings` has gathered comes in as one argument, in the order of rank. `variables.py` reads the
+        # environment, since pydantic-settings' own source knows neither Kubernetes' variables nor misspelt names.
+        values = cast(InitSettingsSource, init_settings).init_kwargs
+        layers = cast("tuple[Mapping[str, Any], ...]", values.pop(_LAYERS, ()))
+        return init_settings, *(InitSettingsSource(settings_cls, dict(layer)) for layer in layers)
+
+
+_LAYERS = "layers"
+_environment: ContextVar[Mapping[str, str]] = ContextVar("environment", default=os.environ)
+"""Where `env:NAME` is looked up."""
+
 
 def build_settings(
     flags: Mapping[str, Any], file_values: Mapping[str, Any], environment: Mapping[str, str] | None = None
@@ -873,8 +892,12 @@ def build_settings(
     """
     environment = os.environ if environment is None else environment
     variables = read_variables(environment, setting_names())
-    values = merge(merge(merge(variables.defaults, file_values), variables.values), flags)
-    return Settings.model_validate(values, context={"environment": environment})
+    layers: dict[str, Any] = {_LAYERS: (flags, variables.values, file_values, variables.defaults)}
+    token = _environment.set(environment)
+    try:
+        return Settings(**layers)
+    finally:
+        _environment.reset(token)
 
 
 @cache

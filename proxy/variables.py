@@ -93,15 +93,6 @@ def put(tree: dict[str, Any], name: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def merge(lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings as one; where both have a value the higher one's holds. Lists are not added up."""
-    merged = dict(lower)
-    for name, value in higher.items():
-        below = merged.get(name)
-        merged[name] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
 def _read_group(found: Variables, name: str, group: str, text: str) -> None:
     try:
         members = decode_json_once(text)
