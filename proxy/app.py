@@ -41,6 +41,7 @@ from proxy.fleet.readiness import tell_readiness
 from proxy.fleet.registration import Registrations
 from proxy.flow.callbacks import Callbacks
 from proxy.flow.flow import Flow
+from proxy.flow.hops import Hops
 from proxy.flow.legs import Legs
 from proxy.flow.room import FleetRoom
 from proxy.flow.single import ROUTES, Single
@@ -125,7 +126,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup, throughput)
     metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
-    legs = Legs(settings, fleet, telemetry, notices)
+    hops = Hops("" if crew is None else str(crew.directory))
+    legs = Legs(settings, fleet, telemetry, notices, hops)
     suspicion = Suspicion(settings.retries.after_cut, lambda backend: prober.lives(backend))
     flow = Flow(settings, fleet, legs, spoken, telemetry, random.random, callbacks, suspicion)
     exchange = None if crew is None else Exchange(crew.board, crew.worker, fleet, admission.look)
@@ -134,7 +136,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         admission.on_wait = exchange.hurry
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
     stored = StoredResponses(_shared_secret(settings, crew))
-    control = Control(settings.health.timeout, legs.authorization)
+    control = Control(settings.health.timeout, legs.authorization + hops.line)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -226,6 +228,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         body_seconds=body_seconds,
         siblings=siblings,
         cross_origin=CrossOrigin(settings.cors) if settings.cors.origins else None,
+        hops=hops,
     )
     inner = None
     if siblings is not None:

@@ -27,6 +27,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   ├── DeadlineTooClose           503  it would not be its turn in time
     │   └── QueueTimedOut              503  it was not its turn in time
     ├── TotalTimedOut                  504  the request's own time ran out
+    ├── LoopDetected                   508  the gateway's backends lead back to itself
     ├── FanOutFailed                   502  an operator's call did not go well on every backend
     └── BackendError                   502  one leg failed; another try may help
         ├── BackendUnreachable         502  no connection: nothing was read by the engine
@@ -243,6 +244,14 @@ class TotalTimedOut(GatewayError):
     status = 504
     type = "timeout"
     code = "total_timeout"
+
+
+class LoopDetected(GatewayError):
+    """The request has come back to this gateway, or has come through too many of them."""
+
+    status = 508
+    type = "loop_detected"
+    code = "loop_detected"
 
 
 class FanOutFailed(GatewayError):

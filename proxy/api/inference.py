@@ -16,6 +16,7 @@ from proxy.errors import MethodNotAllowed, ResponseNotFound, TotalTimedOut
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.names import Names
 from proxy.flow.flow import Flow
+from proxy.flow.hops import HEADER
 from proxy.flow.request import Request
 from proxy.flow.stored import StoredResponses
 from proxy.handoff.body import read_body, renamed
@@ -77,6 +78,7 @@ class Inference:
         record.request_id = identify(headers)
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{scope['path']} takes POST", allow="POST")
+        hops = self._flow.hops.passed(headers[HEADER]) if HEADER in headers else b""
         record.client = self._credentials.check_client(
             headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
         )
@@ -95,7 +97,7 @@ class Inference:
         if client.gone:
             raise ClientLeft
         client.on_gone = task.cancel
-        request = Request(body, client, record)
+        request = Request(body, client, record, hops=hops)
         if body.follows or body.stored:
             self._see_to_stored(request)
         with enter(

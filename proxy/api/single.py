@@ -29,6 +29,7 @@ from proxy.api.exchange import (
 from proxy.errors import BodyTooLarge, MethodNotAllowed, RequestTimedOut, TotalTimedOut
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.names import Names
+from proxy.flow.hops import HEADER
 from proxy.flow.single import ROUTES, Single, SingleRequest
 from proxy.handoff.body import read_members, read_model
 from proxy.handoff.form import Form
@@ -101,6 +102,7 @@ class SingleRoute:
             raise no_route(self._path, self._paths())
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{self._path} takes POST", allow="POST")
+        hops = self._flow.hops.passed(headers[HEADER]) if HEADER in headers else b""
         record.client = self._credentials.check_client(
             headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
         )
@@ -131,6 +133,7 @@ class SingleRoute:
             else:
                 model = None
             request = SingleRequest(self._path, client, record, _encode(members), model, size // _BYTES_PER_TOKEN + 1)
+        request.hops = hops
         if self._route.form and request.model is not None:
             record.model = request.model
             if not self._fleet.knows(request.model):

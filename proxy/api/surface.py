@@ -27,9 +27,11 @@ from proxy.errors import (
     BodyTooLarge,
     GatewayError,
     InvalidRequest,
+    LoopDetected,
     MethodNotAllowed,
     RequestTimedOut,
 )
+from proxy.flow.hops import HEADER, Hops
 from proxy.flow.request import new_id
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -47,6 +49,7 @@ class Surface(FastAPI):
         body_seconds: seconds in which such a body must arrive.
         siblings: the gateway's other workers, who are to serve what changes it too.
         cross_origin: what web pages of other origins may do; None: nothing.
+        hops: says which requests come from the gateway itself.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Surface(FastAPI):
         body_seconds: float = 60.0,
         siblings: Siblings | None = None,
         cross_origin: CrossOrigin | None = None,
+        hops: Hops | None = None,
     ) -> None:
         super().__init__(
             title="pd-proxy",
@@ -78,6 +82,7 @@ class Surface(FastAPI):
         self._offered = offered or hot.keys
         self._body_seconds = body_seconds
         self._siblings = siblings
+        self._hops = hops
         self._own_paths: set[str] | None = None
         for router in routers:
             # Including it would make each of its routes a second time, and nothing of ours would be put into them.
@@ -105,6 +110,12 @@ class Surface(FastAPI):
         if scope["method"] == "HEAD":
             scope, send = {**scope, "method": "GET"}, _without_body(send)
         receive, send = _bounded(receive, self._body_seconds), _with_request_id(send)
+        if self._hops is not None and (said := dict(scope["headers"]).get(HEADER)) is not None:
+            try:
+                self._hops.passed(said)
+            except LoopDetected as error:
+                await answer(error)(scope, receive, send)
+                return
         if self._siblings is not None and self._siblings.repeats(scope["method"], scope["path"]):
             await self._siblings.repeat(super().__call__, scope, receive, send)
         else:

@@ -339,7 +339,9 @@ class Prober:
         """
         path = backend.kind.health
         answer = await self._get(backend, path)
-        if (status := answer.status) != 200:
+        if (status := answer.status) == 508:
+            raise ProbeFailed("it is this gateway itself, or leads back to it", "no_engine")
+        if status != 200:
             code = "key_refused" if status in (401, 403) else "unhealthy" if status >= 500 else "no_engine"
             raise ProbeFailed(f"{path} answered {status}", code)
         if member := await self._rests(backend):

@@ -42,6 +42,7 @@ from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
 from proxy.flow.encoders import Encoders
 from proxy.flow.first_token import FirstTokens
+from proxy.flow.hops import Hops
 from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try, remember
 from proxy.flow.request import Request
 from proxy.flow.resumption import Resumption
@@ -131,6 +132,11 @@ class Flow:
     def may_split(self, body: Body) -> bool:
         """Whether prefill and decode backends of some group can share a request."""
         return body.endpoint in self._endpoints_somewhere and (not body.alone or body.alone in self._splits_somewhere)
+
+    @property
+    def hops(self) -> Hops:
+        """Says which requests have come back."""
+        return self._legs.hops
 
     async def run(self, request: Request) -> None:
         """Serve a request: the client has its whole answer when this returns.

@@ -32,6 +32,7 @@ from proxy.fleet.judge import Judge
 from proxy.fleet.notices import Notices
 from proxy.fleet.standing import LegName
 from proxy.flow.callbacks import Callbacks
+from proxy.flow.hops import Hops
 from proxy.flow.request import Request, new_id
 from proxy.handoff.connector import Connector, Handoff
 from proxy.handoff.continuation import Continuation
@@ -316,10 +317,13 @@ class Legs:
         notices: by which prefill engines say that a KV cache has arrived.
     Attributes:
         authorization: the line that shows engines their key, or nothing.
-        headers: what every leg carries, as whole lines.
+        headers: what every leg of a client's request carries, as whole lines.
+        hops: by which requests that have come back are known.
     """
 
-    def __init__(self, settings: Settings, fleet: Judge, telemetry: Telemetry, notices: Notices) -> None:
+    def __init__(
+        self, settings: Settings, fleet: Judge, telemetry: Telemetry, notices: Notices, hops: Hops | None = None
+    ) -> None:
         self._settings = settings
         self._notices = notices
         self._timeouts = settings.timeouts
@@ -332,7 +336,17 @@ class Legs:
         self._origins: dict[str, Origin] = {}
         key = settings.backend_api_key
         self.authorization = b"" if key is None else b"authorization: Bearer %b\r\n" % key.get_secret_value().encode()
-        self.headers = b"accept-encoding: identity\r\n" + self.authorization
+        self.hops = hops or Hops()
+        self._identity = b"accept-encoding: identity\r\n" + self.authorization
+        self.headers = self._identity + self.hops.line
+
+    def headers_after(self, hops: bytes) -> bytes:
+        """What a leg carries, as whole lines.
+
+        Arguments:
+            hops: the gateways that its request has come through.
+        """
+        return self._identity + self.hops.onward(hops) if hops else self.headers
 
     def close(self) -> None:
         """Close idle connections."""
@@ -602,7 +616,11 @@ class Legs:
             reads: its engine is to read what was handed over.
             rank: the engine's data-parallel rank that it is for, where it has several.
         """
-        headers = b"x-request-id: %b\r\n%b%b" % (attempt.id.encode("ascii"), self.headers, leg.headers)
+        headers = b"x-request-id: %b\r\n%b%b" % (
+            attempt.id.encode("ascii"),
+            self.headers_after(attempt.request.hops),
+            leg.headers,
+        )
         if rank is not None:
             headers += b"x-data-parallel-rank: %d\r\n" % rank
         limbo = attempt.limbo

@@ -42,6 +42,7 @@ class Request(msgspec.Struct):
         error: why the last try failed.
         cuts: the engines that may have died with it, where there are any.
         gained: tokens that the present try's decode leg has given.
+        hops: the gateways that it has come through (`hops.py`); empty where it came from a client.
         failed: the leg that failed last and the reason, for `note_retry`.
         prefill_tokens: what the prefill leg puts on its backend.
         decode_tokens: what the decode leg puts on its backend: the prompt's KV cache and the output to come.
@@ -65,6 +66,7 @@ class Request(msgspec.Struct):
     error: BackendError | None = None
     cuts: Cuts | None = None
     gained: int = 0
+    hops: bytes = b""
     failed: tuple[str, str] = ("", "")
     prefill_tokens: int = 0
     decode_tokens: int = 0

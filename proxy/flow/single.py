@@ -32,6 +32,7 @@ from proxy.errors import (
 from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
+from proxy.flow.hops import Hops
 from proxy.flow.legs import EVENT_STREAM, Legs, leg_of
 from proxy.flow.request import new_id
 from proxy.flow.suspicion import Cuts, Suspicion, warn
@@ -135,6 +136,7 @@ class SingleRequest(msgspec.Struct):
         tokens: what it puts on its backend, estimated.
         avoid: URLs of backends that failed it.
         cuts: the engines that may have died with it, where there are any.
+        hops: the gateways that it has come through; empty where it came from a client.
     """
 
     path: str
@@ -145,6 +147,7 @@ class SingleRequest(msgspec.Struct):
     tokens: int
     avoid: set[str] = msgspec.field(default_factory=set)
     cuts: Cuts | None = None
+    hops: bytes = b""
 
     @property
     def route(self) -> Route:
@@ -180,6 +183,11 @@ class Single:
         self._suspicion = suspicion
         self._random = random
         self._turn = 0
+
+    @property
+    def hops(self) -> Hops:
+        """Says which requests have come back."""
+        return self._legs.hops
 
     async def run(self, request: SingleRequest) -> None:
         """Serve a request: the client has its whole answer when this returns.
@@ -298,7 +306,7 @@ class Single:
             idle=self._idle_limit,
         )
         origin = self._legs.origin(backend)
-        headers = b"x-request-id: %b\r\n%b" % (new_id().encode("ascii"), self._legs.headers)
+        headers = b"x-request-id: %b\r\n%b" % (new_id().encode("ascii"), self._legs.headers_after(request.hops))
         try:
             if isinstance(body, bytes):
                 carry.connection = await origin.send(request.path, headers, (body,), carry)
