@@ -215,6 +215,6 @@ def _translated() -> Iterator[None]:
 
 def _why(error: BaseException) -> str:
     """What a failed connection says, in few words and without its address: the innermost error knows best."""
-    while isinstance(inner := error.__cause__ or error.__context__, Exception):
+    while isinstance(inner := error.__cause__, Exception):
         error = inner.exceptions[0] if isinstance(inner, ExceptionGroup) else inner
     return str(getattr(error, "strerror", None) or str(error) or type(error).__name__)

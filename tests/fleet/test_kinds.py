@@ -10,11 +10,11 @@ import pytest
 import respx
 
 from proxy.fleet.backend import Backend
+from proxy.fleet.control import Control
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import ProbeFailed, Prober
 from proxy.fleet.kinds import KINDS
 from proxy.settings import KindName, Settings
-from tests.fleet.fakes import Mocked
 
 URL = "http://engine:8000"
 MODELS = {"data": [{"id": "m"}]}
@@ -38,7 +38,7 @@ async def probing(kind: KindName) -> AsyncIterator[tuple[Prober, Backend, respx.
         for path, answer in ANSWERS[kind].items():
             router.get(path, name=path).respond(200, json=answer)
         router.route().respond(404)
-        yield Prober(fleet, settings.health, Mocked()), fleet.pool("mixed")[0], router
+        yield Prober(fleet, settings.health, Control(0.05)), fleet.pool("mixed")[0], router
 
 
 def test_every_kind_that_can_be_set_is_known() -> None:
