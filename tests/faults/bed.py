@@ -295,6 +295,10 @@ class Bed:
             if engine.alive and engine.faults.lasting("hang", "health"):
                 assert await self.until(lambda engine=engine: not self.backend(engine).up, 30)  # type: ignore[misc]
             engine.faults.clear()
+            if engine.stopping:
+                assert await self.until(lambda engine=engine: not engine.alive, 30)  # type: ignore[misc]
+            for standing in self.backend(engine).standings.values():
+                standing.lift(self.gateway.fleet.rotation._clock())
             if not engine.alive:
                 await engine.restart()
                 self.backend(engine).attention.set()  # it was away for less than a probe's interval

@@ -37,6 +37,7 @@ FAULTS = {
     "no params": "missing hand-off params",
     "expired": "expired lease",
     "recomputed": "preempted (`recomputed`)",
+    "abort": "SIGTERM (`abort`)",
     "crawl": "slow to a crawl",
     "wrong model": "wrong model (404)",
     "clock": "clock jump",
@@ -123,6 +124,9 @@ def strike(bed: Bed, cell: Cell, wall: WallClock) -> Awaitable[None] | None:
         else:
             d.faults.add("recomputed", after_tokens={"role": 0, "first": 1, "middle": MIDDLE - cell.ahead}[stage])
         return None
+    if fault == "abort":
+        engine = p if stage == "prefill" else d
+        return when(*moment(cell, p, d), engine.terminate)
     if fault == "no params":
         p.faults.add("drop_handoff_params", leg="prefill")
         return None

@@ -59,6 +59,9 @@ STREAMED = {
     "recomputed": """
         -a                | ok 1P 1L          | -b                | -a                | -b
       | -g                | ok 2P 2D          | ok 2P 2D          | ok 2P 2D          | -h""",
+    "abort": """
+        -a                | ok 2P 1D          | -b                | -a                | -b
+      | -g                | ok 2P 2D          | ok 2P 2D          | ok 2P 2D          | -h""",
     "crawl": """
         -m                | ok 1P 1D          | ok 1P 1D          | -m                | -m
       | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | -j""",
@@ -115,6 +118,9 @@ WHOLE = {
     "recomputed": """
         -a                | ok 1P 1L          | -b                | -a                | -b
       | -g                | ok 2P 2D          | ok 2P 2D          | ok 2P 2D          | -h""",
+    "abort": """
+        -a                | ok 2P 1D          | -b                | -a                | -b
+      | -g                | ok 2P 2D          | ok 2P 2D          | ok 2P 2D          | -h""",
     "crawl": """
         -m                | ok 1P 1D          | ok 1P 1D          | -m                | -m
       | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | -j""",
@@ -134,7 +140,7 @@ REASONS = {
     "f": "decode has the hand-off by then and renews its lease. Should the lease end all the same, no engine says so "
     "and nobody could tell: the answer is a 200 with wrong text. The gateway's part is never to send a hand-off late",
     "g": "it is said in the body, which comes after the headers",
-    "h": "a request that has ended is not preempted",
+    "h": "a request that has ended is neither preempted nor aborted",
     "i": "an answer in one piece has no tokens one by one: its head and its body go out after the last",
     "j": "nothing is left to be slow with",
     "k": "the same moment as in another column",

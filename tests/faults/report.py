@@ -79,6 +79,8 @@ piece, where nothing but `/health` tells a hung engine from a long answer |
 | {FAULTS["no params"]} | prefill answers without `kv_transfer_params` |
 | {FAULTS["expired"]} | decode's engine cannot be connected to until the hand-off is too old to be sent |
 | {FAULTS["recomputed"]} | `stop_reason: recomputed`, as vllm-ascend's scheduler says it |
+| {FAULTS["abort"]} | the engine is told to stop, and ends what runs with `finish_reason: "abort"`, status 200; 0.17 s later \
+nobody listens there |
 | {FAULTS["crawl"]} | every step takes a hundred times as long: the whole stream takes longer than any single timeout |
 | {FAULTS["wrong model"]} | the engine has been started with another model and refuses the request; a 4xx is never retried |
 | {FAULTS["clock"]} | the wall clock leaps a day, ahead or back. Nothing in the gateway reads it |

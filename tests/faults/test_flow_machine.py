@@ -41,7 +41,8 @@ class Asked:
     """One request.
 
     Attributes:
-        stop: with a stop string (that never comes): its answer cannot be continued exactly, and nobody should try.
+        stop: with a stop string (that never comes): its answer cannot be continued exactly, and nobody should try. As
+            long as the client has no text it is begun anew all the same.
     """
 
     endpoint: str
@@ -320,6 +321,26 @@ class FlowMachine(RuleBasedStateMachine):
         if engine.alive:
             self._do(engine.kill)
 
+    @rule(number=st.integers(0, 3))
+    def stop(self, number: int) -> None:
+        """SIGTERM: what runs is aborted, and the process is gone shortly after."""
+        self._do(self._engine(number).terminate)
+
+    @rule(number=st.integers(0, 3))
+    def abort(self, number: int) -> None:
+        """What runs is aborted by an engine that lives on, as one that is paused and goes on at once."""
+        engine = self._engine(number)
+        if engine.alive:
+            self._do(engine.engine.give_up)
+
+    @rule(asked=asked(), number=st.integers(0, 1), seconds=MOMENTS, more=MOMENTS)
+    def an_engine_is_stopped_meanwhile(self, asked: Asked, number: int, seconds: float, more: float) -> None:
+        self.all_is_mended()
+        self.ask(asked)
+        self.time_passes(seconds)
+        self.stop(number)
+        self.time_passes(more)
+
     @rule(number=st.integers(0, 3), seconds=st.sampled_from([0.01, 1.0]))
     def refuse(self, number: int, seconds: float) -> None:
         engine = self._engine(number)
@@ -395,6 +416,30 @@ FlowMachine.TestCase.settings = settings(
     phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
 )
 TestFlowMachine = pytest.mark.slow(FlowMachine.TestCase)
+
+
+@pytest.mark.parametrize("more", [{"stop": True}, {"ids": True}, {}], ids=["stop", "ids", "plain"])
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+@pytest.mark.parametrize("ending", ["reset", "kill", "error", "done", "end", "json", "abort"])
+def test_a_stream_that_breaks_before_any_text_is_begun_anew(endpoint: str, ending: str, more: dict[str, bool]) -> None:
+    """Found by the machine: the one token's text was held back by the stop string, the client had a role and an empty
+    delta, and was told that its stream could not be continued."""
+    machine = FlowMachine()
+    asked = Asked(endpoint, True, 0, 24, **{"usage": True, "ids": False, "stop": False, **more})
+    try:
+        machine.begin(peaceful=True)
+        machine.all_is_mended()
+        if ending == "abort":
+            machine.ask(asked)
+            machine._runner.run(machine.bed.decode[0].wait_for(lambda: machine.bed.decode[0].engine.running > 0))
+            machine.abort(1)
+        else:
+            machine._strike(1, ("die_mid_stream", {"ending": ending, "after_tokens": 1}), 1)
+            machine.ask(asked)
+        machine.time_passes(0.5)
+        machine.nothing_is_ended_twice()
+    finally:
+        machine.teardown()
 
 
 class TogetherMachine(FlowMachine):

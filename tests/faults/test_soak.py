@@ -1,4 +1,4 @@
-"""Chaos for some seconds: engines are killed and restarted at random under load, and nobody notices.
+"""Chaos for some seconds: engines are killed, stopped, paused and restarted at random under load, and nobody notices.
 
 The load has the tutorial's shape, scaled to a test machine: streams of some dozens of tokens with prompts of a few
 hundred bytes, chat and completions, streamed and whole. At any time one backend of each pool is healthy. SOAK_SECONDS
@@ -62,7 +62,7 @@ async def undisturbed(asked: list[Question]) -> list[tuple[Any, ...]]:
 
 
 async def torment(running: Running, engines: list[Simulator], chance: random.Random, until_: float) -> int:
-    """Kill, hang and reset the engines of one pool, one at a time; returns how often."""
+    """Kill, stop, pause and reset the engines of one pool, one at a time; returns how often."""
     fleet = running.gateway.fleet
     role = engines[0].config.role
     times = 0
@@ -71,10 +71,20 @@ async def torment(running: Running, engines: list[Simulator], chance: random.Ran
         for engine in engines:
             engine.faults.clear()  # what the last blow left over: one backend of the pool is healthy at any time
         victim = chance.choice(engines)
-        kind = chance.choice(("kill", "kill", "reset", "die_mid_stream", "status"))
+        kind = chance.choice(("kill", "terminate", "terminate", "pause", "reset", "die_mid_stream", "status"))
         times += 1
-        if kind == "kill":
-            victim.kill()
+        if kind == "pause":
+            victim.paused = True
+            await victim.suspend(chance.choice(("abort", "keep")))
+            await asyncio.sleep(chance.uniform(0.3, 0.6))
+            victim.paused = False
+            victim.engine.freeze(False)
+        elif kind in ("kill", "terminate"):
+            if kind == "kill":
+                victim.kill()
+            else:
+                victim.terminate()
+                await until(lambda victim=victim: not victim.alive, 10)  # type: ignore[misc]
             await asyncio.sleep(chance.uniform(0.05, 0.5))
             await victim.restart()
         elif kind == "die_mid_stream":
