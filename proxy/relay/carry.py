@@ -8,12 +8,14 @@ whole, so that until then another engine may be asked.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
 import msgspec
 
 from proxy.decoding import Undecodable, WrongShape, json_decoder
 from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut
+from proxy.relay.aborts import abort_in, aborted
 from proxy.relay.answers import engine_error_event, names_handoff, strip_handoff
 from proxy.relay.client import Client, Headers
 from proxy.relay.deadlines import Deadlines
@@ -28,13 +30,24 @@ _PASSED = (b"content-type", b"metadata")  # the latter tells how embeddings lie 
 _ERROR = b'{"error":'
 
 
+_ENDS = re.compile(rb'"finish_reason"\s*:\s*(?!null|\s)')
+
+
+class _Event(msgspec.Struct):
+    """What is read of an event that says why something ended."""
+
+    choices: msgspec.Raw = msgspec.Raw()
+
+
 class _Object(msgspec.Struct):
     """The top level of an answer: what is read of it, with the rest of it found to be JSON."""
 
     usage: msgspec.Raw = msgspec.Raw()
     error: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = msgspec.Raw()
 
 
+_decode_event = json_decoder(_Event)
 _decode_object = json_decoder(_Object)
 
 
@@ -111,6 +124,8 @@ class Carry:
             raise BackendGarbled(f"{self._url} answered 200 with what is not JSON: {error}") from None
         if memoryview(parsed.error) and bytes(parsed.error) != b"null":
             raise engine_error_event(self._url, body)
+        if (reason := abort_in(parsed.choices)) is not None:
+            raise aborted(self._url, reason)
         return shown, parsed.usage
 
     def passed_headers(self) -> list[tuple[bytes, bytes]]:
@@ -199,13 +214,16 @@ class Carry:
 
     def _give(self, block: bytes) -> None:
         """Pass whole events on."""
-        if _ERROR in block or names_handoff(block):
+        if _ERROR in block or names_handoff(block) or _ENDS.search(block):
             events: list[bytes] = []
             for event, payload in read(block):
-                if payload.startswith(_ERROR):
+                failed = (
+                    engine_error_event(self._url, payload) if payload.startswith(_ERROR) else self._aborted(payload)
+                )
+                if failed is not None:
                     if events:
                         self._write(b"".join(events))
-                    raise engine_error_event(self._url, payload)
+                    raise failed
                 if names_handoff(payload):
                     try:
                         event = b"data: %b\n\n" % strip_handoff(payload)
@@ -215,6 +233,16 @@ class Carry:
                 events.append(event)
             block = b"".join(events)
         self._write(block)
+
+    def _aborted(self, payload: bytes) -> BackendError | None:
+        """The error that an event stands for by which the engine gives the request up, if it does."""
+        if not _ENDS.search(payload):
+            return None
+        try:
+            reason = abort_in(_decode_event(payload).choices)
+        except Undecodable:
+            return None
+        return None if reason is None else aborted(self._url, reason)
 
     def _write(self, block: bytes) -> None:
         if not self._client.started:

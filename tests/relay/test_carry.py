@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import BackendCut, BackendError, BackendFailed, BackendGarbled, BackendTimedOut
+from proxy.errors import BackendAborted, BackendCut, BackendError, BackendFailed, BackendGarbled, BackendTimedOut
 from proxy.relay.carry import Carry
 from proxy.relay.deadlines import Deadlines
 
@@ -143,6 +143,36 @@ async def test_an_error_event_is_an_error_and_what_came_before_it_is_given() -> 
     with pytest.raises(BackendFailed):
         await made.answered
     assert not client.started
+
+
+@pytest.mark.parametrize("end", ['"finish_reason":"abort"', '"finish_reason" : "abort"', '"finish_reason":"error"'])
+async def test_an_event_by_which_the_engine_gives_the_request_up_is_an_error(end: str) -> None:
+    """As of a transcription under way on an engine that is stopped."""
+    said = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n'
+    last = b'data: {"choices":[{"delta":{"content":"b"},%b}]}\n\ndata: [DONE]\n\n' % end.encode()
+    made, client, _ = carry()
+    made.head(200, EVENTS)
+    made.data(said, False)
+    made.data(said + last, False)
+    with pytest.raises(BackendAborted):
+        await made.answered
+    assert client.body == said + said
+    again, client, _ = carry()
+    again.head(200, EVENTS)
+    again.data(last, False)
+    with pytest.raises(BackendAborted):
+        await again.answered
+    assert not client.started
+    good, client, _ = carry()
+    good.head(200, EVENTS)
+    good.data(said + last.replace(end.encode(), b'"finish_reason":"stop"'), False)
+    assert client.body.endswith(b"[DONE]\n\n")
+
+
+async def test_a_whole_answer_that_the_engine_gave_up_is_none() -> None:
+    made = await answered(b'{"choices":[{"message":{"content":"a"},"finish_reason":"abort"}],"usage":{}}')
+    with pytest.raises(BackendAborted):
+        made.whole()
 
 
 async def test_a_hand_off_in_an_event_is_taken_out_or_the_event_is_garbled() -> None:
