@@ -419,13 +419,13 @@ class StreamRelay:
         if self.first_token is None:
             if self._future.done():
                 return  # the flow has given it up in this very turn, and is on its way elsewhere
+            if count and self._begun is None:
+                self._hear(now, last)
             if self._failure is not None:  # the client has nothing yet: all of it can be begun anew elsewhere
                 if self._opened:
                     self._transcript.rewind()
                 self.fail(self._failure)
                 return
-            if count and self._begun is None:
-                self._hear(now, last)
             if not self._content and (self._begun is None or now - self._begun < _LONGEST_HOLD):
                 self._hold(shown)
                 return
