@@ -214,7 +214,10 @@ def _translated() -> Iterator[None]:
 
 
 def _why(error: BaseException) -> str:
-    """What a failed connection says, in few words and without its address: the innermost error knows best."""
-    while isinstance(inner := error.__cause__, Exception):
-        error = inner.exceptions[0] if isinstance(inner, ExceptionGroup) else inner
-    return str(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    """What a failed connection says, in few words and without its address: the system's own error knows best."""
+    found, inner = error, error.__cause__
+    while inner is not None:
+        if isinstance(inner, OSError):
+            found = inner
+        inner = inner.exceptions[0] if isinstance(inner, BaseExceptionGroup) else inner.__cause__
+    return str(getattr(found, "strerror", None) or str(found) or type(found).__name__)
