@@ -162,7 +162,7 @@ def _explain(detail: ErrorDetails, sources: _Sources) -> str:
     setting = ".".join(part for part in path if not part.isdigit())
     context = detail.get("ctx", {})
     if isinstance(misfit := context.get("error"), Misfit):
-        where, setting = sources.of(misfit.setting), ""
+        where, setting = next(filter(None, map(sources.of, misfit.settings)), ""), ""
     else:
         where = sources.of(name)
     if detail["type"] == "extra_forbidden":

@@ -57,8 +57,6 @@ def translate(arguments: argparse.Namespace, flags: dict[str, Any]) -> list[str]
     ):
         if getattr(arguments, name) is not None:
             notices.append(f"--{name.replace('_', '-')} has no effect: {why}")
-    if level := flags.get("log_level"):
-        flags["log_level"] = {"critical": "error"}.get(level.lower(), level.lower())
     return notices
 
 

@@ -18,7 +18,7 @@ from functools import cache
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import (
     AfterValidator,
@@ -68,12 +68,13 @@ class Misfit(ValueError):
     """A value that is good by itself does not go with another one.
 
     Attributes:
-        setting: the dotted name of one of the two, with the number of an item where it is a list.
+        settings: the dotted names of the two, with the number of an item where it is a list; the first that somebody
+            has set is where it is to be mended.
     """
 
-    def __init__(self, setting: str, text: str) -> None:
+    def __init__(self, setting: str, text: str, *others: str) -> None:
         super().__init__(text)
-        self.setting = setting
+        self.settings = (setting, *others)
 
 
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -580,6 +581,15 @@ class Metaserver(Group):
     allow: Networks = Field((), description="networks from which engines may call; none named: any address")
 
 
+def _log_level(value: object) -> object:
+    """Other programs' words for a level as well: `warn`, `critical`, `fatal`."""
+    others = {"warn": "warning", "critical": "error", "fatal": "error"}
+    return others.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_log_level)]
+
+
 def _listening_host(value: str) -> str:
     text = value.strip()
     if text == "*":
@@ -591,6 +601,15 @@ def _listening_host(value: str) -> str:
         raise ValueError("must not be empty; all addresses are 0.0.0.0")
     _check_host(host, bracketed=":" in host)
     return host
+
+
+def _with_port(url: str) -> str:
+    """A backend's URL with its port, also where that is the scheme's own: `http://a` is `http://a:80`."""
+    parts = urlsplit(url)
+    return url if parts.port else urlunsplit(parts._replace(netloc=f"{parts.netloc}:{_PORTS[parts.scheme]}"))
+
+
+_PORTS = {"http": 80, "https": 443}
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -692,7 +711,7 @@ class Settings(Group, BaseSettings):
     handoff_key: Secret | None = Field(
         None, description="key shared with TensorRT-LLM's generation servers, with which hand-offs to them are signed"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    log_level: LogLevel = Field("info", description="what is logged")
     log_format: Literal["text", "json"] = Field("text", description="shape of a log line")
     access_log: bool = Field(False, description="log a line for every request, not only for failed ones")
     throughput_interval: SecondsOrZero = Field(
@@ -709,13 +728,14 @@ class Settings(Group, BaseSettings):
             for role in ("prefill", "decode", "mixed", "encode"):
                 place = role if group.name == DEFAULT_GROUP else f"{role} of group {group.name}"
                 for item, url in enumerate(getattr(group, role)):
-                    if url in seen:
-                        where = f"twice under {place}" if seen[url] == place else f"under {seen[url]} and under {place}"
+                    backend = _with_port(url)
+                    if other := seen.get(backend):
+                        where = f"twice under {place}" if other == place else f"under {other} and under {place}"
                         setting = f"{role}.{item}" if position < 0 else f"groups.{position}.{role}.{item}"
                         raise Misfit(setting, f"{url} is listed {where}; a backend has one role (use mixed for both)")
-                    seen[url] = place
+                    seen[backend] = place
         for item, location in enumerate(self.locations):
-            if location.backend not in seen:
+            if _with_port(location.backend) not in seen:
                 raise Misfit(
                     f"locations.{item}.backend", f"locations: {location.backend} is no backend of this gateway"
                 )
@@ -740,6 +760,7 @@ class Settings(Group, BaseSettings):
             raise Misfit("zmq.group", f"zmq.group: there is no group {self.zmq.group}")
         located = {location.backend: location for location in self.locations}
         for group in self.all_groups():
+            at = "connector" if group.name == DEFAULT_GROUP else "groups"
             joined = bool(self.zmq.networks) and group.name == self.zmq.group
             if joined and group.connector not in REGISTER:
                 raise Misfit(
@@ -755,19 +776,15 @@ class Settings(Group, BaseSettings):
                 )
             if group.connector in REGISTER:
                 if not self.zmq.registrations:
-                    raise Misfit(
-                        "connector", f"{group.connector}: zmq.registrations must be set, where its engines register"
-                    )
+                    raise Misfit(at, f"{group.connector}: zmq.registrations must be set, where its engines register")
                 continue
             if not self.zmq.notices:
-                raise Misfit(
-                    "connector", f"{group.connector}: zmq.notices must be set, where its prefill says that it is done"
-                )
+                raise Misfit(at, f"{group.connector}: zmq.notices must be set, where its prefill says that it is done")
             for url in group.decode:
                 location = located.get(url) or Location.model_construct(backend=url)
                 if not location.init_ports or len(location.alloc_ports) != len(location.init_ports):
                     raise Misfit(
-                        "decode",
+                        "decode" if at == "connector" else at,
                         f"{group.connector}: {url} needs init_ports and as many alloc_ports in locations, "
                         "one for each of its tensor-parallel ranks",
                     )
@@ -787,10 +804,12 @@ class Settings(Group, BaseSettings):
             parts = urlsplit(f"//{address}")
             for other, host, port in bound:
                 if port and port == parts.port and _overlap(host, parts.hostname or ""):
-                    raise Misfit(name, f"{name}: {port} is taken by {other}")
+                    raise Misfit(name, f"{name}: {port} is taken by {other}", other)
             bound.append((name, parts.hostname or "", parts.port))
         if self.breaker.ejection > self.breaker.longest_ejection:
-            raise Misfit("breaker.ejection", "breaker.ejection: it is above breaker.longest_ejection")
+            raise Misfit(
+                "breaker.ejection", "breaker.ejection: it is above breaker.longest_ejection", "breaker.longest_ejection"
+            )
         for position, group in enumerate(self.all_groups(), -1):
             if group.kind == "openai" and group.prefill and group.decode:
                 raise Misfit(
@@ -817,7 +836,7 @@ class Settings(Group, BaseSettings):
         used = CALLED_BACK.intersection(group.connector for group in self.all_groups())
         if used and self.metaserver.url is None:
             raise Misfit(
-                "connector",
+                "connector" if self.connector in used else "groups",
                 f"metaserver.url: decode engines that speak {', '.join(sorted(used))} call the gateway back; set the "
                 "URL at which they reach this one",
             )

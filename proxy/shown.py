@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ _COLUMN = 48  # where comments begin
 
 def annotated_file() -> str:
     """The settings file with every default and its reason: in the package, or beside it in a checkout."""
-    inside = resources.files("proxy").joinpath(_FILE)
-    if inside.is_file():
-        return inside.read_text(encoding="utf-8")
-    return (Path(__file__).parents[1] / "config" / _FILE).read_text(encoding="utf-8")
+    inside = Path(__file__).parent / _FILE
+    path = inside if inside.is_file() else Path(__file__).parents[1] / "config" / _FILE
+    return path.read_text(encoding="utf-8")
 
 
 def values_of(settings: Settings) -> dict[str, Any]:

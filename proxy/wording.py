@@ -18,6 +18,7 @@ _WHAT = {
     "dict": "a mapping of names to values",
     "model": "a group of settings, a mapping of names to values",
 }
+_QUOTE = "'"
 _BOUNDS = {
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",
@@ -44,7 +45,7 @@ def wording(kind: str, given: Any, context: Mapping[str, Any], message: str, *, 
     if kind in _BOUNDS:
         return f"must be {_BOUNDS[kind].format(**{name: _number(bound) for name, bound in context.items()})}{not_this}"
     if kind == "literal_error":
-        return f"must be {str(context.get('expected', '')).replace(chr(39), '')}{not_this}"
+        return f"must be {str(context.get('expected', '')).replace(_QUOTE, '')}{not_this}"
     if kind == "string_pattern_mismatch":
         return f"must be letters, digits and ._-, at most 64, the first of them a letter or a digit{not_this}"
     if kind == "string_too_short":

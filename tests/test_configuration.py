@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given
+from hypothesis import settings as settings_
+from hypothesis import strategies as st
 
 from proxy.configuration import ConfigurationError, configure, gather
+from proxy.settings import Settings, leaves
+from proxy.variables import put, variable
 
 Write = Callable[[str], Path]
 
@@ -343,6 +349,10 @@ def test_dots_in_the_names_of_models_are_no_groups(write: Write) -> None:
         ("port: 9100\nmetrics.port: 9100", "metrics.port: 9100 is taken by port"),
         ("kind: openai\nprefill: [a:1]\ndecode: [b:1]", "kind: backends of kind openai hand nothing over"),
         ("breaker.ejection: 400", "breaker.ejection: it is above breaker.longest_ejection"),
+        ("breaker.longest_ejection: 1", "breaker.ejection: it is above breaker.longest_ejection"),
+        ("connector: ascend_layerwise", "metaserver.url: decode engines that speak ascend_layerwise call"),
+        ("groups: [{name: g, connector: ascend_layerwise}]", "metaserver.url: decode engines that speak"),
+        ("unknown_model: default", "unknown_model: default needs a default_model"),
         ("8000: port", "8000: a name is text; put it in quotes"),
         ("on: true", "on: a name is text; put it in quotes"),
         ("host: ${HOST}", "host: ${HOST} is taken as it stands, not replaced; set PD_PROXY_HOST, which wins"),
@@ -368,7 +378,7 @@ def test_what_is_wrong_is_said_in_plain_words_and_with_its_line(write: Write, te
         (b"host: a\nport: \x07", "gateway.yaml:2: not YAML: a control character"),
         (b"host: a\nport: 1 # caf\xe9", "gateway.yaml:2: it is not UTF-8 text"),
         ("port: 1".encode("utf-16"), "gateway.yaml: it is UTF-16, and not UTF-8 text"),
-        (b"[" * 3000, "gateway.yaml: it is nested too deeply"),
+        (b"[" * 500, "gateway.yaml: it is nested too deeply"),
         (b"a: &x [*x]", "gateway.yaml:1: a.0: it contains itself"),
         (
             b"port: " + b"1" * 5000,
@@ -393,6 +403,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
     [
         ("log_level: INFO", "log_level", "info"),
         ("log_level: Warning", "log_level", "warning"),
+        ("log_level: WARN", "log_level", "warning"),
+        ("log_level: CRITICAL", "log_level", "error"),
         ("log_format: JSON", "log_format", "json"),
         ("connector: NIXL", "connector", "nixl"),
         ("connector: mooncake-ascend", "connector", "mooncake_ascend"),
@@ -435,6 +447,77 @@ def test_each_setting_is_known_with_where_it_comes_from(write: Write) -> None:
         "retries.floor": f"{file}:5",
         "clients": f"{file}:6",
     }
+
+
+# Whatever is written
+
+_NAMES = st.sampled_from([*(name for name, _ in leaves()), *Settings.model_fields, "xyzzy", "<<", "", "a.b"])
+_SCALARS = st.sampled_from(
+    [
+        "",
+        "x",
+        "a:1",
+        "http:/a",
+        "${X}",
+        "file:",
+        "env:A",
+        "off",
+        "1",
+        "-1",
+        "1e999",
+        "\ud7ff",
+        "2026-13-45",
+        "*",
+        "&a",
+        "|",
+        "{",
+        "[",
+        "\t",
+    ]
+)
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES | st.integers(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.slow
+@settings_(
+    derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(tree=st.dictionaries(_NAMES, _VALUES, max_size=4), noise=st.text(max_size=8), at=st.integers(0, 200))
+def test_any_file_is_settings_or_lines_that_say_what_is_wrong(
+    tmp_path: Path, tree: dict[str, Any], noise: str, at: int
+) -> None:
+    text = yaml.safe_dump(tree, allow_unicode=True)
+    file = tmp_path / "gateway.yaml"
+    for content in (text, text[:at] + noise + text[at:]):
+        file.write_bytes(content.encode("utf-8", "surrogatepass"))
+        try:
+            gather({}, file, {})
+        except ConfigurationError as error:
+            lines = str(error).splitlines()
+            assert lines
+            assert all(line.startswith(str(file)) for line in lines), lines
+            assert "pydantic" not in str(error)
+
+
+@settings_(derandomize=True, max_examples=150, deadline=None)
+@given(name=st.sampled_from([name for name, _ in leaves()]), value=_SCALARS | st.text(max_size=12))
+def test_any_variable_or_flag_is_a_setting_or_a_line_that_names_it(name: str, value: str) -> None:
+    for flags, environment in (({}, {variable(name): value.replace("\0", "")}), (put_in(name, value), {})):
+        try:
+            gather(flags, None, environment)
+        except ConfigurationError as error:
+            where = f"flag --{name.replace('_', '-')}" if flags else variable(name)
+            assert str(error).startswith(where), str(error)
+
+
+def put_in(name: str, value: str) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    put(tree, name, value)
+    return tree
 
 
 # Secrets

@@ -103,11 +103,21 @@ def test_a_url_that_no_request_could_be_sent_to_is_refused(url: str) -> None:
         ({"prefill": ["http://a:1"], "decode": ["http://a:1"]}, "under prefill and under decode"),
         ({"decode": ["a:1"], "mixed": ["http://A:1/v1/"]}, "under decode and under mixed"),
         ({"prefill": ["http://a:1", "a:1"]}, "twice under prefill"),
+        (
+            {"prefill": ["a:1"], "groups": [{"name": "g", "decode": ["A:1"]}]},
+            "under prefill and under decode of group g",
+        ),
     ],
 )
 def test_a_backend_has_one_role(pools: dict[str, list[str]], where: str) -> None:
     with pytest.raises(ValidationError, match=rf"http://a:1 is listed {where}"):
         Settings(**pools)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("one", "other"), [("http://a", "a:80"), ("https://a", "https://a:443"), ("a/x", "a:80/x/")])
+def test_a_backend_is_the_same_with_its_schemes_port_and_without(one: str, other: str) -> None:
+    with pytest.raises(ValidationError, match="under prefill and under mixed"):
+        build_settings({"prefill": [one], "mixed": [other]}, {})
 
 
 def test_lists_may_be_one_string_with_commas() -> None:
