@@ -186,7 +186,7 @@ class Carry:
     def end(self) -> None:
         self.connection = None
         self._watch(None)
-        if self._reader is not None and (self._reader.rest.strip() or not self._client.started):
+        if self._reader is not None and (self._reader.partial.strip() or not self._client.started):
             self.lost(BackendCut(f"{self._url} ended its events in the middle"))
         elif not self.answered.done():
             self.answered.set_result(None)

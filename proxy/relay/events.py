@@ -19,6 +19,7 @@ from proxy.errors import BackendGarbled
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n]))(?:\r\n|\n|\r(?=[^\n]))+")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _CR = ord("\r")
+_SEAM = 3  # bytes before a read in which the end of an event may begin: an empty line is CRLF CRLF at most
 
 
 class EventReader:
@@ -27,20 +28,27 @@ class EventReader:
     Arguments:
         limit: bytes that one event may have before `BackendGarbled` is raised.
     Attributes:
-        rest: what came after the last whole event: the beginning of the next, or nothing.
+        partial: what came after the last whole event: the beginning of the next, or nothing. However many reads bring
+            it, each byte of it is searched once and copied once.
     """
 
-    __slots__ = ("_limit", "rest")
+    __slots__ = ("_limit", "partial")
 
     def __init__(self, limit: int = 16 * 1024 * 1024) -> None:
         self._limit = limit
-        self.rest = b""
+        self.partial = bytearray()
 
     def feed(self, data: bytes) -> bytes:
         """Add bytes; return all whole events that are there now (empty when none is)."""
-        if self.rest:
-            data = self.rest + data
-            self.rest = b""
+        partial = self.partial
+        if partial:
+            seam = bytes(partial[-_SEAM:]) + data
+            partial += data
+            if seam.find(b"\n\n") < 0 and (_CR not in seam or _EVENT_END.search(seam) is None):
+                self._check_limit()
+                return b""
+            data = bytes(partial)
+            partial.clear()
         if data.endswith(b"\n\n"):
             return data
         cut = data.rfind(b"\n\n") + 2
@@ -50,10 +58,13 @@ class EventReader:
                 cut = end.end()
         if cut < 2:
             cut = 0
-        self.rest = data[cut:]
-        if len(self.rest) > self._limit:
-            raise BackendGarbled(f"an event of more than {self._limit} bytes")
+        partial += data[cut:]
+        self._check_limit()
         return data[:cut]
+
+    def _check_limit(self) -> None:
+        if len(self.partial) > self._limit:
+            raise BackendGarbled(f"an event of more than {self._limit} bytes")
 
 
 def split(block: bytes) -> list[bytes]:

@@ -229,7 +229,7 @@ class StreamRelay:
         self._hollow = b""  # events without text, as the client will see them together with the next that has some
         self._waiting: list[bytes] = []  # what cannot be made the client's yet
         self._over = False  # the engine has said all of it
-        self._error_body = b""
+        self._error_body = bytearray()
         self._status = 0
         self._passage: Passage | None = None
         self._done = False
@@ -354,7 +354,7 @@ class StreamRelay:
 
     def data(self, data: bytes, last: bool) -> None:
         if self._status != 200:
-            self._error_body = (self._error_body + data)[:_ERROR_BODY_LIMIT]
+            self._error_body += data[: _ERROR_BODY_LIMIT - len(self._error_body)]
             return
         try:
             block = self._reader.feed(data)
@@ -379,7 +379,7 @@ class StreamRelay:
             else:  # a whole stream without a token is no answer
                 self._finish(BackendFailed(f"{self._url} ended its stream without a token", status=502))
         elif self._status != 200:
-            self._finish(engine_error(self._url, self._status, self.headers, self._error_body))
+            self._finish(engine_error(self._url, self._status, self.headers, bytes(self._error_body)))
         else:
             lacks = "[DONE]" if self._dialect is None else "its last event"
             self._finish(BackendCut(f"{self._url} ended its stream without {lacks}"))
@@ -505,7 +505,7 @@ class StreamRelay:
             if passage.write is None:
                 return
             connection.divert(passage)
-        whole = not (self._reader.rest or self._hollow)
+        whole = not (self._reader.partial or self._hollow)
         passage.clear = whole and connection.between_chunks
 
     def _take(self, block: bytes, last: bool) -> tuple[bytes, int]:
