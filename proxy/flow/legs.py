@@ -438,12 +438,12 @@ class Legs:
             preempted = BackendPreempted(f"{backend.url} gave the request up for want of memory")
             self._note(backend, preempted, leg, attempt)
             raise preempted
+        flaw = flaw_of(parsed, LAYOUTS[request.body.endpoint].answer)
         reason = abort_in(parsed.choices) if dialect is None else dialect.aborted_whole(parsed)
-        if reason is not None and not _is_failure(parsed):
+        if reason is not None and not flaw and not _is_failure(parsed):
             ended = aborted(backend.url, reason)
             self._note(backend, ended, leg, attempt)
             raise ended
-        flaw = flaw_of(parsed, LAYOUTS[request.body.endpoint].answer)
         if (flaw or not memoryview(parsed.choices)) and _is_failure(parsed):
             said = answer if dialect is None else b'{"error":%b}' % bytes(parsed.error)
             failed = engine_error_event(backend.url, said)
