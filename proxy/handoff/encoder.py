@@ -29,8 +29,10 @@ TOKENS = 1000
 _KINDS = ("image_url", "audio_url", "input_audio", "video_url")
 _ALONG = ("model", "mm_processor_kwargs", "media_io_kwargs", "priority", "session_id")
 """Members of the client's that shape what an encoder makes of its media, or when."""
-_MOST_VALUES = 65536
-"""Messages, parts and members of both that are looked through."""
+_MOST = 2048
+"""Messages and parts that are looked through, and more where they are long: one more for each of `_BYTES_EACH`."""
+_BYTES_EACH = 4096
+_USUAL_MEMBERS = 16  # of a message or a part; with more it counts for several
 
 _decode_text = json_decoder(str)
 _encode = msgspec.json.Encoder().encode
@@ -83,14 +85,16 @@ def read_media(body: Body, salt: str) -> tuple[Body, tuple[Medium, ...]]:
         InvalidRequest: there is more in it than is looked through. As it is it may not be sent on.
     """
     raw = body.members.get("messages")
-    marks = _Marks(salt)
+    said = b"" if raw is None else bytes(raw)
+    most = _MOST + len(said) // _BYTES_EACH
+    marks = _Marks(salt, most)
     try:
-        messages = [] if raw is None else [marks.message(message) for message in elements(bytes(raw))]
+        messages = [marks.message(message) for message in elements(said)]
     except Undecodable:
         return body, ()  # the engine's to judge
     except TooMany:
         raise InvalidRequest(
-            f"`messages` has more than {_MOST_VALUES} messages, parts and members", param="messages"
+            f"`messages` has more than {most} messages and parts, too many to look for media in", param="messages"
         ) from None
     if not marks.media:
         return body, ()
@@ -105,10 +109,10 @@ class _Marks:
         media: by their keys.
     """
 
-    def __init__(self, salt: str) -> None:
+    def __init__(self, salt: str, most: int) -> None:
         self.media: dict[str, Medium] = {}
         self._salt = salt
-        self._left = _MOST_VALUES
+        self._left = most
 
     def message(self, raw: memoryview) -> bytes | memoryview:
         """A message with its parts marked."""
@@ -133,7 +137,9 @@ class _Marks:
             return raw if ours else _encode(part)
         content = bytes(part[name])
         inline = name == "input_audio" or _url(content).startswith("data:")
-        digest = hashlib.sha256(name.encode() + b"\0" + (b"" if inline else self._salt.encode()) + b"\0")
+        digest = hashlib.blake2b(
+            name.encode() + b"\0" + (b"" if inline else self._salt.encode()) + b"\0", digest_size=32
+        )
         digest.update(content)
         key = digest.hexdigest()
         marked = _encode({**part, "uuid": key})
@@ -142,7 +148,7 @@ class _Marks:
 
     def _members(self, raw: memoryview) -> Members:
         found = members_of(bytes(raw))
-        self._spend(1 + len(found))
+        self._spend(1 + len(found) // _USUAL_MEMBERS)
         return found
 
     def _spend(self, values: int) -> None:

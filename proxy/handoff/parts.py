@@ -31,10 +31,11 @@ _Text = Literal[
 _ABSENT = msgspec.Raw()
 _NULL = msgspec.Raw(b"null")
 
-_MOST = 16384
-"""Messages and parts of a prompt that are looked at."""
-_FEW = 1024  # as many are decoded at once
-_DEEPEST = 3  # a result of a tool has parts of its own; nothing goes deeper
+_MOST = 2048
+"""Messages and parts that are looked at one by one, where there may be many in few bytes."""
+_FEW = 256
+_BYTES_EACH = 256  # of text for each message or part, from which they may all be decoded at once
+_DEEPEST = 2  # a result of a tool has parts of its own; nothing goes deeper
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -77,9 +78,8 @@ class _Look:
         self._seen = 0
 
     def finds_more(self, messages: bytes) -> bool:
-        if has_few(messages, b"{", _FEW):
+        if _is_sparse(messages):
             found = _decode_messages(messages)
-            self._seen = len(found)
             return any(self._is_more(item.content) or self._is_more(item.output) for item in found)
         for element in elements(messages):
             item = _decode_message(element)
@@ -93,10 +93,9 @@ class _Look:
         if depth > _DEEPEST:
             return True
         said = bytes(content)
-        if has_few(said, b"{", _FEW):
+        if _is_sparse(said):
             with suppress(WrongShape):  # there is a medium, or a bare string
                 parts = _decode_parts(said)
-                self._seen += len(parts)
                 return any(self._is_more(part.content, depth + 1) for part in parts)
         for element in elements(said):
             if self._is_enough():
@@ -108,3 +107,8 @@ class _Look:
     def _is_enough(self) -> bool:
         self._seen += 1
         return self._seen > _MOST
+
+
+def _is_sparse(said: bytes) -> bool:
+    """Whether there can be few objects in a text, for its length."""
+    return has_few(said, b"{", _FEW) or said.count(b"{") <= len(said) // _BYTES_EACH
