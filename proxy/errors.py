@@ -16,12 +16,14 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   ├── MethodNotAllowed           405
     │   ├── RequestTimedOut            408
     │   ├── BodyTooLarge               413
+    │   ├── EncodingNotSupported       415
     │   ├── RateLimited                429  this client's own bound
     │   ├── HeadersTooLarge            431
     │   └── VersionNotSupported        505  a version of HTTP that is not spoken here
     ├── Unavailable                    503  no engine was asked
     │   ├── NoBackend                  503
     │   ├── TooManyConnections         503
+    │   ├── BodiesFull                 503
     │   ├── Draining                   503
     │   ├── QueueFull                  503  the service's bounds: nobody else may wait
     │   ├── DeadlineTooClose           503  it would not be its turn in time
@@ -176,6 +178,13 @@ class BodyTooLarge(ClientError):
     code = "body_too_large"
 
 
+class EncodingNotSupported(ClientError):
+    """The body has a content-encoding that is not taken off here."""
+
+    status = 415
+    code = "encoding_not_supported"
+
+
 class RateLimited(ClientError):
     """The client has as much in the gateway as its settings allow it."""
 
@@ -212,6 +221,12 @@ class TooManyConnections(Unavailable):
     """`limits.connections` are open already."""
 
     code = "too_many_connections"
+
+
+class BodiesFull(Unavailable):
+    """`limits.bodies` are held already."""
+
+    code = "bodies_full"
 
 
 class Draining(Unavailable):

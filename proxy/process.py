@@ -32,6 +32,7 @@ from proxy.api.surface import Surface
 from proxy.app import Gateway, build
 from proxy.crew import Crew
 from proxy.fleet.inbox import CannotHear
+from proxy.relay.bodies import Bodies
 from proxy.relay.connections import Connections
 from proxy.relay.server import GatewayProtocol
 from proxy.settings import Settings
@@ -162,6 +163,7 @@ def protocol(settings: Settings, files: int) -> type[GatewayProtocol]:
             min(settings.limits.connections or files, connection_limit(files, _backends(settings))),
             _SPARED,
             settings.limits.connections_per_address,
+            Bodies(settings.limits.bodies, settings.limits.request_body),
         )
 
     return Bounded

@@ -353,6 +353,12 @@ class Limits(Group):
     )
     request_headers: int = Field(64 * 1024, ge=1024, description="request line and headers")
     request_body: int = Field(64 * 1024 * 1024, ge=1024, description="request body: room for images and long prompts")
+    bodies: int = Field(
+        1024 * 1024 * 1024,
+        ge=1024 * 1024,
+        description="request bodies held at a time, until answered; more get a 503: room for 16 of the longest, or for "
+        "20,000 (admission.requests) of 50 kB",
+    )
     transcript: int = Field(
         1024 * 1024, ge=1024, description="token ids kept of one stream so that it can be resumed; 5 to 6 bytes a token"
     )
@@ -867,7 +873,9 @@ class Settings(Group, BaseSettings):
             for client in self.clients
         )
         retries = self.retries.model_copy(update={"floor": part(self.retries.floor)})
-        limits = self.limits.model_copy(update={"connections": part(self.limits.connections)})
+        limits = self.limits.model_copy(
+            update={"connections": part(self.limits.connections), "bodies": part(self.limits.bodies)}
+        )
         admission = self.admission.model_copy(update=bounds)
         return self.model_copy(
             update={"admission": admission, "clients": clients, "retries": retries, "limits": limits}

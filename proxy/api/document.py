@@ -19,7 +19,7 @@ Schema = dict[str, Any]
 Kinds = tuple[type[GatewayError], ...]
 
 _ANYWHERE: Kinds = (errors.InvalidRequest, errors.HeadersTooLarge, errors.TooManyConnections)
-_BODY: Kinds = (errors.RequestTimedOut, errors.BodyTooLarge)
+_BODY: Kinds = (errors.RequestTimedOut, errors.BodyTooLarge, errors.BodiesFull)
 _OPERATOR: Kinds = (errors.Unauthorized, errors.Forbidden, errors.BackendNotFound)
 _OF_TAG: dict[str, Kinds] = {
     "probes": (errors.NoBackend,),
@@ -62,6 +62,7 @@ _INFERENCE: Kinds = (
     errors.BackendStopping,
     errors.HandoffInvalid,
     errors.HandoffExpired,
+    errors.EncodingNotSupported,
 )
 
 _TEXT = {"type": "string"}

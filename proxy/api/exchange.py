@@ -13,10 +13,13 @@ from typing import Any
 from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.admission.ticket import Ticket
+from proxy.api.coding import ACCEPTED, coding_of, plain
 from proxy.api.error_shapes import OPENAI, ErrorShape
 from proxy.errors import (
+    BodiesFull,
     BodyTooLarge,
     Draining,
+    EncodingNotSupported,
     GatewayError,
     InvalidRequest,
     MethodNotAllowed,
@@ -140,12 +143,15 @@ def check_length(headers: dict[bytes, bytes], limit: int) -> None:
         raise BodyTooLarge(f"the request body of {int(length)} bytes exceeds the limit of {limit}")
 
 
-async def read_whole(client: Client | None, receive: Receive, limit: int, seconds: float) -> bytes | bytearray:
-    """The request's body.
+async def read_whole(
+    client: Client | None, receive: Receive, headers: dict[bytes, bytes], limit: int, seconds: float
+) -> bytes | bytearray:
+    """The request's body, without its content coding.
 
     Raises:
-        BodyTooLarge, RequestTimedOut, ClientLeft
+        BodyTooLarge, BodiesFull, EncodingNotSupported, InvalidRequest, RequestTimedOut, ClientLeft
     """
+    coding = coding_of(headers) if b"content-encoding" in headers else ""
     body: bytes | bytearray | None = client.body if isinstance(client, DirectClient) else None
     if body is None:
         try:
@@ -159,7 +165,7 @@ async def read_whole(client: Client | None, receive: Receive, limit: int, second
         raise BodyTooLarge(f"the request body exceeds the limit of {limit} bytes")
     if isinstance(client, AsgiClient):
         client.watch()
-    return body
+    return body if not coding else await plain(body, coding, limit, client)
 
 
 async def _gather(receive: Receive, limit: int) -> bytearray | None:
@@ -255,6 +261,8 @@ def _give(client: Client, record: RequestRecord, error: GatewayError, shape: Err
         headers.append((b"retry-after", b"%d" % error.retry_after))
     if isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allow.encode("ascii")))
-    if isinstance(error, BodyTooLarge | RequestTimedOut | Draining):
+    if isinstance(error, EncodingNotSupported):
+        headers.append((b"accept-encoding", ", ".join(ACCEPTED).encode("ascii")))  # RFC 9110, section 15.5.16
+    if isinstance(error, BodyTooLarge | BodiesFull | EncodingNotSupported | RequestTimedOut | Draining):
         headers.append((b"connection", b"close"))  # the rest of the body is not going to be read
     client.respond(error.status, headers, shape.body(error))

@@ -84,7 +84,7 @@ class Inference:
         )
         total = time_limit(headers, self._total)
         check_length(headers, self._limit)
-        raw = await read_whole(client, receive, self._limit, self._body_seconds)
+        raw = await read_whole(client, receive, headers, self._limit, self._body_seconds)
         body = read_body(raw, self._endpoint)
         record.model = body.model or ""
         record.stream = body.stream

@@ -13,6 +13,7 @@ import msgspec
 
 from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
+from proxy.api.coding import coding_of
 from proxy.api.credentials import Credentials
 from proxy.api.error_shapes import ANTHROPIC, OPENAI
 from proxy.api.exchange import (
@@ -26,7 +27,7 @@ from proxy.api.exchange import (
     time_limit,
     turn,
 )
-from proxy.errors import BodyTooLarge, MethodNotAllowed, RequestTimedOut, TotalTimedOut
+from proxy.errors import BodyTooLarge, EncodingNotSupported, MethodNotAllowed, RequestTimedOut, TotalTimedOut
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.names import Names
 from proxy.flow.hops import HEADER
@@ -34,6 +35,7 @@ from proxy.flow.single import ROUTES, Single, SingleRequest
 from proxy.handoff.body import read_members, read_model
 from proxy.handoff.form import Form
 from proxy.relay.client import AsgiClient, Client, Receive, Scope, Send
+from proxy.relay.direct import DirectClient
 from proxy.settings import Settings
 from proxy.telemetry.records import RequestRecord, Telemetry
 
@@ -109,6 +111,8 @@ class SingleRoute:
         total = time_limit(headers, self._total)
         check_length(headers, self._limit)
         if self._route.form:
+            if coding := coding_of(headers):
+                raise EncodingNotSupported(f"a form is sent on as it comes; it may not be encoded with {coding}")
             client.on_gone = task.cancel
             form = ClientForm(
                 headers.get(b"content-type", b""),
@@ -124,7 +128,7 @@ class SingleRoute:
             request = SingleRequest(self._path, client, record, form, form.model, size // _BYTES_PER_AUDIO_TOKEN + 1)
             size = min(size, KEPT)  # what is held of it while it waits
         else:
-            raw = await read_whole(client, receive, self._limit, self._body_seconds)
+            raw = await read_whole(client, receive, headers, self._limit, self._body_seconds)
             size = len(raw)
             members = read_members(raw)
             if (asked := read_model(members)) is not None:
@@ -220,7 +224,7 @@ class ClientForm:
         """The next piece, which may be empty. Safe to be cancelled: what has been taken is in `kept`.
 
         Raises:
-            BodyTooLarge, RequestTimedOut, InvalidRequest, ClientLeft
+            BodyTooLarge, RequestTimedOut, InvalidRequest, ClientLeft, BodiesFull
         """
         asked = monotonic()
         try:
@@ -231,6 +235,9 @@ class ClientForm:
         self._left -= monotonic() - asked
         if message["type"] == "http.disconnect":
             raise ClientLeft
+        client = self._client if isinstance(self._client, DirectClient) else None
+        if client is not None and client.refusal is not None:
+            raise client.refusal
         data = message.get("body", b"")
         self._taken += len(data)
         if self._taken > self._limit:
@@ -246,4 +253,6 @@ class ClientForm:
                 self.kept += piece
             else:
                 self.kept = None
+        if self.kept is None and client is not None:
+            client.let_go(client.held)  # what comes from here on is sent on at once
         return piece

@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from proxy.relay.bodies import Bodies
 from proxy.relay.deadlines import Deadlines
 
 VISIT = 1.0
@@ -35,6 +36,7 @@ class Connections:
         spared: paths that are served to all, so that who runs the gateway still sees it; one that ends in a slash with
             all below it.
         per_address: of `limit`, how many one client address may have, where that is bounded.
+        bodies: of their requests.
     Attributes:
         open: connections that are open, visitors aside.
         refused: connections that came when there were too many, and were told 503, closed or served what is spared,
@@ -45,6 +47,7 @@ class Connections:
     limit: int = 1_000_000
     spared: frozenset[str] = frozenset()
     per_address: int | None = None
+    bodies: Bodies = field(default_factory=Bodies)
     open: int = 0
     refused: int = 0
     leaving: bool = False

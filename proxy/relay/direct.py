@@ -14,13 +14,20 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 from proxy.relay.client import Flow, Headers
 
 if TYPE_CHECKING:
+    from proxy.errors import GatewayError
     from proxy.relay.server import GatewayProtocol
 
 _CLOSE = b"connection: close\r\n"
 
 
 class DirectClient:
-    """A `Client` that writes to the connection's transport."""
+    """A `Client` that writes to the connection's transport.
+
+    Attributes:
+        held: bytes of the request's body that count as held (`bodies.py`).
+        refusal: why its body is not taken.
+        asks: the request's application looks at `refusal` by itself.
+    """
 
     __slots__ = (
         "_chunked",
@@ -29,12 +36,15 @@ class DirectClient:
         "_head",
         "_protocol",
         "_transport",
+        "asks",
         "gone",
+        "held",
         "on_gone",
+        "refusal",
         "started",
     )
 
-    def __init__(self, protocol: GatewayProtocol, cycle: RequestResponseCycle) -> None:
+    def __init__(self, protocol: GatewayProtocol, cycle: RequestResponseCycle, asks: bool = False) -> None:
         self._protocol = protocol
         self._cycle = cycle
         self._transport = protocol.transport
@@ -42,6 +52,9 @@ class DirectClient:
         self._head = b""  # written with the first bytes of the body: one system call less
         self.started = False
         self.gone = False
+        self.held = 0
+        self.refusal: GatewayError | None = None
+        self.asks = asks
         self._flow: Flow | None = None
         self.on_gone: Callable[[], object] | None = None
 
@@ -59,8 +72,14 @@ class DirectClient:
 
     @property
     def body(self) -> bytearray | None:
-        """The request's body when it is already there, whole; else None, and ASGI's `receive` has it."""
+        """The request's body when it is already there, whole; else None, and ASGI's `receive` has it.
+
+        Raises:
+            GatewayError: `refusal`.
+        """
         cycle = self._cycle
+        if self.refusal is not None:
+            raise self.refusal
         if cycle.more_body or cycle.disconnected:
             return None
         body, cycle.body = cycle.body, bytearray()
@@ -73,7 +92,11 @@ class DirectClient:
 
     async def gather(self, limit: int) -> bytearray | None:
         """The request's body once it is whole, or longer than `limit` bytes; None when its client has left. A long body
-        is not copied on its way, as with each message of ASGI's `receive`."""
+        is not copied on its way, as with each message of ASGI's `receive`.
+
+        Raises:
+            GatewayError: `refusal`.
+        """
         cycle = self._cycle
         if cycle.waiting_for_100_continue and not self._transport.is_closing():
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -82,6 +105,8 @@ class DirectClient:
             cycle.flow.resume_reading()
             await cycle.message_event.wait()
             cycle.message_event.clear()
+            if self.refusal is not None:
+                raise self.refusal
         if cycle.disconnected:
             return None
         body, cycle.body = cycle.body, bytearray()
@@ -91,6 +116,34 @@ class DirectClient:
         """Put these into the answer too, also where it goes through ASGI's `send`."""
         cycle = self._cycle
         cycle.default_headers = [*cycle.default_headers, *headers]
+
+    def refuse(self, error: GatewayError) -> None:
+        """The request's body is not taken. What has come of it is given up."""
+        self.refusal = error
+        self._cycle.body = bytearray()
+        if self.asks:
+            self._cycle.message_event.set()
+        else:
+            self._protocol.refuse(self)
+
+    def hold(self, count: int) -> None:
+        """So many bytes of the request's body are held beside those that came.
+
+        Raises:
+            GatewayError: `refusal`.
+        """
+        if not self._protocol.shared.bodies.take(self, count):
+            assert self.refusal is not None
+            raise self.refusal
+
+    def let_go(self, count: int) -> None:
+        """So many bytes of the request's body are held no longer."""
+        self._protocol.shared.bodies.let_go(self, min(count, self.held))
+
+    def release(self) -> None:
+        """Nothing of the request's body is held any more."""
+        if self.held:
+            self._protocol.shared.bodies.release(self)
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         if self.gone:
@@ -133,6 +186,7 @@ class DirectClient:
     def left(self) -> None:
         """The client has closed its connection."""
         self.gone = True
+        self.release()
         if self._flow is not None:
             self._flow.stop()
         self._cycle.disconnected = True
@@ -164,6 +218,7 @@ class DirectClient:
         cycle = self._cycle
         self._protocol.streaming = None
         self._protocol.clients.discard(self)
+        self.release()
         cycle.response_complete = True
         cycle.message_event.set()
         if not cycle.keep_alive:

@@ -274,7 +274,9 @@ class Inbound(HttpToolsProtocol):
             return
         if self._in_message and self.pipeline and self.pipeline[0][0] is self.cycle:
             del self.pipeline[0]  # its body will never be whole
-            self.clients = {client for client in self.clients if client._cycle is not self.cycle}
+            for client in [client for client in self.clients if client._cycle is self.cycle]:
+                self.clients.discard(client)
+                client.release()
         if self._in_message and len(self.clients) == 1:
             [client] = self.clients
             if client._cycle is self.cycle and not client.started:  # it waits for a body that will never be whole

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, cast
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from proxy.errors import TooManyConnections
+from proxy.relay.bodies import SHORT
 from proxy.relay.client import EXTENSION, Receive, Scope, Send
 from proxy.relay.connections import VISIT
 from proxy.relay.direct import DirectClient
@@ -36,7 +37,7 @@ class GatewayProtocol(Inbound):
         streaming: the client whose answer is under way.
     """
 
-    __slots__ = ("_counted", "_crowded", "_direct", "_held_back", "_idle", "_write_deadline", "streaming")
+    __slots__ = ("_counted", "_crowded", "_direct", "_held_back", "_idle", "_newest", "_write_deadline", "streaming")
 
     write_seconds: ClassVar[float] = 120.0
 
@@ -45,6 +46,7 @@ class GatewayProtocol(Inbound):
         self.pipeline = _Queue()  # type: ignore[assignment]
         self._direct: Mapping[bytes, Any] = getattr(self.app, "direct", _NO_ROUTES)
         self.streaming: DirectClient | None = None
+        self._newest: DirectClient | None = None  # of the request that comes, or came last
         self._idle = self.shared.idle(self.timeout_keep_alive)
         self._crowded = False  # one connection too many
         self._counted = False  # it is one of `shared.open`
@@ -156,9 +158,31 @@ class GatewayProtocol(Inbound):
         cycle = self.cycle
         if self._crowded or self.shared.leaving:
             cycle.keep_alive = False
-        client = DirectClient(self, cycle)
+        client = self._newest = DirectClient(self, cycle, app is not None)
         self.clients.add(client)
         cycle.scope["extensions"] = {EXTENSION: client}  # type: ignore[dict-item]
+
+    def on_body(self, body: bytes) -> None:
+        client = self._newest
+        if (
+            client is not None
+            and not client._cycle.response_complete
+            and (client.refusal is not None or not self.shared.bodies.take(client, len(body)))
+        ):
+            self._framing -= len(body)
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._newest is not None and self._newest.held > SHORT:
+            self.shared.bodies.whole(self._newest)
+        super().on_message_complete()
+
+    def refuse(self, client: DirectClient) -> None:
+        """The body of a request is not taken, and its application does not ask for that."""
+        assert client.refusal is not None
+        if client._cycle is self.cycle:
+            self._refuse(client.refusal)
 
     def _begin_direct(self, app: Any) -> None:
         """As uvicorn's `on_headers_complete`, for an application that asks no more of its scope than this."""
@@ -215,7 +239,9 @@ class GatewayProtocol(Inbound):
     def on_response_complete(self) -> None:
         if self.clients:
             # Answers that went through plain `send` end here too; the next request has a client of its own.
-            self.clients = {client for client in self.clients if not client._cycle.response_complete}
+            for client in [client for client in self.clients if client._cycle.response_complete]:
+                self.clients.discard(client)
+                client.release()
         if self.transport.get_write_buffer_size():
             self._watch_writes()
         if self.cycle.response_complete:
@@ -251,6 +277,7 @@ class GatewayProtocol(Inbound):
     def _forget_request(self) -> None:
         """Nothing of an answered request is kept; connections that wait for another are many, and most of a server."""
         self.cycle = _ANSWERED
+        self._newest = None
         self.scope = self.headers = None  # type: ignore[assignment]
         self.url = b""
 

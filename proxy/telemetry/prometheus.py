@@ -90,6 +90,19 @@ class FleetState(Protocol):
         """What each group lacks."""
 
 
+class BodyState(Protocol):
+    """What a scrape shows of requests' bodies."""
+
+    @property
+    def held(self) -> int: ...
+
+    @property
+    def limit(self) -> int: ...
+
+    @property
+    def refused(self) -> Mapping[str, int]: ...
+
+
 class ConnectionState(Protocol):
     """What a scrape shows of the clients' connections."""
 
@@ -101,6 +114,9 @@ class ConnectionState(Protocol):
 
     @property
     def refused(self) -> int: ...
+
+    @property
+    def bodies(self) -> BodyState: ...
 
 
 class Histogram:
@@ -529,6 +545,20 @@ class PrometheusSink(Collector):
             "Connections that got a 503, or were closed at once, because of the limit.",
             value=now.refused if now else 0,
         )
+        yield GaugeMetricFamily(
+            "pd_proxy_request_body_bytes", "Bytes of request bodies that are held.", value=now.bodies.held if now else 0
+        )
+        yield GaugeMetricFamily(
+            "pd_proxy_request_body_bytes_limit", "How many may be held.", value=now.bodies.limit if now else 0
+        )
+        refused = CounterMetricFamily(
+            "pd_proxy_request_bodies_refused",
+            "Bodies that were refused for want of room: newcomers (full), and uploads that had stalled then.",
+            labels=("reason",),
+        )
+        for reason, count in (now.bodies.refused if now else {"full": 0, "stalled": 0}).items():
+            refused.add_metric((reason,), count)
+        yield refused
 
 
 def registry(*sinks: Collector) -> CollectorRegistry:
