@@ -63,7 +63,7 @@ class Invocations:
             headers: dict[bytes, bytes] = dict(scope["headers"])
             self._credentials.check_client(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
             check_length(headers, self._limit)
-            body = await read_whole(client, receive, self._limit, self._seconds)
+            body = await read_whole(client, receive, headers, self._limit, self._seconds)
             path = self._meant(read_members(bytes(body)).keys())
         except ClientLeft:
             return
@@ -76,7 +76,8 @@ class Invocations:
             client.put_back(body)
         else:
             receive = _again(bytes(body), receive)
-        await self._apps[path]({**scope, "path": path}, receive, send)
+        plain = [header for header in scope["headers"] if header[0] != b"content-encoding"]  # which is off by now
+        await self._apps[path]({**scope, "path": path, "headers": plain}, receive, send)
 
     def _meant(self, members: AbstractSet[str]) -> str:
         """The route that a body with these members is for.

@@ -105,3 +105,9 @@ async def test_a_form_is_not_decoded() -> None:
         answer = await running.http.post("/v1/audio/transcriptions", content=gzip.compress(b"--b--"), headers=headers)
         assert answer.status_code == 415
         assert "form" in answer.json()["error"]["message"]
+
+
+async def test_the_coding_is_taken_off_once_where_a_route_is_looked_for() -> None:
+    async with pools() as (running, _, _):
+        answer = await post(running, gzip.compress(json.dumps(chat()).encode()), "gzip", "/invocations")
+        assert answer.status_code == 200, answer.text
