@@ -74,7 +74,7 @@ class _Event(msgspec.Struct):
     prompt_token_ids: msgspec.Raw = _ABSENT
 
 
-_ODD = re.compile(rb'"(?:recomputed"|error":|finish_reason"(?!:null))')
+_ODD = re.compile(rb'"recomputed"|"error":')
 _decode_event = bare_json_decoder(_Event)
 
 
@@ -519,7 +519,11 @@ class StreamRelay:
         assert passage is not None
         if live and self._edit.idle and not self._transcript.continuable:
             count = block.count(b"\n\n")
-            ordinary = count and count == block.count(b'"choices":[{') == block.count(b'"finish_reason":null')
+            ordinary = (
+                count
+                and count == block.count(b'"choices":[{') == block.count(b'"finish_reason":null')
+                and count == block.count(b'"finish_reason"')  # no choice beside it has ended
+            )
             if ordinary and b"\r" not in block and not names_handoff(block) and not _ODD.search(block):
                 if count == 1:
                     passage.pattern = block

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from proxy.errors import (
+    BackendAborted,
     BackendBusy,
     BackendCut,
     BackendError,
     BackendFailed,
+    BackendStopping,
     BackendTimedOut,
     BackendUnreachable,
 )
@@ -193,6 +195,58 @@ def test_when_too_few_are_left_all_that_are_alive_are_candidates_again() -> None
     made.bring_in(at(made, "http://decode2"))
     assert urls(made.candidates("decode", None)) == ["http://decode2", "http://decode3"]
     assert dict(made.panicking())["decode"] is False
+
+
+LEAVES = [BackendAborted("ended"), BackendStopping("no more", status=503)]
+
+
+@pytest.mark.parametrize("error", LEAVES)
+def test_an_engine_that_is_leaving_gets_nothing_more_at_once_and_keeps_what_it_has(error: BackendError) -> None:
+    clock = Clock()
+    made = fleet(clock=clock, decode=3, breaker={"ejection": 10, "slow_start": 0, "max_ejected": 0})
+    backend = at(made, "http://decode0")
+    fail(made, backend, 1, error)
+    assert urls(made.candidates("decode", None)) == ["http://decode1", "http://decode2"]
+    assert backend.up and backend.attention.is_set() and made.state(backend) == "ejected"
+    assert made.rotation.leaving(backend)
+    assert made.ejections == {("decode", "http://decode0", "decode", "leaving"): 1}
+    fail(made, backend, 3, error)  # what else it had
+    assert made.ejections.total() == 1
+    clock.now += 10.1
+    assert len(made.candidates("decode", None)) == 3 and not made.rotation.leaving(backend)
+    fail(made, backend, 1, error)  # it still drains: it is out for twice as long
+    clock.now += 19.9
+    assert len(made.candidates("decode", None)) == 2
+    clock.now += 0.2
+    assert len(made.candidates("decode", None)) == 3
+
+
+def test_those_that_are_leaving_are_left_out_even_if_few_are_left_but_not_if_nobody_is() -> None:
+    """Where the pool is in panic, its ejections are ignored; not those of engines that say themselves that they end."""
+    made = fleet(decode=4)
+    for number in range(3):
+        fail(made, at(made, f"http://decode{number}"), 1, LEAVES[0])
+    assert dict(made.panicking())["decode"]
+    assert urls(made.candidates("decode", None)) == ["http://decode3"]
+    fail(made, at(made, "http://decode3"), 1, LEAVES[0])
+    assert len(made.candidates("decode", None)) == 4
+
+
+def test_an_engine_that_was_leaving_and_comes_up_again_is_another() -> None:
+    made = fleet(decode=2)
+    backend = at(made, "http://decode0")
+    fail(made, backend, 1, LEAVES[0])
+    made.take_out(backend, "connection refused")
+    made.bring_in(backend)
+    assert len(made.candidates("decode", None)) == 2 and not made.rotation.leaving(backend)
+
+
+def test_a_decode_engine_that_is_stopping_casts_no_doubt_on_prefill() -> None:
+    made = fleet(prefill=1, decode=2)
+    prefill, decode = at(made, "http://prefill0"), at(made, "http://decode0")
+    prefill.attention.clear()
+    made.failed(decode, LEAVES[1], "decode", prefill)
+    assert not prefill.attention.is_set() and made.state(decode) == "ejected"
 
 
 def test_a_failure_that_blames_nobody_is_no_failure() -> None:
