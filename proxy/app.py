@@ -160,6 +160,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
                 with suppress(asyncio.CancelledError):
                     await ticker
             await flow.close()
+            await suspicion.close()
             await prober.stop()
             await warmup.stop()
             legs.close()

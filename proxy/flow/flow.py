@@ -519,7 +519,7 @@ class Flow:
             await asyncio.wait((attempt.runs_out,))
         try:
             cuts = attempt.request.cuts
-            if cuts is not None and await self._suspicion.any_dead(cuts.get("decode", ())):
+            if cuts is not None and await self._suspicion.any_dead([backend for backend, _ in cuts.get("decode", ())]):
                 return  # the leg has the request's prompt, which no other engine is to meet for this
             for tries in range(1, _RELEASE_TRIES + 1):
                 if tries > 1:

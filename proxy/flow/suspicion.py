@@ -31,8 +31,8 @@ place of the answer gets again where it is continued."""
 
 _LAST_BREATH = 0.1  # seconds in which an engine that has failed ends, if it does
 
-Cuts = dict[str, list[Backend]]
-"""The engines that may have died with a request, by leg."""
+Cuts = dict[str, list[tuple[Backend, "asyncio.Task[bool]"]]]
+"""The engines that may have died with a request, by leg, and whether each was found alive right after."""
 
 
 class Suspicion:
@@ -46,9 +46,16 @@ class Suspicion:
     def __init__(self, after_cut: int, lives: Callable[[Backend], Awaitable[bool]]) -> None:
         self._after_cut = after_cut
         self._lives = lives
+        self._looks: dict[Backend, asyncio.Task[bool]] = {}  # under way; one for all requests that an engine had
 
-    @staticmethod
-    def noted(cuts: Cuts | None, leg: str, backend: Backend, error: BackendError, gained: int = 0) -> Cuts | None:
+    async def close(self) -> None:
+        """End what is under way."""
+        looks = list(self._looks.values())
+        for look in looks:
+            look.cancel()
+        await asyncio.gather(*looks, return_exceptions=True)
+
+    def noted(self, cuts: Cuts | None, leg: str, backend: Backend, error: BackendError, gained: int = 0) -> Cuts | None:
         """The engines that may have died with a request, with that of a leg that has failed, if it may.
 
         Arguments:
@@ -58,25 +65,32 @@ class Suspicion:
             return cuts
         cuts = {} if cuts is None else cuts
         before = [] if gained >= PROGRESS else cuts.get(leg, [])
-        cuts[leg] = [*before, backend]
+        cuts[leg] = [*before, (backend, self._look(backend))]
         return cuts
 
     async def deadly(self, cuts: Cuts) -> list[str]:
         """The URLs of the engines that a request has ended, where these are so many that it is to be given to no
         other; else none."""
         for leg, suspects in cuts.items():
-            if len(suspects) <= self._after_cut:
+            if len({backend for backend, _ in suspects}) <= self._after_cut:
                 continue
-            asked = set(suspects)
-            alive = dict(zip(asked, await asyncio.gather(*map(self._is_well, asked)), strict=True))
-            cuts[leg] = dead = [backend for backend in suspects if not alive[backend]]
-            if len(dead) > self._after_cut:
-                return [backend.url for backend in dead]
+            alive = await asyncio.gather(*(look for _, look in suspects), return_exceptions=True)
+            cuts[leg] = dead = [one for one, lives in zip(suspects, alive, strict=True) if lives is False]
+            urls = list(dict.fromkeys(backend.url for backend, _ in dead))
+            if len(urls) > self._after_cut:
+                return urls
         return []
 
     async def any_dead(self, suspects: Iterable[Backend]) -> bool:
         """Whether one of some engines that may have died with a request is found dead."""
         return not all(await asyncio.gather(*map(self._lives, suspects)))
+
+    def _look(self, backend: Backend) -> asyncio.Task[bool]:
+        """Whether an engine lives on, once that is known."""
+        if (look := self._looks.get(backend)) is None:
+            look = self._looks[backend] = asyncio.create_task(self._is_well(backend), name=f"look at {backend.url}")
+            look.add_done_callback(lambda _: self._looks.pop(backend, None))
+        return look
 
     async def _is_well(self, backend: Backend) -> bool:
         """Whether an engine lives on. One that is about to end may still answer its health check."""

@@ -147,3 +147,9 @@ async def test_routes_of_one_leg_are_no_other(caplog: pytest.LogCaptureFixture) 
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "request_kills_engines")
         assert sum(len([r for r in engine.requests if r.path == "/v1/embeddings"]) for engine in engines) == 2
     assert "is given to no other" in caplog.text and "a secret text" not in caplog.text
+
+
+async def test_one_engine_whose_connections_are_cut_again_and_again_is_one() -> None:
+    async with pools(1, 1, **NEVER, first_token="decode") as (running, _, [d]):
+        d.faults.add("die_mid_stream", leg="decode", after_tokens=0, ending="reset", count=3)
+        assert (await asked(running, stream=False)).status_code == 200
