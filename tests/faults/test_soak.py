@@ -104,8 +104,8 @@ async def test_no_request_fails_and_no_answer_is_wrong() -> None:
     expected = await undisturbed(asked)
     served = 0
     breaker = {"ejection": 0.5, "longest_ejection": 1.0, "slow_start": 0.5}
-    # Four blows a second: an answer that is not streamed begins anew with each that hits it, and may meet a few. None of
-    # the requests is to blame for that, however often its engine dies.
+    # Four blows a second: an answer that is not streamed begins anew with each that hits it, and may meet a few. No
+    # request is to blame for that, however often its engine dies.
     settings = {"timeouts": {"idle": 5}, "breaker": breaker, "retries": {"attempts": 20, "after_cut": 20}}
     async with pools(2, 2, engine=ENGINE, **settings) as (running, prefill, decode):
         ends = monotonic() + SECONDS
