@@ -30,6 +30,7 @@ from proxy.crew import Crew
 from proxy.fleet.board import Board
 from proxy.signals import IGNORED, LEAVING, ignore, tell_ignored
 from proxy.sockets import Listener, notify
+from proxy.telemetry.logs import name_worker
 
 log = logging.getLogger("pd_proxy")
 
@@ -121,6 +122,7 @@ class _Supervisor:
         _in_worker = True
         status = 1
         try:
+            name_worker(worker)
             signal.set_wakeup_fd(-1)
             for number in (*LEAVING, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)

@@ -15,6 +15,7 @@ from proxy.admission.gate import Gate
 from proxy.admission.ticket import Ticket
 from proxy.api.coding import ACCEPTED, coding_of, plain
 from proxy.api.error_shapes import OPENAI, ErrorShape
+from proxy.api.trace_context import trace_context
 from proxy.errors import (
     BodiesFull,
     BodyTooLarge,
@@ -63,6 +64,7 @@ async def exchange(
         shape: how its API says that something failed.
     """
     # Taken out, since the client knows its scope: a circle would leave every request to the garbage collector.
+    record.peer = scope.get("client")
     client: Client = scope.pop("extensions", {}).get(EXTENSION) or AsgiClient(receive, send)
     task = asyncio.current_task()
     assert task is not None, "ASGI servers call applications from a task"
@@ -85,12 +87,13 @@ async def exchange(
     except Exception:  # the last resort: a fault of the gateway's own, which is to be no riddle to anybody
         record.outcome = "client_gone" if client.gone else GatewayError.code
         record.request_id = record.request_id or new_id()
-        log.exception("%s: the gateway failed on this request", record.request_id)
+        log.exception("%s: the gateway failed on this request", record.request_id, extra=record.known_as)
         give_error(client, record, GatewayError(_OWN_FAULT), shape)
     finally:
         gate.leave(task)
         client.on_gone = None
         record.ended = monotonic()
+        record.settle()
         telemetry.finished(record)
     await client.flushed()
 
@@ -111,10 +114,16 @@ def no_route(path: str, known: Iterable[str]) -> RouteNotFound:
     )
 
 
-def identify(headers: dict[bytes, bytes]) -> str:
-    """The request's id: the client's own where it sent a sane one."""
+def identify(record: RequestRecord, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    """Note the request's id, the client's own where it sent a sane one, and its trace.
+
+    Arguments:
+        headers: those of the scope.
+    """
     name = headers.get(b"x-request-id", b"")
-    return name.decode("latin-1") if name and _SANE_ID(name) else new_id()
+    record.request_id = name.decode("latin-1") if name and _SANE_ID(name) else new_id()
+    if b"traceparent" in headers:
+        record.trace = trace_context(scope["headers"])
 
 
 def time_limit(headers: dict[bytes, bytes], most: float) -> float:
@@ -231,14 +240,16 @@ async def turn(admission: Admission, ticket: Ticket, record: RequestRecord) -> N
 
 def give_error(client: Client, record: RequestRecord, error: GatewayError, shape: ErrorShape) -> None:
     """Answer with an error: as the whole answer, or as the last event of one that has begun."""
-    record.error = record.error or str(error)
+    said = str(error)
+    # What ended it may be another thing than what the last try failed of.
+    record.error = f"{said}; the last try: {record.error}" if record.error and record.error not in said else said
     record.request_id = record.request_id or new_id()
     if client.gone:
         return
     try:
         _give(client, record, error, shape)
     except Exception:  # in place of an answer that cannot be written, one that can
-        log.exception("%s: the gateway could not answer with %s", record.request_id, error.code)
+        log.exception("%s: the gateway could not answer with %s", record.request_id, error.code, extra=record.known_as)
         if client.started:
             client.cut()
             return

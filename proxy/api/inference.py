@@ -75,7 +75,7 @@ class Inference:
             GatewayError: the request cannot be served; `client.started` says whether a part of it was.
         """
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        record.request_id = identify(headers)
+        identify(record, scope, headers)
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{scope['path']} takes POST", allow="POST")
         hops = self._flow.hops.passed(headers[HEADER]) if HEADER in headers else b""

@@ -99,7 +99,7 @@ class SingleRoute:
             GatewayError: the request cannot be served; `client.started` says whether a part of it was.
         """
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        record.request_id = identify(headers)
+        identify(record, scope, headers)
         if self._path not in self._fleet.routes():
             raise no_route(self._path, self._paths())
         if scope["method"] != "POST":

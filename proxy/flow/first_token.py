@@ -94,6 +94,7 @@ class FirstTokens:
         record, client, body = request.record, request.client, request.body
         if first.whole:
             self._count(request, attempt)
+            record.decode, record.decode_pool = "", "prefill"  # it is not asked
         elif not body.stream:
             record.first_token_from, record.first_token_reason = "prefill", self._exactness(body)
             return False

@@ -179,7 +179,10 @@ class Flow:
                     if request.client.started:
                         raise self._resumption.given_up(request, error.reason) from error
                     raise
-                log.info("%s try %d of %d failed: %s", request.record.request_id, tries, self._attempts, error)
+                record = request.record
+                log.info(
+                    "%s try %d of %d failed: %s", record.request_id, tries, self._attempts, error, extra=record.known_as
+                )
                 tries = await self._permitted(request, error, tries)
                 request.note_retry()
             else:
@@ -239,7 +242,8 @@ class Flow:
             try:
                 return await settle(transcript, partial(self._legs.detokenize, backend, model))
             except BackendError as error:
-                log.info("%s: %s did not detokenize: %s", request.record.request_id, backend.url, error)
+                record = request.record
+                log.info("%s: %s did not detokenize: %s", record.request_id, backend.url, error, extra=record.known_as)
         return "held_text" if transcript.text is not None else "merged_tokens"
 
     async def _place(self, request: Request, tries: int) -> Decision[Backend]:
@@ -254,7 +258,7 @@ class Flow:
             except NoBackend as error:
                 if not request.client.started or tries >= self._attempts:
                     raise
-                log.info("%s waits for a backend: %s", request.record.request_id, error)
+                log.info("%s waits for a backend: %s", request.record.request_id, error, extra=request.record.known_as)
             else:
                 if tries == 1 or request.avoid.isdisjoint(_urls(decision)):
                     return decision
@@ -325,9 +329,7 @@ class Flow:
                 error.args = (f"the prefill and decode backends have no model in common: {apart}",)
             error.__cause__ = request.error
             raise
-        record.decode = decision.decode.url
-        record.decode_pool = decision.pool
-        record.prefill = decision.prefill.url if decision.prefill else ""
+        record.placed(decision.pool, decision.decode.url, decision.prefill.url if decision.prefill else "")
         record.fallback = decision.fallback
         if decision.fallback == "no_prefill_backend" and fleet.models_apart(body.model):
             record.fallback = "no_matching_pair"  # they are up, and serve other models
@@ -378,7 +380,7 @@ class Flow:
         pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
         retries = request.record.retries
         failed = [leg for leg, reason in retries if reason not in _SAYS_NOTHING and leg != "encode"]
-        if len(failed) < 2 or not (request.record.prefill and self._local_prefill):
+        if len(failed) < 2 or not (request.record.prefill and request.record.decode and self._local_prefill):
             return ""
         return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
 
@@ -417,12 +419,13 @@ class Flow:
                     await self._together(attempt, prefill_lease, decode, lease)
                     return
                 if prefill_lease is not None:
-                    record.stage = "prefill"
+                    if not request.client.started:
+                        record.stage = "prefill"
                     await self._prefill(attempt, prefill_lease)
                     if attempt.first is not None and self._first_tokens.give(attempt):
                         return
                 if not request.client.started:
-                    record.stage = "decode"
+                    record.stage = leg_of(decode)
                 await self._decode(attempt, decode, lease)
             finally:
                 self._put_away(attempt)
@@ -439,7 +442,8 @@ class Flow:
         request, prefill, plan = attempt.request, prefill_lease.backend, attempt.plan
         assert plan.handoff is not None
         limbo = attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
-        request.record.stage = "prefill"
+        if not request.client.started:
+            request.record.stage = "prefill"
         if request.body.prompt_logprobs:
             limit = STREAM_LIMIT if request.body.stream else None
             attempt.logprobs = PromptLogprobs(asyncio.get_running_loop(), limit)
@@ -536,7 +540,8 @@ class Flow:
                     released = True
                     return
                 except BackendError as error:
-                    log.info("%s: its hand-off was not released: %s", attempt.request.record.request_id, error)
+                    record = attempt.request.record
+                    log.info("%s: its hand-off was not released: %s", record.request_id, error, extra=record.known_as)
                     if not error.unread:
                         return
                     avoid.add(backend.url)
@@ -605,7 +610,14 @@ class Flow:
     def _do_without(self, attempt: Try, backend: Backend, reason: str, error: HandoffInvalid) -> None:
         """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that, or the
         connector."""
-        log.warning("prefill backend %s gave no usable hand-off: %s", backend.url, error)
+        record = attempt.request.record
+        log.warning(
+            "%s: prefill backend %s gave no usable hand-off: %s",
+            record.request_id,
+            backend.url,
+            error,
+            extra=record.known_as,
+        )
         if not (self._local_prefill and attempt.plan.connector.plain_decode):
             self._failed(attempt.request, backend, "prefill", error)
             raise error

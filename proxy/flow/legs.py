@@ -33,7 +33,7 @@ from proxy.fleet.notices import Notices
 from proxy.fleet.standing import LegName
 from proxy.flow.callbacks import Callbacks
 from proxy.flow.hops import Hops
-from proxy.flow.request import Request, new_id
+from proxy.flow.request import Request, leg_id, new_id
 from proxy.handoff.connector import Connector, Handoff
 from proxy.handoff.continuation import Continuation
 from proxy.handoff.endpoints import LAYOUTS, Members
@@ -164,6 +164,7 @@ class Try(msgspec.Struct):
         """Its hand-off goes to another decode backend than it was made for."""
         if self.request.stored is not None:
             self.plan.answer_id = _answer_id(self.request, decode)
+            self.request.record.answer = LAYOUTS[self.request.body.endpoint].id_prefix + self.plan.answer_id
 
     def decode_is_as_known(self) -> bool:
         """Whether the decode engine is surely the one that `facts` are of."""
@@ -218,7 +219,8 @@ def new_try(
         callbacks: where engines call back, for connectors by which they do.
         reuse: decode may take the prompt's ids from prefill.
     """
-    name, meeting = new_id(), None
+    record, meeting = request.record, None
+    name = new_id() if connector.own_ids else leg_id(record.request_id)
     if prefill is not None and connector.called_back:
         assert callbacks is not None
         name, meeting = callbacks.name(), connector.invite(callbacks.url)
@@ -238,13 +240,15 @@ def new_try(
         reuse=reuse and prefill is not None and connector.takes_ids and reusable(request.body),
     )
     alias = own if meeting is not None and meeting.id else ""
+    record.leg = name
+    record.answer = LAYOUTS[request.body.endpoint].id_prefix + plan.answer_id if plan.answer_id else ""
     return Try(request, plan, name, facts=facts, decode=decode, alias=alias)
 
 
 def _answer_id(request: Request, decode: Backend) -> str:
     """What an answer of `decode`'s is to be called. It goes to the client, so it is not the legs' own id."""
     if request.stored is None:
-        return new_id()
+        return leg_id(request.record.request_id)
     return request.stored.name(new_id(), decode.url, request.record.client)
 
 
@@ -616,9 +620,10 @@ class Legs:
             reads: its engine is to read what was handed over.
             rank: the engine's data-parallel rank that it is for, where it has several.
         """
-        headers = b"x-request-id: %b\r\n%b%b" % (
+        headers = b"x-request-id: %b\r\n%b%b%b" % (
             attempt.id.encode("ascii"),
             self.headers_after(attempt.request.hops),
+            attempt.request.record.trace,
             leg.headers,
         )
         if rank is not None:

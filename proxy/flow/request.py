@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from random import getrandbits
 from typing import Any
@@ -96,6 +97,23 @@ class Request(msgspec.Struct):
         if self.record.fallback:
             headers.append((b"x-pd-proxy-fallback", self.record.fallback.encode("ascii")))
         return headers
+
+
+_UNDERSCORES = re.compile("__+")
+_LONGEST = 64  # characters of a client's id in those of its legs: some protocols bound names at 128
+
+
+def leg_id(request_id: str) -> str:
+    """An id for the legs of one try, or for one leg, by which they are found from their request's.
+
+    Its end makes it unique: several requests of a client's may have one id, and engines pair and abort legs by it. It
+    is longer than the eight digits that vLLM adds and takes off again. Connectors look for addresses between three
+    underscores, so a client's id must not have them.
+    """
+    if not request_id:
+        return new_id()
+    name = request_id if request_id.find("__") < 0 else _UNDERSCORES.sub("_", request_id)
+    return f"{name[:_LONGEST]}-{getrandbits(64):016x}"
 
 
 def new_id() -> str:

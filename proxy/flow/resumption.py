@@ -60,7 +60,10 @@ class Resumption:
             request.record.tokens = transcript.total
             request.record.prompt_tokens = transcript.prompt_tokens
         request.client.end(closing)
-        log.info("%s: its backend failed after the last token: %s", request.record.request_id, request.error)
+        record = request.record
+        log.info(
+            "%s: its backend failed after the last token: %s", record.request_id, request.error, extra=record.known_as
+        )
         return True
 
     def resume(self, request: Request, error: BackendError, unsettled: str) -> None:
@@ -84,6 +87,7 @@ class Resumption:
             request.record.request_id,
             transcript.said,
             error,
+            extra=request.record.known_as,
         )
 
     def given_up(self, request: Request, why: str) -> StreamInterrupted:

@@ -34,7 +34,7 @@ from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
 from proxy.flow.hops import Hops
 from proxy.flow.legs import EVENT_STREAM, Legs, leg_of
-from proxy.flow.request import new_id
+from proxy.flow.request import leg_id
 from proxy.flow.suspicion import Cuts, Suspicion, warn
 from proxy.placement.decide import choose
 from proxy.relay.answers import engine_error, read_usage
@@ -203,7 +203,10 @@ class Single:
             if error is not None and error is not noted:
                 noted = error
                 request.record.retries.append((request.record.stage, error.reason))
-                log.info("%s try %d of %d failed: %s", request.record.request_id, tries, self._attempts, error)
+                record = request.record
+                log.info(
+                    "%s try %d of %d failed: %s", record.request_id, tries, self._attempts, error, extra=record.known_as
+                )
             request.record.stage = leg_of(backend)
             with self._permit(backend, error):
                 if backend.url in request.avoid:
@@ -269,8 +272,7 @@ class Single:
         self._turn += 1
         policy = self._policies[candidates[0].role]
         backend = choose(candidates, policy, avoid=frozenset(), random=self._random, turn=self._turn)
-        request.record.decode = backend.url
-        request.record.decode_pool = backend.role
+        request.record.placed(backend.role, backend.url)
         return backend
 
     def _nobody(self, request: SingleRequest) -> NoBackend | RouteNotFound:
@@ -306,7 +308,12 @@ class Single:
             idle=self._idle_limit,
         )
         origin = self._legs.origin(backend)
-        headers = b"x-request-id: %b\r\n%b" % (new_id().encode("ascii"), self._legs.headers_after(request.hops))
+        record.leg = leg_id(record.request_id)
+        headers = b"x-request-id: %b\r\n%b%b" % (
+            record.leg.encode("ascii"),
+            self._legs.headers_after(request.hops),
+            record.trace,
+        )
         try:
             if isinstance(body, bytes):
                 carry.connection = await origin.send(request.path, headers, (body,), carry)

@@ -115,4 +115,5 @@ def warn(record: RequestRecord, size: int, ended: list[str]) -> None:
         record.model or "no model",
         size,
         record.client or "without a key",
+        extra=record.known_as,
     )

@@ -58,6 +58,7 @@ class AscendLayerwise(Connector):
     endpoints = frozenset({"chat", "completions", "messages"})  # others' ids have a form that no call is known by
     order = "concurrent"
     called_back = True
+    own_ids = True  # what engines call back with is nothing that a client could guess
     prefill_may_be_cut = False
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:

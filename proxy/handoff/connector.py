@@ -105,6 +105,7 @@ class Connector:
         endpoints: those whose requests are split between prefill and decode; others are served whole.
         splits: reasons of `Body.alone` that are none here: its engines pair every part of such a request themselves.
         transferable: a hand-off that no decode engine has read may go to another than the one it was made for.
+        own_ids: an X-Request-Id of the legs has a form of its own, of which a client's id can be no part.
         pairs_by_id: engines pair the legs by their request ids. Where such an id names the decode engine (a stored
             response), that leg goes to no other.
         prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
@@ -135,6 +136,7 @@ class Connector:
     endpoints: ClassVar[frozenset[Endpoint]] = COMMON
     splits: ClassVar[frozenset[str]] = frozenset()
     transferable: ClassVar[bool] = True
+    own_ids: ClassVar[bool] = False
     pairs_by_id: ClassVar[bool] = False
     prefill_may_be_cut: ClassVar[bool] = True
     refused_release: ClassVar[bool] = False
@@ -159,7 +161,8 @@ class Connector:
         """What the legs of one try are told of each other; only with `meets`.
 
         Arguments:
-            name: unique to the try; its X-Request-Id, if the meeting gives no other.
+            name: unique to the try; its X-Request-Id, if the meeting gives no other. What is before its last 16 hex
+                digits may be a client's choice.
             rank: the data-parallel rank of prefill that the leg is sent to, or None where there is but one.
         """
         raise NotImplementedError

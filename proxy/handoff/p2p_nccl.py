@@ -25,6 +25,7 @@ class P2pNccl(Connector):
     plain_decode = False
     plain_prefill = False
     transferable = False
+    own_ids = True
     endpoints = frozenset({"chat", "completions"})  # those whose answers' ids can be given to clients (`Meeting.id`)
 
     def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:

@@ -59,7 +59,7 @@ class SGLang(Connector):
         return in_one_piece(members)
 
     def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
-        room = int(name[:16], 16) % ((1 << 63) - _FREE)
+        room = int(name[-16:], 16) % ((1 << 63) - _FREE)
         if rank is not None:
             room += rank - room % prefill.dp
         host = f"[{prefill.host}]" if ":" in prefill.host else prefill.host

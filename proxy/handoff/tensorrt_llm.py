@@ -83,7 +83,7 @@ class TensorRTLLM(Connector):
     def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
         asked = {
             "request_type": "context_only",
-            "disagg_request_id": _LEAST_ID | int(name[:16], 16) >> 2,
+            "disagg_request_id": _LEAST_ID | int(name[-16:], 16) >> 2,
             "schedule_style": _CONTEXT_FIRST,
         }
         return Meeting({"disaggregated_params": msgspec.Raw(_encode(asked))})

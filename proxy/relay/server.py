@@ -195,6 +195,7 @@ class GatewayProtocol(Inbound):
                 "method": parser.get_method().decode("latin-1"),
                 "path": self.url.decode("latin-1"),
                 "headers": self.headers,
+                "client": self.client,
             },
             transport=self.transport,
             flow=self.flow,

@@ -45,30 +45,55 @@ class RequestLog:
             record.request_id,
             record.endpoint,
             record.outcome,
-            extra={"fields": _fields(record)},
+            extra=_told(record),
         )
 
 
-def _fields(record: RequestRecord) -> dict[str, Any]:
-    """What is worth a place in a line: names as in the record, empty ones left out."""
-    fields: dict[str, Any] = {
+def _told(record: RequestRecord) -> dict[str, Any]:
+    """`extra` of a request's line: the fields of a text line, and the members of a JSON line. docs/logs.md explains
+    each; what is empty is left out, and of a text line zeros too."""
+    members: dict[str, Any] = {
+        "id": record.request_id,
+        "route": record.endpoint,
+        "outcome": record.outcome,
+        "status": record.status,
         "model": record.model[:128],
         "alias": record.alias[:128],
         "client": "" if record.client == "anonymous" else record.client,
+        "address": "" if record.peer is None else f"{record.peer[0]}:{record.peer[1]}",
+        "stream": record.stream,
         "stage": record.stage,
         "queued": round(record.queued_seconds, 4),
         "prefill": record.prefill,
         "decode": record.decode,
+        "leg": record.leg,
+        "answer": record.answer,
+        "trace_id": record.trace_id,
         "seconds": round(record.ended - record.started, 4),
-        "ttft": None if record.ttft is None else round(record.ttft, 4),
+        "ttft": _rounded(record.ttft),
+        "tpot": _rounded(record.tpot),
+        "prefill_seconds": _rounded(record.prefill_seconds),
+        "handoff_seconds": _rounded(record.handoff_seconds),
+        "prompt_tokens": record.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
         "tokens": record.tokens,
+        "first_token": record.first_token_from,
+        "tries": record.tries,
         "retries": len(record.retries),
         "resumes": len(record.resumes),
         "not_resumed": record.not_resumed,
         "fallback": record.fallback,
         "error": record.error,
     }
-    return {name: value for name, value in fields.items() if value not in (None, "", 0)}
+    fields = {name: value for name, value in members.items() if value and name not in _IN_MESSAGE}
+    return {"fields": fields, "members": {name: value for name, value in members.items() if value not in (None, "")}}
+
+
+_IN_MESSAGE = frozenset({"id", "route", "outcome"})
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
 
 
 class TextFormatter(logging.Formatter):
@@ -92,8 +117,10 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **getattr(record, "fields", {}),
+            **(getattr(record, "members", None) or getattr(record, "fields", {})),
         }
+        if _worker is not None:
+            line["worker"] = _worker
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
         try:
@@ -111,6 +138,15 @@ def tell_throughput(throughput: Throughput, in_flight: int, waiting: int) -> Non
     fields = throughput.look(in_flight, waiting)
     if fields is not None:
         logging.getLogger("pd_proxy").info("throughput", extra={"fields": fields})
+
+
+_worker: int | None = None
+
+
+def name_worker(number: int) -> None:
+    """Have this process's JSON lines say which of several workers it is."""
+    global _worker
+    _worker = number
 
 
 def set_up_logging(level: str, shape: str) -> None:

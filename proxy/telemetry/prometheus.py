@@ -347,7 +347,7 @@ class PrometheusSink(Collector):
         tokens[labels.prompt] += record.prompt_tokens
         tokens[labels.cached] += record.cached_tokens
         tokens[labels.completion] += record.tokens
-        if record.decode:
+        if record.decode or record.prefill:
             self._times(record)
 
     def _labels_of(self, record: RequestRecord) -> _Labels:
@@ -365,7 +365,10 @@ class PrometheusSink(Collector):
     def _times(self, record: RequestRecord) -> None:
         """Note how long a request that was placed took, under the backends of its last try."""
         ttft, tpot = record.ttft, record.tpot
-        decode = self._of_backend(record.decode_pool, record.decode)
+        # A prefill backend that gave the whole answer did both, as a mixed one does: without it, those who count each
+        # request once would miss such requests.
+        alone = not record.decode
+        decode = self._of_backend("mixed" if alone else record.decode_pool, record.prefill if alone else record.decode)
         if record.handoff_gap is not None:
             self._handoff_gap.at(record.decode_pool, record.decode).observe(record.handoff_gap)
         if record.handoff_seconds is not None:

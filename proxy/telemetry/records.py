@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -92,7 +92,13 @@ class RequestRecord(msgspec.Struct):
         stage: where the request was when it ended: `admission`, `encode`, `prefill`, `decode` (before the first token),
             `stream` (after it).
         prefill, decode: URLs of the backends of the last try; `mixed` or local decode leaves prefill empty.
-        decode_pool: `decode` or `mixed`.
+            An answer that prefill gave alone leaves decode empty.
+        decode_pool: `decode` or `mixed`; `prefill` for an answer that prefill gave alone.
+        tries: how often the request was placed.
+        leg: the X-Request-Id of the last try's legs, which begins with the request's own where the connector allows.
+        answer: what the engine was told to call its answer, where its API does not look at X-Request-Id; else empty.
+        peer: address and port of the client's connection; None where it has none.
+        trace: headers of the client's trace context, as whole lines for the legs; empty where it sent none.
         client: whose key it came with, by name; empty when it came with none that is known.
         admitted: it was let in.
         queued_seconds: how long it waited in the queue for that, or before it was refused or left.
@@ -127,6 +133,11 @@ class RequestRecord(msgspec.Struct):
     prefill: str = ""
     decode: str = ""
     decode_pool: str = "decode"
+    tries: int = 0
+    leg: str = ""
+    answer: str = ""
+    peer: tuple[str, int] | None = None
+    trace: bytes = b""
     prefill_seconds: float | None = None
     handoff_seconds: float | None = None
     first_token: float | None = None
@@ -145,6 +156,37 @@ class RequestRecord(msgspec.Struct):
     sequence: int = -1
     tokens: int = 0
     error: str = ""
+
+    @property
+    def trace_id(self) -> str:
+        """Of the client's trace, or an empty string."""
+        return self.trace[16:48].decode("ascii")
+
+    @property
+    def known_as(self) -> dict[str, Any]:
+        """`extra` of a log line about this request: by what it is known to its client and to the engines."""
+        names = {"id": self.request_id, "route": self.endpoint, "leg": self.leg, "answer": self.answer}
+        names["trace_id"] = self.trace_id
+        members = {name: value for name, value in names.items() if value}
+        return {"fields": {name: members[name] for name in ("leg", "answer") if name in members}, "members": members}
+
+    def placed(self, pool: str, backend: str, prefill: str = "") -> None:
+        """A try begins: where it goes, and nothing of what the tries before it took.
+
+        Arguments:
+            pool, backend: of the one that answers.
+            prefill: the backend that computes the prompt for it, or empty.
+        """
+        self.tries += 1
+        self.decode_pool = pool
+        self.decode, self.prefill = ("", backend) if pool == "prefill" else (backend, prefill)
+        self.prefill_seconds = self.handoff_seconds = None
+        self.prompt_tokens = self.cached_tokens = 0
+
+    def settle(self) -> None:
+        """The request has ended. Why earlier tries failed is in `retries` and `resumes`."""
+        if self.outcome in ("ok", "client_gone"):
+            self.error = ""
 
     @property
     def ttft(self) -> float | None:
@@ -193,4 +235,4 @@ class Sinks:
             try:
                 finished(record)
             except Exception:  # the request is over, and the other sinks are to know of it
-                log.exception("%s: a sink failed on this request's record", record.request_id)
+                log.exception("%s: a sink failed on this request's record", record.request_id, extra=record.known_as)

@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +125,7 @@ def test_a_good_request_that_went_another_way_is_worth_a_line(
 def test_a_line_has_the_numbers_and_leaves_out_what_is_empty(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = finished(caplog, every=True, retries=[("decode", "cut"), ("decode", "cut")])
     assert line.fields == {  # type: ignore[attr-defined]
+        "status": 200,
         "model": "m",
         "stage": "stream",
         "prefill": "http://p:1",
@@ -133,6 +135,44 @@ def test_a_line_has_the_numbers_and_leaves_out_what_is_empty(caplog: pytest.LogC
         "tokens": 7,
         "retries": 2,
     }
+
+
+def test_a_json_line_says_also_what_is_not_or_none(caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = finished(caplog, every=True)
+    told = json.loads(JsonFormatter().format(line))
+    named = {name: told.get(name) for name in ("id", "route", "outcome", "stream", "retries", "cached_tokens", "error")}
+    assert named == {
+        "id": "abc",
+        "route": "chat",
+        "outcome": "ok",
+        "stream": False,
+        "retries": 0,
+        "cached_tokens": 0,
+        "error": None,
+    }
+
+
+def test_every_member_of_a_requests_line_is_documented(caplog: pytest.LogCaptureFixture) -> None:
+    full: dict[str, Any] = {
+        **dict.fromkeys(("alias", "client", "not_resumed", "fallback", "error", "leg", "answer"), "x"),
+        "peer": ("192.0.2.1", 7),
+        "trace": b"traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\n",
+        "first_token_from": "prefill",
+        "prefill_seconds": 0.5,
+        "handoff_seconds": 0.5,
+        "last_token": 101.0,
+    }
+    (line,) = finished(caplog, every=True, **full)
+    page = (Path(__file__).parents[2] / "docs" / "logs.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert documented == list(line.members)  # type: ignore[attr-defined]
+    assert line.members["trace_id"] == "4bf92f3577b34da6a3ce929d0e0e4736"  # type: ignore[attr-defined]
+    assert line.members["address"] == "192.0.2.1:7"  # type: ignore[attr-defined]
+
+
+def test_a_worker_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.telemetry.logs._worker", 0)
+    assert json.loads(JsonFormatter().format(record()))["worker"] == 0
 
 
 def test_an_endless_model_name_does_not_make_an_endless_line(caplog: pytest.LogCaptureFixture) -> None:
