@@ -114,14 +114,19 @@ def no_route(path: str, known: Iterable[str]) -> RouteNotFound:
     )
 
 
-def identify(record: RequestRecord, scope: Scope, headers: dict[bytes, bytes]) -> None:
-    """Note the request's id, the client's own where it sent a sane one, and its trace.
+def identify(headers: dict[bytes, bytes]) -> str:
+    """The request's id: the client's own where it sent a sane one."""
+    name = headers.get(b"x-request-id", b"")
+    return name.decode("latin-1") if name and _SANE_ID(name) else new_id()
+
+
+def introduce(record: RequestRecord, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    """Note by what the request is known: its id and its trace.
 
     Arguments:
         headers: those of the scope.
     """
-    name = headers.get(b"x-request-id", b"")
-    record.request_id = name.decode("latin-1") if name and _SANE_ID(name) else new_id()
+    record.request_id = identify(headers)
     if b"traceparent" in headers:
         record.trace = trace_context(scope["headers"])
 

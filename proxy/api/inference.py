@@ -11,7 +11,7 @@ from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.api.credentials import Credentials
 from proxy.api.error_shapes import ERROR_SHAPES
-from proxy.api.exchange import ClientLeft, check_length, enter, exchange, identify, read_whole, time_limit, turn
+from proxy.api.exchange import ClientLeft, check_length, enter, exchange, introduce, read_whole, time_limit, turn
 from proxy.errors import MethodNotAllowed, ResponseNotFound, TotalTimedOut
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.names import Names
@@ -75,7 +75,7 @@ class Inference:
             GatewayError: the request cannot be served; `client.started` says whether a part of it was.
         """
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        identify(record, scope, headers)
+        introduce(record, scope, headers)
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{scope['path']} takes POST", allow="POST")
         hops = self._flow.hops.passed(headers[HEADER]) if HEADER in headers else b""

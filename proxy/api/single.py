@@ -21,7 +21,7 @@ from proxy.api.exchange import (
     check_length,
     enter,
     exchange,
-    identify,
+    introduce,
     no_route,
     read_whole,
     time_limit,
@@ -99,7 +99,7 @@ class SingleRoute:
             GatewayError: the request cannot be served; `client.started` says whether a part of it was.
         """
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        identify(record, scope, headers)
+        introduce(record, scope, headers)
         if self._path not in self._fleet.routes():
             raise no_route(self._path, self._paths())
         if scope["method"] != "POST":

@@ -541,7 +541,8 @@ class Flow:
                     return
                 except BackendError as error:
                     record = attempt.request.record
-                    log.info("%s: its hand-off was not released: %s", record.request_id, error, extra=record.known_as)
+                    known = record.known_by(attempt.id)
+                    log.info("%s: its hand-off was not released: %s", record.request_id, error, extra=known)
                     if not error.unread:
                         return
                     avoid.add(backend.url)

@@ -165,7 +165,11 @@ class RequestRecord(msgspec.Struct):
     @property
     def known_as(self) -> dict[str, Any]:
         """`extra` of a log line about this request: by what it is known to its client and to the engines."""
-        names = {"id": self.request_id, "route": self.endpoint, "leg": self.leg, "answer": self.answer}
+        return self.known_by(self.leg)
+
+    def known_by(self, leg: str) -> dict[str, Any]:
+        """The same of one that is about legs of an earlier try."""
+        names = {"id": self.request_id, "route": self.endpoint, "leg": leg, "answer": self.answer}
         names["trace_id"] = self.trace_id
         members = {name: value for name, value in names.items() if value}
         return {"fields": {name: members[name] for name in ("leg", "answer") if name in members}, "members": members}

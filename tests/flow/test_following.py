@@ -77,12 +77,12 @@ async def test_each_try_has_an_id_of_its_own_and_lines_of_failures_have_it(caplo
         answer = await running.http.post(CHAT, json=chat(), headers={"x-request-id": "again"})
         assert answer.status_code == 200
         tried = ids(p)
-        assert len(tried) == len(set(tried)) == 2
+        assert len(tried) == len(set(tried)) > 1
         failures = lines(caplog, "pd_proxy.flow")
         [line] = lines(caplog, "pd_proxy.request")
-        assert failures and {failure["leg"] for failure in failures} == {tried[0]}
+        assert tried[0] in {failure["leg"] for failure in failures} <= set(tried[:-1])
         assert {failure["id"] for failure in failures} == {"again"}
-        assert (line["leg"], line["tries"], line["retries"]) == (tried[1], 2, 1)
+        assert (line["leg"], line["tries"], line["retries"]) == (tried[-1], len(tried), len(tried) - 1)
 
 
 @pytest.mark.parametrize("name", ["a b", "", "x" * 129, "a/b", 'a"b', "caf\xe9", "a\x01"])
