@@ -230,6 +230,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         siblings=siblings,
         cross_origin=CrossOrigin(settings.cors) if settings.cors.origins else None,
         hops=hops,
+        docs=settings.routes.docs,
     )
     inner = None
     if siblings is not None:

@@ -368,6 +368,7 @@ class Limits(Group):
 class Routes(Group):
     """Routes that are not for everybody."""
 
+    docs: bool = Field(True, description="serve /docs, a page of every route, and /openapi.json; both need no key")
     generate: bool = Field(
         False, description="serve /inference/v1/generate: tokens in, tokens out; engines need --enable-scale-out"
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from proxy import errors
+from proxy.api.schemas import request_content
 from proxy.errors import GatewayError
 from proxy.flow.single import ROUTES
 from proxy.handoff.endpoints import LAYOUTS
@@ -99,12 +100,6 @@ _HEADERS = [
         "schema": {"type": "string", "pattern": r"^[1-9][0-9]{0,5}(\.[0-9]{1,3})?$"},
     },
 ]
-_OBJECT = {"type": "object", "properties": {"model": _TEXT}}
-_FORM = {
-    "type": "object",
-    "required": ["file"],
-    "properties": {"model": _TEXT, "file": {"type": "string", "format": "binary"}, "stream": {"type": "boolean"}},
-}
 _SUMMARIES = {
     "/v1/chat/completions": "OpenAI's chat completions",
     "/v1/completions": "OpenAI's completions",
@@ -170,9 +165,8 @@ def _complete(operation: Schema) -> None:
 def _inference(route: str) -> Schema:
     """The operation of an engine's route."""
     form = route in ROUTES and ROUTES[route].form
-    accepted = {"multipart/form-data": {"schema": _FORM}} if form else {"application/json": {"schema": _OBJECT}}
     given: Schema = {"application/json": {}}
-    if form or route in _STREAMED:
+    if form or route in (*_STREAMED, "/invocations"):
         given["text/event-stream"] = {}
     if form:
         given |= {"text/plain": {}, "text/vtt": {}, "application/x-subrip": {}}
@@ -190,7 +184,7 @@ def _inference(route: str) -> Schema:
         "description": "The body is the engine's, less the fields of the hand-off; the answer is the engine's too.",
         "parameters": _HEADERS,
         "security": [{"bearer": []}, {}],
-        "requestBody": {"required": True, "content": accepted},
+        "requestBody": {"required": True, "content": request_content(route)},
         "responses": responses,
     }
 

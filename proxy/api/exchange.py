@@ -101,17 +101,17 @@ async def exchange(
 _MOST_COMPARED = 64  # characters of a path: what it takes to compare grows with their square
 
 
-def no_route(path: str, known: Iterable[str]) -> RouteNotFound:
+def no_route(path: str, known: Iterable[str], listed: str = "/openapi.json") -> RouteNotFound:
     """The error for a path that is not served here. It names the nearest that are.
 
     Arguments:
         known: paths that clients may be told of.
+        listed: the path at which all are listed, or empty.
     """
     near = get_close_matches(path[:_MOST_COMPARED], known, n=3, cutoff=0.7)
     served = ", ".join(near or ("/v1/chat/completions", "/v1/completions", "/v1/models"))
-    return RouteNotFound(
-        f"there is no {path[:256]} here; this gateway serves {served} and what else GET /openapi.json lists"
-    )
+    more = f"what else GET {listed} lists" if listed else "others"
+    return RouteNotFound(f"there is no {path[:256]} here; this gateway serves {served} and {more}")
 
 
 def identify(headers: dict[bytes, bytes]) -> str:

@@ -73,6 +73,7 @@ class SingleRoute:
         self._path = path
         self._route = ROUTES[path]
         self._shape = ANTHROPIC if path.startswith("/v1/messages/") else OPENAI
+        self._listed = "/openapi.json" if settings.routes.docs else ""
         self._limit = settings.limits.request_body
         self._body_seconds = settings.timeouts.request_body
         self._total = settings.timeouts.total or inf
@@ -101,7 +102,7 @@ class SingleRoute:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         introduce(record, scope, headers)
         if self._path not in self._fleet.routes():
-            raise no_route(self._path, self._paths())
+            raise no_route(self._path, self._paths(), self._listed)
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{self._path} takes POST", allow="POST")
         hops = self._flow.hops.passed(headers[HEADER]) if HEADER in headers else b""

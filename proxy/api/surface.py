@@ -11,13 +11,14 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy import __version__
+from proxy.api import page
 from proxy.api.cross_origin import CrossOrigin
 from proxy.api.document import complete
 from proxy.api.exchange import no_route
@@ -50,6 +51,7 @@ class Surface(FastAPI):
         siblings: the gateway's other workers, who are to serve what changes it too.
         cross_origin: what web pages of other origins may do; None: nothing.
         hops: says which requests come from the gateway itself.
+        docs: serve the OpenAPI document, and a page to read it.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Surface(FastAPI):
         siblings: Siblings | None = None,
         cross_origin: CrossOrigin | None = None,
         hops: Hops | None = None,
+        docs: bool = False,
     ) -> None:
         super().__init__(
             title="pd-proxy",
@@ -71,7 +74,13 @@ class Surface(FastAPI):
             description="A prefill-decode disaggregation gateway for LLM serving.",
             lifespan=lifespan,
             redirect_slashes=False,
+            openapi_url="/openapi.json" if docs else None,
+            docs_url=None,  # FastAPI's pages have their scripts from elsewhere
+            redoc_url=None,
         )
+        if docs:
+            for path in ("/docs", "/redoc"):
+                self.add_route(path, _docs)
         self._for_pages: ASGIApp | None = None
         if cross_origin is not None:
             hot = {path: cross_origin.around(app) for path, app in hot.items()}
@@ -84,6 +93,7 @@ class Surface(FastAPI):
         self._siblings = siblings
         self._hops = hops
         self._own_paths: set[str] | None = None
+        self.page: str | None = None
         for router in routers:
             # Including it would make each of its routes a second time, and nothing of ours would be put into them.
             self.router.routes += router.routes
@@ -220,6 +230,14 @@ def answer(error: GatewayError) -> Response:
     return Response(error.body(), status_code=error.status, headers=headers)
 
 
+async def _docs(request: Request) -> Response:
+    """The page, which is made when it is first asked for."""
+    app = request.app
+    if app.page is None:
+        app.page = page.render(app.openapi())
+    return HTMLResponse(app.page, headers=page.HEADERS)
+
+
 async def _gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
     return answer(error)
@@ -232,7 +250,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         allow = request.app.allowed(request.scope)
         return answer(MethodNotAllowed(f"{path} takes {allow}", allow=allow))
     if error.status_code in (404, 405):
-        return answer(no_route(path, request.app.paths()))
+        return answer(no_route(path, request.app.paths(), request.app.openapi_url or ""))
     kind = {408: RequestTimedOut, 413: BodyTooLarge}.get(error.status_code, InvalidRequest)
     return answer(kind(str(error.detail)))
 
