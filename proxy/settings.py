@@ -362,6 +362,16 @@ class Limits(Group):
     transcript: int = Field(
         1024 * 1024, ge=1024, description="token ids kept of one stream so that it can be resumed; 5 to 6 bytes a token"
     )
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens that a request may ask for as its answer; more are a 400. None: the engine's bound",
+    )
+    default_max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of the answer to a request that names no number. None: limits.max_tokens, if set",
+    )
     answer: int = Field(256 * 1024 * 1024, ge=1024, description="an engine's answer that is not streamed")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Coroutine
 from math import inf
 from typing import Any
 
+from msgspec import structs
+
 from proxy.admission.admission import Admission
 from proxy.admission.gate import Gate
 from proxy.api.credentials import Credentials
@@ -19,8 +21,9 @@ from proxy.flow.flow import Flow
 from proxy.flow.hops import HEADER
 from proxy.flow.request import Request
 from proxy.flow.stored import StoredResponses
-from proxy.handoff.body import read_body, renamed
+from proxy.handoff.body import Body, read_body, renamed
 from proxy.handoff.endpoints import Endpoint
+from proxy.handoff.output_bounds import bound_output
 from proxy.relay.client import Client, Receive, Scope, Send
 from proxy.settings import Settings
 from proxy.telemetry.records import RequestRecord, Telemetry
@@ -53,6 +56,8 @@ class Inference:
         self._body_seconds = settings.timeouts.request_body
         self._total = settings.timeouts.total or inf
         self._queue_timeout = settings.admission.queue_timeout
+        self._default_output, self._most_output = settings.limits.default_max_tokens, settings.limits.max_tokens
+        self._bounds_output = self._default_output is not None or self._most_output is not None
         self._fleet = fleet
         self._flow = flow
         self._gate = gate
@@ -86,6 +91,8 @@ class Inference:
         check_length(headers, self._limit)
         raw = await read_whole(client, receive, headers, self._limit, self._body_seconds)
         body = read_body(raw, self._endpoint)
+        if self._bounds_output:
+            body = self._bounded(body)
         record.model = body.model or ""
         record.stream = body.stream
         asked = body.model
@@ -120,6 +127,15 @@ class Inference:
                     await self._flow.run(request)
             except TimeoutError:
                 raise TotalTimedOut(f"the request was not finished within {total:g} s") from None
+
+    def _bounded(self, body: Body) -> Body:
+        """A request whose answer is as long as may be.
+
+        Raises:
+            InvalidRequest: it asks for more.
+        """
+        applied = bound_output(body.members, self._endpoint, self._default_output, self._most_output)
+        return body if applied is None else structs.replace(body, max_tokens=applied * max(1, body.prompts))
 
     def _see_to_stored(self, request: Request) -> None:
         """Send a request to the backend that has what it goes on from, and have its answer's name say who has that.

@@ -34,6 +34,7 @@ from proxy.flow.hops import HEADER
 from proxy.flow.single import ROUTES, Single, SingleRequest
 from proxy.handoff.body import read_members, read_model
 from proxy.handoff.form import Form
+from proxy.handoff.output_bounds import bound_output
 from proxy.relay.client import AsgiClient, Client, Receive, Scope, Send
 from proxy.relay.direct import DirectClient
 from proxy.settings import Settings
@@ -46,6 +47,8 @@ a backend is chosen."""
 _BYTES_PER_TOKEN = 4  # of English text
 _BYTES_PER_AUDIO_TOKEN = 500  # 50 tokens a second; compressed audio has 16 kB in one, plain audio 32
 _USUAL_AUDIO = 64 * 1024  # bytes, of a form that does not say its length
+
+_BATCH = "/v1/chat/completions/batch"  # the only one that generates as much as it is asked for
 
 _encode = msgspec.json.Encoder().encode
 
@@ -74,6 +77,7 @@ class SingleRoute:
         self._route = ROUTES[path]
         self._shape = ANTHROPIC if path.startswith("/v1/messages/") else OPENAI
         self._listed = "/openapi.json" if settings.routes.docs else ""
+        self._limits = settings.limits
         self._limit = settings.limits.request_body
         self._body_seconds = settings.timeouts.request_body
         self._total = settings.timeouts.total or inf
@@ -132,6 +136,8 @@ class SingleRoute:
             raw = await read_whole(client, receive, headers, self._limit, self._body_seconds)
             size = len(raw)
             members = read_members(raw)
+            if self._path == _BATCH:
+                bound_output(members, "chat", self._limits.default_max_tokens, self._limits.max_tokens)
             if (asked := read_model(members)) is not None:
                 model = record.model = await self._named(asked, record)
                 members["model"] = msgspec.Raw(_encode(model))
