@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from proxy import cli
+from proxy import cli, flags
 from proxy.fleet.kinds import KINDS
 from proxy.flow.single import ROUTES
 
@@ -145,12 +145,23 @@ def test_pd_proxy_commands_parse_and_their_settings_are_good(command: list[str],
     assert cli.main(command[1:]) == 0
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md"], ids=lambda page: page.name)
+def test_pd_proxy_commands_of_every_page_are_written_as_they_are_read(page: Path) -> None:
+    text = "\n".join(
+        block for language, block in CODE_BLOCK.findall(page.read_text(encoding="utf-8")) if language == "sh"
+    )
+    for line in re.findall(r"^(?:[A-Z_]+=\S+ )*pd-proxy (.+)", text.replace("\\\n", " "), re.MULTILINE):
+        words = shlex.split(re.split(r" (?:2?>|\||&)", line)[0], comments=True)
+        assert flags.in_kebab_case(words) == words, "flags are written with hyphens"
+        assert cli._parse(words).run
+
+
 @pytest.mark.parametrize("command", starting_with("docker", "run"), ids=ids)
 def test_what_follows_the_image_are_flags_of_serve(command: list[str], nothing_runs: None) -> None:
     mounts = [word.split(":") for before, word in pairwise(command) if before == "-v"]
     inside = {target: source for source, target, *_ in mounts}
-    flags = [inside.get(word, word) for word in command[command.index("pd-proxy") + 1 :]]
-    assert cli.main(["serve", *flags]) == 0
+    given = [inside.get(word, word) for word in command[command.index("pd-proxy") + 1 :]]
+    assert cli.main(["serve", *given]) == 0
 
 
 @pytest.mark.parametrize("command", starting_with("docker"), ids=ids)
