@@ -53,8 +53,8 @@ def probes(fleet: Fleet, gate: Gate, siblings: Siblings | None = None) -> APIRou
 
     @router.get("/ready")
     async def ready() -> dict[str, Any]:
-        """200 when one prefill and one decode backend that match, or one mixed, are up; else 503 with the reason. Of
-        several groups one has to be ready; `groups` says what the others lack."""
+        """200 when one prefill and one decode backend that match are up and have handed over, or one mixed is up; else
+        503 with the reason. Of several groups one has to be ready; `groups` says what the others lack."""
         if gate.draining:
             raise NoBackend("the gateway is shutting down", retry_after=1)
         reason = fleet.not_ready()
