@@ -420,6 +420,12 @@ class BackendBusy(BackendAnswered):
 
 
 class BackendRejected(BackendAnswered):
+    """Attributes:
+    handled: it was the engine's handler that refused, and not what checks a body before it. vLLM's has freed what
+        prefill holds for the request then.
+    """
+
+    handled: bool = False
     retryable = False
     code = "rejected"
     reason = "rejected"

@@ -504,6 +504,9 @@ class Flow:
         limbo = attempt.limbo
         if limbo is None or not limbo.open:
             return
+        if limbo.use == "freed":  # a second word of it would be of blocks that may be another request's by now
+            limbo.close()
+            return
         leg = None
         if limbo.use != "reading":
             leg = attempt.plan.release_leg(limbo.handoff, sent=limbo.use == "refused")

@@ -83,7 +83,7 @@ class Limbo:
         since: when prefill answered, as `time.monotonic`; when its leg was made, as long as it has not.
         use: what decode has made of it. While one may be `reading`, nobody else may: prefill frees blocks that were
             read, and what a second reader finds in them is another request's, with nothing to show it. `refused`: it
-            was sent, and answered with an error.
+            was sent, and answered with an error. `freed`: with one by which the engine has had prefill free its blocks.
         open: nobody has said yet that it is settled.
     """
 
@@ -96,7 +96,7 @@ class Limbo:
         self.prefill = prefill
         self.handoff = handoff
         self.since = monotonic()
-        self.use: Literal["none", "reading", "refused"] = "none"
+        self.use: Literal["none", "reading", "refused", "freed"] = "none"
         fleet.handoffs_in_limbo += 1
         prefill.open_handoffs += 1
 
@@ -663,7 +663,8 @@ class Legs:
     def _note(self, backend: Backend, error: BackendError, leg: LegName, attempt: Try) -> None:
         if attempt.limbo is not None and leg == "decode":
             if isinstance(error, BackendAnswered):
-                attempt.limbo.use = "refused"
+                frees = isinstance(error, BackendRejected) and error.handled and attempt.plan.refusal_frees
+                attempt.limbo.use = "freed" if frees else "refused"
             elif error.unread:
                 attempt.limbo.use = "none"
         if isinstance(error, BackendRejected):

@@ -22,6 +22,7 @@ from proxy.handoff.reuse import prompt_of, with_prompt
 from proxy.handoff.sglang_generate import usage_of
 
 _encode = msgspec.json.Encoder().encode
+_FREEING = frozenset({"chat", "completions", "messages", "responses"})
 _LONG = 4096  # tokens, estimated
 _TRUE = msgspec.Raw(b"true")
 _SOME = msgspec.Raw(b'"."')
@@ -167,6 +168,12 @@ class Plan:
             # extra event out again.
             members["stream_options"] = _with_usage(members.get("stream_options"))
         return self._leg(members, headers)
+
+    @property
+    def refusal_frees(self) -> bool:
+        """Whether decode's handler, where it refuses the leg, has prefill free the blocks: with connectors whose
+        release is such a refusal, on the endpoints whose handler does so."""
+        return self.connector.refused_release and self._body.endpoint in _FREEING
 
     def release_leg(self, handoff: Handoff, *, sent: bool) -> Leg | None:
         """A decode leg that has prefill free the blocks of a hand-off nobody wants; None where there is no safe one.

@@ -274,7 +274,21 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
     refusal = BackendLacksModel if lacks else BackendRejected
     error = refusal(log_line, status=status, answer=answer, engine_message=said)
     error.param = param
+    error.handled = kind in _HANDLERS and detail.get("param") not in _VALIDATED
     return error
+
+
+_HANDLERS = ("BadRequestError", "NotFoundError")
+# What vLLM 0.32's request models check: such a refusal has the type of the handler's. (That of pydantic's own is
+# "Bad Request", and a path that is not there has no type.)
+_VALIDATED = frozenset(
+    {
+        *("background", "echo", "kv_transfer_params.prompt_token_ids", "logprob_token_ids", "logprobs", "n", "prompt"),
+        *("prompt_embeds", "prompt_logprobs", "response_format", "stream_options", "structured_outputs"),
+        *("tool_choice", "tool_choice.function", "tool_choice.function.name", "tools", "top_logprobs"),
+        "use_beam_search",
+    }
+)
 
 
 _OPENAI = ("message", "type", "param", "code")
