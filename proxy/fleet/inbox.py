@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
+
+log = logging.getLogger("pd_proxy.fleet")
 
 _LONGEST = 1024  # bytes of a part; what engines send has some 300. libzmq cuts off a peer that sends more
 _PARTS = 4  # an identity, an empty delimiter, and the message: three at most
@@ -87,10 +90,10 @@ class Inbox:
                 parts = self._message()
             except zmq.Again:
                 return
-            if len(parts) <= _PARTS:
-                self._heard(parts[self._skipped :])
-            else:
-                self._heard(())
+            try:
+                self._heard(parts[self._skipped :] if len(parts) <= _PARTS else ())
+            except Exception:  # of one message: those behind it would wait for the next change of the descriptor
+                log.exception("a message of an engine's could not be taken")
         self._again = self._loop.call_soon(self._read)
 
     def _message(self) -> list[bytes]:

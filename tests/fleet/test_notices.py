@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -201,3 +201,23 @@ async def test_without_pyzmq_it_is_said_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(__import__("sys").modules, "zmq", None)
     with pytest.raises(CannotHear, match=r"pip install pd-proxy\[zmq\]"):
         Inbox("PULL", "127.0.0.1:1", lambda parts: None)
+
+
+async def test_a_message_that_nobody_can_take_holds_up_none_behind_it() -> None:
+    heard = []
+
+    def hear(parts: Sequence[bytes]) -> None:
+        heard.append(bytes(parts[0]))
+        if len(heard) == 1:
+            raise KeyError("a fault of the gateway's own")
+
+    with address() as where:
+        messages = Inbox("PULL", where, hear)
+        try:
+            with sender(where) as socket_:
+                for text in (b"one", b"two", b"three"):
+                    socket_.send(text)
+                await until(lambda: len(heard) == 3)
+        finally:
+            messages.close()
+    assert heard == [b"one", b"two", b"three"]
