@@ -160,7 +160,7 @@ class RequestRecord(msgspec.Struct):
     @property
     def trace_id(self) -> str:
         """Of the client's trace, or an empty string."""
-        return self.trace[16:48].decode("ascii")
+        return self.trace[16:48].decode("latin-1")
 
     @property
     def known_as(self) -> dict[str, Any]:
