@@ -308,7 +308,7 @@ def check(bed: Bed, place: tuple[str, str, str, str], shape: str, unit: str, siz
 @pytest.mark.parametrize("size", [4 * MB, 16 * MB])
 def test_no_shape_costs_more_than_four_strings_of_its_size(beds: Callable[[str], Bed], size: int) -> None:
     @settings(
-        max_examples=120,
+        max_examples=40,
         deadline=None,
         derandomize=True,
         database=None,
