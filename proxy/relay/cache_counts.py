@@ -47,6 +47,12 @@ class CacheCounts(msgspec.Struct, frozen=True):
         cached = None if details is None else details.cached_tokens
         return cls(told if cached is None else cached, usage.written_tokens)
 
+    def agree(self, usage: Usage) -> bool:
+        """Whether a usage says just these."""
+        details = usage.prompt_tokens_details
+        said = None if details is None else details.cached_tokens
+        return said == self.cached and usage.written_tokens == self.written
+
     def into(self, payload: bytes, inside: str = "") -> bytes:
         """An answer, or a payload of one, with these counts in its usage; as it is where nothing of it changes.
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from proxy.decoding import Undecodable, json_decoder
-from proxy.relay.answers import names_handoff, strip_handoff
+from proxy.relay.answers import Usage, names_handoff, strip_handoff
 from proxy.relay.cache_counts import CacheCounts
 
 _Members = dict[str, msgspec.Raw]
@@ -94,8 +94,10 @@ class Edit(msgspec.Struct, frozen=True):
             members["usage"] = msgspec.Raw(_encode(self.merge(usage)))
         return b"data: %b\n\n" % _encode(members)
 
-    def closing(self, event: bytes, payload: bytes) -> bytes:
+    def closing(self, event: bytes, payload: bytes, usage: Usage | None = None) -> bytes:
         """As `event`, for one without choices: the usage of the whole answer."""
+        if self.counts is None or (usage is not None and (counts := self.counts()) is not None and counts.agree(usage)):
+            return self.event(event, payload)
         return self.event(*self.recounted(event, payload))
 
     def recounted(self, event: bytes, payload: bytes) -> tuple[bytes, bytes]:

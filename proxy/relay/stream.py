@@ -583,7 +583,7 @@ class StreamRelay:
                     event, payload = edit.recounted(event, payload)
             if not choices:
                 try:
-                    kept.append(edit.closing(event, payload))
+                    kept.append(edit.closing(event, payload, self.usage))
                 except Undecodable as error:
                     self._failure = BackendGarbled(f"{self._url} sent an event that cannot be edited: {error}")
                     break
