@@ -16,9 +16,9 @@ BIN := $(VENV)/bin
 REAL_VENV := .venv-vllm
 PYTEST := $(BIN)/pytest -n auto --dist loadgroup
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
-RECIPE := pyproject.toml constraints.txt deploy/venv.sh
+RECIPE := pyproject.toml setup.py constraints.txt deploy/venv.sh
 TYPED := proxy bench deploy
-CHECKED := $(TYPED) docs tests
+CHECKED := $(TYPED) docs tests setup.py
 
 # tests/real/install.sh reads a PYTHON of its own: vLLM's wheels choose that version, not this file.
 unexport PYTHON
