@@ -97,6 +97,8 @@ class _Look:
             with suppress(WrongShape):  # there is a medium, or a bare string
                 parts = _decode_parts(said)
                 return any(self._is_more(part.content, depth + 1) for part in parts)
+        if depth > 1:
+            return True  # each level is passed over twice here, and only Anthropic's messages have a second
         for element in elements(said):
             if self._is_enough():
                 return True
