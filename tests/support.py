@@ -184,7 +184,7 @@ def stuck_backend() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> float:
     """Wait until a condition holds; returns the seconds it took. Fails after `seconds`."""
     started = monotonic()
     while not condition():

@@ -69,7 +69,7 @@ async def served(*flags: str, files: int = 0) -> AsyncIterator[Process]:
 
 
 async def ready(http: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await http.get("/ready")).status_code != 200:
             await asyncio.sleep(0.02)
 
@@ -123,7 +123,7 @@ async def test_it_leaves_at_once_when_idle_and_on_ctrl_c() -> None:
 
 async def test_metrics_can_have_a_port_of_their_own() -> None:
     async with served("--decode", "http://127.0.0.1:9", "--metrics.port", "0") as gateway:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not any("for /metrics" in line for line in gateway.log):
                 await asyncio.sleep(0.02)
         [line] = [line for line in gateway.log if "for /metrics" in line]

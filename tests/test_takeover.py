@@ -152,7 +152,7 @@ async def gateway(*flags: str, inherit: socket.socket | None = None, **variables
 
 
 async def ready(url: str) -> None:
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as http, asyncio.timeout(10):
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as http, asyncio.timeout(60):
         while (await http.get("/ready")).status_code != 200:
             await asyncio.sleep(0.02)
 

@@ -74,7 +74,7 @@ async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
 
 async def until_up(http: httpx.AsyncClient, url: str) -> None:
     """Wait until every worker has a backend in its rotation: the least of them is shown."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             families = text_string_to_metric_families((await http.get("/metrics")).text)
             up = {s.labels["backend"]: s.value for f in families for s in f.samples if s.name == "pd_proxy_backend_up"}
@@ -106,18 +106,18 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_e
                 cut += 1
 
         streams = [asyncio.create_task(stream()) for _ in range(24)]
-        await until(lambda: d.engine.running >= 20, 10)
+        await until(lambda: d.engine.running >= 20)
         # The one with fewer connections: the kernel may have given nearly all of them to one.
         victim, survivor = sorted(workers_of(process), key=lambda pid: len([*Path(f"/proc/{pid}/fd").iterdir()]))
         os.kill(victim, signal.SIGKILL)
         await asyncio.gather(*streams)
         assert whole + cut == 24
         assert whole > 0, "the other worker's streams have ended"
-        await until(lambda: len(workers_of(process)) == 2 and survivor in workers_of(process), 10)
-        await until(lambda: any("ended with signal 9" in line for line in process.log), 5)
+        await until(lambda: len(workers_of(process)) == 2 and survivor in workers_of(process))
+        await until(lambda: any("ended with signal 9" in line for line in process.log))
         assert await metric(http, "pd_proxy_requests_total") >= counted, "counts have gone back"
         drained: list[bool] = []
-        async with asyncio.timeout(10):  # the new one knows what the operator had said before its time
+        async with asyncio.timeout(60):  # the new one knows what the operator had said before its time
             while len(drained) < 20:
                 async with httpx.AsyncClient(
                     base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False
@@ -138,7 +138,7 @@ async def test_they_leave_together_and_let_their_streams_finish() -> None:
         await ready(http)
         body = chat(max_tokens=60, ignore_eos=True, stream=True)
         asking = asyncio.create_task(ask_apart(process.url, 8, body, CHAT))
-        await until(lambda: d.engine.running == 8, 10)
+        await until(lambda: d.engine.running == 8)
         process.signal(signal.SIGTERM)
         answers = await asking
         assert all(answer.text.rstrip().endswith("[DONE]") for answer in answers)
@@ -149,7 +149,7 @@ async def test_workers_whose_supervisor_is_killed_leave_too() -> None:
     async with simulators("mixed") as [m], served("--workers", "2", "--mixed", m.url) as process:
         workers = workers_of(process)
         process.signal(signal.SIGKILL)
-        await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 10)
+        await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
 async def test_requests_are_placed_as_if_one_worker_had_placed_them() -> None:

@@ -267,7 +267,7 @@ class Simulator:
     ) -> None:
         await self.stop()
 
-    async def wait_for(self, predicate: Callable[[], bool], timeout: float = 5.0) -> None:
+    async def wait_for(self, predicate: Callable[[], bool], timeout: float = 30.0) -> None:
         """Return once ``predicate()`` is true, looked at after every change; raises TimeoutError."""
         await self._watch.wait_for(predicate, timeout)
 

@@ -34,7 +34,7 @@ class Watch:
                 still.append((predicate, future))
         self._waiting = still
 
-    async def wait_for(self, predicate: Callable[[], bool], timeout: float = 5.0) -> None:
+    async def wait_for(self, predicate: Callable[[], bool], timeout: float = 30.0) -> None:
         """Return once ``predicate()`` is true; raises TimeoutError after ``timeout`` seconds."""
         if predicate():
             return

@@ -65,7 +65,7 @@ async def test_an_engine_that_registers_no_more_is_out_until_it_does_again(case:
             assert (await ask(running)).status_code == 200
         assert not first.requests
         first.engine.side.start()
-        await until(lambda: backends[first.url].up, 10)
+        await until(lambda: backends[first.url].up)
 
 
 @EVERY

@@ -202,4 +202,4 @@ async def test_one_that_stops_reading_slows_its_engine_and_is_let_go_in_the_end(
                 sock, f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
             )
             await until(lambda: running.gateway.gate.inside == 1, PATIENCE)
-            await until(quiet(running, [p, d]), 10)
+            await until(quiet(running, [p, d]))

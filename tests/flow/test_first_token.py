@@ -481,5 +481,5 @@ async def test_a_client_that_leaves_behind_its_first_token_leaves_nothing_behind
                 if '"content":" ' in part:
                     break
         await until(running.idle)
-        await until(lambda: p.engine.stranded_blocks == 0, 10)
+        await until(lambda: p.engine.stranded_blocks == 0)
         assert d.engine.dead is None

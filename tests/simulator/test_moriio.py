@@ -19,7 +19,7 @@ async def ask(client: Client, engine: Simulator, params: Any = None, tokens: int
     body = {"model": "sim", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, **more}
     if params is not None:
         body["kv_transfer_params"] = params
-    return await client.http.post(f"{engine.url}/v1/completions", json=body, timeout=10)
+    return await client.http.post(f"{engine.url}/v1/completions", json=body, timeout=60)
 
 
 def peer(engine: Simulator, **more: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .helpers import PROMPT, Client
 async def ask(client: Client, engine: Simulator, name: str | None, tokens: int = 1) -> Any:
     body = {"model": "sim", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0}
     headers = {} if name is None else {"x-request-id": name}
-    return await client.http.post(f"{engine.url}/v1/completions", json=body, headers=headers, timeout=10)
+    return await client.http.post(f"{engine.url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
 async def pair(start: Start, **more: Any) -> tuple[Simulator, Simulator]:
