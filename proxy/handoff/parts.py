@@ -35,6 +35,7 @@ _MOST = 2048
 """Messages and parts that are looked at one by one, where there may be many in few bytes."""
 _FEW = 256
 _BYTES_EACH = 256  # of text for each message or part, from which they may all be decoded at once
+_LONG = 1024 * 1024  # bytes of parts in a part that are not looked into: each level takes as much again
 _DEEPEST = 2  # a result of a tool has parts of its own; nothing goes deeper
 
 
@@ -76,9 +77,11 @@ class _Look:
 
     def __init__(self) -> None:
         self._seen = 0
+        self._sparse = False
 
     def finds_more(self, messages: bytes) -> bool:
-        if _is_sparse(messages):
+        self._sparse = _is_sparse(messages)
+        if self._sparse:
             found = _decode_messages(messages)
             return any(self._is_more(item.content) or self._is_more(item.output) for item in found)
         for element in elements(messages):
@@ -90,16 +93,15 @@ class _Look:
     def _is_more(self, content: msgspec.Raw, depth: int = 1) -> bool:
         if bytes(memoryview(content)[:1]) != b"[":
             return False
-        if depth > _DEEPEST:
+        if depth > _DEEPEST or (depth > 1 and len(memoryview(content)) > _LONG):
             return True
-        said = bytes(content)
-        if _is_sparse(said):
+        if self._sparse:
             with suppress(WrongShape):  # there is a medium, or a bare string
-                parts = _decode_parts(said)
+                parts = _decode_parts(content)
                 return any(self._is_more(part.content, depth + 1) for part in parts)
         if depth > 1:
             return True  # each level is passed over twice here, and only Anthropic's messages have a second
-        for element in elements(said):
+        for element in elements(memoryview(content)):
             if self._is_enough():
                 return True
             if bytes(element[:1]) != b'"' and self._is_more(_decode_part(element).content, depth + 1):

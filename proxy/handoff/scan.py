@@ -68,25 +68,25 @@ def members(raw: bytes | bytearray, most: int = MOST_MEMBERS) -> Members:
     raise TooMany
 
 
-def elements(raw: bytes | bytearray) -> Iterator[memoryview]:
+def elements(raw: bytes | bytearray | memoryview) -> Iterator[memoryview]:
     """The elements of a list, one after the other; none of what is no list.
 
     Raises:
         Undecodable: it is not JSON.
     """
     place = _blank(raw, 0)
-    if raw[place : place + 1] != b"[":
+    if bytes(raw[place : place + 1]) != b"[":
         return
     view = memoryview(raw)
     place = _blank(raw, place + 1)
-    if raw[place : place + 1] == b"]":
+    if bytes(raw[place : place + 1]) == b"]":
         return
     while True:
         place = _blank(raw, place)
         end = _end_of(raw, view, place)
         yield view[place:end]
         place = _blank(raw, end)
-        follows = raw[place : place + 1]
+        follows = bytes(raw[place : place + 1])
         if follows == b"]":
             return
         if follows != b",":
@@ -104,13 +104,13 @@ def has_few(raw: bytes | bytearray, mark: bytes, most: int) -> bool:
     return False
 
 
-def _blank(raw: bytes | bytearray, place: int) -> int:
+def _blank(raw: bytes | bytearray | memoryview, place: int) -> int:
     found = _BLANK.match(raw, place)
     assert found is not None
     return found.end()
 
 
-def _end_of(raw: bytes | bytearray, view: memoryview, start: int) -> int:
+def _end_of(raw: bytes | bytearray | memoryview, view: memoryview, start: int) -> int:
     """Where the value ends that begins at `start`."""
     scalar = _SCALAR.match(raw, start)
     return start + json_extent(view[start:]) if scalar is None else scalar.end()

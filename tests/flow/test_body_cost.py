@@ -22,6 +22,7 @@ from time import thread_time
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -89,7 +90,7 @@ class Bed:
 
     def __init__(self, **more: Any) -> None:
         self._more = more
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # as the gateway has it
         self._stack = AsyncExitStack()
         self._strings: dict[int, float] = {}
         self._servers = [_Server(b"200 OK", _PREFILLED), _Server(b"400 Bad Request", _REFUSAL)]
