@@ -80,6 +80,9 @@ def read(members: Members) -> Asked:
     """
     for name in DROPPED.intersection(members):
         del members[name]
+    for name in ("sampling_params", "return_logprob"):  # one for each prompt
+        if name in members:
+            _length(name, bytes(members[name]))
     try:
         sampling = _decode_sampling(members.get("sampling_params", _NULL)) or _Sampling()
     except Undecodable:
@@ -91,9 +94,6 @@ def read(members: Members) -> Asked:
         flags = _decode_flag(members.get("return_logprob", _NULL))
     except Undecodable:
         raise InvalidRequest("`return_logprob` must be a boolean, or a list of them", param="return_logprob") from None
-    for name, given in (("sampling_params", sampling), ("return_logprob", flags)):
-        if isinstance(given, list) and len(given) > MOST_PROMPTS:
-            raise InvalidRequest(f"`{name}` has more than {MOST_PROMPTS} elements", param=name)
     each = sampling if isinstance(sampling, list) else [sampling]
     prompts, prompt_tokens = _read_prompts(members)
     bounds = [_DEFAULT_TOKENS if one.max_new_tokens is None else max(0, one.max_new_tokens) for one in each]
@@ -150,7 +150,7 @@ def _length(name: str, raw: bytes) -> int:
     except Undecodable:
         return 0
     if count > MOST_PROMPTS:
-        raise InvalidRequest(f"`{name}` has more than {MOST_PROMPTS} prompts", param=name)
+        raise InvalidRequest(f"`{name}` has more than {MOST_PROMPTS} elements, one for each prompt", param=name)
     return count
 
 

@@ -186,3 +186,16 @@ def test_prefills_usage_is_that_of_all_prompts() -> None:
 def test_what_is_no_answer_of_prefills_is_not_taken_for_one(said: Any, prompts: int) -> None:
     with pytest.raises(BackendGarbled):
         usage_of(json.dumps(said).encode(), prompts)
+
+
+@pytest.mark.parametrize("name", ["text", "input_ids", "input_embeds", "sampling_params", "return_logprob"])
+def test_a_batch_has_no_more_prompts_than_are_named(name: str) -> None:
+    each = {"text": "a", "input_ids": [1], "input_embeds": [[1]], "sampling_params": {}, "return_logprob": True}[name]
+    others = {} if name in ("text", "input_ids", "input_embeds") else {"text": "a"}
+    for count, good in ((4096, True), (4097, False), (20_000, False)):
+        said = json.dumps({name: [each] * count, **others}).encode()
+        if good:
+            read_body(said, "sglang_generate")
+            continue
+        with pytest.raises(InvalidRequest, match=rf"`{name}` has more than 4096 elements"):
+            read_body(said, "sglang_generate")
