@@ -41,6 +41,8 @@ log = logging.getLogger("pd_proxy.api")
 
 _OWN_FAULT = "the gateway failed on this request; its log says more"
 
+_NO_FAILURE = ("ok", "client_gone")
+
 Work = Callable[[Scope, Receive, Client, RequestRecord, asyncio.Task[Any]], Awaitable[None]]
 
 
@@ -93,7 +95,8 @@ async def exchange(
         gate.leave(task)
         client.on_gone = None
         record.ended = monotonic()
-        record.settle()
+        if record.error and record.outcome in _NO_FAILURE:  # why earlier tries failed is in `retries` and `resumes`
+            record.error = ""
         telemetry.finished(record)
     await client.flushed()
 
@@ -116,8 +119,8 @@ def no_route(path: str, known: Iterable[str], listed: str = "/openapi.json") -> 
 
 def identify(headers: dict[bytes, bytes]) -> str:
     """The request's id: the client's own where it sent a sane one."""
-    name = headers.get(b"x-request-id", b"")
-    return name.decode("latin-1") if name and _SANE_ID(name) else new_id()
+    name = headers.get(b"x-request-id")
+    return name.decode("latin-1") if name is not None and _SANE_ID(name) else new_id()
 
 
 def introduce(record: RequestRecord, scope: Scope, headers: dict[bytes, bytes]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable
 from functools import partial
 from math import inf
 from time import monotonic
@@ -41,7 +42,7 @@ from proxy.handoff.first_token import FirstToken
 from proxy.handoff.opening import joined_answer
 from proxy.handoff.plan import Leg, Plan
 from proxy.handoff.reuse import reusable
-from proxy.relay.aborts import abort_in, aborted
+from proxy.relay.aborts import abort_in, aborted, ends_well
 from proxy.relay.answers import (
     Usage,
     WholeAnswer,
@@ -185,10 +186,10 @@ class Try(msgspec.Struct):
         Arguments:
             said: tokens of the answer that it takes for prompt.
         """
-        record, counts = self.request.record, self.handed_over_counts()
-        record.prompt_tokens = max(0, (usage.prompt_tokens or 0) - said)
-        cached = usage.cached_tokens if counts is None else counts.cached or 0
-        record.cached_tokens = min(cached, record.prompt_tokens)
+        record, counted = self.request.record, usage.prompt_tokens or 0
+        record.prompt_tokens = prompt = counted - said if counted > said else 0
+        cached = usage.cached_tokens if self.limbo is None else self.counts.cached or 0
+        record.cached_tokens = cached if cached < prompt else prompt
 
     def check(self) -> None:
         """Called with a connection at hand, just before a leg is written to it.
@@ -403,6 +404,8 @@ class Legs:
             BackendError: its engine ended the request before its time, and keeps nothing.
         """
         dialect = DIALECTS.get(attempt.request.body.endpoint)
+        if dialect is None and ends_well(answer):
+            return answer
         try:
             parsed = read_whole(answer) if dialect is None else dialect.whole(answer)
         except Undecodable:
@@ -604,7 +607,7 @@ class Legs:
             self._running_loop = asyncio.get_running_loop()
         return self._running_loop
 
-    async def _send(
+    def _send(
         self,
         backend: Backend,
         leg: Leg,
@@ -613,30 +616,33 @@ class Legs:
         *,
         reads: bool = True,
         rank: int | None = None,
-    ) -> Connection:
+    ) -> Awaitable[Connection]:
         """Send a leg.
 
         Arguments:
             reads: its engine is to read what was handed over.
             rank: the engine's data-parallel rank that it is for, where it has several.
         """
+        request, limbo = attempt.request, attempt.limbo
         headers = b"x-request-id: %b\r\n%b%b%b" % (
             attempt.id.encode("ascii"),
-            self.headers_after(attempt.request.hops),
-            attempt.request.record.trace,
+            self.headers_after(request.hops) if request.hops else self.headers,
+            request.record.trace,
             leg.headers,
         )
         if rank is not None:
             headers += b"x-data-parallel-rank: %d\r\n" % rank
-        limbo = attempt.limbo
-        return await self.origin(backend).send(
+        origin = self._origins.get(backend.url) or self.origin(backend)
+        if limbo is None:
+            return origin.send(leg.path, headers, leg.body, receiver)
+        return origin.send(
             leg.path,
             headers,
             leg.body,
             receiver,
             within=self._time_left(limbo),
-            check=attempt.check if reads and attempt.first is not None and limbo is not None else None,
-            sent=None if limbo is None else limbo.sent,
+            check=attempt.check if reads and attempt.first is not None else None,
+            sent=limbo.sent,
         )
 
     def bound(self, plan: Plan) -> float:
@@ -647,13 +653,13 @@ class Legs:
         return min(self._timeouts.handoff, connector.lease / 2)  # whatever was set: not in the lease's second half
 
     @staticmethod
-    def _time_left(limbo: Limbo | None) -> float | None:
+    def _time_left(limbo: Limbo) -> float | None:
         """Seconds in which a hand-off may still be sent.
 
         Raises:
             HandoffExpired: none are left.
         """
-        if limbo is None or limbo.bound == inf:
+        if limbo.bound == inf:
             return None
         left = limbo.bound - (monotonic() - limbo.since)
         if left <= 0:

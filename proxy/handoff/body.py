@@ -50,6 +50,8 @@ wherever it likes, read another user's KV cache, or die (wire protocols, section
 NESTED = ("vllm_xargs", "extra_args", "sampling_params")
 """Members that an engine merges into its own arguments; the same names are taken out inside them."""
 
+_STRIPPED = FORBIDDEN.union(NESTED)
+
 _KB, _MB = 1024, 1024 * 1024
 _MOST_BYTES = {
     # A word, a number or a few flags, which the gateway reads.
@@ -192,13 +194,14 @@ def read_members(raw: bytes | bytearray) -> Members:
         if not raw or raw.isspace():
             raise InvalidRequest("the request body is empty; it must be a JSON object") from None
         raise InvalidRequest(f"the request body is not valid JSON: {error}") from None
-    for name in FORBIDDEN.intersection(members):
-        del members[name]
     if len(raw) > _LONG:
         check_sizes(members)
-    for name in NESTED:
-        if name in members:
-            members[name] = msgspec.Raw(strip_nested(name, members[name]))
+    if not _STRIPPED.isdisjoint(members):
+        for name in FORBIDDEN.intersection(members):
+            del members[name]
+        for name in NESTED:
+            if name in members:
+                members[name] = msgspec.Raw(strip_nested(name, members[name]))
     return members
 
 
@@ -358,6 +361,7 @@ def _sampling_members(members: Members) -> Members:
 
 
 _WHOLE = ("prompt_logprobs", "prompt_logprob_token_ids", "echo", "use_beam_search", "truncate_prompt_tokens")
+_NO_PART = frozenset(_WHOLE)
 
 
 def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
@@ -369,9 +373,10 @@ def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
     """
     if n is not None and n != 1:
         return "n"
-    for name in _WHOLE:
-        if name in members and bytes(members[name]) not in (b"null", b"false"):
-            return name
+    if not _NO_PART.isdisjoint(members):
+        for name in _WHOLE:
+            if name in members and bytes(members[name]) not in (b"null", b"false"):
+                return name
     if endpoint == "completions" and _is_list_of_prompts(members.get("prompt")):
         return "prompt_list"  # the last, since to some connectors it is none (`Connector.splits`)
     return ""

@@ -17,6 +17,8 @@ from proxy.decoding import Undecodable, json_decoder
 from proxy.errors import BackendAborted, BackendError
 from proxy.relay.answers import engine_error_event
 
+ORDINARY = ("stop", "length")
+"""How nearly all answers end."""
 _WORDS = frozenset({"abort", "aborted", "cancelled", "canceled", "error"})
 
 
@@ -46,6 +48,18 @@ def abort_of(choices: Iterable[Choice]) -> object:
         if choice.finish_reason is not None and is_abort(choice.finish_reason):
             return choice.finish_reason
     return None
+
+
+def ends_well(answer: bytes) -> bool:
+    """Whether a whole answer surely has but one end, by its bound, as a prefill leg's has. Where not, it is to be read.
+
+    Within a string a quote has a backslash before it, so the first is a member, and the others that there is no other.
+    """
+    return (
+        answer.find(b'"finish_reason":"length"') >= 0
+        and answer.count(b"finish_reason") == 1
+        and answer.find(b"\\u00") < 0  # a letter of the name as an escape
+    )
 
 
 def abort_in(choices: msgspec.Raw) -> object:

@@ -83,15 +83,6 @@ class Usage(msgspec.Struct):
             return self.cache_creation_input_tokens if said is None else said
         return details.created_cache_tokens
 
-    def checked(self) -> Usage | None:
-        """The same with no more cached than the prompt has; None where it counts more than can be."""
-        prompt, details = self.prompt_tokens, self.prompt_tokens_details
-        if prompt is not None and prompt > _MOST:
-            return None
-        if prompt is not None and details is not None and (details.cached_tokens or 0) > prompt:
-            details.cached_tokens = prompt
-        return self
-
 
 _decode_usage = bare_json_decoder(Usage)
 _decode_count = json_decoder(_Count)
@@ -160,7 +151,12 @@ def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
         usage.prompt_tokens = usage.input_tokens + (read or 0) + (usage.cache_creation_input_tokens or 0)
         usage.completion_tokens = usage.output_tokens
         usage.prompt_tokens_details = usage.input_tokens_details if read is None else CachedDetails(read)
-    return usage.checked()
+        if usage.prompt_tokens > _MOST:
+            return None
+    details, prompt = usage.prompt_tokens_details, usage.prompt_tokens
+    if details is not None and prompt is not None and (details.cached_tokens or 0) > prompt:
+        details.cached_tokens = prompt  # no more can be cached than the prompt has
+    return usage
 
 
 def count_usage(prompt: object, completion: object, cached: object) -> Usage | None:

@@ -58,13 +58,13 @@ class Bodies:
 
     def take(self, holder: Holder, count: int) -> bool:
         """Whether bytes of a body may be held; where not, their request has been refused."""
-        self.held += count
-        holder.held += count
-        if holder.held <= SHORT:
-            if self.held <= self.limit:
+        self.held = all_held = self.held + count
+        holder.held = held = holder.held + count
+        if held <= SHORT:
+            if all_held <= self.limit:
                 return True
         else:
-            held, now = holder.held, monotonic()
+            now = monotonic()
             before = self._arriving.get(holder)
             if before is None or held >= before[0] + SHORT:
                 self._arriving[holder] = held, now
@@ -78,7 +78,8 @@ class Bodies:
         """Nothing of a body is held any more."""
         self.held -= holder.held
         holder.held = 0
-        self._arriving.pop(holder, None)
+        if self._arriving:
+            self._arriving.pop(holder, None)
 
     def let_go(self, holder: Holder, count: int) -> None:
         """Some bytes of a body are not held any more."""

@@ -205,25 +205,32 @@ class DirectClient:
         cycle, first = self._cycle, STATUS_LINE[status]
         self.started = cycle.response_started = True
         cycle.waiting_for_100_continue = False
-        lines = [b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)]
+        parts, closes = [first], False
+        for name, value in (*cycle.default_headers, *headers):
+            parts += (name, b": ", value, b"\r\n")
+            if name == b"connection" and value == b"close":
+                closes = True
         # Nobody will read the rest of a body that is answered early, so it ends the connection.
-        if _CLOSE in lines:
+        if closes:
             cycle.keep_alive = False
         elif not cycle.keep_alive or cycle.more_body or cycle.scope["http_version"] != "1.1":
             cycle.keep_alive = False
-            lines.append(_CLOSE)
-        return b"%b%b%b" % (first, b"".join(lines), last)
+            parts.append(_CLOSE)
+        parts.append(last)
+        return b"".join(parts)
 
     def _complete(self) -> None:
         cycle = self._cycle
-        self._protocol.streaming = None
-        self._protocol.clients.discard(self)
-        self.release()
+        protocol = self._protocol
+        protocol.streaming = None
+        protocol.clients.discard(self)
+        if self.held:
+            protocol.shared.bodies.release(self)
         cycle.response_complete = True
         cycle.message_event.set()
         if not cycle.keep_alive:
-            if cycle.more_body or self._protocol.deaf:
-                self._protocol.linger()
+            if cycle.more_body or protocol.deaf:
+                protocol.linger()
             else:
                 self._transport.close()
         cycle.on_response()

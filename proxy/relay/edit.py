@@ -51,19 +51,21 @@ class Edit(msgspec.Struct, frozen=True):
         """Whether ordinary events pass as they are."""
         return not self.hide_ids and self.identity is None
 
-    def event(self, event: bytes, payload: bytes, ids: bytes = b"") -> bytes:
+    def event(self, event: bytes, payload: bytes, ids: bytes = b"", odd: bool | None = None) -> bytes:
         """An event as the client sees it.
 
         Arguments:
             event: as it came.
             payload: its data.
             ids: the value of its `token_ids`, as it stands there, where known.
+            odd: whether it may name the hand-off, where that is known.
         Raises:
             Undecodable: something is to be changed, and it is no JSON.
         """
         # `find`, here and elsewhere on the way of each event: `in` tries to take the needle for a number first, and
         # the exception that this raises costs more than the search.
-        odd = names_handoff(event)
+        if odd is None:
+            odd = names_handoff(event)
         if self.identity is None and not odd:
             if not self.hide_ids:
                 return event

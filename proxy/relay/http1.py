@@ -28,6 +28,7 @@ from proxy.relay.deadlines import Deadlines
 KEEPALIVE = 4.0
 HEAD_LIMIT = 64 * 1024
 _REST = 0.005  # seconds
+_MOST_HEADS = 32  # paths; those of some routes have a client's words in them
 
 C = TypeVar("C", bound="Connection")
 
@@ -69,17 +70,21 @@ class Origin:
         self._host_header = parts.netloc.rpartition("@")[2].encode("ascii")
         self._idle: deque[Connection] = deque()
         self._outbox: list[Connection] = []
+        self._heads: dict[str, bytes] = {}  # by path: of JSON POSTs, up to the length of the body
         self._closed = False
         self.rests = Deadlines(_REST)
 
     def request_head(self, path: str, headers: bytes, length: int) -> bytes:
         """The head of a JSON POST: `headers` are whole lines, each ending in CRLF."""
-        return b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\n" % (
-            (self.prefix + path).encode("ascii"),
-            self._host_header,
-            length,
-            headers,
-        )
+        head = self._heads.get(path)
+        if head is None:
+            head = b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\ncontent-length: " % (
+                (self.prefix + path).encode("ascii"),
+                self._host_header,
+            )
+            if len(self._heads) < _MOST_HEADS:
+                self._heads[path] = head
+        return b"%b%d\r\n%b\r\n" % (head, length, headers)
 
     def chunked_head(self, path: str, content_type: bytes, headers: bytes) -> bytes:
         """The head of a POST whose body follows in chunks."""
@@ -111,15 +116,18 @@ class Origin:
         Raises:
             BackendUnreachable: no connection could be made; nothing was sent.
         """
-        patience = self.connect_timeout if within is None else min(within, self.connect_timeout)
-        connection = self._take() or await self.connect(Connection, patience)
+        connection = self._take()
+        if connection is None:
+            patience = self.connect_timeout if within is None else min(within, self.connect_timeout)
+            connection = await self.connect(Connection, patience)
         if check is not None:
             try:
                 check()
             except BaseException:
                 connection.abort()
                 raise
-        connection.begin(receiver, self.request_head(path, headers, sum(map(len, body))), body, self._post, sent)
+        length = len(body[0]) if len(body) == 1 else sum(map(len, body))
+        connection.begin(receiver, self.request_head(path, headers, length), body, self._post, sent)
         return connection
 
     def _post(self, connection: Connection) -> None:
@@ -132,7 +140,7 @@ class Origin:
     def _send_all(self) -> None:
         outbox, self._outbox = self._outbox, []
         for connection in outbox:
-            receiver = connection.receiver
+            receiver = connection._receiver
             try:
                 connection.send()
             except Exception as fault:  # of one request; the others are to go out
@@ -247,11 +255,6 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether a request can be written to it."""
         return self._transport is not None and not self._transport.is_closing()
-
-    @property
-    def receiver(self) -> Receiver | None:
-        """Whose exchange is on it, if any is."""
-        return self._receiver
 
     def begin(
         self,
@@ -404,7 +407,10 @@ class Connection(asyncio.Protocol):
             return
         if not self._in_head and self._parser_ends_at_close():
             self._receiver = None
-            self._tell_end(receiver)
+            try:
+                receiver.end()
+            except Exception as fault:
+                self.broken(receiver, fault)
         elif exc is None or isinstance(exc, OSError):
             self._lose(self._cut())
         else:  # an exception of the protocol that has the reads, which is what the event loop ends a connection for
@@ -471,9 +477,6 @@ class Connection(asyncio.Protocol):
             self._origin.give(self)
         else:
             self.abort()
-        self._tell_end(receiver)
-
-    def _tell_end(self, receiver: Receiver) -> None:
         try:
             receiver.end()
         except Exception as fault:

@@ -187,16 +187,15 @@ class Inbound(HttpToolsProtocol):
         self.expect_100_continue = expected
         super().on_headers_complete()
 
-    def on_body(self, body: bytes) -> None:
-        self._framing -= len(body)
-        super().on_body(body)
-
     def on_message_complete(self) -> None:
         if self._offered:
             return
         self._in_message = False
         self._framing = 0
-        super().on_message_complete()
+        cycle = self.cycle
+        if not cycle.response_complete:  # as uvicorn's from here
+            cycle.more_body = False
+            cycle.message_event.set()
 
     def _decline_upgrade(self) -> bytes:
         """The head of a request that offered another protocol, without the offer.

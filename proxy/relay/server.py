@@ -16,6 +16,7 @@ import termios
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from proxy.errors import TooManyConnections
@@ -163,15 +164,17 @@ class GatewayProtocol(Inbound):
         cycle.scope["extensions"] = {EXTENSION: client}  # type: ignore[dict-item]
 
     def on_body(self, body: bytes) -> None:
-        client = self._newest
-        if (
-            client is not None
-            and not client._cycle.response_complete
-            and (client.refusal is not None or not self.shared.bodies.take(client, len(body)))
-        ):
-            self._framing -= len(body)
-        else:
-            super().on_body(body)
+        # As uvicorn's, in one.
+        cycle, client, count = self.cycle, self._newest, len(body)
+        self._framing -= count
+        if cycle.response_complete:
+            return
+        if client is not None and (client.refusal is not None or not self.shared.bodies.take(client, count)):
+            return
+        cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         if self._newest is not None and self._newest.held > SHORT:

@@ -28,7 +28,7 @@ from proxy.errors import (
     BackendTimedOut,
 )
 from proxy.relay import events
-from proxy.relay.aborts import abort_of, aborted
+from proxy.relay.aborts import ORDINARY, abort_of, aborted
 from proxy.relay.answers import Usage, engine_error, engine_error_event, names_handoff, read_usage
 from proxy.relay.client import Client
 from proxy.relay.deadlines import Deadlines
@@ -471,21 +471,6 @@ class StreamRelay:
         if self._failure is not None:
             self.fail(self._failure)
 
-    def _read(self, payload: bytes) -> _Event | None:
-        """An event, or None where it ends the stream: `_failure` says why."""
-        try:
-            event = _decode_event(payload)
-        except UNDECODABLE as error:
-            self._failure = BackendGarbled(f"{self._url} sent an event that is no answer: {error}")
-            return None
-        if event.error is not None:
-            self._failure = engine_error_event(self._url, payload)
-            return None
-        if payload.find(b"recomputed") >= 0 and _preempted(event):
-            self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
-            return None
-        return event
-
     @property
     def _may_pass(self) -> bool:
         """Whether ordinary events need not be read. A client that wants the token ids itself gets them as they come,
@@ -529,12 +514,12 @@ class StreamRelay:
                     passage.pattern = block
                 return block, count
         if len(block) <= _LARGE and not (live and block.find(PLAIN) >= 0):
-            return self._inspect(events.read(block), last)
+            return self._inspect(block, last)
         shown, count, rest = b"", 0, block
         if not live:
             # An answer that begins with many events at once: its first ones show what the others are like.
             rest = block.split(b"\n\n", _FEW)[-1]
-            shown, count = self._inspect(events.read(block[: len(block) - len(rest)]), False)
+            shown, count = self._inspect(block[: len(block) - len(rest)], False)
             if self._failure is not None:
                 return shown, count
         if (live or count) and self._may_pass:
@@ -544,13 +529,13 @@ class StreamRelay:
                 self._hollow = b""
                 count += taken
         if rest:
-            more, taken = self._inspect(events.read(rest), last)
+            more, taken = self._inspect(rest, last)
             shown += more
             count += taken
         return shown, count
 
-    def _inspect(self, found: list[tuple[bytes, bytes]], last: bool) -> tuple[bytes, int]:
-        """Look at events with their payloads, one by one.
+    def _inspect(self, block: bytes, last: bool) -> tuple[bytes, int]:
+        """Look at events one by one.
 
         Returns them as the client sees them, and the number of token events among them. The look ends with an event
         that ends the stream; `_failure` is told to the flow once the events before it are out, and the flow says it to
@@ -560,7 +545,9 @@ class StreamRelay:
         assert passage is not None
         kept: list[bytes] = []
         count = 0
-        for event, payload in found:
+        # Looked for once in all of them: nearly none has either.
+        odd, recomputed = names_handoff(block), block.find(b"recomputed") >= 0
+        for event, payload in events.read(block):
             if payload == b"[DONE]":
                 self._done = True
                 self._last_word = event
@@ -572,7 +559,16 @@ class StreamRelay:
                 event, self._prompt = take_prompt_ids(event)
                 if self._prompt:
                     payload = events.payload(event)
-            if (parsed := self._read(payload)) is None:
+            try:
+                parsed = _decode_event(payload)
+            except UNDECODABLE as error:
+                self._failure = BackendGarbled(f"{self._url} sent an event that is no answer: {error}")
+                break
+            if parsed.error is not None:
+                self._failure = engine_error_event(self._url, payload)
+                break
+            if recomputed and _preempted(parsed):
+                self._failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
                 break
             choices = parsed.choices
             if parsed.usage is not _ABSENT and (usage := read_usage(parsed.usage)):
@@ -592,15 +588,17 @@ class StreamRelay:
             delta = choice.delta
             said = choice.text if delta is None else delta.get("content")
             text = bool(said) or (delta is not None and _has_more(delta))
-            finished = choice.finish_reason is not None
-            if (finished or len(choices) > 1) and (reason := abort_of(choices)) is not None:
+            finished, several = choice.finish_reason is not None, len(choices) > 1
+            if (several or (finished and choice.finish_reason not in ORDINARY)) and (
+                reason := abort_of(choices)
+            ) is not None:
                 # Text that comes with it is of tokens behind the last one whose text was sent: they are made again.
                 self._failure = aborted(self._url, reason)
                 break
             ids = bytes(choice.token_ids)
             silent = not text and not finished and delta is not None and self._is_silent(delta, payload)
             try:
-                shown = b"" if silent else edit.event(event, payload, ids)
+                shown = b"" if silent else edit.event(event, payload, ids, odd)
             except Undecodable as error:
                 self._failure = BackendGarbled(f"{self._url} sent an event that cannot be edited: {error}")
                 break
@@ -616,7 +614,7 @@ class StreamRelay:
                 continue
             count += 1
             if not self._content:
-                if not _has_content(choices) and self.first_token is None:
+                if not text and not _has_content(choices) and self.first_token is None:
                     if ids:
                         self._early.append(ids)
                         self._held_size += len(ids)
@@ -625,8 +623,8 @@ class StreamRelay:
                 self._content = True
             if not self._opened:
                 self._open_transcript(self._opening)
-            if finished or len(choices) > 1:
-                transcript.close(choice.index for choice in choices if choice.finish_reason is not None)
+            if several or finished:
+                transcript.close([choice.index for choice in choices if choice.finish_reason is not None])
             if text and not said:
                 assert delta is not None
                 transcript.spoil("tool_calls" if delta.get("tool_calls") else "reasoning")

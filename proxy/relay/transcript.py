@@ -28,7 +28,8 @@ _END = 16  # tokens; a character is four at most
 _DONE = b"data: [DONE]\n\n"
 
 
-_Mark = tuple[bytes, bytes, bool, str, bool, bool, tuple[int, int, int]]
+_Mark = tuple[bytes, bytes, bool, bool, bool, tuple[int, int, int]]
+_BLANK: _Mark = (b"", b"", False, False, False, (0, 0, 0))
 
 
 class Transcript:
@@ -53,6 +54,7 @@ class Transcript:
 
     __slots__ = (
         "_ended",
+        "_flaw_then",
         "_ids",
         "_limit",
         "_mark",
@@ -86,7 +88,8 @@ class Transcript:
         self.first = b""
         self.choices = choices
         self._ended: set[object] = set()
-        self._mark: _Mark = (b"", b"", False, flaw, False, False, (0, 0, 0))
+        self._mark: _Mark | None = None  # nothing was written down before
+        self._flaw_then = flaw
 
     def close(self, indexes: Iterable[object]) -> None:
         """The client is given a `finish_reason` of these choices."""
@@ -103,19 +106,21 @@ class Transcript:
 
     def mark(self) -> None:
         """A leg is about to be written down."""
-        self.fold()
-        lengths = len(self._ids), self._sent, len(self._text)
-        self._mark = (self.first, self._prompt, self.continuable, self.flaw, self.finished, self.unsure, lengths)
+        self._flaw_then = self.flaw
+        if self.first or self.continuable:
+            self.fold()
+            lengths = len(self._ids), self._sent, len(self._text)
+            self._mark = (self.first, self._prompt, self.continuable, self.finished, self.unsure, lengths)
 
     def rewind(self) -> None:
         """What has been written down since `mark` is not going to reach the client."""
-        first, prompt, continuable, flaw, finished, unsure, (ids, sent, text) = self._mark
+        first, prompt, continuable, finished, unsure, (ids, sent, text) = self._mark or _BLANK
         self.fresh.clear()
         if self.fresh_text is not None:
             self.fresh_text.clear()
         if prompt and not self._prompt:
             return  # it has grown too long, and what there was before is gone
-        self.first, self._prompt, self.continuable, self.flaw = first, prompt, continuable, flaw
+        self.first, self._prompt, self.continuable, self.flaw = first, prompt, continuable, self._flaw_then
         self.finished, self.unsure, self._sent = finished, unsure, sent
         del self._ids[ids:], self._text[text:]
         self._ended.clear()
@@ -182,7 +187,7 @@ class Transcript:
                 self._ids += b"," + b",".join(self.fresh)
                 self._text += b"".join(self.fresh_text or ())
                 self._sent = len(self._ids)
-                self.unsure = b"," in self.fresh[-1]
+                self.unsure = self.fresh[-1].find(b",") >= 0
                 self._check_limit()
             self.fresh.clear()
             if self.fresh_text is not None:

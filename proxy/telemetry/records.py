@@ -46,8 +46,9 @@ class Distribution:
         self._fresh: list[float] = []
 
     def observe(self, value: float) -> None:
-        self._fresh.append(value)
-        if len(self._fresh) > _BATCH:
+        fresh = self._fresh
+        fresh.append(value)
+        if len(fresh) > _BATCH:
             self._fold()
 
     def observe_all(self, values: list[float]) -> None:
@@ -183,14 +184,13 @@ class RequestRecord(msgspec.Struct):
         """
         self.tries += 1
         self.decode_pool = pool
-        self.decode, self.prefill = ("", backend) if pool == "prefill" else (backend, prefill)
-        self.prefill_seconds = self.handoff_seconds = None
-        self.prompt_tokens = self.cached_tokens = 0
-
-    def settle(self) -> None:
-        """The request has ended. Why earlier tries failed is in `retries` and `resumes`."""
-        if self.outcome in ("ok", "client_gone"):
-            self.error = ""
+        if pool == "prefill":
+            self.decode, self.prefill = "", backend
+        else:
+            self.decode, self.prefill = backend, prefill
+        if self.tries > 1:
+            self.prefill_seconds = self.handoff_seconds = None
+            self.prompt_tokens = self.cached_tokens = 0
 
     @property
     def ttft(self) -> float | None:
@@ -201,12 +201,10 @@ class RequestRecord(msgspec.Struct):
     def tpot(self) -> float | None:
         """(last token - first token) / (tokens - 1), for streams of two tokens or more: decode's pace. Where the first
         was prefill's, it is counted from decode's own first: what lies between is `handoff_gap`."""
-        first, tokens = self.first_token, self.tokens
+        first, last, tokens = self.first_token, self.last_token, self.tokens
         if self.second_token is not None:
             first, tokens = self.second_token, tokens - 1
-        if first is None or self.last_token is None or tokens < 2:
-            return None
-        return (self.last_token - first) / (tokens - 1)
+        return None if first is None or last is None or tokens < 2 else (last - first) / (tokens - 1)
 
 
 class Sink(Protocol):

@@ -35,13 +35,13 @@ class Throughput:
         if record.outcome not in ("ok", "client_gone"):
             self._failed += 1
         self._prompt += record.prompt_tokens
-        ttft = record.ttft
-        if ttft is not None:
-            self._ttfts.append(ttft)
+        first = record.first_token
+        if first is not None:
+            self._ttfts.append(first - record.started)
+            if record.stream:
+                self._tokens += 1
         if not record.stream:
             self._tokens += record.tokens
-        elif ttft is not None:
-            self._tokens += 1
 
     def look(self, in_flight: int, waiting: int) -> dict[str, float] | None:
         """What there was since the last look; None where there was nothing.

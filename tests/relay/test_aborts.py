@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from proxy.errors import BackendAborted, BackendBusy, BackendError, BackendFailed, BackendRejected
-from proxy.relay.aborts import abort_in, aborted, is_abort
+from proxy.relay.aborts import abort_in, aborted, ends_well, is_abort
 from proxy.relay.dialect import Dialect
 from proxy.relay.dialects import DIALECTS
 from proxy.relay.edit import Edit
@@ -154,6 +154,28 @@ def test_all_else_is_for_others_to_judge(raw: bytes) -> None:
 
 
 # Named events
+
+
+WHOLE = b'{"choices":[{"index":0,"message":{"content":"%b"},"finish_reason":"%b"}],"usage":{}}'
+
+
+def test_an_answer_with_one_end_by_its_bound_need_not_be_read() -> None:
+    assert ends_well(WHOLE % (b"x", b"length"))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        WHOLE % (b"x", b"abort"),
+        WHOLE % (rb"\"finish_reason\":\"length\"", b"abort"),
+        (WHOLE % (b"x", b"abort")).replace(b'"finish', b'"finish_reason":"length","finish'),
+        (WHOLE % (b"x", b"abort")).replace(b'"finish', b'"finish_reason":"length","f\\u0069nish'),
+        (WHOLE % (b"x", b"length")).replace(b"[{", b'[{"finish_reason":"abort"},{'),
+        b"",
+    ],
+)
+def test_any_other_answer_is_read(answer: bytes) -> None:
+    assert not ends_well(answer)
 
 
 def named(name: str, **members: Any) -> bytes:

@@ -170,7 +170,7 @@ async def test_a_status_that_is_none_is_a_garbled_answer(head: bytes) -> None:
 # The relay of a stream
 
 
-@pytest.mark.parametrize("place", ["_take", "_write", "_go_live", "_open_passage", "_read"])
+@pytest.mark.parametrize("place", ["_take", "_write", "_go_live", "_open_passage", "_inspect"])
 async def test_a_fault_in_the_relay_ends_the_stream(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = await opened(edit=HIDE)
 
