@@ -19,21 +19,27 @@ from .gateway import Gateway, serving
 from .questions import ALL_QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-VENV_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+VENV = ROOT / os.environ.get("REAL_VENV", ".venv-vllm")
+"""As `make test-real REAL_VENV=...` has it: several checkouts can share one, which takes 2.3 GB."""
+VENV_PYTHON = VENV / "bin" / "python"
 MODEL = ROOT / ".cache" / "tiny-model"
-KILLERS = ("kills_second_decode", "kills_prefill")
-"""Marks of the tests that end an engine all share, in the order in which they run."""
+KILLERS = {
+    "restarts_second_decode": "stops the shared second decode engine and starts it again",
+    "kills_second_decode": "ends the shared second decode engine",
+    "kills_prefill": "ends the shared prefill engine",
+}
+"""Marks of the tests that end an engine all share, in the order in which they run, and what they do."""
 QUESTIONS_AT_ONCE = 8
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for mark, engine in zip(KILLERS, ("second decode", "prefill"), strict=True):
-        config.addinivalue_line("markers", f"{mark}: ends the shared {engine} engine, so runs after all that need it")
+    for mark, deed in KILLERS.items():
+        config.addinivalue_line("markers", f"{mark}: {deed}, so runs after all that need it")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A start takes a minute: rather than give the tests that kill an engine one of their own, run them last."""
-    items.sort(key=lambda item: [item.get_closest_marker(mark) is not None for mark in reversed(KILLERS)])
+    items.sort(key=lambda item: [item.get_closest_marker(mark) is not None for mark in reversed(list(KILLERS))])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -49,7 +55,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def venv_python() -> Path:
     """Python of the virtual environment that holds vLLM; without one, skip, or fail where REQUIRE_REAL_VLLM is set."""
     if not VENV_PYTHON.exists():
-        reason = f"no {VENV_PYTHON.relative_to(ROOT)}: run `bash tests/real/install.sh .venv-vllm`, or `make test-real`"
+        reason = f"no {VENV_PYTHON}: run `bash tests/real/install.sh {VENV}`, or `make test-real`"
         if os.environ.get("REQUIRE_REAL_VLLM"):
             pytest.fail(reason)
         pytest.skip(reason)
@@ -75,7 +81,9 @@ def bed(request: pytest.FixtureRequest, venv_python: Path, model: Path, logs: Pa
     roles = [Role.PREFILL, Role.DECODE, Role.SINGLE]
     if any("second_decode" in getattr(item, "fixturenames", ()) for item in request.session.items):
         roles.append(Role.DECODE)
-    with running(venv_python, model, roles, logs) as (prefill, decode, single, *others):
+    # Only the last can be paused and put to sleep, so that the gateway meets both kinds, as in the field.
+    dev_mode = range(3, len(roles))
+    with running(venv_python, model, roles, logs, dev_mode=dev_mode) as (prefill, decode, single, *others):
         with ThreadPoolExecutor(QUESTIONS_AT_ONCE) as pool:
             answers = dict(zip(ALL_QUESTIONS, pool.map(lambda one: one.ask(single.url)[0], ALL_QUESTIONS), strict=True))
         single.group.stop(seconds=5)  # its polling on two cores would disturb the others' timing

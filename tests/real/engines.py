@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -121,6 +121,17 @@ class Engine:
         """SIGKILL to the whole process group, as when the machine is gone."""
         self.group.kill()
 
+    def terminate(self) -> None:
+        """SIGTERM to its first process, as Kubernetes and systemd stop it; returns at once."""
+        self.group.process.terminate()
+
+    def start_again(self) -> None:
+        """Start it with the same command and ports when it has ended, and return when it is healthy."""
+        self.group.start_again()
+        wait_until(
+            self.is_healthy, START_SECONDS, f"the engine at {self.url} to be healthy again, log {self.group.log}"
+        )
+
 
 def group_members(group_id: int) -> dict[int, int]:
     """The processes of a process group, each with its parent's id."""
@@ -148,6 +159,8 @@ def command_line(
     # float32 and no compiled graph: the same tokens from the same prompt, whichever engine computes them.
     command += ["--dtype", "float32", "--enforce-eager"]
     command += ["--enable-scale-out"]
+    # Its log names each request, and its usage says what the prefix cache had.
+    command += ["--enable-log-requests", "--enable-prompt-tokens-details"]
     if role is not Role.SINGLE:
         command += ["--kv-transfer-config", json.dumps(config(role))]
     return command
@@ -184,6 +197,7 @@ def running(
     *,
     config: Callable[[Role], dict[str, object]] = transfer_config,
     more_environment: Mapping[str, str] | None = None,
+    dev_mode: Collection[int] = (),
 ) -> Iterator[list[Engine]]:
     """Start one engine a role, all at once, and give them in that order when all are healthy.
 
@@ -193,6 +207,7 @@ def running(
         logs: existing directory for one log an engine.
         config: the `--kv-transfer-config` of an engine with a role.
         more_environment: variables beside the usual ones, or other than they.
+        dev_mode: places in `roles` of engines that can be paused and put to sleep (VLLM_SERVER_DEV_MODE).
 
     Raises:
         RuntimeError: an engine ended while it started; the message holds the end of its log.
@@ -200,10 +215,12 @@ def running(
     """
     with ExitStack() as stack:
         engines = []
-        for number, role in enumerate(roles, 1):
+        for place, role in enumerate(roles):
             port = free_port()
-            log = logs / f"{number}-{role.name.lower()}.log"
+            log = logs / f"{place + 1}-{role.name.lower()}.log"
             variables = environment(role) | dict(more_environment or {})
+            if place in dev_mode:
+                variables["VLLM_SERVER_DEV_MODE"] = "1"
             group = Group(command_line(python, model, port, role, config), log, variables)
             stack.enter_context(ended(group))
             engines.append(Engine(role, f"http://127.0.0.1:{port}", group))

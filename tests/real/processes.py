@@ -52,15 +52,26 @@ class Group:
     def __init__(self, command: Sequence[str], log: Path, extra_environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         LOGS.append(log)
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command,
+        log.write_bytes(b"")
+        self._command = command
+        self._environment = {**os.environ, **(extra_environment or {})}
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as output:
+            return subprocess.Popen(
+                self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(extra_environment or {})},
+                env=self._environment,
                 start_new_session=True,
             )
+
+    def start_again(self) -> None:
+        """Run the same command once more, when it has ended; its log goes on."""
+        assert self.process.poll() is not None, f"process {self.pid} still runs"
+        self.process = self._start()
 
     @property
     def pid(self) -> int:
@@ -68,6 +79,10 @@ class Group:
 
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def logged(self, since: int = 0) -> str:
+        """What its log has from byte `since` on."""
+        return self.log.read_bytes()[since:].decode(errors="replace")
 
     def check_alive(self) -> None:
         """Raises RuntimeError with the end of the log where the process has ended."""

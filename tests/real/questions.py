@@ -40,6 +40,7 @@ class Answer:
     text: str
     finish_reason: str | None
     usage: dict[str, Any]
+    """Without what an engine's cache happened to hold (`prompt_tokens_details`)."""
 
 
 class BrokenStreamError(Exception):
@@ -106,6 +107,10 @@ KILLED_QUESTIONS = tuple(
     for tokens in lengths
     for api in Api
 )
+STOPPED_QUESTIONS = tuple(
+    Question(api, stream, tokens, "stopped", 600) for tokens in (64, 111) for stream in (True, False) for api in Api
+)
+"""Long enough that all have begun on one engine before the first has ended."""
 RELEASED_QUESTIONS = tuple(Question(api, False, 330, f"released-{api.name}", 40) for api in Api)
 ROUTE_QUESTIONS = tuple(
     Question(Api.CHAT, False, tokens, f"{route}-{way}", MAX_TOKENS)
@@ -120,6 +125,7 @@ ALL_QUESTIONS = (
     + SEVERED_QUESTIONS
     + HUNG_QUESTIONS
     + KILLED_QUESTIONS
+    + STOPPED_QUESTIONS
     + RELEASED_QUESTIONS
     + ROUTE_QUESTIONS
 )
@@ -135,10 +141,7 @@ def ask(url: str, api: Api, body: dict[str, Any], *, stream: bool, timeout: floa
     if stream:
         return ask_streamed(url, api, body, timeout)
     response = httpx.post(url + api.value, json=body, timeout=timeout).raise_for_status()
-    whole = response.json()
-    choice = whole["choices"][0]
-    text = choice["text"] if api is Api.COMPLETIONS else choice["message"]["content"]
-    return Answer(text, choice["finish_reason"], whole["usage"]), response.headers
+    return as_whole_answer(api, response.json()), response.headers
 
 
 def ask_streamed(url: str, api: Api, body: dict[str, Any], timeout: float) -> tuple[Answer, httpx.Headers]:
@@ -167,6 +170,13 @@ def asked(url: str, api: Api, body: dict[str, Any]) -> Iterator[socket.socket]:
         yield connection
 
 
+def as_whole_answer(api: Api, body: dict[str, Any]) -> Answer:
+    """The answer in a body that was not streamed."""
+    choice = body["choices"][0]
+    text = choice["text"] if api is Api.COMPLETIONS else choice["message"]["content"]
+    return Answer(text, choice["finish_reason"], without_cached(body["usage"]))
+
+
 def as_answer(api: Api, stream: Iterable[dict[str, Any]]) -> Answer:
     """The answer that a client puts together from a stream's events."""
     text, finish_reason = "", None
@@ -176,12 +186,21 @@ def as_answer(api: Api, stream: Iterable[dict[str, Any]]) -> Answer:
         for choice in event["choices"]:
             text += (choice["text"] if api is Api.COMPLETIONS else choice["delta"].get("content")) or ""
             finish_reason = choice["finish_reason"] or finish_reason
-    return Answer(text, finish_reason, usage)
+    return Answer(text, finish_reason, without_cached(usage))
+
+
+def without_cached(usage: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in usage.items() if name != "prompt_tokens_details"}
 
 
 def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
     """The JSON events of a stream, up to `[DONE]`."""
-    for line in response.iter_lines():
+    return events_of(response.iter_lines())
+
+
+def events_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The same of lines that have been read."""
+    for line in lines:
         if line == "data: [DONE]":
             return
         if line.startswith("data: "):
