@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from .bed import Bed
-from .engines import LEASE_SECONDS, MAX_MODEL_LEN
+from .engines import LEASE_SECONDS, MAX_MODEL_LEN, MODEL_NAME
 from .gateway import Gateway, serving
 from .processes import wait_until
 from .questions import RELEASED_QUESTIONS, Api, Question, ask, asked, body_for, prompt_of
@@ -25,6 +25,27 @@ pytestmark = pytest.mark.real
 PREFILLED = 'request_success_total{finished_reason="length"}'
 RELEASED_SECONDS = 10.0
 """It takes 0.1 s, and 1 to 4 s where the kernel has to try a connect again; an idle machine is not promised."""
+PROMPT = prompt_of(150, "refused elsewhere")
+TOO_MANY = MAX_MODEL_LEN * 2
+NAMED = {"model": MODEL_NAME, "messages": [{"role": "user", "content": PROMPT}]}
+REFUSED_ELSEWHERE: dict[str, tuple[str, dict[str, Any]]] = {
+    "a streamed chat": (Api.CHAT.value, {**NAMED, "max_tokens": TOO_MANY, "stream": True}),
+    "a streamed completion": (
+        Api.COMPLETIONS.value,
+        {"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": TOO_MANY, "stream": True},
+    ),
+    "a message": ("/v1/messages", {**NAMED, "max_tokens": TOO_MANY}),
+    "a streamed message": ("/v1/messages", {**NAMED, "max_tokens": TOO_MANY, "stream": True}),
+    "a response": ("/v1/responses", {"model": MODEL_NAME, "input": PROMPT, "max_output_tokens": TOO_MANY}),
+    "a streamed response": (
+        "/v1/responses",
+        {"model": MODEL_NAME, "input": PROMPT, "max_output_tokens": TOO_MANY, "stream": True},
+    ),
+}
+AFTER_EXPIRY = "nixl_num_notifications_after_expiry_total"
+NOT_HELD = "Potentially invalid KV blocks"
+"""What prefill logs, and counts as `AFTER_EXPIRY`, when it is told of blocks that it does not hold any more. It is its
+only sign that decode has read what had become another request's."""
 CACHE_TOKENS = 32 * 1024
 """What fits into 64 MiB of KV cache."""
 
@@ -36,9 +57,16 @@ JUDGED_BY_THE_HANDLER: dict[str, dict[str, Any]] = {
 """vLLM tells prefill itself that these will not come for their blocks."""
 JUDGED_BEFORE_THE_HANDLER: dict[str, dict[str, Any]] = {
     "stop tokens that are no numbers": {"stop_token_ids": ["x"]},
+    "log probabilities of fewer than none": {"logprobs": -3},
     "stream options without a stream": {"stream_options": {"include_usage": True}},
 }
 """vLLM refuses these with the body's schema, and tells nobody."""
+REFUSED_BY_PREFILL: dict[str, dict[str, Any]] = {
+    "a negative temperature": {"temperature": -1},
+    "a share of more than all": {"top_p": 2},
+    "a temperature that is no number": {"temperature": "x"},
+}
+"""Both engines would, and so there is nothing to hand over."""
 REFUSED_BY_DECODE_ALONE = JUDGED_BY_THE_HANDLER | JUDGED_BEFORE_THE_HANDLER
 
 
@@ -76,6 +104,15 @@ def is_released(bed: Bed) -> bool:
     return False
 
 
+def assert_prefill_was_told_once(bed: Bed, gateway: Gateway, before: dict[str, float], logged: int) -> None:
+    """Prefill has not been told of blocks that were free already, since its metrics and its log's length were those."""
+    # Its counters are those of its last step, and a hand-off that it frees is one in which it counts.
+    ask(gateway.url, Api.CHAT, body_for(Api.CHAT, prompt_of(40, f"after {logged}")), stream=False)
+    wait_until_released(bed)
+    assert NOT_HELD not in bed.prefill.group.logged(logged)
+    assert bed.prefill.metrics()[AFTER_EXPIRY] == before[AFTER_EXPIRY]
+
+
 def holds_blocks_for_decode(bed: Bed) -> bool:
     now = bed.prefill.metrics()
     return now["kv_cache_usage_perc"] > 0 and not now["num_requests_running"]
@@ -97,18 +134,34 @@ def test_a_client_that_leaves_between_the_legs_leaves_no_blocks_behind(
     assert_decode_knows_the_prompt_rightly(bed, question)
 
 
-@pytest.mark.parametrize("fault", REFUSED_BY_DECODE_ALONE)
+@pytest.mark.parametrize("fault", REFUSED_BY_DECODE_ALONE | REFUSED_BY_PREFILL)
 @pytest.mark.parametrize("api", Api, ids=lambda api: api.name.lower())
-def test_a_request_that_decode_refuses_leaves_no_blocks_behind(
+def test_a_request_that_an_engine_refuses_leaves_no_blocks_behind(
     bed: Bed, relay: Severing, watched_gateway: Gateway, api: Api, fault: str
 ) -> None:
-    prefilled = bed.prefill.metrics()[PREFILLED]
+    before, logged = bed.prefill.metrics(), len(bed.prefill.group.log.read_bytes())
     relay.plan()
-    body = {**body_for(api, prompt_of(150, fault)), **REFUSED_BY_DECODE_ALONE[fault]}
+    body = {**body_for(api, prompt_of(150, fault)), **(REFUSED_BY_DECODE_ALONE | REFUSED_BY_PREFILL)[fault]}
     assert httpx.post(watched_gateway.url + api.value, json=body, timeout=30).status_code == 400
+    decodes = fault in REFUSED_BY_DECODE_ALONE
+    assert bool(relay.legs) == decodes, "decode was asked" if relay.legs else "decode was not asked"
+    wait_until_released(bed)
+    assert bed.prefill.metrics()[PREFILLED] == before[PREFILLED] + decodes
+    assert_prefill_was_told_once(bed, watched_gateway, before, logged)
+
+
+@pytest.mark.parametrize("what", REFUSED_ELSEWHERE)
+def test_one_of_another_kind_leaves_none_behind_either(
+    bed: Bed, relay: Severing, watched_gateway: Gateway, what: str
+) -> None:
+    before, logged = bed.prefill.metrics(), len(bed.prefill.group.log.read_bytes())
+    relay.plan()
+    path, body = REFUSED_ELSEWHERE[what]
+    answer = httpx.post(watched_gateway.url + path, json=body, timeout=30)
+    assert answer.status_code == 400, answer.text
     assert relay.legs, "decode was not asked"
     wait_until_released(bed)
-    assert bed.prefill.metrics()[PREFILLED] == prefilled + 1
+    assert_prefill_was_told_once(bed, watched_gateway, before, logged)
 
 
 @pytest.mark.parametrize("fault", ["more tokens at least than at most", "a grammar that is none"])
