@@ -6,9 +6,11 @@ import json
 import subprocess
 from typing import Any
 
+import httpx
 import pytest
 
 from .bed import Bed
+from .engines import Engine
 from .gateway import COMMAND
 from .processes import free_port, wait_until
 
@@ -35,3 +37,13 @@ def test_an_engine_that_is_not_there_is_a_fault(bed: Bed) -> None:
     status, said = doctor("--prefill", bed.prefill.url, "--decode", f"http://127.0.0.1:{free_port()}")
     assert status == 2
     assert [finding["code"] for finding in said["findings"]] == ["refused"]
+
+
+def test_a_paused_engine_is_a_fault(bed: Bed, second_decode: Engine) -> None:
+    httpx.post(f"{second_decode.url}/pause", params={"mode": "keep"}, timeout=30).raise_for_status()
+    try:
+        status, said = doctor("--prefill", bed.prefill.url, "--decode", second_decode.url)
+    finally:
+        httpx.post(f"{second_decode.url}/resume", timeout=30).raise_for_status()
+    assert status == 2
+    assert "asleep" in [finding["code"] for finding in said["findings"]], said

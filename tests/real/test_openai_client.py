@@ -98,6 +98,49 @@ def test_a_chat_completion_has_log_probabilities_for_every_token(client: OpenAI)
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in tokens)
 
 
+def log_probabilities(client: OpenAI, prompt: str, **fields: Any) -> tuple[list[tuple[Any, ...]], int, int]:
+    """Each token of a streamed chat, with its log probability and its runners-up; how many events had a token and no
+    text; the tokens that the usage counts."""
+    tokens: list[tuple[Any, ...]] = []
+    silent = counted = 0
+    stream = client.chat.completions.create(
+        model=MODEL_NAME,
+        messages=[{"role": "user", "content": prompt}],
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=True,
+        top_logprobs=2,
+        **fields,
+    )
+    for chunk in stream:
+        counted = chunk.usage.completion_tokens if chunk.usage else counted
+        for choice in chunk.choices:
+            entries = choice.logprobs.content or [] if choice.logprobs else []
+            silent += bool(entries) and not choice.delta.content
+            tokens += [
+                (top.token, top.bytes, pytest.approx(top.logprob, abs=1e-3))
+                for entry in entries
+                for top in (entry, *entry.top_logprobs)
+            ]
+    return tokens, silent, counted
+
+
+def test_streamed_chats_have_the_engines_log_probabilities_of_every_token(bed: Bed, client: OpenAI) -> None:
+    """Of tokens that are no whole character too, whose events have no text."""
+    silent = 0
+    with OpenAI(base_url=f"{bed.prefill.url}/v1", api_key="none", max_retries=0, timeout=60) as engine:
+        for number in range(12):
+            prompt = prompt_of(20 + number, "logprobs")
+            fields = {"max_tokens": 24, "extra_body": {"ignore_eos": True}}
+            tokens, _, counted = log_probabilities(client, prompt, **fields)
+            expected, without_text, _ = log_probabilities(engine, prompt, **fields)
+            assert tokens == expected
+            assert len(tokens) == 3 * counted == 3 * 24
+            silent += without_text
+    assert silent, "no answer had such a token, so nothing has been shown"
+
+
 def test_a_completion_has_log_probabilities_for_every_token(client: OpenAI) -> None:
     answer = client.completions.create(
         model=MODEL_NAME, prompt=PROMPT, temperature=0, max_tokens=MAX_TOKENS, logprobs=2

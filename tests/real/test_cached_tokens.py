@@ -1,0 +1,81 @@
+"""The cached tokens that a client reads are prefill's, whatever decode has in its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from .bed import Bed
+from .engines import BLOCK_SIZE, MODEL_NAME
+from .gateway import Gateway
+from .questions import Api, ask, body_for, prompt_of
+
+pytestmark = pytest.mark.real
+
+TOKENS = 200
+IN_FULL_BLOCKS = TOKENS // BLOCK_SIZE * BLOCK_SIZE
+"""Of a completion's prompt, what a prefix cache can have. A chat's prompt has seventeen tokens more: as many blocks."""
+
+
+@pytest.fixture(scope="module")
+def client(gateway: Gateway) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=60) as opened:
+        yield opened
+
+
+def cached_tokens(client: OpenAI, api: Api, prompt: str, stream: bool) -> int | None:
+    """What the client reads."""
+    asked: dict[str, Any] = {**body_for(api, prompt, max_tokens=8), "stream": stream}
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+    created = (client.chat.completions if api is Api.CHAT else client.completions).create(**asked)
+    usage = [chunk.usage for chunk in created if chunk.usage][-1] if stream else created.usage
+    assert usage is not None and usage.prompt_tokens_details is not None
+    cached: int | None = usage.prompt_tokens_details.cached_tokens
+    return cached
+
+
+BOTH_WAYS = pytest.mark.parametrize(
+    ("api", "stream"),
+    [(api, stream) for api in Api for stream in (False, True)],
+    ids=[f"{api.name.lower()}-{way}" for api in Api for way in ("whole", "streamed")],
+)
+
+
+@BOTH_WAYS
+def test_what_only_decode_has_in_its_cache_is_not_cached(bed: Bed, client: OpenAI, api: Api, stream: bool) -> None:
+    prompt = prompt_of(TOKENS, f"decode has it, {api.name} {stream}")
+    ask(bed.decode.url, api, body_for(api, prompt), stream=False)
+    assert cached_tokens(client, api, prompt, stream) == 0
+
+
+@BOTH_WAYS
+def test_what_only_prefill_has_in_its_cache_is_cached(bed: Bed, client: OpenAI, api: Api, stream: bool) -> None:
+    prompt = prompt_of(TOKENS, f"prefill has it, {api.name} {stream}")
+    ask(bed.prefill.url, api, body_for(api, prompt), stream=False)
+    assert cached_tokens(client, api, prompt, stream) == IN_FULL_BLOCKS
+
+
+@BOTH_WAYS
+def test_of_what_both_have_in_part_prefills_is_told(bed: Bed, client: OpenAI, api: Api, stream: bool) -> None:
+    """Prefill knows the first three blocks, decode all of them."""
+    prompt = prompt_of(TOKENS, f"both have it, {api.name} {stream}")
+    known = prompt.split(" ")[: 3 * BLOCK_SIZE + 1]
+    ask(bed.prefill.url, Api.COMPLETIONS, body_for(Api.COMPLETIONS, " ".join(known)), stream=False)
+    ask(bed.decode.url, api, body_for(api, prompt), stream=False)
+    # A chat's prompt begins with its template, which that completion had not.
+    assert cached_tokens(client, api, prompt, stream) == (3 * BLOCK_SIZE if api is Api.COMPLETIONS else 0)
+
+
+def test_the_gateway_counts_what_it_tells(bed: Bed, gateway: Gateway, client: OpenAI) -> None:
+    def counted() -> float:
+        return gateway.metrics().get(f'tokens_total{{kind="cached",model="{MODEL_NAME}"}}', 0)
+
+    prompt = prompt_of(TOKENS, "counted")
+    before = counted()
+    told = [cached_tokens(client, Api.CHAT, prompt, stream=False) for _ in range(2)]
+    assert told == [0, IN_FULL_BLOCKS]
+    assert counted() == before + IN_FULL_BLOCKS
