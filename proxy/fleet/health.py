@@ -449,7 +449,12 @@ class Prober:
         for path, member in backend.kind.rests.items():
             if backend.up and path not in self._resting.get(backend, ()):
                 continue
-            answer = await self._get(backend, path)
+            try:
+                answer = await self._get(backend, path)
+            except ProbeFailed as failure:
+                if backend.up and failure.code == "timeout":
+                    break  # vLLM answers this between two steps, /health at any time: a long step is no rest
+                raise
             can = self._resting.setdefault(backend, set())
             if answer.status != 200:
                 can.discard(path)

@@ -407,6 +407,34 @@ async def test_an_engine_that_is_paused_though_it_says_that_it_does_not_sleep_is
     await news.of("is up")
 
 
+async def test_an_engine_that_is_too_busy_to_say_whether_it_sleeps_stays_up(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
+) -> None:
+    """vLLM answers that between two steps; one that takes long is no reason to cut what runs there."""
+    engine["is_sleeping"].respond(200, json={"is_sleeping": False})
+    prober.start()
+    await news.of("is up")
+    engine["is_sleeping"].mock(side_effect=httpx.ReadTimeout)
+    asked = engine["is_sleeping"].call_count
+    async with asyncio.timeout(PATIENCE):
+        while engine["is_sleeping"].call_count < asked + 5 * int(QUICK["failures"]):
+            await asyncio.sleep(0.001)
+    assert backend.up
+    engine["is_sleeping"].mock(side_effect=None, return_value=httpx.Response(200, json={"is_sleeping": True}))
+    assert "it is asleep" in await news.of("is out")
+
+
+async def test_an_engine_that_does_not_say_whether_it_sleeps_any_more_stays_down(
+    prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
+) -> None:
+    engine["is_sleeping"].mock(side_effect=httpx.ReadTimeout)
+    prober.start()
+    assert "/is_sleeping did not answer" in await news.of("is not up")
+    assert not backend.up
+    engine["is_sleeping"].mock(side_effect=None, return_value=httpx.Response(200, json={"is_sleeping": False}))
+    await news.of("is up")
+
+
 async def test_an_engine_that_cannot_sleep_is_asked_once_for_each_time_it_comes_up(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
