@@ -319,11 +319,11 @@ class Prober:
         return await why_unreachable(self._control, host, port, self._settings.timeout)
 
     async def lives(self, backend: Backend) -> bool:
-        """Whether a backend answers its health check now."""
+        """Whether a backend may be alive. One that is slow to say so may be: the machine is busy, or this one is."""
         try:
             await self.probe(backend)
-        except ProbeFailed:
-            return False
+        except ProbeFailed as failure:
+            return failure.code == "timeout"
         return True
 
     def _interval(self, backend: Backend) -> float:

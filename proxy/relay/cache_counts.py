@@ -29,10 +29,14 @@ class CacheCounts(msgspec.Struct, frozen=True):
     Attributes:
         cached: found in its cache.
         written: computed and written to its cache.
+        private: only the hand-off has said what was cached. Engines that are not to tell clients
+            (`--enable-prompt-tokens-details` is off) say it to each other all the same, so an answer that has no such
+            count gets none.
     """
 
     cached: int | None = None
     written: int | None = None
+    private: bool = False
 
     @classmethod
     def of(cls, usage: Usage | None, told: int | None = None) -> CacheCounts:
@@ -42,16 +46,16 @@ class CacheCounts(msgspec.Struct, frozen=True):
             told: what its hand-off says is cached.
         """
         if usage is None:
-            return cls(told)
+            return cls(told, private=told is not None)
         details = usage.prompt_tokens_details
         cached = None if details is None else details.cached_tokens
-        return cls(told if cached is None else cached, usage.written_tokens)
+        return cls(told if cached is None else cached, usage.written_tokens, cached is None and told is not None)
 
     def agree(self, usage: Usage) -> bool:
         """Whether a usage says just these."""
         details = usage.prompt_tokens_details
         said = None if details is None else details.cached_tokens
-        return said == self.cached and usage.written_tokens == self.written
+        return (said == self.cached or (self.private and said is None)) and usage.written_tokens == self.written
 
     def into(self, payload: bytes, inside: str = "") -> bytes:
         """An answer, or a payload of one, with these counts in its usage; as it is where nothing of it changes.
@@ -83,6 +87,8 @@ class CacheCounts(msgspec.Struct, frozen=True):
         given = usage.get(details)
         given = given if isinstance(given, dict) else {}
         cached = None if self.cached is None else min(self.cached, usage[total])
+        if self.private and given.get("cached_tokens") is None:
+            cached = None
         told = dict(given)
         if cached is not None:
             told["cached_tokens"] = cached
@@ -107,7 +113,7 @@ class CacheCounts(msgspec.Struct, frozen=True):
         changed = dict(usage)
         rest = total
         for name, count in (("cache_read_input_tokens", self.cached), ("cache_creation_input_tokens", self.written)):
-            if count is not None:
+            if count is not None and not (self.private and changed.get(name) is None):
                 changed[name] = min(count, rest)
                 rest -= changed[name]
             elif changed.get(name) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -210,8 +211,9 @@ async def test_requests_for_models_that_do_not_exist_hardly_disturb_the_engines(
                 *(running.http.post("/v1/completions", json=completion(model=f"none-{n}")) for n in range(20))
             )
             assert {answer.status_code for answer in answers} == {404}
-        assert len(asked) == 2, "once for all that came together"
-        assert asked[1] - asked[0] > 0.4
+        # Once for all that came together; on a busy machine they come in more rounds than two.
+        assert len(asked) >= 2
+        assert min(later - earlier for earlier, later in itertools.pairwise(asked)) > 0.4
         assert not d.requests
 
 

@@ -77,8 +77,8 @@ def test_what_is_right_already_is_not_written_again() -> None:
     [
         (details(cached_tokens=7), None, CacheCounts(7)),
         (details(cached_tokens=7), 9, CacheCounts(7)),
-        (details(), 9, CacheCounts(9)),
-        ({"prompt_tokens": 64}, 9, CacheCounts(9)),
+        (details(), 9, CacheCounts(9, private=True)),
+        ({"prompt_tokens": 64}, 9, CacheCounts(9, private=True)),
         ({"prompt_tokens": 64}, None, CacheCounts()),
         (details(cached_tokens=7, created_cache_tokens=57), None, CacheCounts(7, 57)),
         (turns(7, cache_write_tokens=57), None, CacheCounts(7, 57)),
@@ -96,4 +96,21 @@ def test_prefills_counts_are_read_in_each_apis_words(
 
 
 def test_without_a_usage_the_hand_offs_number_is_known() -> None:
-    assert CacheCounts.of(None, 3) == CacheCounts(3)
+    assert CacheCounts.of(None, 3) == CacheCounts(3, private=True)
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        (details(cached_tokens=63), details(cached_tokens=7)),
+        (details(), details()),
+        ({"prompt_tokens": 64}, {"prompt_tokens": 64}),
+        ({"input_tokens": 1, "cache_read_input_tokens": 63}, {"input_tokens": 57, "cache_read_input_tokens": 7}),
+        ({"input_tokens": 64, "output_tokens": 5}, {"input_tokens": 64, "output_tokens": 5}),
+    ],
+)
+def test_what_only_the_hand_off_says_is_not_told_where_engines_tell_clients_nothing(
+    usage: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    told = CacheCounts(7, private=True).into(json.dumps({"usage": usage}).encode())
+    assert json.loads(told) == {"usage": expected}
