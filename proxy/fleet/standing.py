@@ -26,25 +26,26 @@ class Window:
         seconds: how long a leg counts.
     """
 
-    __slots__ = ("_scale", "_slices", "_slot", "bad", "good")
+    __slots__ = ("_current", "_scale", "_slices", "_slot", "_until", "bad", "good")
 
     def __init__(self, seconds: float) -> None:
         self._scale = _SLICES / seconds
         self._slices = [[0, 0] for _ in range(_SLICES)]
         self._slot = 0
+        self._current = self._slices[0]  # that of now, up to `_until`
+        self._until = 1 / self._scale
         self.good = 0
         self.bad = 0
 
     def note(self, good: bool, now: float) -> None:
         """Count one leg."""
-        if int(now * self._scale) > self._slot:
+        if now >= self._until:
             self.roll(now)
-        current = self._slices[self._slot % _SLICES]
         if good:
-            current[0] += 1
+            self._current[0] += 1
             self.good += 1
         else:
-            current[1] += 1
+            self._current[1] += 1
             self.bad += 1
 
     def roll(self, now: float) -> None:
@@ -61,6 +62,8 @@ class Window:
                 self.bad -= old[1]
                 old[0] = old[1] = 0
         self._slot = slot
+        self._current = self._slices[slot % _SLICES]
+        self._until = (slot + 1) / self._scale
 
     def clear(self) -> None:
         """Forget everything."""

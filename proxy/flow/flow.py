@@ -158,7 +158,10 @@ class Flow:
             request.live = False
             request.gained = 0
             try:
-                decision = await self._place(request, tries)
+                if tries == 1 and not request.client.started:
+                    decision = self._decide(request)
+                else:
+                    decision = await self._place(request, tries)
                 cards = decision.decode.models
                 await self._try(request, decision)
             except BackendError as error:

@@ -55,16 +55,19 @@ class Meeting(msgspec.Struct, frozen=True):
     notices: int = 0
 
 
+_ABSENT = msgspec.Raw()
+
+
 class PrefillAnswer(msgspec.Struct):
     """What is read of prefill's answer."""
 
-    choices: msgspec.Raw = msgspec.Raw()
-    content: msgspec.Raw = msgspec.Raw()
-    output: msgspec.Raw = msgspec.Raw()
-    kv_transfer_params: msgspec.Raw = msgspec.Raw()
-    prompt_token_ids: msgspec.Raw = msgspec.Raw()
-    usage: msgspec.Raw = msgspec.Raw()
-    prompt_token_ids_b64: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = _ABSENT
+    content: msgspec.Raw = _ABSENT
+    output: msgspec.Raw = _ABSENT
+    kv_transfer_params: msgspec.Raw = _ABSENT
+    prompt_token_ids: msgspec.Raw = _ABSENT
+    usage: msgspec.Raw = _ABSENT
+    prompt_token_ids_b64: msgspec.Raw = _ABSENT
 
 
 _decode_answer = json_decoder(PrefillAnswer)
@@ -83,7 +86,7 @@ def read_answer(answer: bytes, member: str = "choices") -> PrefillAnswer:
         parsed = _decode_answer(answer)
     except Undecodable as error:
         raise BackendGarbled(f"prefill's answer is not one: {error}") from None
-    if not memoryview(parsed.choices) and not memoryview(getattr(parsed, member)):
+    if parsed.choices is _ABSENT and getattr(parsed, member) is _ABSENT:
         raise BackendGarbled(f"prefill's answer has no {member}")
     return parsed
 
@@ -262,10 +265,13 @@ def params(values: Mapping[str, Any]) -> Members:
     return {"kv_transfer_params": msgspec.Raw(_encode(values))}
 
 
+_NO_PARAMS = (msgspec.Raw(), msgspec.Raw(b"null"), msgspec.Raw(b"{}"))
+
+
 def given_params(answer: PrefillAnswer) -> msgspec.Raw | None:
     """`kv_transfer_params` of prefill's answer; None where there are none."""
     params = answer.kv_transfer_params
-    return None if bytes(memoryview(params)[:4]) in (b"", b"null", b"{}") else params
+    return None if params is _ABSENT or params in _NO_PARAMS else params
 
 
 def refused(members: Members, handoff: Handoff) -> Members:
@@ -299,8 +305,9 @@ _FALSE = msgspec.Raw(b"false")
 def one_token(members: Members) -> Members:
     """The members of a prefill leg before a connector adds its own: the same prompt, one token, not streamed."""
     leg = dict(members)
-    for name in _DROPPED & members.keys():
-        del leg[name]
+    if not _DROPPED.isdisjoint(members):
+        for name in _DROPPED.intersection(members):
+            del leg[name]
     leg["stream"] = _FALSE
     leg["max_tokens"] = _ONE
     if "max_completion_tokens" in leg:  # for chat it wins over max_tokens

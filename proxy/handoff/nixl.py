@@ -50,7 +50,9 @@ class Nixl(Connector):
     port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
-        return {**(sampled_token if token else one_token)(members), "kv_transfer_params": ASK}
+        leg = sampled_token(members) if token else one_token(members)
+        leg["kv_transfer_params"] = ASK
+        return leg
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         params = given_params(answer)

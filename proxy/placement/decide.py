@@ -112,8 +112,7 @@ def decide(
     prefills, decodes = view.prefill, view.decode
     if view.pairs is not None:
         decodes = [d for d in decodes if any(view.pairs(p, d) for p in prefills)]
-    used = roles_used(alone=bool(alone), prefill=bool(prefills), decode=bool(decodes), mixed=bool(view.mixed))
-    if "prefill" in used:
+    if prefills and decodes and not alone:  # as `roles_used` has it
         decode = choose(decodes, policies["decode"], avoid=avoid, random=random, turn=turn)
         if view.pairs is not None:
             prefills = [p for p in prefills if view.pairs(p, decode)]

@@ -205,19 +205,15 @@ class DirectClient:
         cycle, first = self._cycle, STATUS_LINE[status]
         self.started = cycle.response_started = True
         cycle.waiting_for_100_continue = False
-        parts, closes = [first], False
-        for name, value in (*cycle.default_headers, *headers):
-            parts += (name, b": ", value, b"\r\n")
-            if name == b"connection" and value == b"close":
-                closes = True
+        lines = [name + b": " + value + b"\r\n" for name, value in (*cycle.default_headers, *headers)]
         # Nobody will read the rest of a body that is answered early, so it ends the connection.
-        if closes:
+        if _CLOSE in lines:
             cycle.keep_alive = False
         elif not cycle.keep_alive or cycle.more_body or cycle.scope["http_version"] != "1.1":
             cycle.keep_alive = False
-            parts.append(_CLOSE)
-        parts.append(last)
-        return b"".join(parts)
+            lines.append(_CLOSE)
+        lines.append(last)
+        return first + b"".join(lines)
 
     def _complete(self) -> None:
         cycle = self._cycle

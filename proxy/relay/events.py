@@ -86,7 +86,9 @@ def read(block: bytes) -> list[tuple[bytes, bytes]]:
     if block.startswith(b"data: ") and block.endswith(b"\n\n"):
         payloads = block[6:-2].split(b"\n\ndata: ")
         if block.count(b"\n") == 2 * len(payloads) and _CR not in block:
-            return [(b"data: %b\n\n" % payload, payload) for payload in payloads]
+            if len(payloads) == 1:
+                return [(block, payloads[0])]
+            return [(b"data: " + payload + b"\n\n", payload) for payload in payloads]
     return [(event, payload(event)) for event in split(block)]
 
 

@@ -64,6 +64,7 @@ class Inbound(HttpToolsProtocol):
         "_offered",
         "_read_size",
         "_refusal",
+        "_timed",
         "awaited",
         "clients",
         "deaf",
@@ -87,12 +88,14 @@ class Inbound(HttpToolsProtocol):
         self._framing = 0
         self._header_bytes = 0
         self._headers_wait = self.shared.headers(self.header_seconds)
+        self._timed = False  # the limit on headers runs
         self.awaited = False
         self._lingering: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_headers()
+        self._time_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_wait.forget(self)
@@ -127,7 +130,13 @@ class Inbound(HttpToolsProtocol):
                 )
                 self._refuse(refusal, at_leisure=alone)
                 return
-        if self.awaited and self._header_bytes > self.header_limit:
+        if not self.awaited:
+            if self._framing > _MOST_FRAMING:
+                self._refuse(InvalidRequest(f"more than {_MOST_FRAMING} bytes of chunk sizes, extensions and trailers"))
+            return
+        if not self._timed:  # they have not come in one read, as nearly all do
+            self._time_headers()
+        if self._header_bytes > self.header_limit:
             self._refuse(HeadersTooLarge(f"request line and headers exceed {self.header_limit} bytes"))
         elif self._framing > _MOST_FRAMING:
             self._refuse(InvalidRequest(f"more than {_MOST_FRAMING} bytes of chunk sizes, extensions and trailers"))
@@ -245,11 +254,16 @@ class Inbound(HttpToolsProtocol):
         """The bounds on headers apply from now until they are complete."""
         self.awaited = True
         self._header_bytes = 0
+
+    def _time_headers(self) -> None:
+        self._timed = True
         self._headers_wait.watch(self, self.loop)
 
     def _expect_nothing(self) -> None:
         self.awaited = False
-        self._headers_wait.forget(self)
+        if self._timed:
+            self._timed = False
+            self._headers_wait.forget(self)
 
     def overdue(self, seconds: float) -> None:
         """Headers are late."""

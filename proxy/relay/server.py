@@ -75,6 +75,7 @@ class GatewayProtocol(Inbound):
             self._headers_wait.forget(self)
             self._headers_wait = shared.headers(VISIT)
             self._expect_headers()
+            self._time_headers()
             shared.visit(self)
         if self._crowded:
             self.app = self._serve_crowded
@@ -191,8 +192,9 @@ class GatewayProtocol(Inbound):
         """As uvicorn's `on_headers_complete`, for an application that asks no more of its scope than this."""
         parser, version = self.parser, self.version
         before = self.cycle
+        # Its arguments by their places: names would be put into a dictionary and taken out again.
         self.cycle = cycle = RequestResponseCycle(
-            scope={  # type: ignore[typeddict-item]
+            {  # type: ignore[typeddict-item]
                 "type": "http",
                 "http_version": version,
                 "method": parser.get_method().decode("latin-1"),
@@ -200,16 +202,16 @@ class GatewayProtocol(Inbound):
                 "headers": self.headers,
                 "client": self.client,
             },
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=False,
-            default_headers=self.server_state.default_headers,
-            message_event=_Event(),
-            expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and parser.should_keep_alive(),
-            on_response=self.on_response_complete,
+            self.transport,
+            self.flow,
+            self.logger,
+            self.access_logger,
+            False,
+            self.server_state.default_headers,
+            _Event(),
+            self.expect_100_continue,
+            version != "1.0" and parser.should_keep_alive(),
+            self.on_response_complete,
         )
         if before is None or before.response_complete:
             self._start_asgi_task(cycle, app)

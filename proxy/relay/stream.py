@@ -268,7 +268,8 @@ class StreamRelay:
             await self._future
         finally:
             self._client.flow = None
-            first_token.forget(self)
+            if self._patience is not None:
+                self._patience.forget(self)
             if self._timer is not None:
                 self._timer.cancel()
             self._abort()
@@ -455,6 +456,7 @@ class StreamRelay:
         self._begun = now
         if self._patience is not None:
             self._patience.forget(self)
+            self._patience = None
         if self._heard_first is not None:
             self._heard_first(self)
         if not last and self._connection is not None and self._idle is not None:
@@ -595,7 +597,7 @@ class StreamRelay:
                 # Text that comes with it is of tokens behind the last one whose text was sent: they are made again.
                 self._failure = aborted(self._url, reason)
                 break
-            ids = bytes(choice.token_ids)
+            ids = b"" if choice.token_ids is _ABSENT else bytes(choice.token_ids)
             silent = not text and not finished and delta is not None and self._is_silent(delta, payload)
             try:
                 shown = b"" if silent else edit.event(event, payload, ids, odd)
