@@ -213,10 +213,10 @@ def test_an_answer_that_ends_at_once_needs_no_decode(
 ) -> None:
     options = {"stream": True, "stream_options": USAGE} if stream else {}
     body = body_for(api, prompt_of(60, "ends"), **options, allowed_token_ids=[EOS])
-    expected = shown(asked(ordinary.url, api, body)[0])
+    expected = shown(asked(ordinary.url, api, {**body, "cache_salt": "ordinary"})[0])
     wait_until(lambda: bed.decode.is_idle() and bed.prefill.is_idle(), 10, "both engines to be idle")
     before, generated = counts(ahead), bed.decode.metrics()["generation_tokens_total"]
-    assert shown(asked(ahead.url, api, body)[0]) == expected
+    assert shown(asked(ahead.url, api, {**body, "cache_salt": "ahead"})[0]) == expected
     whole = 'first_tokens_total{reason="whole",source="prefill"}'
     assert counts(ahead)[whole] == before.get(whole, 0) + 1
     wait_until(bed.prefill.is_idle, 10, "prefill to hold no block")  # its lease is 30 s
@@ -229,9 +229,9 @@ def test_one_token_asks_for_no_hand_off(bed: Bed, ordinary: Gateway, ahead: Gate
     scores = {"logprobs": True, "top_logprobs": 2} if api is Api.CHAT else {"logprobs": 2}
     options = {"stream": True, "stream_options": USAGE} if stream else {}
     body = body_for(api, prompt_of(64, "one"), **options, **scores, max_tokens=1)
-    expected = shown(asked(ordinary.url, api, body)[0])
+    expected = shown(asked(ordinary.url, api, {**body, "cache_salt": "ordinary"})[0])
     before = bed.decode.metrics()
-    assert shown(asked(ahead.url, api, body)[0]) == expected
+    assert shown(asked(ahead.url, api, {**body, "cache_salt": "ahead"})[0]) == expected
     wait_until(bed.prefill.is_idle, 5, "prefill to hold no block")
     after = bed.decode.metrics()
     assert after["prompt_tokens_total"] == before["prompt_tokens_total"]
