@@ -53,7 +53,7 @@ class Stop:
     away: Callable[[Gateway, Engine], object]
     back: Callable[[Gateway, Engine], object]
     gone: bool = False
-    """Its processes end: on a busy machine before the engine has told all clients of the abort, so that some are lost."""
+    """Its processes end: on a busy machine before the engine has said `abort` to all, so that some are lost."""
 
     def __str__(self) -> str:
         return self.name
