@@ -624,11 +624,15 @@ class Legs:
             rank: the engine's data-parallel rank that it is for, where it has several.
         """
         request, limbo = attempt.request, attempt.limbo
-        headers = b"x-request-id: %b\r\n%b%b%b" % (
-            attempt.id.encode("ascii"),
-            self.headers_after(request.hops) if request.hops else self.headers,
-            request.record.trace,
-            leg.headers,
+        headers = b"".join(
+            (
+                b"x-request-id: ",
+                attempt.id.encode("ascii"),
+                b"\r\n",
+                self.headers_after(request.hops) if request.hops else self.headers,
+                request.record.trace,
+                leg.headers,
+            )
         )
         if rank is not None:
             headers += b"x-data-parallel-rank: %d\r\n" % rank

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from proxy.decoding import Undecodable, json_decoder, json_extent
+from proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder, json_decoder, json_extent
 from proxy.handoff.endpoints import Members
 
 MOST_MEMBERS = 1024
@@ -21,6 +21,7 @@ _SHORT = 64 * 1024  # bytes below which an object or a list is decoded at once, 
 _FEW = 64
 
 _decode_members = json_decoder(Members)
+_decode_short = bare_json_decoder(Members)
 _decode_text = json_decoder(str)
 
 _BLANK = re.compile(rb"[ \t\r\n]*")
@@ -40,7 +41,10 @@ def members(raw: bytes | bytearray, most: int = MOST_MEMBERS) -> Members:
         Undecodable: it is not JSON, or no object.
     """
     if len(raw) <= _SHORT or has_few(raw, b":", _FEW):
-        found = _decode_members(raw)
+        try:
+            found = _decode_short(raw)
+        except UNDECODABLE:
+            found = _decode_members(raw)  # which says what is wrong
         if len(found) > most:
             raise TooMany
         return found

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from proxy import __version__
 from proxy.telemetry.log_queue import lines_dropped
 from proxy.telemetry.records import (
+    BATCH,
     DURATION_BOUNDS,
     HANDOFF_BOUNDS,
     ITL_BOUNDS,
@@ -151,6 +152,11 @@ class Histogram:
             if self._admits(values):
                 self._children[values] = child
         return child
+
+    def fold(self) -> None:
+        """Count what waits in its distributions."""
+        for child in self._children.values():
+            child.fold()
 
     def observed(self) -> int:
         """Observations so far, of all label values that are shown."""
@@ -311,6 +317,7 @@ class PrometheusSink(Collector):
         self._loop = self.loop_delay.at()
         self._backends: dict[tuple[str, str], _BackendTimes] = {}
         self._labels: dict[tuple[str, str, str], _Labels] = {}
+        self._noted = 0  # requests since what was noted of them was counted
 
     # Telemetry
 
@@ -327,7 +334,7 @@ class PrometheusSink(Collector):
     def finished(self, record: RequestRecord) -> None:
         labels = self._labels.get((record.endpoint, record.model, record.outcome)) or self._labels_of(record)
         self._requests.values[labels.request] += 1
-        labels.duration.observe(record.ended - record.started)
+        labels.duration.note(record.ended - record.started)
         if record.outcome == "client_gone":
             self._disconnects.values[(record.stage,)] += 1
         if record.not_resumed:
@@ -349,6 +356,11 @@ class PrometheusSink(Collector):
         tokens[labels.completion] += record.tokens
         if record.decode or record.prefill:
             self._times(record)
+        self._noted += 1
+        if self._noted >= BATCH:
+            self._noted = 0
+            for histogram in (self._duration, self._ttft, self._tpot, self._prefill, self._handoff):
+                histogram.fold()
 
     def _labels_of(self, record: RequestRecord) -> _Labels:
         named = self._fleet.names(record.model)
@@ -372,17 +384,17 @@ class PrometheusSink(Collector):
         if record.handoff_gap is not None:
             self._handoff_gap.at(record.decode_pool, record.decode).observe(record.handoff_gap)
         if record.handoff_seconds is not None:
-            decode.handoff.observe(record.handoff_seconds)
+            decode.handoff.note(record.handoff_seconds)
         if ttft is not None:
-            decode.ttft.observe(ttft)
+            decode.ttft.note(ttft)
         if tpot is not None:
-            decode.tpot.observe(tpot)
+            decode.tpot.note(tpot)
         if record.prefill:
             prefill = self._of_backend("prefill", record.prefill)
             if record.prefill_seconds is not None:
-                prefill.prefill.observe(record.prefill_seconds)
+                prefill.prefill.note(record.prefill_seconds)
             if ttft is not None and not record.fallback:
-                prefill.ttft.observe(ttft)
+                prefill.ttft.note(ttft)
 
     def _of_backend(self, pool: str, url: str) -> _BackendTimes:
         found = self._backends.get((pool, url))

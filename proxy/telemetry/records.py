@@ -28,34 +28,38 @@ HANDOFF_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 QUEUE_BOUNDS = (0.001, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
 LOOP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
-_BATCH = 256  # values that wait to be counted, at most: 8 kB for each distribution
+BATCH = 256  # values that wait to be counted, at most: 8 kB for each distribution
 
 
 class Distribution:
     """A histogram: `counts[i]` observations at most `bounds[i]` (and above the last), and their sum.
 
     Values wait in a list until there are some, or somebody reads: sorted, they are counted in one pass.
+
+    Attributes:
+        note: as `observe`, for whoever calls `fold` now and then: it does not look how many values wait.
     """
 
-    __slots__ = ("_counts", "_fresh", "_sum", "bounds")
+    __slots__ = ("_counts", "_fresh", "_sum", "bounds", "note")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
         self._fresh: list[float] = []
+        self.note = self._fresh.append
 
     def observe(self, value: float) -> None:
         fresh = self._fresh
         fresh.append(value)
-        if len(fresh) > _BATCH:
-            self._fold()
+        if len(fresh) > BATCH:
+            self.fold()
 
     def observe_all(self, values: list[float]) -> None:
         """Several at once."""
         self._fresh += values
-        if len(self._fresh) > _BATCH:
-            self._fold()
+        if len(self._fresh) > BATCH:
+            self.fold()
 
     def observe_none(self, times: int) -> None:
         """0, so many times."""
@@ -63,17 +67,18 @@ class Distribution:
 
     @property
     def counts(self) -> list[int]:
-        self._fold()
+        self.fold()
         return self._counts
 
     @property
     def sum(self) -> float:
-        self._fold()
+        self.fold()
         return self._sum
 
-    def _fold(self) -> None:
-        values, self._fresh = self._fresh, []
-        values.sort()
+    def fold(self) -> None:
+        """Count what waits."""
+        values = sorted(self._fresh)
+        self._fresh.clear()
         before = 0
         for index, bound in enumerate(self.bounds):
             up_to = bisect_right(values, bound, before)
