@@ -109,7 +109,15 @@ class _Counts:
 
     def total(self) -> dict[str, Any]:
         """The member of the event at the end: without what is null, as in streams."""
-        return {name: value for name, value in self._usage.items() if value is not None}
+        return _without_nulls(self._usage)
+
+
+def _without_nulls(members: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_nulls(value) if isinstance(value, dict) else value
+        for name, value in members.items()
+        if value is not None
+    }
 
 
 def _event(members: dict[str, Any]) -> bytes:

@@ -125,6 +125,17 @@ def test_an_answer_that_ended_is_whole_whatever_its_blocks() -> None:
     assert (first.whole, first.text, first.engine) == (True, "", "")
 
 
+def test_the_usage_of_a_whole_stream_has_no_nulls_at_any_depth() -> None:
+    """As in vLLM's own streams; in a whole answer its details have them."""
+    usage: dict[str, Any] = {"prompt_tokens": 3, "total_tokens": 4, "completion_tokens": 1, "details": None}
+    usage["prompt_tokens_details"] = {"cached_tokens": 0, "created_cache_tokens": None}
+    first = token(answer(3, choice={"finish_reason": "stop", "message": {"content": ""}}, usage=usage))
+    _, _, end = opening_events(first, body(stream=True, stream_options={"include_usage": True}))
+    told = json.loads(end.split(b"\n\n")[0].removeprefix(b"data: "))["usage"]
+    counts = {"prompt_tokens": 3, "total_tokens": 4, "completion_tokens": 1}
+    assert told == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
+
+
 def test_the_prefill_leg_keeps_what_decides_its_token() -> None:
     asked = body(
         stream=True,

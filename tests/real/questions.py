@@ -108,7 +108,7 @@ KILLED_QUESTIONS = tuple(
     for api in Api
 )
 STOPPED_QUESTIONS = tuple(
-    Question(api, stream, tokens, "stopped", 600) for tokens in (64, 111) for stream in (True, False) for api in Api
+    Question(api, stream, tokens, "stopped", 1000) for tokens in (64, 111) for stream in (True, False) for api in Api
 )
 """Long enough that all have begun on one engine before the first has ended."""
 RELEASED_QUESTIONS = tuple(Question(api, False, 330, f"released-{api.name}", 40) for api in Api)

@@ -35,7 +35,7 @@ from .questions import (
 
 pytestmark = [pytest.mark.real, pytest.mark.restarts_second_decode]
 
-BEGUN = 40
+BEGUN = 20
 """Lines that each stream has (every other one is empty) before the engine is stopped."""
 MEANWHILE = [question for question in COMPARED_QUESTIONS if question.tokens in (33, 64, 97)]
 """Asked while the engine is away."""
