@@ -14,6 +14,7 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Protocol, TypeVar, cast
 from urllib.parse import urlsplit
@@ -205,6 +206,7 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_answered",
         "_body",
         "_chunk_complete",
         "_complete",
@@ -225,21 +227,29 @@ class Connection(asyncio.Protocol):
         "_transport",
         "between_chunks",
         "idle_since",
+        "on_body",
+        "on_chunk_complete",
+        "on_chunk_header",
     )
 
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
+        self._body: list[bytes] = []
+        self._chunk_complete: list[bool] = []  # not empty: the last thing read of a chunk was its end
+        # The parser calls these for each event of a stream: methods of lists cost a tenth of functions of ours.
+        self.on_body = self._body.append
+        self.on_chunk_header = self._chunk_complete.clear
+        self.on_chunk_complete = partial(self._chunk_complete.append, True)
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
         self._request: tuple[bytes | memoryview, ...] | None = None  # until it is sent
         self._sent: Callable[[], object] | None = None
         self._headers: dict[bytes, bytes] = {}
-        self._body: list[bytes] = []
         self._in_head = True
         self._head_bytes = 0
-        self._chunk_complete = False
         self._complete = False
+        self._answered = 0  # of the pieces of `_body`, those that came before the answer was complete
         self._fresh = True
         self._reusable = False
         self._surplus = False
@@ -374,6 +384,8 @@ class Connection(asyncio.Protocol):
             except httptools.HttpParserCallbackError as error:
                 raise error.__context__ or error from None
             except httptools.HttpParserError as error:
+                if self._complete:
+                    del self._body[self._answered :]
                 if good := b"".join(self._body):  # what came before the bad
                     self._body.clear()
                     receiver.data(good, False)
@@ -384,7 +396,9 @@ class Connection(asyncio.Protocol):
                 self._fail(BackendGarbled(f"{self._origin.url} sent more than {HEAD_LIMIT} bytes of headers"))
                 return
             # The next chunk's size may have begun without the parser saying so, hence the look at the last bytes.
-            self.between_chunks = self._chunk_complete and data.endswith(b"\r\n")
+            self.between_chunks = data.endswith(b"\r\n") if self._chunk_complete else False
+            if self._complete:
+                del self._body[self._answered :]  # of a second answer, where one was asked for
             if self._body:
                 body = self._body
                 data = body[0] if len(body) == 1 else b"".join(body)
@@ -438,20 +452,11 @@ class Connection(asyncio.Protocol):
         # A second answer where one was asked for: the first is good, the connection is not.
         self._surplus = self._complete
 
-    def on_body(self, body: bytes) -> None:
-        if not self._complete:
-            self._body.append(body)
-
-    def on_chunk_header(self) -> None:
-        self._chunk_complete = False
-
-    def on_chunk_complete(self) -> None:
-        self._chunk_complete = True
-
     def on_message_complete(self) -> None:
-        self._chunk_complete = False
+        self._chunk_complete.clear()
         if not self._in_head and not self._complete:
             self._complete = True
+            self._answered = len(self._body)
             # Only now: the parser forgets what the answer's framing was as soon as this returns.
             self._reusable = self._parser.should_keep_alive()
 
