@@ -637,7 +637,7 @@ def _overlap(one: str, other: str) -> bool:
 class Settings(Group, BaseSettings):
     """Everything that can be set."""
 
-    model_config = SettingsConfigDict(validate_default=False, nested_model_default_partial_update=True)
+    model_config = SettingsConfigDict(validate_default=False)
 
     host: Annotated[str, AfterValidator(_listening_host)] = Field(
         "127.0.0.1", description="address to listen on; 0.0.0.0 for all, as in a container"

@@ -6,7 +6,7 @@ import pytest
 
 from proxy.configuration import ConfigurationError, configure, gather
 from proxy.settings import setting_names
-from proxy.variables import Variables, is_service, merge, read_variables
+from proxy.variables import Variables, is_service, read_variables
 
 
 def read(**environment: str) -> Variables:
@@ -136,9 +136,3 @@ def test_defaults_of_an_image_rank_below_everything() -> None:
 def test_defaults_that_name_no_setting_are_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="PD_PROXY_DEFAULTS: "):
         configure({}, None, {"PD_PROXY_DEFAULTS": text})
-
-
-def test_merging_leaves_what_the_higher_one_does_not_say() -> None:
-    lower, higher = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"c": 3}, "d": [2], "e": {"f": 4}}
-    assert merge(lower, higher) == {"a": {"b": 1, "c": 3}, "d": [2], "e": {"f": 4}}
-    assert lower == {"a": {"b": 1, "c": 2}, "d": [1]}

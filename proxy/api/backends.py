@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -61,11 +62,16 @@ def handoff_shown(backend: Backend) -> dict[str, Any]:
         "state": last.state,
         "ever": backend.handed_over,
         "with": last.peer or None,
-        "at": datetime.fromtimestamp(last.at, UTC).isoformat(timespec="seconds") if last.at else None,
+        "at": _time_of_day(last.at) if last.at else None,
         "code": last.finding.code if last.finding else None,
         "reason": last.finding.what if last.finding else None,
         "advice": last.finding.advice if last.finding else None,
     }
+
+
+def _time_of_day(at: float) -> str:
+    """A moment of `time.monotonic` for people."""
+    return (datetime.now(UTC) - timedelta(seconds=monotonic() - at)).isoformat(timespec="seconds")
 
 
 class _Name(Convertor[str]):

@@ -41,7 +41,7 @@ class HandoffState:
     Attributes:
         state: of the last one; `never` as long as none has been tried.
         peer: URL of the other backend of that one, or empty.
-        at: when, in seconds since 1970.
+        at: when, as `time.monotonic`; 0 for never.
         finding: why it failed; where it did not, what is odd about its engine all the same, or None.
     """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -69,7 +68,7 @@ class Trial:
         side: host and port of prefill's side of the hand-off, where it says them.
         unreachable: why these cannot be connected to from here; empty where they can, or that was not tried.
         seconds: how long it took.
-        at: when it ended, in seconds since 1970.
+        at: when it ended, as `time.monotonic`.
         warnings: what is odd about either engine, though they hand over.
     """
 
@@ -205,7 +204,7 @@ class Trials:
     async def run(self, prefill: Backend, decode: Backend) -> Trial:
         """Hand a KV cache over from one backend to the other."""
         if misfit := await self._known_misfit(prefill, decode):
-            return Trial(prefill.url, decode.url, misfit, at=time.time())
+            return Trial(prefill.url, decode.url, misfit, at=monotonic())
         before = await self._count(decode)
         began = monotonic()
         course, error = await self._attempt(prefill, decode)
@@ -227,7 +226,7 @@ class Trials:
             course.side,
             unreachable,
             seconds,
-            time.time(),
+            monotonic(),
             () if failed else (*missed, *await self._oddities(prefill, decode)),
         )
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from time import monotonic
 
 from proxy.fleet.backend import Backend
 from proxy.fleet.findings import NEVER, Finding, HandoffState
@@ -112,7 +112,7 @@ class Warmup:
         ignored = decode.handoff.finding
         if ignored is not None and ignored.code == "not_read" and ignored.severity == "fault":
             return  # such an engine answers as well without the hand-off
-        self._worked(prefill, decode, time.time())
+        self._worked(prefill, decode, monotonic())
 
     def _cool(self, backend: Backend) -> None:
         """Whatever is at a backend's address now, nobody has shaken hands with it."""

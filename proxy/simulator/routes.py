@@ -106,6 +106,10 @@ _STREAMS: dict[str, type[StreamAnswer]] = {
 }
 
 
+_FREEING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
+"""Where a request that the handler refuses, as one for an unknown model, has prefill free its blocks."""
+
+
 class Routes:
     """Answers the requests of one simulator."""
 
@@ -383,7 +387,7 @@ class Routes:
             received.leg = "encode" if encoder else transfer.leg
             self._sim.changed()
             mischief = self._sim.faults.draw(received.leg)
-            if await self._misbehave(exchange, mischief):
+            if await self._misbehave(exchange, mischief, transfer):
                 return
             if self._sim.suspended:  # the scheduler is paused: whoever comes waits
                 await self._sim.wait_for(lambda: not self._sim.suspended or not exchange.open, 86_400)
@@ -569,7 +573,7 @@ class Routes:
                 )
         return sequences
 
-    async def _misbehave(self, exchange: Exchange, mischief: Mischief) -> bool:
+    async def _misbehave(self, exchange: Exchange, mischief: Mischief, transfer: Transfer | None = None) -> bool:
         """Do what the faults of this request say before the engine sees it; True if it has been dealt with."""
         if not mischief.faults:
             return False
@@ -588,6 +592,10 @@ class Routes:
             return True
         status = mischief.get("status")
         if status is not None:
+            if (
+                status.status == 404 and transfer is not None
+            ):  # refused by the handler, which has prefill free its blocks
+                self._sim.engine.let_go(transfer)
             self._answer_with_status(exchange, status.status, status.retry_after)
             return True
         garbage = mischief.get("garbage")

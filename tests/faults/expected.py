@@ -67,7 +67,7 @@ STREAMED = {
       | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | -j""",
     "wrong model": """
         -a                | 404 NotFoundError 1P | -b                | -a                | -b
-      | 404 NotFoundError 1P 1D 1R | -d                | -d                | -d                | -d""",
+      | 404 NotFoundError 1P 1D | -d                | -d                | -d                | -d""",
     "clock": """
         ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | -k                | -k
       | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | ok 1P 1D""",
@@ -126,7 +126,7 @@ WHOLE = {
       | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | -j""",
     "wrong model": """
         -a                | 404 NotFoundError 1P | -b                | -a                | -b
-      | 404 NotFoundError 1P 1D 1R | -d                | -d                | -d                | -d""",
+      | 404 NotFoundError 1P 1D | -d                | -d                | -d                | -d""",
     "clock": """
         ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | -k                | -k
       | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | ok 1P 1D          | ok 1P 1D""",
@@ -152,7 +152,7 @@ REASONS = {
 }
 
 
-AHEAD = {("wrong model", "headers", True): "error event stream_interrupted 1P 1D 1R"}
+AHEAD = {("wrong model", "headers", True): "error event stream_interrupted 1P 1D"}
 """(fault, stage, streamed) -> what is to come of it where the client has its first token from prefill; only where that
 is not what comes of it otherwise."""
 

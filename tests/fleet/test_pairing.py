@@ -149,4 +149,7 @@ def test_a_group_is_not_ready_where_its_backends_have_no_model_in_common() -> No
     made, prefill, decode = fleet()
     made.learnt(prefill, cards(BASE), "")
     made.learnt(decode, cards(card("n", "/models/n")), "")
-    assert made.not_ready() == "its prefill and decode backends have no model in common"
+    assert (
+        made.not_ready()
+        == "its prefill and decode backends have no model in common (prefill serves m; decode serves n)"
+    )
