@@ -153,7 +153,7 @@ async def running_gateway(
 async def simulators(*roles: str, **config: Any) -> AsyncIterator[list[Simulator]]:
     """Simulated engines, one for each role named."""
     async with AsyncExitStack() as stack:
-        settings = {"handshake_timeout": 0.2, "death_delay": 0.0, **config}
+        settings = {"handshake_timeout": 1.0, "death_delay": 0.0, **config}
         yield [
             await stack.enter_async_context(Simulator(SimulatorConfig(role=role, **settings)))  # type: ignore[arg-type]
             for role in roles

@@ -199,6 +199,7 @@ def unguarded(tree: ast.Module) -> Iterator[str]:
             yield f"{node.lineno}: {node.id}"
 
 
+@pytest.mark.slow
 def test_whoever_uses_a_bare_decoder_catches_whatever_it_raises() -> None:
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(ROOT.rglob("*.py"))}
     assert [f"{file.relative_to(ROOT)}:{use}" for file, tree in trees.items() for use in unguarded(tree)] == []

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support import Running, chat, pools, soon
 
+pytestmark = pytest.mark.cross_product
+
 CHAT = "/v1/chat/completions"
 KB = 1024
 

@@ -16,6 +16,8 @@ import pytest
 from proxy.simulator import Simulator
 from tests.support import Running, chat, pools, running_gateway, simulators, soon, until
 
+pytestmark = pytest.mark.cross_product
+
 EMBEDDINGS = "/v1/embeddings"
 INPUT = {"model": "sim", "input": "the river"}
 

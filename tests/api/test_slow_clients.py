@@ -57,6 +57,7 @@ def text_of_stream(answer: bytes) -> str:
     return "".join(json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events[:-1])
 
 
+@pytest.mark.slow
 async def test_who_reads_slowly_stops_its_own_stream_and_no_other_and_gets_every_byte() -> None:
     async with pools() as (running, _, [d]), reluctant(running) as sock:
         long = chat(stream=True, max_tokens=6_000, ignore_eos=True)
@@ -117,6 +118,7 @@ async def test_who_asks_and_asks_and_never_reads_is_cut_on_every_route(path: str
         assert (await running.http.get("/health")).status_code == 200
 
 
+@pytest.mark.slow
 async def test_who_never_reads_an_answer_of_megabytes_is_cut_and_costs_no_engine() -> None:
     async with pools(timeouts={"idle": 0.4}) as (running, [p], [d]), reluctant(running) as sock:
         await ask(sock, chat(max_tokens=9000, ignore_eos=True, logprobs=True, top_logprobs=5))

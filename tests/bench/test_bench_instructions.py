@@ -12,6 +12,7 @@ from bench import instructions
 
 
 @pytest.mark.parametrize("flags", [[], ["resume=off"], ["long"], ["flood"], ["big", "resume=off"]])
+@pytest.mark.slow
 def test_the_counted_process_serves_its_requests_and_ends(flags: list[str]) -> None:
     command = [sys.executable, "-m", "bench.instructions", *flags]
     subprocess.run(command, env={**os.environ, "COUNTED_REQUESTS": "3 10"}, timeout=60, check=True)

@@ -9,6 +9,8 @@ from tests.contract.cases import CASES, fleet
 from tests.contract.test_contract import PATHS, body, said_alone, streamed
 from tests.support import running_gateway, simulators, text_of, until
 
+pytestmark = pytest.mark.cross_product
+
 ASCEND = next(case for case in CASES if case.name == "mooncake_ascend")
 BOTH = pytest.mark.parametrize("endpoint", PATHS)
 STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

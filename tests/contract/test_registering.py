@@ -18,6 +18,8 @@ from tests.contract.cases import CASES, Case, fleet
 from tests.fleet.test_notices import sender
 from tests.support import completion, running_gateway, simulators, text_of, until
 
+pytestmark = pytest.mark.cross_product
+
 REGISTERING = [case for case in CASES if case.hears == "registrations"]
 EVERY = pytest.mark.parametrize("case", REGISTERING, ids=lambda case: case.name)
 QUICK: dict[str, Any] = {"register_every": 0.05}

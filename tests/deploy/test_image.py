@@ -104,6 +104,7 @@ def test_a_mounted_file_wins_over_what_the_image_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--workers", "2"], ["--host", "::1"]], ids=["one", "workers", "ipv6"])
+@pytest.mark.slow
 async def test_the_health_check_finds_the_gateway_wherever_it_listens(more: list[str]) -> None:
     async def check(process: int) -> int:
         # A proxy that the environment names must not be asked.

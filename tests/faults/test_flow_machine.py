@@ -33,6 +33,8 @@ from tests.faults import bed as beds
 from tests.faults.bed import Bed, Heard
 from tests.faults.clock import virtual_time
 
+pytestmark = pytest.mark.cross_product
+
 BLOCK = 16
 
 

@@ -18,6 +18,8 @@ from tests.flow.test_generating_routes import gateway as routed
 from tests.flow.test_resume import CHAT, COMPLETIONS, EMOJI, Answer, ask, body_of, same, settled
 from tests.support import PROMPT, Running, chat, completion, pools, running_gateway, simulators, until
 
+pytestmark = pytest.mark.cross_product
+
 ENGINE = {"step_time": 0.003, "exit_delay": 0.3}
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 

@@ -349,6 +349,7 @@ def test_no_object_costs_more_than_four_strings_of_its_size(beds: Callable[[str]
     beds("plain").check(CHAT, body.encode())
 
 
+@pytest.mark.slow
 def test_the_worst_that_was_seen_costs_no_more_than_strings(beds: Callable[[str], Bed]) -> None:
     """The cheap part of it: one body of each kind, which took fifty strings' time and more."""
     for place, unit in (

@@ -15,6 +15,8 @@ from proxy.simulator import Simulator
 from tests.contract.cases import CASES, Case, fleet
 from tests.support import PROMPT, chat, completion, pools
 
+pytestmark = pytest.mark.cross_product
+
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 TRACE = {

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support import pools
 
+pytestmark = pytest.mark.cross_product
+
 LETTERS = "日本語 🦀 naïve héllo ☃"  # answers to it have tokens that are parts of characters
 MESSAGES = [{"role": "user", "content": LETTERS}]
 COMMON: dict[str, Any] = {"model": "sim", "max_tokens": 40, "temperature": 0, "stream": True}

@@ -12,6 +12,8 @@ import pytest
 from proxy.simulator import Simulator
 from tests.support import PROMPT, Running, chat, pools, running_gateway, simulators, until
 
+pytestmark = pytest.mark.cross_product
+
 CHAT = "/v1/chat/completions"
 NEVER: dict[str, Any] = {"warmup": False, "breaker": {"consecutive_failures": 1000, "success_rate": 0}}
 

@@ -13,6 +13,8 @@ import pytest
 
 from tests.support import Running, chat, pools, running_gateway, simulators, until
 
+pytestmark = pytest.mark.cross_product
+
 CHAT, MESSAGES, RESPONSES, COMPLETIONS = "/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/completions"
 REQUESTS: dict[str, dict[str, Any]] = {
     CHAT: chat(),

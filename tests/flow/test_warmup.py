@@ -18,6 +18,8 @@ from proxy.flow.warmup import model_of
 from proxy.simulator import Simulator
 from tests.support import Running, chat, pools, running_gateway, simulators, text_of, until
 
+pytestmark = pytest.mark.cross_product
+
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 LOG = "pd_proxy.flow"

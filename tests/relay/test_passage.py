@@ -18,6 +18,8 @@ from proxy.telemetry.records import ITL_BOUNDS, Distribution
 
 from .streams import chat, chunk, event, identity, text
 
+pytestmark = pytest.mark.cross_product
+
 ADDRESS = {"remote_host": "10.0.0.1", "remote_port": 5600}
 
 

@@ -40,6 +40,7 @@ def merged(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]:
 
 
 @given(metas=st.lists(st.tuples(META, META), min_size=1), several=st.booleans(), layout=LAYOUT)
+@pytest.mark.slow
 def test_each_answer_has_prefills_before_its_own(metas: list[Any], several: bool, layout: dict[str, Any]) -> None:
     loop = asyncio.new_event_loop()
     try:
