@@ -109,7 +109,8 @@ class Client:
         self.requests -= 1
         self.tokens -= tokens
         if seconds is not None:
-            self._seen = min(self._seen + 1, _MEMORY)
+            if self._seen < _MEMORY:
+                self._seen += 1
             self._mean += (seconds - self._mean) / self._seen
 
     def retry_after(self) -> int:

@@ -31,7 +31,8 @@ _MOST_COST = 2**20
 
 def cost(ticket: Ticket) -> int:
     """What a request is charged."""
-    return max(1, min(ticket.tokens, _MOST_COST))
+    tokens = ticket.tokens
+    return 1 if tokens < 1 else tokens if tokens < _MOST_COST else _MOST_COST
 
 
 def charge(ticket: Ticket, start: float) -> None:
@@ -45,7 +46,8 @@ def charge(ticket: Ticket, start: float) -> None:
 
 def start_tag(client: Client) -> float:
     """The start tag of a request that comes to an empty line now."""
-    return max(client.level.virtual, client.finish)
+    virtual, finish = client.level.virtual, client.finish
+    return virtual if virtual > finish else finish
 
 
 class Line:

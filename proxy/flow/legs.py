@@ -177,8 +177,8 @@ class Try(msgspec.Struct):
 
     def prompt_tokens(self, usage: Usage) -> int:
         """Tokens of the client's prompt: a leg that goes on with an answer has what was said in its own."""
-        said = 0 if self.continuation is None else self.continuation.said
-        return max(0, (usage.prompt_tokens or 0) - said)
+        continuation, counted = (self.rest or self.plan).continuation, usage.prompt_tokens or 0
+        return counted if continuation is None else max(0, counted - continuation.said)
 
     def note_usage(self, usage: Usage, said: int) -> None:
         """Keep decode's usage in the record.
@@ -536,12 +536,12 @@ class Legs:
             self._note(backend, error, leg, attempt)
             raise
         finally:
-            request.gained = relay.events
-            record.last_token = relay.last_token or record.last_token
+            request.gained, last_token = relay.given()
+            record.last_token = last_token or record.last_token
             record.sequence = relay.sequence
-            record.tokens = edit.said + relay.events
+            record.tokens = edit.said + request.gained
             if usage := relay.usage:
-                record.tokens = edit.said + (usage.completion_tokens or relay.events)
+                record.tokens = edit.said + (usage.completion_tokens or request.gained)
                 attempt.note_usage(usage, edit.said)
         self._fleet.succeeded(backend, leg)
         if request.transcript.flaw == "reasoning":

@@ -211,8 +211,9 @@ def check_sizes(members: Members) -> None:
     Raises:
         InvalidRequest
     """
-    for name, most in _MOST_BYTES.items():
-        if name in members and len(memoryview(members[name])) > most:
+    for name, value in members.items():
+        most = _MOST_BYTES.get(name)
+        if most is not None and len(memoryview(value)) > most:
             raise InvalidRequest(f"`{name}` is longer than {most} bytes", param=name)
 
 

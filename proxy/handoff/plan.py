@@ -51,13 +51,14 @@ class Plan:
         answer_id: what engines are to call their answer, less its prefix, where they are told.
         reuse: have decode take the prompt's ids from prefill's answer.
     Attributes:
+        continuation: where its decode leg goes on.
         handoff: the hand-off, where it is known before prefill's answer.
+        notices: how many notices of prefill must be here before decode may begin.
         encoded: what the engine that computes the prompt is told of media that were encoded elsewhere (`encoder.py`).
     """
 
     __slots__ = (
         "_body",
-        "_continuation",
         "_first_token",
         "_layout",
         "_meeting",
@@ -66,8 +67,10 @@ class Plan:
         "_token_ids",
         "answer_id",
         "connector",
+        "continuation",
         "encoded",
         "handoff",
+        "notices",
     )
 
     def __init__(
@@ -84,7 +87,7 @@ class Plan:
     ) -> None:
         self._body = body
         self.connector = connector
-        self._continuation = continuation
+        self.continuation = continuation
         self._meeting = meeting
         self._token_ids = token_ids
         self._first_token = first_token
@@ -92,7 +95,7 @@ class Plan:
         self._layout = LAYOUTS[body.endpoint]
         self._reuse = reuse and continuation is None  # a continuation has ids of its own
         self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
-        self.handoff = None if meeting is None else meeting.handoff
+        self.handoff, self.notices = (None, 0) if meeting is None else (meeting.handoff, meeting.notices)
         self.encoded: Members | None = None
 
     def prefill_leg(self, heard: Members | None = None) -> Leg:
@@ -120,19 +123,9 @@ class Plan:
         return Plan(self._body, self.connector, continuation, meeting=self._meeting, token_ids=self._token_ids)
 
     @property
-    def notices(self) -> int:
-        """How many notices of prefill must be here before decode may begin."""
-        return 0 if self._meeting is None else self._meeting.notices
-
-    @property
     def together(self) -> bool:
         """Both legs are sent at once."""
         return self.connector.order == "concurrent" and self.handoff is not None
-
-    @property
-    def continuation(self) -> Continuation | None:
-        """Where its decode leg goes on."""
-        return self._continuation
 
     def take(self, answer: bytes) -> tuple[Handoff | None, msgspec.Raw]:
         """Read prefill's answer: the hand-off (None when there is none) and the answer's `usage`.
@@ -159,7 +152,7 @@ class Plan:
         else:
             members = self.connector.decode(self._members, handoff)
             headers = handoff.headers
-            if handoff.prompt and self._continuation is None:
+            if handoff.prompt and self.continuation is None:
                 members = with_prompt(members, self._body.endpoint, handoff.prompt)
         if self._token_ids:
             members["return_token_ids"] = _TRUE
@@ -196,8 +189,8 @@ class Plan:
 
     def _leg(self, members: Members, headers: bytes = b"") -> Leg:
         layout = self._layout
-        if self._continuation is not None and self._body.endpoint == "chat":
-            members = self._continuation.in_params(members)
+        if self.continuation is not None and self._body.endpoint == "chat":
+            members = self.continuation.in_params(members)
         elif layout.id_member:
             named, prompts = layout.id_prefix + self.answer_id, self._body.prompts
             each = [f"{named}_{prompt}" for prompt in range(prompts)]

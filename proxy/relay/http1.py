@@ -157,7 +157,8 @@ class Origin:
         oldest_useful = monotonic() - KEEPALIVE
         while self._idle:
             connection = self._idle.pop()
-            if connection.idle_since >= oldest_useful and connection.usable:
+            transport = connection._transport
+            if connection.idle_since >= oldest_useful and transport is not None and not transport.is_closing():
                 return connection
             connection.abort()
         return None
@@ -260,11 +261,6 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
 
     # What the origin and the receivers use.
-
-    @property
-    def usable(self) -> bool:
-        """Whether a request can be written to it."""
-        return self._transport is not None and not self._transport.is_closing()
 
     def begin(
         self,

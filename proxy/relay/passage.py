@@ -254,15 +254,10 @@ class Passage(asyncio.Protocol):
         if len(self._times) > _BATCH:
             self.fold()
 
-    @property
-    def last_token(self) -> float:
-        """When the last one came, as `time.monotonic`; 0 before any."""
-        return self._times[-1] if self._times else 0.0
-
-    @property
-    def events(self) -> int:
-        """Token events so far."""
-        return self._counted + len(self._times)
+    def given(self) -> tuple[int, float]:
+        """Token events so far, and when the last one came, as `time.monotonic`; 0 before any."""
+        times = self._times
+        return self._counted + len(times), times[-1] if times else 0.0
 
     def fold(self) -> None:
         """Put gaps and ids away."""

@@ -216,7 +216,7 @@ class StreamRelay:
         self._connection: Connection | None = None
         self._loop = loop or asyncio.get_running_loop()
         self._future: asyncio.Future[None] = self._loop.create_future()
-        self._reader = events.EventReader()
+        self._reader: events.EventReader | None = None  # from the first read on that ends within an event
         self._held: list[bytes] = []  # what goes to the client with the first token
         self._held_size = 0
         self._prompt = b""  # its ids
@@ -320,15 +320,9 @@ class StreamRelay:
         """Whether the client has been given anything of this leg."""
         return self.first_token is not None
 
-    @property
-    def events(self) -> int:
-        """Token events passed on."""
-        return self._passage.events if self._passage is not None else 0
-
-    @property
-    def last_token(self) -> float:
-        """`time.monotonic` of the read that brought the last token; 0 before any."""
-        return self._passage.last_token if self._passage is not None else 0.0
+    def given(self) -> tuple[int, float]:
+        """Token events passed on, and `time.monotonic` of the read that brought the last token; 0 before any."""
+        return self._passage.given() if self._passage is not None else (0, 0.0)
 
     # Flow: called by the client's side
 
@@ -358,7 +352,12 @@ class StreamRelay:
             self._error_body += data[: _ERROR_BODY_LIMIT - len(self._error_body)]
             return
         try:
-            block = self._reader.feed(data)
+            if self._reader is None and data.endswith(b"\n\n"):
+                block = data
+            else:
+                if self._reader is None:
+                    self._reader = events.EventReader()
+                block = self._reader.feed(data)
             if block:
                 self._pass_on(block, last)
             if not self._done and self.first_token is not None:
@@ -375,7 +374,7 @@ class StreamRelay:
             self._over = True  # whether it ended well is seen when it is read
             return
         if self._done:
-            if self.live:
+            if self.first_token is not None:
                 self._conclude(None)
             else:  # a whole stream without a token is no answer
                 self._finish(BackendFailed(f"{self._url} ended its stream without a token", status=502))
@@ -492,7 +491,7 @@ class StreamRelay:
             if passage.write is None:
                 return
             connection.divert(passage)
-        whole = not (self._reader.partial or self._hollow)
+        whole = not (self._hollow or (self._reader is not None and self._reader.partial))
         passage.clear = whole and connection.between_chunks
 
     def _take(self, block: bytes, last: bool) -> tuple[bytes, int]:
@@ -504,7 +503,7 @@ class StreamRelay:
             return self._take_named(self._dialect, events.read(block))
         passage, live = self._passage, self.first_token is not None
         assert passage is not None
-        if live and self._edit.idle and not self._transcript.continuable:
+        if live and not self._transcript.continuable and self._edit.idle:
             count = block.count(b"\n\n")
             ordinary = (
                 count
@@ -733,7 +732,7 @@ class StreamRelay:
 
     def _last_sign(self) -> float:
         """When the engine was last heard of."""
-        return max(self._heard, self.last_token)
+        return max(self._heard, self.given()[1])
 
     def _check_idle(self) -> None:
         """Fires at most once an idle period: a stream that moves costs one timer in that time, not one a token."""

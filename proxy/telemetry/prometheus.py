@@ -376,7 +376,8 @@ class PrometheusSink(Collector):
 
     def _times(self, record: RequestRecord) -> None:
         """Note how long a request that was placed took, under the backends of its last try."""
-        ttft, tpot = record.ttft, record.tpot
+        first, tpot = record.first_token, record.tpot
+        ttft = None if first is None else first - record.started
         # A prefill backend that gave the whole answer did both, as a mixed one does: without it, those who count each
         # request once would miss such requests.
         alone = not record.decode

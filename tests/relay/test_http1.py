@@ -529,7 +529,7 @@ def test_what_came_before_the_bad_is_told_before_the_end(bad: bytes) -> None:
     assert recorder.body.startswith(b".ok")
     assert recorder.endings == ["lost"]
     assert isinstance(recorder.error, BackendGarbled)
-    assert not connection.usable
+    assert connection._transport is not None and connection._transport.is_closing()
 
 
 def test_who_ends_the_exchange_on_hearing_the_good_is_not_told_of_the_bad() -> None:
@@ -728,7 +728,7 @@ def test_a_diverted_connection_that_the_engine_will_not_keep_is_closed() -> None
     connection.divert(Diverted(connection))
     reader(connection).data_received(b"0\r\n\r\n")
     assert recorder.endings == ["end"]
-    assert not connection.usable
+    assert connection._transport is not None and connection._transport.is_closing()
     assert origin._take() is None
 
 

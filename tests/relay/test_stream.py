@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partialmethod
 from itertools import pairwise
 
 import pytest
@@ -25,6 +26,7 @@ from proxy.errors import (
 from proxy.relay import passage as relay_passage
 from proxy.relay import stream as relay_stream
 from proxy.relay.edit import Edit
+from proxy.relay.events import EventReader
 from proxy.telemetry.records import ITL_BOUNDS
 
 from .helpers import PATIENCE
@@ -243,7 +245,7 @@ async def test_a_stream_given_up_after_tokens_is_preempted_and_the_client_never_
     assert stream.client.body == b"".join(part.replace(b"chatcmpl-1", b"x") if edit.said else part for part in OPENING)
     assert not stream.client.ended
     assert not stream.transcript.finished
-    assert stream.relay.events == 2
+    assert stream.relay.given()[0] == 2
 
 
 async def test_the_word_recomputed_in_a_text_is_no_preemption() -> None:
@@ -262,7 +264,7 @@ async def test_ordinary_tokens_are_not_parsed_once_the_first_was(make: Callable[
     assert stream.parsed(*tokens[:1]) == tokens[:1]
     assert stream.parsed(*tokens[1:]) == []
     assert stream.client.writes == tokens
-    assert stream.relay.events == len(tokens)
+    assert stream.relay.given()[0] == len(tokens)
     stream.running.cancel()
 
 
@@ -310,7 +312,7 @@ async def test_after_half_an_event_or_half_a_chunk_the_rest_is_parsed() -> None:
     assert stream.parsed(SECOND[30:]) == [SECOND[30:]]
     assert stream.parsed(SECOND) == []
     assert stream.client.body == FIRST + SECOND + THIRD + SECOND + SECOND
-    assert stream.relay.events == 5
+    assert stream.relay.given()[0] == 5
     stream.running.cancel()
 
 
@@ -384,14 +386,14 @@ async def test_counts_are_right_however_many_tokens_took_the_straight_way(tokens
     stream = await opened()
     for number in range(tokens):
         stream.read(chat({"content": f"t{number}"}))
-        assert stream.relay.events == number + 1
-        assert stream.relay.last_token == clock.now
+        assert stream.relay.given()[0] == number + 1
+        assert stream.relay.given()[1] == clock.now
         clock.now += 0.25
     assert len(stream.connection.reads) == 2  # the head, and the first of them
     stream.read(DONE)
     stream.end()
     assert await stream.outcome() is None
-    assert stream.relay.events == tokens
+    assert stream.relay.given()[0] == tokens
     assert sum(stream.gaps.counts) == stream.gaps.counts[ITL_BOUNDS.index(0.25)] == tokens - 1
     assert stream.gaps.sum == pytest.approx(0.25 * (tokens - 1))
 
@@ -422,7 +424,7 @@ async def test_usage_that_the_client_wanted_is_read_and_kept() -> None:
 async def test_usage_in_one_read_with_the_tokens_and_the_end_is_taken_out() -> None:
     stream = await relayed(ROLE + FIRST + END + USAGE + DONE)
     assert stream.client.body == ROLE + FIRST + END + DONE
-    assert stream.relay.events == 2
+    assert stream.relay.given()[0] == 2
 
 
 async def test_a_token_that_carries_usage_is_kept() -> None:
@@ -439,16 +441,16 @@ async def test_usage_of_an_unknown_shape_is_no_error() -> None:
 
 async def test_tokens_are_counted_and_their_gaps_noted() -> None:
     stream = await relayed(ROLE, FIRST, SECOND, PING, SECOND + THIRD, END, USAGE, DONE)
-    assert stream.relay.events == 5
+    assert stream.relay.given()[0] == 5
     assert sum(stream.gaps.counts) == 4  # four gaps between five tokens
     assert stream.gaps.sum < PATIENCE
     assert stream.relay.first_token is not None
-    assert stream.relay.first_token <= stream.relay.last_token
+    assert stream.relay.first_token <= stream.relay.given()[1]
 
 
 async def test_tokens_that_came_together_have_no_gap() -> None:
     stream = await relayed(FIRST, SECOND + SECOND + SECOND, DONE)
-    assert stream.relay.events == 4
+    assert stream.relay.given()[0] == 4
     assert stream.gaps.counts[0] >= 2
 
 
@@ -456,7 +458,7 @@ async def test_the_word_choices_in_a_text_is_no_token() -> None:
     tricky = text('"choices":[{ \n\n data: [DONE] "error": {} kv_transfer_params')
     stream = await relayed(FIRST, tricky, tricky + tricky, DONE)
     assert stream.client.body == FIRST + tricky * 3 + DONE
-    assert stream.relay.events == 4
+    assert stream.relay.given()[0] == 4
 
 
 # What stays inside
@@ -471,7 +473,7 @@ async def test_the_hand_off_never_reaches_the_client(position: int, field: str) 
         stream = await relayed(*([b"".join(reads)] if together else reads), DONE)
         assert b"10.0.0.1" not in stream.client.body
         assert b"secret" in stream.client.body
-        assert stream.relay.events == 3
+        assert stream.relay.given()[0] == 3
 
 
 @pytest.mark.parametrize("bad", [b"data: {nope\n\n", chat([]), text(5), event({"choices": 5})])  # type: ignore[arg-type]
@@ -498,7 +500,7 @@ async def test_other_line_ends_are_understood(end: bytes) -> None:
     stream.end()
     assert await stream.outcome() is None
     assert stream.client.body == b"".join([*reads[:3], b": bye\n\n", reads[4]])
-    assert stream.relay.events == 2
+    assert stream.relay.given()[0] == 2
 
 
 async def test_an_error_event_with_other_line_ends_never_reaches_the_client() -> None:
@@ -623,8 +625,8 @@ async def test_an_event_before_the_first_token_that_is_no_json_is_garbled() -> N
 
 @pytest.mark.parametrize("live", [False, True])
 async def test_an_event_without_end_is_garbled(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EventReader, "__init__", partialmethod(EventReader.__init__, limit=1000))
     stream = await opened()
-    monkeypatch.setattr(stream.relay._reader, "_limit", 1000)
     if live:
         stream.read(FIRST)
     stream.read(b"data: " + b"x" * 1000)
@@ -778,14 +780,14 @@ async def test_gaps_are_the_time_between_tokens(clock: Clock) -> None:
     stream.read(PING)
     clock.now += 0.5
     stream.read(THIRD)
-    assert stream.relay.last_token == pytest.approx(1001.02)
+    assert stream.relay.given()[1] == pytest.approx(1001.02)
     stream.read(DONE)
     stream.end()
     assert await stream.outcome() is None
     assert stream.gaps.counts[ITL_BOUNDS.index(1.0)] == 1
     assert sum(stream.gaps.counts) == 2
     assert stream.gaps.sum == pytest.approx(1.02)
-    assert stream.relay.last_token == pytest.approx(1001.02)
+    assert stream.relay.given()[1] == pytest.approx(1001.02)
 
 
 async def test_time_spent_paused_is_not_the_engines_silence(clock: Clock) -> None:
@@ -956,7 +958,7 @@ def test_any_split_of_a_good_answer_gives_the_client_the_same_bytes(cuts: list[i
     assert stream.client.body == ROLE + FIRST + PING + SECOND + text("x") + END + DONE
     assert stream.client.ended
     assert all(write.endswith(b"\n\n") for write in stream.client.writes)
-    assert stream.relay.events == 4
+    assert stream.relay.given()[0] == 4
     assert stream.relay.usage is not None
     assert sum(stream.gaps.counts) <= 3
 
@@ -971,7 +973,7 @@ def test_any_split_of_an_answer_that_fails_gives_the_client_the_same_bytes(cuts:
     together = not any(len(ROLE + FIRST) <= cut % len(answer) for cut in cuts)
     assert stream.client.body == (b"" if together else ROLE + FIRST + SECOND)
     assert not stream.client.ended
-    assert stream.relay.events == 2
+    assert stream.relay.given()[0] == 2
 
 
 @example(cuts=[len(b"".join(WITH_CRLF[:3])), len(b"".join(WITH_CRLF[:4]))])
@@ -980,7 +982,7 @@ def test_any_split_of_an_answer_with_other_line_ends_gives_the_client_the_same_b
     error, stream = relayed_in_pieces(b"".join(WITH_CRLF), cuts)
     assert error is None
     assert stream.client.body == b"".join(WITH_CRLF[:3]) + b"data: [DONE]\r\n\r\n"
-    assert stream.relay.events == 2
+    assert stream.relay.given()[0] == 2
 
 
 # Many at once
@@ -1021,7 +1023,7 @@ def test_any_split_of_a_long_answer_gives_the_same_bytes_counts_and_ids(cuts: li
     stream = asyncio.run(relay())
     assert stream.client.body.replace(PING, b"") == LONG_SHOWN + DONE
     assert stream.client.body.count(PING) == 1
-    assert stream.relay.events == 30
+    assert stream.relay.given()[0] == 30
     assert sum(stream.gaps.counts) == 29
     assert stream.transcript.cut() == b"1,2,3," + b",".join(b"%d" % token for token in range(301, 331))
     assert stream.transcript.finished

@@ -120,7 +120,7 @@ async def test_ids_are_hidden_from_a_client_that_did_not_ask(values: list[Value]
     stream = await relayed(*reads, DONE, edit=HIDE, chunks=chunks, finished=False)
     assert stream.client.body == shown(values) + DONE
     assert b"token_ids" not in stream.client.body
-    assert stream.relay.events == 4
+    assert stream.relay.given()[0] == 4
     assert stream.transcript.finished
     assert stream.transcript.flaw == ""
     assert stream.transcript.total == 4
@@ -170,7 +170,7 @@ async def test_an_event_that_is_not_ordinary_is_parsed_each_time(odd: Value) -> 
     stream = await opened(edit=HIDE)
     stream.read(*map(event, CHAT[:2]))
     assert stream.parsed(*[event(odd)] * 3) == [event(odd)] * 3
-    assert stream.relay.events == 4
+    assert stream.relay.given()[0] == 4
     stream.running.cancel()
 
 
@@ -228,7 +228,7 @@ async def test_a_text_is_a_text_whatever_it_says(word: str, make: Callable[..., 
         stream = await relayed(*reads, DONE, edit=edit)
         assert stream.client.body == (shown(values) if edit.hide_ids else as_is(values)) + DONE
         assert stream.transcript.cut() == b"101,7,102,5,6,7,8,9,10"
-        assert stream.relay.events == 6
+        assert stream.relay.given()[0] == 6
 
 
 async def test_log_probabilities_reach_the_client_with_the_ids_hidden() -> None:
@@ -281,7 +281,7 @@ async def test_a_token_without_text_waits_for_the_next_with_text(make: Callable[
     stream.read(event(more[1]), *map(event, hollow))
     assert stream.client.body == show(opening + hollow + more)
     assert stream.transcript.said == 6
-    assert stream.relay.events == 8
+    assert stream.relay.given()[0] == 8
     assert stream.transcript.cut() == b"101,7,102,5,6,7,8,9,10"
     stream.running.cancel()
 
@@ -322,7 +322,7 @@ async def test_an_empty_delta_is_dropped_when_only_ids_had_to_say_it(edit: Edit)
     assert stream.client.body == (shown(kept) if edit.hide_ids else as_is(values)) + DONE
     assert stream.transcript.total == 5
     assert stream.transcript.cut() == b"101,7,102,5,6,7"
-    assert stream.relay.events == 5
+    assert stream.relay.given()[0] == 5
 
 
 @pytest.mark.parametrize("ids", [None, []])
@@ -581,7 +581,7 @@ def test_any_stream_in_any_split_is_as_if_each_event_were_read_alone(
     assert all(write.endswith(b"\n\n") for write in stream.client.writes)
     assert stream.protocol is stream.connection
     tokens = len(values) - start_of(values)
-    assert stream.relay.events == tokens
+    assert stream.relay.given()[0] == tokens
     assert sum(stream.gaps.counts) == tokens - 1
     assert stream.transcript.cut() == ",".join(map(str, PROMPT + ids_up_to_the_last_text(values))).encode()
     assert stream.transcript.fresh == []
