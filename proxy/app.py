@@ -11,7 +11,7 @@ from secrets import token_bytes
 from time import monotonic
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
@@ -202,20 +202,24 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     invoked = invocations.Invocations(
         settings, credentials, hot, lambda: {path for b in fleet for path in b.kind.routes if b.offers(path)}
     )
-    routers = [
-        operations.probes(fleet, gate, siblings),
-        operations.models(fleet, names, credentials),
-        operations.service(fleet, gate, admission, credentials),
-        responses(settings, fleet, stored, credentials, control),
-        operations.administration(fleet, credentials),
-        backends(fleet, credentials),
-        fanout(fleet, credentials, control, prober.ask_models, siblings),
-    ]
-    if settings.metrics.port is None:
-        routers.append(operations.metrics(metrics, siblings))
     called_back = any(spoken.get(group.connector, UNKNOWN).called_back for group in settings.all_groups())
-    if called_back:
-        routers.append(metaserver(callbacks, settings.metaserver.allow, siblings))
+
+    def routers() -> list[APIRouter]:
+        made = [
+            operations.probes(fleet, gate, siblings),
+            operations.models(fleet, names, credentials),
+            operations.service(fleet, gate, admission, credentials),
+            responses(settings, fleet, stored, credentials, control),
+            operations.administration(fleet, credentials),
+            backends(fleet, credentials),
+            fanout(fleet, credentials, control, prober.ask_models, siblings),
+        ]
+        if settings.metrics.port is None:
+            made.append(operations.metrics(metrics, siblings))
+        if called_back:
+            made.append(metaserver(callbacks, settings.metaserver.allow, siblings))
+        return made
+
     body_seconds = settings.timeouts.request_body
     # A kind that is not set is vLLM's; a connector says as surely what else there is.
     told = {endpoint for group in settings.all_groups() for endpoint in spoken.get(group.connector, UNKNOWN).endpoints}
@@ -234,22 +238,26 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     )
     inner = None
     if siblings is not None:
-        trusted = Trusted()
-        inside = [
-            operations.probes(fleet, gate),
-            operations.metrics(metrics, remembers=siblings.remember),
-            operations.administration(fleet, trusted),
-            backends(fleet, trusted),
-        ]
-        if called_back:
-            inside.append(metaserver(callbacks, ()))
-        inner = Surface(hot={}, routers=inside)
+        trusted, remembers = Trusted(), siblings.remember
+
+        def inner_routers() -> list[APIRouter]:
+            made = [
+                operations.probes(fleet, gate),
+                operations.metrics(metrics, remembers=remembers),
+                operations.administration(fleet, trusted),
+                backends(fleet, trusted),
+            ]
+            if called_back:
+                made.append(metaserver(callbacks, ()))
+            return made
+
+        inner = Surface(hot={}, routers=inner_routers)
     admin = None
     if settings.admin_socket:
         local = AtSocket()
-        admin = Surface(
-            hot={},
-            routers=[
+
+        def admin_routers() -> list[APIRouter]:
+            return [
                 operations.probes(fleet, gate, siblings),
                 operations.service(fleet, gate, admission, local),
                 operations.models(fleet, names, local),
@@ -257,9 +265,9 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
                 operations.administration(fleet, local),
                 backends(fleet, local),
                 fanout(fleet, local, control, prober.ask_models, siblings),
-            ],
-            siblings=siblings,
-        )
+            ]
+
+        admin = Surface(hot={}, routers=admin_routers, siblings=siblings)
     gateway = Gateway(
         settings, fleet, gate, admission, surface, metrics, notices, registrations, siblings, inner, admin
     )

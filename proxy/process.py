@@ -126,6 +126,9 @@ def _work(
     """Be a gateway, or one worker of it."""
     kind = protocol(settings if crew is None else settings.share(crew.workers), files)
     gateway = build(settings, kind.shared, crew)
+    for surface in (gateway.surface, gateway.inner, gateway.admin):
+        if surface is not None:
+            surface.make_routes()
     garbage.settle()
     heap.keep()
     with asyncio.Runner(loop_factory=_new_loop) as runner:
@@ -199,7 +202,7 @@ async def _run(
     )
     beside: list[uvicorn.Server] = []
     if len(listeners) > 1:
-        metrics = Surface(hot={}, routers=[operations.metrics(gateway.registry, gateway.siblings)])
+        metrics = Surface(hot={}, routers=lambda: [operations.metrics(gateway.registry, gateway.siblings)])
         beside.append(_SideServer(uvicorn_config(metrics, _apart(kind)), listeners[1].socket, taken=listeners[1].taken))
         log.info("listening on %s for /metrics", listeners[1].url)
     if admin is not None and gateway.admin is not None:

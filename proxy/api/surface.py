@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.routing import Match, Route
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy import __version__
@@ -46,7 +46,7 @@ class Surface(FastAPI):
             `direct`.
         offered: the paths of engines that there are here now; of `hot`, people are told of these.
         rare: applications as `hot`, but for requests that need their whole scope.
-        routers: the other routes, whose bodies are bounded here.
+        routers: makes the other routes, whose bodies are bounded here. It is called by `make_routes`.
         body_seconds: seconds in which such a body must arrive.
         siblings: the gateway's other workers, who are to serve what changes it too.
         cross_origin: what web pages of other origins may do; None: nothing.
@@ -58,7 +58,7 @@ class Surface(FastAPI):
         self,
         *,
         hot: dict[str, ASGIApp],
-        routers: list[APIRouter],
+        routers: Callable[[], list[APIRouter]],
         rare: dict[str, ASGIApp] | None = None,
         offered: Callable[[], AbstractSet[str]] | None = None,
         lifespan: Lifespan | None = None,
@@ -94,13 +94,26 @@ class Surface(FastAPI):
         self._hops = hops
         self._own_paths: set[str] | None = None
         self.page: str | None = None
-        for router in routers:
-            # Including it would make each of its routes a second time, and nothing of ours would be put into them.
-            self.router.routes += router.routes
+        self._routers: Callable[[], list[APIRouter]] | None = routers
         self.add_exception_handler(GatewayError, _gateway_error)
         self.add_exception_handler(HTTPException, _http_error)
         self.add_exception_handler(RequestValidationError, _validation_error)
         self.add_exception_handler(Exception, _unexpected)
+
+    def make_routes(self) -> None:
+        """Make the routes that are not hot, where that is not done yet: the first request for one of them does it too.
+        FastAPI takes about half a millisecond for each, so a process that serves calls this before it listens."""
+        if self._routers is None:
+            return
+        routers, self._routers = self._routers(), None
+        for router in routers:
+            # Including it would make each of its routes a second time, and nothing of ours would be put into them.
+            self.router.routes += router.routes
+
+    @property
+    def routes(self) -> list[BaseRoute]:
+        self.make_routes()
+        return super().routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].endswith("/"):
@@ -117,6 +130,7 @@ class Surface(FastAPI):
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request that is for the router."""
+        self.make_routes()
         if scope["method"] == "HEAD":
             scope, send = {**scope, "method": "GET"}, _without_body(send)
         receive, send = _bounded(receive, self._body_seconds), _with_request_id(send)
