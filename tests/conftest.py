@@ -3,8 +3,9 @@
 **Property tests** draw the same examples each time, so that a red run is about the change at hand. With
 PROPERTIES=random they draw new ones, from pytest's `--hypothesis-seed` (`make test-random`, which prints it).
 
-**Cross products.** A test that is marked `cross_product` has many combinations of its parameters. The everyday suite
-runs as many of them as it takes to see every value of every parameter once; the others are slow tests.
+**Cross products.** A test with several `parametrize` has each row of one with each row of the others. The everyday
+suite runs as many of these combinations as it takes to see every row once; the others are slow tests. Where the test is
+marked `cross_product`, it is every value of every parameter that is seen once.
 """
 
 from __future__ import annotations
@@ -28,21 +29,35 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what the cross products have beyond each value once."""
+    """Mark as slow what the cross products have beyond each row, or each value, once."""
     products: dict[str, list[tuple[pytest.Item, set[tuple[str, str]]]]] = {}
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        if callspec is not None and item.get_closest_marker("cross_product") is not None:
-            values = {(name, repr(value)) for name, value in callspec.params.items()}
-            products.setdefault(item.nodeid.partition("[")[0], []).append((item, values))
+        if parts := _parts(item):
+            products.setdefault(item.nodeid.partition("[")[0], []).append((item, parts))
     for combinations in products.values():
-        unseen = set().union(*(values for _, values in combinations))
+        unseen = set().union(*(parts for _, parts in combinations))
         while unseen:
             best = max(combinations, key=lambda combination: len(combination[1] & unseen))
             combinations.remove(best)
             unseen -= best[1]
         for item, _ in combinations:
             item.add_marker(pytest.mark.slow)
+
+
+def _parts(item: pytest.Item) -> set[tuple[str, str]]:
+    """What one item of a cross product is made of; nothing for any other test."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return set()
+    if item.get_closest_marker("cross_product") is not None:
+        return {(name, repr(value)) for name, value in callspec.params.items()}
+    tables: list[list[str]] = []
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0]
+        tables.append([name.strip() for name in names.split(",")] if isinstance(names, str) else list(names))
+    if len(tables) < 2:
+        return set()
+    return {(",".join(names), repr([callspec.params.get(name) for name in names])) for names in tables}
 
 
 # Settings come from the environment too; a developer's own must not change what is tested.

@@ -78,7 +78,7 @@ async def test_sigterm_lets_running_streams_finish_and_exits_0() -> None:
     async with (
         simulators("prefill", "decode", step_time=0.02) as [p, d],
         served("--prefill", p.url, "--decode", d.url) as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         async with http.stream("POST", CHAT, json=chat(stream=True, max_tokens=60, ignore_eos=True)) as answer:
@@ -101,7 +101,7 @@ async def test_streams_that_outlast_the_grace_are_told_so() -> None:
     async with (
         simulators("prefill", "decode", step_time=0.02) as [p, d],
         served("--prefill", p.url, "--decode", d.url, "--shutdown.grace", "0.3") as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         async with http.stream("POST", CHAT, json=chat(stream=True, max_tokens=9000, ignore_eos=True)) as answer:
@@ -129,7 +129,7 @@ async def test_metrics_can_have_a_port_of_their_own() -> None:
         [line] = [line for line in gateway.log if "for /metrics" in line]
         url = re.search(r"http://\S+", line)
         assert url is not None
-        async with httpx.AsyncClient(trust_env=False) as http:
+        async with httpx.AsyncClient(trust_env=False, verify=False) as http:
             assert "pd_proxy_backend_up" in (await http.get(f"{url[0]}/metrics")).text
             assert (await http.get(f"{gateway.url}/metrics")).status_code == 404
 
@@ -152,7 +152,7 @@ async def test_a_process_without_files_left_neither_dies_nor_spins_and_serves_ag
         simulators("prefill", "decode") as [p, d],
         served("--prefill", p.url, "--decode", d.url, "--limits.connections", "1000", files=100) as gateway,
     ):
-        async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as http:
             await ready(http)
         assert any("limits.connections" in line for line in gateway.log), "the limit was said to be too high"
         port = int(gateway.url.rsplit(":", 1)[1])
@@ -162,7 +162,7 @@ async def test_a_process_without_files_left_neither_dies_nor_spins_and_serves_ag
         assert cpu_seconds(gateway.process.pid) - before < 0.5
         for client in crowd:
             client.close()
-        async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as http:
             await ready(http)
             assert (await http.post(CHAT, json=chat())).status_code == 200
 
@@ -202,7 +202,7 @@ async def test_by_default_connections_end_before_files_do() -> None:
     async with (
         simulators("prefill", "decode") as [p, d],
         served("--prefill", p.url, "--decode", d.url, files=200) as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         port = int(gateway.url.rsplit(":", 1)[1])
@@ -250,7 +250,7 @@ async def test_a_standard_error_that_nobody_reads_stops_neither_requests_nor_the
     async with (
         simulators("prefill", "decode") as [p, d],
         unread("--prefill", p.url, "--decode", d.url, *flags) as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=gateway.url, timeout=20, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         for _ in range(60):
@@ -274,7 +274,7 @@ async def test_a_reader_of_standard_error_that_has_gone_stops_nothing() -> None:
         while (found := re.search(rb"listening on (http://\S+)\n", said)) is None:
             said += await asyncio.wait_for(asyncio.to_thread(os.read, end, 4096), 20)
         os.close(end)
-        async with httpx.AsyncClient(base_url=found[1].decode(), timeout=20, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=found[1].decode(), timeout=20, trust_env=False, verify=False) as http:
             for _ in range(5):
                 assert (await http.post(CHAT, json=chat())).status_code == 404  # it has no backends
             assert "pd_proxy_log_lines_dropped_total" in (await http.get("/metrics")).text
@@ -291,7 +291,7 @@ async def test_operators_are_served_at_a_socket_of_their_own_which_goes_with_the
     async with (
         simulators("mixed", "mixed") as [one, other],
         served("--mixed", one.url, "--admin-socket", str(path), "--workers", "2") as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as http,
         httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(path)), base_url="http://localhost", timeout=30
         ) as operator,
@@ -301,7 +301,7 @@ async def test_operators_are_served_at_a_socket_of_their_own_which_goes_with_the
         assert (await http.post("/instances/add", json=change)).status_code == 403
         assert (await operator.post("/instances/add", json=change)).status_code == 200
         for _ in range(6):  # whichever worker answers
-            async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as client:
+            async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as client:
                 listed = (await client.get("/admin/backends")).json()["backends"]
                 assert [backend["url"] for backend in listed] == [one.url, other.url]
         gateway.signal(signal.SIGTERM)
@@ -322,7 +322,7 @@ async def test_signals_that_mean_nothing_to_it_are_logged_and_cut_no_stream(work
     async with (
         simulators("prefill", "decode", step_time=0.02) as [p, d],
         served("--workers", workers, "--prefill", p.url, "--decode", d.url) as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         async with http.stream("POST", CHAT, json=chat(stream=True, max_tokens=60, ignore_eos=True)) as answer:
@@ -344,7 +344,7 @@ async def test_sigquit_lets_running_streams_finish_too(workers: str) -> None:
     async with (
         simulators("prefill", "decode", step_time=0.02) as [p, d],
         served("--workers", workers, "--prefill", p.url, "--decode", d.url) as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         async with http.stream("POST", CHAT, json=chat(stream=True, max_tokens=60, ignore_eos=True)) as answer:

@@ -152,7 +152,7 @@ async def gateway(*flags: str, inherit: socket.socket | None = None, **variables
 
 
 async def ready(url: str) -> None:
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as http, asyncio.timeout(60):
+    async with httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as http, asyncio.timeout(60):
         while (await http.get("/ready")).status_code != 200:
             await asyncio.sleep(0.02)
 
@@ -182,12 +182,12 @@ class Traffic:
 
     async def _new_connections(self, pause: float) -> None:
         while self._running:
-            async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False) as http:
+            async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False, verify=False) as http:
                 await self._ask(http)
             await asyncio.sleep(pause)
 
     async def _kept_alive(self, pause: float) -> None:
-        async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False, verify=False) as http:
             while self._running:
                 await self._ask(http)
                 await asyncio.sleep(pause)
@@ -201,7 +201,7 @@ class Traffic:
 
     async def stream(self, tokens: int) -> None:
         """A stream that runs across the restart."""
-        async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False, verify=False) as http:
             request = chat(stream=True, max_tokens=tokens, ignore_eos=True)
             async with http.stream("POST", CHAT, json=request) as answer:
                 lines = [line async for line in answer.aiter_lines() if line]
@@ -283,7 +283,7 @@ async def test_connections_that_the_old_process_had_not_accepted_yet_are_served(
             await ready(f"http://127.0.0.1:{port}")
             first.process.send_signal(signal.SIGSTOP)
             http = await stack.enter_async_context(
-                httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False)
+                httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False, verify=False)
             )
             asking = [asyncio.create_task(http.post(COMPLETIONS, json=completion(max_tokens=3))) for _ in range(50)]
             await until(lambda: connections_to(port) >= 50, 20)
@@ -312,7 +312,7 @@ async def test_a_new_process_that_could_not_serve_leaves_the_clients_where_they_
             await ready(old.url)
             async with gateway("--prefill", "http://127.0.0.1:9", *flags, str(old.port), "--reuse-port") as new:
                 await until(lambda: new.says("taking over once ready"), 20)
-                async with httpx.AsyncClient(base_url=old.url, trust_env=False) as http:
+                async with httpx.AsyncClient(base_url=old.url, trust_env=False, verify=False) as http:
                     for _ in range(100):
                         assert (await http.get("/ready", headers={"connection": "close"})).status_code == 200
                         await asyncio.sleep(0.01)

@@ -49,7 +49,7 @@ async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
     async with (
         simulators("prefill", "decode", "decode") as [p, d1, d2],
         served("--workers", "3", "--prefill", p.url, "--decode", d1.url, "--admin_key", "operator") as process,
-        httpx.AsyncClient(base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         answers = await ask_apart(process.url, 60, completion())
@@ -63,7 +63,9 @@ async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
         name = d1.url.removeprefix("http://")
         assert (await http.post(f"/admin/backends/{name}/drain")).status_code == 200
         for _ in range(8):
-            async with httpx.AsyncClient(base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False) as other:
+            async with httpx.AsyncClient(
+                base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False, verify=False
+            ) as other:
                 listed = (await other.get("/admin/backends")).json()["backends"]
                 assert {b["url"]: b["draining"] for b in listed} == {p.url: False, d1.url: True, d2.url: False}
         before = len(d1.requests)
@@ -87,7 +89,7 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_e
     async with (
         simulators("prefill", "decode", step_time=0.02) as [p, d],
         served("--workers", "2", "--prefill", p.url, "--decode", d.url, "--admin_key", "operator") as process,
-        httpx.AsyncClient(base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         await ask_apart(process.url, 10, completion(max_tokens=2))
@@ -99,7 +101,7 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_e
             nonlocal whole, cut
             body = chat(max_tokens=100, ignore_eos=True, stream=True)
             try:
-                async with httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as one:
+                async with httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False, verify=False) as one:
                     text = (await one.post(CHAT, json=body)).text
                 whole += text.rstrip().endswith("[DONE]")
             except httpx.HTTPError:
@@ -120,7 +122,7 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_e
         async with asyncio.timeout(60):  # the new one knows what the operator had said before its time
             while len(drained) < 20:
                 async with httpx.AsyncClient(
-                    base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False
+                    base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False, verify=False
                 ) as one:
                     answer = await one.get("/admin/backends")
                 drained.append(answer.json()["backends"][0]["draining"])
@@ -133,7 +135,7 @@ async def test_they_leave_together_and_let_their_streams_finish() -> None:
     async with (
         simulators("prefill", "decode", step_time=0.01) as [p, d],
         served("--workers", "2", "--prefill", p.url, "--decode", d.url) as process,
-        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         body = chat(max_tokens=60, ignore_eos=True, stream=True)
@@ -158,7 +160,7 @@ async def test_requests_are_placed_as_if_one_worker_had_placed_them() -> None:
     async with (
         simulators("mixed", "mixed", step_time=0.05) as [one, two],
         served("--workers", "2", "--mixed", one.url, "--mixed", two.url) as process,
-        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         await until_up(http, one.url)
@@ -185,7 +187,7 @@ async def test_engines_that_call_back_reach_the_worker_whose_request_it_is() -> 
     async with (
         simulators("prefill", "decode", **layerwise) as [p, d],
         served("--workers", "3", *flags, "--prefill", p.url, "--decode", d.url) as process,
-        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False, verify=False) as http,
     ):
         await ready(http)
         answers = await ask_apart(process.url, 30, completion())

@@ -28,7 +28,13 @@ async def clients(
     key = None if auth_token else "secret"
     async with (
         pools(prefill, decode, **settings) as (running, p, d),
-        anthropic.AsyncAnthropic(base_url=running.url, api_key=key, auth_token=auth_token, max_retries=0) as client,
+        anthropic.AsyncAnthropic(
+            base_url=running.url,
+            api_key=key,
+            auth_token=auth_token,
+            max_retries=0,
+            http_client=anthropic.DefaultAsyncHttpxClient(verify=False),
+        ) as client,
     ):
         yield client, running, p, d
 

@@ -22,20 +22,25 @@ PATIENT = {"interval": 30.0}
 
 @asynccontextmanager
 async def client_of(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{running.url}/v1",
+        api_key="x",
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(verify=False),
+    ) as client:
         yield client
 
 
 async def load(*engines: Simulator, name: str = LORA) -> None:
     """Load an adapter into engines, as an operator does."""
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, verify=False) as http:
         for engine in engines:
             body = {"lora_name": name, "lora_path": f"/adapters/{name}"}
             (await http.post(f"{engine.url}/v1/load_lora_adapter", json=body)).raise_for_status()
 
 
 async def unload(*engines: Simulator, name: str = LORA) -> None:
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, verify=False) as http:
         for engine in engines:
             (await http.post(f"{engine.url}/v1/unload_lora_adapter", json={"lora_name": name})).raise_for_status()
 
@@ -152,7 +157,7 @@ async def test_an_adapter_that_only_prefill_has_is_on_its_way_and_may_be_asked_f
 
 
 async def test_adapters_of_one_name_and_two_paths_are_not_paired() -> None:
-    async with pools() as (running, [p], [d]), httpx.AsyncClient(trust_env=False) as http:
+    async with pools() as (running, [p], [d]), httpx.AsyncClient(trust_env=False, verify=False) as http:
         for engine, path in ((p, "/adapters/1"), (d, "/adapters/2")):
             body = {"lora_name": LORA, "lora_path": path}
             (await http.post(f"{engine.url}/v1/load_lora_adapter", json=body)).raise_for_status()

@@ -26,7 +26,12 @@ MESSAGES = [{"role": "user", "content": PROMPT}]
 async def clients(**settings: object) -> AsyncIterator[tuple[openai.AsyncOpenAI, Running, Simulator, Simulator]]:
     async with (
         pools(**settings) as (running, [p], [d]),  # type: ignore[arg-type]
-        openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="k", max_retries=0) as client,
+        openai.AsyncOpenAI(
+            base_url=f"{running.url}/v1",
+            api_key="k",
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(verify=False),
+        ) as client,
     ):
         yield client, running, p, d
 

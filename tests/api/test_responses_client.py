@@ -29,7 +29,12 @@ async def clients(
 ) -> AsyncIterator[tuple[openai.AsyncOpenAI, Running, list[Simulator], list[Simulator]]]:
     async with (
         pools(prefill, decode, engine={"responses_store": True, **(engine or {})}, **settings) as (running, p, d),
-        openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="a", max_retries=0) as client,
+        openai.AsyncOpenAI(
+            base_url=f"{running.url}/v1",
+            api_key="a",
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(verify=False),
+        ) as client,
     ):
         yield client, running, p, d
 

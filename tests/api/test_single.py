@@ -35,7 +35,12 @@ async def mixed(
 
 
 def openai_client(running: Running) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0)
+    return openai.AsyncOpenAI(
+        base_url=running.url + "/v1",
+        api_key="any",
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(verify=False),
+    )
 
 
 async def test_the_openai_client_gets_embeddings_and_moderations() -> None:

@@ -68,7 +68,7 @@ async def test_cached_and_written_tokens_are_prefills_in_every_answer(case: Case
     engine = {"written_tokens": True, "handoff_cached": False}
     for stream in (False, True):
         async with fleet(case, engine=engine) as (running, [p], [d]):
-            async with httpx.AsyncClient(base_url=p.url) as straight:
+            async with httpx.AsyncClient(base_url=p.url, verify=False) as straight:
                 await straight.post(PATHS[endpoint], json=body_of(endpoint, BEGINNING, stream=False, max_tokens=1))
             prompt, cached, written = counts(endpoint, await usage_of(running, endpoint, stream=stream))
             assert cached == p.engine.stats.prefix_hits > 0

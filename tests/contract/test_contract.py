@@ -175,7 +175,7 @@ async def test_a_client_is_told_what_prefill_had_in_its_cache(case: Case, stream
         pytest.skip("its prefill engines answer nobody but a gateway")
     async with fleet(case) as (running, [p], [d]):
         if primed:
-            async with httpx.AsyncClient(base_url=p.url) as straight:
+            async with httpx.AsyncClient(base_url=p.url, verify=False) as straight:
                 await straight.post(PATHS["completions"], json=completion(beginning, max_tokens=1))
             p.requests.clear()
         usage = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}

@@ -97,7 +97,7 @@ def test_a_signal_ends_everything(number: signal.Signals) -> None:
     port = free_port()
     with demo(port) as process:
         seen = read_until(process, "The demo stays up")
-        assert httpx.get(f"http://127.0.0.1:{port}/ready", trust_env=False).status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/ready", trust_env=False, verify=False).status_code == 200
         process.send_signal(number)
         text, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, text
@@ -124,7 +124,9 @@ def test_a_decode_engine_that_is_killed_is_missed_by_nobody() -> None:
         read_until(process, "decode-2 ended")
         body = {"model": "demo-model", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
         for _ in range(4):
-            answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, trust_env=False, timeout=30)
+            answer = httpx.post(
+                f"http://127.0.0.1:{port}/v1/chat/completions", json=body, trust_env=False, timeout=30, verify=False
+            )
             assert answer.status_code == 200, answer.text
 
 

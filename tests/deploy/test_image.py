@@ -179,7 +179,9 @@ def test_the_builders_commands_give_an_environment_with_a_working_pd_proxy(tmp_p
             url = next(
                 found for line in lines if (found := re.search(r"listening on http://0.0.0.0:(\d+)", line.decode()))
             )
-            assert httpx.get(f"http://127.0.0.1:{url[1]}/health", trust_env=False).json() == {"status": "alive"}
+            assert httpx.get(f"http://127.0.0.1:{url[1]}/health", trust_env=False, verify=False).json() == {
+                "status": "alive"
+            }
         finally:
             process.terminate()
             process.wait(30)

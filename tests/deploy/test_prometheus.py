@@ -51,7 +51,7 @@ async def prometheus(config: dict[str, Any], folder: Path) -> AsyncIterator[http
             stderr=log,
         )
         try:
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, verify=False) as http:
                 yield http
         finally:
             if process.returncode is None:

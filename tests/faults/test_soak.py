@@ -57,7 +57,10 @@ def told(response: httpx.Response) -> tuple[Any, ...]:
 
 async def undisturbed(asked: list[Question]) -> list[tuple[Any, ...]]:
     """The answers of one engine to which nothing happens."""
-    async with simulators("mixed", step_time=0.0) as [engine], httpx.AsyncClient(timeout=30, trust_env=False) as http:
+    async with (
+        simulators("mixed", step_time=0.0) as [engine],
+        httpx.AsyncClient(timeout=30, trust_env=False, verify=False) as http,
+    ):
         return [told(await http.post(engine.url + path, json=body)) for path, body in asked]
 
 

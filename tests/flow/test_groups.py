@@ -63,7 +63,12 @@ async def test_two_models_with_two_protocols_are_served_beside_each_other() -> N
         alpha,
         beta,
     ):
-        client = openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0)
+        client = openai.AsyncOpenAI(
+            base_url=f"{running.url}/v1",
+            api_key="x",
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(verify=False),
+        )
         assert {model.id async for model in client.models.list()} == {"alpha", "beta"}
         said = {}
         for model, ours, others in (("alpha", alpha, beta), ("beta", beta, alpha)):

@@ -66,10 +66,20 @@ async def test_a_stream_with_logprobs_has_an_entry_for_each_token(
     settings = {"first_token": first_token, "resume": "best_effort"}
     async with (
         pools(1, 2, engine={"parser": parser, "eos_rate": 0.0}, **settings) as (running, _, d),
-        openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="k", max_retries=0) as client,
+        openai.AsyncOpenAI(
+            base_url=f"{running.url}/v1",
+            api_key="k",
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(verify=False),
+        ) as client,
     ):
         entries = ENTRIES[endpoint]
-        alone = openai.AsyncOpenAI(base_url=f"{d[0].url}/v1", api_key="k", max_retries=0)
+        alone = openai.AsyncOpenAI(
+            base_url=f"{d[0].url}/v1",
+            api_key="k",
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(verify=False),
+        )
         expected = await entries(alone, **more)
         await alone.close()
         assert len(expected[0]) == 40

@@ -163,7 +163,7 @@ async def test_a_stream_is_chunked_and_its_head_goes_out_with_the_first_piece(se
 
 async def test_a_stream_with_an_engines_chunks_in_it_is_read_by_httpx(server: Server) -> None:
     server.app = stream
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", verify=False) as client:
         for _ in range(3):
             assert (await client.get("/")).text == "onetwothree"
     assert len(server.connections) <= 1
@@ -175,7 +175,7 @@ async def test_an_empty_stream_is_a_whole_answer(server: Server) -> None:
         client.end()
 
     server.app = empty
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(verify=False) as client:
         assert (await client.get(f"http://127.0.0.1:{server.port}/")).content == b""
 
 
@@ -186,7 +186,7 @@ async def test_a_stream_that_is_cut_is_not_taken_for_whole(server: Server) -> No
         client.cut()
 
     server.app = cutting
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(verify=False) as client:
         with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
             await client.get(f"http://127.0.0.1:{server.port}/")
 

@@ -12,7 +12,7 @@ ASK = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
 async def post(url: str, path: str, body: Any) -> httpx.Response:
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, verify=False) as http:
         return await http.post(url + path, json=body)
 
 
@@ -43,7 +43,7 @@ async def test_adapters_are_loaded_and_unloaded() -> None:
         assert (await post(engine.url, "/v1/load_lora_adapter", body)).status_code == 200
         assert (await post(engine.url, "/v1/load_lora_adapter", body)).status_code == 400
         assert await said(engine.url, model="a")
-        async with httpx.AsyncClient(trust_env=False) as http:
+        async with httpx.AsyncClient(trust_env=False, verify=False) as http:
             cards = (await http.get(f"{engine.url}/v1/models")).json()["data"]
         assert [(card["id"], card["root"], card["parent"]) for card in cards] == [
             ("sim", "sim", None),
@@ -73,7 +73,7 @@ async def test_engines_of_two_versions_or_two_roots_do_not_read_from_each_other(
 
 async def test_the_configuration_is_told_in_development_mode_only() -> None:
     async with simulators("mixed", dev_mode=False) as [plain], simulators("mixed") as [told]:
-        async with httpx.AsyncClient(trust_env=False) as http:
+        async with httpx.AsyncClient(trust_env=False, verify=False) as http:
             assert (await http.get(f"{plain.url}/server_info")).status_code == 404
             page = (await http.get(f"{told.url}/server_info?config_format=json")).json()
         assert page["vllm_config"]["kv_transfer_config"]["kv_connector"] == "NixlConnector"

@@ -14,7 +14,12 @@ from .test_wire import WEATHER
 
 @pytest.fixture
 async def official(mixed: Simulator) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=mixed.url + "/v1", api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=mixed.url + "/v1",
+        api_key="none",
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(verify=False),
+    ) as client:
         yield client
 
 
