@@ -11,6 +11,8 @@ marked `cross_product`, it is every value of every parameter that is seen once.
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +27,19 @@ settings.load_profile(os.environ.get("PROPERTIES") or "same")
 def pytest_xdist_auto_num_workers() -> int:
     """Processes for `pytest -n auto`: one for each core that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even read what -m takes nothing of: tests of real engines, and modules whose every test is slow."""
+    unwanted = {term.strip() for term in config.getoption("markexpr").split(" and ")}
+    if "not real" in unwanted and collection_path == Path(__file__).parent / "real":
+        return True
+    if "not slow" in unwanted and collection_path.name.startswith("test_") and collection_path.suffix == ".py":
+        return True if _SLOW.search(collection_path.read_bytes()) else None
+    return None
+
+
+_SLOW = re.compile(rb"^pytestmark = (\[|)pytest\.mark\.slow\b", re.MULTILINE)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -1,125 +1,31 @@
-"""The OpenAPI document, and the gateway held to it: schemathesis makes requests from it, good and bad ones, and looks
-whether each answer is one that the document has."""
+"""The OpenAPI document: what is in it, and that it is served. test_document_held.py holds every answer to it."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Iterator
-from typing import Any
-
-import httpx
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, settings
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_headers_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 
 from proxy.app import build
 from proxy.fleet.kinds import KINDS
 from proxy.flow.single import ROUTES
 from proxy.settings import Settings
-from proxy.simulator import Simulator
-from tests.support import Running, running_gateway, simulators, until
+from tests.support import running_gateway, simulators
 
 DOCUMENT = build(Settings()).surface.openapi()
-CHECKS = [
-    status_code_conformance,
-    content_type_conformance,
-    response_schema_conformance,
-    response_headers_conformance,
-]
-EXAMPLES = 6
 
 
-class Service:
-    """A gateway before a prefill, a decode and two mixed engines, in a thread of its own."""
-
-    def __init__(self) -> None:
-        self._ended = asyncio.Event()
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
-        self.running: Running
-        self._engines: list[Simulator]
-
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        async with (
-            simulators("prefill", "decode") as [p, d],
-            simulators("mixed", "mixed", task="any") as [one, other],
-            running_gateway([p.url], [d.url], [one.url, other.url], limits={"request_body": 100_000}) as self.running,
-        ):
-            self._engines = [p, d, one, other]
-            self._started.set()
-            await self._ended.wait()
-
-    def __enter__(self) -> Service:
-        self._thread.start()
-        assert self._started.wait(10)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._loop.call_soon_threadsafe(self._ended.set)
-        self._thread.join(10)
-
-    def restore(self) -> None:
-        """As it was at the start, whatever operators did."""
-        asyncio.run_coroutine_threadsafe(self._restore(), self._loop).result(10)
-
-    async def _restore(self) -> None:
-        fleet = self.running.gateway.fleet
-        for engine in self._engines:
-            engine.asleep = False
-        ours = {engine.url for engine in self._engines}
-        for backend in list(fleet):
-            if backend.url in ours:
-                fleet.undrain(backend)
-            else:
-                fleet.remove(backend.url, backend.role)
-        await until(lambda: all(backend.up for backend in fleet))
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with Service() as service:
-        yield service
-
-
-schema = schemathesis.openapi.from_dict(DOCUMENT)
-
-
-@pytest.mark.slow
-@schema.parametrize()
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.explicit, Phase.generate],
-)
-def test_every_answer_is_one_that_the_document_has(case: Any, service: Service) -> None:
-    if case.operation.path == "/instances/add" and isinstance(case.body, dict) and "instances" in case.body:
-        case.body["instances"] = "127.0.0.1:9"  # what is added is probed; names that are made up are not looked up
-    answer = case.call(base_url=service.running.url, timeout=20)
-    case.validate_response(answer, checks=CHECKS)
-    if answer.status_code >= 500:
-        assert answer.json()["error"]["code"] != "internal_error"
-    if case.operation.path.startswith(("/admin", "/instances")):
-        service.restore()
-
-
-def test_the_engines_routes_are_in_the_document_and_what_is_in_it_is_served(service: Service) -> None:
-    direct = {path.decode() for path in service.running.gateway.surface.direct}
-    assert ROUTES.keys() < direct < DOCUMENT["paths"].keys()
-    offered = service.running.gateway.fleet.routes()
-    for path in DOCUMENT["paths"]:
-        answer = httpx.put(service.running.url + path, trust_env=False, verify=False)
-        there = path not in direct or path in offered
-        assert (answer.status_code, path) == (405 if there else 404, path)
+async def test_the_engines_routes_are_in_the_document_and_what_is_in_it_is_served() -> None:
+    async with (
+        simulators("prefill", "decode") as [p, d],
+        simulators("mixed", task="any") as [mixed],
+        running_gateway([p.url], [d.url], [mixed.url]) as running,
+    ):
+        direct = {path.decode() for path in running.gateway.surface.direct}
+        assert ROUTES.keys() < direct < DOCUMENT["paths"].keys()
+        offered = running.gateway.fleet.routes()
+        for path in DOCUMENT["paths"]:
+            answer = await running.http.put(path)
+            there = path not in direct or path in offered
+            assert (answer.status_code, path) == (405 if there else 404, path)
 
 
 def test_every_one_leg_route_is_offered_by_some_kind() -> None:

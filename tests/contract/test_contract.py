@@ -32,10 +32,16 @@ def streamed(text: str) -> str:
     return "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
 
 
+_ALONE: dict[str, str] = {}  # by request; it is the same for every connector
+
+
 async def said_alone(endpoint: str, **more: Any) -> str:
     """What one engine says by itself."""
-    async with simulators("mixed") as [single], running_gateway(mixed=[single.url]) as alone:
-        return text_of((await alone.http.post(PATHS[endpoint], json=body(endpoint, **more))).json())
+    asked = body(endpoint, **more)
+    if (key := json.dumps(asked)) not in _ALONE:
+        async with simulators("mixed") as [single], running_gateway(mixed=[single.url]) as alone:
+            _ALONE[key] = text_of((await alone.http.post(PATHS[endpoint], json=asked)).json())
+    return _ALONE[key]
 
 
 async def said(running: Running, asked: dict[str, Any]) -> str:
