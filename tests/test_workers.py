@@ -34,12 +34,19 @@ async def metric(http: httpx.AsyncClient, name: str) -> float:
     return sum(s.value for family in families for s in family.samples if s.name == name)
 
 
+async def until_metric(http: httpx.AsyncClient, name: str, value: float) -> None:
+    """Wait until the samples of a metric add up to a value."""
+    async with asyncio.timeout(60):
+        while await metric(http, name) != value:
+            await asyncio.sleep(0.05)
+
+
 async def ask_apart(url: str, count: int, body: dict[str, Any], path: str = COMPLETIONS) -> list[httpx.Response]:
     """Ask at the same time on connections of their own."""
 
     async def one() -> httpx.Response:
         # Without certificates: to load them as often takes seconds on a busy machine.
-        async with httpx.AsyncClient(base_url=url, timeout=20, trust_env=False, verify=False) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, verify=False) as http:
             return await http.post(path, json=body)
 
     return await asyncio.gather(*(one() for _ in range(count)))
@@ -54,6 +61,7 @@ async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
         await ready(http)
         answers = await ask_apart(process.url, 60, completion())
         assert {answer.status_code for answer in answers} == {200}
+        await until_metric(http, "pd_proxy_requests_total", 60)  # a client has its answer before it is counted
         for _ in range(6):  # whichever worker answers
             assert await metric(http, "pd_proxy_requests_total") == 60
             assert await metric(http, "pd_proxy_backend_up") == 2
@@ -99,16 +107,17 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_e
 
         async def stream() -> None:
             nonlocal whole, cut
-            body = chat(max_tokens=100, ignore_eos=True, stream=True)
+            body = chat(max_tokens=200, ignore_eos=True, stream=True)
             try:
-                async with httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False, verify=False) as one:
+                async with httpx.AsyncClient(base_url=process.url, timeout=60, trust_env=False, verify=False) as one:
                     text = (await one.post(CHAT, json=body)).text
                 whole += text.rstrip().endswith("[DONE]")
             except httpx.HTTPError:
                 cut += 1
 
         streams = [asyncio.create_task(stream()) for _ in range(24)]
-        await until(lambda: d.engine.running >= 20)
+        # All have come, and the last of them runs still; on a busy machine the first may have ended.
+        await until(lambda: len(d.requests) >= 10 + len(streams) and d.engine.running > 0)
         # The one with fewer connections: the kernel may have given nearly all of them to one.
         victim, survivor = sorted(workers_of(process), key=lambda pid: len([*Path(f"/proc/{pid}/fd").iterdir()]))
         os.kill(victim, signal.SIGKILL)
@@ -138,9 +147,9 @@ async def test_they_leave_together_and_let_their_streams_finish() -> None:
         httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False, verify=False) as http,
     ):
         await ready(http)
-        body = chat(max_tokens=60, ignore_eos=True, stream=True)
+        body = chat(max_tokens=300, ignore_eos=True, stream=True)
         asking = asyncio.create_task(ask_apart(process.url, 8, body, CHAT))
-        await until(lambda: d.engine.running == 8)
+        await until(lambda: len(d.requests) >= 8 and d.engine.running > 0)
         process.signal(signal.SIGTERM)
         answers = await asking
         assert all(answer.text.rstrip().endswith("[DONE]") for answer in answers)
@@ -180,7 +189,7 @@ async def test_requests_are_placed_as_if_one_worker_had_placed_them() -> None:
 
 
 async def test_engines_that_call_back_reach_the_worker_whose_request_it_is() -> None:
-    layerwise = {"connector": "ascend_layerwise"}
+    layerwise: dict[str, Any] = {"connector": "ascend_layerwise", "handshake_timeout": 30.0}  # none may fail by itself
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = ("--port", str(port), "--metaserver.url", f"http://127.0.0.1:{port}", "--connector", "ascend_layerwise")

@@ -76,7 +76,9 @@ class LogQueue(QueueHandler):
             self._full += 1
             return
         if self._thread is None:
-            self._thread = Thread(target=self._write_on, args=(self.queue,), name="log-writer", daemon=True)
+            # What is dropped from here on is told of, though the thread may have its first turn much later.
+            arguments = (self.queue, self.dropped)
+            self._thread = Thread(target=self._write_on, args=arguments, name="log-writer", daemon=True)
             self._thread.start()
         self._put += size
         self.queue.put(record)
@@ -103,8 +105,8 @@ class LogQueue(QueueHandler):
 
     # The writer's side
 
-    def _write_on(self, lines: SimpleQueue[bytes]) -> None:
-        told, when = self.dropped, 0.0
+    def _write_on(self, lines: SimpleQueue[bytes], told: int) -> None:
+        when = 0.0
         rest = b""  # a line that did not fit into the last piece
         while self._descriptor is not None:
             piece, count = rest or lines.get(), 1

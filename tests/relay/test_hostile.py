@@ -463,8 +463,8 @@ async def test_who_does_not_read_is_given_no_more_answers_until_it_does(server: 
     loop = asyncio.get_running_loop()
 
     async def ask() -> None:
-        for number in range(8):
-            await loop.sock_sendall(sock, request(f"/{number}", *(["connection: close"] if number == 7 else [])))
+        for number in range(4):
+            await loop.sock_sendall(sock, request(f"/{number}", *(["connection: close"] if number == 3 else [])))
             await asyncio.sleep(0.02)  # so that they come one by one, each after the answer to the one before
 
     with reluctant(server.port) as sock:
@@ -473,11 +473,11 @@ async def test_who_does_not_read_is_given_no_more_answers_until_it_does(server: 
         assert server.seen == ["/0"]
         assert connection.unsent < 8_500_000
         received = 0
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(60):  # 32 MB through a small window: seconds on a busy machine
             while data := await loop.sock_recv(sock, 1 << 20):
                 received += len(data)
-        assert server.seen == [f"/{number}" for number in range(8)]
-        assert 8 * 8_000_000 < received < 8 * 8_001_000
+        assert server.seen == [f"/{number}" for number in range(4)]
+        assert 4 * 8_000_000 < received < 4 * 8_001_000
 
 
 async def test_a_request_that_waits_behind_unread_answers_ends_with_its_client(server: Server) -> None:

@@ -8,11 +8,12 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from time import monotonic, thread_time
+from time import monotonic, sleep, thread_time
 from typing import Any
 
 import pytest
 
+from proxy.telemetry import log_queue
 from proxy.telemetry.log_queue import LIMIT, LogQueue, lines_dropped, standard_error
 from proxy.telemetry.logs import JsonFormatter, RequestLog, TextFormatter
 from proxy.telemetry.records import RequestRecord
@@ -66,6 +67,15 @@ def line(text: str, *args: Any) -> logging.LogRecord:
     return logging.LogRecord("pd_proxy.x", logging.INFO, __file__, 1, text, args, None)
 
 
+def written(queue: LogQueue) -> None:
+    """Wait until all that was put into a queue is dealt with. `flush` gives up sooner, as a process that ends must, and
+    on a busy machine its reader may not have had its turn by then."""
+    end = monotonic() + 30
+    while queue._done < queue._put:
+        assert monotonic() < end, "the queue's lines are not written"
+        sleep(0.002)
+
+
 class Reader(threading.Thread):
     """Reads a pipe to its end."""
 
@@ -92,9 +102,19 @@ def test_lines_are_written_in_order(pipe: Pipe) -> None:
     reader = Reader(pipe)
     for number in range(5000):
         queue.handle(line("%d %s", number, "x" * (number % 300)))
-    queue.flush()
+    written(queue)
     assert reader.lines() == [f"{number} {'x' * (number % 300)}" for number in range(5000)]
     assert queue.dropped == 0
+
+
+def test_a_flush_waits_for_what_can_be_written(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_queue, "_NO_READER", 30.0)  # however long this machine stands still
+    monkeypatch.setattr(log_queue, "_LAST_WORDS", 30.0)
+    queue = pipe.queue()
+    queue.handle(line("x"))
+    queue.flush()  # the pipe takes it
+    assert queue._done == queue._put
+    assert pipe.read() == b"x\n"
 
 
 def test_a_line_longer_than_a_pipe_is_written_whole(pipe: Pipe) -> None:
@@ -103,7 +123,7 @@ def test_a_line_longer_than_a_pipe_is_written_whole(pipe: Pipe) -> None:
     texts = ["a" * 300_000, "b", "c" * 5000, "d"]
     for text in texts:
         queue.handle(line(text))
-    queue.flush()
+    written(queue)
     assert reader.lines() == texts
 
 
@@ -111,7 +131,7 @@ def test_a_line_longer_than_a_pipe_is_written_whole(pipe: Pipe) -> None:
 def test_ten_thousand_request_lines_a_second_into_a_pipe_that_nobody_reads_hold_up_nothing(
     pipe: Pipe, formatter: logging.Formatter
 ) -> None:
-    queue = pipe.queue(formatter)
+    queue = pipe.queue(formatter, limit=LIMIT // 2)
     logger = logging.getLogger("pd_proxy.request")
     before = logger.level, logger.propagate
     logger.addHandler(queue)
@@ -126,7 +146,7 @@ def test_ten_thousand_request_lines_a_second_into_a_pipe_that_nobody_reads_hold_
         )
         record.status, record.outcome, record.ended = 200, "ok", record.started + 1
         began = thread_time()
-        for _ in range(40_000):
+        for _ in range(20_000):
             sink.finished(record)
         used.append(thread_time() - began)
 
@@ -139,29 +159,31 @@ def test_ten_thousand_request_lines_a_second_into_a_pipe_that_nobody_reads_hold_
         logger.removeHandler(queue)
         logger.setLevel(before[0])
         logger.propagate = before[1]
-    assert used[0] < 4.0, "10,000 lines take more than a second of CPU"
+    assert used[0] < 2.0, "10,000 lines take more than a second of CPU"
     assert queue.dropped > 0
     assert lines_dropped() >= queue.dropped
-    began = monotonic()
-    queue.flush()
-    assert monotonic() - began < 10, "the process could not end"
+    ending = threading.Thread(target=queue.flush, daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive(), "the process could not end"
 
 
 def test_what_waits_is_bounded_in_bytes_and_a_late_reader_gets_it_with_a_word_of_what_is_missing(
-    pipe: Pipe,
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(log_queue, "_AGAIN", 0.0)  # the writer may have a turn while lines are being dropped
     queue = pipe.queue(limit=200_000)
     for number in range(1000):
         queue.handle(line("%04d " + "x" * 994, number))
     kept = 1000 - queue.dropped
     assert 200 <= kept <= 300  # the queue's, and what the pipe itself holds
     reader = Reader(pipe)
-    queue.flush()
+    written(queue)
     queue.handle(line("and on it goes"))
-    queue.flush()
+    written(queue)
     lines = reader.lines()
     told = [text for text in lines if "dropped" in text]
-    assert [re.findall(r"\d+", text) for text in told] == [[str(queue.dropped)]]
+    assert sum(int(number) for text in told for number in re.findall(r"\d+", text)) == queue.dropped > 0
     assert [int(text[:4]) for text in lines if "xxx" in text] == list(range(kept))
     assert lines[-1] == "and on it goes"
 
@@ -171,7 +193,7 @@ def test_a_reader_that_has_gone_is_no_error(pipe: Pipe) -> None:
     pipe.close(pipe.end)
     for _ in range(10):
         queue.handle(line("nobody hears it"))
-    queue.flush()
+    written(queue)
     assert queue.dropped == 10
 
 
@@ -180,7 +202,7 @@ def test_without_a_standard_error_nothing_is_written_anywhere(monkeypatch: pytes
     assert standard_error() is None
     queue = LogQueue(TEXT, standard_error())
     queue.handle(line("to nobody"))
-    queue.flush()
+    written(queue)
     assert queue.dropped == 1
 
 
@@ -190,7 +212,7 @@ def test_a_pipe_that_somebody_has_made_non_blocking_loses_nothing(pipe: Pipe) ->
     for number in range(200):
         queue.handle(line("%03d " + "x" * 996, number))  # three times what the pipe holds
     reader = Reader(pipe)
-    queue.flush()
+    written(queue)
     assert [int(text[:3]) for text in reader.lines()] == list(range(200))
 
 
@@ -201,7 +223,7 @@ def test_a_line_that_cannot_be_made_is_counted_and_raises_nothing(
     queue.handle(line("%d", "no number"))
     assert queue.dropped == 1
     queue.handle(line("\ud800 is no character"))
-    queue.flush()
+    written(queue)
     assert pipe.read() == b"\\ud800 is no character\n"
     assert capfd.readouterr().err == ""
 
@@ -209,7 +231,7 @@ def test_a_line_that_cannot_be_made_is_counted_and_raises_nothing(
 def test_a_json_line_holds_any_text(pipe: Pipe) -> None:
     queue = pipe.queue(JsonFormatter())
     queue.handle(line("\ud800 is no character"))
-    queue.flush()
+    written(queue)
     assert queue.dropped == 0
     assert b"is no character" in pipe.read()
 
@@ -222,12 +244,12 @@ def test_a_fork_writes_its_own_lines_and_none_of_its_parent(pipe: Pipe) -> None:
     if child == 0:
         try:
             queue.handle(line("child"))
-            queue.flush()
+            written(queue)
         finally:
             os._exit(0 if queue.dropped == 0 else 1)
     reader = Reader(pipe)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    queue.flush()
+    written(queue)
     lines = reader.lines()
     assert lines.count("child") == 1
     assert [int(text[:2]) for text in lines if "parent" in text] == list(range(100))
