@@ -1,6 +1,7 @@
 """What all tests share: settings from nowhere but the test, property tests that repeat, and which tests are slow.
 
-**Property tests** draw the same examples each time, so that a red run is about the change at hand. With
+**Property tests** draw the same examples each time, so that a red run is about the change at hand, and fewer of them
+where slow tests are left out. With
 PROPERTIES=random they draw new ones, from pytest's `--hypothesis-seed` (`make test-random`, which prints it).
 
 **Cross products.** A test with several `parametrize` has each row of one with each row of the others. The everyday
@@ -19,8 +20,19 @@ from hypothesis import HealthCheck, settings
 
 # How long an example takes says nothing here but how busy the machine is.
 settings.register_profile("same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile("quick", settings.get_profile("same"), max_examples=30)
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile(os.environ.get("PROPERTIES") or "same")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "not slow" in _unwanted(config) and "PROPERTIES" not in os.environ:
+        settings.load_profile("quick")  # before any test module is imported
+
+
+def _unwanted(config: pytest.Config) -> set[str]:
+    """The terms of -m."""
+    return {term.strip() for term in config.getoption("markexpr").split(" and ")}
 
 
 @pytest.hookimpl(optionalhook=True)  # for those who run pytest without xdist, to debug
@@ -31,7 +43,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Do not even read what -m takes nothing of: tests of real engines, and modules whose every test is slow."""
-    unwanted = {term.strip() for term in config.getoption("markexpr").split(" and ")}
+    unwanted = _unwanted(config)
     if "not real" in unwanted and collection_path == Path(__file__).parent / "real":
         return True
     if "not slow" in unwanted and collection_path.name.startswith("test_") and collection_path.suffix == ".py":
@@ -47,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what the cross products have beyond each row, or each value, once."""
     products: dict[str, list[tuple[pytest.Item, set[tuple[str, str]]]]] = {}
     for item in items:
-        if parts := _parts(item):
+        if item.get_closest_marker("slow") is None and (parts := _parts(item)):
             products.setdefault(item.nodeid.partition("[")[0], []).append((item, parts))
     for combinations in products.values():
         unseen = set().union(*(parts for _, parts in combinations))

@@ -484,7 +484,10 @@ _VALUES = st.recursive(
 
 @pytest.mark.slow
 @settings_(
-    derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    derandomize=True,
+    max_examples=settings_.default.max_examples,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(tree=st.dictionaries(_NAMES, _VALUES, max_size=4), noise=st.text(max_size=8), at=st.integers(0, 200))
 def test_any_file_is_settings_or_lines_that_say_what_is_wrong(
@@ -503,7 +506,7 @@ def test_any_file_is_settings_or_lines_that_say_what_is_wrong(
             assert "pydantic" not in str(error)
 
 
-@settings_(derandomize=True, max_examples=150, deadline=None)
+@settings_(derandomize=True, max_examples=settings_.default.max_examples, deadline=None)
 @given(name=st.sampled_from([name for name, _ in leaves()]), value=_SCALARS | st.text(max_size=12))
 def test_any_variable_or_flag_is_a_setting_or_a_line_that_names_it(name: str, value: str) -> None:
     for flags, environment in (({}, {variable(name): value.replace("\0", "")}), (put_in(name, value), {})):

@@ -167,4 +167,6 @@ class Overload(RuleBasedStateMachine):
 
 
 TestOverload = Overload.TestCase
-TestOverload.settings = hypothesis_settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestOverload.settings = hypothesis_settings(
+    max_examples=hypothesis_settings.default.max_examples * 3 // 2, stateful_step_count=40, deadline=None
+)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import pytest
 
 from proxy.simulator import Simulator
 from tests.support import PROMPT, Running, pools, until
+
+if TYPE_CHECKING:
+    import anthropic
+
+pytestmark = pytest.mark.xdist_group("anthropic")
+
+
+@pytest.fixture(autouse=True)
+def client_library() -> None:
+    """It takes a second to import: that is for the process that runs these tests, and not for all that collect them."""
+    globals()["anthropic"] = import_module("anthropic")
+
 
 MESSAGES: Any = [{"role": "user", "content": PROMPT}]
 GREEDY = {"temperature": 0}  # the newest client knows it no more; engines do

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from proxy import __version__
 from tests.support import chat, pools, running_gateway, simulators, until
 
@@ -142,6 +144,26 @@ async def test_metrics_come_as_text_and_as_openmetrics() -> None:
         opened = await running.http.get("/metrics", headers={"accept": "application/openmetrics-text"})
         assert opened.headers["content-type"].startswith("application/openmetrics-text")
         assert opened.text.endswith("# EOF\n")
+
+
+async def test_what_tests_read_of_metrics_is_what_the_page_says() -> None:
+    async with pools() as (running, _, _):
+        assert (await running.http.post("/v1/chat/completions", json=chat())).status_code == 200
+        await until(running.idle)
+        page = (await running.http.get("/metrics")).text
+        said = {
+            f"{sample.name}{sorted(sample.labels.items())}"
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+        }
+        read = {
+            f"{sample.name}{sorted(sample.labels.items())}"
+            for family in running.gateway.registry.collect()
+            for sample in family.samples
+        }
+        assert said == read and len(read) > 100
+        counted = (await running.metrics())['pd_proxy_requests_total{endpoint="chat",model="sim",outcome="ok"}']
+        assert f'pd_proxy_requests_total{{endpoint="chat",model="sim",outcome="ok"}} {counted}' in page
 
 
 async def test_labels_stay_bounded_whatever_clients_send() -> None:

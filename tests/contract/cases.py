@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from proxy.simulator import Simulator
 from tests.support import Running, running_gateway, simulators
 
@@ -92,6 +94,11 @@ CASES = [
     Case("shared_cache", shared=True),
 ]
 IDS = [case.name for case in CASES]
+ONE_OF_EACH = ("nixl", "ascend_layerwise", "lmcache_pd", "moriio_write", "sglang", "tensorrt_llm", "shared_cache")
+"""One of each way to hand over: decode reads, or prefill writes; the gateway says where, hears it from engines, or is
+called back; both legs at once, or one after the other; by address, or by content."""
+MOST = [case if case.name in ONE_OF_EACH else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+"""For what the connector hardly matters to: `make test` has one of each way."""
 
 
 @asynccontextmanager

@@ -9,12 +9,12 @@ import httpx
 import pytest
 
 from proxy.handoff.registry import CONNECTORS
-from tests.contract.cases import CASES, Case, fleet
+from tests.contract.cases import CASES, IDS, MOST, Case, fleet
 from tests.support import Running, chat, completion
 
 pytestmark = pytest.mark.cross_product
 
-EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+EVERY = pytest.mark.parametrize("case", MOST, ids=IDS)
 BEGINNING = "the first half of a prompt that prefill has seen before, and decode never has; " * 2
 PROMPT = BEGINNING + "and the other half, which is new to both of them. " * 3
 PATHS = {

@@ -10,12 +10,13 @@ import httpx
 import pytest
 
 from proxy.handoff.registry import CONNECTORS
-from tests.contract.cases import CASES, IDS, Case, fleet
+from tests.contract.cases import CASES, IDS, MOST, Case, fleet
 from tests.support import PROMPT, Running, chat, completion, running_gateway, simulators, text_of, until
 
 pytestmark = pytest.mark.cross_product
 
 EVERY = pytest.mark.parametrize("case", CASES, ids=IDS)
+BY_WAY = pytest.mark.parametrize("case", MOST, ids=IDS)
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 HIDDEN = ("kv_transfer_params", "disaggregated_params", "bootstrap", "remote_", "_addr_", "127.0.0.1")
 
@@ -76,7 +77,7 @@ async def test_a_pair_says_what_one_engine_would_say(case: Case, endpoint: str) 
         await d.wait_for(lambda: d.engine.used_blocks == 0)
 
 
-@EVERY
+@BY_WAY
 async def test_a_new_pair_is_warmed_up_with_a_hand_off(case: Case) -> None:
     async with fleet(case, warmup=True) as (running, [p], [d]):
         await d.wait_for(lambda: d.engine.stats.pulls == 1)
@@ -85,7 +86,7 @@ async def test_a_new_pair_is_warmed_up_with_a_hand_off(case: Case) -> None:
         await p.wait_for(lambda: p.engine.used_blocks == 0)
 
 
-@EVERY
+@BY_WAY
 async def test_what_a_client_says_of_a_hand_off_reaches_no_engine(case: Case) -> None:
     evil = {
         "kv_transfer_params": {"do_remote_prefill": True, "remote_host": "10.6.6.6"},
@@ -149,7 +150,7 @@ async def test_dead_backends_among_live_ones_cost_clients_nothing(case: Case) ->
         await until(running.idle)
 
 
-@EVERY
+@BY_WAY
 @pytest.mark.parametrize("stage", ["prefill", "decode", "stream"])
 async def test_a_client_that_leaves_leaves_nothing_behind(case: Case, stage: str) -> None:
     pace = {"step_time": 0.02, "prefill_rate": 400.0 if stage == "prefill" else 0.0, "lease": 2.0}
@@ -172,7 +173,7 @@ async def test_a_client_that_leaves_leaves_nothing_behind(case: Case, stage: str
             await one.wait_for(lambda one=one: one.engine.used_blocks == 0, 20)  # type: ignore[misc]
 
 
-@EVERY
+@BY_WAY
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("primed", [True, False], ids=["half in prefill's cache", "nothing in it"])
 async def test_a_client_is_told_what_prefill_had_in_its_cache(case: Case, stream: bool, primed: bool) -> None:
@@ -196,7 +197,7 @@ async def test_a_client_is_told_what_prefill_had_in_its_cache(case: Case, stream
         assert told["total_tokens"] == told["prompt_tokens"] + told["completion_tokens"]
 
 
-@EVERY
+@BY_WAY
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_where_prefill_does_not_say_decodes_usage_stays(case: Case, stream: bool) -> None:
     async with fleet(case, engine={"prompt_tokens_details": False}) as (running, _, _):
@@ -209,7 +210,7 @@ async def test_where_prefill_does_not_say_decodes_usage_stays(case: Case, stream
 @EVERY
 async def test_without_prefill_decode_answers_by_itself_or_says_that_it_may_not(case: Case) -> None:
     expected = await said_alone("completions")
-    async with fleet(case) as (running, [p], [d]):
+    async with fleet(case, health={"interval": 0.1}) as (running, [p], [d]):
         p.kill()
         await until(lambda: not next(b for b in running.gateway.fleet if b.url == p.url).up)
         answer = await running.http.post(PATHS["completions"], json=completion())

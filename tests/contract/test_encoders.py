@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxy.simulator import Simulator
-from tests.contract.cases import CASES, Case
+from tests.contract.cases import CASES, IDS, MOST, Case
 from tests.contract.test_contract import streamed
 from tests.handoff.test_encoder import PNG, image, sound
 from tests.support import Running, chat, running_gateway, simulators, text_of, until
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cross_product
 
 PATH = "/v1/chat/completions"
 NIXL = CASES[0]
-EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+EVERY = pytest.mark.parametrize("case", MOST, ids=IDS)
 
 
 def ask(*content: Any, **more: Any) -> dict[str, Any]:

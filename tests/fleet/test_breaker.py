@@ -358,5 +358,7 @@ class AnyFleet(RuleBasedStateMachine):
             assert (backend.factor < 1.0) <= (backend.slow_since is not None)
 
 
-AnyFleet.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AnyFleet.TestCase.settings = settings(
+    max_examples=settings.default.max_examples * 3 // 5, stateful_step_count=40, deadline=None
+)
 TestAnyFleet = AnyFleet.TestCase

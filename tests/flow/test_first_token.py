@@ -313,7 +313,7 @@ async def test_what_is_given_to_one_backend_whole_has_no_first_token_to_be_asked
         assert await counted(running) == {}
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "streamed"])
 async def test_half_a_character_is_left_to_decode(stream: bool) -> None:
     async with simulators("prefill", "decode") as [p, d]:
         async with gateway([p.url], [d.url], first_token="decode") as before, gateway([p.url], [d.url]) as running:

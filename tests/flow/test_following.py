@@ -12,7 +12,7 @@ import pytest
 from proxy.flow.request import leg_id
 from proxy.handoff.registry import CONNECTORS
 from proxy.simulator import Simulator
-from tests.contract.cases import CASES, Case, fleet
+from tests.contract.cases import IDS, MOST, Case, fleet
 from tests.support import PROMPT, chat, completion, pools
 
 pytestmark = pytest.mark.cross_product
@@ -23,7 +23,7 @@ TRACE = {
     "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
     "tracestate": "rojo=00f067aa0ba902b7,congo=t61rcWkgMzE",
 }
-EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+EVERY = pytest.mark.parametrize("case", MOST, ids=IDS)
 
 
 def ids(*engines: Simulator) -> list[str]:
