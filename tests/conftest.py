@@ -11,6 +11,7 @@ marked `cross_product`, it is every value of every parameter that is seen once.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -28,6 +29,17 @@ settings.load_profile(os.environ.get("PROPERTIES") or "same")
 def pytest_configure(config: pytest.Config) -> None:
     if "not slow" in _unwanted(config) and "PROPERTIES" not in os.environ:
         settings.load_profile("quick")  # before any test module is imported
+
+
+def pytest_sessionstart() -> None:
+    gc.disable()  # what is imported and collected stays
+
+
+def pytest_collection_finish() -> None:
+    # A full collection of garbage would look through all modules and all tests: half a second of whichever test it
+    # falls into, a hundred times in a run.
+    gc.freeze()
+    gc.enable()
 
 
 def _unwanted(config: pytest.Config) -> set[str]:

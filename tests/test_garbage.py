@@ -26,6 +26,7 @@ def _as_before() -> Iterator[None]:
     yield
     gc.set_threshold(*thresholds)
     gc.unfreeze()
+    gc.freeze()  # as the suite has it (conftest.py)
 
 
 def old_knot() -> weakref.ref[Knot]:
