@@ -36,7 +36,7 @@ class TestServer(uvicorn.Server):
         self.listening = asyncio.Event()
 
     @property
-    def should_exit(self) -> bool:  # type: ignore[override]
+    def should_exit(self) -> bool:
         return self._leave.is_set()
 
     @should_exit.setter
