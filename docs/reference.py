@@ -37,8 +37,8 @@ NOTE = "<!-- Written by docs/reference.py from the code. Do not edit; run it aga
 LABELS = {
     "backend": "URL of a configured backend",
     "client": "a client's name in the settings; `key-1`, `key-2`, … for those of `api_keys`; `anonymous` without keys",
-    "code": "of the error: `queue_full`, `deadline_too_close`, `queue_timeout`, `rate_limit_exceeded`, "
-    "`too_many_tokens` or `draining`",
+    "code": "of the error: `queue_full`, `deadline_too_close`, `queue_timeout`, `target_missed`, "
+    "`rate_limit_exceeded`, `too_many_tokens` or `draining`",
     "endpoint": "`chat`, `completions`, `messages`, `responses`, `generate`, `sglang_generate`, "
     "or a one-leg route: `embeddings`, "
     "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "

@@ -27,6 +27,7 @@ Each class fixes the HTTP status, the OpenAI `type` and `code`, and whether anot
     │   ├── Draining                   503
     │   ├── QueueFull                  503  the service's bounds: nobody else may wait
     │   ├── DeadlineTooClose           503  it would not be its turn in time
+    │   ├── TargetMissed               503  its first token would be late
     │   └── QueueTimedOut              503  it was not its turn in time
     ├── TotalTimedOut                  504  the request's own time ran out
     ├── LoopDetected                   508  the gateway's backends lead back to itself
@@ -245,6 +246,12 @@ class DeadlineTooClose(Unavailable):
     """The queue empties too slowly for the request's deadline; it is told so at once."""
 
     code = "deadline_too_close"
+
+
+class TargetMissed(Unavailable):
+    """The request would get its first token later than its target has it (`admission.slo: refuse`)."""
+
+    code = "target_missed"
 
 
 class QueueTimedOut(Unavailable):

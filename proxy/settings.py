@@ -322,6 +322,14 @@ class Policies(Group):
     mixed: PolicyName = Field("least_loaded", description="policy of the mixed pool")
 
 
+class Targets(Group):
+    """What clients are to get ([operating](operating.md#targets)). They guide where requests go; with `admission.slo`
+    they also decide who is let in. A client of `clients` may have its own."""
+
+    ttft: Seconds | None = Field(None, description="seconds in which a request is to have its first token")
+    tpot: Seconds | None = Field(None, description="seconds that each further token is to take, on average")
+
+
 class Timeouts(Group):
     """Seconds. Each watches one thing, so that none of them cuts what is healthy."""
 
@@ -493,6 +501,11 @@ class AdmissionSettings(Group):
     queue: int = Field(1000, ge=0, description="requests that may wait; 0 refuses instead")
     queue_bytes: int = Field(256 * 1024 * 1024, ge=1, description="bytes of the bodies of those that wait")
     queue_timeout: Seconds = Field(30.0, description="seconds a request may wait")
+    slo: Literal["off", "refuse", "best_effort"] = Field(
+        "off",
+        description="a request that is expected to miss its targets.ttft is let in all the same, or refused, or goes "
+        "behind those of its client's that can meet theirs",
+    )
 
 
 class ClientSettings(Group):
@@ -506,6 +519,8 @@ class ClientSettings(Group):
     priority: int = Field(0, ge=-100, le=100, description="higher goes first, always")
     requests: int | None = Field(None, ge=1, description="requests it may have here at once, waiting ones included")
     tokens: int | None = Field(None, ge=1, description="tokens of these")
+    ttft: Seconds | None = Field(None, description="its own targets.ttft")
+    tpot: Seconds | None = Field(None, description="its own targets.tpot")
 
 
 Clients = Annotated[tuple[ClientSettings, ...], _parsed('[{"name": "…", "key": "…"}]')]
@@ -692,6 +707,7 @@ class Settings(Group, BaseSettings):
         True, description="decode takes the prompt's token ids from prefill instead of tokenising again, where it can"
     )
     policy: Policies = Policies()
+    targets: Targets = Targets()
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
     routes: Routes = Routes()
@@ -857,6 +873,27 @@ class Settings(Group, BaseSettings):
                 f"metaserver.url: decode engines that speak {', '.join(sorted(used))} call the gateway back; set the "
                 "URL at which they reach this one",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _targets_can_be_met(self) -> Settings:
+        owners: list[tuple[str, Targets | ClientSettings]] = [
+            ("targets", self.targets),
+            *((f"clients.{n}", client) for n, client in enumerate(self.clients)),
+        ]
+        limits = {
+            "ttft": {"timeouts.total": self.timeouts.total, "timeouts.prefill": self.timeouts.prefill},
+            "tpot": {"timeouts.total": self.timeouts.total, "timeouts.idle": self.timeouts.idle},
+        }
+        for owner, targets in owners:
+            for name, bounds in limits.items():
+                target = getattr(targets, name)
+                for bound, seconds in bounds.items():
+                    if target is not None and seconds is not None and target > seconds:
+                        at = f"{owner}.{name}"
+                        raise Misfit(at, f"{at}: {bound} ends a request after {seconds:g} s, before its target", bound)
+        if self.admission.slo != "off" and all(targets.ttft is None for _, targets in owners):
+            raise Misfit("admission.slo", f"admission.slo: {self.admission.slo} needs targets.ttft, or a client's own")
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from proxy.admission.clients import clients
 from proxy.handoff.registry import CONNECTORS
 from proxy.settings import REGISTER, SENDS_NOTICES, Settings, backend_url, build_settings, leaves
 
@@ -178,6 +180,30 @@ def test_a_value_out_of_bounds_and_an_unknown_name_are_refused(flags: dict[str, 
     with pytest.raises(ValidationError) as caught:
         build_settings(flags, {})
     assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [field]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"targets": {"ttft": 601}, "timeouts": {"prefill": 600}}, "targets.ttft: timeouts.prefill ends a request"),
+        ({"targets": {"tpot": 61}, "timeouts": {"idle": 60}}, "targets.tpot: timeouts.idle ends a request after 60 s"),
+        ({"targets": {"ttft": 31}, "timeouts": {"total": 30}}, "targets.ttft: timeouts.total ends a request"),
+        (
+            {"clients": [{"name": "a", "key": "k", "ttft": 31}], "timeouts": {"total": 30}},
+            "clients.0.ttft: timeouts.total ends a request",
+        ),
+        ({"admission": {"slo": "refuse"}}, "admission.slo: refuse needs targets.ttft, or a client's own"),
+    ],
+)
+def test_targets_that_nothing_can_meet_are_refused(flags: dict[str, object], says: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(says)):
+        build_settings(flags, {})
+
+
+def test_one_clients_target_is_enough_for_slo_and_the_others_have_none() -> None:
+    both = [{"name": "a", "key": "k", "ttft": 2}, {"name": "b", "key": "l"}]
+    settings = build_settings({"admission": {"slo": "refuse"}, "clients": both, "targets": {"tpot": 0.05}}, {})
+    assert [client.target for client in clients(settings).values()] == [2, inf]
 
 
 def test_clients_of_api_keys_are_named_by_position_and_not_by_the_secret() -> None:

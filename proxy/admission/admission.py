@@ -69,15 +69,16 @@ class Admission:
         tokens: int,
         size: int,
         patience: float,
+        expected: float = 0.0,
     ) -> Ticket:
         """A request's ticket, to be left by `with`. When its state is `waiting`, `turn` must be awaited next.
 
         Arguments: as of `Ticket`; client: its name; patience: seconds until its deadline.
         Raises:
-            TooManyTokens, RateLimited, QueueFull, DeadlineTooClose, Draining: it is refused.
+            TooManyTokens, RateLimited, QueueFull, DeadlineTooClose, TargetMissed, Draining: it is refused.
         """
         now = self._clock()
-        ticket = Ticket(self.clients[client], model, split, prefill_tokens, tokens, size, now, now + patience)
+        ticket = Ticket(self.clients[client], model, split, prefill_tokens, tokens, size, now, now + patience, expected)
         try:
             self._schedule.arrive(ticket)
         except Unavailable as error:
@@ -98,7 +99,7 @@ class Admission:
         that was kept for it.
 
         Raises:
-            QueueTimedOut, QueueFull, Draining: it will not be.
+            QueueTimedOut, QueueFull, TargetMissed, Draining: it will not be.
         """
         loop = asyncio.get_running_loop()
         told: asyncio.Future[None] = loop.create_future()

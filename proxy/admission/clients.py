@@ -5,7 +5,7 @@ Invariant: `requests` and `tokens` change only in `enter` and `leave`, which a t
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, inf
 
 from proxy.errors import RateLimited, TooManyTokens
 from proxy.settings import Settings
@@ -36,6 +36,7 @@ class Client:
 
     Arguments:
         most_requests, most_tokens: what it may have here at once, waiting requests included; None: any.
+        target: seconds in which its requests are to have their first token; infinite where there is no target.
     Attributes:
         finish: the finish tag of its request that was let in last (`fair.py`).
     """
@@ -49,6 +50,7 @@ class Client:
         "most_tokens",
         "name",
         "requests",
+        "target",
         "tokens",
         "weight",
     )
@@ -61,12 +63,14 @@ class Client:
         weight: float = 1.0,
         most_requests: int | None = None,
         most_tokens: int | None = None,
+        target: float = inf,
     ) -> None:
         self.name = name
         self.level = level
         self.weight = weight
         self.most_requests = most_requests
         self.most_tokens = most_tokens
+        self.target = target
         self.requests = 0
         self.tokens = 0
         self.finish = 0.0
@@ -123,14 +127,22 @@ def clients(settings: Settings) -> dict[str, Client]:
     """Every client by its name; the anonymous one where nobody has a key."""
     levels: dict[int, Level] = {}
     named = {client.name: client for client in settings.clients}
+    usual = settings.targets.ttft or inf
     found: dict[str, Client] = {}
     for name in [name for name, _ in settings.client_keys()] or [ANONYMOUS]:
         client = named.get(name)
         priority = client.priority if client else 0
         level = levels.setdefault(priority, Level(priority))
         found[name] = (
-            Client(name, level, weight=client.weight, most_requests=client.requests, most_tokens=client.tokens)
+            Client(
+                name,
+                level,
+                weight=client.weight,
+                most_requests=client.requests,
+                most_tokens=client.tokens,
+                target=client.ttft or usual,
+            )
             if client
-            else Client(name, level)
+            else Client(name, level, target=usual)
         )
     return found

@@ -9,6 +9,10 @@ first. So who was idle does not catch up, and who used what nobody else wanted i
 A tag is given when a request comes to the head of its client's line, and tokens are charged when it is let in: who
 gives up waiting has cost its client nothing.
 
+Within a client's line the one that has to start first goes first (`Ticket.due`; Liu and Layland 1973), which is the
+order of arrival where there are no targets. Those that cannot meet their target any more are behind all others: else
+each would make the next one late as well.
+
 A lane is what waits for one model. The head of a lane is passed by nobody behind it, however small, so it cannot
 starve; another lane's requests may go on, since they want other backends.
 """
@@ -16,7 +20,7 @@ starve; another lane's requests may go on, since they want other backends.
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from bisect import bisect_left, insort
 from collections.abc import Container, Iterator
 
 from proxy.admission.clients import Client
@@ -44,6 +48,11 @@ def charge(ticket: Ticket, start: float) -> None:
     client.finish = start + cost(ticket) / client.weight
 
 
+def _urgency(ticket: Ticket) -> tuple[bool, float, int]:
+    """What the requests of one client are ordered by: the smallest is next."""
+    return ticket.best_effort, ticket.due, ticket.number
+
+
 def start_tag(client: Client) -> float:
     """The start tag of a request that comes to an empty line now."""
     virtual, finish = client.level.virtual, client.finish
@@ -51,29 +60,40 @@ def start_tag(client: Client) -> float:
 
 
 class Line:
-    """One client's requests in a lane, oldest first.
+    """One client's requests in a lane, the most urgent first.
 
     Attributes:
         born: the virtual time when it was last empty.
         cost: of all its requests.
+        place: of those of its requests that have been its head, that which arrived last.
         listed: whether it is in its lane's heap.
     """
 
-    __slots__ = ("born", "client", "cost", "listed", "tickets")
+    __slots__ = ("born", "client", "cost", "listed", "place", "tickets")
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.tickets: OrderedDict[Ticket, None] = OrderedDict()
+        self.tickets: list[Ticket] = []
         self.born = 0.0
         self.cost = 0
+        self.place = 0
         self.listed = False
+
+    def add(self, ticket: Ticket) -> None:
+        insort(self.tickets, ticket, key=_urgency)
+        self.cost += cost(ticket)
+
+    def remove(self, ticket: Ticket) -> None:
+        del self.tickets[bisect_left(self.tickets, _urgency(ticket), key=_urgency)]
+        self.cost -= cost(ticket)
 
     def start(self) -> float:
         """The start tag of its head. It never falls, since neither of the two does."""
         return max(self.born, self.client.finish)
 
     def key(self) -> Key:
-        return -self.client.level.priority, self.start(), next(iter(self.tickets)).number
+        self.place = max(self.place, self.tickets[0].number)  # keys only grow, as heaps of old keys need it
+        return -self.client.level.priority, self.start(), self.place
 
     def last_start(self) -> float:
         """The start tag that a request behind all of these would have, were nobody to leave."""
@@ -98,17 +118,14 @@ class Lane:
             line = self.lines[ticket.client] = Line(ticket.client)
         if not line.tickets:
             line.born = ticket.client.level.virtual
-        line.tickets[ticket] = None
-        line.cost += cost(ticket)
+        line.add(ticket)
         self.count += 1
         if not line.listed:
             line.listed = True
             heapq.heappush(self._heap, (line.key(), line))
 
     def remove(self, ticket: Ticket) -> None:
-        line = self.lines[ticket.client]
-        del line.tickets[ticket]
-        line.cost -= cost(ticket)
+        self.lines[ticket.client].remove(ticket)
         self.count -= 1
 
     def head(self) -> tuple[Key, Line] | None:
@@ -147,7 +164,7 @@ class FairQueue:
             yield from line.tickets
 
     def push(self, ticket: Ticket) -> None:
-        """Put a request at the end of its client's line."""
+        """Put a new request into its client's line."""
         self._arrivals += 1
         ticket.number = self._arrivals
         lane = self._lanes.get(ticket.model)
@@ -156,6 +173,13 @@ class FairQueue:
         lane.push(ticket)
         self.count += 1
         self.size += ticket.size
+
+    def put_behind(self, ticket: Ticket) -> None:
+        """A request that waits is late for its target: from now on those of its client's that are not go first."""
+        line = self._lanes[ticket.model].lines[ticket.client]
+        line.remove(ticket)
+        ticket.best_effort = True
+        line.add(ticket)
 
     def remove(self, ticket: Ticket) -> None:
         """Take a request out, wherever it is."""
@@ -172,7 +196,7 @@ class FairQueue:
         for lane in self._lanes.values():
             if lane.model not in blocked and (head := lane.head()) is not None and (best is None or head[0] < best[0]):
                 best = head
-        return None if best is None else next(iter(best[1].tickets))
+        return None if best is None else best[1].tickets[0]
 
     def take(self, ticket: Ticket) -> None:
         """Take out the head of a line, and charge it."""
@@ -200,7 +224,7 @@ class FairQueue:
         worst = (-ticket.client.level.priority, self._start(ticket))
         last: Ticket | None = None
         for line in self._lines():
-            tail = next(reversed(line.tickets))
+            tail = line.tickets[-1]
             key = -line.client.level.priority, line.last_start() - cost(tail) / line.client.weight
             if key > worst:
                 worst, last = key, tail

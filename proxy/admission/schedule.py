@@ -7,13 +7,14 @@ been asked); what a ticket has is given back once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
+from math import ceil, inf
 from typing import Protocol
 
+from proxy.admission.clients import LATEST
 from proxy.admission.fair import FairQueue, charge, start_tag
 from proxy.admission.pace import Pace
 from proxy.admission.ticket import Claim, Ticket
-from proxy.errors import DeadlineTooClose, GatewayError, QueueFull, QueueTimedOut, TooManyTokens
+from proxy.errors import DeadlineTooClose, GatewayError, QueueFull, QueueTimedOut, TargetMissed, TooManyTokens
 from proxy.settings import AdmissionSettings
 
 
@@ -42,6 +43,8 @@ class Schedule:
         self._most_requests: float = settings.requests or inf
         self._most_tokens: float = settings.tokens or inf
         self._largest = min(self._most_tokens, settings.decode_tokens or inf)
+        self._targets = settings.slo != "off"
+        self._refuses = settings.slo == "refuse"
         self._most_waiting = settings.queue
         self._most_bytes = settings.queue_bytes
         self._queue = FairQueue()
@@ -59,7 +62,7 @@ class Schedule:
 
         Raises:
             TooManyTokens, RateLimited: by its client's bounds, or by its size.
-            QueueFull, DeadlineTooClose: it may neither start nor wait.
+            QueueFull, DeadlineTooClose, TargetMissed: it may neither start nor wait.
         """
         tokens = ticket.tokens
         if tokens > self._largest:
@@ -68,6 +71,8 @@ class Schedule:
                 f"most {self._largest}"
             )
         client = ticket.client
+        if self._targets:
+            self._see_to_target(ticket)
         client.enter(tokens)
         if (
             not self._queue.count
@@ -90,6 +95,8 @@ class Schedule:
         while (ticket := self._queue.first(blocked)) is not None:
             if ticket.deadline <= now:
                 self.expire(ticket, now)
+            elif now > ticket.due and not ticket.best_effort:
+                self._miss(ticket, now)
             elif self._room is not None and not self._room.has(ticket):
                 blocked.add(ticket.model)
             elif self.requests >= self._most_requests or self.tokens + ticket.tokens > self._most_tokens:
@@ -127,6 +134,37 @@ class Schedule:
             self.leave(ticket, now)
             _settle(ticket, error)
 
+    def _see_to_target(self, ticket: Ticket) -> None:
+        """Note when a new request has to start, and that it is best effort where that has passed.
+
+        Raises:
+            TargetMissed: it has, and such a request is refused.
+        """
+        ticket.due = ticket.arrived + ticket.client.target - ticket.expected
+        if ticket.due < ticket.arrived:
+            if self._refuses:
+                raise self._missed(ticket, ticket.expected, ticket.arrived)
+            ticket.best_effort = True
+
+    def _miss(self, ticket: Ticket, now: float) -> None:
+        """A request that waits can no longer meet its target."""
+        if not self._refuses:
+            self._queue.put_behind(ticket)
+            return
+        error = self._missed(ticket, now - ticket.arrived + ticket.expected, now)
+        self.leave(ticket, now)
+        _settle(ticket, error)
+
+    def _missed(self, ticket: Ticket, seconds: float, now: float) -> TargetMissed:
+        return TargetMissed(
+            f"the first token is expected {seconds:.2g} s after the request came, later than its target of "
+            f"{ticket.client.target:g} s",
+            retry_after=max(
+                self._pace.retry_after(self._queue.count, now),
+                min(LATEST, ceil(seconds - ticket.client.target)),
+            ),
+        )
+
     def refuse_all(self, error: Callable[[], GatewayError], now: float) -> None:
         """Turn everybody away who waits."""
         for ticket in list(self._queue):
@@ -150,6 +188,10 @@ class Schedule:
                 f"({ticket.deadline - now:.1f} s)",
                 retry_after=self._pace.retry_after(queue.count, now),
             )
+        if wait is not None and now + wait > ticket.due and not ticket.best_effort:
+            if self._refuses:
+                raise self._missed(ticket, wait + ticket.expected, now)
+            ticket.best_effort = True
         if last is not None:
             self.leave(last, now)
             _settle(last, self._full(now))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -30,7 +31,10 @@ class Ticket(msgspec.Struct, eq=False):
         prefill_tokens, tokens: what its leases will count on the prefill and on the decode backend.
         size: bytes of its body.
         arrived, deadline: by the clock of its `Admission`.
+        expected: seconds from its start to its first token, as its backends are now.
     Attributes:
+        due: when it has to start to meet its target; infinite where it has none.
+        best_effort: it cannot meet its target any more, and goes behind those of its client's that can.
         number: its place in the order of arrival.
         started: when it was let in.
         claim: room that is kept for it between its being let in and its leases.
@@ -46,6 +50,9 @@ class Ticket(msgspec.Struct, eq=False):
     size: int
     arrived: float
     deadline: float
+    expected: float = 0.0
+    due: float = inf
+    best_effort: bool = False
     state: State = "new"
     number: int = 0
     started: float = 0.0

@@ -51,6 +51,7 @@ _INFERENCE: Kinds = (
     errors.Draining,
     errors.QueueFull,
     errors.DeadlineTooClose,
+    errors.TargetMissed,
     errors.QueueTimedOut,
     errors.TotalTimedOut,
     errors.BackendUnreachable,

@@ -207,6 +207,7 @@ def enter(
     tokens: int,
     size: int,
     patience: float,
+    expected: float = 0.0,
 ) -> Ticket:
     """A ticket for the request (see `Admission.enter`), and in the record what became of it.
 
@@ -222,11 +223,13 @@ def enter(
             tokens=tokens,
             size=size,
             patience=patience,
+            expected=expected,
         )
     except GatewayError as error:
         record.refused = error.code
         raise
     record.admitted = ticket.state == "running"
+    record.best_effort = ticket.best_effort
     return ticket
 
 
@@ -239,6 +242,7 @@ async def turn(admission: Admission, ticket: Ticket, record: RequestRecord) -> N
     try:
         await admission.turn(ticket)
         record.admitted = True
+        record.best_effort = ticket.best_effort
     except GatewayError as error:
         record.refused = error.code
         raise

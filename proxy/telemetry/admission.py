@@ -43,17 +43,25 @@ class AdmissionSink(Collector):
             "Requests that admission turned away, at once or out of the queue, by the error's code and the client.",
             ("code", "client"),
         )
+        self._best_effort = Count(
+            "pd_proxy_best_effort",
+            "Requests that could not meet their target for the first token and went behind those that could.",
+            ("client",),
+        )
         self._waited = self._queued.at()
 
     def finished(self, record: RequestRecord) -> None:
         if record.admitted:
             self._waited.observe(record.queued_seconds)
+            if record.best_effort:
+                self._best_effort.values[(record.client,)] += 1
         elif record.refused:
             self._refused.values[record.refused, record.client] += 1
 
     def collect(self) -> Iterator[Metric]:
         yield self._queued.collect()
         yield self._refused.collect()
+        yield self._best_effort.collect()
         state = self._admission
         yield GaugeMetricFamily("pd_proxy_queue_length", "Requests in the gateway's queue.", value=state.waiting)
         yield GaugeMetricFamily("pd_proxy_running_requests", "Requests that were let in.", value=state.requests)

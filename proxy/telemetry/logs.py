@@ -64,6 +64,7 @@ def _told(record: RequestRecord) -> dict[str, Any]:
         "stream": record.stream,
         "stage": record.stage,
         "queued": round(record.queued_seconds, 4),
+        "best_effort": record.best_effort,
         "prefill": record.prefill,
         "decode": record.decode,
         "leg": record.leg,

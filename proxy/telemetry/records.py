@@ -109,6 +109,7 @@ class RequestRecord(msgspec.Struct):
         admitted: it was let in.
         queued_seconds: how long it waited in the queue for that, or before it was refused or left.
         refused: the code of the error with which admission turned it away, or empty.
+        best_effort: it could not meet its target any more, and went behind those that could.
         retries: (leg, reason) of every try that failed and was followed by another.
         first_token_from: whose first token the client got, `prefill` or `decode`, of a pair; else empty.
         first_token_reason: why; the words are those of `docs/first-token.md`.
@@ -136,6 +137,7 @@ class RequestRecord(msgspec.Struct):
     admitted: bool = False
     queued_seconds: float = 0.0
     refused: str = ""
+    best_effort: bool = False
     prefill: str = ""
     decode: str = ""
     decode_pool: str = "decode"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import inf
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,3 +159,56 @@ def test_the_last_in_turn_gives_way_and_not_the_newcomer_when_it_would_go_before
     assert queue.gives_way(ticket(low, 1)) is None
     fill(queue, lowly := ticket(low, 1))
     assert queue.gives_way(ticket(hog, 100)) is lowly
+
+
+def urgent(of: Client, due: float, *, best_effort: bool = False) -> Ticket:
+    one = ticket(of)
+    one.due, one.best_effort = due, best_effort
+    return one
+
+
+def test_of_one_clients_requests_the_one_that_must_start_first_goes_first() -> None:
+    one, queue = client(), FairQueue()
+    late, soon, hopeless = urgent(one, 9.0), urgent(one, 3.0), urgent(one, 1.0, best_effort=True)
+    fill(queue, hopeless, late, soon)
+    assert drain(queue) == [soon, late, hopeless]
+
+
+def test_a_targets_urgency_takes_nothing_from_other_clients() -> None:
+    level, queue = Level(0), FairQueue()
+    hasty, patient = client("hasty", level), client("patient", level)
+    fill(queue, *(urgent(patient, inf) for _ in range(4)), *(urgent(hasty, float(n)) for n in range(4)))
+    order = [each.client.name for each in drain(queue)]
+    assert order[:4].count("hasty") == 2 and order[:6].count("hasty") == 3
+
+
+def test_who_is_put_behind_goes_last_of_its_own_and_keeps_its_clients_share() -> None:
+    level, queue = Level(0), FairQueue()
+    one, other = client("one", level), client("other", level)
+    first, second, third = urgent(one, 1.0), urgent(one, 2.0), urgent(other, inf)
+    fill(queue, first, second, third)
+    queue.put_behind(first)
+    assert first.best_effort and queue.count == 3
+    assert drain(queue) == [second, third, first]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.booleans(), st.sampled_from("prt")), max_size=40))
+def test_the_order_holds_whoever_comes_leaves_or_is_put_behind(steps: list[tuple[int, int, bool, str]]) -> None:
+    level, queue = Level(0), FairQueue()
+    clients = [client(str(n), level) for n in range(3)]
+    waiting: list[Ticket] = []
+    for who, due, best_effort, act in steps:
+        if act == "p":
+            one = urgent(clients[who], float(due), best_effort=best_effort)
+            queue.push(one)
+            waiting.append(one)
+        elif waiting and act == "r":
+            queue.remove(waiting.pop(due % len(waiting)))
+        elif waiting:
+            queue.put_behind(waiting[due % len(waiting)])
+        assert queue.count == len(waiting) and set(queue) == set(waiting)
+        if waiting:
+            head = queue.first(())
+            mine = [t for t in waiting if head is not None and t.client is head.client]
+            assert head is min(mine, key=lambda t: (t.best_effort, t.due, t.number))
+    assert set(drain(queue)) == set(waiting)

@@ -11,6 +11,7 @@ from proxy.errors import (
     GatewayError,
     QueueFull,
     RateLimited,
+    TargetMissed,
     TooManyTokens,
 )
 from tests.admission.helpers import Slots, Told, client, schedule, ticket
@@ -291,3 +292,72 @@ def test_time_after_the_last_one_gave_up_waiting_is_no_slowness() -> None:
     for _ in range(3):
         plan.arrive(new := ticket(one, now=now, patience=5.0))
         assert new.state == "waiting"
+
+
+def test_who_would_get_the_first_token_late_is_refused_at_once_where_that_is_set() -> None:
+    plan, one = schedule(slo="refuse"), client(target=1.0)
+    plan.arrive(ticket(one, expected=0.9))
+    with refusal(TargetMissed) as caught:
+        plan.arrive(ticket(one, expected=3.5))
+    assert caught.value.retry_after == 3 and "3.5 s" in str(caught.value) and "target of 1 s" in str(caught.value)
+    assert (one.requests, plan.requests, plan.waiting) == (1, 1, 0)
+
+
+def test_without_a_target_or_with_slo_off_nobody_is_late() -> None:
+    hopeless = ticket(client(), expected=1e9)
+    schedule(slo="refuse").arrive(hopeless)
+    other = ticket(client(target=0.1), expected=1e9)
+    schedule().arrive(other)
+    assert hopeless.state == other.state == "running"
+    assert not (hopeless.best_effort or other.best_effort)
+
+
+def test_what_has_become_late_in_the_queue_is_refused_when_it_is_its_turn() -> None:
+    plan, one, told = schedule(slo="refuse", requests=1), client(target=1.0), Told()
+    running = ticket(one)
+    plan.arrive(running)
+    late, fresh = told.listen(ticket(one, expected=0.5)), told.listen(ticket(one, now=0.6, expected=0.1))
+    plan.arrive(late)
+    plan.arrive(fresh)
+    plan.leave(running, 0.7)
+    plan.admit(0.7)
+    assert told.refused == [(late, "target_missed")] and told.let_in == [fresh]
+    plan.leave(fresh, 1.0)
+    assert (one.requests, plan.requests, plan.waiting) == (0, 0, 0)
+
+
+def test_best_effort_goes_behind_those_that_can_meet_their_target_and_is_served() -> None:
+    plan, one, told = schedule(slo="best_effort", requests=1), client(target=1.0), Told()
+    running = ticket(one)
+    plan.arrive(running)
+    hopeless, late = told.listen(ticket(one, expected=5.0)), told.listen(ticket(one, expected=0.5))
+    fresh = told.listen(ticket(one, now=0.6, expected=0.1))
+    for each in (hopeless, late, fresh):
+        plan.arrive(each)
+    assert hopeless.best_effort
+    assert not late.best_effort
+    now, served = 0.7, running
+    for expected in (fresh, hopeless, late):
+        plan.leave(served, now)
+        plan.admit(now)
+        assert told.let_in[-1] is expected
+        served, now = expected, now + 1
+    assert late.best_effort and told.refused == []
+
+
+def test_a_queue_that_is_too_slow_for_the_target_is_seen_on_arrival() -> None:
+    plan, one, told = schedule(slo="refuse", requests=1, queue_timeout=100.0), client(target=10.0), Told()
+    now, running = 0.0, ticket(one)
+    plan.arrive(running)
+    for _ in range(6):  # one leaves the queue every 4 s
+        waiting = told.listen(ticket(one, now=now, patience=100.0))
+        plan.arrive(waiting)
+        now += 4.0
+        plan.leave(running, now)
+        plan.admit(now)
+        running = waiting
+    for _ in range(2):
+        plan.arrive(ticket(one, now=now, patience=100.0))
+    with refusal(TargetMissed):
+        plan.arrive(ticket(one, now=now, patience=100.0))
+    assert plan.waiting == 2
