@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "proxy"
 
-ABOVE_FLOW = {"errors", "settings", "handoff", "placement", "fleet", "admission", "relay", "telemetry.records"}
+ABOVE_FLOW = {"errors", "settings", "handoff", "placement", "prefix", "fleet", "admission", "relay", "telemetry.records"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "decoding": set(),
@@ -19,7 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": {"errors", "variables"},
     "handoff": {"errors"},
     "placement": {"errors"},
-    "fleet": {"errors", "settings", "handoff.coordinates"},
+    "prefix": {"errors", "handoff"},
+    "fleet": {"errors", "settings", "handoff.coordinates", "prefix"},
     "admission": {"errors", "settings"},
     "relay": {"errors", "telemetry.records"},
     "flow": ABOVE_FLOW,
@@ -108,7 +109,7 @@ def test_a_room_imports_only_what_it_may(here: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", ["handoff", "placement"])
+@pytest.mark.parametrize("name", ["handoff", "placement", "prefix"])
 def test_rooms_without_io_import_nothing_that_has_any(name: str) -> None:
     files = [file for file in FILES if room(file) == name]
     assert len(files) > 2

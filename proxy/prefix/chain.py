@@ -1,0 +1,358 @@
+"""The prompt of a request as a chain of hashes: each stands for everything from the start to the end of its block.
+
+Engines find what they have of a prompt by hashes of its token ids, block by block. The gateway has no tokenizer, but
+two prompts whose bytes begin alike have tokens that begin alike, so it hashes the bytes of the JSON in the order in
+which a chat template has them: tools, system, messages. What else shapes the prompt or the engine's own hashes (model,
+adapter, `cache_salt`, template arguments, media) is under the first hash, and so under all. An adapter is a model by
+its name.
+
+Hashes are keyed: a client that could make two prompts collide could have the gateway believe what is not so. Workers
+that share what they know share the key.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from hashlib import blake2b
+from struct import unpack
+
+import msgspec
+
+from proxy.decoding import Undecodable, json_decoder
+from proxy.handoff.body import Body
+from proxy.handoff.endpoints import Members
+from proxy.prefix.blocks import IDS, TEXT, Blocks
+
+_SIZE = 8  # bytes of a hash
+
+_NAMING = (
+    *("model", "cache_salt", "lora_path", "extra_key", "truncation", "truncate_prompt_tokens", "features"),
+    *("mm_processor_kwargs", "media_io_kwargs", "multi_modal_data"),
+    *("image_data", "video_data", "audio_data", "modalities"),
+)
+"""Members that are in the names under which an engine keeps its blocks, or that cut or fill a prompt of ids too, in
+vLLM 0.32 and SGLang 0.5.23. Prompts that differ in one of them share nothing."""
+
+_TEMPLATE = (
+    *("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "add_special_tokens"),
+    *("documents", "reasoning_effort", "reasoning", "thinking", "prompt_embeds", "previous_input_messages"),
+)
+"""Members that shape the whole prompt where a template writes it. Likewise."""
+
+_CHOICE = "tool_choice"
+_USUAL_CHOICES = (b'"auto"', b'"required"')
+"""These leave the prompt as it is; `none` may leave the tools out, and some templates name a certain one."""
+
+_IN_IDS = frozenset(_NAMING)
+_IN_TEXT = frozenset((*_NAMING, *_TEMPLATE, _CHOICE))
+_NULL = b"null"
+_BLANKS = b" \t\r\n"
+
+
+class Chain(msgspec.Struct, frozen=True, gc=False):
+    """One prompt.
+
+    Attributes:
+        hashes: of everything from the start to the end of each whole block, first block first; 64 bits each.
+        tokens: of the prompt: `Body.prompt_tokens`, which is an estimate, or exact where it came as ids.
+        units: bytes of the prompt's text, or its ids.
+        scale: tokens for each unit.
+        blocks: where blocks end, in units.
+        exact: a unit is a token.
+        root: hash of what is under all others; what a conversation goes on from has the same.
+    """
+
+    hashes: tuple[int, ...]
+    tokens: int
+    units: int
+    scale: float
+    blocks: Blocks = TEXT
+    exact: bool = False
+    root: int = 0
+
+    @property
+    def block_tokens(self) -> float:
+        """Tokens that the first block stands for; later ones stand for more (`blocks.py`)."""
+        return self.blocks.sizes[0] * self.scale
+
+    def tokens_of(self, count: int) -> int:
+        """Tokens in so many of the first blocks."""
+        return int(self.blocks.ends[count - 1] * self.scale) if count else 0
+
+
+EMPTY = Chain(hashes=(), tokens=0, units=0, scale=1.0)
+"""A prompt of which nothing can be looked for."""
+
+
+def chain_of(body: Body, key: bytes, earlier: Chain | None = None) -> Chain:
+    """The chain of a request's prompt. Costs what it takes to hash its bytes, whatever is in them.
+
+    Of a batch the first prompt shares its blocks with the same prompt alone, and the others only with the same batch.
+
+    Arguments:
+        key: of the hashes, 16 to 64 bytes that no client knows; the same in all workers of a gateway.
+        earlier: the chain of the response that the request goes on from (`Body.follows`), where it is known.
+    """
+    members = body.members
+    name, raw = _main(members)
+    if raw is None:
+        return EMPTY
+    if name in _MAYBE_IDS and (inside := _inside_of_ids(raw)) is not None:
+        chain = _chain_of_json_ids(inside, _root(members, _IN_IDS, b"ids", key), key)
+        if chain is not None:
+            return chain
+    root = _root(members, _IN_TEXT, b"text", key)
+    before = _before(members)
+    said = _opened(raw, batch=name == "prompt" or name == "text")
+    if name == "input":
+        return _chain_of_response(body, before, said, root, key, earlier)
+    return _chain_of_text(body, before, said, root, key)
+
+
+def chain_of_ids(ids: Iterable[int], root: int, key: bytes) -> Chain:
+    """The chain of a prompt of token ids.
+
+    Arguments:
+        ids: numbers of at most 32 bits.
+        root: `root_of_ids`.
+        key: as for `chain_of`.
+    Raises:
+        OverflowError: an id has more than 32 bits, or is negative.
+    """
+    return _chain_of_array(array("I", ids), _to_bytes(root), key)
+
+
+def root_of_ids(model: str, key: bytes, cache_salt: str = "") -> int:
+    """What is under the chain of a prompt of ids that asks for nothing but a model: as `chain_of` has it of a request
+    with these members alone."""
+    members: Members = {"model": msgspec.Raw(_encode(model))}
+    if cache_salt:
+        members["cache_salt"] = msgspec.Raw(_encode(cache_salt))
+    return int.from_bytes(_root(members, _IN_IDS, b"ids", key), "little")
+
+
+def link_ids(previous: int, ids: Iterable[int], key: bytes) -> int:
+    """The hash at the end of a block of token ids.
+
+    Arguments:
+        previous: the hash at the end of the block before it, or `root_of_ids`.
+        ids: all of the block's, as many as `blocks.IDS` says.
+    Raises:
+        OverflowError: an id has more than 32 bits, or is negative.
+    """
+    linked = blake2b(_to_bytes(previous) + array("I", ids).tobytes(), key=key, digest_size=_SIZE)
+    return int.from_bytes(linked.digest(), "little")
+
+
+def _to_bytes(hashed: int) -> bytes:
+    return hashed.to_bytes(_SIZE, "little")
+
+
+_encode = msgspec.json.Encoder().encode
+
+_MAINS = ("messages", "prompt", "input", "token_ids", "text", "input_ids", "input_embeds")
+_MAYBE_IDS = frozenset({"prompt", "token_ids", "input_ids"})
+
+
+def _main(members: Members) -> tuple[str, msgspec.Raw | None]:
+    """The member that is the prompt, and its name."""
+    for name in _MAINS:
+        raw = members.get(name)
+        if raw is not None and bytes(memoryview(raw)[:1]) != b"n":  # null
+            return name, raw
+    return "", None
+
+
+def _root(members: Members, shaping: frozenset[str], kind: bytes, key: bytes) -> bytes:
+    """A hash of what is under all others."""
+    parts = [kind]
+    for name in sorted(shaping.intersection(members)):
+        value = bytes(members[name])
+        if value == _NULL or (name == _CHOICE and value in _USUAL_CHOICES):
+            continue
+        parts += name.encode(), value
+    return blake2b(b"\0".join(parts), key=key, digest_size=_SIZE).digest()  # no JSON has a zero byte
+
+
+def _before(members: Members) -> list[bytes | msgspec.Raw]:
+    """What a template writes before the messages, each part with a mark in front that no JSON value begins with."""
+    parts: list[bytes | msgspec.Raw] = []
+    for name, mark in _BEFORE:
+        if (part := members.get(name)) is not None:
+            parts += mark, part
+    if parts:
+        parts.append(b"\3")
+    return parts
+
+
+_BEFORE = (("tools", b"\1"), ("system", b"\2"), ("instructions", b"\2"))
+
+
+def _opened(raw: msgspec.Raw, batch: bool) -> memoryview:
+    """A prompt without the mark that closes it, so that one that goes on has the same bytes that far; and without the
+    bracket round a batch of texts."""
+    view = memoryview(raw)
+    end = len(view)
+    if end and view[end - 1] in b'"]}':
+        end -= 1
+        while end and view[end - 1] in _BLANKS:
+            end -= 1
+    start = 0
+    if batch and bytes(view[:1]) == b"[":
+        start = 1
+        while start < end and view[start] in _BLANKS:
+            start += 1
+    return view[start:end]
+
+
+def _chain_of_text(
+    body: Body, before: list[bytes | msgspec.Raw], said: bytes | memoryview, root: bytes, key: bytes
+) -> Chain:
+    if before:
+        said = b"".join((*before, said))
+    if body.media:
+        said = _without_media(bytes(said), key)
+    units = len(said)
+    return Chain(
+        hashes=_hash_text(said, root, 0, 0, key),
+        tokens=body.prompt_tokens,
+        units=units,
+        scale=body.prompt_tokens / units if units else 1.0,
+    )
+
+
+def _hash_text(said: bytes | memoryview, seed: bytes, first: int, start: int, key: bytes) -> tuple[int, ...]:
+    """The hashes of the whole blocks that end in a text.
+
+    Arguments:
+        seed: stands for all that is before the text.
+        first: how many blocks end before it.
+        start: units before it.
+    """
+    running = blake2b(seed, key=key, digest_size=_SIZE)
+    update, digest = running.update, running.digest
+    view = memoryview(said)
+    digests = []
+    at = 0
+    for end in TEXT.ends[first : TEXT.whole(start + len(view))]:
+        end -= start
+        update(view[at:end])
+        digests.append(digest())
+        at = end
+    return unpack(f"<{len(digests)}Q", b"".join(digests))
+
+
+def _chain_of_response(
+    body: Body,
+    before: list[bytes | msgspec.Raw],
+    said: memoryview,
+    root: bytes,
+    key: bytes,
+    earlier: Chain | None,
+) -> Chain:
+    """The chain of what OpenAI's responses are asked.
+
+    The text between an earlier prompt and what is asked now is the engine's answer and perhaps more, which nobody sees
+    here. The id of the response stands for all of it: two requests share blocks beyond the earlier prompt only if they
+    go on from the same response.
+    """
+    head = blake2b(b"".join((root, *before)), key=key, digest_size=_SIZE).digest()
+    under = int.from_bytes(head, "little")
+    follows = body.follows.encode()
+    if not follows:
+        return msgspec.structs.replace(_chain_of_text(body, before, said, root, key), root=under)
+    if earlier is None or earlier.root != under:
+        seed = blake2b(root + follows, key=key, digest_size=_SIZE).digest()
+        return msgspec.structs.replace(_chain_of_text(body, before, said, seed, key), root=under)
+    text: bytes | memoryview = _without_media(bytes(said), key) if body.media else said
+    last = earlier.hashes[-1] if earlier.hashes else earlier.root
+    seed = blake2b(_to_bytes(last) + follows, key=key, digest_size=_SIZE).digest()
+    units, tokens = earlier.units + len(text), earlier.tokens + body.prompt_tokens
+    return Chain(
+        hashes=earlier.hashes + _hash_text(text, seed, len(earlier.hashes), earlier.units, key),
+        tokens=tokens,
+        units=units,
+        scale=tokens / units if units else 1.0,
+        root=under,
+    )
+
+
+_MEDIUM = b";base64,"
+_MOST_MEDIA = 1024
+_SHORT_MEDIUM = 4096  # bytes; a shorter one stays as it is
+_MEDIUM_UNITS = 4000  # bytes that stand for one: as much text as `Body.prompt_tokens` takes a medium for
+_MEDIUM_DIGEST = 16
+
+
+def _without_media(said: bytes, key: bytes) -> bytes:
+    """A text with a digest in the place of each long medium, since an image of a megabyte is no more of a prompt than
+    some pages of text."""
+    parts: list[bytes | memoryview] = []
+    view = memoryview(said)
+    at = place = 0
+    for _ in range(_MOST_MEDIA):
+        place = said.find(_MEDIUM, place)
+        if place < 0:
+            break
+        place += len(_MEDIUM)
+        end = said.find(b'"', place)
+        if end < 0:
+            break
+        if end - place >= _SHORT_MEDIUM:
+            digest = blake2b(view[place:end], key=key, digest_size=_MEDIUM_DIGEST).digest()
+            parts += view[at:place], digest * (_MEDIUM_UNITS // _MEDIUM_DIGEST)
+            at = end
+        place = end
+    return b"".join((*parts, view[at:])) if parts else said
+
+
+_decode_ids = json_decoder(list[int])
+_PIECE = 256 * 1024  # bytes of JSON whose numbers are objects at the same time
+
+
+def _inside_of_ids(raw: msgspec.Raw) -> bytes | None:
+    """What is between the brackets of a list of numbers, or of a list of one such list; None where it is neither."""
+    said = bytes(raw)
+    start = said[:64].lstrip(b"[" + _BLANKS)
+    depth = said[:64].count(b"[")
+    if not start[:1].isdigit() or not 1 <= depth <= 2 or said.count(b"[") > depth:
+        return None
+    return said.strip(b"[]" + _BLANKS)
+
+
+def _chain_of_json_ids(inside: bytes, root: bytes, key: bytes) -> Chain | None:
+    """The chain of a prompt of ids; None where it is none. Its numbers are made and put away piece by piece."""
+    ids = array("I")
+    at, size = 0, len(inside)
+    try:
+        while at < size:
+            end = size if size - at <= _PIECE else inside.rfind(b",", at, at + _PIECE)
+            if end < 0:
+                return None
+            ids.fromlist(_decode_ids(b"[%b]" % inside[at:end]))
+            at = end + 1
+    except (Undecodable, OverflowError):
+        return None
+    return _chain_of_array(ids, root, key)
+
+
+def _chain_of_array(ids: array[int], root: bytes, key: bytes) -> Chain:
+    count, width = len(ids), ids.itemsize
+    data = ids.tobytes()
+    previous, at = root, 0
+    digests = []
+    for end in IDS.ends[: IDS.whole(count)]:
+        end *= width
+        previous = blake2b(previous + data[at:end], key=key, digest_size=_SIZE).digest()
+        digests.append(previous)
+        at = end
+    return Chain(
+        hashes=unpack(f"<{len(digests)}Q", b"".join(digests)),
+        tokens=count,
+        units=count,
+        scale=1.0,
+        blocks=IDS,
+        exact=True,
+        root=int.from_bytes(root, "little"),
+    )
