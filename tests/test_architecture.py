@@ -11,7 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "proxy"
 
-ABOVE_FLOW = {"errors", "settings", "handoff", "placement", "prefix", "fleet", "admission", "relay", "telemetry.records"}
+ABOVE_FLOW = {
+    "errors",
+    "settings",
+    "handoff",
+    "placement",
+    "prefix",
+    "fleet",
+    "admission",
+    "relay",
+    "telemetry.records",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "decoding": set(),
