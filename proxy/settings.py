@@ -61,7 +61,7 @@ SENDS_NOTICES = {"lmcache_pd"}
 """The connectors whose prefill engines say at `zmq.notices` that a KV cache has arrived."""
 REGISTER = {"moriio_read", "moriio_write", "p2p_nccl"}
 """The connectors whose engines say at `zmq.registrations` where they are reached."""
-PolicyName = Literal["least_loaded", "round_robin", "random", "power_of_two"]
+PolicyName = Literal["auto", "least_loaded", "prefix", "session", "round_robin", "random", "power_of_two"]
 
 
 class Misfit(ValueError):

@@ -17,6 +17,7 @@ from proxy.errors import BackendError, BackendLost
 from proxy.fleet.facts import Facts
 from proxy.fleet.findings import NEVER, HandoffState
 from proxy.fleet.kinds import KINDS, Kind
+from proxy.fleet.speeds import PoolSpeeds, Speeds
 from proxy.fleet.standing import LegName, Standing
 from proxy.handoff.coordinates import Coordinates
 
@@ -56,6 +57,7 @@ class Backend:
         known: it has been up before, or has been there since the gateway's start.
         standings: how it does at each leg.
         factor: the share of its usual load that it may be given, in (0, 1]; below 1 after its return.
+        speeds: how fast it is, as learnt.
         slow_since: when it returned, while `factor` is below 1.
         resting_until: it has said that it is busy, and when to come back.
         elsewhere_requests, elsewhere_tokens: what other workers of this gateway have in flight here (`board.py`).
@@ -99,6 +101,7 @@ class Backend:
         "resting_until",
         "role",
         "slow_since",
+        "speeds",
         "standings",
         "tell",
         "told",
@@ -107,7 +110,15 @@ class Backend:
         "version",
     )
 
-    def __init__(self, url: str, role: Role, *, kind: Kind = KINDS["vllm"], window: float = 30.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        role: Role,
+        *,
+        kind: Kind = KINDS["vllm"],
+        window: float = 30.0,
+        speeds: Speeds | None = None,
+    ) -> None:
         self.url = url
         self.role = role
         self.kind = kind
@@ -133,6 +144,7 @@ class Backend:
         self.known = False
         legs: tuple[LegName, ...] = ("encode",) if role == "encode" else ("prefill", "decode")
         self.standings: dict[LegName, Standing] = {leg: Standing(window) for leg in legs}
+        self.speeds = speeds or PoolSpeeds().join()
         self.factor = 1.0
         self.slow_since: float | None = None
         self.resting_until = 0.0

@@ -20,6 +20,7 @@ from proxy.fleet.kinds import KINDS
 from proxy.fleet.pairing import Pairing, models_apart
 from proxy.fleet.protocols import Protocols
 from proxy.fleet.rotation import Rotation
+from proxy.fleet.speeds import PoolSpeeds
 from proxy.fleet.standing import LegName
 from proxy.handoff.coordinates import Coordinates
 from proxy.settings import DEFAULT_GROUP, Settings
@@ -47,11 +48,14 @@ class Fleet:
         warmups: how many warm-ups there were, by the code of what was found (`findings.py`), or `ok`.
         pairs_are_tried: by warm-ups, so that a group is not ready before a hand-off of it has worked.
         answers_alone: the connectors whose decode engines answer a request without a hand-off right.
+        speeds: what the engines of a pool and group have in common, by both.
         before_choice: called before backends are told apart by their load, where there are other workers.
     """
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = monotonic) -> None:
         self._window = settings.breaker.window
+        self._clock = clock
+        self.speeds: dict[tuple[Role, str], PoolSpeeds] = {}
         self.rotation = Rotation(settings.breaker, self._peers, clock)
         self.succeeded = self.rotation.succeeded
         self.budgets = Budgets(settings.retries, self.pool)
@@ -308,7 +312,8 @@ class Fleet:
         if backend := self.find(url, role):
             self.undrain(backend)
             return backend
-        backend = Backend(url, role, kind=self._kinds[group], window=self._window)
+        speeds = self.speeds.setdefault((role, group), PoolSpeeds()).join()
+        backend = Backend(url, role, kind=self._kinds[group], window=self._window, speeds=speeds)
         backend.group = group
         backend.locate(self.placed(url))
         backend.known = True  # the others have been at it for longer
@@ -374,6 +379,7 @@ class Fleet:
                 pool.remove(backend)
                 self.sizes[backend.role] -= 1
                 self.rotation.forget(backend)
+                self.speeds[backend.role, backend.group].leave(backend.speeds)
                 self._regroup(backend.group)
                 log.info("%s backend %s has left", backend.role, backend.url)
                 if self.on_leave is not None:
@@ -466,6 +472,7 @@ class Fleet:
         """Mark a backend down; its prober brings it back."""
         if backend.up:
             log.warning("%s backend %s is out: %s", backend.role, backend.url, reason)
+            backend.speeds.left(self._clock())
         backend.mark_down(reason)
         backend.attention.set()
         self._room_changed()
@@ -477,6 +484,7 @@ class Fleet:
         log.info("%s backend %s is up", backend.role, backend.url)
         backend.mark_up()
         self.rotation.returned(backend)
+        backend.speeds.returned(self._clock())
         self._room_changed()
         if self.on_up is not None:
             self.on_up(backend)

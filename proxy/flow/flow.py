@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import inf
@@ -36,7 +36,7 @@ from proxy.errors import (
 from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
-from proxy.fleet.kinds import KINDS
+from proxy.fleet.kinds import KINDS, Kind
 from proxy.fleet.pairing import same_weights
 from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
@@ -51,7 +51,9 @@ from proxy.handoff.body import Body
 from proxy.handoff.connector import UNKNOWN, Connector
 from proxy.handoff.endpoints import LAYOUTS
 from proxy.handoff.plan import Leg
-from proxy.placement.decide import Decision, View, choose, decide
+from proxy.placement.ask import Ask
+from proxy.placement.decide import Decision, choose, decide
+from proxy.placement.eligibility import Members, Needs, Rules, eligible
 from proxy.relay.answers import read_usage
 from proxy.relay.cache_counts import CacheCounts
 from proxy.relay.prompt_logprobs import STREAM_LIMIT, PromptLogprobs
@@ -117,21 +119,16 @@ class Flow:
         names = {group.connector for group in settings.all_groups()}
         in_use = [connector for name, connector in connectors.items() if name in names or "auto" in names]
         self._first_tokens = FirstTokens(settings, in_use)
-        self._all_plain = all(connector.plain_decode for connector in in_use)
-        self._splits_somewhere = frozenset[str]().union(*(connector.splits for connector in in_use))
-        self._endpoints_somewhere = frozenset[str]().union(*(connector.endpoints for connector in in_use))
-        kinds = [KINDS[name] for name in {group.kind for group in settings.all_groups()}]
-        self._endpoints_everywhere = self._endpoints_somewhere.intersection(
-            *(one.endpoints for one in in_use),
-            (name for name, layout in LAYOUTS.items() if all(layout.path in kind.routes for kind in kinds)),
+        self._endpoints = frozenset[str]().union(*(connector.endpoints for connector in in_use))
+        self._rules = _rules(
+            self._connectors, in_use, [KINDS[name] for name in {g.kind for g in settings.all_groups()}]
         )
-        self._splits_everywhere = self._splits_somewhere.intersection(*(connector.splits for connector in in_use))
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
 
     def may_split(self, body: Body) -> bool:
         """Whether prefill and decode backends of some group can share a request."""
-        return body.endpoint in self._endpoints_somewhere and (not body.alone or body.alone in self._splits_somewhere)
+        return body.endpoint in self._endpoints and (not body.alone or body.alone in self._rules.splits_somewhere)
 
     @property
     def hops(self) -> Hops:
@@ -240,7 +237,7 @@ class Flow:
         if transcript.text is None and not transcript.unsure:
             return ""
         roles: tuple[Role, ...] = ("decode", "mixed", "prefill")
-        known = [backend for role in roles for backend in self._same(request, self._fleet.candidates(role, model))]
+        known = [one for role in roles for one in self._fleet.candidates(role, model) if _fits(request, one)]
         for backend in sorted(known, key=lambda backend: backend.url in request.avoid):
             try:
                 return await settle(transcript, partial(self._legs.detokenize, backend, model))
@@ -279,47 +276,46 @@ class Flow:
             NoBackend: nothing is up; or, after a failed try, that try's own error where it says more.
         """
         body, fleet, record = request.body, self._fleet, request.record
-        prefill = fleet.candidates("prefill", body.model, request.prefill_tokens)
-        decode = fleet.candidates("decode", body.model, request.decode_tokens)
-        mixed = fleet.candidates("mixed", body.model, request.decode_tokens)
-        pairs, plain = None, None
-        configured: Mapping[str, int] = fleet.sizes
-        if not (self._all_plain and fleet.pairing.simple and request.continuation is None):
-            prefill, decode, mixed = self._fitting(request, prefill, decode, mixed)
-            pairs, configured = fleet.pairer(body.model), fleet.configured(body.model)
-            if not self._all_plain:
-                plain = [backend for backend in decode if self._connectors[backend.connector].plain_decode]
-        alone = body.alone
-        if alone in self._splits_somewhere or body.endpoint not in self._endpoints_everywhere:
-            able = [backend for backend in prefill if self._splits(backend, body)]
-            if able or alone in self._splits_everywhere:
-                prefill, alone = able, ""
-            else:
-                alone = alone or "endpoint"
-            if LAYOUTS[body.endpoint].of_one_make:
-                decode, mixed = self._of_its_make(decode, body), self._of_its_make(mixed, body)
-                plain = None if plain is None else self._of_its_make(plain, body)
-                prefill, alone = able, body.alone  # where no such engine prefills, it is that it is down
-            else:
-                decode, mixed = _offering(decode, body), _offering(mixed, body)
-                plain = None if plain is None else _offering(plain, body)
-        view = View(prefill=prefill, decode=decode, mixed=mixed, configured=configured, pairs=pairs, plain=plain)
-        if request.pinned:
-            view = _only(view, request.pinned)
-        if not alone and body.endpoint in _UNRANKED:
-            alone = self._unpinnable(view)
-        if record.retries and not alone and (view.mixed or view.plain is None or view.plain):
-            alone = self._given_up_handoff(request)
+        candidates, model, continues = fleet.candidates, body.model, request.continuation is not None
+        straight = self._rules.all_plain and fleet.pairing.simple and not continues
+        members = Members(
+            candidates("prefill", model),
+            candidates("decode", model),
+            candidates("mixed", model),
+            configured=fleet.sizes if straight else fleet.configured(model),
+            pairs=None if straight else fleet.pairer(model),
+            bounded=fleet.bounded,
+        )
+        layout = LAYOUTS[body.endpoint]
+        needs = Needs(
+            model,
+            request.prefill_tokens,
+            request.decode_tokens,
+            body.endpoint,
+            layout.path,
+            of_one_make=layout.of_one_make,
+            ranked=layout.ranked,
+            alone=body.alone,
+            given_up=self._given_up_handoff(request) if record.retries else "",
+            pinned=request.pinned,
+            fits=partial(_fits, request) if continues else None,
+        )
+        found = eligible(members, needs, self._rules)
         self._turn += 1
         try:
             decision = decide(
-                view,
-                alone=alone,
+                found.view,
+                Ask(
+                    self._random,
+                    self._turn,
+                    monotonic(),
+                    request.prefill_tokens,
+                    request.decode_tokens,
+                    avoid=request.avoid,
+                    prefer=request.prefill,
+                ),
+                alone=found.alone,
                 policies=self._policies,
-                avoid=request.avoid,
-                prefer=request.prefill,
-                random=self._random,
-                turn=self._turn,
                 allow_local_prefill=self._local_prefill,
                 prefill_alone=body.max_tokens is not None
                 and self._first_tokens.is_prefills(body.max_tokens)
@@ -337,46 +333,6 @@ class Flow:
         if decision.fallback == "no_prefill_backend" and fleet.models_apart(body.model):
             record.fallback = "no_matching_pair"  # they are up, and serve other models
         return decision
-
-    def _splits(self, backend: Backend, body: Body) -> bool:
-        """Whether a prefill backend's engines share a request with decode."""
-        connector = self._connectors[backend.connector]
-        return body.endpoint in connector.endpoints and (not body.alone or body.alone in connector.splits)
-
-    def _of_its_make(self, backends: list[Backend], body: Body) -> list[Backend]:
-        """Those of some backends whose engines have a request's endpoint, where no other make has it."""
-        path = LAYOUTS[body.endpoint].path
-        return [
-            backend
-            for backend in backends
-            if path in backend.kind.routes or body.endpoint in self._connectors[backend.connector].endpoints
-        ]
-
-    def _unpinnable(self, view: View[Backend]) -> str:
-        """Why the legs of a request that cannot be told a rank would not find each other, or an empty string: there are
-        several for prefill's."""
-        if any(backend.ranks and self._connectors[backend.connector].meets for backend in view.prefill):
-            return "data_parallel"
-        return ""
-
-    def _fitting(self, request: Request, *pools: list[Backend]) -> tuple[list[Backend], ...]:
-        """Of the prefill, decode and mixed backends that may be given a request, those that fit it and each other,
-        where not every pair is as good as any other."""
-        prefill, decode, mixed = pools
-        fleet, model = self._fleet, request.body.model
-        pairs = fleet.pairer(model)
-        if pairs is not None and fleet.bounded and not any(pairs(p, d) for d in decode for p in prefill):
-            # Those with room may be of different groups; a full pair is better than none.
-            prefill, decode = fleet.candidates("prefill", model), fleet.candidates("decode", model)
-        if request.continuation is None:
-            return prefill, decode, mixed
-        return self._same(request, prefill), self._same(request, decode), self._same(request, mixed)
-
-    @staticmethod
-    def _same(request: Request, backends: list[Backend]) -> list[Backend]:
-        """Those of some backends that may go on with an answer which another began: they have the same weights, and so
-        the same tokenizer."""
-        return [backend for backend in backends if same_weights(request.cards, backend.models, request.body.model)]
 
     def _given_up_handoff(self, request: Request) -> str:
         """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
@@ -674,8 +630,8 @@ class Flow:
             fresh = [backend for backend in fresh if backend.facts is not None and backend.facts.fits(facts[1])]
         if not fresh:
             return None
-        policy = self._policies["decode"]
-        return choose(fresh, policy, avoid=frozenset(), random=self._random, turn=self._turn)
+        ask = Ask(self._random, self._turn, monotonic(), request.prefill_tokens, request.decode_tokens)
+        return choose(fresh, "decode", self._policies["decode"], ask)
 
     def _may_read(self, limbo: Limbo, decodes: list[Backend], model: str | None) -> list[Backend]:
         """Those of some decode backends that a hand-off may go to."""
@@ -692,14 +648,38 @@ class Flow:
             self._fleet.has_lost(backend, request.body.model)
 
 
+def _rules(connectors: Mapping[str, Connector], in_use: Sequence[Connector], kinds: Sequence[Kind]) -> Rules:
+    """What the connectors can do.
+
+    Arguments:
+        connectors: all that there are, by name.
+        in_use: those that engines here may speak.
+        kinds: of these engines.
+    """
+    splits = frozenset[str]().union(*(connector.splits for connector in in_use))
+    endpoints = frozenset[str]().union(*(connector.endpoints for connector in in_use))
+    return Rules(
+        splits={name: connector.splits for name, connector in connectors.items()},
+        endpoints={name: connector.endpoints for name, connector in connectors.items()},
+        plain=frozenset(name for name, connector in connectors.items() if connector.plain_decode),
+        meets=frozenset(name for name, connector in connectors.items() if connector.meets),
+        all_plain=all(connector.plain_decode for connector in in_use),
+        splits_somewhere=splits,
+        splits_everywhere=splits.intersection(*(connector.splits for connector in in_use)),
+        endpoints_everywhere=endpoints.intersection(
+            *(connector.endpoints for connector in in_use),
+            (name for name, layout in LAYOUTS.items() if all(layout.path in kind.routes for kind in kinds)),
+        ),
+    )
+
+
 _NOBODY = nullcontext(None)
-_UNRANKED = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not layout.ranked)
 
 
-def _offering(backends: list[Backend], body: Body) -> list[Backend]:
-    """Those of some backends whose kind has a request's endpoint; all where none has, since engines say it best."""
-    path = LAYOUTS[body.endpoint].path
-    return [backend for backend in backends if backend.offers(path)] or backends
+def _fits(request: Request, backend: Backend) -> bool:
+    """Whether a backend may go on with an answer which another began: it has the same weights, and so the same
+    tokenizer."""
+    return same_weights(request.cards, backend.models, request.body.model)
 
 
 def _lease(prefill: Backend | None, request: Request) -> AbstractContextManager[Lease | None]:
@@ -723,13 +703,6 @@ def _went_well(task: asyncio.Task[None]) -> bool:
 def _backoff(tries: int) -> float:
     """Seconds before try number `tries`."""
     return min(_FIRST_BACKOFF * 2.0 ** (tries - 2), _LONGEST_BACKOFF)
-
-
-def _only(view: View[Backend], url: str) -> View[Backend]:
-    """A view in which only one backend can answer."""
-    decode, mixed = ([backend for backend in pool if backend.url == url] for pool in (view.decode, view.mixed))
-    plain = None if view.plain is None else [backend for backend in view.plain if backend.url == url]
-    return View(prefill=(), decode=decode, mixed=mixed, configured=view.configured, plain=plain)
 
 
 def _urls(decision: Decision[Backend]) -> set[str]:

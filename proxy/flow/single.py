@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from time import monotonic
 from typing import Protocol
 
 import msgspec
@@ -36,6 +37,7 @@ from proxy.flow.hops import Hops
 from proxy.flow.legs import EVENT_STREAM, Legs, leg_of
 from proxy.flow.request import leg_id
 from proxy.flow.suspicion import Cuts, Suspicion, warn
+from proxy.placement.ask import Ask
 from proxy.placement.decide import choose
 from proxy.relay.answers import engine_error, read_usage
 from proxy.relay.carry import Carry
@@ -270,8 +272,9 @@ class Single:
                 raise error
             raise self._nobody(request)
         self._turn += 1
-        policy = self._policies[candidates[0].role]
-        backend = choose(candidates, policy, avoid=frozenset(), random=self._random, turn=self._turn)
+        role, tokens = candidates[0].role, request.tokens
+        ask = Ask(self._random, self._turn, monotonic(), tokens, tokens)
+        backend = choose(candidates, role, self._policies[role], ask)
         request.record.placed(backend.role, backend.url)
         return backend
 

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Generic, Literal, TypeVar
 
 import msgspec
 
 from proxy.errors import InvalidRequest, NoBackend
-from proxy.placement.policies import POLICIES, Candidate
+from proxy.placement.ask import Ask
+from proxy.placement.auto import CHOICES, Learnt, why_first
+from proxy.placement.local import instead
+from proxy.placement.policies import POLICIES
 
-C = TypeVar("C", bound=Candidate)
+C = TypeVar("C", bound=Learnt)
+
+
+REASONS = frozenset(
+    {
+        *POLICIES,
+        *("earliest", "cached", "long", "auto", "prefilled_before"),
+        *("local_short", "local_cached", "local_spill", "mixed_sooner", "mixed_spill"),
+    }
+)
+"""What a decision says of its own reason.
+
+The name of the policy, where it has but one rule (`auto` where one engine serves the whole request, since there is no
+pair for it). Of `auto`, for the prefill backend of a pair: `earliest` expected first token; the same, with a part of
+the prompt `cached` there; `long`: behind other long prompts. `prefilled_before`: by an earlier try of the request.
+`local_short`, `local_cached`, `local_spill`: decode prefills, since the prompt is short, since what of it is not cached
+there is short, or since prefill is much later. `mixed_sooner`, `mixed_spill`: a mixed backend takes it, since it
+prefills sooner, or since decode misses the client's target.
+"""
 
 
 class View(msgspec.Struct, Generic[C], frozen=True):
@@ -40,6 +60,7 @@ class Decision(msgspec.Struct, Generic[C], frozen=True):
         prefill: the other half of the pair, or None when `decode` computes the prompt itself.
         fallback: why there is no hand-off though there are pools for it, or empty.
         candidates: the backends that could have answered, `decode` among them.
+        reason: what decided: one of `REASONS`.
     """
 
     decode: C
@@ -47,6 +68,7 @@ class Decision(msgspec.Struct, Generic[C], frozen=True):
     prefill: C | None
     fallback: str
     candidates: Sequence[C]
+    reason: str = ""
 
     @property
     def runners_up(self) -> tuple[str, ...]:
@@ -71,25 +93,24 @@ def roles_used(
     return ("decode",) if decode else ()
 
 
-def choose(
-    candidates: Sequence[C], policy: str, *, avoid: AbstractSet[str], random: Callable[[], float], turn: int
-) -> C:
-    """One of the candidates by a policy; of those in `avoid` only when all are. Candidates are never empty."""
-    if avoid:
-        candidates = [c for c in candidates if c.url not in avoid] or candidates
-    return candidates[POLICIES[policy](candidates, random, turn)]
+def choose(candidates: Sequence[C], role: str, policy: str, ask: Ask) -> C:
+    """One of the candidates by a policy; of those to avoid only when all are. Candidates are never empty.
+
+    Arguments:
+        role: the pool whose rule it is: `auto` has one for each.
+    """
+    if ask.avoid:
+        candidates = [c for c in candidates if c.url not in ask.avoid] or candidates
+    return candidates[CHOICES[role][policy](candidates, ask)]
 
 
 def decide(
     view: View[C],
+    ask: Ask,
     *,
     alone: str,
     policies: Mapping[str, str],
-    avoid: AbstractSet[str],
-    random: Callable[[], float],
-    turn: int,
     allow_local_prefill: bool,
-    prefer: str = "",
     prefill_alone: bool = False,
 ) -> Decision[C]:
     """Choose the backends for one try.
@@ -97,41 +118,54 @@ def decide(
     Arguments:
         alone: why the request cannot be split, or empty.
         policies: the policy's name for each role.
-        avoid: URLs that failed this request before; used only when nothing else is up.
-        turn: counts decisions, for round robin.
-        prefer: URL of a prefill backend to take if it may be had: it has the prompt in its prefix cache.
         allow_local_prefill: whether a decode backend may prefill for itself.
         prefill_alone: a prefill backend can give the whole answer, which is one token.
     Raises:
         NoBackend: nothing that is up may serve it.
         InvalidRequest: it cannot be split, and the settings forbid serving it whole on a decode backend, or none can.
     """
-    if prefill_alone and any(c.url not in avoid for c in view.prefill):
-        chosen = choose(view.prefill, policies["prefill"], avoid=avoid, random=random, turn=turn)
-        return Decision(chosen, "prefill", None, "", view.prefill)
+    if prefill_alone and any(c.url not in ask.avoid for c in view.prefill):
+        policy = policies["prefill"]
+        chosen = choose(view.prefill, "prefill", policy, ask)
+        return Decision(chosen, "prefill", None, "", view.prefill, policy)
     prefills, decodes = view.prefill, view.decode
     if view.pairs is not None:
         decodes = [d for d in decodes if any(view.pairs(p, d) for p in prefills)]
     if prefills and decodes and not alone:  # as `roles_used` has it
-        decode = choose(decodes, policies["decode"], avoid=avoid, random=random, turn=turn)
+        decode = choose(decodes, "decode", policies["decode"], ask)
         if view.pairs is not None:
             prefills = [p for p in prefills if view.pairs(p, decode)]
-        kept = [c for c in prefills if c.url == prefer] if prefer and prefer not in avoid else []
-        prefill = kept[0] if kept else choose(prefills, policies["prefill"], avoid=avoid, random=random, turn=turn)
-        return Decision(decode, "decode", prefill, "", decodes)
+        policy = policies["prefill"]
+        if ask.prefer and ask.prefer not in ask.avoid:
+            for prefill in prefills:
+                if prefill.url == ask.prefer:
+                    return Decision(decode, "decode", prefill, "", decodes, "prefilled_before")
+        prefill = choose(prefills, "prefill", policy, ask)
+        if policy != "auto":
+            return Decision(decode, "decode", prefill, "", decodes, policy)
+        wholes: Sequence[C] = ()
+        if allow_local_prefill:
+            wholes = view.decode if view.plain is None else view.plain
+        better = instead(prefill, decode, wholes, view.mixed, ask)
+        if better is None:
+            return Decision(decode, "decode", prefill, "", decodes, why_first(prefill, ask))
+        pool = view.mixed if better.pool == "mixed" else wholes
+        return Decision(better.backend, better.pool, None, "", pool, better.reason)
     used = roles_used(alone=bool(alone), prefill=False, decode=bool(view.decode), mixed=bool(view.mixed))
     split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
     missing = _missing(view)
     fallback = alone or missing if split_configured else ""
     if "mixed" in used:
-        mixed = choose(view.mixed, policies["mixed"], avoid=avoid, random=random, turn=turn)
-        return Decision(mixed, "mixed", None, fallback, view.mixed)
+        policy = policies["mixed"]
+        return Decision(choose(view.mixed, "mixed", policy, ask), "mixed", None, fallback, view.mixed, policy)
     if not used:
         raise NoBackend(_nobody(view), retry_after=1)
     plain = view.decode if view.plain is None else view.plain
     if allow_local_prefill and plain:
-        decode = choose(plain, policies["decode"], avoid=avoid, random=random, turn=turn)
-        return Decision(decode, "decode", None, fallback, plain)
+        policy = policies["decode"]
+        # It prefills and decodes, as a mixed one does.
+        decode = choose(plain, "mixed", policy, ask)
+        return Decision(decode, "decode", None, fallback, plain, policy)
     why = "their connector does not let them" if allow_local_prefill else "fallback: reject"
     if alone:
         raise InvalidRequest(

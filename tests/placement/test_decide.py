@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest, NoBackend
+from proxy.placement.ask import Ask
 from proxy.placement.decide import Decision, View, choose, decide
 
 
@@ -34,12 +35,12 @@ def decided(fleet: View[Backend], **options: Any) -> Decision[Backend]:
     arguments: dict[str, Any] = {
         "alone": "",
         "policies": dict.fromkeys(("prefill", "decode", "mixed"), "least_loaded"),
-        "avoid": frozenset(),
-        "random": lambda: 0.0,
-        "turn": 0,
         "allow_local_prefill": True,
+        "prefill_alone": False,
     }
-    return decide(fleet, **{**arguments, **options})
+    asked = {name: value for name, value in options.items() if name not in arguments}
+    ask = Ask(**{"random": lambda: 0.0, **asked})
+    return decide(fleet, ask, **{**arguments, **{name: options[name] for name in options.keys() - asked}})
 
 
 def summary(decision: Decision[Backend]) -> tuple[str, str, str | None, str]:
@@ -159,7 +160,7 @@ def test_an_avoided_backend_is_chosen_only_when_all_are(
 ) -> None:
     backends = [Backend(f"http://b{index}", tokens) for index, tokens in enumerate(loads)]
     avoid = {f"http://b{index}" for index in avoided}
-    chosen = choose(backends, policy, avoid=avoid, random=lambda: number, turn=turn)
+    chosen = choose(backends, "decode", policy, Ask(lambda: number, turn, avoid=avoid))
     assert chosen in backends
     assert chosen.url not in avoid or avoid >= {backend.url for backend in backends}
 

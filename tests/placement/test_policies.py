@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.placement.ask import Ask
 from proxy.placement.policies import POLICIES, least_loaded, load, power_of_two
 
 
@@ -44,30 +45,30 @@ def drawn(*numbers: float) -> Callable[[], float]:
 def test_every_policy_takes_one_of_the_pool(
     policy: str, loads: list[tuple[int, int]], first: float, second: float, turn: int
 ) -> None:
-    assert 0 <= POLICIES[policy](pool(loads), drawn(first, second), turn) < len(loads)
+    assert 0 <= POLICIES[policy](pool(loads), Ask(drawn(first, second), turn)) < len(loads)
 
 
 @given(loads=LOADS, number=NUMBERS, turn=st.integers(0, 1000))
 def test_least_loaded_takes_a_minimum(loads: list[tuple[int, int]], number: float, turn: int) -> None:
-    assert loads[least_loaded(pool(loads), drawn(number), turn)] == min(loads)
+    assert loads[least_loaded(pool(loads), Ask(drawn(number), turn))] == min(loads)
 
 
 def test_what_other_workers_have_in_flight_counts_like_ones_own() -> None:
     own, elsewhere = Backend("http://a", 10, 1), Backend("http://b", 0, 0, elsewhere_tokens=11, elsewhere_requests=1)
     assert load(own) < load(elsewhere)
-    assert least_loaded([elsewhere, own], lambda: 0.0, 0) == 1
+    assert least_loaded([elsewhere, own], Ask(lambda: 0.0)) == 1
 
 
 def test_least_loaded_compares_tokens_before_requests() -> None:
-    assert least_loaded(pool([(10, 1), (9, 8)]), drawn(0.0), 0) == 1
-    assert least_loaded(pool([(9, 8), (9, 2)]), drawn(0.0), 0) == 1
+    assert least_loaded(pool([(10, 1), (9, 8)]), Ask(drawn(0.0))) == 1
+    assert least_loaded(pool([(9, 8), (9, 2)]), Ask(drawn(0.0))) == 1
 
 
 @pytest.mark.parametrize("policy", ["least_loaded", "power_of_two"])
 def test_one_in_its_slow_start_gets_its_share_of_the_load(policy: str) -> None:
     def taken(first: tuple[int, int], second: tuple[int, int]) -> int:
         candidates = [Backend("http://slow", *first, factor=0.1), Backend("http://full", *second)]
-        return POLICIES[policy](candidates, drawn(0.0, 0.0), 0)
+        return POLICIES[policy](candidates, Ask(drawn(0.0, 0.0)))
 
     assert taken((0, 0), (0, 0)) == 1, "the idle one with its full load goes first"
     assert taken((0, 0), (500, 1)) == 0, "to have nothing is to have less"
@@ -80,24 +81,24 @@ def test_policies_without_loads_leave_it_out_as_often_as_its_slow_start_has_it(p
     candidates = [Backend("http://slow", factor=0.25), Backend("http://full")]
     for draw in range(100):
         numbers = drawn(0.0, draw / 100) if policy == "random" else drawn(draw / 100)
-        assert POLICIES[policy](candidates, numbers, 0) == (0 if draw < 25 else 1)
+        assert POLICIES[policy](candidates, Ask(numbers)) == (0 if draw < 25 else 1)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_one_in_its_slow_start_that_is_alone_takes_everything(policy: str) -> None:
-    assert POLICIES[policy]([Backend("http://slow", factor=0.1)], drawn(0.99, 0.99), 7) == 0
+    assert POLICIES[policy]([Backend("http://slow", factor=0.1)], Ask(drawn(0.99, 0.99), 7)) == 0
 
 
 @given(count=st.integers(1, 8))
 def test_least_loaded_spreads_ties_evenly(count: int) -> None:
     backends = pool([(0, 0)] * count + [(1, 0)])
-    taken = Counter(least_loaded(backends, drawn(step / 840), 0) for step in range(840))
+    taken = Counter(least_loaded(backends, Ask(drawn(step / 840))) for step in range(840))
     assert taken == dict.fromkeys(range(count), 840 // count)
 
 
 @given(count=st.integers(1, 6), start=st.integers(0, 100))
 def test_round_robin_takes_each_in_its_turn(count: int, start: int) -> None:
-    taken = [POLICIES["round_robin"](pool([(0, 0)] * count), drawn(), start + step) for step in range(2 * count)]
+    taken = [POLICIES["round_robin"](pool([(0, 0)] * count), Ask(drawn(), start + step)) for step in range(2 * count)]
     assert taken[:count] == taken[count:]
     assert sorted(taken[:count]) == list(range(count))
 
@@ -105,7 +106,7 @@ def test_round_robin_takes_each_in_its_turn(count: int, start: int) -> None:
 @given(count=st.integers(1, 8))
 def test_random_takes_all_alike_whatever_their_load(count: int) -> None:
     backends = pool([(number, number) for number in range(count)])
-    taken = Counter(POLICIES["random"](backends, drawn(step / 840), 0) for step in range(840))
+    taken = Counter(POLICIES["random"](backends, Ask(drawn(step / 840))) for step in range(840))
     assert taken == dict.fromkeys(range(count), 840 // count)
 
 
@@ -114,7 +115,7 @@ def test_power_of_two_never_takes_the_worse_of_its_two(
     loads: list[tuple[int, int]], first: float, second: float
 ) -> None:
     backends = pool(loads)
-    taken = power_of_two(backends, drawn(first, second), 0)
+    taken = power_of_two(backends, Ask(drawn(first, second)))
     if len(loads) > 1:
         one = int(first * len(loads))
         others = [index for index in range(len(loads)) if index != one]
@@ -131,8 +132,8 @@ def test_power_of_two_draws_every_pair_alike_and_never_one_twice(count: int) -> 
     for first in steps:
         for second in steps:
             # The one with the smaller index is always better: it is taken; and then the other way round.
-            better = power_of_two(rising, drawn(first, second), 0)
-            worse = power_of_two(falling, drawn(first, second), 0)
+            better = power_of_two(rising, Ask(drawn(first, second)))
+            worse = power_of_two(falling, Ask(drawn(first, second)))
             pairs[frozenset((better, worse))] += 1
     assert all(len(pair) == 2 for pair in pairs)
     assert len(pairs) == count * (count - 1) // 2

@@ -1,0 +1,44 @@
+"""What one request asks of placement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+
+import msgspec
+
+NOTHING_CACHED: Mapping[str, int] = {}
+
+
+class Ask(msgspec.Struct, gc=False):
+    """One request as a decision sees it, with the time and the random numbers that the decision may use.
+
+    Attributes:
+        random: gives a number in [0, 1).
+        turn: counts decisions, for round robin.
+        now: seconds, on the clock of the candidates' speeds.
+        prompt_tokens: its prompt.
+        decode_tokens: its prompt and the output to come, as its lease on a decode backend counts them.
+        cached: prompt tokens that engines are believed to have in their prefix caches, by URL; who is missing has none.
+        session: names the session that it belongs to, for the policy `session`; or empty.
+        ttft, tpot: the targets of its client, in seconds; None where there is none.
+        avoid: URLs of backends that failed it; chosen only where there is nobody else.
+        prefer: URL of a prefill backend to take if it may be had: an earlier try has prefilled there.
+    """
+
+    random: Callable[[], float]
+    turn: int = 0
+    now: float = 0.0
+    prompt_tokens: int = 0
+    decode_tokens: int = 0
+    cached: Mapping[str, int] = NOTHING_CACHED
+    session: bytes = b""
+    ttft: float | None = None
+    tpot: float | None = None
+    avoid: AbstractSet[str] = frozenset()
+    prefer: str = ""
+
+    def uncached(self, url: str) -> int:
+        """Tokens of its prompt that an engine is believed to have to compute: at least the last one."""
+        prompt, hit = self.prompt_tokens, self.cached.get(url)
+        return prompt if not hit or hit < 0 else prompt - hit if hit < prompt else min(prompt, 1)
