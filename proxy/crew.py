@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxy.fleet.board import Board
+from proxy.fleet.prefix_ring import PrefixRings
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Crew:
         workers: how many there are.
         directory: where each has a socket for the others; nobody else may enter it.
         board: by which they tell each other of their load.
+        prefixes: by which they tell each other what they have sent to whom.
         ready: a pipe's end, on which it says that it accepts connections.
     """
 
@@ -24,4 +26,5 @@ class Crew:
     workers: int
     directory: Path
     board: Board
+    prefixes: PrefixRings
     ready: int

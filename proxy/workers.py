@@ -28,6 +28,7 @@ from proxy.api.merging import counts_of, merge, parse, render
 from proxy.api.siblings import departed_page, page_of, write
 from proxy.crew import Crew
 from proxy.fleet.board import Board
+from proxy.fleet.prefix_ring import PrefixRings
 from proxy.signals import IGNORED, LEAVING, ignore, tell_ignored
 from proxy.sockets import Listener, notify
 from proxy.telemetry.logs import name_worker
@@ -68,6 +69,7 @@ class _Supervisor:
         self._work = work
         self._directory = directory
         self._board = Board(workers)
+        self._prefixes = PrefixRings(workers)
         self._alive: dict[int, tuple[int, float]] = {}  # process id: its number, and when it was made
         self._waits = [0.0] * workers
         self._due: dict[int, float] = {}  # number: when it is to be made again
@@ -130,7 +132,8 @@ class _Supervisor:
             _leave_with(os.getppid())
             os.environ.pop("NOTIFY_SOCKET", None)
             os.close(self._ready[0])
-            status = self._work(Crew(worker, self._count, self._directory, self._board, self._ready[1]))
+            crew = Crew(worker, self._count, self._directory, self._board, self._prefixes, self._ready[1])
+            status = self._work(crew)
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 1
         except BaseException:
@@ -151,6 +154,7 @@ class _Supervisor:
             worker, born = self._alive.pop(process)
             status = os.waitstatus_to_exitcode(result)
             self._board.wipe(worker)
+            self._prefixes.wipe(worker)
             self._keep_counts(worker)
             if self._leaving:
                 self._status = self._status or abs(status)

@@ -308,7 +308,7 @@ def _without_media(said: bytes, key: bytes) -> bytes:
 
 
 _decode_ids = json_decoder(list[int])
-_PIECE = 256 * 1024  # bytes of JSON whose numbers are objects at the same time
+_PIECE = 16 * 1024  # bytes of JSON whose numbers are objects at the same time
 
 
 def _inside_of_ids(raw: msgspec.Raw) -> bytes | None:
@@ -316,7 +316,7 @@ def _inside_of_ids(raw: msgspec.Raw) -> bytes | None:
     said = bytes(raw)
     start = said[:64].lstrip(b"[" + _BLANKS)
     depth = said[:64].count(b"[")
-    if not start[:1].isdigit() or not 1 <= depth <= 2 or said.count(b"[") > depth:
+    if not start[:1].isdigit() or not 1 <= depth <= 2 or said.find(b"[", 64) >= 0:
         return None
     return said.strip(b"[]" + _BLANKS)
 

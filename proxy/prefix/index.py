@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from enum import Enum
 from itertools import compress
 from typing import Protocol
@@ -140,12 +140,15 @@ class PrefixIndex:
 
     Arguments:
         most_entries: bound of the entries of all engines together, which have equal shares of it.
+    Attributes:
         journal: is told what is entered and lost here.
+        joins: how often an engine has come or gone.
     """
 
-    def __init__(self, most_entries: int = MOST_ENTRIES, journal: Journal | None = None) -> None:
+    def __init__(self, most_entries: int = MOST_ENTRIES) -> None:
+        self.journal: Journal | None = None
+        self.joins = 0
         self._most = most_entries
-        self._journal = journal
         self._share = most_entries
         self._table: dict[int, int] = {}
         self._engines: dict[str, _Engine] = {}
@@ -155,6 +158,11 @@ class PrefixIndex:
         self._marks: deque[tuple[float, int]] = deque()  # instants, and the first ordinal that was given after each
         self._mark_step = 1.0
         self._evictions = self._forgotten = self._refused = 0
+
+    @property
+    def engines(self) -> KeysView[str]:
+        """The engines that are there."""
+        return self._engines.keys()
 
     def join(self, engine: str, capacity_tokens: int = 0, caching: bool = True) -> None:
         """An engine is there. For one that has been there already: its capacity may be another.
@@ -171,6 +179,7 @@ class PrefixIndex:
                 slot = len(self._urls)
                 self._urls.append("")
             self._urls[slot] = engine
+            self.joins += 1
             one = self._engines[engine] = _Engine(slot, 0)
             self._share = max(1, self._most // len(self._engines))
         one.capacity = min(capacity_tokens, MOST_CAPACITY) if capacity_tokens > 0 else DEFAULT_CAPACITY
@@ -184,6 +193,7 @@ class PrefixIndex:
         """An engine has gone for good."""
         one = self._engines.pop(engine, None)
         if one is not None:
+            self.joins += 1
             self._drop_all(one)
             self._urls[one.slot] = ""
             self._free.append(one.slot)
@@ -197,6 +207,8 @@ class PrefixIndex:
             one.misses = 0
             if one.caching is Caching.BLIND:
                 one.caching = Caching.ON
+            if self.journal is not None:
+                self.journal.trimmed(engine, 0)
 
     def disable(self, engine: str) -> None:
         """An engine has no prefix cache. `join` takes that back."""
@@ -257,8 +269,8 @@ class PrefixIndex:
         if len(pending) >= _MOST_PENDING:
             del pending[next(iter(pending))]
         pending[id(chain)] = _Pending(chain, stamp, settled, depth, uses)
-        if self._journal is not None and chain.hashes:
-            self._journal.entered(engine, chain)
+        if self.journal is not None and chain.hashes:
+            self.journal.entered(engine, chain)
 
     def entered_elsewhere(self, engine: str, chain: Chain) -> None:
         """Another worker has sent a prompt to an engine."""
@@ -319,8 +331,8 @@ class PrefixIndex:
         if one.misses >= _MOST_BLIND:
             self._drop_all(one)
             one.caching = Caching.BLIND
-        if self._journal is not None:
-            self._journal.trimmed(engine, one.used)
+        if self.journal is not None:
+            self.journal.trimmed(engine, one.used)
 
     def settle(self, engine: str, chain: Chain) -> None:
         """An engine has answered, and says nothing of its cache."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.handoff.body import read_body
@@ -268,6 +268,7 @@ def test_a_response_with_other_instructions_begins_anew() -> None:
         assert other.hashes
 
 
+@settings(max_examples=25)
 @given(st.lists(st.text(max_size=400), min_size=1, max_size=8), st.integers(0, 8))
 def test_any_conversation_shares_its_beginning(contents: list[str], count: int) -> None:
     messages = [{"role": "user", "content": content * 3} for content in contents]
