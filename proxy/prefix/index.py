@@ -36,7 +36,12 @@ MOST_ENTRIES = 1 << 19
 _MOST_PENDING = 4096  # requests at one engine whose answers are awaited; of the oldest beyond that nothing is learnt
 _MOST_BLIND = 8  # answers in succession that found nothing, where something was believed: it has no prefix cache
 _SLACK = 0.25  # of what was believed: by so much bytes may mislead about tokens before a loss is one
+_FEW = 8  # engines that are named one by one
 _MOST_MARKS = 512  # instants that are remembered, for the age of entries
+
+_PRIOR = 20_000.0  # tokens of which it is taken that they were estimated well
+_DECAY = 1 / 64  # for each answer
+_MOST_RATIO = 4  # reported for each estimated token, and the other way round
 
 # An entry's value: the ordinal of its last use, whether another worker used it, its tokens.
 _SHIFT = 16
@@ -83,8 +88,8 @@ class Figures(msgspec.Struct, frozen=True):
     refused: int
 
 
-_ENTRY_BYTES = 136  # of one entry of an engine: a node and a slot of its ordered dictionary
-_BLOCK_BYTES = 128  # of one block: a slot of the table, the hash, some of the bits
+_ENTRY_BYTES = 100  # of one entry of an engine: a node and a slot of its ordered dictionary
+_BLOCK_BYTES = 90  # of one block: a slot of the table, the hash, some of the bits
 
 
 class _Pending:
@@ -118,14 +123,26 @@ class _Pending:
 
 
 class _Engine:
-    """One engine's part of the index."""
+    """One engine's part of the index.
 
-    __slots__ = ("bit", "caching", "capacity", "entries", "misses", "pending", "slot", "used")
+    Attributes:
+        capacity: tokens of its KV cache.
+        limit: the same in tokens as they are estimated here.
+        estimated, reported: tokens of its prompts of late, here and by itself.
+        used: estimated tokens of all entries.
+        misses: answers in succession that found nothing, where something was believed.
+    """
 
-    def __init__(self, slot: int, capacity: int) -> None:
+    __slots__ = (
+        *("bit", "caching", "capacity", "entries", "estimated", "limit", "misses", "pending", "reported", "slot"),
+        "used",
+    )
+
+    def __init__(self, slot: int) -> None:
         self.slot = slot
         self.bit = 1 << slot
-        self.capacity = capacity
+        self.capacity = self.limit = 0
+        self.estimated = self.reported = _PRIOR
         self.caching = Caching.ON
         self.entries: OrderedDict[int, int] = OrderedDict()
         self.used = 0
@@ -180,9 +197,10 @@ class PrefixIndex:
                 self._urls.append("")
             self._urls[slot] = engine
             self.joins += 1
-            one = self._engines[engine] = _Engine(slot, 0)
+            one = self._engines[engine] = _Engine(slot)
             self._share = max(1, self._most // len(self._engines))
         one.capacity = min(capacity_tokens, MOST_CAPACITY) if capacity_tokens > 0 else DEFAULT_CAPACITY
+        one.limit = int(one.capacity * one.estimated / one.reported)
         if not caching:
             self.disable(engine)
         elif one.caching is Caching.ABSENT:
@@ -242,8 +260,11 @@ class PrefixIndex:
 
     def _put(self, held: dict[str, int], mask: int, tokens: int) -> None:
         urls = self._urls
-        if mask & (mask - 1) == 0:
-            held[urls[mask.bit_length() - 1]] = tokens
+        if mask.bit_count() <= _FEW:
+            while mask:
+                slot = mask.bit_length() - 1
+                held[urls[slot]] = tokens
+                mask ^= 1 << slot
         else:
             bits = f"{mask:b}"[::-1].encode().translate(_BITS)
             held.update(dict.fromkeys(compress(urls, bits), tokens))
@@ -304,6 +325,8 @@ class PrefixIndex:
         if not 0 <= cached_tokens <= prompt_tokens or prompt_tokens <= 0:
             self._refused += 1
             return
+        if chain.hashes:  # of the shortest prompts a template's words are the most
+            self._learn_size(one, chain.tokens, prompt_tokens)
         if cached_tokens and one.caching is Caching.BLIND:
             one.caching = Caching.ON
             one.misses = 0
@@ -441,9 +464,17 @@ class PrefixIndex:
                     last = old >> 15
                     uses.append((number, old))
         one.used = used
-        if used > one.capacity or len(entries) > self._share:
+        if used > one.limit or len(entries) > self._share:
             self._fit(one)
         return depth
+
+    def _learn_size(self, one: _Engine, estimated: int, reported: int) -> None:
+        """Learn how many tokens there are in one that was estimated, since an engine's cache is full of the former.
+        What this makes too much is dropped at the next use."""
+        reported = max(estimated // _MOST_RATIO, min(estimated * _MOST_RATIO, reported))
+        one.estimated += estimated - one.estimated * _DECAY
+        one.reported += reported - one.reported * _DECAY
+        one.limit = int(one.capacity * one.estimated / one.reported)
 
     def _hold(self, one: _Engine, hashed: int, value: int) -> None:
         """One engine holds one block."""
@@ -460,7 +491,7 @@ class PrefixIndex:
     def _fit(self, one: _Engine) -> None:
         """Drop what is more than an engine can hold, or than its share of the index."""
         before = len(one.entries)
-        while one.used > one.capacity or len(one.entries) > self._share:
+        while one.used > one.limit or len(one.entries) > self._share:
             self._drop_oldest(one)
         self._evictions += before - len(one.entries)
 

@@ -215,6 +215,20 @@ def test_a_smaller_capacity_holds_from_when_it_is_told() -> None:
     assert index.tokens("a") == DEFAULT_CAPACITY // 10_000 * 10_000
 
 
+def test_a_cache_holds_less_of_text_that_has_more_tokens_than_thought() -> None:
+    index = joined("a", capacity=100_000)
+    for number in range(400):
+        chain = Chain((number,), 2_000, 10, 200.0, BLOCKS)
+        index.enter("a", chain)
+        index.correct("a", chain, 0, 4_000)
+    assert index.tokens("a") == 50_000
+    for number in range(400):
+        chain = Chain((number,), 2_000, 10, 200.0, BLOCKS)
+        index.enter("a", chain)
+        index.correct("a", chain, 0, 10**20)
+    assert index.tokens("a") == 24_000 or index.tokens("a") == 26_000, "no report makes it less than a quarter"
+
+
 def test_engines_that_nobody_knows_are_nobodys() -> None:
     index = PrefixIndex()
     chain = prompt("abc")

@@ -39,7 +39,8 @@ class Model:
     """One engine: its blocks, the one that was not used for longest first."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+        self.capacity = self.limit = capacity
+        self.estimated = self.reported = 20_000.0
         self.uses: list[Use] = []
         self.caching = True
         self.blind = False
@@ -62,7 +63,7 @@ class Model:
         self.fit(share)
 
     def fit(self, share: int) -> None:
-        while self.tokens() > self.capacity or len(self.uses) > share:
+        while self.tokens() > self.limit or len(self.uses) > share:
             self.uses.pop(0)
 
 
@@ -86,6 +87,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.join(engine, capacity, caching)
         model = self.model.setdefault(engine, Model(capacity))
         model.capacity = capacity
+        model.limit = int(capacity * model.estimated / model.reported)
         if not caching:
             model.uses, model.sent = [], []
         elif not model.caching:
@@ -125,7 +127,13 @@ class IndexMachine(RuleBasedStateMachine):
         model = self.model[engine]
         chain, text, _, first, believed = model.sent.pop(data.draw(st.integers(0, len(model.sent) - 1)))
         self.index.correct(engine, chain, cached, total)
-        if not 0 <= cached <= total or not total or (model.blind and not cached):
+        if not 0 <= cached <= total or not total:
+            return
+        if chain.hashes:
+            model.estimated += len(text) - model.estimated / 64
+            model.reported += max(len(text) // 4, min(4 * len(text), total)) - model.reported / 64
+            model.limit = int(model.capacity * model.estimated / model.reported)
+        if model.blind and not cached:
             return
         if model.blind:
             model.blind, model.misses = False, 0
@@ -207,7 +215,7 @@ class IndexMachine(RuleBasedStateMachine):
         index = self.index
         held: dict[int, int] = {}
         for engine, one in index._engines.items():
-            assert one.used <= one.capacity
+            assert one.used <= 4 * one.capacity
             assert sum(value & 0x7FFF for value in one.entries.values()) == one.used
             assert index._urls[one.slot] == engine
             for hashed in one.entries:
