@@ -37,12 +37,13 @@ _LEG = (100.0, 1.0, 1 / 32768)  # tokens of work: a leg, a token, and a token fo
 _GREATEST_GROWTH = 1e12
 _CHUNK = 8192  # tokens: legs that are computed in one step of the engine are answered together
 _FULL_LEG = 512  # tokens: a shorter leg says less of the pace
-_MEMORY = 50.0  # full legs
+_MEMORY = 24.0  # full legs
 _BUSY_MEMORY = 15.0  # seconds of busy time; whichever is shorter
 _MOST_GAIN = 0.2  # of one leg, however long
-_STEP_MEMORY = 20.0  # streams
+_STEP_MEMORY = 16.0  # streams
 _FIT_MEMORY = 256  # observations
 _RIDGE = 0.1  # the prior's weight, in observations
+_LEARNT = 64  # observations
 _FREQUENT = 8  # observations between two solutions of a fit
 _FEW = 2.0  # full legs (streams): until then anything is believed
 _INHERITED = 2.0  # what the pool's median is worth, in full legs (streams)
@@ -156,24 +157,21 @@ class Mean:
             share: of a full observation, in (0, 1].
             gain: its weight in the mean, at least.
         """
-        seen = min(self.seen, self._memory)
-        gain = max(gain, share / (seen + share))
-        self.seen += share
-        bound = 2.0 ** (1 + min(abs(self._beyond), 5)) if seen >= _FEW else 64.0
-        if ratio > 2.0:
-            self._beyond = max(0, self._beyond) + 1
-        elif ratio < 0.5:
-            self._beyond = min(0, self._beyond) - 1
-        else:
+        seen = self.seen if self.seen < self._memory else self._memory
+        own = 2.0 * share / (seen + 2.0 * share)  # the later half counts for three quarters
+        if own > gain:
+            gain = own
+        self.seen = seen + share
+        if 0.5 <= ratio <= 2.0:
             self._beyond = 0
+            self.value *= 1.0 + gain * (ratio - 1.0)
+            return
+        bound = 2.0 ** (1 + min(abs(self._beyond), 5)) if seen >= _FEW else 64.0
+        self._beyond = max(0, self._beyond) + 1 if ratio > 2.0 else min(0, self._beyond) - 1
         if abs(self._beyond) > 2:  # it is another engine than it was
             gain, self.seen = max(gain, 0.5), min(self.seen, _FEW)
-        if ratio > bound or ratio < 1 / bound:
-            ratio = bound if ratio > 1 else 1 / bound
-        if 0.5 <= ratio <= 2.0:
-            self.value *= 1.0 + gain * (ratio - 1.0)
-        else:  # in steps of the same size up and down
-            self.value *= ratio**gain
+        # In logarithms: steps up and down are of one size.
+        self.value *= min(bound, max(1.0 / bound, ratio)) ** gain
 
     def begin(self, value: float, seen: float) -> None:
         """Begin anew."""
@@ -181,8 +179,10 @@ class Mean:
 
     def bound(self, least: float, greatest: float) -> float:
         """Keep the value within bounds; returns it."""
-        self.value = min(greatest, max(least, self.value))
-        return self.value
+        value = self.value
+        if not least <= value <= greatest:
+            self.value = value = least if value < least else greatest
+        return value
 
 
 class PoolSpeeds:
@@ -201,6 +201,7 @@ class PoolSpeeds:
         "_shape",
         "_step",
         "_tokens_each",
+        "_turn",
         "base",
         "each_in_flight",
         "each_sequence",
@@ -214,6 +215,7 @@ class PoolSpeeds:
         self._shape = Fit(_LEG, (0.0, 1.0, 0.0))
         self._step = Fit(_STEP, (1.0, 1.0, 1.0))
         self._handoff = Fit(_HANDOFF, (1.0, 1.0, 0.0))
+        self._turn = 0
         self._tokens_each = 0.0  # held by a sequence, on the average
         self.leg_tokens = 0.0
         self.growth = _GREATEST_GROWTH
@@ -280,21 +282,27 @@ class PoolSpeeds:
 
     def computed(self, legs: int, uncached: float, before: float, work: float, expected: float) -> None:
         """Legs took `work` (tokens, by their engine's pace) where `expected` was expected."""
+        self._turn += 1
+        if self._turn & 3 and self._shape.seen > _LEARNT and expected < _CHUNK:  # what is known well
+            return
         if self._shape.note(legs, uncached, before, work, expected, self._every):
             leg, token, attention = self._shape.coefficients
             token = max(token, 0.1)
             self.leg_tokens = min(leg / token, 1e5)
             self.growth = min(_GREATEST_GROWTH, max(256.0, token / attention)) if attention > 0 else _GREATEST_GROWTH
-            self._followed()
+            self.followed()
 
     def stepped(self, sequences: int, tokens: int, seconds: float, expected: float) -> None:
         """A step took `seconds` by its engine's factor, where `expected` was expected."""
+        self._turn += 1
+        if self._turn & 3 and self._step.seen > _LEARNT:
+            return
         each = tokens / sequences
         self._tokens_each += (each - self._tokens_each) / min(self._step.seen + 1, _FIT_MEMORY)
         if self._step.note(1.0, sequences, tokens, seconds, expected, self._every):
             self.base, self.each_sequence, self.each_token = self._step.coefficients
             self._weigh_tokens()
-            self._followed()
+            self.followed()
 
     def handed_over(self, tokens: int, seconds: float) -> None:
         """A hand-off took so long."""
@@ -305,7 +313,7 @@ class PoolSpeeds:
     def _weigh_tokens(self) -> None:
         self.each_in_flight = self.each_token + self.each_sequence / max(self._tokens_each or 2048.0, 1.0)
 
-    def _followed(self) -> None:
+    def followed(self) -> None:
         """The fits have moved: so do all engines, and those of which nothing is known stay at the median."""
         pace, factor = self.pace, self.factor
         for speeds in self._members:
@@ -390,13 +398,13 @@ class Speeds:
             uncached: tokens of its prompt that it is believed to have to compute.
             prompt: its length in tokens; what is less than `uncached` is as long as that.
         """
-        uncached = _tokens(uncached)
+        uncached, prompt = _tokens(uncached), _tokens(prompt)
         if not self._given:
             self._since = now
-        work = self.pool.work(uncached, max(uncached, _tokens(prompt)))
+        work = self.pool.work(uncached, prompt if prompt > uncached else uncached)
         self._given.append((uncached, work))
         self._work += work
-        self.refresh()
+        self._plan()
 
     def answered(self, believed: int, computed: int, prompt: int, now: float) -> None:
         """A prefill leg ended well.
@@ -406,14 +414,20 @@ class Speeds:
             computed: tokens that the engine did compute, by its own word; `believed` where it says nothing.
             prompt: the prompt's length in tokens.
         """
-        busy = len(self._given) > 0
-        self._taken(believed)
-        passed = min(max(0.0, now - self._since), _MOST_SECONDS) if busy else 0.0
+        given, passed = self._given, 0.0
+        if given:
+            passed = now - self._since
+            passed = 0.0 if passed < 0.0 else passed if passed < _MOST_SECONDS else _MOST_SECONDS
+            if given[0][0] == believed:
+                self._work -= given.popleft()[1]
+            else:
+                self._taken(believed)
         self._since = now
-        prompt = _tokens(prompt)
-        computed = min(_tokens(computed), prompt)
+        prompt, computed = _tokens(prompt), _tokens(computed)
+        if computed > prompt:
+            computed = prompt
         work = self.pool.work(computed, prompt)
-        if self._elsewhere and busy:  # other workers' legs are computed in the same time
+        if self._elsewhere and passed:  # other workers' legs are computed in the same time
             own = self._work + work
             passed *= own / (own + self._elsewhere) if own else 0.0
         if self._seconds > 0.0 and passed > _ALONE * work * self.pace:
@@ -423,9 +437,9 @@ class Speeds:
         self._tokens_before += computed * (prompt - 0.5 * computed)
         self._work_done += work
         self._seconds += passed
-        if not self._given:
+        if not given:
             self._learn()
-        self.refresh()
+        self._plan()
 
     def withdrawn(self, believed: int, now: float) -> None:
         """A prefill leg failed, or was cancelled: it is not outstanding any more, and says nothing of the pace."""
@@ -433,7 +447,7 @@ class Speeds:
         self._taken(believed)
         if first == _tokens(believed):
             self._since = now
-        self.refresh()
+        self._plan()
 
     def _taken(self, believed: int) -> None:
         """A leg is not outstanding any more. Mostly it is the first."""
@@ -454,16 +468,19 @@ class Speeds:
         self._tokens = self._tokens_before = self._work_done = self._seconds = 0.0
         if seconds <= 0.0 or tokens < 1.0:
             return
-        expected = work * self.pace
-        gain = min(_MOST_GAIN, expected / _BUSY_MEMORY)
-        known = self.prefills
-        if not known and self.pool.prefills:
-            self._pace.seen = _INHERITED
-        self._pace.note(seconds / expected, min(1.0, work / _FULL_LEG), gain if known else 0.0)
-        self.pace = self._pace.bound(_FASTEST_PACE, _SLOWEST_PACE)
-        self.pool.computed(legs, tokens, before, seconds / self.pace, max(work, 1.0))
+        pool, mean, expected = self.pool, self._pace, work * self.pace
+        known = mean.seen > 0.0
+        gain = 0.0
+        if known:
+            gain = expected / _BUSY_MEMORY
+            gain = gain if gain < _MOST_GAIN else _MOST_GAIN
+        elif pool.prefills:
+            mean.seen = _INHERITED
+        mean.note(seconds / expected, work / _FULL_LEG if work < _FULL_LEG else 1.0, gain)
+        before_it, self.pace = self.pace, mean.bound(_FASTEST_PACE, _SLOWEST_PACE)
+        pool.computed(legs, tokens, before, seconds / (before_it if known else self.pace), work)
         if not known:
-            self.pool._followed()
+            pool.followed()
 
     @property
     def elsewhere_uncached(self) -> int:
@@ -474,7 +491,7 @@ class Speeds:
     def elsewhere_uncached(self, tokens: int) -> None:
         if tokens != self._elsewhere:
             self._elsewhere = _tokens(tokens)
-            self.refresh()
+            self._plan()
 
     @property
     def outstanding(self) -> int:
@@ -511,11 +528,15 @@ class Speeds:
         return self.pool.work(uncached, prompt) * self.pace
 
     def refresh(self) -> None:
-        """Something has changed: find anew what decisions read."""
-        pool, pace, factor = self.pool, self.pace, self.factor
+        """The pool's fits have moved: find anew what decisions read."""
+        pool, factor = self.pool, self.factor
         self.step_base = factor * pool.base
         self.step_token = factor * pool.each_in_flight
-        given = self._given
+        self._plan()
+
+    def _plan(self) -> None:
+        """Find anew when it will have done what is outstanding."""
+        pace, given = self.pace, self._given
         work = self._work + self._elsewhere
         if not work:
             self.free_at = self.rest = 0.0
@@ -556,11 +577,14 @@ class Speeds:
         if not known and self.pool.steps:
             self._factor.seen = _INHERITED
         self._factor.note(seconds / (expected * self.factor))
-        self.factor = self._factor.bound(_LEAST_FACTOR, _GREATEST_FACTOR)
-        self.pool.stepped(sequences, kv_tokens, seconds / self.factor, expected)
+        before = self.factor
+        self.factor = factor = self._factor.bound(_LEAST_FACTOR, _GREATEST_FACTOR)
+        pool = self.pool
+        pool.stepped(sequences, kv_tokens, seconds / (before if known else factor), expected)
         if not known:
-            self.pool._followed()
-        self.refresh()
+            pool.followed()
+        self.step_base = factor * pool.base
+        self.step_token = factor * pool.each_in_flight
 
     @property
     def steps(self) -> bool:

@@ -40,5 +40,11 @@ class Ask(msgspec.Struct, gc=False):
 
     def uncached(self, url: str) -> int:
         """Tokens of its prompt that an engine is believed to have to compute: at least the last one."""
-        prompt, hit = self.prompt_tokens, self.cached.get(url)
-        return prompt if not hit or hit < 0 else prompt - hit if hit < prompt else min(prompt, 1)
+        return uncached(self.prompt_tokens, self.cached.get(url, 0))
+
+
+def uncached(prompt: int, cached: int) -> int:
+    """Tokens of a prompt that are left to compute: at least its last one, from which the answer's first is sampled."""
+    if cached <= 0:
+        return prompt
+    return prompt - cached if cached < prompt else min(prompt, 1)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from proxy.placement.ask import Ask
+from proxy.placement.ask import Ask, uncached
 from proxy.placement.policies import POLICIES, Candidate, Choice, load
 
 LONG = 4.0
@@ -131,19 +131,13 @@ def _waits_and_work(candidates: Sequence[Learnt], ask: Ask) -> list[float]:
         return [
             (left if (left := (s := c.speeds).free_at - now) > s.rest else s.rest) + s.pace * whole for c in candidates
         ]
+    own = {hit: work(uncached(prompt, hit), prompt) for hit in set(cached.values())}  # many have the same part
+    own[0] = whole
     get = cached.get
-    costs = []
-    for c in candidates:
-        s = c.speeds
-        left = s.free_at - now
-        if left < s.rest:
-            left = s.rest
-        hit = get(c.url)
-        if not hit or hit < 0:
-            costs.append(left + s.pace * whole)
-        else:
-            costs.append(left + s.pace * work(prompt - hit if hit < prompt else 1, prompt))
-    return costs
+    return [
+        (left if (left := (s := c.speeds).free_at - now) > s.rest else s.rest) + s.pace * own[get(c.url, 0)]
+        for c in candidates
+    ]
 
 
 def time_to_first_token(candidate: Learnt, ask: Ask) -> float:

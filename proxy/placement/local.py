@@ -105,11 +105,10 @@ def _worth_a_look(decode: Learnt, decodes: Sequence[Learnt], ask: Ask, most: int
     prompt, cached, avoid = ask.prompt_tokens, ask.cached, ask.avoid
     found: list[int] = []
     if cached:
-        get = cached.get
-        for n, candidate in enumerate(decodes):
-            url = candidate.url
-            if (hit := get(url)) and prompt - hit <= most and url not in avoid:
-                found.append(n)
+        get, least = cached.get, max(1, prompt - most)
+        found = [n for n, c in enumerate(decodes) if get(c.url, 0) >= least]
+        if avoid:
+            found = [n for n in found if decodes[n].url not in avoid]
         if len(found) > _MOST_LOOKED_AT:
             found = sorted(found, key=lambda n: -cached[decodes[n].url])[:_MOST_LOOKED_AT]
     if prompt <= most:
