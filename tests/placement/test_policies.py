@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -138,3 +139,72 @@ def test_power_of_two_draws_every_pair_alike_and_never_one_twice(count: int) -> 
     assert all(len(pair) == 2 for pair in pairs)
     assert len(pairs) == count * (count - 1) // 2
     assert len(set(pairs.values())) == 1
+
+
+# Sessions and prefixes
+
+SESSIONS = [b"user-%d" % number for number in range(200)]
+
+
+def taken_by(policy: str, backends: list[Backend], **asked: object) -> str:
+    return backends[POLICIES[policy](backends, Ask(drawn(0.0, 0.0), **asked))].url  # type: ignore[arg-type]
+
+
+def test_a_session_stays_where_it_is() -> None:
+    backends = pool([(0, 0)] * 5)
+    for session in SESSIONS:
+        home = taken_by("session", backends, session=session)
+        assert taken_by("session", backends, session=session) == home
+        assert taken_by("session", backends[::-1], session=session) == home, "whatever the order"
+
+
+def test_sessions_spread_evenly() -> None:
+    backends = pool([(0, 0)] * 4)
+    homes = Counter(taken_by("session", backends, session=b"s%d" % n) for n in range(2000))
+    assert len(homes) == 4
+    assert max(homes.values()) < 1.3 * min(homes.values())
+
+
+def test_a_backend_that_comes_or_goes_moves_its_own_sessions_only() -> None:
+    backends = pool([(0, 0)] * 5)
+    for session in SESSIONS:
+        home = taken_by("session", backends, session=session)
+        for gone in backends:
+            left = [backend for backend in backends if backend is not gone]
+            assert (taken_by("session", left, session=session) == home) or home == gone.url
+
+
+@given(
+    loads=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 60)), min_size=1, max_size=8),
+    session=st.binary(min_size=1, max_size=20),
+    policy=st.sampled_from(["session", "prefix"]),
+)
+def test_affinity_never_goes_above_the_bound_on_load(loads: list[tuple[int, int]], session: bytes, policy: str) -> None:
+    backends = pool(loads)
+    cached = {backend.url: 500 + 10 * backend.inflight_requests for backend in backends}
+    asked = Ask(drawn(0.0), session=session, cached=cached, prompt_tokens=5000)
+    requests = backends[POLICIES[policy](backends, asked)].inflight_requests
+    mean = (sum(each for _, each in loads) + 1) / len(loads)
+    assert requests + 1 <= max(4, math.ceil(1.25 * mean))
+
+
+def test_a_session_whose_backend_is_overloaded_goes_to_the_same_other_one() -> None:
+    calm = pool([(0, 0)] * 5)
+    home = taken_by("session", calm, session=b"x")
+    busy = [Backend(b.url, 0, 40 if b.url == home else 5) for b in calm]
+    second = taken_by("session", busy, session=b"x")
+    assert second != home
+    assert second == taken_by("session", [b for b in calm if b.url != home], session=b"x")
+
+
+def test_requests_without_a_session_go_to_the_least_loaded() -> None:
+    assert POLICIES["session"](pool([(5, 1), (3, 9), (4, 0)]), Ask(drawn(0.0))) == 1
+
+
+def test_prefix_takes_the_longest_match_and_among_equals_the_least_loaded() -> None:
+    backends = pool([(0, 0), (50, 3), (40, 3), (10, 1)])
+    cached = {backends[1].url: 900, backends[2].url: 900, backends[3].url: 800}
+    assert taken_by("prefix", backends, cached=cached, prompt_tokens=1000) == backends[2].url
+    assert taken_by("prefix", backends, cached=cached, prompt_tokens=850) == backends[2].url, "no more than the prompt"
+    assert taken_by("prefix", backends, cached={"http://nobody": 900}, prompt_tokens=1000) == backends[0].url
+    assert taken_by("prefix", backends, prompt_tokens=1000) == backends[0].url
