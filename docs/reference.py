@@ -36,6 +36,7 @@ NOTE = "<!-- Written by docs/reference.py from the code. Do not edit; run it aga
 
 LABELS = {
     "backend": "URL of a configured backend",
+    "cause": "`mass` or `late` ([operating](operating.md#mass-failure))",
     "client": "a client's name in the settings; `key-1`, `key-2`, … for those of `api_keys`; `anonymous` without keys",
     "code": "of the error: `queue_full`, `deadline_too_close`, `queue_timeout`, `target_missed`, "
     "`rate_limit_exceeded`, `too_many_tokens` or `draining`",

@@ -145,7 +145,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             _adopt(fleet, await siblings.backends())
         warmup.start(prober)
         prober.start()
-        tickers = [asyncio.create_task(_watch_loop(prometheus))]
+        tickers = [asyncio.create_task(_watch_loop(prometheus, fleet))]
         if crew is None or crew.worker == 0:  # one tells for all
             tickers.append(asyncio.create_task(tell_readiness(fleet)))
         if seconds := settings.throughput_interval:
@@ -299,11 +299,14 @@ async def _tell_throughput(throughput: Throughput, seconds: float, gate: Gate, a
         tell_throughput(throughput, gate.inside, admission.waiting)
 
 
-async def _watch_loop(prometheus: PrometheusSink) -> None:
+async def _watch_loop(prometheus: PrometheusSink, fleet: Fleet) -> None:
     while True:
         before = monotonic()
         await asyncio.sleep(_LOOP_TICK)
-        prometheus.loop_late(max(0.0, monotonic() - before - _LOOP_TICK))
+        now = monotonic()
+        late = max(0.0, now - before - _LOOP_TICK)
+        prometheus.loop_late(late)
+        fleet.delays.note(late, now)
 
 
 def _adopt(fleet: Fleet, known: list[dict[str, Any]]) -> None:

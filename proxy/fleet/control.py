@@ -216,7 +216,9 @@ def _translated() -> Iterator[None]:
 def _why(error: BaseException) -> str:
     """What a failed connection says, in few words and without its address: the system's own error knows best."""
     found, inner = error, error.__cause__
-    while inner is not None:
+    seen = {id(error)}  # of two exceptions, each may be the other's cause
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
         if isinstance(inner, OSError):
             found = inner
         inner = inner.exceptions[0] if isinstance(inner, BaseExceptionGroup) else inner.__cause__

@@ -17,6 +17,7 @@ from proxy.fleet.breaker import FEWEST
 from proxy.fleet.budget import Budgets
 from proxy.fleet.findings import MEANING
 from proxy.fleet.kinds import KINDS
+from proxy.fleet.mass_failure import EXCUSES, Delays
 from proxy.fleet.pairing import Pairing, models_apart
 from proxy.fleet.protocols import Protocols
 from proxy.fleet.rotation import Rotation
@@ -26,6 +27,9 @@ from proxy.handoff.coordinates import Coordinates
 from proxy.settings import DEFAULT_GROUP, Settings
 
 log = logging.getLogger("pd_proxy.fleet")
+
+_LOOK_BACK = 10.0  # seconds: twice a connection's time limit
+_STOOD_STILL = 1.0  # seconds of the event loop's delay after which a connection's time limit says nothing
 
 State = Literal["down", "draining", "ejected", "slow_start", "up"]
 
@@ -49,6 +53,8 @@ class Fleet:
         pairs_are_tried: by warm-ups, so that a group is not ready before a hand-off of it has worked.
         answers_alone: the connectors whose decode engines answer a request without a hand-off right.
         speeds: what the engines of a pool and group have in common, by both.
+        delays: of the event loop.
+        excused_checks: how many failed health checks did not count, by why (`mass_failure.py`).
         before_choice: called before backends are told apart by their load, where there are other workers.
     """
 
@@ -56,6 +62,8 @@ class Fleet:
         self._window = settings.breaker.window
         self._clock = clock
         self.speeds: dict[tuple[Role, str], PoolSpeeds] = {}
+        self.delays = Delays()
+        self.excused_checks: Counter[str] = Counter(dict.fromkeys(EXCUSES, 0))
         self.rotation = Rotation(settings.breaker, self._peers, clock)
         self.succeeded = self.rotation.succeeded
         self.budgets = Budgets(settings.retries, self.pool)
@@ -388,8 +396,9 @@ class Fleet:
     # What real requests tell
 
     def failed(self, backend: Backend, error: BackendError, leg: LegName, handoff_from: Backend | None = None) -> None:
-        """A leg failed. A backend that cannot be reached is dead, until its prober says otherwise; one whose engine is
-        leaving is ejected at once; failures of other kinds are the breaker's to judge.
+        """A leg failed. A backend that cannot be reached is dead, until its prober says otherwise, unless the event
+        loop stood still; one whose engine is leaving is ejected at once; failures of other kinds are the breaker's to
+        judge.
 
         Arguments:
             handoff_from: the prefill backend whose hand-off a decode leg came with. Where that one is gone, it is to
@@ -398,7 +407,10 @@ class Fleet:
         if not error.blame or not backend.up:
             return
         if isinstance(error, BackendUnreachable):
-            self.take_out(backend, f"failed a request: {error}")
+            if self.delays.since(self._clock() - _LOOK_BACK) >= _STOOD_STILL:
+                backend.attention.set()  # all that were connecting may have failed alike: its prober finds out
+            else:
+                self.take_out(backend, f"failed a request: {error}")
             return
         if error.leaves:
             self.rotation.leaves(backend, str(error))

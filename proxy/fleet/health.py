@@ -4,6 +4,9 @@ httpx carries the probes and tenacity repeats them. The health path of a backend
 as vLLM calls a sleeping engine healthy; its models and its version are learnt on the way in and now and then after.
 Probes say whether a backend is alive; whether it is any good, its requests say.
 
+Where most backends fail a check at the same moment, or the event loop was late, they are asked again before any is
+taken out (`mass_failure.py`).
+
 Backends that are down may be many, and then they are many at once: a rack without power, a fleet that is still to be
 started. All of them together are probed at most `_MOST_DOWN` times a second, and few of them have a log line of their
 own.
@@ -25,7 +28,6 @@ from tenacity import (
     AsyncRetrying,
     RetryCallState,
     retry_if_exception_type,
-    stop_after_attempt,
     wait_exponential,
     wait_fixed,
 )
@@ -38,6 +40,7 @@ from proxy.fleet.control import Answer, Control
 from proxy.fleet.facts import read_facts
 from proxy.fleet.findings import Finding, found
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.mass_failure import Checks, Excuse, Run
 from proxy.fleet.profile import Profile, read_from_elsewhere, read_profile
 from proxy.fleet.signs import CONFIGURATION, configured, counted, speaker
 from proxy.fleet.tether import Tether, TetherBroken
@@ -137,6 +140,8 @@ class Prober:
         self._not_before = float("-inf")  # when the next round may begin
         self._down = 0  # backends that are being probed until they are up
         self._quiet = _Quiet()
+        self._checks = Checks(control.timeout, fleet.delays)
+        self._excused_told = float("-inf")
 
     def start(self) -> None:
         """Watch what is in the fleet now and whatever joins later."""
@@ -164,6 +169,7 @@ class Prober:
             watcher.cancel()
         self._resting.pop(backend, None)
         self._told.pop(backend, None)
+        self._checks.forget(backend)
         self._on_leave(backend)
 
     async def ask_models(self) -> None:
@@ -222,6 +228,7 @@ class Prober:
             self._down -= 1
         await self._tie(backend)
         backend.attention.clear()
+        self._checks.forget(backend)
         self._fleet.bring_in(backend)
 
     def _still_down(self, backend: Backend, state: RetryCallState) -> None:
@@ -264,19 +271,51 @@ class Prober:
             await self._hold(backend, anew=stale)
 
     async def _fails(self, backend: Backend) -> ProbeFailed | None:
-        """Why a backend is to leave the rotation: `health.failures` probes in a row have failed."""
+        """Why a backend is to leave the rotation: `health.failures` probes in a row have failed, and say something
+        about it."""
+        loop, checks = asyncio.get_running_loop(), self._checks
+        run = Run(self._settings.failures, loop.time())
+
+        def stop(state: RetryCallState) -> bool:
+            others = (other for other in self._fleet if other.up and other is not backend)
+            out = run.failed(checks, others, loop.time())
+            if run.last is not None:
+                self._excuse(run.last)
+            return out
+
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(ProbeFailed),
-                stop=stop_after_attempt(self._settings.failures),
+                stop=stop,
                 wait=wait_fixed(min(_BETWEEN_FAILURES, self._settings.interval)),
                 reraise=True,
             ):
                 with attempt:
-                    await self.probe(backend)
+                    checks.began(backend, loop.time())
+                    try:
+                        await self.probe(backend)
+                    except ProbeFailed:
+                        checks.ended(backend, False)
+                        raise
+                    checks.ended(backend, True)
         except ProbeFailed as failure:
             return failure
         return None
+
+    def _excuse(self, why: Excuse) -> None:
+        """Count a failed check that does not take its backend out; one line of the log tells of all at one time."""
+        self._fleet.excused_checks[why] += 1
+        now = asyncio.get_running_loop().time()
+        if now - self._excused_told < _LINES_FOR:
+            return
+        self._excused_told = now
+        up = [backend for backend in self._fleet if backend.up]
+        failing = sum(self._checks.fails(backend, now) for backend in up)
+        log.warning(
+            "health checks of %d of %d backends failed %s: they are asked again before any is taken out",
+            *(failing, len(up)),
+            "while this gateway's event loop stood still" if why == "late" else "at the same time",
+        )
 
     async def meet(self, backend: Backend) -> None:
         """Ask a backend that is not up whether it is well, and for what must be known of it before its first request.

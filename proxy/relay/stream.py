@@ -43,6 +43,9 @@ log = logging.getLogger("pd_proxy.relay")
 
 _HELD_LIMIT = 64 * 1024 * 1024  # the ids of a prompt of a million tokens are 7 MB, and come before the first token
 _DOUBT = 1.0  # seconds of silence that are the last straw for a backend which fails its health checks
+_PACES = 4  # usual gaps between tokens that are silence: a slow stream moves too
+_LATE = 0.25  # share of these seconds that the event loop may be late; else it listens once more
+_LOOKS = 5  # times that it listens, at most
 _ERROR_BODY_LIMIT = 1024 * 1024
 _LARGE = 2048  # bytes of several events
 _ASIDE = 1024 * 1024  # bytes of events that wait; more are left in the engine
@@ -149,6 +152,7 @@ class StreamRelay:
         "_content",
         "_dialect",
         "_done",
+        "_doubted",
         "_drop_usage",
         "_early",
         "_edit",
@@ -237,6 +241,7 @@ class StreamRelay:
         self._patience: Deadlines | None = None
         self._paused_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._doubted = -1.0  # its last sign when it was doubted, while that is to be seen
         self.headers: dict[bytes, bytes] = {}
         self.first_token: float | None = None
         self.usage: Usage | None = None
@@ -282,21 +287,46 @@ class StreamRelay:
         self.lost(error)
 
     def doubt(self, error: BackendError) -> None:
-        """The backend is said to be dead. A stream that moves is believed more than that; one that is silent for
-        `_DOUBT` seconds fails with `error`."""
+        """The backend is said to be dead. A stream that moves is believed more than that; one that is silent from now
+        on fails with `error`, after `_DOUBT` seconds or `_PACES` times its usual gap between tokens.
+
+        Silence before the doubt counts for nothing: where the gateway stood still, it has read nothing meanwhile. So
+        does the silence of a time in which the event loop was late."""
         if self._paused_since is not None:
             return  # it is the client that keeps it waiting
-        heard = self._last_sign()
+        heard, loop = self._last_sign(), self._loop
+        if self._doubted == heard:
+            return  # it is being listened to
+        seconds = max(_DOUBT, _PACES * self._pace())
+        if self._idle is not None:
+            seconds = min(seconds, self._idle)
+        looks = 0
 
-        def look() -> None:
-            if self._last_sign() == heard and self._paused_since is None:
+        def look(due: float) -> None:
+            nonlocal looks
+            looks += 1
+            if self._last_sign() != heard or self._paused_since is not None:
+                self._doubted = -1.0
+                if self._idle is not None:
+                    self._check_idle()
+            elif loop.time() - due > _LATE * seconds and looks < _LOOKS:
+                wait()
+            else:
                 self.fail(error)
-            elif self._idle is not None:
-                self._check_idle()
+
+        def wait() -> None:
+            due = loop.time() + seconds
+            self._timer = loop.call_at(due, look, due)
 
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(max(0.0, heard + _DOUBT - monotonic()), look)
+        self._doubted = heard
+        wait()
+
+    def _pace(self) -> float:
+        """The mean gap between its tokens, in seconds; 0 before the second."""
+        count, last = self.given()
+        return (last - self._begun) / (count - 1) if count > 1 and self._begun is not None else 0.0
 
     def go_on(self, _: object = None) -> None:
         """What the dialect waited for is here."""

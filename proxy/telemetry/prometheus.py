@@ -76,6 +76,10 @@ class FleetState(Protocol):
         """By pool."""
 
     @property
+    def excused_checks(self) -> Mapping[str, int]:
+        """Failed health checks that did not count, by why."""
+
+    @property
     def messages(self) -> Mapping[str, Mapping[str, int]]:
         """Of engines over ZeroMQ, by kind and by what became of them."""
 
@@ -538,6 +542,14 @@ class PrometheusSink(Collector):
         for pool, count in self._fleet.budget_refusals.items():
             refusals.add_metric((pool,), count)
         yield refusals
+        excused = CounterMetricFamily(
+            "pd_proxy_health_checks_excused",
+            "Failed health checks that took no backend out, since most failed at once or the gateway itself was late.",
+            labels=("cause",),
+        )
+        for cause, count in self._fleet.excused_checks.items():
+            excused.add_metric((cause,), count)
+        yield excused
         messages = CounterMetricFamily(
             "pd_proxy_engine_messages",
             "Messages of engines that came over ZeroMQ, by what became of them.",

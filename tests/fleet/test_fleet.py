@@ -538,3 +538,18 @@ def test_making_cards_does_not_change_what_a_backend_said() -> None:
     at(made, "http://decode1").models = {"m": {"id": "m", "max_model_len": 50}}
     made.model_cards()
     assert at(made, "http://decode0").models == {"m": {"id": "m", "max_model_len": 100}}
+
+
+def test_a_connection_that_does_not_come_about_while_the_event_loop_stands_still_is_no_death() -> None:
+    now = 100.0
+    made = Fleet(Settings(decode=["http://decode0", "http://decode1"]), clock=lambda: now)
+    for backend in made:
+        made.bring_in(backend)
+    first, second = made.pool("decode")
+    made.delays.note(6.0, now)
+    made.failed(first, BackendUnreachable("no connection within 5 s"), "decode")
+    assert first.up
+    assert first.attention.is_set()  # its prober finds out
+    now += 11.0
+    made.failed(second, BackendUnreachable("no connection within 5 s"), "decode")
+    assert not second.up

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import logging
 from collections.abc import AsyncIterator, Iterator
+from time import sleep
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ from tests.fleet.raw import answer, raw_engine
 
 URL = "http://decode0:8000"
 PATIENCE = 5.0
-QUICK = {"interval": 0.01, "timeout": 0.05, "failures": 2, "longest_wait": 0.01}
+QUICK: dict[str, Any] = {"interval": 0.01, "timeout": 0.05, "failures": 2, "longest_wait": 0.01}
 
 
 class News(logging.Handler):
@@ -529,3 +530,120 @@ async def test_backends_that_are_down_are_probed_no_faster_together_than_a_bound
             await sleep(0.001)
     await prober.stop()
     assert min(slept[201:400]) >= 0.75 * 200 / 100  # 201 backends, each again after two seconds or so
+
+
+# All at once
+
+
+@pytest.fixture
+async def many(news: News, engine: respx.MockRouter) -> AsyncIterator[tuple[Fleet, Prober]]:
+    """Eight engines that are up, each with its health at `engine["N"]`."""
+    urls = [f"{URL}/{number}" for number in range(8)]
+    for number in range(8):
+        engine.get(f"/{number}/health", name=str(number)).respond(200)
+        engine.get(f"/{number}/v1/models").respond(404)
+        engine.get(f"/{number}/version").respond(404)
+        engine.get(f"/{number}/is_paused").respond(404)
+        engine.get(f"/{number}/is_sleeping").respond(404)
+    fleet = Fleet(Settings(decode=urls, health=QUICK))
+    prober = Prober(fleet, Settings(health=QUICK).health, Control(0.05))
+    prober.start()
+    for _ in urls:
+        await news.of("is up")
+    yield fleet, prober
+    await prober.stop()
+
+
+async def test_engines_that_miss_their_checks_together_are_asked_again(
+    many: tuple[Fleet, Prober], news: News, engine: respx.MockRouter
+) -> None:
+    fleet, _ = many
+    failed = dict.fromkeys(range(8), 0)
+
+    def health(number: int) -> Any:
+        def say(request: httpx.Request) -> httpx.Response:
+            failed[number] += 1
+            if failed[number] <= QUICK["failures"]:
+                raise httpx.ReadTimeout("slow")
+            return httpx.Response(200)
+
+        return say
+
+    for number in range(8):
+        engine[str(number)].mock(side_effect=health(number))
+    line = await news.of("asked again before any is taken out")
+    assert "of 8 backends failed at the same time" in line
+    async with asyncio.timeout(PATIENCE):
+        while min(failed.values()) <= QUICK["failures"] + 1:
+            await asyncio.sleep(0.001)
+    assert all(backend.up for backend in fleet)
+    assert fleet.excused_checks["mass"] >= 1
+
+
+@pytest.mark.parametrize("fault", [httpx.ReadTimeout, httpx.ConnectError, None])
+async def test_a_real_death_of_all_is_seen_one_check_later(
+    many: tuple[Fleet, Prober], news: News, engine: respx.MockRouter, fault: type[Exception] | None
+) -> None:
+    fleet, _ = many
+    asked = dict.fromkeys(range(8), 0)
+
+    def health(number: int) -> Any:
+        def say(request: httpx.Request) -> httpx.Response:
+            if fleet.pool("decode")[number].up:
+                asked[number] += 1
+            if fault is not None:
+                raise fault("gone")
+            return httpx.Response(503)
+
+        return say
+
+    for number in range(8):
+        engine[str(number)].mock(side_effect=health(number))
+    for _ in range(8):
+        await news.of("is out")
+    assert not any(backend.up for backend in fleet)
+    assert max(asked.values()) == QUICK["failures"] + 1
+    assert min(asked.values()) >= QUICK["failures"]
+
+
+async def test_one_of_many_that_dies_is_out_as_soon_as_ever(
+    many: tuple[Fleet, Prober], news: News, engine: respx.MockRouter
+) -> None:
+    fleet, _ = many
+    asked = []
+
+    def health(request: httpx.Request) -> httpx.Response:
+        if fleet.pool("decode")[3].up:
+            asked.append(request)
+        return httpx.Response(503)
+
+    engine["3"].mock(side_effect=health)
+    await news.of("is out")
+    assert len(asked) == QUICK["failures"]
+    assert sum(backend.up for backend in fleet) == 7
+    assert not fleet.excused_checks.total()
+
+
+async def test_checks_that_fail_while_the_event_loop_stands_still_count_for_nothing(
+    prober: Prober, news: News, engine: respx.MockRouter, fleet: Fleet, backend: Backend
+) -> None:
+    prober.start()
+    await news.of("is up")
+    asked = 0
+
+    def health(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        if asked <= 4:
+            sleep(0.03)
+            fleet.delays.note(0.03, asyncio.get_running_loop().time())
+            raise httpx.ReadTimeout("slow")
+        return httpx.Response(200)
+
+    engine["health"].mock(side_effect=health)
+    assert "while this gateway's event loop stood still" in await news.of("asked again")
+    async with asyncio.timeout(PATIENCE):
+        while asked < 6:
+            await asyncio.sleep(0.001)
+    assert backend.up
+    assert fleet.excused_checks == {"late": 3, "mass": 0}

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from functools import partialmethod
 from itertools import pairwise
+from time import sleep
 
 import pytest
 from hypothesis import example, given
@@ -855,12 +856,61 @@ def fire(stream: Stream) -> None:
     callback(*arguments)
 
 
-async def test_a_stream_silent_for_long_is_given_no_time_when_doubted(clock: Clock) -> None:
-    stream = await opened()
+async def test_silence_before_the_doubt_counts_for_nothing(clock: Clock) -> None:
+    """The gateway may have stood still itself: what came meanwhile is still to be read."""
+    stream = await opened(idle=10.0)
     stream.read(FIRST)
     clock.now += 5.0
     stream.relay.doubt(BackendLost("failed its checks"))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not stream.running.done()
+    stream.read(SECOND)
+    fire(stream)
+    assert not stream.running.done()
+    stream.running.cancel()
+
+
+async def test_a_doubted_stream_is_listened_to_once_more_where_the_event_loop_was_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relay_stream, "_DOUBT", 0.02)
+    stream = await opened(idle=10.0)
+    stream.read(FIRST)
+    stream.relay.doubt(BackendLost("failed its checks"))
+    sleep(0.05)  # the event loop stands still past the time
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not stream.running.done()
+    assert type(await stream.outcome()) is BackendLost  # and it is silent after that
+
+
+async def test_a_gateway_that_is_always_late_ends_a_silent_stream_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_stream, "_DOUBT", 0.002)
+    stream = await opened(idle=10.0)
+    stream.read(FIRST)
+    stream.relay.doubt(BackendLost("failed its checks"))
+    turns = 0
+    while not stream.running.done():
+        turns += 1
+        assert turns < 50
+        sleep(0.005)
+        await asyncio.sleep(0)
     assert type(await stream.outcome()) is BackendLost
+
+
+async def test_a_slow_stream_is_doubted_for_as_long_as_it_is_slow(clock: Clock) -> None:
+    """One with a token each two seconds moves, though it is silent for more than one."""
+    stream = await opened(idle=60.0)
+    for token in (FIRST, SECOND, THIRD):
+        stream.read(token)
+        clock.now += 2.0
+    before = asyncio.get_running_loop().time()
+    stream.relay.doubt(BackendLost("failed its checks"))
+    timer = stream.relay._timer
+    assert timer is not None
+    assert timer.when() - before == pytest.approx(8.0, abs=0.5)
+    stream.running.cancel()
 
 
 @pytest.mark.parametrize("said", [SECOND, PING, END, SECOND + THIRD], ids=["straight", "ping", "end", "two"])
@@ -899,6 +949,18 @@ async def test_a_stream_doubted_twice_fails_in_its_second_silence(idle: float | 
     error = await stream.outcome()
     assert type(error) is BackendLost
     assert "again" in str(error)
+
+
+async def test_a_doubt_that_is_repeated_gives_no_new_time(clock: Clock) -> None:
+    """A backend that is down is probed again and again."""
+    stream = await opened(idle=10.0)
+    stream.read(FIRST)
+    stream.relay.doubt(BackendLost("failed its checks"))
+    timer = stream.relay._timer
+    clock.now += 0.5
+    stream.relay.doubt(BackendLost("failed them again"))
+    assert stream.relay._timer is timer
+    stream.running.cancel()
 
 
 @pytest.mark.parametrize("before", [True, False])

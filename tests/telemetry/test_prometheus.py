@@ -50,6 +50,7 @@ NAMES = {
     "pd_proxy_backend_open_handoffs": ("gauge", {"pool", "backend"}),
     "pd_proxy_pool_panic": ("gauge", {"pool"}),
     "pd_proxy_retry_budget_refusals": ("counter", {"pool"}),
+    "pd_proxy_health_checks_excused": ("counter", {"cause"}),
     "pd_proxy_engine_messages": ("counter", {"message", "result"}),
     "pd_proxy_backend_inflight_requests": ("gauge", {"pool", "backend"}),
     "pd_proxy_backend_inflight_tokens": ("gauge", {"pool", "backend"}),
