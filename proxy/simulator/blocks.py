@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from proxy.simulator.kv_events import CacheListener, Unheard
 from proxy.simulator.tokens import MASK, mix
 
 Content = tuple[int, list[int], int]
@@ -33,9 +34,14 @@ class Block:
 
 
 class BlockPool:
-    """All blocks of one engine."""
+    """All blocks of one engine.
+
+    Attributes:
+        listener: is told what becomes of the prefix cache.
+    """
 
     def __init__(self, count: int, *, caching: bool) -> None:
+        self.listener: CacheListener = Unheard()
         self._count = count
         self._touched = [Block(0)]  # those ever given out, in their order; block 0, vLLM's null block, never is
         self._released: OrderedDict[int, Block] = OrderedDict()
@@ -77,6 +83,7 @@ class BlockPool:
             block = self._least_recent()
             if block.key is not None:
                 del self._cached[block.key]
+                self.listener.removed(block.key)
                 block.key = None
             block.refs = 1
             block.error = mix(block.error + 1) or 1  # someone else's, until it is written
@@ -98,14 +105,29 @@ class BlockPool:
             if block.refs == 0:
                 self._released[block.index] = block
 
-    def write(self, block: Block, before: int, tokens: list[int], error: int, key: int | None) -> None:
-        """Store KV in a block; ``key`` makes it findable (full blocks only)."""
+    def write(
+        self,
+        block: Block,
+        before: int,
+        tokens: list[int],
+        error: int,
+        key: int | None,
+        parent: int | None = None,
+        salt: str = "",
+    ) -> None:
+        """Store KV in a block; ``key`` makes it findable (full blocks only).
+
+        Arguments:
+            parent: the key of the block before it; None for a prompt's first.
+            salt: the request's `cache_salt`.
+        """
         block.before = before
         block.tokens = tokens
         block.error = error
         if key is not None and self._caching and block.key is None and key not in self._cached:
             block.key = key
             self._cached[key] = block
+            self.listener.stored(key, parent, tokens, salt)
 
     def pin(self, blocks: Sequence[Block]) -> None:
         """Mark blocks as held by a hand-off."""
@@ -132,3 +154,4 @@ class BlockPool:
         for block in self._cached.values():
             block.key = None
         self._cached.clear()
+        self.listener.cleared()

@@ -85,6 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stale-reads", choices=("wrong", "memory"), default=default.stale_reads, help="(%(default)s)")
     add("--eos-rate", type=float, default=default.eos_rate, help="how often a sequence ends by itself (%(default)s)")
     add("--no-prefix-caching", action="store_true", help="compute every prompt in full")
+    add("--kv-events", type=int, default=None, help="port to publish KV events at; 0 takes any free one; none: off")
+    add("--kv-replay", type=int, default=0, help="port to be asked for missed KV events; 0 takes any free one")
+    add("--kv-events-topic", default=default.kv_events_topic, help="(%(default)r)")
+    add("--kv-events-encoding", choices=("map", "array"), default=default.kv_events_encoding, help="(%(default)s)")
     add("--weights", type=int, default=default.weights, help="another number, another model (%(default)s)")
 
 
@@ -127,6 +131,10 @@ def config_from(args: argparse.Namespace) -> SimulatorConfig:
         stale_reads=args.stale_reads,
         eos_rate=args.eos_rate,
         prefix_caching=not args.no_prefix_caching,
+        kv_events=args.kv_events,
+        kv_replay=args.kv_replay,
+        kv_events_topic=args.kv_events_topic,
+        kv_events_encoding=args.kv_events_encoding,
         weights=args.weights,
         request_log=1,  # nobody can look at it from outside, and prompts are long
     )

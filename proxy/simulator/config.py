@@ -90,6 +90,12 @@ class SimulatorConfig:
     stale_reads: Literal["wrong", "memory"] = "wrong"  # memory: wrong only once the blocks were really used again
     eos_rate: float = 1 / 512  # how often the end-of-sequence token is drawn
     prefix_caching: bool = True
+    kv_events: int | None = None  # port at which it publishes what becomes of its cache; 0: any free one
+    kv_replay: int = 0  # port to be asked for what was missed; 0: any free one
+    kv_events_topic: str = ""
+    kv_events_encoding: Literal["map", "array"] = "map"  # array: vLLM before 2026, and SGLang
+    kv_events_hashes: Literal["int", "bytes"] = "int"  # VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES
+    kv_events_buffer: int = 10_000  # batches kept for who has missed some, as vLLM's buffer_steps
     responses_store: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE
     scale_out: bool = False  # --enable-scale-out: tokens in, tokens out
     prompt_tokens_details: bool = True  # usage says cached_tokens

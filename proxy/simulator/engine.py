@@ -403,8 +403,15 @@ class Engine:
         size = self.config.block_size
         for index in range(sequence.sealed, computed // size):
             tokens = sequence.tokens[index * size : (index + 1) * size]
-            key = sequence.boundaries[index + 1] ^ sequence.cache_key
-            self.pool.write(sequence.blocks[index], sequence.boundaries[index], tokens, sequence.error, key)
+            self.pool.write(
+                sequence.blocks[index],
+                sequence.boundaries[index],
+                tokens,
+                sequence.error,
+                sequence.key(index + 1),
+                sequence.key(index) if index else None,
+                sequence.cache_salt,
+            )
             sequence.sealed = index + 1
 
     def _step(self, batch: list[tuple[Sequence, int]]) -> None:
@@ -582,9 +589,10 @@ class Engine:
             if reach <= 0:
                 error = 0
             full = len(expected) == size
-            key = sequence.boundaries[index + 1] ^ sequence.cache_key if full else None
+            key = sequence.key(index + 1) if full else None
             block = sequence.blocks[index]
-            self.pool.write(block, sequence.boundaries[index], expected, error, key)
+            parent = sequence.key(index) if index else None
+            self.pool.write(block, sequence.boundaries[index], expected, error, key, parent, sequence.cache_salt)
             if full:
                 sequence.sealed = index + 1
             sequence.taint([block])

@@ -46,6 +46,7 @@ class GenerationRequest:
     echo: bool
     only_echo: bool  # completions with max_tokens 0
     cache_key: int
+    cache_salt: str
     tool: str | None
     tool_required: bool
     body: Object = field(default_factory=dict)  # as it came; responses tell the client what it asked for
@@ -217,6 +218,7 @@ def generation(
         echo=echo,
         only_echo=only_echo,
         cache_key=0 if fields.cache_salt is None else mix(int.from_bytes(fields.cache_salt.encode()) % (1 << 61) + 1),
+        cache_salt=fields.cache_salt or "",
         tool=tool,
         tool_required=tool_required,
     )

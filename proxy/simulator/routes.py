@@ -568,6 +568,7 @@ class Routes:
                         transfer=transfer,
                         keep_draws=request.logprobs is not None,
                         cache_key=request.cache_key,
+                        cache_salt=request.cache_salt,
                         skip_cache=request.prompt_logprobs is not None,
                     )
                 )

@@ -61,6 +61,7 @@ class Sequence:
         "blocks",
         "boundaries",
         "cache_key",
+        "cache_salt",
         "cached",
         "draws",
         "eos_limit",
@@ -107,6 +108,7 @@ class Sequence:
         transfer: Transfer | None = None,
         keep_draws: bool = False,
         cache_key: int = 0,
+        cache_salt: str = "",
         skip_cache: bool = False,
     ) -> None:
         self.request_id = request_id
@@ -120,6 +122,7 @@ class Sequence:
         self.kept: list[Block] = []  # blocks that have passed over to a hand-off
         self.handoff_params: dict[str, Any] | None = None  # what a prefill leg answers with
         self.cache_key = cache_key  # requests with another cache_salt share no blocks
+        self.cache_salt = cache_salt
         self.skip_cache = skip_cache  # prompt_logprobs: everything is computed here
         self.boundaries, self.state = boundary_states(origin, prompt, block_size)
         self.error = 0
@@ -154,6 +157,10 @@ class Sequence:
     def output(self) -> list[int]:
         """The generated tokens."""
         return self.tokens[self.prompt_length :]
+
+    def key(self, index: int) -> int:
+        """Under which the prefix cache has the block that ends before a boundary."""
+        return self.boundaries[index] ^ self.cache_key
 
     def taint(self, blocks: list[Block]) -> None:
         """Take over what is wrong in KV that this sequence is going to attend to."""

@@ -12,12 +12,14 @@ import socket
 from collections import Counter, deque
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from proxy.simulator.adapters import Adapters
 from proxy.simulator.config import SimulatorConfig
 from proxy.simulator.engine import Engine
 from proxy.simulator.faults import Faults
 from proxy.simulator.http import Connection, Exchange
+from proxy.simulator.kv_events import Publisher, Unheard
 from proxy.simulator.responses import ResponseStore
 from proxy.simulator.routes import ReceivedRequest, Routes
 from proxy.simulator.sidechannel import Serving, SideChannelServer
@@ -32,6 +34,9 @@ class Simulator:
         self.url = ""
         self.port = self.config.port
         self.side_port = self.config.side_port
+        self.kv_events_port = self.config.kv_events or 0
+        self.kv_replay_port = self.config.kv_replay
+        self.publisher: Publisher | None = None  # of KV events
         self.keep_alive = self.config.keep_alive
         self.connections: set[Connection] = set()
         self.requests: deque[ReceivedRequest] = deque(maxlen=self.config.request_log)
@@ -86,6 +91,7 @@ class Simulator:
         self._side_listener = await loop.create_server(lambda: SideChannelServer(serving), host, self.side_port)
         self.side_port = self._side_listener.sockets[0].getsockname()[1]
         self.engine.side_port = self.side_port
+        self._publish()
         self.engine.start()
         self.alive = True
         await self._listen()
@@ -93,6 +99,24 @@ class Simulator:
         self.engine.side.start()
         self._faults_changed()
         self._watch.changed()
+
+    def _publish(self) -> None:
+        """Publish KV events from now on, where that is wanted."""
+        config = self.config
+        if config.kv_events is None:
+            return
+        self.publisher = Publisher(
+            config.host,
+            self.kv_events_port,
+            self.kv_replay_port,
+            topic=config.kv_events_topic,
+            encoding=config.kv_events_encoding,
+            hashes=config.kv_events_hashes,
+            block_size=config.block_size,
+            buffer=config.kv_events_buffer,
+        )
+        self.kv_events_port, self.kv_replay_port = self.publisher.port, self.publisher.replay_port
+        self.engine.pool.listener = self.publisher
 
     async def _listen(self) -> None:
         """Listen, unless something else was wanted in the meantime."""
@@ -212,6 +236,12 @@ class Simulator:
     def _end(self) -> None:
         self._close_side_listener()
         self._serving.close()
+        if self.publisher is not None:
+            self.engine.pool.listener = Unheard()
+            self.publisher.close()
+            for port in (self.kv_events_port, self.kv_replay_port):
+                self._hold(socket.AF_INET6 if ":" in self.config.host else socket.AF_INET, (self.config.host, port))
+            self.publisher = None
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
@@ -234,11 +264,14 @@ class Simulator:
         bound = [(one.family, one.getsockname()) for one in listener.sockets]
         listener.close()
         for family, address in bound:
-            placeholder = socket.socket(family, socket.SOCK_STREAM)
-            self._placeholders.append(placeholder)
-            placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                placeholder.bind(address)
+            self._hold(family, address)
+
+    def _hold(self, family: int, address: Any) -> None:
+        placeholder = socket.socket(family, socket.SOCK_STREAM)
+        self._placeholders.append(placeholder)
+        placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            placeholder.bind(address)
 
     def _give_ports_up(self) -> None:
         while self._placeholders:

@@ -1,0 +1,209 @@
+"""KV events: what an engine says of its prefix cache over ZeroMQ, as vLLM with `--kv-events-config` and SGLang do.
+
+A batch is published for each step that changed the cache, as three parts: the topic, a sequence number (8 bytes,
+big-endian, from 0 at each start of the engine), and msgpack `[time, events, data-parallel rank]`. Who has missed some
+asks a second socket for those from a number on, and is answered with all that are still kept and, last, the number -1.
+
+Both encodings of an event that are in use can be had: a map with `type` (vLLM since 2026), and an array whose first
+item is the type (vLLM before that, SGLang). vLLM 0.32's `distributed/kv_events.py` was read for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+Encoding = Literal["map", "array"]
+Hashes = Literal["int", "bytes"]
+
+END = (-1).to_bytes(8, "big", signed=True)
+"""The number that ends the answer to who has missed something."""
+
+
+class CacheListener(Protocol):
+    """Who is told what becomes of the prefix cache."""
+
+    def stored(self, key: int, parent: int | None, tokens: Sequence[int], salt: str) -> None:
+        """A block can be found from now on.
+
+        Arguments:
+            key, parent: its own hash, and that of the block before it; None for a prompt's first.
+            salt: the request's `cache_salt`, or empty.
+        """
+
+    def removed(self, key: int) -> None:
+        """A block cannot be found any more: its memory is given to another."""
+
+    def cleared(self) -> None:
+        """No block can be found any more."""
+
+
+class Unheard:
+    """Tells nobody."""
+
+    def stored(self, key: int, parent: int | None, tokens: Sequence[int], salt: str) -> None:
+        pass
+
+    def removed(self, key: int) -> None:
+        pass
+
+    def cleared(self) -> None:
+        pass
+
+
+class Publisher:
+    """Publishes what becomes of one engine's prefix cache. A new one is a restarted engine's: it counts from 0 again.
+
+    Arguments:
+        port, replay_port: to publish at, and to be asked for what was missed at; 0 takes any free one.
+        buffer: batches that are kept for who has missed some.
+    Attributes:
+        sequence: the number of the next batch.
+        lose: so many of the next batches are kept, but not sent: lost on the way.
+        heard: somebody has subscribed, and gets what is published from now on.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        replay_port: int,
+        *,
+        topic: str = "",
+        encoding: Encoding = "map",
+        hashes: Hashes = "int",
+        block_size: int = 16,
+        buffer: int = 10_000,
+        rank: int = 0,
+    ) -> None:
+        self._zmq = zmq = importlib.import_module("zmq")
+        self._loop = asyncio.get_running_loop()
+        self._topic = topic.encode()
+        self._encoding = encoding
+        self._hashes = hashes
+        self._block_size = block_size
+        self._rank = rank
+        self._events: list[object] = []
+        self._buffer: deque[tuple[bytes, bytes]] = deque(maxlen=buffer)
+        self._flushing: asyncio.Handle | None = None
+        self.sequence = 0
+        self.lose = 0
+        self.heard = False
+        self._context = zmq.Context(io_threads=1)
+        try:
+            # As a PUB, and it tells of subscribers: whoever is connected may not have subscribed yet.
+            self._pub, self.port = self._bind(zmq.XPUB, host, port)
+            self._router, self.replay_port = self._bind(zmq.ROUTER, host, replay_port)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self._files = {self._router.getsockopt(zmq.FD): self._answer, self._pub.getsockopt(zmq.FD): self._listen}
+        for file, read in self._files.items():
+            self._loop.add_reader(file, read)
+            read()  # its descriptor tells of changes only
+
+    def _bind(self, kind: int, host: str, port: int) -> tuple[Any, int]:
+        zmq = self._zmq
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IPV6, int(":" in host))
+        shown = f"[{host}]" if ":" in host else host
+        try:
+            socket.bind(f"tcp://{shown}:{port or '*'}")
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"KV events at {shown}:{port}: {error}") from None
+        return socket, int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+
+    def close(self) -> None:
+        """Publish nothing any more; what was not published yet is lost."""
+        for file in self._files:
+            self._loop.remove_reader(file)
+        if self._flushing is not None:
+            self._flushing.cancel()
+        self._context.destroy(linger=0)
+
+    def stored(self, key: int, parent: int | None, tokens: Sequence[int], salt: str) -> None:
+        first = parent is None
+        self._record(
+            {
+                "type": "BlockStored",
+                "block_hashes": [self._hash(key)],
+                "parent_block_hash": None if parent is None else self._hash(parent),
+                "token_ids": list(tokens),
+                "block_size": self._block_size,
+                "lora_id": None,
+                "medium": "GPU",
+                "lora_name": None,
+                "extra_keys": [[salt] if salt and first else None],
+                "group_idx": 0,
+                "kv_cache_spec_kind": "full_attention",
+            }
+        )
+
+    def removed(self, key: int) -> None:
+        self._record({"type": "BlockRemoved", "block_hashes": [self._hash(key)], "medium": "GPU", "group_idx": 0})
+
+    def cleared(self) -> None:
+        self._record({"type": "AllBlocksCleared"})
+
+    def _hash(self, key: int) -> int | bytes:
+        return key if self._hashes == "int" else key.to_bytes(32, "big")
+
+    def _record(self, event: dict[str, object]) -> None:
+        self._events.append(event if self._encoding == "map" else list(event.values()))
+        if self._flushing is None:  # one batch for all that one turn of the loop does
+            self._flushing = self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Publish what has been told, as one batch."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        if self._events:
+            events, self._events = self._events, []
+            self.publish(msgspec.msgpack.encode([time.time(), events, self._rank]))
+
+    def publish(self, payload: bytes) -> None:
+        """Publish a batch that is encoded, or anything else."""
+        number = self.sequence.to_bytes(8, "big")
+        self.sequence += 1
+        self._buffer.append((number, payload))
+        if self.lose:
+            self.lose -= 1
+            return
+        self.send(self._topic, number, payload)
+
+    def send(self, *parts: bytes) -> None:
+        """Publish a message of any parts."""
+        self._pub.send_multipart(parts, self._zmq.NOBLOCK)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Hear of subscribers."""
+        while True:
+            try:
+                self.heard = self._pub.recv(self._zmq.NOBLOCK)[:1] == b"\1"
+            except self._zmq.Again:
+                return
+
+    def _answer(self) -> None:
+        """Answer who has missed something."""
+        zmq = self._zmq
+        while True:
+            try:
+                parts = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(parts) != 3:
+                continue
+            who, _, start = parts
+            for number, payload in self._buffer:
+                if number >= start:
+                    self._router.send_multipart((who, b"", self._topic, number, payload), zmq.NOBLOCK)
+            self._router.send_multipart((who, b"", b"", END, b""), zmq.NOBLOCK)
