@@ -48,7 +48,7 @@ LABELS = {
     "group": "`default`, or the name of one of `groups`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
     "leg": "`prefill`, `decode` or `encode`",
-    "message": "`notice` or `registration`",
+    "message": "`notice`, `registration`, `kv_batch` or `kv_event`",
     "model": "a model that some backend has named; any other is `other`",
     "outcome": "`ok`, `client_gone`, or the code of the error that ended the request ([errors](errors.md))",
     "pool": "`prefill`, `decode`, `mixed` or `encode`",
@@ -58,7 +58,8 @@ LABELS = {
     "field that keeps it from being split (`n`, `prompt_list`, `echo`, …); of an ejection: `consecutive`, "
     "`success_rate`, `slow` ([operating](operating.md#the-breaker)); of a first token: [whose it is](first-token.md)",
     "result": "`taken`; `garbage` (it is no such message); of a notice: `unexpected` (nobody waits for it); of a "
-    "registration: `unknown` (of no backend that registers) or `refused` (of what its engine may not say)",
+    "registration: `unknown` (of no backend that registers) or `refused` (of what its engine may not say); "
+    "of KV events: [KV events](kv-events.md#metrics)",
     "source": "`prefill` or `decode`",
     "stage": "`admission`, `encode`, `prefill`, `decode` (before the first token) or `stream` (after it)",
     "state": "`up`, `slow_start`, `ejected`, `draining` or `down`",

@@ -260,6 +260,48 @@ DEFAULT_GROUP = "default"
 Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], BeforeValidator(_split)]
 
 
+def _publisher(value: str) -> str:
+    """A ZeroMQ endpoint of each engine: `tcp://{host}:5557`, where `{host}` stands for the host of the engine's URL."""
+    text = value.strip()
+    if not text:
+        return ""
+    try:
+        parts = urlsplit(text.replace("{host}", "host"))
+        good = parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
+        good = good and not (parts.path or parts.query or parts.fragment or parts.username)
+    except ValueError:
+        good = False
+    if not good or "*" in text:
+        raise ValueError(f"{value!r}: this is tcp://{{host}}:PORT, where {{host}} stands for each engine's own")
+    return text
+
+
+PublisherEndpoint = Annotated[str, AfterValidator(_publisher)]
+
+
+class KvEventsSettings(Group):
+    """What engines say of their prefix caches over ZeroMQ ([KV events](kv-events.md)), as vLLM's and SGLang's
+    `--kv-events-config` has them do. It corrects what the gateway believes that they have cached."""
+
+    endpoint: PublisherEndpoint = Field(
+        "",
+        description="where each engine publishes, as `tcp://{host}:5557`, `{host}` being its URL's; data-parallel rank "
+        "n publishes n ports further on; empty: off",
+    )
+    replay: PublisherEndpoint = Field(
+        "", description="where missed events are asked for (`replay_endpoint`), likewise; empty: they stay missed"
+    )
+    topic: str = Field("", max_length=256, description="the topic that they publish with; empty: any")
+
+    @model_validator(mode="after")
+    def _replays_what_is_heard(self) -> KvEventsSettings:
+        if self.replay and not self.endpoint:
+            raise ValueError("kv_events: replay without an endpoint; set where the engines publish")
+        if self.replay and self.replay == self.endpoint:
+            raise ValueError("kv_events: replay is an endpoint of its own (replay_endpoint of --kv-events-config)")
+        return self
+
+
 class BackendGroup(Group):
     """Backends that hand over to each other, beside those of the top level: a second fleet of prefill and decode nodes,
     with another model, or of another make."""
@@ -273,6 +315,9 @@ class BackendGroup(Group):
     decode: BackendUrls = Field((), description="URLs of its decode backends")
     mixed: BackendUrls = Field((), description="URLs of its backends that do both")
     encode: BackendUrls = Field((), description="URLs of its encoders of images, audio and video")
+    kv_events: KvEventsSettings = Field(
+        KvEventsSettings(), description="where its engines publish KV events: endpoint, replay and topic; none: off"
+    )
 
 
 class Location(Group):
@@ -290,6 +335,12 @@ class Location(Group):
     query_ports: Ports = Field((), description="likewise, for what it has")
     engine_ids: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
         (), description="its connector's engine id, one for each data-parallel rank"
+    )
+    kv_events_port: int = Field(
+        0, ge=0, le=65535, description="where it publishes KV events; 0: the port of its group's kv_events.endpoint"
+    )
+    kv_replay_port: int = Field(
+        0, ge=0, le=65535, description="where missed ones are asked for; 0: the port of its group's kv_events.replay"
     )
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     pp: int = Field(1, ge=1, description="pipeline ranks")
@@ -728,6 +779,12 @@ class Settings(Group, BaseSettings):
     metrics: MetricsSettings = MetricsSettings()
     metaserver: Metaserver = Metaserver()
     zmq: ZmqSettings = ZmqSettings()
+    kv_events: KvEventsSettings = KvEventsSettings()
+    tokenizer: str = Field(
+        "",
+        description="path of the model's `tokenizer.json`, by which KV events are told apart for prompts of text; "
+        "needs the extra `tokenizers` ([KV events](kv-events.md#prompts-of-text))",
+    )
     api_keys: Secrets = Field((), description="keys clients must send as a bearer token; none: open")
     clients: Clients = Field(
         (), description="clients with names, keys, and bounds and shares of their own, beside api_keys"
@@ -861,6 +918,7 @@ class Settings(Group, BaseSettings):
             decode=self.decode,
             mixed=self.mixed,
             encode=self.encode,
+            kv_events=self.kv_events,
         )
         return [own, *self.groups]
 

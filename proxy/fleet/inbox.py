@@ -27,18 +27,18 @@ class CannotHear(Exception):
     """The socket cannot be had; the text says why, for people."""
 
 
-def library() -> Any:
+def library(wanting: str = "a connector of the settings speaks ZeroMQ") -> Any:
     """pyzmq.
 
+    Arguments:
+        wanting: what it is needed for, for people.
     Raises:
         CannotHear: it is not installed.
     """
     try:
         return importlib.import_module("zmq")
     except ImportError:
-        raise CannotHear(
-            "a connector of the settings speaks ZeroMQ, and pyzmq is not installed: pip install pd-proxy[zmq]"
-        ) from None
+        raise CannotHear(f"{wanting}, and pyzmq is not installed: pip install pd-proxy[zmq]") from None
 
 
 class Inbox:

@@ -1,0 +1,373 @@
+"""KV events from simulated engines over real sockets: what is believed of their caches is what they have."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from proxy.fleet.fleet import Fleet
+from proxy.fleet.inbox import CannotHear
+from proxy.fleet.kv_events import KvEvents, _endpoint, load_tokenizer
+from proxy.handoff.body import read_body
+from proxy.prefix.chain import Chain, chain_of
+from proxy.prefix.index import PrefixIndex
+from proxy.settings import build_settings
+from proxy.simulator import Simulator, SimulatorConfig
+from tests.support import until
+
+KEY = b"k" * 32
+PROMPT = [number % 90 + 5 for number in range(400)]
+
+
+def chain(**body: Any) -> Chain:
+    return chain_of(read_body(json.dumps({"model": "sim", **body}).encode(), "completions"), KEY)
+
+
+class Bed:
+    """Simulated engines, what is believed of them, and a client."""
+
+    def __init__(self, engines: list[Simulator], fleet: Fleet, events: KvEvents, index: PrefixIndex) -> None:
+        self.engines = engines
+        self.fleet = fleet
+        self.events = events
+        self.index = index
+        self.http = httpx.AsyncClient(timeout=30, trust_env=False)
+
+    def believed(self, engine: Simulator, prompt: list[int], **more: Any) -> int:
+        return self.index.cached(chain(prompt=prompt, **more)).get(engine.url, 0)
+
+    async def ask(self, engine: Simulator, prompt: list[int] | str, **more: Any) -> int:
+        """Have a prompt computed; returns how many of its tokens were cached."""
+        body = {"model": "sim", "prompt": prompt, "max_tokens": 1, **more}
+        answer = (await self.http.post(f"{engine.url}/v1/completions", json=body)).raise_for_status().json()
+        details = answer["usage"]["prompt_tokens_details"]
+        return details["cached_tokens"] if details else 0
+
+    async def heard(self, engine: Simulator) -> None:
+        """All that an engine has published has been taken."""
+        publisher = engine.publisher
+        assert publisher is not None
+        publisher.flush()
+        followers = self.events._followers
+        await until(
+            lambda: any(
+                follower._events.endswith(f":{publisher.port}")
+                and (follower._last if follower._last is not None else -1) == publisher.sequence - 1
+                for follower in followers.values()
+            )
+        )
+
+
+@asynccontextmanager
+async def bed(
+    count: int = 1, *, warm: list[list[int]] | None = None, more: dict[str, Any] | None = None, **config: Any
+) -> AsyncIterator[Bed]:
+    engines = [Simulator(SimulatorConfig(kv_events=0, **config)) for _ in range(count)]
+    for engine in engines:
+        await engine.start()
+    index = PrefixIndex()
+    locations = [
+        {"backend": engine.url, "kv_events_port": engine.kv_events_port, "kv_replay_port": engine.kv_replay_port}
+        for engine in engines
+    ]
+    settings = build_settings(
+        {
+            "mixed": [engine.url for engine in engines],
+            "kv_events": {"endpoint": "tcp://{host}:5557", "replay": "tcp://{host}:5558"},
+            "locations": locations,
+            **(more or {}),
+        },
+        {},
+    )
+    fleet = Fleet(settings)
+    for backend in fleet:
+        index.join(backend.url, 1 << 20)
+        backend.models = {"sim": {"id": "sim"}, "tuned": {"id": "tuned", "parent": "sim"}}
+    events = KvEvents(settings, fleet, index, KEY)
+    it = Bed(engines, fleet, events, index)
+    try:
+        for prompt in warm or []:
+            await it.ask(engines[0], prompt)
+        events.start()
+        await until(lambda: events.connected == count and all(e.publisher and e.publisher.heard for e in engines))
+        if not warm:
+            events.sent(chain(prompt=PROMPT), {})
+        yield it
+    finally:
+        await events.close()
+        await it.http.aclose()
+        for engine in engines:
+            await engine.stop(0)
+
+
+@pytest.mark.parametrize("encoding", ["map", "array"])
+@pytest.mark.parametrize("hashes", ["int", "bytes"])
+async def test_what_is_believed_is_what_the_engine_says_it_had_cached(encoding: Any, hashes: Any) -> None:
+    """Request by request: prompts that begin alike, salts, and evictions, since the engine has room for few blocks."""
+    async with bed(kv_events_encoding=encoding, kv_events_hashes=hashes, blocks=64) as it:
+        (engine,) = it.engines
+        asked = 0
+        for number in range(24):
+            prompt = PROMPT[: 64 + 32 * (number % 5)] + [number % 7 + 1] * (16 + 16 * (number % 6))
+            more = {"cache_salt": "pepper"} if number % 8 == 7 else {}
+            believed = it.believed(engine, prompt, **more)
+            cached = await it.ask(engine, prompt, **more)
+            # Of a prompt that is cached to its end the engine computes the last block anew.
+            assert cached == min(believed, (len(prompt) - 1) // 16 * 16)
+            asked += bool(cached)
+            await it.heard(engine)
+        assert asked > 8
+        assert it.events.events["removed"] > 0
+        assert not it.events.events["unplaced"] + it.events.events["malformed"] + it.events.events["unknown"]
+
+
+async def test_an_engine_that_was_warm_before_is_known() -> None:
+    async with bed(warm=[PROMPT]) as it:
+        (engine,) = it.engines
+        await it.heard(engine)
+        assert it.believed(engine, PROMPT) == 0  # until somebody sends ids
+        it.events.sent(chain(prompt=PROMPT), {})
+        await until(lambda: it.believed(engine, PROMPT) == 400)
+
+
+async def test_each_engine_is_believed_what_it_says_itself() -> None:
+    async with bed(2) as it:
+        one, other = it.engines
+        await it.ask(one, PROMPT)
+        await it.ask(other, PROMPT[:100])
+        await it.heard(one)
+        await it.heard(other)
+        assert (it.believed(one, PROMPT), it.believed(other, PROMPT)) == (400, 96)
+
+
+async def test_a_reset_cache_and_a_restarted_engine_have_nothing() -> None:
+    async with bed() as it:
+        (engine,) = it.engines
+        for _ in range(2):
+            await it.ask(engine, PROMPT)
+            await it.heard(engine)
+            assert it.believed(engine, PROMPT) == 400
+            (await it.http.post(f"{engine.url}/reset_prefix_cache")).raise_for_status()
+            await it.heard(engine)
+            assert it.believed(engine, PROMPT) == 0
+        await it.ask(engine, PROMPT)
+        await it.heard(engine)
+        await engine.restart()
+        await it.ask(engine, PROMPT[:50])
+        await until(lambda: it.believed(engine, PROMPT) == 48)
+        assert it.events.batches["restart"] == 1
+        assert await it.ask(engine, PROMPT) == 48
+
+
+async def test_events_that_are_lost_on_the_way_are_asked_for() -> None:
+    async with bed() as it:
+        (engine,) = it.engines
+        await it.ask(engine, PROMPT[:32])
+        assert engine.publisher is not None
+        engine.publisher.flush()
+        engine.publisher.lose = 1
+        await it.ask(engine, PROMPT[:64])
+        engine.publisher.flush()
+        await it.ask(engine, PROMPT)
+        await it.heard(engine)
+        assert it.believed(engine, PROMPT) == 400
+        assert it.events.batches["gap"] == 1
+
+
+async def test_an_entry_made_at_dispatch_does_not_wait_for_events() -> None:
+    async with bed() as it:
+        (engine,) = it.engines
+        sent = chain(prompt=PROMPT)
+        it.index.enter(engine.url, sent)
+        assert it.believed(engine, PROMPT) == 400
+        await it.ask(engine, [1] * 64)
+        await it.heard(engine)
+        assert it.believed(engine, PROMPT) == 400
+
+
+async def test_engines_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.fleet.kv_events._LOOK", 0.01)
+    async with bed(2) as it:
+        one, _ = it.engines
+        it.fleet.remove(one.url, "mixed")
+        it.fleet.forget_idle()
+        await until(lambda: it.events.connected == 1)
+        backend = it.fleet.add(one.url, "mixed")
+        await asyncio.sleep(0.03)
+        assert it.events.connected == 1  # not before it has said which models it has
+        backend.models = {"sim": {"id": "sim"}}
+        await until(lambda: it.events.connected == 2)
+        await it.ask(one, PROMPT)
+        await until(lambda: it.believed(one, PROMPT) == 400)
+
+
+async def test_a_failure_of_our_own_is_logged_and_it_begins_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("proxy.fleet.kv_events._AGAIN", 0.01)
+    async with bed() as it:
+        (engine,) = it.engines
+        held = it.events.corrections.held[engine.url]
+        broken = True
+
+        def stored(hashes: Any, sizes: Any, real: Any = held.stored) -> None:
+            nonlocal broken
+            if broken:
+                broken = False
+                raise RuntimeError("a bug")
+            real(hashes, sizes)
+
+        monkeypatch.setattr(held, "stored", stored)
+        await it.ask(engine, PROMPT[:200])
+        await until(lambda: it.events.batches["failed"] == 1 and it.events.connected == 1)
+        await until(lambda: bool(engine.publisher and engine.publisher.heard))
+        await it.ask(engine, [7] * 100)
+        await until(lambda: it.believed(engine, [7] * 100) == 96)
+        assert [r for r in caplog.records if r.levelno == logging.ERROR and "begins anew" in r.message]
+
+
+# Prompts of text
+
+TEXT = "the river runs past the old harbour and the engine waits for a signal " * 40
+
+
+def text_prompt() -> tuple[Chain, dict[str, Any]]:
+    body = read_body(json.dumps({"model": "sim", "prompt": TEXT}).encode(), "completions")
+    return chain_of(body, KEY), body.members
+
+
+async def reported_ids(it: Bed, engine: Simulator) -> bytes:
+    body = {"model": "sim", "prompt": TEXT, "max_tokens": 1, "return_token_ids": True}
+    answer = (await it.http.post(f"{engine.url}/v1/completions", json=body)).raise_for_status().json()
+    return ",".join(map(str, answer["choices"][0]["prompt_token_ids"])).encode()
+
+
+async def test_ids_that_an_engine_reports_make_its_events_count_for_text() -> None:
+    async with bed(2) as it:
+        one, other = it.engines
+        sent, members = text_prompt()
+        it.events.reported(sent, members, await reported_ids(it, one))
+        await it.heard(one)
+        await until(lambda: it.index.cached(sent).keys() == {one.url})
+        await it.ask(other, TEXT)  # by another gateway
+        await it.heard(other)
+        assert it.index.cached(sent).keys() == {one.url, other.url}
+        (await it.http.post(f"{one.url}/reset_prefix_cache")).raise_for_status()
+        await it.heard(one)
+        assert it.index.cached(sent).keys() == {other.url}
+
+
+@pytest.mark.parametrize("ids", [b"", b"1,", b"-1", b"1,x", b"4294967296", b"1.5", b"[1]", b'"'])
+async def test_ids_that_are_none_teach_nothing(ids: bytes) -> None:
+    async with bed() as it:
+        sent, members = text_prompt()
+        it.events.reported(sent, members, ids)
+        await until(lambda: it.events.events["unlearnt"] + it.events.events["learnt"] == 1)
+        assert it.events.corrections.texts == 0
+
+
+async def test_no_more_prompts_wait_to_be_learnt_from_than_may() -> None:
+    async with bed() as it:
+        sent, members = text_prompt()
+        for _ in range(300):
+            it.events.reported(sent, members, b"1,2,3")
+        assert it.events.events["untold"] == 300 - 256
+        await until(lambda: it.events.events["learnt"] == 256)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer for which each word of the text is one token."""
+    words = sorted({f"{space}{word}" for word in TEXT.split() for space in ("", "\u0120")} | {"\u0120"})
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="the"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+async def test_a_tokenizer_makes_the_ids_of_a_completions_text(tokenizer: Path) -> None:
+    async with bed(more={"tokenizer": str(tokenizer)}) as it:
+        (engine,) = it.engines
+        sent, members = text_prompt()
+        ids = load_tokenizer(str(tokenizer)).encode(TEXT).ids
+        assert len(ids) > 500
+        await it.ask(engine, ids)
+        await it.heard(engine)
+        it.events.sent(sent, members)
+        await until(lambda: it.index.cached(sent).keys() == {engine.url})
+        it.events.sent(*text_of_another_kind())
+        assert not it.events._lessons
+
+
+def text_of_another_kind() -> tuple[Chain, dict[str, Any]]:
+    body = read_body(json.dumps({"model": "sim", "messages": [{"role": "user", "content": TEXT}]}).encode(), "chat")
+    return chain_of(body, KEY), body.members
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CannotHear, match="nowhere"):
+        load_tokenizer(str(tmp_path / "nowhere.json"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(CannotHear, match="broken"):
+        load_tokenizer(str(tmp_path / "broken.json"))
+
+
+def test_extras_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(CannotHear, match=r"pip install pd-proxy\[tokenizers\]"):
+        load_tokenizer("any")
+    monkeypatch.setitem(__import__("sys").modules, "zmq", None)
+    settings = build_settings({"mixed": ["a:1"], "kv_events": {"endpoint": "tcp://{host}:5557"}}, {})
+    with pytest.raises(CannotHear, match=r"kv_events.endpoint is set.*pip install pd-proxy\[zmq\]"):
+        KvEvents(settings, Fleet(settings), PrefixIndex(), KEY).start()
+
+
+async def test_nothing_is_followed_where_nothing_is_set() -> None:
+    settings = build_settings({"mixed": ["a:1"]}, {})
+    events = KvEvents(settings, Fleet(settings), PrefixIndex(), KEY)
+    events.start()
+    assert not events.wanted and not events._tasks
+    await events.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "host", "port", "rank", "endpoint"),
+    [
+        ("tcp://{host}:5557", "10.0.0.9", 0, 0, "tcp://10.0.0.9:5557"),
+        ("tcp://{host}:5557", "engine", 0, 3, "tcp://engine:5560"),
+        ("tcp://{host}:5557", "fd00::9", 7000, 1, "tcp://[fd00::9]:7001"),
+        ("tcp://broker:5557", "engine", 0, 0, "tcp://broker:5557"),
+        ("", "engine", 7000, 0, ""),
+    ],
+)
+def test_each_rank_of_an_engine_publishes_at_a_port_of_its_own(
+    template: str, host: str, port: int, rank: int, endpoint: str
+) -> None:
+    assert _endpoint(template, host, port, rank) == endpoint
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"endpoint": "5557"},
+        {"endpoint": "tcp://*:5557"},
+        {"endpoint": "tcp://{host}"},
+        {"endpoint": "http://{host}:5557"},
+        {"endpoint": "tcp://{host}:5557/x"},
+        {"replay": "tcp://{host}:5558"},
+        {"endpoint": "tcp://{host}:5557", "replay": "tcp://{host}:5557"},
+    ],
+)
+def test_endpoints_that_can_be_none_are_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="kv_events"):
+        build_settings({"mixed": ["a:1"], "kv_events": wrong}, {})
