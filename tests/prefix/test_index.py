@@ -95,6 +95,33 @@ def test_an_engine_that_finds_less_has_lost_what_it_had_used_before() -> None:
     assert index.figures(0).forgotten == 3
 
 
+def test_what_was_used_together_is_lost_together() -> None:
+    index = joined("a")
+    send(index, "a", prompt("abcdefgh"))
+    asked = prompt("abcd")
+    index.enter("a", asked)
+    index.correct("a", asked, 0, 40)
+    assert index.cached(prompt("abcdefgh")) == {"a": 40}
+
+
+def test_a_loss_is_as_old_as_the_first_block_that_is_lost() -> None:
+    index = joined("a")
+    for text in ("abcdef", "new", "abc"):
+        send(index, "a", prompt(text))
+    for found, left in ((30, {"a": 30}), (0, {})):
+        asked = prompt("abcdef", f"{found}")
+        index.enter("a", asked)
+        index.correct("a", asked, found, 60 + 10 * len(f"{found}"))
+        assert index.cached(prompt("new")) == left
+
+
+def test_a_prompts_tokens_are_as_they_were_estimated_last() -> None:
+    index = joined("a")
+    for scale, tokens in ((1.0, 30), (2.0, 60), (0.5, 15)):
+        index.enter("a", prompt("abc", scale=scale))
+        assert index.tokens("a") == tokens
+
+
 def test_one_that_finds_what_was_believed_forgets_nothing() -> None:
     index = joined("a")
     for text in ("old", "abcdef"):
