@@ -182,8 +182,12 @@ def test_a_worker_that_died_while_it_wrote_is_wiped_and_another_goes_on() -> Non
     dead, living = Worker(rings, 0), Worker(rings, 1)
     chains = [prompt(rings, number) for number in range(3)]
     dead.index.enter("http://a", chains[0])
-    rings._cells[0] += 40  # it had announced a record, and written some of it
+    rings._cells[0] += 60  # it had announced a record, and written some of it
     rings._cells[4 + rings.end(0)] = 12345
+    early = Worker(rings, 1)
+    early.peers.look()
+    assert not early.index.cached(chains[0]), "what it read may have been half of one thing and half of another"
+    assert early.peers.lost > 0
     rings.wipe(0)
     living.peers.look()
     assert living.index.cached(chains[0]), "the engine has it still"

@@ -108,7 +108,7 @@ def test_a_loss_is_as_old_as_the_first_block_that_is_lost() -> None:
     index = joined("a")
     for text in ("abcdef", "new", "abc"):
         send(index, "a", prompt(text))
-    for found, left in ((30, {"a": 30}), (0, {})):
+    for found, left in ((30, {"a": 30}), (10, {})):
         asked = prompt("abcdef", f"{found}")
         index.enter("a", asked)
         index.correct("a", asked, found, 60 + 10 * len(f"{found}"))
