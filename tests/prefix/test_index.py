@@ -104,15 +104,16 @@ def test_what_was_used_together_is_lost_together() -> None:
     assert index.cached(prompt("abcdefgh")) == {"a": 40}
 
 
-def test_a_loss_is_as_old_as_the_first_block_that_is_lost() -> None:
+@pytest.mark.parametrize(("found", "left"), [(40, {"a": 30}), (30, {"a": 30}), (20, {"a": 30}), (10, {}), (0, {})])
+def test_a_loss_is_as_old_as_the_first_block_that_is_lost(found: int, left: dict[str, int]) -> None:
+    """Of what is found a block more may be there."""
     index = joined("a")
     for text in ("abcdef", "new", "abc"):
         send(index, "a", prompt(text))
-    for found, left in ((30, {"a": 30}), (10, {})):
-        asked = prompt("abcdef", f"{found}")
-        index.enter("a", asked)
-        index.correct("a", asked, found, 60 + 10 * len(f"{found}"))
-        assert index.cached(prompt("new")) == left
+    asked = prompt("abcdefgh")
+    index.enter("a", asked)
+    index.correct("a", asked, found, 80)
+    assert index.cached(prompt("new")) == left
 
 
 def test_a_prompts_tokens_are_as_they_were_estimated_last() -> None:
