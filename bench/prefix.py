@@ -23,7 +23,7 @@ from proxy.handoff.body import Body, read_body
 from proxy.prefix.chain import Chain, chain_of
 from proxy.prefix.index import Journal, PrefixIndex
 
-KEY = b"\1" * 32
+KEY = b"\1" * 16
 SIZES = {"4 kB": 4_000, "40 kB": 40_000, "400 kB": 400_000, "4 MB": 4_000_000}
 ENGINES = (8, 16, 64, 512)
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
@@ -142,7 +142,7 @@ def memory(prompt: int, engines: int = 64, tokens: int = 1_000_000) -> str:
         index.join(url, tokens)
     while sum(index.tokens(url) for url in urls) < 0.98 * engines * tokens and not index.figures(0).evictions:
         for url in urls:
-            hashes = tuple(chosen.getrandbits(64) for _ in model.hashes)
+            hashes = tuple(chosen.getrandbits(64) - (1 << 63) for _ in model.hashes)
             index.entered_elsewhere(url, msgspec.structs.replace(model, hashes=hashes))
     used = tracemalloc.get_traced_memory()[0] - began
     tracemalloc.stop()

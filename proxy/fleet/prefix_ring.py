@@ -46,17 +46,17 @@ class PrefixRings:
 
     def __init__(self, workers: int, cells: int = _CELLS) -> None:
         self.workers = workers
-        self.key = secrets.token_bytes(32)
+        self.key = secrets.token_bytes(16)
         self.size = cells
         self._width = _HEAD + cells
-        self._cells = memoryview(mmap.mmap(-1, workers * self._width * _CELL)).cast("Q")
+        self._cells = memoryview(mmap.mmap(-1, workers * self._width * _CELL)).cast("q")
 
     def write(self, worker: int, kind: int, engine: int, value: int, hashes: tuple[int, ...]) -> None:
         """Add a record to a worker's own ring."""
         cells, size, head = self._cells, self.size, worker * self._width
         hashes = hashes[: min(_MOST_HASHES, size // 4)]
         place, start = cells[head + _END], cells[head + _START]
-        record = array("Q", (place, kind << 32 | len(hashes), engine, value, *hashes))
+        record = array("q", (place, kind << 32 | len(hashes), engine, value, *hashes))
         end = place + len(record)
         first = head + _HEAD
         while end - start > size:
@@ -91,12 +91,12 @@ class PrefixRings:
             count = min(end - place, _MOST_READ, size)
             at = place % size
             fits = min(count, size - at)
-            found = array("Q", cells[first + at : first + at + fits].tobytes())
+            found = array("q", cells[first + at : first + at + fits].tobytes())
             if fits < count:
                 found.frombytes(cells[first : first + count - fits].tobytes())
             if cells[head + _AHEAD] - place <= size:
                 return place, found
-        return cells[head + _END], array("Q")
+        return cells[head + _END], array("q")
 
     def wipe(self, worker: int) -> None:
         """A worker has ended, perhaps while it wrote."""
@@ -129,7 +129,7 @@ class PeerPrefixes:
         index.journal = self
 
     def entered(self, engine: str, chain: Chain) -> None:
-        scale = unpack("<Q", pack("<d", chain.scale))[0]
+        scale = unpack("<q", pack("<d", chain.scale))[0]
         self._rings.write(self._worker, _IDS if chain.exact else _TEXT, self._key(engine), scale, chain.hashes)
 
     def trimmed(self, engine: str, tokens: int) -> None:
@@ -170,7 +170,7 @@ class PeerPrefixes:
             return
         blocks = IDS if kind == _IDS else TEXT
         hashes = tuple(cells[at + _RECORD : at + length])
-        scale: float = unpack("<d", pack("<Q", value))[0]
+        scale: float = unpack("<d", pack("<q", value))[0]
         if not hashes or not 0.0 < scale < 1e6:
             return
         units = blocks.ends[len(hashes) - 1]
@@ -193,4 +193,4 @@ class PeerPrefixes:
 
 
 def _key_of(engine: str) -> int:
-    return int.from_bytes(blake2b(engine.encode(), digest_size=_CELL).digest(), "little")
+    return int.from_bytes(blake2b(engine.encode(), digest_size=_CELL).digest(), "little", signed=True)

@@ -205,7 +205,7 @@ def test_memory_that_says_what_cannot_be_is_passed_over() -> None:
     rings = PrefixRings(2, cells=64)
     one, other = Worker(rings, 0), Worker(rings, 1)
     chains = [prompt(rings, number) for number in range(4)]
-    for cell, value in ((4, 99), (5, 2**63), (7, 0x7FF0000000000000)):  # its place, its length, its scale
+    for cell, value in ((4, 99), (5, -1), (7, 0x7FF0000000000000)):  # its place, its length, its scale
         place = rings.end(0) % 64
         one.index.enter("http://a", chains[0])
         rings._cells[place + cell] = value
