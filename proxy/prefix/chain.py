@@ -17,6 +17,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from hashlib import blake2b
+from struct import Struct
 
 import msgspec
 
@@ -45,7 +46,8 @@ _USUAL_CHOICES = (b'"auto"', b'"required"')
 
 _IN_IDS = frozenset(_NAMING)
 _IN_TEXT = frozenset((*_NAMING, *_TEMPLATE, _CHOICE))
-_NULL = b"null"
+_MODEL = frozenset({"model"})
+_NULL = msgspec.Raw(b"null")
 _BLANKS = b" \t\r\n"
 
 
@@ -94,9 +96,12 @@ def chain_of(body: Body, key: bytes, earlier: Chain | None = None) -> Chain:
         earlier: the chain of the response that the request goes on from (`Body.follows`), where it is known.
     """
     members = body.members
-    name, raw = _main(members)
-    if raw is None:
-        return EMPTY
+    name = _MAINS[0]
+    raw = members.get(name)
+    if raw is None or raw == _NULL:
+        name, raw = _main(members)
+        if raw is None:
+            return EMPTY
     if name in _MAYBE_IDS and (inside := _inside_of_ids(raw)) is not None:
         chain = _chain_of_json_ids(inside, _root(members, _IN_IDS, b"ids", key), key)
         if chain is not None:
@@ -145,7 +150,10 @@ def link_ids(previous: int, ids: Iterable[int], key: bytes) -> int:
 
 def _link(previous: int, block: bytes, key: bytes) -> int:
     """The hash of a block and of all before it."""
-    return hash(key + previous.to_bytes(8, "little", signed=True) + block)
+    return hash(key + _pack(previous) + block)
+
+
+_pack = Struct("<q").pack
 
 
 _encode = msgspec.json.Encoder().encode
@@ -158,19 +166,22 @@ def _main(members: Members) -> tuple[str, msgspec.Raw | None]:
     """The member that is the prompt, and its name."""
     for name in _MAINS:
         raw = members.get(name)
-        if raw is not None and bytes(memoryview(raw)[:1]) != b"n":  # null
+        if raw is not None and raw != _NULL:
             return name, raw
     return "", None
 
 
 def _root(members: Members, shaping: frozenset[str], kind: bytes, key: bytes) -> int:
     """A hash of what is under all others."""
+    found = shaping.intersection(members)
+    if found == _MODEL:
+        return hash(b"%b\0%b\0model\0%b" % (key, kind, bytes(members["model"])))  # as below
     parts = [key, kind]
-    for name in sorted(shaping.intersection(members)):
-        value = bytes(members[name])
-        if value == _NULL or (name == _CHOICE and value in _USUAL_CHOICES):
+    for name in sorted(found):
+        value = members[name]
+        if value == _NULL or (name == _CHOICE and bytes(value) in _USUAL_CHOICES):
             continue
-        parts += name.encode(), value
+        parts += name.encode(), bytes(value)
     return hash(b"\0".join(parts))  # no JSON has a zero byte
 
 
@@ -233,7 +244,7 @@ def _hash_text(said: bytes | memoryview, previous: int, first: int, start: int, 
     at = 0
     for end in TEXT.ends[first : TEXT.whole(start + len(said))]:
         end -= start
-        previous = hash(key + previous.to_bytes(8, "little", signed=True) + said[at:end])  # `_link`, less a call
+        previous = hash(key + _pack(previous) + said[at:end])  # `_link`, less a call
         hashes.append(previous)
         at = end
     return tuple(hashes)
@@ -337,7 +348,7 @@ def _chain_of_array(ids: array[int], root: int, key: bytes) -> Chain:
     hashes = []
     for end in IDS.ends[: IDS.whole(count)]:
         end *= width
-        previous = hash(key + previous.to_bytes(8, "little", signed=True) + data[at:end])
+        previous = hash(key + _pack(previous) + data[at:end])
         hashes.append(previous)
         at = end
     return Chain(

@@ -19,6 +19,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, KeysView, Mapping, Sequence
 from enum import Enum
 from itertools import compress
+from math import inf
 from typing import Protocol
 
 import msgspec
@@ -39,8 +40,7 @@ _SLACK = 0.25  # of what was believed: by so much bytes may mislead about tokens
 _FEW = 8  # engines that are named one by one
 _MOST_MARKS = 512  # instants that are remembered, for the age of entries
 
-_PRIOR = 20_000.0  # tokens of which it is taken that they were estimated well
-_DECAY = 1 / 64  # for each answer
+_MANY = 1 << 17  # estimated tokens of prompts after which it is looked at how many there really were
 _MOST_RATIO = 4  # reported for each estimated token, and the other way round
 
 # An entry's value: the ordinal of its last use, whether another worker used it, its tokens.
@@ -55,6 +55,9 @@ class Caching(Enum):
     ON = "on"
     ABSENT = "absent"  # it says so
     BLIND = "blind"  # it never finds anything
+
+
+_ON = Caching.ON
 
 
 class Journal(Protocol):
@@ -92,7 +95,7 @@ _ENTRY_BYTES = 100  # of one entry of an engine: a node and a slot of its ordere
 _BLOCK_BYTES = 90  # of one block: a slot of the table, the hash, some of the bits
 
 
-class _Pending:
+class _Pending(msgspec.Struct, gc=False):
     """One request at an engine, until its answer.
 
     Attributes:
@@ -103,14 +106,11 @@ class _Pending:
             holds for the blocks before it too, down to the next pair's.
     """
 
-    __slots__ = ("chain", "depth", "settled", "stamp", "uses")
-
-    def __init__(self, chain: Chain, stamp: int, settled: int, depth: int, uses: list[tuple[int, int]]) -> None:
-        self.chain = chain
-        self.stamp = stamp
-        self.settled = settled
-        self.depth = depth
-        self.uses = uses
+    chain: Chain
+    stamp: int
+    settled: int
+    depth: int
+    uses: list[tuple[int, int]]
 
     def last_use(self, block: int) -> int:
         """The ordinal of a block's last use before this request."""
@@ -129,20 +129,22 @@ class _Engine:
         capacity: tokens of its KV cache.
         limit: the same in tokens as they are estimated here.
         estimated, reported: tokens of its prompts of late, here and by itself.
+        ratio: the second for each of the first.
         used: estimated tokens of all entries.
         misses: answers in succession that found nothing, where something was believed.
     """
 
     __slots__ = (
-        *("bit", "caching", "capacity", "entries", "estimated", "limit", "misses", "pending", "reported", "slot"),
-        "used",
+        *("bit", "caching", "capacity", "entries", "estimated", "limit", "misses", "pending", "ratio", "reported"),
+        *("slot", "used"),
     )
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.bit = 1 << slot
         self.capacity = self.limit = 0
-        self.estimated = self.reported = _PRIOR
+        self.estimated = self.reported = 0.0
+        self.ratio = 1.0
         self.caching = Caching.ON
         self.entries: OrderedDict[int, int] = OrderedDict()
         self.used = 0
@@ -174,6 +176,7 @@ class PrefixIndex:
         self._stamp = 0
         self._marks: deque[tuple[float, int]] = deque()  # instants, and the first ordinal that was given after each
         self._mark_step = 1.0
+        self._next_mark = -inf
         self._evictions = self._forgotten = self._refused = 0
 
     @property
@@ -200,7 +203,7 @@ class PrefixIndex:
             one = self._engines[engine] = _Engine(slot)
             self._share = max(1, self._most // len(self._engines))
         one.capacity = min(capacity_tokens, MOST_CAPACITY) if capacity_tokens > 0 else DEFAULT_CAPACITY
-        one.limit = int(one.capacity * one.estimated / one.reported)
+        one.limit = int(one.capacity / one.ratio)
         if not caching:
             self.disable(engine)
         elif one.caching is Caching.ABSENT:
@@ -277,9 +280,9 @@ class PrefixIndex:
             now: seconds, never going back; for the age of entries.
         """
         one = self._engines.get(engine)
-        if one is None or one.caching is not Caching.ON:
+        if one is None or one.caching is not _ON or not chain.hashes:
             return
-        if not self._marks or now >= self._marks[-1][0] + self._mark_step:
+        if now >= self._next_mark:
             self._mark(now)
         stamp = self._stamp + 1
         pending = one.pending
@@ -290,7 +293,7 @@ class PrefixIndex:
         if len(pending) >= _MOST_PENDING:
             del pending[next(iter(pending))]
         pending[id(chain)] = _Pending(chain, stamp, settled, depth, uses)
-        if self.journal is not None and chain.hashes:
+        if self.journal is not None:
             self.journal.entered(engine, chain)
 
     def entered_elsewhere(self, engine: str, chain: Chain) -> None:
@@ -319,14 +322,17 @@ class PrefixIndex:
             cached_tokens, prompt_tokens: as the engine reports them. What cannot be true is refused.
         """
         one = self._engines.get(engine)
-        if one is None:
+        if one is None or not chain.hashes:
             return
         pending = one.pending.pop(id(chain), None)
         if not 0 <= cached_tokens <= prompt_tokens or prompt_tokens <= 0:
             self._refused += 1
             return
-        if chain.hashes:  # of the shortest prompts a template's words are the most
-            self._learn_size(one, chain.tokens, prompt_tokens)
+        tokens = chain.tokens
+        one.estimated += tokens
+        one.reported += max(tokens // _MOST_RATIO, min(tokens * _MOST_RATIO, prompt_tokens))
+        if one.estimated > _MANY:
+            self._learn_size(one)
         if cached_tokens and one.caching is Caching.BLIND:
             one.caching = Caching.ON
             one.misses = 0
@@ -468,13 +474,13 @@ class PrefixIndex:
             self._fit(one)
         return depth
 
-    def _learn_size(self, one: _Engine, estimated: int, reported: int) -> None:
+    def _learn_size(self, one: _Engine) -> None:
         """Learn how many tokens there are in one that was estimated, since an engine's cache is full of the former.
         What this makes too much is dropped at the next use."""
-        reported = max(estimated // _MOST_RATIO, min(estimated * _MOST_RATIO, reported))
-        one.estimated += estimated - one.estimated * _DECAY
-        one.reported += reported - one.reported * _DECAY
-        one.limit = int(one.capacity * one.estimated / one.reported)
+        one.ratio = one.reported / one.estimated
+        one.limit = int(one.capacity / one.ratio)
+        one.estimated /= 2
+        one.reported /= 2
 
     def _hold(self, one: _Engine, hashed: int, value: int) -> None:
         """One engine holds one block."""
@@ -521,6 +527,7 @@ class PrefixIndex:
     def _mark(self, now: float) -> None:
         """Remember an instant. When there are many, every second one is forgotten, and they are rarer from then on."""
         self._marks.append((now, self._stamp + 1))
+        self._next_mark = now + self._mark_step
         if len(self._marks) > _MOST_MARKS:
             self._marks = deque([mark for number, mark in enumerate(self._marks) if number % 2 == 0])
             self._mark_step *= 2

@@ -39,8 +39,7 @@ class Model:
     """One engine: its blocks, the one that was not used for longest first."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = self.limit = capacity
-        self.estimated = self.reported = 20_000.0
+        self.capacity = capacity
         self.uses: list[Use] = []
         self.caching = True
         self.blind = False
@@ -63,7 +62,7 @@ class Model:
         self.fit(share)
 
     def fit(self, share: int) -> None:
-        while self.tokens() > self.limit or len(self.uses) > share:
+        while self.tokens() > self.capacity or len(self.uses) > share:
             self.uses.pop(0)
 
 
@@ -87,7 +86,6 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.join(engine, capacity, caching)
         model = self.model.setdefault(engine, Model(capacity))
         model.capacity = capacity
-        model.limit = int(capacity * model.estimated / model.reported)
         if not caching:
             model.uses, model.sent = [], []
         elif not model.caching:
@@ -113,7 +111,7 @@ class IndexMachine(RuleBasedStateMachine):
         chain = chain_of(text, exact)
         self.index.enter(engine, chain)
         model = self.model.get(engine)
-        if model is None or not model.caching or model.blind:
+        if model is None or not model.caching or model.blind or not chain.hashes:
             return
         self.ordinal += 1
         first = min((sent[2] for sent in model.sent), default=self.ordinal)
@@ -129,10 +127,6 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.correct(engine, chain, cached, total)
         if not 0 <= cached <= total or not total:
             return
-        if chain.hashes:
-            model.estimated += len(text) - model.estimated / 64
-            model.reported += max(len(text) // 4, min(4 * len(text), total)) - model.reported / 64
-            model.limit = int(model.capacity * model.estimated / model.reported)
         if model.blind and not cached:
             return
         if model.blind:
@@ -215,7 +209,7 @@ class IndexMachine(RuleBasedStateMachine):
         index = self.index
         held: dict[int, int] = {}
         for engine, one in index._engines.items():
-            assert one.used <= 4 * one.capacity
+            assert one.used <= one.capacity
             assert sum(value & 0x7FFF for value in one.entries.values()) == one.used
             assert index._urls[one.slot] == engine
             for hashed in one.entries:
