@@ -52,7 +52,7 @@ class DecodeEngine:
         factor: how many times longer than its model it takes at present; set it by `slow`.
         kv: tokens of the running sequences, as a step reads them; used: of the KV cache that is taken, also by what is
             being pulled or computed, blocks that sequences share counted once.
-        steps: done so far.
+        steps: done so far, with sequences; busy: seconds that they took.
         preemptions: how often a sequence has been put back into the queue for want of KV cache.
     """
 
@@ -70,7 +70,7 @@ class DecodeEngine:
         self.cache = BlockCache(model.capacity)
         self.kv = 0.0
         self.used = 0.0
-        self.steps = 0.0
+        self.steps = self.busy = 0.0
         self.preemptions = 0
         self.active: dict[Job, None] = {}
         self.waiting: deque[Job] = deque()
@@ -121,6 +121,12 @@ class DecodeEngine:
         self._sync()
         self.factor = factor
         self._plan()
+
+    def watch(self) -> tuple[float, float]:
+        """Steps so far, and seconds that the engine was busy with them: streams show their quotient as the gap between
+        tokens."""
+        self._sync()
+        return self.steps, self.busy
 
     def _admit(self) -> None:
         """Begin with those who wait, as long as there is KV cache for the next one."""
@@ -236,6 +242,8 @@ class DecodeEngine:
         self.steps += done
         self.kv += done * count
         self.used += done * count
+        if count:
+            self.busy += elapsed
 
     def _plan(self) -> None:
         """Ask to be called at the next change."""

@@ -108,7 +108,7 @@ ALL = (
     Kind(
         "tools",
         "one tool prompt of 8,000 tokens that all sessions share",
-        lambda rng: traffic.agents(rng, 4000, 5.0, tools=1, tool_tokens=8000, turns=(2, 5), user=500),
+        lambda rng: traffic.agents(rng, 4000, 4.4, tools=1, tool_tokens=8000, turns=(2, 5), user=500),
     ),
     Kind(
         "hot",
@@ -119,7 +119,7 @@ ALL = (
     Kind(
         "pressure",
         "KV pressure on decode, with preemption",
-        lambda rng: traffic.pressure(rng, 3000, 4.2),
+        lambda rng: traffic.pressure(rng, 3000, 3.8),
         decode=(replace(D, capacity=125_000),) * 4,
     ),
     Kind(

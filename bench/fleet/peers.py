@@ -118,11 +118,11 @@ class Peer:
     def _choose(self, which: int, job: Job) -> int:
         rule, pool = self._rules[which], self._pools[which]
         if rule == "cache_aware":
-            return self._cache_aware(pool, self._trees[which], job.request.prompt.said)
+            return self._cache_aware(pool, self._trees[which], job.request.prompt.chain.hashes)
         if rule == "kv_aware":
             return self._kv_aware(pool, job)
         if rule == "consistent_hash":
-            return _of_ring(self._rings[which], job.request.session or str(job.request.prompt.said[-1:]).encode(), pool)
+            return _of_ring(self._rings[which], job.request.session or str(job.request.prompt.chain.hashes[-1:]).encode(), pool)
         if rule == "least_load":
             return pool.least()
         places = pool.indices()

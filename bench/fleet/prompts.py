@@ -12,9 +12,9 @@ from itertools import chain as joined
 from typing import NamedTuple
 
 from bench.fleet.blocks import BLOCK
+from proxy.prefix.blocks import TEXT
+from proxy.prefix.chain import Chain
 
-BYTES_BLOCK = 1024
-"""Bytes of one block of a text as the gateway's index cuts it."""
 ESTIMATE = 4
 """Bytes that the gateway takes for a token, where it knows no better."""
 _MASK = (1 << 62) - 1
@@ -39,11 +39,11 @@ class Prompt:
         tokens: how many an engine makes of it.
         size: bytes of its text.
         blocks: hashes of its whole blocks, as engines chain them.
-        said: hashes of its blocks of bytes, as the gateway chains them.
+        chain: hashes of its blocks of bytes, as the gateway chains them (`proxy/prefix/chain.py`).
         estimate: tokens that the gateway thinks it has.
     """
 
-    __slots__ = ("blocks", "estimate", "said", "size", "tokens")
+    __slots__ = ("blocks", "chain", "estimate", "size", "tokens")
 
     def __init__(self, parts: Sequence[Part], key: str = "") -> None:
         """Arguments: key: the model or adapter, whose prompts share nothing with another's."""
@@ -55,13 +55,15 @@ class Prompt:
             path = _mixed(path, part.stem, tokens)
             end, last = tokens + part.tokens, size + part.tokens * part.ratio
             blocks.append(range(path + tokens // BLOCK, path + end // BLOCK))
-            said.append(range(path + int(size) // BYTES_BLOCK, path + int(last) // BYTES_BLOCK))
+            said.append(range(path + TEXT.whole(int(size)), path + TEXT.whole(int(last))))
             tokens, size = end, last
         self.tokens = tokens
         self.size = int(size)
         self.blocks = tuple(joined.from_iterable(blocks))
-        self.said = tuple(joined.from_iterable(said))
         self.estimate = max(1, self.size // ESTIMATE)
+        self.chain = Chain(
+            hashes=tuple(joined.from_iterable(said)), tokens=self.estimate, units=self.size, scale=1 / ESTIMATE
+        )
 
 
 def _mixed(path: int, stem: int, offset: int) -> int:
