@@ -1,15 +1,15 @@
 """A decode engine: continuous batching whose steps grow with sequences and KV cache, without an event for each step.
 
-Between two changes of the batch each step takes `s + g·k` seconds, `k` being the steps since the change: every step adds
-a token of KV cache for each sequence. So the steps done by a time, and the time of a step, are found in closed form, and
-a request costs a handful of events however long its answer is.
+Between two changes of the batch each step takes `s + g·k` seconds, `k` being the steps since the change: every step
+adds a token of KV cache for each sequence. So the steps done by a time, and the time of a step, are found in closed
+form, and a request costs a handful of events however long its answer is.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import ceil, sqrt
 
@@ -37,7 +37,7 @@ class DecodeModel:
     capacity: int = 600_000
     latency: float = 0.005
     pull: float = 200_000.0
-    prefill: PrefillModel = PrefillModel(chunk=2048)
+    prefill: PrefillModel = field(default_factory=lambda: PrefillModel(chunk=2048))
     most: int = 256
 
     def step(self, sequences: float, kv: float) -> float:

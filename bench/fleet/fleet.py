@@ -170,5 +170,3 @@ class Fleet:
 def simulate(kind: Kind, trace: Trace, router: Router) -> Outcome:
     """Run a trace on a kind's fleet."""
     return Fleet(kind, router).run(trace)
-
-

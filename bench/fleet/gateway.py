@@ -17,7 +17,8 @@ from proxy.fleet.speeds import PoolSpeeds
 from proxy.flow.request import EXPECTED_OUTPUT
 from proxy.handoff.coordinates import Coordinates
 from proxy.placement.ask import Ask
-from proxy.placement.decide import View, decide
+from proxy.placement.decide import decide
+from proxy.placement.eligibility import Members, Needs, Rules, eligible
 from proxy.prefix.index import PrefixIndex
 
 WATCH = 1.0
@@ -32,6 +33,18 @@ POLICIES: dict[str, dict[str, str]] = {
     "random": {"prefill": "random", "decode": "random", "mixed": "random"},
     "power_of_two": {"prefill": "power_of_two", "decode": "power_of_two", "mixed": "power_of_two"},
 }
+
+RULES = Rules(
+    splits={},
+    endpoints={},
+    plain=frozenset(),
+    meets=frozenset(),
+    all_plain=True,
+    splits_somewhere=frozenset(),
+    splits_everywhere=frozenset(),
+    endpoints_everywhere=frozenset({"chat"}),
+)
+"""Engines of one kind, with a connector that splits every request."""
 
 
 @dataclass(slots=True)
@@ -70,11 +83,14 @@ class Gateway:
         ranks = Coordinates(dp=fleet.kind.ranks)
         prefills, decodes = PoolSpeeds(), PoolSpeeds()
         self.prefill = [
-            Backend(f"http://prefill-{number}", "prefill", speeds=prefills.join()) for number in range(len(fleet.prefill))
+            Backend(f"http://prefill-{number}", "prefill", speeds=prefills.join())
+            for number in range(len(fleet.prefill))
         ]
         self.decode = [
             Backend(f"http://decode-{number}", "decode", speeds=decodes.join()) for number in range(len(fleet.decode))
         ]
+        sizes = {"prefill": len(self.prefill), "decode": len(self.decode), "mixed": 0}
+        self._members: Members[Backend] = Members(self.prefill, self.decode, (), configured=sizes)
         self._places = {
             backend.url: number for pool in (self.prefill, self.decode) for number, backend in enumerate(pool)
         }
@@ -86,7 +102,6 @@ class Gateway:
         for backend in (*self.prefill, *self.decode):
             backend.locate(ranks)
             backend.mark_up()
-        self._up = list(self.prefill)
         self._watched = [(0.0, 0.0)] * len(self.decode)
         self._inside = 0
         self._watching = False
@@ -107,13 +122,9 @@ class Gateway:
             request.ttft if self._targets else None,
             request.tpot if self._targets else None,
         )
-        view = View(
-            prefill=self._up,
-            decode=self.decode,
-            mixed=(),
-            configured={"prefill": len(self.prefill), "decode": len(self.decode), "mixed": 0},
-        )
-        decision = decide(view, ask, alone="", policies=self._policies, allow_local_prefill=True)
+        needs: Needs[Backend] = Needs(None, tokens, ask.decode_tokens, "chat", "/v1/chat/completions")
+        found = eligible(self._members, needs, RULES)
+        decision = decide(found.view, ask, alone=found.alone, policies=self._policies, allow_local_prefill=True)
         self.reasons[decision.reason] = self.reasons.get(decision.reason, 0) + 1
         decode, prefill = decision.decode, decision.prefill
         computes = prefill or decode
@@ -182,7 +193,7 @@ class Gateway:
         else:
             backend.mark_down("is gone")
             backend.speeds.left(now)
-        self._up = [one for one in self.prefill if one.up]
+        self._members.prefill = [one for one in self.prefill if one.up]
 
     def _watch(self, _: object) -> None:
         """Note the gaps between tokens since the last look."""

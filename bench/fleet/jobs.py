@@ -12,7 +12,7 @@ class Request:
     """One request of a trace; the same for every policy.
 
     Attributes:
-        time: seconds after the start of the run; of a later turn of a session, after its first turn would have been sent.
+        time: seconds after the start of the run; a later turn of a session has that of the first one.
         output: tokens that the engine will write; nobody but the oracle knows.
         max_tokens: what the client allows, or None.
         ttft, tpot: its SLO in seconds.

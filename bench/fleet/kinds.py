@@ -59,16 +59,31 @@ class Kind:
 P, D = PrefillModel(), DecodeModel()
 
 
-def _tenants(**settings: object) -> Callable[[Random], Trace]:
-    return lambda rng: traffic.tenants(rng, **{"count": 8000, "rate": 16.0, "prompts": 120, "length": 4000, "output": 280.0, **settings})  # type: ignore[arg-type]
+def _tenants(
+    count: int = 8000,
+    rate: float = 16.0,
+    prompts: int = 120,
+    length: int = 4000,
+    output: float = 280.0,
+    adapters: int = 0,
+) -> Callable[[Random], Trace]:
+    return lambda rng: traffic.tenants(
+        rng, count, rate, prompts=prompts, length=length, output=output, adapters=adapters
+    )
 
 
 ALL = (
     Kind("tutorial", "3,584 tokens in, 1,536 out", lambda rng: traffic.plain(rng, 2500, 4.1)),
     Kind("mixed", "chat and documents of 100,000 tokens", lambda rng: traffic.mixed(rng, 4000, 8.0, 22.0)),
-    Kind("shared", "20 system prompts that fit every cache", _tenants(prompts=20, length=6000, rate=18.0, output=180.0, count=6000)),
+    Kind(
+        "shared",
+        "20 system prompts that fit every cache",
+        _tenants(prompts=20, length=6000, rate=18.0, output=180.0, count=6000),
+    ),
     Kind("tenants", "120 system prompts, more than one cache holds", _tenants()),
-    Kind("agents", "sessions of several turns with pauses, to 20,000 tokens", lambda rng: traffic.agents(rng, 4000, 1.4)),
+    Kind(
+        "agents", "sessions of several turns with pauses, to 20,000 tokens", lambda rng: traffic.agents(rng, 4000, 1.4)
+    ),
     Kind(
         "bursts",
         "chat, five times as much for 6 s of every 40",

@@ -128,9 +128,7 @@ class Oracle:
         """Seconds of a step with one more sequence, and a penalty where the KV cache will not hold all."""
         decode = self._decode[engine][rank]
         sequences, coming = self._coming[engine][rank]
-        step = decode.model.step(
-            decode.sequences + sequences + 1, decode.kv + coming + tokens
-        )
+        step = decode.model.step(decode.sequences + sequences + 1, decode.kv + coming + tokens)
         over = self._final[engine][rank] + tokens + output - decode.model.capacity
         return decode.factor * step + max(0, over) * 1e-6
 
@@ -153,12 +151,12 @@ class Oracle:
             return None
         best = min(places)
         if best.own > variant.pack:
-            return max((place for place in places if place.cost <= best.cost + best.own), key=lambda place: place.backlog)
+            return max(
+                (place for place in places if place.cost <= best.cost + best.own), key=lambda place: place.backlog
+            )
         return best
 
-    def _local(
-        self, job: Job, steps: list[tuple[float, int, int]], remote: _Place | None
-    ) -> tuple[int, int] | None:
+    def _local(self, job: Job, steps: list[tuple[float, int, int]], remote: _Place | None) -> tuple[int, int] | None:
         """A decode rank that would have the first token sooner and keep every sequence inside its TPOT."""
         request = job.request
         prompt, now = request.prompt, self._clock.now

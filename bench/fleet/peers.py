@@ -122,7 +122,9 @@ class Peer:
         if rule == "kv_aware":
             return self._kv_aware(pool, job)
         if rule == "consistent_hash":
-            return _of_ring(self._rings[which], job.request.session or str(job.request.prompt.chain.hashes[-1:]).encode(), pool)
+            return _of_ring(
+                self._rings[which], job.request.session or str(job.request.prompt.chain.hashes[-1:]).encode(), pool
+            )
         if rule == "least_load":
             return pool.least()
         places = pool.indices()

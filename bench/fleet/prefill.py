@@ -47,7 +47,13 @@ class PrefillEngine:
     """
 
     def __init__(
-        self, clock: Clock, model: PrefillModel, done: Callable[[Job], object], *, factor: float = 1.0, caching: bool = True
+        self,
+        clock: Clock,
+        model: PrefillModel,
+        done: Callable[[Job], object],
+        *,
+        factor: float = 1.0,
+        caching: bool = True,
     ) -> None:
         self.model = model
         self.factor = factor

@@ -94,8 +94,7 @@ def goodput_table(summaries: Sequence[Summary]) -> str:
     """Goodput by kind and policy."""
     policies = list(summaries[0].goodput)
     rows = [["kind", *policies]]
-    for one in summaries:
-        rows.append([one.kind, *(f"{100 * one.goodput[name]:.1f}" for name in policies)])
+    rows += [[one.kind, *(f"{100 * one.goodput[name]:.1f}" for name in policies)] for one in summaries]
     return table(rows)
 
 

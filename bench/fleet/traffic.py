@@ -53,9 +53,7 @@ def limit(rng: Random, output: int) -> int | None:
     return None if rng.random() < 0.5 else max(output, rng.choice((256, 512, 1024, 2048, 4096)))
 
 
-def plain(
-    rng: Random, count: int, rate: float, *, prompt: int = 3584, output: int = 1536, tpot: float = TPOT
-) -> Trace:
+def plain(rng: Random, count: int, rate: float, *, prompt: int = 3584, output: int = 1536, tpot: float = TPOT) -> Trace:
     """Prompts of one length that share nothing."""
     new = stems(rng)
     return [
@@ -176,7 +174,8 @@ def bursts(rng: Random, count: int, rate: float, *, times: float, every: float, 
         rate: requests/s between bursts; in one, `times` as many.
         every, lasting: seconds from a burst to the next one, and of one.
     """
-    moments, now = [], 0.0
+    moments: list[float] = []
+    now = 0.0
     while len(moments) < count:
         now += rng.expovariate(rate * times)
         if now % every > every - lasting or rng.random() < 1 / times:
