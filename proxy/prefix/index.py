@@ -41,6 +41,12 @@ _FEW = 8  # engines that are named one by one
 _MOST_MARKS = 512  # instants that are remembered, for the age of entries
 
 _MANY = 1 << 17  # estimated tokens of prompts after which it is looked at how many there really were
+_LEAST_PART = 0.25  # of an engine's cache that is believed to keep prompts, whatever it loses
+_LOSS = 0.8  # of that part is left at the most by one loss, which may have been a restart
+_SURPLUS, _FINE = (
+    1 / 16,
+    1 / 256,
+)  # of what is missing from the whole comes back when more is found than believed, or as much
 _MOST_RATIO = 4  # reported for each estimated token, and the other way round
 
 # An entry's value: the ordinal of its last use, whether another worker used it, its tokens.
@@ -127,7 +133,8 @@ class _Engine:
 
     Attributes:
         capacity: tokens of its KV cache.
-        limit: the same in tokens as they are estimated here.
+        limit: how many of them, as they are estimated here, it is believed to keep prompts in.
+        part: the part of its cache that does so; running requests take the rest.
         estimated, reported: tokens of its prompts of late, here and by itself.
         ratio: the second for each of the first.
         used: estimated tokens of all entries.
@@ -135,8 +142,8 @@ class _Engine:
     """
 
     __slots__ = (
-        *("bit", "caching", "capacity", "entries", "estimated", "limit", "misses", "pending", "ratio", "reported"),
-        *("slot", "used"),
+        *("bit", "caching", "capacity", "entries", "estimated", "limit", "misses", "part", "pending", "ratio"),
+        *("reported", "slot", "used"),
     )
 
     def __init__(self, slot: int) -> None:
@@ -144,12 +151,16 @@ class _Engine:
         self.bit = 1 << slot
         self.capacity = self.limit = 0
         self.estimated = self.reported = 0.0
-        self.ratio = 1.0
+        self.ratio = self.part = 1.0
         self.caching = Caching.ON
         self.entries: OrderedDict[int, int] = OrderedDict()
         self.used = 0
         self.misses = 0
         self.pending: dict[int, _Pending] = {}
+
+    def bound(self) -> None:
+        """Set the limit, by what is known of the engine."""
+        self.limit = int(self.capacity * self.part / self.ratio)
 
 
 class PrefixIndex:
@@ -203,7 +214,7 @@ class PrefixIndex:
             one = self._engines[engine] = _Engine(slot)
             self._share = max(1, self._most // len(self._engines))
         one.capacity = min(capacity_tokens, MOST_CAPACITY) if capacity_tokens > 0 else DEFAULT_CAPACITY
-        one.limit = int(one.capacity / one.ratio)
+        one.bound()
         if not caching:
             self.disable(engine)
         elif one.caching is Caching.ABSENT:
@@ -342,20 +353,27 @@ class PrefixIndex:
                 self._use(one, chain, min(chain.blocks.whole(int(found)), len(chain.hashes)), 0, None)
             return
         depth = pending.depth
-        if not depth or one.caching is not Caching.ON:
+        if one.caching is not Caching.ON:
             return
-        believed = chain.blocks.ends[depth - 1]
-        slack = chain.blocks.sizes[depth - 1] + (0 if chain.exact else believed * _SLACK)
+        blocks = chain.blocks
+        believed = blocks.ends[depth - 1] if depth else 0
+        slack = blocks.sizes[max(0, depth - 1)] + (0 if chain.exact else believed * _SLACK)
         if found + slack >= believed:
             one.misses = 0
+            if one.part < 1:
+                one.part += (1 - one.part) * (_SURPLUS if found > believed + slack else _FINE)
+                one.bound()
             return
-        lost = pending.last_use(min(bisect_right(chain.blocks.ends, found + slack), depth - 1))
+        lost = pending.last_use(min(bisect_right(blocks.ends, found + slack), depth - 1))
         if lost & _ELSEWHERE or lost >> _SHIFT >= pending.settled:
             return
         before = len(one.entries)
         while one.entries and next(iter(one.entries.values())) >> _SHIFT <= lost >> _SHIFT:
             self._drop_oldest(one)
         self._forgotten += before - len(one.entries)
+        kept = one.used * one.ratio / one.capacity
+        one.part = max(_LEAST_PART, min(one.part, max(one.part * _LOSS, kept)))
+        one.bound()
         one.misses = 0 if cached_tokens else one.misses + 1
         if one.misses >= _MOST_BLIND:
             self._drop_all(one)
@@ -478,7 +496,7 @@ class PrefixIndex:
         """Learn how many tokens there are in one that was estimated, since an engine's cache is full of the former.
         What this makes too much is dropped at the next use."""
         one.ratio = one.reported / one.estimated
-        one.limit = int(one.capacity / one.ratio)
+        one.bound()
         one.estimated /= 2
         one.reported /= 2
 

@@ -39,7 +39,8 @@ class Model:
     """One engine: its blocks, the one that was not used for longest first."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+        self.capacity = self.limit = capacity
+        self.part = 1.0
         self.uses: list[Use] = []
         self.caching = True
         self.blind = False
@@ -62,7 +63,7 @@ class Model:
         self.fit(share)
 
     def fit(self, share: int) -> None:
-        while self.tokens() > self.capacity or len(self.uses) > share:
+        while self.tokens() > self.limit or len(self.uses) > share:
             self.uses.pop(0)
 
 
@@ -85,7 +86,7 @@ class IndexMachine(RuleBasedStateMachine):
     def join(self, engine: str, capacity: int, caching: bool) -> None:
         self.index.join(engine, capacity, caching)
         model = self.model.setdefault(engine, Model(capacity))
-        model.capacity = capacity
+        model.capacity, model.limit = capacity, int(capacity * model.part)
         if not caching:
             model.uses, model.sent = [], []
         elif not model.caching:
@@ -131,18 +132,21 @@ class IndexMachine(RuleBasedStateMachine):
             return
         if model.blind:
             model.blind, model.misses = False, 0
-        if not believed:
-            return
         share = cached / total * len(text)
-        size = believed[-1].size
-        slack = size if chain.exact else size + len(believed[-1].text) / 4
-        if share + slack >= len(believed[-1].text):
+        length = len(believed[-1].text) if believed else 0
+        size = believed[-1].size if believed else BLOCKS.sizes[0]
+        slack = size if chain.exact else size + length / 4
+        if share + slack >= length:
             model.misses = 0
+            model.part += (1 - model.part) / (16 if share > length + slack else 256)
+            model.limit = int(model.capacity * model.part)
             return
         lost = next(use for use in believed if len(use.text) > share + slack)
         if lost.elsewhere or lost.ordinal >= first:
             return
         model.uses = [use for use in model.uses if use.ordinal > lost.ordinal]
+        model.part = max(0.25, min(model.part, max(0.8 * model.part, model.tokens() / model.capacity)))
+        model.limit = int(model.capacity * model.part)
         model.misses = 0 if cached else model.misses + 1
         if model.misses >= 8:
             model.uses, model.sent, model.blind = [], [], True
