@@ -18,7 +18,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any, Protocol
 
@@ -133,25 +133,28 @@ class Follower:
         with self._socket(zmq.SUB) as subscription:
             subscription.setsockopt(zmq.SUBSCRIBE, self._topic)
             monitor = subscription.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-            watching = asyncio.create_task(self._watch(monitor))
+            subscription.connect(self._events)
             try:
-                subscription.connect(self._events)
-                while True:
-                    try:
-                        async with asyncio.timeout(_CONNECTING):
-                            parts = await subscription.recv_multipart()
-                    except TimeoutError:
-                        if self.connected:
-                            continue
-                        return
-                    async with self._busy:
-                        await self._hear(parts)
+                async with asyncio.TaskGroup() as group:
+                    watching = group.create_task(self._watch(monitor))
+                    await self._listen(subscription)
+                    watching.cancel()
             finally:
                 self.connected = False
-                watching.cancel()
-                with suppress(asyncio.CancelledError):
-                    await watching
                 subscription.disable_monitor()
+
+    async def _listen(self, subscription: Any) -> None:
+        """Hear what is published, until it has not been connected for a while."""
+        while True:
+            try:
+                async with asyncio.timeout(_CONNECTING):
+                    parts = await subscription.recv_multipart()
+            except TimeoutError:
+                if self.connected:
+                    continue
+                return
+            async with self._busy:
+                await self._hear(parts)
 
     async def _watch(self, monitor: Any) -> None:
         """Say when the publisher is there, and when not."""

@@ -66,7 +66,7 @@ class Publisher:
     Attributes:
         sequence: the number of the next batch.
         lose: so many of the next batches are kept, but not sent: lost on the way.
-        heard: somebody has subscribed, and gets what is published from now on.
+        subscriptions: how often somebody has subscribed, who gets what is published from then on.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Publisher:
         self._flushing: asyncio.Handle | None = None
         self.sequence = 0
         self.lose = 0
-        self.heard = False
+        self.subscriptions = 0
         self._context = zmq.Context(io_threads=1)
         try:
             # As a PUB, and it tells of subscribers: whoever is connected may not have subscribed yet.
@@ -188,7 +188,7 @@ class Publisher:
         """Hear of subscribers."""
         while True:
             try:
-                self.heard = self._pub.recv(self._zmq.NOBLOCK)[:1] == b"\1"
+                self.subscriptions += self._pub.recv(self._zmq.NOBLOCK)[:1] == b"\1"
             except self._zmq.Again:
                 return
 

@@ -98,7 +98,9 @@ async def bed(
         for prompt in warm or []:
             await it.ask(engines[0], prompt)
         events.start()
-        await until(lambda: events.connected == count and all(e.publisher and e.publisher.heard for e in engines))
+        await until(
+            lambda: events.connected == count and all(e.publisher and e.publisher.subscriptions for e in engines)
+        )
         if not warm:
             events.sent(chain(prompt=PROMPT), {})
         yield it
@@ -229,7 +231,7 @@ async def test_a_failure_of_our_own_is_logged_and_it_begins_anew(
         monkeypatch.setattr(held, "stored", stored)
         await it.ask(engine, PROMPT[:200])
         await until(lambda: it.events.batches["failed"] == 1 and it.events.connected == 1)
-        await until(lambda: bool(engine.publisher and engine.publisher.heard))
+        await until(lambda: bool(engine.publisher and engine.publisher.subscriptions))
         await it.ask(engine, [7] * 100)
         await until(lambda: it.believed(engine, [7] * 100) == 96)
         assert [r for r in caplog.records if r.levelno == logging.ERROR and "begins anew" in r.message]

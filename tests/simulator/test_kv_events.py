@@ -55,7 +55,7 @@ async def bed(**config: Any) -> AsyncIterator[Bed]:
         with context.socket(zmq.SUB) as subscription:
             subscription.setsockopt(zmq.SUBSCRIBE, b"")
             subscription.connect(f"tcp://127.0.0.1:{sim.kv_events_port}")
-            while not (sim.publisher and sim.publisher.heard):
+            while not (sim.publisher and sim.publisher.subscriptions):
                 await asyncio.sleep(0.002)
             yield Bed(sim, client, subscription, context)
         await client.http.aclose()
