@@ -14,6 +14,7 @@ gateway believe what is not so.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -21,7 +22,6 @@ from struct import Struct
 
 import msgspec
 
-from proxy.decoding import Undecodable, json_decoder
 from proxy.handoff.body import Body
 from proxy.handoff.endpoints import Members
 from proxy.prefix.blocks import IDS, TEXT, Blocks
@@ -103,9 +103,7 @@ def chain_of(body: Body, key: bytes, earlier: Chain | None = None) -> Chain:
         if raw is None:
             return EMPTY
     if name in _MAYBE_IDS and (inside := _inside_of_ids(raw)) is not None:
-        chain = _chain_of_json_ids(inside, _root(members, _IN_IDS, b"ids", key), key)
-        if chain is not None:
-            return chain
+        return _chain_of_ids(inside, _root(members, _IN_IDS, b"ids", key), key)
     root = _root(members, _IN_TEXT, b"text", key)
     before = _before(members)
     said = _opened(raw, batch=name == "prompt" or name == "text")
@@ -124,7 +122,7 @@ def chain_of_ids(ids: Iterable[int], root: int, key: bytes) -> Chain:
     Raises:
         OverflowError: an id has more than 32 bits, or is negative.
     """
-    return _chain_of_array(array("I", ids), root, key)
+    return _chain_of_ids(_written(ids)[:-1], root, key)
 
 
 def root_of_ids(model: str, key: bytes, cache_salt: str = "") -> int:
@@ -145,7 +143,12 @@ def link_ids(previous: int, ids: Iterable[int], key: bytes) -> int:
     Raises:
         OverflowError: an id has more than 32 bits, or is negative.
     """
-    return _link(previous, array("I", ids).tobytes(), key)
+    return _link(previous, _written(ids), key)
+
+
+def _written(ids: Iterable[int]) -> bytes:
+    """Token ids as JSON has them, with a comma behind each."""
+    return "".join(f"{one}," for one in array("I", ids)).encode()
 
 
 def _link(previous: int, block: bytes, key: bytes) -> int:
@@ -311,46 +314,49 @@ def _without_media(said: bytes, key: bytes) -> bytes:
     return b"".join((*parts, view[at:])) if parts else said
 
 
-_decode_ids = json_decoder(list[int])
-_PIECE = 16 * 1024  # bytes of JSON whose numbers are objects at the same time
+_NEAR = 2048  # ids at the start of a prompt, whose blocks are an engine's own
+_OWN = 16  # ids of each of them
+_OWN_BLOCK = re.compile(rb"[^,]*+," * _OWN)
+_SAMPLE = 256  # bytes that tell how long a number is likely to be
 
 
 def _inside_of_ids(raw: msgspec.Raw) -> bytes | None:
-    """What is between the brackets of a list of numbers, or of a list of one such list; None where it is neither."""
+    """What is between the brackets of a list of numbers, or of a list of one such list, without blanks; None where it
+    is neither. One that an engine would refuse may pass for one."""
     said = bytes(raw)
     start = said[:64].lstrip(b"[" + _BLANKS)
     depth = said[:64].count(b"[")
     if not start[:1].isdigit() or not 1 <= depth <= 2 or said.find(b"[", 64) >= 0:
         return None
-    return said.strip(b"[]" + _BLANKS)
+    inside = said.strip(b"[]" + _BLANKS)
+    if any(inside.find(blank) >= 0 for blank in (b" ", b"\n", b"\t", b"\r")):
+        inside = inside.translate(None, _BLANKS)
+    return inside
 
 
-def _chain_of_json_ids(inside: bytes, root: int, key: bytes) -> Chain | None:
-    """The chain of a prompt of ids; None where it is none. Its numbers are made and put away piece by piece."""
-    ids = array("I")
-    at, size = 0, len(inside)
-    try:
-        while at < size:
-            end = size if size - at <= _PIECE else inside.rfind(b",", at, at + _PIECE)
-            if end < 0:
-                return None
-            ids.fromlist(_decode_ids(b"[%b]" % inside[at:end]))
-            at = end + 1
-    except (Undecodable, OverflowError):
-        return None
-    return _chain_of_array(ids, root, key)
-
-
-def _chain_of_array(ids: array[int], root: int, key: bytes) -> Chain:
-    count, width = len(ids), ids.itemsize
-    data = ids.tobytes()
-    previous, at = root, 0
-    hashes = []
-    for end in IDS.ends[: IDS.whole(count)]:
-        end *= width
-        previous = hash(key + _pack(previous) + data[at:end])
+def _chain_of_ids(inside: bytes, root: int, key: bytes) -> Chain:
+    """The chain of a prompt of ids, in decimal with commas between. Numbers are counted by their commas: to make them
+    takes three times as long."""
+    said = inside + b","
+    mean = _SAMPLE / max(1, said.count(b",", 0, _SAMPLE))
+    near = _after(said, 0, _NEAR, mean) if len(said) > 2 * _NEAR else -1
+    hashes, previous = [], root
+    for block in _OWN_BLOCK.findall(said, 0, len(said) if near < 0 else near):
+        previous = hash(key + _pack(previous) + block)
         hashes.append(previous)
-        at = end
+    if near < 0:
+        count = said.count(b",")
+    else:
+        at, count = near, _NEAR
+        for size in IDS.sizes[_NEAR // _OWN :]:
+            end = _after(said, at, size, mean)
+            if end < 0:
+                break
+            previous = hash(key + _pack(previous) + said[at:end])
+            hashes.append(previous)
+            count += size
+            at, mean = end, (end - at) / size
+        count += said.count(b",", at)
     return Chain(
         hashes=tuple(hashes),
         tokens=count,
@@ -360,3 +366,22 @@ def _chain_of_array(ids: array[int], root: int, key: bytes) -> Chain:
         exact=True,
         root=root,
     )
+
+
+def _after(text: bytes, at: int, count: int, mean: float) -> int:
+    """Where so many numbers end that begin at `at`, behind the comma; -1 where there are not so many.
+
+    Arguments:
+        mean: bytes that a number is likely to take.
+    """
+    place = min(len(text), at + int(count * mean))
+    seen = text.count(b",", at, place)
+    while seen < count:
+        place = text.find(b",", place) + 1
+        if not place:
+            return -1
+        seen += 1
+    while seen >= count:
+        place = text.rfind(b",", at, place)
+        seen -= 1
+    return place + 1

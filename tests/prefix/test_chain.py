@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from proxy.handoff.body import read_body
 from proxy.handoff.endpoints import Endpoint
+from proxy.prefix.blocks import IDS
 from proxy.prefix.chain import EMPTY, Chain, chain_of, chain_of_ids, link_ids, root_of_ids
 
 KEY = b"k" * 16
@@ -174,28 +175,43 @@ def test_ids_are_hashed_as_ids_however_they_are_written(
     assert (found.tokens, found.exact, len(found.hashes), found.block_tokens) == (100, True, 6, 16.0)
 
 
-def test_a_long_prompt_of_ids_is_the_same_in_pieces() -> None:
-    ids = [number * 7919 % 128_000 for number in range(90_000)]  # more than one piece of JSON
-    assert chain({"model": "m", "prompt": ids}, "completions") == chain_of_ids(ids, root_of_ids("m", KEY), KEY)
-
-
-def test_a_block_of_ids_is_linked_to_the_one_before_it() -> None:
-    ids = list(range(70))
-    root = root_of_ids("m", KEY, "salt")
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 2047, 2048, 2049, 2111, 2112, 2113, 8191, 8192, 8200, 40_000])
+@pytest.mark.parametrize("widths", [(1, 10), (1, 10**9), (10**9, 2**32)])
+def test_a_block_of_ids_is_linked_to_the_one_before_it(count: int, widths: tuple[int, int]) -> None:
+    chosen = random.Random(count)
+    ids = [chosen.randrange(*widths) for _ in range(count)]
+    if widths[1] == 10**9:
+        ids = [1] * (count // 2) + ids[count // 2 :]  # so that a number's mean length changes
+    previous = root_of_ids("m", KEY, "salt")
     whole = chain({"model": "m", "prompt": ids, "cache_salt": "salt"}, "completions")
-    previous = root
-    for number, hashed in enumerate(whole.hashes):
-        previous = link_ids(previous, ids[16 * number : 16 * number + 16], KEY)
+    start = 0
+    for end, hashed in zip(IDS.ends, whole.hashes, strict=False):
+        previous = link_ids(previous, ids[start:end], KEY)
         assert previous == hashed
-    assert len(whole.hashes) == 4
-    assert root_of_ids("m", KEY) != root_of_ids("m", KEY, "salt") != root_of_ids("n", KEY, "salt")
+        start = end
+    assert len(whole.hashes) == IDS.whole(count)
+    assert whole.units == whole.tokens == count or count == 0
+    assert whole == chain_of_ids(ids, whole.root, KEY) or count == 0
+
+
+def test_ids_have_a_root_for_each_model_and_salt() -> None:
+    roots = {root_of_ids(model, KEY, salt) for model in "mn" for salt in ("", "salt")}
+    assert len(roots) == 4
 
 
 @pytest.mark.parametrize("prompt", [[1, -2] * 500, [1, 2**33] * 500, [1, 2.5] * 500, [1, "2"] * 500, [[1], [2]] * 300])
-def test_a_list_that_is_no_prompt_of_ids_is_hashed_as_it_is_written(prompt: list[Any]) -> None:
-    found = chain({"model": "m", "prompt": prompt}, "completions")
-    assert not found.exact
-    assert len(found.hashes) > 1
+def test_a_list_that_is_no_prompt_of_ids_is_hashed_nevertheless(prompt: list[Any]) -> None:
+    """Its engine says what is wrong with it."""
+    found, other = chain({"prompt": prompt}, "completions"), chain({"prompt": [*prompt, 1]}, "completions")
+    assert shared(found, other) == len(found.hashes) > 1
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**32], [10**30]])
+def test_an_id_that_can_be_none_is_refused(ids: list[int]) -> None:
+    with pytest.raises(OverflowError):
+        chain_of_ids(ids, 0, KEY)
+    with pytest.raises(OverflowError):
+        link_ids(0, ids, KEY)
 
 
 @pytest.mark.parametrize("body", [{}, {"messages": None}, {"prompt": None}, {"messages": []}, {"messages": [{}]}])
