@@ -297,7 +297,7 @@ class StreamRelay:
         heard, loop = self._last_sign(), self._loop
         if self._doubted == heard:
             return  # it is being listened to
-        seconds = max(_DOUBT, _PACES * self._pace())
+        seconds = max(_DOUBT, _PACES * self._usual_gap())
         if self._idle is not None:
             seconds = min(seconds, self._idle)
         looks = 0
@@ -323,7 +323,7 @@ class StreamRelay:
         self._doubted = heard
         wait()
 
-    def _pace(self) -> float:
+    def _usual_gap(self) -> float:
         """The mean gap between its tokens, in seconds; 0 before the second."""
         count, last = self.given()
         return (last - self._begun) / (count - 1) if count > 1 and self._begun is not None else 0.0
