@@ -149,7 +149,12 @@ def group_members(group_id: int) -> dict[int, int]:
 
 
 def command_line(
-    python: Path, model: Path, port: int, role: Role, config: Callable[[Role], dict[str, object]]
+    python: Path,
+    model: Path,
+    port: int,
+    role: Role,
+    config: Callable[[Role], dict[str, object]],
+    more_arguments: Sequence[str] = (),
 ) -> list[str]:
     # Not `vllm serve`: the console script looks up a distribution named vllm, and the CPU build has another name.
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
@@ -163,7 +168,7 @@ def command_line(
     command += ["--enable-log-requests", "--enable-prompt-tokens-details"]
     if role is not Role.SINGLE:
         command += ["--kv-transfer-config", json.dumps(config(role))]
-    return command
+    return [*command, *more_arguments]
 
 
 def transfer_config(role: Role) -> dict[str, object]:
@@ -197,6 +202,7 @@ def running(
     *,
     config: Callable[[Role], dict[str, object]] = transfer_config,
     more_environment: Mapping[str, str] | None = None,
+    more_arguments: Sequence[str] = (),
     dev_mode: Collection[int] = (),
 ) -> Iterator[list[Engine]]:
     """Start one engine a role, all at once, and give them in that order when all are healthy.
@@ -207,6 +213,7 @@ def running(
         logs: existing directory for one log an engine.
         config: the `--kv-transfer-config` of an engine with a role.
         more_environment: variables beside the usual ones, or other than they.
+        more_arguments: of each engine's command line, behind the usual ones.
         dev_mode: places in `roles` of engines that can be paused and put to sleep (VLLM_SERVER_DEV_MODE).
 
     Raises:
@@ -221,7 +228,7 @@ def running(
             variables = environment(role) | dict(more_environment or {})
             if place in dev_mode:
                 variables["VLLM_SERVER_DEV_MODE"] = "1"
-            group = Group(command_line(python, model, port, role, config), log, variables)
+            group = Group(command_line(python, model, port, role, config, more_arguments), log, variables)
             stack.enter_context(ended(group))
             engines.append(Engine(role, f"http://127.0.0.1:{port}", group))
         for engine in engines:
