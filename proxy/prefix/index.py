@@ -106,7 +106,7 @@ class _Pending(msgspec.Struct, gc=False):
 
     Attributes:
         stamp: its ordinal.
-        settled: ordinals below this were answered before it was sent.
+        settled: ordinals below this had been computed when it was sent.
         depth: blocks that the engine was believed to have.
         uses: when they had last been used: pairs of a block's number and an ordinal, the last block first; an ordinal
             holds for the blocks before it too, down to the next pair's.
@@ -139,11 +139,13 @@ class _Engine:
         ratio: the second for each of the first.
         used: estimated tokens of all entries.
         misses: answers in succession that found nothing, where something was believed.
+        pending: requests whose answers are awaited.
+        computing: ordinals of those that have not been computed yet.
     """
 
     __slots__ = (
-        *("bit", "caching", "capacity", "entries", "estimated", "limit", "misses", "part", "pending", "ratio"),
-        *("reported", "slot", "used"),
+        *("bit", "caching", "capacity", "computing", "entries", "estimated", "limit", "misses", "part", "pending"),
+        *("ratio", "reported", "slot", "used"),
     )
 
     def __init__(self, slot: int) -> None:
@@ -157,6 +159,7 @@ class _Engine:
         self.used = 0
         self.misses = 0
         self.pending: dict[int, _Pending] = {}
+        self.computing: dict[int, int] = {}
 
     def bound(self) -> None:
         """Set the limit, by what is known of the engine."""
@@ -297,15 +300,32 @@ class PrefixIndex:
             self._mark(now)
         stamp = self._stamp + 1
         pending = one.pending
-        settled = next(iter(pending.values())).stamp if pending else stamp
+        computing = one.computing
+        settled = next(iter(computing.values())) if computing else stamp
         uses: list[tuple[int, int]] = []
         depth = self._use(one, chain, len(chain.hashes), 0, uses)
-        pending.pop(id(chain), None)
-        if len(pending) >= _MOST_PENDING:
-            del pending[next(iter(pending))]
-        pending[id(chain)] = _Pending(chain, stamp, settled, depth, uses)
+        name = id(chain)
+        if name in pending:  # it was sent there before
+            del pending[name]
+            computing.pop(name, None)
+        elif len(pending) >= _MOST_PENDING:
+            oldest = next(iter(pending))
+            del pending[oldest]
+            computing.pop(oldest, None)
+        pending[name] = _Pending(chain, stamp, settled, depth, uses)
+        computing[name] = stamp
         if self.journal is not None:
             self.journal.entered(engine, chain)
+
+    def computed(self, engine: str, chain: Chain) -> None:
+        """An engine has computed a prompt, though its answer goes on: its first token has come.
+
+        It is not needed where the answer ends soon after. A stream may last for minutes, and a loss of what was sent
+        since it began would not be told from what is still on its way.
+        """
+        one = self._engines.get(engine)
+        if one is not None:
+            one.computing.pop(id(chain), None)
 
     def entered_elsewhere(self, engine: str, chain: Chain) -> None:
         """Another worker has sent a prompt to an engine."""
@@ -325,8 +345,7 @@ class PrefixIndex:
     def correct(self, engine: str, chain: Chain, cached_tokens: int, prompt_tokens: int) -> None:
         """An engine has answered, and says what it had found in its own cache.
 
-        A block that was lost tells something only if whoever had used it last was answered before this prompt was sent:
-        until then the engine had perhaps not computed it yet.
+        A block that was lost tells something only if whoever had used it last was computed before this prompt was sent.
 
         Arguments:
             chain: the very one that was entered.
@@ -336,6 +355,7 @@ class PrefixIndex:
         if one is None or not chain.hashes:
             return
         pending = one.pending.pop(id(chain), None)
+        one.computing.pop(id(chain), None)
         if not 0 <= cached_tokens <= prompt_tokens or prompt_tokens <= 0:
             self._refused += 1
             return
@@ -386,12 +406,14 @@ class PrefixIndex:
         one = self._engines.get(engine)
         if one is not None:
             one.pending.pop(id(chain), None)
+            one.computing.pop(id(chain), None)
 
     def withdraw(self, engine: str, chain: Chain) -> None:
         """An engine has not computed a prompt that it was sent: what nobody else has used since is dropped."""
         one = self._engines.get(engine)
         if one is None or (pending := one.pending.pop(id(chain), None)) is None:
             return
+        one.computing.pop(id(chain), None)
         get = one.entries.get
         for hashed in chain.hashes[pending.depth :]:
             if get(hashed, 0) >> _SHIFT == pending.stamp:
@@ -534,6 +556,7 @@ class PrefixIndex:
         one.entries.clear()
         one.used = 0
         one.pending.clear()
+        one.computing.clear()
 
     def _release(self, one: _Engine, hashed: int) -> None:
         mask = self._table[hashed] ^ one.bit

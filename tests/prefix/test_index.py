@@ -165,6 +165,20 @@ def test_a_burst_of_one_prefix_is_no_loss() -> None:
     assert index.cached(prompt("old")) == {}, "all of them were answered before this one was sent"
 
 
+def test_what_is_computed_is_there_though_its_answer_goes_on() -> None:
+    index = joined("a")
+    stream, old = prompt("stream"), prompt("old")
+    index.enter("a", stream)
+    send(index, "a", old)
+    for forgotten in (False, True):
+        asked = prompt("old", "x" if forgotten else "y")
+        index.enter("a", asked)
+        index.correct("a", asked, 0, 40)
+        assert ("a" in index.cached(stream)) is not forgotten
+        index.computed("a", stream)
+    index.correct("a", stream, 0, 60)
+
+
 @pytest.mark.parametrize(("cached", "total"), [(-1, 80), (81, 80), (0, 0), (0, -5), (10**30, 80), (10**30, 10**29)])
 def test_reports_that_cannot_be_true_are_refused(cached: int, total: int) -> None:
     index = joined("a")
@@ -288,6 +302,7 @@ def test_engines_that_nobody_knows_are_nobodys() -> None:
     index.correct("a", chain, 10, 30)
     index.settle("a", chain)
     index.withdraw("a", chain)
+    index.computed("a", chain)
     index.clear("a")
     index.leave("a")
     index.disable("a")

@@ -45,7 +45,8 @@ class Model:
         self.caching = True
         self.blind = False
         self.misses = 0
-        self.sent: list[tuple[Chain, str, int, int, list[Use]]] = []  # with ordinal, first unanswered ordinal, believed
+        self.sent: list[tuple[Chain, str, int, int, list[Use]]] = []  # with ordinal, first uncomputed ordinal, believed
+        self.computed: set[int] = set()
 
     def tokens(self) -> int:
         return sum(use.size for use in self.uses)
@@ -115,7 +116,7 @@ class IndexMachine(RuleBasedStateMachine):
         if model is None or not model.caching or model.blind or not chain.hashes:
             return
         self.ordinal += 1
-        first = min((sent[2] for sent in model.sent), default=self.ordinal)
+        first = min((sent[2] for sent in model.sent if sent[2] not in model.computed), default=self.ordinal)
         model.sent.append((chain, text, self.ordinal, first, model.prefix(text)))
         model.use(text, len(chain.hashes), self.ordinal, False, self.share)
 
@@ -150,6 +151,14 @@ class IndexMachine(RuleBasedStateMachine):
         model.misses = 0 if cached else model.misses + 1
         if model.misses >= 8:
             model.uses, model.sent, model.blind = [], [], True
+
+    @precondition(lambda self: any(model.sent for model in self.model.values()))
+    @rule(data=st.data())
+    def computed(self, data: st.DataObject) -> None:
+        engine = data.draw(st.sampled_from([name for name, model in self.model.items() if model.sent]))
+        chain, _, ordinal, _, _ = data.draw(st.sampled_from(self.model[engine].sent))
+        self.index.computed(engine, chain)
+        self.model[engine].computed.add(ordinal)
 
     @precondition(lambda self: any(model.sent for model in self.model.values()))
     @rule(data=st.data(), computed=st.booleans())
@@ -214,6 +223,7 @@ class IndexMachine(RuleBasedStateMachine):
         held: dict[int, int] = {}
         for engine, one in index._engines.items():
             assert one.used <= one.capacity
+            assert one.computing.keys() <= one.pending.keys()
             assert sum(value & 0x7FFF for value in one.entries.values()) == one.used
             assert index._urls[one.slot] == engine
             for hashed in one.entries:
