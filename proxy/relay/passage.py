@@ -53,6 +53,7 @@ PLAIN = b'"finish_reason":null'
 _DIGITS = b"0123456789"
 _BRACKET, _BACKSLASH = ord("]"), ord("\\")
 _BATCH = 32  # tokens whose times and ids are put away together
+_PACED = 8  # gaps from which a pace is told: fewer are mostly the end of a stream
 
 
 @lru_cache(64)
@@ -76,6 +77,7 @@ class Passage(asyncio.Protocol):
         gaps: where the seconds between tokens go, some tokens at a time.
         transcript: where the ids of the tokens go that pass; None when events carry none that must be taken out.
         edit: how what stands before an event's text becomes the client's; None where it stays as it is.
+        pace: told now and then how many seconds a token has taken of late; None once that says nothing about the engine.
     Attributes:
         clear: the last read ended where a chunk and an event end. Whoever handles the long way sets it.
         pattern: an ordinary token event as the engine sent it, to be learnt from when the next one comes; or empty.
@@ -101,6 +103,7 @@ class Passage(asyncio.Protocol):
         "_together",
         "_transcript",
         "clear",
+        "pace",
         "pattern",
         "write",
     )
@@ -111,11 +114,13 @@ class Passage(asyncio.Protocol):
         gaps: Distribution,
         transcript: Transcript | None,
         edit: Edit | None = None,
+        pace: Callable[[float], object] | None = None,
     ) -> None:
         self._connection = connection
         self._gaps = gaps
         self._transcript = transcript
         self._edit = edit
+        self.pace = pace
         self._ids = None if transcript is None else transcript.fresh
         self._texts = None if transcript is None else transcript.fresh_text
         self._prefix = _NO_HEAD  # until an event has been learnt
@@ -270,7 +275,10 @@ class Passage(asyncio.Protocol):
         times = self._times
         if len(times) > 1:
             self._gaps.observe_all([after - before for before, after in pairwise(times)])
-            self._counted += len(times) - 1
+            gaps = len(times) - 1
+            self._counted += gaps
+            if self.pace is not None and gaps >= _PACED:
+                self.pace((times[-1] - times[0]) / (gaps + self._together))
             del times[:-1]
         if self._together:
             self._gaps.observe_none(self._together)

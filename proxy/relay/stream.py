@@ -130,6 +130,7 @@ class StreamRelay:
         client: where the events go.
         begin: called once, with this relay, just before the first bytes go out; it starts the client's answer.
         heard: called once, with this relay, when the engine's first token is here, whether or not it is to be read.
+        pace: told now and then how many seconds a token takes the engine.
         gaps: where the gaps between tokens are noted, in seconds.
         transcript: where it is written down what the client was given.
         edit: how this leg's events become the client's.
@@ -172,6 +173,7 @@ class StreamRelay:
         "_opened",
         "_opening",
         "_over",
+        "_pace",
         "_passage",
         "_patience",
         "_paused_since",
@@ -203,10 +205,12 @@ class StreamRelay:
         loop: asyncio.AbstractEventLoop | None = None,
         dialect: Dialect | None = None,
         heard: Callable[[StreamRelay], None] | None = None,
+        pace: Callable[[float], object] | None = None,
     ) -> None:
         self._url = url
         self._dialect = dialect
         self._heard_first = heard
+        self._pace = pace
         self._begun: float | None = None  # when the engine's first token came
         self._content = False  # something has come for the client to read
         self.sequence = -1
@@ -264,6 +268,7 @@ class StreamRelay:
             self._gaps,
             self._transcript if edit.hide_ids else None,
             edit if edit.identity is not None else None,
+            self._pace,
         )
         self._client.flow = self
         if not self._future.done():
@@ -358,6 +363,8 @@ class StreamRelay:
 
     def pause(self) -> None:
         self.throttled = True
+        if self._passage is not None:
+            self._passage.pace = None
         self._paused_since = monotonic()
         if self._connection is not None:
             self._connection.pause()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -89,6 +90,7 @@ class Stream:
         client: RecordingClient | None = None,
         framing: bytes = b"transfer-encoding: chunked",
         dialect: Dialect | None = None,
+        pace: Callable[[float], object] | None = None,
     ) -> None:
         self.client = client or RecordingClient(chunks)
         self.gaps = Distribution(ITL_BOUNDS)
@@ -105,6 +107,7 @@ class Stream:
             drop_usage=drop_usage,
             idle=idle,
             dialect=dialect,
+            pace=pace,
         )
         self.origin = Origin(URL)
         self.connection = CountingConnection(self.origin)

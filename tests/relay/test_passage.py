@@ -603,6 +603,27 @@ def test_every_token_is_counted_and_every_gap_noted_once(tokens: int, hidden: bo
         assert scene.transcript.cut() == b"1,2,3" + b",5" * tokens
 
 
+def test_the_pace_of_some_tokens_is_told_and_that_of_a_few_is_not(clock: Clock) -> None:
+    scene, paces = Scene(text("learnt")), list[float]()
+    scene.passage.pace = paces.append
+    for _ in range(40):
+        clock.now += 0.25
+        assert scene.passes(chunk(text("a")))
+    assert paces == [0.25]
+    scene.passage.fold()
+    assert paces == [0.25], "the last seven tokens are too few"
+
+
+def test_tokens_that_come_together_share_the_time_of_their_read(clock: Clock) -> None:
+    scene, paces = Scene(text("learnt")), list[float]()
+    scene.passage.pace = paces.append
+    for _ in range(11):
+        clock.now += 0.25
+        scene.passage.count(5, clock.now)
+    scene.passage.fold()
+    assert paces == [pytest.approx(10 * 0.25 / (10 + 11 * 4))]
+
+
 def test_ids_are_put_away_while_the_stream_goes_on() -> None:
     """So that a long answer meets the limit of its transcript in time, and is kept in little memory."""
     scene = Scene(completion("learnt"), hidden=True)

@@ -816,6 +816,20 @@ async def test_a_client_that_stops_reading_is_cut() -> None:
     assert stream.client.was_cut
 
 
+@pytest.mark.parametrize("slow", [False, True])
+async def test_a_slow_clients_stream_tells_no_pace(slow: bool) -> None:
+    paces: list[float] = []
+    stream = await opened(pace=paces.append)
+    stream.read(FIRST)
+    if slow:
+        stream.relay.pause()
+        stream.relay.resume()
+    stream.read(*[FIRST] * 20, DONE)
+    stream.end()
+    assert await stream.outcome() is None
+    assert len(paces) == (0 if slow else 1)
+
+
 async def test_a_paused_stream_goes_on_where_it_stopped() -> None:
     stream = await opened(idle=PATIENCE)
     stream.read(FIRST)
