@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from secrets import token_bytes
@@ -36,21 +36,26 @@ from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
 from proxy.fleet.names import Names
 from proxy.fleet.notices import Notices
+from proxy.fleet.prefix_ring import PeerPrefixes
 from proxy.fleet.protocols import AUTO
 from proxy.fleet.readiness import tell_readiness
 from proxy.fleet.registration import Registrations
 from proxy.flow.callbacks import Callbacks
+from proxy.flow.first_token import FirstTokens
 from proxy.flow.flow import Flow
 from proxy.flow.hops import Hops
 from proxy.flow.legs import Legs
+from proxy.flow.placing import Placing
+from proxy.flow.prompts import Prompts
 from proxy.flow.room import FleetRoom
 from proxy.flow.single import ROUTES, Single
 from proxy.flow.stored import StoredResponses
 from proxy.flow.suspicion import Suspicion
 from proxy.flow.warmup import Warmup
-from proxy.handoff.connector import UNKNOWN
+from proxy.handoff.connector import UNKNOWN, Connector
 from proxy.handoff.endpoints import LAYOUTS, Endpoint
 from proxy.handoff.registry import connectors
+from proxy.prefix.index import PrefixIndex
 from proxy.relay.connections import Connections
 from proxy.settings import Settings
 from proxy.telemetry.admission import AdmissionSink
@@ -129,9 +134,17 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     hops = Hops("" if crew is None else str(crew.directory))
     legs = Legs(settings, fleet, telemetry, notices, hops)
     suspicion = Suspicion(settings.retries.after_cut, lambda backend: prober.lives(backend))
-    flow = Flow(settings, fleet, legs, spoken, telemetry, random.random, callbacks, suspicion)
-    exchange = None if crew is None else Exchange(crew.board, crew.worker, fleet, admission.look)
-    if exchange is not None:
+    prompts = Prompts(PrefixIndex(), token_bytes(32) if crew is None else crew.prefixes.key)
+    in_use = _in_use(settings, spoken)
+    first_tokens = FirstTokens(settings, in_use)
+    placing = Placing(settings, fleet, spoken, in_use, first_tokens, prompts, random.random)
+    if placing.looks:
+        fleet.on_cache, fleet.on_lost_cache = prompts.learnt, prompts.lost
+    flow = Flow(settings, fleet, legs, spoken, placing, first_tokens, telemetry, random.random, callbacks, suspicion)
+    exchange = None
+    if crew is not None:
+        peers = PeerPrefixes(crew.prefixes, crew.worker, prompts.index)
+        exchange = Exchange(crew.board, crew.worker, fleet, admission.look, peers.look)
         fleet.before_choice = exchange.freshen
         admission.on_wait = exchange.hurry
     siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
@@ -171,6 +184,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         if exchange is not None:
             exchange.forget(backend)
         legs.forget(backend)
+        prompts.forget(backend)
         warmup.forget(backend)
         registrations.forget(backend)
         prometheus.forget(backend.url)
@@ -180,6 +194,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         settings.health,
         control,
         on_leave=forget,
+        reads_caches=placing.looks,
         learns_facts=lambda backend: (
             settings.first_token != "decode"
             and backend.role != "encode"
@@ -190,7 +205,9 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     )
     names = Names(settings, fleet, prober.ask_models)
     hot: dict[str, ASGIApp] = {
-        layout.path: Inference(endpoint, settings, fleet, flow, gate, admission, credentials, telemetry, stored, names)
+        layout.path: Inference(
+            endpoint, settings, fleet, flow, placing, gate, admission, credentials, telemetry, stored, names
+        )
         for endpoint, layout in LAYOUTS.items()
         if _is_served(endpoint, settings)
     }
@@ -272,6 +289,12 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         settings, fleet, gate, admission, surface, metrics, notices, registrations, siblings, inner, admin
     )
     return gateway
+
+
+def _in_use(settings: Settings, connectors: Mapping[str, Connector]) -> list[Connector]:
+    """The connectors that engines here may speak."""
+    names = {group.connector for group in settings.all_groups()}
+    return [connector for name, connector in connectors.items() if name in names or AUTO in names]
 
 
 def _is_served(endpoint: Endpoint, settings: Settings) -> bool:

@@ -368,9 +368,14 @@ Locations = Annotated[tuple[Location, ...], _parsed('[{"backend": "…", "port":
 class Policies(Group):
     """How a backend is chosen within each pool."""
 
-    prefill: PolicyName = Field("least_loaded", description="policy of the prefill pool")
-    decode: PolicyName = Field("least_loaded", description="policy of the decode pool")
-    mixed: PolicyName = Field("least_loaded", description="policy of the mixed pool")
+    prefill: PolicyName = Field("auto", description="policy of the prefill pool")
+    decode: PolicyName = Field("auto", description="policy of the decode pool")
+    mixed: PolicyName = Field("auto", description="policy of the mixed pool")
+    session_header: str = Field(
+        "x-session-id",
+        pattern=r"^[a-z0-9-]{1,64}$",
+        description="header that names a request's session, for the policy session; without it its body's own names do",
+    )
 
 
 class Targets(Group):

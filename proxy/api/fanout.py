@@ -268,6 +268,8 @@ class FanOut:
             except ValueError:
                 said = None
         if answer.status < 300:
+            if operation == "reset_prefix_cache":
+                self._fleet.lost_cache(backend)
             return _outcome(backend, None, answer.status, said)
         text = answer.body.decode("utf-8", "replace")[:_MOST_SHOWN]
         return _outcome(backend, f"{path} answered {answer.status}: {text}", answer.status)

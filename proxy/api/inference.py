@@ -19,11 +19,13 @@ from proxy.fleet.fleet import Fleet
 from proxy.fleet.names import Names
 from proxy.flow.flow import Flow
 from proxy.flow.hops import HEADER
+from proxy.flow.placing import Placing
 from proxy.flow.request import Request
 from proxy.flow.stored import StoredResponses
 from proxy.handoff.body import Body, read_body, renamed
 from proxy.handoff.endpoints import Endpoint
 from proxy.handoff.output_bounds import bound_output
+from proxy.handoff.sessions import session_of
 from proxy.relay.client import Client, Receive, Scope, Send
 from proxy.settings import Settings
 from proxy.telemetry.records import RequestRecord, Telemetry
@@ -42,6 +44,7 @@ class Inference:
         settings: Settings,
         fleet: Fleet,
         flow: Flow,
+        placing: Placing,
         gate: Gate,
         admission: Admission,
         credentials: Credentials,
@@ -60,6 +63,10 @@ class Inference:
         self._bounds_output = self._default_output is not None or self._most_output is not None
         self._fleet = fleet
         self._flow = flow
+        self._placing = placing
+        self._wants_sessions = placing.wants_sessions
+        self._session_header = settings.policy.session_header.encode("ascii")
+        self._has_targets = settings.admission.slo != "off"
         self._gate = gate
         self._admission = admission
         self._credentials = credentials
@@ -105,17 +112,20 @@ class Inference:
             raise ClientLeft
         client.on_gone = task.cancel
         request = Request(body, client, record, hops=hops)
+        if self._wants_sessions:
+            request.session = headers.get(self._session_header, b"") or session_of(body)
         if body.follows or body.stored:
             self._see_to_stored(request)
         with enter(
             self._admission,
             record,
             body.model,
-            split=self._flow.may_split(body),
+            split=self._placing.may_split(body),
             prefill_tokens=request.prefill_tokens,
             tokens=request.decode_tokens,
             size=len(raw),
             patience=min(total, self._queue_timeout),
+            expected=self._placing.seconds_to_first_token(request) if self._has_targets else 0.0,
         ) as ticket:
             if ticket.state == "waiting":
                 await turn(self._admission, ticket, record)

@@ -66,6 +66,7 @@ class Backend:
         most_requests, most_tokens: what may be in flight here before new requests should go elsewhere.
         on_freed: called when a lease is released, where somebody waits for room.
         tell: called with requests and tokens in flight when these change, where there are other workers.
+        tell_uncached: likewise, with the tokens that it has yet to prefill.
     """
 
     __slots__ = (
@@ -104,6 +105,7 @@ class Backend:
         "speeds",
         "standings",
         "tell",
+        "tell_uncached",
         "told",
         "up",
         "url",
@@ -157,6 +159,7 @@ class Backend:
         self.most_tokens: float = inf
         self.on_freed: Callable[[], object] | None = None
         self.tell: Callable[[int, int], object] | None = None
+        self.tell_uncached: Callable[[int], object] | None = None
         self.attention = asyncio.Event()
         self._leases: set[Lease] = set()
 

@@ -28,7 +28,7 @@ _TICK = 0.01  # seconds between looks while a request waits for room
 _PAUSE = 0.5  # and while none does
 _ROWS = 1024  # backends that have been there since the start; those beyond are each worker's own business
 _KEY = 8  # bytes of a backend's digest; 0 is a free row
-_NUMBERS = 2  # requests, tokens
+_NUMBERS = 3  # requests, tokens, tokens to prefill
 _LOCK_PATIENCE = 1.0  # seconds; whoever died with the lock has left at most a row half-named
 
 
@@ -66,17 +66,23 @@ class Board:
         self._cells[place] = requests
         self._cells[place + 1] = tokens
 
-    def others(self, row: int, worker: int) -> tuple[int, int]:
-        """Requests and tokens of all workers but one."""
-        end = row + self.workers * _NUMBERS
-        own = row + worker * _NUMBERS
-        requests = sum(self._cells[row:end:_NUMBERS]) - self._cells[own]
-        return requests, sum(self._cells[row + 1 : end : _NUMBERS]) - self._cells[own + 1]
+    def write_uncached(self, row: int, worker: int, tokens: int) -> None:
+        self._cells[row + worker * _NUMBERS + 2] = tokens
+
+    def others(self, row: int, worker: int) -> tuple[int, int, int]:
+        """Requests, tokens and tokens to prefill of all workers but one."""
+        cells, end, own = self._cells, row + self.workers * _NUMBERS, row + worker * _NUMBERS
+        return (
+            sum(cells[row:end:_NUMBERS]) - cells[own],
+            sum(cells[row + 1 : end : _NUMBERS]) - cells[own + 1],
+            sum(cells[row + 2 : end : _NUMBERS]) - cells[own + 2],
+        )
 
     def wipe(self, worker: int) -> None:
         """A worker has ended, and everything that it had in flight with it."""
         for row in range(1, _ROWS * self._width, self._width):
             self.write(row, worker, 0, 0)
+            self.write_uncached(row, worker, 0)
 
 
 class Exchange:
@@ -85,6 +91,7 @@ class Exchange:
     Arguments:
         worker: its number.
         on_freed: called when a backend has become less loaded by what another worker does.
+        also_look: called whenever it looks, for what the others tell elsewhere.
         clock: seconds, never going back.
     """
 
@@ -94,12 +101,14 @@ class Exchange:
         worker: int,
         fleet: Iterable[Backend],
         on_freed: Callable[[], object],
+        also_look: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._board = board
         self._worker = worker
         self._fleet = fleet
         self._on_freed = on_freed
+        self._also_look = also_look
         self._clock = clock
         self._looked = -inf
         self._rows: dict[Backend, int] = {}
@@ -136,6 +145,7 @@ class Exchange:
         leases here."""
         board, worker, rows, freed = self._board, self._worker, self._rows, False
         self._looked = self._clock()
+        self._also_look()
         for backend in self._fleet:
             row = rows.get(backend)
             if row is None:
@@ -143,9 +153,12 @@ class Exchange:
                 if row >= 0:
                     backend.tell = partial(board.write, row, worker)
                     backend.tell(backend.inflight_requests, backend.inflight_tokens)
+                    backend.tell_uncached = partial(board.write_uncached, row, worker)
+                    backend.tell_uncached(backend.speeds.outstanding)
             if row < 0:
                 continue
-            requests, tokens = board.others(row, worker)
+            requests, tokens, uncached = board.others(row, worker)
+            backend.speeds.elsewhere_uncached = uncached
             freed = freed or requests < backend.elsewhere_requests
             backend.elsewhere_requests, backend.elsewhere_tokens = requests, tokens
         if freed:
@@ -153,7 +166,8 @@ class Exchange:
 
     def forget(self, backend: Backend) -> None:
         """A backend has left."""
-        backend.tell = None
+        backend.tell = backend.tell_uncached = None
         row = self._rows.pop(backend, -1)
         if row >= 0:
             self._board.write(row, self._worker, 0, 0)
+            self._board.write_uncached(row, self._worker, 0)

@@ -15,6 +15,7 @@ from proxy.errors import BackendBusy, BackendError, BackendFailed, BackendTimedO
 from proxy.fleet.backend import LEGS, ROLES, Backend, Role
 from proxy.fleet.breaker import FEWEST
 from proxy.fleet.budget import Budgets
+from proxy.fleet.cache import Cache
 from proxy.fleet.findings import MEANING
 from proxy.fleet.kinds import KINDS
 from proxy.fleet.mass_failure import EXCUSES, Delays
@@ -36,7 +37,8 @@ State = Literal["down", "draining", "ejected", "slow_start", "up"]
 
 class Fleet:
     """All backends by role. Changes of membership are told to `on_join` and `on_leave`, coming up to `on_up`; that one
-    may be paired with others than before, to `on_fit`.
+    may be paired with others than before, to `on_fit`; what its KV cache holds, to `on_cache`, and that nothing is in
+    its prefix cache, to `on_lost_cache`.
 
     Arguments:
         clock: seconds, never going back.
@@ -85,6 +87,8 @@ class Fleet:
         self.on_leave: Callable[[Backend], object] | None = None
         self.on_up: Callable[[Backend], object] | None = None
         self.on_fit: Callable[[Backend], object] | None = None
+        self.on_cache: Callable[[Backend, Cache], object] | None = None
+        self.on_lost_cache: Callable[[Backend], object] | None = None
         self._kinds = {group.name: KINDS[group.kind] for group in settings.all_groups()}
         self.pairing = Pairing(settings.pair_revisions)
         self._protocols = Protocols(settings.all_groups())
@@ -436,7 +440,27 @@ class Fleet:
         if self.sizes[backend.role] >= FEWEST:  # of two, nobody can say which is the odd one
             self.rotation.timed(backend, leg, seconds, tokens)
 
+    def paced(self, backend: Backend, seconds: float) -> None:
+        """A stream's tokens have come so many seconds apart of late, and its client has kept up."""
+        backend.speeds.stepped(
+            seconds,
+            backend.inflight_requests + backend.elsewhere_requests,
+            backend.inflight_tokens + backend.elsewhere_tokens,
+            self._clock(),
+        )
+
     # What probes tell
+
+    def holds(self, backend: Backend, cache: Cache) -> None:
+        """An engine has said what its KV cache holds."""
+        backend.speeds.capacity = cache.tokens or inf
+        if self.on_cache is not None:
+            self.on_cache(backend, cache)
+
+    def lost_cache(self, backend: Backend) -> None:
+        """An engine's prefix cache is empty: it has been reset, or the engine may be another by now."""
+        if self.on_lost_cache is not None:
+            self.on_lost_cache(backend)
 
     def learnt(self, backend: Backend, models: dict[str, dict[str, Any]] | None, version: str) -> None:
         """An engine has said which models it serves, and which version it is.
@@ -497,6 +521,7 @@ class Fleet:
         backend.mark_up()
         self.rotation.returned(backend)
         backend.speeds.returned(self._clock())
+        self.lost_cache(backend)
         self._room_changed()
         if self.on_up is not None:
             self.on_up(backend)

@@ -35,6 +35,7 @@ from tenacity import (
 from proxy.decoding import decode_json
 from proxy.errors import BackendError, BackendTimedOut
 from proxy.fleet.backend import Backend
+from proxy.fleet.cache import read_cache
 from proxy.fleet.contact import code_of, reason_of, speaks_tls, why_unreachable
 from proxy.fleet.control import Answer, Control
 from proxy.fleet.facts import read_facts
@@ -108,6 +109,7 @@ class Prober:
     Arguments:
         control: asks the engines; its timeout bounds one probe.
         on_leave: told of backends that have left the fleet.
+        reads_caches: placement wants to know what engines' KV caches hold.
         learns_facts: whether to keep a `Tether` to a backend that is up, and over it what is sure of the engine.
         guides: by connector: how to learn the coordinates of an engine that speaks it.
         tether_headers: what each request over it carries, as whole lines.
@@ -120,6 +122,7 @@ class Prober:
         control: Control,
         *,
         on_leave: Callable[[Backend], object] = lambda backend: None,
+        reads_caches: bool = False,
         learns_facts: Callable[[Backend], bool] = lambda backend: False,
         guides: Mapping[str, Guide] | None = None,
         tether_headers: bytes = b"",
@@ -128,6 +131,7 @@ class Prober:
         self._settings = settings
         self._control = control
         self._on_leave = on_leave
+        self._reads_caches = reads_caches
         self._learns_facts = learns_facts
         self._guides = guides or {}
         self._tether_headers = tether_headers
@@ -227,6 +231,8 @@ class Prober:
         finally:
             self._down -= 1
         await self._tie(backend)
+        if self._reads_caches:
+            await self._read_cache(backend)
         backend.attention.clear()
         self._checks.forget(backend)
         self._fleet.bring_in(backend)
@@ -347,6 +353,13 @@ class Prober:
         contexts = [card.get("max_model_len") for card in (backend.models or {}).values()]
         known = [context for context in contexts if isinstance(context, int) and context > 0]
         return msgspec.structs.replace(profile, context=min(known)) if known else profile
+
+    async def _read_cache(self, backend: Backend) -> None:
+        """Learn how much an engine's KV cache holds. One that does not say is no worse for it."""
+        path = backend.kind.metrics
+        if backend.role != "encode":
+            metrics = await self._page(backend.url + path, self._settings.timeout) if path else b""
+            self._fleet.holds(backend, read_cache(metrics))
 
     async def read_from_elsewhere(self, backend: Backend) -> int | None:
         """How many prompt tokens an engine has taken out of others' KV caches; None where it does not say."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import inf
@@ -17,43 +17,33 @@ from time import monotonic
 from typing import Any
 
 from proxy.errors import (
-    BackendAborted,
     BackendBusy,
-    BackendCut,
     BackendError,
     BackendFailed,
     BackendGarbled,
     BackendLacksModel,
     BackendLost,
     BackendsKilled,
-    BackendStopping,
     BackendTimedOut,
-    BackendUnreachable,
-    HandoffExpired,
     HandoffInvalid,
     NoBackend,
 )
 from proxy.fleet.backend import Backend, Lease, Role
 from proxy.fleet.budget import amplifies
 from proxy.fleet.fleet import Fleet
-from proxy.fleet.kinds import KINDS, Kind
-from proxy.fleet.pairing import same_weights
 from proxy.flow.callbacks import Call, Callbacks
 from proxy.flow.cut import settle
 from proxy.flow.encoders import Encoders
 from proxy.flow.first_token import FirstTokens
 from proxy.flow.hops import Hops
 from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try, remember
+from proxy.flow.placing import Placing, continues
 from proxy.flow.request import Request
 from proxy.flow.resumption import Resumption
 from proxy.flow.suspicion import Suspicion, warn
-from proxy.handoff.body import Body
 from proxy.handoff.connector import UNKNOWN, Connector
-from proxy.handoff.endpoints import LAYOUTS
 from proxy.handoff.plan import Leg
-from proxy.placement.ask import Ask
-from proxy.placement.decide import Decision, choose, decide
-from proxy.placement.eligibility import Members, Needs, Rules, eligible
+from proxy.placement.decide import Decision
 from proxy.relay.answers import read_usage
 from proxy.relay.cache_counts import CacheCounts
 from proxy.relay.prompt_logprobs import STREAM_LIMIT, PromptLogprobs
@@ -65,19 +55,6 @@ log = logging.getLogger("pd_proxy.flow")
 _FIRST_BACKOFF = 0.05  # seconds before a backend that has just failed is tried again
 _LONGEST_BACKOFF = 1.0
 _RELEASE_TRIES = 5  # within 0.8 s
-_SAYS_NOTHING = {
-    kind.reason
-    for kind in (
-        BackendBusy,
-        BackendLacksModel,
-        BackendUnreachable,
-        BackendLost,
-        BackendCut,
-        BackendAborted,
-        BackendStopping,
-        HandoffExpired,
-    )
-}
 
 
 class Flow:
@@ -85,7 +62,9 @@ class Flow:
 
     Arguments:
         connectors: the protocols that engines speak, by name.
-        random: a number in [0, 1), for ties and random policies.
+        placing: says where tries go.
+        first_tokens: whose first tokens clients get.
+        random: a number in [0, 1), for ties.
         callbacks: where decode engines call back, for connectors by which they do.
         suspicion: says which requests no other engine is given.
     """
@@ -96,6 +75,8 @@ class Flow:
         fleet: Fleet,
         legs: Legs,
         connectors: Mapping[str, Connector],
+        placing: Placing,
+        first_tokens: FirstTokens,
         telemetry: Telemetry,
         random: Callable[[], float],
         callbacks: Callbacks,
@@ -104,31 +85,19 @@ class Flow:
         self._attempts = settings.retries.attempts
         self._fleet = fleet
         self._legs = legs
+        self._placing = placing
         self._telemetry = telemetry
-        self._random = random
         self._callbacks = callbacks
         self._call_limit = settings.timeouts.first_token
         self._encoders = Encoders(settings, fleet, legs, random, self._failed)
         self._connectors = {**connectors, UNKNOWN.name: UNKNOWN}
-        self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._local_prefill = settings.fallback == "local_prefill"
         self._reuse = settings.reuse_tokens
-        self._turn = 0
         self._resumption = Resumption(settings)
         self._suspicion = suspicion
-        names = {group.connector for group in settings.all_groups()}
-        in_use = [connector for name, connector in connectors.items() if name in names or "auto" in names]
-        self._first_tokens = FirstTokens(settings, in_use)
-        self._endpoints = frozenset[str]().union(*(connector.endpoints for connector in in_use))
-        self._rules = _rules(
-            self._connectors, in_use, [KINDS[name] for name in {g.kind for g in settings.all_groups()}]
-        )
+        self._first_tokens = first_tokens
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
-
-    def may_split(self, body: Body) -> bool:
-        """Whether prefill and decode backends of some group can share a request."""
-        return body.endpoint in self._endpoints and (not body.alone or body.alone in self._rules.splits_somewhere)
 
     @property
     def hops(self) -> Hops:
@@ -156,7 +125,7 @@ class Flow:
             request.gained = 0
             try:
                 if tries == 1 and not request.client.started:
-                    decision = self._decide(request)
+                    decision = self._placing.decide(request)
                 else:
                     decision = await self._place(request, tries)
                 cards = decision.decode.models
@@ -237,7 +206,7 @@ class Flow:
         if transcript.text is None and not transcript.unsure:
             return ""
         roles: tuple[Role, ...] = ("decode", "mixed", "prefill")
-        known = [one for role in roles for one in self._fleet.candidates(role, model) if _fits(request, one)]
+        known = [one for role in roles for one in self._fleet.candidates(role, model) if continues(request, one)]
         for backend in sorted(known, key=lambda backend: backend.url in request.avoid):
             try:
                 return await settle(transcript, partial(self._legs.detokenize, backend, model))
@@ -254,7 +223,7 @@ class Flow:
         """
         while True:
             try:
-                decision = self._decide(request)
+                decision = self._placing.decide(request)
             except NoBackend as error:
                 if not request.client.started or tries >= self._attempts:
                     raise
@@ -269,80 +238,6 @@ class Flow:
             await asyncio.sleep(_LONGEST_BACKOFF)
             tries += 1
 
-    def _decide(self, request: Request) -> Decision[Backend]:
-        """Place one try, and write down what was decided.
-
-        Raises:
-            NoBackend: nothing is up; or, after a failed try, that try's own error where it says more.
-        """
-        body, fleet, record = request.body, self._fleet, request.record
-        candidates, model, continues = fleet.candidates, body.model, request.continuation is not None
-        straight = self._rules.all_plain and fleet.pairing.simple and not continues
-        members = Members(
-            candidates("prefill", model),
-            candidates("decode", model),
-            candidates("mixed", model),
-            configured=fleet.sizes if straight else fleet.configured(model),
-            pairs=None if straight else fleet.pairer(model),
-            bounded=fleet.bounded,
-        )
-        layout = LAYOUTS[body.endpoint]
-        needs = Needs(
-            model,
-            request.prefill_tokens,
-            request.decode_tokens,
-            body.endpoint,
-            layout.path,
-            of_one_make=layout.of_one_make,
-            ranked=layout.ranked,
-            alone=body.alone,
-            given_up=self._given_up_handoff(request) if record.retries else "",
-            pinned=request.pinned,
-            fits=partial(_fits, request) if continues else None,
-        )
-        found = eligible(members, needs, self._rules)
-        self._turn += 1
-        try:
-            decision = decide(
-                found.view,
-                Ask(
-                    self._random,
-                    self._turn,
-                    monotonic(),
-                    request.prefill_tokens,
-                    request.decode_tokens,
-                    avoid=request.avoid,
-                    prefer=request.prefill,
-                ),
-                alone=found.alone,
-                policies=self._policies,
-                allow_local_prefill=self._local_prefill,
-                prefill_alone=body.max_tokens is not None
-                and self._first_tokens.is_prefills(body.max_tokens)
-                and not body.stored,
-            )
-        except NoBackend as error:
-            if isinstance(request.error, BackendBusy | BackendLacksModel):
-                raise request.error from None
-            if apart := fleet.models_apart(body.model):
-                error.args = (f"the prefill and decode backends have no model in common: {apart}",)
-            error.__cause__ = request.error
-            raise
-        record.placed(decision.pool, decision.decode.url, decision.prefill.url if decision.prefill else "")
-        record.fallback = decision.fallback
-        if decision.fallback == "no_prefill_backend" and fleet.models_apart(body.model):
-            record.fallback = "no_matching_pair"  # they are up, and serve other models
-        return decision
-
-    def _given_up_handoff(self, request: Request) -> str:
-        """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
-        pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
-        retries = request.record.retries
-        failed = [leg for leg, reason in retries if reason not in _SAYS_NOTHING and leg != "encode"]
-        if len(failed) < 2 or not (request.record.prefill and request.record.decode and self._local_prefill):
-            return ""
-        return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
-
     async def _try(self, request: Request, decision: Decision[Backend]) -> None:
         """One try on one pair (or one backend). Decode's place is taken before prefill starts."""
         prefill, decode, record = decision.prefill, decision.decode, request.record
@@ -356,7 +251,11 @@ class Flow:
                 assert prefill.facts is not None and decode.facts is not None
                 facts = prefill.facts, decode.facts
         media = self._encoders.media(request) if self._fleet.sizes["encode"] else ()
-        with Lease(decode, request.decode_tokens) as lease, _lease(prefill, request) as prefill_lease:
+        with (
+            Lease(decode, request.decode_tokens) as lease,
+            _lease(prefill, request) as prefill_lease,
+            self._placing.sent(request, decision) or _NOBODY as sent,
+        ):
             attempt = new_try(
                 request,
                 connector,
@@ -367,6 +266,7 @@ class Flow:
                 callbacks=self._callbacks,
                 reuse=self._reuse,
             )
+            attempt.sent = sent
             try:
                 if media:
                     await self._encoders.encode(attempt, media, decode.group)
@@ -548,6 +448,8 @@ class Flow:
             self._failed(request, backend, "prefill", error)
             raise
         except HandoffInvalid as error:
+            if attempt.sent is not None:
+                attempt.sent.prefilled(None, 0)
             self._do_without(attempt, backend, "handoff_invalid", error)
             return
         counted = read_usage(usage)
@@ -555,6 +457,9 @@ class Flow:
         record.cached_tokens = attempt.counts.cached or 0
         if counted is not None:
             record.prompt_tokens = attempt.prompt_tokens(counted)
+        if attempt.sent is not None:
+            resumes = request.continuation is not None  # what was said is in the prompt then
+            attempt.sent.prefilled(None if resumes else attempt.counts.cached, record.prompt_tokens)
         computed = max(1, request.prefill_tokens - record.cached_tokens)
         self._fleet.timed(backend, "prefill", record.prefill_seconds, computed)
         if attempt.limbo is not None:  # decode's leg is under way
@@ -608,6 +513,8 @@ class Flow:
         lease.release()
         request.record.decode = other.url
         attempt.goes_to(other)
+        if attempt.sent is not None:
+            attempt.sent.goes_to(other)
         if attempt.facts is not None and other.facts is not None:
             attempt.facts, attempt.decode = (attempt.facts[0], other.facts), other
         with Lease(other, request.decode_tokens) as lease:
@@ -630,8 +537,7 @@ class Flow:
             fresh = [backend for backend in fresh if backend.facts is not None and backend.facts.fits(facts[1])]
         if not fresh:
             return None
-        ask = Ask(self._random, self._turn, monotonic(), request.prefill_tokens, request.decode_tokens)
-        return choose(fresh, "decode", self._policies["decode"], ask)
+        return self._placing.other_decode(request, fresh)
 
     def _may_read(self, limbo: Limbo, decodes: list[Backend], model: str | None) -> list[Backend]:
         """Those of some decode backends that a hand-off may go to."""
@@ -648,38 +554,7 @@ class Flow:
             self._fleet.has_lost(backend, request.body.model)
 
 
-def _rules(connectors: Mapping[str, Connector], in_use: Sequence[Connector], kinds: Sequence[Kind]) -> Rules:
-    """What the connectors can do.
-
-    Arguments:
-        connectors: all that there are, by name.
-        in_use: those that engines here may speak.
-        kinds: of these engines.
-    """
-    splits = frozenset[str]().union(*(connector.splits for connector in in_use))
-    endpoints = frozenset[str]().union(*(connector.endpoints for connector in in_use))
-    return Rules(
-        splits={name: connector.splits for name, connector in connectors.items()},
-        endpoints={name: connector.endpoints for name, connector in connectors.items()},
-        plain=frozenset(name for name, connector in connectors.items() if connector.plain_decode),
-        meets=frozenset(name for name, connector in connectors.items() if connector.meets),
-        all_plain=all(connector.plain_decode for connector in in_use),
-        splits_somewhere=splits,
-        splits_everywhere=splits.intersection(*(connector.splits for connector in in_use)),
-        endpoints_everywhere=endpoints.intersection(
-            *(connector.endpoints for connector in in_use),
-            (name for name, layout in LAYOUTS.items() if all(layout.path in kind.routes for kind in kinds)),
-        ),
-    )
-
-
 _NOBODY = nullcontext(None)
-
-
-def _fits(request: Request, backend: Backend) -> bool:
-    """Whether a backend may go on with an answer which another began: it has the same weights, and so the same
-    tokenizer."""
-    return same_weights(request.cards, backend.models, request.body.model)
 
 
 def _lease(prefill: Backend | None, request: Request) -> AbstractContextManager[Lease | None]:

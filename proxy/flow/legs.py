@@ -34,6 +34,7 @@ from proxy.fleet.notices import Notices
 from proxy.fleet.standing import LegName
 from proxy.flow.callbacks import Callbacks
 from proxy.flow.hops import Hops
+from proxy.flow.prompts import Sent
 from proxy.flow.request import Request, leg_id, new_id
 from proxy.handoff.connector import Connector, Handoff
 from proxy.handoff.continuation import Continuation
@@ -129,6 +130,7 @@ class Try(msgspec.Struct):
         runs_out: its prefill leg, where that goes on without it.
         heard: what decode's engine has called back with, for its prefill leg.
         logprobs: of the prompts, as prefill says them, where the client's answer is to have them and decode's has none.
+        sent: its prompt at its engines, where anybody wants to know.
     """
 
     request: Request
@@ -144,6 +146,7 @@ class Try(msgspec.Struct):
     alias: str = ""
     heard: Members | None = None
     logprobs: PromptLogprobs | None = None
+    sent: Sent | None = None
 
     @property
     def identity(self) -> dict[str, msgspec.Raw] | None:
@@ -190,6 +193,9 @@ class Try(msgspec.Struct):
         record.prompt_tokens = prompt = counted - said if counted > said else 0
         cached = usage.cached_tokens if self.limbo is None else self.counts.cached or 0
         record.cached_tokens = cached if cached < prompt else prompt
+        if self.sent is not None and self.limbo is None:
+            told = usage.prompt_tokens_details
+            self.sent.counted(None if said or told is None else told.cached_tokens, counted)
 
     def check(self) -> None:
         """Called with a connection at hand, just before a leg is written to it.
@@ -271,8 +277,11 @@ def leg_of(backend: Backend) -> LegName:
 
 def _heard(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
     """Decode's first token is here: it has what it was handed."""
+    if attempt.sent is not None:
+        attempt.sent.heard()
     if (limbo := attempt.limbo) is not None:
-        attempt.request.record.handoff_seconds = monotonic() - limbo.since
+        attempt.request.record.handoff_seconds = seconds = monotonic() - limbo.since
+        lease.backend.speeds.handed_over(seconds, attempt.request.prefill_tokens, monotonic())
         limbo.close()
     lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
 
@@ -492,6 +501,8 @@ class Legs:
         if usage := read_usage(parsed.usage):
             attempt.note_usage(usage, said=0)
             record.tokens = usage.completion_tokens or 0
+        if attempt.sent is not None:
+            attempt.sent.ended()
         if attempt.limbo is not None:
             attempt.limbo.close()
         record.status = 200
@@ -525,6 +536,7 @@ class Legs:
             loop=self._loop,
             dialect=dialect,
             heard=partial(_heard, attempt, lease),
+            pace=None if attempt.sent is None else partial(self._fleet.paced, backend),
         )
         if dialect is not None and attempt.logprobs is not None:
             attempt.logprobs.here.add_done_callback(relay.go_on)

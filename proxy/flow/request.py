@@ -16,6 +16,8 @@ from proxy.flow.suspicion import Cuts
 from proxy.handoff.body import Body
 from proxy.handoff.continuation import Continuation
 from proxy.handoff.encoder import Medium
+from proxy.placement.ask import Ask
+from proxy.prefix.chain import Chain
 from proxy.relay.client import Client
 from proxy.relay.transcript import Transcript
 from proxy.telemetry.records import RequestRecord
@@ -47,6 +49,9 @@ class Request(msgspec.Struct):
         failed: the leg that failed last and the reason, for `note_retry`.
         prefill_tokens: what the prefill leg puts on its backend.
         decode_tokens: what the decode leg puts on its backend: the prompt's KV cache and the output to come.
+        session: names the session that it belongs to; empty where that is not known.
+        chain: of its prompt, once somebody has wanted it.
+        ask: what its last try asked of placement.
         media: its images, audio and video, once they have been looked for; empty where it has none.
     """
 
@@ -72,6 +77,9 @@ class Request(msgspec.Struct):
     prefill_tokens: int = 0
     decode_tokens: int = 0
     media: tuple[Medium, ...] | None = None
+    session: bytes = b""
+    chain: Chain | None = None
+    ask: Ask | None = None
 
     def __post_init__(self) -> None:
         self.prefill_tokens = self.body.prompt_tokens

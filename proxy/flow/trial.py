@@ -120,6 +120,8 @@ class _Mute:
 
     def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None: ...
 
+    def paced(self, backend: Backend, seconds: float) -> None: ...
+
     def gaps(self, pool: str, backend: str) -> Distribution:
         return Distribution(ITL_BOUNDS)
 

@@ -77,7 +77,7 @@ class Passage(asyncio.Protocol):
         gaps: where the seconds between tokens go, some tokens at a time.
         transcript: where the ids of the tokens go that pass; None when events carry none that must be taken out.
         edit: how what stands before an event's text becomes the client's; None where it stays as it is.
-        pace: told now and then how many seconds a token has taken of late; None once that says nothing about the engine.
+        pace: told now and then how many seconds a token takes of late; None once that says nothing about the engine.
     Attributes:
         clear: the last read ended where a chunk and an event end. Whoever handles the long way sets it.
         pattern: an ordinary token event as the engine sent it, to be learnt from when the next one comes; or empty.

@@ -1,0 +1,249 @@
+"""Where the tries of requests go: what is known of fleet, request and prompt, put to placement's pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from time import monotonic
+
+from proxy.errors import (
+    BackendAborted,
+    BackendBusy,
+    BackendCut,
+    BackendLacksModel,
+    BackendLost,
+    BackendStopping,
+    BackendUnreachable,
+    HandoffExpired,
+    NoBackend,
+)
+from proxy.fleet.backend import Backend
+from proxy.fleet.fleet import Fleet
+from proxy.fleet.kinds import KINDS, Kind
+from proxy.fleet.pairing import same_weights
+from proxy.flow.first_token import FirstTokens
+from proxy.flow.prompts import Prompts, Sent
+from proxy.flow.request import Request
+from proxy.handoff.body import Body
+from proxy.handoff.connector import UNKNOWN, Connector
+from proxy.handoff.endpoints import LAYOUTS
+from proxy.placement.ask import NOTHING_CACHED, Ask
+from proxy.placement.auto import time_to_first_token
+from proxy.placement.decide import Decision, choose, decide
+from proxy.placement.eligibility import Eligible, Members, Needs, Rules, eligible
+from proxy.settings import Settings
+
+_SAYS_NOTHING = {
+    kind.reason
+    for kind in (
+        BackendBusy,
+        BackendLacksModel,
+        BackendUnreachable,
+        BackendLost,
+        BackendCut,
+        BackendAborted,
+        BackendStopping,
+        HandoffExpired,
+    )
+}
+_LEARNING = frozenset({"auto"})
+_LOOKING = frozenset({"auto", "prefix"})
+"""The policies that want to know what engines have in their caches."""
+
+
+class Placing:
+    """Places the tries of a gateway's requests.
+
+    Arguments:
+        connectors: the protocols that engines speak, by name.
+        in_use: those that the fleet may speak.
+        prompts: what engines have of them.
+        random: a number in [0, 1), for ties and random policies.
+    Attributes:
+        looks: somebody wants to know what engines have in their caches.
+        wants_sessions: somebody wants to know which session a request belongs to.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        connectors: Mapping[str, Connector],
+        in_use: Sequence[Connector],
+        first_tokens: FirstTokens,
+        prompts: Prompts,
+        random: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._prompts = prompts
+        self._random = random
+        self._first_tokens = first_tokens
+        self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
+        named = set(self._policies.values())
+        self._learns = not _LEARNING.isdisjoint(named) or settings.admission.slo != "off"
+        self.looks = not _LOOKING.isdisjoint(named) or settings.admission.slo != "off"
+        self.wants_sessions = "session" in named
+        self._local_prefill = settings.fallback == "local_prefill"
+        self._turn = 0
+        usual = settings.targets
+        self._usual_targets = usual.ttft, usual.tpot
+        self._targets = {one.name: (one.ttft or usual.ttft, one.tpot or usual.tpot) for one in settings.clients}
+        self._endpoints = frozenset[str]().union(*(connector.endpoints for connector in in_use))
+        self._rules = _rules(
+            {**connectors, UNKNOWN.name: UNKNOWN},
+            in_use,
+            [KINDS[name] for name in {group.kind for group in settings.all_groups()}],
+        )
+
+    def may_split(self, body: Body) -> bool:
+        """Whether prefill and decode backends of some group can share a request."""
+        return body.endpoint in self._endpoints and (not body.alone or body.alone in self._rules.splits_somewhere)
+
+    def decide(self, request: Request) -> Decision[Backend]:
+        """Place one try, and write down what was decided.
+
+        Raises:
+            NoBackend: nothing is up; or, after a failed try, that try's own error where it says more.
+        """
+        body, fleet, record = request.body, self._fleet, request.record
+        found = self.eligible(request)
+        ask = request.ask = self.ask(request)
+        try:
+            decision = decide(
+                found.view,
+                ask,
+                alone=found.alone,
+                policies=self._policies,
+                allow_local_prefill=self._local_prefill,
+                prefill_alone=body.max_tokens is not None
+                and self._first_tokens.is_prefills(body.max_tokens)
+                and not body.stored,
+            )
+        except NoBackend as error:
+            if isinstance(request.error, BackendBusy | BackendLacksModel):
+                raise request.error from None
+            if apart := fleet.models_apart(body.model):
+                error.args = (f"the prefill and decode backends have no model in common: {apart}",)
+            error.__cause__ = request.error
+            raise
+        record.placed(decision.pool, decision.decode.url, decision.prefill.url if decision.prefill else "")
+        record.fallback = decision.fallback
+        if decision.fallback == "no_prefill_backend" and fleet.models_apart(body.model):
+            record.fallback = "no_matching_pair"  # they are up, and serve other models
+        return decision
+
+    def eligible(self, request: Request) -> Eligible[Backend]:
+        """Who may be given a request now."""
+        return eligible(self._members(request), self._needs(request), self._rules)
+
+    def ask(self, request: Request) -> Ask:
+        """What a request asks of placement now."""
+        self._turn += 1
+        ttft, tpot = self._targets.get(request.record.client, self._usual_targets)
+        cached, prompt = NOTHING_CACHED, request.prefill_tokens
+        if self.looks:
+            cached = self._prompts.cached(request)
+            if request.chain is not None and request.chain.tokens:
+                prompt = request.chain.tokens
+        return Ask(
+            self._random,
+            self._turn,
+            monotonic(),
+            prompt,
+            request.decode_tokens,
+            cached,
+            request.session,
+            ttft,
+            tpot,
+            request.avoid,
+            request.prefill,
+        )
+
+    def sent(self, request: Request, decision: Decision[Backend]) -> Sent | None:
+        """A try sends its prompt to where it was placed; None where nobody wants to know."""
+        if not self._learns and not self.looks:
+            return None
+        assert request.ask is not None
+        computes, decode = (decision.prefill, decision.decode) if decision.prefill else (decision.decode, None)
+        return self._prompts.sent(request, request.ask, computes, decode)
+
+    def other_decode(self, request: Request, candidates: Sequence[Backend]) -> Backend:
+        """One of some decode backends, for a hand-off that another did not read."""
+        return choose(candidates, "decode", self._policies["decode"], self.ask(request))
+
+    def seconds_to_first_token(self, request: Request) -> float:
+        """When a new request would have its first token if it were sent now; 0 where nobody is there to compute it."""
+        found, ask = self.eligible(request), self.ask(request)
+        view = found.view
+        computing = () if found.alone else view.prefill
+        candidates = [*computing, *view.mixed] or view.decode
+        return min((time_to_first_token(candidate, ask) for candidate in candidates), default=0.0)
+
+    def _members(self, request: Request) -> Members[Backend]:
+        fleet, candidates, model = self._fleet, self._fleet.candidates, request.body.model
+        straight = self._rules.all_plain and fleet.pairing.simple and request.continuation is None
+        return Members(
+            candidates("prefill", model),
+            candidates("decode", model),
+            candidates("mixed", model),
+            configured=fleet.sizes if straight else fleet.configured(model),
+            pairs=None if straight else fleet.pairer(model),
+            bounded=fleet.bounded,
+        )
+
+    def _needs(self, request: Request) -> Needs[Backend]:
+        body = request.body
+        layout = LAYOUTS[body.endpoint]
+        return Needs(
+            body.model,
+            request.prefill_tokens,
+            request.decode_tokens,
+            body.endpoint,
+            layout.path,
+            of_one_make=layout.of_one_make,
+            ranked=layout.ranked,
+            alone=body.alone,
+            given_up=self._given_up_handoff(request) if request.record.retries else "",
+            pinned=request.pinned,
+            fits=partial(continues, request) if request.continuation is not None else None,
+        )
+
+    def _given_up_handoff(self, request: Request) -> str:
+        """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
+        pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
+        retries = request.record.retries
+        failed = [leg for leg, reason in retries if reason not in _SAYS_NOTHING and leg != "encode"]
+        if len(failed) < 2 or not (request.record.prefill and request.record.decode and self._local_prefill):
+            return ""
+        return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
+
+
+def continues(request: Request, backend: Backend) -> bool:
+    """Whether a backend may go on with an answer which another began: it has the same weights, and so the same
+    tokenizer."""
+    return same_weights(request.cards, backend.models, request.body.model)
+
+
+def _rules(connectors: Mapping[str, Connector], in_use: Sequence[Connector], kinds: Sequence[Kind]) -> Rules:
+    """What the connectors can do.
+
+    Arguments:
+        connectors: all that there are, by name.
+        in_use: those that engines here may speak.
+        kinds: of these engines.
+    """
+    splits = frozenset[str]().union(*(connector.splits for connector in in_use))
+    endpoints = frozenset[str]().union(*(connector.endpoints for connector in in_use))
+    return Rules(
+        splits={name: connector.splits for name, connector in connectors.items()},
+        endpoints={name: connector.endpoints for name, connector in connectors.items()},
+        plain=frozenset(name for name, connector in connectors.items() if connector.plain_decode),
+        meets=frozenset(name for name, connector in connectors.items() if connector.meets),
+        all_plain=all(connector.plain_decode for connector in in_use),
+        splits_somewhere=splits,
+        splits_everywhere=splits.intersection(*(connector.splits for connector in in_use)),
+        endpoints_everywhere=endpoints.intersection(
+            *(connector.endpoints for connector in in_use),
+            (name for name, layout in LAYOUTS.items() if all(layout.path in kind.routes for kind in kinds)),
+        ),
+    )

@@ -1,0 +1,195 @@
+"""What engines are believed to have of requests' prompts: a prompt is entered in the index (`prefix/`) when it is sent,
+and corrected by what its engine answers, which also says how fast that is (`fleet/speeds.py`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from time import monotonic
+from types import TracebackType
+
+from proxy.fleet.backend import Backend
+from proxy.fleet.cache import Cache
+from proxy.flow.request import Request
+from proxy.placement.ask import Ask
+from proxy.prefix.chain import EMPTY, Chain, chain_of
+from proxy.prefix.index import PrefixIndex
+
+_SHORTEST = 16  # tokens; of less no block is whole
+_MOST_RESPONSES = 4096  # chains of stored responses that are kept, of those that were asked for last
+
+
+class Sent:
+    """One try's prompt at its engines, until they have answered. A context manager: what is left by then was not
+    computed, as far as is known.
+
+    Arguments:
+        computes: the backend that prefills.
+        decode: the backend that reads what it hands over; None where one does both.
+        believed: tokens that `computes` is expected to compute.
+    """
+
+    __slots__ = ("_answered", "_believed", "_chain", "_computes", "_decode", "_index", "_prompt", "_settled")
+
+    def __init__(
+        self, index: PrefixIndex, chain: Chain, prompt: int, computes: Backend, decode: Backend | None, believed: int
+    ) -> None:
+        self._index = index
+        self._chain = chain
+        self._prompt = prompt
+        self._computes = computes
+        self._decode = decode
+        self._believed = believed
+        self._answered = False
+        self._settled = False
+        now = monotonic()
+        computes.speeds.given(believed, now, prompt)
+        self._tell()
+        if chain.hashes:
+            index.enter(computes.url, chain, now)
+            if decode is not None:
+                index.enter(decode.url, chain, now)
+
+    def prefilled(self, cached: int | None, prompt: int) -> None:
+        """The prefill leg has answered.
+
+        Arguments: as of `counted`.
+        """
+        if not self._answered:
+            computed = self._believed if cached is None else max(0, prompt - cached)
+            self._answer(computed, prompt or self._prompt)
+        self.counted(cached, prompt)
+
+    def heard(self) -> None:
+        """The leg that answers the client has given its first token: its engine has the prompt. Where it computed it,
+        it says what it had in its cache at the end of its answer."""
+        if not self._answered:
+            self._answer(self._believed, self._prompt)
+        decode, self._decode = self._decode, None
+        if decode is not None and self._chain.hashes:
+            self._index.settle(decode.url, self._chain)
+
+    def ended(self) -> None:
+        """The leg that answers the client has ended well, in one piece: if its engine computed the prompt, nobody knows
+        how long that alone took."""
+        if not self._answered:
+            self._answered = True
+            self._computes.speeds.withdrawn(self._believed, monotonic())
+            self._tell()
+        self.heard()
+        self.counted(None, 0)
+
+    def counted(self, cached: int | None, prompt: int) -> None:
+        """The engine that computed the prompt has said what it had in its cache.
+
+        Arguments:
+            cached: tokens; None where it does not say.
+            prompt: tokens of the prompt, as it has counted them; 0 where it does not say.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        if not self._chain.hashes:
+            return
+        if cached is not None and prompt:
+            self._index.correct(self._computes.url, self._chain, cached, prompt)
+        else:
+            self._index.settle(self._computes.url, self._chain)
+
+    def goes_to(self, other: Backend) -> None:
+        """The hand-off goes to another backend."""
+        if self._decode is not None and self._chain.hashes:
+            self._index.withdraw(self._decode.url, self._chain)
+            self._index.enter(other.url, self._chain, monotonic())
+        self._decode = other
+
+    def _answer(self, computed: int, prompt: int) -> None:
+        self._answered = True
+        backend = self._computes
+        backend.speeds.answered(self._believed, computed, prompt, monotonic())
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell other workers what is left."""
+        backend = self._computes
+        if backend.tell_uncached is not None:
+            backend.tell_uncached(backend.speeds.outstanding)
+
+    def __enter__(self) -> Sent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        backend, chain = self._computes, self._chain
+        if not self._answered:
+            backend.speeds.withdrawn(self._believed, monotonic())
+            self._tell()
+        if chain.hashes:
+            if not self._settled:
+                if self._answered:
+                    self._index.settle(backend.url, chain)
+                else:
+                    self._index.withdraw(backend.url, chain)
+            if self._decode is not None:
+                self._index.withdraw(self._decode.url, chain)
+
+
+class Prompts:
+    """Prompts and the engines that have them.
+
+    Arguments:
+        index: what they are believed to have.
+        key: of the chains' hashes, which a gateway's workers share.
+    """
+
+    def __init__(self, index: PrefixIndex, key: bytes) -> None:
+        self.index = index
+        self._key = key
+        self._responses: OrderedDict[str, Chain] = OrderedDict()
+
+    def cached(self, request: Request) -> Mapping[str, int]:
+        """Tokens of a request's prompt that engines are believed to have, by URL."""
+        chain = request.chain
+        if chain is None:
+            chain = request.chain = self._chain(request)
+        return self.index.cached(chain)
+
+    def _chain(self, request: Request) -> Chain:
+        body = request.body
+        if body.prompt_tokens < _SHORTEST:
+            return EMPTY
+        if not body.follows:
+            return chain_of(body, self._key)
+        return chain_of(body, self._key, self._responses.get(body.follows))
+
+    def sent(self, request: Request, ask: Ask, computes: Backend, decode: Backend | None) -> Sent:
+        """A try of a request sends its prompt to an engine.
+
+        Arguments:
+            ask: by which the try was placed.
+            decode: the backend that is handed the prompt; None where `computes` does both.
+        """
+        return Sent(self.index, request.chain or EMPTY, ask.prompt_tokens, computes, decode, ask.uncached(computes.url))
+
+    def stored(self, response_id: str, request: Request) -> None:
+        """An engine keeps a response, which others may go on from."""
+        if request.chain is not None and request.chain.hashes:
+            self._responses[response_id] = request.chain
+            if len(self._responses) > _MOST_RESPONSES:
+                self._responses.popitem(last=False)
+
+    # What the fleet tells
+
+    def learnt(self, backend: Backend, cache: Cache) -> None:
+        """An engine has said how large its KV cache is, and whether it finds prefixes in it."""
+        self.index.join(backend.url, cache.tokens, cache.caching is not False)
+
+    def lost(self, backend: Backend) -> None:
+        """An engine's prefix cache is empty."""
+        self.index.clear(backend.url)
+
+    def forget(self, backend: Backend) -> None:
+        """A backend has left the fleet."""
+        self.index.leave(backend.url)
