@@ -4,7 +4,9 @@ P/D requests with streamed answers, through the whole gateway in one process, wi
 place of sockets; valgrind's cachegrind counts. What the kernel does is not in it, so it is no measure of what a gateway
 costs, but it tells two versions apart where CPU time does not. Needs valgrind.
 
-  .venv/bin/python -m bench.instructions [short|long|paced|flood|big] [resume=off ...]      settings of the gateway
+  .venv/bin/python -m bench.instructions [short|long|paced|flood|big] [engines=8] [resume=off policy.prefill=prefix ...]
+
+engines: of each pool (1); the others are settings of the gateway.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from uvicorn.server import ServerState
 
 from bench.process import BenchError
 from proxy.app import build
+from proxy.fleet.cache import Cache
 from proxy.process import uvicorn_config
 from proxy.relay.http1 import Connection, Origin
 from proxy.relay.server import GatewayProtocol
@@ -167,10 +170,23 @@ async def serve(case: Case, requests: int, flags: list[str]) -> None:
         connection.connection_made(_Engine(connection, case))
         return connection
 
-    backends = {"prefill": ["http://127.0.0.1:1"], "decode": ["http://127.0.0.1:2"], "warmup": False}
-    gateway = build(build_settings(backends | dict(flag.split("=", 1) for flag in flags), {}))
+    given: dict[str, Any] = {"warmup": False}
+    engines = 1
+    for name, _, value in (flag.partition("=") for flag in flags):
+        *groups, leaf = name.split(".")
+        if name == "engines":
+            engines = int(value)
+            continue
+        inner = given
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[leaf] = value
+    for role, first in (("prefill", 1), ("decode", 2)):
+        given[role] = [f"http://127.0.0.1:{first + 2 * number}" for number in range(engines)]
+    gateway = build(build_settings(given, {}))
     for backend in gateway.fleet:
         backend.models = {"m": {"id": "m"}}  # as its first probe would have found
+        gateway.fleet.holds(backend, Cache(tokens=1 << 20, caching=True))
         gateway.fleet.bring_in(backend)
     Origin.connect = connect  # type: ignore[method-assign, assignment]
     config = uvicorn_config(gateway.surface)
