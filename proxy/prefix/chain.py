@@ -23,7 +23,7 @@ from struct import Struct
 import msgspec
 
 from proxy.handoff.body import Body
-from proxy.handoff.endpoints import Members
+from proxy.handoff.endpoints import Endpoint, Members
 from proxy.prefix.blocks import IDS, TEXT, Blocks
 
 _NAMING = (
@@ -96,12 +96,12 @@ def chain_of(body: Body, key: bytes, earlier: Chain | None = None) -> Chain:
         earlier: the chain of the response that the request goes on from (`Body.follows`), where it is known.
     """
     members = body.members
-    name = _MAINS[0]
-    raw = members.get(name)
-    if raw is None or raw == _NULL:
-        name, raw = _main(members)
-        if raw is None:
-            return EMPTY
+    for name in _MAINS[body.endpoint]:
+        raw = members.get(name)
+        if raw is not None and raw != _NULL:
+            break
+    else:
+        return EMPTY
     if name in _MAYBE_IDS and (inside := _inside_of_ids(raw)) is not None:
         return _chain_of_ids(inside, _root(members, _IN_IDS, b"ids", key), key)
     root = _root(members, _IN_TEXT, b"text", key)
@@ -161,17 +161,16 @@ _pack = Struct("<q").pack
 
 _encode = msgspec.json.Encoder().encode
 
-_MAINS = ("messages", "prompt", "input", "token_ids", "text", "input_ids", "input_embeds")
+_MAINS: dict[Endpoint, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "completions": ("prompt",),
+    "messages": ("messages",),
+    "responses": ("input",),
+    "generate": ("token_ids",),
+    "sglang_generate": ("text", "input_ids", "input_embeds"),
+}
+"""The member that is the prompt; of several the first that is there, as in the engine."""
 _MAYBE_IDS = frozenset({"prompt", "token_ids", "input_ids"})
-
-
-def _main(members: Members) -> tuple[str, msgspec.Raw | None]:
-    """The member that is the prompt, and its name."""
-    for name in _MAINS:
-        raw = members.get(name)
-        if raw is not None and raw != _NULL:
-            return name, raw
-    return "", None
 
 
 def _root(members: Members, shaping: frozenset[str], kind: bytes, key: bytes) -> int:

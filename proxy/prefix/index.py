@@ -37,7 +37,7 @@ MOST_ENTRIES = 1 << 19
 _MOST_PENDING = 4096  # requests at one engine whose answers are awaited; of the oldest beyond that nothing is learnt
 _MOST_BLIND = 8  # answers in succession that found nothing, where something was believed: it has no prefix cache
 _SLACK = 0.25  # of what was believed: by so much bytes may mislead about tokens before a loss is one
-_FEW = 8  # engines that are named one by one
+_FEW = 32  # engines that are named one by one
 _MOST_MARKS = 512  # instants that are remembered, for the age of entries
 
 _MANY = 1 << 17  # estimated tokens of prompts after which it is looked at how many there really were

@@ -220,6 +220,13 @@ def test_a_body_without_a_prompt_has_no_blocks(body: dict[str, Any], endpoint: E
     assert chain(body, endpoint).hashes == EMPTY.hashes
 
 
+def test_members_of_other_endpoints_are_no_prompt() -> None:
+    ways = [chain({"prompt": text(3000, seed), "messages": TURNS}, "completions") for seed in (1, 2)]
+    assert shared(*ways) == 0
+    assert chain({"text": text(3000), "input_ids": [1] * 100}, "sglang_generate").exact is False
+    assert chain({"text": None, "input_ids": [1] * 100}, "sglang_generate").tokens == 100
+
+
 def test_tokens_are_the_bodys_estimate() -> None:
     raw = read_body(msgspec.json.encode({"messages": TURNS}), "chat")
     found = chain_of(raw, KEY)
