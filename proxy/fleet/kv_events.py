@@ -102,6 +102,7 @@ class KvEvents:
         self._followers: dict[_Followed, Follower] = {}
         self._lessons: deque[Lesson] = deque()
         self._taught = asyncio.Event()
+        self._to_restore: set[str] = set()
         self._said: dict[tuple[str, str], float] = {}
         self.wanted = bool(self._groups)
         self.corrections = Corrections(index, key)
@@ -144,6 +145,12 @@ class KvEvents:
     def connected(self) -> int:
         """Publishers that are heard now."""
         return sum(follower.connected for follower in self._followers.values())
+
+    def lost(self, backend: Backend) -> None:
+        """An engine's entries were dropped from the index, since it is perhaps another by now: those that it still has,
+        by its events, are entered again."""
+        if backend.url in self.corrections.held:
+            self._to_restore.add(backend.url)
 
     # What requests tell
 
@@ -238,10 +245,22 @@ class KvEvents:
             for one, backend in wanted.items():
                 if one not in self._followed:
                     self._follow(one, backend)
+            await self._restore()
             await asyncio.sleep(_LOOK)
+
+    async def _restore(self) -> None:
+        """Enter what engines have in an index that knows them only now, or has dropped it. One that is out for a while
+        may have restarted: it is left until its publisher is connected again, and was asked."""
+        for url in list(self._to_restore):
+            settled = all(follower.settled for one, follower in self._followers.items() if one.url == url)
+            if settled and self.corrections.joined(url):
+                self._to_restore.discard(url)
+                await self._turns.take(self.corrections.restore(url))
 
     def _follow(self, one: _Followed, backend: Backend) -> None:
         held = self.corrections.held.get(one.url) or self.corrections.join(one.url, one.ranks)
+        if not self.corrections.joined(one.url):
+            self._to_restore.add(one.url)
         cache = EngineCache(
             held, partial(model_of, backend), self._key, self.events, partial(self._complain, f"{backend.url}")
         )
@@ -257,6 +276,7 @@ class KvEvents:
         self._followed.pop(one).cancel()
         self._followers.pop(one, None)
         self.corrections.leave(one.url)
+        self._to_restore.discard(one.url)
 
     async def _stay(self, follower: Follower, cache: EngineCache) -> None:
         """Follow one publisher, and go on after what should not have happened."""

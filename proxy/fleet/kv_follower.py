@@ -121,6 +121,11 @@ class Follower:
         self._calm_until: dict[str, float] = {}
         self.connected = False
 
+    @property
+    def settled(self) -> bool:
+        """Whether its cache is what the publisher has said last: it is connected, and was asked for what was missed."""
+        return self.connected and not self._busy.locked()
+
     async def run(self) -> None:
         """Follow it until cancelled."""
         while True:
@@ -317,6 +322,8 @@ class Follower:
         socket.setsockopt(zmq.MAXMSGSIZE, _LONGEST)
         socket.setsockopt(zmq.RCVHWM, _WAITING)
         socket.setsockopt(zmq.IPV6, 1)
-        socket.setsockopt(zmq.RECONNECT_IVL, 100)  # ms
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)  # ms; a host that is gone closes no connection
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)
         return socket

@@ -37,6 +37,8 @@ class Index(Protocol):
 
     def clear(self, engine: str) -> None: ...
 
+    def caching(self, engine: str) -> object | None: ...
+
 
 class Held:
     """The hashes of ids that one engine has, over all its publishers (data-parallel ranks): what any of them has.
@@ -122,12 +124,19 @@ class Corrections:
     def want_ids(self) -> Iterator[None]:
         """A client has sent a prompt of ids: pass on what is known of ids, step by step."""
         self.ids_wanted = True
-        for held in list(self.held.values()):
-            newest_first = list(held.sizes)[::-1]  # the index drops the last of what it is given first
-            for start in range(0, len(newest_first), _PATIENCE):
-                still = [hashed for hashed in newest_first[start : start + _PATIENCE] if hashed in held.sizes]
-                self._index.store(held.engine, still, [held.sizes[hashed] % _COUNT for hashed in still])
-                yield
+        for engine in list(self.held):
+            yield from self.restore(engine)
+
+    def restore(self, engine: str) -> Iterator[None]:
+        """The index knows nothing of an engine, or not all: tell it what the engine has, step by step."""
+        held = self.held.get(engine)
+        if held is None:
+            return
+        newest_first = list(held.sizes)[::-1]  # the index drops the last of what it is given first
+        for start in range(0, len(newest_first), _PATIENCE):
+            still = [hashed for hashed in newest_first[start : start + _PATIENCE] if hashed in held.sizes]
+            self.stored(engine, still, [held.sizes[hashed] % _COUNT for hashed in still])
+            yield
 
     def learn(self, chain: Chain, ids: Iterable[int], model: str, cache_salt: str = "") -> None:
         """The ids of a prompt of text are known.
@@ -180,6 +189,10 @@ class Corrections:
             known = [found[0] for hashed in hashes if (found := self._texts.get(hashed)) is not None]
             if known:
                 self._index.remove(engine, known)
+
+    def joined(self, engine: str) -> bool:
+        """Whether the index takes what is told of an engine."""
+        return self._index.caching(engine) is not None
 
     def cleared(self, engine: str) -> None:
         """An engine has nothing any more."""

@@ -212,6 +212,41 @@ async def test_engines_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
         await until(lambda: it.believed(one, PROMPT) == 400)
 
 
+async def test_an_index_that_hears_of_an_engine_late_gets_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.fleet.kv_events._LOOK", 0.01)
+    async with bed() as it:
+        (engine,) = it.engines
+        (backend,) = it.fleet
+        await it.ask(engine, PROMPT)
+        await it.heard(engine)
+        it.index.clear(engine.url)  # it missed a health check
+        it.events.lost(backend)
+        await until(lambda: it.believed(engine, PROMPT) == 400)
+        it.index.leave(engine.url)
+        it.events._unfollow(next(iter(it.events._followed)))
+        await until(lambda: it.events.events["stored"] == 50)
+        assert it.believed(engine, PROMPT) == 0
+        it.index.join(engine.url, 1 << 20)
+        await until(lambda: it.believed(engine, PROMPT) == 400)
+
+
+async def test_an_engine_that_restarts_while_it_is_out_gets_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.fleet.kv_events._LOOK", 0.01)
+    async with bed() as it:
+        (engine,) = it.engines
+        (backend,) = it.fleet
+        await it.ask(engine, PROMPT)
+        await it.heard(engine)
+        engine.kill()
+        await until(lambda: it.events.connected == 0)
+        it.index.clear(engine.url)
+        it.events.lost(backend)
+        await engine.restart()
+        await until(lambda: not it.events._to_restore)
+        assert it.believed(engine, PROMPT) == 0
+        assert it.events.batches["restart"] == 1
+
+
 async def test_a_failure_of_our_own_is_logged_and_it_begins_anew(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
