@@ -51,6 +51,7 @@ _OVERDUE = 0.5  # seconds beyond twice of what a leg should take, after which it
 _FORGOTTEN = 120.0  # seconds out of the rotation, after which an engine is a new one
 _SILENT = 900.0  # seconds without an answer after which what is outstanding is not
 _GAP_WEIGHT = 0.25
+_MIXED = 1.0  # seconds after a prefill in which gaps have its chunks in them
 _GAP_HOLDS = 30.0  # seconds for which an observed gap says how an engine is now
 _ALONE = 0.25  # of what a leg should take: if it is answered sooner, it was computed with the one before
 
@@ -352,6 +353,7 @@ class Speeds:
         "_since",
         "_tokens",
         "_tokens_before",
+        "_undisturbed_at",
         "_work",
         "_work_done",
         "capacity",
@@ -372,7 +374,7 @@ class Speeds:
         self._given: deque[tuple[int, int]] = deque()  # uncached tokens and work of each leg that it has, in order
         self._work = 0  # of these, the sum
         self._elsewhere = 0
-        self._since = 0.0  # busy time was counted up to here
+        self._since = -inf  # busy time was counted up to here
         self._legs = 0  # legs that were computed together, so that they are one observation
         self._tokens = 0.0
         self._tokens_before = 0.0
@@ -380,6 +382,7 @@ class Speeds:
         self._seconds = 0.0
         self._pace = Mean(_PACE, _MEMORY)
         self._factor = Mean(1.0, _STEP_MEMORY)
+        self._undisturbed_at = -inf
         self._left_at: float | None = None
         self.pace = _PACE
         self.factor = 1.0
@@ -574,6 +577,10 @@ class Speeds:
             self.gap = seconds
         self.gap_at = now
         known = self.steps
+        if not self._given and now - self._since > _MIXED:
+            self._undisturbed_at = now
+        elif known and now - self._undisturbed_at < _GAP_HOLDS:
+            return  # the gap has prefill's chunks in it, which are counted apart
         if not known and self.pool.steps:
             self._factor.seen = _INHERITED
         self._factor.note(seconds / (expected * self.factor))

@@ -1,9 +1,12 @@
 """The policy `auto`: the backend where the request is expected to be served soonest, by what was learnt of each.
 
 - **Prefill** (`first_token`): the earliest expected first token. That is the work before the request, less what has
-  been done of it, and its own, which is what is not cached there; both by the engine's pace. A long prompt, whose own
-  work exceeds the target for the first token, is late wherever it goes. It goes behind other work as long as that does
-  not double its time, so that long prompts queue behind each other, and engines are left for the short ones.
+  been done of it, and its own, which is what is not cached there; both by the engine's pace. There are two exceptions.
+  A **long** prompt, whose own work exceeds the target for the first token, is late wherever it goes. It goes behind
+  other work as long as that does not double its time, so that long prompts queue behind each other, and engines are
+  left for the short ones. And a prefix **spreads** that is much in demand: where its engine has a queue (of half the
+  target) and another engine has none, the prompt goes to the other one if it is not much later there. By the earliest
+  first token alone the queue would stay just short enough, for ever.
 - **Decode** (`next_token`): the shortest expected step, by tokens in flight; of engines whose KV cache has room.
 - **Whole requests** (`whole_answer`): the earliest expected end, prefill and decode on one engine.
 
@@ -24,6 +27,11 @@ from proxy.placement.policies import POLICIES, Candidate, Choice, load
 
 LONG = 4.0
 """Seconds of own work from which a prompt is long, where its client has no target for the first token."""
+SOON = 2.0
+"""Seconds in which clients without a target are taken to want their first token."""
+_QUEUE = 0.5  # of the target for the first token: what waits longer is a queue
+_IDLE = 0.2  # of that queue: what waits shorter is none
+_LATER = 1.5  # times the earliest first token
 _MOST_OUTPUT = 1024  # tokens; what is expected of a long answer is mostly its client's bound
 
 
@@ -98,7 +106,7 @@ def first_token(candidates: Sequence[Learnt], ask: Ask) -> int:
     """The one with the earliest expected first token; for a long prompt see above."""
     if len(candidates) == 1:
         return 0
-    costs = _waits_and_work(candidates, ask)
+    costs = waits_and_work(candidates, ask)
     index = _least(candidates, costs, ask)
     chosen = candidates[index]
     speeds = chosen.speeds
@@ -108,10 +116,14 @@ def first_token(candidates: Sequence[Learnt], ask: Ask) -> int:
         chosen = candidates[index]
         speeds = chosen.speeds
     prompt, target = ask.prompt_tokens, LONG if ask.ttft is None else ask.ttft
-    if speeds.pace * prompt < 0.1 * target:  # attention does not make it ten times as much
-        return index
-    own = speeds.seconds(ask.uncached(chosen.url), prompt)
-    return index if own <= target else _behind(candidates, index, own, ask)
+    if speeds.pace * prompt > 0.1 * target:  # attention does not make a short prompt ten times as much
+        own = speeds.seconds(ask.uncached(chosen.url), prompt)
+        if own > target:
+            return _behind(candidates, index, own, ask)
+    queue = _QUEUE * (SOON if ask.ttft is None else ask.ttft)
+    if ask.cached and speeds.free_at - ask.now > queue and ask.cached.get(chosen.url, 0) > 0:
+        return _spread(candidates, index, ask)
+    return index
 
 
 def why_first(prefill: Learnt, ask: Ask) -> str:
@@ -122,7 +134,7 @@ def why_first(prefill: Learnt, ask: Ask) -> str:
     return "cached" if ask.cached and ask.cached.get(url) else "earliest"
 
 
-def _waits_and_work(candidates: Sequence[Learnt], ask: Ask) -> list[float]:
+def waits_and_work(candidates: Sequence[Learnt], ask: Ask) -> list[float]:
     """The time to the first token of each, slow start and stuck legs apart."""
     now, prompt, cached = ask.now, ask.prompt_tokens, ask.cached
     work = candidates[0].speeds.pool.work
@@ -165,6 +177,22 @@ def _behind(candidates: Sequence[Learnt], index: int, own: float, ask: Ask) -> i
         return index
     among = [candidates[n] for n in fit]
     return fit[_least(among, waits, ask)]
+
+
+def _spread(candidates: Sequence[Learnt], index: int, ask: Ask) -> int:
+    """Where a prompt goes whose prefix's engine has a queue.
+
+    Arguments:
+        index: of the one with the earliest first token.
+    """
+    now = ask.now
+    shortest = _IDLE * candidates[index].speeds.ahead(now)
+    most = _LATER * time_to_first_token(candidates[index], ask)
+    for n, candidate in enumerate(candidates):
+        wait = candidate.speeds.ahead(now) / candidate.factor
+        if wait < shortest and time_to_first_token(candidate, ask) <= most:
+            index, shortest = n, wait
+    return index
 
 
 def next_token(candidates: Sequence[Learnt], ask: Ask) -> int:

@@ -2,15 +2,20 @@
 
 A decode engine that prefills delays every stream it has, so this is guarded; unguarded it loses more than it gains.
 
-- A decode engine prefills for itself when at most 2,048 tokens are not cached there, it has **time to spare** (the gap
-  between its tokens, observed and as expected with this request, is below 0.8 of the client's target for it), and the
-  first token is expected **sooner by a margin**, 0.25 of the target for it. Up to 256 uncached tokens need no margin:
-  they fit into a step. That covers bursts, in which prefill is full and decode is not.
-- A mixed engine takes the request by the same rule without the bound on tokens, since to prefill is its work; and it
-  also takes it when no decode engine meets the target for the gap and the mixed one does.
-- **Without targets** nobody has said what the streams may suffer. Then the rule is conservative: at most 512 uncached
-  tokens (a mixed engine: any), on an engine whose step stays within 1.5 of what it takes when the engine is idle, and
-  the first token in at most half of the time of a remote prefill, and by 0.25 s sooner.
+- A decode engine prefills for itself when at most 2,048 tokens are not cached there, it has **time to spare**, and the
+  first token is expected **sooner by a margin**: 0.25 of the client's target for it, since a prompt that goes elsewhere
+  is missing in prefill's caches; 0.1 where nothing of it is cached anywhere. Up to 256 uncached tokens need no margin:
+  they fit into a step.
+- When prefill is so full that the request would miss its target, decode takes up to 8,192 uncached tokens if it meets
+  the target: a burst **spills**.
+- Time to spare means that the gap between tokens stays below 0.9 of the client's target (in a spill below the target):
+  the gap observed of late, or the one to be expected with this request if that is longer; and the prefill work that the
+  engine has been given, this one included, spread over the next 128 tokens of its streams.
+- A mixed engine takes the request by the same rules without the bound on tokens, since to prefill is its work. It also
+  takes it when no decode engine meets the target for the gap and the mixed one does.
+- **Without targets** nobody has said what the streams may suffer. Then the rule is conservative: the same with 2 s for
+  the first token and twice the step of the idle engine for the gap, and with the margin of a quarter for every prompt.
+  So prefill has a queue of half a second before decode prefills anything.
 
 While nothing was learnt of prefill's pace, prefill stays remote.
 """
@@ -18,29 +23,33 @@ While nothing was learnt of prefill's pace, prefill stays remote.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import nsmallest
 from typing import Generic, TypeVar
 
 import msgspec
 
 from proxy.placement.ask import Ask
-from proxy.placement.auto import Learnt, expected_step, time_to_first_token
+from proxy.placement.auto import SOON, Learnt, expected_step, time_to_first_token, waits_and_work
 
 L = TypeVar("L", bound=Learnt)
 
 MOST = 2048
 """Uncached tokens that a decode engine may prefill for itself."""
+MOST_SPILT = 8192
+"""Those that it may where the request would miss its target for the first token otherwise."""
 SHORT = 256
 """Uncached tokens for which it need only be sooner."""
-MOST_UNTARGETED = 512
-"""Uncached tokens that it may prefill where the client has no targets."""
-SPARE = 0.8
+SPARE = 0.9
 """Of the target for the gap between tokens, up to which an engine has time to spare."""
 MARGIN = 0.25
 """Of the target for the first token, by which a local prefill is to be sooner."""
-_IDLE = 1.5  # times the idle engine's step
-_LEAST_GAIN = 0.25  # seconds
+MARGIN_NEW = 0.1
+"""The same where nothing of the prompt is cached anywhere, and the client has targets."""
+HORIZON = 128
+"""Tokens of its streams over which an engine's prefill work is spread."""
+_IDLE = 2.0  # times the idle engine's step
 _RECENT = 30.0  # seconds for which an observed gap says how an engine is now
-_MOST_LOOKED_AT = 4  # engines that have something cached
+_LOOKED_AT = 4  # engines that could have the first token soonest
 
 
 class Instead(msgspec.Struct, Generic[L], frozen=True):
@@ -66,88 +75,117 @@ def instead(prefill: L, decode: L, decodes: Sequence[L], mixed: Sequence[L], ask
     """
     if not prefill.speeds.pool.prefills:
         return None
-    if ask.avoid:
-        mixed = [candidate for candidate in mixed if candidate.url not in ask.avoid]
-    best: Instead[L] | None = None
-    remote = soonest = 0.0
-    untargeted = ask.tpot is None or ask.ttft is None
-    most = MOST_UNTARGETED if untargeted else MOST
-    for index in _worth_a_look(decode, decodes, ask, most) if decodes else ():
-        if not remote:
-            remote = soonest = time_to_first_token(prefill, ask) + decode.speeds.handoff(ask.prompt_tokens)
-        candidate = decodes[index]
-        uncached = ask.uncached(candidate.url)
-        local = _first_token(candidate, prefill, ask)
-        if local < soonest and _gains(local, remote, ask, uncached) and has_time_to_spare(candidate, ask):
-            soonest = local
-            short = uncached <= SHORT
-            cached = ask.prompt_tokens > uncached
-            best = Instead(
-                candidate, "decode", ("local_cached" if cached else "local_short") if short else "local_spill"
-            )
+    avoid = ask.avoid
+    if avoid:
+        decodes = [candidate for candidate in decodes if candidate.url not in avoid]
+        mixed = [candidate for candidate in mixed if candidate.url not in avoid]
+    if not decodes and not mixed:
+        return None
+    remote = time_to_first_token(prefill, ask) + decode.speeds.handoff(ask.prompt_tokens)
+    soonest, best = remote, None
+    late = remote > _ttft(ask)
     if mixed:
-        remote = remote or time_to_first_token(prefill, ask) + decode.speeds.handoff(ask.prompt_tokens)
-        times = [_first_token(candidate, prefill, ask) for candidate in mixed]
-        index = min(range(len(mixed)), key=times.__getitem__)
-        sooner = times[index] < (soonest or remote) and _gains(times[index], remote, ask, ask.prompt_tokens)
-        if sooner and has_time_to_spare(mixed[index], ask):
-            return Instead(mixed[index], "mixed", "mixed_sooner")
-        if best is None and ask.tpot is not None and expected_step(decode, ask) > ask.tpot:
-            steps = [expected_step(candidate, ask) for candidate in mixed]
-            index = min(range(len(mixed)), key=steps.__getitem__)
-            if has_time_to_spare(mixed[index], ask):
-                return Instead(mixed[index], "mixed", "mixed_spill")
+        for candidate in _soonest(mixed, ask):
+            seconds = _own(candidate, prefill, ask.uncached(candidate.url), ask)
+            local = candidate.speeds.ahead(ask.now) / candidate.factor + seconds
+            if (
+                local < soonest
+                and _gains(local, remote, ask, ask.prompt_tokens)
+                and has_time_to_spare(candidate, ask, seconds, late=late)
+            ):
+                soonest, best = local, Instead(candidate, "mixed", "mixed_sooner")
+    if decodes and (most := _most(remote, ask)):
+        for candidate in _soonest(decodes, ask):
+            uncached = ask.uncached(candidate.url)
+            if uncached > most:
+                continue
+            seconds = _own(candidate, prefill, uncached, ask)
+            local = candidate.speeds.ahead(ask.now) / candidate.factor + seconds
+            if (
+                local < soonest
+                and _gains(local, remote, ask, uncached)
+                and has_time_to_spare(candidate, ask, seconds, late=late)
+            ):
+                soonest, best = local, Instead(candidate, "decode", _reason(uncached, ask))
+    if best is None and mixed and ask.tpot is not None and expected_step(decode, ask) > ask.tpot:
+        steps = [expected_step(candidate, ask) for candidate in mixed]
+        lightest = mixed[steps.index(min(steps))]
+        if has_time_to_spare(lightest, ask, _own(lightest, prefill, ask.uncached(lightest.url), ask)):
+            return Instead(lightest, "mixed", "mixed_spill")
     return best
 
 
-def _worth_a_look(decode: Learnt, decodes: Sequence[Learnt], ask: Ask, most: int) -> list[int]:
-    """Those that could prefill the request: the one with the shortest step, and those with most of it cached."""
-    prompt, cached, avoid = ask.prompt_tokens, ask.cached, ask.avoid
-    found: list[int] = []
-    if cached:
-        get, least = cached.get, max(1, prompt - most)
-        found = [n for n, c in enumerate(decodes) if get(c.url, 0) >= least]
-        if avoid:
-            found = [n for n in found if decodes[n].url not in avoid]
-        if len(found) > _MOST_LOOKED_AT:
-            found = sorted(found, key=lambda n: -cached[decodes[n].url])[:_MOST_LOOKED_AT]
-    if prompt <= most:
-        for n, candidate in enumerate(decodes):
-            if candidate is decode:
-                if n not in found:
-                    found.append(n)
-                break
-    return found
+def _most(remote: float, ask: Ask) -> int:
+    """Uncached tokens that a decode engine may prefill; 0 where none could be sooner by enough."""
+    ttft = _ttft(ask)
+    if remote > ttft:
+        most = MOST_SPILT
+    elif remote > _margin(ask) * ttft:
+        most = MOST
+    else:
+        most = SHORT if _targeted(ask) else 0
+    return most if ask.prompt_tokens <= most or ask.cached else 0
 
 
-def _first_token(candidate: Learnt, prefill: Learnt, ask: Ask) -> float:
-    """Seconds until an engine is expected to have prefilled for itself. Where none of its pool ever did, it is taken to
-    be as fast as the prefill engine."""
-    speeds = candidate.speeds
-    if speeds.pool.prefills:
-        return time_to_first_token(candidate, ask)
-    return speeds.ahead(ask.now) / candidate.factor + prefill.speeds.seconds(
-        ask.uncached(candidate.url), ask.prompt_tokens
-    )
+def _targeted(ask: Ask) -> bool:
+    return ask.ttft is not None and ask.tpot is not None
+
+
+def _ttft(ask: Ask) -> float:
+    return SOON if ask.ttft is None else ask.ttft
+
+
+def _soonest(candidates: Sequence[L], ask: Ask) -> Sequence[L]:
+    """Those that could have the first token soonest; all of a few."""
+    if len(candidates) <= _LOOKED_AT:
+        return candidates
+    costs = waits_and_work(candidates, ask)
+    return [candidates[n] for n in nsmallest(_LOOKED_AT, range(len(costs)), key=costs.__getitem__)]
+
+
+def _own(candidate: Learnt, prefill: Learnt, uncached: int, ask: Ask) -> float:
+    """Seconds that the prompt takes on an engine that prefills for itself. Where none of its pool ever did, it is taken
+    to be as fast as the prefill engine."""
+    speeds = candidate.speeds if candidate.speeds.pool.prefills else prefill.speeds
+    return speeds.seconds(uncached, ask.prompt_tokens)
+
+
+def _reason(uncached: int, ask: Ask) -> str:
+    if uncached > SHORT:
+        return "local_spill"
+    return "local_cached" if ask.prompt_tokens > uncached else "local_short"
 
 
 def _gains(local: float, remote: float, ask: Ask, uncached: int) -> bool:
     """Whether a local prefill is sooner by so much that it is worth it."""
-    if ask.ttft is None or ask.tpot is None:
-        return local + max(_LEAST_GAIN, 0.5 * remote) <= remote
-    return local < remote if uncached <= SHORT else local + MARGIN * ask.ttft <= remote
+    if uncached <= SHORT and _targeted(ask):
+        return local < remote
+    ttft = _ttft(ask)
+    return local + _margin(ask) * ttft <= remote or (remote > ttft >= local)
 
 
-def has_time_to_spare(candidate: Learnt, ask: Ask) -> bool:
-    """Whether an engine's streams stay within their target, or without one near their best, while it prefills."""
+def _margin(ask: Ask) -> float:
+    """Of the target for the first token, by which a local prefill is to be sooner."""
+    return MARGIN if ask.cached or not _targeted(ask) else MARGIN_NEW
+
+
+def has_time_to_spare(candidate: Learnt, ask: Ask, seconds: float = 0.0, *, late: bool = False) -> bool:
+    """Whether an engine's streams stay within their target while it prefills.
+
+    Arguments:
+        seconds: of the request's own prefill.
+        late: it would miss its target otherwise.
+    """
     requests = candidate.inflight_requests + candidate.elsewhere_requests
     if not requests:
         return True
-    speeds = candidate.speeds
-    step = expected_step(candidate, ask) if speeds.pool.steps else None
-    if ask.tpot is None:
-        return step is not None and step <= _IDLE * (speeds.step_base + speeds.step_token * ask.decode_tokens)
-    most = SPARE * ask.tpot
-    if speeds.gap and ask.now - speeds.gap_at <= _RECENT:
-        return speeds.gap < most and (step is None or step < most)
-    return step is not None and step < most
+    speeds, gap = candidate.speeds, 0.0
+    if speeds.pool.steps:
+        gap = expected_step(candidate, ask)
+    tpot = ask.tpot
+    if tpot is None:
+        tpot = _IDLE * (speeds.step_base + speeds.step_token * ask.decode_tokens)
+    if ask.now - speeds.gap_at <= _RECENT and speeds.gap > gap:
+        gap = speeds.gap
+    most = tpot if late else SPARE * tpot
+    return gap > 0.0 and gap + (speeds.ahead(ask.now) + seconds) / HORIZON < most

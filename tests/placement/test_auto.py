@@ -121,6 +121,24 @@ def test_a_cached_prefix_is_worth_waiting_for_as_long_as_computing_it_takes() ->
     assert why_first(pool[1], ask(9000, cached=cached, now=NOW)) == "earliest"
 
 
+def test_a_prefix_much_in_demand_spreads() -> None:
+    """Each request by itself would wait a little less than what it takes to compute the prefix anew."""
+    pool = learnt([10_000.0] * 3)
+    cached = {pool[0].url: 12_000}
+    asked = ask(12_500, cached=cached, now=NOW, ttft=2.0)
+    for _ in range(20):
+        pool[0].prefills(400, NOW)
+    assert time_to_first_token(pool[0], asked) < time_to_first_token(pool[1], asked)
+    assert first_token(pool, asked) in (0,), "its queue is shorter than half the target"
+    for _ in range(8):
+        pool[0].prefills(400, NOW)
+    pool[1].prefills(2_000, NOW)
+    assert first_token(pool, asked) == 2
+    pool[2].factor = 0.1
+    pool[2].prefills(100, NOW)
+    assert first_token(pool, ask(30_000, cached={pool[0].url: 29_500}, now=NOW, ttft=2.0)) == 0, "it costs too much"
+
+
 def test_what_has_been_done_since_is_not_waited_for() -> None:
     pool = learnt([10_000.0, 10_000.0])
     pool[0].prefills(10_000, NOW)

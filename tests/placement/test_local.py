@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proxy.placement.decide import REASONS, Decision, View, decide
-from proxy.placement.local import MOST, MOST_UNTARGETED, SHORT, SPARE, has_time_to_spare
+from proxy.placement.local import MOST, MOST_SPILT, SHORT, SPARE, has_time_to_spare
 from tests.placement.support import Engine, ask, engines, learnt
 
 NOW = 100.0
@@ -73,6 +73,24 @@ def test_a_burst_spills_to_decode() -> None:
     assert fleet.decided(ask(MOST + 1, now=NOW, **TARGETS)).prefill is not None
 
 
+def test_what_would_be_late_spills_if_decode_has_it_in_time() -> None:
+    fleet = Fleet()
+    fleet.queue(9000)
+    assert fleet.decided(ask(MOST_SPILT, now=NOW, **TARGETS)).reason == "local_spill"
+    assert fleet.decided(ask(MOST_SPILT + 1, now=NOW, **TARGETS)).prefill is not None
+    close = Fleet()
+    close.queue(500)
+    asked = ask(MOST_SPILT, now=NOW, ttft=0.5, tpot=0.05)
+    assert close.decided(asked).prefill is not None, "it would be late there, too, and hardly sooner"
+
+
+def test_a_prompt_that_is_cached_somewhere_leaves_prefills_caches_only_for_more() -> None:
+    fleet = Fleet()
+    fleet.queue(2000)
+    assert fleet.decided(ask(MOST, now=NOW, **TARGETS)).reason == "local_spill"
+    assert fleet.decided(ask(MOST, now=NOW, cached={"http://elsewhere": 100}, **TARGETS)).prefill is not None
+
+
 def test_what_decode_prefills_already_is_waited_for() -> None:
     fleet = Fleet()
     fleet.queue(4000)
@@ -97,8 +115,17 @@ def test_decode_that_has_no_time_to_spare_prefills_nothing() -> None:
     asked = ask(100, now=NOW, **TARGETS)
     assert fleet.decided(asked).prefill is None
     for engine in fleet.decode:  # what was observed of late
-        engine.speeds.gap, engine.speeds.gap_at = SPARE * 0.05, NOW - 1.0
+        engine.speeds.gap, engine.speeds.gap_at = 0.05, NOW - 1.0
     assert fleet.decided(asked).prefill is not None
+    for engine in fleet.decode:
+        engine.speeds.gap = SPARE * 0.05
+    assert fleet.decided(asked).prefill is None, "the request would miss its target, and the streams do not yet"
+    in_time = Fleet()
+    in_time.queue(5000)
+    assert in_time.decided(asked).prefill is None
+    for engine in in_time.decode:
+        engine.speeds.gap, engine.speeds.gap_at = SPARE * 0.05, NOW - 1.0
+    assert in_time.decided(asked).prefill is not None
     for engine in fleet.decode:
         engine.speeds.gap = 0.0
     assert fleet.decided(asked).prefill is None
@@ -113,17 +140,20 @@ def test_an_old_observation_says_nothing() -> None:
     assert has_time_to_spare(engine, ask(100, now=NOW, **TARGETS))
 
 
-def test_without_targets_the_rule_is_conservative() -> None:
+def test_without_targets_prefill_must_have_a_queue() -> None:
     fleet = Fleet()
-    fleet.queue(4000)
-    assert fleet.decided(ask(MOST_UNTARGETED, now=NOW)).prefill is None
-    assert fleet.decided(ask(MOST_UNTARGETED + 1, now=NOW)).prefill is not None
-    assert fleet.decided(ask(MOST, now=NOW, ttft=1.0)).prefill is not None, "one of two targets is not enough"
+    fleet.queue(4_000)
+    for asked in (ask(50, now=NOW), ask(50, now=NOW, ttft=2.0), ask(50, now=NOW, tpot=0.05)):
+        assert fleet.decided(asked).prefill is not None, "it would gain less than half a second"
+    fleet.queue(6_000)
+    assert fleet.decided(ask(50, now=NOW)).reason == "local_short"
+    assert fleet.decided(ask(MOST, now=NOW)).prefill is None
+    assert fleet.decided(ask(MOST + 1, now=NOW)).prefill is not None
     fleet.busy(60)
-    assert fleet.decided(ask(100, now=NOW)).prefill is not None, "its step is far from its best"
-    calm = Fleet()
-    calm.queue(1000)
-    assert calm.decided(ask(100, now=NOW)).prefill is not None, "it would gain a tenth of a second"
+    assert fleet.decided(ask(50, now=NOW)).prefill is not None, "its step is far from its best"
+    full = Fleet()
+    full.queue(50_000)
+    assert full.decided(ask(MOST_SPILT, now=NOW)).reason == "local_spill"
 
 
 def test_while_nothing_is_known_prefill_prefills() -> None:
@@ -161,7 +191,8 @@ def test_a_mixed_engine_joins_when_prefill_is_full() -> None:
     fleet.mixed[0].prefills(10_000, NOW)
     decision = fleet.decided(ask(5000, now=NOW, **TARGETS))
     assert (decision.decode.url, decision.pool, decision.reason) == ("http://m1", "mixed", "mixed_sooner")
-    assert fleet.decided(ask(5000, now=NOW, avoid={"http://m0", "http://m1"}, **TARGETS)).prefill is not None
+    avoiding = ask(5000, now=NOW, avoid={"http://m0", "http://m1"}, **TARGETS)
+    assert fleet.decided(avoiding).pool == "decode"
 
 
 def test_a_mixed_engine_joins_when_decode_is_full() -> None:
