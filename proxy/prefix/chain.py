@@ -46,6 +46,7 @@ _USUAL_CHOICES = (b'"auto"', b'"required"')
 
 _IN_IDS = frozenset(_NAMING)
 _IN_TEXT = frozenset((*_NAMING, *_TEMPLATE, _CHOICE))
+_FIRST = TEXT.ends[0]
 _MODEL = frozenset({"model"})
 _NULL = msgspec.Raw(b"null")
 _BLANKS = b" \t\r\n"
@@ -104,9 +105,11 @@ def chain_of(body: Body, key: bytes, earlier: Chain | None = None) -> Chain:
         return EMPTY
     if name in _MAYBE_IDS and (inside := _inside_of_ids(raw)) is not None:
         return _chain_of_ids(inside, _root(members, _IN_IDS, b"ids", key), key)
-    root = _root(members, _IN_TEXT, b"text", key)
     before = _before(members)
     said = _opened(raw, batch=name == "prompt" or name == "text")
+    if len(said) < _FIRST and not before and name != "input":
+        return Chain((), body.prompt_tokens, len(said), 1.0)
+    root = _root(members, _IN_TEXT, b"text", key)
     if name == "input":
         return _chain_of_response(body, before, said, root, key, earlier)
     return _chain_of_text(body, before, said, root, key)
