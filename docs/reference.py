@@ -26,9 +26,13 @@ from proxy.admission.admission import Admission  # noqa: E402
 from proxy.flags import flag  # noqa: E402
 from proxy.fleet.findings import ADVICE, MEANING, SIDE_ADVICE  # noqa: E402
 from proxy.fleet.fleet import Fleet  # noqa: E402
+from proxy.flow.decisions import Decisions  # noqa: E402
+from proxy.prefix.index import PrefixIndex  # noqa: E402
 from proxy.settings import ClientSettings, Group, Settings, leaves  # noqa: E402
 from proxy.telemetry.admission import AdmissionSink  # noqa: E402
+from proxy.telemetry.placement import PlacementSink  # noqa: E402
 from proxy.telemetry.prometheus import PrometheusSink  # noqa: E402
+from proxy.telemetry.records import PrefixCounts  # noqa: E402
 from proxy.variables import CONFIG_VARIABLE, DEFAULTS_VARIABLE, variable  # noqa: E402
 
 NONE = "\N{EN DASH}"
@@ -40,6 +44,8 @@ LABELS = {
     "client": "a client's name in the settings; `key-1`, `key-2`, … for those of `api_keys`; `anonymous` without keys",
     "code": "of the error: `queue_full`, `deadline_too_close`, `queue_timeout`, `target_missed`, "
     "`rate_limit_exceeded`, `too_many_tokens` or `draining`",
+    "decision": "its reason: the name of a policy, or of `auto` one of its rules; of a local prefill also a fallback's "
+    "reason; `none` where nobody could be chosen ([explain](explain.md))",
     "endpoint": "`chat`, `completions`, `messages`, `responses`, `generate`, `sglang_generate`, "
     "or a one-leg route: `embeddings`, "
     "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "
@@ -51,7 +57,7 @@ LABELS = {
     "message": "`notice`, `registration`, `kv_batch` or `kv_event`",
     "model": "a model that some backend has named; any other is `other`",
     "outcome": "`ok`, `client_gone`, or the code of the error that ended the request ([errors](errors.md))",
-    "pool": "`prefill`, `decode`, `mixed` or `encode`",
+    "pool": "`prefill`, `decode`, `mixed` or `encode`; of a decision that chose nobody `none`",
     "reason": "of a retry: the error's reason ([errors](errors.md)); of a fallback: `no_prefill_backend`, "
     "`no_decode_backend`, `no_matching_pair` ([models](models.md#revisions)), `no_handoff_params`, "
     "`handoff_invalid`, `prefill_failed`, `handoff_failed`, `no_encode_backend`, `encode_failed`, or the request "
@@ -200,7 +206,10 @@ def arguments_of(annotation: Any) -> set[Any]:
 
 def metrics_page() -> str:
     settings = Settings.model_construct(**no_backends())
-    families = [*PrometheusSink(Fleet(settings)).collect(), *AdmissionSink(Admission(settings)).collect()]
+    fleet = Fleet(settings)
+    placement = PlacementSink(Decisions(), PrefixIndex(), PrefixCounts(), fleet)
+    sinks = (PrometheusSink(fleet), AdmissionSink(Admission(settings)), placement)
+    families = [family for sink in sinks for family in sink.collect()]
     used = sorted({label for family in families for label in family._labelnames})  # type: ignore[attr-defined]
     if used != sorted(LABELS):
         raise SystemExit(f"reference.py: LABELS must describe exactly {', '.join(used)}")

@@ -1,7 +1,8 @@
-"""Write the sample of `pd-proxy doctor` in operating.md, from a run against simulated engines.
+"""Write the samples of commands in the docs: `pd-proxy doctor` in operating.md, from a run against simulated engines,
+and `pd-proxy explain` in explain.md, of a decision about engines that are not there.
 
-python docs/sample.py            writes it
-python docs/sample.py --check    exits 1 when what is there is not what doctor says now
+python docs/sample.py            writes them
+python docs/sample.py --check    exits 1 when what is there is not what the commands say now
 """
 
 from __future__ import annotations
@@ -20,33 +21,81 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from proxy.doctor.examination import examine  # noqa: E402 - the checkout's own package, installed or not
+from proxy.explain import as_text  # noqa: E402
+from proxy.fleet.backend import Backend, Lease, Role  # noqa: E402
+from proxy.fleet.speeds import PoolSpeeds  # noqa: E402
+from proxy.flow.decisions import Decisions, in_full  # noqa: E402
+from proxy.flow.request import Request  # noqa: E402
+from proxy.handoff.body import read_body  # noqa: E402
+from proxy.placement.ask import Ask  # noqa: E402
+from proxy.placement.decide import View, decide  # noqa: E402
+from proxy.relay.client import AsgiClient  # noqa: E402
 from proxy.settings import build_settings  # noqa: E402
 from proxy.simulator import Simulator, SimulatorConfig  # noqa: E402
+from proxy.telemetry.records import RequestRecord  # noqa: E402
 
-PAGE = HERE / "operating.md"
-_SAMPLE = re.compile(r"(<!-- sample of doctor, written by docs/sample\.py -->\n```text\n).*?(```\n)", re.DOTALL)
+PAGES = {"doctor": HERE / "operating.md", "explain": HERE / "explain.md"}
+_SAMPLE = r"(<!-- sample of %s, written by docs/sample\.py -->\n```text\n).*?(```\n)"
 _WRONG_HOST = "127.0.0.9"  # at which nobody listens
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the sample, or check it; gives the exit status."""
-    parser = argparse.ArgumentParser(description="Write the sample of pd-proxy doctor in operating.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when it is stale")
+    """Write the samples, or check them; gives the exit status."""
+    parser = argparse.ArgumentParser(description="Write the samples of commands in the docs.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when one is stale")
     arguments = parser.parse_args(argv)
-    before = PAGE.read_text(encoding="utf-8")
-    after = with_sample(before, asyncio.run(sample()))
-    if arguments.check and after != before:
-        print("docs/operating.md has another sample than doctor; run: python docs/sample.py", file=sys.stderr)
-    elif after != before:
-        PAGE.write_text(after, encoding="utf-8")
-    return int(arguments.check and after != before)
+    stale = 0
+    for command, text in (("doctor", asyncio.run(sample())), ("explain", explained())):
+        page = PAGES[command]
+        before = page.read_text(encoding="utf-8")
+        after = with_sample(before, command, text)
+        if after == before:
+            continue
+        stale = 1
+        if arguments.check:
+            print(f"docs/{page.name} has another sample than {command}; run: python docs/sample.py", file=sys.stderr)
+        else:
+            page.write_text(after, encoding="utf-8")
+    return stale if arguments.check else 0
 
 
-def with_sample(page: str, text: str) -> str:
-    """A page with its sample replaced."""
-    found, times = _SAMPLE.subn(lambda match: match[1] + text + match[2], page)
-    assert times == 1, "operating.md has one place for the sample"
+def with_sample(page: str, command: str, text: str) -> str:
+    """A page with its sample of a command replaced."""
+    pattern = re.compile(_SAMPLE % command, re.DOTALL)
+    found, times = pattern.subn(lambda match: match[1] + text + match[2], page)
+    assert times == 1, f"the page has one place for the sample of {command}"
     return found
+
+
+def explained() -> str:
+    """What explain says of two prefill engines, of which the busier one has most of the prompt, two decode engines and
+    one that is drained."""
+    pools = {"prefill": PoolSpeeds(), "decode": PoolSpeeds()}
+
+    def engine(role: Role, host: str, work: int, tokens: int) -> Backend:
+        made = Backend(f"http://{host}:8000", role, speeds=pools[role].join())
+        for leg in range(20):
+            made.speeds.given(4000, leg, 4000)
+            made.speeds.answered(4000, 4000, 4000, leg + 0.4)
+            made.speeds.stepped(0.02, 16, 32_000, leg)
+        if work:
+            made.speeds.given(work, 100.0, work)
+        for _ in range(tokens // 2000):
+            Lease(made, 2000)
+        return made
+
+    prefills = [engine("prefill", "10.0.0.1", 6000, 6000), engine("prefill", "10.0.0.2", 0, 0)]
+    decodes = [engine("decode", "10.0.1.1", 0, 40_000), engine("decode", "10.0.1.2", 0, 60_000)]
+    drained = engine("decode", "10.0.1.3", 0, 0)
+    view = View(prefills, decodes, (), {"prefill": 2, "decode": 3, "mixed": 0})
+    cached = {prefills[0].url: 11_264}
+    ask = Ask(lambda: 0.0, now=100.0, prompt_tokens=12_000, decode_tokens=12_512, cached=cached, ttft=2.0, tpot=0.05)
+    policies = {"prefill": "auto", "decode": "auto", "mixed": "auto"}
+    decision = decide(view, ask, alone="", policies=policies, allow_local_prefill=True)
+    body = read_body(b'{"model":"llama","messages":[]}', "chat")
+    request = Request(body, AsgiClient(None, None), RequestRecord("chat", model="llama"))  # type: ignore[arg-type]
+    full = in_full(view, ask, [(drained, "draining")], decision.chosen)
+    return as_text(Decisions().would(request, ask, decision, full))
 
 
 async def sample() -> str:

@@ -21,6 +21,7 @@ from proxy.api import invocations, operations
 from proxy.api.backends import backends
 from proxy.api.credentials import AtSocket, Credentials, Trusted
 from proxy.api.cross_origin import CrossOrigin
+from proxy.api.decisions import EXPLAIN_PATH, decisions, explanation
 from proxy.api.fanout import fanout
 from proxy.api.inference import Inference
 from proxy.api.metaserver import metaserver
@@ -60,6 +61,7 @@ from proxy.relay.connections import Connections
 from proxy.settings import Settings
 from proxy.telemetry.admission import AdmissionSink
 from proxy.telemetry.logs import RequestLog, tell_throughput
+from proxy.telemetry.placement import PlacementSink
 from proxy.telemetry.prometheus import PrometheusSink, registry
 from proxy.telemetry.records import Sinks
 from proxy.telemetry.throughput import Throughput
@@ -129,7 +131,6 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     queue = AdmissionSink(admission)
     throughput = Throughput(prometheus.tokens_streamed)
     telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup, throughput)
-    metrics = registry(prometheus, queue)
     credentials = Credentials(settings)
     hops = Hops("" if crew is None else str(crew.directory))
     legs = Legs(settings, fleet, telemetry, notices, hops)
@@ -138,6 +139,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     in_use = _in_use(settings, spoken)
     first_tokens = FirstTokens(settings, in_use)
     placing = Placing(settings, fleet, spoken, in_use, first_tokens, prompts, random.random)
+    placement = PlacementSink(placing.decisions, prompts.index, prompts.counts, fleet)
+    metrics = registry(prometheus, queue, placement)
     if placing.looks:
         fleet.on_cache, fleet.on_lost_cache = prompts.learnt, prompts.lost
     flow = Flow(settings, fleet, legs, spoken, placing, first_tokens, telemetry, random.random, callbacks, suspicion)
@@ -229,6 +232,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             responses(settings, fleet, stored, credentials, control),
             operations.administration(fleet, credentials),
             backends(fleet, credentials),
+            decisions(placing.decisions, credentials, siblings),
+            explanation(placing.explain, fleet, stored, names, credentials),
             fanout(fleet, credentials, control, prober.ask_models, siblings),
         ]
         if settings.metrics.port is None:
@@ -237,7 +242,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             made.append(metaserver(callbacks, settings.metaserver.allow, siblings))
         return made
 
-    body_seconds = settings.timeouts.request_body
+    body_seconds, bodies = settings.timeouts.request_body, {EXPLAIN_PATH: settings.limits.request_body}
     # A kind that is not set is vLLM's; a connector says as surely what else there is.
     told = {endpoint for group in settings.all_groups() for endpoint in spoken.get(group.connector, UNKNOWN).endpoints}
     own_routes = frozenset(LAYOUTS[endpoint].path for endpoint in told if LAYOUTS[endpoint].of_one_make)
@@ -252,6 +257,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         cross_origin=CrossOrigin(settings.cors) if settings.cors.origins else None,
         hops=hops,
         docs=settings.routes.docs,
+        bodies=bodies,
     )
     inner = None
     if siblings is not None:
@@ -263,6 +269,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
                 operations.metrics(metrics, remembers=remembers),
                 operations.administration(fleet, trusted),
                 backends(fleet, trusted),
+                decisions(placing.decisions, trusted),
             ]
             if called_back:
                 made.append(metaserver(callbacks, ()))
@@ -281,10 +288,12 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
                 operations.metrics(metrics, siblings),
                 operations.administration(fleet, local),
                 backends(fleet, local),
+                decisions(placing.decisions, local, siblings),
+                explanation(placing.explain, fleet, stored, names, local),
                 fanout(fleet, local, control, prober.ask_models, siblings),
             ]
 
-        admin = Surface(hot={}, routers=admin_routers, siblings=siblings)
+        admin = Surface(hot={}, routers=admin_routers, siblings=siblings, bodies=bodies)
     gateway = Gateway(
         settings, fleet, gate, admission, surface, metrics, notices, registrations, siblings, inner, admin
     )

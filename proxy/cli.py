@@ -1,4 +1,4 @@
-"""The command line: `serve`, `check`, `config`, `doctor`, `simulate`, `completion`."""
+"""The command line: `serve`, `check`, `config`, `doctor`, `explain`, `simulate`, `completion`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("pd_proxy")
 
 EXIT_USAGE = 2
 EXIT_FAILED = 1
-_COMMANDS = ("serve", "check", "config", "doctor", "simulate", "completion")
+_COMMANDS = ("serve", "check", "config", "doctor", "explain", "simulate", "completion")
 _ABOUT = (
     "Every setting is a flag, a line of the --config file (timeouts.first_token) and a variable "
     "(PD_PROXY_TIMEOUTS__FIRST_TOKEN). Flags win over variables, variables over the file."
@@ -63,6 +63,7 @@ def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, arg
     _add_check(commands)
     _add_config(commands)
     _add_doctor(commands, wanted=not {"doctor", "completion"}.isdisjoint(argv))
+    _add_explain(commands, wanted=not {"explain", "completion"}.isdisjoint(argv))
     _add_simulate(commands, wanted=not {"simulate", "completion"}.isdisjoint(argv))
     _add_completion(commands)
     return parser, dict(commands.choices)
@@ -123,6 +124,25 @@ def _add_doctor(commands: Any, *, wanted: bool) -> None:
 
         flags.add_settings(doctor, command.add_arguments)
         doctor.set_defaults(run=_doctor)
+
+
+def _add_explain(commands: Any, *, wanted: bool) -> None:
+    """Its client is loaded only where it is `wanted`."""
+    explain = commands.add_parser(
+        "explain",
+        help="say where a running gateway would send a request, and why",
+        description="Ask a running gateway where it would send a request with this body now, and why; the request is "
+        "sent to no engine. Needs the gateway's admin key, or its admin socket; where neither is set, it works on the "
+        "gateway's own machine. Exits with 0 when it is decided, 1 when nobody could be given the request, 2 when the "
+        "gateway could not be asked or refused the question.",
+        allow_abbrev=False,
+    )
+    if not wanted:
+        return
+    from proxy import explain as command
+
+    command.add_arguments(explain)
+    explain.set_defaults(run=command.run)
 
 
 def _add_simulate(commands: Any, *, wanted: bool) -> None:

@@ -209,7 +209,7 @@ def _metavar(name: str, field: FieldInfo) -> str:
     kind = field.annotation
     if get_origin(kind) is Literal:
         choices = get_args(kind)
-        return "|".join(choices) if len(choices) < 6 else "NAME"
+        return "|".join(choices) if len(choices) < 8 else "NAME"
     if kind is bool:
         return "true|false"
     if name in _REPEATED[:4]:

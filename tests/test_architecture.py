@@ -52,6 +52,7 @@ UNBOUND = {
     "signals",
     "sockets",
     "cli",
+    "explain",
     "completion",
     "container_health",
     "configuration",

@@ -393,7 +393,7 @@ def test_help_says_what_each_setting_is_and_its_default(run: Run, monkeypatch: p
     for _, field in leaves():
         assert " ".join(str(field.description).split()) in text
     assert "(default 8000)" in text
-    assert "least_loaded|round_robin|random|power_of_two" in text
+    assert "auto|least_loaded|prefix|session|round_robin|random|power_of_two" in text
 
 
 def test_version_is_said(run: Run) -> None:

@@ -50,6 +50,8 @@ def completed(script: Path, *words: str) -> set[str]:
         (["serve", "--fallback", "r"], {"reject"}),
         (["config", "--def"], {"--default", "--default-model"}),
         (["simulate", "--role", "pre"], {"prefill"}),
+        (["explain", "--admin-k"], {"--admin-key-file"}),
+        (["explain", "--endpoint", "comp"], {"completions"}),
         (["completion", ""], set(SHELLS)),
     ],
 )

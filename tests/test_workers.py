@@ -66,6 +66,9 @@ async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
             assert await metric(http, "pd_proxy_requests_total") == 60
             assert await metric(http, "pd_proxy_backend_up") == 2
             assert await metric(http, "pd_proxy_time_to_first_token_seconds_count") == 0  # they were not streamed
+        decisions = (await http.get("/admin/decisions?limit=1000")).json()["decisions"]
+        assert len({decision["request_id"] for decision in decisions}) == 60
+        assert [decision["at"] for decision in decisions] == sorted((d["at"] for d in decisions), reverse=True)
         added = await http.post("/instances/add", json={"type": "decode", "instances": d2.url})
         assert added.status_code == 200
         name = d1.url.removeprefix("http://")

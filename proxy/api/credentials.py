@@ -50,6 +50,14 @@ class Credentials:
             return name
         raise Unauthorized("this gateway wants an API key: Authorization: Bearer <key>, or x-api-key: <key>")
 
+    def has_admin_key(self, authorization: bytes) -> bool:
+        """Whether a request has the admin key; never where none is set.
+
+        Arguments:
+            authorization: that header.
+        """
+        return bool(self._admin) and bool(_whose(authorization, self._admin))
+
     def check_operator(self, scope: Mapping[str, Any]) -> None:
         """Raise unless a request is an operator's: it has the admin key. Where no key is set this machine's own
         programs may look, and nobody may change anything ([operating](../../docs/operating.md#security)).

@@ -30,6 +30,10 @@ from proxy.relay.client import Client, Receive, Scope, Send
 from proxy.settings import Settings
 from proxy.telemetry.records import RequestRecord, Telemetry
 
+EXPLAIN = b"x-pd-proxy-explain"
+"""The header by which an operator asks for the decision about a request: it names engines, so without the admin key it
+is ignored."""
+
 
 class Inference:
     """Serves one endpoint.
@@ -114,6 +118,10 @@ class Inference:
         request = Request(body, client, record, hops=hops)
         if self._wants_sessions:
             request.session = headers.get(self._session_header, b"") or session_of(body)
+        if EXPLAIN in headers:
+            request.explain = headers[EXPLAIN].strip() == b"1" and self._credentials.has_admin_key(
+                headers.get(b"authorization", b"")
+            )
         if body.follows or body.stored:
             self._see_to_stored(request)
         with enter(

@@ -11,6 +11,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from proxy.decoding import decode_json, decode_text
 from proxy.errors import BackendError
@@ -97,6 +98,17 @@ class Siblings:
                 found: list[dict[str, Any]] = decode_json(answer.body)["backends"]
                 return found
         return []
+
+    async def decisions(self, limit: int, request_id: str) -> list[dict[str, Any]]:
+        """The others' last decisions (`/admin/decisions`). One that does not answer has none."""
+        target = f"/admin/decisions?{urlencode({'limit': limit, 'request_id': request_id})}"
+        answers = await asyncio.gather(*(self._ask(path, "GET", target) for path in self._paths))
+        return [
+            one
+            for answer in answers
+            if answer is not None and _is_good(answer)
+            for one in decode_json(answer.body)["decisions"]
+        ]
 
     async def tell(self, target: str) -> None:
         """Have each of the others do what an operator could tell it to."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager
 from time import monotonic
@@ -52,6 +52,7 @@ class Surface(FastAPI):
         cross_origin: what web pages of other origins may do; None: nothing.
         hops: says which requests come from the gateway itself.
         docs: serve the OpenAPI document, and a page to read it.
+        bodies: bytes of a body that some paths take; others take 1 MiB.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Surface(FastAPI):
         cross_origin: CrossOrigin | None = None,
         hops: Hops | None = None,
         docs: bool = False,
+        bodies: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(
             title="pd-proxy",
@@ -90,6 +92,7 @@ class Surface(FastAPI):
         self.direct = {path.encode("ascii"): app for path, app in hot.items()}
         self._offered = offered or hot.keys
         self._body_seconds = body_seconds
+        self._bodies = bodies or {}
         self._siblings = siblings
         self._hops = hops
         self._own_paths: set[str] | None = None
@@ -133,7 +136,10 @@ class Surface(FastAPI):
         self.make_routes()
         if scope["method"] == "HEAD":
             scope, send = {**scope, "method": "GET"}, _without_body(send)
-        receive, send = _bounded(receive, self._body_seconds), _with_request_id(send)
+        receive, send = (
+            _bounded(receive, self._body_seconds, self._bodies.get(scope["path"], _MOST_BODY)),
+            _with_request_id(send),
+        )
         if self._hops is not None and (said := dict(scope["headers"]).get(HEADER)) is not None:
             try:
                 self._hops.passed(said)
@@ -203,7 +209,7 @@ def _without_body(send: Send) -> Send:
 _MOST_BODY = 1024 * 1024  # bytes; the longest list of backends is far below
 
 
-def _bounded(receive: Receive, seconds: float) -> Receive:
+def _bounded(receive: Receive, seconds: float, most: int) -> Receive:
     """A `receive` that ends a body which is too long or too slow. FastAPI reads bodies before it checks keys."""
     taken = 0
     end = monotonic() + seconds
@@ -216,8 +222,8 @@ def _bounded(receive: Receive, seconds: float) -> Receive:
         except TimeoutError:
             raise HTTPException(408, f"the request body did not arrive within {seconds:g} s") from None
         taken += len(message.get("body", b""))
-        if taken > _MOST_BODY:
-            raise HTTPException(413, f"the request body exceeds the limit of {_MOST_BODY} bytes")
+        if taken > most:
+            raise HTTPException(413, f"the request body exceeds the limit of {most} bytes")
         return message
 
     return receive_bounded

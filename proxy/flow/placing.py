@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import monotonic
+from typing import Any
 
 from proxy.errors import (
     BackendAborted,
@@ -15,12 +16,14 @@ from proxy.errors import (
     BackendStopping,
     BackendUnreachable,
     HandoffExpired,
+    InvalidRequest,
     NoBackend,
 )
 from proxy.fleet.backend import Backend
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.kinds import KINDS, Kind
 from proxy.fleet.pairing import same_weights
+from proxy.flow.decisions import MOST_CANDIDATES, Decisions, Full, in_full
 from proxy.flow.first_token import FirstTokens
 from proxy.flow.prompts import Prompts, Sent
 from proxy.flow.request import Request
@@ -30,7 +33,7 @@ from proxy.handoff.endpoints import LAYOUTS
 from proxy.placement.ask import NOTHING_CACHED, Ask
 from proxy.placement.auto import time_to_first_token
 from proxy.placement.decide import Decision, choose, decide
-from proxy.placement.eligibility import Eligible, Members, Needs, Rules, eligible
+from proxy.placement.eligibility import Eligible, Members, Needs, Rules, eligible, left_out
 from proxy.settings import Settings
 
 _SAYS_NOTHING = {
@@ -60,6 +63,7 @@ class Placing:
         prompts: what engines have of them.
         random: a number in [0, 1), for ties and random policies.
     Attributes:
+        decisions: the last ones.
         looks: somebody wants to know what engines have in their caches.
         wants_sessions: somebody wants to know which session a request belongs to.
     """
@@ -85,6 +89,7 @@ class Placing:
         self.wants_sessions = "session" in named
         self._local_prefill = settings.fallback == "local_prefill"
         self._turn = 0
+        self.decisions = Decisions()
         usual = settings.targets
         self._usual_targets = usual.ttft, usual.tpot
         self._targets = {one.name: (one.ttft or usual.ttft, one.tpot or usual.tpot) for one in settings.clients}
@@ -105,11 +110,56 @@ class Placing:
         Raises:
             NoBackend: nothing is up; or, after a failed try, that try's own error where it says more.
         """
-        body, fleet, record = request.body, self._fleet, request.record
-        found = self.eligible(request)
+        record, decisions = request.record, self.decisions
+        members, needs = self._members(request), self._needs(request)
+        found = eligible(members, needs, self._rules)
         ask = request.ask = self.ask(request)
         try:
-            decision = decide(
+            decision = self._choose(request, found, ask)
+        except NoBackend as error:
+            self._note_nobody(request, members, needs, found, ask, error)
+            if isinstance(request.error, BackendBusy | BackendLacksModel):
+                raise request.error from None
+            error.__cause__ = request.error
+            raise
+        prefill = decision.prefill
+        record.placed(decision.pool, decision.decode.url, prefill.url if prefill else "")
+        record.fallback = self._fallback(decision, request.body)
+        if decisions.due(request, ask.now):
+            began = monotonic()
+            full = self._in_full(members, needs, found, ask, decision, MOST_CANDIDATES)
+            decisions.note(request, ask, decision, full)
+            decisions.explained(began)
+        else:
+            decisions.note(request, ask, decision)
+        return decision
+
+    def explain(self, request: Request) -> dict[str, Any]:
+        """What would be decided about a request now, for people; nothing of it is noted, and the request is sent
+        nowhere."""
+        members, needs = self._members(request), self._needs(request)
+        found = eligible(members, needs, self._rules)
+        turn = self._turn
+        ask = self.ask(request)
+        self._turn = turn
+        try:
+            decision = self._choose(request, found, ask)
+        except (NoBackend, InvalidRequest) as error:
+            return self.decisions.would(request, ask, str(error), self._in_full(members, needs, found, ask, None, None))
+        request.record.fallback = self._fallback(decision, request.body)
+        full = self._in_full(members, needs, found, ask, decision, None)
+        return self.decisions.would(request, ask, decision, full)
+
+    def _choose(self, request: Request, found: Eligible[Backend], ask: Ask) -> Decision[Backend]:
+        """Decide.
+
+        Raises:
+            NoBackend: nothing is up.
+            InvalidRequest: the request cannot be split, and the settings forbid serving it whole.
+        """
+        body = request.body
+        try:
+            return decide(
                 found.view,
                 ask,
                 alone=found.alone,
@@ -120,17 +170,46 @@ class Placing:
                 and not body.stored,
             )
         except NoBackend as error:
-            if isinstance(request.error, BackendBusy | BackendLacksModel):
-                raise request.error from None
-            if apart := fleet.models_apart(body.model):
+            if apart := self._fleet.models_apart(body.model):
                 error.args = (f"the prefill and decode backends have no model in common: {apart}",)
-            error.__cause__ = request.error
             raise
-        record.placed(decision.pool, decision.decode.url, decision.prefill.url if decision.prefill else "")
-        record.fallback = decision.fallback
-        if decision.fallback == "no_prefill_backend" and fleet.models_apart(body.model):
-            record.fallback = "no_matching_pair"  # they are up, and serve other models
-        return decision
+
+    def _fallback(self, decision: Decision[Backend], body: Body) -> str:
+        """Why there is no hand-off though there are pools for it, or an empty string."""
+        if decision.fallback == "no_prefill_backend" and self._fleet.models_apart(body.model):
+            return "no_matching_pair"  # they are up, and serve other models
+        return decision.fallback
+
+    def _in_full(
+        self,
+        members: Members[Backend],
+        needs: Needs[Backend],
+        found: Eligible[Backend],
+        ask: Ask,
+        decision: Decision[Backend] | None,
+        most: int | None,
+    ) -> Full:
+        """All that a decision looks at, and who was left out."""
+        chosen = () if decision is None else decision.chosen
+        pools = {role: self._fleet.pool(role) for role in ("prefill", "decode", "mixed")}
+        rest = left_out(pools, members, needs, self._rules, avoid=ask.avoid, now=ask.now)
+        return in_full(found.view, ask, rest, chosen, most)
+
+    def _note_nobody(
+        self,
+        request: Request,
+        members: Members[Backend],
+        needs: Needs[Backend],
+        found: Eligible[Backend],
+        ask: Ask,
+        error: NoBackend,
+    ) -> None:
+        full, began = None, monotonic()
+        if due := self.decisions.due(request, ask.now):
+            full = self._in_full(members, needs, found, ask, None, MOST_CANDIDATES)
+        self.decisions.nobody(request, ask, str(error), full)
+        if due:
+            self.decisions.explained(began)
 
     def eligible(self, request: Request) -> Eligible[Backend]:
         """Who may be given a request now."""

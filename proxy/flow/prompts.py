@@ -15,6 +15,7 @@ from proxy.flow.request import Request
 from proxy.placement.ask import Ask
 from proxy.prefix.chain import EMPTY, Chain, chain_of
 from proxy.prefix.index import PrefixIndex
+from proxy.telemetry.records import PrefixCounts
 
 _SHORTEST = 16  # tokens; of less no block is whole
 _MOST_RESPONSES = 4096  # chains of stored responses that are kept, of those that were asked for last
@@ -28,14 +29,23 @@ class Sent:
         computes: the backend that prefills.
         decode: the backend that reads what it hands over; None where one does both.
         believed: tokens that `computes` is expected to compute.
+        counts: of what was expected and found in caches.
     """
 
-    __slots__ = ("_answered", "_believed", "_chain", "_computes", "_decode", "_index", "_prompt", "_settled")
+    __slots__ = ("_answered", "_believed", "_chain", "_computes", "_counts", "_decode", "_index", "_prompt", "_settled")
 
     def __init__(
-        self, index: PrefixIndex, chain: Chain, prompt: int, computes: Backend, decode: Backend | None, believed: int
+        self,
+        index: PrefixIndex,
+        chain: Chain,
+        prompt: int,
+        computes: Backend,
+        decode: Backend | None,
+        believed: int,
+        counts: PrefixCounts,
     ) -> None:
         self._index = index
+        self._counts = counts
         self._chain = chain
         self._prompt = prompt
         self._computes = computes
@@ -93,7 +103,11 @@ class Sent:
         if not self._chain.hashes:
             return
         if cached is not None and prompt:
-            self._index.correct(self._computes.url, self._chain, cached, prompt)
+            computes, own = self._computes, self._prompt
+            # Estimated tokens become the engine's, which counts the same prompt.
+            expected = (own - self._believed) * prompt // own if own else 0
+            self._counts.note(computes.role, computes.url, expected, min(cached, prompt))
+            self._index.correct(computes.url, self._chain, cached, prompt)
         else:
             self._index.settle(self._computes.url, self._chain)
 
@@ -142,11 +156,14 @@ class Prompts:
     Arguments:
         index: what they are believed to have.
         key: of the chains' hashes, which a gateway's workers share.
+    Attributes:
+        counts: prompt tokens that were expected in caches, and those that were found.
     """
 
     def __init__(self, index: PrefixIndex, key: bytes) -> None:
         self.index = index
         self._key = key
+        self.counts = PrefixCounts()
         self._responses: OrderedDict[str, Chain] = OrderedDict()
 
     def cached(self, request: Request) -> Mapping[str, int]:
@@ -171,7 +188,8 @@ class Prompts:
             ask: by which the try was placed.
             decode: the backend that is handed the prompt; None where `computes` does both.
         """
-        return Sent(self.index, request.chain or EMPTY, ask.prompt_tokens, computes, decode, ask.uncached(computes.url))
+        believed = ask.uncached(computes.url)
+        return Sent(self.index, request.chain or EMPTY, ask.prompt_tokens, computes, decode, believed, self.counts)
 
     def stored(self, response_id: str, request: Request) -> None:
         """An engine keeps a response, which others may go on from."""
@@ -193,3 +211,4 @@ class Prompts:
     def forget(self, backend: Backend) -> None:
         """A backend has left the fleet."""
         self.index.leave(backend.url)
+        self.counts.forget(backend.url)

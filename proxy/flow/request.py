@@ -53,6 +53,8 @@ class Request(msgspec.Struct):
         chain: of its prompt, once somebody has wanted it.
         ask: what its last try asked of placement.
         media: its images, audio and video, once they have been looked for; empty where it has none.
+        explain: an operator wants to know why it goes where it goes.
+        explained: that, as the value of a response header.
     """
 
     body: Body
@@ -80,6 +82,8 @@ class Request(msgspec.Struct):
     session: bytes = b""
     chain: Chain | None = None
     ask: Ask | None = None
+    explain: bool = False
+    explained: bytes = b""
 
     def __post_init__(self) -> None:
         self.prefill_tokens = self.body.prompt_tokens
@@ -104,6 +108,8 @@ class Request(msgspec.Struct):
         headers = [(b"x-request-id", self.record.request_id.encode("ascii")), *more]
         if self.record.fallback:
             headers.append((b"x-pd-proxy-fallback", self.record.fallback.encode("ascii")))
+        if self.explained:
+            headers.append((b"x-pd-proxy-decision", self.explained))
         return headers
 
 

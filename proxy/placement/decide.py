@@ -71,6 +71,11 @@ class Decision(msgspec.Struct, Generic[C], frozen=True):
     reason: str = ""
 
     @property
+    def chosen(self) -> tuple[str, ...]:
+        """URLs of the backends that serve it."""
+        return (self.decode.url,) if self.prefill is None else (self.prefill.url, self.decode.url)
+
+    @property
     def runners_up(self) -> tuple[str, ...]:
         """URLs of the backends that could have answered as well."""
         return tuple(c.url for c in self.candidates if c is not self.decode)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
+from collections import Counter
 from time import monotonic
 from typing import Any, Protocol
 
@@ -212,6 +213,37 @@ class RequestRecord(msgspec.Struct):
         if self.second_token is not None:
             first, tokens = self.second_token, tokens - 1
         return None if first is None or last is None or tokens < 2 else (last - first) / (tokens - 1)
+
+
+class PrefixCounts:
+    """Prompt tokens that were expected in prefix caches, and those that engines reported to have found there.
+
+    Only answers that say what was cached are counted, both for what was expected and for what was found: a ratio of the
+    two says how good the index is.
+    """
+
+    __slots__ = ("cached", "expected")
+
+    def __init__(self) -> None:
+        self.expected: Counter[tuple[str, str]] = Counter()
+        self.cached: Counter[tuple[str, str]] = Counter()
+
+    def note(self, pool: str, backend: str, expected: int, cached: int) -> None:
+        """An engine has said what it found of a prompt.
+
+        Arguments:
+            pool, backend: that computed it.
+            expected, cached: tokens.
+        """
+        key = (pool, backend)
+        self.expected[key] += expected
+        self.cached[key] += cached
+
+    def forget(self, backend: str) -> None:
+        """A backend has left for good."""
+        for counter in (self.expected, self.cached):
+            for key in [key for key in counter if key[1] == backend]:
+                del counter[key]
 
 
 class Sink(Protocol):

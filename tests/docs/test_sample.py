@@ -1,4 +1,4 @@
-"""The sample of `pd-proxy doctor` in the docs is what it says."""
+"""The samples of commands in the docs are what they say."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ def load_sample() -> ModuleType:
     return module
 
 
-async def test_the_sample_is_what_doctor_says() -> None:
+async def test_the_sample_of_doctor_is_what_it_says() -> None:
     sample = load_sample()
-    page = sample.PAGE.read_text(encoding="utf-8")
-    assert sample.with_sample(page, await sample.sample()) == page, "run: python docs/sample.py"
+    page = sample.PAGES["doctor"].read_text(encoding="utf-8")
+    assert sample.with_sample(page, "doctor", await sample.sample()) == page, "run: python docs/sample.py"
+
+
+def test_the_sample_of_explain_is_what_it_says() -> None:
+    sample = load_sample()
+    page = sample.PAGES["explain"].read_text(encoding="utf-8")
+    assert sample.with_sample(page, "explain", sample.explained()) == page, "run: python docs/sample.py"
