@@ -35,6 +35,7 @@ from proxy.fleet.board import Exchange
 from proxy.fleet.control import Control
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
+from proxy.fleet.kv_events import KvEvents
 from proxy.fleet.names import Names
 from proxy.fleet.notices import Notices
 from proxy.fleet.prefix_ring import PeerPrefixes
@@ -79,6 +80,7 @@ class Gateway:
         siblings: the other workers of this gateway, where there are any.
         inner: what those are answered.
         admin: what operators get at `admin_socket`, where there is one.
+        kv_events: what engines publish of their caches, where that is set and placement wants to know.
     """
 
     settings: Settings
@@ -92,6 +94,7 @@ class Gateway:
     siblings: Siblings | None = None
     inner: Surface | None = None
     admin: Surface | None = None
+    kv_events: KvEvents | None = None
 
     def hear(self) -> None:
         """Listen for what engines tell, where that is not done yet: with the lifespan at the latest. In a running event
@@ -102,6 +105,8 @@ class Gateway:
         """
         self.notices.start()
         self.registrations.start()
+        if self.kv_events is not None:
+            self.kv_events.start()
 
 
 def build(settings: Settings, connections: Connections | None = None, crew: Crew | None = None) -> Gateway:
@@ -135,7 +140,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     hops = Hops("" if crew is None else str(crew.directory))
     legs = Legs(settings, fleet, telemetry, notices, hops)
     suspicion = Suspicion(settings.retries.after_cut, lambda backend: prober.lives(backend))
-    prompts = Prompts(PrefixIndex(), token_bytes(32) if crew is None else crew.prefixes.key)
+    prefix_key = token_bytes(32) if crew is None else crew.prefixes.key
+    prompts = Prompts(PrefixIndex(), prefix_key)
     in_use = _in_use(settings, spoken)
     first_tokens = FirstTokens(settings, in_use)
     placing = Placing(settings, fleet, spoken, in_use, first_tokens, prompts, random.random)
@@ -143,6 +149,10 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
     metrics = registry(prometheus, queue, placement)
     if placing.looks:
         fleet.on_cache, fleet.on_lost_cache = prompts.learnt, prompts.lost
+        kv_events = KvEvents(settings, fleet, prompts.index, prefix_key)
+        if kv_events.wanted:
+            prompts.events = kv_events
+            fleet.messages = {**fleet.messages, "kv_batch": kv_events.batches, "kv_event": kv_events.events}
     flow = Flow(settings, fleet, legs, spoken, placing, first_tokens, telemetry, random.random, callbacks, suspicion)
     exchange = None
     if crew is not None:
@@ -182,6 +192,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             legs.close()
             notices.close()
             registrations.close()
+            if prompts.events is not None:
+                await prompts.events.close()
 
     def forget(backend: Backend) -> None:
         if exchange is not None:
@@ -295,7 +307,18 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
 
         admin = Surface(hot={}, routers=admin_routers, siblings=siblings, bodies=bodies)
     gateway = Gateway(
-        settings, fleet, gate, admission, surface, metrics, notices, registrations, siblings, inner, admin
+        settings,
+        fleet,
+        gate,
+        admission,
+        surface,
+        metrics,
+        notices,
+        registrations,
+        siblings,
+        inner,
+        admin,
+        prompts.events,
     )
     return gateway
 

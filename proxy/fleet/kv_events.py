@@ -14,7 +14,7 @@ import asyncio
 import importlib
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from time import monotonic
@@ -40,6 +40,8 @@ _AGAIN = 5.0  # seconds until a publisher is followed again after a failure of t
 _MOST_LESSONS = 256  # prompts that wait to be learnt from; later ones are passed over
 _LONGEST_TEXT = 1 << 20  # bytes of a prompt that is given to the tokenizer
 _CALM = 30.0  # seconds between two like words about one engine
+
+Members = Mapping[str, msgspec.Raw]
 
 _read_ids = json_decoder(list[int])
 _read_text = json_decoder(str)
@@ -154,7 +156,7 @@ class KvEvents:
 
     # What requests tell
 
-    def sent(self, chain: Chain, members: dict[str, msgspec.Raw]) -> None:
+    def sent(self, chain: Chain, members: Members) -> None:
         """A request is about to be placed.
 
         Arguments:
@@ -169,15 +171,15 @@ class KvEvents:
                 special = bytes(members.get("add_special_tokens", b"true")) != b"false"
                 self._teach(chain, members, None, prompt, special)
 
-    def reported(self, chain: Chain, members: dict[str, msgspec.Raw], ids: bytes) -> None:
+    def reported(self, chain: Chain, members: Members, ids: bytes) -> None:
         """An engine has said which ids a prompt has, `1,2,3`."""
-        if not chain.exact and chain.hashes:
+        if ids and chain.hashes and not chain.exact:
             self._teach(chain, members, ids)
 
     def _teach(
         self,
         chain: Chain,
-        members: dict[str, msgspec.Raw],
+        members: Members,
         ids: bytes | None,
         text: msgspec.Raw | None = None,
         special: bool = True,

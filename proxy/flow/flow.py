@@ -116,6 +116,7 @@ class Flow:
             await self._run(request)
         finally:
             request.give_permit_back()
+            self._placing.ended(request)
 
     async def _run(self, request: Request) -> None:
         tries = 0

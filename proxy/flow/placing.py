@@ -246,6 +246,10 @@ class Placing:
         computes, decode = (decision.prefill, decision.decode) if decision.prefill else (decision.decode, None)
         return self._prompts.sent(request, request.ask, computes, decode)
 
+    def ended(self, request: Request) -> None:
+        """A request has ended, well or not."""
+        self._prompts.ended(request)
+
     def other_decode(self, request: Request, candidates: Sequence[Backend]) -> Backend:
         """One of some decode backends, for a hand-off that another did not read."""
         return choose(candidates, "decode", self._policies["decode"], self.ask(request))

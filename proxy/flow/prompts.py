@@ -11,6 +11,7 @@ from types import TracebackType
 
 from proxy.fleet.backend import Backend
 from proxy.fleet.cache import Cache
+from proxy.fleet.kv_events import KvEvents
 from proxy.flow.request import Request
 from proxy.placement.ask import Ask
 from proxy.prefix.chain import EMPTY, Chain, chain_of
@@ -158,12 +159,14 @@ class Prompts:
         key: of the chains' hashes, which a gateway's workers share.
     Attributes:
         counts: prompt tokens that were expected in caches, and those that were found.
+        events: what engines publish of their caches, where they do.
     """
 
     def __init__(self, index: PrefixIndex, key: bytes) -> None:
         self.index = index
         self._key = key
         self.counts = PrefixCounts()
+        self.events: KvEvents | None = None
         self._responses: OrderedDict[str, Chain] = OrderedDict()
 
     def cached(self, request: Request) -> Mapping[str, int]:
@@ -171,6 +174,8 @@ class Prompts:
         chain = request.chain
         if chain is None:
             chain = request.chain = self._chain(request)
+            if self.events is not None:
+                self.events.sent(chain, request.body.members)
         return self.index.cached(chain)
 
     def _chain(self, request: Request) -> Chain:
@@ -191,6 +196,11 @@ class Prompts:
         believed = ask.uncached(computes.url)
         return Sent(self.index, request.chain or EMPTY, ask.prompt_tokens, computes, decode, believed, self.counts)
 
+    def ended(self, request: Request) -> None:
+        """A request has ended, well or not: its engine may have told the prompt's ids."""
+        if self.events is not None and request.chain is not None and request.transcript is not None:
+            self.events.reported(request.chain, request.body.members, request.transcript.prompt)
+
     def stored(self, response_id: str, request: Request) -> None:
         """An engine keeps a response, which others may go on from."""
         if request.chain is not None and request.chain.hashes:
@@ -207,6 +217,8 @@ class Prompts:
     def lost(self, backend: Backend) -> None:
         """An engine's prefix cache is empty."""
         self.index.clear(backend.url)
+        if self.events is not None:
+            self.events.lost(backend)
 
     def forget(self, backend: Backend) -> None:
         """A backend has left the fleet."""

@@ -240,6 +240,11 @@ class Transcript:
         return self._ids.count(b",")
 
     @property
+    def prompt(self) -> bytes:
+        """The ids of the prompt as its engine wrote them, `1,2,3`; nothing where they are not known, or not kept."""
+        return self._prompt
+
+    @property
     def prompt_tokens(self) -> int:
         return self._prompt.count(b",") + 1 if self._prompt else 0
 
