@@ -220,8 +220,12 @@ class Registrations:
         self._sweeping = asyncio.get_running_loop().call_later(self._settings.expiry / 8, self._sweep)
 
     def _sweep(self) -> None:
-        """Take out those that have fallen silent."""
+        """Take out those that have fallen silent. What they said while the event loop stood still is still to be read,
+        so that time does not count."""
+        late = 0.0 if self._sweeping is None else asyncio.get_running_loop().time() - self._sweeping.when()
         self._sweep_later()
+        if late > self._settings.expiry / 8:
+            self._until = {backend: until + late for backend, until in self._until.items()}
         now = self._clock()
         for backend in [backend for backend, until in self._until.items() if until <= now]:
             del self._until[backend]

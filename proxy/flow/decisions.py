@@ -109,7 +109,7 @@ def seen(backend: Backend, ask: Ask) -> Seen:
     )
 
 
-class Full(msgspec.Struct, frozen=True):
+class Full(msgspec.Struct, frozen=True, gc=False):
     """All that a decision looked at.
 
     Attributes:
@@ -149,7 +149,7 @@ def in_full(view: View[Backend], ask: Ask, left_out: LeftOut, chosen: Sequence[s
     )
 
 
-class Decided(msgspec.Struct, frozen=True):
+class Decided(msgspec.Struct, frozen=True, gc=False):
     """One decision. What is empty where nobody could be chosen: `prefill`, `decode`, `reason`.
 
     Attributes:

@@ -249,11 +249,12 @@ def left_out(
     serving: dict[str, Sequence[M]] = {"prefill": members.prefill, "decode": members.decode, "mixed": members.mixed}
     rest: list[tuple[M, Rule]] = []
     for role, pool in kept.items():
+        among, served = set(map(id, pool)), set(map(id, serving[role]))
         for backend in pools.get(role, ()):
             rule = (
                 _last_rules(backend, role, found, avoid)
-                if any(backend is other for other in pool)
-                else _first_rule(backend, role, serving[role], members, needs, rules, now)
+                if id(backend) in among
+                else _first_rule(backend, role, id(backend) in served, members, needs, rules, now)
             )
             if rule is not None:
                 rest.append((backend, rule))
@@ -261,16 +262,20 @@ def left_out(
 
 
 def _first_rule(
-    backend: M, role: str, serving: Sequence[M], members: Members[M], needs: Needs[M], rules: Rules, now: float
+    backend: M, role: str, serves: bool, members: Members[M], needs: Needs[M], rules: Rules, now: float
 ) -> Rule:
-    """The rule by which a backend is not among the eligible."""
+    """The rule by which a backend is not among the eligible.
+
+    Arguments:
+        serves: it is among the members.
+    """
     if backend.draining:
         return "draining"
     if not backend.up:
         return "down"
     if not backend.serves(needs.model):
         return "model"
-    if not any(backend is other for other in serving):
+    if not serves:
         return "resting" if backend.resting_until > now else "ejected"
     tokens = needs.prefill_tokens if role == "prefill" else needs.decode_tokens
     if members.bounded and not backend.has_room(tokens):

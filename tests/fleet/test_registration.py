@@ -93,6 +93,20 @@ async def test_an_engine_that_has_restarted_is_believed_with_its_new_ports() -> 
     assert (table.prefill.coordinates.port, table.prefill.coordinates.notify_port) == (6400, 6500)
 
 
+async def test_an_engine_is_not_silent_for_a_time_in_which_the_event_loop_stood_still() -> None:
+    table = Table()
+    table.hear()
+    table.fleet.bring_in(table.prefill)
+    loop = asyncio.get_running_loop()
+    table.registrations._sweeping = loop.call_at(loop.time() - 60.0, int)  # it should have run a minute ago
+    table.clock.now += 61.0
+    table.registrations._sweep()
+    assert table.prefill.up
+    table.clock.now += 9.9
+    table.registrations._sweep()
+    assert not table.prefill.up
+
+
 async def test_an_engine_that_falls_silent_is_taken_out_and_comes_back() -> None:
     table = Table()
     table.hear()
