@@ -79,6 +79,7 @@ class Gateway:
         registry: what /metrics shows, of this worker alone.
         siblings: the other workers of this gateway, where there are any.
         inner: what those are answered.
+        prompts: what engines have of requests' prompts.
         admin: what operators get at `admin_socket`, where there is one.
         kv_events: what engines publish of their caches, where that is set and placement wants to know.
     """
@@ -91,6 +92,7 @@ class Gateway:
     registry: CollectorRegistry
     notices: Notices
     registrations: Registrations
+    prompts: Prompts
     siblings: Siblings | None = None
     inner: Surface | None = None
     admin: Surface | None = None
@@ -315,6 +317,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         metrics,
         notices,
         registrations,
+        prompts,
         siblings,
         inner,
         admin,

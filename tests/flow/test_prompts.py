@@ -1,0 +1,225 @@
+"""What engines are believed to have of prompts, and where requests go by it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+import pytest
+
+from proxy.fleet.backend import Backend
+from proxy.flow.prompts import Sent
+from proxy.prefix.chain import chain_of_ids
+from proxy.prefix.index import PrefixIndex
+from proxy.simulator import Simulator
+from tests.support import Running, pools, until
+
+WORDS = "The decode backend reads the cache of the prefill backend and goes on from there. "
+KEY = bytes(32)
+
+
+def conversation(turns: int, topic: str = "a", **more: object) -> dict[str, Any]:
+    """A chat of so many questions, each of some hundred tokens."""
+    said = [{"role": "user", "content": f"{topic}{number}: {WORDS * 16}"} for number in range(turns)]
+    return {"model": "sim", "messages": said, "max_tokens": 4, **more}
+
+
+async def ask(running: Running, body: dict[str, Any], **headers: str) -> httpx.Response:
+    answer = await running.http.post("/v1/chat/completions", json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def served(engines: Iterable[Simulator]) -> list[int]:
+    """How many requests each engine has got."""
+    return [len(engine.requests) for engine in engines]
+
+
+async def test_a_conversation_goes_on_where_its_beginning_is_cached() -> None:
+    async with pools(prefill=4, decode=1) as (running, engines, _):
+        for turns in range(1, 6):
+            await ask(running, conversation(turns))
+        assert sorted(served(engines)) == [0, 0, 0, 5]
+
+
+async def test_a_burst_of_one_new_prefix_goes_together_and_other_prefixes_go_elsewhere() -> None:
+    async with pools(prefill=2, decode=1, engine={"prefill_rate": 20_000.0}) as (running, engines, _):
+        bodies = [conversation(8, topic) for topic in "aabb"]
+        await asyncio.gather(*(ask(running, body) for body in bodies))
+        assert served(engines) == [2, 2]
+        asked = [{str(request.body["messages"]) for request in engine.requests} for engine in engines]
+        assert [len(prompts) for prompts in asked] == [1, 1]
+
+
+@pytest.mark.parametrize("way", ["reset", "restart"])
+async def test_a_cache_that_is_empty_is_not_believed_in(way: str) -> None:
+    async with pools(prefill=2, decode=1) as (running, engines, _):
+        await ask(running, conversation(3))
+        [holder] = [engine for engine in engines if engine.requests]
+        index = running.gateway.prompts.index
+        assert index.tokens(holder.url) > 200
+        if way == "reset":
+            await running.http.post("/admin/reset_prefix_cache")
+        else:
+            backend = running.gateway.fleet.find(holder.url, "prefill")
+            assert backend is not None
+            running.gateway.fleet.take_out(backend, "it is said to be gone")
+            running.gateway.fleet.bring_in(backend)
+        assert index.tokens(holder.url) == 0
+
+
+async def test_an_engine_that_has_lost_a_prefix_has_lost_what_it_used_before_that_too() -> None:
+    async with pools(prefill=1, decode=1) as (running, [engine], _):
+        index = running.gateway.prompts.index
+        await ask(running, conversation(3, "older"))
+        await ask(running, conversation(3, "newer"))
+        both = index.tokens(engine.url)
+        engine.engine.pool.forget()  # nobody is told
+        await ask(running, conversation(3, "newer"))
+        assert index.tokens(engine.url) == pytest.approx(both / 2, rel=0.1)
+        assert index.figures(0.0).forgotten > 0
+
+
+async def test_an_engine_without_a_prefix_cache_is_not_looked_for_prefixes() -> None:
+    async with pools(prefill=2, decode=1, engine={"prefix_caching": False}) as (running, engines, _):
+        for _ in range(3):
+            await ask(running, conversation(3))
+        assert [running.gateway.prompts.index.tokens(engine.url) for engine in engines] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("headers", "more"),
+    [({"x-session-id": "s1"}, {}), ({}, {"user": "u1"}), ({}, {"prompt_cache_key": "k1"})],
+    ids=["header", "user", "prompt_cache_key"],
+)
+async def test_the_policy_session_keeps_a_session_on_one_engine(headers: dict[str, str], more: dict[str, str]) -> None:
+    async with pools(prefill=4, decode=4, policy={"prefill": "session", "decode": "session"}) as (running, p, d):
+        for number in range(4):
+            await ask(running, conversation(1, topic=f"turn {number}", **more), **headers)
+        assert sorted(served(p)) == [0, 0, 0, 4]
+        assert sorted(served(d)) == [0, 0, 0, 4]
+
+
+async def test_a_request_that_would_be_late_is_refused_and_one_that_is_not_is_served() -> None:
+    slow = {"prefill_rate": 2000.0}
+    late = {"targets": {"ttft": 1.0}, "admission": {"slo": "refuse"}}
+    async with pools(engine=slow, **late) as (running, _, _):
+        speeds = running.gateway.fleet.pool("prefill")[0].speeds
+        for topic in "abc":
+            await ask(running, conversation(1, topic))
+        assert speeds.rate == pytest.approx(2000, rel=0.9), "what the engine's speed has been learnt to be"
+        answer = await running.http.post("/v1/chat/completions", json=conversation(400))
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "target_missed"
+        assert int(answer.headers["retry-after"]) > 1
+        await ask(running, conversation(1, "d"))
+        assert (await running.metrics())['pd_proxy_refused_total{client="anonymous",code="target_missed"}'] == 1
+
+
+async def test_nothing_is_kept_of_a_request_whose_client_leaves() -> None:
+    async with pools(engine={"prefill_rate": 100.0}) as (running, [engine], _):
+        with pytest.raises(httpx.TimeoutException):
+            await running.http.post("/v1/chat/completions", json=conversation(10), timeout=0.2)
+        await until(running.idle)
+        assert running.gateway.prompts.index.tokens(engine.url) == 0
+        assert running.gateway.fleet.pool("prefill")[0].speeds.outstanding == 0
+
+
+# One try's prompt
+
+
+class Bed:
+    """Two backends, and an index of them."""
+
+    def __init__(self) -> None:
+        self.index = PrefixIndex()
+        self.prefill, self.decode = Backend("http://p", "prefill"), Backend("http://d", "decode")
+        for backend in (self.prefill, self.decode):
+            self.index.join(backend.url)
+        self.chain = chain_of_ids(range(160), 1, KEY)
+
+    def send(self, *, alone: bool = False) -> Sent:
+        return Sent(self.index, self.chain, 160, self.prefill, None if alone else self.decode, 160)
+
+    @property
+    def believed(self) -> dict[str, int]:
+        return dict(self.index.cached(self.chain))
+
+    @property
+    def outstanding(self) -> int:
+        return self.prefill.speeds.outstanding
+
+
+BOTH = {"http://p": 160, "http://d": 160}
+
+
+def test_a_prompt_is_entered_when_it_is_sent() -> None:
+    bed = Bed()
+    with bed.send():
+        assert bed.believed == BOTH
+        assert bed.outstanding == 160
+
+
+def test_what_was_not_answered_is_withdrawn() -> None:
+    bed = Bed()
+    with bed.send():
+        pass
+    assert bed.believed == {}
+    assert bed.outstanding == 0
+
+
+def test_what_was_answered_stays_and_decode_has_what_it_has_read() -> None:
+    bed = Bed()
+    with bed.send() as sent:
+        sent.prefilled(0, 160)
+        assert bed.outstanding == 0
+        sent.heard()
+    assert bed.believed == BOTH
+
+
+def test_a_prompt_that_prefill_computed_and_decode_never_read_is_prefills_alone() -> None:
+    bed = Bed()
+    with bed.send() as sent:
+        sent.prefilled(None, 0)
+    assert bed.believed == {"http://p": 160}
+
+
+def test_a_hand_off_that_goes_to_another_takes_its_prompt_along() -> None:
+    bed, other = Bed(), Backend("http://other", "decode")
+    bed.index.join(other.url)
+    with bed.send() as sent:
+        sent.prefilled(None, 0)
+        sent.goes_to(other)
+        sent.heard()
+    assert bed.believed == {"http://p": 160, "http://other": 160}
+
+
+def test_an_engine_that_does_both_is_timed_by_its_first_token() -> None:
+    bed = Bed()
+    with bed.send(alone=True) as sent:
+        sent.heard()
+        assert bed.outstanding == 0
+        assert bed.prefill.speeds.prefills
+        sent.counted(0, 160)
+    assert bed.believed == {"http://p": 160}
+
+
+def test_a_whole_answer_says_nothing_of_how_fast_its_engine_prefills() -> None:
+    bed = Bed()
+    with bed.send(alone=True) as sent:
+        sent.ended()
+    assert bed.outstanding == 0
+    assert not bed.prefill.speeds.prefills
+    assert bed.believed == {"http://p": 160}
+
+
+def test_other_workers_are_told_what_is_left() -> None:
+    bed, told = Bed(), list[int]()
+    bed.prefill.tell_uncached = told.append
+    with bed.send() as sent:
+        sent.prefilled(None, 0)
+    with bed.send():
+        pass
+    assert told == [160, 0, 160, 0]
