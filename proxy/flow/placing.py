@@ -32,7 +32,7 @@ from proxy.handoff.connector import UNKNOWN, Connector
 from proxy.handoff.endpoints import LAYOUTS
 from proxy.placement.ask import NOTHING_CACHED, Ask
 from proxy.placement.auto import time_to_first_token
-from proxy.placement.decide import Decision, choose, decide
+from proxy.placement.decide import Decision, View, choose, decide
 from proxy.placement.eligibility import Eligible, Members, Needs, Rules, eligible, left_out
 from proxy.settings import Settings
 
@@ -99,6 +99,12 @@ class Placing:
             in_use,
             [KINDS[name] for name in {group.kind for group in settings.all_groups()}],
         )
+
+        self._ordinary = {
+            endpoint: ""
+            for endpoint, layout in LAYOUTS.items()
+            if self._rules.all_plain and endpoint in self._rules.endpoints_everywhere and layout.ranked
+        }
 
     def may_split(self, body: Body) -> bool:
         """Whether prefill and decode backends of some group can share a request."""
@@ -213,6 +219,18 @@ class Placing:
 
     def eligible(self, request: Request) -> Eligible[Backend]:
         """Who may be given a request now."""
+        body, fleet = request.body, self._fleet
+        if (
+            self._ordinary.get(body.endpoint) == body.alone
+            and fleet.pairing.simple
+            and not fleet.bounded
+            and not request.pinned
+            and not request.record.retries
+            and request.continuation is None
+        ):  # whoever is up is eligible; nothing else would be found below
+            candidates, model = fleet.candidates, body.model
+            pools = candidates("prefill", model), candidates("decode", model), candidates("mixed", model)
+            return Eligible(View(*pools, fleet.sizes), "")
         return eligible(self._members(request), self._needs(request), self._rules)
 
     def ask(self, request: Request) -> Ask:

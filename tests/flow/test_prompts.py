@@ -44,13 +44,15 @@ async def test_a_conversation_goes_on_where_its_beginning_is_cached() -> None:
         assert sorted(served(engines)) == [0, 0, 0, 5]
 
 
-async def test_a_burst_of_one_new_prefix_goes_together_and_other_prefixes_go_elsewhere() -> None:
-    async with pools(prefill=2, decode=1, engine={"prefill_rate": 20_000.0}) as (running, engines, _):
-        bodies = [conversation(8, topic) for topic in "aabb"]
-        await asyncio.gather(*(ask(running, body) for body in bodies))
-        assert served(engines) == [2, 2]
-        asked = [{str(request.body["messages"]) for request in engine.requests} for engine in engines]
-        assert [len(prompts) for prompts in asked] == [1, 1]
+async def test_a_prefix_is_looked_for_at_engines_that_are_about_to_compute_it() -> None:
+    async with pools(prefill=4, decode=1, engine={"prefill_rate": 20_000.0}) as (running, engines, _):
+        await ask(running, conversation(1, "first"))
+        first = asyncio.create_task(ask(running, conversation(8)))
+        await until(lambda: sum(served(engines)) == 2)
+        [holder] = [engine for engine in engines if engine.requests and len(str(engine.requests[-1].body)) > 8000]
+        believed = running.gateway.prompts.index.tokens(holder.url)
+        assert believed > 2000 and not first.done()
+        await first
 
 
 @pytest.mark.parametrize("way", ["reset", "restart"])
