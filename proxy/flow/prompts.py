@@ -18,7 +18,7 @@ from proxy.prefix.chain import EMPTY, Chain, chain_of
 from proxy.prefix.index import PrefixIndex
 from proxy.telemetry.records import PrefixCounts
 
-_SHORTEST = 16  # tokens; of less no block is whole
+_SHORTEST = 256  # tokens of prompts that are looked for: to compute fewer takes less time than an engine may be busy for
 _MOST_RESPONSES = 4096  # chains of stored responses that are kept, of those that were asked for last
 
 
