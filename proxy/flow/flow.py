@@ -114,6 +114,7 @@ class Flow:
             self._resumption.prepare(request)
         try:
             await self._run(request)
+            self._placing.answered(request)
         finally:
             request.give_permit_back()
             self._placing.ended(request)

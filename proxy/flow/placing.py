@@ -99,7 +99,6 @@ class Placing:
             in_use,
             [KINDS[name] for name in {group.kind for group in settings.all_groups()}],
         )
-
         self._ordinary = {
             endpoint: ""
             for endpoint, layout in LAYOUTS.items()
@@ -117,13 +116,12 @@ class Placing:
             NoBackend: nothing is up; or, after a failed try, that try's own error where it says more.
         """
         record, decisions = request.record, self.decisions
-        members, needs = self._members(request), self._needs(request)
-        found = eligible(members, needs, self._rules)
+        found = self.eligible(request)
         ask = request.ask = self.ask(request)
         try:
             decision = self._choose(request, found, ask)
         except NoBackend as error:
-            self._note_nobody(request, members, needs, found, ask, error)
+            self._note_nobody(request, found, ask, error)
             if isinstance(request.error, BackendBusy | BackendLacksModel):
                 raise request.error from None
             error.__cause__ = request.error
@@ -133,7 +131,7 @@ class Placing:
         record.fallback = self._fallback(decision, request.body)
         if decisions.due(request, ask.now):
             began = monotonic()
-            full = self._in_full(members, needs, found, ask, decision, MOST_CANDIDATES)
+            full = self._in_full(request, found, ask, decision, MOST_CANDIDATES)
             decisions.note(request, ask, decision, full)
             decisions.explained(began)
         else:
@@ -143,17 +141,16 @@ class Placing:
     def explain(self, request: Request) -> dict[str, Any]:
         """What would be decided about a request now, for people; nothing of it is noted, and the request is sent
         nowhere."""
-        members, needs = self._members(request), self._needs(request)
-        found = eligible(members, needs, self._rules)
+        found = self.eligible(request)
         turn = self._turn
         ask = self.ask(request)
         self._turn = turn
         try:
             decision = self._choose(request, found, ask)
         except (NoBackend, InvalidRequest) as error:
-            return self.decisions.would(request, ask, str(error), self._in_full(members, needs, found, ask, None, None))
+            return self.decisions.would(request, ask, str(error), self._in_full(request, found, ask, None, None))
         request.record.fallback = self._fallback(decision, request.body)
-        full = self._in_full(members, needs, found, ask, decision, None)
+        full = self._in_full(request, found, ask, decision, None)
         return self.decisions.would(request, ask, decision, full)
 
     def _choose(self, request: Request, found: Eligible[Backend], ask: Ask) -> Decision[Backend]:
@@ -188,8 +185,7 @@ class Placing:
 
     def _in_full(
         self,
-        members: Members[Backend],
-        needs: Needs[Backend],
+        request: Request,
         found: Eligible[Backend],
         ask: Ask,
         decision: Decision[Backend] | None,
@@ -198,21 +194,20 @@ class Placing:
         """All that a decision looks at, and who was left out."""
         chosen = () if decision is None else decision.chosen
         pools = {role: self._fleet.pool(role) for role in ("prefill", "decode", "mixed")}
+        members, needs = self._members(request), self._needs(request)
         rest = left_out(pools, members, needs, self._rules, avoid=ask.avoid, now=ask.now)
         return in_full(found.view, ask, rest, chosen, most)
 
     def _note_nobody(
         self,
         request: Request,
-        members: Members[Backend],
-        needs: Needs[Backend],
         found: Eligible[Backend],
         ask: Ask,
         error: NoBackend,
     ) -> None:
         full, began = None, monotonic()
         if due := self.decisions.due(request, ask.now):
-            full = self._in_full(members, needs, found, ask, None, MOST_CANDIDATES)
+            full = self._in_full(request, found, ask, None, MOST_CANDIDATES)
         self.decisions.nobody(request, ask, str(error), full)
         if due:
             self.decisions.explained(began)
@@ -267,6 +262,11 @@ class Placing:
     def ended(self, request: Request) -> None:
         """A request has ended, well or not."""
         self._prompts.ended(request)
+
+    def answered(self, request: Request) -> None:
+        """A request has its whole answer."""
+        if request.body.stored and self.looks:
+            self._prompts.stored(request.record.answer, request)
 
     def other_decode(self, request: Request, candidates: Sequence[Backend]) -> Backend:
         """One of some decode backends, for a hand-off that another did not read."""

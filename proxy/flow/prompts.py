@@ -4,7 +4,6 @@ and corrected by what its engine answers, which also says how fast that is (`fle
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from time import monotonic
 from types import TracebackType
@@ -15,11 +14,11 @@ from proxy.fleet.kv_events import KvEvents
 from proxy.flow.request import Request
 from proxy.placement.ask import Ask
 from proxy.prefix.chain import EMPTY, Chain, chain_of
+from proxy.prefix.earlier import EarlierChains
 from proxy.prefix.index import PrefixIndex
 from proxy.telemetry.records import PrefixCounts
 
-_SHORTEST = 256  # tokens of prompts that are looked for: to compute fewer takes less time than an engine may be busy for
-_MOST_RESPONSES = 4096  # chains of stored responses that are kept, of those that were asked for last
+_SHORTEST = 256  # tokens of prompts that are looked for: fewer are computed in less time than an engine may be busy
 
 
 class Sent:
@@ -167,7 +166,7 @@ class Prompts:
         self._key = key
         self.counts = PrefixCounts()
         self.events: KvEvents | None = None
-        self._responses: OrderedDict[str, Chain] = OrderedDict()
+        self._earlier = EarlierChains()
 
     def cached(self, request: Request) -> Mapping[str, int]:
         """Tokens of a request's prompt that engines are believed to have, by URL."""
@@ -184,7 +183,7 @@ class Prompts:
             return EMPTY
         if not body.follows:
             return chain_of(body, self._key)
-        return chain_of(body, self._key, self._responses.get(body.follows))
+        return chain_of(body, self._key, self._earlier.find(body.follows))
 
     def sent(self, request: Request, ask: Ask, computes: Backend, decode: Backend | None) -> Sent:
         """A try of a request sends its prompt to an engine.
@@ -204,9 +203,7 @@ class Prompts:
     def stored(self, response_id: str, request: Request) -> None:
         """An engine keeps a response, which others may go on from."""
         if request.chain is not None and request.chain.hashes:
-            self._responses[response_id] = request.chain
-            if len(self._responses) > _MOST_RESPONSES:
-                self._responses.popitem(last=False)
+            self._earlier.keep(response_id, request.chain)
 
     # What the fleet tells
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from proxy.flow.flow import Flow
 from proxy.flow.legs import Legs
+from proxy.flow.placing import Placing
 from proxy.flow.single import Single
 from proxy.handoff.plan import Plan
 from proxy.telemetry.records import RequestRecord, Sinks
@@ -40,7 +40,7 @@ async def check_all(running: Running, endpoint_errors: int) -> None:
     assert sum(value for name, value in counted.items() if 'outcome="internal_error"' in name) == endpoint_errors
 
 
-@pytest.mark.parametrize("place", [(Flow, "_decide"), (Legs, "_send"), (Plan, "take")])
+@pytest.mark.parametrize("place", [(Placing, "decide"), (Legs, "_send"), (Plan, "take")])
 async def test_a_fault_anywhere_on_the_way_is_a_shaped_500(
     place: tuple[type, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -54,7 +54,7 @@ def test_what_there_was_before_the_first_look_is_told_too() -> None:
 def test_what_was_just_read_will_do() -> None:
     board, now = Board(2), 100.0
     one, other = backends(), backends()
-    reader = Exchange(board, 0, one, lambda: None, lambda: now)
+    reader = Exchange(board, 0, one, lambda: None, clock=lambda: now)
     exchange(board, 1, other).look()
     reader.freshen()
     Lease(other[0], 5)

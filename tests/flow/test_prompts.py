@@ -14,6 +14,7 @@ from proxy.flow.prompts import Sent
 from proxy.prefix.chain import chain_of_ids
 from proxy.prefix.index import PrefixIndex
 from proxy.simulator import Simulator
+from proxy.telemetry.records import PrefixCounts
 from tests.support import Running, pools, until
 
 WORDS = "The decode backend reads the cache of the prefill backend and goes on from there. "
@@ -143,7 +144,8 @@ class Bed:
         self.chain = chain_of_ids(range(160), 1, KEY)
 
     def send(self, *, alone: bool = False) -> Sent:
-        return Sent(self.index, self.chain, 160, self.prefill, None if alone else self.decode, 160)
+        decode = None if alone else self.decode
+        return Sent(self.index, self.chain, 160, self.prefill, decode, 160, PrefixCounts())
 
     @property
     def believed(self) -> dict[str, int]:
