@@ -30,7 +30,7 @@ class Advice:
 
 def advise(settings: Settings) -> list[Advice]:
     """What an operator should look at."""
-    found = [*_open(settings), *_timeouts(settings), *_itself(settings)]
+    found = [*_open(settings), *_timeouts(settings), *_events(settings), *_itself(settings)]
     for position, group in enumerate(settings.all_groups(), -1):
         found += _pools(settings, group, "" if position < 0 else f"groups.{position}.")
     return found
@@ -69,6 +69,17 @@ def _timeouts(settings: Settings) -> Iterator[Advice]:
         yield Advice(
             "zmq.expiry", f"zmq.expiry: engines register every {_REGISTRATION_PERIOD:g} s, so they will come and go"
         )
+
+
+def _events(settings: Settings) -> Iterator[Advice]:
+    """KV events that nobody needs, and a tokenizer without them."""
+    publishing = [group for group in settings.all_groups() if group.kv_events.endpoint]
+    policies = {settings.policy.prefill, settings.policy.decode, settings.policy.mixed}
+    if publishing and policies.isdisjoint(("auto", "prefix")) and settings.admission.slo == "off":
+        setting = "kv_events.endpoint" if settings.kv_events.endpoint else "groups"
+        yield Advice(setting, f"{setting}: no policy looks at what engines have cached, so nobody follows KV events")
+    if settings.tokenizer and not publishing:
+        yield Advice("tokenizer", "tokenizer: it is for KV events alone, and no engine publishes any")
 
 
 def _itself(settings: Settings) -> Iterator[Advice]:

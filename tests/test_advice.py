@@ -59,6 +59,16 @@ def test_what_is_good_gets_no_warning(values: dict[str, Any]) -> None:
         ({**PAIR, "timeouts": {"handoff": 31}}, "timeouts.handoff", "keep a hand-off for 30 s"),
         ({**PAIR, "timeouts": {"handoff": 16}}, "timeouts.handoff", "none is sent after half of it"),
         ({**PAIR, "timeouts": {"total": 10, "idle": 20}}, "timeouts.idle", "timeouts.total ends a request at 10 s"),
+        ({**PAIR, "tokenizer": "t.json"}, "tokenizer", "no engine publishes any"),
+        (
+            {
+                **PAIR,
+                "kv_events": {"endpoint": "tcp://{host}:1"},
+                "policy": dict.fromkeys(("prefill", "decode", "mixed"), "random"),
+            },
+            "kv_events.endpoint",
+            "no policy looks",
+        ),
         ({**PAIR, "kind": "sglang"}, "kind", "speak sglang, not nixl"),
         ({**PAIR, "connector": "tensorrt_llm"}, "connector", "only backends of kind tensorrt_llm"),
         ({"mixed": ["127.0.0.1:8000"]}, "mixed.0", "where this gateway listens itself"),

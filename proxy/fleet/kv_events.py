@@ -38,7 +38,7 @@ log = logging.getLogger("pd_proxy.fleet")
 _LOOK = 1.0  # seconds between two looks at who is in the fleet
 _AGAIN = 5.0  # seconds until a publisher is followed again after a failure of the gateway's own
 _MOST_LESSONS = 256  # prompts that wait to be learnt from; later ones are passed over
-_LONGEST_TEXT = 1 << 20  # bytes of a prompt that is given to the tokenizer
+_LONGEST_TEXT = 1 << 18  # bytes of a prompt that is given to the tokenizer
 _CALM = 30.0  # seconds between two like words about one engine
 
 Members = Mapping[str, msgspec.Raw]
@@ -173,7 +173,7 @@ class KvEvents:
 
     def reported(self, chain: Chain, members: Members, ids: bytes) -> None:
         """An engine has said which ids a prompt has, `1,2,3`."""
-        if ids and chain.hashes and not chain.exact:
+        if ids:
             self._teach(chain, members, ids)
 
     def _teach(
@@ -184,6 +184,8 @@ class KvEvents:
         text: msgspec.Raw | None = None,
         special: bool = True,
     ) -> None:
+        if self.corrections.knows(chain):
+            return
         if len(self._lessons) >= _MOST_LESSONS:
             self.events["untold"] += 1
             return
@@ -205,8 +207,10 @@ class KvEvents:
             while self._lessons:
                 lesson = self._lessons.popleft()
                 try:
+                    if self.corrections.knows(lesson.chain):
+                        continue
                     if lesson.ids is None:
-                        ids = await asyncio.to_thread(self._tokenize, lesson)
+                        ids = await self._tokenized(lesson)
                     else:
                         ids = _read_ids(b"[%b]" % lesson.ids)
                     async with self._turns.turn():
@@ -223,8 +227,14 @@ class KvEvents:
             self._taught.clear()
             await self._taught.wait()
 
-    def _tokenize(self, lesson: Lesson) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(_read_text(lesson.text or b""), add_special_tokens=lesson.special).ids
+    async def _tokenized(self, lesson: Lesson) -> list[int]:
+        """Its text's ids. Takes half of a core at most."""
+        text, began = _read_text(lesson.text or b""), monotonic()
+        # Of the library's ways to encode, this one lets other threads run meanwhile.
+        encode = partial(self._tokenizer.encode_batch_fast, [text], add_special_tokens=lesson.special)
+        (encoded,) = await asyncio.to_thread(encode)
+        await asyncio.sleep(monotonic() - began)
+        ids: list[int] = encoded.ids
         return ids
 
     # Who is followed

@@ -24,6 +24,7 @@ from proxy.prefix.chain import Chain, chain_of_ids, root_of_ids
 
 MOST_TEXTS = 1 << 17
 """Ends of blocks of text whose place among ids is known: some 4,000 prompts of 16 kB that share nothing; 20 MB."""
+_MOST_KNOWN = 4096  # prompts of text that are not learnt from again
 _PATIENCE = 256  # entries that are passed on in one step
 _COUNT = 1 << 16  # above the size, which is at most 4096
 
@@ -104,6 +105,7 @@ class Corrections:
         self._key = key
         self._most_texts = most_texts
         self._texts: OrderedDict[int, tuple[int, int]] = OrderedDict()  # by the ids' hash: the text's, and its tokens
+        self._known: OrderedDict[int, None] = OrderedDict()  # the last hash of each prompt that was learnt from
         self.ids_wanted = False
         self.held: dict[str, Held] = {}
 
@@ -138,6 +140,10 @@ class Corrections:
             self.stored(engine, still, [held.sizes[hashed] % _COUNT for hashed in still])
             yield
 
+    def knows(self, chain: Chain) -> bool:
+        """Whether there is nothing to be learnt from the ids of a prompt: they are its own, or are known."""
+        return chain.exact or not chain.hashes or chain.hashes[-1] in self._known
+
     def learn(self, chain: Chain, ids: Iterable[int], model: str, cache_salt: str = "") -> None:
         """The ids of a prompt of text are known.
 
@@ -147,9 +153,12 @@ class Corrections:
         Raises:
             OverflowError: an id has more than 32 bits, or is negative.
         """
-        if chain.exact or not chain.hashes:
+        if self.knows(chain):
             return
         of_ids = chain_of_ids(ids, root_of_ids(model, self._key, cache_salt), self._key)
+        self._known[chain.hashes[-1]] = None
+        if len(self._known) > _MOST_KNOWN:
+            self._known.popitem(last=False)
         ratio = of_ids.units / chain.units
         new: list[tuple[int, int, int]] = []
         texts = self._texts

@@ -314,11 +314,13 @@ async def test_ids_that_are_none_teach_nothing(ids: bytes) -> None:
 
 async def test_no_more_prompts_wait_to_be_learnt_from_than_may() -> None:
     async with bed() as it:
-        sent, members = text_prompt()
-        for _ in range(300):
-            it.events.reported(sent, members, b"1,2,3")
+        _, members = text_prompt()
+        for number in range(300):
+            it.events.reported(chain(prompt=f"{number} {TEXT}"), members, b"1,2,3")
         assert it.events.events["untold"] == 300 - 256
         await until(lambda: it.events.events["learnt"] == 256)
+        it.events.reported(chain(prompt=f"0 {TEXT}"), members, b"1,2,3")
+        assert not it.events._lessons  # it is known
 
 
 @pytest.fixture(scope="module")
