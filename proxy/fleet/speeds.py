@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from math import inf
+from math import exp, inf
 from statistics import median
 
 MOST_TOKENS = 100_000_000
@@ -51,6 +51,7 @@ _OVERDUE = 0.5  # seconds beyond twice of what a leg should take, after which it
 _FORGOTTEN = 120.0  # seconds out of the rotation, after which an engine is a new one
 _SILENT = 900.0  # seconds without an answer after which what is outstanding is not
 _GAP_WEIGHT = 0.25
+_WINDOW = 8.0  # seconds over which prefill's share of an engine that decodes is counted
 _MIXED = 1.0  # seconds after a prefill in which gaps have its chunks in them
 _GAP_HOLDS = 30.0  # seconds for which an observed gap says how an engine is now
 _ALONE = 0.25  # of what a leg should take: if it is answered sooner, it was computed with the one before
@@ -343,6 +344,8 @@ class Speeds:
     """
 
     __slots__ = (
+        "_disturbed",
+        "_disturbed_at",
         "_elsewhere",
         "_factor",
         "_given",
@@ -382,6 +385,7 @@ class Speeds:
         self._seconds = 0.0
         self._pace = Mean(_PACE, _MEMORY)
         self._factor = Mean(1.0, _STEP_MEMORY)
+        self._disturbed = self._disturbed_at = 0.0
         self._undisturbed_at = -inf
         self._left_at: float | None = None
         self.pace = _PACE
@@ -407,6 +411,9 @@ class Speeds:
         work = self.pool.work(uncached, prompt if prompt > uncached else uncached)
         self._given.append((uncached, work))
         self._work += work
+        if self.gap_at:  # it decodes, too
+            self._disturbed = self._disturbed * exp(min(0.0, self._disturbed_at - now) / _WINDOW) + work * self.pace
+            self._disturbed_at = now
         self._plan()
 
     def answered(self, believed: int, computed: int, prompt: int, now: float) -> None:
@@ -521,6 +528,12 @@ class Speeds:
         if late <= 0.0:
             return left
         return left + late if late < _SILENT else 0.0
+
+    def disturbed(self, now: float) -> float:
+        """Seconds of prefill that its streams have waited for, or will, in about the last 8 s."""
+        ahead = self.ahead(now)
+        lately = self._disturbed * exp(min(0.0, self._disturbed_at - now) / _WINDOW) if self._disturbed else 0.0
+        return ahead if ahead > lately else lately
 
     def seconds(self, uncached: int, prompt: int) -> float:
         """Seconds of a leg's own work.
@@ -657,6 +670,7 @@ class Speeds:
 
     def _forget_legs(self) -> None:
         self._given.clear()
+        self._disturbed = 0.0
         self._work = self._legs = 0
         self._tokens = self._tokens_before = self._work_done = self._seconds = 0.0
         self.refresh()

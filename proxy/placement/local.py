@@ -8,9 +8,11 @@ A decode engine that prefills delays every stream it has, so this is guarded; un
   they fit into a step.
 - When prefill is so full that the request would miss its target, decode takes up to 8,192 uncached tokens if it meets
   the target: a burst **spills**.
-- Time to spare means that the gap between tokens stays below 0.9 of the client's target (in a spill below the target):
-  the gap observed of late, or the one to be expected with this request if that is longer; and the prefill work that the
-  engine has been given, this one included, spread over the next 128 tokens of its streams.
+- Time to spare means that the gap between tokens stays below 0.9 of the client's target (in a spill below the target).
+  That is the step to be expected with this request; the gap observed of late, where that is longer and no prefill has
+  made it so; and the prefill that the engine has done in the last seconds or has yet to do, this request's included,
+  spread over 160 tokens of its streams. What counts for a stream is its mean, so a stop of half a second may be borne
+  once and not ten times.
 - A mixed engine takes the request by the same rules without the bound on tokens, since to prefill is its work. It also
   takes it when no decode engine meets the target for the gap and the mixed one does.
 - **Without targets** nobody has said what the streams may suffer. Then the rule is conservative: the same with 2 s for
@@ -45,9 +47,10 @@ MARGIN = 0.25
 """Of the target for the first token, by which a local prefill is to be sooner."""
 MARGIN_NEW = 0.1
 """The same where nothing of the prompt is cached anywhere, and the client has targets."""
-HORIZON = 128
+HORIZON = 160
 """Tokens of its streams over which an engine's prefill work is spread."""
 _IDLE = 2.0  # times the idle engine's step
+_CALM = 0.1  # seconds of prefill: what is less has not made a gap long
 _RECENT = 30.0  # seconds for which an observed gap says how an engine is now
 _LOOKED_AT = 4  # engines that could have the first token soonest
 
@@ -179,13 +182,12 @@ def has_time_to_spare(candidate: Learnt, ask: Ask, seconds: float = 0.0, *, late
     requests = candidate.inflight_requests + candidate.elsewhere_requests
     if not requests:
         return True
-    speeds, gap = candidate.speeds, 0.0
-    if speeds.pool.steps:
-        gap = expected_step(candidate, ask)
-    tpot = ask.tpot
+    speeds = candidate.speeds
+    if not speeds.pool.steps:
+        return False
+    gap, disturbed, tpot = expected_step(candidate, ask), speeds.disturbed(ask.now), ask.tpot
     if tpot is None:
         tpot = _IDLE * (speeds.step_base + speeds.step_token * ask.decode_tokens)
-    if ask.now - speeds.gap_at <= _RECENT and speeds.gap > gap:
+    if speeds.gap > gap and disturbed < _CALM and ask.now - speeds.gap_at <= _RECENT:
         gap = speeds.gap
-    most = tpot if late else SPARE * tpot
-    return gap > 0.0 and gap + (speeds.ahead(ask.now) + seconds) / HORIZON < most
+    return gap + (disturbed + seconds) / HORIZON < (tpot if late else SPARE * tpot)

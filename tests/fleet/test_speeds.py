@@ -374,3 +374,18 @@ def test_a_fit_finds_the_coefficients_and_none_is_negative(true: tuple[float, fl
     assert all(each >= 0 for each in fit.coefficients)
     for each, found in zip(true, fit.coefficients, strict=True):
         assert found == pytest.approx(each, abs=0.15 * sum(true))
+
+
+def test_gaps_with_prefills_chunks_in_them_do_not_make_an_engine_slow() -> None:
+    engine = Engine(PoolSpeeds(), 10_000.0)
+    for _ in range(20):
+        engine.decode(0.02)
+    before = engine.speeds.step(10, 20_000)
+    for _ in range(20):
+        engine.speeds.given(2000, engine.now, 2000)
+        engine.decode(0.2)
+        engine.speeds.answered(2000, 2000, 2000, engine.now)
+    assert engine.speeds.step(10, 20_000) == before
+    assert engine.speeds.gap > 0.15, "they are what its streams have"
+    assert engine.speeds.disturbed(engine.now) > 0.5
+    assert engine.speeds.disturbed(engine.now + 100.0) < 0.01

@@ -205,3 +205,19 @@ def test_a_mixed_engine_joins_when_decode_is_full() -> None:
         for _ in range(100):
             engine.decodes(1000)
     assert fleet.decided(ask(5000, now=NOW, **TARGETS)).pool == "decode"
+
+
+def test_streams_bear_a_stop_once_and_not_again_and_again() -> None:
+    """By its step alone the engine would have time to spare after each."""
+    fleet = Fleet()
+    [engine, _] = fleet.decode
+    speeds, asked = engine.speeds, ask(2000, now=NOW, **TARGETS)
+    taken = 0
+    while has_time_to_spare(engine, asked, speeds.seconds(2000, 2000)):
+        speeds.given(2000, NOW, 2000)
+        speeds.answered(2000, 2000, 2000, NOW)
+        taken += 1
+        assert taken < 100
+    assert taken > 3
+    later = ask(2000, now=NOW + 60.0, **TARGETS)
+    assert has_time_to_spare(engine, later, speeds.seconds(2000, 2000))
