@@ -411,7 +411,7 @@ class Speeds:
         work = self.pool.work(uncached, prompt if prompt > uncached else uncached)
         self._given.append((uncached, work))
         self._work += work
-        if self.gap_at:  # it decodes, too
+        if self.gap:  # it decodes, too
             self._disturbed = self._disturbed * exp(min(0.0, self._disturbed_at - now) / _WINDOW) + work * self.pace
             self._disturbed_at = now
         self._plan()
