@@ -111,6 +111,7 @@ async def bed(
             await engine.stop(0)
 
 
+@pytest.mark.cross_product
 @pytest.mark.parametrize("encoding", ["map", "array"])
 @pytest.mark.parametrize("hashes", ["int", "bytes"])
 async def test_what_is_believed_is_what_the_engine_says_it_had_cached(encoding: Any, hashes: Any) -> None:

@@ -14,13 +14,15 @@ import pytest
 
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.kv_events import KvEvents
-from proxy.prefix.chain import chain_of_ids, root_of_ids
+from proxy.handoff.body import read_body
+from proxy.prefix.chain import chain_of, chain_of_ids, root_of_ids
 from proxy.prefix.index import PrefixIndex
 from proxy.settings import build_settings
 from tests.support import until
 
 from .engines import BLOCK_SIZE, MODEL_NAME, Engine, Role, running
 from .processes import free_port
+from .questions import prompt_of
 
 pytest.importorskip("zmq")
 pytestmark = pytest.mark.real
@@ -130,6 +132,41 @@ async def test_a_real_engine_that_is_warm_already_is_known_by_its_replay(publish
         await it.stored(ids)
         assert it.events.batches["replayed"] > 0
         assert await it.ask(ids) == 9 * BLOCK_SIZE
+
+
+async def test_a_chats_ids_make_events_count_for_its_text(publishing: Publishing) -> None:
+    """What is believed of the text rises and falls with what the engine has of its ids."""
+    body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": prompt_of(1200, "a chat")}], "max_tokens": 1}
+    read = read_body(json.dumps(body).encode(), "chat")
+    chain = chain_of(read, KEY)
+
+    async def had(it: Believer) -> float:
+        answer = (await it.http.post("/v1/chat/completions", json=body)).raise_for_status().json()
+        usage = answer["usage"]
+        return int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0) / int(usage["prompt_tokens"])
+
+    async with Believer(publishing) as it:
+
+        def believed() -> float:
+            return it.index.cached(chain).get(it.engine.url, 0) / chain.tokens
+
+        answer = await it.http.post("/v1/chat/completions", json={**body, "return_token_ids": True})
+        ids = answer.raise_for_status().json()["prompt_token_ids"]
+        it.events.reported(chain, read.members, ",".join(map(str, ids)).encode())
+        await until(lambda: believed() > 0.85)
+        assert await had(it) > 0.9
+        random = Random(6)
+        seen = [believed()]
+        for _ in range(12):  # until the chat's blocks are evicted, the last ones first
+            others = [random.randrange(10, 700) for _ in range(10 * BLOCK_SIZE)]
+            await it.ask(others)
+            await it.stored(others)
+            seen.append(believed())
+        assert seen == sorted(seen, reverse=True)
+        assert len(set(seen)) > 2  # block by block
+        assert seen[-1] == 0
+        assert await had(it) == 0
+        await until(lambda: believed() > 0.85)
 
 
 async def test_a_reset_cache_is_empty_at_once(publishing: Publishing) -> None:
