@@ -16,7 +16,8 @@ A decode engine that prefills delays every stream it has, so this is guarded; un
 - A mixed engine takes the request by the same rules without the bound on tokens, since to prefill is its work. It also
   takes it when no decode engine meets the target for the gap and the mixed one does.
 - **Without targets** nobody has said what the streams may suffer. Then the rule is conservative: the same with 2 s for
-  the first token and twice the step of the idle engine for the gap, and with the margin of a quarter for every prompt.
+  the first token and 2.5 times the step of the idle engine for the gap, and with the margin of a quarter for every
+  prompt.
   So prefill has a queue of half a second before decode prefills anything.
 
 While nothing was learnt of prefill's pace, prefill stays remote.
@@ -49,7 +50,7 @@ MARGIN_NEW = 0.1
 """The same where nothing of the prompt is cached anywhere, and the client has targets."""
 HORIZON = 160
 """Tokens of its streams over which an engine's prefill work is spread."""
-_IDLE = 2.0  # times the idle engine's step
+_IDLE = 2.5  # times the idle engine's step
 _CALM = 0.1  # seconds of prefill: what is less has not made a gap long
 _RECENT = 30.0  # seconds for which an observed gap says how an engine is now
 _LOOKED_AT = 4  # engines that could have the first token soonest

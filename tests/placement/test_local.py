@@ -149,7 +149,7 @@ def test_without_targets_prefill_must_have_a_queue() -> None:
     assert fleet.decided(ask(50, now=NOW)).reason == "local_short"
     assert fleet.decided(ask(MOST, now=NOW)).prefill is None
     assert fleet.decided(ask(MOST + 1, now=NOW)).prefill is not None
-    fleet.busy(60)
+    fleet.busy(120)
     assert fleet.decided(ask(50, now=NOW)).prefill is not None, "its step is far from its best"
     full = Fleet()
     full.queue(50_000)
