@@ -15,7 +15,6 @@ import importlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple
@@ -133,9 +132,7 @@ class KvEvents:
         tasks = [*self._tasks, *self._followed.values()]
         for task in tasks:
             task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks = []
         self._followed.clear()
         self._followers.clear()
@@ -243,22 +240,30 @@ class KvEvents:
         """Follow whoever is in the fleet and publishes. An engine is not followed before it has said which models it
         has, since its cache depends on that."""
         while True:
-            wanted = {
-                _Followed(backend.url, rank, ranks): backend
-                for backend in self._fleet
-                if backend.role != "encode" and backend.group in self._groups and backend.models is not None
-                for ranks in (max(1, backend.coordinates.dp),)
-                for rank in range(ranks)
-            }
-            # An engine that is out for a while says no models; it is followed on.
-            present = {backend.url: max(1, backend.coordinates.dp) for backend in self._fleet}
-            for one in [one for one in self._followed if present.get(one.url) != one.ranks]:
-                self._unfollow(one)
-            for one, backend in wanted.items():
-                if one not in self._followed:
-                    self._follow(one, backend)
-            await self._restore()
+            try:
+                self._look()
+                await self._restore()
+            except Exception:
+                self.batches["failed"] += 1
+                self._say("", "look", logging.ERROR, "looking for who publishes KV events failed", trace=True)
             await asyncio.sleep(_LOOK)
+
+    def _look(self) -> None:
+        """Begin to follow who is new, and leave who has gone."""
+        wanted = {
+            _Followed(backend.url, rank, ranks): backend
+            for backend in self._fleet
+            if backend.role != "encode" and backend.group in self._groups and backend.models is not None
+            for ranks in (max(1, backend.coordinates.dp),)
+            for rank in range(ranks)
+        }
+        # An engine that is out for a while says no models; it is followed on.
+        present = {backend.url: max(1, backend.coordinates.dp) for backend in self._fleet}
+        for one in [one for one in self._followed if present.get(one.url) != one.ranks]:
+            self._unfollow(one)
+        for one, backend in wanted.items():
+            if one not in self._followed:
+                self._follow(one, backend)
 
     async def _restore(self) -> None:
         """Enter what engines have in an index that knows them only now, or has dropped it. One that is out for a while

@@ -28,13 +28,14 @@ log = logging.getLogger("pd_proxy.fleet")
 
 _LONGEST = 4 * 1024 * 1024
 """Bytes of a part. A step of 64 k tokens has some 400 kB; libzmq cuts off a peer that sends more."""
-_WAITING = 1000  # messages that libzmq keeps of each engine; the engine keeps 100,000 more
+_WAITING = 200  # messages that libzmq keeps of each engine, of 40 kB as a rule; the engine keeps 100,000 more
 _SHARE = 0.25  # of the event loop's time, for the events of all engines
 _TURN = 0.001  # seconds for which events are handled at a time
 _CONNECTING = 10.0  # seconds without a connection after which another socket is tried
 _ASKS = 16  # times in a row that one gap is asked about: a publisher drops answers when they are many
 _MOST_ANSWERS = 200_000  # batches in one answer; vLLM keeps 10,000
 _SILENCE = 5.0  # seconds without a part of the answer: nobody answers
+_PAUSE = 1.0  # seconds without a further part: it is not going to come
 _CALM = 30.0  # seconds until a publisher is asked again that has not answered, and between two like words about it
 
 
@@ -244,7 +245,8 @@ class Follower:
                 return
 
     async def _ask(self) -> bool:
-        """Ask once; returns whether the answer was whole, or there is none."""
+        """Ask once; returns whether there is no more to be had. An answer may lack any part, its end included: a
+        publisher drops what it cannot send at once. So only one with nothing new is the last."""
         zmq = self._zmq
         first = self._last or 0  # that one too, to see whether it is the same
         taken = False
@@ -253,9 +255,11 @@ class Follower:
             await asking.send_multipart([b"", first.to_bytes(8, "big")])
             for _ in range(_MOST_ANSWERS):
                 try:
-                    async with asyncio.timeout(_SILENCE):
+                    async with asyncio.timeout(_PAUSE if taken else _SILENCE):
                         parts = await asking.recv_multipart()
                 except TimeoutError:
+                    if taken:
+                        return False
                     self._unanswered("there is no answer")
                     return True
                 # An empty part, the topic (not in older engines), the number, the batch.
@@ -264,7 +268,7 @@ class Follower:
                     return True
                 number, payload = int.from_bytes(parts[-2], "big", signed=True), parts[-1]
                 if number < 0:
-                    return True
+                    return not taken
                 if self._last is None or number == self._last + 1 or (number > self._last and not taken):
                     if self._last is not None and number > self._last + 1:
                         self._counts["lost"] += number - self._last - 1  # they are not kept any more
