@@ -6,10 +6,11 @@ It sees what a gateway sees: bytes of prompts, what clients allow, when engines 
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from math import ceil
 from random import Random
 
-from bench.fleet.decode import DecodeEngine
 from bench.fleet.fleet import Fleet
 from bench.fleet.jobs import Job
 from proxy.fleet.backend import Backend, Lease
@@ -21,8 +22,11 @@ from proxy.placement.decide import decide
 from proxy.placement.eligibility import Members, Needs, Rules, eligible
 from proxy.prefix.index import PrefixIndex
 
-WATCH = 1.0
+WATCH = 0.25
 """Seconds between two looks at the gaps between tokens."""
+_BATCH = 32  # tokens after which the relay tells what a stream's have taken (`proxy/relay/passage.py`)
+_MOST_TOLD = 8  # of one engine at one look; more change little
+_WINDOW = 4  # looks over which a gap is a mean: 32 tokens take about a second
 
 POLICIES: dict[str, dict[str, str]] = {
     "auto": {"prefill": "auto", "decode": "auto", "mixed": "auto"},
@@ -102,7 +106,8 @@ class Gateway:
         for backend in (*self.prefill, *self.decode):
             backend.locate(ranks)
             backend.mark_up()
-        self._watched = [(0.0, 0.0)] * len(self.decode)
+        # Of each decode engine, at the last looks: its steps, and the seconds that they took.
+        self._seen = [deque([(0.0, 0.0)], maxlen=_WINDOW + 1) for _ in self.decode]
         self._inside = 0
         self._watching = False
 
@@ -196,18 +201,20 @@ class Gateway:
         self._members.prefill = [one for one in self.prefill if one.up]
 
     def _watch(self, _: object) -> None:
-        """Note the gaps between tokens since the last look."""
+        """Tell the gaps between tokens, as often as the relay of all streams would."""
         now = self._clock.now
-        for number, ranks in enumerate(self._fleet.decode):
+        for backend, ranks, seen in zip(self.decode, self._fleet.decode, self._seen, strict=True):
             steps = busy = 0.0
             for rank in ranks:
-                more, seconds = DecodeEngine.watch(rank)
+                more, seconds = rank.watch()
                 steps, busy = steps + more, busy + seconds
-            before, then = self._watched[number]
-            self._watched[number] = steps, busy
-            backend = self.decode[number]
-            if steps - before >= 4 and backend.inflight_requests:
-                gap = (busy - then) / (steps - before)
+            before, since = seen[0]
+            last = seen[-1][0]
+            seen.append((steps, busy))
+            streams = sum(len(rank.active) for rank in ranks) / len(ranks)
+            count = min(_MOST_TOLD, ceil((steps - last) * streams / _BATCH))
+            for _ in range(count if steps - before >= 1.0 else 0):
+                gap = (busy - since) / (steps - before)
                 backend.speeds.stepped(gap, backend.inflight_requests, backend.inflight_tokens, now)
         self._watching = self._inside > 0
         if self._watching:
