@@ -1,7 +1,8 @@
 """The policy `auto`: the backend where the request is expected to be served soonest, by what was learnt of each.
 
 - **Prefill** (`first_token`): the earliest expected first token. That is the work before the request, less what has
-  been done of it, and its own, which is what is not cached there; both by the engine's pace. There are two exceptions.
+  been done of it, and its own, which is what is not cached there; both by the engine's pace. While no engine is free,
+  own work counts for more, since to compute twice what is cached elsewhere delays everybody. There are two exceptions.
   A **long** prompt, whose own work exceeds the target for the first token, is late wherever it goes. It goes behind
   other work as long as that does not double its time, so that long prompts queue behind each other, and engines are
   left for the short ones. And a prefix **spreads** that is much in demand: where its engine has a queue (of half the
@@ -29,6 +30,7 @@ LONG = 4.0
 """Seconds of own work from which a prompt is long, where its client has no target for the first token."""
 SOON = 2.0
 """Seconds in which clients without a target are taken to want their first token."""
+_DUPLICATE = 2.0  # times its own work is added where every engine has a second or more to do
 _QUEUE = 0.5  # of the target for the first token: what waits longer is a queue
 _IDLE = 0.2  # of that queue: what waits shorter is none
 _LATER = 1.5  # times the earliest first token
@@ -112,6 +114,10 @@ def first_token(candidates: Sequence[Learnt], ask: Ask) -> int:
     index = _least(candidates, costs, ask)
     chosen = candidates[index]
     speeds = chosen.speeds
+    if ask.cached and speeds.free_at > ask.now:
+        index = _frugal(candidates, costs, index, ask)
+        chosen = candidates[index]
+        speeds = chosen.speeds
     if chosen.factor != 1.0 or ask.now > speeds.late_at:
         costs = [time_to_first_token(candidate, ask) for candidate in candidates]
         index = _least(candidates, costs, ask)
@@ -126,6 +132,22 @@ def first_token(candidates: Sequence[Learnt], ask: Ask) -> int:
     if ask.cached and speeds.free_at - ask.now > queue and ask.cached.get(chosen.url, 0) > 0:
         return _spread(candidates, index, ask)
     return index
+
+
+def _frugal(candidates: Sequence[Learnt], costs: Sequence[float], index: int, ask: Ask) -> int:
+    """Where a prompt goes of which something is cached, while no engine is free: work that another engine would be
+    spared then delays all that come after it, so own work counts for more the longer the shortest queue is.
+
+    Arguments:
+        costs: `waits_and_work`.
+        index: of the least cost.
+    """
+    now = ask.now
+    waits = [left if (left := (s := c.speeds).free_at - now) > s.rest else s.rest for c in candidates]
+    weight = _DUPLICATE * min(1.0, min(waits))
+    if weight <= 0.0:
+        return index
+    return _least(candidates, [cost + weight * (cost - wait) for cost, wait in zip(costs, waits, strict=True)], ask)
 
 
 def why_first(prefill: Learnt, ask: Ask) -> str:

@@ -89,6 +89,16 @@ def test_what_was_learnt_of_engines_that_are_alike_changes_nothing(steps: list[f
 # Prefill
 
 
+def test_while_no_engine_is_free_a_prompt_is_computed_where_less_is_to_compute_though_it_is_later_there() -> None:
+    cached = {"http://p0": 4000}
+    for waits, chosen in (((22_000, 15_000), 0), ((4_500, 0), 1), ((28_000, 15_000), 1)):
+        pool = learnt([10_000.0] * 2, name="p")
+        for engine, tokens in zip(pool, waits, strict=True):
+            if tokens:
+                engine.prefills(tokens, NOW)
+        assert first_token(pool, ask(5000, now=NOW, cached=cached)) == chosen, waits
+
+
 @given(
     rates=st.lists(st.floats(1000, 50_000), min_size=2, max_size=6),
     legs=st.lists(st.lists(st.integers(1, 20_000), max_size=4), min_size=6, max_size=6),
