@@ -34,7 +34,10 @@ MOST_BLOCKS = 1 << 18
 """Blocks that are known of one publisher: 4 M tokens in blocks of 16. Beyond that the oldest are forgotten."""
 MOST_BYTES = 1 << 26
 """Bytes of token ids that are kept with them, for what will follow a block that ends where none of the index does."""
+_LARGEST = 1 << 13
+"""Tokens of a block. Engines have 16 to some thousand; all of a block's ids are hashed in one step."""
 _PATIENCE = 64  # blocks that are looked at in one step
+_PATIENCE_TOKENS = 1 << 12  # tokens likewise
 
 _WHOLE = (None, "full_attention", "mla_attention", "sink_full_attention", "unknown")
 """Kinds of a hybrid model's caches that hold the prompt from its start. The others hold its end, or a state."""
@@ -184,7 +187,7 @@ class EngineCache:
                 else:
                     self._counts["unplaced"] += 1
             return
-        if size <= 0 or len(ids) != size * count:
+        if not 0 < size <= _LARGEST or len(ids) != size * count:
             self._wrong("malformed", f"{count} blocks of {size} tokens with {len(ids)} token ids are no blocks")
             return
         parent = event.parent_block_hash
@@ -198,8 +201,9 @@ class EngineCache:
             root = found
         hashes: list[int] = []
         sizes: list[int] = []
+        patience = max(1, min(_PATIENCE, _PATIENCE_TOKENS // size))
         for number, name in enumerate(names):
-            if number % _PATIENCE == _PATIENCE - 1:
+            if number % patience == patience - 1:
                 self._holder.stored(hashes, sizes)
                 hashes, sizes = [], []
                 self._fit()
@@ -253,12 +257,12 @@ class EngineCache:
         tail = array("I", ids)
         if first == last:
             return _Block(end, parent, (), tail.tobytes(), 0, root)
-        previous, rest = self._behind(before, root, first)
+        at = IDS.ends[first - 1] if first else 0
+        previous, rest = self._behind(before, root, first, (start - at) * tail.itemsize)
         if previous is None:
             return None
         pending = array("I", rest)
         pending.extend(tail)
-        at = IDS.ends[first - 1] if first else 0
         own: list[int] = []
         for place in range(first, last):
             length = IDS.ends[place] - at
@@ -270,21 +274,24 @@ class EngineCache:
         hashes += own
         return _Block(end, parent, tuple(own), pending.tobytes(), 0, root)
 
-    def _behind(self, block: _Block | None, root: int, place: int) -> tuple[int | None, bytes]:
+    def _behind(self, block: _Block | None, root: int, place: int, size: int) -> tuple[int | None, bytes]:
         """The hash at the last end of an index's block at or before an engine's block's end, and the ids behind it; no
-        hash where a block on the way is not cached any more.
+        hash where a block on the way is not cached any more, or has been stored anew behind another one.
 
         Arguments:
             root: of the prompt that begins behind, where there is no block.
             place: how many ends there are.
+            size: bytes of the ids. An engine may have blocks follow each other in a ring, which has no end.
         """
         parts: list[bytes] = []
         while block is not None:
             parts.append(block.tail)
-            if block.hashes:
-                return block.hashes[-1], b"".join(reversed(parts))
-            if block.parent is None:
-                return (block.root if not place else None), b"".join(reversed(parts))
+            size -= len(block.tail)
+            if size < 0:
+                return None, b""
+            if block.hashes or block.parent is None:
+                found = block.hashes[-1] if block.hashes else None if place else block.root
+                return (None if size else found), b"".join(reversed(parts))
             block = self._blocks.get(block.parent)
             if block is None:
                 return None, b""

@@ -18,6 +18,9 @@ from proxy.decoding import Undecodable, msgpack_decoder
 
 MOST_EVENTS = 1 << 16
 """Events of a batch. vLLM publishes one batch a step, with an event for each request and each block that it evicted."""
+MOST_BYTES = 1 << 19
+"""Of an event: 100,000 tokens at least, and engines tell of a step's. It is decoded in one piece, which takes some
+10 ms for so many bytes."""
 
 Hash = int | bytes
 """An engine's own name of a block: 64 bits, or the bytes of a digest."""
@@ -132,6 +135,8 @@ def read_event(raw: msgspec.Raw) -> Event:
         UnknownKind
         Undecodable: it is of a known kind, and not as it should be; or it is no event.
     """
+    if len(memoryview(raw)) > MOST_BYTES:
+        raise Undecodable(f"it has more than {MOST_BYTES} bytes")
     is_map = _is_map(raw)
     try:
         event: Event = (_read_map if is_map else _read_array)(raw)

@@ -343,3 +343,34 @@ def test_any_bytes_leave_the_cache_in_order(payloads: list[bytes]) -> None:
         for _ in bed.ranks[0].apply(payload):
             pass
     assert bed.cached(PROMPT) == 16
+
+
+def test_blocks_that_follow_each_other_in_a_ring_are_left_out() -> None:
+    bed = Bed()
+    ring = [stored([1], [1], 1), stored([2], [2], 1, 1), removed(1), stored([1], [3], 1, 2)]
+    bed.tell(*ring, *(stored([number], [number], 1, number - 1 if number > 3 else 1) for number in range(3, 40)))
+    assert bed.cached([1, 2, 3, *range(3, 40)]) == 0
+    assert bed.counts["unplaced"] > 0
+
+
+def test_a_block_of_more_tokens_than_engines_have_is_none() -> None:
+    bed = Bed()
+    bed.tell(stored([1], range(20_000), 20_000))
+    assert bed.counts["malformed"] == 1 and len(bed.ranks[0]) == 0
+
+
+@pytest.mark.parametrize("size", [16, 1000])
+def test_large_blocks_are_looked_at_in_more_steps(size: int) -> None:
+    bed = Bed()
+    count = 64_000 // size
+    event = stored(list(range(count)), [0] * count * size, size)
+    assert sum(1 for _ in bed.ranks[0].apply(encode([1.0, [event]]))) >= 15
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.none() | st.integers(0, 5), st.booleans()), max_size=60))
+def test_whatever_follows_whatever_every_batch_comes_to_an_end(said: list[tuple[int, int | None, bool]]) -> None:
+    bed = Bed()
+    for name, parent, gone in said:
+        bed.tell(removed(name) if gone else stored([name], [name] * 5, 5, parent))
+    bed.tell(CLEARED)
+    assert len(bed.ranks[0]) == 0 and not bed.corrections.held[URL].sizes

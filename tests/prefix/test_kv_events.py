@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from proxy.decoding import Undecodable
 from proxy.prefix.kv_events import (
+    MOST_BYTES,
     MOST_EVENTS,
     AllBlocksCleared,
     BlockRemoved,
@@ -115,6 +116,11 @@ def test_a_batch_of_too_many_events_is_refused_before_it_is_taken_apart() -> Non
     with pytest.raises(Undecodable, match="length"):
         read_batch(b"\x92\x01\xdd" + many.to_bytes(4, "big") + b"\x80" * many)
     assert len(read_batch(encode([1.0, [7] * MOST_EVENTS]))) == MOST_EVENTS
+
+
+def test_an_event_that_would_take_long_to_decode_is_none() -> None:
+    with pytest.raises(Undecodable, match="bytes"):
+        only(["BlockStored", [1], None, [1] * MOST_BYTES, MOST_BYTES])
 
 
 @given(st.binary(max_size=64))
