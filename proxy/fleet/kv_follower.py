@@ -153,14 +153,25 @@ class Follower:
         """Hear what is published, until it has not been connected for a while."""
         while True:
             try:
-                async with asyncio.timeout(_CONNECTING):
-                    parts = await subscription.recv_multipart()
+                parts = await self._receive(subscription, _CONNECTING)
             except TimeoutError:
                 if self.connected:
                     continue
                 return
             async with self._busy:
                 await self._hear(parts)
+
+    async def _receive(self, socket: Any, seconds: float) -> list[bytes]:
+        """The next message. A message that is there already is read at once, without giving way to anybody, and that
+        takes longer than what most messages say: so it is done in a turn too.
+
+        Raises:
+            TimeoutError: none came within `seconds`.
+        """
+        async with self._turns.turn():
+            coming: asyncio.Future[list[bytes]] = socket.recv_multipart()
+        async with asyncio.timeout(seconds):
+            return await coming
 
     async def _watch(self, monitor: Any) -> None:
         """Say when the publisher is there, and when not."""
@@ -255,8 +266,7 @@ class Follower:
             await asking.send_multipart([b"", first.to_bytes(8, "big")])
             for _ in range(_MOST_ANSWERS):
                 try:
-                    async with asyncio.timeout(_PAUSE if taken else _SILENCE):
-                        parts = await asking.recv_multipart()
+                    parts = await self._receive(asking, _PAUSE if taken else _SILENCE)
                 except TimeoutError:
                     if taken:
                         return False

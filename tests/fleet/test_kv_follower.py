@@ -360,3 +360,31 @@ async def test_turns_owe_the_loop_what_they_took() -> None:
     before = loop.time()
     async with turns.turn():
         assert loop.time() - before >= 0.028
+
+
+class Flooded:
+    """A socket with a message ready whenever one is wanted, so many of them."""
+
+    def __init__(self, parts: list[bytes], count: int) -> None:
+        self.left = count
+        self._parts = parts
+
+    def recv_multipart(self) -> asyncio.Future[list[bytes]]:
+        coming = asyncio.get_running_loop().create_future()
+        self.left -= 1
+        if self.left >= 0:
+            coming.set_result(self._parts)
+        return coming
+
+
+@pytest.mark.parametrize("parts", [[b"nonsense"], [b"", bytes(8), b"again"]], ids=["garbage", "restarts"])
+async def test_messages_that_are_there_already_leave_the_event_loop_to_others_too(parts: list[bytes]) -> None:
+    async with bed(start=False) as it:
+        flooded = Flooded(parts, 30_000)
+        it.follower._replay = ""
+        task = asyncio.create_task(it.follower._listen(flooded))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert 0 < flooded.left < 30_000
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
