@@ -87,7 +87,7 @@ def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_an_engine_that_was_warm_before_the_gateway_started_gets_the_prompt() -> None:
     async with bed(warm=PROMPT) as it:
-        await it.ask([7_001] * 256)  # the first prompt of ids: what is known of ids is passed on
+        await it.ask([77] * 400)  # the first prompt of ids: what is known of ids is passed on
         await it.heard()
         assert await it.ask(PROMPT) == 624
         served = [engine.served for engine in it.engines]
@@ -97,7 +97,7 @@ async def test_an_engine_that_was_warm_before_the_gateway_started_gets_the_promp
 
 async def test_what_another_gateway_had_computed_is_known() -> None:
     async with bed() as it:
-        await it.ask([7_001] * 256)
+        await it.ask([77] * 400)
         await it.ask_itself(it.engines[1], PROMPT)
         await it.heard()
         assert await it.ask(PROMPT) == 624
