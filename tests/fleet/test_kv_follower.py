@@ -231,7 +231,7 @@ async def test_what_is_no_batch_is_counted_and_said_once(parts: list[bytes], cap
 async def test_a_message_that_is_too_long_cuts_the_connection_and_the_next_is_heard(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kv_follower, "_CONNECTING", 0.02)
+    monkeypatch.setattr(kv_follower, "_CONNECTING", 0.5)
     async with bed() as it:
         it.publish(0)
         await it.told(0)
