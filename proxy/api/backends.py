@@ -62,16 +62,16 @@ def handoff_shown(backend: Backend) -> dict[str, Any]:
         "state": last.state,
         "ever": backend.handed_over,
         "with": last.peer or None,
-        "at": _time_of_day(last.at) if last.at else None,
+        "at": time_of_day(last.at) if last.at else None,
         "code": last.finding.code if last.finding else None,
         "reason": last.finding.what if last.finding else None,
         "advice": last.finding.advice if last.finding else None,
     }
 
 
-def _time_of_day(at: float) -> str:
+def time_of_day(at: float, precision: str = "seconds") -> str:
     """A moment of `time.monotonic` for people."""
-    return (datetime.now(UTC) - timedelta(seconds=monotonic() - at)).isoformat(timespec="seconds")
+    return (datetime.now(UTC) - timedelta(seconds=monotonic() - at)).isoformat(timespec=precision)
 
 
 class _Name(Convertor[str]):

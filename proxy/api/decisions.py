@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from proxy.api.backends import time_of_day
 from proxy.api.credentials import Credentials
 from proxy.api.inference import not_stored
 from proxy.api.operations import operator
@@ -69,7 +70,7 @@ def decisions(
         """The last decisions of placement, the latest first: of each who was chosen and why, what was expected of the
         candidates, who was left out by which rule, and what became of the request. Where `complete` is false it has
         the costs of the chosen ones only."""
-        found = noted.last(query.limit, query.request_id)
+        found = [_dated(one) for one in noted.last(query.limit, query.request_id)]
         if siblings is not None:
             found += await siblings.decisions(query.limit, query.request_id)
             found.sort(key=lambda one: str(one["at"]), reverse=True)
@@ -103,9 +104,14 @@ def explanation(
             placed.pinned = stored.holder(body.follows, query.client, (backend.url for backend in fleet))
             if not placed.pinned:
                 raise not_stored(body.follows, param="previous_response_id")
-        return explain(placed)
+        return _dated(explain(placed))
 
     return router
+
+
+def _dated(decision: dict[str, Any]) -> dict[str, Any]:
+    """A decision with its time as people have it."""
+    return {**decision, "at": time_of_day(decision["at"], "milliseconds")}
 
 
 async def _nothing() -> MutableMapping[str, Any]:

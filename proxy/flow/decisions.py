@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from heapq import nsmallest
 from math import isfinite
 from time import monotonic
@@ -252,9 +251,8 @@ class Decisions:
         return found
 
     def shown(self, one: Decided) -> dict[str, Any]:
-        """A decision as JSON has it."""
+        """A decision as JSON has it, but for `at`, which is of `time.monotonic`."""
         record, full = one.record, one.full
-        at = datetime.now(UTC) - timedelta(seconds=self._clock() - one.at)
         if full is not None:
             candidates = [{"role": role, **_shown(cost, one.chosen)} for role, cost in full.candidates]
             rest: dict[str, Any] = {
@@ -267,7 +265,7 @@ class Decisions:
             known = [(role, it.cost(one.prompt, one.decode_tokens)) for role, it in pairs if it is not None]
             candidates, rest = [{"role": role, **_shown(cost, one.chosen)} for role, cost in known], {}
         return {
-            "at": at.isoformat(timespec="milliseconds"),
+            "at": one.at,
             "request_id": record.request_id,
             "endpoint": record.endpoint,
             "model": record.model[:_LONGEST_NAME],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ async def test_a_request_is_told_with_its_candidates_costs_reason_and_what_becam
             assert answer.status_code == 200
         [first] = await told(running, request_id="first")
         assert first["complete"]  # there is nothing else to do
+        age = datetime.now(UTC) - datetime.fromisoformat(first["at"])
+        assert timedelta(0) <= age < timedelta(minutes=1)
         assert {one["url"] for one in first["candidates"]} == urls
         assert first["candidates_of"] == {"prefill": 2, "decode": 2}
         assert {one["url"] for one in first["candidates"] if one["chosen"]} == {first["prefill"], first["decode"]}

@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "breaker": {
         "max_ejected": 0
     },  # one request is looked at; what many failures do to a backend is not the matter here
-    "policy": {role: "least_loaded" for role in ("prefill", "decode", "mixed")},  # a cell says which pair it is about
+    "policy": dict.fromkeys(("prefill", "decode", "mixed"), "least_loaded"),  # a cell says which pair it is about
     "warmup": False,
     "log_level": "error",
 }
