@@ -91,11 +91,14 @@ class Running:
         return list(self.server.server_state.connections)  # type: ignore[arg-type]
 
     def idle(self) -> bool:
-        """Whether nothing is in flight: no request, no lease, no hand-off."""
-        fleet = self.gateway.fleet
+        """Whether nothing is in flight: no request, no lease, no hand-off, no prompt that is to be computed or whose
+        answer is awaited."""
+        fleet, known = self.gateway.fleet, self.gateway.prompts.index._engines.values()
         counts = [(b.inflight_requests, b.inflight_tokens, len(b._leases), b.open_handoffs) for b in fleet]
         return (
             all(count == (0, 0, 0, 0) for count in counts)
+            and not any(b.speeds.outstanding for b in fleet)
+            and not any(one.pending or one.computing for one in known)
             and not fleet.handoffs_in_limbo
             and not self.gateway.gate.inside
         )

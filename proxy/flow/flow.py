@@ -38,6 +38,7 @@ from proxy.flow.first_token import FirstTokens
 from proxy.flow.hops import Hops
 from proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try, remember
 from proxy.flow.placing import Placing, continues
+from proxy.flow.prompts import Sent
 from proxy.flow.request import Request
 from proxy.flow.resumption import Resumption
 from proxy.flow.suspicion import Suspicion, warn
@@ -328,7 +329,9 @@ class Flow:
             await _ended(decoding)
             unsent = call is not None and attempt.heard is None
             if not (prefilling.done() or unsent) and (_went_well(decoding) or not plan.connector.prefill_may_be_cut):
-                attempt.runs_out = self._in_background(self._run_out(prefilling, prefill_lease))
+                if attempt.sent is not None:
+                    attempt.sent.runs_on()
+                attempt.runs_out = self._in_background(self._run_out(prefilling, prefill_lease, attempt.sent))
             else:
                 await _ended(prefilling)
                 if not _went_well(prefilling):
@@ -348,11 +351,13 @@ class Flow:
             raise
         await self._prefill(attempt, lease)
 
-    async def _run_out(self, prefilling: asyncio.Task[None], lease: Lease) -> None:
+    async def _run_out(self, prefilling: asyncio.Task[None], lease: Lease, sent: Sent | None) -> None:
         """A prefill leg goes on without its request: nobody waits for it, but it is work for its engine."""
         with Lease(lease.backend, lease.tokens):
             await asyncio.wait((prefilling,))
         await _ended(prefilling)
+        if sent is not None:
+            sent.over()
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -88,7 +88,7 @@ class Placing:
         self.looks = not _LOOKING.isdisjoint(named) or settings.admission.slo != "off"
         self.wants_sessions = "session" in named
         self._local_prefill = settings.fallback == "local_prefill"
-        self._turn = 0
+        self._turn = 1
         self.decisions = Decisions()
         usual = settings.targets
         self._usual_targets = usual.ttft, usual.tpot
@@ -118,6 +118,7 @@ class Placing:
         record, decisions = request.record, self.decisions
         found = self.eligible(request)
         ask = request.ask = self.ask(request)
+        self._turn += 1
         try:
             decision = self._choose(request, found, ask)
         except NoBackend as error:
@@ -142,9 +143,7 @@ class Placing:
         """What would be decided about a request now, for people; nothing of it is noted, and the request is sent
         nowhere."""
         found = self.eligible(request)
-        turn = self._turn
         ask = self.ask(request)
-        self._turn = turn
         try:
             decision = self._choose(request, found, ask)
         except (NoBackend, InvalidRequest) as error:
@@ -230,7 +229,6 @@ class Placing:
 
     def ask(self, request: Request) -> Ask:
         """What a request asks of placement now."""
-        self._turn += 1
         ttft, tpot = self._targets.get(request.record.client, self._usual_targets)
         cached, prompt = NOTHING_CACHED, request.prefill_tokens
         if self.looks:
@@ -270,7 +268,9 @@ class Placing:
 
     def other_decode(self, request: Request, candidates: Sequence[Backend]) -> Backend:
         """One of some decode backends, for a hand-off that another did not read."""
-        return choose(candidates, "decode", self._policies["decode"], self.ask(request))
+        ask = self.ask(request)
+        self._turn += 1
+        return choose(candidates, "decode", self._policies["decode"], ask)
 
     def seconds_to_first_token(self, request: Request) -> float:
         """When a new request would have its first token if it were sent now; 0 where nobody is there to compute it."""

@@ -11,6 +11,7 @@ from types import TracebackType
 from proxy.fleet.backend import Backend
 from proxy.fleet.cache import Cache
 from proxy.fleet.kv_events import KvEvents
+from proxy.fleet.speeds import MOST_TOKENS
 from proxy.flow.request import Request
 from proxy.placement.ask import Ask
 from proxy.prefix.chain import EMPTY, Chain, chain_of
@@ -18,6 +19,8 @@ from proxy.prefix.earlier import EarlierChains
 from proxy.prefix.index import PrefixIndex
 from proxy.telemetry.records import PrefixCounts
 
+_MOST_TOKENS = 4  # times what was estimated from a prompt's bytes: a token has at least one of them
+_TEMPLATE = 1024  # tokens that a chat template may add to a prompt
 _SHORTEST = 256  # tokens of prompts that are looked for: fewer are computed in less time than an engine may be busy
 
 
@@ -30,9 +33,14 @@ class Sent:
         decode: the backend that reads what it hands over; None where one does both.
         believed: tokens that `computes` is expected to compute.
         counts: of what was expected and found in caches.
+        most: tokens that the prompt may have. An engine that reports more is not believed: it would be taken for a fast
+            one, and get the others' requests.
     """
 
-    __slots__ = ("_answered", "_believed", "_chain", "_computes", "_counts", "_decode", "_index", "_prompt", "_settled")
+    __slots__ = (
+        *("_answered", "_believed", "_chain", "_computes", "_counts", "_decode", "_index", "_most", "_prompt"),
+        *("_runs_on", "_settled"),
+    )
 
     def __init__(
         self,
@@ -43,8 +51,10 @@ class Sent:
         decode: Backend | None,
         believed: int,
         counts: PrefixCounts,
+        most: int = MOST_TOKENS,
     ) -> None:
         self._index = index
+        self._most = most
         self._counts = counts
         self._chain = chain
         self._prompt = prompt
@@ -53,6 +63,7 @@ class Sent:
         self._believed = believed
         self._answered = False
         self._settled = False
+        self._runs_on = False
         now = monotonic()
         computes.speeds.given(believed, now, prompt)
         self._tell()
@@ -67,8 +78,8 @@ class Sent:
         Arguments: as of `counted`.
         """
         if not self._answered:
-            computed = self._believed if cached is None else max(0, prompt - cached)
-            self._answer(computed, prompt or self._prompt)
+            whole = prompt if 0 < prompt <= self._most else self._prompt
+            self._answer(self._believed if cached is None or prompt > self._most else max(0, whole - cached), whole)
         self.counted(cached, prompt)
 
     def heard(self) -> None:
@@ -102,7 +113,9 @@ class Sent:
         self._settled = True
         if not self._chain.hashes:
             return
-        if cached is not None and prompt:
+        if prompt > self._most:
+            self._index.correct(self._computes.url, self._chain, 0, 0)  # which counts it as refused
+        elif cached is not None and prompt:
             computes, own = self._computes, self._prompt
             # Estimated tokens become the engine's, which counts the same prompt.
             expected = (own - self._believed) * prompt // own if own else 0
@@ -117,6 +130,23 @@ class Sent:
             self._index.withdraw(self._decode.url, self._chain)
             self._index.enter(other.url, self._chain, monotonic())
         self._decode = other
+
+    def runs_on(self) -> None:
+        """The prefill leg goes on without its request, until `over`: it is work for its engine still."""
+        self._runs_on = True
+
+    def over(self) -> None:
+        """The leg that computes the prompt has ended, well or not."""
+        backend, chain = self._computes, self._chain
+        if not self._answered:
+            self._answered = True
+            backend.speeds.withdrawn(self._believed, monotonic())
+            self._tell()
+            if chain.hashes and not self._settled:
+                self._index.withdraw(backend.url, chain)
+        elif chain.hashes and not self._settled:
+            self._index.settle(backend.url, chain)
+        self._settled = True
 
     def _answer(self, computed: int, prompt: int) -> None:
         self._answered = True
@@ -136,18 +166,10 @@ class Sent:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        backend, chain = self._computes, self._chain
-        if not self._answered:
-            backend.speeds.withdrawn(self._believed, monotonic())
-            self._tell()
-        if chain.hashes:
-            if not self._settled:
-                if self._answered:
-                    self._index.settle(backend.url, chain)
-                else:
-                    self._index.withdraw(backend.url, chain)
-            if self._decode is not None:
-                self._index.withdraw(self._decode.url, chain)
+        if not self._runs_on:
+            self.over()
+        if self._decode is not None and self._chain.hashes:
+            self._index.withdraw(self._decode.url, self._chain)
 
 
 class Prompts:
@@ -192,8 +214,10 @@ class Prompts:
             ask: by which the try was placed.
             decode: the backend that is handed the prompt; None where `computes` does both.
         """
-        believed = ask.uncached(computes.url)
-        return Sent(self.index, request.chain or EMPTY, ask.prompt_tokens, computes, decode, believed, self.counts)
+        prompt, believed, most = ask.prompt_tokens, ask.uncached(computes.url), MOST_TOKENS
+        if not request.body.media and not request.body.follows:  # else there is more than its bytes tell of
+            most = _MOST_TOKENS * prompt + _TEMPLATE
+        return Sent(self.index, request.chain or EMPTY, prompt, computes, decode, believed, self.counts, most)
 
     def ended(self, request: Request) -> None:
         """A request has ended, well or not: its engine may have told the prompt's ids."""

@@ -108,7 +108,8 @@ def session(candidates: Sequence[Candidate], ask: Ask) -> int:
 
     Each session has its own order of the candidates, by the hash of both (rendezvous hashing: Thaler, Ravishankar
     1998), so that one which comes or goes moves its own sessions only. The first in this order is taken whose requests
-    in flight stay within 1.25 of the mean. Requests without a session go to the least loaded.
+    in flight stay within 1.25 of the mean. Requests without a session go to the least loaded, and so do all while none
+    is within the bound, as in a slow start of all, when loads are no whole numbers.
     """
     if not ask.session:
         return least_loaded(candidates, ask)
@@ -122,7 +123,7 @@ def session(candidates: Sequence[Candidate], ask: Ask) -> int:
             score = (score ^ score >> 32) * 0xD6E8FEB86659FD93 & 0xFFFFFFFFFFFFFFFF
             if score > highest:
                 best, highest = index, score
-    return best
+    return best if highest >= 0 else least_loaded(candidates, ask)
 
 
 def prefix(candidates: Sequence[Candidate], ask: Ask) -> int:

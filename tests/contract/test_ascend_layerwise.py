@@ -103,6 +103,20 @@ async def test_a_prefill_that_was_sent_runs_out_so_that_decode_frees_its_blocks(
         await until(running.idle)
 
 
+async def test_a_prefill_that_runs_out_without_its_request_is_work_for_its_engine_still() -> None:
+    async with fleet(CASE, engine={"prefill_rate": 1000.0}) as (running, [p], [d]):
+        [backend] = running.gateway.fleet.pool("prefill")
+        data = json.dumps(completion("a word " * 200, stream=True)).encode()
+        _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+        await p.wait_for(lambda: len(p.requests) == 1)
+        writer.close()
+        await d.wait_for(lambda: d.requests[0].aborted)
+        assert backend.speeds.outstanding > 256
+        await until(running.idle)
+        assert backend.speeds.prefills  # its answer has told how fast it is
+
+
 async def test_lists_of_prompts_go_to_one_engine_whole_without_a_call() -> None:
     async with fleet(CASE) as (running, [p], [d]):
         answer = await running.http.post(PATH, json=completion(["one prompt", "and another"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from tests.support import chat, pools, until
 
@@ -38,6 +39,16 @@ async def test_round_robin_takes_turns() -> None:
         for _ in range(10):
             await running.http.post(CHAT, json=chat(max_tokens=2))
         assert shares(prefill) == [5, 5] and shares(decode) == [5, 5]
+
+
+async def test_to_look_for_when_a_request_would_be_served_takes_no_turn() -> None:
+    turns: dict[str, Any] = {"policy": {"prefill": "round_robin", "decode": "round_robin"}}
+    late = {"targets": {"ttft": 60.0}, "admission": {"slo": "refuse"}}
+    async with pools(2, 2, **turns, **late) as (running, prefill, decode):
+        for _ in range(6):
+            await running.http.post("/admin/explain", json=chat(max_tokens=2))
+            await running.http.post(CHAT, json=chat(max_tokens=2))
+        assert shares(prefill) == [3, 3] and shares(decode) == [3, 3]
 
 
 async def test_decode_is_reserved_before_prefill_starts() -> None:

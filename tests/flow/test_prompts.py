@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from proxy.fleet.backend import Backend
+from proxy.fleet.speeds import PoolSpeeds, Speeds
 from proxy.flow.prompts import Sent
 from proxy.prefix.chain import chain_of_ids
 from proxy.prefix.index import PrefixIndex
@@ -143,9 +144,9 @@ class Bed:
             self.index.join(backend.url)
         self.chain = chain_of_ids(range(160), 1, KEY)
 
-    def send(self, *, alone: bool = False) -> Sent:
+    def send(self, *, alone: bool = False, most: int = 1000) -> Sent:
         decode = None if alone else self.decode
-        return Sent(self.index, self.chain, 160, self.prefill, decode, 160, PrefixCounts())
+        return Sent(self.index, self.chain, 160, self.prefill, decode, 160, PrefixCounts(), most)
 
     @property
     def believed(self) -> dict[str, int]:
@@ -154,6 +155,18 @@ class Bed:
     @property
     def outstanding(self) -> int:
         return self.prefill.speeds.outstanding
+
+
+class Told(Speeds):
+    """An engine's, which keeps what it is told of legs: tokens that were computed, and of the prompt."""
+
+    def __init__(self) -> None:
+        super().__init__(PoolSpeeds())
+        self.told: list[tuple[int, int]] = []
+
+    def answered(self, believed: int, computed: int, prompt: int, now: float) -> None:
+        self.told.append((computed, prompt))
+        super().answered(believed, computed, prompt, now)
 
 
 BOTH = {"http://p": 160, "http://d": 160}
@@ -227,3 +240,57 @@ def test_other_workers_are_told_what_is_left() -> None:
     with bed.send():
         pass
     assert told == [160, 0, 160, 0]
+
+
+def test_a_prefill_that_runs_on_without_its_request_stays_work_until_it_has_ended() -> None:
+    bed = Bed()
+    with bed.send() as sent:
+        sent.runs_on()
+    assert bed.outstanding == 160
+    assert bed.believed == {"http://p": 160}
+    sent.prefilled(0, 160)
+    sent.over()
+    assert bed.outstanding == 0
+    assert bed.believed == {"http://p": 160}
+
+
+def test_a_prefill_that_runs_on_and_fails_is_withdrawn() -> None:
+    bed = Bed()
+    with bed.send() as sent:
+        sent.runs_on()
+    sent.over()
+    assert bed.outstanding == 0 and bed.believed == {}
+
+
+def test_what_is_told_of_a_request_that_is_over_takes_no_other_requests_work_away() -> None:
+    bed = Bed()
+    with bed.send() as sent:
+        pass
+    with bed.send():
+        sent.prefilled(0, 160)
+        sent.heard()
+        sent.counted(0, 160)
+        assert bed.outstanding == 160
+        assert bed.believed == BOTH
+
+
+def test_an_engine_that_reports_prompts_longer_than_their_bytes_is_not_believed_to_be_fast() -> None:
+    bed, told = Bed(), Told()
+    bed.prefill.speeds = told
+    with bed.send(most=640) as sent:
+        sent.prefilled(0, 1_000_000)
+    with bed.send(most=640) as other:
+        other.prefilled(1_000_000, 1_000_000)
+    with bed.send(alone=True, most=640) as alone:
+        alone.heard()
+        alone.counted(0, 641)
+    assert bed.index.figures(0.0).refused == 3
+    assert told.told == [(160, 160)] * 3
+
+
+def test_what_was_cached_counts_where_the_length_of_the_prompt_is_not_told() -> None:
+    bed, told = Bed(), Told()
+    bed.prefill.speeds = told
+    with bed.send() as sent:
+        sent.prefilled(100, 0)
+    assert told.told == [(60, 160)]

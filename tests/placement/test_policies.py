@@ -197,6 +197,13 @@ def test_a_session_whose_backend_is_overloaded_goes_to_the_same_other_one() -> N
     assert second == taken_by("session", [b for b in calm if b.url != home], session=b"x")
 
 
+def test_sessions_are_not_all_sent_to_one_backend_while_all_are_in_their_slow_start() -> None:
+    backends = [Backend(f"http://b{n}", 0, 3 - (n == 7), factor=0.95 - 0.02 * (n == 7)) for n in range(40)]
+    assert taken_by("session", backends, session=b"x") == "http://b7"
+    backends = [Backend(f"http://b{n}", 30 * n, 3, factor=0.95) for n in range(39, -1, -1)]
+    assert taken_by("session", backends, session=b"x") == "http://b0"
+
+
 def test_requests_without_a_session_go_to_the_least_loaded() -> None:
     assert POLICIES["session"](pool([(5, 1), (3, 9), (4, 0)]), Ask(drawn(0.0))) == 1
 
