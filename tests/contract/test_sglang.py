@@ -126,6 +126,7 @@ async def test_an_engine_in_another_role_stays_out_of_the_prefill_pool() -> None
     ):
         backend = next(b for b in running.gateway.fleet if b.url == wrong.url)
         await until(lambda: "disaggregation mode is decode" in backend.reason)
+        await until(lambda: all(b.up for b in running.gateway.fleet if b is not backend))
         assert not backend.up
         answer = await running.http.post(PATHS["completions"], json=completion())
         assert answer.status_code == 200 and text_of(answer.json())
