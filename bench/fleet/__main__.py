@@ -110,6 +110,8 @@ def run(arguments: Sequence[str]) -> int:
     with ProcessPoolExecutor(chosen.jobs) as pool:
         for found in pool.map(measure, cases) if chosen.jobs > 1 else map(measure, cases):
             figures += found
+            seconds = sum(one.seconds for one in found)
+            print(f"{found[0].kind}, seed {found[0].seed}: {seconds:.0f} s of CPU", file=sys.stderr)
     if chosen.json:
         print(json.dumps([one._asdict() for one in figures], indent=1))
         return 0

@@ -15,6 +15,12 @@ WANTED = 0.97
 POINT = 0.01
 """By so much another policy's goodput may be above `auto`'s."""
 
+WHY = {
+    "ranks": "an engine's data-parallel ranks have a cache each, and the index and the choice of a rank know of one "
+    "cache for all: requests go to the engine that has their prefix, and half of them to the rank that has it not",
+}
+"""Known reasons why `auto` is not as good as wanted on a kind."""
+
 
 class Figures(NamedTuple):
     """One policy on one trace. Shares are of all requests; times are in seconds.
@@ -147,7 +153,7 @@ def markdown(summaries: Sequence[Summary], command: str, seeds: Sequence[int]) -
     requests = sum(figure.requests for one in summaries for figure in one.figures)
     kinds = table([["kind", "what"], *([one.kind, BY_NAME[one.kind].what] for one in summaries)])
     short = [one.kind for one in summaries if not one.holds]
-    where = ", ".join(short) if short else "none"
+    where = "; ".join(f"{name} ({WHY[name]})" if name in WHY else name for name in short) if short else "none"
     return f"""# Placement in virtual time
 
 `{command}` printed this. A fleet's engines are simulated (`bench/fleet/`), and the gateway's own placement, prefix
