@@ -55,6 +55,7 @@ class Backend:
         draining: it finishes what it has and gets nothing new.
         removed: it is draining, and forgotten once it is `drained`.
         known: it has been up before, or has been there since the gateway's start.
+        met: it has been up before.
         standings: how it does at each leg.
         factor: the share of its usual load that it may be given, in (0, 1]; below 1 after its return.
         speeds: how fast it is, as learnt.
@@ -66,7 +67,7 @@ class Backend:
         most_requests, most_tokens: what may be in flight here before new requests should go elsewhere.
         on_freed: called when a lease is released, where somebody waits for room.
         tell: called with requests and tokens in flight when these change, where there are other workers.
-        tell_uncached: likewise, with the tokens that it has yet to prefill.
+        tell_uncached: likewise, with the tokens that it has yet to prefill, and since when (`Speeds.since`).
     """
 
     __slots__ = (
@@ -89,6 +90,7 @@ class Backend:
         "kind",
         "known",
         "lacks",
+        "met",
         "models",
         "most_requests",
         "most_tokens",
@@ -144,6 +146,7 @@ class Backend:
         self.draining = False
         self.removed = False
         self.known = False
+        self.met = False
         legs: tuple[LegName, ...] = ("encode",) if role == "encode" else ("prefill", "decode")
         self.standings: dict[LegName, Standing] = {leg: Standing(window) for leg in legs}
         self.speeds = speeds or PoolSpeeds().join()
@@ -159,7 +162,7 @@ class Backend:
         self.most_tokens: float = inf
         self.on_freed: Callable[[], object] | None = None
         self.tell: Callable[[int, int], object] | None = None
-        self.tell_uncached: Callable[[int], object] | None = None
+        self.tell_uncached: Callable[[int, float], object] | None = None
         self.attention = asyncio.Event()
         self._leases: set[Lease] = set()
 
@@ -208,7 +211,7 @@ class Backend:
             self.coordinates, self._located = self._located, None
 
     def mark_up(self) -> None:
-        self.up = True
+        self.up = self.met = True
         self.reason = ""
 
     def mark_down(self, reason: str) -> None:

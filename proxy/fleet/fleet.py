@@ -518,10 +518,12 @@ class Fleet:
         if backend.up:
             return
         log.info("%s backend %s is up", backend.role, backend.url)
+        returns = backend.met
         backend.mark_up()
         self.rotation.returned(backend)
         backend.speeds.returned(self._clock())
-        self.lost_cache(backend)
+        if returns:  # another worker may have sent prompts to one that is new here
+            self.lost_cache(backend)
         self._room_changed()
         if self.on_up is not None:
             self.on_up(backend)

@@ -35,7 +35,7 @@ from tenacity import (
 from proxy.decoding import decode_json
 from proxy.errors import BackendError, BackendTimedOut
 from proxy.fleet.backend import Backend
-from proxy.fleet.cache import read_cache
+from proxy.fleet.cache import Cache, read_cache
 from proxy.fleet.contact import code_of, reason_of, speaks_tls, why_unreachable
 from proxy.fleet.control import Answer, Control
 from proxy.fleet.facts import read_facts
@@ -166,6 +166,9 @@ class Prober:
         self._watchers.clear()
 
     def _join(self, backend: Backend) -> None:
+        if self._reads_caches and backend.role != "encode":
+            # Nothing is known of it yet, but other workers may have met it, and tell what they have sent there.
+            self._fleet.holds(backend, Cache())
         self._watchers[backend] = asyncio.create_task(self._watch(backend), name=f"probe {backend.url}")
 
     def _leave(self, backend: Backend) -> None:

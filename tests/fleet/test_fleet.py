@@ -366,6 +366,17 @@ def test_leaving_and_coming_back_are_said_once(caplog: pytest.LogCaptureFixture)
 # Membership
 
 
+def test_a_backend_that_comes_back_has_perhaps_lost_its_cache_and_one_that_comes_has_not() -> None:
+    made, lost = fleet(up=False, decode=1), list[Backend]()
+    made.on_lost_cache = lost.append
+    backend = at(made, "http://decode0")
+    made.bring_in(backend)
+    assert not lost, "other workers may have sent it prompts"
+    made.take_out(backend, "refused")
+    made.bring_in(backend)
+    assert lost == [backend]
+
+
 def test_a_backend_that_joins_is_told_of_and_begins_down() -> None:
     made, joined = fleet(), list[Backend]()
     made.on_join = joined.append

@@ -16,6 +16,7 @@ import respx
 from proxy.errors import BackendError, BackendUnreachable
 from proxy.fleet import health
 from proxy.fleet.backend import Backend, Lease
+from proxy.fleet.cache import Cache
 from proxy.fleet.control import Control
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.health import Prober
@@ -318,6 +319,17 @@ async def test_a_backend_that_joins_is_watched_and_one_that_leaves_is_not(news: 
     async with asyncio.timeout(PATIENCE):
         await asyncio.wait([watcher])
     assert watcher.cancelled()
+    await prober.stop()
+
+
+async def test_what_other_workers_send_to_a_backend_counts_before_it_was_met(engine: respx.MockRouter) -> None:
+    engine["health"].respond(503)
+    fleet = Fleet(Settings(health=QUICK, prefill=[URL]))
+    told: list[tuple[str, Cache]] = []
+    fleet.on_cache = lambda backend, cache: told.append((backend.url, cache))
+    prober = Prober(fleet, Settings(health=QUICK).health, Control(0.05), reads_caches=True)
+    prober.start()
+    assert told == [(URL, Cache())]
     await prober.stop()
 
 
