@@ -28,7 +28,8 @@ _TICK = 0.01  # seconds between looks while a request waits for room
 _PAUSE = 0.5  # and while none does
 _ROWS = 1024  # backends that have been there since the start; those beyond are each worker's own business
 _KEY = 8  # bytes of a backend's digest; 0 is a free row
-_NUMBERS = 3  # requests, tokens, tokens to prefill
+_NUMBERS = 4  # requests, tokens, tokens to prefill, since when (microseconds)
+_MICRO = 1e6
 _LOCK_PATIENCE = 1.0  # seconds; whoever died with the lock has left at most a row half-named
 
 
@@ -66,23 +67,29 @@ class Board:
         self._cells[place] = requests
         self._cells[place + 1] = tokens
 
-    def write_uncached(self, row: int, worker: int, tokens: int) -> None:
-        self._cells[row + worker * _NUMBERS + 2] = tokens
+    def write_uncached(self, row: int, worker: int, tokens: int, since: float) -> None:
+        place = row + worker * _NUMBERS
+        self._cells[place + 2] = tokens
+        self._cells[place + 3] = int(since * _MICRO) if since > 0.0 else 0
 
-    def others(self, row: int, worker: int) -> tuple[int, int, int]:
-        """Requests, tokens and tokens to prefill of all workers but one."""
+    def others(self, row: int, worker: int) -> tuple[int, int, int, float]:
+        """Requests, tokens and tokens to prefill of all workers but one; and since when the first of the last has been
+        computed, or when it ended."""
         cells, end, own = self._cells, row + self.workers * _NUMBERS, row + worker * _NUMBERS
+        instants = cells[row + 3 : end : _NUMBERS].tolist()
+        instants[worker] = 0
         return (
             sum(cells[row:end:_NUMBERS]) - cells[own],
             sum(cells[row + 1 : end : _NUMBERS]) - cells[own + 1],
             sum(cells[row + 2 : end : _NUMBERS]) - cells[own + 2],
+            max(instants) / _MICRO,
         )
 
     def wipe(self, worker: int) -> None:
         """A worker has ended, and everything that it had in flight with it."""
         for row in range(1, _ROWS * self._width, self._width):
             self.write(row, worker, 0, 0)
-            self.write_uncached(row, worker, 0)
+            self.write_uncached(row, worker, 0, 0.0)
 
 
 class Exchange:
@@ -154,11 +161,11 @@ class Exchange:
                     backend.tell = partial(board.write, row, worker)
                     backend.tell(backend.inflight_requests, backend.inflight_tokens)
                     backend.tell_uncached = partial(board.write_uncached, row, worker)
-                    backend.tell_uncached(backend.speeds.outstanding)
+                    backend.tell_uncached(backend.speeds.outstanding, backend.speeds.since)
             if row < 0:
                 continue
-            requests, tokens, uncached = board.others(row, worker)
-            backend.speeds.elsewhere_uncached = uncached
+            requests, tokens, uncached, since = board.others(row, worker)
+            backend.speeds.told_elsewhere(uncached, since)
             freed = freed or requests < backend.elsewhere_requests
             backend.elsewhere_requests, backend.elsewhere_tokens = requests, tokens
         if freed:
@@ -170,4 +177,4 @@ class Exchange:
         row = self._rows.pop(backend, -1)
         if row >= 0:
             self._board.write(row, self._worker, 0, 0)
-            self._board.write_uncached(row, self._worker, 0)
+            self._board.write_uncached(row, self._worker, 0, 0.0)

@@ -347,6 +347,7 @@ class Speeds:
         "_disturbed",
         "_disturbed_at",
         "_elsewhere",
+        "_elsewhere_since",
         "_factor",
         "_given",
         "_left_at",
@@ -377,6 +378,7 @@ class Speeds:
         self._given: deque[tuple[int, int]] = deque()  # uncached tokens and work of each leg that it has, in order
         self._work = 0  # of these, the sum
         self._elsewhere = 0
+        self._elsewhere_since = 0.0
         self._since = -inf  # busy time was counted up to here
         self._legs = 0  # legs that were computed together, so that they are one observation
         self._tokens = 0.0
@@ -497,11 +499,25 @@ class Speeds:
         """Uncached tokens that other workers of this gateway have outstanding here."""
         return self._elsewhere
 
-    @elsewhere_uncached.setter
-    def elsewhere_uncached(self, tokens: int) -> None:
-        if tokens != self._elsewhere:
+    def told_elsewhere(self, tokens: int, since: float) -> None:
+        """Other workers of this gateway have prefill legs here.
+
+        Arguments:
+            tokens: uncached ones of these legs; 0 where they have none any more.
+            since: their `since`, the latest where they are several.
+        """
+        if tokens != self._elsewhere or since != self._elsewhere_since:
+            if tokens < self._elsewhere and since > self._since and self._given:
+                self._since = since  # until then the engine has computed a leg of theirs
             self._elsewhere = _tokens(tokens)
+            self._elsewhere_since = since
             self._plan()
+
+    @property
+    def since(self) -> float:
+        """Since when the first of this worker's outstanding legs has been computed, as far as is known; where it has
+        none, when the last one ended."""
+        return self._since
 
     @property
     def outstanding(self) -> int:
@@ -558,16 +574,11 @@ class Speeds:
             self.free_at = self.rest = 0.0
             self.late_at = inf
             return
-        if given:
-            first = given[0][1]
-            front = min(work, first if first > _CHUNK else _CHUNK)
-            self.free_at = self._since + work * pace
-            self.rest = (work - front) * pace
-            self.late_at = self._since + 2.0 * front * pace + _OVERDUE
-        else:  # of what others have given it, it is not known since when
-            self.free_at = 0.0
-            self.rest = work * pace
-            self.late_at = inf
+        first, since = (given[0][1], self._since) if given else (0, self._elsewhere_since)
+        front = min(work, first if first > _CHUNK else _CHUNK)
+        self.free_at = since + work * pace
+        self.rest = (work - front) * pace
+        self.late_at = since + 2.0 * front * pace + _OVERDUE
 
     # Decode
 

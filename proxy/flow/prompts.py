@@ -158,7 +158,7 @@ class Sent:
         """Tell other workers what is left."""
         backend = self._computes
         if backend.tell_uncached is not None:
-            backend.tell_uncached(backend.speeds.outstanding)
+            backend.tell_uncached(backend.speeds.outstanding, backend.speeds.since)
 
     def __enter__(self) -> Sent:
         return self
