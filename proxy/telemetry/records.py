@@ -208,11 +208,12 @@ class RequestRecord(msgspec.Struct):
     @property
     def tpot(self) -> float | None:
         """(last token - first token) / (tokens - 1), for streams of two tokens or more: decode's pace. Where the first
-        was prefill's, it is counted from decode's own first: what lies between is `handoff_gap`."""
+        was prefill's, it is counted from decode's own first: what lies between is `handoff_gap`. The last counts from
+        when it was read, and the first from when it was passed on: of one read it is the later of the two."""
         first, last, tokens = self.first_token, self.last_token, self.tokens
         if self.second_token is not None:
             first, tokens = self.second_token, tokens - 1
-        return None if first is None or last is None or tokens < 2 else (last - first) / (tokens - 1)
+        return None if first is None or last is None or tokens < 2 else max(0.0, last - first) / (tokens - 1)
 
 
 class PrefixCounts:

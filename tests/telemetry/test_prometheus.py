@@ -231,7 +231,10 @@ def test_a_request_without_tokens_has_no_times_of_them(scene: Scene) -> None:
 
 @pytest.mark.parametrize(
     ("first", "last", "tokens", "tpot"),
-    [(1.0, 3.0, 5, 0.5), (1.0, 1.0, 2, 0.0), (1.0, 1.0, 1, None), (None, None, 7, None), (1.0, None, 7, None)],
+    [
+        *((1.0, 3.0, 5, 0.5), (1.0, 1.0, 2, 0.0), (1.0, 1.0, 1, None), (None, None, 7, None), (1.0, None, 7, None)),
+        (2.0, 1.5, 2, 0.0),
+    ],
 )
 def test_time_per_output_token_is_the_mean_gap(
     first: float | None, last: float | None, tokens: int, tpot: float | None
