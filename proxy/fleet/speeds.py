@@ -54,6 +54,8 @@ _GAP_WEIGHT = 0.25
 _WINDOW = 8.0  # seconds over which prefill's share of an engine that decodes is counted
 _MIXED = 1.0  # seconds after a prefill in which gaps have its chunks in them
 _GAP_HOLDS = 30.0  # seconds for which an observed gap says how an engine is now
+_HANDOFF_PAUSE = 0.05  # seconds between two hand-offs that are looked at: they say much the same
+_OBSERVED = 0.01  # seconds of busy time that one observation of the pace has at least: of less a clock says little
 _ALONE = 0.25  # of what a leg should take: if it is answered sooner, it was computed with the one before
 
 
@@ -352,6 +354,7 @@ class Speeds:
         "_given",
         "_left_at",
         "_legs",
+        "_next_handoff",
         "_pace",
         "_seconds",
         "_since",
@@ -379,6 +382,7 @@ class Speeds:
         self._work = 0  # of these, the sum
         self._elsewhere = 0
         self._elsewhere_since = 0.0
+        self._next_handoff = 0.0  # when one is looked at again
         self._since = -inf  # busy time was counted up to here
         self._legs = 0  # legs that were computed together, so that they are one observation
         self._tokens = 0.0
@@ -442,14 +446,15 @@ class Speeds:
         if self._elsewhere and passed:  # other workers' legs are computed in the same time
             own = self._work + work
             passed *= own / (own + self._elsewhere) if own else 0.0
-        if self._seconds > 0.0 and passed > _ALONE * work * self.pace:
+        enough = self._seconds >= _OBSERVED or self._pace.seen == 0.0
+        if enough and self._seconds > 0.0 and passed > _ALONE * work * self.pace:
             self._learn()
         self._legs += 1
         self._tokens += computed
         self._tokens_before += computed * (prompt - 0.5 * computed)
         self._work_done += work
         self._seconds += passed
-        if not given:
+        if not given and (self._seconds >= _OBSERVED or self._pace.seen == 0.0):
             self._learn()
         self._plan()
 
@@ -473,7 +478,7 @@ class Speeds:
             self._work -= given.popleft()[1]
 
     def _learn(self) -> None:
-        """What was computed together is one observation of the pace."""
+        """What was computed together is one observation of the pace, and so are some legs that took next to no time."""
         work, seconds, legs = self._work_done, self._seconds, self._legs
         tokens, before = self._tokens, self._tokens_before
         self._legs = 0
@@ -637,7 +642,8 @@ class Speeds:
 
     def handed_over(self, seconds: float, tokens: int, now: float) -> None:
         """A hand-off to it took so long, from prefill's answer to decode's first token, for a prompt of `tokens`."""
-        if 0.0 < seconds <= _MOST_SECONDS:
+        if 0.0 < seconds <= _MOST_SECONDS and now >= self._next_handoff:
+            self._next_handoff = now + _HANDOFF_PAUSE
             self.pool.handed_over(_tokens(tokens), seconds)
 
     def handoff(self, tokens: int) -> float:

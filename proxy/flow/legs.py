@@ -277,12 +277,15 @@ def leg_of(backend: Backend) -> LegName:
 
 def _heard(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
     """Decode's first token is here: it has what it was handed."""
-    if attempt.sent is not None:
-        attempt.sent.heard()
+    sent = attempt.sent
     if (limbo := attempt.limbo) is not None:
-        attempt.request.record.handoff_seconds = seconds = monotonic() - limbo.since
-        lease.backend.speeds.handed_over(seconds, attempt.request.prefill_tokens, monotonic())
+        now = monotonic()
+        attempt.request.record.handoff_seconds = seconds = now - limbo.since
+        if sent is not None:
+            lease.backend.speeds.handed_over(seconds, attempt.request.prefill_tokens, now)
         limbo.close()
+    if sent is not None:
+        sent.heard()
     lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
 
 

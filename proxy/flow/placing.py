@@ -49,6 +49,8 @@ _SAYS_NOTHING = {
         HandoffExpired,
     )
 }
+_WORTH_LOOKING = 0.005  # seconds to compute a prompt, from which somebody may have it: less is soon done anywhere
+_PACED = 1.0  # seconds for which the slowest engine's pace is taken to be so
 _LEARNING = frozenset({"auto"})
 _LOOKING = frozenset({"auto", "prefix"})
 """The policies that want to know what engines have in their caches."""
@@ -89,6 +91,8 @@ class Placing:
         self.wants_sessions = "session" in named
         self._local_prefill = settings.fallback == "local_prefill"
         self._turn = 1
+        self._pace = 0.0  # seconds for a token, of the slowest engine
+        self._paced_until = 0.0
         self.decisions = Decisions()
         usual = settings.targets
         self._usual_targets = usual.ttft, usual.tpot
@@ -230,15 +234,18 @@ class Placing:
     def ask(self, request: Request) -> Ask:
         """What a request asks of placement now."""
         ttft, tpot = self._targets.get(request.record.client, self._usual_targets)
-        cached, prompt = NOTHING_CACHED, request.prefill_tokens
-        if self.looks:
+        cached, prompt, now = NOTHING_CACHED, request.prefill_tokens, monotonic()
+        if now >= self._paced_until:
+            self._pace = max((backend.speeds.pace for backend in self._fleet), default=0.0)
+            self._paced_until = now + _PACED
+        if self.looks and (prompt * self._pace > _WORTH_LOOKING or request.chain is not None):
             cached = self._prompts.cached(request)
             if request.chain is not None and request.chain.tokens:
                 prompt = request.chain.tokens
         return Ask(
             self._random,
             self._turn,
-            monotonic(),
+            now,
             prompt,
             request.decode_tokens,
             cached,

@@ -21,7 +21,7 @@ from proxy.telemetry.records import PrefixCounts
 
 _MOST_TOKENS = 4  # times what was estimated from a prompt's bytes: a token has at least one of them
 _TEMPLATE = 1024  # tokens that a chat template may add to a prompt
-_SHORTEST = 256  # tokens of prompts that are looked for: fewer are computed in less time than an engine may be busy
+_SHORTEST = 16  # tokens: the smallest block of an engine that is known of
 
 
 class Sent:

@@ -40,6 +40,8 @@ MOST = 2048
 """Uncached tokens that a decode engine may prefill for itself."""
 MOST_SPILT = 8192
 """Those that it may where the request would miss its target for the first token otherwise."""
+AT_ONCE = 0.05
+"""Seconds: a first token by then is soon enough, whoever else could give it."""
 SHORT = 256
 """Uncached tokens for which it need only be sooner."""
 SPARE = 0.9
@@ -86,6 +88,8 @@ def instead(prefill: L, decode: L, decodes: Sequence[L], mixed: Sequence[L], ask
     if not decodes and not mixed:
         return None
     remote = time_to_first_token(prefill, ask) + decode.speeds.handoff(ask.prompt_tokens)
+    if remote < AT_ONCE:
+        return None
     soonest, best = remote, None
     late = remote > _ttft(ask)
     if mixed:

@@ -40,7 +40,7 @@ def served(engines: Iterable[Simulator]) -> list[int]:
 
 
 async def test_a_conversation_goes_on_where_its_beginning_is_cached() -> None:
-    async with pools(prefill=4, decode=1) as (running, engines, _):
+    async with pools(prefill=4, decode=1, engine={"prefill_rate": 20_000.0}) as (running, engines, _):
         for turns in range(1, 6):
             await ask(running, conversation(turns))
         assert sorted(served(engines)) == [0, 0, 0, 5]
