@@ -172,7 +172,11 @@ async def test_an_engine_that_has_been_started_anew_is_used_at_once() -> None:
 
 
 async def test_one_that_drains_refuses_and_gets_nothing_more_while_what_it_has_ends() -> None:
-    async with pools(1, 2, engine={**ENGINE, "shutdown_timeout": 30.0}) as (running, _, d):
+    async with pools(1, 2, engine={**ENGINE, "shutdown_timeout": 30.0}, policy={"decode": "least_loaded"}) as (
+        running,
+        _,
+        d,
+    ):
         body = body_of(CHAT, max_tokens=200)
         asking = asyncio.create_task(ask(running, CHAT, body))
         await until(busy(d))
