@@ -411,16 +411,25 @@ class Speeds:
             uncached: tokens of its prompt that it is believed to have to compute.
             prompt: its length in tokens; what is less than `uncached` is as long as that.
         """
-        uncached, prompt = _tokens(uncached), _tokens(prompt)
-        if not self._given:
-            self._since = now
-        work = self.pool.work(uncached, prompt if prompt > uncached else uncached)
-        self._given.append((uncached, work))
-        self._work += work
+        if not 0 <= uncached <= prompt <= MOST_TOKENS:
+            uncached, prompt = _tokens(uncached), max(_tokens(uncached), _tokens(prompt))
+        given = self._given
+        work = self.pool.work(uncached, prompt)
         if self.gap:  # it decodes, too
             self._disturbed = self._disturbed * exp(min(0.0, self._disturbed_at - now) / _WINDOW) + work * self.pace
             self._disturbed_at = now
-        self._plan()
+        if given or self._elsewhere:
+            given.append((uncached, work))
+            self._work += work
+            self._plan()
+            return
+        given.append((uncached, work))  # as `_plan` has it of one leg alone
+        self._work = work
+        self._since = now
+        seconds = work * self.pace
+        self.free_at = now + seconds
+        self.rest = 0.0
+        self.late_at = now + 2.0 * seconds + _OVERDUE
 
     def answered(self, believed: int, computed: int, prompt: int, now: float) -> None:
         """A prefill leg ended well.
@@ -439,9 +448,9 @@ class Speeds:
             else:
                 self._taken(believed)
         self._since = now
-        prompt, computed = _tokens(prompt), _tokens(computed)
-        if computed > prompt:
-            computed = prompt
+        if not 0 <= computed <= prompt <= MOST_TOKENS:
+            prompt = _tokens(prompt)
+            computed = min(_tokens(computed), prompt)
         work = self.pool.work(computed, prompt)
         if self._elsewhere and passed:  # other workers' legs are computed in the same time
             own = self._work + work
@@ -456,7 +465,11 @@ class Speeds:
         self._seconds += passed
         if not given and (self._seconds >= _OBSERVED or self._pace.seen == 0.0):
             self._learn()
-        self._plan()
+        if given or self._elsewhere:
+            self._plan()
+        else:
+            self.free_at = self.rest = 0.0
+            self.late_at = inf
 
     def withdrawn(self, believed: int, now: float) -> None:
         """A prefill leg failed, or was cancelled: it is not outstanding any more, and says nothing of the pace."""

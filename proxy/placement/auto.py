@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from proxy.placement.ask import Ask, uncached
-from proxy.placement.policies import POLICIES, Candidate, Choice, load
+from proxy.placement.policies import POLICIES, Candidate, Choice, lightest
 
 LONG = 4.0
 """Seconds of own work from which a prompt is long, where its client has no target for the first token."""
@@ -269,13 +269,12 @@ def time_to_last_token(candidate: Learnt, ask: Ask) -> float:
 def _least(candidates: Sequence[Learnt], costs: Sequence[float], ask: Ask) -> int:
     """The index of the least cost; among equals that of the least loaded, and among those a random one."""
     least = min(costs)
-    if costs.count(least) == 1:
+    same = costs.count(least)
+    if same == 1:
         return costs.index(least)
-    equal = [index for index, cost in enumerate(costs) if cost == least]
-    loads = [load(candidates[index]) for index in equal]
-    lightest = min(loads)
-    equal = [index for index, value in zip(equal, loads, strict=True) if value == lightest]
-    return equal[int(ask.random() * len(equal))]
+    if same == len(costs):
+        return lightest(candidates, range(same), ask)
+    return lightest(candidates, [index for index, cost in enumerate(costs) if cost == least], ask)
 
 
 CHOICES: dict[str, dict[str, Choice]] = {

@@ -60,12 +60,26 @@ def _or_next(candidates: Sequence[Candidate], index: int, ask: Ask) -> int:
 def least_loaded(candidates: Sequence[Candidate], ask: Ask) -> int:
     """The one with the fewest tokens in flight; among equals a random one, so that gateways started together do not
     all send their first requests to the same backend."""
-    if len(candidates) == 1:
-        return 0
-    loads = [load(candidate) for candidate in candidates]
-    least = min(loads)
-    equal = [index for index, value in enumerate(loads) if value == least]
-    return equal[int(ask.random() * len(equal))]
+    return 0 if len(candidates) == 1 else lightest(candidates, range(len(candidates)), ask)
+
+
+def lightest(candidates: Sequence[Candidate], among: Sequence[int], ask: Ask) -> int:
+    """The same of the candidates at some indices: their order is that of `load`, in two passes without a call."""
+    tokens = [((c := candidates[n]).inflight_tokens + c.elsewhere_tokens) / c.factor for n in among]
+    least = min(tokens)
+    same = tokens.count(least)
+    if same == 1:
+        return among[tokens.index(least)]
+    if same < len(tokens):
+        among = [n for n, value in zip(among, tokens, strict=True) if value == least]
+    requests = [((c := candidates[n]).inflight_requests + c.elsewhere_requests + 1) / c.factor for n in among]
+    fewest = min(requests)
+    same = requests.count(fewest)
+    if same == 1:
+        return among[requests.index(fewest)]
+    if same < len(requests):
+        among = [n for n, value in zip(among, requests, strict=True) if value == fewest]
+    return among[int(ask.random() * same)]
 
 
 def round_robin(candidates: Sequence[Candidate], ask: Ask) -> int:
