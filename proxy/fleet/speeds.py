@@ -418,16 +418,15 @@ class Speeds:
         if self.gap:  # it decodes, too
             self._disturbed = self._disturbed * exp(min(0.0, self._disturbed_at - now) / _WINDOW) + work * self.pace
             self._disturbed_at = now
-        if given or self._elsewhere:
-            given.append((uncached, work))
-            self._work += work
+        if not given:
+            self._since = now
+        given.append((uncached, work))
+        self._work += work
+        if len(given) > 1 or self._elsewhere:
             self._plan()
             return
-        given.append((uncached, work))  # as `_plan` has it of one leg alone
-        self._work = work
-        self._since = now
         seconds = work * self.pace
-        self.free_at = now + seconds
+        self.free_at = now + seconds  # as `_plan` has it of one leg alone
         self.rest = 0.0
         self.late_at = now + 2.0 * seconds + _OVERDUE
 

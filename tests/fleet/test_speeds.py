@@ -413,3 +413,10 @@ def test_gaps_with_prefills_chunks_in_them_do_not_make_an_engine_slow() -> None:
     assert engine.speeds.gap > 0.15, "they are what its streams have"
     assert engine.speeds.disturbed(engine.now) > 0.5
     assert engine.speeds.disturbed(engine.now + 100.0) < 0.01
+
+
+def test_a_first_leg_beside_other_workers_is_counted_from_now() -> None:
+    speeds = PoolSpeeds().join()
+    speeds.elsewhere_uncached = 4000
+    speeds.given(1000, 50.0, 1000)
+    assert isfinite(speeds.free_at) and speeds.ahead(50.0) > 0
