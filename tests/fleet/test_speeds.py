@@ -417,6 +417,6 @@ def test_gaps_with_prefills_chunks_in_them_do_not_make_an_engine_slow() -> None:
 
 def test_a_first_leg_beside_other_workers_is_counted_from_now() -> None:
     speeds = PoolSpeeds().join()
-    speeds.elsewhere_uncached = 4000
+    speeds.told_elsewhere(4000, 40.0)
     speeds.given(1000, 50.0, 1000)
     assert isfinite(speeds.free_at) and speeds.ahead(50.0) > 0
