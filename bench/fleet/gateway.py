@@ -20,6 +20,7 @@ from proxy.handoff.coordinates import Coordinates
 from proxy.placement.ask import Ask
 from proxy.placement.decide import decide
 from proxy.placement.eligibility import Members, Needs, Rules, eligible
+from proxy.placement.ranks import by_engine, rank_for
 from proxy.prefix.index import PrefixIndex
 
 WATCH = 0.25
@@ -59,6 +60,8 @@ class _Notes:
     prefill: Lease | None
     believed: int
     reason: str
+    prefill_name: str
+    decode_name: str
 
 
 class Gateway:
@@ -74,6 +77,7 @@ class Gateway:
 
     def __init__(self, policy: str, *, seed: int = 0, targets: bool = True) -> None:
         self._policies = POLICIES[policy]
+        self._looks = not {"auto", "prefix"}.isdisjoint(self._policies.values())
         self._random = Random(seed).random
         self._targets = targets
         self._turn = 0
@@ -98,14 +102,18 @@ class Gateway:
         self._places = {
             backend.url: number for pool in (self.prefill, self.decode) for number, backend in enumerate(pool)
         }
-        for backend, model in [*zip(self.prefill, fleet.kind.prefill, strict=True)]:
-            self.index.join(backend.url, model.capacity * fleet.kind.ranks)
-        for backend, one in [*zip(self.decode, fleet.kind.decode, strict=True)]:
-            self.index.join(backend.url, one.capacity * fleet.kind.ranks)
-            backend.speeds.capacity = one.capacity * fleet.kind.ranks
+        self._ranked: dict[str, Backend] = {}
         for backend in (*self.prefill, *self.decode):
             backend.locate(ranks)
             backend.mark_up()
+            if backend.ranks:
+                self._ranked.update(dict.fromkeys((backend.url, *backend.rank_names), backend))
+        capacities = [*(one.capacity for one in fleet.kind.prefill), *(one.capacity for one in fleet.kind.decode)]
+        for backend, size in zip((*self.prefill, *self.decode), capacities, strict=True):
+            for name in backend.rank_names or (backend.url,):
+                self.index.join(name, size)
+        for backend, one in zip(self.decode, fleet.kind.decode, strict=True):
+            backend.speeds.capacity = one.capacity * fleet.kind.ranks
         # Of each decode engine, at the last looks: its steps, and the seconds that they took.
         self._seen = [deque([(0.0, 0.0)], maxlen=_WINDOW + 1) for _ in self.decode]
         self._inside = 0
@@ -127,6 +135,8 @@ class Gateway:
             request.ttft if self._targets else None,
             request.tpot if self._targets else None,
         )
+        if self._ranked and ask.cached:
+            ask.cached = by_engine(ask, self._ranked)
         needs: Needs[Backend] = Needs(None, tokens, ask.decode_tokens, "chat", "/v1/chat/completions")
         found = eligible(self._members, needs, RULES)
         decision = decide(found.view, ask, alone=found.alone, policies=self._policies, allow_local_prefill=True)
@@ -136,18 +146,22 @@ class Gateway:
         believed = ask.uncached(computes.url)
         self.expected += tokens - believed
         job.decode = self._places[decode.url]
-        lease = Lease(decode, ask.decode_tokens)
+        rank = rank_for(computes, ask) if computes.ranks and self._looks else None
+        lease = Lease(decode, ask.decode_tokens, rank if prefill is None else None)
         job.decode_rank = lease.rank or 0
-        prefill_lease = None
+        prefill_lease, prefill_name, decode_name = None, "", _name(lease)
         if prefill is not None:
-            prefill_lease = Lease(prefill, tokens)
+            prefill_lease = Lease(prefill, tokens, rank)
             job.prefill, job.prefill_rank = self._places[prefill.url], prefill_lease.rank or 0
-            self.index.enter(prefill.url, chain, now)
+            prefill_name = _name(prefill_lease)
+            self.index.enter(prefill_name, chain, now)
         else:
             job.prefill = -1
-        self.index.enter(decode.url, chain, now)
+        self.index.enter(decode_name, chain, now)
         computes.speeds.given(believed, now, tokens)
-        job.notes = _Notes(lease, prefill_lease, believed, decision.reason)
+        if rank is not None:
+            computes.rank_work[rank] += believed
+        job.notes = _Notes(lease, prefill_lease, believed, decision.reason, prefill_name, decode_name)
         self._inside += 1
         if not self._watching:
             self._watching = True
@@ -158,8 +172,9 @@ class Gateway:
         assert notes.prefill is not None
         backend = notes.prefill.backend
         notes.prefill.release()
+        _computed(notes.prefill, notes.believed)
         backend.speeds.answered(notes.believed, prompt.tokens - job.cached, prompt.tokens, self._clock.now)
-        self.index.correct(backend.url, prompt.chain, job.cached, prompt.tokens)
+        self.index.correct(notes.prefill_name, prompt.chain, job.cached, prompt.tokens)
 
     def first(self, job: Job) -> None:
         notes, now = _notes(job), self._clock.now
@@ -168,24 +183,25 @@ class Gateway:
             backend.speeds.handed_over(now - job.prefilled, prompt.estimate, now)
         else:
             # What it had found in its cache is in its usage, which comes with the end of the stream.
+            _computed(notes.decode, notes.believed)
             backend.speeds.answered(notes.believed, notes.believed, prompt.estimate, now)
 
     def ended(self, job: Job) -> None:
         notes, prompt = _notes(job), job.request.prompt
-        url = notes.decode.backend.url
         notes.decode.release()
         if notes.prefill is None:
-            self.index.correct(url, prompt.chain, job.cached, prompt.tokens)
+            self.index.correct(notes.decode_name, prompt.chain, job.cached, prompt.tokens)
         else:
-            self.index.settle(url, prompt.chain)
+            self.index.settle(notes.decode_name, prompt.chain)
         self._inside -= 1
 
     def failed(self, job: Job) -> None:
         notes, chain, now = _notes(job), job.request.prompt.chain, self._clock.now
         assert notes.prefill is not None
-        for lease in (notes.prefill, notes.decode):
+        for lease, name in ((notes.prefill, notes.prefill_name), (notes.decode, notes.decode_name)):
             lease.release()
-            self.index.withdraw(lease.backend.url, chain)
+            self.index.withdraw(name, chain)
+        _computed(notes.prefill, notes.believed)
         notes.prefill.backend.speeds.withdrawn(notes.believed, now)
         self._inside -= 1
 
@@ -194,7 +210,8 @@ class Gateway:
         if up:
             backend.mark_up()
             backend.speeds.returned(now)
-            self.index.clear(backend.url)
+            for name in backend.rank_names or (backend.url,):
+                self.index.clear(name)
         else:
             backend.mark_down("is gone")
             backend.speeds.left(now)
@@ -219,6 +236,18 @@ class Gateway:
         self._watching = self._inside > 0
         if self._watching:
             self._clock.at(now + WATCH, self._watch)
+
+
+def _name(lease: Lease) -> str:
+    """What the index calls where a lease is for."""
+    backend = lease.backend
+    return backend.url if lease.rank is None else backend.rank_names[lease.rank]
+
+
+def _computed(lease: Lease, believed: int) -> None:
+    """A rank need not prefill a prompt any more."""
+    if lease.rank is not None:
+        lease.backend.rank_work[lease.rank] -= believed
 
 
 def _notes(job: Job) -> _Notes:

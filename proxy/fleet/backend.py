@@ -20,6 +20,7 @@ from proxy.fleet.kinds import KINDS, Kind
 from proxy.fleet.speeds import PoolSpeeds, Speeds
 from proxy.fleet.standing import LegName, Standing
 from proxy.handoff.coordinates import Coordinates
+from proxy.prefix.index import rank_name
 
 Role = Literal["prefill", "decode", "mixed", "encode"]
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed", "encode")
@@ -47,6 +48,8 @@ class Backend:
         coordinates: where its side of a hand-off is reached.
         registered: its engine says, again and again, where that is; who should and does not is out of the rotation.
         ranks: tokens in flight on each of its data-parallel ranks; empty where it has but one.
+        rank_work: tokens that each of them has yet to prefill, as far as that is kept account of (`flow/prompts.py`).
+        rank_names: what each of them is called in the prefix index.
         facts: what is surely true of the engine that is there now; None while nothing is.
         engine_id: what its hand-offs have called it since the facts were learnt, or empty.
         handoff: what was last found of its hand-offs, by a warm-up or by a request.
@@ -96,6 +99,8 @@ class Backend:
         "most_tokens",
         "on_freed",
         "open_handoffs",
+        "rank_names",
+        "rank_work",
         "ranks",
         "reason",
         "reasons",
@@ -138,6 +143,8 @@ class Backend:
         self.registered = False
         self._located: Coordinates | None = None  # what they were before something was remembered
         self.ranks: list[int] = []
+        self.rank_work: list[int] = []
+        self.rank_names: tuple[str, ...] = ()
         self.facts: Facts | None = None
         self.engine_id = ""
         self.handoff: HandoffState = NEVER
@@ -196,8 +203,10 @@ class Backend:
     def locate(self, coordinates: Coordinates) -> None:
         """From now on these are its coordinates."""
         self.coordinates = coordinates
-        if len(self.ranks) != (coordinates.dp if coordinates.dp > 1 else 0):
-            self.ranks = [0] * coordinates.dp if coordinates.dp > 1 else []
+        count = coordinates.dp if coordinates.dp > 1 else 0
+        if len(self.ranks) != count:
+            self.ranks, self.rank_work = [0] * count, [0] * count
+            self.rank_names = tuple(rank_name(self.url, rank) for rank in range(count))
 
     def remember(self, coordinates: Coordinates) -> None:
         """A hand-off has told these coordinates: they hold until `forget_location`."""
@@ -240,15 +249,17 @@ class Lease:
 
     Arguments:
         tokens: what the leg will put on the backend: prompt tokens for prefill; prompt and expected output for decode.
+        rank: the backend's data-parallel rank that the leg is for, where it has several; without it the one with the
+            fewest tokens in flight.
     Attributes:
         on_lost: called when the backend is given up while the leg waits for its first byte; None when the leg does
             not wish to know.
-        rank: the least loaded of the backend's data-parallel ranks, which the leg is for; None where it has but one.
+        rank: the backend's data-parallel rank that the leg is for; None where it has but one.
     """
 
     __slots__ = ("_ranks", "backend", "on_lost", "rank", "tokens")
 
-    def __init__(self, backend: Backend, tokens: int) -> None:
+    def __init__(self, backend: Backend, tokens: int, rank: int | None = None) -> None:
         self.backend = backend
         self.tokens = tokens
         self.on_lost: Callable[[BackendError], None] | None = None
@@ -260,8 +271,10 @@ class Lease:
         self.rank: int | None = None
         if backend.ranks:
             self._ranks = backend.ranks  # the list that is counted in, should its engine come back with another
-            self.rank = min(range(len(self._ranks)), key=self._ranks.__getitem__)
-            self._ranks[self.rank] += tokens
+            if rank is None or rank >= len(self._ranks):
+                rank = min(range(len(self._ranks)), key=self._ranks.__getitem__)
+            self.rank = rank
+            self._ranks[rank] += tokens
 
     def release(self) -> None:
         backend = self.backend

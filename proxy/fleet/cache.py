@@ -23,10 +23,12 @@ class Cache(msgspec.Struct, frozen=True):
     Attributes:
         tokens: that it has place for; 0 where it does not say.
         caching: it has a prefix cache; None where it does not say.
+        caches: of how many data-parallel ranks the tokens are the sum.
     """
 
     tokens: int = 0
     caching: bool | None = None
+    caches: int = 1
 
 
 def read_cache(metrics: bytes) -> Cache:
@@ -38,7 +40,8 @@ def read_cache(metrics: bytes) -> Cache:
     """
     tokens = 0
     said: set[bytes] = set()
-    for labels in _VLLM.findall(metrics):
+    lines = _VLLM.findall(metrics)
+    for labels in lines:
         size, count = _BLOCK_SIZE.search(labels), _BLOCKS.search(labels)
         if size is not None and count is not None:
             tokens += int(size[1]) * int(count[1])
@@ -49,4 +52,5 @@ def read_cache(metrics: bytes) -> Cache:
     return Cache(
         tokens=tokens if tokens <= _MOST else 0,
         caching=False if b"False" in said else True if said == {b"True"} else None,
+        caches=max(1, len(lines)),
     )

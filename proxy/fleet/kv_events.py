@@ -30,6 +30,7 @@ from proxy.fleet.kv_follower import Follower, Turns
 from proxy.prefix.chain import Chain
 from proxy.prefix.corrections import Corrections, Index
 from proxy.prefix.engine_cache import EngineCache
+from proxy.prefix.index import rank_name
 from proxy.settings import Settings
 
 log = logging.getLogger("pd_proxy.fleet")
@@ -70,6 +71,11 @@ class _Followed(NamedTuple):
     url: str
     rank: int
     ranks: int
+
+    @property
+    def name(self) -> str:
+        """What the index calls it."""
+        return self.url if self.ranks == 1 else rank_name(self.url, self.rank)
 
 
 class KvEvents:
@@ -148,8 +154,7 @@ class KvEvents:
     def lost(self, backend: Backend) -> None:
         """An engine's entries were dropped from the index, since it is perhaps another by now: those that it still has,
         by its events, are entered again."""
-        if backend.url in self.corrections.held:
-            self._to_restore.add(backend.url)
+        self._to_restore.update(one.name for one in self._followed if one.url == backend.url)
 
     # What requests tell
 
@@ -268,16 +273,16 @@ class KvEvents:
     async def _restore(self) -> None:
         """Enter what engines have in an index that knows them only now, or has dropped it. One that is out for a while
         may have restarted: it is left until its publisher is connected again, and was asked."""
-        for url in list(self._to_restore):
-            settled = all(follower.settled for one, follower in self._followers.items() if one.url == url)
-            if settled and self.corrections.joined(url):
-                self._to_restore.discard(url)
-                await self._turns.take(self.corrections.restore(url))
+        for one, follower in list(self._followers.items()):
+            name = one.name
+            if name in self._to_restore and follower.settled and self.corrections.joined(name):
+                self._to_restore.discard(name)
+                await self._turns.take(self.corrections.restore(name))
 
     def _follow(self, one: _Followed, backend: Backend) -> None:
-        held = self.corrections.held.get(one.url) or self.corrections.join(one.url, one.ranks)
-        if not self.corrections.joined(one.url):
-            self._to_restore.add(one.url)
+        held = self.corrections.join(one.name)
+        if not self.corrections.joined(one.name):
+            self._to_restore.add(one.name)
         cache = EngineCache(
             held, partial(model_of, backend), self._key, self.events, partial(self._complain, f"{backend.url}")
         )
@@ -292,8 +297,8 @@ class KvEvents:
     def _unfollow(self, one: _Followed) -> None:
         self._followed.pop(one).cancel()
         self._followers.pop(one, None)
-        self.corrections.leave(one.url)
-        self._to_restore.discard(one.url)
+        self.corrections.leave(one.name)
+        self._to_restore.discard(one.name)
 
     async def _stay(self, follower: Follower, cache: EngineCache) -> None:
         """Follow one publisher, and go on after what should not have happened."""

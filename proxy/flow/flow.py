@@ -254,10 +254,12 @@ class Flow:
                 assert prefill.facts is not None and decode.facts is not None
                 facts = prefill.facts, decode.facts
         media = self._encoders.media(request) if self._fleet.sizes["encode"] else ()
+        computes = prefill or decode
+        rank = self._placing.rank(request, computes) if computes.ranks else None
         with (
-            Lease(decode, request.decode_tokens) as lease,
-            _lease(prefill, request) as prefill_lease,
-            self._placing.sent(request, decision) or _NOBODY as sent,
+            Lease(decode, request.decode_tokens, rank if prefill is None else None) as lease,
+            _lease(prefill, request, rank) as prefill_lease,
+            self._placing.sent(request, lease, prefill_lease) or _NOBODY as sent,
         ):
             attempt = new_try(
                 request,
@@ -353,7 +355,7 @@ class Flow:
 
     async def _run_out(self, prefilling: asyncio.Task[None], lease: Lease, sent: Sent | None) -> None:
         """A prefill leg goes on without its request: nobody waits for it, but it is work for its engine."""
-        with Lease(lease.backend, lease.tokens):
+        with Lease(lease.backend, lease.tokens, lease.rank):
             await asyncio.wait((prefilling,))
         await _ended(prefilling)
         if sent is not None:
@@ -520,11 +522,11 @@ class Flow:
         lease.release()
         request.record.decode = other.url
         attempt.goes_to(other)
-        if attempt.sent is not None:
-            attempt.sent.goes_to(other)
         if attempt.facts is not None and other.facts is not None:
             attempt.facts, attempt.decode = (attempt.facts[0], other.facts), other
         with Lease(other, request.decode_tokens) as lease:
+            if attempt.sent is not None:
+                attempt.sent.goes_to(other, lease.rank)
             await self._decode(attempt, other, lease)
 
     def _other_decode(self, attempt: Try) -> Backend | None:
@@ -564,9 +566,9 @@ class Flow:
 _NOBODY = nullcontext(None)
 
 
-def _lease(prefill: Backend | None, request: Request) -> AbstractContextManager[Lease | None]:
+def _lease(prefill: Backend | None, request: Request, rank: int | None) -> AbstractContextManager[Lease | None]:
     """The lease for the prefill leg, where there is to be one."""
-    return _NOBODY if prefill is None else Lease(prefill, request.prefill_tokens)
+    return _NOBODY if prefill is None else Lease(prefill, request.prefill_tokens, rank)
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

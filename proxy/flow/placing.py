@@ -19,7 +19,7 @@ from proxy.errors import (
     InvalidRequest,
     NoBackend,
 )
-from proxy.fleet.backend import Backend
+from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.kinds import KINDS, Kind
 from proxy.fleet.pairing import same_weights
@@ -34,6 +34,7 @@ from proxy.placement.ask import NOTHING_CACHED, Ask
 from proxy.placement.auto import time_to_first_token
 from proxy.placement.decide import Decision, View, choose, decide
 from proxy.placement.eligibility import Eligible, Members, Needs, Rules, eligible, left_out
+from proxy.placement.ranks import by_engine, rank_for
 from proxy.settings import Settings
 
 _SAYS_NOTHING = {
@@ -242,7 +243,7 @@ class Placing:
             cached = self._prompts.cached(request)
             if request.chain is not None and request.chain.tokens:
                 prompt = request.chain.tokens
-        return Ask(
+        ask = Ask(
             self._random,
             self._turn,
             now,
@@ -255,14 +256,29 @@ class Placing:
             request.avoid,
             request.prefill,
         )
+        if self._prompts.ranked and cached and LAYOUTS[request.body.endpoint].ranked:
+            ask.cached = by_engine(ask, self._prompts.ranked)
+        return ask
 
-    def sent(self, request: Request, decision: Decision[Backend]) -> Sent | None:
+    def rank(self, request: Request, computes: Backend) -> int | None:
+        """The data-parallel rank that computes the prompt of a request that was placed; None for the least loaded.
+
+        Arguments:
+            computes: its backend, which has several.
+        """
+        if not self.looks or not LAYOUTS[request.body.endpoint].ranked:
+            return None
+        assert request.ask is not None
+        return rank_for(computes, request.ask)
+
+    def sent(self, request: Request, decode: Lease, prefill: Lease | None) -> Sent | None:
         """A try sends its prompt to where it was placed; None where nobody wants to know."""
         if not self._learns and not self.looks:
             return None
         assert request.ask is not None
-        computes, decode = (decision.prefill, decision.decode) if decision.prefill else (decision.decode, None)
-        return self._prompts.sent(request, request.ask, computes, decode)
+        if prefill is None:
+            return self._prompts.sent(request, request.ask, decode, None)
+        return self._prompts.sent(request, request.ask, prefill, decode)
 
     def ended(self, request: Request) -> None:
         """A request has ended, well or not."""

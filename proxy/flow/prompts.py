@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from time import monotonic
 from types import TracebackType
 
-from proxy.fleet.backend import Backend
+from proxy.fleet.backend import Backend, Lease
 from proxy.fleet.cache import Cache
 from proxy.fleet.kv_events import KvEvents
 from proxy.fleet.speeds import MOST_TOKENS
 from proxy.flow.request import Request
+from proxy.handoff.endpoints import LAYOUTS
 from proxy.placement.ask import Ask
 from proxy.prefix.chain import EMPTY, Chain, chain_of
 from proxy.prefix.earlier import EarlierChains
@@ -35,11 +36,13 @@ class Sent:
         counts: of what was expected and found in caches.
         most: tokens that the prompt may have. An engine that reports more is not believed: it would be taken for a fast
             one, and get the others' requests.
+        rank, decode_rank: of `computes` and of `decode`, to which it is sent; None where there is but one.
+        ranked: engines are told the rank. Otherwise they choose one by themselves, and nobody knows which.
     """
 
     __slots__ = (
-        *("_answered", "_believed", "_chain", "_computes", "_counts", "_decode", "_index", "_most", "_prompt"),
-        *("_runs_on", "_settled"),
+        *("_answered", "_believed", "_chain", "_computes", "_counts", "_decode", "_decode_name", "_index", "_most"),
+        *("_name", "_prompt", "_rank", "_ranked", "_runs_on", "_settled", "_work"),
     )
 
     def __init__(
@@ -52,6 +55,10 @@ class Sent:
         believed: int,
         counts: PrefixCounts,
         most: int = MOST_TOKENS,
+        rank: int | None = None,
+        decode_rank: int | None = None,
+        *,
+        ranked: bool = True,
     ) -> None:
         self._index = index
         self._most = most
@@ -64,13 +71,22 @@ class Sent:
         self._answered = False
         self._settled = False
         self._runs_on = False
+        self._ranked = ranked
+        self._name = computes.url
+        self._work: list[int] | None = None
+        if rank is not None and ranked:
+            self._rank = rank
+            self._name = computes.rank_names[rank]
+            self._work = computes.rank_work  # this very list, should the engine come back with another
+            self._work[rank] += believed
         now = monotonic()
         computes.speeds.given(believed, now, prompt)
         self._tell()
         if chain.hashes:
-            index.enter(computes.url, chain, now)
+            index.enter(self._name, chain, now)
             if decode is not None:
-                index.enter(decode.url, chain, now)
+                self._decode_name = self._name_of(decode, decode_rank)
+                index.enter(self._decode_name, chain, now)
 
     def prefilled(self, cached: int | None, prompt: int) -> None:
         """The prefill leg has answered.
@@ -89,7 +105,7 @@ class Sent:
             self._answer(self._believed, self._prompt)
         decode, self._decode = self._decode, None
         if decode is not None and self._chain.hashes:
-            self._index.settle(decode.url, self._chain)
+            self._index.settle(self._decode_name, self._chain)
 
     def ended(self) -> None:
         """The leg that answers the client has ended well, in one piece: if its engine computed the prompt, nobody knows
@@ -97,7 +113,7 @@ class Sent:
         if not self._answered:
             self._answered = True
             self._computes.speeds.withdrawn(self._believed, monotonic())
-            self._tell()
+            self._done()
         self.heard()
         self.counted(None, 0)
 
@@ -120,15 +136,16 @@ class Sent:
             # Estimated tokens become the engine's, which counts the same prompt.
             expected = (own - self._believed) * prompt // own if own else 0
             self._counts.note(computes.role, computes.url, expected, min(cached, prompt))
-            self._index.correct(computes.url, self._chain, cached, prompt)
+            self._index.correct(self._name, self._chain, cached, prompt)
         else:
-            self._index.settle(self._computes.url, self._chain)
+            self._index.settle(self._name, self._chain)
 
-    def goes_to(self, other: Backend) -> None:
-        """The hand-off goes to another backend."""
+    def goes_to(self, other: Backend, rank: int | None = None) -> None:
+        """The hand-off goes to another backend, and there to one of its ranks."""
         if self._decode is not None and self._chain.hashes:
-            self._index.withdraw(self._decode.url, self._chain)
-            self._index.enter(other.url, self._chain, monotonic())
+            self._index.withdraw(self._decode_name, self._chain)
+            self._decode_name = self._name_of(other, rank)
+            self._index.enter(self._decode_name, self._chain, monotonic())
         self._decode = other
 
     def runs_on(self) -> None:
@@ -141,17 +158,27 @@ class Sent:
         if not self._answered:
             self._answered = True
             backend.speeds.withdrawn(self._believed, monotonic())
-            self._tell()
+            self._done()
             if chain.hashes and not self._settled:
-                self._index.withdraw(backend.url, chain)
+                self._index.withdraw(self._name, chain)
         elif chain.hashes and not self._settled:
-            self._index.settle(backend.url, chain)
+            self._index.settle(self._name, chain)
         self._settled = True
+
+    def _name_of(self, backend: Backend, rank: int | None) -> str:
+        """What the index calls it."""
+        return backend.url if rank is None or not self._ranked else backend.rank_names[rank]
 
     def _answer(self, computed: int, prompt: int) -> None:
         self._answered = True
         backend = self._computes
         backend.speeds.answered(self._believed, computed, prompt, monotonic())
+        self._done()
+
+    def _done(self) -> None:
+        """Nothing of the prompt is left to compute."""
+        if self._work is not None:
+            self._work[self._rank] -= self._believed
         self._tell()
 
     def _tell(self) -> None:
@@ -169,7 +196,7 @@ class Sent:
         if not self._runs_on:
             self.over()
         if self._decode is not None and self._chain.hashes:
-            self._index.withdraw(self._decode.url, self._chain)
+            self._index.withdraw(self._decode_name, self._chain)
 
 
 class Prompts:
@@ -181,6 +208,8 @@ class Prompts:
     Attributes:
         counts: prompt tokens that were expected in caches, and those that were found.
         events: what engines publish of their caches, where they do.
+        ranked: the engines of several data-parallel ranks, by their ranks' names and by URL. To the index each rank is
+            an engine of its own, and the engine itself one more, for requests of which engines cannot be told the rank.
     """
 
     def __init__(self, index: PrefixIndex, key: bytes) -> None:
@@ -188,10 +217,12 @@ class Prompts:
         self._key = key
         self.counts = PrefixCounts()
         self.events: KvEvents | None = None
+        self.ranked: dict[str, Backend] = {}
+        self._rank_names: dict[str, tuple[str, ...]] = {}  # by URL
         self._earlier = EarlierChains()
 
     def cached(self, request: Request) -> Mapping[str, int]:
-        """Tokens of a request's prompt that engines are believed to have, by URL."""
+        """Tokens of a request's prompt that engines and ranks are believed to have, by their names in the index."""
         chain = request.chain
         if chain is None:
             chain = request.chain = self._chain(request)
@@ -207,17 +238,31 @@ class Prompts:
             return chain_of(body, self._key)
         return chain_of(body, self._key, self._earlier.find(body.follows))
 
-    def sent(self, request: Request, ask: Ask, computes: Backend, decode: Backend | None) -> Sent:
+    def sent(self, request: Request, ask: Ask, computes: Lease, decode: Lease | None) -> Sent:
         """A try of a request sends its prompt to an engine.
 
         Arguments:
             ask: by which the try was placed.
-            decode: the backend that is handed the prompt; None where `computes` does both.
+            decode: on the backend that is handed the prompt; None where `computes` does both.
         """
-        prompt, believed, most = ask.prompt_tokens, ask.uncached(computes.url), MOST_TOKENS
+        backend, prompt, most = computes.backend, ask.prompt_tokens, MOST_TOKENS
+        believed = ask.uncached(backend.url)
         if not request.body.media and not request.body.follows:  # else there is more than its bytes tell of
             most = _MOST_TOKENS * prompt + _TEMPLATE
-        return Sent(self.index, request.chain or EMPTY, prompt, computes, decode, believed, self.counts, most)
+        other, rank = (None, None) if decode is None else (decode.backend, decode.rank)
+        return Sent(
+            self.index,
+            request.chain or EMPTY,
+            prompt,
+            backend,
+            other,
+            believed,
+            self.counts,
+            most,
+            computes.rank,
+            rank,
+            ranked=LAYOUTS[request.body.endpoint].ranked,
+        )
 
     def ended(self, request: Request) -> None:
         """A request has ended, well or not: its engine may have told the prompt's ids."""
@@ -233,15 +278,32 @@ class Prompts:
 
     def learnt(self, backend: Backend, cache: Cache) -> None:
         """An engine has said how large its KV cache is, and whether it finds prefixes in it."""
-        self.index.join(backend.url, cache.tokens, cache.caching is not False)
+        url, names, caching = backend.url, backend.rank_names, cache.caching is not False
+        self.index.join(url, cache.tokens, caching)
+        if names != self._rank_names.get(url, ()):
+            self._forget_ranks(url)
+            if names:
+                self._rank_names[url] = names
+                self.ranked.update(dict.fromkeys((url, *names), backend))
+        for name in names:
+            self.index.join(name, cache.tokens // cache.caches, caching)
 
     def lost(self, backend: Backend) -> None:
         """An engine's prefix cache is empty."""
         self.index.clear(backend.url)
+        for name in self._rank_names.get(backend.url, ()):
+            self.index.clear(name)
         if self.events is not None:
             self.events.lost(backend)
 
     def forget(self, backend: Backend) -> None:
         """A backend has left the fleet."""
         self.index.leave(backend.url)
+        self._forget_ranks(backend.url)
         self.counts.forget(backend.url)
+
+    def _forget_ranks(self, url: str) -> None:
+        for name in self._rank_names.pop(url, ()):
+            self.index.leave(name)
+            del self.ranked[name]
+        self.ranked.pop(url, None)

@@ -20,6 +20,7 @@ class Ask(msgspec.Struct, gc=False):
         prompt_tokens: its prompt.
         decode_tokens: its prompt and the output to come, as its lease on a decode backend counts them.
         cached: prompt tokens that engines are believed to have in their prefix caches, by URL; who is missing has none.
+            Of engines of several data-parallel ranks by the ranks' names too (`ranks.py`).
         session: names the session that it belongs to, for the policy `session`; or empty.
         ttft, tpot: the targets of its client, in seconds; None where there is none.
         avoid: URLs of backends that failed it; chosen only where there is nobody else.

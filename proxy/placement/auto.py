@@ -262,8 +262,12 @@ def whole_answer(candidates: Sequence[Learnt], ask: Ask) -> int:
 
 def time_to_last_token(candidate: Learnt, ask: Ask) -> float:
     """Seconds in which a candidate is expected to have answered, prompt and output."""
-    output = min(max(1, ask.decode_tokens - ask.prompt_tokens), _MOST_OUTPUT)
-    return time_to_first_token(candidate, ask) + output * expected_step(candidate, ask)
+    return time_to_first_token(candidate, ask) + expected_output(ask) * expected_step(candidate, ask)
+
+
+def expected_output(ask: Ask) -> int:
+    """Tokens that an answer is expected to have."""
+    return min(max(1, ask.decode_tokens - ask.prompt_tokens), _MOST_OUTPUT)
 
 
 def _least(candidates: Sequence[Learnt], costs: Sequence[float], ask: Ask) -> int:

@@ -42,17 +42,13 @@ class Index(Protocol):
 
 
 class Held:
-    """The hashes of ids that one engine has, over all its publishers (data-parallel ranks): what any of them has.
+    """The hashes of ids that one publisher has: an engine, or one of its data-parallel ranks, which to the index is an
+    engine of its own."""
 
-    Arguments:
-        publishers: how many there are.
-    """
-
-    def __init__(self, engine: str, publishers: int, corrections: Corrections) -> None:
+    def __init__(self, engine: str, corrections: Corrections) -> None:
         self.engine = engine
-        self.publishers = publishers
         self._corrections = corrections
-        self.sizes: dict[int, int] = {}  # how many have it, and its tokens
+        self.sizes: dict[int, int] = {}  # how many blocks have it, and its tokens
 
     def stored(self, hashes: Sequence[int], sizes: Sequence[int]) -> None:
         held = self.sizes
@@ -82,12 +78,9 @@ class Held:
         if gone:
             self._corrections.removed(self.engine, gone)
 
-    def cleared(self, hashes: Iterable[int]) -> None:
-        if self.publishers > 1:
-            self.removed(hashes)
-        else:
-            self.sizes.clear()
-            self._corrections.cleared(self.engine)
+    def cleared(self) -> None:
+        self.sizes.clear()
+        self._corrections.cleared(self.engine)
 
 
 class Corrections:
@@ -114,9 +107,9 @@ class Corrections:
         """Ends of blocks of text whose place among ids is known."""
         return len(self._texts)
 
-    def join(self, engine: str, publishers: int) -> Held:
-        """An engine is going to tell of its cache, by so many publishers."""
-        held = self.held[engine] = Held(engine, publishers, self)
+    def join(self, engine: str) -> Held:
+        """An engine is going to tell of its cache, or one of its ranks."""
+        held = self.held[engine] = Held(engine, self)
         return held
 
     def leave(self, engine: str) -> None:

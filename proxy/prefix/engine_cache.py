@@ -58,12 +58,8 @@ class Holder(Protocol):
     def removed(self, hashes: Iterable[int]) -> None:
         """It has them no more."""
 
-    def cleared(self, hashes: Iterable[int]) -> None:
-        """One of its publishers has nothing any more.
-
-        Arguments:
-            hashes: of all that it had.
-        """
+    def cleared(self) -> None:
+        """It has nothing any more."""
 
 
 class _Block(msgspec.Struct, gc=False):
@@ -151,9 +147,9 @@ class EngineCache:
 
     def clear(self) -> None:
         """Nothing is cached there any more."""
-        blocks, self._blocks, self._bytes = self._blocks, {}, 0
+        self._blocks, self._bytes = {}, 0
         self._other_groups.clear()
-        self._holder.cleared(hashed for block in blocks.values() for hashed in block.hashes)
+        self._holder.cleared()
 
     def _wrong(self, what: str, why: str) -> None:
         self._counts[what] += 1

@@ -55,6 +55,12 @@ _ELSEWHERE = 1 << 15
 _WEIGHT = _ELSEWHERE - 1
 
 
+def rank_name(engine: str, rank: int) -> str:
+    """What one of an engine's data-parallel ranks is called in the index. Each has a cache of its own, and so is an
+    engine of its own there, where the gateway chooses the rank."""
+    return f"{engine}#{rank}"
+
+
 class Caching(Enum):
     """Whether an engine has a prefix cache."""
 
@@ -169,7 +175,8 @@ class _Engine:
 class PrefixIndex:
     """The index of all engines of one gateway worker.
 
-    Engines are named by their URLs. One that has not joined is nobody's: it holds nothing, and nothing is entered.
+    Engines are named by their URLs, their data-parallel ranks by `rank_name`. One that has not joined is nobody's: it
+    holds nothing, and nothing is entered.
 
     Arguments:
         most_entries: bound of the entries of all engines together, which have equal shares of it.

@@ -38,7 +38,7 @@ class Bed:
         self.corrections = Corrections(self.index, KEY, most_texts=most_texts)
         for url in (ONE, OTHER):
             self.index.join(url, 1 << 20)
-        self.one, self.other = (self.corrections.join(url, 1) for url in (ONE, OTHER))
+        self.one, self.other = (self.corrections.join(url) for url in (ONE, OTHER))
 
     def cached(self, text: str) -> dict[str, int]:
         return dict(self.index.cached(text_chain(text)))
@@ -142,7 +142,7 @@ def test_an_engine_that_left_is_told_nothing_more() -> None:
 def test_a_cache_of_one_publisher_is_cleared_with_what_was_entered_at_dispatch() -> None:
     bed = Bed()
     bed.index.enter(ONE, text_chain(TEXT))
-    bed.one.cleared(())
+    bed.one.cleared()
     assert bed.cached(TEXT) == {}
 
 

@@ -27,21 +27,20 @@ MODELS: dict[str | None, str | None] = {None: "m", "tuned": "tuned"}
 class Bed:
     """One engine's cache before an index."""
 
-    def __init__(self, ranks: int = 1, **bounds: int) -> None:
+    def __init__(self, **bounds: int) -> None:
         self.index = PrefixIndex()
         self.index.join(URL, 1 << 30)
         self.corrections = Corrections(self.index, KEY)
         list(self.corrections.want_ids())
-        held = self.corrections.join(URL, ranks)
+        held = self.corrections.join(URL)
         self.counts: Counter[str] = Counter()
         self.complaints: list[tuple[str, str]] = []
-        self.ranks = [
-            EngineCache(held, MODELS.get, KEY, self.counts, lambda *said: self.complaints.append(said), **bounds)
-            for _ in range(ranks)
-        ]
+        self.cache = EngineCache(
+            held, MODELS.get, KEY, self.counts, lambda *said: self.complaints.append(said), **bounds
+        )
 
-    def tell(self, *events: object, rank: int = 0) -> None:
-        for _ in self.ranks[rank].apply(encode([1.0, events])):
+    def tell(self, *events: object) -> None:
+        for _ in self.cache.apply(encode([1.0, events])):
             pass
 
     def cached(self, ids: Sequence[int], model: str = "m", salt: str = "") -> int:
@@ -74,7 +73,7 @@ def test_what_is_stored_is_found_however_long_an_engines_blocks_are(size: int) -
     assert bed.cached(PROMPT) <= held - min(size, 64)
     bed.tell(removed(*range(count)))
     assert bed.cached(PROMPT) == 0
-    assert len(bed.ranks[0]) == 0
+    assert len(bed.cache) == 0
     assert not bed.corrections.held[URL].sizes
 
 
@@ -164,20 +163,7 @@ def test_a_cache_that_is_cleared_has_nothing_and_begins_anew() -> None:
     assert bed.cached(PROMPT) == 0
     bed.tell(stored([3], PROMPT[16:32], 16, 1), stored([1], PROMPT[:16], 16))
     assert bed.cached(PROMPT) == 16
-    bed.ranks[0].clear()
-    assert bed.cached(PROMPT) == 0
-
-
-def test_ranks_have_together_what_one_of_them_has() -> None:
-    bed = Bed(ranks=2)
-    bed.tell(stored([1, 2], PROMPT[:32], 16))
-    bed.tell(stored([1], PROMPT[:16], 16), rank=1)
-    bed.tell(removed(2), removed(1))
-    assert bed.cached(PROMPT) == 16
-    bed.tell(stored([1, 2], PROMPT[:32], 16))
-    bed.tell(CLEARED, rank=1)
-    assert bed.cached(PROMPT) == 32
-    bed.tell(CLEARED)
+    bed.cache.clear()
     assert bed.cached(PROMPT) == 0
 
 
@@ -218,7 +204,7 @@ def test_events_of_an_unknown_kind_are_counted_and_the_rest_is_taken() -> None:
 
 def test_a_batch_that_is_none_is_said() -> None:
     bed = Bed()
-    for _ in bed.ranks[0].apply(b"\xc1"):
+    for _ in bed.cache.apply(b"\xc1"):
         pass
     assert bed.counts == {"malformed": 1}
 
@@ -228,7 +214,7 @@ def test_the_oldest_is_forgotten_where_an_engine_has_more_blocks_than_can_be() -
     for start in range(0, 1000, 10):
         ids = range(start * 16, (start + 10) * 16)
         bed.tell(stored(list(range(start, start + 10)), ids, 16))
-    assert len(bed.ranks[0]) == 100
+    assert len(bed.cache) == 100
     assert bed.counts["forgotten"] == 900
     assert bed.cached(range(990 * 16, 1000 * 16)) == 160
     assert bed.cached(range(160)) == 0
@@ -237,9 +223,9 @@ def test_the_oldest_is_forgotten_where_an_engine_has_more_blocks_than_can_be() -
 def test_one_event_of_more_blocks_than_can_be_is_bounded_too() -> None:
     bed = Bed(most_blocks=100)
     most = 0
-    for _ in bed.ranks[0].apply(encode([1.0, [stored(list(range(2000)), range(2000), 1)]])):
-        most = max(most, len(bed.ranks[0]))
-    assert len(bed.ranks[0]) <= 100
+    for _ in bed.cache.apply(encode([1.0, [stored(list(range(2000)), range(2000), 1)]])):
+        most = max(most, len(bed.cache))
+    assert len(bed.cache) <= 100
     assert most < 200
 
 
@@ -247,7 +233,7 @@ def test_the_ids_that_are_kept_are_bounded() -> None:
     bed = Bed(most_bytes=1000)
     for number in range(100):
         bed.tell(stored([number], [number] * 15, 15))
-    assert len(bed.ranks[0]) == 1000 // 60
+    assert len(bed.cache) == 1000 // 60
 
 
 def test_ids_are_passed_on_once_a_client_has_sent_some() -> None:
@@ -328,9 +314,9 @@ MESSAGES = st.lists(
 def test_whatever_an_engine_says_no_more_is_held_than_its_blocks(events: list[object]) -> None:
     bed = Bed(most_blocks=4, most_bytes=64)
     bed.tell(*events)
-    assert len(bed.ranks[0]) <= 4
+    assert len(bed.cache) <= 4
     bed.tell(CLEARED)
-    assert len(bed.ranks[0]) == 0
+    assert len(bed.cache) == 0
     assert not bed.corrections.held[URL].sizes
     assert bed.index.tokens(URL) == 0
 
@@ -340,7 +326,7 @@ def test_any_bytes_leave_the_cache_in_order(payloads: list[bytes]) -> None:
     bed = Bed()
     bed.tell(stored([1], PROMPT[:16], 16))
     for payload in payloads:
-        for _ in bed.ranks[0].apply(payload):
+        for _ in bed.cache.apply(payload):
             pass
     assert bed.cached(PROMPT) == 16
 
@@ -356,7 +342,7 @@ def test_blocks_that_follow_each_other_in_a_ring_are_left_out() -> None:
 def test_a_block_of_more_tokens_than_engines_have_is_none() -> None:
     bed = Bed()
     bed.tell(stored([1], range(20_000), 20_000))
-    assert bed.counts["malformed"] == 1 and len(bed.ranks[0]) == 0
+    assert bed.counts["malformed"] == 1 and len(bed.cache) == 0
 
 
 @pytest.mark.parametrize("size", [16, 1000])
@@ -364,7 +350,7 @@ def test_large_blocks_are_looked_at_in_more_steps(size: int) -> None:
     bed = Bed()
     count = 64_000 // size
     event = stored(list(range(count)), [0] * count * size, size)
-    assert sum(1 for _ in bed.ranks[0].apply(encode([1.0, [event]]))) >= 15
+    assert sum(1 for _ in bed.cache.apply(encode([1.0, [event]]))) >= 15
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.none() | st.integers(0, 5), st.booleans()), max_size=60))
@@ -373,4 +359,4 @@ def test_whatever_follows_whatever_every_batch_comes_to_an_end(said: list[tuple[
     for name, parent, gone in said:
         bed.tell(removed(name) if gone else stored([name], [name] * 5, 5, parent))
     bed.tell(CLEARED)
-    assert len(bed.ranks[0]) == 0 and not bed.corrections.held[URL].sizes
+    assert len(bed.cache) == 0 and not bed.corrections.held[URL].sizes
