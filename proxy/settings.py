@@ -345,7 +345,10 @@ class Location(Group):
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     pp: int = Field(1, ge=1, description="pipeline ranks")
     dp: int = Field(
-        1, ge=1, description="data-parallel ranks behind its URL; with several, each leg is sent to the least loaded"
+        1,
+        ge=1,
+        description="data-parallel ranks behind its URL; with several, each leg is sent to the least loaded, or where "
+        "`auto` or `prefix` places prompts to the one that will have computed the prompt first",
     )
 
 

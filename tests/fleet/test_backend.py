@@ -162,3 +162,27 @@ def test_what_a_hand_off_told_of_coordinates_holds_until_there_is_cause_to_doubt
     backend.remember(Coordinates(host="b", port=2))
     backend.mark_down("/health answered 503")
     assert backend.coordinates == configured
+
+
+def test_a_lease_is_on_the_rank_that_is_named_or_else_on_the_least_loaded() -> None:
+    backend = Backend(URL, "decode")
+    backend.locate(Coordinates(dp=3))
+    assert backend.rank_names == (f"{URL}#0", f"{URL}#1", f"{URL}#2")
+    leases = [Lease(backend, 10, rank) for rank in (1, None, 1, 9)]  # an engine may have come back with fewer
+    assert [lease.rank for lease in leases] == [1, 0, 1, 2]
+    assert backend.ranks == [10, 20, 10]
+    for lease in leases:
+        lease.release()
+    assert backend.ranks == [0, 0, 0]
+
+
+def test_an_engine_that_comes_back_with_other_ranks_begins_with_nothing_on_them() -> None:
+    backend = Backend(URL, "decode")
+    backend.locate(Coordinates(dp=3))
+    lease = Lease(backend, 10, 2)
+    backend.rank_work[2] = 10
+    backend.locate(Coordinates(dp=2))
+    lease.release()
+    assert (backend.ranks, backend.rank_work, len(backend.rank_names)) == ([0, 0], [0, 0], 2)
+    backend.locate(Coordinates())
+    assert (backend.ranks, backend.rank_work, backend.rank_names) == ([], [], ())

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from proxy.fleet.fleet import Fleet
 from proxy.fleet.inbox import CannotHear
 from proxy.fleet.kv_events import KvEvents, _endpoint, load_tokenizer
 from proxy.handoff.body import read_body
+from proxy.handoff.coordinates import Coordinates
 from proxy.prefix.chain import Chain, chain_of
 from proxy.prefix.index import PrefixIndex
 from proxy.settings import build_settings
@@ -378,6 +379,54 @@ async def test_nothing_is_followed_where_nothing_is_set() -> None:
     events.start()
     assert not events.wanted and not events._tasks
     await events.close()
+
+
+async def test_what_a_rank_publishes_is_believed_of_that_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines stand for the ranks of one."""
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(Simulator(SimulatorConfig(kv_events=0))) for _ in range(2)]
+        url = engines[0].url
+        settings = build_settings(
+            {
+                "mixed": [url],
+                "kv_events": {"endpoint": "tcp://{host}:5557"},
+                "locations": [{"backend": url, "dp": 2}],
+            },
+            {},
+        )
+        ports = [engine.kv_events_port for engine in engines]
+        monkeypatch.setattr("proxy.fleet.kv_events._LOOK", 0.01)
+        monkeypatch.setattr(
+            "proxy.fleet.kv_events._endpoint",
+            lambda template, host, port, rank: f"tcp://127.0.0.1:{ports[rank]}" if template else "",
+        )
+        index, fleet = PrefixIndex(), Fleet(settings)
+        [backend] = fleet
+        backend.models = {"sim": {"id": "sim"}}
+        events = KvEvents(settings, fleet, index, KEY)
+        stack.push_async_callback(events.close)
+        it = Bed(engines, fleet, events, index)
+        stack.push_async_callback(it.http.aclose)
+        sent = chain(prompt=PROMPT)
+        events.start()
+        events.sent(sent, {})
+        await until(lambda: events.connected == 2 and all(e.publisher and e.publisher.subscriptions for e in engines))
+        await it.ask(engines[1], PROMPT)
+        await it.heard(engines[1])
+        assert not index.cached(sent), "the index knows nothing of the engine yet"
+        for name in (url, *backend.rank_names):
+            index.join(name, 1 << 20)
+        await until(lambda: index.cached(sent).keys() == {f"{url}#1"})
+        await it.ask(engines[0], PROMPT)
+        await until(lambda: index.cached(sent).keys() == {f"{url}#0", f"{url}#1"})
+        for name in (url, *backend.rank_names):
+            index.clear(name)
+        events.lost(backend)  # it missed a health check
+        await until(lambda: index.cached(sent).keys() == {f"{url}#0", f"{url}#1"})
+        engines[0].engine.pool.forget()
+        await until(lambda: index.cached(sent).keys() == {f"{url}#1"})
+        backend.locate(Coordinates())
+        await until(lambda: url in events.corrections.held and len(events.corrections.held) == 1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from proxy.fleet.prefix_ring import PeerPrefixes, PrefixRings
 from proxy.handoff.body import read_body
 from proxy.prefix.chain import Chain, chain_of, chain_of_ids, root_of_ids
-from proxy.prefix.index import PrefixIndex
+from proxy.prefix.index import PrefixIndex, rank_name
 
 ENGINES = ["http://a", "http://b"]
 
@@ -47,6 +47,18 @@ def test_each_knows_what_the_others_sent() -> None:
         assert worker.index.cached(ids) == {"http://b": 192}
         assert worker.index.figures(0).entries == 2 * len(text.hashes) + len(ids.hashes)
         assert worker.peers.lost == 0
+
+
+def test_each_knows_which_rank_of_an_engine_the_others_sent_a_prompt_to() -> None:
+    rings, names = PrefixRings(2), [rank_name("http://a", rank) for rank in range(3)]
+    one, other = Worker(rings, 0, names), Worker(rings, 1, names)
+    chain = prompt(rings, 1)
+    one.index.enter(names[1], chain)
+    other.peers.look()
+    assert other.index.cached(chain).keys() == {names[1]}
+    one.index.clear(names[1])
+    other.peers.look()
+    assert not other.index.cached(chain)
 
 
 def test_what_one_finds_lost_is_lost_to_all() -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 
 from proxy.fleet.backend import Backend
+from proxy.fleet.cache import Cache
 from proxy.fleet.speeds import PoolSpeeds, Speeds
-from proxy.flow.prompts import Sent
+from proxy.flow.prompts import Prompts, Sent
+from proxy.handoff.coordinates import Coordinates
 from proxy.prefix.chain import chain_of_ids
-from proxy.prefix.index import PrefixIndex
+from proxy.prefix.index import Caching, PrefixIndex
 from proxy.simulator import Simulator
 from proxy.telemetry.records import PrefixCounts
-from tests.support import Running, pools, until
+from tests.support import Running, pools, running_gateway, simulators, until
 
 WORDS = "The decode backend reads the cache of the prefill backend and goes on from there. "
 KEY = bytes(32)
@@ -131,6 +134,107 @@ async def test_nothing_is_kept_of_a_request_whose_client_leaves() -> None:
         assert running.gateway.fleet.pool("prefill")[0].speeds.outstanding == 0
 
 
+# Data-parallel ranks
+
+
+@asynccontextmanager
+async def ranks(prefill: int = 1, mixed: bool = False, **config: Any) -> AsyncIterator[tuple[Running, list[Simulator]]]:
+    """A gateway before engines of two ranks."""
+    async with simulators(*["prefill"] * prefill, "decode", **config) as engines:
+        urls = [engine.url for engine in engines]
+        places = [{"backend": url, "dp": 2} for url in urls]
+        pools = ([], [], urls) if mixed else (urls[:-1], urls[-1:], [])
+        async with running_gateway(*pools, locations=places) as running:
+            yield running, engines
+
+
+def went_to(engine: Simulator) -> list[str]:
+    """The rank that each request to an engine was for."""
+    return [request.headers["x-data-parallel-rank"] for request in engine.requests]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["pair", "mixed"])
+async def test_a_conversation_goes_on_on_the_rank_where_its_beginning_is_cached(mixed: bool) -> None:
+    async with ranks(mixed=mixed) as (running, engines):
+        backends = list(running.gateway.fleet)
+        for backend in backends:
+            backend.ranks[0] += 1000
+        await ask(running, conversation(1))
+        for backend in backends:
+            backend.ranks[0] -= 1000
+        [first, *_] = [engine for engine in engines if engine.requests]
+        for turns in range(2, 5):
+            await ask(running, conversation(turns))
+            await ask(running, conversation(1, f"another {turns}"))
+        await until(running.idle)
+        asked = went_to(first)
+        assert asked[0] == "1"
+        begun = [str(request.body["messages"][0]["content"])[:2] == "a0" for request in first.requests]
+        assert {rank for rank, own in zip(asked, begun, strict=True) if own} == {"1"}
+        assert all(not any(backend.ranks) and not any(backend.rank_work) for backend in backends)
+
+
+async def test_a_prefix_is_computed_on_one_rank_and_what_is_new_beside_it_on_the_other() -> None:
+    async with ranks(prefill_rate=20_000.0) as (running, [prefill, _]):
+        backend = running.gateway.fleet.pool("prefill")[0]
+        await ask(running, conversation(1))
+        long = asyncio.create_task(ask(running, conversation(8)))
+        await until(lambda: served([prefill]) == [2])
+        assert backend.rank_work[0] > 1000
+        assert backend.rank_work[1] == 0
+        await ask(running, conversation(1, "new"))
+        await long
+        assert went_to(prefill) == ["0", "0", "1"]
+        index = running.gateway.prompts.index
+        assert index.tokens(f"{prefill.url}#0") > 1000 > index.tokens(f"{prefill.url}#1") > 0
+
+
+async def test_an_engine_that_restarts_has_nothing_on_any_rank() -> None:
+    async with ranks() as (running, [prefill, decode]):
+        index, fleet = running.gateway.prompts.index, running.gateway.fleet
+        names = [f"{engine.url}#{rank}" for engine in (prefill, decode) for rank in (0, 1)]
+        for rank in (0, 1):
+            for backend in fleet:
+                backend.ranks[1 - rank] += 100_000 * (rank + 1)
+            await ask(running, conversation(2, f"to {rank}"))
+        assert all(index.tokens(name) > 100 for name in names)
+        for backend in fleet:
+            fleet.take_out(backend, "it is said to be gone")
+            fleet.bring_in(backend)
+        assert not any(index.tokens(name) for name in names)
+
+
+async def test_of_a_request_whose_rank_the_engine_chooses_none_is_believed_to_have_the_prompt() -> None:
+    async with ranks(mixed=True) as (running, engines):
+        body = {"model": "sim", "input": WORDS * 40, "max_output_tokens": 4}
+        assert (await running.http.post("/v1/responses", json=body)).status_code == 200
+        [engine] = [one for one in engines if one.requests]
+        index = running.gateway.prompts.index
+        assert index.tokens(engine.url) > 100
+        assert not any(index.tokens(f"{engine.url}#{rank}") for rank in (0, 1))
+        assert (await running.http.post("/v1/responses", json=body)).status_code == 200
+        assert len(engine.requests) == 2
+
+
+def test_ranks_share_an_engines_cache_and_leave_with_it() -> None:
+    index, backend = PrefixIndex(), Backend("http://p", "prefill")
+    prompts = Prompts(index, KEY)
+    backend.locate(Coordinates(dp=4))
+    prompts.learnt(backend, Cache(4000, True, 4))
+    assert set(index.engines) == {"http://p", *backend.rank_names} == set(prompts.ranked) and len(index.engines) == 5
+    chain = chain_of_ids(range(16 * 100), 1, KEY)
+    index.enter("http://p#3", chain)
+    assert index.tokens("http://p#3") <= 1000
+    backend.locate(Coordinates(dp=2))
+    prompts.learnt(backend, Cache(4000, True, 2))
+    assert set(index.engines) == {"http://p", "http://p#0", "http://p#1"} == set(prompts.ranked)
+    prompts.learnt(backend, Cache(4000, False, 2))
+    assert index.caching("http://p#1") is Caching.ABSENT
+    prompts.forget(backend)
+    assert not index.engines
+    assert not prompts.ranked
+
+
 # One try's prompt
 
 
@@ -144,9 +248,9 @@ class Bed:
             self.index.join(backend.url)
         self.chain = chain_of_ids(range(160), 1, KEY)
 
-    def send(self, *, alone: bool = False, most: int = 1000) -> Sent:
+    def send(self, *, alone: bool = False, most: int = 1000, **ranks: Any) -> Sent:
         decode = None if alone else self.decode
-        return Sent(self.index, self.chain, 160, self.prefill, decode, 160, PrefixCounts(), most)
+        return Sent(self.index, self.chain, 160, self.prefill, decode, 160, PrefixCounts(), most, **ranks)
 
     @property
     def believed(self) -> dict[str, int]:
@@ -294,3 +398,43 @@ def test_what_was_cached_counts_where_the_length_of_the_prompt_is_not_told() -> 
     with bed.send() as sent:
         sent.prefilled(100, 0)
     assert told.told == [(60, 160)]
+
+
+def of_ranks() -> Bed:
+    bed = Bed()
+    for backend in (bed.prefill, bed.decode):
+        backend.locate(Coordinates(dp=2))
+        for name in backend.rank_names:
+            bed.index.join(name)
+    return bed
+
+
+@pytest.mark.parametrize("way", ["answered", "heard", "ended", "withdrawn", "over"])
+def test_what_a_rank_has_yet_to_prefill_is_counted_until_it_has(way: str) -> None:
+    bed = of_ranks()
+    work = bed.prefill.rank_work
+    with bed.send(rank=1, decode_rank=0) as sent:
+        assert work == [0, 160]
+        assert bed.believed == {"http://p#1": 160, "http://d#0": 160}
+        bed.prefill.locate(Coordinates(dp=3))  # it counts where it was counted
+        {"answered": lambda: sent.prefilled(0, 160), "heard": sent.heard, "ended": sent.ended, "over": sent.over}.get(
+            way, lambda: None
+        )()
+        assert work == [0, 160 if way == "withdrawn" else 0]
+    assert work == [0, 0]
+    assert bed.prefill.rank_work == [0, 0, 0]
+    assert bed.believed.keys() <= {"http://p#1", "http://d#0"}
+
+
+def test_a_hand_off_that_goes_to_another_goes_to_a_rank_of_it() -> None:
+    bed, other = of_ranks(), Backend("http://other", "decode")
+    other.locate(Coordinates(dp=2))
+    for name in (other.url, *other.rank_names):
+        bed.index.join(name)
+    for ranked, name in ((True, "http://other#1"), (False, "http://other")):
+        with bed.send(rank=1, decode_rank=0, ranked=ranked) as sent:
+            sent.prefilled(None, 0)
+            sent.goes_to(other, 1)
+            sent.heard()
+        assert name in bed.believed
+    assert "http://d#0" not in bed.believed
