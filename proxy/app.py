@@ -247,7 +247,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
             operations.administration(fleet, credentials),
             backends(fleet, credentials),
             decisions(placing.decisions, credentials, siblings),
-            explanation(placing.explain, fleet, stored, names, credentials),
+            explanation(settings, placing.explain, fleet, stored, names, credentials),
             fanout(fleet, credentials, control, prober.ask_models, siblings),
         ]
         if settings.metrics.port is None:
@@ -303,7 +303,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
                 operations.administration(fleet, local),
                 backends(fleet, local),
                 decisions(placing.decisions, local, siblings),
-                explanation(placing.explain, fleet, stored, names, local),
+                explanation(settings, placing.explain, fleet, stored, names, local),
                 fanout(fleet, local, control, prober.ask_models, siblings),
             ]
 

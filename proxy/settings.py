@@ -376,9 +376,14 @@ class Policies(Group):
     mixed: PolicyName = Field("auto", description="policy of the mixed pool")
     session_header: str = Field(
         "x-session-id",
-        pattern=r"^[a-z0-9-]{1,64}$",
+        pattern=r"^[a-z0-9_.-]{1,64}$",
         description="header that names a request's session, for the policy session; without it its body's own names do",
     )
+
+    @field_validator("session_header", mode="before")
+    @classmethod
+    def _in_any_case(cls, name: object) -> object:
+        return name.lower() if isinstance(name, str) else name
 
 
 class Targets(Group):

@@ -386,3 +386,9 @@ def test_networks_from_which_engines_join_are_a_list() -> None:
 def test_what_registering_engines_lack_is_said_at_the_start(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         build_settings({**MORIIO, **changed}, {})
+
+
+def test_the_header_that_names_a_session_may_be_written_in_any_case() -> None:
+    assert build_settings({"policy": {"session_header": "X-Session_Id"}}, {}).policy.session_header == "x-session_id"
+    with pytest.raises(ValidationError, match="session_header"):
+        build_settings({"policy": {"session_header": "x session"}}, {})

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from proxy.api.backends import time_of_day
 from proxy.api.credentials import Credentials
-from proxy.api.inference import not_stored
+from proxy.api.inference import bounded, not_stored
 from proxy.api.operations import operator
 from proxy.api.siblings import Siblings
 from proxy.fleet.fleet import Fleet
@@ -22,6 +22,7 @@ from proxy.handoff.body import read_body, renamed
 from proxy.handoff.endpoints import Endpoint
 from proxy.handoff.sessions import session_of
 from proxy.relay.client import AsgiClient
+from proxy.settings import Settings
 from proxy.telemetry.records import RequestRecord
 
 EXPLAIN_PATH = "/admin/explain"
@@ -80,7 +81,12 @@ def decisions(
 
 
 def explanation(
-    explain: Explain, fleet: Fleet, stored: StoredResponses, names: Names, credentials: Credentials
+    settings: Settings,
+    explain: Explain,
+    fleet: Fleet,
+    stored: StoredResponses,
+    names: Names,
+    credentials: Credentials,
 ) -> APIRouter:
     """Where a request would go, for operators.
 
@@ -89,17 +95,20 @@ def explanation(
         stored: names responses by who has them.
     """
     router = APIRouter(tags=["administration"], dependencies=[Depends(onlooker(credentials))])
+    usual, most = settings.limits.default_max_tokens, settings.limits.max_tokens
+    header = settings.policy.session_header
 
     @router.post(EXPLAIN_PATH)
     async def explain_body(request: Request, query: Annotated[ExplainQuery, Query()]) -> dict[str, Any]:
         """What would be decided now for a request with this body. It is sent to no engine, and counted nowhere. The
         queue is not looked at: it is as if it had been let in. Ties and random policies fall as they may."""
-        body = read_body(await request.body(), query.endpoint)
+        body = bounded(read_body(await request.body(), query.endpoint), usual, most)
         model = await names.meant(body.model)
         if model is not None and model != body.model:
             body = renamed(body, model)
         record = RequestRecord(query.endpoint, model=body.model or "", client=query.client, stream=body.stream)
-        placed = Placed(body, AsgiClient(_nothing, _nowhere), record, session=session_of(body))
+        session = request.headers.get(header, "").encode("latin-1") or session_of(body)
+        placed = Placed(body, AsgiClient(_nothing, _nowhere), record, session=session)
         if body.follows:
             placed.pinned = stored.holder(body.follows, query.client, (backend.url for backend in fleet))
             if not placed.pinned:

@@ -103,7 +103,7 @@ class Inference:
         raw = await read_whole(client, receive, headers, self._limit, self._body_seconds)
         body = read_body(raw, self._endpoint)
         if self._bounds_output:
-            body = self._bounded(body)
+            body = bounded(body, self._default_output, self._most_output)
         record.model = body.model or ""
         record.stream = body.stream
         asked = body.model
@@ -146,15 +146,6 @@ class Inference:
             except TimeoutError:
                 raise TotalTimedOut(f"the request was not finished within {total:g} s") from None
 
-    def _bounded(self, body: Body) -> Body:
-        """A request whose answer is as long as may be.
-
-        Raises:
-            InvalidRequest: it asks for more.
-        """
-        applied = bound_output(body.members, self._endpoint, self._default_output, self._most_output)
-        return body if applied is None else structs.replace(body, max_tokens=applied * max(1, body.prompts))
-
     def _see_to_stored(self, request: Request) -> None:
         """Send a request to the backend that has what it goes on from, and have its answer's name say who has that.
 
@@ -170,6 +161,19 @@ class Inference:
             )
             if not request.pinned:
                 raise not_stored(body.follows, param="previous_response_id")
+
+
+def bounded(body: Body, usual: int | None, most: int | None) -> Body:
+    """A request whose answer is as long as may be.
+
+    Arguments:
+        usual: tokens of an answer whose request does not say; `limits.default_max_tokens`.
+        most: tokens of any; `limits.max_tokens`.
+    Raises:
+        InvalidRequest: it asks for more.
+    """
+    applied = bound_output(body.members, body.endpoint, usual, most)
+    return body if applied is None else structs.replace(body, max_tokens=applied * max(1, body.prompts))
 
 
 def not_stored(response_id: str, *, param: str) -> ResponseNotFound:

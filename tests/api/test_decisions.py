@@ -181,6 +181,23 @@ async def test_what_would_be_decided_is_told_and_changes_nothing() -> None:
         assert json.loads(answer.headers[DECISION])["prefill"] == decision["prefill"]
 
 
+async def test_a_session_named_by_a_header_is_explained_where_it_goes() -> None:
+    async with pools(4, 1, policy={"prefill": "session"}) as (running, _, _):
+        for name in (b"a", b"b", b"c", b"\xff\xfe" * 1000):
+            headers = [(b"x-session-id", name), (b"x-pd-proxy-explain", b"1")]
+            answer = await running.http.post("/admin/explain", json=chat(), headers=headers)
+            real = await running.http.post(CHAT, json=chat(), headers=headers)
+            assert json.loads(real.headers[DECISION])["prefill"] == answer.json()["prefill"]
+
+
+async def test_what_answers_are_bounded_to_is_explained_too() -> None:
+    async with pools(1, 1, limits={"default_max_tokens": 30, "max_tokens": 100}) as (running, _, _):
+        asked = chat()
+        del asked["max_tokens"]
+        assert (await explained(running, asked))["output_tokens"] == 30
+        assert (await running.http.post("/admin/explain", json=chat(max_tokens=101))).status_code == 400
+
+
 async def test_a_decision_is_explained_for_any_route() -> None:
     async with pools(1, 1) as (running, _, _):
         decision = await explained(running, completion(), endpoint="completions")
