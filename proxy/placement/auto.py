@@ -30,7 +30,7 @@ LONG = 4.0
 """Seconds of own work from which a prompt is long, where its client has no target for the first token."""
 SOON = 2.0
 """Seconds in which clients without a target are taken to want their first token."""
-_DUPLICATE = 2.0  # times its own work is added where every engine has a second or more to do
+DUPLICATE = 2.0  # times its own work is added where every engine has a second or more to do
 _QUEUE = 0.5  # of the target for the first token: what waits longer is a queue
 _IDLE = 0.2  # of that queue: what waits shorter is none
 _LATER = 1.5  # times the earliest first token
@@ -144,7 +144,7 @@ def _frugal(candidates: Sequence[Learnt], costs: Sequence[float], index: int, as
     """
     now = ask.now
     waits = [left if (left := (s := c.speeds).free_at - now) > s.rest else s.rest for c in candidates]
-    weight = _DUPLICATE * min(1.0, min(waits))
+    weight = DUPLICATE * min(1.0, min(waits))
     if weight <= 0.0:
         return index
     return _least(candidates, [cost + weight * (cost - wait) for cost, wait in zip(costs, waits, strict=True)], ask)

@@ -1,7 +1,8 @@
 """Which of an engine's data-parallel ranks gets a request, where the gateway chooses it.
 
 Ranks compute apart, and each has a prefix cache of its own. So a prompt goes to the rank that will have computed it
-first: the one with the least to prefill, what the prompt itself would add there included. On an engine that decodes
+first: the one with the least to prefill, what the prompt itself would add there included. While no rank is free, that
+counts for more, as in `auto.py`: to compute twice what is cached elsewhere delays everybody. On an engine that decodes
 too, a rank's tokens in flight count for what they make the steps of the answer longer. Where all that is equal, as
 where nothing is known, it is the rank with the fewest tokens in flight.
 """
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from proxy.placement.ask import Ask, uncached
-from proxy.placement.auto import Learnt, expected_output
+from proxy.placement.auto import DUPLICATE, Learnt, expected_output
 
 
 class Ranked(Learnt, Protocol):
@@ -36,14 +37,19 @@ class Ranked(Learnt, Protocol):
 
 def rank_for(engine: Ranked, ask: Ask) -> int:
     """The rank that a prompt goes to if this engine computes it. It has ranks."""
-    prompt, get, tokens = ask.prompt_tokens, ask.cached.get, engine.ranks
-    weight = 0.0
-    if engine.role != "prefill":
-        speeds = engine.speeds  # of the engine, whose step is that of a rank with its share of the tokens
-        weight = expected_output(ask) * speeds.step_token * len(tokens) / speeds.pace
+    prompt, get, tokens, given, speeds = (
+        ask.prompt_tokens,
+        ask.cached.get,
+        engine.ranks,
+        engine.rank_work,
+        engine.speeds,
+    )
+    count = len(tokens)  # the engine is as fast as its ranks together, and its step has a rank's share of the tokens
+    own = 1.0 + DUPLICATE * min(1.0, min(given) * speeds.pace * count)
+    weight = 0.0 if engine.role == "prefill" else expected_output(ask) * speeds.step_token * count / speeds.pace
     costs = [
-        (work + uncached(prompt, get(name, 0)) + weight * load, load)
-        for work, name, load in zip(engine.rank_work, engine.rank_names, tokens, strict=True)
+        (work + own * uncached(prompt, get(name, 0)) + weight * load, load)
+        for work, name, load in zip(given, engine.rank_names, tokens, strict=True)
     ]
     return costs.index(min(costs))
 

@@ -52,6 +52,13 @@ def test_it_is_the_one_that_will_have_computed_the_prompt_first(
     assert rank_for(Ranks("e", rank_work=work, ranks=(10, 20)), ask(1000, cached=known)) == rank
 
 
+@pytest.mark.parametrize(("ahead", "rank"), [(0, 0), (100, 1), (2000, 1), (1_000_000, 1)])
+def test_while_no_rank_is_free_a_prefix_is_waited_for_where_it_is(ahead: int, rank: int) -> None:
+    [one] = learnt(rates=[1000.0])
+    engine = Ranks("e", one.speeds, rank_work=(ahead, ahead + 1000))
+    assert rank_for(engine, ask(1000, cached=cached(r1=900))) == rank
+
+
 def test_a_rank_that_decodes_too_is_not_given_every_prompt_of_a_prefix() -> None:
     [one] = learnt(rates=[10_000.0], steps=[0.01])
     asked = ask(1000, 500, cached=cached(r1=900))
