@@ -16,8 +16,6 @@ POINT = 0.01
 """By so much another policy's goodput may be above `auto`'s."""
 
 WHY = {
-    "ranks": "an engine's data-parallel ranks have a cache each, and the index and the choice of a rank know of one "
-    "cache for all: requests go to the engine that has their prefix, and half of them to the rank that has it not",
     "tutorial": "factors learnt of like engines differ by a few percent: it shows where each step is near the target",
 }
 """Known reasons why `auto` is not as good as wanted on a kind."""

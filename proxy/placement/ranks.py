@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from proxy.placement.ask import Ask, uncached
+from proxy.placement.ask import Ask
 from proxy.placement.auto import DUPLICATE, Learnt, expected_output
 
 
@@ -37,21 +37,21 @@ class Ranked(Learnt, Protocol):
 
 def rank_for(engine: Ranked, ask: Ask) -> int:
     """The rank that a prompt goes to if this engine computes it. It has ranks."""
-    prompt, get, tokens, given, speeds = (
-        ask.prompt_tokens,
-        ask.cached.get,
-        engine.ranks,
-        engine.rank_work,
-        engine.speeds,
-    )
-    count = len(tokens)  # the engine is as fast as its ranks together, and its step has a rank's share of the tokens
-    own = 1.0 + DUPLICATE * min(1.0, min(given) * speeds.pace * count)
-    weight = 0.0 if engine.role == "prefill" else expected_output(ask) * speeds.step_token * count / speeds.pace
+    prompt, get, speeds = ask.prompt_tokens, ask.cached.get, engine.speeds
+    work, loads = engine.rank_work, engine.ranks
+    count = len(loads)  # the engine is as fast as its ranks together, and its step has a rank's share of the tokens
+    own = 1.0 + DUPLICATE * min(1.0, least * speeds.pace * count) if (least := min(work)) else 1.0
     costs = [
-        (work + own * uncached(prompt, get(name, 0)) + weight * load, load)
-        for work, name, load in zip(given, engine.rank_names, tokens, strict=True)
+        given + own * (prompt - hit if (hit := get(name, 0)) < prompt else 1)
+        for given, name in zip(work, engine.rank_names, strict=True)
     ]
-    return costs.index(min(costs))
+    if engine.role != "prefill":
+        weight = expected_output(ask) * speeds.step_token * count / speeds.pace
+        costs = [cost + weight * load for cost, load in zip(costs, loads, strict=True)]
+    cheapest = min(costs)
+    if costs.count(cheapest) == 1:
+        return costs.index(cheapest)
+    return min((loads[rank], rank) for rank in range(count) if costs[rank] == cheapest)[1]
 
 
 def by_engine(ask: Ask, engines: Mapping[str, Ranked]) -> Mapping[str, int]:
@@ -62,14 +62,9 @@ def by_engine(ask: Ask, engines: Mapping[str, Ranked]) -> Mapping[str, int]:
         ask: `cached` is of ranks, by their names.
         engines: those of several ranks, by their ranks' names and by URL.
     """
-    found: dict[str, int] = {}
-    for name, tokens in ask.cached.items():
-        engine = engines.get(name)
-        if engine is None or not engine.ranks:
-            found[name] = tokens
-            continue
-        if name != engine.url:
-            found[name] = tokens
-        if engine.url not in found:
-            found[engine.url] = ask.cached.get(engine.rank_names[rank_for(engine, ask)], 0)
+    cached = ask.cached
+    found = dict(cached)
+    for engine in set(map(engines.get, cached)):
+        if engine is not None and engine.ranks:
+            found[engine.url] = cached.get(engine.rank_names[rank_for(engine, ask)], 0)
     return found

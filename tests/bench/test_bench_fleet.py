@@ -264,7 +264,7 @@ def test_the_verdict_is_no_where_another_policy_is_better_by_more_than_a_point()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tutorial", "mixed", "unlike", "shared", "agents"])
+@pytest.mark.parametrize("kind", ["tutorial", "mixed", "unlike", "shared", "agents", "ranks"])
 def test_auto_is_near_the_oracle_on_seeds_that_nothing_was_tuned_on(kind: str) -> None:
     figures = [found for seed in HELD_OUT for found in measure((kind, seed, ("auto", "oracle", "least_loaded")))]
     (summary,) = report.summarise(figures)
