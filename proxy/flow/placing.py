@@ -51,6 +51,7 @@ _SAYS_NOTHING = {
     )
 }
 _WORTH_LOOKING = 0.005  # seconds to compute a prompt, from which somebody may have it: less is soon done anywhere
+_UNKNOWN_PACE = 0.001  # seconds for a token, until one has prefilled: then every prompt is looked for
 _PACED = 1.0  # seconds for which the slowest engine's pace is taken to be so
 _LEARNING = frozenset({"auto"})
 _LOOKING = frozenset({"auto", "prefix"})
@@ -237,7 +238,8 @@ class Placing:
         ttft, tpot = self._targets.get(request.record.client, self._usual_targets)
         cached, prompt, now = NOTHING_CACHED, request.prefill_tokens, monotonic()
         if now >= self._paced_until:
-            self._pace = max((backend.speeds.pace for backend in self._fleet), default=0.0)
+            paces = [speeds.pace for backend in self._fleet if (speeds := backend.speeds).prefills]
+            self._pace = max(paces, default=_UNKNOWN_PACE)
             self._paced_until = now + _PACED
         if self.looks and (prompt * self._pace > _WORTH_LOOKING or request.chain is not None):
             cached = self._prompts.cached(request)
