@@ -80,6 +80,7 @@ class Gateway:
         siblings: the other workers of this gateway, where there are any.
         inner: what those are answered.
         prompts: what engines have of requests' prompts.
+        placing: says where requests go.
         admin: what operators get at `admin_socket`, where there is one.
         kv_events: what engines publish of their caches, where that is set and placement wants to know.
     """
@@ -93,6 +94,7 @@ class Gateway:
     notices: Notices
     registrations: Registrations
     prompts: Prompts
+    placing: Placing
     siblings: Siblings | None = None
     inner: Surface | None = None
     admin: Surface | None = None
@@ -318,6 +320,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         notices,
         registrations,
         prompts,
+        placing,
         siblings,
         inner,
         admin,

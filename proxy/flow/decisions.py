@@ -1,8 +1,9 @@
 """The last decisions of placement, for whoever asks why a request went where it went.
 
-Every decision is noted in brief: where the request goes, the reason, and what was known then of the engines that were
-chosen, as plain numbers. What is expected of them is computed from these when somebody asks. The record of the request
-is kept with it, so what became of the request can be told beside what was expected.
+Every decision is noted in brief: where the request goes and the reason, and, of at most a thousand a second, what was
+known then of the engines that were chosen, as plain numbers. What is expected of them is computed from these when
+somebody asks. The record of the request is kept with it, so what became of the request can be told beside what was
+expected.
 
 A decision in full has every candidate's costs, and who was left out by which rule. That takes as long as some hundred
 decisions, so it is done where an operator has asked for it (`x-pd-proxy-explain`), and otherwise for one decision as
@@ -40,6 +41,7 @@ MOST_HEADER = 4096
 MOST_CANDIDATES = 16
 """Candidates of one pool that are kept with a decision: those with the earliest first token, and the chosen one."""
 _SHARE = 400.0  # times what an explanation took, until the next one that nobody has asked for
+_LOOK = 0.001  # seconds from one look at the engines that were chosen to the next: it takes half a microsecond of each
 _LONGEST_NAME = 64  # characters of what a client has named
 
 LeftOut = Sequence[tuple[Backend, str]]
@@ -158,6 +160,7 @@ class Decided(msgspec.Struct, frozen=True, gc=False):
         prompt, decode_tokens, ttft, tpot: of its `Ask`.
         error: why nobody was chosen, or empty.
         full: None in a brief one.
+        chosen: URLs of the backends that were chosen: prefill's or an empty one, and the one that answers.
     """
 
     at: float
@@ -174,11 +177,7 @@ class Decided(msgspec.Struct, frozen=True, gc=False):
     fallback: str = ""
     error: str = ""
     full: Full | None = None
-
-    @property
-    def chosen(self) -> tuple[str, ...]:
-        """URLs of the backends that were chosen."""
-        return tuple(one.url for one in (self.prefill, self.decode) if one is not None)
+    chosen: tuple[str, str] = ("", "")
 
 
 class Decisions:
@@ -193,6 +192,7 @@ class Decisions:
         self._ring: deque[Decided] = deque(maxlen=most)
         self._clock = clock
         self._next = float("-inf")
+        self._looked = float("-inf")
         self.counts: Counter[tuple[str, str]] = Counter()
         self.local: Counter[tuple[str, str]] = Counter()
 
@@ -209,7 +209,10 @@ class Decisions:
         self.counts[pool, reason] += 1
         if decision.prefill is None and pool != "prefill" and (decision.fallback or reason in _INSTEAD):
             self.local[pool, decision.fallback or reason] += 1
-        decided = _decided(request.record, request.record.tries, ask, decision, full)
+        closely = full is not None or request.explain or ask.now >= self._looked + _LOOK
+        if closely:
+            self._looked = ask.now
+        decided = _decided(request.record, request.record.tries, ask, decision, full, closely)
         self._ring.append(decided)
         if request.explain:
             request.explained = header(self.shown(decided))
@@ -228,7 +231,7 @@ class Decisions:
         record = request.record
         if isinstance(decision, str):
             return self.shown(_undecided(record, ask, decision, full))
-        return self.shown(_decided(record, 1, ask, decision, full))
+        return self.shown(_decided(record, 1, ask, decision, full, True))
 
     def explained(self, since: float) -> None:
         """An explanation that was begun at `since` is done."""
@@ -275,8 +278,8 @@ class Decisions:
             "output_tokens": max(0, one.decode_tokens - one.prompt),
             "targets": {"ttft": one.ttft, "tpot": one.tpot},
             "pool": one.pool or None,
-            "prefill": None if one.prefill is None else one.prefill.url,
-            "decode": None if one.decode is None else one.decode.url,
+            "prefill": one.chosen[0] or None,
+            "decode": one.chosen[1] or None,
             "reason": one.reason or None,
             "fallback": one.fallback or None,
             "error": one.error or None,
@@ -287,8 +290,10 @@ class Decisions:
         }
 
 
-def _decided(record: RequestRecord, nth: int, ask: Ask, decision: Decision[Backend], full: Full | None) -> Decided:
-    prefill = decision.prefill
+def _decided(
+    record: RequestRecord, nth: int, ask: Ask, decision: Decision[Backend], full: Full | None, closely: bool
+) -> Decided:
+    prefill, decode = decision.prefill, decision.decode
     return Decided(
         ask.now,
         record,
@@ -298,12 +303,13 @@ def _decided(record: RequestRecord, nth: int, ask: Ask, decision: Decision[Backe
         ask.ttft,
         ask.tpot,
         decision.pool,
-        None if prefill is None else seen(prefill, ask),
-        seen(decision.decode, ask),
+        seen(prefill, ask) if closely and prefill is not None else None,
+        seen(decode, ask) if closely else None,
         decision.reason,
         record.fallback,  # which may say more than the decision's own
         "",
         full,
+        ("" if prefill is None else prefill.url, decode.url),
     )
 
 

@@ -272,6 +272,7 @@ class Flow:
                 reuse=self._reuse,
             )
             attempt.sent = sent
+            attempt.paced = self._placing.learns
             try:
                 if media:
                     await self._encoders.encode(attempt, media, decode.group)

@@ -131,6 +131,7 @@ class Try(msgspec.Struct):
         heard: what decode's engine has called back with, for its prefill leg.
         logprobs: of the prompts, as prefill says them, where the client's answer is to have them and decode's has none.
         sent: its prompt at its engines, where anybody wants to know.
+        paced: somebody wants to know how fast its tokens come.
     """
 
     request: Request
@@ -147,6 +148,7 @@ class Try(msgspec.Struct):
     heard: Members | None = None
     logprobs: PromptLogprobs | None = None
     sent: Sent | None = None
+    paced: bool = False
 
     @property
     def identity(self) -> dict[str, msgspec.Raw] | None:
@@ -539,7 +541,7 @@ class Legs:
             loop=self._loop,
             dialect=dialect,
             heard=partial(_heard, attempt, lease),
-            pace=None if attempt.sent is None else partial(self._fleet.paced, backend),
+            pace=partial(self._fleet.paced, backend) if attempt.paced else None,
         )
         if dialect is not None and attempt.logprobs is not None:
             attempt.logprobs.here.add_done_callback(relay.go_on)

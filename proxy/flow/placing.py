@@ -52,7 +52,8 @@ _SAYS_NOTHING = {
 }
 _WORTH_LOOKING = 0.005  # seconds to compute a prompt, from which somebody may have it: less is soon done anywhere
 _UNKNOWN_PACE = 0.001  # seconds for a token, until one has prefilled: then every prompt is looked for
-_PACED = 1.0  # seconds for which the slowest engine's pace is taken to be so
+_FOLLOWED = 8  # of so many such prompts one is followed all the same, so that it is known how fast engines are
+_PACED = 0.25  # seconds for which the slowest engine is taken to be as slow
 _LEARNING = frozenset({"auto"})
 _LOOKING = frozenset({"auto", "prefix"})
 """The policies that want to know what engines have in their caches."""
@@ -68,6 +69,7 @@ class Placing:
         random: a number in [0, 1), for ties and random policies.
     Attributes:
         decisions: the last ones.
+        learns: somebody wants to know how fast engines are.
         looks: somebody wants to know what engines have in their caches.
         wants_sessions: somebody wants to know which session a request belongs to.
     """
@@ -88,7 +90,7 @@ class Placing:
         self._first_tokens = first_tokens
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         named = set(self._policies.values())
-        self._learns = not _LEARNING.isdisjoint(named) or settings.admission.slo != "off"
+        self.learns = not _LEARNING.isdisjoint(named) or settings.admission.slo != "off"
         self.looks = not _LOOKING.isdisjoint(named) or settings.admission.slo != "off"
         self.wants_sessions = "session" in named
         self._local_prefill = settings.fallback == "local_prefill"
@@ -135,7 +137,7 @@ class Placing:
             raise
         prefill = decision.prefill
         record.placed(decision.pool, decision.decode.url, prefill.url if prefill else "")
-        record.fallback = self._fallback(decision, request.body)
+        record.fallback = self._fallback(decision, request.body) if decision.fallback else ""
         if decisions.due(request, ask.now):
             began = monotonic()
             full = self._in_full(request, found, ask, decision, MOST_CANDIDATES)
@@ -241,7 +243,8 @@ class Placing:
             paces = [speeds.pace for backend in self._fleet if (speeds := backend.speeds).prefills]
             self._pace = max(paces, default=_UNKNOWN_PACE)
             self._paced_until = now + _PACED
-        if self.looks and (prompt * self._pace > _WORTH_LOOKING or request.chain is not None):
+        brief = prompt * self._pace <= _WORTH_LOOKING and request.chain is None
+        if self.looks and not brief:
             cached = self._prompts.cached(request)
             if request.chain is not None and request.chain.tokens:
                 prompt = request.chain.tokens
@@ -257,6 +260,7 @@ class Placing:
             tpot,
             request.avoid,
             request.prefill,
+            brief and self._turn % _FOLLOWED != 0,
         )
         if self._prompts.ranked and cached and LAYOUTS[request.body.endpoint].ranked:
             ask.cached = by_engine(ask, self._prompts.ranked)
@@ -275,12 +279,12 @@ class Placing:
 
     def sent(self, request: Request, decode: Lease, prefill: Lease | None) -> Sent | None:
         """A try sends its prompt to where it was placed; None where nobody wants to know."""
-        if not self._learns and not self.looks:
+        ask = request.ask
+        if ask is None or ask.brief or not (self.learns or self.looks):
             return None
-        assert request.ask is not None
         if prefill is None:
-            return self._prompts.sent(request, request.ask, decode, None)
-        return self._prompts.sent(request, request.ask, prefill, decode)
+            return self._prompts.sent(request, ask, decode, None)
+        return self._prompts.sent(request, ask, prefill, decode)
 
     def ended(self, request: Request) -> None:
         """A request has ended, well or not."""

@@ -25,6 +25,7 @@ class Ask(msgspec.Struct, gc=False):
         ttft, tpot: the targets of its client, in seconds; None where there is none.
         avoid: URLs of backends that failed it; chosen only where there is nobody else.
         prefer: URL of a prefill backend to take if it may be had: an earlier try has prefilled there.
+        brief: any engine has its prompt computed in next to no time, so that only the load of each counts.
     """
 
     random: Callable[[], float]
@@ -38,6 +39,7 @@ class Ask(msgspec.Struct, gc=False):
     tpot: float | None = None
     avoid: AbstractSet[str] = frozenset()
     prefer: str = ""
+    brief: bool = False
 
     def uncached(self, url: str) -> int:
         """Tokens of its prompt that an engine is believed to have to compute: at least the last one."""

@@ -107,9 +107,14 @@ class Learnt(Candidate, Protocol):
 
 
 def first_token(candidates: Sequence[Learnt], ask: Ask) -> int:
-    """The one with the earliest expected first token; for a long prompt see above."""
+    """The one with the earliest expected first token; for a long prompt see above. Prompts that are computed in next to
+    no time are counted as leases count them, since to follow each would cost more than it is worth."""
     if len(candidates) == 1:
         return 0
+    if ask.brief:
+        mine = ask.prompt_tokens
+        costs = [((c.inflight_tokens + c.elsewhere_tokens) / c.factor + mine) * c.speeds.pace for c in candidates]
+        return _least(candidates, costs, ask)
     costs = waits_and_work(candidates, ask)
     index = _least(candidates, costs, ask)
     chosen = candidates[index]

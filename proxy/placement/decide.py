@@ -148,6 +148,8 @@ def decide(
         prefill = choose(prefills, "prefill", policy, ask)
         if policy != "auto":
             return Decision(decode, "decode", prefill, "", decodes, policy)
+        if ask.brief:
+            return Decision(decode, "decode", prefill, "", decodes, "earliest")
         wholes: Sequence[C] = ()
         if allow_local_prefill:
             wholes = view.decode if view.plain is None else view.plain

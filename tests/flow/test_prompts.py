@@ -14,6 +14,7 @@ from proxy.fleet.backend import Backend
 from proxy.fleet.cache import Cache
 from proxy.fleet.speeds import PoolSpeeds, Speeds
 from proxy.flow.prompts import Prompts, Sent
+from proxy.flow.request import Request
 from proxy.handoff.coordinates import Coordinates
 from proxy.prefix.chain import chain_of_ids
 from proxy.prefix.index import Caching, PrefixIndex
@@ -438,3 +439,23 @@ def test_a_hand_off_that_goes_to_another_goes_to_a_rank_of_it() -> None:
             sent.heard()
         assert name in bed.believed
     assert "http://d#0" not in bed.believed
+
+
+async def test_of_prompts_that_take_next_to_no_time_one_of_eight_is_followed() -> None:
+    async with pools(prefill=2, decode=1) as (running, _, _):
+        placing = running.gateway.placing
+        followed = list[str]()
+        sent = placing._prompts.sent
+
+        def noted(request: Request, *more: Any) -> Sent:
+            followed.append(request.record.request_id)
+            return sent(request, *more)
+
+        placing._prompts.sent = noted  # type: ignore[method-assign]
+        placing._pace, placing._paced_until = 1e-9, float("inf")
+        for _ in range(16):
+            await ask(running, conversation(1))
+        assert len(followed) == 2
+        placing._pace = 1.0
+        await ask(running, conversation(1))
+        assert len(followed) == 3

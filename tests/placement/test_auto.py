@@ -278,3 +278,21 @@ def test_every_policy_takes_the_only_one(role: str, policy: str) -> None:
     [engine] = learnt([10_000.0], [0.01])
     engine.factor = 0.5
     assert CHOICES[role][policy]([engine], ask(random=lambda: 0.9, session=b"s", cached={engine.url: 5})) == 0
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=8), st.floats(0, 0.999))
+def test_a_brief_prompt_goes_to_the_least_loaded_of_equal_engines(loads: list[int], chance: float) -> None:
+    candidates = engines(len(loads))
+    for candidate, tokens in zip(candidates, loads, strict=True):
+        candidate.decodes(tokens)
+    asked = ask(100, random=lambda: chance, brief=True)
+    assert first_token(candidates, asked) == least_loaded(candidates, asked)
+
+
+def test_a_brief_prompt_goes_where_the_load_is_soonest_done() -> None:
+    slow, fast = candidates = learnt(rates=(2_000.0, 10_000.0))
+    assert first_token(candidates, ask(100, brief=True)) == 1
+    fast.decodes(2000)
+    assert first_token(candidates, ask(100, brief=True)) == 0
+    slow.decodes(2000)
+    assert first_token(candidates, ask(100, brief=True)) == 1
