@@ -173,7 +173,7 @@ class Mean:
         bound = 2.0 ** (1 + min(abs(self._beyond), 5)) if seen >= _FEW else 64.0
         self._beyond = max(0, self._beyond) + 1 if ratio > 2.0 else min(0, self._beyond) - 1
         if abs(self._beyond) > 2:  # it is another engine than it was
-            gain, self.seen = max(gain, 0.5), min(self.seen, _FEW)
+            gain, self.seen = max(gain, 0.5 * share), min(self.seen, _FEW)
         # In logarithms: steps up and down are of one size.
         self.value *= min(bound, max(1.0 / bound, ratio)) ** gain
 
