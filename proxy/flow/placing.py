@@ -50,6 +50,7 @@ _SAYS_NOTHING = {
         HandoffExpired,
     )
 }
+_BRIEF = 512  # tokens of a prompt, at most, that is not looked for where engines are fast
 _WORTH_LOOKING = 0.005  # seconds to compute a prompt, from which somebody may have it: less is soon done anywhere
 _UNKNOWN_PACE = 0.001  # seconds for a token, until one has prefilled: then every prompt is looked for
 _FOLLOWED = 8  # of so many such prompts one is followed all the same, so that it is known how fast engines are
@@ -243,7 +244,7 @@ class Placing:
             paces = [speeds.pace for backend in self._fleet if (speeds := backend.speeds).prefills]
             self._pace = max(paces, default=_UNKNOWN_PACE)
             self._paced_until = now + _PACED
-        brief = prompt * self._pace <= _WORTH_LOOKING and request.chain is None
+        brief = prompt <= _BRIEF and prompt * self._pace <= _WORTH_LOOKING and request.chain is None
         if self.looks and not brief:
             cached = self._prompts.cached(request)
             if request.chain is not None and request.chain.tokens:
