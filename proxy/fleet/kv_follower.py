@@ -118,6 +118,7 @@ class Follower:
         self._mark = 0  # what that one was
         self._live: int | None = None  # number of the last batch that was published, not replayed
         self._same = False  # the last batch that was taken was found again
+        self._unasked = False  # what it had published when it connected is still to be asked for
         self._busy = asyncio.Lock()
         self._calm_until: dict[str, float] = {}
         self.connected = False
@@ -155,9 +156,12 @@ class Follower:
             try:
                 parts = await self._receive(subscription, _CONNECTING)
             except TimeoutError:
-                if self.connected:
-                    continue
-                return
+                if not self.connected:
+                    return
+                if self._unasked and self._is_calm("unanswered"):
+                    async with self._busy:
+                        await self._look_back()
+                continue
             async with self._busy:
                 await self._hear(parts)
 
@@ -181,6 +185,8 @@ class Follower:
             self.connected = event[:2] == connected
             if self.connected:
                 self._tell(logging.INFO, "connected", "the KV events of %s are heard at %s", self._name, self._events)
+                self._calm_until.pop("unanswered", None)  # it may be another process, which answers
+                self._unasked = True
                 async with self._busy:
                     await self._look_back()
             else:
@@ -240,7 +246,7 @@ class Follower:
         if not self._replay or not self._is_calm("unanswered"):
             return
         before, taken = self._last, self._counts["replayed"]
-        self._same = False
+        self._same = self._unasked = False
         await self._catch_up()
         nothing = self._last == before and self._counts["replayed"] == taken and not self._same
         if before is not None and nothing and self._is_calm("unanswered"):
@@ -306,6 +312,7 @@ class Follower:
 
     def _unanswered(self, why: str) -> None:
         self._counts["unanswered"] += 1
+        self._unasked = True
         self._tell(
             logging.WARNING,
             "unanswered",

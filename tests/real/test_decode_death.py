@@ -23,6 +23,8 @@ from .questions import KILLED_QUESTIONS, Answer, Api, Question, as_answer, ask, 
 pytestmark = [pytest.mark.real, pytest.mark.kills_second_decode]
 
 STREAMED = [question for question in KILLED_QUESTIONS if question.stream]
+EVENLY = ("--warmup", "false", "--policy-decode", "least_loaded")
+"""So that the engine which dies has its share: `auto` gives the one that it has seen to be faster more."""
 WAVES = 4
 APART = 20
 """Events that each stream of a wave has before the next wave starts, so that the engine dies at many tokens."""
@@ -55,7 +57,7 @@ class Outcome:
 @pytest.fixture(scope="module")
 def gateway_of_two(bed: Bed, second_decode: Engine, logs: Path) -> Iterator[Gateway]:
     urls = [bed.decode.url, second_decode.url]
-    with serving(bed.prefill.url, urls, logs / "gateway-decode-death.log", "--warmup", "false") as started:
+    with serving(bed.prefill.url, urls, logs / "gateway-decode-death.log", *EVENLY) as started:
         yield started
 
 
