@@ -171,7 +171,7 @@ async def test_requests_are_placed_as_if_one_worker_had_placed_them() -> None:
     ignorance of one backend's long request that the other has placed."""
     async with (
         simulators("mixed", "mixed", step_time=0.05) as [one, two],
-        served("--workers", "2", "--mixed", one.url, "--mixed", two.url) as process,
+        served("--workers", "2", "--mixed", one.url, "--mixed", two.url, "--policy.mixed", "least_loaded") as process,
         httpx.AsyncClient(base_url=process.url, timeout=20, trust_env=False, verify=False) as http,
     ):
         await ready(http)

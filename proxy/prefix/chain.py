@@ -316,6 +316,7 @@ def _without_media(said: bytes, key: bytes) -> bytes:
     return b"".join((*parts, view[at:])) if parts else said
 
 
+_MOST_IDS = 4 * 1024 * 1024  # bytes of a list of ids that are looked at: more than half a million, as models have them
 _NEAR = 2048  # ids at the start of a prompt, whose blocks are an engine's own
 _OWN = 16  # ids of each of them
 _OWN_BLOCK = re.compile(rb"[^,]*+," * _OWN)
@@ -324,13 +325,15 @@ _SAMPLE = 256  # bytes that tell how long a number is likely to be
 
 def _inside_of_ids(raw: msgspec.Raw) -> bytes | None:
     """What is between the brackets of a list of numbers, or of a list of one such list, without blanks; None where it
-    is neither. One that an engine would refuse may pass for one."""
-    said = bytes(raw)
+    is neither. One that an engine would refuse may pass for one. Of a long one it is the beginning."""
+    said = bytes(memoryview(raw)[:_MOST_IDS])
+    if len(said) == _MOST_IDS:
+        said = said[: said.rfind(b",") + 1]
     start = said[:64].lstrip(b"[" + _BLANKS)
     depth = said[:64].count(b"[")
     if not start[:1].isdigit() or not 1 <= depth <= 2 or said.find(b"[", 64) >= 0:
         return None
-    inside = said.strip(b"[]" + _BLANKS)
+    inside = said.strip(b"[]," + _BLANKS)
     if any(inside.find(blank) >= 0 for blank in (b" ", b"\n", b"\t", b"\r")):
         inside = inside.translate(None, _BLANKS)
     return inside

@@ -127,7 +127,7 @@ async def test_two_workers_find_as_much_as_one() -> None:
     found = []
     for count in (1, 2):
         async with workers(count) as (process, p):
-            await ask_all(process.url, prompts(24, 8, 2), 3)
+            await ask_all(process.url, prompts(24, 16, 2), 3)
             found.append(rate(p))
     one, two = found
     assert one > 0.8

@@ -23,7 +23,7 @@ from .questions import KILLED_QUESTIONS, Answer, Api, Question, as_answer, ask, 
 pytestmark = [pytest.mark.real, pytest.mark.kills_second_decode]
 
 STREAMED = [question for question in KILLED_QUESTIONS if question.stream]
-EVENLY = ("--warmup", "false", "--policy-decode", "least_loaded")
+EVENLY = ("--warmup", "false", "--policy.decode", "least_loaded")
 """So that the engine which dies has its share: `auto` gives the one that it has seen to be faster more."""
 WAVES = 4
 APART = 20
