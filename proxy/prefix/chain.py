@@ -50,6 +50,7 @@ _FIRST = TEXT.ends[0]
 _MODEL = frozenset({"model"})
 _NULL = msgspec.Raw(b"null")
 _BLANKS = b" \t\r\n"
+_MOST_BLANKS = 1024
 
 
 class Chain(msgspec.Struct, frozen=True, gc=False):
@@ -206,18 +207,15 @@ _BEFORE = (("tools", b"\1"), ("system", b"\2"), ("instructions", b"\2"))
 
 def _opened(raw: msgspec.Raw, batch: bool) -> memoryview:
     """A prompt without the mark that closes it, so that one that goes on has the same bytes that far; and without the
-    bracket round a batch of texts."""
+    bracket round a batch of texts. Blanks beside them go too, up to a bound: nobody writes more."""
     view = memoryview(raw)
-    end = len(view)
+    start, end = 0, len(view)
     if end and view[end - 1] in b'"]}':
-        end -= 1
-        while end and view[end - 1] in _BLANKS:
-            end -= 1
-    start = 0
+        tail = bytes(view[max(0, end - 1 - _MOST_BLANKS) : end - 1])
+        end -= 1 + len(tail) - len(tail.rstrip(_BLANKS))
     if batch and bytes(view[:1]) == b"[":
-        start = 1
-        while start < end and view[start] in _BLANKS:
-            start += 1
+        head = bytes(view[1 : min(end, 1 + _MOST_BLANKS)])
+        start = 1 + len(head) - len(head.lstrip(_BLANKS))
     return view[start:end]
 
 

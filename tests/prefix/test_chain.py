@@ -6,6 +6,7 @@ import base64
 import random
 from collections.abc import Mapping
 from itertools import pairwise
+from time import process_time
 from typing import Any
 
 import msgspec
@@ -298,3 +299,12 @@ def test_any_conversation_shares_its_beginning(contents: list[str], count: int) 
     part, whole = chain({"messages": messages[: max(1, count)]}), chain({"messages": messages})
     assert shared(part, whole) == min(len(part.hashes), len(whole.hashes))
     assert len(whole.hashes) == whole.blocks.whole(whole.units)
+
+
+@pytest.mark.parametrize("body", [b'{"text":[{}%b]}', b'{"text":[%b{}]}', b'{"text":"a%b"}', b'{"text":[%b]}'])
+def test_blanks_cost_no_step_each(body: bytes) -> None:
+    """A client can send megabytes of them, and nothing else runs while they are looked at."""
+    text = read_body(body % (b" " * 4_000_000), "sglang_generate")
+    began = process_time()
+    chain_of(text, KEY)
+    assert process_time() - began < 0.1
