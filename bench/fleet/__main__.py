@@ -86,7 +86,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "bench.fleet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = "; ".join(f"{kind.name}: {kind.what}" for kind in ALL)
+    what = "; ".join(f"{kind.name}: {kind.what}" for kind in ALL).replace("%", "%%")
     parser.add_argument("--kind", action="append", choices=list(BY_NAME), help=f"may be repeated. {what}")
     parser.add_argument("--policy", action="append", choices=EVERY, help="may be repeated; default: all")
     parser.add_argument("--seed", action="append", type=int, help=f"may be repeated; default: {HELD_OUT}, held out")

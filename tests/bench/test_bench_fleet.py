@@ -279,3 +279,11 @@ def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "auto/oracle" in capsys.readouterr().out
     assert set(BY_NAME) >= {"tutorial", "large"}
     assert trace(BY_NAME["tutorial"], 1)
+
+
+def test_the_command_says_what_its_kinds_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(["--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert all(f"{kind.name}:" in said.replace("\n", "") for kind in ALL if " " not in kind.name)
