@@ -50,6 +50,7 @@ _INHERITED = 2.0  # what the pool's median is worth, in full legs (streams)
 _OVERDUE = 0.5  # seconds beyond twice of what a leg should take, after which it is taken for stuck
 _FORGOTTEN = 120.0  # seconds out of the rotation, after which an engine is a new one
 _SILENT = 900.0  # seconds without an answer after which what is outstanding is not
+_ALIKE = 0.08  # of the pool's median factor, by which an engine of the same speed may be off
 _GAP_WEIGHT = 0.25
 _WINDOW = 8.0  # seconds over which prefill's share of an engine that decodes is counted
 _MIXED = 1.0  # seconds after a prefill in which gaps have its chunks in them
@@ -196,6 +197,7 @@ class PoolSpeeds:
         leg_tokens: what any leg costs, in tokens of work.
         growth: tokens before a token at which attention costs as much as everything else.
         base, each_sequence, each_token: seconds of a step, by the fit, of an engine of factor 1.
+        usual_factor: the median of the engines' factors, when it was last looked at.
         each_in_flight: seconds that a token in flight adds to it, with the sequence that it is a part of.
     """
 
@@ -212,6 +214,7 @@ class PoolSpeeds:
         "each_token",
         "growth",
         "leg_tokens",
+        "usual_factor",
     )
 
     def __init__(self) -> None:
@@ -221,6 +224,7 @@ class PoolSpeeds:
         self._handoff = Fit(_HANDOFF, (1.0, 1.0, 0.0))
         self._turn = 0
         self._tokens_each = 0.0  # held by a sequence, on the average
+        self.usual_factor = 1.0
         self.leg_tokens = 0.0
         self.growth = _GREATEST_GROWTH
         self.base, self.each_sequence, self.each_token = _STEP
@@ -320,6 +324,7 @@ class PoolSpeeds:
     def followed(self) -> None:
         """The fits have moved: so do all engines, and those of which nothing is known stay at the median."""
         pace, factor = self.pace, self.factor
+        self.usual_factor = factor
         for speeds in self._members:
             if not speeds.prefills:
                 speeds.follow_pace(pace)
@@ -578,9 +583,7 @@ class Speeds:
 
     def refresh(self) -> None:
         """The pool's fits have moved: find anew what decisions read."""
-        pool, factor = self.pool, self.factor
-        self.step_base = factor * pool.base
-        self.step_token = factor * pool.each_in_flight
+        self._expect_step(self.factor)
         self._plan()
 
     def _plan(self) -> None:
@@ -631,6 +634,14 @@ class Speeds:
         pool.stepped(sequences, kv_tokens, seconds / (before if known else factor), expected)
         if not known:
             pool.followed()
+        self._expect_step(factor)
+
+    def _expect_step(self, factor: float) -> None:
+        """Find anew what decisions read of its step. Engines whose factors differ by a few per cent are alike: to send
+        more to the one that chance made the faster ends where steps are at their target."""
+        pool = self.pool
+        if abs(factor - pool.usual_factor) <= _ALIKE * pool.usual_factor:
+            factor = pool.usual_factor
         self.step_base = factor * pool.base
         self.step_token = factor * pool.each_in_flight
 

@@ -420,3 +420,14 @@ def test_a_first_leg_beside_other_workers_is_counted_from_now() -> None:
     speeds.told_elsewhere(4000, 40.0)
     speeds.given(1000, 50.0, 1000)
     assert isfinite(speeds.free_at) and speeds.ahead(50.0) > 0
+
+
+def test_engines_that_differ_by_a_few_per_cent_are_alike_and_others_are_not() -> None:
+    pool = PoolSpeeds()
+    some = [Engine(pool, 10_000.0) for _ in range(4)]
+    for _ in range(60):
+        for engine, step in zip(some, (0.0200, 0.0203, 0.0198, 0.0300), strict=True):
+            engine.decode(step)
+    first, second, third, slow = (engine.speeds.step_base for engine in some)
+    assert first == second == third
+    assert slow > 1.2 * first
