@@ -6,6 +6,7 @@ not known to be text is taken for more: nothing clever is done with such a promp
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from typing import Literal
 
@@ -50,6 +51,8 @@ class _TextPart(msgspec.Struct, gc=False):
     content: msgspec.Raw = _ABSENT
 
 
+_PARTS = re.compile(rb'"content"[ \t\r\n]*:[ \t\r\n]*\[')
+
 _decode_messages = json_decoder(list[_Message])
 _decode_message = json_decoder(_Message)
 _decode_parts = json_decoder(list[_TextPart])
@@ -85,6 +88,8 @@ class _Look:
             found = _decode_messages(messages)
             return any(self._is_more(item.content) or self._is_more(item.output) for item in found)
         for element in elements(messages):
+            if len(element) > _LONG and _is_nested(element):
+                return True  # as its parts would show, each level of which is passed over twice
             item = _decode_message(element)
             if self._is_enough() or self._is_more(item.content) or self._is_more(item.output):
                 return True
@@ -111,6 +116,12 @@ class _Look:
     def _is_enough(self) -> bool:
         self._seen += 1
         return self._seen > _MOST
+
+
+def _is_nested(message: memoryview | bytes) -> bool:
+    """Whether there is a list of parts within another. Within a string the quotes of such a name have backslashes."""
+    first = _PARTS.search(message)
+    return first is not None and _PARTS.search(message, first.end()) is not None
 
 
 def _is_sparse(said: bytes) -> bool:

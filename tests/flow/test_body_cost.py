@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from tests.support import running_gateway
 
 MB = 1024 * 1024
-TIMES = 6  # the time that a shape may take, in strings of its size; nested tool results take 4 to 5
+TIMES = 4  # the time that a shape may take, in strings of its size
 HAS_PEAK = Path("/proc/self/clear_refs").exists()
 
 _PREFILLED = (
@@ -307,7 +307,7 @@ def check(bed: Bed, place: tuple[str, str, str, str], shape: str, unit: str, siz
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [4 * MB, 16 * MB])
-def test_no_shape_costs_more_than_a_few_strings_of_its_size(beds: Callable[[str], Bed], size: int) -> None:
+def test_no_shape_costs_more_than_four_strings_of_its_size(beds: Callable[[str], Bed], size: int) -> None:
     @settings(
         max_examples=40,
         deadline=None,
