@@ -19,7 +19,7 @@ class Build(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib) / "proxy"
+            target = Path(self.build_lib) / "pd_proxy"
             self.mkpath(str(target))
             self.copy_file(str(Path("config") / _NAME), str(target / _NAME))
 
@@ -27,7 +27,7 @@ class Build(build_py):
         return [*super().get_source_files(), f"config/{_NAME}"]
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        return [*super().get_outputs(include_bytecode), str(Path(self.build_lib) / "proxy" / _NAME)]
+        return [*super().get_outputs(include_bytecode), str(Path(self.build_lib) / "pd_proxy" / _NAME)]
 
 
 setup(cmdclass={"build_py": Build})

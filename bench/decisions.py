@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from timeit import repeat
 
-from proxy.fleet.backend import Backend, Lease, Role
-from proxy.fleet.speeds import PoolSpeeds
-from proxy.placement.ask import Ask
-from proxy.placement.decide import decide
-from proxy.placement.eligibility import Members, Needs, Rules, eligible
+from pd_proxy.fleet.backend import Backend, Lease, Role
+from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.placement.ask import Ask
+from pd_proxy.placement.decide import decide
+from pd_proxy.placement.eligibility import Members, Needs, Rules, eligible
 
 SIZES = (2, 8, 16, 64, 512)
 BUDGETS = {16: 25.0, 512: 150.0}

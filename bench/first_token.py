@@ -24,10 +24,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from proxy.app import build
-from proxy.process import uvicorn_config
-from proxy.settings import build_settings
-from proxy.simulator import Simulator, SimulatorConfig
+from pd_proxy.app import build
+from pd_proxy.process import uvicorn_config
+from pd_proxy.settings import build_settings
+from pd_proxy_simulator import Simulator, SimulatorConfig
+
 from tests.faults.clock import virtual_time
 from tests.support import TestServer, until
 

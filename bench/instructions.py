@@ -23,15 +23,15 @@ from functools import cache
 from typing import Any, cast
 
 import uvloop
+from pd_proxy.app import build
+from pd_proxy.fleet.cache import Cache
+from pd_proxy.process import uvicorn_config
+from pd_proxy.relay.http1 import Connection, Origin
+from pd_proxy.relay.server import GatewayProtocol
+from pd_proxy.settings import build_settings
 from uvicorn.server import ServerState
 
 from bench.process import BenchError
-from proxy.app import build
-from proxy.fleet.cache import Cache
-from proxy.process import uvicorn_config
-from proxy.relay.http1 import Connection, Origin
-from proxy.relay.server import GatewayProtocol
-from proxy.settings import build_settings
 
 _COUNTED = "COUNTED_REQUESTS"
 _REFS = re.compile(r"I\s+refs:\s+([\d,]+)")

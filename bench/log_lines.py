@@ -14,9 +14,9 @@ import os
 import sys
 from time import monotonic, thread_time
 
-from proxy.telemetry.log_queue import LogQueue
-from proxy.telemetry.logs import RequestLog, TextFormatter
-from proxy.telemetry.records import RequestRecord
+from pd_proxy.telemetry.log_queue import LogQueue
+from pd_proxy.telemetry.logs import RequestLog, TextFormatter
+from pd_proxy.telemetry.records import RequestRecord
 
 RATE = 10_000
 _TICK = 0.01  # seconds

@@ -20,19 +20,19 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from proxy.doctor.examination import examine  # noqa: E402 - the checkout's own package, installed or not
-from proxy.explain import as_text  # noqa: E402
-from proxy.fleet.backend import Backend, Lease, Role  # noqa: E402
-from proxy.fleet.speeds import PoolSpeeds  # noqa: E402
-from proxy.flow.decisions import Decisions, in_full  # noqa: E402
-from proxy.flow.request import Request  # noqa: E402
-from proxy.handoff.body import read_body  # noqa: E402
-from proxy.placement.ask import Ask  # noqa: E402
-from proxy.placement.decide import View, decide  # noqa: E402
-from proxy.relay.client import AsgiClient  # noqa: E402
-from proxy.settings import build_settings  # noqa: E402
-from proxy.simulator import Simulator, SimulatorConfig  # noqa: E402
-from proxy.telemetry.records import RequestRecord  # noqa: E402
+from pd_proxy.doctor.examination import examine  # noqa: E402 - the checkout's own package, installed or not
+from pd_proxy.explain import as_text  # noqa: E402
+from pd_proxy.fleet.backend import Backend, Lease, Role  # noqa: E402
+from pd_proxy.fleet.speeds import PoolSpeeds  # noqa: E402
+from pd_proxy.flow.decisions import Decisions, in_full  # noqa: E402
+from pd_proxy.flow.request import Request  # noqa: E402
+from pd_proxy.handoff.body import read_body  # noqa: E402
+from pd_proxy.placement.ask import Ask  # noqa: E402
+from pd_proxy.placement.decide import View, decide  # noqa: E402
+from pd_proxy.relay.client import AsgiClient  # noqa: E402
+from pd_proxy.settings import build_settings  # noqa: E402
+from pd_proxy.telemetry.records import RequestRecord  # noqa: E402
+from pd_proxy_simulator import Simulator, SimulatorConfig  # noqa: E402
 
 PAGES = {"doctor": HERE / "operating.md", "explain": HERE / "explain.md"}
 _SAMPLE = r"(<!-- sample of %s, written by docs/sample\.py -->\n```text\n).*?(```\n)"

@@ -12,13 +12,12 @@ from typing import Any
 
 import httpx
 import uvicorn
-
-from proxy.app import Gateway, build
-from proxy.process import protocol, uvicorn_config
-from proxy.relay.server import GatewayProtocol
-from proxy.settings import build_settings
-from proxy.simulator import Simulator, SimulatorConfig
-from proxy.sockets import tune
+from pd_proxy.app import Gateway, build
+from pd_proxy.process import protocol, uvicorn_config
+from pd_proxy.relay.server import GatewayProtocol
+from pd_proxy.settings import build_settings
+from pd_proxy.sockets import tune
+from pd_proxy_simulator import Simulator, SimulatorConfig
 
 OPERATOR = {"authorization": "Bearer operator"}
 """With which tests do what operators may, where they set no keys themselves."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from proxy.advice import advise
-from proxy.settings import build_settings
+from pd_proxy.advice import advise
+from pd_proxy.settings import build_settings
 
 PAIR = {"prefill": ["p:1"], "decode": ["d:1"]}
 

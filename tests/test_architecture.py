@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1] / "proxy"
+ROOT = Path(__file__).parents[1] / "proxy" / "pd_proxy"
+SIMULATOR = ROOT.parent / "pd_proxy_simulator"
 
 ABOVE_FLOW = {
     "errors",
@@ -37,7 +38,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": ABOVE_FLOW | {"flow"},
     "doctor": ABOVE_FLOW | {"flow"},
     "telemetry": set(),
-    "simulator": set(),
 }
 """Room -> the rooms (or single modules of them) that it may import besides itself and `decoding`."""
 
@@ -84,13 +84,13 @@ def _imports(file: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                package = ("proxy", *file.relative_to(ROOT).parts[: -node.level])
+                package = ("pd_proxy", *file.relative_to(ROOT).parts[: -node.level])
                 base = ".".join([*package, *filter(None, [base])])
             yield node.lineno, base
-            # `from proxy.fleet import backend` imports a module too, `from proxy import __version__` does not.
+            # `from pd_proxy.fleet import backend` imports a module too, `from pd_proxy import __version__` does not.
             for alias in node.names:
                 path = Path(*base.split("."), alias.name)
-                if base.startswith("proxy") and (
+                if base.startswith("pd_proxy") and (
                     (ROOT.parent / path).with_suffix(".py").exists() or (ROOT.parent / path).is_dir()
                 ):
                     yield node.lineno, f"{base}.{alias.name}"
@@ -109,13 +109,13 @@ def test_every_file_is_in_a_room() -> None:
 
 @pytest.mark.parametrize("here", sorted(MAY_IMPORT))
 def test_a_room_imports_only_what_it_may(here: str) -> None:
-    allowed = {f"proxy.{name}" for name in MAY_IMPORT[here] | {here, "decoding"}}
+    allowed = {f"pd_proxy.{name}" for name in MAY_IMPORT[here] | {here, "decoding"}}
     wrong = [
         f"{file.relative_to(ROOT.parent)}:{line} imports {name}"
         for file in FILES
         if room(file) == here
         for line, name in imports(file)
-        if name.startswith("proxy.") and not any(name == good or name.startswith(f"{good}.") for good in allowed)
+        if name.startswith("pd_proxy.") and not any(name == good or name.startswith(f"{good}.") for good in allowed)
     ]
     assert wrong == []
 
@@ -136,7 +136,7 @@ def test_rooms_without_io_import_nothing_that_has_any(name: str) -> None:
 def test_engines_are_asked_by_the_legs_client_and_the_control_planes_and_nothing_else() -> None:
     """Each bounds what an engine may do to who asks: in time, in bytes, without inflating, without redirects."""
     clients = {"httpx", "aiohttp", "requests", "urllib3", "urllib.request", "http.client", "httpcore"}
-    files = [file for file in FILES if room(file) not in ("simulator", "container_health")]  # that asks the gateway
+    files = [file for file in FILES if room(file) != "container_health"]  # that asks the gateway
     found = {
         (str(file.relative_to(ROOT)), module)
         for file in files
@@ -164,32 +164,39 @@ def test_engines_are_asked_by_the_legs_client_and_the_control_planes_and_nothing
     assert parsing == {"fleet/wire.py", "relay/http1.py"}
 
 
+def test_the_simulator_shares_nothing_with_the_gateway_but_the_decoder() -> None:
+    files = sorted(SIMULATOR.rglob("*.py"))
+    assert files
+    shared = {name for file in files for _, name in imports(file) if name.split(".")[0] == "pd_proxy"}
+    assert shared <= {"pd_proxy.decoding"}
+
+
 def test_outside_telemetry_only_its_records_are_known() -> None:
     wrong = [
         f"{file.relative_to(ROOT.parent)}:{line} imports {module}"
         for file in FILES
         if room(file) not in UNBOUND | {"telemetry"}
         for line, module in imports(file)
-        if module.startswith("proxy.telemetry.") and not module.startswith("proxy.telemetry.records")
+        if module.startswith("pd_proxy.telemetry.") and not module.startswith("pd_proxy.telemetry.records")
     ]
     assert wrong == []
 
 
 def test_the_check_sees_imports_of_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room_ = tmp_path / "proxy" / "handoff"
+    room_ = tmp_path / "pd_proxy" / "handoff"
     room_.mkdir(parents=True)
-    (tmp_path / "proxy" / "fleet").mkdir()
-    (tmp_path / "proxy" / "app.py").touch()
+    (tmp_path / "pd_proxy" / "fleet").mkdir()
+    (tmp_path / "pd_proxy" / "app.py").touch()
     file = room_ / "x.py"
     file.write_text(
-        "import asyncio, proxy.fleet\nfrom proxy import app\nfrom ..fleet import backend\nfrom . import y\n"
+        "import asyncio, pd_proxy.fleet\nfrom pd_proxy import app\nfrom ..fleet import backend\nfrom . import y\n"
         "def f():\n    from time import sleep\n"
     )
-    monkeypatch.setitem(globals(), "ROOT", tmp_path / "proxy")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path / "pd_proxy")
     assert {name for _, name in imports(file)} >= {
         "asyncio",
-        "proxy.fleet",
-        "proxy.app",
-        "proxy.handoff",
+        "pd_proxy.fleet",
+        "pd_proxy.app",
+        "pd_proxy.handoff",
         "time",
     }

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from proxy import __version__, cli, flags
-from proxy.process import ListenError
-from proxy.settings import Settings, leaves
+from pd_proxy import __version__, cli, flags
+from pd_proxy.process import ListenError
+from pd_proxy.settings import Settings, leaves
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -29,8 +28,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
         started.append(settings)
         return 0
 
-    monkeypatch.setattr("proxy.process.serve", serve)
-    monkeypatch.setattr("proxy.telemetry.logs.set_up_logging", lambda level, shape: None)
+    monkeypatch.setattr("pd_proxy.process.serve", serve)
+    monkeypatch.setattr("pd_proxy.telemetry.logs.set_up_logging", lambda level, shape: None)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return started
 
@@ -237,7 +236,7 @@ def test_an_address_that_is_taken_exits_with_1(
     def serve(settings: Settings) -> int:
         raise ListenError("cannot listen on 127.0.0.1:8000: Address already in use")
 
-    monkeypatch.setattr("proxy.process.serve", serve)
+    monkeypatch.setattr("pd_proxy.process.serve", serve)
     assert run("serve")[0] == 1
     assert caplog.records[-1].message == "cannot listen on 127.0.0.1:8000: Address already in use"
     assert caplog.records[-1].levelname == "ERROR"
@@ -410,8 +409,8 @@ def test_no_command_or_a_wrong_one_is_refused(run: Run, argv: list[str]) -> None
 def test_a_gateway_does_without_the_simulators_code(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("port: 1\n")
     said = (
-        "import sys; from proxy.cli import main; main(sys.argv[1:]); "
-        "print([name for name in sys.modules if name.startswith('proxy.simulator')])"
+        "import sys; from pd_proxy.cli import main; main(sys.argv[1:]); "
+        "print([name for name in sys.modules if name.startswith('pd_proxy_simulator')])"
     )
     command = [sys.executable, "-c", said, "check", str(tmp_path / "c.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)

@@ -7,10 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from proxy import cli
-from proxy.completion import SHELLS
-from proxy.settings import leaves
+from pd_proxy import cli
+from pd_proxy.completion import SHELLS
+from pd_proxy.settings import leaves
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ import yaml
 from hypothesis import HealthCheck, given
 from hypothesis import settings as settings_
 from hypothesis import strategies as st
-
-from proxy.configuration import ConfigurationError, configure, gather
-from proxy.settings import Settings, leaves
-from proxy.variables import put, variable
+from pd_proxy.configuration import ConfigurationError, configure, gather
+from pd_proxy.settings import Settings, leaves
+from pd_proxy.variables import put, variable
 
 Write = Callable[[str], Path]
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-
-from proxy.decoding import (
+from pd_proxy.decoding import (
     UNDECODABLE,
     Undecodable,
     WrongShape,
@@ -121,7 +120,7 @@ DECODERS = {"json.loads", "json.load", "json.JSONDecoder"} | {
 }
 MADE_HERE = {"b64encode", "encode", "generate_latest"}
 """Functions whose bytes are the gateway's own, and ASCII or UTF-8 for certain."""
-OWN_VOCABULARY = {"simulator/text.py", "simulator/tokens.py"}
+OWN_VOCABULARY = {"pd_proxy_simulator/text.py", "pd_proxy_simulator/tokens.py"}
 """Modules that decode the simulator's own tokens, of which some are no whole character on purpose."""
 
 
@@ -166,10 +165,10 @@ def test_no_other_module_calls_a_decoder() -> None:
     wrong = []
     for file in sorted(ROOT.rglob("*.py")):
         name = str(file.relative_to(ROOT))
-        if name != "decoding.py":
+        if name != "pd_proxy/decoding.py":
             tree = ast.parse(file.read_text(encoding="utf-8"))
             wrong += [f"{name}:{use}" for use in decoders(tree, text=name not in OWN_VOCABULARY)]
-    assert wrong == [], "decode with proxy.decoding"
+    assert wrong == [], "decode with pd_proxy.decoding"
 
 
 def unguarded(tree: ast.Module) -> Iterator[str]:

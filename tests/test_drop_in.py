@@ -6,9 +6,8 @@ import argparse
 from typing import Any
 
 import pytest
-
-from proxy import drop_in
-from proxy.configuration import ConfigurationError, configure
+from pd_proxy import drop_in
+from pd_proxy.configuration import ConfigurationError, configure
 
 
 @pytest.fixture(autouse=True)

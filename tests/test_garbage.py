@@ -8,8 +8,8 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
+from pd_proxy import garbage
 
-from proxy import garbage
 from tests.support import until
 
 

@@ -10,7 +10,7 @@ import pytest
 
 _FAULTS = """
 import resource, sys
-from proxy import heap
+from pd_proxy import heap
 if sys.argv[1] == "kept":
     heap.keep()
 def bodies():

@@ -11,7 +11,7 @@ ARGUMENTS = "['serve', '--port=0', '--connector=p2p_nccl', '--zmq.registrations=
 
 def started(where: str, before: str = "pass") -> subprocess.CompletedProcess[str]:
     """What came of a gateway that listens for registrations at an address."""
-    program = f"import sys; {before}; from proxy.cli import main; sys.exit(main({ARGUMENTS.format(where)}))"
+    program = f"import sys; {before}; from pd_proxy.cli import main; sys.exit(main({ARGUMENTS.format(where)}))"
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
 
 
@@ -31,7 +31,8 @@ def test_an_address_that_is_taken_is_named_and_ends_the_start() -> None:
 
 def test_pyzmq_is_not_imported_where_no_connector_needs_it() -> None:
     program = (
-        "import sys; from proxy.app import build; from proxy.settings import build_settings; import proxy.process;"
+        "import sys; from pd_proxy.app import build; from pd_proxy.settings import build_settings; "
+        "import pd_proxy.process; "
         "build(build_settings({'prefill': ['a:1'], 'decode': ['b:1']}, {})); sys.exit('zmq' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

@@ -43,7 +43,7 @@ class Process:
 async def served(*flags: str, files: int = 0) -> AsyncIterator[Process]:
     limited = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []
     process = await asyncio.create_subprocess_exec(
-        *limited, sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *flags, stderr=asyncio.subprocess.PIPE,
+        *limited, sys.executable, "-m", "pd_proxy.cli", "serve", "--port", "0", *flags, stderr=asyncio.subprocess.PIPE,
         env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")},
     )  # fmt: skip
     log: list[str] = []
@@ -138,7 +138,7 @@ async def test_a_taken_port_is_said_in_one_line() -> None:
     async with served("--decode", "http://127.0.0.1:9") as gateway:
         port = gateway.url.rsplit(":", 1)[1]
         second = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "proxy.cli", "serve", "--port", port, "--mixed", "http://127.0.0.1:9"),
+            *(sys.executable, "-m", "pd_proxy.cli", "serve", "--port", port, "--mixed", "http://127.0.0.1:9"),
             stderr=asyncio.subprocess.PIPE,
         )
         _, said = await second.communicate()
@@ -228,7 +228,7 @@ async def unread(*flags: str) -> AsyncIterator[Process]:
     end, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *flags, stderr=writing,
+        sys.executable, "-m", "pd_proxy.cli", "serve", "--port", "0", *flags, stderr=writing,
         env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")},
     )  # fmt: skip
     os.close(writing)
@@ -265,7 +265,7 @@ async def test_a_standard_error_that_nobody_reads_stops_neither_requests_nor_the
 async def test_a_reader_of_standard_error_that_has_gone_stops_nothing() -> None:
     end, writing = os.pipe()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "proxy.cli", "serve", "--port", "0", "--access_log", stderr=writing,
+        sys.executable, "-m", "pd_proxy.cli", "serve", "--port", "0", "--access_log", stderr=writing,
         env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")},
     )  # fmt: skip
     os.close(writing)

@@ -11,11 +11,10 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pd_proxy.admission.clients import clients
+from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.settings import REGISTER, SENDS_NOTICES, Settings, backend_url, build_settings, leaves
 from pydantic import ValidationError
-
-from proxy.admission.clients import clients
-from proxy.handoff.registry import CONNECTORS
-from proxy.settings import REGISTER, SENDS_NOTICES, Settings, backend_url, build_settings, leaves
 
 PORTS = st.integers(1, 65535)
 HOSTS = st.from_regex(r"[a-z][a-z0-9-]{0,10}(\.[a-z][a-z0-9]{0,5}){0,2}", fullmatch=True) | st.just("[::1]")

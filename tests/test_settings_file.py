@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from proxy.settings_file import read_file
+from pd_proxy.settings_file import read_file
 
 
 def test_lines_are_noted_for_every_name(tmp_path: Path) -> None:
@@ -25,6 +25,6 @@ def test_lines_are_noted_for_every_name(tmp_path: Path) -> None:
 
 
 def test_a_gateway_without_one_does_without_a_reader_of_yaml() -> None:
-    said = "import sys, proxy.cli, proxy.process; proxy.cli.gather({}); print('yaml' in sys.modules)"
+    said = "import sys, pd_proxy.cli, pd_proxy.process; pd_proxy.cli.gather({}); print('yaml' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "False\n"

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import yaml
-
-from proxy import shown
-from proxy.configuration import configure, gather
-from proxy.settings import Settings, leaves
+from pd_proxy import shown
+from pd_proxy.configuration import configure, gather
+from pd_proxy.settings import Settings, leaves
 
 SECRETS = {
     "api_keys": "hush-1,hush-2",

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from pd_proxy.sockets import bind, connection_limit, steer_here
 
-from proxy.sockets import bind, connection_limit, steer_here
 from tests.support import chat, completion, simulators, until
 
 CHAT = "/v1/chat/completions"
@@ -123,7 +123,7 @@ class Process:
 @contextlib.asynccontextmanager
 async def gateway(*flags: str, inherit: socket.socket | None = None, **variables: str) -> AsyncIterator[Process]:
     """A gateway process. With `inherit` it is started as systemd would, with that socket as file descriptor 3."""
-    command = ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", sys.executable, "-m", "proxy.cli", "serve", *flags]
+    command = ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", sys.executable, "-m", "pd_proxy.cli", "serve", *flags]
     number = inherit.fileno() if inherit is not None else None
     process = await asyncio.create_subprocess_exec(
         *command,

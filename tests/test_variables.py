@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-
-from proxy.configuration import ConfigurationError, configure, gather
-from proxy.settings import setting_names
-from proxy.variables import Variables, is_service, read_variables
+from pd_proxy.configuration import ConfigurationError, configure, gather
+from pd_proxy.settings import setting_names
+from pd_proxy.variables import Variables, is_service, read_variables
 
 
 def read(**environment: str) -> Variables:

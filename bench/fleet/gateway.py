@@ -11,21 +11,22 @@ from dataclasses import dataclass
 from math import ceil
 from random import Random
 
+from pd_proxy.fleet.backend import Backend, Lease
+from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.flow.request import EXPECTED_OUTPUT
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.placement.ask import Ask
+from pd_proxy.placement.decide import decide
+from pd_proxy.placement.eligibility import Members, Needs, Rules, eligible
+from pd_proxy.placement.ranks import by_engine, rank_for
+from pd_proxy.prefix.index import PrefixIndex
+
 from bench.fleet.fleet import Fleet
 from bench.fleet.jobs import Job
-from proxy.fleet.backend import Backend, Lease
-from proxy.fleet.speeds import PoolSpeeds
-from proxy.flow.request import EXPECTED_OUTPUT
-from proxy.handoff.coordinates import Coordinates
-from proxy.placement.ask import Ask
-from proxy.placement.decide import decide
-from proxy.placement.eligibility import Members, Needs, Rules, eligible
-from proxy.placement.ranks import by_engine, rank_for
-from proxy.prefix.index import PrefixIndex
 
 WATCH = 0.25
 """Seconds between two looks at the gaps between tokens."""
-_BATCH = 32  # tokens after which the relay tells what a stream's have taken (`proxy/relay/passage.py`)
+_BATCH = 32  # tokens after which the relay tells what a stream's have taken (`proxy/pd_proxy/relay/passage.py`)
 _MOST_TOLD = 8  # of one engine at one look; more change little
 _WINDOW = 4  # looks over which a gap is a mean: 32 tokens take about a second
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from itertools import chain as joined
 from typing import NamedTuple
 
+from pd_proxy.prefix.blocks import TEXT
+from pd_proxy.prefix.chain import Chain
+
 from bench.fleet.blocks import BLOCK
-from proxy.prefix.blocks import TEXT
-from proxy.prefix.chain import Chain
 
 ESTIMATE = 4
 """Bytes that the gateway takes for a token, where it knows no better."""
@@ -39,7 +40,7 @@ class Prompt:
         tokens: how many an engine makes of it.
         size: bytes of its text.
         blocks: hashes of its whole blocks, as engines chain them.
-        chain: hashes of its blocks of bytes, as the gateway chains them (`proxy/prefix/chain.py`).
+        chain: hashes of its blocks of bytes, as the gateway chains them (`proxy/pd_proxy/prefix/chain.py`).
         estimate: tokens that the gateway thinks it has.
     """
 

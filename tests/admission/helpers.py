@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from proxy.admission.clients import Client, Level
-from proxy.admission.schedule import Schedule
-from proxy.admission.ticket import Ticket
-from proxy.errors import GatewayError
-from proxy.settings import AdmissionSettings
+from pd_proxy.admission.clients import Client, Level
+from pd_proxy.admission.schedule import Schedule
+from pd_proxy.admission.ticket import Ticket
+from pd_proxy.errors import GatewayError
+from pd_proxy.settings import AdmissionSettings
 
 
 def client(name: str = "a", level: Level | None = None, **more: Any) -> Client:

@@ -7,12 +7,12 @@ import logging
 from typing import Any
 
 import pytest
+from pd_proxy.admission.admission import Admission
+from pd_proxy.admission.gate import Gate
+from pd_proxy.admission.ticket import Ticket
+from pd_proxy.errors import GatewayError, RateLimited
+from pd_proxy.settings import build_settings
 
-from proxy.admission.admission import Admission
-from proxy.admission.gate import Gate
-from proxy.admission.ticket import Ticket
-from proxy.errors import GatewayError, RateLimited
-from proxy.settings import build_settings
 from tests.admission.helpers import Slots
 from tests.support import until
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pd_proxy.admission.clients import Level
+from pd_proxy.admission.ticket import Ticket
+from pd_proxy.errors import GatewayError
 
-from proxy.admission.clients import Level
-from proxy.admission.ticket import Ticket
-from proxy.errors import GatewayError
 from tests.admission.helpers import Place, Slots, client, schedule, ticket
 
 MODELS = ("m", "n")

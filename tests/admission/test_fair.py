@@ -7,10 +7,10 @@ from math import inf
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pd_proxy.admission.clients import Client, Level
+from pd_proxy.admission.fair import FairQueue, charge, start_tag
+from pd_proxy.admission.ticket import Ticket
 
-from proxy.admission.clients import Client, Level
-from proxy.admission.fair import FairQueue, charge, start_tag
-from proxy.admission.ticket import Ticket
 from tests.admission.helpers import client, ticket
 
 SIZES = st.lists(st.integers(1, 1000), min_size=1, max_size=60)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-
-from proxy.admission.gate import Gate
-from proxy.errors import Draining
+from pd_proxy.admission.gate import Gate
+from pd_proxy.errors import Draining
 
 PATIENCE = 5.0
 

@@ -7,10 +7,10 @@ import itertools
 from random import Random
 
 import pytest
+from pd_proxy.admission.clients import Level
+from pd_proxy.admission.ticket import Ticket
+from pd_proxy.errors import GatewayError, Unavailable
 
-from proxy.admission.clients import Level
-from proxy.admission.ticket import Ticket
-from proxy.errors import GatewayError, Unavailable
 from tests.admission.helpers import client, schedule, ticket
 
 SLOTS = 20

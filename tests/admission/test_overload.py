@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import Running, chat, pools, until
 
 CHAT = "/v1/chat/completions"

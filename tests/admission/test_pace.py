@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from proxy.admission.pace import Pace
+from pd_proxy.admission.pace import Pace
 
 
 def steady(rate: float, requests: int, start: float = 0.0) -> tuple[Pace, float]:

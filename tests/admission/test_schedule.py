@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from proxy.admission.clients import Level
-from proxy.errors import (
+from pd_proxy.admission.clients import Level
+from pd_proxy.errors import (
     DeadlineTooClose,
     Draining,
     GatewayError,
@@ -14,6 +13,7 @@ from proxy.errors import (
     TargetMissed,
     TooManyTokens,
 )
+
 from tests.admission.helpers import Slots, Told, client, schedule, ticket
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import openai
 import pytest
+from pd_proxy.api.single import KEPT
 
-from proxy.api.single import KEPT
 from tests.api.test_single import mixed, openai_client, retries
 from tests.support import Running, running_gateway, simulators, soon, until
 

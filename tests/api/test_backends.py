@@ -6,8 +6,8 @@ import asyncio
 from urllib.parse import quote
 
 import pytest
+from pd_proxy.api.backends import backend_id
 
-from proxy.api.backends import backend_id
 from tests.support import chat, pools, running_gateway, text_of, until
 
 CHAT = "/v1/chat/completions"

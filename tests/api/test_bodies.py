@@ -6,9 +6,9 @@ import asyncio
 import json
 
 import pytest
+from pd_proxy.relay.bodies import Bodies
+from pd_proxy.relay.server import GatewayProtocol
 
-from proxy.relay.bodies import Bodies
-from proxy.relay.server import GatewayProtocol
 from tests.support import Running, chat, pools, soon
 
 MB = 1 << 20

@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy.api.credentials import AtSocket, Credentials
+from pd_proxy.errors import Forbidden, GatewayError, Unauthorized
+from pd_proxy.process import uvicorn_config
+from pd_proxy.settings import build_settings
+from pd_proxy.sockets import ListenError, own_socket
 
-from proxy.api.credentials import AtSocket, Credentials
-from proxy.errors import Forbidden, GatewayError, Unauthorized
-from proxy.process import uvicorn_config
-from proxy.settings import build_settings
-from proxy.sockets import ListenError, own_socket
 from tests.support import TestServer, pools, running_gateway
 
 LOCAL = ("127.0.0.1", 50000)

@@ -7,11 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy.api.cross_origin import CrossOrigin
+from pd_proxy.configuration import ConfigurationError, configure
+from pd_proxy.settings import CorsSettings
 from starlette.types import Receive, Scope, Send
 
-from proxy.api.cross_origin import CrossOrigin
-from proxy.configuration import ConfigurationError, configure
-from proxy.settings import CorsSettings
 from tests.support import chat, completion, pools, running_gateway
 
 CHAT = "/v1/chat/completions"

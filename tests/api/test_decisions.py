@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from pd_proxy import cli
 
-from proxy import cli
 from tests.support import OPERATOR, PROMPT, Running, TestServer, chat, completion, pools, running_gateway, until
 
 CHAT = "/v1/chat/completions"

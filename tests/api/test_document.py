@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from pd_proxy.app import build
+from pd_proxy.fleet.kinds import KINDS
+from pd_proxy.flow.single import ROUTES
+from pd_proxy.settings import Settings
 
-from proxy.app import build
-from proxy.fleet.kinds import KINDS
-from proxy.flow.single import ROUTES
-from proxy.settings import Settings
 from tests.support import running_gateway, simulators
 
 DOCUMENT = build(Settings()).surface.openapi()

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
+from pd_proxy.app import build
+from pd_proxy.settings import Settings
+from pd_proxy_simulator import Simulator
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_headers_conformance,
@@ -18,9 +21,6 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from proxy.app import build
-from proxy.settings import Settings
-from proxy.simulator import Simulator
 from tests.support import Running, running_gateway, simulators, until
 
 pytestmark = pytest.mark.slow

@@ -6,12 +6,12 @@ import logging
 from typing import Any
 
 import pytest
+from pd_proxy.flow.legs import Legs
+from pd_proxy.flow.placing import Placing
+from pd_proxy.flow.single import Single
+from pd_proxy.handoff.plan import Plan
+from pd_proxy.telemetry.records import RequestRecord, Sinks
 
-from proxy.flow.legs import Legs
-from proxy.flow.placing import Placing
-from proxy.flow.single import Single
-from proxy.handoff.plan import Plan
-from proxy.telemetry.records import RequestRecord, Sinks
 from tests.support import Running, chat, pools, running_gateway, simulators, until
 
 ROUTES: dict[str, dict[str, Any]] = {
@@ -81,7 +81,7 @@ async def test_a_fault_in_a_stream_that_has_begun_is_an_error_event(path: str, m
         raise Fault
 
     async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url]) as running:
-        monkeypatch.setattr("proxy.relay.direct.DirectClient.end", lambda client, data=b"": None)
+        monkeypatch.setattr("pd_proxy.relay.direct.DirectClient.end", lambda client, data=b"": None)
         monkeypatch.setattr(Legs, "decode_stream", fails_at_the_end)
         async with running.http.stream("POST", path, json={**ROUTES[path], "stream": True}) as answer:
             assert answer.status_code == 200
@@ -96,7 +96,7 @@ async def test_a_fault_in_a_stream_that_has_begun_is_an_error_event(path: str, m
 
 async def test_an_error_that_cannot_be_written_is_one_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url]) as running:
-        monkeypatch.setattr("proxy.api.exchange._give", fails)
+        monkeypatch.setattr("pd_proxy.api.exchange._give", fails)
         answer = await running.http.post("/v1/chat/completions", content=b"no JSON")
         assert answer.status_code == 500
         assert answer.json()["error"]["code"] == "internal_error"
@@ -119,7 +119,7 @@ def test_a_sink_that_fails_costs_the_others_nothing() -> None:
 
 async def test_a_request_that_fails_before_it_has_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url]) as running:
-        monkeypatch.setattr("proxy.api.inference.introduce", fails)
+        monkeypatch.setattr("pd_proxy.api.inference.introduce", fails)
         answer = await running.http.post("/v1/chat/completions", json=chat())
         assert answer.status_code == 500
         assert len(answer.headers["x-request-id"]) >= 16

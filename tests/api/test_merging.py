@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from pd_proxy.api.merging import counts_of, merge, parse, render
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
-
-from proxy.api.merging import counts_of, merge, parse, render
 
 
 def page(count: float, up: float, *, inflight: float = 1, label: str = "ok") -> list[Metric]:

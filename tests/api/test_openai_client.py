@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import openai
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import PROMPT, Running, pools
 
 WEATHER = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from pd_proxy import __version__
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy import __version__
 from tests.support import chat, pools, running_gateway, simulators, until
 
 CHAT = "/v1/chat/completions"

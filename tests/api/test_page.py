@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from pd_proxy.api.page import HEADERS, render
+from pd_proxy.app import build
+from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.endpoints import LAYOUTS
+from pd_proxy.settings import Settings
 
-from proxy.api.page import HEADERS, render
-from proxy.app import build
-from proxy.handoff.body import read_body
-from proxy.handoff.endpoints import LAYOUTS
-from proxy.settings import Settings
 from tests.support import pools, running_gateway
 
 DOCUMENT = build(Settings()).surface.openapi()

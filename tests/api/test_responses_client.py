@@ -10,8 +10,8 @@ from typing import Any
 
 import openai
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import PROMPT, Running, pools, running_gateway, until
 
 WEATHER: Any = {

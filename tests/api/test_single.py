@@ -12,8 +12,8 @@ from typing import Any
 
 import openai
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import Running, chat, pools, running_gateway, simulators, soon, until
 
 pytestmark = pytest.mark.cross_product

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from proxy.api.trace_context import trace_context
+from pd_proxy.api.trace_context import trace_context
 
 TRACE, SPAN = b"4bf92f3577b34da6a3ce929d0e0e4736", b"00f067aa0ba902b7"
 PARENT = b"00-%b-%b-01" % (TRACE, SPAN)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import Running, running_gateway, simulators
 
 _FOLDERS = tempfile.TemporaryDirectory(prefix="pd-proxy-shared-")  # gone when the process ends

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 
-from proxy.fleet.backend import Lease
+from pd_proxy.fleet.backend import Lease
+
 from tests.contract.cases import CASES, fleet
 from tests.contract.test_contract import said_alone, streamed
 from tests.handoff.test_ascend_layerwise import CALL

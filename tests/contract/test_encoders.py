@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.contract.cases import CASES, IDS, MOST, Case
 from tests.contract.test_contract import streamed
 from tests.handoff.test_encoder import PNG, image, sound

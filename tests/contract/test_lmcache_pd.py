@@ -8,8 +8,8 @@ import json
 import msgspec
 import pytest
 import zmq
+from pd_proxy.fleet.backend import Lease
 
-from proxy.fleet.backend import Lease
 from tests.contract.cases import CASES, fleet
 from tests.support import completion, text_of, until
 

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.contract.cases import CASES, fleet
 from tests.contract.test_contract import PATHS, body, said_alone, streamed
 from tests.support import chat, completion, running_gateway, simulators, text_of

@@ -6,9 +6,9 @@ import asyncio
 from typing import Any
 
 import msgspec
+from pd_proxy.fleet.backend import Backend
+from pd_proxy_simulator import ReceivedRequest, Simulator
 
-from proxy.fleet.backend import Backend
-from proxy.simulator import ReceivedRequest, Simulator
 from tests.contract.cases import CASES, fleet
 from tests.contract.test_contract import PATHS, said_alone
 from tests.support import Running, completion, running_gateway, simulators, text_of, until

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from pd_proxy.app import build
+from pd_proxy.fleet.inbox import CannotHear
+from pd_proxy.settings import build_settings
 
-from proxy.app import build
-from proxy.fleet.inbox import CannotHear
-from proxy.settings import build_settings
 from tests.contract.cases import CASES, Case, fleet
 from tests.fleet.test_notices import sender
 from tests.support import completion, running_gateway, simulators, text_of, until

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
+from pd_proxy_simulator.connectors.sglang import SGLang
 
-from proxy.simulator.connectors.sglang import SGLang
 from tests.contract.cases import CASES, fleet
 from tests.contract.test_contract import PATHS, said_alone, streamed
 from tests.support import chat, completion, running_gateway, simulators, text_of, until

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-
-from proxy.configuration import configure
-from proxy.simulator import command
+from pd_proxy.configuration import configure
+from pd_proxy_simulator import command
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())

@@ -18,7 +18,7 @@ def test_the_project_says_what_it_needs_to_be_built_and_what_it_is() -> None:
     assert project["build-system"]["requires"] == ["setuptools>=77"]
     assert "Typing :: Typed" in project["project"]["classifiers"]
     assert not [name for name in project["project"]["classifiers"] if name.startswith("License ::")]
-    assert (ROOT / "proxy" / "py.typed").exists()
+    assert (ROOT / "proxy" / "pd_proxy" / "py.typed").exists()
 
 
 @pytest.mark.slow

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from pd_proxy.cli import main
+from pd_proxy.settings import Settings, build_settings, leaves
 from pydantic import BaseModel
-
-from proxy.cli import main
-from proxy.settings import Settings, build_settings, leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "config").iterdir())

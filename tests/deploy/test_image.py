@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import httpx
 import pytest
-
-from proxy import __version__
-from proxy.configuration import configure, gather
+from pd_proxy import __version__
+from pd_proxy.configuration import configure, gather
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,7 +112,7 @@ async def test_the_health_check_finds_the_gateway_wherever_it_listens(more: list
         )
         return await asked.wait()
 
-    command = [sys.executable, "-m", "proxy.cli", "serve", "--port", "0", "--mixed", "http://127.0.0.1:1", *more]
+    command = [sys.executable, "-m", "pd_proxy.cli", "serve", "--port", "0", "--mixed", "http://127.0.0.1:1", *more]
     gateway = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, cwd=ROOT)
     try:
         assert gateway.stderr is not None
@@ -128,7 +127,7 @@ async def test_the_health_check_finds_the_gateway_wherever_it_listens(more: list
 
 
 def test_the_health_check_loads_nothing_but_the_standard_library() -> None:
-    program = "import sys, proxy.container_health; print({'pydantic', 'fastapi', 'httpx'} & sys.modules.keys())"
+    program = "import sys, pd_proxy.container_health; print({'pydantic', 'fastapi', 'httpx'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
@@ -163,10 +162,10 @@ def test_the_builders_commands_give_an_environment_with_a_working_pd_proxy(tmp_p
     programs = {path.name for path in (runtime / "bin").iterdir()}
     assert not programs & {"pip", "pip3", "pytest", "ruff", "mypy"}
     site = next((runtime / "lib").glob("python3*")) / "site-packages"
-    assert (site / "proxy").is_dir()
+    assert (site / "pd_proxy").is_dir()
     assert not (site / "tests").exists()
-    assert (site / "proxy" / "pd-proxy.yaml").read_text() == (ROOT / "config" / "pd-proxy.yaml").read_text()
-    assert (site / "proxy" / "py.typed").exists()
+    assert (site / "pd_proxy" / "pd-proxy.yaml").read_text() == (ROOT / "config" / "pd-proxy.yaml").read_text()
+    assert (site / "pd_proxy" / "py.typed").exists()
     # The image's entry point, as `docker run IMAGE --prefill ... --decode ...` starts it.
     flags = ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
     serve = [*json.loads(only(FINAL, "ENTRYPOINT")), *flags]

@@ -13,10 +13,9 @@ from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
 import pytest
-
-from proxy import cli, flags
-from proxy.fleet.kinds import KINDS
-from proxy.flow.single import ROUTES
+from pd_proxy import cli, flags
+from pd_proxy.fleet.kinds import KINDS
+from pd_proxy.flow.single import ROUTES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,9 +76,9 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for name in [name for name in os.environ if name.upper().startswith("PD_PROXY_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr("proxy.process.serve", lambda settings: 0)
-    monkeypatch.setattr("proxy.telemetry.logs.set_up_logging", lambda level, shape: None)
-    monkeypatch.setattr("proxy.simulator.command.run", lambda arguments: 0)
+    monkeypatch.setattr("pd_proxy.process.serve", lambda settings: 0)
+    monkeypatch.setattr("pd_proxy.telemetry.logs.set_up_logging", lambda level, shape: None)
+    monkeypatch.setattr("pd_proxy_simulator.command.run", lambda arguments: 0)
 
 
 @pytest.mark.parametrize("name", ["settings.md", "metrics.md", "errors.md"])

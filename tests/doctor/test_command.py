@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pd_proxy.cli import main
 
-from proxy.cli import main
 from tests.support import simulators
 
 Run = Callable[..., tuple[int, str, str]]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from proxy.doctor.differences import differences, together
-from proxy.doctor.report import Engine
-from proxy.fleet.findings import found
+from pd_proxy.doctor.differences import differences, together
+from pd_proxy.doctor.report import Engine
+from pd_proxy.fleet.findings import found
 
 
 def engine(url: str, role: str = "prefill", **told: Any) -> Engine:

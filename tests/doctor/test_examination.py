@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pd_proxy.doctor import examination
+from pd_proxy.doctor.examination import examine
+from pd_proxy.doctor.report import Report
+from pd_proxy.fleet.findings import Finding
+from pd_proxy.flow.trial import Trials
+from pd_proxy.settings import build_settings
+from pd_proxy_simulator import Simulator
 
-from proxy.doctor import examination
-from proxy.doctor.examination import examine
-from proxy.doctor.report import Report
-from proxy.fleet.findings import Finding
-from proxy.flow.trial import Trials
-from proxy.settings import build_settings
-from proxy.simulator import Simulator
 from tests.contract.cases import CASES, IDS, Case
 from tests.support import simulators, until
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.doctor.pairs import choose_pairs
+from pd_proxy.doctor.pairs import choose_pairs
 
 
 def anything(prefill: str, decode: str) -> bool:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from proxy.doctor.report import WIDTH, Engine, Handoff, Report
-from proxy.fleet.findings import Finding, found
+from pd_proxy.doctor.report import WIDTH, Engine, Handoff, Report
+from pd_proxy.fleet.findings import Finding, found
 
 ENGINE = Engine(
     url="http://10.0.0.1:8000",

@@ -16,11 +16,12 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextma
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.app import build
-from proxy.fleet.backend import Backend, Lease
-from proxy.process import uvicorn_config
-from proxy.settings import build_settings
-from proxy.simulator import ReceivedRequest, Simulator, SimulatorConfig
+from pd_proxy.app import build
+from pd_proxy.fleet.backend import Backend, Lease
+from pd_proxy.process import uvicorn_config
+from pd_proxy.settings import build_settings
+from pd_proxy_simulator import ReceivedRequest, Simulator, SimulatorConfig
+
 from tests.contract.cases import CASES, Case
 from tests.support import TestServer
 

@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.simulator import Simulator
+from pd_proxy_simulator import Simulator
+
 from tests.faults.bed import Bed
 
 TOKENS = 24

@@ -65,7 +65,11 @@ def virtual_time() -> Iterator[asyncio.Runner]:
         return loops[-1].now
 
     with ExitStack() as stack:
-        for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "proxy"]:
+        for module in [
+            module
+            for name, module in sys.modules.items()
+            if name.partition(".")[0] in ("pd_proxy", "pd_proxy_simulator")
+        ]:
             _give(module, now, stack)
         yield stack.enter_context(asyncio.Runner(loop_factory=new_loop))
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from unittest import mock
 
-from proxy.handoff.registry import CONNECTORS
+from pd_proxy.handoff.registry import CONNECTORS
+
 from tests.contract.cases import CASES, Case
 from tests.faults import bed as beds
 from tests.faults.bed import Bed, Heard

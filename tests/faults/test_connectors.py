@@ -7,8 +7,8 @@ Nothing is left, on the gateway or on the engines, once the engines' leases have
 from __future__ import annotations
 
 import pytest
+from pd_proxy.handoff.registry import CONNECTORS
 
-from proxy.handoff.registry import CONNECTORS
 from tests.contract.cases import CASES, Case
 from tests.faults.cells import ENDPOINTS, Cell
 from tests.faults.expected import EXPECTED, expected_of

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from pd_proxy_simulator.engine import Engine
+from pd_proxy_simulator.sequences import Sequence
 
-from proxy.simulator.engine import Engine
-from proxy.simulator.sequences import Sequence
 from tests.faults import bed as beds
 from tests.faults.bed import Bed, Heard
 from tests.faults.clock import virtual_time

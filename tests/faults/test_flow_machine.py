@@ -20,14 +20,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pd_proxy.fleet.backend import Lease
+from pd_proxy.relay.http1 import Connection
+from pd_proxy_simulator import Simulator
+from pd_proxy_simulator.faults import Kind
+from pd_proxy_simulator.prompts import render_chat
+from pd_proxy_simulator.sequences import Sampling, Sequence
+from pd_proxy_simulator.tokens import start_state, tokenize
 
-from proxy.fleet.backend import Lease
-from proxy.relay.http1 import Connection
-from proxy.simulator import Simulator
-from proxy.simulator.faults import Kind
-from proxy.simulator.prompts import render_chat
-from proxy.simulator.sequences import Sampling, Sequence
-from proxy.simulator.tokens import start_state, tokenize
 from tests.contract.cases import CASES
 from tests.faults import bed as beds
 from tests.faults.bed import Bed, Heard

@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.flow.test_resume import Answer
 from tests.support import Running, chat, completion, pools, simulators, text_of, until
 

@@ -7,10 +7,9 @@ from contextlib import ExitStack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import BackendError, BackendLost
-from proxy.fleet.backend import Backend, Lease
-from proxy.handoff.coordinates import Coordinates
+from pd_proxy.errors import BackendError, BackendLost
+from pd_proxy.fleet.backend import Backend, Lease
+from pd_proxy.handoff.coordinates import Coordinates
 
 URL = "http://b:80"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 
-from proxy.fleet.backend import Backend, Lease
-from proxy.fleet.board import Board, Exchange
+from pd_proxy.fleet.backend import Backend, Lease
+from pd_proxy.fleet.board import Board, Exchange
+
 from tests.support import soon, until
 
 

@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
-from proxy.errors import BackendBusy, BackendCut, BackendFailed, BackendUnreachable
-from proxy.fleet.backend import Backend
-from proxy.fleet.breaker import Breaker
-from proxy.fleet.fleet import Fleet
-from proxy.fleet.standing import LegName, Standing, Window
-from proxy.settings import BreakerSettings, Settings
+from pd_proxy.errors import BackendBusy, BackendCut, BackendFailed, BackendUnreachable
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.fleet.breaker import Breaker
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.standing import LegName, Standing, Window
+from pd_proxy.settings import BreakerSettings, Settings
 
 
 def breaker(**given_: Any) -> Breaker:

@@ -7,8 +7,7 @@ from contextlib import ExitStack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from proxy.errors import (
+from pd_proxy.errors import (
     BackendBusy,
     BackendCut,
     BackendError,
@@ -17,10 +16,10 @@ from proxy.errors import (
     BackendTimedOut,
     BackendUnreachable,
 )
-from proxy.fleet.backend import Lease
-from proxy.fleet.budget import Budgets, amplifies
-from proxy.fleet.fleet import Fleet
-from proxy.settings import Settings
+from pd_proxy.fleet.backend import Lease
+from pd_proxy.fleet.budget import Budgets, amplifies
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.settings import Settings
 
 
 def fleet(share: float, floor: int) -> Fleet:

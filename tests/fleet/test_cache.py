@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from proxy.fleet.cache import Cache, read_cache
+from pd_proxy.fleet.cache import Cache, read_cache
 
 VLLM = (
     'vllm:cache_config_info{_block_size_resolved="True",block_size="16",cache_dtype="auto",cpu_kvcache_space_bytes="None",'

@@ -7,9 +7,9 @@ import socket
 import ssl
 
 import pytest
+from pd_proxy.fleet.contact import code_of, speaks_tls, why_unreachable
+from pd_proxy.fleet.control import Control
 
-from proxy.fleet.contact import code_of, speaks_tls, why_unreachable
-from proxy.fleet.control import Control
 from tests.support import stuck_backend
 
 CONTROL = Control(5.0)

@@ -10,9 +10,9 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
+from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable
+from pd_proxy.fleet.control import Control
 
-from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable
-from proxy.fleet.control import Control
 from tests.fleet.raw import Raw, answer, raw_engine
 from tests.support import until
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from proxy.fleet.facts import Facts, read_block_size, read_facts
+from pd_proxy.fleet.facts import Facts, read_block_size, read_facts
 
 LINE = 'vllm:cache_config_info{_block_size_resolved="True",block_size="%s",cache_dtype="auto",engine="%d"} 1.0\n'
 METRICS = b"# HELP x\nvllm:num_requests_running 0.0\n" + (LINE % (32, 0)).encode()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from proxy.fleet.findings import ADVICE, MEANING, SIDE_ADVICE, Finding, found, in_order
-from proxy.handoff.registry import CONNECTORS
+from pd_proxy.fleet.findings import ADVICE, MEANING, SIDE_ADVICE, Finding, found, in_order
+from pd_proxy.handoff.registry import CONNECTORS
 
-PROXY = Path(__file__).parents[2] / "proxy"
+PROXY = Path(__file__).parents[2] / "proxy" / "pd_proxy"
 
 
 def test_a_finding_comes_with_its_codes_advice() -> None:

@@ -6,8 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-
-from proxy.errors import (
+from pd_proxy.errors import (
     BackendAborted,
     BackendBusy,
     BackendCut,
@@ -17,11 +16,11 @@ from proxy.errors import (
     BackendTimedOut,
     BackendUnreachable,
 )
-from proxy.fleet.backend import Backend, Lease, Role
-from proxy.fleet.fleet import Fleet
-from proxy.flow.legs import Limbo
-from proxy.handoff.connector import Handoff
-from proxy.settings import Settings
+from pd_proxy.fleet.backend import Backend, Lease, Role
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.flow.legs import Limbo
+from pd_proxy.handoff.connector import Handoff
+from pd_proxy.settings import Settings
 
 
 class Clock:

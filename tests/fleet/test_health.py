@@ -12,15 +12,15 @@ from typing import Any
 import httpx
 import pytest
 import respx
+from pd_proxy.errors import BackendError, BackendUnreachable
+from pd_proxy.fleet import health
+from pd_proxy.fleet.backend import Backend, Lease
+from pd_proxy.fleet.cache import Cache
+from pd_proxy.fleet.control import Control
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.health import Prober
+from pd_proxy.settings import Settings
 
-from proxy.errors import BackendError, BackendUnreachable
-from proxy.fleet import health
-from proxy.fleet.backend import Backend, Lease
-from proxy.fleet.cache import Cache
-from proxy.fleet.control import Control
-from proxy.fleet.fleet import Fleet
-from proxy.fleet.health import Prober
-from proxy.settings import Settings
 from tests.fleet.raw import answer, raw_engine
 
 URL = "http://decode0:8000"

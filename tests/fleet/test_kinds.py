@@ -8,13 +8,12 @@ from typing import get_args
 
 import pytest
 import respx
-
-from proxy.fleet.backend import Backend
-from proxy.fleet.control import Control
-from proxy.fleet.fleet import Fleet
-from proxy.fleet.health import ProbeFailed, Prober
-from proxy.fleet.kinds import KINDS
-from proxy.settings import KindName, Settings
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.fleet.control import Control
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.health import ProbeFailed, Prober
+from pd_proxy.fleet.kinds import KINDS
+from pd_proxy.settings import KindName, Settings
 
 URL = "http://engine:8000"
 MODELS = {"data": [{"id": "m"}]}

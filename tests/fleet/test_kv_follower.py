@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import zmq
 import zmq.asyncio
+from pd_proxy.fleet import kv_follower
+from pd_proxy.fleet.kv_follower import Follower, Turns
+from pd_proxy_simulator.kv_events import END, Publisher
 
-from proxy.fleet import kv_follower
-from proxy.fleet.kv_follower import Follower, Turns
-from proxy.simulator.kv_events import END, Publisher
 from tests.support import until
 
 

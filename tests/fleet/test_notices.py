@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from pd_proxy.errors import BackendLost
+from pd_proxy.fleet import inbox
+from pd_proxy.fleet.inbox import CannotHear, Inbox
+from pd_proxy.fleet.notices import Notices
 
-from proxy.errors import BackendLost
-from proxy.fleet import inbox
-from proxy.fleet.inbox import CannotHear, Inbox
-from proxy.fleet.notices import Notices
 from tests.support import until
 
 encode = msgspec.msgpack.encode

@@ -7,11 +7,10 @@ import random
 
 import msgspec
 import pytest
-
-from proxy.fleet.prefix_ring import PeerPrefixes, PrefixRings
-from proxy.handoff.body import read_body
-from proxy.prefix.chain import Chain, chain_of, chain_of_ids, root_of_ids
-from proxy.prefix.index import PrefixIndex, rank_name
+from pd_proxy.fleet.prefix_ring import PeerPrefixes, PrefixRings
+from pd_proxy.handoff.body import read_body
+from pd_proxy.prefix.chain import Chain, chain_of, chain_of_ids, root_of_ids
+from pd_proxy.prefix.index import PrefixIndex, rank_name
 
 ENGINES = ["http://a", "http://b"]
 

@@ -12,14 +12,14 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
+from pd_proxy.fleet import registration
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.registration import Registrations
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.settings import build_settings
 
-from proxy.fleet import registration
-from proxy.fleet.backend import Backend
-from proxy.fleet.fleet import Fleet
-from proxy.fleet.registration import Registrations
-from proxy.handoff.coordinates import Coordinates
-from proxy.handoff.registry import CONNECTORS
-from proxy.settings import build_settings
 from tests.fleet.test_notices import address, sender
 from tests.support import until
 

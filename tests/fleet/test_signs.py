@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 import pytest
-
-from proxy.fleet.signs import configured, counted, speaker
-from proxy.handoff.registry import CONNECTORS
+from pd_proxy.fleet.signs import configured, counted, speaker
+from pd_proxy.handoff.registry import CONNECTORS
 
 MARKS = {name: connector.marks for name, connector in CONNECTORS.items()}
 

@@ -8,8 +8,7 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.fleet.speeds import Fit, PoolSpeeds, Speeds
+from pd_proxy.fleet.speeds import Fit, PoolSpeeds, Speeds
 
 ABSURD = st.one_of(
     st.integers(-(10**30), 10**30),

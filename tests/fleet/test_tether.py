@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from pd_proxy.fleet.tether import Tether, TetherBroken
 
-from proxy.fleet.tether import Tether, TetherBroken
 from tests.support import pools, simulators, until
 from tests.support import running_gateway as gateway
 

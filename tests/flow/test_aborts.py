@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy.fleet.backend import Backend
+from pd_proxy_simulator import Simulator
 
-from proxy.fleet.backend import Backend
-from proxy.simulator import Simulator
 from tests.flow.test_generating_routes import EVERY, Route, what_one_engine_says
 from tests.flow.test_generating_routes import gateway as routed
 from tests.flow.test_resume import CHAT, COMPLETIONS, EMOJI, Answer, ask, body_of, same, settled

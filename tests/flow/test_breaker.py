@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import Running, chat, pools, text_of, until
 
 CHAT = "/v1/chat/completions"

@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 import pytest
+from pd_proxy.errors import BackendGarbled, BackendLost, BackendTimedOut, CallUnexpected, InvalidRequest
+from pd_proxy.flow.callbacks import Call, Callbacks
+from pd_proxy.handoff.registry import CONNECTORS
 
-from proxy.errors import BackendGarbled, BackendLost, BackendTimedOut, CallUnexpected, InvalidRequest
-from proxy.flow.callbacks import Call, Callbacks
-from proxy.handoff.registry import CONNECTORS
 from tests.handoff.test_ascend_layerwise import CALL
 
 NAME = "0123456789abcdef0123456789abcdef"

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.fleet.backend import Backend, Lease, Role
-from proxy.fleet.speeds import PoolSpeeds
-from proxy.flow.decisions import MOST_CANDIDATES, MOST_HEADER, Decisions, Full, header, in_full
-from proxy.flow.request import Request
-from proxy.handoff.body import read_body
-from proxy.placement.ask import Ask
-from proxy.placement.costs import cost
-from proxy.placement.decide import Decision, View, decide
-from proxy.relay.client import AsgiClient
-from proxy.telemetry.records import RequestRecord
+from pd_proxy.fleet.backend import Backend, Lease, Role
+from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.flow.decisions import MOST_CANDIDATES, MOST_HEADER, Decisions, Full, header, in_full
+from pd_proxy.flow.request import Request
+from pd_proxy.handoff.body import read_body
+from pd_proxy.placement.ask import Ask
+from pd_proxy.placement.costs import cost
+from pd_proxy.placement.decide import Decision, View, decide
+from pd_proxy.relay.client import AsgiClient
+from pd_proxy.telemetry.records import RequestRecord
 
 AUTO = {"prefill": "auto", "decode": "auto", "mixed": "auto"}
 NOW = 1000.0

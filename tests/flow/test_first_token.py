@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy.flow.first_token import FirstTokens
+from pd_proxy.flow.legs import Try
+from pd_proxy_simulator import Simulator
 
-from proxy.flow.first_token import FirstTokens
-from proxy.flow.legs import Try
-from proxy.simulator import Simulator
 from tests.support import PROMPT, Running, chat, completion, pools, simulators, until
 from tests.support import running_gateway as gateway
 

@@ -8,10 +8,10 @@ import re
 from typing import Any
 
 import pytest
+from pd_proxy.flow.request import leg_id
+from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy_simulator import Simulator
 
-from proxy.flow.request import leg_id
-from proxy.handoff.registry import CONNECTORS
-from proxy.simulator import Simulator
 from tests.contract.cases import IDS, MOST, Case, fleet
 from tests.support import PROMPT, chat, completion, pools
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy_simulator import Simulator
+from pd_proxy_simulator.prompts import render_chat
 
-from proxy.handoff.registry import CONNECTORS
-from proxy.simulator import Simulator
-from proxy.simulator.prompts import render_chat
 from tests.contract.cases import CASES, Case, fleet
 from tests.support import PROMPT, Running, pools, running_gateway, simulators, until
 

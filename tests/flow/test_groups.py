@@ -10,10 +10,10 @@ from typing import Any
 
 import openai
 import pytest
+from pd_proxy.app import _adopt
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy_simulator import Simulator
 
-from proxy.app import _adopt
-from proxy.fleet.fleet import Fleet
-from proxy.simulator import Simulator
 from tests.support import Running, completion, running_gateway, simulators, text_of, until
 
 SECOND = "second"

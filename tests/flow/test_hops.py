@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from pd_proxy.errors import LoopDetected
+from pd_proxy.flow.hops import MOST, Hops
 
-from proxy.errors import LoopDetected
-from proxy.flow.hops import MOST, Hops
 from tests.support import chat, running_gateway, simulators, text_of, until
 
 CHAT = "/v1/chat/completions"

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from pd_proxy_simulator import Simulator, SimulatorConfig
 
-from proxy.simulator import Simulator, SimulatorConfig
 from tests.support import Running, running_gateway, until
 
 PROMPT = [number % 90 + 5 for number in range(640)]
@@ -82,7 +82,7 @@ async def bed(count: int = 3, warm: Any = None, **more: Any) -> AsyncIterator[Be
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.fleet.kv_events._LOOK", 0.01)
+    monkeypatch.setattr("pd_proxy.fleet.kv_events._LOOK", 0.01)
 
 
 async def test_an_engine_that_was_warm_before_the_gateway_started_gets_the_prompt() -> None:

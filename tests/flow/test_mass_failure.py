@@ -8,10 +8,10 @@ import logging
 from time import sleep
 
 import pytest
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.health import Prober
 
-from proxy.fleet.backend import Backend
-from proxy.fleet.fleet import Fleet
-from proxy.fleet.health import Prober
 from tests.support import Running, chat, pools, until
 
 QUICK = {"interval": 0.05, "timeout": 0.3, "failures": 1}

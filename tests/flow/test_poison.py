@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import PROMPT, Running, chat, pools, running_gateway, simulators, until
 
 pytestmark = pytest.mark.cross_product

@@ -9,17 +9,17 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.fleet.cache import Cache
+from pd_proxy.fleet.speeds import PoolSpeeds, Speeds
+from pd_proxy.flow.prompts import Prompts, Sent
+from pd_proxy.flow.request import Request
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.prefix.chain import chain_of_ids
+from pd_proxy.prefix.index import Caching, PrefixIndex
+from pd_proxy.telemetry.records import PrefixCounts
+from pd_proxy_simulator import Simulator
 
-from proxy.fleet.backend import Backend
-from proxy.fleet.cache import Cache
-from proxy.fleet.speeds import PoolSpeeds, Speeds
-from proxy.flow.prompts import Prompts, Sent
-from proxy.flow.request import Request
-from proxy.handoff.coordinates import Coordinates
-from proxy.prefix.chain import chain_of_ids
-from proxy.prefix.index import Caching, PrefixIndex
-from proxy.simulator import Simulator
-from proxy.telemetry.records import PrefixCounts
 from tests.support import Running, pools, running_gateway, simulators, until
 
 WORDS = "The decode backend reads the cache of the prefill backend and goes on from there. "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pd_proxy.relay.answers import engine_error
 
-from proxy.relay.answers import engine_error
 from tests.support import chat, completion, pools, until
 
 PATHS = {"/v1/chat/completions": chat, "/v1/completions": completion}

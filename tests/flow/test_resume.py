@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import PROMPT, Running, chat, completion, pools, simulators, until
 from tests.support import running_gateway as gateway
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from proxy.admission.clients import Client, Level
-from proxy.admission.ticket import Ticket
-from proxy.fleet.backend import Lease
-from proxy.fleet.fleet import Fleet
-from proxy.flow.room import FleetRoom
-from proxy.settings import build_settings
+from pd_proxy.admission.clients import Client, Level
+from pd_proxy.admission.ticket import Ticket
+from pd_proxy.fleet.backend import Lease
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.flow.room import FleetRoom
+from pd_proxy.settings import build_settings
 
 
 def fleet(prefill: int = 0, decode: int = 0, mixed: int = 0, **bounds: Any) -> Fleet:

@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.faults.clock import virtual_time
 from tests.support import completion, running_gateway, simulators, until
 from tests.test_process import Process, served

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from proxy.flow.stored import StoredResponses
+from pd_proxy.flow.stored import StoredResponses
 
 UNIQUE = "0123456789abcdef" * 2
 URLS = ["http://a", "http://b", "http://c"]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.flow import trial, warmup
+from pd_proxy.flow.warmup import model_of
+from pd_proxy_simulator import Simulator
 
-from proxy.fleet.backend import Backend
-from proxy.flow import trial, warmup
-from proxy.flow.warmup import model_of
-from proxy.simulator import Simulator
 from tests.support import Running, chat, pools, running_gateway, simulators, text_of, until
 
 pytestmark = pytest.mark.cross_product

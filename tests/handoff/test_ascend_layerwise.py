@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 import pytest
-
-from proxy.errors import HandoffInvalid
-from proxy.handoff.body import read_body
-from proxy.handoff.plan import Plan
-from proxy.handoff.registry import CONNECTORS
-from proxy.settings import CALLED_BACK
+from pd_proxy.errors import HandoffInvalid
+from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.plan import Plan
+from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.settings import CALLED_BACK
 
 LAYERWISE = CONNECTORS["ascend_layerwise"]
 URL = "http://10.0.0.1:8000/v1/metaserver"

@@ -8,10 +8,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.decoding import Undecodable
-from proxy.errors import HandoffInvalid
-from proxy.handoff.blocks import block_counts, check_blocks
+from pd_proxy.decoding import Undecodable
+from pd_proxy.errors import HandoffInvalid
+from pd_proxy.handoff.blocks import block_counts, check_blocks
 
 LONG = list(range(1000, 2000))
 

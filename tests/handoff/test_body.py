@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import InvalidRequest
-from proxy.handoff.body import FORBIDDEN, Body, Endpoint, read_body
+from pd_proxy.errors import InvalidRequest
+from pd_proxy.handoff.body import FORBIDDEN, Body, Endpoint, read_body
 
 
 def chat(**members: Any) -> Body:

@@ -6,14 +6,13 @@ import json
 from typing import Any
 
 import pytest
-
-from proxy.errors import InvalidRequest
-from proxy.handoff.body import Body, read_body
-from proxy.handoff.connector import Connector, Handoff
-from proxy.handoff.continuation import inexact
-from proxy.handoff.endpoints import LAYOUTS, Endpoint
-from proxy.handoff.plan import Leg, Plan
-from proxy.handoff.registry import CONNECTORS
+from pd_proxy.errors import InvalidRequest
+from pd_proxy.handoff.body import Body, read_body
+from pd_proxy.handoff.connector import Connector, Handoff
+from pd_proxy.handoff.continuation import inexact
+from pd_proxy.handoff.endpoints import LAYOUTS, Endpoint
+from pd_proxy.handoff.plan import Leg, Plan
+from pd_proxy.handoff.registry import CONNECTORS
 
 from .test_plan import PARAMS, answer
 

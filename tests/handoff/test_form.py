@@ -9,10 +9,9 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import InvalidRequest
-from proxy.handoff.body import FORBIDDEN
-from proxy.handoff.form import Form
+from pd_proxy.errors import InvalidRequest
+from pd_proxy.handoff.body import FORBIDDEN
+from pd_proxy.handoff.form import Form
 
 OWN = b"own-boundary"
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pd_proxy.handoff.lenient import as_bool, as_int
 from pydantic import TypeAdapter, ValidationError
-
-from proxy.handoff.lenient import as_bool, as_int
 
 SPELT = st.from_regex(r"[ +-]?[0-9_]{0,4}(\.0{0,2})?[ ]?", fullmatch=True)
 WORDS = st.sampled_from(

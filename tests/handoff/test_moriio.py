@@ -9,12 +9,11 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import HandoffInvalid
-from proxy.handoff.body import read_body
-from proxy.handoff.coordinates import Coordinates
-from proxy.handoff.plan import Plan
-from proxy.handoff.registry import CONNECTORS
+from pd_proxy.errors import HandoffInvalid
+from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.plan import Plan
+from pd_proxy.handoff.registry import CONNECTORS
 
 READ, WRITE = CONNECTORS["moriio_read"], CONNECTORS["moriio_write"]
 NAME = "ab" * 16

@@ -7,13 +7,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from pd_proxy.errors import HandoffInvalid
+from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.connector import Handoff, Meeting
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.nixl_push import NixlPush
+from pd_proxy.handoff.plan import Plan
 
-from proxy.errors import HandoffInvalid
-from proxy.handoff.body import read_body
-from proxy.handoff.connector import Handoff, Meeting
-from proxy.handoff.coordinates import Coordinates
-from proxy.handoff.nixl_push import NixlPush
-from proxy.handoff.plan import Plan
 from tests.handoff.test_plan import PARAMS, answer, said, without
 
 PUSH = NixlPush()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.offload_p2p import OffloadP2P
+from pd_proxy.handoff.plan import Plan
 
-from proxy.handoff.body import read_body
-from proxy.handoff.coordinates import Coordinates
-from proxy.handoff.offload_p2p import OffloadP2P
-from proxy.handoff.plan import Plan
 from tests.handoff.test_plan import said
 
 P2P = OffloadP2P()

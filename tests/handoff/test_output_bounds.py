@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from pd_proxy.errors import InvalidRequest
+from pd_proxy.handoff.body import read_members
+from pd_proxy.handoff.endpoints import Endpoint
+from pd_proxy.handoff.output_bounds import bound_output
 
-from proxy.errors import InvalidRequest
-from proxy.handoff.body import read_members
-from proxy.handoff.endpoints import Endpoint
-from proxy.handoff.output_bounds import bound_output
 from tests.support import chat, pools
 
 CASES: list[tuple[Endpoint, str]] = [

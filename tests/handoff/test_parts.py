@@ -6,9 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
-
-from proxy.handoff.body import read_members
-from proxy.handoff.parts import has_media
+from pd_proxy.handoff.body import read_members
+from pd_proxy.handoff.parts import has_media
 
 
 def told(**members: Any) -> bool:

@@ -9,15 +9,14 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import BackendGarbled, HandoffInvalid
-from proxy.handoff.body import read_body
-from proxy.handoff.connector import Connector
-from proxy.handoff.coordinates import Coordinates
-from proxy.handoff.endpoints import Endpoint
-from proxy.handoff.plan import Leg, Plan
-from proxy.handoff.registry import CONNECTORS
-from proxy.settings import ConnectorName
+from pd_proxy.errors import BackendGarbled, HandoffInvalid
+from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.connector import Connector
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.endpoints import Endpoint
+from pd_proxy.handoff.plan import Leg, Plan
+from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.settings import ConnectorName
 
 PARAMS: dict[str, Any] = {
     "do_remote_prefill": True,

@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 import pytest
+from pd_proxy.handoff.body import Endpoint, read_body
+from pd_proxy.handoff.connector import Connector
+from pd_proxy.handoff.continuation import Continuation
+from pd_proxy.handoff.plan import Plan
+from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.handoff.reuse import reusable
 
-from proxy.handoff.body import Endpoint, read_body
-from proxy.handoff.connector import Connector
-from proxy.handoff.continuation import Continuation
-from proxy.handoff.plan import Plan
-from proxy.handoff.registry import CONNECTORS
-from proxy.handoff.reuse import reusable
 from tests.handoff.test_plan import PARAMS, said
 
 NIXL = CONNECTORS["nixl"]

@@ -11,9 +11,8 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from proxy.decoding import Undecodable
-from proxy.handoff import scan
+from pd_proxy.decoding import Undecodable
+from pd_proxy.handoff import scan
 
 BLANKS = st.text(" \t\r\n", max_size=3)
 VALUES = st.recursive(

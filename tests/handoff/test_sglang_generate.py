@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import BackendGarbled, InvalidRequest
-from proxy.handoff.body import Body, read_body
-from proxy.handoff.coordinates import Coordinates
-from proxy.handoff.plan import Leg, Plan
-from proxy.handoff.registry import CONNECTORS
-from proxy.handoff.sglang_generate import usage_of
+from pd_proxy.errors import BackendGarbled, InvalidRequest
+from pd_proxy.handoff.body import Body, read_body
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.plan import Leg, Plan
+from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.handoff.sglang_generate import usage_of
 
 SGLANG = CONNECTORS["sglang"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from math import inf
 
 import pytest
+from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.connector import read_answer
+from pd_proxy.handoff.plan import Plan
+from pd_proxy.handoff.shared_cache import SharedCache
 
-from proxy.handoff.body import read_body
-from proxy.handoff.connector import read_answer
-from proxy.handoff.plan import Plan
-from proxy.handoff.shared_cache import SharedCache
 from tests.handoff.test_plan import PARAMS, answer, said
 
 SHARED = SharedCache()

@@ -7,9 +7,8 @@ from typing import Any
 
 import msgspec
 import pytest
-
-from proxy.handoff.connector import Handoff
-from proxy.handoff.side import side_of
+from pd_proxy.handoff.connector import Handoff
+from pd_proxy.handoff.side import side_of
 
 
 def handoff(**members: Any) -> Handoff:

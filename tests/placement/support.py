@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from proxy.fleet.speeds import PoolSpeeds, Speeds
-from proxy.placement.ask import Ask
+from pd_proxy.fleet.speeds import PoolSpeeds, Speeds
+from pd_proxy.placement.ask import Ask
 
 
 def zero() -> float:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.fleet.speeds import PoolSpeeds
-from proxy.placement.auto import (
+from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.placement.auto import (
     CHOICES,
     LONG,
     expected_step,
@@ -21,8 +20,9 @@ from proxy.placement.auto import (
     whole_answer,
     why_first,
 )
-from proxy.placement.costs import costs
-from proxy.placement.policies import least_loaded
+from pd_proxy.placement.costs import costs
+from pd_proxy.placement.policies import least_loaded
+
 from tests.placement.support import Engine, ask, engines, learnt
 
 LEGS = st.lists(st.lists(st.integers(1, 6000), max_size=4), min_size=1, max_size=8)

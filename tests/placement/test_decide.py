@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import InvalidRequest, NoBackend
-from proxy.placement.ask import Ask
-from proxy.placement.decide import Decision, View, choose, decide
+from pd_proxy.errors import InvalidRequest, NoBackend
+from pd_proxy.placement.ask import Ask
+from pd_proxy.placement.decide import Decision, View, choose, decide
 
 
 @dataclass(frozen=True)

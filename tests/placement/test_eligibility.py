@@ -9,8 +9,8 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pd_proxy.placement.eligibility import Eligible, Members, Needs, Rule, Rules, eligible, left_out
 
-from proxy.placement.eligibility import Eligible, Members, Needs, Rule, Rules, eligible, left_out
 from tests.placement.support import Engine
 
 CHAT, BATCH = "/v1/chat/completions", "/v1/batch"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pd_proxy.placement.decide import REASONS, Decision, View, decide
+from pd_proxy.placement.local import MOST, MOST_SPILT, SHORT, SPARE, has_time_to_spare
 
-from proxy.placement.decide import REASONS, Decision, View, decide
-from proxy.placement.local import MOST, MOST_SPILT, SHORT, SPARE, has_time_to_spare
 from tests.placement.support import Engine, ask, engines, learnt
 
 NOW = 100.0

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.placement.ask import Ask
-from proxy.placement.policies import POLICIES, least_loaded, load, power_of_two
+from pd_proxy.placement.ask import Ask
+from pd_proxy.placement.policies import POLICIES, least_loaded, load, power_of_two
 
 
 @dataclass(frozen=True)

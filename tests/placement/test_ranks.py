@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pd_proxy.placement.ranks import by_engine, rank_for
 
-from proxy.placement.ranks import by_engine, rank_for
 from tests.placement.support import Engine, ask, learnt
 
 COUNTS = st.lists(st.integers(0, 10**6), min_size=2, max_size=16)

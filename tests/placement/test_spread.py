@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.placement.spread import spread
+from pd_proxy.placement.spread import spread
 
 
 @dataclass(frozen=True)

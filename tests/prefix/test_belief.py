@@ -6,9 +6,8 @@ import random
 from collections import OrderedDict
 
 import pytest
-
-from proxy.prefix.chain import Chain, chain_of_ids, root_of_ids
-from proxy.prefix.index import PrefixIndex
+from pd_proxy.prefix.chain import Chain, chain_of_ids, root_of_ids
+from pd_proxy.prefix.index import PrefixIndex
 
 KEY = b"k" * 16
 ROOT = root_of_ids("m", KEY)

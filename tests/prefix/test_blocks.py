@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from proxy.prefix.blocks import IDS, TEXT, Blocks, growing
+from pd_proxy.prefix.blocks import IDS, TEXT, Blocks, growing
 
 
 def test_blocks_grow_with_the_distance_from_the_start() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from proxy.prefix.chain import Chain
-from proxy.prefix.earlier import EarlierChains
+from pd_proxy.prefix.chain import Chain
+from pd_proxy.prefix.earlier import EarlierChains
 
 
 def chain(blocks: int) -> Chain:

@@ -12,11 +12,10 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.prefix.chain import chain_of_ids, root_of_ids
-from proxy.prefix.corrections import Corrections
-from proxy.prefix.engine_cache import EngineCache
-from proxy.prefix.index import PrefixIndex
+from pd_proxy.prefix.chain import chain_of_ids, root_of_ids
+from pd_proxy.prefix.corrections import Corrections
+from pd_proxy.prefix.engine_cache import EngineCache
+from pd_proxy.prefix.index import PrefixIndex
 
 KEY = b"k" * 32
 URL = "http://a:1"

@@ -6,10 +6,9 @@ from hashlib import blake2b
 from itertools import product
 
 import pytest
-
-from proxy.prefix.blocks import growing
-from proxy.prefix.chain import Chain
-from proxy.prefix.index import DEFAULT_CAPACITY, Caching, PrefixIndex
+from pd_proxy.prefix.blocks import growing
+from pd_proxy.prefix.chain import Chain
+from pd_proxy.prefix.index import DEFAULT_CAPACITY, Caching, PrefixIndex
 
 BLOCKS = growing(((1000, 10),))
 

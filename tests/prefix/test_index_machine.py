@@ -8,10 +8,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
-from proxy.prefix.blocks import growing
-from proxy.prefix.chain import Chain
-from proxy.prefix.index import PrefixIndex
+from pd_proxy.prefix.blocks import growing
+from pd_proxy.prefix.chain import Chain
+from pd_proxy.prefix.index import PrefixIndex
 
 BLOCKS = growing(((4, 2), (16, 4)))
 TEXTS = ["", "aabb", "aaaa", "aabbcccc", "aabbccccdddd", "aabbcccceeee", "aaaabbbb", "ccccdddd", "aabbccccddddffff"]

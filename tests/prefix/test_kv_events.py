@@ -9,9 +9,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.decoding import Undecodable
-from proxy.prefix.kv_events import (
+from pd_proxy.decoding import Undecodable
+from pd_proxy.prefix.kv_events import (
     MOST_BYTES,
     MOST_EVENTS,
     AllBlocksCleared,

@@ -11,13 +11,13 @@ from random import Random
 
 import httpx
 import pytest
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.kv_events import KvEvents
+from pd_proxy.handoff.body import read_body
+from pd_proxy.prefix.chain import chain_of, chain_of_ids, root_of_ids
+from pd_proxy.prefix.index import PrefixIndex
+from pd_proxy.settings import build_settings
 
-from proxy.fleet.fleet import Fleet
-from proxy.fleet.kv_events import KvEvents
-from proxy.handoff.body import read_body
-from proxy.prefix.chain import chain_of, chain_of_ids, root_of_ids
-from proxy.prefix.index import PrefixIndex
-from proxy.settings import build_settings
 from tests.support import until
 
 from .engines import BLOCK_SIZE, MODEL_NAME, Engine, Role, running

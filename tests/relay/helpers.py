@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 
-from proxy.errors import BackendError
-from proxy.relay.client import Flow, Headers
+from pd_proxy.errors import BackendError
+from pd_proxy.relay.client import Flow, Headers
 
 PATIENCE = 5.0
 """Seconds after which a test that waits has failed; never waited for when it passes."""

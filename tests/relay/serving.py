@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import uvicorn
-
-from proxy.relay.client import EXTENSION, Receive, Scope, Send
-from proxy.relay.direct import DirectClient
-from proxy.relay.server import GatewayProtocol
+from pd_proxy.relay.client import EXTENSION, Receive, Scope, Send
+from pd_proxy.relay.direct import DirectClient
+from pd_proxy.relay.server import GatewayProtocol
 
 from .helpers import PATIENCE
 

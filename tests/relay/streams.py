@@ -8,15 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-
-from proxy.errors import BackendError
-from proxy.relay.deadlines import Deadlines
-from proxy.relay.dialect import Dialect
-from proxy.relay.edit import Edit
-from proxy.relay.http1 import Connection, Origin
-from proxy.relay.stream import StreamRelay
-from proxy.relay.transcript import Transcript
-from proxy.telemetry.records import ITL_BOUNDS, Distribution
+from pd_proxy.errors import BackendError
+from pd_proxy.relay.deadlines import Deadlines
+from pd_proxy.relay.dialect import Dialect
+from pd_proxy.relay.edit import Edit
+from pd_proxy.relay.http1 import Connection, Origin
+from pd_proxy.relay.stream import StreamRelay
+from pd_proxy.relay.transcript import Transcript
+from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution
 
 from .helpers import PATIENCE, FakeTransport, RecordingClient
 

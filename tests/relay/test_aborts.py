@@ -7,13 +7,12 @@ from typing import Any
 
 import msgspec
 import pytest
-
-from proxy.errors import BackendAborted, BackendBusy, BackendError, BackendFailed, BackendRejected
-from proxy.relay.aborts import abort_in, aborted, ends_well, is_abort
-from proxy.relay.dialect import Dialect
-from proxy.relay.dialects import DIALECTS
-from proxy.relay.edit import Edit
-from proxy.relay.transcript import Transcript
+from pd_proxy.errors import BackendAborted, BackendBusy, BackendError, BackendFailed, BackendRejected
+from pd_proxy.relay.aborts import abort_in, aborted, ends_well, is_abort
+from pd_proxy.relay.dialect import Dialect
+from pd_proxy.relay.dialects import DIALECTS
+from pd_proxy.relay.edit import Edit
+from pd_proxy.relay.transcript import Transcript
 
 from .streams import COUNTS, DONE, URL, Stream, chat, event, identity, opened, relayed, text
 

@@ -10,10 +10,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.decoding import Undecodable
-from proxy.errors import BackendAnswered, BackendBusy, BackendFailed, BackendRejected
-from proxy.relay.answers import (
+from pd_proxy.decoding import Undecodable
+from pd_proxy.errors import BackendAnswered, BackendBusy, BackendFailed, BackendRejected
+from pd_proxy.relay.answers import (
     engine_error,
     engine_error_event,
     flaw_of,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-
-from proxy.errors import BodiesFull, GatewayError, RequestTimedOut
-from proxy.relay import bodies as module
-from proxy.relay.bodies import SHORT, Bodies
+from pd_proxy.errors import BodiesFull, GatewayError, RequestTimedOut
+from pd_proxy.relay import bodies as module
+from pd_proxy.relay.bodies import SHORT, Bodies
 
 MB = 1 << 20
 

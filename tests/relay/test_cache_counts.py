@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 import pytest
-
-from proxy.relay.answers import read_usage
-from proxy.relay.cache_counts import CacheCounts
+from pd_proxy.relay.answers import read_usage
+from pd_proxy.relay.cache_counts import CacheCounts
 
 
 def details(**told: Any) -> dict[str, Any]:

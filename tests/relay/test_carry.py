@@ -6,10 +6,9 @@ import asyncio
 from typing import Any
 
 import pytest
-
-from proxy.errors import BackendAborted, BackendCut, BackendError, BackendFailed, BackendGarbled, BackendTimedOut
-from proxy.relay.carry import Carry
-from proxy.relay.deadlines import Deadlines
+from pd_proxy.errors import BackendAborted, BackendCut, BackendError, BackendFailed, BackendGarbled, BackendTimedOut
+from pd_proxy.relay.carry import Carry
+from pd_proxy.relay.deadlines import Deadlines
 
 from .helpers import RecordingClient
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from pd_proxy.relay.deadlines import Deadlines
 
-from proxy.relay.deadlines import Deadlines
 from tests.faults.clock import VirtualLoop, virtual_time
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import BackendCut, BackendError, BackendFailed, BackendGarbled, BackendPreempted
-from proxy.relay.dialect import Dialect
-from proxy.relay.dialects import DIALECTS
+from pd_proxy.errors import BackendCut, BackendError, BackendFailed, BackendGarbled, BackendPreempted
+from pd_proxy.relay.dialect import Dialect
+from pd_proxy.relay.dialects import DIALECTS
 
 from .streams import PING, Stream, chunk, opened, relayed
 

@@ -10,10 +10,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.decoding import Undecodable
-from proxy.relay.edit import Edit
-from proxy.relay.events import payload
+from pd_proxy.decoding import Undecodable
+from pd_proxy.relay.edit import Edit
+from pd_proxy.relay.events import payload
 
 from .streams import HIDE, chat, event, identity, members, text
 

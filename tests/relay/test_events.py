@@ -9,9 +9,8 @@ from time import process_time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import BackendGarbled
-from proxy.relay.events import EventReader, payload, read, split
+from pd_proxy.errors import BackendGarbled
+from pd_proxy.relay.events import EventReader, payload, read, split
 
 LINE_ENDS = st.sampled_from([b"\n", b"\r\n", b"\r"])
 TEXTS = st.binary(max_size=12).map(lambda text: text.replace(b"\n", b"n").replace(b"\r", b"r"))

@@ -9,12 +9,12 @@ import socket
 from time import monotonic
 
 import pytest
+from pd_proxy.relay import connections, inbound
+from pd_proxy.relay.client import Receive, Scope, Send
+from pd_proxy.relay.connections import Connections
+from pd_proxy.relay.direct import DirectClient
+from pd_proxy.relay.server import GatewayProtocol
 
-from proxy.relay import connections, inbound
-from proxy.relay.client import Receive, Scope, Send
-from proxy.relay.connections import Connections
-from proxy.relay.direct import DirectClient
-from proxy.relay.server import GatewayProtocol
 from tests.support import until
 
 from .helpers import PATIENCE

@@ -11,11 +11,10 @@ from time import monotonic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable
-from proxy.relay import http1
-from proxy.relay.deadlines import Deadlines
-from proxy.relay.http1 import HEAD_LIMIT, Collected, Connection, Origin
+from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable
+from pd_proxy.relay import http1
+from pd_proxy.relay.deadlines import Deadlines
+from pd_proxy.relay.http1 import HEAD_LIMIT, Collected, Connection, Origin
 
 from .helpers import Engine, FakeTransport, Recorder
 

@@ -6,12 +6,11 @@ import asyncio
 import logging
 
 import pytest
-
-from proxy.errors import BackendCut, BackendError, BackendGarbled
-from proxy.relay.deadlines import Deadlines
-from proxy.relay.http1 import Collected, Connection, Origin
-from proxy.relay.prompt_logprobs import PromptLogprobs
-from proxy.relay.sglang_events import SGLANG_EVENTS
+from pd_proxy.errors import BackendCut, BackendError, BackendGarbled
+from pd_proxy.relay.deadlines import Deadlines
+from pd_proxy.relay.http1 import Collected, Connection, Origin
+from pd_proxy.relay.prompt_logprobs import PromptLogprobs
+from pd_proxy.relay.sglang_events import SGLANG_EVENTS
 
 from .helpers import FakeTransport, Recorder
 from .streams import DONE, HIDE, chat, event, opened
@@ -211,7 +210,7 @@ async def test_a_fault_at_the_end_of_a_refusal_ends_the_stream(status: int, monk
     def fails(*arguments: object) -> object:
         raise Fault
 
-    monkeypatch.setattr("proxy.relay.stream.engine_error", fails)
+    monkeypatch.setattr("pd_proxy.relay.stream.engine_error", fails)
     stream = await opened(status=status)
     stream.read(b"{}")
     stream.end()

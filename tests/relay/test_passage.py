@@ -9,12 +9,11 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.relay import passage as relay_passage
-from proxy.relay.edit import Edit
-from proxy.relay.passage import Passage
-from proxy.relay.transcript import Transcript
-from proxy.telemetry.records import ITL_BOUNDS, Distribution
+from pd_proxy.relay import passage as relay_passage
+from pd_proxy.relay.edit import Edit
+from pd_proxy.relay.passage import Passage
+from pd_proxy.relay.transcript import Transcript
+from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution
 
 from .streams import chat, chunk, event, identity, text
 

@@ -10,9 +10,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.errors import BackendGarbled, InvalidRequest
-from proxy.relay.prompt_logprobs import NAMES, PromptLogprobs
+from pd_proxy.errors import BackendGarbled, InvalidRequest
+from pd_proxy.relay.prompt_logprobs import NAMES, PromptLogprobs
 
 ENTRY = st.tuples(
     st.none() | st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 10**6), st.none() | st.text()

@@ -1,6 +1,6 @@
 """The client's side of the relay: a real uvicorn server with our protocol, and raw sockets as its clients.
 
-These tests also hold the names of uvicorn's internals that `proxy/relay/server.py` rests on.
+These tests also hold the names of uvicorn's internals that `proxy/pd_proxy/relay/server.py` rests on.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy.relay.client import EXTENSION, AsgiClient, Receive, Scope, Send
+from pd_proxy.relay.connections import Connections
+from pd_proxy.relay.deadlines import Deadlines
+from pd_proxy.relay.direct import DirectClient
+from pd_proxy.relay.server import GatewayProtocol
 
-from proxy.relay.client import EXTENSION, AsgiClient, Receive, Scope, Send
-from proxy.relay.connections import Connections
-from proxy.relay.deadlines import Deadlines
-from proxy.relay.direct import DirectClient
-from proxy.relay.server import GatewayProtocol
 from tests.support import soon, until
 
 from .helpers import PATIENCE

@@ -7,9 +7,8 @@ import json
 from typing import Any
 
 import pytest
-
-from proxy.decoding import Undecodable
-from proxy.errors import (
+from pd_proxy.decoding import Undecodable
+from pd_proxy.errors import (
     BackendAborted,
     BackendBusy,
     BackendCut,
@@ -18,10 +17,10 @@ from proxy.errors import (
     BackendGarbled,
     BackendRejected,
 )
-from proxy.relay import stream as relay_stream
-from proxy.relay.dialect import Dialect
-from proxy.relay.dialects import DIALECTS
-from proxy.relay.prompt_logprobs import PromptLogprobs
+from pd_proxy.relay import stream as relay_stream
+from pd_proxy.relay.dialect import Dialect
+from pd_proxy.relay.dialects import DIALECTS
+from pd_proxy.relay.prompt_logprobs import PromptLogprobs
 
 from .streams import DONE, PING, Stream, event, opened, relayed
 

@@ -12,8 +12,7 @@ from time import sleep
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-
-from proxy.errors import (
+from pd_proxy.errors import (
     BackendBusy,
     BackendCut,
     BackendError,
@@ -24,11 +23,11 @@ from proxy.errors import (
     BackendRejected,
     BackendTimedOut,
 )
-from proxy.relay import passage as relay_passage
-from proxy.relay import stream as relay_stream
-from proxy.relay.edit import Edit
-from proxy.relay.events import EventReader
-from proxy.telemetry.records import ITL_BOUNDS
+from pd_proxy.relay import passage as relay_passage
+from pd_proxy.relay import stream as relay_stream
+from pd_proxy.relay.edit import Edit
+from pd_proxy.relay.events import EventReader
+from pd_proxy.telemetry.records import ITL_BOUNDS
 
 from .helpers import PATIENCE
 from .streams import COUNTS, DONE, PING, Stream, chat, chunk, event, identity, opened, relayed, text

@@ -13,10 +13,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.relay.edit import Edit
-from proxy.relay.passage import Passage
-from proxy.relay.transcript import Transcript
+from pd_proxy.relay.edit import Edit
+from pd_proxy.relay.passage import Passage
+from pd_proxy.relay.transcript import Transcript
 
 from .helpers import RecordingClient
 from .streams import COUNTS, DONE, HIDE, PING, Stream, chunk, event, identity, members, opened, relayed

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.relay.transcript import Transcript
+from pd_proxy.relay.transcript import Transcript
 
 from .streams import event
 

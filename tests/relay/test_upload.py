@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-
-from proxy.errors import BackendCut, BackendUnreachable
-from proxy.relay.http1 import Origin
-from proxy.relay.upload import Upload
+from pd_proxy.errors import BackendCut, BackendUnreachable
+from pd_proxy.relay.http1 import Origin
+from pd_proxy.relay.upload import Upload
 
 from .helpers import PATIENCE, Engine, Recorder
 

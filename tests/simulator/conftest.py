@@ -4,8 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-
-from proxy.simulator import Simulator, SimulatorConfig
+from pd_proxy_simulator import Simulator, SimulatorConfig
 
 from .helpers import Client
 

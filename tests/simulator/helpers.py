@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
-
-from proxy.simulator import Simulator
+from pd_proxy_simulator import Simulator
 
 PROMPT = "the river runs past the old harbour and the engine waits for a signal " * 4
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}

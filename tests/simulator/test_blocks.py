@@ -1,4 +1,4 @@
-from proxy.simulator.blocks import BlockPool
+from pd_proxy_simulator.blocks import BlockPool
 
 
 def test_a_pool_gives_out_all_but_the_null_block() -> None:

@@ -4,8 +4,7 @@ import asyncio
 import json
 
 import pytest
-
-from proxy.simulator import Simulator, SimulatorConfig
+from pd_proxy_simulator import Simulator, SimulatorConfig
 
 from .conftest import Start
 from .helpers import PROMPT, Client, greedy

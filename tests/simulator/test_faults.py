@@ -6,8 +6,7 @@ import json
 import httpx
 import msgspec
 import pytest
-
-from proxy.simulator import Simulator
+from pd_proxy_simulator import Simulator
 
 from .conftest import Start
 from .helpers import PREFILL, Client, chat, greedy

@@ -7,8 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-
-from proxy.simulator import Simulator, SimulatorConfig
+from pd_proxy_simulator import Simulator, SimulatorConfig
 
 from .conftest import Start
 from .helpers import PREFILL, PROMPT, Client, chat, greedy

@@ -10,9 +10,8 @@ from typing import Any
 import msgspec
 import zmq
 import zmq.asyncio
-
-from proxy.simulator import Simulator, SimulatorConfig
-from proxy.simulator.kv_events import END
+from pd_proxy_simulator import Simulator, SimulatorConfig
+from pd_proxy_simulator.kv_events import END
 
 from .helpers import Client
 

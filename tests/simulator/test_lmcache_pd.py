@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import until
 
 from .conftest import Start

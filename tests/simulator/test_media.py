@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from proxy.simulator import SimulatorConfig
+from pd_proxy_simulator import SimulatorConfig
 
 from .conftest import Start
 from .helpers import Client, chat

@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-
-from proxy.simulator import Simulator
+from pd_proxy_simulator import Simulator
 
 from .conftest import Start
 from .helpers import PROMPT, Client

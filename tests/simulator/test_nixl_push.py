@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import simulators
 
 from .helpers import PREFILL, Client, greedy

@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator
 
 import openai
 import pytest
-
-from proxy.simulator import Simulator
+from pd_proxy_simulator import Simulator
 
 from .test_wire import WEATHER
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from proxy.simulator import Simulator
+from pd_proxy_simulator import Simulator
 
 from .conftest import Start
 from .helpers import PROMPT, Client

@@ -7,8 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-
-from proxy.simulator import Simulator
+from pd_proxy_simulator import Simulator
 
 from .conftest import Start
 from .helpers import PREFILL, Client, chat

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-
-from proxy.simulator import Simulator, SimulatorConfig
-from proxy.simulator.sidechannel import SideChannelServer, frame
+from pd_proxy_simulator import Simulator, SimulatorConfig
+from pd_proxy_simulator.sidechannel import SideChannelServer, frame
 
 from .conftest import Start
 from .helpers import Client, chat, greedy
@@ -115,7 +114,7 @@ async def test_an_idle_connection_is_closed_after_the_keep_alive_time(start: Sta
 
 async def test_the_command_serves_hands_off_across_processes_and_ends_with_0(start: Start, client: Client) -> None:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "proxy.simulator", "--role", "prefill", "--port", "0", "--step-time", "0"),
+        *(sys.executable, "-m", "pd_proxy_simulator", "--role", "prefill", "--port", "0", "--step-time", "0"),
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy_simulator import Simulator
+from pd_proxy_simulator.tokens import tokenize
 
-from proxy.simulator import Simulator
-from proxy.simulator.tokens import tokenize
 from tests.support import PROMPT, completion, simulators
 
 SAMPLING = {"max_new_tokens": 8, "temperature": 0}

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pd_proxy_simulator import SimulatorConfig
 
-from proxy.simulator import SimulatorConfig
 from tests.support import simulators
 
 from .helpers import PROMPT, Client

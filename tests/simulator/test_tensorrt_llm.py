@@ -8,8 +8,7 @@ import struct
 from typing import Any
 
 import pytest
-
-from proxy.simulator import Simulator
+from pd_proxy_simulator import Simulator
 
 from .conftest import Start
 from .helpers import Client, chat, greedy

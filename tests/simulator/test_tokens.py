@@ -1,8 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.simulator.text import StopStrings, TextAssembler
-from proxy.simulator.tokens import (
+from pd_proxy_simulator.text import StopStrings, TextAssembler
+from pd_proxy_simulator.tokens import (
     EOS,
     FOLLOWER,
     VOCABULARY,

@@ -4,9 +4,8 @@ import json
 from typing import Any
 
 import pytest
-
-from proxy.simulator import Simulator
-from proxy.simulator.tokens import detokenize
+from pd_proxy_simulator import Simulator
+from pd_proxy_simulator.tokens import detokenize
 
 from .conftest import Start
 from .helpers import Client, chat, greedy

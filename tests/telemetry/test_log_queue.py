@@ -12,11 +12,10 @@ from time import monotonic, sleep, thread_time
 from typing import Any
 
 import pytest
-
-from proxy.telemetry import log_queue
-from proxy.telemetry.log_queue import LIMIT, LogQueue, lines_dropped, standard_error
-from proxy.telemetry.logs import JsonFormatter, RequestLog, TextFormatter
-from proxy.telemetry.records import RequestRecord
+from pd_proxy.telemetry import log_queue
+from pd_proxy.telemetry.log_queue import LIMIT, LogQueue, lines_dropped, standard_error
+from pd_proxy.telemetry.logs import JsonFormatter, RequestLog, TextFormatter
+from pd_proxy.telemetry.records import RequestRecord
 
 TEXT = logging.Formatter("%(message)s")
 

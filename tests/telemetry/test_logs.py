@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from proxy.telemetry.logs import JsonFormatter, RequestLog, TextFormatter, set_up_logging
-from proxy.telemetry.records import RequestRecord
+from pd_proxy.telemetry.logs import JsonFormatter, RequestLog, TextFormatter, set_up_logging
+from pd_proxy.telemetry.records import RequestRecord
 
 GOOD: dict[str, Any] = {
     "endpoint": "chat",
@@ -171,7 +170,7 @@ def test_every_member_of_a_requests_line_is_documented(caplog: pytest.LogCapture
 
 
 def test_a_worker_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.telemetry.logs._worker", 0)
+    monkeypatch.setattr("pd_proxy.telemetry.logs._worker", 0)
     assert json.loads(JsonFormatter().format(record()))["worker"] == 0
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy_simulator import Simulator
 
-from proxy.simulator import Simulator
 from tests.support import Running, chat, completion, pools, until
 
 CHAT = "/v1/chat/completions"

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.flow.decisions import Decisions
+from pd_proxy.handoff.body import read_body
+from pd_proxy.prefix.chain import chain_of
+from pd_proxy.prefix.index import PrefixIndex
+from pd_proxy.telemetry.placement import PlacementSink
+from pd_proxy.telemetry.prometheus import registry
+from pd_proxy.telemetry.records import PrefixCounts
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-
-from proxy.fleet.backend import Backend
-from proxy.fleet.speeds import PoolSpeeds
-from proxy.flow.decisions import Decisions
-from proxy.handoff.body import read_body
-from proxy.prefix.chain import chain_of
-from proxy.prefix.index import PrefixIndex
-from proxy.telemetry.placement import PlacementSink
-from proxy.telemetry.prometheus import registry
-from proxy.telemetry.records import PrefixCounts
 
 NOW = 500.0
 

@@ -8,18 +8,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pd_proxy import __version__
+from pd_proxy.errors import BackendCut
+from pd_proxy.fleet.backend import Lease
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.settings import Settings
+from pd_proxy.telemetry.prometheus import Histogram, PrometheusSink, registry
+from pd_proxy.telemetry.records import TTFT_BOUNDS, Distribution, RequestRecord, Sinks
 from prometheus_client import exposition
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
-
-from proxy import __version__
-from proxy.errors import BackendCut
-from proxy.fleet.backend import Lease
-from proxy.fleet.fleet import Fleet
-from proxy.settings import Settings
-from proxy.telemetry.prometheus import Histogram, PrometheusSink, registry
-from proxy.telemetry.records import TTFT_BOUNDS, Distribution, RequestRecord, Sinks
 
 PREFILL, DECODE, MIXED = "http://prefill0:8000", "http://decode0:8000", "http://mixed0:8000"
 

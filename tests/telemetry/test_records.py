@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
+from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
 
 BOUNDS = (0.25, 0.5, 1.0)
 SECONDS = st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.75, 1.0, 1.5, 9.0]) | st.floats(0, 10)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
+from pd_proxy.telemetry.logs import tell_throughput
+from pd_proxy.telemetry.records import RequestRecord
+from pd_proxy.telemetry.throughput import Throughput
 
-from proxy.telemetry.logs import tell_throughput
-from proxy.telemetry.records import RequestRecord
-from proxy.telemetry.throughput import Throughput
 from tests.support import completion, pools, until
 
 

@@ -1,0 +1,97 @@
+"""Cross-origin requests (CORS): what web pages of other origins may ask and read, by `cors` of the settings.
+
+As the Fetch standard has it (https://fetch.spec.whatwg.org/#http-cors-protocol). A preflight is answered here, without
+a key, since browsers send none with it. Every other answer, whole, streamed or an error, gets the headers that let the
+page read it. Where no origin is allowed nothing of this is in any request's way.
+"""
+
+from __future__ import annotations
+
+import re
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pd_proxy.relay.client import EXTENSION
+from pd_proxy.relay.direct import DirectClient
+from pd_proxy.settings import CorsSettings
+
+Headers = list[tuple[bytes, bytes]]
+
+EXPOSED = b"x-request-id, x-pd-proxy-fallback, retry-after"
+"""The headers of answers, beside the few that any page may read, that are of use to a page."""
+
+_METHODS = b"GET, HEAD, POST"
+_HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+([ \t]*,[ \t]*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*").fullmatch
+_MOST_NAMES = 2048  # bytes of the names of headers that a page wants to send
+
+
+class CrossOrigin:
+    """Answers preflights and marks answers."""
+
+    def __init__(self, settings: CorsSettings) -> None:
+        self._any = "*" in settings.origins
+        self._origins = frozenset(origin.encode("ascii") for origin in settings.origins)
+        self._credentials: Headers = [(b"access-control-allow-credentials", b"true")] if settings.credentials else []
+        self._max_age = b"%d" % settings.max_age
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        """An application as pages of other origins may use it."""
+
+        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+            asked = {name: value for name, value in scope["headers"] if name in _ASKED}
+            origin: bytes | None = asked.get(b"origin")
+            if scope["method"] == "OPTIONS" and origin is not None and b"access-control-request-method" in asked:
+                await _respond(send, self._preflight(origin, asked.get(b"access-control-request-headers", b"")))
+                return
+            await app(scope, receive, _marked(scope, send, self._answered(origin)))
+
+        return serve
+
+    def _allowed(self, origin: bytes) -> Headers:
+        """What lets an origin read an answer; nothing where it may not."""
+        if self._any:
+            return [(b"access-control-allow-origin", b"*")]
+        if origin in self._origins:
+            return [(b"access-control-allow-origin", origin), *self._credentials]
+        return []
+
+    def _answered(self, origin: bytes | None) -> Headers:
+        """The headers of an ordinary answer. It depends on the origin, so that caches must know, one without too."""
+        headers: Headers = [] if self._any else [(b"vary", b"Origin")]
+        if origin is not None and (allowed := self._allowed(origin)):
+            headers += [*allowed, (b"access-control-expose-headers", EXPOSED)]
+        return headers
+
+    def _preflight(self, origin: bytes, wanted: bytes) -> Headers:
+        """The headers of the answer to a preflight."""
+        headers: Headers = [(b"vary", b"Origin, Access-Control-Request-Method, Access-Control-Request-Headers")]
+        if allowed := self._allowed(origin):
+            headers += [*allowed, (b"access-control-allow-methods", _METHODS)]
+            if len(wanted) <= _MOST_NAMES and _HEADER_NAMES(wanted):
+                # By name: `*` would not stand for Authorization.
+                headers.append((b"access-control-allow-headers", wanted))
+            headers.append((b"access-control-max-age", self._max_age))
+        return headers
+
+
+_ASKED = frozenset({b"origin", b"access-control-request-method", b"access-control-request-headers"})
+
+
+def _marked(scope: Scope, send: Send, headers: Headers) -> Send:
+    """A `send` whose answer has these headers too, and so has what is written past it by our own server's client."""
+    client = scope.get("extensions", {}).get(EXTENSION)
+    if isinstance(client, DirectClient):
+        client.add_headers(headers)
+        return send
+
+    async def send_marked(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*headers, *message.get("headers", ())]}
+        await send(message)
+
+    return send_marked
+
+
+async def _respond(send: Send, headers: Headers) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body"})

@@ -1,0 +1,103 @@
+"""/invocations: SageMaker's one route, by which it is the body's shape that says what is wanted.
+
+Where it leads is a route of clients like any other: with its keys, its bounds and its errors, and nothing that engines
+serve beside these can be reached by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pd_proxy.api.credentials import Credentials
+from pd_proxy.api.exchange import ClientLeft, check_length, identify, read_whole
+from pd_proxy.api.surface import answer
+from pd_proxy.errors import GatewayError, InvalidRequest, MethodNotAllowed
+from pd_proxy.handoff.body import read_members
+from pd_proxy.relay.client import EXTENSION
+from pd_proxy.relay.direct import DirectClient
+from pd_proxy.settings import Settings
+
+PATH = "/invocations"
+
+# In vLLM's order: of the routes whose members a body has, the first that is offered here.
+_SHAPES: tuple[tuple[frozenset[str], tuple[str, ...]], ...] = (
+    (frozenset({"messages"}), ("/v1/chat/completions",)),
+    (frozenset({"prompt"}), ("/v1/completions",)),
+    (frozenset({"query", "documents"}), ("/v1/rerank", "/rerank", "/v2/rerank")),
+    (frozenset({"text_1", "text_2"}), ("/v1/score", "/score")),
+    (frozenset({"queries", "documents"}), ("/v1/score", "/score")),
+    (frozenset({"data_1", "data_2"}), ("/v1/score", "/score")),
+    (frozenset({"input"}), ("/v1/embeddings", "/classify", "/pooling")),
+)
+
+
+class Invocations:
+    """Serves the route.
+
+    Arguments:
+        apps: the routes of clients.
+        offered: the routes that some engine has, as far as is known.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        credentials: Credentials,
+        apps: Mapping[str, ASGIApp],
+        offered: Callable[[], AbstractSet[str]],
+    ) -> None:
+        self._limit = settings.limits.request_body
+        self._seconds = settings.timeouts.request_body
+        self._credentials = credentials
+        self._apps = apps
+        self._offered = offered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client: DirectClient | None = scope.get("extensions", {}).get(EXTENSION)
+        try:
+            if scope["method"] != "POST":
+                raise MethodNotAllowed(f"{PATH} takes POST", allow="POST")
+            headers: dict[bytes, bytes] = dict(scope["headers"])
+            self._credentials.check_client(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+            check_length(headers, self._limit)
+            body = await read_whole(client, receive, headers, self._limit, self._seconds)
+            path = self._meant(read_members(bytes(body)).keys())
+        except ClientLeft:
+            return
+        except GatewayError as error:
+            refusal = answer(error)
+            refusal.headers["x-request-id"] = identify(dict(scope["headers"]))
+            await refusal(scope, receive, send)
+            return
+        if client is not None:
+            client.put_back(body)
+        else:
+            receive = _again(bytes(body), receive)
+        plain = [header for header in scope["headers"] if header[0] != b"content-encoding"]  # which is off by now
+        await self._apps[path]({**scope, "path": path, "headers": plain}, receive, send)
+
+    def _meant(self, members: AbstractSet[str]) -> str:
+        """The route that a body with these members is for.
+
+        Raises:
+            InvalidRequest: it is for none.
+        """
+        shaped = [path for needs, paths in _SHAPES if needs <= members for path in paths if path in self._apps]
+        offered = self._offered()
+        for path in [path for path in shaped if path in offered] or shaped:
+            return path
+        known = "; ".join(" and ".join(sorted(needs)) for needs, _ in _SHAPES)
+        raise InvalidRequest(f"{PATH} cannot tell what this request is for; a body has one of: {known}")
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that begins with a body that has been read."""
+    pieces: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive_again() -> Message:
+        return next(pieces, None) or await receive()
+
+    return receive_again

@@ -1,0 +1,62 @@
+"""/v1/metaserver: where decode engines call back, for connectors by which they do. Engines come here, not clients.
+
+A call is answered at once; what it leads to is the waiting try's. It needs no key, since engines send none: who can
+name a try by its id has it from the gateway, and `metaserver.allow` says from where.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Sequence
+from ipaddress import IPv4Network, IPv6Network
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from pd_proxy.api.siblings import Siblings
+from pd_proxy.errors import CallUnexpected, Forbidden, InvalidRequest
+from pd_proxy.flow.callbacks import PATH, Callbacks
+
+log = logging.getLogger("pd_proxy.api")
+
+
+def metaserver(
+    callbacks: Callbacks, allow: Sequence[IPv4Network | IPv6Network], siblings: Siblings | None = None
+) -> APIRouter:
+    """The route.
+
+    Arguments:
+        allow: networks from which engines may call; none: any address.
+        siblings: the other workers of this gateway; a call for one of their tries is passed on.
+    """
+    router = APIRouter(tags=["engines"])
+
+    def may_call(host: str) -> bool:
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(address in network for network in allow)
+
+    @router.post(PATH, response_model=None)
+    async def call(request: Request) -> dict[str, str] | Response:
+        """A decode engine has memory for a request, and says where."""
+        host = request.client.host if request.client is not None else ""
+        if allow and not may_call(host):
+            log.warning("%s may not call back: it is in none of metaserver.allow", host)
+            raise Forbidden("this address may not call back; see metaserver.allow")
+        body = await request.body()
+        if siblings is not None and (worker := callbacks.elsewhere(body)) is not None:
+            answer = await siblings.pass_on(worker, PATH, body)
+            if answer is not None:
+                return Response(answer.body, status_code=answer.status, media_type="application/json")
+        try:
+            callbacks.called(body)
+        except (CallUnexpected, InvalidRequest) as error:
+            log.info("a call back from %s was not taken: %s", host, error)
+            raise
+        return {"status": "ok"}
+
+    return router

@@ -1,0 +1,153 @@
+"""Stored responses: asked for, and cancelled, at the backend that has them.
+
+These are not generation: one upstream request, nothing to retry elsewhere, since nobody else has the response.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from starlette.background import BackgroundTask
+from starlette.responses import Response, StreamingResponse
+
+from pd_proxy.api.credentials import Credentials
+from pd_proxy.api.error_shapes import RESPONSES
+from pd_proxy.api.inference import not_stored
+from pd_proxy.decoding import Undecodable
+from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, NoBackend
+from pd_proxy.fleet.control import Answer, Control
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.flow.stored import StoredResponses
+from pd_proxy.handoff.endpoints import LAYOUTS
+from pd_proxy.relay import events
+from pd_proxy.relay.answers import engine_error, names_handoff, strip_handoff
+from pd_proxy.relay.dialects import DIALECTS
+from pd_proxy.settings import Settings
+
+_PATH = LAYOUTS["responses"].path
+_DIALECT = DIALECTS["responses"]
+ABSENT = frozenset({f"{_PATH}/compact", f"{_PATH}/input_tokens"})
+"""What OpenAI's API has beside stored responses, and no engine: no `POST` to a response of that name."""
+_MOST_REFUSAL = 64 * 1024  # bytes that are read of one, where events were asked for
+
+
+def responses(
+    settings: Settings, fleet: Fleet, stored: StoredResponses, credentials: Credentials, control: Control
+) -> APIRouter:
+    """`GET /v1/responses/{id}`, streamed or not, and `POST /v1/responses/{id}/cancel`."""
+    router = APIRouter(tags=["responses"])
+    idle, limit = settings.timeouts.idle, settings.limits.answer
+
+    def holder(request: Request, response_id: str) -> str:
+        """URL of the backend that has it."""
+        headers = request.headers
+        name = credentials.check_client(
+            headers.get("authorization", "").encode("latin-1"), headers.get("x-api-key", "").encode("latin-1")
+        )
+        url = stored.holder(response_id, name, (backend.url for backend in fleet))
+        if not url:
+            raise not_stored(response_id, param="response_id")
+        if not any(backend.url == url and backend.up for backend in fleet):
+            raise NoBackend("the backend that has this response is not up", retry_after=1)
+        return url
+
+    def good(url: str, answer: Answer) -> Answer:
+        """A backend's answer, which was a 200.
+
+        Raises:
+            BackendError: it was none.
+        """
+        if answer.status != 200:
+            raise engine_error(url, answer.status, dict(answer.headers), answer.body)
+        return answer
+
+    async def whole(url: str, method: str, path: str, query: dict[str, str | int]) -> Response:
+        try:
+            answer = await control.ask(url + path, method=method, query=query, seconds=idle, limit=limit)
+        except BackendError as error:
+            raise _named(url, error) from error
+        try:
+            return Response(strip_handoff(good(url, answer).body), media_type="application/json")
+        except Undecodable as error:
+            raise BackendGarbled(f"{url} sent what cannot be read: {error}") from None
+
+    async def streamed(url: str, path: str, query: dict[str, str | int]) -> Response:
+        async with AsyncExitStack() as stack:
+            try:
+                head, pieces = await stack.enter_async_context(control.stream(url + path, query=query, idle=idle))
+                if head.status != 200:
+                    body = b""
+                    async with asyncio.timeout(idle):
+                        async for piece in pieces:
+                            body += piece
+                            if len(body) > _MOST_REFUSAL:
+                                break
+                    head = Answer(head.status, head.headers, body)
+            except TimeoutError:
+                raise BackendTimedOut(f"{url}: no whole answer within {idle:g} s") from None
+            except BackendError as error:
+                raise _named(url, error) from error
+            good(url, head)
+            kept = stack.pop_all()
+        return StreamingResponse(
+            relayed(url, pieces),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            background=BackgroundTask(kept.aclose),
+        )
+
+    async def relayed(url: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Events for the client. A stream that breaks ends with an error."""
+        reader = events.EventReader()
+        sequence = -1
+        done = False
+        try:
+            async for data in pieces:
+                for event, payload in events.read(reader.feed(data)):
+                    if payload:
+                        named = _DIALECT.read(payload)
+                        sequence = max(sequence, named.sequence_number)
+                        done = done or named.type in _DIALECT.last | _DIALECT.failed
+                        if names_handoff(event):
+                            event = _DIALECT.stripped(named.type, payload)
+                    yield event
+            if not done:
+                raise BackendCut(f"{url} ended its stream before its last event")
+        except Undecodable as error:
+            yield RESPONSES.event(BackendGarbled(f"{url} sent what cannot be read: {error}"), sequence)
+        except BackendError as error:
+            yield RESPONSES.event(_named(url, error), sequence)
+
+    @router.get(_PATH + "/{response_id}", response_class=Response)
+    async def retrieve(
+        request: Request,
+        response_id: str,
+        stream: Annotated[bool, Query(description="its events, where it runs in the background")] = False,
+        starting_after: Annotated[
+            int | None, Query(description="`sequence_number` of the last event not wanted")
+        ] = None,
+    ) -> Response:
+        """A stored response, from the backend that has it."""
+        url = holder(request, response_id)
+        query: dict[str, str | int] = {"stream": "true"} if stream else {}
+        if starting_after is not None:
+            query["starting_after"] = starting_after
+        path = f"{_PATH}/{response_id}"
+        return await streamed(url, path, query) if stream else await whole(url, "GET", path, query)
+
+    @router.post(_PATH + "/{response_id}/cancel", response_class=Response)
+    async def cancel(request: Request, response_id: str) -> Response:
+        """End a response that runs in the background."""
+        url = holder(request, response_id)
+        return await whole(url, "POST", f"{_PATH}/{response_id}/cancel", {})
+
+    return router
+
+
+def _named(url: str, error: BackendError) -> BackendError:
+    """An error of the control plane's client, which does not say of whom it speaks."""
+    return type(error)(f"{url}: {error}")

@@ -1,0 +1,385 @@
+"""The rooms put together from settings. No logic."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from secrets import token_bytes
+from time import monotonic
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
+
+from pd_proxy.admission.admission import Admission
+from pd_proxy.admission.gate import Gate
+from pd_proxy.api import invocations, operations
+from pd_proxy.api.backends import backends
+from pd_proxy.api.credentials import AtSocket, Credentials, Trusted
+from pd_proxy.api.cross_origin import CrossOrigin
+from pd_proxy.api.decisions import EXPLAIN_PATH, decisions, explanation
+from pd_proxy.api.fanout import fanout
+from pd_proxy.api.inference import Inference
+from pd_proxy.api.metaserver import metaserver
+from pd_proxy.api.responses import responses
+from pd_proxy.api.siblings import Siblings
+from pd_proxy.api.single import SingleRoute
+from pd_proxy.api.surface import Surface
+from pd_proxy.crew import Crew
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.fleet.board import Exchange
+from pd_proxy.fleet.control import Control
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.health import Prober
+from pd_proxy.fleet.kv_events import KvEvents
+from pd_proxy.fleet.names import Names
+from pd_proxy.fleet.notices import Notices
+from pd_proxy.fleet.prefix_ring import PeerPrefixes
+from pd_proxy.fleet.protocols import AUTO
+from pd_proxy.fleet.readiness import tell_readiness
+from pd_proxy.fleet.registration import Registrations
+from pd_proxy.flow.callbacks import Callbacks
+from pd_proxy.flow.first_token import FirstTokens
+from pd_proxy.flow.flow import Flow
+from pd_proxy.flow.hops import Hops
+from pd_proxy.flow.legs import Legs
+from pd_proxy.flow.placing import Placing
+from pd_proxy.flow.prompts import Prompts
+from pd_proxy.flow.room import FleetRoom
+from pd_proxy.flow.single import ROUTES, Single
+from pd_proxy.flow.stored import StoredResponses
+from pd_proxy.flow.suspicion import Suspicion
+from pd_proxy.flow.warmup import Warmup
+from pd_proxy.handoff.connector import UNKNOWN, Connector
+from pd_proxy.handoff.endpoints import LAYOUTS, Endpoint
+from pd_proxy.handoff.registry import connectors
+from pd_proxy.prefix.index import PrefixIndex
+from pd_proxy.relay.connections import Connections
+from pd_proxy.settings import Settings
+from pd_proxy.telemetry.admission import AdmissionSink
+from pd_proxy.telemetry.logs import RequestLog, tell_throughput
+from pd_proxy.telemetry.placement import PlacementSink
+from pd_proxy.telemetry.prometheus import PrometheusSink, registry
+from pd_proxy.telemetry.records import Sinks
+from pd_proxy.telemetry.throughput import Throughput
+
+_LOOP_TICK = 0.1  # seconds between looks at the event loop's lateness
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """Everything one gateway consists of.
+
+    Attributes:
+        surface: the ASGI application. Its lifespan starts and stops the health checks.
+        registry: what /metrics shows, of this worker alone.
+        siblings: the other workers of this gateway, where there are any.
+        inner: what those are answered.
+        prompts: what engines have of requests' prompts.
+        placing: says where requests go.
+        admin: what operators get at `admin_socket`, where there is one.
+        kv_events: what engines publish of their caches, where that is set and placement wants to know.
+    """
+
+    settings: Settings
+    fleet: Fleet
+    gate: Gate
+    admission: Admission
+    surface: Surface
+    registry: CollectorRegistry
+    notices: Notices
+    registrations: Registrations
+    prompts: Prompts
+    placing: Placing
+    siblings: Siblings | None = None
+    inner: Surface | None = None
+    admin: Surface | None = None
+    kv_events: KvEvents | None = None
+
+    def hear(self) -> None:
+        """Listen for what engines tell, where that is not done yet: with the lifespan at the latest. In a running event
+        loop.
+
+        Raises:
+            CannotHear
+        """
+        self.notices.start()
+        self.registrations.start()
+        if self.kv_events is not None:
+            self.kv_events.start()
+
+
+def build(settings: Settings, connections: Connections | None = None, crew: Crew | None = None) -> Gateway:
+    """A gateway that does nothing until its surface's lifespan begins.
+
+    Arguments:
+        connections: of its server, to be shown by /metrics.
+        crew: its place among several workers.
+    """
+    if crew is not None:
+        settings = settings.share(crew.workers)
+    fleet = Fleet(settings)
+    gate = Gate()
+    admission = Admission(settings, FleetRoom(fleet) if fleet.bounded else None)
+    gate.on_close = admission.close
+    if fleet.bounded:
+        fleet.watch_room(admission.look)
+    prometheus = PrometheusSink(fleet, connections or Connections())
+    handoff_key = settings.handoff_key
+    spoken = connectors("" if handoff_key is None else handoff_key.get_secret_value())
+    fleet.answers_alone = frozenset(name for name, connector in spoken.items() if connector.plain_decode)
+    callbacks = Callbacks(settings.metaserver.url, 0 if crew is None else crew.worker)
+    notices = Notices(settings.zmq.notices)
+    registrations = Registrations(fleet, settings.zmq, spoken)
+    fleet.messages = {"notice": notices.counts, "registration": registrations.counts}
+    warmup = Warmup(settings, fleet, spoken, notices, callbacks)
+    queue = AdmissionSink(admission)
+    throughput = Throughput(prometheus.tokens_streamed)
+    telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup, throughput)
+    credentials = Credentials(settings)
+    hops = Hops("" if crew is None else str(crew.directory))
+    legs = Legs(settings, fleet, telemetry, notices, hops)
+    suspicion = Suspicion(settings.retries.after_cut, lambda backend: prober.lives(backend))
+    prefix_key = token_bytes(32) if crew is None else crew.prefixes.key
+    prompts = Prompts(PrefixIndex(), prefix_key)
+    in_use = _in_use(settings, spoken)
+    first_tokens = FirstTokens(settings, in_use)
+    placing = Placing(settings, fleet, spoken, in_use, first_tokens, prompts, random.random)
+    placement = PlacementSink(placing.decisions, prompts.index, prompts.counts, fleet)
+    metrics = registry(prometheus, queue, placement)
+    if placing.looks:
+        fleet.on_cache, fleet.on_lost_cache = prompts.learnt, prompts.lost
+        kv_events = KvEvents(settings, fleet, prompts.index, prefix_key)
+        if kv_events.wanted:
+            prompts.events = kv_events
+            fleet.messages = {**fleet.messages, "kv_batch": kv_events.batches, "kv_event": kv_events.events}
+    flow = Flow(settings, fleet, legs, spoken, placing, first_tokens, telemetry, random.random, callbacks, suspicion)
+    exchange = None
+    if crew is not None:
+        peers = PeerPrefixes(crew.prefixes, crew.worker, prompts.index)
+        exchange = Exchange(crew.board, crew.worker, fleet, admission.look, peers.look)
+        fleet.before_choice = exchange.freshen
+        admission.on_wait = exchange.hurry
+    siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
+    stored = StoredResponses(_shared_secret(settings, crew))
+    control = Control(settings.health.timeout, legs.authorization + hops.line)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        gateway.hear()
+        if siblings is not None:
+            _adopt(fleet, await siblings.backends())
+        warmup.start(prober)
+        prober.start()
+        tickers = [asyncio.create_task(_watch_loop(prometheus, fleet))]
+        if crew is None or crew.worker == 0:  # one tells for all
+            tickers.append(asyncio.create_task(tell_readiness(fleet)))
+        if seconds := settings.throughput_interval:
+            tickers.append(asyncio.create_task(_tell_throughput(throughput, seconds, gate, admission)))
+        if exchange is not None:
+            tickers.append(asyncio.create_task(exchange.keep_up(lambda: admission.waiting)))
+        try:
+            yield
+        finally:
+            for ticker in tickers:
+                ticker.cancel()
+                with suppress(asyncio.CancelledError):
+                    await ticker
+            await flow.close()
+            await suspicion.close()
+            await prober.stop()
+            await warmup.stop()
+            legs.close()
+            notices.close()
+            registrations.close()
+            if prompts.events is not None:
+                await prompts.events.close()
+
+    def forget(backend: Backend) -> None:
+        if exchange is not None:
+            exchange.forget(backend)
+        legs.forget(backend)
+        prompts.forget(backend)
+        warmup.forget(backend)
+        registrations.forget(backend)
+        prometheus.forget(backend.url)
+
+    prober = Prober(
+        fleet,
+        settings.health,
+        control,
+        on_leave=forget,
+        reads_caches=placing.looks,
+        learns_facts=lambda backend: (
+            settings.first_token != "decode"
+            and backend.role != "encode"
+            and spoken.get(backend.connector, UNKNOWN).first_token
+        ),
+        guides=spoken,
+        tether_headers=legs.authorization,
+    )
+    names = Names(settings, fleet, prober.ask_models)
+    hot: dict[str, ASGIApp] = {
+        layout.path: Inference(
+            endpoint, settings, fleet, flow, placing, gate, admission, credentials, telemetry, stored, names
+        )
+        for endpoint, layout in LAYOUTS.items()
+        if _is_served(endpoint, settings)
+    }
+    single = Single(settings, fleet, legs, random.random, suspicion)
+    for path in ROUTES:
+        hot[path] = SingleRoute(
+            path, settings, fleet, single, gate, admission, credentials, telemetry, lambda: surface.paths(), names
+        )
+    invoked = invocations.Invocations(
+        settings, credentials, hot, lambda: {path for b in fleet for path in b.kind.routes if b.offers(path)}
+    )
+    called_back = any(spoken.get(group.connector, UNKNOWN).called_back for group in settings.all_groups())
+
+    def routers() -> list[APIRouter]:
+        made = [
+            operations.probes(fleet, gate, siblings),
+            operations.models(fleet, names, credentials),
+            operations.service(fleet, gate, admission, credentials),
+            responses(settings, fleet, stored, credentials, control),
+            operations.administration(fleet, credentials),
+            backends(fleet, credentials),
+            decisions(placing.decisions, credentials, siblings),
+            explanation(settings, placing.explain, fleet, stored, names, credentials),
+            fanout(fleet, credentials, control, prober.ask_models, siblings),
+        ]
+        if settings.metrics.port is None:
+            made.append(operations.metrics(metrics, siblings))
+        if called_back:
+            made.append(metaserver(callbacks, settings.metaserver.allow, siblings))
+        return made
+
+    body_seconds, bodies = settings.timeouts.request_body, {EXPLAIN_PATH: settings.limits.request_body}
+    # A kind that is not set is vLLM's; a connector says as surely what else there is.
+    told = {endpoint for group in settings.all_groups() for endpoint in spoken.get(group.connector, UNKNOWN).endpoints}
+    own_routes = frozenset(LAYOUTS[endpoint].path for endpoint in told if LAYOUTS[endpoint].of_one_make)
+    surface = Surface(
+        hot=hot,
+        rare={invocations.PATH: invoked},
+        routers=routers,
+        offered=lambda: fleet.routes() | own_routes | {invocations.PATH},
+        lifespan=lifespan,
+        body_seconds=body_seconds,
+        siblings=siblings,
+        cross_origin=CrossOrigin(settings.cors) if settings.cors.origins else None,
+        hops=hops,
+        docs=settings.routes.docs,
+        bodies=bodies,
+    )
+    inner = None
+    if siblings is not None:
+        trusted, remembers = Trusted(), siblings.remember
+
+        def inner_routers() -> list[APIRouter]:
+            made = [
+                operations.probes(fleet, gate),
+                operations.metrics(metrics, remembers=remembers),
+                operations.administration(fleet, trusted),
+                backends(fleet, trusted),
+                decisions(placing.decisions, trusted),
+            ]
+            if called_back:
+                made.append(metaserver(callbacks, ()))
+            return made
+
+        inner = Surface(hot={}, routers=inner_routers)
+    admin = None
+    if settings.admin_socket:
+        local = AtSocket()
+
+        def admin_routers() -> list[APIRouter]:
+            return [
+                operations.probes(fleet, gate, siblings),
+                operations.service(fleet, gate, admission, local),
+                operations.models(fleet, names, local),
+                operations.metrics(metrics, siblings),
+                operations.administration(fleet, local),
+                backends(fleet, local),
+                decisions(placing.decisions, local, siblings),
+                explanation(settings, placing.explain, fleet, stored, names, local),
+                fanout(fleet, local, control, prober.ask_models, siblings),
+            ]
+
+        admin = Surface(hot={}, routers=admin_routers, siblings=siblings, bodies=bodies)
+    gateway = Gateway(
+        settings,
+        fleet,
+        gate,
+        admission,
+        surface,
+        metrics,
+        notices,
+        registrations,
+        prompts,
+        placing,
+        siblings,
+        inner,
+        admin,
+        prompts.events,
+    )
+    return gateway
+
+
+def _in_use(settings: Settings, connectors: Mapping[str, Connector]) -> list[Connector]:
+    """The connectors that engines here may speak."""
+    names = {group.connector for group in settings.all_groups()}
+    return [connector for name, connector in connectors.items() if name in names or AUTO in names]
+
+
+def _is_served(endpoint: Endpoint, settings: Settings) -> bool:
+    """Whether an endpoint is there: not every engine has all of them, and not all are for everybody."""
+    if endpoint == "generate":
+        return settings.routes.generate
+    if endpoint == "sglang_generate":
+        groups = settings.all_groups()
+        return any(group.kind == "sglang" or group.connector in ("sglang", AUTO) for group in groups)
+    return True
+
+
+def _shared_secret(settings: Settings, crew: Crew | None) -> bytes:
+    """What gateways of one operator have in common and no client knows; without such keys, what the workers of one
+    gateway do."""
+    secrets = [key.get_secret_value() for key in (settings.admin_key, settings.backend_api_key) if key is not None]
+    if secrets:
+        return "\0".join(secrets).encode()
+    return token_bytes(32) if crew is None else str(crew.directory).encode()
+
+
+async def _tell_throughput(throughput: Throughput, seconds: float, gate: Gate, admission: Admission) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        tell_throughput(throughput, gate.inside, admission.waiting)
+
+
+async def _watch_loop(prometheus: PrometheusSink, fleet: Fleet) -> None:
+    while True:
+        before = monotonic()
+        await asyncio.sleep(_LOOP_TICK)
+        now = monotonic()
+        late = max(0.0, now - before - _LOOP_TICK)
+        prometheus.loop_late(late)
+        fleet.delays.note(late, now)
+
+
+def _adopt(fleet: Fleet, known: list[dict[str, Any]]) -> None:
+    """Have the backends that the other workers have: operators may have changed them since the settings were read."""
+    if not known:
+        return
+    for backend in list(fleet):
+        if not any(backend.url == other["url"] and backend.role == other["role"] for other in known):
+            fleet.remove(backend.url, backend.role)
+    for other in known:
+        backend = fleet.add(other["url"], other["role"], other["group"])
+        if other["removed"]:
+            fleet.remove(backend.url, backend.role)
+        elif other["draining"]:
+            fleet.drain(backend)

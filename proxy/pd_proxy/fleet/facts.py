@@ -1,0 +1,78 @@
+"""What an engine says of itself that a hand-off depends on.
+
+A hand-off that does not fit the engines kills the one that reads it, so this is believed only while it is sure to be
+true: `tether.py` says for how long. Not known is `None`, and never a guess.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, json_decoder
+
+_CONFIG = b"vllm:cache_config_info{"
+_BLOCK_SIZE = re.compile(rb'[{,]block_size="(\d{1,6})"')
+
+
+class Facts(msgspec.Struct, frozen=True, eq=False):
+    """One engine process.
+
+    Two are the same only if they are one object: what was learnt again is of another process, however alike.
+
+    Attributes:
+        block_size: tokens in a block of its KV cache.
+        version: as it says itself.
+        context: tokens that prompt and answer may have together.
+    """
+
+    block_size: int
+    version: str
+    context: int
+
+    def fits(self, other: Facts) -> bool:
+        """Whether what is handed over to one of them could be handed over to the other."""
+        return self.block_size == other.block_size and self.version == other.version and self.context >= other.context
+
+
+class _Card(msgspec.Struct):
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Card]
+
+
+class _Version(msgspec.Struct):
+    version: str
+
+
+_read_models = json_decoder(_Models)
+_read_version = json_decoder(_Version)
+
+
+def read_facts(metrics: bytes, models: bytes, version: bytes) -> Facts | None:
+    """What an engine's pages say; None where they do not say all of it."""
+    block_size = read_block_size(metrics)
+    try:
+        cards, named = _read_models(models).data, _read_version(version).version
+    except Undecodable:
+        return None
+    context = min((card.max_model_len for card in cards if card.max_model_len), default=0)  # adapters name none
+    return Facts(block_size, named, context) if block_size and context > 0 and named else None
+
+
+def read_block_size(page: bytes) -> int:
+    """What a page of /metrics says; 0 where it does not, or where the engines behind it differ.
+
+    A data-parallel server shows one line for each of its engines, and any of them may get a request.
+    """
+    sizes = set()
+    start = page.find(_CONFIG)
+    while start >= 0:
+        end = page.find(b"\n", start)
+        found = _BLOCK_SIZE.search(page[start : end if end >= 0 else len(page)])
+        sizes.add(int(found[1]) if found else 0)
+        start = page.find(_CONFIG, start + 1)
+    return sizes.pop() if len(sizes) == 1 else 0

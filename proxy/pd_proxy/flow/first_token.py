@@ -1,0 +1,131 @@
+"""Who gives a client its first token: prefill, which has sampled it, or decode, as soon as it has the KV cache.
+
+Before anything is sent it is decided whether prefill's could be used, and only then is prefill asked for it: a request
+for which it could not costs no more than it did. What prefill answers, and what both engines are known to be, decide
+whether it is used. What cannot be used is no failure; decode samples the token again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.flow.legs import EVENT_STREAM, JSON, Try
+from pd_proxy.flow.request import Request
+from pd_proxy.handoff.body import Body
+from pd_proxy.handoff.connector import Connector
+from pd_proxy.handoff.first_token import inexact_because, read
+from pd_proxy.handoff.opening import opening_events, whole_answer
+from pd_proxy.relay.answers import read_usage
+from pd_proxy.settings import Settings
+
+_RESUME_OFF = "resume_off"
+
+
+class FirstTokens:
+    """The rules by which prefill's token is used, and its giving.
+
+    Arguments:
+        connectors: those that the backends' groups speak.
+    """
+
+    def __init__(self, settings: Settings, connectors: Sequence[Connector]) -> None:
+        self._forced = settings.first_token == "prefill"
+        self._limit = settings.limits.transcript
+        self.on = settings.first_token != "decode"
+        self._takes_whole = self.on and all(
+            connector.first_token or (self._forced and connector.plain_prefill) for connector in connectors
+        )
+
+    def is_prefills(self, max_tokens: int) -> bool:
+        """Whether a prefill backend answers a request whole, whatever else it says: it is for one token, or none."""
+        return max_tokens <= 1 and self._takes_whole
+
+    def consider(self, request: Request, prefill: Backend, decode: Backend, connector: Connector) -> str:
+        """Why this pair's first token is to be decode's, or an empty string. What it says is noted in the record."""
+        if request.continuation is not None:
+            return "resumed"  # the client has its first token
+        why = self._why_not(request, prefill, decode) if connector.first_token else "connector"
+        record = request.record
+        record.first_token_from, record.first_token_reason = "decode", why
+        return why
+
+    def _why_not(self, request: Request, prefill: Backend, decode: Backend) -> str:
+        ours, theirs = prefill.facts, decode.facts
+        if ours is None or theirs is None:
+            return "unknown_engine"
+        if ours.block_size != theirs.block_size or ours.version != theirs.version:
+            return "unlike_engines"
+        body = request.body
+        if body.endpoint == "chat" and (prefill.reasons or decode.reasons):
+            return "reasoning"
+        if why := inexact_because(body, even_inexact=self._forced):
+            return why
+        # Once the client has the token, only a resume can make good what befalls the rest.
+        if request.transcript is not None and request.transcript.flaw == "off" and not self._forced:
+            return _RESUME_OFF
+        return ""
+
+    def take(self, attempt: Try, prefill: Backend, answer: bytes) -> None:
+        """Prefill has answered, and its hand-off is good: leave its token in `attempt`, or a reason in the record."""
+        request, facts = attempt.request, attempt.facts
+        assert facts is not None
+        known = facts[0] is prefill.facts and attempt.decode_is_as_known()
+        block_size, context = (facts[1].block_size, min(fact.context for fact in facts)) if known else (0, 0)
+        first = read(answer, request.body, block_size=block_size, context=context, limit=self._limit)
+        if isinstance(first, str):
+            if first == "reasoning":
+                prefill.reasons = True
+            request.record.first_token_reason = first
+            return
+        if first.engine and prefill.engine_id not in ("", first.engine):
+            prefill.learn(None)
+            request.record.first_token_reason = "unknown_engine"
+            return
+        prefill.engine_id = first.engine or prefill.engine_id
+        attempt.first, attempt.rest = first, attempt.plan.behind(first)
+
+    def give(self, attempt: Try) -> bool:
+        """Give the client what there is; whether that was its whole answer. Nothing is said yet where the answer is one
+        piece and more is to come."""
+        first, request = attempt.first, attempt.request
+        assert first is not None
+        record, client, body = request.record, request.client, request.body
+        if first.whole:
+            self._count(request, attempt)
+            record.decode, record.decode_pool = "", "prefill"  # it is not asked
+        elif not body.stream:
+            record.first_token_from, record.first_token_reason = "prefill", self._exactness(body)
+            return False
+        record.first_token_from = "prefill"
+        record.first_token_reason = "whole" if first.whole else self._exactness(body)
+        record.status = 200
+        if not body.stream:
+            client.respond(200, request.headers(JSON), whole_answer(first, body))
+            return True
+        role, token, end = opening_events(first, body)
+        transcript = request.transcript
+        assert transcript is not None
+        transcript.open(role or token, first.prompt if request.token_ids else b"")
+        if transcript.continuable:
+            transcript.note(first.token, first.text)
+        request.began()
+        record.stage = "stream"
+        record.first_token = record.last_token = monotonic()
+        record.tokens = record.tokens or 1
+        client.start(200, request.headers(*EVENT_STREAM))
+        if first.whole:
+            client.end(role + token + end)
+        else:
+            client.write(role + token)
+        return first.whole
+
+    def _exactness(self, body: Body) -> str:
+        return "inexact" if self._forced and inexact_because(body, even_inexact=False) else "exact"
+
+    def _count(self, request: Request, attempt: Try) -> None:
+        assert attempt.first is not None
+        if usage := read_usage(attempt.first.answer.get("usage", b"")):
+            request.record.prompt_tokens = usage.prompt_tokens or 0
+            request.record.tokens = usage.completion_tokens or 0

@@ -1,0 +1,380 @@
+"""Where the tries of requests go: what is known of fleet, request and prompt, put to placement's pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from pd_proxy.errors import (
+    BackendAborted,
+    BackendBusy,
+    BackendCut,
+    BackendLacksModel,
+    BackendLost,
+    BackendStopping,
+    BackendUnreachable,
+    HandoffExpired,
+    InvalidRequest,
+    NoBackend,
+)
+from pd_proxy.fleet.backend import Backend, Lease
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.kinds import KINDS, Kind
+from pd_proxy.fleet.pairing import same_weights
+from pd_proxy.flow.decisions import MOST_CANDIDATES, Decisions, Full, in_full
+from pd_proxy.flow.first_token import FirstTokens
+from pd_proxy.flow.prompts import Prompts, Sent
+from pd_proxy.flow.request import Request
+from pd_proxy.handoff.body import Body
+from pd_proxy.handoff.connector import UNKNOWN, Connector
+from pd_proxy.handoff.endpoints import LAYOUTS
+from pd_proxy.placement.ask import NOTHING_CACHED, Ask
+from pd_proxy.placement.auto import time_to_first_token
+from pd_proxy.placement.decide import Decision, View, choose, decide
+from pd_proxy.placement.eligibility import Eligible, Members, Needs, Rules, eligible, left_out
+from pd_proxy.placement.ranks import by_engine, rank_for
+from pd_proxy.settings import Settings
+
+_SAYS_NOTHING = {
+    kind.reason
+    for kind in (
+        BackendBusy,
+        BackendLacksModel,
+        BackendUnreachable,
+        BackendLost,
+        BackendCut,
+        BackendAborted,
+        BackendStopping,
+        HandoffExpired,
+    )
+}
+_BRIEF = 512  # tokens of a prompt, at most, that is not looked for where engines are fast
+_WORTH_LOOKING = 0.005  # seconds to compute a prompt, from which somebody may have it: less is soon done anywhere
+_UNKNOWN_PACE = 0.001  # seconds for a token, until one has prefilled: then every prompt is looked for
+_FOLLOWED = 8  # of so many such prompts one is followed all the same, so that it is known how fast engines are
+_PACED = 0.25  # seconds for which the slowest engine is taken to be as slow
+_LEARNING = frozenset({"auto"})
+_LOOKING = frozenset({"auto", "prefix"})
+"""The policies that want to know what engines have in their caches."""
+
+
+class Placing:
+    """Places the tries of a gateway's requests.
+
+    Arguments:
+        connectors: the protocols that engines speak, by name.
+        in_use: those that the fleet may speak.
+        prompts: what engines have of them.
+        random: a number in [0, 1), for ties and random policies.
+    Attributes:
+        decisions: the last ones.
+        learns: somebody wants to know how fast engines are.
+        looks: somebody wants to know what engines have in their caches.
+        wants_sessions: somebody wants to know which session a request belongs to.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        connectors: Mapping[str, Connector],
+        in_use: Sequence[Connector],
+        first_tokens: FirstTokens,
+        prompts: Prompts,
+        random: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._prompts = prompts
+        self._random = random
+        self._first_tokens = first_tokens
+        self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
+        named = set(self._policies.values())
+        self.learns = not _LEARNING.isdisjoint(named) or settings.admission.slo != "off"
+        self.looks = not _LOOKING.isdisjoint(named) or settings.admission.slo != "off"
+        self.wants_sessions = "session" in named
+        self._local_prefill = settings.fallback == "local_prefill"
+        self._turn = 1
+        self._pace = 0.0  # seconds for a token, of the slowest engine
+        self._paced_until = 0.0
+        self.decisions = Decisions()
+        usual = settings.targets
+        self._usual_targets = usual.ttft, usual.tpot
+        self._targets = {one.name: (one.ttft or usual.ttft, one.tpot or usual.tpot) for one in settings.clients}
+        self._endpoints = frozenset[str]().union(*(connector.endpoints for connector in in_use))
+        self._rules = _rules(
+            {**connectors, UNKNOWN.name: UNKNOWN},
+            in_use,
+            [KINDS[name] for name in {group.kind for group in settings.all_groups()}],
+        )
+        self._ordinary = {
+            endpoint: ""
+            for endpoint, layout in LAYOUTS.items()
+            if self._rules.all_plain and endpoint in self._rules.endpoints_everywhere and layout.ranked
+        }
+
+    def may_split(self, body: Body) -> bool:
+        """Whether prefill and decode backends of some group can share a request."""
+        return body.endpoint in self._endpoints and (not body.alone or body.alone in self._rules.splits_somewhere)
+
+    def decide(self, request: Request) -> Decision[Backend]:
+        """Place one try, and write down what was decided.
+
+        Raises:
+            NoBackend: nothing is up; or, after a failed try, that try's own error where it says more.
+        """
+        record, decisions = request.record, self.decisions
+        found = self.eligible(request)
+        ask = request.ask = self.ask(request)
+        self._turn += 1
+        try:
+            decision = self._choose(request, found, ask)
+        except NoBackend as error:
+            self._note_nobody(request, found, ask, error)
+            if isinstance(request.error, BackendBusy | BackendLacksModel):
+                raise request.error from None
+            error.__cause__ = request.error
+            raise
+        prefill = decision.prefill
+        record.placed(decision.pool, decision.decode.url, prefill.url if prefill else "")
+        record.fallback = self._fallback(decision, request.body) if decision.fallback else ""
+        if decisions.due(request, ask.now):
+            began = monotonic()
+            full = self._in_full(request, found, ask, decision, MOST_CANDIDATES)
+            decisions.note(request, ask, decision, full)
+            decisions.explained(began)
+        else:
+            decisions.note(request, ask, decision)
+        return decision
+
+    def explain(self, request: Request) -> dict[str, Any]:
+        """What would be decided about a request now, for people; nothing of it is noted, and the request is sent
+        nowhere."""
+        found = self.eligible(request)
+        ask = self.ask(request)
+        try:
+            decision = self._choose(request, found, ask)
+        except (NoBackend, InvalidRequest) as error:
+            return self.decisions.would(request, ask, str(error), self._in_full(request, found, ask, None, None))
+        request.record.fallback = self._fallback(decision, request.body)
+        full = self._in_full(request, found, ask, decision, None)
+        return self.decisions.would(request, ask, decision, full)
+
+    def _choose(self, request: Request, found: Eligible[Backend], ask: Ask) -> Decision[Backend]:
+        """Decide.
+
+        Raises:
+            NoBackend: nothing is up.
+            InvalidRequest: the request cannot be split, and the settings forbid serving it whole.
+        """
+        body = request.body
+        try:
+            return decide(
+                found.view,
+                ask,
+                alone=found.alone,
+                policies=self._policies,
+                allow_local_prefill=self._local_prefill,
+                prefill_alone=body.max_tokens is not None
+                and self._first_tokens.is_prefills(body.max_tokens)
+                and not body.stored,
+            )
+        except NoBackend as error:
+            if apart := self._fleet.models_apart(body.model):
+                error.args = (f"the prefill and decode backends have no model in common: {apart}",)
+            raise
+
+    def _fallback(self, decision: Decision[Backend], body: Body) -> str:
+        """Why there is no hand-off though there are pools for it, or an empty string."""
+        if decision.fallback == "no_prefill_backend" and self._fleet.models_apart(body.model):
+            return "no_matching_pair"  # they are up, and serve other models
+        return decision.fallback
+
+    def _in_full(
+        self,
+        request: Request,
+        found: Eligible[Backend],
+        ask: Ask,
+        decision: Decision[Backend] | None,
+        most: int | None,
+    ) -> Full:
+        """All that a decision looks at, and who was left out."""
+        chosen = () if decision is None else decision.chosen
+        pools = {role: self._fleet.pool(role) for role in ("prefill", "decode", "mixed")}
+        members, needs = self._members(request), self._needs(request)
+        rest = left_out(pools, members, needs, self._rules, avoid=ask.avoid, now=ask.now)
+        return in_full(found.view, ask, rest, chosen, most)
+
+    def _note_nobody(
+        self,
+        request: Request,
+        found: Eligible[Backend],
+        ask: Ask,
+        error: NoBackend,
+    ) -> None:
+        full, began = None, monotonic()
+        if due := self.decisions.due(request, ask.now):
+            full = self._in_full(request, found, ask, None, MOST_CANDIDATES)
+        self.decisions.nobody(request, ask, str(error), full)
+        if due:
+            self.decisions.explained(began)
+
+    def eligible(self, request: Request) -> Eligible[Backend]:
+        """Who may be given a request now."""
+        body, fleet = request.body, self._fleet
+        if (
+            self._ordinary.get(body.endpoint) == body.alone
+            and fleet.pairing.simple
+            and not fleet.bounded
+            and not request.pinned
+            and not request.record.retries
+            and request.continuation is None
+        ):  # whoever is up is eligible; nothing else would be found below
+            candidates, model = fleet.candidates, body.model
+            pools = candidates("prefill", model), candidates("decode", model), candidates("mixed", model)
+            return Eligible(View(*pools, fleet.sizes), "")
+        return eligible(self._members(request), self._needs(request), self._rules)
+
+    def ask(self, request: Request) -> Ask:
+        """What a request asks of placement now."""
+        ttft, tpot = self._targets.get(request.record.client, self._usual_targets)
+        cached, prompt, now = NOTHING_CACHED, request.prefill_tokens, monotonic()
+        if now >= self._paced_until:
+            paces = [speeds.pace for backend in self._fleet if (speeds := backend.speeds).prefills]
+            self._pace = max(paces, default=_UNKNOWN_PACE)
+            self._paced_until = now + _PACED
+        brief = prompt <= _BRIEF and prompt * self._pace <= _WORTH_LOOKING and request.chain is None
+        if self.looks and not brief:
+            cached = self._prompts.cached(request)
+            if request.chain is not None and request.chain.tokens:
+                prompt = request.chain.tokens
+        ask = Ask(
+            self._random,
+            self._turn,
+            now,
+            prompt,
+            request.decode_tokens,
+            cached,
+            request.session,
+            ttft,
+            tpot,
+            request.avoid,
+            request.prefill,
+            brief and self._turn % _FOLLOWED != 0,
+        )
+        if self._prompts.ranked and cached and LAYOUTS[request.body.endpoint].ranked:
+            ask.cached = by_engine(ask, self._prompts.ranked)
+        return ask
+
+    def rank(self, request: Request, computes: Backend) -> int | None:
+        """The data-parallel rank that computes the prompt of a request that was placed; None for the least loaded.
+
+        Arguments:
+            computes: its backend, which has several.
+        """
+        if not self.looks or not LAYOUTS[request.body.endpoint].ranked:
+            return None
+        assert request.ask is not None
+        return rank_for(computes, request.ask)
+
+    def sent(self, request: Request, decode: Lease, prefill: Lease | None) -> Sent | None:
+        """A try sends its prompt to where it was placed; None where nobody wants to know."""
+        ask = request.ask
+        if ask is None or ask.brief or not (self.learns or self.looks):
+            return None
+        if prefill is None:
+            return self._prompts.sent(request, ask, decode, None)
+        return self._prompts.sent(request, ask, prefill, decode)
+
+    def ended(self, request: Request) -> None:
+        """A request has ended, well or not."""
+        self._prompts.ended(request)
+
+    def answered(self, request: Request) -> None:
+        """A request has its whole answer."""
+        if request.body.stored and self.looks:
+            self._prompts.stored(request.record.answer, request)
+
+    def other_decode(self, request: Request, candidates: Sequence[Backend]) -> Backend:
+        """One of some decode backends, for a hand-off that another did not read."""
+        ask = self.ask(request)
+        self._turn += 1
+        return choose(candidates, "decode", self._policies["decode"], ask)
+
+    def seconds_to_first_token(self, request: Request) -> float:
+        """When a new request would have its first token if it were sent now; 0 where nobody is there to compute it."""
+        found, ask = self.eligible(request), self.ask(request)
+        view = found.view
+        computing = () if found.alone else view.prefill
+        candidates = [*computing, *view.mixed] or view.decode
+        return min((time_to_first_token(candidate, ask) for candidate in candidates), default=0.0)
+
+    def _members(self, request: Request) -> Members[Backend]:
+        fleet, candidates, model = self._fleet, self._fleet.candidates, request.body.model
+        straight = self._rules.all_plain and fleet.pairing.simple and request.continuation is None
+        return Members(
+            candidates("prefill", model),
+            candidates("decode", model),
+            candidates("mixed", model),
+            configured=fleet.sizes if straight else fleet.configured(model),
+            pairs=None if straight else fleet.pairer(model),
+            bounded=fleet.bounded,
+        )
+
+    def _needs(self, request: Request) -> Needs[Backend]:
+        body = request.body
+        layout = LAYOUTS[body.endpoint]
+        return Needs(
+            body.model,
+            request.prefill_tokens,
+            request.decode_tokens,
+            body.endpoint,
+            layout.path,
+            of_one_make=layout.of_one_make,
+            ranked=layout.ranked,
+            alone=body.alone,
+            given_up=self._given_up_handoff(request) if request.record.retries else "",
+            pinned=request.pinned,
+            fits=partial(continues, request) if request.continuation is not None else None,
+        )
+
+    def _given_up_handoff(self, request: Request) -> str:
+        """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
+        pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
+        retries = request.record.retries
+        failed = [leg for leg, reason in retries if reason not in _SAYS_NOTHING and leg != "encode"]
+        if len(failed) < 2 or not (request.record.prefill and request.record.decode and self._local_prefill):
+            return ""
+        return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"
+
+
+def continues(request: Request, backend: Backend) -> bool:
+    """Whether a backend may go on with an answer which another began: it has the same weights, and so the same
+    tokenizer."""
+    return same_weights(request.cards, backend.models, request.body.model)
+
+
+def _rules(connectors: Mapping[str, Connector], in_use: Sequence[Connector], kinds: Sequence[Kind]) -> Rules:
+    """What the connectors can do.
+
+    Arguments:
+        connectors: all that there are, by name.
+        in_use: those that engines here may speak.
+        kinds: of these engines.
+    """
+    splits = frozenset[str]().union(*(connector.splits for connector in in_use))
+    endpoints = frozenset[str]().union(*(connector.endpoints for connector in in_use))
+    return Rules(
+        splits={name: connector.splits for name, connector in connectors.items()},
+        endpoints={name: connector.endpoints for name, connector in connectors.items()},
+        plain=frozenset(name for name, connector in connectors.items() if connector.plain_decode),
+        meets=frozenset(name for name, connector in connectors.items() if connector.meets),
+        all_plain=all(connector.plain_decode for connector in in_use),
+        splits_somewhere=splits,
+        splits_everywhere=splits.intersection(*(connector.splits for connector in in_use)),
+        endpoints_everywhere=endpoints.intersection(
+            *(connector.endpoints for connector in in_use),
+            (name for name, layout in LAYOUTS.items() if all(layout.path in kind.routes for kind in kinds)),
+        ),
+    )

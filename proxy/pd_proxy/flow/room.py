@@ -1,0 +1,78 @@
+"""What admission is told of the backends: whether those that a request would go to have room for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pd_proxy.admission.ticket import Ticket
+from pd_proxy.fleet.backend import Backend, Lease
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.placement.decide import roles_used
+from pd_proxy.placement.policies import load
+
+
+class Leases:
+    """Room that is kept for a request which has been let in, until it takes leases of its own."""
+
+    __slots__ = ("_leases",)
+
+    def __init__(self, leases: list[Lease]) -> None:
+        self._leases = leases
+
+    def release(self) -> None:
+        for lease in self._leases:
+            lease.release()
+
+
+class FleetRoom:
+    """The backends' bounds, as admission asks about them."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def has(self, ticket: Ticket) -> bool:
+        """Whether in each pool that the request would use some backend has room; where not any two backends make a
+        pair, whether some pair has. Also true when there is no such pool: the flow will say so."""
+        has_room, model, tokens = self._fleet.has_room, ticket.model, ticket.tokens
+        decode = has_room("decode", model, tokens)
+        prefill = has_room("prefill", model, ticket.prefill_tokens) if ticket.split else None
+        if decode is not None and prefill is not None and self._fleet.pairer(model) is not None:
+            if next(self._pairs(ticket, with_room=True), None):
+                return True
+            if next(self._pairs(ticket, with_room=False), None):
+                return False
+            prefill = None
+        if decode and prefill:
+            return True  # what mixed backends do does not matter then
+        rooms = {"prefill": prefill, "decode": decode, "mixed": has_room("mixed", model, tokens)}
+        used = roles_used(alone=not ticket.split, **{role: room is not None for role, room in rooms.items()})
+        return all(rooms[role] for role in used)
+
+    def claim(self, ticket: Ticket) -> Leases:
+        """Leases on the least loaded backends that have room."""
+        candidates, model, tokens = self._fleet.candidates, ticket.model, ticket.tokens
+        found = {
+            "prefill": candidates("prefill", model, ticket.prefill_tokens),
+            "decode": candidates("decode", model, tokens),
+            "mixed": candidates("mixed", model, tokens),
+        }
+        if ticket.split and self._fleet.pairer(model) is not None:
+            paired = [*self._pairs(ticket, with_room=True)] or [*self._pairs(ticket, with_room=False)]
+            found["prefill"] = []
+            if paired:
+                decode = min((decode for _, decode in paired), key=load)
+                found["decode"] = [decode]
+                found["prefill"] = [prefill for prefill, other in paired if other is decode]
+        used = roles_used(alone=not ticket.split, **{role: bool(backends) for role, backends in found.items()})
+        return Leases(
+            [Lease(min(found[role], key=load), ticket.prefill_tokens if role == "prefill" else tokens) for role in used]
+        )
+
+    def _pairs(self, ticket: Ticket, *, with_room: bool) -> Iterator[tuple[Backend, Backend]]:
+        """The pairs that the request may go to; all of them, or those of two that have room for it."""
+        model, pairs = ticket.model, self._fleet.pairing.pairs
+        prefills, decodes = self._fleet.candidates("prefill", model), self._fleet.candidates("decode", model)
+        if with_room:
+            prefills = [prefill for prefill in prefills if prefill.has_room(ticket.prefill_tokens)]
+            decodes = [decode for decode in decodes if decode.has_room(ticket.tokens)]
+        return ((p, d) for p in prefills for d in decodes if pairs(p, d, model))

@@ -1,0 +1,213 @@
+"""When the token that prefill has sampled may be the client's first, and what it is.
+
+Prefill samples a token that every gateway throws away, and decode samples it again once it has the KV cache. Given to
+the client at once it is the same token, and decode goes on behind it: a continuation (`continuation.py`) whose prompt
+is longer by one token than what prefill has in its blocks. Two questions are kept apart here:
+
+- Is it *exact*: is the answer that of one engine? `inexact_because`, from the request alone, before anything is sent.
+- Is it *safe*: decode reads blocks of another engine by number, and one that needs more of them than there are dies.
+  `read`, from prefill's answer, and from what is known of both engines.
+
+Tried on real vLLM 0.32; `docs/first-token.md` has the figures, and the table of the reasons below.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.handoff.blocks import block_counts
+from pd_proxy.handoff.body import Body
+from pd_proxy.handoff.continuation import UNTRIED, has_tools, inexact, inner_ids
+from pd_proxy.handoff.endpoints import Members
+
+# Members that an engine's decode leg would judge and prefill's does not carry: a refusal after the first token would
+# be an error in the middle of an answer.
+_JUDGED = ("stream_options", "min_tokens")
+_NEVER = frozenset({"structured_output", "tool_calls", "stop", "media", "options", "repetition_detection", UNTRIED})
+"""Reasons that no setting overrules: the text would be wrong, not only another draw."""
+
+_MARKUP = ("<", "[", "\u25c1")
+"""How tags begin that parsers of reasoning take out of a stream. One alone, an answer in one piece shows as text."""
+
+_ONE = msgspec.Raw(b"1")
+_FALSE = msgspec.Raw(b"false")
+_TRUE = msgspec.Raw(b"true")
+_RANK = re.compile(r"_dp\d+$")
+
+_read_options = json_decoder(dict[str, bool | None] | None)
+_read_count = json_decoder(int | None)
+
+
+def inexact_because(body: Body, *, even_inexact: bool) -> str:
+    """Why the first token of this request should be decode's, or an empty string.
+
+    Arguments:
+        even_inexact: only what would be wrong counts, not what would be another draw than one engine's.
+    """
+    if body.max_tokens is not None and body.max_tokens <= 1:
+        return "one_token"
+    flaw = inexact(body)
+    if flaw == "logprobs" and not body.stream:
+        flaw = ""  # the two answers' are joined (`opening.py`)
+    if flaw and not (even_inexact and flaw not in _NEVER and flaw != body.alone):
+        return flaw
+    if has_tools(body):
+        return "tool_calls"
+    if not _JUDGED_MEMBERS.isdisjoint(body.members) and _may_be_refused(body):
+        return "options"
+    return "media" if body.media else ""
+
+
+_JUDGED_MEMBERS = frozenset(_JUDGED)
+
+
+def _may_be_refused(body: Body) -> bool:
+    try:
+        _read_options(body.members.get("stream_options", b"null"))
+        least = _read_count(body.members.get("min_tokens", b"null"))
+    except Undecodable:
+        return True
+    return least is not None and (least < 0 or (body.max_tokens is not None and least > body.max_tokens))
+
+
+def sampled_token(members: Members) -> Members:
+    """The members of a prefill leg whose token is the client's first: the same prompt and the same sampling, one token,
+    not streamed, with its id and the prompt's."""
+    leg = {name: value for name, value in members.items() if name not in ("stream_options", "n", "min_tokens")}
+    leg["stream"] = _FALSE
+    leg["max_tokens"] = _ONE
+    if "max_completion_tokens" in leg:  # for chat it wins over max_tokens
+        leg["max_completion_tokens"] = _ONE
+    if (least := members.get("min_tokens")) is not None and _read_count(least):
+        leg["min_tokens"] = _ONE  # that one may not be the end
+    leg["return_token_ids"] = _TRUE
+    return leg
+
+
+class FirstToken(msgspec.Struct, frozen=True):
+    """Prefill's answer, as the client's first token.
+
+    Attributes:
+        answer: all of its members; `choice` is the first of its choices.
+        prompt: ids of the prompt, `1,2,3`.
+        token: its id; empty where the answer is whole and the engine did not say.
+        text: what it says; never a part of a character.
+        whole: it is all of the answer; there is nothing to go on with.
+        engine: the engine that gave it, without its data-parallel rank; empty where it gave no hand-off.
+    """
+
+    answer: dict[str, msgspec.Raw]
+    choice: dict[str, msgspec.Raw]
+    prompt: bytes
+    token: bytes
+    text: str
+    whole: bool
+    engine: str
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: Any = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: msgspec.Raw = msgspec.Raw()
+
+
+class _Params(msgspec.Struct):
+    """What tells the blocks of a hand-off; the connector has checked the rest."""
+
+    remote_block_ids: msgspec.Raw
+    remote_engine_id: str
+    remote_num_tokens: int | None = None
+    dcp_size: int = 1
+    pp_size: int = 1
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+
+
+_decode_members = json_decoder(dict[str, msgspec.Raw])
+_decode_choices = json_decoder(list[dict[str, msgspec.Raw]])
+_decode_choice = json_decoder(list[_Choice])
+_decode_params = json_decoder(_Params)
+_decode_usage = json_decoder(_Usage)
+
+
+def read(answer: bytes, body: Body, *, block_size: int, context: int, limit: int) -> FirstToken | str:
+    """The first token that prefill's answer gives, or why it gives none that may be used.
+
+    Arguments:
+        block_size: of both engines, in tokens; 0 where it is not known or not the same.
+        context: tokens that prompt and answer may have together on the decode engine.
+        limit: bytes that the ids of a prompt may take.
+    """
+    try:
+        members = _decode_members(answer)
+        raw = members["choices"]
+        choices, found = _decode_choice(raw), _decode_choices(raw)
+    except (Undecodable, KeyError):
+        return "unreadable"
+    if len(choices) != 1:
+        return "unreadable"
+    choice = choices[0]
+    prompt = inner_ids(members.get("prompt_token_ids", choice.prompt_token_ids))
+    if not prompt or choice.token_ids is None or len(choice.token_ids) != 1:
+        return "no_token_ids"
+    if len(prompt) > limit:
+        return "too_long"
+    message = choice.message
+    if message is not None and (message.reasoning or message.reasoning_content):
+        return "reasoning"
+    if message is not None and message.tool_calls:
+        return "tool_calls"
+    text = (choice.text if message is None else message.content) or ""
+    if message is not None and text.lstrip().startswith(_MARKUP):
+        return "markup"
+    whole = choice.finish_reason == "stop" and choice.stop_reason != "recomputed"
+    if not whole and choice.finish_reason != "length":
+        return "unreadable"
+    engine = ""
+    if not whole:
+        if not text or "\ufffd" in text:
+            return "no_text"
+        params = members.get("kv_transfer_params", msgspec.Raw(b"null"))
+        tokens = prompt.count(b",") + 1
+        if why := _unsafe(params, members, tokens, body, block_size, context):
+            return why
+        engine = _RANK.sub("", _decode_params(params).remote_engine_id)
+    return FirstToken(members, found[0], prompt, b"%d" % choice.token_ids[0], text, whole, engine)
+
+
+def _unsafe(params: msgspec.Raw, members: Members, tokens: int, body: Body, block_size: int, context: int) -> str:
+    """Why decode must not go on from the prompt and one token more with these blocks, or an empty string."""
+    try:
+        handed = _decode_params(params)
+        counted = _decode_usage(members["usage"]).prompt_tokens
+        held = block_counts(handed.remote_block_ids)
+    except (Undecodable, KeyError):
+        return "unreadable"
+    if not block_size:
+        return "unknown_engine"
+    if len(held) != 1 or handed.dcp_size != 1 or handed.pp_size != 1:
+        return "unlike_blocks"  # their size is not the one that was learnt
+    blocks = -(-tokens // block_size)
+    if held[0] != blocks or handed.remote_num_tokens not in (None, tokens) or counted != tokens:
+        return "unlike_blocks"
+    if tokens % block_size == 0:
+        return "full_blocks"  # one token more would need one block more than there is: the decode engine would die
+    if tokens + (body.max_tokens or 2) > context:
+        return "context"  # decode would refuse it
+    return ""

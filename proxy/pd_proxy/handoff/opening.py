@@ -1,0 +1,193 @@
+"""What a client is given of prefill's answer: the events that open a stream, a whole answer, or the beginning of one.
+
+Events are written as vLLM 0.32 writes them, member by member, and as decode would have written them: a client cannot
+tell from an answer who gave its first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.handoff.body import Body
+from pd_proxy.handoff.first_token import FirstToken
+
+_encode = msgspec.json.Encoder().encode
+_decode_members = json_decoder(dict[str, msgspec.Raw])
+_decode_choices = json_decoder(list[dict[str, msgspec.Raw]])
+_decode_text = json_decoder(str | None)
+_decode_object = json_decoder(dict[str, Any])
+_decode_list = json_decoder(list[msgspec.Raw])
+_decode_columns = json_decoder(dict[str, list[Any]] | None)
+
+_NULL = msgspec.Raw(b"null")
+_OPENING = msgspec.Raw(b'[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]')
+_DONE = b"data: [DONE]\n\n"
+_STREAMED = {"chat": msgspec.Raw(b'"chat.completion.chunk"'), "completions": msgspec.Raw(b'"text_completion"')}
+_ENDPOINTS_OWN = ("kv_transfer_params", "ec_transfer_params")
+
+Merge = Callable[[dict[str, Any]], dict[str, Any]]
+"""Decode's `usage` -> that of the whole answer."""
+
+
+def opening_events(first: FirstToken, body: Body) -> tuple[bytes, bytes, bytes]:
+    """The events that a stream begins with: the role's (chat only, else empty), the token's, and, where the answer is
+    whole, those that end it."""
+    answer, wants_ids = first.answer, body.wants_token_ids
+    counts = _Counts(answer, body)
+    head = {"id": answer["id"], "object": _STREAMED[body.endpoint], "created": answer["created"]}
+    head["model"] = answer["model"]
+    last = {name: answer[name] for name in ("system_fingerprint",) if bytes(answer.get(name, _NULL)) != b"null"}
+    role = b""
+    if body.endpoint == "chat":
+        more = {"prompt_token_ids": msgspec.Raw(b"[%b]" % first.prompt)} if wants_ids else {}
+        if "prompt_text" in answer:  # vLLM 0.32 has the member, engines before it have not
+            more["prompt_text"] = _NULL
+        role = _event({**head, "choices": _OPENING, **counts.running(0), **more})
+    choice = _choice(first, body)
+    closing = {} if not first.whole or body.wants_usage else last
+    token = _event({**head, "choices": [choice], **counts.running(1), **closing})
+    end = b""
+    if first.whole:
+        end = _event({**head, "choices": [], "usage": counts.total(), **last}) if body.wants_usage else b""
+        end += _DONE
+    return role, token, end
+
+
+def _choice(first: FirstToken, body: Body) -> dict[str, Any]:
+    given = first.choice
+    finish = given["finish_reason"] if first.whole else None
+    stop = given.get("stop_reason", _NULL) if first.whole else None
+    shown: dict[str, Any] = {"index": 0}
+    if body.endpoint == "chat":
+        shown["delta"] = {"content": first.text, **(_beside_text(given) if first.whole else {})}
+    else:
+        shown["text"] = first.text
+    shown["logprobs"] = given.get("logprobs", _NULL)
+    shown["finish_reason"] = finish
+    if first.whole or body.endpoint == "completions":
+        shown["stop_reason"] = stop
+    if body.wants_token_ids:
+        if body.endpoint == "completions":
+            shown["prompt_token_ids"] = msgspec.Raw(b"[%b]" % first.prompt)
+        shown["token_ids"] = given.get("token_ids", _NULL)
+    return shown
+
+
+def _beside_text(choice: dict[str, msgspec.Raw]) -> dict[str, Any]:
+    """What the message of a whole answer says beside its content, as a delta says it."""
+    message = _decode_object(choice["message"])
+    said = {name: message[name] for name in ("reasoning", "reasoning_content") if message.get(name)}
+    if calls := message.get("tool_calls"):
+        said["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls) if isinstance(call, dict)]
+    return said
+
+
+class _Counts:
+    """The usage of an answer, as far as it goes."""
+
+    def __init__(self, answer: dict[str, msgspec.Raw], body: Body) -> None:
+        usage = _decode_object(answer["usage"]) if "usage" in answer else {}
+        prompt = usage.get("prompt_tokens")
+        self._prompt = prompt if type(prompt) is int else 0
+        self._usage = usage
+        # vLLM 0.32 shows this one in the events of chats even where it is null.
+        self._more = ("completion_tokens_details",) if body.endpoint == "chat" else ()
+        options = body.members.get("stream_options")
+        always = options is not None and (_decode_object(options) if bytes(options) != b"null" else {})
+        self._always = bool(body.wants_usage and always and always.get("continuous_usage_stats"))
+
+    def running(self, said: int) -> dict[str, Any]:
+        """The member of an event in the middle, where the client wants it in each."""
+        if not self._always:
+            return {}
+        counts = {"prompt_tokens": self._prompt, "total_tokens": self._prompt + said, "completion_tokens": said}
+        return {"usage": {**counts, **{name: None for name in self._more if name in self._usage}}}
+
+    def total(self) -> dict[str, Any]:
+        """The member of the event at the end: without what is null, as in streams."""
+        return _without_nulls(self._usage)
+
+
+def _without_nulls(members: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_nulls(value) if isinstance(value, dict) else value
+        for name, value in members.items()
+        if value is not None
+    }
+
+
+def _event(members: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % _encode(members)
+
+
+# Answers in one piece
+
+
+def whole_answer(first: FirstToken, body: Body) -> bytes:
+    """Prefill's answer, which is all there is to say."""
+    members = {name: value for name, value in first.answer.items() if name not in _ENDPOINTS_OWN}
+    return _encode(_with_ids(members, [dict(first.choice)], body, first))
+
+
+def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) -> bytes:
+    """Decode's answer behind the first token, as one.
+
+    Raises:
+        ValueError: it is none that could be joined.
+    """
+    try:
+        members = _decode_members(answer)
+        choices = _decode_choices(members["choices"])
+        rest = choices[0]
+        if len(choices) != 1:
+            raise ValueError(f"{len(choices)} choices")
+        if body.endpoint == "chat":
+            message = _decode_members(rest["message"])
+            content = first.text + (_decode_text(message["content"]) or "")
+            rest["message"] = msgspec.Raw(_encode({**message, "content": content}))
+        else:
+            rest["text"] = msgspec.Raw(_encode(first.text + (_decode_text(rest["text"]) or "")))
+        if bytes(rest.get("logprobs", _NULL)) != b"null":
+            rest["logprobs"] = msgspec.Raw(_encode(_joined_logprobs(first.choice["logprobs"], rest["logprobs"])))
+        if bytes(rest.get("token_ids", _NULL)) != b"null":
+            ids = [*_decode_list(first.choice["token_ids"]), *_decode_list(rest["token_ids"])]
+            rest["token_ids"] = msgspec.Raw(_encode(ids))
+        members["usage"] = msgspec.Raw(_encode(merge(_decode_object(members["usage"]))))
+    except (Undecodable, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"it cannot be joined to its first token: {error}") from None
+    members = {name: value for name, value in members.items() if name not in _ENDPOINTS_OWN}
+    for name in ("id", "created", "model"):
+        if name in members:
+            members[name] = first.answer[name]
+    return _encode(_with_ids(members, [rest], body, first))
+
+
+def _with_ids(
+    members: dict[str, msgspec.Raw], choices: list[dict[str, msgspec.Raw]], body: Body, first: FirstToken
+) -> dict[str, msgspec.Raw]:
+    """The ids of prompt and answer as the client asked for them; the prompt is the one that was asked for."""
+    prompt = msgspec.Raw(b"[%b]" % first.prompt) if body.wants_token_ids else _NULL
+    for choice in choices:
+        if "token_ids" in choice and not body.wants_token_ids:
+            choice["token_ids"] = _NULL
+        if "prompt_token_ids" in choice:
+            choice["prompt_token_ids"] = prompt
+    if "prompt_token_ids" in members:
+        members["prompt_token_ids"] = prompt
+    members["choices"] = msgspec.Raw(_encode(choices))
+    return members
+
+
+def _joined_logprobs(first: msgspec.Raw, rest: msgspec.Raw) -> dict[str, list[Any]]:
+    """One object of log probabilities; each of its members is a list with an entry a token."""
+    before, after = _decode_columns(first), _decode_columns(rest)
+    if before is None or after is None:
+        raise ValueError("one of two answers lacks its log probabilities")
+    if "text_offset" in after:  # it counts from the answer's beginning, in what the tokens say by themselves
+        shift = sum(map(len, before["tokens"]))
+        after["text_offset"] = [offset + shift for offset in after["text_offset"]]
+    return {name: before.get(name, []) + values for name, values in after.items()}

@@ -1,0 +1,215 @@
+"""The order of the legs and what each of them says, for one try of one request.
+
+There are two orders, and each connector has one of them. Sequential: prefill answers, and then decode is told of its
+KV cache, by that answer or by what the legs agreed on beforehand. Concurrent: both legs are sent at once, since prefill
+waits for decode, or decode is to wait for prefill; what they are told of each other is known before. To a plan the two
+are the same but for one thing: whether the hand-off is there before prefill's answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from pd_proxy.decoding import decode_json
+from pd_proxy.handoff.body import Body
+from pd_proxy.handoff.connector import Connector, Handoff, Meeting, read_answer
+from pd_proxy.handoff.continuation import Continuation
+from pd_proxy.handoff.endpoints import LAYOUTS, Members
+from pd_proxy.handoff.first_token import FirstToken
+from pd_proxy.handoff.reuse import prompt_of, with_prompt
+from pd_proxy.handoff.sglang_generate import usage_of
+
+_encode = msgspec.json.Encoder().encode
+_FREEING = frozenset({"chat", "completions", "messages", "responses"})
+_LONG = 4096  # tokens, estimated
+_TRUE = msgspec.Raw(b"true")
+_SOME = msgspec.Raw(b'"."')
+_WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
+
+
+class Leg(msgspec.Struct, frozen=True):
+    """One upstream request: its path, its body, and headers beside the usual ones, as whole lines. The body comes in
+    pieces: a long prompt is one by itself, and not copied."""
+
+    path: str
+    body: tuple[bytes | memoryview, ...]
+    headers: bytes = b""
+
+
+class Plan:
+    """Prefill, then or meanwhile decode with the KV cache's address; or decode alone.
+
+    Arguments:
+        body: the client's.
+        connector: the protocol both backends speak.
+        continuation: where to go on, when a part of the answer has been given.
+        meeting: what the legs are told of each other, where the connector `meets`.
+        token_ids: ask decode for the ids of the tokens, so that the answer can be continued.
+        first_token: have prefill sample the client's first token.
+        answer_id: what engines are to call their answer, less its prefix, where they are told.
+        reuse: have decode take the prompt's ids from prefill's answer.
+    Attributes:
+        continuation: where its decode leg goes on.
+        handoff: the hand-off, where it is known before prefill's answer.
+        notices: how many notices of prefill must be here before decode may begin.
+        encoded: what the engine that computes the prompt is told of media that were encoded elsewhere (`encoder.py`).
+    """
+
+    __slots__ = (
+        "_body",
+        "_first_token",
+        "_layout",
+        "_meeting",
+        "_members",
+        "_reuse",
+        "_token_ids",
+        "answer_id",
+        "connector",
+        "continuation",
+        "encoded",
+        "handoff",
+        "notices",
+    )
+
+    def __init__(
+        self,
+        body: Body,
+        connector: Connector,
+        continuation: Continuation | None = None,
+        *,
+        meeting: Meeting | None = None,
+        token_ids: bool = False,
+        first_token: bool = False,
+        answer_id: str = "",
+        reuse: bool = False,
+    ) -> None:
+        self._body = body
+        self.connector = connector
+        self.continuation = continuation
+        self._meeting = meeting
+        self._token_ids = token_ids
+        self._first_token = first_token
+        self.answer_id = answer_id
+        self._layout = LAYOUTS[body.endpoint]
+        self._reuse = reuse and continuation is None  # a continuation has ids of its own
+        self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
+        self.handoff, self.notices = (None, 0) if meeting is None else (meeting.handoff, meeting.notices)
+        self.encoded: Members | None = None
+
+    def prefill_leg(self, heard: Members | None = None) -> Leg:
+        """The prefill leg.
+
+        Arguments:
+            heard: what decode's engine has called back with, where it does.
+        """
+        members = self.connector.prefill(self._members, self._body.endpoint, token=self._first_token)
+        if self._meeting is not None:
+            members.update(self._meeting.prefill)
+        if heard is not None:
+            members.update(heard)
+        if self.encoded is not None:
+            members.update(self.encoded)
+        if (own_words := self._layout.own_words) is not None:
+            members = own_words(members)
+        if self._reuse:
+            members["return_token_ids"] = _TRUE
+        return self._leg(members)
+
+    def behind(self, first: FirstToken) -> Plan:
+        """The plan for what comes behind the token that prefill has given."""
+        continuation = Continuation(b"%b,%b" % (first.prompt, first.token), 1)
+        return Plan(self._body, self.connector, continuation, meeting=self._meeting, token_ids=self._token_ids)
+
+    @property
+    def together(self) -> bool:
+        """Both legs are sent at once."""
+        return self.connector.order == "concurrent" and self.handoff is not None
+
+    def take(self, answer: bytes) -> tuple[Handoff | None, msgspec.Raw]:
+        """Read prefill's answer: the hand-off (None when there is none) and the answer's `usage`.
+
+        Raises:
+            BackendGarbled: it is not an answer.
+            HandoffInvalid: what it says would harm decode.
+        """
+        if self._layout.of_one_make:
+            return self.handoff, usage_of(answer, self._body.prompts)
+        parsed = read_answer(answer, self._layout.answer)
+        handoff = self.handoff or self.connector.take(parsed)
+        if self._reuse and handoff is not None and (ids := prompt_of(parsed, self._body)):
+            handoff = msgspec.structs.replace(handoff, prompt=ids)
+        return handoff, parsed.usage
+
+    def decode_leg(self, handoff: Handoff | None) -> Leg:
+        """The decode leg; without a hand-off the backend computes the prompt itself."""
+        headers = b""
+        if handoff is None:
+            members = dict(self._members)
+            if self.encoded is not None:
+                members.update(self.encoded)
+        else:
+            members = self.connector.decode(self._members, handoff)
+            headers = handoff.headers
+            if handoff.prompt and self.continuation is None:
+                members = with_prompt(members, self._body.endpoint, handoff.prompt)
+        if self._token_ids:
+            members["return_token_ids"] = _TRUE
+        if self._body.stream and not self._body.wants_usage:
+            # The engine's own count is the only right one (a chunk may hold several tokens); the relay takes the
+            # extra event out again.
+            members["stream_options"] = _with_usage(members.get("stream_options"))
+        return self._leg(members, headers)
+
+    @property
+    def refusal_frees(self) -> bool:
+        """Whether decode's handler, where it refuses the leg, has prefill free the blocks: with connectors whose
+        release is such a refusal, on the endpoints whose handler does so."""
+        return self.connector.refused_release and self._body.endpoint in _FREEING
+
+    def release_leg(self, handoff: Handoff, *, sent: bool) -> Leg | None:
+        """A decode leg that has prefill free the blocks of a hand-off nobody wants; None where there is no safe one.
+
+        Arguments:
+            sent: a decode engine has had it, and has answered with an error.
+        """
+        members, own_words = self._members, self._layout.own_words
+        if own_words is not None and self.connector.refused_release:
+            # Here an engine would not refuse it, but serve it. The name of the blocks is all that matters, so another
+            # endpoint will do.
+            members = {"prompt": _SOME, **{name: members[name] for name in ("model",) if name in members}}
+            released = self.connector.release(members, handoff, sent=sent)
+            path = LAYOUTS["completions"].path
+            return None if released is None else Leg(path, (_encode(released),), handoff.headers)
+        released = self.connector.release(members, handoff, sent=sent)
+        if released is not None and own_words is not None:
+            released = own_words(released)
+        return None if released is None else self._leg(released, handoff.headers)
+
+    def _leg(self, members: Members, headers: bytes = b"") -> Leg:
+        layout = self._layout
+        if self.continuation is not None and self._body.endpoint == "chat":
+            members = self.continuation.in_params(members)
+        elif layout.id_member:
+            named, prompts = layout.id_prefix + self.answer_id, self._body.prompts
+            each = [f"{named}_{prompt}" for prompt in range(prompts)]
+            members[layout.id_member] = msgspec.Raw(_encode(each or named))
+            if layout.of_one_make:
+                members.pop("model", None)
+        name = layout.prompt[0]
+        if self._body.prompt_tokens < _LONG or name not in members:
+            return Leg(layout.path, (_encode(members),), headers)
+        rest = dict(members)
+        prompt = memoryview(rest.pop(name))
+        comma = "," if rest else ""
+        return Leg(layout.path, (_encode(rest)[:-1] + f'{comma}"{name}":'.encode(), prompt, b"}"), headers)
+
+
+def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
+    """The client's stream options and `include_usage`; without it `continuous_usage_stats` had no effect either."""
+    if options is None:
+        return _WITH_USAGE
+    members: dict[str, Any] = decode_json(options) or {}
+    members.pop("continuous_usage_stats", None)
+    return msgspec.Raw(_encode({**members, "include_usage": True}))

@@ -1,0 +1,293 @@
+"""The policy `auto`: the backend where the request is expected to be served soonest, by what was learnt of each.
+
+- **Prefill** (`first_token`): the earliest expected first token. That is the work before the request, less what has
+  been done of it, and its own, which is what is not cached there; both by the engine's pace. While no engine is free,
+  own work counts for more, since to compute twice what is cached elsewhere delays everybody. There are two exceptions.
+  A **long** prompt, whose own work exceeds the target for the first token, is late wherever it goes. It goes behind
+  other work as long as that does not double its time, so that long prompts queue behind each other, and engines are
+  left for the short ones. And a prefix **spreads** that is much in demand: where its engine has a queue (of half the
+  target) and another engine has none, the prompt goes to the other one if it is not much later there. By the earliest
+  first token alone the queue would stay just short enough, for ever.
+- **Decode** (`next_token`): the shortest expected step, by tokens in flight; of engines whose KV cache has room.
+- **Whole requests** (`whole_answer`): the earliest expected end, prefill and decode on one engine.
+
+Where nothing is cached, nothing is known of the engines' speeds but that they are alike, and the prompt is not long,
+each is exactly `least_loaded`: the same order, the same ties, the same random number.
+
+A candidate costs some 70 ns. So the first pass leaves out what can only make one dearer (slow start, a stuck leg, a
+full KV cache): where the cheapest has none of these, it is the cheapest by the full account too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pd_proxy.placement.ask import Ask, uncached
+from pd_proxy.placement.policies import POLICIES, Candidate, Choice, lightest
+
+LONG = 4.0
+"""Seconds of own work from which a prompt is long, where its client has no target for the first token."""
+SOON = 2.0
+"""Seconds in which clients without a target are taken to want their first token."""
+DUPLICATE = 2.0  # times its own work is added where every engine has a second or more to do
+_QUEUE = 0.5  # of the target for the first token: what waits longer is a queue
+_IDLE = 0.2  # of that queue: what waits shorter is none
+_LATER = 1.5  # times the earliest first token
+_MOST_OUTPUT = 1024  # tokens; what is expected of a long answer is mostly its client's bound
+
+
+class Pool(Protocol):
+    """What the engines of a pool have in common: `proxy/pd_proxy/fleet/speeds.py`."""
+
+    @property
+    def prefills(self) -> bool: ...
+
+    @property
+    def steps(self) -> bool: ...
+
+    def work(self, uncached: int, prompt: int) -> int: ...
+
+
+class Speeds(Protocol):
+    """What was learnt of one engine: `proxy/pd_proxy/fleet/speeds.py`."""
+
+    @property
+    def pool(self) -> Pool: ...
+
+    @property
+    def pace(self) -> float: ...
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def slowness(self) -> float: ...
+
+    @property
+    def free_at(self) -> float: ...
+
+    @property
+    def rest(self) -> float: ...
+
+    @property
+    def late_at(self) -> float: ...
+
+    @property
+    def step_base(self) -> float: ...
+
+    @property
+    def step_token(self) -> float: ...
+
+    @property
+    def capacity(self) -> float: ...
+
+    @property
+    def gap(self) -> float: ...
+
+    @property
+    def gap_at(self) -> float: ...
+
+    def ahead(self, now: float) -> float: ...
+
+    def disturbed(self, now: float) -> float: ...
+
+    def seconds(self, uncached: int, prompt: int) -> float: ...
+
+    def step(self, sequences: int, kv_tokens: int) -> float: ...
+
+    def handoff(self, tokens: int) -> float: ...
+
+
+class Learnt(Candidate, Protocol):
+    """A candidate of which speeds were learnt."""
+
+    @property
+    def speeds(self) -> Speeds: ...
+
+
+def first_token(candidates: Sequence[Learnt], ask: Ask) -> int:
+    """The one with the earliest expected first token; for a long prompt see above. Prompts that are computed in next to
+    no time are counted as leases count them, since to follow each would cost more than it is worth."""
+    if len(candidates) == 1:
+        return 0
+    if ask.brief:
+        mine = ask.prompt_tokens
+        costs = [((c.inflight_tokens + c.elsewhere_tokens) / c.factor + mine) * c.speeds.pace for c in candidates]
+        return _least(candidates, costs, ask)
+    costs = waits_and_work(candidates, ask)
+    index = _least(candidates, costs, ask)
+    chosen = candidates[index]
+    speeds = chosen.speeds
+    if ask.cached and speeds.free_at > ask.now:
+        index = _frugal(candidates, costs, index, ask)
+        chosen = candidates[index]
+        speeds = chosen.speeds
+    if chosen.factor != 1.0 or ask.now > speeds.late_at:
+        costs = [time_to_first_token(candidate, ask) for candidate in candidates]
+        index = _least(candidates, costs, ask)
+        chosen = candidates[index]
+        speeds = chosen.speeds
+    prompt, target = ask.prompt_tokens, LONG if ask.ttft is None else ask.ttft
+    if speeds.pace * prompt > 0.1 * target:  # attention does not make a short prompt ten times as much
+        own = speeds.seconds(ask.uncached(chosen.url), prompt)
+        if own > target:
+            return _behind(candidates, index, own, ask)
+    queue = _QUEUE * (SOON if ask.ttft is None else ask.ttft)
+    if ask.cached and speeds.free_at - ask.now > queue and ask.cached.get(chosen.url, 0) > 0:
+        return _spread(candidates, index, ask)
+    return index
+
+
+def _frugal(candidates: Sequence[Learnt], costs: Sequence[float], index: int, ask: Ask) -> int:
+    """Where a prompt goes of which something is cached, while no engine is free: work that another engine would be
+    spared then delays all that come after it, so own work counts for more the longer the shortest queue is.
+
+    Arguments:
+        costs: `waits_and_work`.
+        index: of the least cost.
+    """
+    now = ask.now
+    waits = [left if (left := (s := c.speeds).free_at - now) > s.rest else s.rest for c in candidates]
+    weight = DUPLICATE * min(1.0, min(waits))
+    if weight <= 0.0:
+        return index
+    return _least(candidates, [cost + weight * (cost - wait) for cost, wait in zip(costs, waits, strict=True)], ask)
+
+
+def why_first(prefill: Learnt, ask: Ask) -> str:
+    """Why `first_token` has taken this one, in a word."""
+    target, url, speeds = LONG if ask.ttft is None else ask.ttft, prefill.url, prefill.speeds
+    if speeds.pace * ask.prompt_tokens > 0.1 * target and speeds.seconds(ask.uncached(url), ask.prompt_tokens) > target:
+        return "long"
+    return "cached" if ask.cached and ask.cached.get(url) else "earliest"
+
+
+def waits_and_work(candidates: Sequence[Learnt], ask: Ask) -> list[float]:
+    """The time to the first token of each, slow start and stuck legs apart."""
+    now, prompt, cached = ask.now, ask.prompt_tokens, ask.cached
+    work = candidates[0].speeds.pool.work
+    whole = work(prompt, prompt)
+    if not cached:
+        return [
+            (left if (left := (s := c.speeds).free_at - now) > s.rest else s.rest) + s.pace * whole for c in candidates
+        ]
+    own = {hit: work(uncached(prompt, hit), prompt) for hit in set(cached.values())}  # many have the same part
+    own[0] = whole
+    get = cached.get
+    return [
+        (left if (left := (s := c.speeds).free_at - now) > s.rest else s.rest) + s.pace * own[get(c.url, 0)]
+        for c in candidates
+    ]
+
+
+def time_to_first_token(candidate: Learnt, ask: Ask) -> float:
+    """Seconds until a candidate is expected to have prefilled the prompt; in its slow start the work before it counts
+    for more."""
+    speeds = candidate.speeds
+    return speeds.ahead(ask.now) / candidate.factor + speeds.seconds(ask.uncached(candidate.url), ask.prompt_tokens)
+
+
+def _behind(candidates: Sequence[Learnt], index: int, own: float, ask: Ask) -> int:
+    """Where a long prompt goes: of the candidates that have it done no later than the best one and as long again as its
+    own work, the one with most to do before it.
+
+    Arguments:
+        index: of the one with the earliest first token, and
+        own: seconds of the prompt's own work there.
+    """
+    costs = [time_to_first_token(candidate, ask) for candidate in candidates]
+    most, now = costs[index] + own, ask.now
+    fit = [n for n, cost in enumerate(costs) if cost <= most and now <= candidates[n].speeds.late_at]
+    if not fit:
+        return index
+    waits = [-candidates[n].speeds.ahead(now) for n in fit]
+    if not any(waits):
+        return index
+    among = [candidates[n] for n in fit]
+    return fit[_least(among, waits, ask)]
+
+
+def _spread(candidates: Sequence[Learnt], index: int, ask: Ask) -> int:
+    """Where a prompt goes whose prefix's engine has a queue.
+
+    Arguments:
+        index: of the one with the earliest first token.
+    """
+    now = ask.now
+    shortest = _IDLE * candidates[index].speeds.ahead(now)
+    most = _LATER * time_to_first_token(candidates[index], ask)
+    for n, candidate in enumerate(candidates):
+        wait = candidate.speeds.ahead(now) / candidate.factor
+        if wait < shortest and time_to_first_token(candidate, ask) <= most:
+            index, shortest = n, wait
+    return index
+
+
+def next_token(candidates: Sequence[Learnt], ask: Ask) -> int:
+    """The one with the shortest expected step once it has the request, of those with room for its KV cache."""
+    if len(candidates) == 1:
+        return 0
+    own = ask.decode_tokens
+    costs = [
+        (s := c.speeds).step_base + s.step_token * (c.inflight_tokens + c.elsewhere_tokens + own) for c in candidates
+    ]
+    index = _least(candidates, costs, ask)
+    chosen = candidates[index]
+    if chosen.factor == 1.0 and chosen.inflight_tokens + chosen.elsewhere_tokens + own <= chosen.speeds.capacity:
+        return index
+    return _with_room(candidates, ask, expected_step)
+
+
+def expected_step(candidate: Learnt, ask: Ask) -> float:
+    """Seconds of a candidate's step once it has the request, as `next_token` compares them."""
+    speeds = candidate.speeds
+    tokens = candidate.inflight_tokens + candidate.elsewhere_tokens
+    return speeds.step_base + speeds.step_token * (tokens / candidate.factor + ask.decode_tokens)
+
+
+def _with_room(candidates: Sequence[Learnt], ask: Ask, cost: Callable[[Learnt, Ask], float]) -> int:
+    """The cheapest of those whose KV cache has room for the request; where none has, the one that is least too full."""
+    own = ask.decode_tokens
+    fill = [
+        ((c.inflight_tokens + c.elsewhere_tokens) / c.factor + own) / c.speeds.capacity if c.speeds.capacity else 1e9
+        for c in candidates
+    ]
+    fit = [n for n, share in enumerate(fill) if share <= 1.0]
+    if not fit:
+        return _least(candidates, fill, ask)
+    among = [candidates[n] for n in fit]
+    return fit[_least(among, [cost(candidate, ask) for candidate in among], ask)]
+
+
+def whole_answer(candidates: Sequence[Learnt], ask: Ask) -> int:
+    """The one that is expected to be done with the whole request first, of those with room for its KV cache."""
+    return 0 if len(candidates) == 1 else _with_room(candidates, ask, time_to_last_token)
+
+
+def time_to_last_token(candidate: Learnt, ask: Ask) -> float:
+    """Seconds in which a candidate is expected to have answered, prompt and output."""
+    return time_to_first_token(candidate, ask) + expected_output(ask) * expected_step(candidate, ask)
+
+
+def expected_output(ask: Ask) -> int:
+    """Tokens that an answer is expected to have."""
+    return min(max(1, ask.decode_tokens - ask.prompt_tokens), _MOST_OUTPUT)
+
+
+def _least(candidates: Sequence[Learnt], costs: Sequence[float], ask: Ask) -> int:
+    """The index of the least cost; among equals that of the least loaded, and among those a random one."""
+    least = min(costs)
+    same = costs.count(least)
+    if same == 1:
+        return costs.index(least)
+    if same == len(costs):
+        return lightest(candidates, range(same), ask)
+    return lightest(candidates, [index for index, cost in enumerate(costs) if cost == least], ask)
+
+
+CHOICES: dict[str, dict[str, Choice]] = {
+    role: {**POLICIES, "auto": rule}
+    for role, rule in (("prefill", first_token), ("decode", next_token), ("mixed", whole_answer))
+}
+"""Every policy by pool and name."""

@@ -1,0 +1,390 @@
+"""The prompt of a request as a chain of hashes: each stands for everything from the start to the end of its block.
+
+Engines find what they have of a prompt by hashes of its token ids, block by block. The gateway has no tokenizer, but
+two prompts whose bytes begin alike have tokens that begin alike, so it hashes the bytes of the JSON in the order in
+which a chat template has them: tools, system, messages. What else shapes the prompt or the engine's own hashes (model,
+adapter, `cache_salt`, template arguments, media) is under the first hash, and so under all. An adapter is a model by
+its name.
+
+Hashes are Python's own of bytes, SipHash with 64 bits: the fastest there is here, at 4 GB/s, and like all of a process
+they are under a secret that forked workers share. `PYTHONHASHSEED` may give that secret away, and engines' operators do
+set it, so each hash is of a key too, which no client knows: one that could make two prompts collide could have the
+gateway believe what is not so.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterable
+from hashlib import blake2b
+from struct import Struct
+
+import msgspec
+
+from pd_proxy.handoff.body import Body
+from pd_proxy.handoff.endpoints import Endpoint, Members
+from pd_proxy.prefix.blocks import IDS, TEXT, Blocks
+
+_NAMING = (
+    *("model", "cache_salt", "lora_path", "extra_key", "truncation", "truncate_prompt_tokens", "features"),
+    *("mm_processor_kwargs", "media_io_kwargs", "multi_modal_data"),
+    *("image_data", "video_data", "audio_data", "modalities"),
+)
+"""Members that are in the names under which an engine keeps its blocks, or that cut or fill a prompt of ids too, in
+vLLM 0.32 and SGLang 0.5.23. Prompts that differ in one of them share nothing."""
+
+_TEMPLATE = (
+    *("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "add_special_tokens"),
+    *("documents", "reasoning_effort", "reasoning", "thinking", "prompt_embeds", "previous_input_messages"),
+)
+"""Members that shape the whole prompt where a template writes it. Likewise."""
+
+_CHOICE = "tool_choice"
+_USUAL_CHOICES = (b'"auto"', b'"required"')
+"""These leave the prompt as it is; `none` may leave the tools out, and some templates name a certain one."""
+
+_IN_IDS = frozenset(_NAMING)
+_IN_TEXT = frozenset((*_NAMING, *_TEMPLATE, _CHOICE))
+_FIRST = TEXT.ends[0]
+_MODEL = frozenset({"model"})
+_NULL = msgspec.Raw(b"null")
+_BLANKS = b" \t\r\n"
+_MOST_BLANKS = 1024
+
+
+class Chain(msgspec.Struct, frozen=True, gc=False):
+    """One prompt.
+
+    Attributes:
+        hashes: of everything from the start to the end of each whole block, first block first; 64 bits each, signed.
+        tokens: of the prompt: `Body.prompt_tokens`, which is an estimate, or exact where it came as ids.
+        units: bytes of the prompt's text, or its ids.
+        scale: tokens for each unit.
+        blocks: where blocks end, in units.
+        exact: a unit is a token.
+        root: hash of what is under all others; what a conversation goes on from has the same.
+    """
+
+    hashes: tuple[int, ...]
+    tokens: int
+    units: int
+    scale: float
+    blocks: Blocks = TEXT
+    exact: bool = False
+    root: int = 0
+
+    @property
+    def block_tokens(self) -> float:
+        """Tokens that the first block stands for; later ones stand for more (`blocks.py`)."""
+        return self.blocks.sizes[0] * self.scale
+
+    def tokens_of(self, count: int) -> int:
+        """Tokens in so many of the first blocks."""
+        return int(self.blocks.ends[count - 1] * self.scale) if count else 0
+
+
+EMPTY = Chain(hashes=(), tokens=0, units=0, scale=1.0)
+"""A prompt of which nothing can be looked for."""
+
+
+def chain_of(body: Body, key: bytes, earlier: Chain | None = None) -> Chain:
+    """The chain of a request's prompt. Costs what it takes to hash its bytes, whatever is in them.
+
+    Of a batch the first prompt shares its blocks with the same prompt alone, and the others only with the same batch.
+
+    Arguments:
+        key: of the hashes, 16 bytes that no client knows; the same in all workers of a gateway.
+        earlier: the chain of the response that the request goes on from (`Body.follows`), where it is known.
+    """
+    members = body.members
+    for name in _MAINS[body.endpoint]:
+        raw = members.get(name)
+        if raw is not None and raw != _NULL:
+            break
+    else:
+        return EMPTY
+    if name in _MAYBE_IDS and (inside := _inside_of_ids(raw)) is not None:
+        return _chain_of_ids(inside, _root(members, _IN_IDS, b"ids", key), key)
+    before = _before(members)
+    said = _opened(raw, batch=name == "prompt" or name == "text")
+    if len(said) < _FIRST and not before and name != "input":
+        return Chain((), body.prompt_tokens, len(said), 1.0)
+    root = _root(members, _IN_TEXT, b"text", key)
+    if name == "input":
+        return _chain_of_response(body, before, said, root, key, earlier)
+    return _chain_of_text(body, before, said, root, key)
+
+
+def chain_of_ids(ids: Iterable[int], root: int, key: bytes) -> Chain:
+    """The chain of a prompt of token ids.
+
+    Arguments:
+        ids: numbers of at most 32 bits.
+        root: `root_of_ids`.
+        key: as for `chain_of`.
+    Raises:
+        OverflowError: an id has more than 32 bits, or is negative.
+    """
+    return _chain_of_ids(_written(ids)[:-1], root, key)
+
+
+def root_of_ids(model: str, key: bytes, cache_salt: str = "") -> int:
+    """What is under the chain of a prompt of ids that asks for nothing but a model: as `chain_of` has it of a request
+    with these members alone."""
+    members: Members = {"model": msgspec.Raw(_encode(model))}
+    if cache_salt:
+        members["cache_salt"] = msgspec.Raw(_encode(cache_salt))
+    return _root(members, _IN_IDS, b"ids", key)
+
+
+def link_ids(previous: int, ids: Iterable[int], key: bytes) -> int:
+    """The hash at the end of a block of token ids.
+
+    Arguments:
+        previous: the hash at the end of the block before it, or `root_of_ids`.
+        ids: all of the block's, as many as `blocks.IDS` says.
+    Raises:
+        OverflowError: an id has more than 32 bits, or is negative.
+    """
+    return _link(previous, _written(ids), key)
+
+
+def _written(ids: Iterable[int]) -> bytes:
+    """Token ids as JSON has them, with a comma behind each."""
+    return "".join(f"{one}," for one in array("I", ids)).encode()
+
+
+def _link(previous: int, block: bytes, key: bytes) -> int:
+    """The hash of a block and of all before it."""
+    return hash(key + _pack(previous) + block)
+
+
+_pack = Struct("<q").pack
+
+
+_encode = msgspec.json.Encoder().encode
+
+_MAINS: dict[Endpoint, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "completions": ("prompt",),
+    "messages": ("messages",),
+    "responses": ("input",),
+    "generate": ("token_ids",),
+    "sglang_generate": ("text", "input_ids", "input_embeds"),
+}
+"""The member that is the prompt; of several the first that is there, as in the engine."""
+_MAYBE_IDS = frozenset({"prompt", "token_ids", "input_ids"})
+
+
+def _root(members: Members, shaping: frozenset[str], kind: bytes, key: bytes) -> int:
+    """A hash of what is under all others."""
+    found = shaping.intersection(members)
+    if found == _MODEL:
+        return hash(b"%b\0%b\0model\0%b" % (key, kind, bytes(members["model"])))  # as below
+    parts = [key, kind]
+    for name in sorted(found):
+        value = members[name]
+        if value == _NULL or (name == _CHOICE and bytes(value) in _USUAL_CHOICES):
+            continue
+        parts += name.encode(), bytes(value)
+    return hash(b"\0".join(parts))  # no JSON has a zero byte
+
+
+def _before(members: Members) -> list[bytes | msgspec.Raw]:
+    """What a template writes before the messages, each part with a mark in front that no JSON value begins with."""
+    parts: list[bytes | msgspec.Raw] = []
+    for name, mark in _BEFORE:
+        if (part := members.get(name)) is not None:
+            parts += mark, part
+    if parts:
+        parts.append(b"\3")
+    return parts
+
+
+_BEFORE = (("tools", b"\1"), ("system", b"\2"), ("instructions", b"\2"))
+
+
+def _opened(raw: msgspec.Raw, batch: bool) -> memoryview:
+    """A prompt without the mark that closes it, so that one that goes on has the same bytes that far; and without the
+    bracket round a batch of texts. Blanks beside them go too, up to a bound: nobody writes more."""
+    view = memoryview(raw)
+    start, end = 0, len(view)
+    if end and view[end - 1] in b'"]}':
+        tail = bytes(view[max(0, end - 1 - _MOST_BLANKS) : end - 1])
+        end -= 1 + len(tail) - len(tail.rstrip(_BLANKS))
+    if batch and bytes(view[:1]) == b"[":
+        head = bytes(view[1 : min(end, 1 + _MOST_BLANKS)])
+        start = 1 + len(head) - len(head.lstrip(_BLANKS))
+    return view[start:end]
+
+
+def _chain_of_text(
+    body: Body, before: list[bytes | msgspec.Raw], said: bytes | memoryview, root: int, key: bytes
+) -> Chain:
+    if before:
+        said = b"".join((*before, said))
+    if body.media:
+        said = _without_media(bytes(said), key)
+    units = len(said)
+    return Chain(
+        hashes=_hash_text(said, root, 0, 0, key),
+        tokens=body.prompt_tokens,
+        units=units,
+        scale=body.prompt_tokens / units if units else 1.0,
+    )
+
+
+def _hash_text(said: bytes | memoryview, previous: int, first: int, start: int, key: bytes) -> tuple[int, ...]:
+    """The hashes of the whole blocks that end in a text.
+
+    Arguments:
+        previous: stands for all that is before the text.
+        first: how many blocks end before it.
+        start: units before it.
+    """
+    hashes = []
+    at = 0
+    for end in TEXT.ends[first : TEXT.whole(start + len(said))]:
+        end -= start
+        previous = hash(key + _pack(previous) + said[at:end])  # `_link`, less a call
+        hashes.append(previous)
+        at = end
+    return tuple(hashes)
+
+
+def _chain_of_response(
+    body: Body,
+    before: list[bytes | msgspec.Raw],
+    said: memoryview,
+    root: int,
+    key: bytes,
+    earlier: Chain | None,
+) -> Chain:
+    """The chain of what OpenAI's responses are asked.
+
+    The text between an earlier prompt and what is asked now is the engine's answer and perhaps more, which nobody sees
+    here. The id of the response stands for all of it: two requests share blocks beyond the earlier prompt only if they
+    go on from the same response.
+    """
+    under = _link(root, b"".join(before), key)
+    follows = body.follows.encode()
+    if not follows:
+        return msgspec.structs.replace(_chain_of_text(body, before, said, root, key), root=under)
+    if earlier is None or earlier.root != under:
+        return msgspec.structs.replace(_chain_of_text(body, before, said, _link(root, follows, key), key), root=under)
+    text: bytes | memoryview = _without_media(bytes(said), key) if body.media else said
+    last = earlier.hashes[-1] if earlier.hashes else earlier.root
+    units, tokens = earlier.units + len(text), earlier.tokens + body.prompt_tokens
+    return Chain(
+        hashes=earlier.hashes + _hash_text(text, _link(last, follows, key), len(earlier.hashes), earlier.units, key),
+        tokens=tokens,
+        units=units,
+        scale=tokens / units if units else 1.0,
+        root=under,
+    )
+
+
+_MEDIUM = b";base64,"
+_MOST_MEDIA = 1024
+_SHORT_MEDIUM = 4096  # bytes; a shorter one stays as it is
+_MEDIUM_UNITS = 4000  # bytes that stand for one: as much text as `Body.prompt_tokens` takes a medium for
+_MEDIUM_DIGEST = 16
+
+
+def _without_media(said: bytes, key: bytes) -> bytes:
+    """A text with a digest in the place of each long medium, since an image of a megabyte is no more of a prompt than
+    some pages of text."""
+    parts: list[bytes | memoryview] = []
+    view = memoryview(said)
+    at = place = 0
+    for _ in range(_MOST_MEDIA):
+        place = said.find(_MEDIUM, place)
+        if place < 0:
+            break
+        place += len(_MEDIUM)
+        end = said.find(b'"', place)
+        if end < 0:
+            break
+        if end - place >= _SHORT_MEDIUM:
+            digest = blake2b(view[place:end], key=key, digest_size=_MEDIUM_DIGEST).digest()
+            parts += view[at:place], digest * (_MEDIUM_UNITS // _MEDIUM_DIGEST)
+            at = end
+        place = end
+    return b"".join((*parts, view[at:])) if parts else said
+
+
+_MOST_IDS = 4 * 1024 * 1024  # bytes of a list of ids that are looked at: more than half a million, as models have them
+_NEAR = 2048  # ids at the start of a prompt, whose blocks are an engine's own
+_OWN = 16  # ids of each of them
+_OWN_BLOCK = re.compile(rb"[^,]*+," * _OWN)
+_SAMPLE = 256  # bytes that tell how long a number is likely to be
+
+
+def _inside_of_ids(raw: msgspec.Raw) -> bytes | None:
+    """What is between the brackets of a list of numbers, or of a list of one such list, without blanks; None where it
+    is neither. One that an engine would refuse may pass for one. Of a long one it is the beginning."""
+    said = bytes(memoryview(raw)[:_MOST_IDS])
+    if len(said) == _MOST_IDS:
+        said = said[: said.rfind(b",") + 1]
+    start = said[:64].lstrip(b"[" + _BLANKS)
+    depth = said[:64].count(b"[")
+    if not start[:1].isdigit() or not 1 <= depth <= 2 or said.find(b"[", 64) >= 0:
+        return None
+    inside = said.strip(b"[]," + _BLANKS)
+    if any(inside.find(blank) >= 0 for blank in (b" ", b"\n", b"\t", b"\r")):
+        inside = inside.translate(None, _BLANKS)
+    return inside
+
+
+def _chain_of_ids(inside: bytes, root: int, key: bytes) -> Chain:
+    """The chain of a prompt of ids, in decimal with commas between. Numbers are counted by their commas: to make them
+    takes three times as long."""
+    said = inside + b","
+    mean = _SAMPLE / max(1, said.count(b",", 0, _SAMPLE))
+    near = _after(said, 0, _NEAR, mean) if len(said) > 2 * _NEAR else -1
+    hashes, previous = [], root
+    for block in _OWN_BLOCK.findall(said, 0, len(said) if near < 0 else near):
+        previous = hash(key + _pack(previous) + block)
+        hashes.append(previous)
+    if near < 0:
+        count = said.count(b",")
+    else:
+        at, count = near, _NEAR
+        for size in IDS.sizes[_NEAR // _OWN :]:
+            end = _after(said, at, size, mean)
+            if end < 0:
+                break
+            previous = hash(key + _pack(previous) + said[at:end])
+            hashes.append(previous)
+            count += size
+            at, mean = end, (end - at) / size
+        count += said.count(b",", at)
+    return Chain(
+        hashes=tuple(hashes),
+        tokens=count,
+        units=count,
+        scale=1.0,
+        blocks=IDS,
+        exact=True,
+        root=root,
+    )
+
+
+def _after(text: bytes, at: int, count: int, mean: float) -> int:
+    """Where so many numbers end that begin at `at`, behind the comma; -1 where there are not so many.
+
+    Arguments:
+        mean: bytes that a number is likely to take.
+    """
+    place = min(len(text), at + int(count * mean))
+    seen = text.count(b",", at, place)
+    while seen < count:
+        place = text.find(b",", place) + 1
+        if not place:
+            return -1
+        seen += 1
+    while seen >= count:
+        place = text.rfind(b",", at, place)
+        seen -= 1
+    return place + 1

@@ -1,0 +1,104 @@
+"""Server-sent events: finding where they end, and what they carry.
+
+Invariant: whatever way the bytes are split, the blocks that `EventReader.feed` returns are the input in order,
+each ending where an event ends. So a client only ever sees whole events, and an error event can follow at any
+moment without landing in the middle of another.
+
+Line ends may be LF, CRLF or CR (https://html.spec.whatwg.org/multipage/server-sent-events.html); engines use LF,
+and only that path is made fast.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pd_proxy.errors import BackendGarbled
+
+# An event ends with an empty line: two line ends in a row. A CR that is last in the buffer may be half of a CRLF, so
+# it only counts once the next byte is there.
+_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n]))(?:\r\n|\n|\r(?=[^\n]))+")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_CR = ord("\r")
+_SEAM = 3  # bytes before a read in which the end of an event may begin: an empty line is CRLF CRLF at most
+
+
+class EventReader:
+    """Cuts a byte stream into blocks of whole events.
+
+    Arguments:
+        limit: bytes that one event may have before `BackendGarbled` is raised.
+    Attributes:
+        partial: what came after the last whole event: the beginning of the next, or nothing. However many reads bring
+            it, each byte of it is searched once and copied once.
+    """
+
+    __slots__ = ("_limit", "partial")
+
+    def __init__(self, limit: int = 16 * 1024 * 1024) -> None:
+        self._limit = limit
+        self.partial = bytearray()
+
+    def feed(self, data: bytes) -> bytes:
+        """Add bytes; return all whole events that are there now (empty when none is)."""
+        partial = self.partial
+        if partial:
+            seam = bytes(partial[-_SEAM:]) + data
+            partial += data
+            if seam.find(b"\n\n") < 0 and (_CR not in seam or _EVENT_END.search(seam) is None):
+                self._check_limit()
+                return b""
+            data = bytes(partial)
+            partial.clear()
+        if data.endswith(b"\n\n"):
+            return data
+        cut = data.rfind(b"\n\n") + 2
+        if _CR in data:
+            cut = 0
+            for end in _EVENT_END.finditer(data):
+                cut = end.end()
+        if cut < 2:
+            cut = 0
+        partial += data[cut:]
+        self._check_limit()
+        return data[:cut]
+
+    def _check_limit(self) -> None:
+        if len(self.partial) > self._limit:
+            raise BackendGarbled(f"an event of more than {self._limit} bytes")
+
+
+def split(block: bytes) -> list[bytes]:
+    """The events of a block, each with its line ends."""
+    if block.find(b"\n\n") == len(block) - 2 and _CR not in block:
+        return [block]
+    if _CR not in block and b"\n\n\n" not in block and block[:1] != b"\n":
+        return [event + b"\n\n" for event in block.split(b"\n\n") if event]
+    found, start = [], 0
+    for end in _EVENT_END.finditer(block + b"."):  # the added byte shows that a last CR is a whole line end
+        stop = min(end.end(), len(block))
+        found.append(block[start:stop])
+        start = stop
+    return found if start == len(block) else [*found, block[start:]]
+
+
+def read(block: bytes) -> list[tuple[bytes, bytes]]:
+    """The events of a block, each with its payload."""
+    if block.startswith(b"data: ") and block.endswith(b"\n\n"):
+        payloads = block[6:-2].split(b"\n\ndata: ")
+        if block.count(b"\n") == 2 * len(payloads) and _CR not in block:
+            if len(payloads) == 1:
+                return [(block, payloads[0])]
+            return [(b"data: " + payload + b"\n\n", payload) for payload in payloads]
+    return [(event, payload(event)) for event in split(block)]
+
+
+def payload(event: bytes) -> bytes:
+    """The `data` of one event: its data lines joined by LF; empty for comments and keep-alives."""
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and _CR not in event:
+        return event[6:-2]
+    lines = []
+    for line in _LINE_END.split(event):
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            lines.append(value[1:] if value.startswith(b" ") else value)
+    return b"\n".join(lines)

@@ -1,0 +1,188 @@
+"""The command line: ``pd-proxy simulate``, or ``python -m pd_proxy_simulator``.
+
+Invariant: SIGTERM (as vLLM takes it) and SIGINT end it with exit status 0; an engine that died ends it with 1, as
+vLLM's process does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+
+from pd_proxy_simulator.config import SimulatorConfig
+from pd_proxy_simulator.connectors import SIDES
+from pd_proxy_simulator.server import Simulator
+
+_REAL_STEP = 0.02  # a token each 20 ms: an ordinary engine under load
+_REAL_PREFILL = 20_000.0
+_REAL_TRANSFER = 200_000.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the simulator's flags."""
+    default = SimulatorConfig()
+    add = parser.add_argument
+    add(
+        "--role",
+        choices=("prefill", "decode", "mixed", "encode"),
+        default=default.role,
+        help="what the engine calls itself",
+    )
+    add("--host", default=default.host, help="address to listen on (%(default)s)")
+    add("--port", type=int, default=8000, help="port of the API; 0 takes any free one (%(default)s)")
+    add("--side-port", type=int, default=0, help="port hand-offs are pulled from; 0 takes any free one")
+    add("--side-host", default="", help="what hand-offs call this host (as VLLM_NIXL_SIDE_CHANNEL_HOST)")
+    add("--model", default=default.model, help="served model name (%(default)s)")
+    tasks = ("generate", "embed", "classify", "transcribe", "moderate", "any")
+    add("--task", choices=tasks, default=default.task, help="what the model is for (%(default)s)")
+    surfaces = ("vllm", "nim", "openai")
+    add("--surface", choices=surfaces, default=default.surface, help="whose health paths it has (%(default)s)")
+    add("--no-dev-mode", action="store_true", help="no /reset_prefix_cache, /sleep and /wake_up")
+    add("--no-profiler", action="store_true", help="no /start_profile and /stop_profile")
+    add("--api-key", default=None, help="wanted as bearer token on /v1")
+    add("--step-time", type=float, default=_REAL_STEP, help="seconds a decode step takes (%(default)s)")
+    add("--prefill-rate", type=float, default=_REAL_PREFILL, help="prompt tokens/s; 0 is instant (%(default)s)")
+    add("--transfer-rate", type=float, default=_REAL_TRANSFER, help="pulled tokens/s; 0 is instant (%(default)s)")
+    add("--blocks", type=int, default=default.blocks, help="KV blocks (%(default)s)")
+    add("--block-size", type=int, default=default.block_size, help="tokens a block (%(default)s)")
+    add("--max-num-seqs", type=int, default=default.max_num_seqs, help="sequences in a batch (%(default)s)")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        default=default.max_num_batched_tokens,
+        help="tokens a step computes at most (%(default)s)",
+    )
+    add("--max-model-len", type=int, default=default.max_model_len, help="longest sequence in tokens (%(default)s)")
+    add("--max-queued", type=int, default=default.max_queued, help="queue bound; 0 is unbounded (%(default)s)")
+    add(
+        "--shutdown-timeout",
+        type=float,
+        default=default.shutdown_timeout,
+        help="seconds for which SIGTERM lets requests run on; 0 aborts them (%(default)s)",
+    )
+    add("--lease", type=float, default=None, help="seconds a hand-off is kept (nixl 30, mooncake_ascend 480)")
+    add("--handshake-timeout", type=float, default=default.handshake_timeout, help="seconds (%(default)s)")
+    known = ", ".join(SIDES)
+    add("--connector", choices=tuple(SIDES), metavar="NAME", default=default.connector, help=f"{known} (%(default)s)")
+    add(
+        "--encoder-connector",
+        choices=("none", "example", "cpu"),
+        default=default.encoder_connector,
+        help="how images come from encoders (%(default)s)",
+    )
+    add("--encoder-storage", default=default.encoder_storage, help="folder that encoders of kind example share")
+    add("--encode-time", type=float, default=default.encode_time, help="seconds that a medium takes (%(default)s)")
+    add("--proxy", default="", help="host:port of the gateway's ZeroMQ socket (as pd_proxy_host, proxy_ip)")
+    add("--register-every", type=float, default=default.register_every, help="seconds (%(default)s)")
+    add("--tp", type=int, default=default.tp, help="tensor-parallel ranks that a connector tells of (%(default)s)")
+    add("--shared-path", default=default.shared_path, help="the folder that engines with shared_cache share")
+    policies = ("fail", "recompute")
+    add("--load-failure-policy", choices=policies, default=default.load_failure_policy, help="(%(default)s)")
+    add("--preemption", choices=("recompute", "report"), default=default.preemption, help="(%(default)s)")
+    add("--stale-reads", choices=("wrong", "memory"), default=default.stale_reads, help="(%(default)s)")
+    add("--eos-rate", type=float, default=default.eos_rate, help="how often a sequence ends by itself (%(default)s)")
+    add("--no-prefix-caching", action="store_true", help="compute every prompt in full")
+    add("--kv-events", type=int, default=None, help="port to publish KV events at; 0 takes any free one; none: off")
+    add("--kv-replay", type=int, default=0, help="port to be asked for missed KV events; 0 takes any free one")
+    add("--kv-events-topic", default=default.kv_events_topic, help="(%(default)r)")
+    add("--kv-events-encoding", choices=("map", "array"), default=default.kv_events_encoding, help="(%(default)s)")
+    add("--weights", type=int, default=default.weights, help="another number, another model (%(default)s)")
+
+
+def config_from(args: argparse.Namespace) -> SimulatorConfig:
+    """The config that the flags describe. Raises ValueError."""
+    return SimulatorConfig(
+        role=args.role,
+        host=args.host,
+        port=args.port,
+        side_port=args.side_port,
+        side_host=args.side_host,
+        proxy=args.proxy,
+        register_every=args.register_every,
+        tp=args.tp,
+        model=args.model,
+        task=args.task,
+        surface=args.surface,
+        dev_mode=not args.no_dev_mode,
+        profiler=not args.no_profiler,
+        api_key=args.api_key,
+        step_time=args.step_time,
+        prefill_rate=args.prefill_rate,
+        transfer_rate=args.transfer_rate,
+        blocks=args.blocks,
+        block_size=args.block_size,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=args.max_model_len,
+        max_queued=args.max_queued,
+        shutdown_timeout=args.shutdown_timeout,
+        lease=args.lease,
+        handshake_timeout=args.handshake_timeout,
+        connector=args.connector,
+        encoder_connector=args.encoder_connector,
+        encoder_storage=args.encoder_storage,
+        encode_time=args.encode_time,
+        shared_path=args.shared_path,
+        load_failure_policy=args.load_failure_policy,
+        preemption=args.preemption,
+        stale_reads=args.stale_reads,
+        eos_rate=args.eos_rate,
+        prefix_caching=not args.no_prefix_caching,
+        kv_events=args.kv_events,
+        kv_replay=args.kv_replay,
+        kv_events_topic=args.kv_events_topic,
+        kv_events_encoding=args.kv_events_encoding,
+        weights=args.weights,
+        request_log=1,  # nobody can look at it from outside, and prompts are long
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to end; gives the exit status."""
+    try:
+        config = config_from(args)
+    except ValueError as error:
+        sys.stderr.write(f"simulate: {error}\n")
+        return 2
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_serve(config))
+    except OSError as error:
+        sys.stderr.write(f"simulate: cannot listen on {config.host}:{config.port}: {error}\n")
+        return 1
+
+
+async def _serve(config: SimulatorConfig) -> int:
+    simulator = Simulator(config)
+    ending = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, simulator.terminate)
+    loop.add_signal_handler(signal.SIGINT, ending.set)
+    await simulator.start()
+    print(f"{config.role} engine {config.model!r} listening on {simulator.url}", flush=True)
+    told = asyncio.ensure_future(ending.wait())
+    died = asyncio.ensure_future(simulator.wait_for(lambda: not simulator.alive, 10**9))
+    await asyncio.wait((told, died), return_when=asyncio.FIRST_COMPLETED)
+    died.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await died
+    if not told.done():
+        told.cancel()
+        if not simulator.stopping:
+            return 1
+        await simulator.wait_for(lambda: not simulator.connections, 10**9)  # it waits for its clients to close
+        return 0
+    await simulator.stop()
+    return 0
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: type[asyncio.AbstractEventLoop] = uvloop.Loop
+    return factory

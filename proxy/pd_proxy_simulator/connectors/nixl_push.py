@@ -1,0 +1,65 @@
+"""vLLM's NixlPushConnector: decode registers its blocks with prefill, which writes into them once it has the KV.
+
+The two legs are paired by their request ids, less the random suffix that each engine appends. Decode waits for a
+prefill that does not come as long as it is let; here its blocks are its own again when a lease's time is over. (A real
+engine of 0.32 keeps them for ever.) A leg that ends before it has registered tells prefill nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pd_proxy_simulator.connectors.side import Side, Transfer, vllm_leg
+
+if TYPE_CHECKING:
+    from pd_proxy_simulator.sequences import Sequence
+
+_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
+_INDEXED = ("remote_engine_id", "remote_host", "remote_port", "tp_size", "remote_request_id")
+
+
+class NixlPush(Side):
+    """NixlPushConnector."""
+
+    kept_after = ("length", "stop")
+
+    def transfer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Transfer:
+        leg = vllm_leg(body)
+        return Transfer(leg, body["kv_transfer_params"] if leg != "local" else None)
+
+    def key(self, sequence: Sequence) -> str:
+        return _SUFFIX.sub("", sequence.request_id)
+
+    def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any]:
+        engine = self.engine
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_block_ids": [[block.index for block in sequence.kept]],
+            "remote_engine_id": engine.id,
+            "remote_request_id": sequence.request_id,
+            "remote_host": engine.config.advertised_host,
+            "remote_port": engine.side_port,
+            "tp_size": 1,
+            "dcp_size": 1,
+            "pp_size": 1,
+            "remote_num_tokens": tokens,
+            "transfer_mode": "push",
+        }
+
+    def load(self, sequence: Sequence) -> None:
+        params = sequence.transfer.params
+        for name in _INDEXED:
+            if name not in params:
+                self.engine.die(f"KeyError: {name!r} (push_scheduler.py)")
+                return
+        host, port, engine_id = params["remote_host"], params["remote_port"], params["remote_engine_id"]
+        if not (isinstance(host, str) and type(port) is int and isinstance(engine_id, str)):
+            self.engine.die(f"TypeError: remote_port {port!r} at {host!r}")
+            return
+        cached = sequence.cached // self.engine.config.block_size
+        tokens = sequence.prompt_length - sequence.cached
+        key = self.key(sequence)
+        self.engine.fetch(sequence, self.engine.peers.wait(host, port, engine_id, key, cached, tokens))

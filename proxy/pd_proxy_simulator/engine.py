@@ -1,0 +1,598 @@
+"""The engine core: continuous batching in one task, first come first served, over one pool of KV blocks.
+
+A step takes ``step_time`` plus the time its prompt tokens need, and gives one token to every sequence whose prompt is
+done. Between steps nothing is half-changed; everything but the step's own sleep is synchronous.
+
+Invariant: every block a sequence holds is in ``sequence.blocks`` with one reference, dropped exactly once: when the
+sequence ends, is preempted, or its references pass over to a hand-off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from pd_proxy_simulator.blocks import Block, BlockPool, Content
+from pd_proxy_simulator.config import SimulatorConfig
+from pd_proxy_simulator.connectors import SIDES
+from pd_proxy_simulator.connectors.side import Transfer
+from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
+from pd_proxy_simulator.handoffs import Handoffs
+from pd_proxy_simulator.media import Media
+from pd_proxy_simulator.metrics import Stats
+from pd_proxy_simulator.sequences import Sequence, Status
+from pd_proxy_simulator.sidechannel import OutOfRange, Peers, TransferFailed
+from pd_proxy_simulator.tokens import MASK, mix, start_state
+
+logger = logging.getLogger(__name__)
+
+
+class Slowness(Protocol):
+    """Who can make steps longer."""
+
+    def slowness(self) -> float:
+        """The factor by which the next step takes longer."""
+
+
+class Engine:
+    """One engine core. ``side_port`` is where its hand-offs can be pulled from, ``http_address`` where its API is."""
+
+    def __init__(
+        self,
+        config: SimulatorConfig,
+        faults: Slowness,
+        *,
+        changed: Callable[[], None],
+        died: Callable[[], None],
+    ) -> None:
+        self.config = config
+        self.id = str(uuid.uuid4())
+        self.origin = start_state(config.weights)
+        self.side_port = 0
+        self.http_address = ""
+        self.stats = Stats()
+        self.pool = BlockPool(config.blocks, caching=config.prefix_caching)
+        self.handoffs = Handoffs(self.pool, config, self._handoffs_changed)
+        self.dead: str | None = None  # why
+        self.frozen = False  # no step is made
+        self._faults = faults
+        self._changed = changed
+        self._died = died
+        self.peers = Peers(config)
+        self.side = SIDES[config.connector](self)
+        self.media = Media(self)
+        self._queue: deque[Sequence] = deque()
+        self._ready: deque[Sequence] = deque()  # their KV has come; only a place in the batch is missing
+        self._loading: set[Sequence] = set()
+        self._running: list[Sequence] = []
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # What tests and gauges look at.
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that are not in the batch yet, for whatever reason."""
+        return len(self._queue) + len(self._ready) + len(self._loading)
+
+    @property
+    def loading(self) -> int:
+        """Sequences whose KV is on the way from prefill."""
+        return len(self._loading)
+
+    @property
+    def pulled(self) -> int:
+        """Hand-offs of this engine that decode has read (prefill's side)."""
+        return self.handoffs.pulled
+
+    @property
+    def pulls(self) -> int:
+        """Hand-offs that this engine has read (decode's side)."""
+        return self.stats.pulls
+
+    @property
+    def expired(self) -> int:
+        """Hand-offs whose lease ran out."""
+        return self.handoffs.expired
+
+    @property
+    def aborted(self) -> int:
+        """Sequences whose client went away."""
+        return self.stats.aborted
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that sequences and hand-offs hold."""
+        return self.pool.used
+
+    @property
+    def stranded_blocks(self) -> int:
+        """Blocks pinned for hand-offs that nobody has pulled."""
+        return self.pool.pinned
+
+    # Life.
+
+    def start(self) -> None:
+        """Begin to step."""
+        self.spawn(self._run())
+
+    def close(self) -> None:
+        """End at once; nobody is told."""
+        for task in list(self._tasks):
+            task.cancel()
+        self.handoffs.close()
+        for sequence in [*self._queue, *self._ready, *self._loading, *self._running]:
+            sequence.status = Status.FINISHED
+        self._queue.clear()
+        self._ready.clear()
+        self._loading.clear()
+        self._running.clear()
+
+    def die(self, reason: str) -> None:
+        """An assertion in the core: everything in flight fails, and the process will be gone shortly."""
+        if self.dead is not None:
+            return
+        logger.error("engine %s died: %s", self.id, reason)
+        self.dead = reason
+        casualties = [*self._running, *self._ready, *self._loading, *self._queue]
+        self.close()
+        for sequence in casualties:
+            if sequence.listener is not None:
+                sequence.listener.on_failure(sequence, engine_dead())
+        self._died()
+        self._changed()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something for as long as the engine lives."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("bug in the simulator", exc_info=error)
+            self.die(repr(error))
+
+    def _handoffs_changed(self) -> None:
+        self._wake.set()
+        self._changed()
+
+    # Requests come and go.
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Queue the sequences of one request.
+
+        Raises:
+            RequestError: the engine is dead, or the queue is full.
+        """
+        if self.dead is not None:
+            raise engine_dead()
+        if self.config.max_queued and len(self._queue) + len(sequences) > self.config.max_queued:
+            self.stats.admission_rejections += 1
+            message = f"The engine's queue is full ({self.config.max_queued} requests); try again later."
+            # Refused by a middleware: prefill is not told, and the hand-off can still be taken elsewhere.
+            raise RequestError(503, "Service Unavailable", message, late=False)
+        now = asyncio.get_running_loop().time()
+        for sequence in sequences:
+            sequence.arrived = now
+            if sequence.skip_cache and sequence.transfer.fetches:
+                sequence.transfer = Transfer()
+            self._queue.append(sequence)
+            if sequence.transfer.leg != "local":
+                self.side.submitted(sequence)
+        self._wake.set()
+        self._changed()
+
+    def abort(self, sequences: list[Sequence]) -> None:
+        """Their client has gone: free what they hold, now."""
+        for sequence in sequences:
+            if sequence.status is Status.FINISHED or self.dead is not None:
+                continue
+            self.stats.aborted += 1
+            if sequence.status is Status.LOADING:
+                if self.side.stuck(sequence):
+                    self._drop(sequence)
+                    self.let_go(sequence.transfer)
+                else:
+                    sequence.vanished = True  # its blocks are being written to: they stay until the read ends
+                    self.side.vanished(sequence)
+                continue
+            if sequence.transfer.keeps:
+                self.side.dropped(sequence)
+            self._drop(sequence)
+            if sequence.transfer.fetches and not sequence.loaded:
+                self.let_go(sequence.transfer)
+        self._wake.set()
+        self._changed()
+
+    def give_up(self, sequences: list[Sequence] | None = None) -> None:
+        """End some sequences, or all there are, with finish reason "abort", as an engine does that is stopped or
+        paused: each answers with what it has."""
+        if sequences is None:
+            sequences = [*self._running, *self._ready, *self._loading, *self._queue]
+        for sequence in sequences:
+            if sequence.status is Status.FINISHED or sequence.vanished:
+                continue
+            self.stats.finished["abort"] += 1
+            text = sequence.abort()
+            if sequence.status is Status.LOADING and not self.side.stuck(sequence):
+                sequence.vanished = True  # its blocks are being written to: they stay until the read ends
+                self.side.vanished(sequence)
+            else:
+                if sequence.transfer.keeps:
+                    self.side.dropped(sequence)
+                self._drop(sequence)
+                if sequence.transfer.fetches and not sequence.loaded:
+                    self.let_go(sequence.transfer)
+            if sequence.listener is not None:
+                sequence.listener.on_token(sequence, None, text)
+        self._wake.set()
+        self._changed()
+
+    def freeze(self, frozen: bool) -> None:
+        """Make no step, or go on."""
+        self.frozen = frozen
+        self._wake.set()
+
+    def let_go(self, transfer: Transfer) -> None:
+        """Tell prefill that nobody is going to fetch what it keeps."""
+        if transfer.fetches and self.dead is None:
+            self.side.let_go(transfer)
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Take a sequence out of wherever it is and free its blocks."""
+        match sequence.status:
+            case Status.RUNNING:
+                self._running.remove(sequence)
+            case Status.LOADING:
+                self._loading.discard(sequence)
+            case Status.WAITING:
+                (self._ready if sequence in self._ready else self._queue).remove(sequence)
+        sequence.status = Status.FINISHED
+        self._gone(sequence)
+        self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        blocks, sequence.blocks = sequence.blocks, []
+        self.pool.release(blocks)
+
+    # Steps.
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        config = self.config
+        deadline = 0.0
+        while True:
+            if self.frozen:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            batch, prompt_tokens = self._schedule()
+            if self.dead is not None:
+                return
+            if not batch:
+                self._wake.clear()
+                self._changed()
+                await self._wake.wait()
+                continue
+            duration = config.step_time
+            if config.prefill_rate:
+                duration += prompt_tokens / config.prefill_rate
+            duration *= self._faults.slowness()
+            now = loop.time()
+            # A step that began late because the last one's bookkeeping took long is not a longer step.
+            deadline = (deadline if now - deadline < duration else now) + duration
+            await asyncio.sleep(max(deadline - now, 0))
+            self._step(batch)
+
+    def _schedule(self) -> tuple[list[tuple[Sequence, int]], int]:
+        """Who takes part in the next step, with how many prompt tokens; changes no more than block ownership."""
+        budget = self.config.max_num_batched_tokens
+        block_size = self.config.block_size
+        batch: list[tuple[Sequence, int]] = []
+        prompt_tokens = 0
+        preempted = self.stats.preemptions
+        for sequence in list(self._running):
+            if sequence.status is not Status.RUNNING:
+                continue
+            chunk = 0
+            if sequence.prefill_left:
+                chunk = min(sequence.prefill_left, budget)
+                if chunk <= 0:
+                    continue
+                budget -= chunk
+                prompt_tokens += chunk
+            else:
+                if len(sequence.blocks) * block_size < len(sequence.tokens) and not self._grow(sequence):
+                    continue
+                budget -= 1
+            batch.append((sequence, chunk))
+        if self.stats.preemptions != preempted:
+            return [(sequence, chunk) for sequence, chunk in batch if sequence.status is Status.RUNNING], prompt_tokens
+        now = asyncio.get_running_loop().time()
+        while (self._ready or self._queue) and len(self._running) < self.config.max_num_seqs and budget > 0:
+            if self._ready:
+                sequence = self._ready.popleft()
+            else:
+                sequence = self._queue[0]
+                if not self._allocate(sequence):
+                    break
+                self._queue.popleft()
+                if (sequence.transfer.fetches or sequence.transfer.awaits) and not sequence.loaded:
+                    self._load(sequence)
+                    if self.dead is not None:
+                        break
+                    continue
+            sequence.status = Status.RUNNING
+            if not sequence.output_length:
+                self.stats.queue_time.observe(now - sequence.arrived)
+            self._running.append(sequence)
+            chunk = min(sequence.prefill_left, budget)
+            budget -= chunk
+            prompt_tokens += chunk
+            batch.append((sequence, chunk))
+        return batch, prompt_tokens
+
+    def _allocate(self, sequence: Sequence) -> bool:
+        """Blocks for the whole sequence as far as it is known, the cached ones first."""
+        block_size = self.config.block_size
+        length = len(sequence.tokens)
+        hits: list[Block] = []
+        if self.config.prefix_caching and not sequence.skip_cache:
+            # The last token is always computed: it is what the next one is drawn from.
+            keys = sequence.boundaries[1 : (length - 1) // block_size + 1]
+            hits = self.pool.match(key ^ sequence.cache_key for key in keys)
+        blocks = self.pool.take(hits, -(-length // block_size) - len(hits))
+        if blocks is None:
+            return False
+        sequence.blocks = blocks
+        sequence.sealed = len(hits)
+        sequence.error = 0
+        sequence.taint(hits)
+        sequence.prefill_left = length - len(hits) * block_size
+        if not sequence.output_length:
+            sequence.cached = len(hits) * block_size
+            self.stats.prefix_queries += length
+            self.stats.prefix_hits += sequence.cached
+        return True
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """One more block for a running sequence, taken from the latest ones if there is none."""
+        while True:
+            fresh = self.pool.take([], 1)
+            if fresh is not None:
+                sequence.blocks.extend(fresh)
+                self._seal(sequence, len(sequence.tokens) - 1)
+                return True
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.stats.preemptions += 1
+        if self.config.preemption == "report":
+            self._recompute_elsewhere(victim)
+            return
+        self._running.remove(victim)
+        self._free(victim)
+        victim.status = Status.WAITING
+        victim.loaded = True  # whatever came from prefill is computed here the second time
+        self._queue.appendleft(victim)
+
+    def _recompute_elsewhere(self, sequence: Sequence) -> None:
+        """vllm-ascend's recompute scheduler: the sequence ends without a token, and the proxy is to send it again."""
+        sequence.finish_reason, sequence.stop_reason = "stop", "recomputed"
+        self._finish(sequence)
+        if sequence.listener is not None:
+            sequence.listener.on_token(sequence, None, "")
+
+    def _seal(self, sequence: Sequence, computed: int) -> None:
+        """Store the KV of every block that has become full."""
+        size = self.config.block_size
+        for index in range(sequence.sealed, computed // size):
+            tokens = sequence.tokens[index * size : (index + 1) * size]
+            self.pool.write(
+                sequence.blocks[index],
+                sequence.boundaries[index],
+                tokens,
+                sequence.error,
+                sequence.key(index + 1),
+                sequence.key(index) if index else None,
+                sequence.cache_salt,
+            )
+            sequence.sealed = index + 1
+
+    def _step(self, batch: list[tuple[Sequence, int]]) -> None:
+        now = asyncio.get_running_loop().time()
+        config, stats = self.config, self.stats
+        block_size, context = config.block_size, config.context
+        stats.steps += 1
+        for sequence, chunk in batch:
+            if sequence.status is not Status.RUNNING:
+                continue
+            if chunk:
+                sequence.prefill_left -= chunk
+                if sequence.prefill_left > 0:
+                    continue
+                self._seal(sequence, len(sequence.tokens))
+            generated = sequence.output_length
+            if sequence.sampling.recompute_after == generated:
+                self._recompute_elsewhere(sequence)
+                continue
+            text = sequence.generate(block_size, context)
+            stats.generation_tokens += 1
+            if generated:
+                stats.inter_token_latency.observe(now - sequence.last_token_at)
+            else:
+                self._first_token(sequence, now)
+            sequence.last_token_at = now
+            if sequence.finish_reason is not None:
+                self._finish(sequence)
+            if sequence.listener is not None:
+                sequence.listener.on_token(sequence, sequence.tokens[-1], text)
+        self._changed()
+
+    def _first_token(self, sequence: Sequence, now: float) -> None:
+        stats = self.stats
+        self.side.computed(sequence)
+        sequence.first_token_at = now
+        stats.time_to_first_token.observe(now - sequence.arrived)
+        stats.prompt_tokens += sequence.prompt_length
+        stats.local_cache_hit += sequence.cached
+        if self.config.written_tokens:
+            sequence.written = sequence.prompt_length - sequence.cached - sequence.external
+        stats.external_kv_transfer += sequence.external
+        stats.local_compute += sequence.prompt_length - sequence.cached - sequence.external
+        stats.prompt_length.observe(sequence.prompt_length)
+
+    def _finish(self, sequence: Sequence) -> None:
+        """A sequence has said its last token: keep its blocks for decode, or give them back."""
+        reason = sequence.finish_reason
+        assert reason is not None
+        now = asyncio.get_running_loop().time()
+        self.stats.finished[reason] += 1
+        self.stats.end_to_end.observe(now - sequence.arrived)
+        self.stats.output_length.observe(sequence.output_length)
+        self._running.remove(sequence)
+        sequence.status = Status.FINISHED
+        if sequence.output_length:
+            self._seal(sequence, len(sequence.tokens) - 1)
+        if sequence.transfer.keeps and reason in self.side.kept_after and sequence.stop_reason != "recomputed":
+            self._hand_off(sequence)
+        else:
+            if sequence.transfer.keeps:
+                self.side.dropped(sequence)
+            self._free(sequence)
+        self._gone(sequence)
+
+    def _hand_off(self, sequence: Sequence) -> None:
+        size = self.config.block_size
+        computed = len(sequence.tokens) - 1
+        needed = -(-computed // size)
+        blocks, spare = sequence.blocks[:needed], sequence.blocks[needed:]
+        sequence.blocks = []
+        self.pool.release(spare)
+        if computed % size:
+            start = computed - computed % size
+            part = sequence.tokens[start:computed]
+            self.pool.write(blocks[-1], sequence.boundaries[start // size], part, sequence.error, None)
+        self.handoffs.pin(self.side.key(sequence), blocks)
+        sequence.kept = blocks
+        sequence.handoff_params = self.side.kept(sequence, computed)
+
+    # Fetching.
+
+    def _load(self, sequence: Sequence) -> None:
+        """Begin to fetch a sequence's KV, or to wait for what it awaits."""
+        sequence.status = Status.LOADING
+        self._loading.add(sequence)
+        if sequence.transfer.fetches:
+            self.stats.external_queries += sequence.prompt_length - sequence.cached
+        self.side.load(sequence)
+
+    def admit(self, sequence: Sequence) -> None:
+        """What a sequence waited for is there, or is not needed any more: compute it."""
+        self._loading.discard(sequence)
+        sequence.loaded = True
+        sequence.status = Status.WAITING
+        self._ready.append(sequence)
+        self._wake.set()
+        self._changed()
+
+    def fail(self, sequence: Sequence) -> None:
+        """What a sequence waited for does not come."""
+        self._loading.discard(sequence)
+        sequence.status = Status.FINISHED
+        self.stats.finished["error"] += 1
+        self._free(sequence)
+        self._gone(sequence)
+        if sequence.listener is not None:
+            sequence.listener.on_failure(sequence, internal_error())
+        self._wake.set()
+        self._changed()
+
+    def _gone(self, sequence: Sequence) -> None:
+        if sequence.transfer.leg != "local":
+            self.side.ended(sequence)
+
+    def fetch(self, sequence: Sequence, contents: Coroutine[Any, Any, list[Content]]) -> None:
+        """Fill the blocks of a sequence that is loading, less those that were cached, with ``contents``."""
+        task = self.spawn(self._fetch(sequence, contents))
+        task.add_done_callback(lambda _: contents.close())  # an engine may die before its first step
+
+    def compute(self, sequence: Sequence) -> None:
+        """A sequence that is loading computes its prompt itself after all: there is nothing to fetch."""
+        self._loading.discard(sequence)
+        sequence.loaded = True
+        sequence.status = Status.WAITING
+        self._ready.append(sequence)
+        self._wake.set()
+
+    async def _fetch(self, sequence: Sequence, fetching: Coroutine[Any, Any, list[Content]]) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        tokens = sequence.prompt_length - sequence.cached
+        contents: list[Content] | None = None
+        try:
+            contents = await fetching
+        except TransferFailed as error:
+            logger.warning("cannot pull: %s", error)
+            self.stats.failed_transfers += 1
+        except OutOfRange as error:
+            self.die(f"AssertionError: {error}")
+            return
+        self.side.loaded(sequence)
+        if sequence.vanished:
+            self._loading.discard(sequence)
+            sequence.status = Status.FINISHED
+            self._free(sequence)
+            self._gone(sequence)
+            self._wake.set()
+            self._changed()
+        elif contents is not None:
+            fetched = min(len(contents) * self.config.block_size, tokens)
+            self.stats.pulls += bool(contents)
+            self.stats.transfer_time.observe(loop.time() - began)
+            self.stats.external_hits += fetched
+            sequence.external = fetched
+            self._store(sequence, sequence.cached // self.config.block_size, contents)
+            sequence.prefill_left = max(1, tokens - fetched)
+            self.admit(sequence)
+        elif self.side.recomputes or self.config.load_failure_policy == "recompute":
+            self.admit(sequence)
+        else:
+            self.fail(sequence)
+
+    def _store(self, sequence: Sequence, hits: int, contents: list[Content]) -> None:
+        """Put pulled KV into this engine's own blocks, right or wrong: the positions decide, not the owner."""
+        size = self.config.block_size
+        attended = sequence.prompt_length - 1  # the last position is computed here
+        for index, content in enumerate(contents, start=hits):
+            before, found, error = content
+            start = index * size
+            expected = sequence.tokens[start : min(start + size, sequence.prompt_length)]
+            reach = min(attended - start, size)
+            if reach > 0 and not error and (before != sequence.boundaries[index] or found[:reach] != expected[:reach]):
+                error = mix((before ^ len(found) ^ sum(found)) & MASK) or 1
+            if reach <= 0:
+                error = 0
+            full = len(expected) == size
+            key = sequence.key(index + 1) if full else None
+            block = sequence.blocks[index]
+            parent = sequence.key(index) if index else None
+            self.pool.write(block, sequence.boundaries[index], expected, error, key, parent, sequence.cache_salt)
+            if full:
+                sequence.sealed = index + 1
+            sequence.taint([block])

@@ -1,0 +1,151 @@
+"""Images, audio and video between engines: an encoder stores what it makes of them, others fetch it (ECConnector).
+
+``example`` leaves a file in a folder that both know; ``cpu`` keeps it, and says where it can be asked for. Invariant:
+what was fetched stands in the prompt as it came, so that another medium's under the same key means another text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pd_proxy.decoding import decode_python_json
+
+from pd_proxy_simulator.errors import bad_request, internal_error
+from pd_proxy_simulator.fields import Object
+from pd_proxy_simulator.prompts import EMBEDDING, embedding
+
+if TYPE_CHECKING:
+    from pd_proxy_simulator.engine import Engine
+
+KINDS = ("image_url", "audio_url", "input_audio", "video_url")
+REFERENCES = ("image_embeds", "audio_embeds", "video_embeds")
+"""Parts that only name what an encoder has made."""
+
+
+class Media:
+    """One engine's media.
+
+    ``encoded``: media that it has encoded itself. ``fetched_from_others``: those that it has not had to. ``missed``:
+    fetches that found nothing.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._kept: dict[str, list[int]] = {}
+        self.encoded = 0
+        self.fetched_from_others = 0
+        self.missed = 0
+
+    async def encode(self, body: Object) -> Object | None:
+        """An encoder's work: its answer's ``ec_transfer_params``. Raises RequestError."""
+        config = self._engine.config
+        found: dict[str, Object] = {}
+        for index, part in enumerate(_parts(body)):
+            if part["type"] in REFERENCES:
+                raise internal_error()
+            if part.get(part["type"]) is None:
+                raise bad_request(f"a part of type {part['type']} without {part['type']}", "messages")
+            key = _key(part, body)
+            if config.encode_time:
+                await asyncio.sleep(config.encode_time)
+            self.encoded += 1
+            made = embedding(part)
+            handle = found.setdefault(key, {"metadata": {"grid": [1, 4, 4]}, "item_indices": []})
+            handle["item_indices"].append(index)
+            if config.encoder_connector == "example":
+                _store(config.encoder_storage, key, made)
+                continue
+            self._kept[key] = made
+            size = {"size_bytes": 2 * len(made), "shape": [len(made), 1]}
+            handle |= {"peer_host": config.advertised_host, "peer_port": self._engine.side_port, **size}
+        return found or None
+
+    def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a message at the side port is answered with, if it is about media."""
+        if message["op"] != "embedding":
+            return None
+        return {"found": self._kept.get(message["key"])}
+
+    async def fetched(self, body: Object) -> Object:
+        """A request for a prompt with what encoders have made of its media in it; what they have not, is made here."""
+        parts = _parts(body)
+        if not parts:
+            return body
+        params = body.get("ec_transfer_params") or {}
+        if not isinstance(params, dict):
+            return body  # refused further on, in pydantic's words
+        found: dict[int, list[int]] = {}
+        for part in parts:
+            made = await self._fetch(_key(part, body), params)
+            if made is None:
+                if part["type"] in REFERENCES:
+                    raise internal_error()  # there is nothing to encode in its place
+                if self._engine.config.encode_time:
+                    await asyncio.sleep(self._engine.config.encode_time)
+                self.encoded += 1
+            else:
+                self.fetched_from_others += 1
+                found[id(part)] = made
+        messages = [
+            {**message, "content": [_with(part, found) for part in message["content"]]}
+            if isinstance(message, dict) and isinstance(message.get("content"), list)
+            else message
+            for message in body["messages"]
+        ]
+        return {**body, "messages": messages}
+
+    async def _fetch(self, key: str, params: Object) -> list[int] | None:
+        config = self._engine.config
+        made: list[int] | None = None
+        if config.encoder_connector == "example":
+            made = _stored(config.encoder_storage, key)
+        elif config.encoder_connector == "cpu" and key in params:
+            handle = params[key]
+            try:
+                if type(handle["peer_port"]) is not int or type(handle["size_bytes"]) is not int:
+                    raise TypeError(f"the handle of {key}")
+                where = str(handle["peer_host"]), handle["peer_port"]
+            except (KeyError, TypeError) as error:
+                self._engine.die(f"{type(error).__name__}: {error}")
+                return None
+            made = await self._engine.peers.embedding(*where, key)
+        self.missed += made is None and config.encoder_connector != "none"
+        return made
+
+
+def _store(folder: str, key: str, made: list[int]) -> None:
+    Path(folder, key).write_text(json.dumps(made), encoding="ascii")
+
+
+def _stored(folder: str, key: str) -> list[int] | None:
+    file = Path(folder, key)
+    found: list[int] | None = decode_python_json(file.read_text(encoding="ascii")) if file.exists() else None
+    return found
+
+
+def _parts(body: Object) -> list[Object]:
+    """The media of a chat, in order."""
+    messages = body.get("messages")
+    contents = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return [part for part in parts if part.get("type") in (*KINDS, *REFERENCES)]
+
+
+def _key(part: Object, body: Object) -> str:
+    """The name under which a medium is cached: its uuid, or its content; and how it is processed."""
+    name = part.get("uuid")
+    if not isinstance(name, str):
+        name = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+    processing = body.get("mm_processor_kwargs")
+    if processing:
+        name = hashlib.sha256(f"{name}{json.dumps(processing, sort_keys=True)}".encode()).hexdigest()
+    return name
+
+
+def _with(part: Any, found: Mapping[int, list[int]]) -> Any:
+    return {**part, EMBEDDING: found[id(part)]} if id(part) in found else part
