@@ -46,6 +46,6 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 # It finds out itself where the gateway listens.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 \
-  CMD ["python", "-m", "pd_proxy.container_health"]
+  CMD ["python", "-m", "pd_proxy.commands.container_health"]
 ENTRYPOINT ["pd-proxy", "serve"]
 CMD []

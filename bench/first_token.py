@@ -26,7 +26,7 @@ from typing import Any
 
 from pd_proxy.app import build
 from pd_proxy.process import uvicorn_config
-from pd_proxy.settings import build_settings
+from pd_proxy.settings.tree import build_settings
 from pd_proxy_simulator import Simulator, SimulatorConfig
 
 from tests.faults.clock import virtual_time

@@ -24,11 +24,11 @@ from typing import Any, cast
 
 import uvloop
 from pd_proxy.app import build
-from pd_proxy.fleet.cache import Cache
+from pd_proxy.fleet.health.kv_cache import Cache
+from pd_proxy.http.client import Connection, Origin
+from pd_proxy.http.server import GatewayProtocol
 from pd_proxy.process import uvicorn_config
-from pd_proxy.relay.http1 import Connection, Origin
-from pd_proxy.relay.server import GatewayProtocol
-from pd_proxy.settings import build_settings
+from pd_proxy.settings.tree import build_settings
 from uvicorn.server import ServerState
 
 from bench.process import BenchError

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import msgspec
-from pd_proxy.fleet.prefix_ring import PeerPrefixes, PrefixRings
-from pd_proxy.handoff.body import Body, read_body
 from pd_proxy.prefix.chain import Chain, chain_of
 from pd_proxy.prefix.index import Journal, PrefixIndex
+from pd_proxy.requests.body import Body, read_body
+from pd_proxy.workers.prefix_ring import PeerPrefixes, PrefixRings
 
 KEY = b"\1" * 16
 SIZES = {"4 kB": 4_000, "40 kB": 40_000, "400 kB": 400_000, "4 MB": 4_000_000}

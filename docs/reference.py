@@ -23,17 +23,17 @@ sys.path.insert(0, str(HERE.parent))
 
 from pd_proxy import errors  # noqa: E402 - the checkout's own package, installed or not
 from pd_proxy.admission.admission import Admission  # noqa: E402
-from pd_proxy.flags import flag  # noqa: E402
 from pd_proxy.fleet.findings import ADVICE, MEANING, SIDE_ADVICE  # noqa: E402
 from pd_proxy.fleet.fleet import Fleet  # noqa: E402
 from pd_proxy.flow.decisions import Decisions  # noqa: E402
 from pd_proxy.prefix.index import PrefixIndex  # noqa: E402
-from pd_proxy.settings import ClientSettings, Group, Settings, leaves  # noqa: E402
+from pd_proxy.settings.environment import CONFIG_VARIABLE, DEFAULTS_VARIABLE, variable  # noqa: E402
+from pd_proxy.settings.flags import flag  # noqa: E402
+from pd_proxy.settings.tree import ClientSettings, Group, Settings, leaves  # noqa: E402
 from pd_proxy.telemetry.admission import AdmissionSink  # noqa: E402
 from pd_proxy.telemetry.placement import PlacementSink  # noqa: E402
 from pd_proxy.telemetry.prometheus import PrometheusSink  # noqa: E402
 from pd_proxy.telemetry.records import PrefixCounts  # noqa: E402
-from pd_proxy.variables import CONFIG_VARIABLE, DEFAULTS_VARIABLE, variable  # noqa: E402
 
 NONE = "\N{EN DASH}"
 NOTE = "<!-- Written by docs/reference.py from the code. Do not edit; run it again. -->\n"

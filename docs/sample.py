@@ -20,17 +20,17 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from pd_proxy.commands.explain import as_text  # noqa: E402
 from pd_proxy.doctor.examination import examine  # noqa: E402 - the checkout's own package, installed or not
-from pd_proxy.explain import as_text  # noqa: E402
 from pd_proxy.fleet.backend import Backend, Lease, Role  # noqa: E402
 from pd_proxy.fleet.speeds import PoolSpeeds  # noqa: E402
 from pd_proxy.flow.decisions import Decisions, in_full  # noqa: E402
 from pd_proxy.flow.request import Request  # noqa: E402
-from pd_proxy.handoff.body import read_body  # noqa: E402
+from pd_proxy.http.response import AsgiClient  # noqa: E402
 from pd_proxy.placement.ask import Ask  # noqa: E402
 from pd_proxy.placement.decide import View, decide  # noqa: E402
-from pd_proxy.relay.client import AsgiClient  # noqa: E402
-from pd_proxy.settings import build_settings  # noqa: E402
+from pd_proxy.requests.body import read_body  # noqa: E402
+from pd_proxy.settings.tree import build_settings  # noqa: E402
 from pd_proxy.telemetry.records import RequestRecord  # noqa: E402
 from pd_proxy_simulator import Simulator, SimulatorConfig  # noqa: E402
 

@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import uvicorn
 from pd_proxy.app import Gateway, build
+from pd_proxy.http.server import GatewayProtocol
 from pd_proxy.process import protocol, uvicorn_config
-from pd_proxy.relay.server import GatewayProtocol
-from pd_proxy.settings import build_settings
-from pd_proxy.sockets import tune
+from pd_proxy.runtime.sockets import tune
+from pd_proxy.settings.tree import build_settings
 from pd_proxy_simulator import Simulator, SimulatorConfig
 
 OPERATOR = {"authorization": "Bearer operator"}

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pd_proxy import __version__, cli, flags
+from pd_proxy import __version__, cli
 from pd_proxy.process import ListenError
-from pd_proxy.settings import Settings, leaves
+from pd_proxy.settings import flags
+from pd_proxy.settings.tree import Settings, leaves
 
 Run = Callable[..., tuple[int, str, str]]
 

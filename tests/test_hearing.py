@@ -31,7 +31,7 @@ def test_an_address_that_is_taken_is_named_and_ends_the_start() -> None:
 
 def test_pyzmq_is_not_imported_where_no_connector_needs_it() -> None:
     program = (
-        "import sys; from pd_proxy.app import build; from pd_proxy.settings import build_settings; "
+        "import sys; from pd_proxy.app import build; from pd_proxy.settings.tree import build_settings; "
         "import pd_proxy.process; "
         "build(build_settings({'prefill': ['a:1'], 'decode': ['b:1']}, {})); sys.exit('zmq' in sys.modules)"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from pd_proxy.sockets import bind, connection_limit, steer_here
+from pd_proxy.runtime.sockets import bind, connection_limit, steer_here
 
 from tests.support import chat, completion, simulators, until
 

@@ -26,7 +26,7 @@ from bench.fleet.jobs import Job
 
 WATCH = 0.25
 """Seconds between two looks at the gaps between tokens."""
-_BATCH = 32  # tokens after which the relay tells what a stream's have taken (`proxy/pd_proxy/relay/passage.py`)
+_BATCH = 32  # tokens after which the relay tells what a stream's have taken (`proxy/pd_proxy/relay/fast_path.py`)
 _MOST_TOLD = 8  # of one engine at one look; more change little
 _WINDOW = 4  # looks over which a gap is a mean: 32 tokens take about a second
 

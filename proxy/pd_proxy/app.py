@@ -18,54 +18,54 @@ from starlette.types import ASGIApp
 from pd_proxy.admission.admission import Admission
 from pd_proxy.admission.gate import Gate
 from pd_proxy.api import invocations, operations
-from pd_proxy.api.backends import backends
+from pd_proxy.api.admin.backends import backends
+from pd_proxy.api.admin.decisions import EXPLAIN_PATH, decisions, explanation
+from pd_proxy.api.admin.fanout import fanout
 from pd_proxy.api.credentials import AtSocket, Credentials, Trusted
 from pd_proxy.api.cross_origin import CrossOrigin
-from pd_proxy.api.decisions import EXPLAIN_PATH, decisions, explanation
-from pd_proxy.api.fanout import fanout
 from pd_proxy.api.inference import Inference
 from pd_proxy.api.metaserver import metaserver
 from pd_proxy.api.responses import responses
-from pd_proxy.api.siblings import Siblings
 from pd_proxy.api.single import SingleRoute
 from pd_proxy.api.surface import Surface
-from pd_proxy.crew import Crew
 from pd_proxy.fleet.backend import Backend
-from pd_proxy.fleet.board import Exchange
-from pd_proxy.fleet.control import Control
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.health import Prober
-from pd_proxy.fleet.kv_events import KvEvents
-from pd_proxy.fleet.names import Names
-from pd_proxy.fleet.notices import Notices
-from pd_proxy.fleet.prefix_ring import PeerPrefixes
+from pd_proxy.fleet.health.prober import Prober
+from pd_proxy.fleet.model_names import Names
 from pd_proxy.fleet.protocols import AUTO
 from pd_proxy.fleet.readiness import tell_readiness
-from pd_proxy.fleet.registration import Registrations
+from pd_proxy.fleet.zmq.kv_events import KvEvents
+from pd_proxy.fleet.zmq.notifications import Notices
+from pd_proxy.fleet.zmq.registrations import Registrations
 from pd_proxy.flow.callbacks import Callbacks
+from pd_proxy.flow.capacity import FleetRoom
 from pd_proxy.flow.first_token import FirstTokens
 from pd_proxy.flow.flow import Flow
 from pd_proxy.flow.hops import Hops
 from pd_proxy.flow.legs import Legs
 from pd_proxy.flow.placing import Placing
 from pd_proxy.flow.prompts import Prompts
-from pd_proxy.flow.room import FleetRoom
 from pd_proxy.flow.single import ROUTES, Single
-from pd_proxy.flow.stored import StoredResponses
+from pd_proxy.flow.stored_responses import StoredResponses
 from pd_proxy.flow.suspicion import Suspicion
 from pd_proxy.flow.warmup import Warmup
 from pd_proxy.handoff.connector import UNKNOWN, Connector
-from pd_proxy.handoff.endpoints import LAYOUTS, Endpoint
-from pd_proxy.handoff.registry import connectors
+from pd_proxy.handoff.connectors.registry import connectors
+from pd_proxy.http.connections import Connections
+from pd_proxy.http.control import Control
 from pd_proxy.prefix.index import PrefixIndex
-from pd_proxy.relay.connections import Connections
-from pd_proxy.settings import Settings
+from pd_proxy.requests.endpoints import LAYOUTS, Endpoint
+from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.admission import AdmissionSink
 from pd_proxy.telemetry.logs import RequestLog, tell_throughput
 from pd_proxy.telemetry.placement import PlacementSink
 from pd_proxy.telemetry.prometheus import PrometheusSink, registry
 from pd_proxy.telemetry.records import Sinks
 from pd_proxy.telemetry.throughput import Throughput
+from pd_proxy.workers.context import Crew
+from pd_proxy.workers.load_table import Exchange
+from pd_proxy.workers.peers import Siblings
+from pd_proxy.workers.prefix_ring import PeerPrefixes
 
 _LOOP_TICK = 0.1  # seconds between looks at the event loop's lateness
 

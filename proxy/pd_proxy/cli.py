@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pd_proxy import __version__, flags, shown
-from pd_proxy.completion import SHELLS, script
-from pd_proxy.configuration import ConfigurationError, did_you_mean, gather
+from pd_proxy import __version__
+from pd_proxy.commands.completion import SHELLS, script
+from pd_proxy.settings import flags, shown
+from pd_proxy.settings.load import ConfigurationError, did_you_mean, gather
 
 log = logging.getLogger("pd_proxy")
 
@@ -139,7 +140,7 @@ def _add_explain(commands: Any, *, wanted: bool) -> None:
     )
     if not wanted:
         return
-    from pd_proxy import explain as command
+    from pd_proxy.commands import explain as command
 
     command.add_arguments(explain)
     explain.set_defaults(run=command.run)

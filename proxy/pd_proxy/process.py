@@ -25,19 +25,16 @@ from typing import cast
 import uvicorn
 from fastapi import FastAPI
 
-from pd_proxy import garbage, heap
 from pd_proxy.api import operations
-from pd_proxy.api.siblings import socket_of
 from pd_proxy.api.surface import Surface
 from pd_proxy.app import Gateway, build
-from pd_proxy.crew import Crew
-from pd_proxy.fleet.inbox import CannotHear
-from pd_proxy.relay.bodies import Bodies
-from pd_proxy.relay.connections import Connections
-from pd_proxy.relay.server import GatewayProtocol
-from pd_proxy.settings import Settings
-from pd_proxy.signals import IGNORED, LEAVING, ignore, tell_ignored
-from pd_proxy.sockets import (
+from pd_proxy.fleet.zmq.listener import CannotHear
+from pd_proxy.http.body_memory import Bodies
+from pd_proxy.http.connections import Connections
+from pd_proxy.http.server import GatewayProtocol
+from pd_proxy.runtime import garbage, heap
+from pd_proxy.runtime.signals import IGNORED, LEAVING, ignore, tell_ignored
+from pd_proxy.runtime.sockets import (
     BACKLOG,
     Listener,
     ListenError,
@@ -50,7 +47,10 @@ from pd_proxy.sockets import (
     steer_here,
     unix_socket,
 )
-from pd_proxy.workers import supervise
+from pd_proxy.settings.tree import Settings
+from pd_proxy.workers.context import Crew
+from pd_proxy.workers.peers import socket_of
+from pd_proxy.workers.supervisor import supervise
 
 __all__ = ["ListenError", "protocol", "serve", "uvicorn_config"]
 

@@ -11,7 +11,7 @@ from pd_proxy.admission.admission import Admission
 from pd_proxy.admission.gate import Gate
 from pd_proxy.admission.ticket import Ticket
 from pd_proxy.errors import GatewayError, RateLimited
-from pd_proxy.settings import build_settings
+from pd_proxy.settings.tree import build_settings
 
 from tests.admission.helpers import Slots
 from tests.support import until

@@ -6,7 +6,7 @@ import asyncio
 from urllib.parse import quote
 
 import pytest
-from pd_proxy.api.backends import backend_id
+from pd_proxy.api.admin.backends import backend_id
 
 from tests.support import chat, pools, running_gateway, text_of, until
 

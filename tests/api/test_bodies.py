@@ -6,8 +6,8 @@ import asyncio
 import json
 
 import pytest
-from pd_proxy.relay.bodies import Bodies
-from pd_proxy.relay.server import GatewayProtocol
+from pd_proxy.http.body_memory import Bodies
+from pd_proxy.http.server import GatewayProtocol
 
 from tests.support import Running, chat, pools, soon
 

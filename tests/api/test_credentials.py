@@ -12,8 +12,8 @@ import pytest
 from pd_proxy.api.credentials import AtSocket, Credentials
 from pd_proxy.errors import Forbidden, GatewayError, Unauthorized
 from pd_proxy.process import uvicorn_config
-from pd_proxy.settings import build_settings
-from pd_proxy.sockets import ListenError, own_socket
+from pd_proxy.runtime.sockets import ListenError, own_socket
+from pd_proxy.settings.tree import build_settings
 
 from tests.support import TestServer, pools, running_gateway
 

@@ -12,7 +12,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from pd_proxy.app import build
-from pd_proxy.settings import Settings
+from pd_proxy.settings.tree import Settings
 from pd_proxy_simulator import Simulator
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,

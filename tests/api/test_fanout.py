@@ -7,9 +7,9 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from pd_proxy.api.backends import backend_id
-from pd_proxy.api.fanout import FanOut, SleepQuery
-from pd_proxy.fleet.control import Control
+from pd_proxy.api.admin.backends import backend_id
+from pd_proxy.api.admin.fanout import FanOut, SleepQuery
+from pd_proxy.http.control import Control
 
 from tests.api.test_single import mixed
 from tests.support import chat, pools, running_gateway, simulators, until

@@ -198,7 +198,7 @@ async def test_an_adapter_that_nobody_has_any_more_is_the_engines_404() -> None:
 async def test_requests_for_models_that_do_not_exist_hardly_disturb_the_engines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pd_proxy.fleet.health._MOST_ASKED", 4)  # two engines: a round each half second
+    monkeypatch.setattr("pd_proxy.fleet.health.prober._MOST_ASKED", 4)  # two engines: a round each half second
     async with pools(health=PATIENT) as (running, _, [d]):
         asked: list[float] = []
         models = running.gateway.fleet.pool("decode")[0]
@@ -225,7 +225,7 @@ async def test_requests_for_models_that_do_not_exist_hardly_disturb_the_engines(
 async def test_a_client_that_leaves_while_engines_are_asked_takes_nobody_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pd_proxy.fleet.health._MOST_ASKED", 2)
+    monkeypatch.setattr("pd_proxy.fleet.health.prober._MOST_ASKED", 2)
     async with pools(health=PATIENT) as (running, [p], [d]):
         await running.http.get("/v1/models/none")  # the next round is a second away
         task = asyncio.create_task(running.http.post("/v1/completions", json=completion(model="none")))

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 
 from tests.contract.cases import CASES, IDS, MOST, Case, fleet
 from tests.support import PROMPT, Running, chat, completion, running_gateway, simulators, text_of, until

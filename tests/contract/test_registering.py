@@ -11,11 +11,11 @@ import msgspec
 import pytest
 import zmq
 from pd_proxy.app import build
-from pd_proxy.fleet.inbox import CannotHear
-from pd_proxy.settings import build_settings
+from pd_proxy.fleet.zmq.listener import CannotHear
+from pd_proxy.settings.tree import build_settings
 
 from tests.contract.cases import CASES, Case, fleet
-from tests.fleet.test_notices import sender
+from tests.fleet.test_notifications import sender
 from tests.support import completion, running_gateway, simulators, text_of, until
 
 pytestmark = pytest.mark.cross_product

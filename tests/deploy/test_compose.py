@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pd_proxy.configuration import configure
+from pd_proxy.settings.load import configure
 from pd_proxy_simulator import command
 
 ROOT = Path(__file__).resolve().parents[2]

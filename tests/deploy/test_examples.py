@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from pd_proxy.cli import main
-from pd_proxy.settings import Settings, build_settings, leaves
+from pd_proxy.settings.tree import Settings, build_settings, leaves
 from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[2]

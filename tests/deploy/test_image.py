@@ -17,7 +17,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 from pd_proxy import __version__
-from pd_proxy.configuration import configure, gather
+from pd_proxy.settings.load import configure, gather
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,7 +127,9 @@ async def test_the_health_check_finds_the_gateway_wherever_it_listens(more: list
 
 
 def test_the_health_check_loads_nothing_but_the_standard_library() -> None:
-    program = "import sys, pd_proxy.container_health; print({'pydantic', 'fastapi', 'httpx'} & sys.modules.keys())"
+    program = (
+        "import sys, pd_proxy.commands.container_health; print({'pydantic', 'fastapi', 'httpx'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
 import pytest
-from pd_proxy import cli, flags
-from pd_proxy.fleet.kinds import KINDS
+from pd_proxy import cli
+from pd_proxy.fleet.engine_families import KINDS
 from pd_proxy.flow.single import ROUTES
+from pd_proxy.settings import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

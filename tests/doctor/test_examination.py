@@ -16,7 +16,7 @@ from pd_proxy.doctor.examination import examine
 from pd_proxy.doctor.report import Report
 from pd_proxy.fleet.findings import Finding
 from pd_proxy.flow.trial import Trials
-from pd_proxy.settings import build_settings
+from pd_proxy.settings.tree import build_settings
 from pd_proxy_simulator import Simulator
 
 from tests.contract.cases import CASES, IDS, Case

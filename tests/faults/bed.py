@@ -19,7 +19,7 @@ from typing import Any
 from pd_proxy.app import build
 from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.process import uvicorn_config
-from pd_proxy.settings import build_settings
+from pd_proxy.settings.tree import build_settings
 from pd_proxy_simulator import ReceivedRequest, Simulator, SimulatorConfig
 
 from tests.contract.cases import CASES, Case

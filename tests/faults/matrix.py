@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from unittest import mock
 
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 
 from tests.contract.cases import CASES, Case
 from tests.faults import bed as beds

@@ -7,7 +7,7 @@ Nothing is left, on the gateway or on the engines, once the engines' leases have
 from __future__ import annotations
 
 import pytest
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 
 from tests.contract.cases import CASES, Case
 from tests.faults.cells import ENDPOINTS, Cell

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from pd_proxy.errors import BackendBusy, BackendCut, BackendFailed, BackendUnreachable
 from pd_proxy.fleet.backend import Backend
-from pd_proxy.fleet.breaker import Breaker
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.standing import LegName, Standing, Window
-from pd_proxy.settings import BreakerSettings, Settings
+from pd_proxy.fleet.outlier.breaker import Breaker
+from pd_proxy.fleet.outlier.statistics import LegName, Standing, Window
+from pd_proxy.settings.tree import BreakerSettings, Settings
 
 
 def breaker(**given_: Any) -> Breaker:

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 from pd_proxy.fleet.findings import ADVICE, MEANING, SIDE_ADVICE, Finding, found, in_order
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 
 PROXY = Path(__file__).parents[2] / "proxy" / "pd_proxy"
 

@@ -20,7 +20,7 @@ from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.flow.legs import Limbo
 from pd_proxy.handoff.connector import Handoff
-from pd_proxy.settings import Settings
+from pd_proxy.settings.tree import Settings
 
 
 class Clock:

@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.inbox import CannotHear
-from pd_proxy.fleet.kv_events import KvEvents, _endpoint, load_tokenizer
-from pd_proxy.handoff.body import read_body
+from pd_proxy.fleet.zmq.kv_events import KvEvents, _endpoint, load_tokenizer
+from pd_proxy.fleet.zmq.listener import CannotHear
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.prefix.chain import Chain, chain_of
 from pd_proxy.prefix.index import PrefixIndex
-from pd_proxy.settings import build_settings
+from pd_proxy.requests.body import read_body
+from pd_proxy.settings.tree import build_settings
 from pd_proxy_simulator import Simulator, SimulatorConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -211,7 +211,7 @@ async def test_an_entry_made_at_dispatch_does_not_wait_for_events() -> None:
 
 
 async def test_engines_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pd_proxy.fleet.kv_events._LOOK", 0.01)
+    monkeypatch.setattr("pd_proxy.fleet.zmq.kv_events._LOOK", 0.01)
     async with bed(2) as it:
         one, _ = it.engines
         it.fleet.remove(one.url, "mixed")
@@ -227,7 +227,7 @@ async def test_engines_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_an_index_that_hears_of_an_engine_late_gets_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pd_proxy.fleet.kv_events._LOOK", 0.01)
+    monkeypatch.setattr("pd_proxy.fleet.zmq.kv_events._LOOK", 0.01)
     async with bed() as it:
         (engine,) = it.engines
         (backend,) = it.fleet
@@ -245,7 +245,7 @@ async def test_an_index_that_hears_of_an_engine_late_gets_what_it_has(monkeypatc
 
 
 async def test_an_engine_that_restarts_while_it_is_out_gets_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pd_proxy.fleet.kv_events._LOOK", 0.01)
+    monkeypatch.setattr("pd_proxy.fleet.zmq.kv_events._LOOK", 0.01)
     async with bed() as it:
         (engine,) = it.engines
         (backend,) = it.fleet
@@ -264,7 +264,7 @@ async def test_an_engine_that_restarts_while_it_is_out_gets_nothing_back(monkeyp
 async def test_a_failure_of_our_own_is_logged_and_it_begins_anew(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pd_proxy.fleet.kv_events._AGAIN", 0.01)
+    monkeypatch.setattr("pd_proxy.fleet.zmq.kv_events._AGAIN", 0.01)
     async with bed() as it:
         (engine,) = it.engines
         held = it.events.corrections.held[engine.url]
@@ -407,9 +407,9 @@ async def test_what_a_rank_publishes_is_believed_of_that_rank(monkeypatch: pytes
             {},
         )
         ports = [engine.kv_events_port for engine in engines]
-        monkeypatch.setattr("pd_proxy.fleet.kv_events._LOOK", 0.01)
+        monkeypatch.setattr("pd_proxy.fleet.zmq.kv_events._LOOK", 0.01)
         monkeypatch.setattr(
-            "pd_proxy.fleet.kv_events._endpoint",
+            "pd_proxy.fleet.zmq.kv_events._endpoint",
             lambda template, host, port, rank: f"tcp://127.0.0.1:{ports[rank]}" if template else "",
         )
         index, fleet = PrefixIndex(), Fleet(settings)

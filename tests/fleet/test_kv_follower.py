@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import zmq
 import zmq.asyncio
-from pd_proxy.fleet import kv_follower
-from pd_proxy.fleet.kv_follower import Follower, Turns
+from pd_proxy.fleet.zmq import kv_follower
+from pd_proxy.fleet.zmq.kv_follower import Follower, Turns
 from pd_proxy_simulator.kv_events import END, Publisher
 
 from tests.support import until

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
-from pd_proxy.fleet.mass_failure import LATE, MOST_LATE, OVERDUE, Checks, Delays, Run
+from pd_proxy.fleet.health.mass_failure import LATE, MOST_LATE, OVERDUE, Checks, Delays, Run
 
 TIMEOUT = 2.0
 ENGINES = [f"engine{number}" for number in range(8)]

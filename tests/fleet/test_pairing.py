@@ -9,7 +9,7 @@ import pytest
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.pairing import same_weights
-from pd_proxy.settings import build_settings
+from pd_proxy.settings.tree import build_settings
 
 
 def card(model: str, root: Any = None, parent: Any = None) -> dict[str, Any]:

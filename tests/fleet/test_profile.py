@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from pd_proxy.fleet.profile import Profile, read_from_elsewhere, read_profile
+from pd_proxy.fleet.health.profile import Profile, read_from_elsewhere, read_profile
 
 CACHE = b'vllm:cache_config_info{block_size="32",enable_prefix_caching="%b",engine="0"} 1.0\n'
 

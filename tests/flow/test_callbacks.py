@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pd_proxy.errors import BackendGarbled, BackendLost, BackendTimedOut, CallUnexpected, InvalidRequest
 from pd_proxy.flow.callbacks import Call, Callbacks
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 
 from tests.handoff.test_ascend_layerwise import CALL
 

@@ -13,11 +13,11 @@ from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.speeds import PoolSpeeds
 from pd_proxy.flow.decisions import MOST_CANDIDATES, MOST_HEADER, Decisions, Full, header, in_full
 from pd_proxy.flow.request import Request
-from pd_proxy.handoff.body import read_body
+from pd_proxy.http.response import AsgiClient
 from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.costs import cost
 from pd_proxy.placement.decide import Decision, View, decide
-from pd_proxy.relay.client import AsgiClient
+from pd_proxy.requests.body import read_body
 from pd_proxy.telemetry.records import RequestRecord
 
 AUTO = {"prefill": "auto", "decode": "auto", "mixed": "auto"}

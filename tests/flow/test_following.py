@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pd_proxy.flow.request import leg_id
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy_simulator import Simulator
 
 from tests.contract.cases import IDS, MOST, Case, fleet

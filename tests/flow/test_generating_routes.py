@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy_simulator import Simulator
 from pd_proxy_simulator.prompts import render_chat
 

@@ -82,7 +82,7 @@ async def bed(count: int = 3, warm: Any = None, **more: Any) -> AsyncIterator[Be
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pd_proxy.fleet.kv_events._LOOK", 0.01)
+    monkeypatch.setattr("pd_proxy.fleet.zmq.kv_events._LOOK", 0.01)
 
 
 async def test_an_engine_that_was_warm_before_the_gateway_started_gets_the_prompt() -> None:

@@ -10,7 +10,7 @@ from time import sleep
 import pytest
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.health import Prober
+from pd_proxy.fleet.health.prober import Prober
 
 from tests.support import Running, chat, pools, until
 

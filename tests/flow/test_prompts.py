@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from pd_proxy.fleet.backend import Backend
-from pd_proxy.fleet.cache import Cache
+from pd_proxy.fleet.health.kv_cache import Cache
 from pd_proxy.fleet.speeds import PoolSpeeds, Speeds
 from pd_proxy.flow.prompts import Prompts, Sent
 from pd_proxy.flow.request import Request

@@ -20,7 +20,7 @@ from pd_proxy_simulator import Simulator
 from tests.faults.clock import virtual_time
 from tests.support import completion, running_gateway, simulators, until
 from tests.test_process import Process, served
-from tests.test_workers import until_up, workers_of
+from tests.workers.test_supervisor import until_up, workers_of
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from pd_proxy.errors import HandoffInvalid
-from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.plan import Plan
-from pd_proxy.handoff.registry import CONNECTORS
-from pd_proxy.settings import CALLED_BACK
+from pd_proxy.requests.body import read_body
+from pd_proxy.settings.tree import CALLED_BACK
 
 LAYERWISE = CONNECTORS["ascend_layerwise"]
 URL = "http://10.0.0.1:8000/v1/metaserver"

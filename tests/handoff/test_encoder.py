@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from pd_proxy.errors import BackendGarbled
-from pd_proxy.handoff.body import Body, read_body
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.encoder import Medium, encode_leg, encoded, read_encoded, read_media
 from pd_proxy.handoff.plan import Plan
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.requests.body import Body, read_body
 
 PNG = "data:image/png;base64," + base64.b64encode(b"a picture").decode()
 HANDLE = {"metadata": {"grid": [1, 2]}, "item_indices": [0], "peer_host": "e", "peer_port": 5601, "size_bytes": 8}

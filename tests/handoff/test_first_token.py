@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from pd_proxy.handoff.body import Body, read_body
-from pd_proxy.handoff.endpoints import Endpoint
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.first_token import FirstToken, inexact_because, read, sampled_token
 from pd_proxy.handoff.opening import joined_answer, opening_events, whole_answer
 from pd_proxy.handoff.plan import Plan
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.requests.body import Body, read_body
+from pd_proxy.requests.endpoints import Endpoint
 
 
 def body(endpoint: Endpoint = "chat", **members: Any) -> Body:

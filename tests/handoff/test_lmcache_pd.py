@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.plan import Plan
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.requests.body import read_body
 
 LMCACHE = CONNECTORS["lmcache_pd"]
 DECODE = Coordinates(host="10.0.0.2", init_ports=(7300, 7301), alloc_ports=(7400, 7401), tp=2)

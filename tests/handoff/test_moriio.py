@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.errors import HandoffInvalid
-from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.plan import Plan
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.requests.body import read_body
 
 READ, WRITE = CONNECTORS["moriio_read"], CONNECTORS["moriio_write"]
 NAME = "ab" * 16

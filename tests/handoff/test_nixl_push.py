@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 from pd_proxy.errors import HandoffInvalid
-from pd_proxy.handoff.body import read_body
 from pd_proxy.handoff.connector import Handoff, Meeting
+from pd_proxy.handoff.connectors.nixl_push import NixlPush
 from pd_proxy.handoff.coordinates import Coordinates
-from pd_proxy.handoff.nixl_push import NixlPush
 from pd_proxy.handoff.plan import Plan
+from pd_proxy.requests.body import read_body
 
 from tests.handoff.test_plan import PARAMS, answer, said, without
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.connectors.offload_p2p import OffloadP2P
 from pd_proxy.handoff.coordinates import Coordinates
-from pd_proxy.handoff.offload_p2p import OffloadP2P
 from pd_proxy.handoff.plan import Plan
+from pd_proxy.requests.body import read_body
 
 from tests.handoff.test_plan import said
 

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pd_proxy.handoff.body import read_body
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.plan import Plan
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.requests.body import read_body
 
 P2P = CONNECTORS["p2p_nccl"]
 NAME = "0f" * 16

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.errors import BackendGarbled, HandoffInvalid
-from pd_proxy.handoff.body import read_body
 from pd_proxy.handoff.connector import Connector
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.coordinates import Coordinates
-from pd_proxy.handoff.endpoints import Endpoint
 from pd_proxy.handoff.plan import Leg, Plan
-from pd_proxy.handoff.registry import CONNECTORS
-from pd_proxy.settings import ConnectorName
+from pd_proxy.requests.body import read_body
+from pd_proxy.requests.endpoints import Endpoint
+from pd_proxy.settings.tree import ConnectorName
 
 PARAMS: dict[str, Any] = {
     "do_remote_prefill": True,

@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from pd_proxy.handoff.body import Endpoint, read_body
 from pd_proxy.handoff.connector import Connector
-from pd_proxy.handoff.continuation import Continuation
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.plan import Plan
-from pd_proxy.handoff.registry import CONNECTORS
 from pd_proxy.handoff.reuse import reusable
+from pd_proxy.requests.body import Endpoint, read_body
+from pd_proxy.requests.continuation import Continuation
 
 from tests.handoff.test_plan import PARAMS, said
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pd_proxy.handoff.body import Endpoint, read_body
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.plan import Leg, Plan
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.requests.body import Endpoint, read_body
 
 SGLANG = CONNECTORS["sglang"]
 P = Coordinates(host="10.0.0.1", port=9001)

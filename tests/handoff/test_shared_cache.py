@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import inf
 
 import pytest
-from pd_proxy.handoff.body import read_body
 from pd_proxy.handoff.connector import read_answer
+from pd_proxy.handoff.connectors.shared_cache import SharedCache
 from pd_proxy.handoff.plan import Plan
-from pd_proxy.handoff.shared_cache import SharedCache
+from pd_proxy.requests.body import read_body
 
 from tests.handoff.test_plan import PARAMS, answer, said
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.errors import BackendGarbled, HandoffInvalid
-from pd_proxy.handoff.body import Endpoint, read_body
+from pd_proxy.handoff.connectors.registry import CONNECTORS, connectors
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.opening import opening_events, whole_answer
 from pd_proxy.handoff.plan import Leg, Plan
-from pd_proxy.handoff.registry import CONNECTORS, connectors
+from pd_proxy.requests.body import Endpoint, read_body
 
 TRTLLM = CONNECTORS["tensorrt_llm"]
 P = Coordinates(host="10.0.0.1")

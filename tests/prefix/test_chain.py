@@ -13,10 +13,10 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pd_proxy.handoff.body import read_body
-from pd_proxy.handoff.endpoints import Endpoint
 from pd_proxy.prefix.blocks import IDS
 from pd_proxy.prefix.chain import EMPTY, Chain, chain_of, chain_of_ids, link_ids, root_of_ids
+from pd_proxy.requests.body import read_body
+from pd_proxy.requests.endpoints import Endpoint
 
 KEY = b"k" * 16
 WORDS = [word * 3 for word in ("alpha ", "beta ", "gamma ", "delta ")]

@@ -8,10 +8,10 @@ from zlib import crc32
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pd_proxy.handoff.body import read_body
 from pd_proxy.prefix.chain import Chain, chain_of, chain_of_ids, root_of_ids
 from pd_proxy.prefix.corrections import Corrections
 from pd_proxy.prefix.index import PrefixIndex
+from pd_proxy.requests.body import read_body
 
 KEY = b"k" * 32
 ONE, OTHER = "http://a:1", "http://b:1"

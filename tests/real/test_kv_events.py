@@ -12,11 +12,11 @@ from random import Random
 import httpx
 import pytest
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.kv_events import KvEvents
-from pd_proxy.handoff.body import read_body
+from pd_proxy.fleet.zmq.kv_events import KvEvents
 from pd_proxy.prefix.chain import chain_of, chain_of_ids, root_of_ids
 from pd_proxy.prefix.index import PrefixIndex
-from pd_proxy.settings import build_settings
+from pd_proxy.requests.body import read_body
+from pd_proxy.settings.tree import build_settings
 
 from tests.support import until
 

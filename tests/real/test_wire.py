@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from pd_proxy.fleet.signs import counted, speaker
-from pd_proxy.handoff.registry import CONNECTORS
+from pd_proxy.fleet.health.fingerprints import counted, speaker
+from pd_proxy.handoff.connectors.registry import CONNECTORS
 
 from .bed import Bed
 from .engines import MODEL_NAME, Engine

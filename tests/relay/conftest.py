@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from tests.http.conftest import server
 
-import pytest
-
-from .serving import Server, serving
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as running:
-        yield running
+__all__ = ["server"]

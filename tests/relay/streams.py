@@ -8,16 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from pd_proxy.dialects.dialect import Dialect
+from pd_proxy.dialects.edit import Edit
 from pd_proxy.errors import BackendError
-from pd_proxy.relay.deadlines import Deadlines
-from pd_proxy.relay.dialect import Dialect
-from pd_proxy.relay.edit import Edit
-from pd_proxy.relay.http1 import Connection, Origin
+from pd_proxy.http.client import Connection, Origin
+from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.relay.stream import StreamRelay
 from pd_proxy.relay.transcript import Transcript
 from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution
 
-from .helpers import PATIENCE, FakeTransport, RecordingClient
+from tests.http.helpers import PATIENCE, FakeTransport, RecordingClient
 
 URL = "http://engine:80"
 DONE = b"data: [DONE]\n\n"

@@ -6,13 +6,14 @@ import asyncio
 import logging
 
 import pytest
+from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
+from pd_proxy.dialects.sglang import SGLANG_EVENTS
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled
-from pd_proxy.relay.deadlines import Deadlines
-from pd_proxy.relay.http1 import Collected, Connection, Origin
-from pd_proxy.relay.prompt_logprobs import PromptLogprobs
-from pd_proxy.relay.sglang_events import SGLANG_EVENTS
+from pd_proxy.http.client import Collected, Connection, Origin
+from pd_proxy.http.deadlines import Deadlines
 
-from .helpers import FakeTransport, Recorder
+from tests.http.helpers import FakeTransport, Recorder
+
 from .streams import DONE, HIDE, chat, event, opened
 
 URL = "http://engine:80"

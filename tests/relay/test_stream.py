@@ -12,6 +12,8 @@ from time import sleep
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pd_proxy.dialects.edit import Edit
+from pd_proxy.dialects.sse import EventReader
 from pd_proxy.errors import (
     BackendBusy,
     BackendCut,
@@ -23,13 +25,12 @@ from pd_proxy.errors import (
     BackendRejected,
     BackendTimedOut,
 )
-from pd_proxy.relay import passage as relay_passage
+from pd_proxy.relay import fast_path as relay_passage
 from pd_proxy.relay import stream as relay_stream
-from pd_proxy.relay.edit import Edit
-from pd_proxy.relay.events import EventReader
 from pd_proxy.telemetry.records import ITL_BOUNDS
 
-from .helpers import PATIENCE
+from tests.http.helpers import PATIENCE
+
 from .streams import COUNTS, DONE, PING, Stream, chat, chunk, event, identity, opened, relayed, text
 
 ROLE = chat({"role": "assistant", "content": ""})

@@ -13,11 +13,12 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pd_proxy.relay.edit import Edit
-from pd_proxy.relay.passage import Passage
+from pd_proxy.dialects.edit import Edit
+from pd_proxy.relay.fast_path import Passage
 from pd_proxy.relay.transcript import Transcript
 
-from .helpers import RecordingClient
+from tests.http.helpers import RecordingClient
+
 from .streams import COUNTS, DONE, HIDE, PING, Stream, chunk, event, identity, members, opened, relayed
 
 PROMPT = [101, 7, 102]

@@ -8,9 +8,9 @@ import pytest
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.speeds import PoolSpeeds
 from pd_proxy.flow.decisions import Decisions
-from pd_proxy.handoff.body import read_body
 from pd_proxy.prefix.chain import chain_of
 from pd_proxy.prefix.index import PrefixIndex
+from pd_proxy.requests.body import read_body
 from pd_proxy.telemetry.placement import PlacementSink
 from pd_proxy.telemetry.prometheus import registry
 from pd_proxy.telemetry.records import PrefixCounts

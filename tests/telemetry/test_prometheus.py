@@ -12,7 +12,7 @@ from pd_proxy import __version__
 from pd_proxy.errors import BackendCut
 from pd_proxy.fleet.backend import Lease
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.settings import Settings
+from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.prometheus import Histogram, PrometheusSink, registry
 from pd_proxy.telemetry.records import TTFT_BOUNDS, Distribution, RequestRecord, Sinks
 from prometheus_client import exposition

@@ -15,7 +15,7 @@ from pd_proxy.admission.clients import clients
 from pd_proxy.admission.schedule import Room, Schedule
 from pd_proxy.admission.ticket import Ticket
 from pd_proxy.errors import Draining, GatewayError, Unavailable
-from pd_proxy.settings import Settings
+from pd_proxy.settings.tree import Settings
 
 log = logging.getLogger("pd_proxy.admission")
 

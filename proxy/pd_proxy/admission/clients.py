@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import ceil, inf
 
 from pd_proxy.errors import RateLimited, TooManyTokens
-from pd_proxy.settings import Settings
+from pd_proxy.settings.tree import Settings
 
 ANONYMOUS = "anonymous"
 """The one client of a gateway without keys."""

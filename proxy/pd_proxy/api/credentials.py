@@ -11,7 +11,7 @@ from typing import Any
 
 from pd_proxy.admission.clients import ANONYMOUS
 from pd_proxy.errors import Forbidden, Unauthorized
-from pd_proxy.settings import Settings
+from pd_proxy.settings.tree import Settings
 
 _READING = frozenset({"GET", "HEAD"})
 """Methods by which an operator looks and changes nothing."""

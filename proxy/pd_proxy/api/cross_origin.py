@@ -11,9 +11,9 @@ import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pd_proxy.relay.client import EXTENSION
-from pd_proxy.relay.direct import DirectClient
-from pd_proxy.settings import CorsSettings
+from pd_proxy.http.direct import DirectClient
+from pd_proxy.http.response import EXTENSION
+from pd_proxy.settings.tree import CorsSettings
 
 Headers = list[tuple[bytes, bytes]]
 

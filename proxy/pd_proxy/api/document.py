@@ -14,7 +14,7 @@ from pd_proxy import errors
 from pd_proxy.api.schemas import request_content
 from pd_proxy.errors import GatewayError
 from pd_proxy.flow.single import ROUTES
-from pd_proxy.handoff.endpoints import LAYOUTS
+from pd_proxy.requests.endpoints import LAYOUTS
 
 Schema = dict[str, Any]
 Kinds = tuple[type[GatewayError], ...]

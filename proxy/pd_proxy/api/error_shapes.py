@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from pd_proxy.errors import GatewayError
-from pd_proxy.handoff.endpoints import Endpoint
+from pd_proxy.requests.endpoints import Endpoint
 
 # https://docs.anthropic.com/en/api/errors
 _ANTHROPIC_TYPES = {

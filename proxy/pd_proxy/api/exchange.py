@@ -13,7 +13,6 @@ from typing import Any
 from pd_proxy.admission.admission import Admission
 from pd_proxy.admission.gate import Gate
 from pd_proxy.admission.ticket import Ticket
-from pd_proxy.api.coding import ACCEPTED, coding_of, plain
 from pd_proxy.api.error_shapes import OPENAI, ErrorShape
 from pd_proxy.api.trace_context import trace_context
 from pd_proxy.errors import (
@@ -28,8 +27,9 @@ from pd_proxy.errors import (
     RouteNotFound,
 )
 from pd_proxy.flow.request import new_id
-from pd_proxy.relay.client import EXTENSION, AsgiClient, Client, Receive, Scope, Send
-from pd_proxy.relay.direct import DirectClient
+from pd_proxy.http.content_coding import ACCEPTED, coding_of, plain
+from pd_proxy.http.direct import DirectClient
+from pd_proxy.http.response import EXTENSION, AsgiClient, Client, Receive, Scope, Send
 from pd_proxy.telemetry.records import RequestRecord, Telemetry
 
 JSON = (b"content-type", b"application/json")

@@ -16,18 +16,18 @@ from pd_proxy.api.error_shapes import ERROR_SHAPES
 from pd_proxy.api.exchange import ClientLeft, check_length, enter, exchange, introduce, read_whole, time_limit, turn
 from pd_proxy.errors import MethodNotAllowed, ResponseNotFound, TotalTimedOut
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.names import Names
+from pd_proxy.fleet.model_names import Names
 from pd_proxy.flow.flow import Flow
 from pd_proxy.flow.hops import HEADER
 from pd_proxy.flow.placing import Placing
 from pd_proxy.flow.request import Request
-from pd_proxy.flow.stored import StoredResponses
-from pd_proxy.handoff.body import Body, read_body, renamed
-from pd_proxy.handoff.endpoints import Endpoint
-from pd_proxy.handoff.output_bounds import bound_output
-from pd_proxy.handoff.sessions import session_of
-from pd_proxy.relay.client import Client, Receive, Scope, Send
-from pd_proxy.settings import Settings
+from pd_proxy.flow.stored_responses import StoredResponses
+from pd_proxy.http.response import Client, Receive, Scope, Send
+from pd_proxy.requests.body import Body, read_body, renamed
+from pd_proxy.requests.endpoints import Endpoint
+from pd_proxy.requests.output_bounds import bound_output
+from pd_proxy.requests.sessions import session_of
+from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord, Telemetry
 
 EXPLAIN = b"x-pd-proxy-explain"

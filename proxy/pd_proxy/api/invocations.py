@@ -15,10 +15,10 @@ from pd_proxy.api.credentials import Credentials
 from pd_proxy.api.exchange import ClientLeft, check_length, identify, read_whole
 from pd_proxy.api.surface import answer
 from pd_proxy.errors import GatewayError, InvalidRequest, MethodNotAllowed
-from pd_proxy.handoff.body import read_members
-from pd_proxy.relay.client import EXTENSION
-from pd_proxy.relay.direct import DirectClient
-from pd_proxy.settings import Settings
+from pd_proxy.http.direct import DirectClient
+from pd_proxy.http.response import EXTENSION
+from pd_proxy.requests.body import read_members
+from pd_proxy.settings.tree import Settings
 
 PATH = "/invocations"
 

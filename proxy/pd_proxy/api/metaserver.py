@@ -14,9 +14,9 @@ from ipaddress import IPv4Network, IPv6Network
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from pd_proxy.api.siblings import Siblings
 from pd_proxy.errors import CallUnexpected, Forbidden, InvalidRequest
 from pd_proxy.flow.callbacks import PATH, Callbacks
+from pd_proxy.workers.peers import Siblings
 
 log = logging.getLogger("pd_proxy.api")
 

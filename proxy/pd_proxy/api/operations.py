@@ -17,13 +17,13 @@ from pd_proxy import __version__
 from pd_proxy.admission.admission import Admission
 from pd_proxy.admission.gate import Gate
 from pd_proxy.api.credentials import Credentials
-from pd_proxy.api.merging import merge, parse
-from pd_proxy.api.siblings import Siblings
 from pd_proxy.errors import InvalidRequest, NoBackend
 from pd_proxy.fleet.backend import ROLES, Role
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.names import Names
-from pd_proxy.settings import DEFAULT_GROUP, backend_url
+from pd_proxy.fleet.model_names import Names
+from pd_proxy.settings.tree import DEFAULT_GROUP, backend_url
+from pd_proxy.workers.metrics_merge import merge, parse
+from pd_proxy.workers.peers import Siblings
 
 
 class Instances(BaseModel):

@@ -18,15 +18,15 @@ from pd_proxy.api.credentials import Credentials
 from pd_proxy.api.error_shapes import RESPONSES
 from pd_proxy.api.inference import not_stored
 from pd_proxy.decoding import Undecodable
+from pd_proxy.dialects import sse as events
+from pd_proxy.dialects.answers import engine_error, names_handoff, strip_handoff
+from pd_proxy.dialects.registry import DIALECTS
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, NoBackend
-from pd_proxy.fleet.control import Answer, Control
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.flow.stored import StoredResponses
-from pd_proxy.handoff.endpoints import LAYOUTS
-from pd_proxy.relay import events
-from pd_proxy.relay.answers import engine_error, names_handoff, strip_handoff
-from pd_proxy.relay.dialects import DIALECTS
-from pd_proxy.settings import Settings
+from pd_proxy.flow.stored_responses import StoredResponses
+from pd_proxy.http.control import Answer, Control
+from pd_proxy.requests.endpoints import LAYOUTS
+from pd_proxy.settings.tree import Settings
 
 _PATH = LAYOUTS["responses"].path
 _DIALECT = DIALECTS["responses"]

@@ -13,7 +13,6 @@ import msgspec
 
 from pd_proxy.admission.admission import Admission
 from pd_proxy.admission.gate import Gate
-from pd_proxy.api.coding import coding_of
 from pd_proxy.api.credentials import Credentials
 from pd_proxy.api.error_shapes import ANTHROPIC, OPENAI
 from pd_proxy.api.exchange import (
@@ -29,15 +28,16 @@ from pd_proxy.api.exchange import (
 )
 from pd_proxy.errors import BodyTooLarge, EncodingNotSupported, MethodNotAllowed, RequestTimedOut, TotalTimedOut
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.names import Names
+from pd_proxy.fleet.model_names import Names
 from pd_proxy.flow.hops import HEADER
 from pd_proxy.flow.single import ROUTES, Single, SingleRequest
-from pd_proxy.handoff.body import read_members, read_model
-from pd_proxy.handoff.form import Form
-from pd_proxy.handoff.output_bounds import bound_output
-from pd_proxy.relay.client import AsgiClient, Client, Receive, Scope, Send
-from pd_proxy.relay.direct import DirectClient
-from pd_proxy.settings import Settings
+from pd_proxy.http.content_coding import coding_of
+from pd_proxy.http.direct import DirectClient
+from pd_proxy.http.response import AsgiClient, Client, Receive, Scope, Send
+from pd_proxy.requests.body import read_members, read_model
+from pd_proxy.requests.form import Form
+from pd_proxy.requests.output_bounds import bound_output
+from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord, Telemetry
 
 KEPT = 1024 * 1024

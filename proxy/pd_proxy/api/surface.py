@@ -18,12 +18,11 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pd_proxy import __version__
-from pd_proxy.api import page
+from pd_proxy.api import docs_page as page
 from pd_proxy.api.cross_origin import CrossOrigin
 from pd_proxy.api.document import complete
 from pd_proxy.api.exchange import no_route
 from pd_proxy.api.responses import ABSENT
-from pd_proxy.api.siblings import Siblings
 from pd_proxy.errors import (
     BodyTooLarge,
     GatewayError,
@@ -34,6 +33,7 @@ from pd_proxy.errors import (
 )
 from pd_proxy.flow.hops import HEADER, Hops
 from pd_proxy.flow.request import new_id
+from pd_proxy.workers.peers import Siblings
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 

@@ -8,7 +8,7 @@ import logging
 import sys
 
 from pd_proxy.doctor.examination import MOST_PAIRS, examine
-from pd_proxy.settings import Settings
+from pd_proxy.settings.tree import Settings
 
 _INTERRUPTED = 130  # what a shell makes of SIGINT
 

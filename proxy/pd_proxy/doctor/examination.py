@@ -1,7 +1,8 @@
 """Asks every engine of some settings what it is, tries pairs of them, and reports.
 
-It serves nobody. What it does to engines is what a gateway does that starts: health checks (`fleet/health.py`), and a
-request for one token through each pair that it tries (`flow/trial.py`), whose blocks are free again when it ends.
+It serves nobody. What it does to engines is what a gateway does that starts: health checks
+(`fleet/health/prober.py`), and a request for one token through each pair that it tries (`flow/trial.py`), whose blocks
+are free again when it ends.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from pd_proxy.doctor.differences import differences, together
 from pd_proxy.doctor.pairs import choose_pairs
 from pd_proxy.doctor.report import Engine, Handoff, Report
 from pd_proxy.fleet.backend import Backend, Role
-from pd_proxy.fleet.control import Control
 from pd_proxy.fleet.findings import Finding, found, in_order
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.health import ProbeFailed, Prober
-from pd_proxy.fleet.inbox import CannotHear
-from pd_proxy.fleet.notices import Notices
-from pd_proxy.fleet.profile import Profile
-from pd_proxy.fleet.registration import Registrations
+from pd_proxy.fleet.health.prober import ProbeFailed, Prober
+from pd_proxy.fleet.health.profile import Profile
+from pd_proxy.fleet.zmq.listener import CannotHear
+from pd_proxy.fleet.zmq.notifications import Notices
+from pd_proxy.fleet.zmq.registrations import Registrations
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.trial import Trial, Trials, model_of, tolerated, usable, wrong_connector, wrong_role
 from pd_proxy.handoff.connector import UNKNOWN, Connector
-from pd_proxy.handoff.registry import connectors
-from pd_proxy.settings import Settings
+from pd_proxy.handoff.connectors.registry import connectors
+from pd_proxy.http.control import Control
+from pd_proxy.settings.tree import Settings
 
 MOST_PAIRS = 16
 """Pairs that are tried unless one says otherwise: some seconds, and each engine of fleets up to 16 of each role."""

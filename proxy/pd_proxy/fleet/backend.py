@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import Any, Literal
 
 from pd_proxy.errors import BackendError, BackendLost
-from pd_proxy.fleet.facts import Facts
+from pd_proxy.fleet.engine_families import KINDS, Kind
 from pd_proxy.fleet.findings import NEVER, HandoffState
-from pd_proxy.fleet.kinds import KINDS, Kind
+from pd_proxy.fleet.health.identity import Facts
+from pd_proxy.fleet.outlier.statistics import LegName, Standing
 from pd_proxy.fleet.speeds import PoolSpeeds, Speeds
-from pd_proxy.fleet.standing import LegName, Standing
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.prefix.index import rank_name
 

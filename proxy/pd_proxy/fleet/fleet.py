@@ -13,19 +13,19 @@ from urllib.parse import urlsplit
 
 from pd_proxy.errors import BackendBusy, BackendError, BackendFailed, BackendTimedOut, BackendUnreachable
 from pd_proxy.fleet.backend import LEGS, ROLES, Backend, Role
-from pd_proxy.fleet.breaker import FEWEST
-from pd_proxy.fleet.budget import Budgets
-from pd_proxy.fleet.cache import Cache
+from pd_proxy.fleet.engine_families import KINDS
 from pd_proxy.fleet.findings import MEANING
-from pd_proxy.fleet.kinds import KINDS
-from pd_proxy.fleet.mass_failure import EXCUSES, Delays
+from pd_proxy.fleet.health.kv_cache import Cache
+from pd_proxy.fleet.health.mass_failure import EXCUSES, Delays
+from pd_proxy.fleet.outlier.breaker import FEWEST
+from pd_proxy.fleet.outlier.detector import Rotation
+from pd_proxy.fleet.outlier.statistics import LegName
 from pd_proxy.fleet.pairing import Pairing, models_apart
 from pd_proxy.fleet.protocols import Protocols
-from pd_proxy.fleet.rotation import Rotation
+from pd_proxy.fleet.retry_budget import Budgets
 from pd_proxy.fleet.speeds import PoolSpeeds
-from pd_proxy.fleet.standing import LegName
 from pd_proxy.handoff.coordinates import Coordinates
-from pd_proxy.settings import DEFAULT_GROUP, Settings
+from pd_proxy.settings.tree import DEFAULT_GROUP, Settings
 
 log = logging.getLogger("pd_proxy.fleet")
 

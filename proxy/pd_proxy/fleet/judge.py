@@ -6,7 +6,7 @@ from typing import Protocol
 
 from pd_proxy.errors import BackendError
 from pd_proxy.fleet.backend import Backend
-from pd_proxy.fleet.standing import LegName
+from pd_proxy.fleet.outlier.statistics import LegName
 
 
 class Judge(Protocol):

@@ -23,7 +23,7 @@ from pd_proxy.errors import (
     InvalidRequest,
 )
 from pd_proxy.handoff.connector import Connector
-from pd_proxy.handoff.endpoints import Members
+from pd_proxy.requests.endpoints import Members
 
 PATH = "/v1/metaserver"
 

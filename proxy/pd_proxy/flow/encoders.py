@@ -18,7 +18,7 @@ from pd_proxy.flow.legs import Legs, Try
 from pd_proxy.flow.request import Request, new_id
 from pd_proxy.handoff.encoder import TOKENS, Medium, encode_leg, encoded, read_encoded, read_media
 from pd_proxy.placement.spread import spread
-from pd_proxy.settings import Settings
+from pd_proxy.settings.tree import Settings
 
 log = logging.getLogger("pd_proxy.flow")
 

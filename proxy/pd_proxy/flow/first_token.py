@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import monotonic
 
+from pd_proxy.dialects.answers import read_usage
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.flow.legs import EVENT_STREAM, JSON, Try
 from pd_proxy.flow.request import Request
-from pd_proxy.handoff.body import Body
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.handoff.first_token import inexact_because, read
 from pd_proxy.handoff.opening import opening_events, whole_answer
-from pd_proxy.relay.answers import read_usage
-from pd_proxy.settings import Settings
+from pd_proxy.requests.body import Body
+from pd_proxy.settings.tree import Settings
 
 _RESUME_OFF = "resume_off"
 

@@ -16,6 +16,9 @@ from math import inf
 from time import monotonic
 from typing import Any
 
+from pd_proxy.dialects.answers import read_usage
+from pd_proxy.dialects.cache_counts import CacheCounts
+from pd_proxy.dialects.prompt_logprobs import STREAM_LIMIT, PromptLogprobs
 from pd_proxy.errors import (
     BackendBusy,
     BackendError,
@@ -29,10 +32,9 @@ from pd_proxy.errors import (
     NoBackend,
 )
 from pd_proxy.fleet.backend import Backend, Lease, Role
-from pd_proxy.fleet.budget import amplifies
 from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.retry_budget import amplifies
 from pd_proxy.flow.callbacks import Call, Callbacks
-from pd_proxy.flow.cut import settle
 from pd_proxy.flow.encoders import Encoders
 from pd_proxy.flow.first_token import FirstTokens
 from pd_proxy.flow.hops import Hops
@@ -40,15 +42,13 @@ from pd_proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try, remember
 from pd_proxy.flow.placing import Placing, continues
 from pd_proxy.flow.prompts import Sent
 from pd_proxy.flow.request import Request
-from pd_proxy.flow.resumption import Resumption
+from pd_proxy.flow.resume import Resumption
+from pd_proxy.flow.resume_point import settle
 from pd_proxy.flow.suspicion import Suspicion, warn
 from pd_proxy.handoff.connector import UNKNOWN, Connector
 from pd_proxy.handoff.plan import Leg
 from pd_proxy.placement.decide import Decision
-from pd_proxy.relay.answers import read_usage
-from pd_proxy.relay.cache_counts import CacheCounts
-from pd_proxy.relay.prompt_logprobs import STREAM_LIMIT, PromptLogprobs
-from pd_proxy.settings import Settings
+from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import Telemetry
 
 log = logging.getLogger("pd_proxy.flow")

@@ -17,6 +17,21 @@ from typing import Literal
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.dialects.aborts import abort_in, aborted, ends_well
+from pd_proxy.dialects.answers import (
+    Usage,
+    WholeAnswer,
+    engine_error,
+    engine_error_event,
+    flaw_of,
+    read_usage,
+    read_whole,
+    strip_handoff,
+)
+from pd_proxy.dialects.cache_counts import CacheCounts
+from pd_proxy.dialects.edit import Edit
+from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
+from pd_proxy.dialects.registry import DIALECTS
 from pd_proxy.errors import (
     BackendAnswered,
     BackendError,
@@ -27,41 +42,26 @@ from pd_proxy.errors import (
     HandoffUnconfirmed,
 )
 from pd_proxy.fleet.backend import Backend, Lease
-from pd_proxy.fleet.facts import Facts
 from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.health.identity import Facts
 from pd_proxy.fleet.judge import Judge
-from pd_proxy.fleet.notices import Notices
-from pd_proxy.fleet.standing import LegName
+from pd_proxy.fleet.outlier.statistics import LegName
+from pd_proxy.fleet.zmq.notifications import Notices
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.hops import Hops
 from pd_proxy.flow.prompts import Sent
 from pd_proxy.flow.request import Request, leg_id, new_id
 from pd_proxy.handoff.connector import Connector, Handoff
-from pd_proxy.handoff.continuation import Continuation
-from pd_proxy.handoff.endpoints import LAYOUTS, Members
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.handoff.opening import joined_answer
 from pd_proxy.handoff.plan import Leg, Plan
 from pd_proxy.handoff.reuse import reusable
-from pd_proxy.relay.aborts import abort_in, aborted, ends_well
-from pd_proxy.relay.answers import (
-    Usage,
-    WholeAnswer,
-    engine_error,
-    engine_error_event,
-    flaw_of,
-    read_usage,
-    read_whole,
-    strip_handoff,
-)
-from pd_proxy.relay.cache_counts import CacheCounts
-from pd_proxy.relay.deadlines import Deadlines
-from pd_proxy.relay.dialects import DIALECTS
-from pd_proxy.relay.edit import Edit
-from pd_proxy.relay.http1 import Collected, Connection, Origin, Receiver
-from pd_proxy.relay.prompt_logprobs import PromptLogprobs
+from pd_proxy.http.client import Collected, Connection, Origin, Receiver
+from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.relay.stream import StreamRelay
-from pd_proxy.settings import Settings
+from pd_proxy.requests.continuation import Continuation
+from pd_proxy.requests.endpoints import LAYOUTS, Members
+from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import Telemetry
 
 EVENT_STREAM = (

@@ -20,22 +20,22 @@ from pd_proxy.errors import (
     NoBackend,
 )
 from pd_proxy.fleet.backend import Backend, Lease
+from pd_proxy.fleet.engine_families import KINDS, Kind
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.kinds import KINDS, Kind
 from pd_proxy.fleet.pairing import same_weights
 from pd_proxy.flow.decisions import MOST_CANDIDATES, Decisions, Full, in_full
 from pd_proxy.flow.first_token import FirstTokens
 from pd_proxy.flow.prompts import Prompts, Sent
 from pd_proxy.flow.request import Request
-from pd_proxy.handoff.body import Body
 from pd_proxy.handoff.connector import UNKNOWN, Connector
-from pd_proxy.handoff.endpoints import LAYOUTS
 from pd_proxy.placement.ask import NOTHING_CACHED, Ask
 from pd_proxy.placement.auto import time_to_first_token
 from pd_proxy.placement.decide import Decision, View, choose, decide
 from pd_proxy.placement.eligibility import Eligible, Members, Needs, Rules, eligible, left_out
 from pd_proxy.placement.ranks import by_engine, rank_for
-from pd_proxy.settings import Settings
+from pd_proxy.requests.body import Body
+from pd_proxy.requests.endpoints import LAYOUTS
+from pd_proxy.settings.tree import Settings
 
 _SAYS_NOTHING = {
     kind.reason

@@ -9,15 +9,15 @@ from time import monotonic
 from types import TracebackType
 
 from pd_proxy.fleet.backend import Backend, Lease
-from pd_proxy.fleet.cache import Cache
-from pd_proxy.fleet.kv_events import KvEvents
+from pd_proxy.fleet.health.kv_cache import Cache
 from pd_proxy.fleet.speeds import MOST_TOKENS
+from pd_proxy.fleet.zmq.kv_events import KvEvents
 from pd_proxy.flow.request import Request
-from pd_proxy.handoff.endpoints import LAYOUTS
 from pd_proxy.placement.ask import Ask
 from pd_proxy.prefix.chain import EMPTY, Chain, chain_of
 from pd_proxy.prefix.earlier import EarlierChains
 from pd_proxy.prefix.index import PrefixIndex
+from pd_proxy.requests.endpoints import LAYOUTS
 from pd_proxy.telemetry.records import PrefixCounts
 
 _MOST_TOKENS = 4  # times what was estimated from a prompt's bytes: a token has at least one of them

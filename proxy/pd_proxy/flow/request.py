@@ -10,16 +10,16 @@ from typing import Any
 import msgspec
 
 from pd_proxy.errors import BackendError
-from pd_proxy.fleet.budget import Permit
-from pd_proxy.flow.stored import StoredResponses
+from pd_proxy.fleet.retry_budget import Permit
+from pd_proxy.flow.stored_responses import StoredResponses
 from pd_proxy.flow.suspicion import Cuts
-from pd_proxy.handoff.body import Body
-from pd_proxy.handoff.continuation import Continuation
 from pd_proxy.handoff.encoder import Medium
+from pd_proxy.http.response import Client
 from pd_proxy.placement.ask import Ask
 from pd_proxy.prefix.chain import Chain
-from pd_proxy.relay.client import Client
 from pd_proxy.relay.transcript import Transcript
+from pd_proxy.requests.body import Body
+from pd_proxy.requests.continuation import Continuation
 from pd_proxy.telemetry.records import RequestRecord
 
 # What a completion is taken to add to a decode backend's load when the client set no bound. It only has to be right

@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 
 from pd_proxy.decoding import Undecodable, decode_json
+from pd_proxy.dialects.answers import engine_error, read_usage
 from pd_proxy.errors import (
     BackendError,
     BackendLacksModel,
@@ -31,20 +32,19 @@ from pd_proxy.errors import (
     RouteNotFound,
 )
 from pd_proxy.fleet.backend import Backend, Lease, Role
-from pd_proxy.fleet.budget import amplifies
 from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.retry_budget import amplifies
 from pd_proxy.flow.hops import Hops
 from pd_proxy.flow.legs import EVENT_STREAM, Legs, leg_of
 from pd_proxy.flow.request import leg_id
 from pd_proxy.flow.suspicion import Cuts, Suspicion, warn
+from pd_proxy.http.deadlines import Deadlines
+from pd_proxy.http.response import Client, Headers
+from pd_proxy.http.upload import Upload
 from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.decide import choose
-from pd_proxy.relay.answers import engine_error, read_usage
-from pd_proxy.relay.carry import Carry
-from pd_proxy.relay.client import Client, Headers
-from pd_proxy.relay.deadlines import Deadlines
-from pd_proxy.relay.upload import Upload
-from pd_proxy.settings import Settings
+from pd_proxy.relay.passthrough import Carry
+from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord
 
 log = logging.getLogger("pd_proxy.flow")

@@ -23,17 +23,17 @@ from pd_proxy.errors import BackendError, GatewayError, HandoffInvalid
 from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.fleet.findings import SIDE_ADVICE, Finding, found
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.notices import Notices
-from pd_proxy.fleet.profile import Profile
-from pd_proxy.fleet.standing import LegName
+from pd_proxy.fleet.health.profile import Profile
+from pd_proxy.fleet.outlier.statistics import LegName
+from pd_proxy.fleet.zmq.notifications import Notices
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.legs import Legs, Limbo, Try, new_try, remember
 from pd_proxy.flow.request import Request, new_id
-from pd_proxy.handoff.body import read_body
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.handoff.side import side_of
-from pd_proxy.relay.client import Flow, Headers
-from pd_proxy.settings import Settings
+from pd_proxy.http.response import Flow, Headers
+from pd_proxy.requests.body import read_body
+from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
 
 log = logging.getLogger("pd_proxy.flow")

@@ -24,11 +24,11 @@ from time import monotonic
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.findings import NEVER, Finding, HandoffState
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.notices import Notices
+from pd_proxy.fleet.zmq.notifications import Notices
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.trial import Trial, Trials, Witness, model_of, usable
 from pd_proxy.handoff.connector import Connector
-from pd_proxy.settings import Settings
+from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord
 
 log = logging.getLogger("pd_proxy.flow")

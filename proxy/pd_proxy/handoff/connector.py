@@ -16,8 +16,8 @@ from pd_proxy.decoding import Undecodable, json_decoder
 from pd_proxy.errors import BackendGarbled, HandoffInvalid
 from pd_proxy.handoff.blocks import check_blocks
 from pd_proxy.handoff.coordinates import Announcement, Coordinates
-from pd_proxy.handoff.endpoints import COMMON, Endpoint, Members
 from pd_proxy.handoff.first_token import FirstToken
+from pd_proxy.requests.endpoints import COMMON, Endpoint, Members
 
 
 class Handoff(msgspec.Struct, frozen=True):
@@ -123,8 +123,8 @@ class Connector:
             has. As `inquiry`, for engines that need not be asked elsewhere.
         any_role: its engines do what a request asks, whatever role they were started in.
         may_miss: decode may find nothing of what was handed over, and compute the prompt, without anything being wrong.
-        marks: by which an engine that speaks it is known (`fleet/signs.py`): how vLLM's configuration calls it, how the
-            names of series begin that it alone has, or another engine's name.
+        marks: by which an engine that speaks it is known (`fleet/health/fingerprints.py`): how vLLM's configuration
+            calls it, how the names of series begin that it alone has, or another engine's name.
     """
 
     name: ClassVar[str]

@@ -16,12 +16,12 @@ import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
 from pd_proxy.errors import BackendGarbled, InvalidRequest
-from pd_proxy.handoff.body import Body
 from pd_proxy.handoff.connector import Name, Port
-from pd_proxy.handoff.endpoints import LAYOUTS, Members
 from pd_proxy.handoff.plan import Leg
-from pd_proxy.handoff.scan import TooMany, elements
-from pd_proxy.handoff.scan import members as members_of
+from pd_proxy.requests.body import Body
+from pd_proxy.requests.endpoints import LAYOUTS, Members
+from pd_proxy.requests.json_scan import TooMany, elements
+from pd_proxy.requests.json_scan import members as members_of
 
 TOKENS = 1000
 """What a medium is taken to weigh on an encoder, as `body.py` counts it in a prompt."""

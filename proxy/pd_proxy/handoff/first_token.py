@@ -20,9 +20,9 @@ import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
 from pd_proxy.handoff.blocks import block_counts
-from pd_proxy.handoff.body import Body
-from pd_proxy.handoff.continuation import UNTRIED, has_tools, inexact, inner_ids
-from pd_proxy.handoff.endpoints import Members
+from pd_proxy.requests.body import Body
+from pd_proxy.requests.continuation import UNTRIED, has_tools, inexact, inner_ids
+from pd_proxy.requests.endpoints import Members
 
 # Members that an engine's decode leg would judge and prefill's does not carry: a refusal after the first token would
 # be an error in the middle of an answer.

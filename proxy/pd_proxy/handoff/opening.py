@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
-from pd_proxy.handoff.body import Body
 from pd_proxy.handoff.first_token import FirstToken
+from pd_proxy.requests.body import Body
 
 _encode = msgspec.json.Encoder().encode
 _decode_members = json_decoder(dict[str, msgspec.Raw])

@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 
 from pd_proxy.decoding import decode_json
-from pd_proxy.handoff.body import Body
 from pd_proxy.handoff.connector import Connector, Handoff, Meeting, read_answer
-from pd_proxy.handoff.continuation import Continuation
-from pd_proxy.handoff.endpoints import LAYOUTS, Members
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.handoff.reuse import prompt_of, with_prompt
-from pd_proxy.handoff.sglang_generate import usage_of
+from pd_proxy.requests.body import Body
+from pd_proxy.requests.continuation import Continuation
+from pd_proxy.requests.endpoints import LAYOUTS, Members
+from pd_proxy.requests.sglang_generate import usage_of
 
 _encode = msgspec.json.Encoder().encode
 _FREEING = frozenset({"chat", "completions", "messages", "responses"})

@@ -14,10 +14,10 @@ from __future__ import annotations
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
-from pd_proxy.handoff.body import Body
 from pd_proxy.handoff.connector import PrefillAnswer
-from pd_proxy.handoff.continuation import inner_ids, with_prompt_ids
-from pd_proxy.handoff.endpoints import Endpoint, Members
+from pd_proxy.requests.body import Body
+from pd_proxy.requests.continuation import inner_ids, with_prompt_ids
+from pd_proxy.requests.endpoints import Endpoint, Members
 
 
 class _Choice(msgspec.Struct):

@@ -22,9 +22,9 @@ from struct import Struct
 
 import msgspec
 
-from pd_proxy.handoff.body import Body
-from pd_proxy.handoff.endpoints import Endpoint, Members
 from pd_proxy.prefix.blocks import IDS, TEXT, Blocks
+from pd_proxy.requests.body import Body
+from pd_proxy.requests.endpoints import Endpoint, Members
 
 _NAMING = (
     *("model", "cache_salt", "lora_path", "extra_key", "truncation", "truncate_prompt_tokens", "features"),

@@ -73,7 +73,7 @@ _ON = Caching.ON
 
 
 class Journal(Protocol):
-    """What is told of changes that other workers should know of (`fleet/prefix_ring.py`)."""
+    """What is told of changes that other workers should know of (`workers/prefix_ring.py`)."""
 
     def entered(self, engine: str, chain: Chain) -> None: ...
 

@@ -19,6 +19,11 @@ from typing import Any
 import msgspec
 
 from pd_proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder, decode_json
+from pd_proxy.dialects import sse as events
+from pd_proxy.dialects.aborts import ORDINARY, abort_of, aborted
+from pd_proxy.dialects.answers import Usage, engine_error, engine_error_event, names_handoff, read_usage
+from pd_proxy.dialects.dialect import Dialect
+from pd_proxy.dialects.edit import Edit, take_prompt_ids
 from pd_proxy.errors import (
     BackendCut,
     BackendError,
@@ -27,15 +32,10 @@ from pd_proxy.errors import (
     BackendPreempted,
     BackendTimedOut,
 )
-from pd_proxy.relay import events
-from pd_proxy.relay.aborts import ORDINARY, abort_of, aborted
-from pd_proxy.relay.answers import Usage, engine_error, engine_error_event, names_handoff, read_usage
-from pd_proxy.relay.client import Client
-from pd_proxy.relay.deadlines import Deadlines
-from pd_proxy.relay.dialect import Dialect
-from pd_proxy.relay.edit import Edit, take_prompt_ids
-from pd_proxy.relay.http1 import Connection
-from pd_proxy.relay.passage import PLAIN, Passage
+from pd_proxy.http.client import Connection
+from pd_proxy.http.deadlines import Deadlines
+from pd_proxy.http.response import Client
+from pd_proxy.relay.fast_path import PLAIN, Passage
 from pd_proxy.relay.transcript import Transcript
 from pd_proxy.telemetry.records import Distribution
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import msgspec
 
 from pd_proxy.decoding import json_decoder
-from pd_proxy.relay.events import payload
+from pd_proxy.dialects.sse import payload
 
 _decode_members = json_decoder(dict[str, msgspec.Raw])
 _decode_text = json_decoder(str)

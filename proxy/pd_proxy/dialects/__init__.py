@@ -1,0 +1,1 @@
+"""What engines answer: server-sent events, usage and errors, for each API."""

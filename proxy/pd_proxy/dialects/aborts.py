@@ -1,0 +1,82 @@
+"""Answers that an engine ends before their time, and calls answers all the same: status 200, and a word for the end
+that none of the APIs knows.
+
+vLLM says `abort` for whatever runs when it is stopped, paused, put to sleep or scaled, and SGLang too (as an object in
+some places); TensorRT-LLM says `cancelled`; `error` is what they say of a request that failed inside. Anthropic's
+messages have no word for it: vLLM leaves their `stop_reason` empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.dialects.answers import engine_error_event
+from pd_proxy.errors import BackendAborted, BackendError
+
+ORDINARY = ("stop", "length")
+"""How nearly all answers end."""
+_WORDS = frozenset({"abort", "aborted", "cancelled", "canceled", "error"})
+
+
+class Choice(Protocol):
+    """What may have ended."""
+
+    finish_reason: Any
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: Any = None
+
+
+_decode_choices = json_decoder(list[_Choice])
+
+
+def is_abort(reason: object) -> bool:
+    """Whether a `finish_reason` says that the engine gave the request up; SGLang's may be an object with a `type`."""
+    if isinstance(reason, dict):
+        reason = reason.get("type")
+    return isinstance(reason, str) and reason.lower() in _WORDS
+
+
+def abort_of(choices: Iterable[Choice]) -> object:
+    """The `finish_reason` of the first choice that was given up, or None where none was."""
+    for choice in choices:
+        if choice.finish_reason is not None and is_abort(choice.finish_reason):
+            return choice.finish_reason
+    return None
+
+
+def ends_well(answer: bytes) -> bool:
+    """Whether a whole answer surely has but one end, by its bound, as a prefill leg's has. Where not, it is to be read.
+
+    Within a string a quote has a backslash before it, so the first is a member, and the others that there is no other.
+    """
+    return (
+        answer.find(b'"finish_reason":"length"') >= 0
+        and answer.count(b"finish_reason") == 1
+        and answer.find(b"\\u00") < 0  # a letter of the name as an escape
+    )
+
+
+def abort_in(choices: msgspec.Raw) -> object:
+    """The same of the choices of a whole answer."""
+    if not memoryview(choices):
+        return None
+    try:
+        return abort_of(_decode_choices(choices))
+    except Undecodable:
+        return None  # whoever reads them says what is wrong with them
+
+
+def aborted(url: str, reason: object) -> BackendError:
+    """The error that such an end stands for. Where the engine says which status the answer would have had, it is the
+    error of that status: SGLang refuses a prompt that is too long in this way."""
+    if isinstance(reason, dict) and isinstance(status := reason.get("status_code"), int):
+        error = {"message": reason.get("message"), "type": reason.get("err_type") or "Abort", "param": None}
+        return engine_error_event(url, msgspec.json.encode({"error": {**error, "code": status}}))
+    word = reason.get("type") if isinstance(reason, dict) else reason
+    return BackendAborted(f"{url} ended the request before its time ({word or 'without a reason'})")

@@ -1,0 +1,155 @@
+"""How an engine's events become the client's.
+
+What the gateway asked for and the client did not (token ids, the hand-off's addresses) is taken out; where one answer
+is made of several legs, the later ones take on the first one's identity and its counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.dialects.answers import Usage, names_handoff, strip_handoff
+from pd_proxy.dialects.cache_counts import CacheCounts
+
+_Members = dict[str, msgspec.Raw]
+
+_decode_members = json_decoder(_Members)
+_decode_choices = json_decoder(list[_Members] | None)
+_decode_usage = json_decoder(dict[str, Any] | None)
+_encode = msgspec.json.Encoder().encode
+_NULL = msgspec.Raw(b"null")
+
+# Within a JSON string every quote has a backslash before it, so these match members only.
+_IDS_MARK = b'token_ids"'
+_IDS = b',"token_ids":'
+_PROMPT_IDS = b',"prompt_token_ids":['
+
+
+class Edit(msgspec.Struct, frozen=True):
+    """What is changed in the events of one leg.
+
+    Attributes:
+        hide_ids: take out the token ids.
+        identity: members that every event of the answer has, when this leg goes on with an answer that has begun.
+        said: completion tokens of that answer before this leg, which this leg took for a part of its prompt.
+        opens: the answer begins with this leg; `identity` is only to hide the engine's own.
+        counts: asked where an event has a usage: prefill's counts of the prompt, where another engine computed it.
+    """
+
+    hide_ids: bool = False
+    identity: dict[str, msgspec.Raw] | None = None
+    said: int = 0
+    opens: bool = False
+    counts: Callable[[], CacheCounts | None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether ordinary events pass as they are."""
+        return not self.hide_ids and self.identity is None
+
+    def event(self, event: bytes, payload: bytes, ids: bytes = b"", odd: bool | None = None) -> bytes:
+        """An event as the client sees it.
+
+        Arguments:
+            event: as it came.
+            payload: its data.
+            ids: the value of its `token_ids`, as it stands there, where known.
+            odd: whether it may name the hand-off, where that is known.
+        Raises:
+            Undecodable: something is to be changed, and it is no JSON.
+        """
+        # `find`, here and elsewhere on the way of each event: `in` tries to take the needle for a number first, and
+        # the exception that this raises costs more than the search.
+        if odd is None:
+            odd = names_handoff(event)
+        if self.identity is None and not odd:
+            if not self.hide_ids:
+                return event
+            shown = event.replace(_IDS + ids, b"", 1) if ids else event
+            if shown.find(_IDS_MARK) < 0:
+                return shown
+        if odd:
+            payload = strip_handoff(payload)
+        members = _decode_members(payload)
+        choices = _decode_choices(members.get("choices", _NULL))
+        usage = _decode_usage(members.get("usage", _NULL)) if self.said else None
+        if self.hide_ids:
+            members.pop("prompt_token_ids", None)
+            for choice in choices or ():
+                choice.pop("token_ids", None)
+                choice.pop("prompt_token_ids", None)
+        elif self.said:  # else its prompt is the client's own, and the event that told of it may not have gone out
+            for choice in choices or ():
+                if "prompt_token_ids" in choice:
+                    choice["prompt_token_ids"] = _NULL  # they were given with the first leg's first event
+        if choices:
+            members["choices"] = msgspec.Raw(_encode(choices))
+        if self.identity is not None:
+            for name, value in self.identity.items():
+                if name in members:
+                    members[name] = value
+        if usage:
+            members["usage"] = msgspec.Raw(_encode(self.merge(usage)))
+        return b"data: %b\n\n" % _encode(members)
+
+    def closing(self, event: bytes, payload: bytes, usage: Usage | None = None) -> bytes:
+        """As `event`, for one without choices: the usage of the whole answer."""
+        if self.counts is None or (usage is not None and (counts := self.counts()) is not None and counts.agree(usage)):
+            return self.event(event, payload)
+        return self.event(*self.recounted(event, payload))
+
+    def recounted(self, event: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        """An event and its payload, with prefill's counts in its usage."""
+        if self.counts is None or (counts := self.counts()) is None:
+            return event, payload
+        changed = counts.into(payload)
+        return (event, payload) if changed is payload else (b"data: %b\n\n" % changed, changed)
+
+    def head(self, event: bytes, length: int) -> bytes:
+        """The first bytes of an event of the engine's as they are for the client, where all behind them stays as it is;
+        nothing where it does not.
+
+        Arguments:
+            event: an ordinary one, whole.
+            length: how many bytes are to be changed: up to where its text begins.
+        """
+        if self.identity is None:
+            return event[:length]
+        try:
+            members = _decode_members(event[6:-2])
+        except Undecodable:
+            return b""
+        if bytes(members.get("usage", _NULL)) != b"null" or b"data: %b\n\n" % _encode(members) != event:
+            return b""
+        shown = b"data: %b\n\n" % _encode({name: self.identity.get(name, value) for name, value in members.items()})
+        return shown[: length - len(event)] if shown.endswith(event[length:]) else b""
+
+    def merge(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """This leg's usage as that of the whole answer: what it took for prompt was completion."""
+        merged = dict(usage)
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if isinstance(prompt, int) and isinstance(completion, int):
+            merged["prompt_tokens"] = prompt - self.said
+            merged["completion_tokens"] = completion + self.said
+            details = usage.get("prompt_tokens_details")
+            if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
+                cached = min(details["cached_tokens"], prompt - self.said)
+                merged["prompt_tokens_details"] = {**details, "cached_tokens": cached}
+        return merged
+
+
+def take_prompt_ids(event: bytes) -> tuple[bytes, bytes]:
+    """An event without the ids of the prompt, and those: `1,2,3`, or nothing where it has none.
+
+    They are taken out before the event is read: to parse those of a long prompt costs more than all else of a request.
+    """
+    start = event.find(_PROMPT_IDS)
+    first = start + len(_PROMPT_IDS)
+    end = event.find(b"]", first)
+    if start < 0 or end < 0:
+        return event, b""
+    return event[:start] + event[end + 1 :], event[first:end]

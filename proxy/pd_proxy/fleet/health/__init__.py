@@ -1,0 +1,1 @@
+"""Whether backends are alive, and what they say of themselves."""

@@ -1,0 +1,106 @@
+"""What an engine tells people of how it was started.
+
+Unlike `facts.py` nothing is decided by it: it explains why a hand-off failed, and fills a line of `pd-proxy doctor`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, decode_json
+from pd_proxy.fleet.health.fingerprints import configured
+from pd_proxy.fleet.health.identity import read_block_size
+
+_VLLM_ROLES = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
+_CACHE = re.compile(rb"^vllm:cache_config_info\{.*$", re.MULTILINE)
+_CACHING = re.compile(rb'enable_prefix_caching="(True|False)"')
+_VALUE = rb" ([0-9]{1,15}(?:\.[0-9]{1,9})?(?:e\+?[0-9]{1,2})?)\s*$"
+_BY_SOURCE = re.compile(
+    rb'^vllm:prompt_tokens_by_source_total\{[^}\n]*source="external_kv_transfer"[^}\n]*\}' + _VALUE, re.MULTILINE
+)
+_EXTERNAL_HITS = re.compile(rb"^vllm:external_prefix_cache_hits_total(?:\{[^}\n]*\})?" + _VALUE, re.MULTILINE)
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """One engine; what it does not tell is empty.
+
+    Attributes:
+        role: `prefill`, `decode` or `both`.
+        connectors: the marks of the connectors that it was started with (`signs.configured`).
+        block_size, context: tokens in a block of its KV cache; tokens that prompt and answer may have together.
+        tp: tensor-parallel ranks.
+    """
+
+    role: str = ""
+    connectors: tuple[str, ...] = ()
+    block_size: int = 0
+    context: int = 0
+    prefix_caching: bool | None = None
+    tp: int = 0
+
+
+def read_profile(configuration: bytes, metrics: bytes) -> Profile:
+    """What a page of an engine's configuration and one of its metrics say.
+
+    Arguments:
+        configuration: may be empty, since few engines have one: vLLM only with `VLLM_SERVER_DEV_MODE=1`.
+    """
+    said = _object(configuration)
+    labels = _CACHE.search(metrics)
+    caching = _CACHING.search(labels[0]) if labels else None
+    profile = Profile(
+        connectors=tuple(configured(configuration)),
+        block_size=read_block_size(metrics),
+        prefix_caching=None if caching is None else caching[1] == b"True",
+    )
+    if "disaggregation_mode" in said:  # SGLang's
+        mode = said["disaggregation_mode"]
+        return msgspec.structs.replace(
+            profile,
+            role=mode if mode in ("prefill", "decode") else "both",
+            block_size=_count(said, "page_size") or profile.block_size,
+            context=_count(said, "context_length"),
+            tp=_count(said, "tp_size"),
+            prefix_caching=not said["disable_radix_cache"] if "disable_radix_cache" in said else None,
+        )
+    config = _member(said, "vllm_config")
+    role = _member(config, "kv_transfer_config").get("kv_role")
+    return msgspec.structs.replace(
+        profile,
+        role=_VLLM_ROLES.get(role, "") if isinstance(role, str) else "",
+        context=_count(_member(config, "model_config"), "max_model_len"),
+        tp=_count(_member(config, "parallel_config"), "tensor_parallel_size"),
+    )
+
+
+def read_from_elsewhere(metrics: bytes) -> int | None:
+    """How many prompt tokens a vLLM engine has taken out of other engines' KV caches since its start; None where it
+    does not count them."""
+    for series in (_BY_SOURCE, _EXTERNAL_HITS):
+        if counts := series.findall(metrics):
+            return int(sum(map(float, counts)))
+    return None
+
+
+def _object(page: bytes) -> dict[str, Any]:
+    """A page's JSON object; empty where it is none."""
+    try:
+        says = decode_json(page)
+    except Undecodable:
+        return {}
+    return says if isinstance(says, dict) else {}
+
+
+def _member(page: dict[str, Any], name: str) -> dict[str, Any]:
+    """A member that is an object; empty where it is none."""
+    value = page.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _count(page: dict[str, Any], name: str) -> int:
+    """A member that is a number of things; 0 where it is none."""
+    value = page.get(name)
+    return value if type(value) is int and 0 < value < 1 << 53 else 0

@@ -1,0 +1,1 @@
+"""Outlier detection: backends that are alive and do badly."""

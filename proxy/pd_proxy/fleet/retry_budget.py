@@ -1,0 +1,76 @@
+"""Retry budgets: retries may be a share of a pool's live requests, as Envoy's, so that they never amplify an overload.
+
+When engines fail because there is too much to do, retries are more to do. A bound on the tries of one request does not
+help, as four tries of every request are four times the load; a bound on the pool's retries in progress does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+from pd_proxy.errors import BackendCut, BackendError, BackendLost, BackendUnreachable
+from pd_proxy.fleet.backend import ROLES, Backend, Role
+from pd_proxy.settings.tree import Retries
+
+
+class Permit:
+    """Leave for one retry. A context manager; leaving it gives the permit back, once."""
+
+    __slots__ = ("_budget", "_released", "role")
+
+    def __init__(self, budget: Budgets, role: Role) -> None:
+        self._budget = budget
+        self._released = False
+        self.role = role
+        budget.in_progress[role] += 1
+
+    def release(self) -> None:
+        if not self._released:
+            self._released = True
+            self._budget.in_progress[self.role] -= 1
+
+    def __enter__(self) -> Permit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Budgets:
+    """The retry budget of each pool.
+
+    Arguments:
+        pool: gives the members of a pool, whose leases are its live requests.
+    Attributes:
+        in_progress: permits that are out, by pool. Changed by `Permit` alone.
+        refusals: permits refused, by pool.
+    """
+
+    def __init__(self, settings: Retries, pool: Callable[[Role], Iterable[Backend]]) -> None:
+        self._settings = settings
+        self._pool = pool
+        self.in_progress: dict[Role, int] = dict.fromkeys(ROLES, 0)
+        self.refusals: Counter[str] = Counter()
+
+    def take(self, role: Role) -> Permit | None:
+        """Leave for one retry on a pool; None when `retries.share` of its live requests, or `retries.floor`, are
+        retries already. To be held until the retry has given its first token, or failed."""
+        if self.in_progress[role] + 1 <= self.limit(role):
+            return Permit(self, role)
+        self.refusals[role] += 1
+        return None
+
+    def limit(self, role: Role) -> float:
+        """How many retries a pool may have in progress now."""
+        live = sum(backend.inflight_requests for backend in self._pool(role))
+        return max(self._settings.floor, self._settings.share * live)
+
+
+def amplifies(error: BackendError) -> bool:
+    """Whether a retry after this failure may amplify an overload, and so needs a permit. A backend that has died, or is
+    about to, took its load with it: its requests, perhaps half of the pool's, are only moved."""
+    return not (error.leaves or isinstance(error, BackendUnreachable | BackendLost | BackendCut))

@@ -1,0 +1,1 @@
+"""What engines send to the gateway over ZeroMQ."""

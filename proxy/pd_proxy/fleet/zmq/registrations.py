@@ -1,0 +1,240 @@
+"""Registrations: engines tell, every few seconds, where their sides of the hand-off are.
+
+Nobody is authenticated on the socket they come by, so a registration says little: the coordinates of a backend that is
+there already, on that backend's own host. So nobody can have KV caches sent to another host, or take a backend's place.
+Where the settings name networks, engines there may also join the fleet by registering, and name hosts there.
+
+An engine of such a connector is out of the rotation until it has registered, and again when it has not for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from time import monotonic
+from typing import Annotated, Literal, Protocol
+from urllib.parse import urlsplit
+
+import msgspec
+
+from pd_proxy.decoding import msgpack_decoder
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.zmq.listener import Inbox
+from pd_proxy.handoff.coordinates import Announcement
+from pd_proxy.settings.tree import ZmqSettings
+
+log = logging.getLogger("pd_proxy.fleet")
+
+MOST = 1024
+"""Backends that registrations may add."""
+_CALM = 1.0  # seconds between two words about what is not taken, and between two looks at who is in the fleet
+
+Outcome = Literal["taken", "unknown", "refused", "garbage"]
+Address = tuple[str, int]
+
+
+class Herald(Protocol):
+    """What a connector says of its engines' registrations."""
+
+    @property
+    def registers(self) -> bool: ...
+
+    def announced(self, message: bytes) -> Announcement: ...
+
+
+class _Whose(msgspec.Struct):
+    """Whose registration it is; the rest is for its connector to read."""
+
+    http_address: Annotated[str, msgspec.Meta(max_length=300)]
+
+
+_read_whose = msgpack_decoder(_Whose)
+
+
+class Registrations:
+    """Who has registered, and the socket they do it by.
+
+    Arguments:
+        heralds: by connector.
+        clock: seconds, never going back.
+    Attributes:
+        counts: how many registrations came: `taken`, `unknown`, `refused` or `garbage`.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        settings: ZmqSettings,
+        heralds: Mapping[str, Herald],
+        *,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._fleet = fleet
+        self._settings = settings
+        self._heralds = heralds
+        self._clock = clock
+        self._inbox: Inbox | None = None
+        self._sweeping: asyncio.TimerHandle | None = None
+        self._until: dict[Backend, float] = {}
+        self._added: set[Backend] = set()
+        self._known: dict[Address, Backend] = {}
+        self._looked = self._spoke = float("-inf")
+        self.counts: Counter[str] = Counter()
+
+    def start(self) -> None:
+        """Hear them, where there is an address to hear them at, and that is not done yet.
+
+        Raises:
+            CannotHear
+        """
+        if self._settings.registrations and self._inbox is None:
+            self._inbox = Inbox("ROUTER", self._settings.registrations, self.hear)
+            self._sweep_later()
+
+    def close(self) -> None:
+        if self._inbox is not None:
+            self._inbox.close()
+            self._inbox = None
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
+
+    def forget(self, backend: Backend) -> None:
+        """A backend has left the fleet."""
+        self._until.pop(backend, None)
+        self._added.discard(backend)
+        self._known = {address: other for address, other in self._known.items() if other is not backend}
+
+    def hear(self, parts: Sequence[bytes]) -> None:
+        """A message has come, whoever sent it."""
+        if len(parts) != 1:
+            self._not_taken("garbage", "a registration has one part")
+            return
+        try:
+            host, _, port = _read_whose(parts[0]).http_address.rpartition(":")
+            address = (host.removeprefix("[").removesuffix("]").lower(), int(port[:5]))
+        except ValueError as error:
+            self._not_taken("garbage", f"no registration: {error}")
+            return
+        backend = self._find(address)
+        herald = None
+        if backend is not None:
+            herald = self._heralds.get(backend.connector)
+        elif self._settings.networks:
+            herald = self._heralds.get(self._fleet.connector_of(self._settings.group))
+        if herald is None or not herald.registers:
+            self._not_taken("unknown", f"{address[0]}:{address[1]} registers, and is no backend that needs to")
+            return
+        try:
+            said = herald.announced(parts[0])
+            if backend is None:
+                backend = self._add(said)
+            else:
+                self._check(backend, said)
+        except ValueError as error:
+            self._not_taken("refused", f"{address[0]}:{address[1]} registers, and is refused: {error}")
+            return
+        self.counts["taken"] += 1
+        self._take(backend, said)
+
+    def _take(self, backend: Backend, said: Announcement) -> None:
+        if not backend.registered:
+            log.info("%s backend %s has registered", backend.role, backend.url)
+        elif backend.coordinates != said.coordinates and self._may_speak():
+            log.warning("%s backend %s registers with other coordinates", backend.role, backend.url)
+        if backend in self._added and backend.removed and not backend.registered:
+            self._fleet.undrain(backend)  # it was about to leave, for want of this
+        backend.registered = True
+        if backend.coordinates != said.coordinates:
+            backend.locate(said.coordinates)
+        self._until[backend] = self._clock() + self._settings.expiry
+
+    def _check(self, backend: Backend, said: Announcement) -> None:
+        """Raise ValueError unless an engine may say that of a backend."""
+        if said.role != backend.role:
+            raise ValueError(f"it says it is for {said.role}, and it is a {backend.role} backend")
+        host = said.coordinates.host
+        if host not in self._hosts(backend) and not self._is_near(host):
+            raise ValueError(f"its KV cache would be at {host}, which is not its own host and in none of zmq.networks")
+
+    def _add(self, said: Announcement) -> Backend:
+        """Let an engine join the fleet.
+
+        Raises:
+            ValueError: it may not.
+        """
+        if not (self._is_near(said.host) and self._is_near(said.coordinates.host)):
+            raise ValueError("it is in none of zmq.networks")
+        if len(self._added) >= MOST:
+            raise ValueError(f"{MOST} backends have been added by registrations already")
+        host = f"[{said.host}]" if ":" in said.host else said.host
+        backend = self._fleet.add(f"http://{host}:{said.port}", said.role, self._settings.group)
+        log.info("%s backend %s has joined by registering", backend.role, backend.url)
+        self._added.add(backend)
+        self._known[said.host, said.port] = backend
+        return backend
+
+    def _is_near(self, host: str) -> bool:
+        """Whether a host is in one of the networks of the settings; one with a name is in none."""
+        try:
+            address = ip_address(host)
+        except ValueError:
+            return False
+        networks: tuple[IPv4Network | IPv6Network, ...] = self._settings.networks
+        return any(address in network for network in networks)
+
+    def _find(self, address: Address) -> Backend | None:
+        """The backend with an address."""
+        if address not in self._known and self._clock() - self._looked >= _CALM:
+            self._looked = self._clock()
+            self._known = {
+                (host, _port(backend.url)): backend
+                for backend in self._fleet
+                if backend.role != "mixed"
+                for host in self._hosts(backend)
+            }
+        return self._known.get(address)
+
+    def _hosts(self, backend: Backend) -> set[str]:
+        """The hosts that are a backend's own: its URL's, and the one that people have set."""
+        return {(urlsplit(backend.url).hostname or "").lower(), self._fleet.placed(backend.url).host.lower()}
+
+    def _not_taken(self, outcome: Outcome, why: str) -> None:
+        self.counts[outcome] += 1
+        if self._may_speak():
+            log.warning("%s", why)
+
+    def _may_speak(self) -> bool:
+        """Whether to say something that anybody could make us say, again and again."""
+        now = self._clock()
+        if now - self._spoke < _CALM:
+            return False
+        self._spoke = now
+        return True
+
+    def _sweep_later(self) -> None:
+        self._sweeping = asyncio.get_running_loop().call_later(self._settings.expiry / 8, self._sweep)
+
+    def _sweep(self) -> None:
+        """Take out those that have fallen silent. What they said while the event loop stood still is still to be read,
+        so that time does not count."""
+        late = 0.0 if self._sweeping is None else asyncio.get_running_loop().time() - self._sweeping.when()
+        self._sweep_later()
+        if late > self._settings.expiry / 8:
+            self._until = {backend: until + late for backend, until in self._until.items()}
+        now = self._clock()
+        for backend in [backend for backend, until in self._until.items() if until <= now]:
+            del self._until[backend]
+            backend.registered = False
+            self._fleet.take_out(backend, f"has not registered for {self._settings.expiry:g} s")
+            if backend in self._added:
+                self._fleet.remove(backend.url, backend.role)
+
+
+def _port(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)

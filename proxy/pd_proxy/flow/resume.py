@@ -1,0 +1,113 @@
+"""What becomes of a stream that broke after its client was given a part of the answer.
+
+It is complete but for its last words, and gets them from here; or another pair goes on from the last token that the
+client has; or it ends with an error that says why nobody can.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from pd_proxy.errors import BackendError, StreamInterrupted
+from pd_proxy.flow.request import Request
+from pd_proxy.relay.transcript import Transcript
+from pd_proxy.requests.continuation import UNTRIED, Continuation, choices, has_tools, inexact
+from pd_proxy.settings.tree import Settings
+
+log = logging.getLogger("pd_proxy.flow")
+
+
+class Resumption:
+    """The rules by which streams are resumed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._mode = settings.resume
+        self._most = settings.retries.resumes
+        self._limit = settings.limits.transcript
+
+    def prepare(self, request: Request) -> None:
+        """Before a stream's first try: is it one that could be resumed, and are token ids needed for that?"""
+        flaw = "off" if self._mode == "off" else inexact(request.body)
+        hopeless = flaw and (self._mode != "best_effort" or flaw in (request.body.alone, UNTRIED))
+        request.token_ids = not hopeless
+        # An engine's parser for tool calls may hold back a part of a token's text.
+        with_text = not hopeless and has_tools(request.body)
+        request.transcript = Transcript(
+            flaw, limit=self._limit, with_text=with_text, choices=choices(request.body) if request.body.alone else 1
+        )
+
+    def forgo(self, request: Request) -> None:
+        """It goes to engines that cannot go on from token ids."""
+        request.token_ids = False
+        if request.transcript is not None:
+            request.transcript.spoil("connector")
+
+    def complete(self, request: Request) -> bool:
+        """End an answer of which the client has every token already; whether it was such a one."""
+        transcript, body = request.transcript, request.body
+        assert transcript is not None
+        if transcript.finished:
+            if not transcript.whole:
+                return False  # another of its choices has not ended
+            if body.wants_usage and not transcript.continuable:
+                return False
+            closing = transcript.closing(usage=body.wants_usage)
+        elif body.max_tokens is not None and transcript.continuable and transcript.said >= body.max_tokens:
+            closing = transcript.closing(finish="length", usage=body.wants_usage)
+        else:
+            return False
+        if transcript.continuable:
+            request.record.tokens = transcript.total
+            request.record.prompt_tokens = transcript.prompt_tokens
+        request.client.end(closing)
+        record = request.record
+        log.info(
+            "%s: its backend failed after the last token: %s", record.request_id, request.error, extra=record.known_as
+        )
+        return True
+
+    def resume(self, request: Request, error: BackendError, unsettled: str) -> None:
+        """Set a request up for a try that goes on where its answer broke off.
+
+        Arguments:
+            unsettled: why no place was found where ids and text agree, or empty.
+        Raises:
+            StreamInterrupted: nobody can go on from there.
+        """
+        transcript = request.transcript
+        assert transcript is not None
+        if why := self._why_not(request, error, transcript, unsettled):
+            raise self.given_up(request, why) from error
+        ids = transcript.cut()
+        request.continuation = Continuation(ids, transcript.said)
+        request.resumes += 1
+        request.record.resumes.append(error.reason)
+        log.warning(
+            "%s: stream broken after %d tokens, resumed elsewhere: %s",
+            request.record.request_id,
+            transcript.said,
+            error,
+            extra=request.record.known_as,
+        )
+
+    def given_up(self, request: Request, why: str) -> StreamInterrupted:
+        """The error that ends a stream which nobody can continue."""
+        request.record.not_resumed = why
+        return StreamInterrupted(f"{request.error}; not resumed: {why}", why=why)
+
+    def _why_not(self, request: Request, error: BackendError, transcript: Transcript, unsettled: str) -> str:
+        if not error.retryable:
+            return error.reason
+        if not transcript.continuable:
+            return transcript.flaw or "no_token_ids"
+        if transcript.flaw and self._mode != "best_effort":
+            return transcript.flaw
+        if request.body.media:
+            return "media"
+        if transcript.dropped and (request.body.wants_token_ids or "logprobs" in request.body.members):
+            unsettled = "merged_tokens"  # their ids, or their logprobs, would be given twice
+        if unsettled and self._mode != "best_effort":
+            return unsettled
+        if request.resumes >= self._most:
+            return "too_often"
+        return ""

@@ -1,0 +1,1 @@
+"""The connectors: one hand-off protocol a file, and the registry of them."""

@@ -1,0 +1,68 @@
+"""vLLM's MooncakeConnector: prefill pushes to a decode engine that has asked it to, so both legs are sent at once.
+
+Decode asks prefill's bootstrap server for the way to its workers, and then those for the blocks of a `transfer_id`,
+which is all that pairs the legs; prefill's answer says nothing. From vLLM 0.32, `mooncake_connector.py`:
+
+- Prefill keeps blocks only of a request that ended because of its length, hence no stop and `ignore_eos`.
+- A prefill request that is aborted before it was scheduled breaks a step of its connector, hence it runs out.
+- Decode is not told of a prefill that failed: the flow ends its leg.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from pd_proxy.decoding import json_decoder
+from pd_proxy.handoff.connector import Connector, Handoff, Meeting, Name, params, refused
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.requests.endpoints import Members
+
+
+class _Worker(msgspec.Struct):
+    """What the bootstrap server says of one data-parallel rank; it also has the addresses of the workers."""
+
+    engine_id: Name
+
+
+_Rank = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,4}$")]
+_read_workers = json_decoder(dict[_Rank, _Worker])
+
+
+class Mooncake(Connector):
+    """MooncakeConnector of vLLM."""
+
+    name = "mooncake"
+    marks = frozenset({"MooncakeConnector"})
+    order = "concurrent"
+    meets = True
+    lease = 480.0  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
+    prefill_may_be_cut = False
+    refused_release = True
+    port = 8998  # VLLM_MOONCAKE_BOOTSTRAP_PORT
+
+    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+        transfer = f"xfer-{name}"
+        asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
+        told = {
+            "do_remote_decode": False,
+            "do_remote_prefill": True,
+            "remote_bootstrap_addr": f"http://{prefill.authority}",
+            "remote_engine_id": prefill.engine_ids[rank or 0],
+            "transfer_id": transfer,
+        }
+        return Meeting(params(asked), Handoff(params(told)))
+
+    def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
+        return refused(members, handoff)
+
+    def inquiry(self, coordinates: Coordinates) -> str:
+        return f"http://{coordinates.authority}/query"
+
+    def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates:
+        workers = {int(rank): worker.engine_id for rank, worker in _read_workers(answer).items()}
+        if sorted(workers) != list(range(max(1, len(workers)))):
+            raise ValueError(f"not every data-parallel rank has registered: {sorted(workers)}")
+        ids = tuple(workers[rank] for rank in range(len(workers)))
+        return msgspec.structs.replace(coordinates, engine_ids=ids, dp=len(ids))

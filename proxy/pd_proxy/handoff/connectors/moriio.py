@@ -1,0 +1,165 @@
+"""vLLM's MoRIIOConnector (AMD), in its two modes: decode reads from prefill, or prefill writes to decode.
+
+Engines register with their ports (`registers`), and each leg names the other engine by `remote_host`,
+`remote_handshake_port` and `remote_notify_port`, so that nothing has to be read out of a request's id. From vLLM 0.32,
+`moriio_connector.py` and `moriio_common.py`:
+
+- `transfer_id` pairs the legs. A leg without it, or without the other's address, kills the engine's scheduler; so does
+  one without `remote_block_ids` and `remote_engine_id`, which may be null. That holds for prefill's leg in both modes.
+- Prefill keeps blocks only of a request that ended because of its length, for 60 s.
+- In read mode a decode engine takes every request for one with a hand-off, and answers one without from memory that was
+  never written.
+- In write mode decode notifies the rank of prefill that it is told; another than the one that has the request waits.
+- Both modes are one protocol to neither engine: one that writes cannot serve one that reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, json_decoder, msgpack_decoder
+from pd_proxy.errors import HandoffInvalid
+from pd_proxy.handoff.blocks import check_blocks
+from pd_proxy.handoff.connector import (
+    Connector,
+    Handoff,
+    Meeting,
+    Name,
+    Port,
+    PrefillAnswer,
+    given_params,
+    params,
+    refused,
+)
+from pd_proxy.handoff.connectors.announcement import ROLES, Ranks, Registration, address_of, host_of, port_of
+from pd_proxy.handoff.coordinates import Announcement, Coordinates
+from pd_proxy.requests.endpoints import Members
+
+
+class _Registration(Registration):
+    dp_size: Ranks
+    tp_size: Ranks
+    transfer_mode: Literal["READ", "WRITE"]
+
+
+_read_registration = msgpack_decoder(_Registration)
+
+
+class MoRIIO(Connector):
+    """What the two modes have in common.
+
+    Attributes:
+        mode: as engines register it.
+    """
+
+    mode: ClassVar[Literal["READ", "WRITE"]]
+    meets = True
+    registers = True
+    lease = 60.0  # defer_timeout
+    transferable = False  # prefill is told which decode engine it is for
+    refused_release = True
+
+    def announced(self, message: bytes) -> Announcement:
+        said = _read_registration(message)
+        if said.transfer_mode != self.mode:
+            raise ValueError(f"it transfers in {said.transfer_mode} mode, and its group in {self.mode} mode")
+        pairs = [part.partition(":") for part in said.zmq_address.split(",")]
+        parts = {name.strip(): value.strip() for name, _, value in pairs}
+        if len(pairs) != 3 or parts.keys() != {"host", "handshake", "notify"}:
+            raise ValueError("its zmq_address is not host:…,handshake:…,notify:…")
+        host, port = address_of(said.http_address)
+        coordinates = Coordinates(
+            host=host_of(parts["host"]),
+            port=port_of(parts["handshake"]),
+            notify_port=port_of(parts["notify"]),
+            tp=said.tp_size,
+            dp=said.dp_size,
+        )
+        return Announcement(ROLES[said.type], host, port, coordinates)
+
+    def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
+        return refused(members, handoff)
+
+    @staticmethod
+    def _asked(decode: Coordinates, transfer: str) -> Members:
+        """What prefill is told."""
+        asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer, **_peer(decode)}
+        return params(asked)
+
+
+def _peer(coordinates: Coordinates) -> dict[str, Any]:
+    """The other engine, as each leg names it."""
+    return {
+        "remote_engine_id": None,
+        "remote_block_ids": None,
+        "remote_host": coordinates.host,
+        "remote_handshake_port": coordinates.port,
+        "remote_notify_port": coordinates.notify_port,
+        "remote_dp_size": coordinates.dp,
+        "remote_tp_size": coordinates.tp,
+    }
+
+
+class MoRIIOWrite(MoRIIO):
+    """MoRIIOConnector in write mode: prefill waits for decode's blocks and writes to them, layer by layer."""
+
+    name = "moriio_write"
+    mode = "WRITE"
+    order = "concurrent"
+
+    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+        transfer = f"tx-{name}"
+        told = {
+            "do_remote_decode": False,
+            "do_remote_prefill": True,
+            "transfer_id": transfer,
+            **_peer(prefill),
+            "remote_dp_rank": rank or 0,
+            "remote_dp_rank_override": True,
+        }
+        return Meeting(self._asked(decode, transfer), Handoff(params(told)))
+
+
+class MoRIIOReadParams(msgspec.Struct):
+    """What decode needs of prefill's parameters; they may hold more, which is passed on."""
+
+    do_remote_prefill: bool
+    remote_block_ids: msgspec.Raw
+    remote_engine_id: Name
+    remote_host: Name
+    remote_handshake_port: Port
+    remote_notify_port: Port
+    transfer_id: Name
+    tp_size: Ranks = 1
+
+
+_required = json_decoder(MoRIIOReadParams)
+_members = json_decoder(dict[str, msgspec.Raw])
+_encode = msgspec.json.Encoder().encode
+
+
+class MoRIIORead(MoRIIO):
+    """MoRIIOConnector in read mode (`read_mode: true`)."""
+
+    name = "moriio_read"
+    mode = "READ"
+    plain_decode = False
+
+    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+        return Meeting(self._asked(decode, f"tx-{name}"))
+
+    def take(self, answer: PrefillAnswer) -> Handoff | None:
+        given = given_params(answer)
+        if given is None:
+            return None
+        try:
+            checked = _required(given)
+        except Undecodable as error:
+            raise HandoffInvalid(f"prefill's kv_transfer_params are not usable: {error}") from None
+        if not checked.do_remote_prefill:
+            raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")
+        check_blocks(checked.remote_block_ids)
+        told = {"remote_tp_size": msgspec.Raw(b"%d" % checked.tp_size), **_members(given)}
+        return Handoff({"kv_transfer_params": msgspec.Raw(_encode(told))})

@@ -1,0 +1,101 @@
+"""vLLM's NixlPushConnector: prefill writes into blocks that decode has registered with it, so both legs go out at once.
+
+Decode registers with an engine that it must be told of: id, side channel, ranks. Where the settings do not say them,
+the first try of a prefill engine is sequential, since its answer does (`remember`). From vLLM 0.32,
+`nixl/push_scheduler.py` and `push_worker.py`:
+
+- Legs are paired by their request ids, less a random suffix, hence one X-Request-Id; in newer engines by `transfer_id`.
+- Decode's scheduler indexes what it is told: a missing member ends the engine.
+- Decode is not told of a prefill that failed: the flow ends its leg. Its blocks are given back only when prefill has
+  written to them, so a prefill leg that nobody wants any more runs out.
+- A decode leg that ends before it has registered tells prefill nothing; the blocks stay until the lease ends, and no
+  leg frees them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.handoff.connector import (
+    Connector,
+    Handoff,
+    Meeting,
+    Name,
+    Port,
+    PrefillAnswer,
+    given_params,
+    params,
+    pulled,
+)
+from pd_proxy.handoff.connectors.nixl import NixlParams
+from pd_proxy.handoff.coordinates import Coordinates
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _Place(msgspec.Struct):
+    """What prefill's answer says of its engine's rank."""
+
+    remote_engine_id: Name
+    remote_host: Name
+    remote_port: Port
+    tp_size: _Count
+    pp_size: _Count = 1
+
+
+_required = json_decoder(NixlParams)
+_read_place = json_decoder(_Place)
+
+
+class NixlPush(Connector):
+    """NixlPushConnector of vLLM."""
+
+    name = "nixl_push"
+    order = "concurrent"
+    meets = True
+    pairs_by_id = True
+    lease = 30.0  # kv_lease_duration
+    prefill_may_be_cut = False
+    port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT; each data-parallel rank has the next one
+
+    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+        transfer = f"xfer-{name}"
+        asked = params({"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer})
+        at = rank or 0
+        engine = prefill.engine_ids[at] if at < len(prefill.engine_ids) else ""
+        if not engine:
+            return Meeting(asked)
+        told = {
+            "do_remote_decode": False,
+            "do_remote_prefill": True,
+            "remote_engine_id": engine,
+            "remote_request_id": name,
+            "remote_host": prefill.host,
+            "remote_port": prefill.port + at,
+            "tp_size": prefill.tp,
+            "pp_size": prefill.pp,
+            "transfer_id": transfer,
+        }
+        return Meeting(asked, Handoff(params(told)))
+
+    def take(self, answer: PrefillAnswer) -> Handoff | None:
+        given = given_params(answer)
+        return None if given is None else pulled(given, _required)
+
+    def remember(self, coordinates: Coordinates, handoff: Handoff, rank: int | None) -> Coordinates:
+        try:
+            place = _read_place(handoff.members["kv_transfer_params"])
+        except Undecodable:
+            return coordinates  # it serves this request, and no other
+        at = rank or 0
+        host, port = place.remote_host, place.remote_port - at
+        # Ranks of one engine on several hosts: only the last one's place is known then.
+        known = coordinates.engine_ids if (coordinates.host, coordinates.port) == (host, port) else ()
+        ids = [*known, *[""] * (at + 1 - len(known))]
+        ids[at] = place.remote_engine_id
+        return msgspec.structs.replace(
+            coordinates, host=host, port=port, engine_ids=tuple(ids), tp=place.tp_size, pp=place.pp_size
+        )

@@ -1,0 +1,39 @@
+"""P2pNcclConnector of older vLLM (gone from 0.32): prefill sends its KV cache where the request's id says.
+
+Engines register with the address of their ZeroMQ socket (`registers`). Both legs carry one X-Request-Id, and nothing
+else of the connector's: `___prefill_addr_<P>___decode_addr_<D>_<32 hex digits>`. Each engine takes the other's address
+out of it, so a request without such an id, to either of them, kills the engine or waits for ever. It pairs by the whole
+id: engines must not change it (`VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1` where the version would).
+"""
+
+from __future__ import annotations
+
+from pd_proxy.decoding import msgpack_decoder
+from pd_proxy.handoff.connector import Connector, Handoff, Meeting
+from pd_proxy.handoff.connectors.announcement import ROLES, Registration, address_of
+from pd_proxy.handoff.coordinates import Announcement, Coordinates
+
+_read_registration = msgpack_decoder(Registration)
+
+
+class P2pNccl(Connector):
+    """P2pNcclConnector."""
+
+    name = "p2p_nccl"
+    meets = True
+    registers = True
+    plain_decode = False
+    plain_prefill = False
+    transferable = False
+    own_ids = True
+    endpoints = frozenset({"chat", "completions"})  # those whose answers' ids can be given to clients (`Meeting.id`)
+
+    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+        name = f"___prefill_addr_{prefill.authority}___decode_addr_{decode.authority}_{name}"
+        return Meeting({}, Handoff({}), id=name)
+
+    def announced(self, message: bytes) -> Announcement:
+        said = _read_registration(message)
+        host, port = address_of(said.http_address)
+        own_host, own_port = address_of(said.zmq_address)
+        return Announcement(ROLES[said.type], host, port, Coordinates(host=own_host, port=own_port))

@@ -1,0 +1,178 @@
+"""TensorRT-LLM, context first: the context server computes the prompt and the first token, and answers with what the
+generation server needs to fetch and go on (`disaggregated_params`, within the answer's one choice).
+
+The context leg is the client's body, whole: its engine stops behind the context phase by itself, and the token that it
+samples is the client's first. An answer that ends there for another reason than its length is all there is to say
+(`whole`). Names as in `tensorrt_llm/serve/openai_disagg_service.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from typing import Annotated, Any
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, WrongShape, json_decoder
+from pd_proxy.errors import BackendGarbled, HandoffInvalid
+from pd_proxy.handoff.connector import Connector, Handoff, Meeting, PrefillAnswer, in_one_piece
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.first_token import FirstToken
+from pd_proxy.requests.endpoints import Endpoint, Members
+
+_GOES_ON = ("length", "not_finished")
+_CONTEXT_FIRST = 0
+_LEAST_ID = 1 << 62  # far above the numbers that engines give their requests themselves
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    """What is read of the choice of a context server's answer."""
+
+    finish_reason: str | None = None
+    message: _Message | None = None
+    text: str | None = None
+    disaggregated_params: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Params(msgspec.Struct):
+    """What a generation server cannot do without; the rest is given on as it came."""
+
+    ctx_request_id: int
+    disagg_request_id: int
+    first_gen_tokens: list[int]
+    encoded_opaque_state: str | None = None
+    ctx_info_endpoint: str | list[str] | None = None
+
+
+_decode_members = json_decoder(Members)
+_decode_raw_choices = json_decoder(list[Members])
+_decode_choices = json_decoder(list[_Choice])
+_decode_params = json_decoder(_Params)
+_decode_ids = json_decoder(list[int] | None)
+_decode_lists = json_decoder(Annotated[list[list[int]], msgspec.Meta(min_length=1, max_length=1)])
+_encode = msgspec.json.Encoder().encode
+
+
+class TensorRTLLM(Connector):
+    """trtllm-serve's context and generation servers.
+
+    Arguments:
+        key: signs what is handed over, where the generation servers ask for that; else empty.
+    """
+
+    name = "tensorrt_llm"
+    marks = frozenset({"tensorrt_llm"})
+    meets = True
+    lease = 60.0  # kv_transfer_timeout_ms where engines have one by default; older ones keep the blocks without end
+    continues = False
+    plain_prefill = False
+    endpoints = frozenset({"chat", "completions"})
+
+    def __init__(self, key: str = "") -> None:
+        self._key = key.encode()
+
+    def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
+        return in_one_piece(members)
+
+    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+        asked = {
+            "request_type": "context_only",
+            "disagg_request_id": _LEAST_ID | int(name[-16:], 16) >> 2,
+            "schedule_style": _CONTEXT_FIRST,
+        }
+        return Meeting({"disaggregated_params": msgspec.Raw(_encode(asked))})
+
+    def take(self, answer: PrefillAnswer) -> Handoff | None:
+        try:
+            choices = _decode_choices(answer.choices)
+        except Undecodable as error:
+            raise HandoffInvalid(f"the context server's choices are not usable: {error}") from None
+        if len(choices) != 1:
+            raise HandoffInvalid(f"the context server has answered with {len(choices)} choices")
+        choice = choices[0]
+        if choice.finish_reason not in _GOES_ON and choice.finish_reason is not None:
+            return None
+        params = choice.disaggregated_params
+        try:
+            checked = _decode_params(params)
+            told = {
+                **_decode_members(params),
+                "request_type": msgspec.Raw(b'"generation_only"'),
+                "schedule_style": msgspec.Raw(b"%d" % _CONTEXT_FIRST),
+            }
+            _check_ids(answer.prompt_token_ids)
+        except Undecodable as error:
+            raise HandoffInvalid(f"the context server's disaggregated_params are not usable: {error}") from None
+        if not checked.first_gen_tokens:
+            raise HandoffInvalid("the context server's disaggregated_params have no first token")
+        if _given(answer.usage):
+            told["ctx_usage"] = answer.usage
+        members = {"disaggregated_params": msgspec.Raw(_encode(told))}
+        if _given(answer.prompt_token_ids_b64):
+            members["prompt_token_ids_b64"] = answer.prompt_token_ids_b64
+        elif _given(answer.prompt_token_ids):
+            members["prompt_token_ids"] = answer.prompt_token_ids
+        return Handoff(members, self._signed(checked))
+
+    def decode(self, members: Members, handoff: Handoff) -> Members:
+        own = dict(handoff.members)
+        ids = own.pop("prompt_token_ids", None)
+        leg = {**members, **own}
+        if ids is not None:  # the prompt as the context server had it
+            leg["prompt" if "prompt" in members else "prompt_token_ids"] = ids
+        return leg
+
+    def whole(self, answer: bytes) -> FirstToken | None:
+        try:
+            members = _decode_members(answer)
+            checked, choices = _decode_choices(members["choices"]), _decode_raw_choices(members["choices"])
+            prompt = members.get("prompt_token_ids", msgspec.Raw(b"null"))
+            _check_ids(prompt)
+        except (Undecodable, KeyError):
+            return None  # `take` says what is wrong
+        if len(checked) != 1 or checked[0].finish_reason in (None, *_GOES_ON):
+            return None
+        if missing := {"id", "created", "model"} - members.keys():
+            raise BackendGarbled(f"the context server's answer has no {sorted(missing)[0]}")
+        if not _given(members.get("usage", msgspec.Raw())):
+            members.pop("usage", None)
+        members.pop("prompt_token_ids_b64", None)
+        choice = {name: value for name, value in choices[0].items() if name != "disaggregated_params"}
+        message = checked[0].message
+        text = (checked[0].text if message is None else message.content) or ""
+        ids = bytes(prompt).strip(b"[]") if _given(prompt) else b""
+        return FirstToken(members, choice, ids, b"", text, whole=True, engine="")
+
+    def _signed(self, params: _Params) -> bytes:
+        """The header by which a generation server knows that what it is told is a gateway's word."""
+        if not self._key or params.encoded_opaque_state is params.ctx_info_endpoint is None:
+            return b""
+        endpoint: Any = params.ctx_info_endpoint
+        if isinstance(endpoint, list):
+            endpoint = endpoint[0] if endpoint else None
+        said = {"ctx_info_endpoint": endpoint, "encoded_opaque_state": params.encoded_opaque_state}
+        canonical = json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
+        return (
+            b"x-trtllm-disagg-auth: sha256=%b\r\n" % hmac.new(self._key, canonical, hashlib.sha256).hexdigest().encode()
+        )
+
+
+def _given(raw: msgspec.Raw) -> bool:
+    return bytes(memoryview(raw)[:4]) not in (b"", b"null")
+
+
+def _check_ids(raw: msgspec.Raw) -> None:
+    """Raise `WrongShape` unless these are the ids of one prompt, or nothing. Completions have them within
+    a list of prompts."""
+    if not _given(raw):
+        return
+    try:
+        _decode_ids(raw)
+    except WrongShape:
+        _decode_lists(raw)

@@ -1,0 +1,85 @@
+"""Content codings of request bodies: gzip and deflate are taken off here, bounded in what they may become.
+
+RFC 9110, section 8.4. Engines understand none, so that what is sent on is always plain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+
+from pd_proxy.errors import BodyTooLarge, EncodingNotSupported, InvalidRequest
+from pd_proxy.http.direct import DirectClient
+from pd_proxy.http.response import Client
+
+ACCEPTED = ("gzip", "deflate")
+_NAMES = {b"gzip": "gzip", b"x-gzip": "gzip", b"deflate": "deflate"}
+_PIECE = 256 * 1024  # bytes that are made before others have a turn; less than a millisecond's work
+_MOST_MEMBERS = 64  # of one gzip; what is written in parts has some
+_GZIP = 16 + zlib.MAX_WBITS
+
+
+def coding_of(headers: dict[bytes, bytes]) -> str:
+    """The coding of a request's body; empty where it has none.
+
+    Raises:
+        EncodingNotSupported
+    """
+    said = headers.get(b"content-encoding")
+    if said is None:
+        return ""
+    named = [name for name in (part.strip().lower() for part in said.split(b",")) if name not in (b"", b"identity")]
+    if not named:
+        return ""
+    if len(named) > 1 or named[0] not in _NAMES:
+        told = said.decode("latin-1")[:64]
+        raise EncodingNotSupported(
+            f"the content-encoding {told!r} of the request body is not supported; {', '.join(ACCEPTED)} and none are"
+        )
+    return _NAMES[named[0]]
+
+
+async def plain(body: bytes | bytearray, coding: str, limit: int, client: Client | None) -> bytearray:
+    """A body without its coding.
+
+    Raises:
+        InvalidRequest: it is not in that coding, or not whole.
+        BodyTooLarge: it would be longer than `limit` bytes.
+        BodiesFull: there is no room for it.
+    """
+    result, members = bytearray(), 0
+    rest: bytes | memoryview = memoryview(body)
+    decoder = zlib.decompressobj(_window(body, coding))
+    try:
+        while True:
+            piece = decoder.decompress(rest, _PIECE)
+            result += piece
+            if len(result) > limit:
+                raise BodyTooLarge(
+                    f"the request body exceeds the limit of {limit} bytes once its {coding} is taken off"
+                )
+            if isinstance(client, DirectClient):
+                client.hold(len(piece))
+            if decoder.eof:
+                rest = decoder.unused_data
+                if not rest:
+                    return result
+                members += 1
+                if coding != "gzip" or members > _MOST_MEMBERS:
+                    raise InvalidRequest(f"there are bytes behind the end of the request body's {coding}")
+                decoder = zlib.decompressobj(_GZIP)  # gzip may have several members
+            else:
+                rest = decoder.unconsumed_tail
+                if not rest and not piece:
+                    raise InvalidRequest(f"the request body ends before the end of its {coding}")
+            await asyncio.sleep(0)
+    except zlib.error as error:
+        raise InvalidRequest(f"the request body is not valid {coding}: {error}") from None
+
+
+def _window(body: bytes | bytearray, coding: str) -> int:
+    """As zlib wants it. "deflate" is zlib's format, and what some clients send is what is inside of that alone."""
+    if coding == "gzip":
+        return _GZIP
+    wrapped = len(body) >= 2 and body[0] & 0x0F == 8 and (body[0] << 8 | body[1]) % 31 == 0
+    return zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS

@@ -1,0 +1,80 @@
+"""Whether something listens at an address, and why nothing came of asking it."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+
+from pd_proxy.errors import BackendUnreachable
+from pd_proxy.http.control import Control
+from pd_proxy.http.exchange import Wire, connect
+
+_CODES: tuple[tuple[type[BaseException], str], ...] = (
+    (ssl.SSLCertVerificationError, "certificate"),
+    (ssl.SSLError, "no_tls"),
+    (socket.gaierror, "unresolved"),
+    (ConnectionRefusedError, "refused"),
+    (ConnectionResetError, "no_http"),
+    (BrokenPipeError, "no_http"),
+    (TimeoutError, "timeout"),
+    (OSError, "unreachable"),
+)
+"""What an exception says of a connection, from what says most to what says least."""
+
+
+def code_of(error: BaseException) -> str:
+    """Why a request came to nothing, as a code of `findings.py`: by the error, and by those that it was raised from."""
+    chain = list(_chain(error))
+    return next((code for kind, code in _CODES if any(isinstance(one, kind) for one in chain)), "no_http")
+
+
+def reason_of(error: BaseException) -> str:
+    """The same for people: in our words where they are known, since those of asyncio and of resolvers vary."""
+    return _WORDS.get(code_of(error)) or str(error) or type(error).__name__
+
+
+_WORDS = {"refused": "connection refused", "unresolved": "no such host"}
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        waiting += [one.__cause__, one.__context__]
+        if isinstance(one, BaseExceptionGroup):
+            waiting += one.exceptions
+
+
+async def why_unreachable(control: Control, host: str, port: int, seconds: float) -> str:
+    """Why no connection to an address comes about, for people; empty where one does. It is closed at once."""
+    try:
+        await _connect(control, "http", host, port, seconds)
+    except BackendUnreachable as error:
+        return reason_of(error)
+    return ""
+
+
+async def speaks_tls(control: Control, host: str, port: int, seconds: float) -> bool:
+    """Whether what listens there takes a TLS handshake, whatever its certificate."""
+    try:
+        await _connect(control, "https", host, port, seconds)
+    except BackendUnreachable as error:
+        return code_of(error) == "certificate"
+    return True
+
+
+async def _connect(control: Control, scheme: str, host: str, port: int, seconds: float) -> None:
+    wire = Wire()
+    try:
+        authority = f"{f'[{host}]' if ':' in host else host}:{port}"
+        await connect(wire, f"{scheme}://{authority}", seconds, lambda: control.trust)
+    except ValueError as error:  # a host or a port that cannot be one
+        raise BackendUnreachable(str(error)) from error
+    finally:
+        wire.close()

@@ -1,0 +1,262 @@
+"""An engine's whole answer on its way to the client, whatever it is: events as they come, all else in one piece.
+
+For the routes whose answers the gateway neither counts nor continues. What it holds to: a client gets whole events, an
+error under status 200 is an error, nothing of a hand-off goes out, and an answer in one piece goes out only when it is
+whole, so that until then another engine may be asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, WrongShape, json_decoder
+from pd_proxy.dialects.aborts import abort_in, aborted
+from pd_proxy.dialects.answers import engine_error_event, names_handoff, strip_handoff
+from pd_proxy.dialects.sse import EventReader, read
+from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut
+from pd_proxy.http.client import Connection
+from pd_proxy.http.deadlines import Deadlines
+from pd_proxy.http.response import Client, Headers
+
+EVENTS = b"text/event-stream"
+_JSON = b"application/json"
+# What the engines answer these routes with: subtitles, embeddings as bytes. HTML, for one, is another proxy's.
+_TYPES = frozenset({_JSON, EVENTS, b"text/plain", b"text/vtt", b"application/x-subrip", b"application/octet-stream"})
+_PASSED = (b"content-type", b"metadata")  # the latter tells how embeddings lie in an octet-stream
+_ERROR = b'{"error":'
+
+
+_ENDS = re.compile(rb'"finish_reason"\s*:\s*(?!null|\s)')
+
+
+class _Event(msgspec.Struct):
+    """What is read of an event that says why something ended."""
+
+    choices: msgspec.Raw = msgspec.Raw()
+
+
+class _Object(msgspec.Struct):
+    """The top level of an answer: what is read of it, with the rest of it found to be JSON."""
+
+    usage: msgspec.Raw = msgspec.Raw()
+    error: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = msgspec.Raw()
+
+
+_decode_event = json_decoder(_Event)
+_decode_object = json_decoder(_Object)
+
+
+class Carry:
+    """The receiver of such an answer, and what pauses it while the client does not keep up.
+
+    Arguments:
+        url: the backend, for messages.
+        begin: called when a stream of events is about to go out; gives its head.
+        limit: bytes of an answer that does not come in events.
+        first: from `sent` to the answer's first byte.
+        idle: between two reads of events; of all else, from the answer's head to its end.
+    Attributes:
+        connection: to be set by whoever sends the request.
+        status, headers: of the answer.
+        answered: done when the answer is whole, or failed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        client: Client,
+        begin: Callable[[], Headers],
+        *,
+        limit: int,
+        first: Deadlines,
+        idle: Deadlines,
+    ) -> None:
+        self._url = url
+        self._client = client
+        self._begin = begin
+        self._limit = limit
+        self._first = first
+        self._idle = idle
+        self._loop = asyncio.get_running_loop()
+        self._watched: Deadlines | None = None
+        self._reader: EventReader | None = None
+        self._body = bytearray()
+        self.answered: asyncio.Future[None] = self._loop.create_future()
+        self.connection: Connection | None = None
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+
+    def sent(self) -> None:
+        """The request has been sent whole: the answer's time begins."""
+        if not self.status and not self.answered.done():
+            self._watch(self._first)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the answer comes in events."""
+        return self._reader is not None
+
+    @property
+    def body(self) -> bytes:
+        """What came that is no event."""
+        return bytes(self._body)
+
+    def whole(self) -> tuple[bytes, msgspec.Raw]:
+        """A good answer in one piece, as the client gets it, and the usage that it names.
+
+        Raises:
+            BackendError: it is none.
+        """
+        if self._type != _JSON:
+            return self.body, msgspec.Raw()
+        body = self.body
+        try:
+            shown = strip_handoff(body)
+            parsed = _decode_object(body)
+        except WrongShape:  # a list, say
+            return shown, msgspec.Raw()
+        except Undecodable as error:
+            raise BackendGarbled(f"{self._url} answered 200 with what is not JSON: {error}") from None
+        if memoryview(parsed.error) and bytes(parsed.error) != b"null":
+            raise engine_error_event(self._url, body)
+        if (reason := abort_in(parsed.choices)) is not None:
+            raise aborted(self._url, reason)
+        return shown, parsed.usage
+
+    def passed_headers(self) -> list[tuple[bytes, bytes]]:
+        """Those of the engine's headers that are the client's too."""
+        return [(name, self.headers[name]) for name in _PASSED if name in self.headers]
+
+    def fail(self, error: BackendError) -> None:
+        """End the exchange from outside, as if the backend had failed with `error`."""
+        self.abort()
+        self.lost(error)
+
+    def abort(self) -> None:
+        """Nobody waits for it any more."""
+        self._watch(None)
+        if self._client.flow is self:
+            self._client.flow = None
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+
+    def overdue(self, seconds: float) -> None:
+        self._watched = None
+        what = f"was silent for {seconds:g} s" if self.status else f"did not answer within {seconds:g} s"
+        self.fail(BackendTimedOut(f"{self._url} {what}"))
+
+    # What the connection tells
+
+    def head(self, status: int, headers: dict[bytes, bytes]) -> None:
+        self.status = status
+        self.headers = headers
+        self._watch(self._idle)
+        if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
+            # The client is not told of it, and what its bytes hold cannot be looked at.
+            self.fail(BackendGarbled(f"{self._url} answered in an encoding that was not asked for"))
+        elif status != 200:
+            return
+        elif self._type not in _TYPES:
+            self.fail(BackendGarbled(f"{self._url} answered with {self._type[:64]!r}, which is no engine's answer"))
+        elif self._type == EVENTS:
+            self._reader = EventReader()
+
+    def data(self, data: bytes, last: bool) -> None:
+        if self.answered.done():
+            return
+        if self._reader is None:
+            self._body += data
+            if len(self._body) > self._limit:
+                self.fail(BackendGarbled(f"{self._url} answered with more than {self._limit} bytes"))
+            return
+        self._watch(self._idle)
+        try:
+            block = self._reader.feed(data)
+            if block:
+                self._give(block)
+        except BackendError as error:
+            self.fail(error)
+
+    def end(self) -> None:
+        self.connection = None
+        self._watch(None)
+        if self._reader is not None and (self._reader.partial.strip() or not self._client.started):
+            self.lost(BackendCut(f"{self._url} ended its events in the middle"))
+        elif not self.answered.done():
+            self.answered.set_result(None)
+
+    def lost(self, error: BackendError) -> None:
+        self.connection = None
+        self._watch(None)
+        if not self.answered.done():
+            self.answered.set_exception(error)
+
+    # What the client tells
+
+    def pause(self) -> None:
+        self._watch(None)  # the silence is the client's
+        if self.connection is not None:
+            self.connection.pause()
+
+    def resume(self) -> None:
+        if self.connection is not None:
+            self.connection.resume()
+            self._watch(self._idle)
+
+    def stop(self) -> None:
+        self.abort()
+
+    def _give(self, block: bytes) -> None:
+        """Pass whole events on."""
+        if _ERROR in block or names_handoff(block) or _ENDS.search(block):
+            events: list[bytes] = []
+            for event, payload in read(block):
+                failed = (
+                    engine_error_event(self._url, payload) if payload.startswith(_ERROR) else self._aborted(payload)
+                )
+                if failed is not None:
+                    if events:
+                        self._write(b"".join(events))
+                    raise failed
+                if names_handoff(payload):
+                    try:
+                        event = b"data: %b\n\n" % strip_handoff(payload)
+                    except Undecodable:
+                        why = f"{self._url} sent an event with a hand-off in it that is not JSON"
+                        raise BackendGarbled(why) from None
+                events.append(event)
+            block = b"".join(events)
+        self._write(block)
+
+    def _aborted(self, payload: bytes) -> BackendError | None:
+        """The error that an event stands for by which the engine gives the request up, if it does."""
+        if not _ENDS.search(payload):
+            return None
+        try:
+            reason = abort_in(_decode_event(payload).choices)
+        except Undecodable:
+            return None
+        return None if reason is None else aborted(self._url, reason)
+
+    def _write(self, block: bytes) -> None:
+        if not self._client.started:
+            self._client.start(200, self._begin())
+            self._client.flow = self
+        self._client.write(block)
+
+    @property
+    def _type(self) -> bytes:
+        return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+
+    def _watch(self, deadlines: Deadlines | None) -> None:
+        if self._watched is not None:
+            self._watched.forget(self)
+        self._watched = deadlines
+        if deadlines is not None:
+            deadlines.watch(self, self._loop)

@@ -1,0 +1,1 @@
+"""Settings: types, groups and checks, and the ways they are given: file, environment, flags."""

@@ -1,0 +1,30 @@
+"""A worker's place among the workers of one gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pd_proxy.workers.load_table import Board
+from pd_proxy.workers.prefix_ring import PrefixRings
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """What a worker is told when it is made.
+
+    Attributes:
+        worker: its number, from 0.
+        workers: how many there are.
+        directory: where each has a socket for the others; nobody else may enter it.
+        board: by which they tell each other of their load.
+        prefixes: by which they tell each other what they have sent to whom.
+        ready: a pipe's end, on which it says that it accepts connections.
+    """
+
+    worker: int
+    workers: int
+    directory: Path
+    board: Board
+    prefixes: PrefixRings
+    ready: int

@@ -1,0 +1,496 @@
+"""What engines answer, in all the shapes they do."""
+
+from __future__ import annotations
+
+import json
+from time import process_time
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pd_proxy.decoding import Undecodable
+from pd_proxy.dialects.answers import (
+    engine_error,
+    engine_error_event,
+    flaw_of,
+    read_usage,
+    read_whole,
+    strip_handoff,
+)
+from pd_proxy.errors import BackendAnswered, BackendBusy, BackendFailed, BackendRejected
+
+URL = "http://10.1.2.3:8100"
+KINDS: list[tuple[int, type[BackendAnswered]]] = [
+    (400, BackendRejected),
+    (401, BackendRejected),
+    (404, BackendRejected),
+    (413, BackendRejected),
+    (422, BackendRejected),
+    (429, BackendBusy),
+    (500, BackendFailed),
+    (502, BackendFailed),
+    (503, BackendBusy),
+    (504, BackendFailed),
+]
+
+
+def whole(message: str, **more: Any) -> bytes:
+    return json.dumps({"error": {"message": message, "type": "T", "param": None, "code": 1, **more}}).encode()
+
+
+def told(error: BackendAnswered) -> dict[str, Any]:
+    """What a client reads of an error, which is always in OpenAI's shape."""
+    detail: dict[str, Any] = json.loads(error.body())["error"]
+    assert set(detail) == {"message", "type", "param", "code"}
+    return detail
+
+
+@pytest.mark.parametrize(("status", "kind"), KINDS)
+def test_a_whole_error_is_passed_on_word_for_word(status: int, kind: type[BackendAnswered]) -> None:
+    body = whole("`max_tokens` is too large", hint="kept")
+    error = engine_error(URL, status, {}, body)
+    assert type(error) is kind
+    assert error.status == status
+    assert error.body() == body
+    assert error.retryable is (kind is not BackendRejected)
+
+
+@pytest.mark.parametrize(("status", "kind"), KINDS)
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"error": "just words"}', "just words"),
+        (b"<html><body>Bad Gateway</body></html>", ""),
+        (b"", ""),
+        (b"null", ""),
+        (b"[1]", ""),
+        (b'{"error": null}', ""),
+        (b'{"error": {"type": "T"}}', ""),
+        (b'{"error": {"message"', ""),
+        (b"\xff\xfe", ""),
+    ],
+    ids=["string", "html", "empty", "null", "list", "null error", "no message", "half", "bytes"],
+)
+def test_an_error_of_another_shape_is_said_anew(
+    status: int, kind: type[BackendAnswered], body: bytes, message: str
+) -> None:
+    error = engine_error(URL, status, {}, body)
+    assert type(error) is kind
+    assert error.status == status
+    assert told(error)["message"] == (message or kind.public)
+    assert b"html" not in error.body()
+
+
+@pytest.mark.parametrize("status", [200, 204, 301, 302, 307])
+def test_a_status_that_is_neither_good_nor_an_error_is_a_bad_gateway(status: int) -> None:
+    error = engine_error(URL, status, {b"location": b"http://elsewhere"}, b"")
+    assert type(error) is BackendFailed
+    assert error.status == 502
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://10.0.0.7:8100",
+        "tcp://node-7:5555",
+        "10.0.0.7",
+        "node-7.cluster.local:22050",
+        "localhost:22050",
+        "[fe80::1]:80",
+    ],
+)
+@pytest.mark.parametrize("status", [500, 502, 503])
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_engines_own_trouble_names_no_address(address: str, status: int, bare: bool) -> None:
+    said = f"cannot reach {address} for KV"
+    error = engine_error(URL, status, {}, json.dumps({"error": said}).encode() if bare else whole(said))
+    assert address.encode() not in error.body()
+    assert told(error)["message"] == type(error).public
+    assert address in str(error)  # for the log
+
+
+def test_a_clients_own_mistake_may_quote_the_url_it_sent() -> None:
+    body = whole("cannot fetch image http://example.com:8080/cat.png")
+    assert engine_error(URL, 400, {}, body).body() == body
+
+
+@pytest.mark.parametrize("status", [400, 500, 503])
+def test_the_engines_url_is_for_the_log_only(status: int) -> None:
+    error = engine_error(URL, status, {}, b"")
+    assert URL in str(error)
+    assert b"10.1.2.3" not in error.body()
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(b"7", 7), (b"0", 1), (b"", 1), (b"1.5", 1), (b"-3", 1), (b"Fri, 31 Dec 1999 23:59:59 GMT", 1), (b"9" * 20, 3600)],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_engine_says_when_to_come_back(status: int, value: bytes, seconds: int) -> None:
+    headers = {b"retry-after": value} if value else {}
+    assert engine_error(URL, status, headers, b"").retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "unread"),
+    [
+        (429, "T", True),
+        (503, "Service Unavailable", True),
+        (503, None, True),
+        (503, "ServiceUnavailableError", False),
+        (500, None, False),
+        (400, None, False),
+    ],
+)
+def test_only_a_front_doors_refusal_left_the_request_unread(status: int, kind: str | None, unread: bool) -> None:
+    assert engine_error(URL, status, {}, whole("full", type=kind)).unread is unread
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "status"),
+    [
+        (500, BackendFailed, 500),
+        (400, BackendRejected, 400),
+        (503, BackendBusy, 503),
+        (None, BackendFailed, 500),
+        ("internal", BackendFailed, 500),
+        (200, BackendFailed, 500),
+        (0, BackendFailed, 500),
+        (1000, BackendFailed, 500),
+        (True, BackendFailed, 500),
+    ],
+)
+def test_an_error_events_code_is_its_status(code: object, kind: type[BackendAnswered], status: int) -> None:
+    error = engine_error_event(URL, whole("no", code=code))
+    assert type(error) is kind
+    assert error.status == status
+
+
+# The hand-off's members
+
+
+@pytest.mark.parametrize("field", ["kv_transfer_params", "ec_transfer_params"])
+def test_the_hand_off_is_taken_out_of_an_answer_and_the_rest_stays_byte_for_byte(field: str) -> None:
+    kept = b'{"id":"a","x":1.10,"choices":[{"text":"\\u00e9\\/","n":1e2}]}'
+    given_ = kept[:-1] + b',"' + field.encode() + b'":{"remote_host":"10.0.0.1","deep":[{"a":[]}]}}'
+    assert strip_handoff(given_) == kept
+
+
+def test_the_hand_off_is_taken_out_of_choices_too() -> None:
+    kept = b'{"id":"a","choices":[{"text":"\\u00e9\\/","n":1e2},{"text":"b"}],"x":1.10}'
+    given_ = kept.replace(b'"}', b'","disaggregated_params":{"ctx_info_endpoint":"10.0.0.1"}}')
+    given_ = given_.replace(b"1e2}", b'1e2,"disaggregated_params":null}')
+    assert strip_handoff(given_) == kept
+
+
+@pytest.mark.parametrize("choices", [b"7", b"null", b"[1]", b'"x"'])
+def test_a_clients_own_words_are_left_alone(choices: bytes) -> None:
+    body = b'{"choices":' + choices + b',"tools":[{"disaggregated_params":1}]}'
+    assert strip_handoff(body) == body
+
+
+@pytest.mark.parametrize(
+    "where", [b'{"error":%b}', b'{"choices":[1,%b]}', b'{"message":%b}', b'{"response":%b}', b"[%b]"]
+)
+def test_the_hand_off_is_taken_out_wherever_engines_answer(where: bytes) -> None:
+    inner = b'{"kv_transfer_params":1,"a":1e2,"disaggregated_params":2}'
+    assert strip_handoff(where % inner) == where % b'{"a":1e2}'
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        rb"kv\u005ftransfer_params",
+        rb"kv_transfer\u005Fparams",
+        rb"\u006bv_transfer_params",
+        rb"kv_transfer_param\u0073",
+        rb"\u0065c_transfer_params",
+        rb"".join(b"\\u%04x" % letter for letter in b"kv_transfer_params"),
+    ],
+)
+@pytest.mark.parametrize(
+    "form", [b'{"%b":%b,"a":1}', b'{"a":1,"choices":[{"%b":%b}]}', b'[{"%b":%b}]', b'{"message":{"%b" : %b}}']
+)
+def test_the_hand_off_is_taken_out_however_its_name_is_spelled(name: bytes, form: bytes) -> None:
+    shown = strip_handoff(form % (name, b'{"remote_host":"10.0.0.1"}'))
+    assert b"10.0.0.1" not in shown
+    assert b"remote_host" not in shown
+
+
+def test_what_may_carry_a_hand_off_and_is_no_json_is_not_given_on() -> None:
+    with pytest.raises(Undecodable):
+        strip_handoff(b'{"kv_transfer_params":{"remote_host":"10.0.0.1"},"a":')
+    with pytest.raises(Undecodable):
+        strip_handoff(b'{"kv_transfer_params":{"remote_host":"10.0.0.1"},"caf\xe9":1}')
+
+
+def test_escapes_of_other_letters_cost_no_decoding_and_change_nothing() -> None:
+    body = b'{"text":"\\u00e9\\u000a\\u003c","n":1e2}'
+    assert strip_handoff(body) is body
+
+
+@pytest.mark.parametrize("body", [b'{"a":1}', b"", b"<html>", b'{ "spaces" : [ ] }', b'{"text":"kv_transfer_params"}'])
+def test_a_body_without_a_hand_off_is_not_touched(body: bytes) -> None:
+    assert strip_handoff(body) == body
+
+
+@pytest.mark.parametrize("status", [400, 500, 503])
+def test_an_error_carries_no_hand_off(status: int) -> None:
+    body = json.dumps({"error": {"message": "no"}, "kv_transfer_params": {"remote_host": "secret-host"}}).encode()
+    error = engine_error(URL, status, {}, body)
+    assert b"secret-host" not in error.body()
+    assert json.loads(error.body()) == {"error": {"message": "no"}}
+    assert b"secret-host" not in engine_error_event(URL, body).body()
+
+
+@pytest.mark.parametrize(("status", "kind"), KINDS)
+def test_an_error_that_is_the_whole_answer_is_given_in_openais_shape(status: int, kind: type[BackendAnswered]) -> None:
+    said = {"object": "error", "message": "prompt is too long", "type": "BadRequest", "param": None, "code": status}
+    error = engine_error(URL, status, {}, json.dumps(said).encode())
+    assert type(error) is kind
+    assert told(error) == {name: said[name] for name in ("message", "type", "param", "code")}
+
+
+@pytest.mark.parametrize("message", [None, 7, ""])
+def test_such_an_error_without_words_is_worded_here(message: object) -> None:
+    error = engine_error(URL, 400, {}, json.dumps({"object": "error", "message": message}).encode())
+    assert told(error)["message"]
+
+
+def test_such_an_error_keeps_its_addresses_inside() -> None:
+    said = {"object": "error", "message": "KVTransferError with 10.0.0.1:8998", "type": "500", "code": 500}
+    assert b"10.0.0.1" not in engine_error(URL, 500, {}, json.dumps(said).encode()).body()
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("raw", "numbers"),
+    [
+        (b'{"prompt_tokens":5,"completion_tokens":2}', (5, 2, 0)),
+        (b'{"prompt_tokens":5,"completion_tokens":2,"prompt_tokens_details":null}', (5, 2, 0)),
+        (b'{"prompt_tokens_details":{"cached_tokens":3,"audio_tokens":0},"total_tokens":7}', (None, None, 3)),
+        (b'{"prompt_tokens_details":{"cached_tokens":null}}', (None, None, 0)),
+        (b"{}", (None, None, 0)),
+    ],
+)
+def test_usage_is_read_as_far_as_it_is_there(raw: bytes, numbers: tuple[int | None, int | None, int]) -> None:
+    usage = read_usage(raw)
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == numbers
+
+
+@pytest.mark.parametrize("raw", [b"", b"null", b"[]", b'"x"', b'{"prompt_tokens":"5"}', b'{"completion_tokens":1.5}'])
+def test_usage_that_is_none_is_none(raw: bytes) -> None:
+    assert read_usage(msgspec.Raw(raw)) is None
+
+
+HUGE = b"1" + b"0" * 400
+
+
+@pytest.mark.parametrize(
+    "number", [HUGE, b"-1", b"-" + HUGE, b"9007199254740992", b"1.5", b"1e3", b"true", b'"7"', b"[7]"]
+)
+@pytest.mark.parametrize(
+    "usage",
+    [
+        b'{"prompt_tokens":%b,"completion_tokens":2}',
+        b'{"prompt_tokens":5,"completion_tokens":%b}',
+        b'{"prompt_tokens":5,"prompt_tokens_details":{"cached_tokens":%b}}',
+        b'{"input_tokens":%b,"output_tokens":2}',
+        b'{"input_tokens":5,"output_tokens":%b}',
+        b'{"input_tokens":5,"input_tokens_details":{"cached_tokens":%b}}',
+        b'{"input_tokens":5,"output_tokens":2,"cache_read_input_tokens":%b}',
+        b'{"input_tokens":5,"output_tokens":2,"cache_creation_input_tokens":%b}',
+    ],
+)
+def test_usage_with_a_number_that_counts_no_tokens_is_none(usage: bytes, number: bytes) -> None:
+    assert read_usage(msgspec.Raw(usage % number)) is None
+
+
+def test_usage_whose_sum_counts_no_tokens_is_none() -> None:
+    most = b"9007199254740991"
+    assert read_usage(b'{"prompt_tokens":%b}' % most) is not None
+    assert read_usage(b'{"input_tokens":%b,"cache_read_input_tokens":%b}' % (most, most)) is None
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"prompt_tokens":5,"prompt_tokens_details":{"cached_tokens":9}}',
+        b'{"input_tokens":5,"input_tokens_details":{"cached_tokens":9}}',
+    ],
+)
+def test_no_more_of_a_prompt_is_cached_than_there_is(raw: bytes) -> None:
+    usage = read_usage(raw)
+    assert usage is not None
+    assert usage.cached_tokens == 5
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == 5
+
+
+# What others say of a refusal
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 429])
+@pytest.mark.parametrize(
+    ("said", "message", "param"),
+    [
+        ({"detail": "Not Found"}, "Not Found", None),
+        (
+            {"detail": [{"loc": ["body", "messages", 0, "role"], "msg": "Field required", "input": {}}]},
+            "messages.0.role: Field required",
+            "messages.0.role",
+        ),
+        (
+            {"detail": [{"loc": ["body", "a"], "msg": "one"}, {"loc": ["query", "b"], "msg": "two"}]},
+            "a: one; query.b: two",
+            "a",
+        ),
+        ({"detail": {"message": "inner"}}, "inner", None),
+        ({"detail": {"error": {"message": "deeper"}}}, "deeper", None),
+        ({"message": "only a message"}, "only a message", None),
+        ({"msg": "short"}, "short", None),
+        ({"error": "words", "error_type": "validation"}, "words", None),
+        ({"errors": ["first", "second"]}, "first; second", None),
+        ([{"loc": ["body", "n"], "msg": "wrong"}], "n: wrong", "n"),
+        ("bare words", "bare words", None),
+    ],
+)
+def test_the_reason_of_a_refusal_in_another_shape_is_kept(
+    status: int, said: Any, message: str, param: str | None
+) -> None:
+    error = engine_error(URL, status, {}, json.dumps(said).encode())
+    assert error.public_message == message
+    assert told(error)["message"] == message
+    if status != 429:
+        assert told(error)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"max_tokens is too large", "max_tokens is too large"),
+        (b"  two\n lines\r\n", "two lines"),
+        ("f\u00fcr".encode(), "f\u00fcr"),
+        (b'{"error":{"message":"caf\xe9 is closed","type":"T","param":null,"code":1}}', "caf\ufffd is closed"),
+        (b'{"detail":"caf\xe9 is closed"}', "caf\ufffd is closed"),
+        (b"caf\xe9 is closed", "caf\ufffd is closed"),
+        (b"<title>400</title>", BackendRejected.public),
+        (b'{"detail": "cut', BackendRejected.public),
+        (b"\x00\x01\x02", BackendRejected.public),
+        (b'{"detail":' + b"[" * 100_000, BackendRejected.public),
+        (b"[" * 500 + b'"x"' + b"]" * 500, BackendRejected.public),
+    ],
+)
+def test_the_words_of_a_refusal_are_kept_as_far_as_they_are_words(body: bytes, message: str) -> None:
+    error = engine_error(URL, 400, {}, body)
+    assert type(error) is BackendRejected
+    assert told(error)["message"] == message
+
+
+@pytest.mark.parametrize("body", [b"x" * 10**6, json.dumps({"detail": "x" * 10**6}).encode(), whole("x" * 10**6)])
+def test_a_reason_is_bounded(body: bytes) -> None:
+    assert len(engine_error(URL, 400, {}, body).body()) < 3000
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://10.0.0.7:8100/v1",
+        "tcp://node-7:5555",
+        "10.0.0.7",
+        "10.0.0.7:22050",
+        "[fe80::1]:80",
+        "node-7.cluster.local:22050",
+        "http://prefill-0:8000",
+        "http://prefill-0.pods.svc:8000/generate",
+        "10.1.2.3:8000",
+        "bootstrap_room",
+        r"10\u002e0\u002e0\u002e7",
+    ],
+)
+@pytest.mark.parametrize("status", [400, 404, 429])
+def test_a_refusal_names_no_engines_address(address: str, status: int) -> None:
+    plain = address.replace(r"\u002e", ".")
+    bodies = [
+        b'{"error":{"message":"no %b there","type":"T","param":null,"code":1}}',
+        b'{"error":{"message":"no","type":"%b","param":null,"code":1,"peer":"%b"}}',
+        b'{"detail":"no %b there"}',
+        b'{"detail":[{"loc":["body"],"msg":"no %b there"}]}',
+        b'{"object":"error","message":"no %b there","type":"T","param":null,"code":400}',
+        b"no %b there",
+    ]
+    for body in bodies if plain == address else bodies[:-1]:
+        error = engine_error("http://10.1.2.3:8000", status, {}, body.replace(b"%b", address.encode()))
+        assert told(error)["message"].startswith("no") or status == 429
+        assert plain not in json.loads(error.body())["error"]["message"]
+        assert plain.encode() not in error.body()
+
+
+def test_the_engines_own_host_is_not_named_either() -> None:
+    error = engine_error("http://prefill:8100", 400, {}, whole("prefill:8100 and prefill say no, prefilled is a word"))
+    assert told(error)["message"] == "[address] and [address] say no, prefilled is a word"
+
+
+def test_a_reason_full_of_dots_is_searched_in_no_time() -> None:
+    started = process_time()
+    engine_error(URL, 400, {}, json.dumps({"detail": "a." * 500_000}).encode())
+    engine_error(URL, 400, {}, b"a-." * 300_000)
+    assert process_time() - started < 2
+
+
+# Answers in one piece
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        b'[{"message":{"content":"a"}}]',
+        b'[{"message":{"content":null,"tool_calls":[]}}]',
+        b'[{"text":""}]',
+        b'[{"index":0,"token_ids":[1,2]}]',
+    ],
+)
+def test_choices_that_answer_have_no_flaw(choices: bytes) -> None:
+    assert flaw_of(read_whole(b'{"choices":' + choices + b"}"), "choices") == ""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"{}",
+        b'{"choices":[]}',
+        b'{"choices":null}',
+        b'{"choices":{}}',
+        b'{"choices":"x"}',
+        b'{"choices":[1]}',
+        b'{"choices":[null]}',
+        b'{"choices":[{}]}',
+        b'{"choices":[{"message":null}]}',
+        b'{"choices":[{"message":"a"}]}',
+        b'{"choices":[{"text":null}]}',
+        b'{"choices":[{"text":"a"},{}]}',
+        b'{"content":[]}',
+    ],
+)
+def test_choices_that_answer_nothing_are_a_flaw(answer: bytes) -> None:
+    assert flaw_of(read_whole(answer), "choices")
+
+
+@pytest.mark.parametrize("member", ["content", "output"])
+def test_answers_of_other_apis_have_a_list(member: str) -> None:
+    assert flaw_of(read_whole(b'{"%b":[]}' % member.encode()), member) == ""
+    for value in (b"null", b'"a"', b"{}"):
+        assert flaw_of(read_whole(b'{"%b":%b}' % (member.encode(), value)), member)
+    assert flaw_of(read_whole(b"{}"), member)
+
+
+@given(st.binary(max_size=60) | st.text(max_size=30).map(str.encode), st.integers(100, 599))
+def test_any_answer_becomes_an_error_with_an_answer(body: bytes, status: int) -> None:
+    error = engine_error(URL, status, {}, body)
+    assert 400 <= error.status <= 599
+    assert told(error)["message"]

@@ -1,0 +1,59 @@
+"""What an engine's pages say of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pd_proxy.fleet.health.identity import Facts, read_block_size, read_facts
+
+LINE = 'vllm:cache_config_info{_block_size_resolved="True",block_size="%s",cache_dtype="auto",engine="%d"} 1.0\n'
+METRICS = b"# HELP x\nvllm:num_requests_running 0.0\n" + (LINE % (32, 0)).encode()
+MODELS = json.dumps({"object": "list", "data": [{"id": "m", "max_model_len": 2048}, {"id": "adapter"}]}).encode()
+VERSION = b'{"version":"0.32.0"}'
+
+
+def test_all_three_pages_make_the_facts() -> None:
+    facts = read_facts(METRICS, MODELS, VERSION)
+    assert facts is not None
+    assert (facts.block_size, facts.version, facts.context) == (32, "0.32.0", 2048)
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        (b"", MODELS, VERSION),
+        (METRICS, b"", VERSION),
+        (METRICS, MODELS, b""),
+        (METRICS, MODELS, b'{"version":""}'),
+        (METRICS, b'{"data":[{"id":"m"}]}', VERSION),
+        (METRICS, b'{"data":[{"max_model_len":"long"}]}', VERSION),
+    ],
+)
+def test_what_is_not_all_there_is_nothing(pages: tuple[bytes, bytes, bytes]) -> None:
+    assert read_facts(*pages) is None
+
+
+@pytest.mark.parametrize(
+    ("page", "size"),
+    [
+        (LINE % (16, 0) + LINE % (16, 1), 16),
+        (LINE % (16, 0) + LINE % (32, 1), 0),  # whichever of the two gets a request
+        (LINE % (0, 0), 0),
+        (LINE % ("None", 0), 0),
+        ('vllm:cache_config_info{mamba_block_size="16"} 1.0\n', 0),
+        ('vllm:cache_config_info{block_size="64"}', 64),
+        ('other{block_size="64"} 1.0\n', 0),
+    ],
+)
+def test_a_block_size_is_that_of_every_engine_behind_the_page(page: str, size: int) -> None:
+    assert read_block_size(page.encode()) == size
+
+
+def test_facts_that_look_alike_are_not_the_same() -> None:
+    """What was learnt again is of a process that may be another."""
+    assert Facts(16, "1", 100) != Facts(16, "1", 100)
+    assert Facts(16, "1", 100).fits(Facts(16, "1", 100))
+    assert not Facts(16, "1", 99).fits(Facts(16, "1", 100))
+    assert not Facts(32, "1", 100).fits(Facts(16, "1", 100))
+    assert not Facts(16, "2", 100).fits(Facts(16, "1", 100))

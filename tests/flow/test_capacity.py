@@ -1,0 +1,140 @@
+"""Whether the backends have room, and what is kept of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pd_proxy.admission.clients import Client, Level
+from pd_proxy.admission.ticket import Ticket
+from pd_proxy.fleet.backend import Lease
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.flow.capacity import FleetRoom
+from pd_proxy.settings.tree import build_settings
+
+
+def fleet(prefill: int = 0, decode: int = 0, mixed: int = 0, **bounds: Any) -> Fleet:
+    pools = {"prefill": prefill, "decode": decode, "mixed": mixed}
+    urls = {role: [f"{role}{number}:1" for number in range(count)] for role, count in pools.items()}
+    made = Fleet(build_settings({**urls, "admission": bounds}, {}))
+    for backend in made:
+        backend.mark_up()
+    return made
+
+
+def ticket(tokens: int = 100, *, split: bool = True, model: str | None = "m") -> Ticket:
+    return Ticket(Client("a", Level(0)), model, split, tokens // 2, tokens, 0, 0.0, 1.0)
+
+
+def test_a_pool_holds_what_its_backends_that_are_up_hold_together() -> None:
+    made = fleet(1, 3, decode_requests=2)
+    room = FleetRoom(made)
+    made.pool("decode")[0].mark_down("for the test")
+    kept = []
+    while room.has(ticket()):
+        kept.append(room.claim(ticket()))
+    assert len(kept) == 4
+    assert [b.inflight_requests for b in made.pool("decode")] == [0, 2, 2]
+    made.pool("decode")[0].mark_up()
+    assert room.has(ticket())
+    for each in kept:
+        each.release()
+        each.release()
+    assert [(b.inflight_requests, b.inflight_tokens) for b in made] == [(0, 0)] * 4
+
+
+def test_a_split_request_needs_room_in_both_pools_and_another_only_in_one() -> None:
+    made = fleet(1, 1, prefill_requests=1, decode_requests=2)
+    room = FleetRoom(made)
+    [prefill], [decode] = made.pool("prefill"), made.pool("decode")
+    with Lease(prefill, 10):
+        assert not room.has(ticket())
+        assert room.has(ticket(split=False))
+        with Lease(decode, 10), Lease(decode, 10):
+            assert not room.has(ticket(split=False))
+    assert room.has(ticket())
+
+
+def test_tokens_are_those_of_each_leg() -> None:
+    made = fleet(1, 1, prefill_tokens=100, decode_tokens=200)
+    room = FleetRoom(made)
+    [prefill], [decode] = made.pool("prefill"), made.pool("decode")
+    with Lease(prefill, 60):
+        assert room.has(ticket(80))
+        assert not room.has(ticket(82))
+    with Lease(decode, 100):
+        assert room.has(ticket(100))
+        assert not room.has(ticket(101))
+
+
+def test_a_long_prompt_goes_to_an_idle_prefill_backend() -> None:
+    made = fleet(2, 1, prefill_tokens=100)
+    room = FleetRoom(made)
+    first, second = made.pool("prefill")
+    with Lease(first, 1):
+        assert room.has(ticket(10_000))
+        with Lease(second, 1):
+            assert not room.has(ticket(10_000))
+
+
+def test_mixed_backends_count_where_no_pair_is_up_or_the_request_cannot_be_split() -> None:
+    made = fleet(1, 1, 1, decode_requests=1)
+    room = FleetRoom(made)
+    [prefill], [decode], [mixed] = (made.pool(role) for role in ("prefill", "decode", "mixed"))
+    with Lease(mixed, 1):
+        assert room.has(ticket())
+        assert not room.has(ticket(split=False))
+        prefill.mark_down("for the test")
+        assert not room.has(ticket())
+    with Lease(decode, 1):
+        assert room.has(ticket())
+        room.claim(ticket()).release()
+        mixed.mark_down("for the test")
+        assert not room.has(ticket())
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_where_nobody_is_up_it_is_not_room_that_is_missing(split: bool) -> None:
+    made = fleet(1, 1, 1, decode_requests=1, prefill_requests=1)
+    for backend in made:
+        backend.mark_down("for the test")
+    room = FleetRoom(made)
+    assert room.has(ticket(split=split))
+    room.claim(ticket(split=split)).release()
+
+
+def test_backends_that_do_not_serve_the_model_have_no_room_for_it() -> None:
+    made = fleet(0, 2, decode_requests=1)
+    first, second = made.pool("decode")
+    first.models, second.models = {"m": {}}, {"n": {}}
+    room = FleetRoom(made)
+    with Lease(first, 1):
+        assert not room.has(ticket(model="m"))
+        assert room.has(ticket(model="n"))
+
+
+def test_full_backends_are_no_candidates_while_others_have_room() -> None:
+    made = fleet(0, 3, decode_requests=1, decode_tokens=100)
+    first, second, third = made.pool("decode")
+    with Lease(first, 10):
+        assert made.candidates("decode", "m", 50) == [second, third]
+        assert made.candidates("decode", "m") == [first, second, third]
+        with Lease(second, 10), Lease(third, 10):
+            assert made.candidates("decode", "m", 50) == [first, second, third], "for those that are in already"
+
+
+def test_whoever_waits_for_room_hears_of_every_change() -> None:
+    made = fleet(0, 1, decode_requests=1)
+    heard: list[int] = []
+    made.watch_room(lambda: heard.append(1))
+    [backend] = made.pool("decode")
+    changes = [
+        Lease(backend, 1).release,
+        lambda: made.take_out(backend, "for the test"),
+        lambda: made.bring_in(backend),
+        lambda: Lease(made.add("new:1", "decode"), 1).release(),
+        lambda: made.remove("new:1", "decode"),
+    ]
+    for number, change in enumerate(changes, 1):
+        change()
+        assert len(heard) == number

@@ -1,0 +1,81 @@
+"""What counts as more than text in a chat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from pd_proxy.requests.body import read_members
+from pd_proxy.requests.media import has_media
+
+
+def told(**members: Any) -> bool:
+    return has_media(read_members(msgspec.json.encode(members)))
+
+
+def says(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": list(parts)}]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        None,
+        [{"role": "user", "content": "Hello"}],
+        [{"role": "user", "content": 'I say "type":"image_url" and [{"type":"image"}]'}],
+        [{"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}],
+        [{"role": "assistant"}],
+        says({"type": "text", "text": "Hello"}, "there"),
+        says({"type": "thinking", "thinking": "hm"}, {"type": "tool_use", "id": "1", "input": {"type": "image"}}),
+        says({"type": "tool_result", "content": [{"type": "text", "text": "4"}]}),
+        says({"type": "tool_result", "content": "4"}),
+    ],
+)
+def test_text(messages: Any) -> None:
+    assert not told(messages=messages)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        says({"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "http://a/b"}}),
+        says({"type": "input_audio", "input_audio": {}}),
+        says({"type": "image", "source": {}}),
+        says({"type": "prompt_embeds", "data": "AAAA"}),
+        says({"image_url": "http://a/b"}),  # vLLM takes a part's type from its one other member
+        says({"type": "text", "uuid": "1", "image_url": "http://a/b"}),  # and with a uuid it does so first
+        says({"type": "tool_result", "content": [{"type": "image", "source": {}}]}),
+        says({"type": "of next year"}),
+        says({"type": 7}),
+        [7, [8]],  # the engine will refuse it
+    ],
+)
+def test_more_than_text(messages: Any) -> None:
+    assert told(messages=messages)
+
+
+def test_names_in_escapes_are_read() -> None:
+    raw = rb'{"messages":[{"content":[{"t\u0079pe":"im\u0061ge_url"}]}]}'
+    assert has_media(read_members(raw))
+
+
+def test_what_has_no_messages() -> None:
+    assert not told(prompt="hello")
+    assert not told(prompt="hello", prompt_embeds=None)
+    assert told(prompt_embeds="AAAA")
+
+
+def test_responses() -> None:
+    assert not told(input='Say [{"type":"input_image"}]')
+    assert not told(input=[{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}])
+    assert not told(input=[{"type": "function_call_output", "output": "[4]"}])
+    assert told(input=[{"role": "user", "content": [{"type": "input_image", "image_url": "http://a/b"}]}])
+    assert told(input=[{"type": "function_call_output", "output": [{"type": "input_file"}]}])
+
+
+@pytest.mark.parametrize(("depth", "media"), [(1, False), (2, False), (3, True), (50, True), (400, True)])
+def test_parts_in_parts_are_looked_at_as_deep_as_engines_have_them(depth: int, media: bool) -> None:
+    deep = b'{"messages":[{"content":' + b'[{"type":"tool_result","content":' * depth + b'"x"' + b"}]" * depth + b"}]}"
+    assert has_media(read_members(deep)) is media

@@ -1,0 +1,608 @@
+"""From a file, the environment and flags to settings, and what is said when that fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given
+from hypothesis import settings as settings_
+from hypothesis import strategies as st
+from pd_proxy.settings.environment import put, variable
+from pd_proxy.settings.load import ConfigurationError, configure, gather
+from pd_proxy.settings.tree import Settings, leaves
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes the settings file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "gateway.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def wrong(flags: dict[str, Any], file: Path | None = None) -> list[str]:
+    """The lines of what is wrong, without the folder of the file."""
+    with pytest.raises(ConfigurationError) as caught:
+        configure(flags, file, os.environ)
+    folder = f"{file.parent}/" if file else "\0"
+    return [line.removeprefix(folder) for line in str(caught.value).splitlines()]
+
+
+# Precedence
+
+
+def test_flags_win_over_the_environment_and_the_environment_over_the_file(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write("port: 1\nhost: file\nlog_level: debug\nfallback: reject")
+    monkeypatch.setenv("PD_PROXY_PORT", "2")
+    monkeypatch.setenv("PD_PROXY_HOST", "environment")
+    settings = configure({"port": "3"}, file, os.environ)
+    assert (settings.port, settings.host, settings.log_level) == (3, "environment", "debug")
+    assert settings.connector == "nixl"
+
+
+def test_each_member_of_a_group_has_its_own_precedence(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write("timeouts:\n  prefill: 1\n  idle: 1\n  connect: 1\n")
+    monkeypatch.setenv("PD_PROXY_TIMEOUTS__IDLE", "2")
+    monkeypatch.setenv("PD_PROXY_TIMEOUTS__CONNECT", "2")
+    timeouts = configure({"timeouts": {"connect": "3"}}, file, os.environ).timeouts
+    assert (timeouts.prefill, timeouts.idle, timeouts.connect, timeouts.handoff) == (1.0, 2.0, 3.0, 10.0)
+
+
+def test_a_list_is_replaced_and_not_added_to(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write("decode: [a:1, b:1]\nprefill: [c:1]\n")
+    monkeypatch.setenv("PD_PROXY_DECODE", "d:1")
+    settings = configure({}, file, os.environ)
+    assert (settings.decode, settings.prefill) == (("http://d:1",), ("http://c:1",))
+
+
+def test_the_environment_may_name_the_file_and_a_flag_another(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = tmp_path / "named.yaml"
+    named.write_text("port: 1")
+    monkeypatch.setenv("PD_PROXY_CONFIG", str(named))
+    assert configure({}, None, os.environ).port == 1
+    assert configure({}, write("port: 2"), os.environ).port == 2
+
+
+def test_without_anything_the_defaults_hold() -> None:
+    assert configure({}, None, {}).port == 8000
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])
+def test_an_empty_file_sets_nothing(write: Write, text: str) -> None:
+    assert configure({}, write(text), {}).port == 8000
+
+
+def test_a_group_may_be_one_json_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_PROXY_TIMEOUTS", '{"idle": 5}')
+    assert configure({}, None, os.environ).timeouts.idle == 5.0
+
+
+# Files that cannot be read
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    assert wrong({}, tmp_path / "none.yaml") == ["none.yaml: No such file or directory"]
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    assert wrong({}, tmp_path / ".." / tmp_path.name) == [f"{tmp_path.name}: Is a directory"]
+
+
+def test_bytes_are_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_bytes(b"host: \xff\xfe")
+    assert wrong({}, path) == ["gateway.yaml:1: it is not UTF-8 text"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("port: [1", "gateway.yaml:1:9: not YAML: "),
+        ("port: 1\n\tx: 2", "gateway.yaml:2:1: not YAML: "),
+        ("a: b: c", "gateway.yaml:1:5: not YAML: "),
+        ("x: !!python/object/apply:os.system ['true']", "gateway.yaml:1:4: not YAML: "),
+        ("? [a]\n: 1", "gateway.yaml:1:3: not YAML: "),
+    ],
+)
+def test_what_is_not_yaml_is_said_with_line_and_column(write: Write, text: str, line: str) -> None:
+    (said,) = wrong({}, write(text))
+    assert said.startswith(line)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "7"])
+def test_a_file_that_is_no_mapping_is_refused(write: Write, text: str) -> None:
+    assert wrong({}, write(text)) == ["gateway.yaml:1: a settings file is a mapping of names to values"]
+
+
+# What is wrong, and where
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("host: a\ntimeout:\n  idle: 1", "gateway.yaml:2: timeout: no such setting (did you mean timeouts?)"),
+        (
+            "timeouts:\n  idle: 1\n  prefil: 2",
+            "gateway.yaml:3: timeouts.prefil: no such setting (did you mean timeouts.prefill?)",
+        ),
+        ("xyzzy: 1", "gateway.yaml:1: xyzzy: no such setting"),
+        ("\nport: many", "gateway.yaml:2: port: must be a whole number, not 'many'"),
+        ("timeouts:\n  idle: -1", "gateway.yaml:2: timeouts.idle: must be above 0, not -1"),
+        ("decode:\n  - a:1\n  - ftp://b", "gateway.yaml:3: decode: 'ftp://b': a backend is http://host:port"),
+        ("decode: [a:1, 'ftp://b']", "gateway.yaml:1: decode: 'ftp://b': a backend is http://host:port"),
+        ("log_level: loud", "gateway.yaml:1: log_level: must be debug, info, warning or error, not 'loud'"),
+        ("metrics: 9090", "gateway.yaml:1: metrics: "),
+        (
+            "admission:\n  queue: -1",
+            "gateway.yaml:2: admission.queue: must be at least 0, not -1",
+        ),
+        (
+            "clients:\n  - name: a\n    key: k\n    wieght: 2",
+            "gateway.yaml:4: clients.wieght: no such setting (did you mean clients.weight?)",
+        ),
+        (
+            "clients:\n  - {name: a, key: k}\n  - name: b\n    key: l\n    weight: 0",
+            "gateway.yaml:5: clients.weight: must be at least 0.01, not 0",
+        ),
+        ("clients:\n  - key: k", "gateway.yaml:2: clients.name: is missing"),
+        ("clients:\n  - {name: a b, key: k}", "gateway.yaml:2: clients.name: must be letters, digits and ._-"),
+        ("clients: [{name: a, key: k}, {name: a, key: l}]", "gateway.yaml:1: clients: two of them are named a"),
+        ("clients: [{name: a, key: k}, {name: b, key: k}]", "gateway.yaml:1: clients: a and b have the same key"),
+        ("api_keys: [j, k]\nclients: [{name: b, key: k}]", "gateway.yaml:2: clients: key-2 and b have the same key"),
+        ("decode: [a:1]\nmixed: [a:1]", "gateway.yaml:2: http://a:1 is listed under decode and under mixed"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_line(write: Write, text: str, said: str) -> None:
+    (line,) = wrong({}, write(text))
+    assert line.startswith(said)
+
+
+def test_everything_that_is_wrong_is_said_at_once(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_PROXY_PROT", "1")
+    monkeypatch.setenv("PD_PROXY_LIMITS__ANSWER", "few")
+    lines = wrong({"retries": {"attempts": "0"}}, write("hots: a\ntimeouts:\n  idle: 0\n"))
+    assert sorted(line.partition(": ")[0] for line in lines) == [
+        "PD_PROXY_LIMITS__ANSWER",
+        "PD_PROXY_PROT",
+        "flag --retries.attempts",
+        "gateway.yaml:1",
+        "gateway.yaml:3",
+    ]
+
+
+def test_an_unknown_variable_is_said_with_what_it_may_have_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_PROXY_TIMEOUT__PREFILL", "1")
+    monkeypatch.setenv("PD_PROXY_HOTS", "1")
+    assert wrong({}) == [
+        "PD_PROXY_HOTS: no such setting (did you mean PD_PROXY_HOST?)",
+        "PD_PROXY_TIMEOUT__PREFILL: no such setting (did you mean PD_PROXY_TIMEOUTS__PREFILL?)",
+    ]
+
+
+def test_clients_may_be_json_in_a_variable_and_in_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_PROXY_CLIENTS", '[{"name": "a", "key": "k", "weight": 2}]')
+    [client] = configure({}, None, os.environ).clients
+    assert (client.name, client.key.get_secret_value(), client.weight, client.requests) == ("a", "k", 2.0, None)
+    [client] = configure({"clients": '[{"name": "b", "key": "k", "requests": 3}]'}, None, os.environ).clients
+    assert (client.name, client.requests) == ("b", 3)
+    monkeypatch.setenv("PD_PROXY_CLIENTS", '[{"name": "a", "kay": "424242"}]')
+    assert sorted(wrong({})) == [
+        "PD_PROXY_CLIENTS: clients.kay: no such setting (did you mean clients.key?)",
+        "PD_PROXY_CLIENTS: clients.key: is missing",
+    ]
+    monkeypatch.setenv("PD_PROXY_CLIENTS", '[{"name": 424242')
+    assert wrong({}) == [
+        'PD_PROXY_CLIENTS: clients: as a variable or a flag this is a JSON list: [{"name": "…", "key": "…"}]'
+    ]
+    assert wrong({"clients": "[1"})[0].startswith("flag --clients: clients: ")
+
+
+def test_a_variable_that_is_like_no_setting_gets_no_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_PROXY_XYZZY", "1")
+    assert wrong({}) == ["PD_PROXY_XYZZY: no such setting"]
+
+
+def test_a_wrong_flag_is_said_by_its_name() -> None:
+    assert wrong({"port": "99999"}) == ["flag --port: port: must be at most 65535, not '99999'"]
+    (line,) = wrong({"prot": "1"})
+    assert line == "flag --prot: prot: no such setting (did you mean port?)"
+
+
+def test_a_wrong_variable_is_said_by_its_name_though_the_file_has_the_setting_too(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PD_PROXY_TIMEOUTS__IDLE", "-1")
+    (line,) = wrong({}, write("timeouts:\n  idle: 5\n"))
+    assert line.startswith("PD_PROXY_TIMEOUTS__IDLE: timeouts.idle: ")
+
+
+def test_a_variable_that_is_no_json_where_that_is_wanted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_PROXY_POLICY", "{bad")
+    (line,) = wrong({})
+    assert "policy" in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "clients: [424242]",
+        "clients: '424242'",
+        "clients: [{name: a, key: 424242}]",
+        "clients: [{key: '424242'}]",
+        "clients: [{name: a, key: '424242'}, {name: b, key: '424242'}]",
+        "admin_key: 424242",
+        "api_keys: [424242]",
+        "backend_api_key: [424242]",
+        "decode: ['http://me:424242@a:1']",
+    ],
+)
+def test_what_is_wrong_with_a_secret_is_said_without_it(write: Write, text: str) -> None:
+    assert "424242" not in "\n".join(wrong({}, write(text)))
+
+
+# One thing said twice, and names with their group before them
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("port: 1\nhost: a\nport: 2", "gateway.yaml:3: port: it is set in line 1 already"),
+        ('port: 1\n"port": 1', "gateway.yaml:2: port: it is set in line 1 already"),
+        ("timeouts: {idle: 1, connect: 2, idle: 3}", "gateway.yaml:1: timeouts.idle: it is set in line 1 already"),
+        ("timeouts:\n  idle: 1\ntimeouts:\n  total: 1", "gateway.yaml:3: timeouts: it is set in line 1 already"),
+        ("timeouts:\n  idle: 1\ntimeouts.idle: 1", "gateway.yaml:3: timeouts.idle: it is set in line 2 already"),
+        ("timeouts.idle: 1\ntimeouts.idle: 1", "gateway.yaml:2: timeouts.idle: it is set in line 1 already"),
+        ("clients:\n- name: a\n  key: k\n  name: b", "gateway.yaml:4: clients.0.name: it is set in line 2 already"),
+        ("aliases: {a: b, a: c}", "gateway.yaml:1: aliases.a: it is set in line 1 already"),
+    ],
+)
+def test_what_a_file_says_twice_is_refused_with_both_lines(write: Write, text: str, said: str) -> None:
+    assert wrong({}, write(text)) == [said]
+
+
+def test_every_line_that_says_something_again_is_said(write: Write) -> None:
+    assert len(wrong({}, write("port: 1\nport: 2\nport: 3\nhost: a\nhost: b"))) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "timeouts.idle: 7\ntimeouts.connect: 2",
+        "timeouts.idle: 7\ntimeouts: {connect: 2}",
+        "timeouts: {connect: 2}\ntimeouts.idle: 7",
+        "timeouts:\ntimeouts.idle: 7\ntimeouts.connect: 2",
+    ],
+)
+def test_a_name_in_a_file_may_have_its_group_before_it(write: Write, text: str) -> None:
+    timeouts = configure({}, write(text), {}).timeouts
+    assert (timeouts.idle, timeouts.connect, timeouts.prefill) == (7.0, 2.0, 300.0)
+
+
+def test_what_is_wrong_with_a_name_with_its_group_is_said_with_its_line(write: Write) -> None:
+    assert wrong({}, write("port: 1\ntimeouts.idle: no")) == [
+        "gateway.yaml:2: timeouts.idle: must be a number, not false"
+    ]
+    assert wrong({}, write("timeouts.idel: 1")) == [
+        "gateway.yaml:1: timeouts.idel: no such setting (did you mean timeouts.idle?)"
+    ]
+    assert wrong({}, write("timeouts: 5\ntimeouts.idle: 1")) == [
+        "gateway.yaml:1: timeouts: must be a group of settings, a mapping of names to values, not 5"
+    ]
+
+
+def test_dots_in_the_names_of_models_are_no_groups(write: Write) -> None:
+    assert configure({}, write("aliases: {gpt-4.1: org/m-1.5}"), {}).aliases == {"gpt-4.1": "org/m-1.5"}
+
+
+# In plain words
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("timeouts: [1]", "timeouts: must be a group of settings, a mapping of names to values, not a list"),
+        ("timeouts: 5", "timeouts: must be a group of settings, a mapping of names to values, not 5"),
+        ("prefill: 5", "prefill: must be a list, not 5"),
+        ("prefill: {a: 1}", "prefill: must be a list, not a mapping"),
+        ("prefill: [5]", "prefill: must be text, not 5; put it in quotes"),
+        ("prefill:", "prefill: has no value; leave the line out to have the default"),
+        ("port:", "port: has no value; leave the line out to have the default"),
+        ("port: eight", "port: must be a whole number, not 'eight'"),
+        ("port: 80.5", "port: must be a whole number, not 80.5"),
+        ("port: true", "port: must be a number, not true"),
+        ("port: -1", "port: must be at least 0, not -1"),
+        ("timeouts.idle: 30s", "timeouts.idle: must be a number, not '30s' (without a unit)"),
+        ("timeouts.idle: 0", "timeouts.idle: must be above 0, not 0"),
+        ("timeouts.idle: .inf", "timeouts.idle: must be a finite number, not inf"),
+        ("timeouts.idle: .nan", "timeouts.idle: must be a finite number, not nan"),
+        ("timeouts.idle: 1e+300", "timeouts.idle: must be at most 31622400, not '1e+300'"),
+        ("shutdown.grace: .inf", "shutdown.grace: must be a finite number, not inf"),
+        ("access_log: maybe", "access_log: must be true or false, not 'maybe'"),
+        ("log_level: loud", "log_level: must be debug, info, warning or error, not 'loud'"),
+        ("default_model: 7", "default_model: must be text, not 7; put it in quotes"),
+        ("default_model: 2026-01-01", "default_model: must be text, not 2026-01-01"),
+        ("api_keys: [424242]", "api_keys: must be text; put it in quotes"),
+        ("admin_key: [a]", "admin_key: must be text"),
+        ("host: ''", "host: must not be empty; all addresses are 0.0.0.0"),
+        ("host: '*'", "host: all addresses are 0.0.0.0, or :: for IPv6"),
+        ("host: 0.0.0.0:8000", "host: '0.0.0.0:8000': a host alone, without scheme and port"),
+        ("host: http://a", "host: 'http://a': a host alone, without scheme and port"),
+        ("host: 10.0.0.256", "host: 10.0.0.256 is no IP address"),
+        ("decode: ['http:/a:1']", "decode: 'http:/a:1': two slashes stand behind the scheme"),
+        ("metrics.port: 8000", "metrics.port: 8000 is taken by port"),
+        ("port: 9100\nmetrics.port: 9100", "metrics.port: 9100 is taken by port"),
+        ("kind: openai\nprefill: [a:1]\ndecode: [b:1]", "kind: backends of kind openai hand nothing over"),
+        ("breaker.ejection: 400", "breaker.ejection: it is above breaker.longest_ejection"),
+        ("breaker.longest_ejection: 1", "breaker.ejection: it is above breaker.longest_ejection"),
+        ("connector: ascend_layerwise", "metaserver.url: decode engines that speak ascend_layerwise call"),
+        ("groups: [{name: g, connector: ascend_layerwise}]", "metaserver.url: decode engines that speak"),
+        ("unknown_model: default", "unknown_model: default needs a default_model"),
+        ("8000: port", "8000: a name is text; put it in quotes"),
+        ("on: true", "on: a name is text; put it in quotes"),
+        ("host: ${HOST}", "host: ${HOST} is taken as it stands, not replaced; set PD_PROXY_HOST, which wins"),
+        ("decode: ['${D:-a:1}']", "decode: ${D:-a:1} is taken as it stands, not replaced; set PD_PROXY_DECODE"),
+        ("admin_key: ${KEY}", "admin_key: ${KEY} is taken as it stands, not replaced; set PD_PROXY_ADMIN_KEY"),
+        ("default_model: 2026-13-45", "2026-13-45 is no date and no number; put text in quotes"),
+    ],
+)
+def test_what_is_wrong_is_said_in_plain_words_and_with_its_line(write: Write, text: str, said: str) -> None:
+    (line,) = wrong({}, write(text))
+    where, _, words = line.partition(": ")
+    assert where.startswith("gateway.yaml:")
+    assert words.startswith(said)
+    assert "nput should" not in line
+    assert "pydantic" not in line
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"timeouts:\n\tidle: 1", "gateway.yaml:2:1: not YAML: a tab; YAML is indented with spaces"),
+        (b"port: 1\n---\nport: 2", "gateway.yaml:2:1: not YAML: a second document begins; a settings file is one"),
+        (b"host: a\nport: \x07", "gateway.yaml:2: not YAML: a control character"),
+        (b"host: a\nport: 1 # caf\xe9", "gateway.yaml:2: it is not UTF-8 text"),
+        ("port: 1".encode("utf-16"), "gateway.yaml: it is UTF-16, and not UTF-8 text"),
+        (b"[" * 500, "gateway.yaml: it is nested too deeply"),
+        (b"a: &x [*x]", "gateway.yaml:1: a.0: it contains itself"),
+        (
+            b"port: " + b"1" * 5000,
+            "gateway.yaml:1: " + "1" * 37 + "\u2026 is no date and no number; put text in quotes",
+        ),
+    ],
+)
+def test_bytes_that_are_no_settings_are_said_with_their_line(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_bytes(content)
+    assert wrong({}, path)[0] == said
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_bytes("port: 7\n".encode("utf-8-sig"))
+    assert configure({}, path, {}).port == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("log_level: INFO", "log_level", "info"),
+        ("log_level: Warning", "log_level", "warning"),
+        ("log_level: WARN", "log_level", "warning"),
+        ("log_level: CRITICAL", "log_level", "error"),
+        ("log_format: JSON", "log_format", "json"),
+        ("connector: NIXL", "connector", "nixl"),
+        ("connector: mooncake-ascend", "connector", "mooncake_ascend"),
+        ("kind: vLLM", "kind", "vllm"),
+        ("fallback: local-prefill", "fallback", "local_prefill"),
+        ("resume: off", "resume", "off"),
+        ("resume: OFF", "resume", "off"),
+    ],
+)
+def test_words_may_be_in_any_case_and_off_is_a_word(write: Write, text: str, name: str, value: str) -> None:
+    assert getattr(configure({}, write(text), {}), name) == value
+
+
+# Warnings and where settings come from
+
+
+def test_an_empty_file_and_a_missing_pool_are_warned_of(write: Write) -> None:
+    empty = write("")
+    assert gather({}, empty, {}).warnings[0] == f"{empty}:1: it is empty, so it sets nothing"
+    lacking = write("port: 1\ndecode:\n  - a:1\n")
+    (warning,) = gather({}, lacking, {}).warnings
+    assert warning.startswith(f"{lacking}:2: prefill: there is no backend, so decode computes every prompt itself")
+
+
+def test_a_warning_names_the_flag_or_variable_that_it_is_about() -> None:
+    assert gather({"host": "0.0.0.0", "mixed": "a:1"}, None, {}).warnings[0].startswith("flag --host: host: clients ")
+    environment = {"PD_PROXY_HOST": "0.0.0.0", "PD_PROXY_MIXED": "a:1"}
+    assert gather({}, None, environment).warnings[0].startswith("PD_PROXY_HOST: host: clients need no key")
+
+
+def test_each_setting_is_known_with_where_it_comes_from(write: Write) -> None:
+    file = write("port: 1\nhost: 127.0.0.1\ntimeouts:\n  idle: 5\nretries.floor: 3\nclients:\n- {name: a, key: k}\n")
+    environment = {"PD_PROXY_HOST": "10.0.0.1", "PD_PROXY_TIMEOUTS__CONNECT": "2"}
+    assert gather({"port": "3", "log_level": "debug"}, file, environment).origins == {
+        "port": "flag --port",
+        "log_level": "flag --log-level",
+        "host": "PD_PROXY_HOST",
+        "timeouts.connect": "PD_PROXY_TIMEOUTS__CONNECT",
+        "timeouts.idle": f"{file}:4",
+        "retries.floor": f"{file}:5",
+        "clients": f"{file}:6",
+    }
+
+
+# Whatever is written
+
+_NAMES = st.sampled_from([*(name for name, _ in leaves()), *Settings.model_fields, "xyzzy", "<<", "", "a.b"])
+_SCALARS = st.sampled_from(
+    [
+        "",
+        "x",
+        "a:1",
+        "http:/a",
+        "${X}",
+        "file:",
+        "env:A",
+        "off",
+        "1",
+        "-1",
+        "1e999",
+        "\ud7ff",
+        "2026-13-45",
+        "*",
+        "&a",
+        "|",
+        "{",
+        "[",
+        "\t",
+    ]
+)
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES | st.integers(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.slow
+@settings_(
+    derandomize=True,
+    max_examples=settings_.default.max_examples,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(tree=st.dictionaries(_NAMES, _VALUES, max_size=4), noise=st.text(max_size=8), at=st.integers(0, 200))
+def test_any_file_is_settings_or_lines_that_say_what_is_wrong(
+    tmp_path: Path, tree: dict[str, Any], noise: str, at: int
+) -> None:
+    text = yaml.safe_dump(tree, allow_unicode=True)
+    file = tmp_path / "gateway.yaml"
+    for content in (text, text[:at] + noise + text[at:]):
+        file.write_bytes(content.encode("utf-8", "surrogatepass"))
+        try:
+            gather({}, file, {})
+        except ConfigurationError as error:
+            lines = str(error).splitlines()
+            assert lines
+            assert all(line.startswith(str(file)) for line in lines), lines
+            assert "pydantic" not in str(error)
+
+
+@settings_(derandomize=True, max_examples=settings_.default.max_examples, deadline=None)
+@given(name=st.sampled_from([name for name, _ in leaves()]), value=_SCALARS | st.text(max_size=12))
+def test_any_variable_or_flag_is_a_setting_or_a_line_that_names_it(name: str, value: str) -> None:
+    for flags, environment in (({}, {variable(name): value.replace("\0", "")}), (put_in(name, value), {})):
+        try:
+            gather(flags, None, environment)
+        except ConfigurationError as error:
+            where = f"flag --{name.replace('_', '-')}" if flags else variable(name)
+            assert str(error).startswith(where), str(error)
+
+
+def put_in(name: str, value: str) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    put(tree, name, value)
+    return tree
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'api_keys: [""]',
+        'api_keys: ["  "]',
+        'api_keys: ""',
+        "api_keys: [good, '']",
+        "api_keys: ','",
+        'admin_key: ""',
+        'admin_key: "\\t"',
+        'backend_api_key: ""',
+        'handoff_key: " "',
+        'clients: [{name: a, key: ""}]',
+        'clients: [{name: a, key: " "}]',
+    ],
+)
+def test_an_empty_secret_is_an_error_wherever_it_stands(write: Write, text: str) -> None:
+    (line,) = wrong({}, write(text))
+    assert line.startswith("gateway.yaml:1: ")
+    assert "an empty secret is none" in line
+
+
+@pytest.mark.parametrize(
+    "name", ["PD_PROXY_API_KEYS", "PD_PROXY_ADMIN_KEY", "PD_PROXY_BACKEND_API_KEY", "PD_PROXY_HANDOFF_KEY"]
+)
+@pytest.mark.parametrize("value", ["", " ", "\t"])
+def test_a_variable_for_keys_that_is_set_but_empty_is_an_error(name: str, value: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name}: .*an empty secret is none"):
+        configure({}, None, {name: value})
+
+
+@pytest.mark.parametrize("value", ["a,", ",a", "a,,b", "a, ,b"])
+def test_a_key_that_is_missing_between_commas_is_an_error(value: str) -> None:
+    with pytest.raises(ConfigurationError, match="PD_PROXY_API_KEYS: api_keys: an empty secret"):
+        configure({}, None, {"PD_PROXY_API_KEYS": value})
+    with pytest.raises(ConfigurationError, match="flag --api-keys: api_keys: an empty secret"):
+        configure({"api_keys": value}, None, {})
+
+
+def test_no_keys_may_be_said() -> None:
+    assert configure({}, None, {}).api_keys == ()
+
+
+@pytest.mark.parametrize(
+    "value", ["424242\nx", "42\u20ac42", "424242\x00", "${424242}", "$(MY_KEY)", "$MY_KEY", "<key>"]
+)
+def test_a_secret_that_no_header_can_carry_or_nobody_filled_in_is_refused_unseen(value: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        configure({"admin_key": value}, None, {})
+    assert "42" not in str(caught.value)
+    assert "MY_KEY" not in str(caught.value)
+
+
+def test_a_secret_may_be_in_a_file_or_a_variable_of_its_own(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\n\n two \n")
+    admin = tmp_path / "admin"
+    admin.write_text("secret\n")
+    environment = {"BACKEND": "engines", "PD_PROXY_CLIENTS": f'[{{"name": "a", "key": "file:{admin}"}}]'}
+    flags = {"api_keys": f"file:{keys},env:BACKEND", "admin_key": f"file:{admin}", "backend_api_key": "env:BACKEND"}
+    settings = configure(flags, None, environment)
+    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two", "engines"]
+    assert settings.admin_key is not None
+    assert settings.admin_key.get_secret_value() == "secret"
+    assert settings.backend_api_key is not None
+    assert settings.backend_api_key.get_secret_value() == "engines"
+    assert settings.clients[0].key.get_secret_value() == "secret"
+
+
+@pytest.mark.parametrize("name", ["api_keys", "admin_key", "backend_api_key", "handoff_key"])
+@pytest.mark.parametrize("reference", ["file:/no/such/file", "file:", "file:/", "env:NOT_SET", "env:", "env:BLANK"])
+def test_a_reference_that_leads_nowhere_is_an_error(name: str, reference: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"flag --{name.replace('_', '-')}: {name}: "):
+        configure({name: reference}, None, {"BLANK": " "})
+
+
+def test_an_empty_file_of_keys_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("\n \n")
+    for name in ("api_keys", "admin_key"):
+        with pytest.raises(ConfigurationError, match="is empty or not there"):
+            configure({name: f"file:{tmp_path}/keys"}, None, {})
