@@ -98,7 +98,7 @@ class Running:
             all(count == (0, 0, 0, 0) for count in counts)
             and not any(b.speeds.outstanding for b in fleet)
             and not any(one.pending or one.computing for one in known)
-            and not fleet.handoffs_in_limbo
+            and not fleet.handoffs_pending
             and not self.gateway.gate.inside
         )
 

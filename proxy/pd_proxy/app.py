@@ -35,10 +35,10 @@ from pd_proxy.fleet.model_names import Names
 from pd_proxy.fleet.protocols import AUTO
 from pd_proxy.fleet.readiness import tell_readiness
 from pd_proxy.fleet.zmq.kv_events import KvEvents
-from pd_proxy.fleet.zmq.notifications import Notices
+from pd_proxy.fleet.zmq.notifications import TransferNotifications
 from pd_proxy.fleet.zmq.registrations import Registrations
 from pd_proxy.flow.callbacks import Callbacks
-from pd_proxy.flow.capacity import FleetRoom
+from pd_proxy.flow.capacity import FleetCapacity
 from pd_proxy.flow.first_token import FirstTokens
 from pd_proxy.flow.flow import Flow
 from pd_proxy.flow.hops import Hops
@@ -62,9 +62,9 @@ from pd_proxy.telemetry.placement import PlacementSink
 from pd_proxy.telemetry.prometheus import PrometheusSink, registry
 from pd_proxy.telemetry.records import Sinks
 from pd_proxy.telemetry.throughput import Throughput
-from pd_proxy.workers.context import Crew
+from pd_proxy.workers.context import WorkerContext
 from pd_proxy.workers.load_table import Exchange
-from pd_proxy.workers.peers import Siblings
+from pd_proxy.workers.peers import PeerWorkers
 from pd_proxy.workers.prefix_ring import PeerPrefixes
 
 _LOOP_TICK = 0.1  # seconds between looks at the event loop's lateness
@@ -91,11 +91,11 @@ class Gateway:
     admission: Admission
     surface: Surface
     registry: CollectorRegistry
-    notices: Notices
+    notices: TransferNotifications
     registrations: Registrations
     prompts: Prompts
     placing: Placing
-    siblings: Siblings | None = None
+    siblings: PeerWorkers | None = None
     inner: Surface | None = None
     admin: Surface | None = None
     kv_events: KvEvents | None = None
@@ -113,7 +113,7 @@ class Gateway:
             self.kv_events.start()
 
 
-def build(settings: Settings, connections: Connections | None = None, crew: Crew | None = None) -> Gateway:
+def build(settings: Settings, connections: Connections | None = None, crew: WorkerContext | None = None) -> Gateway:
     """A gateway that does nothing until its surface's lifespan begins.
 
     Arguments:
@@ -124,16 +124,16 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         settings = settings.share(crew.workers)
     fleet = Fleet(settings)
     gate = Gate()
-    admission = Admission(settings, FleetRoom(fleet) if fleet.bounded else None)
+    admission = Admission(settings, FleetCapacity(fleet) if fleet.bounded else None)
     gate.on_close = admission.close
     if fleet.bounded:
-        fleet.watch_room(admission.look)
+        fleet.watch_capacity(admission.look)
     prometheus = PrometheusSink(fleet, connections or Connections())
     handoff_key = settings.handoff_key
     spoken = connectors("" if handoff_key is None else handoff_key.get_secret_value())
     fleet.answers_alone = frozenset(name for name, connector in spoken.items() if connector.plain_decode)
     callbacks = Callbacks(settings.metaserver.url, 0 if crew is None else crew.worker)
-    notices = Notices(settings.zmq.notices)
+    notices = TransferNotifications(settings.zmq.notices)
     registrations = Registrations(fleet, settings.zmq, spoken)
     fleet.messages = {"notice": notices.counts, "registration": registrations.counts}
     warmup = Warmup(settings, fleet, spoken, notices, callbacks)
@@ -164,7 +164,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Crew
         exchange = Exchange(crew.board, crew.worker, fleet, admission.look, peers.look)
         fleet.before_choice = exchange.freshen
         admission.on_wait = exchange.hurry
-    siblings = None if crew is None else Siblings(crew.directory, crew.worker, crew.workers)
+    siblings = None if crew is None else PeerWorkers(crew.directory, crew.worker, crew.workers)
     stored = StoredResponses(_shared_secret(settings, crew))
     control = Control(settings.health.timeout, legs.authorization + hops.line)
 
@@ -345,7 +345,7 @@ def _is_served(endpoint: Endpoint, settings: Settings) -> bool:
     return True
 
 
-def _shared_secret(settings: Settings, crew: Crew | None) -> bytes:
+def _shared_secret(settings: Settings, crew: WorkerContext | None) -> bytes:
     """What gateways of one operator have in common and no client knows; without such keys, what the workers of one
     gateway do."""
     secrets = [key.get_secret_value() for key in (settings.admin_key, settings.backend_api_key) if key is not None]

@@ -28,7 +28,7 @@ from fastapi import FastAPI
 from pd_proxy.api import operations
 from pd_proxy.api.surface import Surface
 from pd_proxy.app import Gateway, build
-from pd_proxy.fleet.zmq.listener import CannotHear
+from pd_proxy.fleet.zmq.listener import CannotListen
 from pd_proxy.http.body_memory import Bodies
 from pd_proxy.http.connections import Connections
 from pd_proxy.http.server import GatewayProtocol
@@ -48,7 +48,7 @@ from pd_proxy.runtime.sockets import (
     unix_socket,
 )
 from pd_proxy.settings.tree import Settings
-from pd_proxy.workers.context import Crew
+from pd_proxy.workers.context import WorkerContext
 from pd_proxy.workers.peers import socket_of
 from pd_proxy.workers.supervisor import supervise
 
@@ -121,7 +121,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _work(
-    settings: Settings, files: int, listeners: list[Listener], admin: socket.socket | None, crew: Crew | None
+    settings: Settings, files: int, listeners: list[Listener], admin: socket.socket | None, crew: WorkerContext | None
 ) -> int:
     """Be a gateway, or one worker of it."""
     kind = protocol(settings if crew is None else settings.share(crew.workers), files)
@@ -134,7 +134,7 @@ def _work(
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         try:
             runner.run(_run(gateway, kind, listeners, admin, crew))
-        except CannotHear as error:
+        except CannotListen as error:
             raise ListenError(str(error)) from None
     return 0
 
@@ -194,7 +194,7 @@ async def _run(
     kind: type[GatewayProtocol],
     listeners: list[Listener],
     admin: socket.socket | None = None,
-    crew: Crew | None = None,
+    crew: WorkerContext | None = None,
 ) -> None:
     gateway.hear()
     main = _Server(
@@ -220,7 +220,7 @@ async def _run(
     await asyncio.gather(*others)
 
 
-def _tell_ready(crew: Crew | None, url: str) -> Callable[[], object]:
+def _tell_ready(crew: WorkerContext | None, url: str) -> Callable[[], object]:
     """How to say that connections are accepted."""
 
     def tell() -> None:

@@ -107,7 +107,7 @@ async def test_a_prefill_backend_is_kept_until_its_open_hand_offs_are_claimed() 
         d.faults.add("delay_first_byte", leg="decode", delay_s=0.5, count=1)
         fleet = running.gateway.fleet
         request = asyncio.create_task(running.http.post(CHAT, json=chat()))
-        await until(lambda: fleet.handoffs_in_limbo == 1)
+        await until(lambda: fleet.handoffs_pending == 1)
         [holder] = [backend for backend in fleet if backend.open_handoffs]
         removed = await running.http.post("/instances/remove", json={"type": "prefill", "instances": [holder.url]})
         assert removed.status_code == 200
@@ -129,7 +129,7 @@ async def test_a_prefill_backend_is_kept_until_its_open_hand_offs_have_expired()
         d.faults.add("hang", leg="decode")
         fleet = running.gateway.fleet
         request = asyncio.create_task(running.http.post(CHAT, json=chat(stream=True)))
-        await until(lambda: fleet.handoffs_in_limbo == 1)
+        await until(lambda: fleet.handoffs_pending == 1)
         [holder] = [backend for backend in fleet if backend.open_handoffs]
         fleet.remove(holder.url, "prefill")
         assert holder in fleet.pool("prefill")

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import zmq
 from pd_proxy.app import build
-from pd_proxy.fleet.zmq.listener import CannotHear
+from pd_proxy.fleet.zmq.listener import CannotListen
 from pd_proxy.settings.tree import build_settings
 
 from tests.contract.cases import CASES, Case, fleet
@@ -187,6 +187,6 @@ async def test_an_address_that_is_taken_ends_the_start() -> None:
     case = named("p2p_nccl")
     async with fleet(case) as (running, [p], [d]):
         again = build(build_settings({"prefill": [p.url], "decode": [d.url], **case.gateway([p, d])}, {}))
-        with pytest.raises(CannotHear, match=r"cannot listen for engines on 127\.0\.0\.1"):
+        with pytest.raises(CannotListen, match=r"cannot listen for engines on 127\.0\.0\.1"):
             again.hear()
         assert running.gateway.fleet.not_ready() == ""

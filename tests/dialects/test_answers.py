@@ -14,9 +14,9 @@ from pd_proxy.decoding import Undecodable
 from pd_proxy.dialects.answers import (
     engine_error,
     engine_error_event,
-    flaw_of,
     read_usage,
     read_whole,
+    reason_of,
     strip_handoff,
 )
 from pd_proxy.errors import BackendAnswered, BackendBusy, BackendFailed, BackendRejected
@@ -456,7 +456,7 @@ def test_a_reason_full_of_dots_is_searched_in_no_time() -> None:
     ],
 )
 def test_choices_that_answer_have_no_flaw(choices: bytes) -> None:
-    assert flaw_of(read_whole(b'{"choices":' + choices + b"}"), "choices") == ""
+    assert reason_of(read_whole(b'{"choices":' + choices + b"}"), "choices") == ""
 
 
 @pytest.mark.parametrize(
@@ -478,15 +478,15 @@ def test_choices_that_answer_have_no_flaw(choices: bytes) -> None:
     ],
 )
 def test_choices_that_answer_nothing_are_a_flaw(answer: bytes) -> None:
-    assert flaw_of(read_whole(answer), "choices")
+    assert reason_of(read_whole(answer), "choices")
 
 
 @pytest.mark.parametrize("member", ["content", "output"])
 def test_answers_of_other_apis_have_a_list(member: str) -> None:
-    assert flaw_of(read_whole(b'{"%b":[]}' % member.encode()), member) == ""
+    assert reason_of(read_whole(b'{"%b":[]}' % member.encode()), member) == ""
     for value in (b"null", b'"a"', b"{}"):
-        assert flaw_of(read_whole(b'{"%b":%b}' % (member.encode(), value)), member)
-    assert flaw_of(read_whole(b"{}"), member)
+        assert reason_of(read_whole(b'{"%b":%b}' % (member.encode(), value)), member)
+    assert reason_of(read_whole(b"{}"), member)
 
 
 @given(st.binary(max_size=60) | st.text(max_size=30).map(str.encode), st.integers(100, 599))

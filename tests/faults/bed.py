@@ -242,8 +242,8 @@ class Bed:
         for backend in fleet:
             if backend.inflight_requests or backend.inflight_tokens or backend._leases or backend.open_handoffs:
                 return f"leases on a {backend.role} backend"
-        if fleet.handoffs_in_limbo:
-            return f"hand-offs in limbo: {fleet.handoffs_in_limbo}"
+        if fleet.handoffs_pending:
+            return f"hand-offs in limbo: {fleet.handoffs_pending}"
         if self.gateway.gate.inside:
             return "a request inside"
         if self._server.server_state.connections:
@@ -300,7 +300,7 @@ class Bed:
             if engine.stopping:
                 assert await self.until(lambda engine=engine: not engine.alive, 30)  # type: ignore[misc]
             for standing in self.backend(engine).standings.values():
-                standing.lift(self.gateway.fleet.rotation._clock())
+                standing.lift(self.gateway.fleet.outlier_detector._clock())
             if not engine.alive:
                 await engine.restart()
                 self.backend(engine).attention.set()  # it was away for less than a probe's interval

@@ -12,7 +12,7 @@ from pd_proxy.errors import BackendBusy, BackendCut, BackendFailed, BackendUnrea
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.outlier.breaker import Breaker
-from pd_proxy.fleet.outlier.statistics import LegName, Standing, Window
+from pd_proxy.fleet.outlier.statistics import LegName, OutlierStats, Window
 from pd_proxy.settings.tree import BreakerSettings, Settings
 
 
@@ -20,16 +20,18 @@ def breaker(**given_: Any) -> Breaker:
     return Breaker(BreakerSettings(**given_))
 
 
-def standings(count: int) -> list[Standing]:
-    return [Standing(30.0) for _ in range(count)]
+def standings(count: int) -> list[OutlierStats]:
+    return [OutlierStats(30.0) for _ in range(count)]
 
 
-def verdict(judge: Breaker, pool: list[Standing], index: int, now: float = 0.0, leg: LegName = "decode") -> str | None:
+def verdict(
+    judge: Breaker, pool: list[OutlierStats], index: int, now: float = 0.0, leg: LegName = "decode"
+) -> str | None:
     others = [standing for number, standing in enumerate(pool) if number != index]
     return judge.verdict(leg, pool[index], others, now)
 
 
-def note(standing: Standing, good: int, bad: int, now: float = 0.0) -> None:
+def note(standing: OutlierStats, good: int, bad: int, now: float = 0.0) -> None:
     """So many good and bad legs, the bad ones never in a row while there are good ones to part them."""
     while good or bad:
         if bad:
@@ -114,7 +116,7 @@ def test_where_all_fail_alike_nobody_is_to_blame() -> None:
 
 def time(
     judge: Breaker,
-    pool: list[Standing],
+    pool: list[OutlierStats],
     seconds: list[float],
     *,
     rounds: int = 20,
@@ -127,7 +129,7 @@ def time(
             judge.timed("decode", leg, standing, taken, more.get("tokens", 100), more.get("now", 0.0))
 
 
-def slow(judge: Breaker, pool: list[Standing], now: float = 0.0, leg: LegName = "decode") -> list[int]:
+def slow(judge: Breaker, pool: list[OutlierStats], now: float = 0.0, leg: LegName = "decode") -> list[int]:
     return [index for index in range(len(pool)) if verdict(judge, pool, index, now, leg) == "slow"]
 
 
@@ -204,7 +206,7 @@ def test_an_outlier_always_looks_slow_enough_for_a_verdict(count: int, ratio: fl
 
 
 def test_each_ejection_lasts_twice_as_long_up_to_a_bound_and_good_time_takes_that_back() -> None:
-    judge, standing = breaker(ejection=10, longest_ejection=60, window=30), Standing(30.0)
+    judge, standing = breaker(ejection=10, longest_ejection=60, window=30), OutlierStats(30.0)
     now, lasted = 0.0, []
     for _ in range(6):
         lasted.append(judge.eject(standing, "slow", now))
@@ -223,7 +225,7 @@ def test_each_ejection_lasts_twice_as_long_up_to_a_bound_and_good_time_takes_tha
 def test_ejections_are_within_their_bounds_and_grow_while_there_is_no_good_time(
     pauses: list[float], first: float, longest: float
 ) -> None:
-    judge, standing = breaker(ejection=first, longest_ejection=longest), Standing(30.0)
+    judge, standing = breaker(ejection=first, longest_ejection=longest), OutlierStats(30.0)
     now, before = 0.0, 0.0
     for pause in pauses:
         now = standing.ejected_until + pause

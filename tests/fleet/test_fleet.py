@@ -18,7 +18,7 @@ from pd_proxy.errors import (
 )
 from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.flow.legs import Limbo
+from pd_proxy.flow.legs import PendingHandoff
 from pd_proxy.handoff.connector import Handoff
 from pd_proxy.settings.tree import Settings
 
@@ -126,7 +126,7 @@ def test_an_ejection_ends_by_itself_and_the_backends_load_grows_slowly() -> None
     clock.now += 10
     made.candidates("decode", None)
     assert (made.state(backend), backend.factor) == ("up", 1.0)
-    assert not made.rotation.watches, "from here on a look at a pool costs nothing again"
+    assert not made.outlier_detector.watches, "from here on a look at a pool costs nothing again"
 
 
 def test_what_fails_during_an_ejection_does_not_make_it_longer() -> None:
@@ -207,12 +207,12 @@ def test_an_engine_that_is_leaving_gets_nothing_more_at_once_and_keeps_what_it_h
     fail(made, backend, 1, error)
     assert urls(made.candidates("decode", None)) == ["http://decode1", "http://decode2"]
     assert backend.up and backend.attention.is_set() and made.state(backend) == "ejected"
-    assert made.rotation.leaving(backend)
+    assert made.outlier_detector.leaving(backend)
     assert made.ejections == {("decode", "http://decode0", "decode", "leaving"): 1}
     fail(made, backend, 3, error)  # what else it had
     assert made.ejections.total() == 1
     clock.now += 10.1
-    assert len(made.candidates("decode", None)) == 3 and not made.rotation.leaving(backend)
+    assert len(made.candidates("decode", None)) == 3 and not made.outlier_detector.leaving(backend)
     fail(made, backend, 1, error)  # it still drains: it is out for twice as long
     clock.now += 19.9
     assert len(made.candidates("decode", None)) == 2
@@ -237,7 +237,7 @@ def test_an_engine_that_was_leaving_and_comes_up_again_is_another() -> None:
     fail(made, backend, 1, LEAVES[0])
     made.take_out(backend, "connection refused")
     made.bring_in(backend)
-    assert len(made.candidates("decode", None)) == 2 and not made.rotation.leaving(backend)
+    assert len(made.candidates("decode", None)) == 2 and not made.outlier_detector.leaving(backend)
 
 
 def test_a_decode_engine_that_is_stopping_casts_no_doubt_on_prefill() -> None:
@@ -435,7 +435,7 @@ def test_a_prefill_backend_that_is_removed_is_kept_while_decode_may_still_read_f
     made, left = fleet(prefill=1), list[Backend]()
     made.on_leave = left.append
     backend = at(made, "http://prefill0")
-    limbo = Limbo(made, backend, Handoff({}), 10.0)
+    limbo = PendingHandoff(made, backend, Handoff({}), 10.0)
     made.remove("http://prefill0", "prefill")
     made.forget_idle()
     assert (left, backend.drained) == ([], False)
@@ -444,7 +444,7 @@ def test_a_prefill_backend_that_is_removed_is_kept_while_decode_may_still_read_f
     made.forget_idle()
     assert left == [backend]
     limbo.close()
-    assert (backend.open_handoffs, made.handoffs_in_limbo) == (0, 0)
+    assert (backend.open_handoffs, made.handoffs_pending) == (0, 0)
 
 
 def test_a_backend_is_drained_and_given_requests_again() -> None:
@@ -469,7 +469,7 @@ def test_a_backend_that_has_left_leaves_no_count_behind() -> None:
     fail(made, at(made, "http://decode0"), 5)
     made.remove("http://decode0", "decode")
     assert not made.ejections
-    assert not made.rotation.watches
+    assert not made.outlier_detector.watches
 
 
 # Readiness and models

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from pd_proxy.fleet.health.identity import Facts, read_block_size, read_facts
+from pd_proxy.fleet.health.identity import EngineIdentity, read_block_size, read_facts
 
 LINE = 'vllm:cache_config_info{_block_size_resolved="True",block_size="%s",cache_dtype="auto",engine="%d"} 1.0\n'
 METRICS = b"# HELP x\nvllm:num_requests_running 0.0\n" + (LINE % (32, 0)).encode()
@@ -52,8 +52,8 @@ def test_a_block_size_is_that_of_every_engine_behind_the_page(page: str, size: i
 
 def test_facts_that_look_alike_are_not_the_same() -> None:
     """What was learnt again is of a process that may be another."""
-    assert Facts(16, "1", 100) != Facts(16, "1", 100)
-    assert Facts(16, "1", 100).fits(Facts(16, "1", 100))
-    assert not Facts(16, "1", 99).fits(Facts(16, "1", 100))
-    assert not Facts(32, "1", 100).fits(Facts(16, "1", 100))
-    assert not Facts(16, "2", 100).fits(Facts(16, "1", 100))
+    assert EngineIdentity(16, "1", 100) != EngineIdentity(16, "1", 100)
+    assert EngineIdentity(16, "1", 100).fits(EngineIdentity(16, "1", 100))
+    assert not EngineIdentity(16, "1", 99).fits(EngineIdentity(16, "1", 100))
+    assert not EngineIdentity(32, "1", 100).fits(EngineIdentity(16, "1", 100))
+    assert not EngineIdentity(16, "2", 100).fits(EngineIdentity(16, "1", 100))

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.zmq.kv_events import KvEvents, _endpoint, load_tokenizer
-from pd_proxy.fleet.zmq.listener import CannotHear
+from pd_proxy.fleet.zmq.listener import CannotListen
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.prefix.chain import Chain, chain_of
 from pd_proxy.prefix.index import PrefixIndex
@@ -368,20 +368,20 @@ def text_of_another_kind() -> tuple[Chain, dict[str, Any]]:
 
 
 def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CannotHear, match="nowhere"):
+    with pytest.raises(CannotListen, match="nowhere"):
         load_tokenizer(str(tmp_path / "nowhere.json"))
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(CannotHear, match="broken"):
+    with pytest.raises(CannotListen, match="broken"):
         load_tokenizer(str(tmp_path / "broken.json"))
 
 
 def test_extras_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(CannotHear, match=r"pip install pd-proxy\[tokenizers\]"):
+    with pytest.raises(CannotListen, match=r"pip install pd-proxy\[tokenizers\]"):
         load_tokenizer("any")
     monkeypatch.setitem(__import__("sys").modules, "zmq", None)
     settings = build_settings({"mixed": ["a:1"], "kv_events": {"endpoint": "tcp://{host}:5557"}}, {})
-    with pytest.raises(CannotHear, match=r"kv_events.endpoint is set.*pip install pd-proxy\[zmq\]"):
+    with pytest.raises(CannotListen, match=r"kv_events.endpoint is set.*pip install pd-proxy\[zmq\]"):
         KvEvents(settings, Fleet(settings), PrefixIndex(), KEY).start()
 
 

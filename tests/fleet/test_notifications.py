@@ -13,8 +13,8 @@ import pytest
 import zmq
 from pd_proxy.errors import BackendLost
 from pd_proxy.fleet.zmq import listener as inbox
-from pd_proxy.fleet.zmq.listener import CannotHear, Inbox
-from pd_proxy.fleet.zmq.notifications import Notices
+from pd_proxy.fleet.zmq.listener import CannotListen, ZmqListener
+from pd_proxy.fleet.zmq.notifications import TransferNotifications
 
 from tests.support import until
 
@@ -48,9 +48,9 @@ def sender(where: str, kind: int = zmq.PUSH) -> Iterator[Any]:
 
 
 @contextmanager
-def listening() -> Iterator[tuple[Notices, str]]:
+def listening() -> Iterator[tuple[TransferNotifications, str]]:
     with address() as where:
-        notices = Notices(where)
+        notices = TransferNotifications(where)
         notices.start()
         try:
             yield notices, where
@@ -59,7 +59,7 @@ def listening() -> Iterator[tuple[Notices, str]]:
 
 
 async def test_all_notices_of_a_name_must_come_whenever_they_do() -> None:
-    notices = Notices("")
+    notices = TransferNotifications("")
     with notices.expect("r1", 3) as expected:
         notices.hear([notice()])
         waiting = asyncio.create_task(expected.all(5))
@@ -75,14 +75,14 @@ async def test_all_notices_of_a_name_must_come_whenever_they_do() -> None:
 
 
 async def test_notices_that_are_all_there_need_no_waiting() -> None:
-    notices = Notices("")
+    notices = TransferNotifications("")
     with notices.expect("r1", 1) as expected:
         notices.hear([notice()])
         assert await expected.all(0.0001)
 
 
 async def test_nobody_waits_for_longer_than_he_wants() -> None:
-    notices = Notices("")
+    notices = TransferNotifications("")
     with notices.expect("r1", 2) as expected:
         notices.hear([notice()])
         assert not await expected.all(0.01)
@@ -93,7 +93,7 @@ async def test_nobody_waits_for_longer_than_he_wants() -> None:
 
 
 async def test_a_sender_that_has_gone_is_not_waited_for() -> None:
-    with Notices("").expect("r1", 1) as expected:
+    with TransferNotifications("").expect("r1", 1) as expected:
         waiting = asyncio.create_task(expected.all(60))
         await asyncio.sleep(0)
         expected.lost(BackendLost("gone"))
@@ -103,7 +103,7 @@ async def test_a_sender_that_has_gone_is_not_waited_for() -> None:
 
 
 async def test_whoever_stops_waiting_leaves_nothing() -> None:
-    notices = Notices("")
+    notices = TransferNotifications("")
 
     async def wait() -> None:
         with notices.expect("r1", 1) as expected:
@@ -140,7 +140,7 @@ GARBAGE: dict[str, list[bytes]] = {
 
 @pytest.mark.parametrize("parts", GARBAGE.values(), ids=list(GARBAGE))
 async def test_what_is_no_notice_is_counted_and_forgotten(parts: list[bytes]) -> None:
-    notices = Notices("")
+    notices = TransferNotifications("")
     with notices.expect("r1", 1) as expected:
         notices.hear(parts)
         assert expected.missing == 1
@@ -185,8 +185,8 @@ async def test_a_flood_leaves_the_loop_its_turns() -> None:
 
 
 async def test_an_address_that_is_taken_is_said_at_once() -> None:
-    with listening() as (_, where), pytest.raises(CannotHear, match=f"cannot listen for engines on {where}: "):
-        Notices(where).start()
+    with listening() as (_, where), pytest.raises(CannotListen, match=f"cannot listen for engines on {where}: "):
+        TransferNotifications(where).start()
 
 
 async def test_listening_twice_is_listening_once() -> None:
@@ -199,8 +199,8 @@ async def test_listening_twice_is_listening_once() -> None:
 
 async def test_without_pyzmq_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "zmq", None)
-    with pytest.raises(CannotHear, match=r"pip install pd-proxy\[zmq\]"):
-        Inbox("PULL", "127.0.0.1:1", lambda parts: None)
+    with pytest.raises(CannotListen, match=r"pip install pd-proxy\[zmq\]"):
+        ZmqListener("PULL", "127.0.0.1:1", lambda parts: None)
 
 
 async def test_a_message_that_nobody_can_take_holds_up_none_behind_it() -> None:
@@ -212,7 +212,7 @@ async def test_a_message_that_nobody_can_take_holds_up_none_behind_it() -> None:
             raise KeyError("a fault of the gateway's own")
 
     with address() as where:
-        messages = Inbox("PULL", where, hear)
+        messages = ZmqListener("PULL", where, hear)
         try:
             with sender(where) as socket_:
                 for text in (b"one", b"two", b"three"):

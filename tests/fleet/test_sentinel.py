@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from pd_proxy.fleet.health.sentinel import Tether, TetherBroken
+from pd_proxy.fleet.health.sentinel import Sentinel, SentinelClosed
 
 from tests.support import pools, simulators, until
 from tests.support import running_gateway as gateway
@@ -13,7 +13,7 @@ from tests.support import running_gateway as gateway
 
 async def test_it_asks_again_and_again_over_one_connection() -> None:
     async with simulators("decode") as [d]:
-        tether = await Tether.tie(d.url, b"", lambda: None, 1)
+        tether = await Sentinel.tie(d.url, b"", lambda: None, 1)
         for _ in range(3):
             status, body = await tether.ask("/version", 1)
             assert (status, body) == (200, b'{"version":"0.32.0"}')
@@ -26,10 +26,10 @@ async def test_it_asks_again_and_again_over_one_connection() -> None:
 async def test_who_holds_it_is_told_when_the_engine_dies() -> None:
     lost: list[bool] = []
     async with simulators("decode") as [d]:
-        tether = await Tether.tie(d.url, b"", lambda: lost.append(True), 1)
+        tether = await Sentinel.tie(d.url, b"", lambda: lost.append(True), 1)
         d.kill()
         await until(lambda: lost == [True])
-        with pytest.raises(TetherBroken):
+        with pytest.raises(SentinelClosed):
             await tether.ask("/version", 1)
 
 
@@ -37,8 +37,8 @@ async def test_an_engine_that_does_not_answer_in_time_is_not_tied_to() -> None:
     lost: list[bool] = []
     async with simulators("decode") as [d]:
         d.faults.add("hang", leg="health")
-        tether = await Tether.tie(d.url, b"", lambda: lost.append(True), 1)
-        with pytest.raises(TetherBroken):
+        tether = await Sentinel.tie(d.url, b"", lambda: lost.append(True), 1)
+        with pytest.raises(SentinelClosed):
             await tether.ask("/health", 0.05)
         await until(lambda: lost == [True])
         assert not tether.holds
@@ -47,8 +47,8 @@ async def test_an_engine_that_does_not_answer_in_time_is_not_tied_to() -> None:
 async def test_nobody_there_is_broken() -> None:
     async with simulators("decode") as [d]:
         url = d.url
-    with pytest.raises(TetherBroken):
-        await Tether.tie(url, b"", lambda: None, 1)
+    with pytest.raises(SentinelClosed):
+        await Sentinel.tie(url, b"", lambda: None, 1)
 
 
 async def test_facts_are_known_when_a_backend_comes_up_and_gone_when_it_goes() -> None:

@@ -9,7 +9,7 @@ from pd_proxy.admission.clients import Client, Level
 from pd_proxy.admission.ticket import Ticket
 from pd_proxy.fleet.backend import Lease
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.flow.capacity import FleetRoom
+from pd_proxy.flow.capacity import FleetCapacity
 from pd_proxy.settings.tree import build_settings
 
 
@@ -28,7 +28,7 @@ def ticket(tokens: int = 100, *, split: bool = True, model: str | None = "m") ->
 
 def test_a_pool_holds_what_its_backends_that_are_up_hold_together() -> None:
     made = fleet(1, 3, decode_requests=2)
-    room = FleetRoom(made)
+    room = FleetCapacity(made)
     made.pool("decode")[0].mark_down("for the test")
     kept = []
     while room.has(ticket()):
@@ -45,7 +45,7 @@ def test_a_pool_holds_what_its_backends_that_are_up_hold_together() -> None:
 
 def test_a_split_request_needs_room_in_both_pools_and_another_only_in_one() -> None:
     made = fleet(1, 1, prefill_requests=1, decode_requests=2)
-    room = FleetRoom(made)
+    room = FleetCapacity(made)
     [prefill], [decode] = made.pool("prefill"), made.pool("decode")
     with Lease(prefill, 10):
         assert not room.has(ticket())
@@ -57,7 +57,7 @@ def test_a_split_request_needs_room_in_both_pools_and_another_only_in_one() -> N
 
 def test_tokens_are_those_of_each_leg() -> None:
     made = fleet(1, 1, prefill_tokens=100, decode_tokens=200)
-    room = FleetRoom(made)
+    room = FleetCapacity(made)
     [prefill], [decode] = made.pool("prefill"), made.pool("decode")
     with Lease(prefill, 60):
         assert room.has(ticket(80))
@@ -69,7 +69,7 @@ def test_tokens_are_those_of_each_leg() -> None:
 
 def test_a_long_prompt_goes_to_an_idle_prefill_backend() -> None:
     made = fleet(2, 1, prefill_tokens=100)
-    room = FleetRoom(made)
+    room = FleetCapacity(made)
     first, second = made.pool("prefill")
     with Lease(first, 1):
         assert room.has(ticket(10_000))
@@ -79,7 +79,7 @@ def test_a_long_prompt_goes_to_an_idle_prefill_backend() -> None:
 
 def test_mixed_backends_count_where_no_pair_is_up_or_the_request_cannot_be_split() -> None:
     made = fleet(1, 1, 1, decode_requests=1)
-    room = FleetRoom(made)
+    room = FleetCapacity(made)
     [prefill], [decode], [mixed] = (made.pool(role) for role in ("prefill", "decode", "mixed"))
     with Lease(mixed, 1):
         assert room.has(ticket())
@@ -98,7 +98,7 @@ def test_where_nobody_is_up_it_is_not_room_that_is_missing(split: bool) -> None:
     made = fleet(1, 1, 1, decode_requests=1, prefill_requests=1)
     for backend in made:
         backend.mark_down("for the test")
-    room = FleetRoom(made)
+    room = FleetCapacity(made)
     assert room.has(ticket(split=split))
     room.claim(ticket(split=split)).release()
 
@@ -107,7 +107,7 @@ def test_backends_that_do_not_serve_the_model_have_no_room_for_it() -> None:
     made = fleet(0, 2, decode_requests=1)
     first, second = made.pool("decode")
     first.models, second.models = {"m": {}}, {"n": {}}
-    room = FleetRoom(made)
+    room = FleetCapacity(made)
     with Lease(first, 1):
         assert not room.has(ticket(model="m"))
         assert room.has(ticket(model="n"))
@@ -126,7 +126,7 @@ def test_full_backends_are_no_candidates_while_others_have_room() -> None:
 def test_whoever_waits_for_room_hears_of_every_change() -> None:
     made = fleet(0, 1, decode_requests=1)
     heard: list[int] = []
-    made.watch_room(lambda: heard.append(1))
+    made.watch_capacity(lambda: heard.append(1))
     [backend] = made.pool("decode")
     changes = [
         Lease(backend, 1).release,

@@ -92,7 +92,7 @@ async def test_while_decode_has_not_answered(stream: bool) -> None:
     async with pools() as (running, [p], [d]), RawClient(running.port) as client:
         d.faults.add("hang", leg="decode")
         client.send(chat(stream=stream))
-        await until(lambda: running.gateway.fleet.handoffs_in_limbo == 1 and len(d.requests) > 0, PATIENCE)
+        await until(lambda: running.gateway.fleet.handoffs_pending == 1 and len(d.requests) > 0, PATIENCE)
         await until(lambda: any(r.path == CHAT for r in d.requests), PATIENCE)
         client.leave()
         await left(running, [p, d], "stream" if stream else "decode")  # a stream has its first token from prefill
@@ -128,7 +128,7 @@ async def test_while_the_gateway_connects_to_decode() -> None:
             fleet.bring_in(fleet.pool("decode")[0])
             async with RawClient(running.port) as client:
                 client.send(chat())
-                await until(lambda: fleet.handoffs_in_limbo == 1, PATIENCE)
+                await until(lambda: fleet.handoffs_pending == 1, PATIENCE)
                 client.leave()
                 await soon(lambda: not running.gateway.gate.inside, SOON)
                 await until(running.idle, 5 * connect + PATIENCE)  # after some attempts to have the hand-off claimed

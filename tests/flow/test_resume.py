@@ -263,7 +263,7 @@ async def test_what_frees_a_hand_off_is_sent_again_where_nobody_read_it() -> Non
         d.faults.add("status", leg="decode", status=429, count=3)
         answer = await running.http.post(CHAT, json=body_of(CHAT))
         assert answer.status_code == 429
-        await until(lambda: not running.gateway.fleet.handoffs_in_limbo)
+        await until(lambda: not running.gateway.fleet.handoffs_pending)
         assert (await running.metrics())['pd_proxy_handoffs_released_total{outcome="claimed"}'] == 1
         await until(lambda: p.engine.stranded_blocks == 0)
         assert p.engine.expired == 0

@@ -33,7 +33,7 @@ CALL: dict[str, Any] = {
 
 def plan() -> Plan:
     body = read_body(b'{"prompt": "a", "max_tokens": 9, "stop": ["x"]}', "completions")
-    return Plan(body, LAYERWISE, meeting=LAYERWISE.invite(URL))
+    return Plan(body, LAYERWISE, rendezvous=LAYERWISE.invite(URL))
 
 
 def heard(**changes: Any) -> Any:

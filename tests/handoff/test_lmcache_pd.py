@@ -16,8 +16,8 @@ DECODE = Coordinates(host="10.0.0.2", init_ports=(7300, 7301), alloc_ports=(7400
 
 
 def plan(decode: Coordinates = DECODE, **members: Any) -> Plan:
-    meeting = LMCACHE.meet(Coordinates(host="10.0.0.1"), decode, "ab" * 16, None)
-    return Plan(read_body(json.dumps(members).encode(), "chat"), LMCACHE, meeting=meeting)
+    rendezvous = LMCACHE.negotiate(Coordinates(host="10.0.0.1"), decode, "ab" * 16, None)
+    return Plan(read_body(json.dumps(members).encode(), "chat"), LMCACHE, rendezvous=rendezvous)
 
 
 def test_prefill_is_told_where_decodes_receiver_is() -> None:

@@ -50,8 +50,8 @@ REPLIED: dict[str, Any] = {
 
 def plan(name: str, rank: int | None = 5) -> Plan:
     connector = CONNECTORS[name]
-    meeting = connector.meet(P, D, NAME, rank)
-    return Plan(read_body(b'{"messages":[],"max_tokens":9}', "chat"), connector, meeting=meeting)
+    rendezvous = connector.negotiate(P, D, NAME, rank)
+    return Plan(read_body(b'{"messages":[],"max_tokens":9}', "chat"), connector, rendezvous=rendezvous)
 
 
 def answer(params: object) -> bytes:

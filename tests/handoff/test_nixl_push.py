@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from pd_proxy.errors import HandoffInvalid
-from pd_proxy.handoff.connector import Handoff, Meeting
+from pd_proxy.handoff.connector import Handoff, Rendezvous
 from pd_proxy.handoff.connectors.nixl_push import NixlPush
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.plan import Plan
@@ -26,14 +26,14 @@ def params_of(members: dict[str, msgspec.Raw]) -> dict[str, Any]:
     return found
 
 
-def plan(meeting: Meeting) -> Plan:
-    return Plan(read_body(b'{"prompt":"a","max_tokens":9,"stop":["x"]}', "completions"), PUSH, meeting=meeting)
+def plan(rendezvous: Rendezvous) -> Plan:
+    return Plan(read_body(b'{"prompt":"a","max_tokens":9,"stop":["x"]}', "completions"), PUSH, rendezvous=rendezvous)
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1])
 def test_decode_is_told_where_prefills_rank_takes_registrations(rank: int | None) -> None:
-    meeting = PUSH.meet(HERE, Coordinates(), NAME, rank)
-    made = plan(meeting)
+    rendezvous = PUSH.negotiate(HERE, Coordinates(), NAME, rank)
+    made = plan(rendezvous)
     assert made.together
     asked = said(made.prefill_leg())
     assert asked["kv_transfer_params"] == {
@@ -59,8 +59,8 @@ def test_decode_is_told_where_prefills_rank_takes_registrations(rank: int | None
 
 @pytest.mark.parametrize("ids", [(), ("",), ("", "e_dp1")])
 def test_an_engine_that_is_not_known_has_a_sequential_try(ids: tuple[str, ...]) -> None:
-    meeting = PUSH.meet(msgspec.structs.replace(HERE, engine_ids=ids), Coordinates(), NAME, 0)
-    made = plan(meeting)
+    rendezvous = PUSH.negotiate(msgspec.structs.replace(HERE, engine_ids=ids), Coordinates(), NAME, 0)
+    made = plan(rendezvous)
     assert made.handoff is None
     assert not made.together
     handoff, _ = made.take(answer({**PARAMS, "transfer_mode": "push"}))
@@ -70,7 +70,7 @@ def test_an_engine_that_is_not_known_has_a_sequential_try(ids: tuple[str, ...]) 
 @pytest.mark.parametrize("missing", ["remote_engine_id", "remote_request_id", "remote_host", "remote_port", "tp_size"])
 def test_what_decode_would_die_of_is_not_sent(missing: str) -> None:
     with pytest.raises(HandoffInvalid):
-        plan(PUSH.meet(Coordinates(), Coordinates(), NAME, None)).take(answer(without(missing)))
+        plan(PUSH.negotiate(Coordinates(), Coordinates(), NAME, None)).take(answer(without(missing)))
 
 
 def handed(**more: Any) -> Handoff:
@@ -81,7 +81,7 @@ def test_what_a_first_answer_says_makes_the_next_try_concurrent() -> None:
     start = Coordinates(host="url-host", port=5600)
     known = PUSH.remember(start, handed(tp_size=2, pp_size=3), None)
     assert known == Coordinates(host="127.0.0.1", port=22050, engine_ids=("8c0a1f0e",), tp=2, pp=3)
-    told = PUSH.meet(known, Coordinates(), NAME, None).handoff
+    told = PUSH.negotiate(known, Coordinates(), NAME, None).handoff
     assert told is not None
     assert params_of(told.members)["remote_port"] == 22050
 
@@ -90,7 +90,7 @@ def test_ranks_are_learnt_one_by_one() -> None:
     start = Coordinates(host="url-host", port=5600, dp=3)
     one = PUSH.remember(start, handed(remote_engine_id="e_dp2", remote_port=7002), 2)
     assert (one.engine_ids, one.port) == (("", "", "e_dp2"), 7000)
-    assert PUSH.meet(one, Coordinates(), NAME, 0).handoff is None
+    assert PUSH.negotiate(one, Coordinates(), NAME, 0).handoff is None
     two = PUSH.remember(one, handed(remote_engine_id="e_dp0", remote_port=7000), 0)
     assert two.engine_ids == ("e_dp0", "", "e_dp2")
     again = PUSH.remember(two, handed(remote_engine_id="new_dp0", remote_port=7000), 0)
@@ -109,4 +109,4 @@ def test_an_answer_that_says_no_place_is_not_remembered(odd: dict[str, Any]) -> 
 
 
 def test_nothing_frees_blocks_that_decode_has_not_registered_for() -> None:
-    assert plan(PUSH.meet(HERE, HERE, NAME, None)).release_leg(handed(), sent=False) is None
+    assert plan(PUSH.negotiate(HERE, HERE, NAME, None)).release_leg(handed(), sent=False) is None

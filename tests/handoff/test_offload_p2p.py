@@ -18,7 +18,7 @@ HERE = Coordinates(host="10.0.0.1", port=5710, dp=4)
 @pytest.mark.parametrize("rank", [None, 0, 3])
 def test_each_leg_is_told_the_name_and_decode_the_port_of_prefills_rank(rank: int | None) -> None:
     body = read_body(b'{"prompt":"a","max_tokens":9}', "completions")
-    made = Plan(body, P2P, meeting=P2P.meet(HERE, Coordinates(), NAME, rank))
+    made = Plan(body, P2P, rendezvous=P2P.negotiate(HERE, Coordinates(), NAME, rank))
     assert (
         not made.together
     )  # nothing keeps decode from coming first, but it would wait for blocks that it could compute
@@ -36,5 +36,5 @@ def test_each_leg_is_told_the_name_and_decode_the_port_of_prefills_rank(rank: in
 
 
 def test_two_tries_have_two_names() -> None:
-    one, two = (P2P.meet(HERE, HERE, name * 16, None).prefill["kv_transfer_params"] for name in ("0a", "0b"))
+    one, two = (P2P.negotiate(HERE, HERE, name * 16, None).prefill["kv_transfer_params"] for name in ("0a", "0b"))
     assert bytes(one) != bytes(two)

@@ -20,15 +20,15 @@ P, D = Coordinates(host="10.0.0.1", port=21001), Coordinates(host="fd00::2", por
 
 
 def test_both_legs_have_one_id_with_both_addresses() -> None:
-    meeting = P2P.meet(P, D, NAME, None)
-    assert meeting.id == f"___prefill_addr_10.0.0.1:21001___decode_addr_[fd00::2]:22001_{NAME}"
+    rendezvous = P2P.negotiate(P, D, NAME, None)
+    assert rendezvous.id == f"___prefill_addr_10.0.0.1:21001___decode_addr_[fd00::2]:22001_{NAME}"
     # As the engines read it: prefill looks for decode, and decode for prefill.
-    assert re.search(r"___decode_addr_(.*):(\d+)", meeting.id).groups() == ("[fd00::2]", "22001")  # type: ignore[union-attr]
-    assert re.search(r"___prefill_addr_(.*):(\d+)___", meeting.id).groups() == ("10.0.0.1", "21001")  # type: ignore[union-attr]
+    assert re.search(r"___decode_addr_(.*):(\d+)", rendezvous.id).groups() == ("[fd00::2]", "22001")  # type: ignore[union-attr]
+    assert re.search(r"___prefill_addr_(.*):(\d+)___", rendezvous.id).groups() == ("10.0.0.1", "21001")  # type: ignore[union-attr]
 
 
 def test_the_legs_say_nothing_else() -> None:
-    made = Plan(read_body(b'{"messages":[],"max_tokens":9}', "chat"), P2P, meeting=P2P.meet(P, D, NAME, None))
+    made = Plan(read_body(b'{"messages":[],"max_tokens":9}', "chat"), P2P, rendezvous=P2P.negotiate(P, D, NAME, None))
     assert b"kv_transfer_params" not in b"".join(made.prefill_leg().body)
     handoff, _ = made.take(b'{"choices":[]}')
     assert handoff is not None
@@ -76,5 +76,5 @@ def test_whatever_registers_an_id_is_one_line_with_two_addresses(text: str) -> N
         coordinates = P2P.announced(registration(zmq_address=text)).coordinates
     except ValueError:
         return
-    name = P2P.meet(coordinates, D, NAME, None).id
+    name = P2P.negotiate(coordinates, D, NAME, None).id
     assert re.fullmatch(r"___prefill_addr_[0-9A-Za-z.:\[\]-]+:\d+___decode_addr_\[fd00::2\]:22001_[0-9a-f]{32}", name)

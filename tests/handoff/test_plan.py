@@ -57,9 +57,9 @@ HERE = Coordinates(host="10.0.0.1", port=8998, engine_ids=("engine-0",))
 
 
 def plan(connector: Connector, endpoint: Endpoint = "chat", **members: Any) -> Plan:
-    meeting = connector.meet(HERE, HERE, "0f" * 16, None) if connector.meets else None
-    meeting = connector.invite("http://10.0.0.1/v1/metaserver") if connector.called_back else meeting
-    return Plan(read_body(json.dumps(members).encode(), endpoint), connector, meeting=meeting)
+    rendezvous = connector.negotiate(HERE, HERE, "0f" * 16, None) if connector.negotiates else None
+    rendezvous = connector.invite("http://10.0.0.1/v1/metaserver") if connector.called_back else rendezvous
+    return Plan(read_body(json.dumps(members).encode(), endpoint), connector, rendezvous=rendezvous)
 
 
 CHOICE = {

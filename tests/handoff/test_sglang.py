@@ -25,7 +25,7 @@ def legs(
     plan = Plan(
         read_body(json.dumps(members).encode(), endpoint),
         SGLANG,
-        meeting=SGLANG.meet(at, D, name, rank),
+        rendezvous=SGLANG.negotiate(at, D, name, rank),
         token_ids=False,
     )
     return said(plan.prefill_leg()), said(plan.decode_leg(plan.handoff))

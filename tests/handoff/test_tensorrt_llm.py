@@ -38,8 +38,8 @@ USAGE = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
 
 def plan(endpoint: Endpoint = "chat", name: str = "0f" * 16, key: str = "", **members: Any) -> Plan:
     connector = connectors(key)["tensorrt_llm"]
-    meeting = connector.meet(P, P, name, None)
-    return Plan(read_body(json.dumps(members).encode(), endpoint), connector, meeting=meeting)
+    rendezvous = connector.negotiate(P, P, name, None)
+    return Plan(read_body(json.dumps(members).encode(), endpoint), connector, rendezvous=rendezvous)
 
 
 def said(leg: Leg) -> dict[str, Any]:

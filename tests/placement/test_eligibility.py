@@ -40,7 +40,7 @@ class Member(Engine):
     def offers(self, route: str) -> bool:
         return route in self.kind.routes
 
-    def has_room(self, tokens: int) -> bool:
+    def has_capacity(self, tokens: int) -> bool:
         return self.room
 
 
@@ -48,7 +48,7 @@ PLAIN = Rules(
     splits={"nixl": frozenset()},
     endpoints={"nixl": frozenset({"chat"})},
     plain=frozenset({"nixl"}),
-    meets=frozenset(),
+    negotiates=frozenset(),
     all_plain=True,
     splits_somewhere=frozenset(),
     splits_everywhere=frozenset(),
@@ -58,7 +58,7 @@ BOTH = Rules(
     splits={"nixl": frozenset(), "meeting": frozenset({"n"}), "": frozenset()},
     endpoints={"nixl": frozenset({"chat"}), "meeting": frozenset({"chat", "batch"}), "": frozenset()},
     plain=frozenset({"nixl", ""}),
-    meets=frozenset({"meeting"}),
+    negotiates=frozenset({"meeting"}),
     all_plain=False,
     splits_somewhere=frozenset({"n"}),
     splits_everywhere=frozenset(),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.dialects.edit import Edit
 from pd_proxy.relay import fast_path as relay_passage
-from pd_proxy.relay.fast_path import Passage
+from pd_proxy.relay.fast_path import FastPath
 from pd_proxy.relay.transcript import Transcript
 from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution
 
@@ -49,7 +49,7 @@ class Scene:
         self.transcript = Transcript()
         self.transcript.open(b"", b"1,2,3")
         self.written: list[bytes] = []
-        self.passage = Passage(self.long_way, self.gaps, self.transcript if hidden else None, edit)
+        self.passage = FastPath(self.long_way, self.gaps, self.transcript if hidden else None, edit)
         self.passage.write = self.written.append
         self.passage.pattern = pattern
         self.passage.clear = True

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pd_proxy.errors import BackendAborted, BackendCut, BackendError, BackendFailed, BackendGarbled, BackendTimedOut
 from pd_proxy.http.deadlines import Deadlines
-from pd_proxy.relay.passthrough import Carry
+from pd_proxy.relay.passthrough import Passthrough
 
 from tests.http.helpers import RecordingClient
 
@@ -31,15 +31,15 @@ class FakeConnection:
         self.calls.append("abort")
 
 
-def carry(**limits: Any) -> tuple[Carry, RecordingClient, FakeConnection]:
+def carry(**limits: Any) -> tuple[Passthrough, RecordingClient, FakeConnection]:
     client, connection = RecordingClient(), FakeConnection()
     kept = {"limit": 1000, "first": NEVER, "idle": NEVER, **limits}
-    made = Carry("http://engine", client, lambda: [(b"x-a", b"b")], **kept)
+    made = Passthrough("http://engine", client, lambda: [(b"x-a", b"b")], **kept)
     made.connection = connection  # type: ignore[assignment]
     return made, client, connection
 
 
-async def answered(*reads: bytes, headers: dict[bytes, bytes] = JSON, end: bool = True, **limits: Any) -> Carry:
+async def answered(*reads: bytes, headers: dict[bytes, bytes] = JSON, end: bool = True, **limits: Any) -> Passthrough:
     made, _, _ = carry(**limits)
     made.head(200, headers)
     for read in reads:

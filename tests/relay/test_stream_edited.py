@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.dialects.edit import Edit
-from pd_proxy.relay.fast_path import Passage
+from pd_proxy.relay.fast_path import FastPath
 from pd_proxy.relay.transcript import Transcript
 
 from tests.http.helpers import RecordingClient
@@ -671,7 +671,7 @@ async def test_what_is_learnt_is_learnt_from_the_engines_own_events() -> None:
     """An edited one would let none of the engine's pass."""
     stream = await opened(edit=HIDE)
     stream.read(*map(event, CHAT))
-    assert isinstance(stream.protocol, Passage)
+    assert isinstance(stream.protocol, FastPath)
     assert stream.transcript.fresh == [b"5", b"6", b"17"]
     assert msgspec.json.decode(stream.client.writes[-1].removeprefix(b"data: ")) == hidden(CHAT[-1])
     stream.running.cancel()

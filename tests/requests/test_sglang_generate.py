@@ -31,10 +31,10 @@ def said(leg: Leg) -> dict[str, Any]:
 def legs(rank: int | None = None, dp: int = 1, **members: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     read = body(**members)
     prefill = Coordinates(host="10.0.0.1", port=9001, dp=dp)
-    meeting = SGLANG.meet(prefill, Coordinates(host="10.0.0.2"), "0f" * 16, rank)
+    rendezvous = SGLANG.negotiate(prefill, Coordinates(host="10.0.0.2"), "0f" * 16, rank)
     if read.prompts:
-        meeting = SGLANG.apart(meeting, read.prompts, dp)
-    plan = Plan(read, SGLANG, meeting=meeting, answer_id="named")
+        rendezvous = SGLANG.apart(rendezvous, read.prompts, dp)
+    plan = Plan(read, SGLANG, rendezvous=rendezvous, answer_id="named")
     return said(plan.prefill_leg()), said(plan.decode_leg(plan.handoff))
 
 

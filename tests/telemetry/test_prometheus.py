@@ -320,7 +320,7 @@ def test_gauges_are_the_fleets_state_now(scene: Scene) -> None:
     assert scene.value("pd_proxy_ready") == 0.0
     for backend in scene.fleet:
         backend.mark_up()
-    scene.fleet.handoffs_in_limbo += 1
+    scene.fleet.handoffs_pending += 1
     with Lease(decode, 70):
         assert scene.value("pd_proxy_backend_up", **labels) == 1.0
         assert scene.value("pd_proxy_backend_inflight_requests", **labels) == 1.0

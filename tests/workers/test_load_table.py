@@ -6,7 +6,7 @@ import asyncio
 import os
 
 from pd_proxy.fleet.backend import Backend, Lease
-from pd_proxy.workers.load_table import Board, Exchange
+from pd_proxy.workers.load_table import Exchange, LoadTable
 
 from tests.support import soon, until
 
@@ -15,12 +15,12 @@ def backends() -> list[Backend]:
     return [Backend("http://a", "decode"), Backend("http://b", "decode"), Backend("http://a", "prefill")]
 
 
-def exchange(board: Board, worker: int, fleet: list[Backend], freed: list[int] | None = None) -> Exchange:
+def exchange(board: LoadTable, worker: int, fleet: list[Backend], freed: list[int] | None = None) -> Exchange:
     return Exchange(board, worker, fleet, lambda: freed is not None and freed.append(worker))
 
 
 def test_each_sees_what_the_others_have_and_not_its_own() -> None:
-    board, freed = Board(3), list[int]()
+    board, freed = LoadTable(3), list[int]()
     fleets = [backends() for _ in range(3)]
     exchanges = [exchange(board, number, fleet, freed) for number, fleet in enumerate(fleets)]
     for one in exchanges:
@@ -44,7 +44,7 @@ def test_each_sees_what_the_others_have_and_not_its_own() -> None:
 
 
 def test_what_there_was_before_the_first_look_is_told_too() -> None:
-    board = Board(2)
+    board = LoadTable(2)
     one, other = backends(), backends()
     Lease(one[0], 9)
     exchange(board, 0, one).look()
@@ -53,7 +53,7 @@ def test_what_there_was_before_the_first_look_is_told_too() -> None:
 
 
 def test_what_was_just_read_will_do() -> None:
-    board, now = Board(2), 100.0
+    board, now = LoadTable(2), 100.0
     one, other = backends(), backends()
     reader = Exchange(board, 0, one, lambda: None, clock=lambda: now)
     exchange(board, 1, other).look()
@@ -67,7 +67,7 @@ def test_what_was_just_read_will_do() -> None:
 
 
 def test_a_backend_that_has_left_is_told_of_no_more() -> None:
-    board = Board(2)
+    board = LoadTable(2)
     one, other = backends(), backends()
     leaving = exchange(board, 0, one)
     leaving.look()
@@ -79,7 +79,7 @@ def test_a_backend_that_has_left_is_told_of_no_more() -> None:
 
 
 async def test_who_waits_hears_soon_of_what_the_others_free() -> None:
-    board, freed = Board(2), list[int]()
+    board, freed = LoadTable(2), list[int]()
     one, other = backends(), backends()
     exchange(board, 1, other).look()
     lease = Lease(other[0], 5)
@@ -95,7 +95,7 @@ async def test_who_waits_hears_soon_of_what_the_others_free() -> None:
 
 
 def test_what_a_dead_worker_had_is_forgotten() -> None:
-    board = Board(2)
+    board = LoadTable(2)
     one, other = backends(), backends()
     Lease(one[1], 50)
     dead, living = exchange(board, 0, one), exchange(board, 1, other)
@@ -108,7 +108,7 @@ def test_what_a_dead_worker_had_is_forgotten() -> None:
 
 
 def test_it_is_seen_across_a_fork() -> None:
-    board = Board(2)
+    board = LoadTable(2)
     child = os.fork()
     if child == 0:
         fleet = backends()
@@ -122,7 +122,7 @@ def test_it_is_seen_across_a_fork() -> None:
 
 
 def test_a_full_page_leaves_a_backend_to_each_worker() -> None:
-    board = Board(2)
+    board = LoadTable(2)
     many = [Backend(f"http://{number}", "decode") for number in range(1030)]
     exchange(board, 0, many).look()
     assert board.row(Backend("http://one-more", "decode")) == -1
@@ -137,10 +137,10 @@ def test_bounds_count_what_the_others_have() -> None:
     backend = Backend("http://a", "decode")
     backend.most_requests, backend.most_tokens = 4, 100
     backend.elsewhere_requests, backend.elsewhere_tokens = 3, 60
-    assert backend.has_room(40)
-    assert not backend.has_room(41)
+    assert backend.has_capacity(40)
+    assert not backend.has_capacity(41)
     with Lease(backend, 1):
-        assert not backend.has_room(1)
+        assert not backend.has_capacity(1)
     backend.draining = True
     assert not backend.drained
     backend.elsewhere_requests = 0

@@ -12,7 +12,7 @@ from functools import partial
 from time import monotonic
 
 from pd_proxy.admission.clients import clients
-from pd_proxy.admission.schedule import Room, Schedule
+from pd_proxy.admission.schedule import Capacity, Schedule
 from pd_proxy.admission.ticket import Ticket
 from pd_proxy.errors import Draining, GatewayError, Unavailable
 from pd_proxy.settings.tree import Settings
@@ -33,7 +33,9 @@ class Admission:
         on_wait: called when a request begins to wait.
     """
 
-    def __init__(self, settings: Settings, room: Room | None = None, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self, settings: Settings, room: Capacity | None = None, clock: Callable[[], float] = monotonic
+    ) -> None:
         self.clients = clients(settings)
         self.on_wait: Callable[[], object] | None = None
         self._schedule = Schedule(settings.admission, room)

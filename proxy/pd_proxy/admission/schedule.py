@@ -18,7 +18,7 @@ from pd_proxy.errors import DeadlineTooClose, GatewayError, QueueFull, QueueTime
 from pd_proxy.settings.tree import AdmissionSettings
 
 
-class Room(Protocol):
+class Capacity(Protocol):
     """What the backends have room for."""
 
     def has(self, ticket: Ticket) -> bool:
@@ -38,7 +38,7 @@ class Schedule:
         requests, tokens: what runs.
     """
 
-    def __init__(self, settings: AdmissionSettings, room: Room | None = None) -> None:
+    def __init__(self, settings: AdmissionSettings, room: Capacity | None = None) -> None:
         self._room = room
         self._most_requests: float = settings.requests or inf
         self._most_tokens: float = settings.tokens or inf

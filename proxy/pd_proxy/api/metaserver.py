@@ -16,13 +16,13 @@ from fastapi.responses import Response
 
 from pd_proxy.errors import CallUnexpected, Forbidden, InvalidRequest
 from pd_proxy.flow.callbacks import PATH, Callbacks
-from pd_proxy.workers.peers import Siblings
+from pd_proxy.workers.peers import PeerWorkers
 
 log = logging.getLogger("pd_proxy.api")
 
 
 def metaserver(
-    callbacks: Callbacks, allow: Sequence[IPv4Network | IPv6Network], siblings: Siblings | None = None
+    callbacks: Callbacks, allow: Sequence[IPv4Network | IPv6Network], siblings: PeerWorkers | None = None
 ) -> APIRouter:
     """The route.
 

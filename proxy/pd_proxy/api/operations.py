@@ -23,7 +23,7 @@ from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.model_names import Names
 from pd_proxy.settings.tree import DEFAULT_GROUP, backend_url
 from pd_proxy.workers.metrics_merge import merge, parse
-from pd_proxy.workers.peers import Siblings
+from pd_proxy.workers.peers import PeerWorkers
 
 
 class Instances(BaseModel):
@@ -36,7 +36,7 @@ class Instances(BaseModel):
     group: str = DEFAULT_GROUP
 
 
-def probes(fleet: Fleet, gate: Gate, siblings: Siblings | None = None) -> APIRouter:
+def probes(fleet: Fleet, gate: Gate, siblings: PeerWorkers | None = None) -> APIRouter:
     """/health: the process is alive. /ready: it could serve a request now, whichever worker gets it."""
     router = APIRouter(tags=["probes"])
 
@@ -186,7 +186,7 @@ class _Page:
 
 
 def metrics(
-    registry: CollectorRegistry, siblings: Siblings | None = None, *, remembers: Callable[[str], None] | None = None
+    registry: CollectorRegistry, siblings: PeerWorkers | None = None, *, remembers: Callable[[str], None] | None = None
 ) -> APIRouter:
     """/metrics, as Prometheus text or, when asked for, OpenMetrics; of all workers, where there are several.
 

@@ -33,7 +33,7 @@ from pd_proxy.errors import (
 )
 from pd_proxy.flow.hops import HEADER, Hops
 from pd_proxy.flow.request import new_id
-from pd_proxy.workers.peers import Siblings
+from pd_proxy.workers.peers import PeerWorkers
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -64,7 +64,7 @@ class Surface(FastAPI):
         offered: Callable[[], AbstractSet[str]] | None = None,
         lifespan: Lifespan | None = None,
         body_seconds: float = 60.0,
-        siblings: Siblings | None = None,
+        siblings: PeerWorkers | None = None,
         cross_origin: CrossOrigin | None = None,
         hops: Hops | None = None,
         docs: bool = False,

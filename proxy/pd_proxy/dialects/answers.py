@@ -113,7 +113,7 @@ class _Choice(msgspec.Struct):
 _decode_choices = json_decoder(list[_Choice])
 
 
-def flaw_of(answer: WholeAnswer, member: str) -> str:
+def reason_of(answer: WholeAnswer, member: str) -> str:
     """Why an answer in one piece is none, or an empty string. A stream without a token is none either.
 
     Arguments:

@@ -18,8 +18,8 @@ from pd_proxy.fleet.findings import Finding, found, in_order
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.health.prober import ProbeFailed, Prober
 from pd_proxy.fleet.health.profile import Profile
-from pd_proxy.fleet.zmq.listener import CannotHear
-from pd_proxy.fleet.zmq.notifications import Notices
+from pd_proxy.fleet.zmq.listener import CannotListen
+from pd_proxy.fleet.zmq.notifications import TransferNotifications
 from pd_proxy.fleet.zmq.registrations import Registrations
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.trial import Trial, Trials, model_of, tolerated, usable, wrong_connector, wrong_role
@@ -58,7 +58,7 @@ class _Examination:
         handoff_key = settings.handoff_key
         self._fleet = Fleet(settings)
         self._connectors = connectors("" if handoff_key is None else handoff_key.get_secret_value())
-        self._notices = Notices(settings.zmq.notices)
+        self._notices = TransferNotifications(settings.zmq.notices)
         self._registrations = Registrations(self._fleet, settings.zmq, self._connectors)
         callbacks = Callbacks(settings.metaserver.url)
         self._trials = Trials(settings, self._fleet, self._connectors, self._notices, callbacks, ports=True)
@@ -97,7 +97,7 @@ class _Examination:
             self._notices.start()
             self._registrations.start()
             self._hears = True
-        except CannotHear as error:
+        except CannotListen as error:
             what = f"hand-offs whose engines tell the gateway something cannot be tried: {error}"
             self._findings.append(found("cannot_try", what, severity="warning"))
 
@@ -107,23 +107,23 @@ class _Examination:
         """Ask all how they are. With `connector: auto` what one tells may mean that others must be asked again."""
         free = asyncio.Semaphore(_PROBES_AT_ONCE)
 
-        async def meet(backend: Backend) -> None:
+        async def negotiate(backend: Backend) -> None:
             async with free:
                 await self._meet(backend)
 
         for _ in range(3):
             waiting = [backend for backend in self._backends if not backend.up and backend not in self._failures]
-            await asyncio.gather(*map(meet, waiting))
+            await asyncio.gather(*map(negotiate, waiting))
         late = [backend for backend, failure in self._failures.items() if failure.code == "unregistered"]
         if late and self._hears:
             await self._registered(late)
             for backend in late:
                 del self._failures[backend]
-            await asyncio.gather(*map(meet, late))
+            await asyncio.gather(*map(negotiate, late))
 
     async def _meet(self, backend: Backend) -> None:
         try:
-            await self._prober.meet(backend)
+            await self._prober.negotiate(backend)
         except ProbeFailed as failure:
             self._failures[backend] = failure
         else:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from pd_proxy.errors import BackendError, BackendLost
 from pd_proxy.fleet.engine_families import KINDS, Kind
 from pd_proxy.fleet.findings import NEVER, HandoffState
-from pd_proxy.fleet.health.identity import Facts
-from pd_proxy.fleet.outlier.statistics import LegName, Standing
+from pd_proxy.fleet.health.identity import EngineIdentity
+from pd_proxy.fleet.outlier.statistics import LegName, OutlierStats
 from pd_proxy.fleet.speeds import PoolSpeeds, Speeds
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.prefix.index import rank_name
@@ -145,7 +145,7 @@ class Backend:
         self.ranks: list[int] = []
         self.rank_work: list[int] = []
         self.rank_names: tuple[str, ...] = ()
-        self.facts: Facts | None = None
+        self.facts: EngineIdentity | None = None
         self.engine_id = ""
         self.handoff: HandoffState = NEVER
         self.handed_over = False
@@ -155,7 +155,7 @@ class Backend:
         self.known = False
         self.met = False
         legs: tuple[LegName, ...] = ("encode",) if role == "encode" else ("prefill", "decode")
-        self.standings: dict[LegName, Standing] = {leg: Standing(window) for leg in legs}
+        self.standings: dict[LegName, OutlierStats] = {leg: OutlierStats(window) for leg in legs}
         self.speeds = speeds or PoolSpeeds().join()
         self.factor = 1.0
         self.slow_since: float | None = None
@@ -192,7 +192,7 @@ class Backend:
         """The legs that a backend of its role may be given."""
         return LEGS[self.role]
 
-    def has_room(self, tokens: int) -> bool:
+    def has_capacity(self, tokens: int) -> bool:
         """Whether a leg of so many tokens stays within the bounds. An idle backend has room for any leg: a bound on
         tokens is none on the length of one prompt."""
         requests = self.inflight_requests + self.elsewhere_requests
@@ -236,7 +236,7 @@ class Backend:
         for lease in tuple(self._leases):
             lease.lose(BackendLost(f"{self.url} {reason}"))
 
-    def learn(self, facts: Facts | None) -> None:
+    def learn(self, facts: EngineIdentity | None) -> None:
         """From now on these are its facts; with None, there is cause to doubt them, and its prober looks again."""
         if facts is None and self.facts is not None:
             self.attention.set()

@@ -18,7 +18,7 @@ from pd_proxy.fleet.findings import MEANING
 from pd_proxy.fleet.health.kv_cache import Cache
 from pd_proxy.fleet.health.mass_failure import EXCUSES, Delays
 from pd_proxy.fleet.outlier.breaker import FEWEST
-from pd_proxy.fleet.outlier.detector import Rotation
+from pd_proxy.fleet.outlier.detector import OutlierDetector
 from pd_proxy.fleet.outlier.statistics import LegName
 from pd_proxy.fleet.pairing import Pairing, models_apart
 from pd_proxy.fleet.protocols import Protocols
@@ -66,17 +66,17 @@ class Fleet:
         self.speeds: dict[tuple[Role, str], PoolSpeeds] = {}
         self.delays = Delays()
         self.excused_checks: Counter[str] = Counter(dict.fromkeys(EXCUSES, 0))
-        self.rotation = Rotation(settings.breaker, self._peers, clock)
-        self.succeeded = self.rotation.succeeded
+        self.outlier_detector = OutlierDetector(settings.breaker, self._peers, clock)
+        self.succeeded = self.outlier_detector.succeeded
         self.budgets = Budgets(settings.retries, self.pool)
         bounds = settings.admission
         self._prefill_bounds = (bounds.prefill_requests or inf, bounds.prefill_tokens or inf)
         self._decode_bounds = (bounds.decode_requests or inf, bounds.decode_tokens or inf)
         self.bounded = (*self._prefill_bounds, *self._decode_bounds) != (inf,) * 4
-        self._on_room: Callable[[], object] | None = None
+        self._on_capacity: Callable[[], object] | None = None
         self._pools: dict[Role, list[Backend]] = {role: [] for role in ROLES}
         self.sizes: dict[str, int] = dict.fromkeys(ROLES, 0)
-        self.handoffs_in_limbo = 0
+        self.handoffs_pending = 0
         self.messages: dict[str, Mapping[str, int]] = {}
         self.warmups: Counter[str] = Counter(ok=0)
         self.answers_alone: frozenset[str] = frozenset()
@@ -120,11 +120,11 @@ class Fleet:
         if self.before_choice is not None:
             self.before_choice()
         found = self._serving(role, model)
-        if self.rotation.watches:
-            found = self.rotation.fit(found, LEGS[role][-1], lambda: self._members(role, model))
+        if self.outlier_detector.watches:
+            found = self.outlier_detector.fit(found, LEGS[role][-1], lambda: self._members(role, model))
         if tokens is None or not self.bounded or len(found) < 2:
             return found
-        return [b for b in found if b.has_room(tokens)] or found
+        return [b for b in found if b.has_capacity(tokens)] or found
 
     def _serving(self, role: Role, model: str | None) -> list[Backend]:
         """Those that are up and take requests for `model`, fit or not."""
@@ -162,32 +162,32 @@ class Fleet:
         """Whether a prefill backend may hand over to a decode backend for `model`; None where any may to any."""
         return None if self.pairing.uniform else partial(self.pairing.pairs, model=model)
 
-    def has_room(self, role: Role, model: str | None, tokens: int) -> bool | None:
+    def has_capacity(self, role: Role, model: str | None, tokens: int) -> bool | None:
         """Whether a candidate for `model` has room for a leg of so many tokens; None when there is no candidate. As
         `candidates`, but ends with the first that has."""
-        if self.rotation.watches:
+        if self.outlier_detector.watches:
             fit = self.candidates(role, model)
-            return any(b.has_room(tokens) for b in fit) if fit else None
+            return any(b.has_capacity(tokens) for b in fit) if fit else None
         if self.before_choice is not None:
             self.before_choice()
         found = None
         for b in self._pools[role]:
             if b.up and not b.draining and (model is None or b.models is None or model in b.models):
-                if b.has_room(tokens):
+                if b.has_capacity(tokens):
                     return True
                 found = False
         return found
 
-    def watch_room(self, on_room: Callable[[], object]) -> None:
+    def watch_capacity(self, on_capacity: Callable[[], object]) -> None:
         """Have `on_room` called whenever a request that found no room may find some: a lease was released, or a pool
         has changed."""
-        self._on_room = on_room
+        self._on_capacity = on_capacity
         for backend in self:
-            backend.on_freed = on_room
+            backend.on_freed = on_capacity
 
-    def _room_changed(self) -> None:
-        if self._on_room is not None:
-            self._on_room()
+    def _capacity_changed(self) -> None:
+        if self._on_capacity is not None:
+            self._on_capacity()
 
     def knows(self, model: str) -> bool:
         """Whether any backend that answers clients serves `model`, or may."""
@@ -287,7 +287,7 @@ class Fleet:
             return "draining"
         if not backend.up:
             return "down"
-        if self.rotation.ejected_for(backend):
+        if self.outlier_detector.ejected_for(backend):
             return "ejected"
         return "up" if backend.slow_since is None else "slow_start"
 
@@ -300,14 +300,14 @@ class Fleet:
     def panicking(self) -> list[tuple[Role, bool]]:
         """Every pool, and whether so few of it are fit that its ejections are ignored."""
         return [
-            (role, self.rotation.panics(self._serving(role, None), LEGS[role][-1], self._members(role, None)))
+            (role, self.outlier_detector.panics(self._serving(role, None), LEGS[role][-1], self._members(role, None)))
             for role in ROLES
         ]
 
     @property
     def ejections(self) -> Counter[tuple[str, str, str, str]]:
         """How often backends were ejected, by pool, backend, leg and reason."""
-        return self.rotation.ejections
+        return self.outlier_detector.ejections
 
     @property
     def budget_refusals(self) -> Counter[str]:
@@ -332,7 +332,7 @@ class Fleet:
         if role != "encode":
             bounds = self._prefill_bounds if role == "prefill" else self._decode_bounds
             backend.most_requests, backend.most_tokens = bounds
-        backend.on_freed = self._on_room
+        backend.on_freed = self._on_capacity
         self._pools[role].append(backend)
         self.sizes[role] += 1
         self._regroup(group)
@@ -359,7 +359,7 @@ class Fleet:
         if not backend.draining:
             log.info("%s backend %s is draining", backend.role, backend.url)
         backend.draining = True
-        self._room_changed()
+        self._capacity_changed()
 
     def undrain(self, backend: Backend) -> None:
         """Give a backend requests again, also one that was about to leave."""
@@ -367,7 +367,7 @@ class Fleet:
             log.info("%s backend %s is draining no more", backend.role, backend.url)
         backend.draining = backend.removed = False
         backend.attention.set()  # it may have been put to sleep meanwhile
-        self._room_changed()
+        self._capacity_changed()
         self._fits(backend)
 
     def remove(self, url: str, role: Role) -> bool:
@@ -390,7 +390,7 @@ class Fleet:
             for backend in [b for b in pool if b.removed and b.drained]:
                 pool.remove(backend)
                 self.sizes[backend.role] -= 1
-                self.rotation.forget(backend)
+                self.outlier_detector.forget(backend)
                 self.speeds[backend.role, backend.group].leave(backend.speeds)
                 self._regroup(backend.group)
                 log.info("%s backend %s has left", backend.role, backend.url)
@@ -417,7 +417,7 @@ class Fleet:
                 self.take_out(backend, f"failed a request: {error}")
             return
         if error.leaves:
-            self.rotation.leaves(backend, str(error))
+            self.outlier_detector.leaves(backend, str(error))
             backend.attention.set()
             return
         if handoff_from is not None and isinstance(error, BackendFailed | BackendTimedOut):
@@ -425,7 +425,7 @@ class Fleet:
                 return
             handoff_from.attention.set()
             handoff_from.learn(None)
-        self.rotation.failed(backend, leg, error)
+        self.outlier_detector.failed(backend, leg, error)
         if not isinstance(error, BackendBusy):  # who says that is alive
             backend.attention.set()
             backend.learn(None)  # what failed may be another engine by now
@@ -438,7 +438,7 @@ class Fleet:
             tokens: prefill: those it computed, without cached ones; decode: those it gave.
         """
         if self.sizes[backend.role] >= FEWEST:  # of two, nobody can say which is the odd one
-            self.rotation.timed(backend, leg, seconds, tokens)
+            self.outlier_detector.timed(backend, leg, seconds, tokens)
 
     def paced(self, backend: Backend, seconds: float) -> None:
         """A stream's tokens have come so many seconds apart of late, and its client has kept up."""
@@ -471,7 +471,7 @@ class Fleet:
         if (models, version) != (backend.models, backend.version):
             backend.models, backend.version = models, version
             self.pairing.refresh(self)
-            self._room_changed()
+            self._capacity_changed()
             self._fits(backend)
 
     def _fits(self, backend: Backend) -> None:
@@ -511,7 +511,7 @@ class Fleet:
             backend.speeds.left(self._clock())
         backend.mark_down(reason)
         backend.attention.set()
-        self._room_changed()
+        self._capacity_changed()
 
     def bring_in(self, backend: Backend) -> None:
         """Mark a backend up."""
@@ -520,10 +520,10 @@ class Fleet:
         log.info("%s backend %s is up", backend.role, backend.url)
         returns = backend.met
         backend.mark_up()
-        self.rotation.returned(backend)
+        self.outlier_detector.returned(backend)
         backend.speeds.returned(self._clock())
         if returns:  # another worker may have sent prompts to one that is new here
             self.lost_cache(backend)
-        self._room_changed()
+        self._capacity_changed()
         if self.on_up is not None:
             self.on_up(backend)

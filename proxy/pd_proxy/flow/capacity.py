@@ -24,7 +24,7 @@ class Leases:
             lease.release()
 
 
-class FleetRoom:
+class FleetCapacity:
     """The backends' bounds, as admission asks about them."""
 
     def __init__(self, fleet: Fleet) -> None:
@@ -33,18 +33,18 @@ class FleetRoom:
     def has(self, ticket: Ticket) -> bool:
         """Whether in each pool that the request would use some backend has room; where not any two backends make a
         pair, whether some pair has. Also true when there is no such pool: the flow will say so."""
-        has_room, model, tokens = self._fleet.has_room, ticket.model, ticket.tokens
-        decode = has_room("decode", model, tokens)
-        prefill = has_room("prefill", model, ticket.prefill_tokens) if ticket.split else None
+        has_capacity, model, tokens = self._fleet.has_capacity, ticket.model, ticket.tokens
+        decode = has_capacity("decode", model, tokens)
+        prefill = has_capacity("prefill", model, ticket.prefill_tokens) if ticket.split else None
         if decode is not None and prefill is not None and self._fleet.pairer(model) is not None:
-            if next(self._pairs(ticket, with_room=True), None):
+            if next(self._pairs(ticket, with_capacity=True), None):
                 return True
-            if next(self._pairs(ticket, with_room=False), None):
+            if next(self._pairs(ticket, with_capacity=False), None):
                 return False
             prefill = None
         if decode and prefill:
             return True  # what mixed backends do does not matter then
-        rooms = {"prefill": prefill, "decode": decode, "mixed": has_room("mixed", model, tokens)}
+        rooms = {"prefill": prefill, "decode": decode, "mixed": has_capacity("mixed", model, tokens)}
         used = roles_used(alone=not ticket.split, **{role: room is not None for role, room in rooms.items()})
         return all(rooms[role] for role in used)
 
@@ -57,7 +57,7 @@ class FleetRoom:
             "mixed": candidates("mixed", model, tokens),
         }
         if ticket.split and self._fleet.pairer(model) is not None:
-            paired = [*self._pairs(ticket, with_room=True)] or [*self._pairs(ticket, with_room=False)]
+            paired = [*self._pairs(ticket, with_capacity=True)] or [*self._pairs(ticket, with_capacity=False)]
             found["prefill"] = []
             if paired:
                 decode = min((decode for _, decode in paired), key=load)
@@ -68,11 +68,11 @@ class FleetRoom:
             [Lease(min(found[role], key=load), ticket.prefill_tokens if role == "prefill" else tokens) for role in used]
         )
 
-    def _pairs(self, ticket: Ticket, *, with_room: bool) -> Iterator[tuple[Backend, Backend]]:
+    def _pairs(self, ticket: Ticket, *, with_capacity: bool) -> Iterator[tuple[Backend, Backend]]:
         """The pairs that the request may go to; all of them, or those of two that have room for it."""
         model, pairs = ticket.model, self._fleet.pairing.pairs
         prefills, decodes = self._fleet.candidates("prefill", model), self._fleet.candidates("decode", model)
-        if with_room:
-            prefills = [prefill for prefill in prefills if prefill.has_room(ticket.prefill_tokens)]
-            decodes = [decode for decode in decodes if decode.has_room(ticket.tokens)]
+        if with_capacity:
+            prefills = [prefill for prefill in prefills if prefill.has_capacity(ticket.prefill_tokens)]
+            decodes = [decode for decode in decodes if decode.has_capacity(ticket.tokens)]
         return ((p, d) for p in prefills for d in decodes if pairs(p, d, model))

@@ -38,7 +38,7 @@ from pd_proxy.flow.callbacks import Call, Callbacks
 from pd_proxy.flow.encoders import Encoders
 from pd_proxy.flow.first_token import FirstTokens
 from pd_proxy.flow.hops import Hops
-from pd_proxy.flow.legs import Legs, Limbo, Try, leg_of, new_try, remember
+from pd_proxy.flow.legs import Legs, PendingHandoff, Try, leg_of, new_try, remember
 from pd_proxy.flow.placing import Placing, continues
 from pd_proxy.flow.prompts import Sent
 from pd_proxy.flow.request import Request
@@ -306,7 +306,7 @@ class Flow:
         """
         request, prefill, plan = attempt.request, prefill_lease.backend, attempt.plan
         assert plan.handoff is not None
-        limbo = attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
+        limbo = attempt.limbo = PendingHandoff(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
         if not request.client.started:
             request.record.stage = "prefill"
         if request.body.prompt_logprobs:
@@ -386,7 +386,7 @@ class Flow:
             return
         self._in_background(self._release(attempt, limbo, leg, attempt.request.record.decode))
 
-    async def _release(self, attempt: Try, limbo: Limbo, leg: Leg, decode: str) -> None:
+    async def _release(self, attempt: Try, limbo: PendingHandoff, leg: Leg, decode: str) -> None:
         """Send `leg` until an engine has read it, some tries long: to `decode`, which was to have the hand-off, else to
         another. A second reader would do harm."""
         released = False
@@ -479,7 +479,7 @@ class Flow:
             return
         if handoff is not None:
             remember(attempt, lease, handoff)
-            attempt.limbo = Limbo(self._fleet, backend, handoff, self._legs.bound(attempt.plan))
+            attempt.limbo = PendingHandoff(self._fleet, backend, handoff, self._legs.bound(attempt.plan))
         if attempt.facts is not None:
             self._first_tokens.take(attempt, backend, answer)
         if handoff is None and not (attempt.first is not None and attempt.first.whole):
@@ -549,7 +549,7 @@ class Flow:
             return None
         return self._placing.other_decode(request, fresh)
 
-    def _may_read(self, limbo: Limbo, decodes: list[Backend], model: str | None) -> list[Backend]:
+    def _may_read(self, limbo: PendingHandoff, decodes: list[Backend], model: str | None) -> list[Backend]:
         """Those of some decode backends that a hand-off may go to."""
         pairs = self._fleet.pairer(model)
         return decodes if pairs is None else [decode for decode in decodes if pairs(limbo.prefill, decode)]

@@ -23,9 +23,9 @@ from pd_proxy.dialects.answers import (
     WholeAnswer,
     engine_error,
     engine_error_event,
-    flaw_of,
     read_usage,
     read_whole,
+    reason_of,
     strip_handoff,
 )
 from pd_proxy.dialects.cache_counts import CacheCounts
@@ -43,10 +43,10 @@ from pd_proxy.errors import (
 )
 from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.health.identity import Facts
+from pd_proxy.fleet.health.identity import EngineIdentity
 from pd_proxy.fleet.judge import Judge
 from pd_proxy.fleet.outlier.statistics import LegName
-from pd_proxy.fleet.zmq.notifications import Notices
+from pd_proxy.fleet.zmq.notifications import TransferNotifications
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.hops import Hops
 from pd_proxy.flow.prompts import Sent
@@ -75,7 +75,7 @@ _NO_LIMIT = Deadlines(None)
 JSON = (b"content-type", b"application/json")
 
 
-class Limbo:
+class PendingHandoff:
     """A hand-off that decode has not yet begun to use; counted while it is so.
 
     Arguments:
@@ -99,7 +99,7 @@ class Limbo:
         self.handoff = handoff
         self.since = monotonic()
         self.use: Literal["none", "reading", "refused", "freed"] = "none"
-        fleet.handoffs_in_limbo += 1
+        fleet.handoffs_pending += 1
         prefill.open_handoffs += 1
 
     def sent(self) -> None:
@@ -109,7 +109,7 @@ class Limbo:
     def close(self) -> None:
         if self.open:
             self.open = False
-            self._fleet.handoffs_in_limbo -= 1
+            self._fleet.handoffs_pending -= 1
             self.prefill.open_handoffs -= 1
             if self.prefill.removed:
                 self.prefill.attention.set()  # its watcher forgets it when this was the last
@@ -137,8 +137,8 @@ class Try(msgspec.Struct):
     request: Request
     plan: Plan
     id: str
-    limbo: Limbo | None = None
-    facts: tuple[Facts, Facts] | None = None
+    limbo: PendingHandoff | None = None
+    facts: tuple[EngineIdentity, EngineIdentity] | None = None
     decode: Backend | None = None
     first: FirstToken | None = None
     rest: Plan | None = None
@@ -216,7 +216,7 @@ def new_try(
     decode: Backend,
     *,
     token_ids: bool = False,
-    facts: tuple[Facts, Facts] | None = None,
+    facts: tuple[EngineIdentity, EngineIdentity] | None = None,
     callbacks: Callbacks | None = None,
     reuse: bool = False,
 ) -> Try:
@@ -228,27 +228,27 @@ def new_try(
         callbacks: where engines call back, for connectors by which they do.
         reuse: decode may take the prompt's ids from prefill.
     """
-    record, meeting = request.record, None
+    record, rendezvous = request.record, None
     name = new_id() if connector.own_ids else leg_id(record.request_id)
     if prefill is not None and connector.called_back:
         assert callbacks is not None
-        name, meeting = callbacks.name(), connector.invite(callbacks.url)
-    elif prefill is not None and connector.meets:
-        meeting = connector.meet(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
-        own, name = name, meeting.id or name
+        name, rendezvous = callbacks.name(), connector.invite(callbacks.url)
+    elif prefill is not None and connector.negotiates:
+        rendezvous = connector.negotiate(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
+        own, name = name, rendezvous.id or name
         if request.body.prompts:
-            meeting = connector.apart(meeting, request.body.prompts, prefill.backend.coordinates.dp)
+            rendezvous = connector.apart(rendezvous, request.body.prompts, prefill.backend.coordinates.dp)
     plan = Plan(
         request.body,
         connector,
         request.continuation,
-        meeting=meeting,
+        rendezvous=rendezvous,
         token_ids=token_ids,
         first_token=facts is not None,
         answer_id=_answer_id(request, decode) if LAYOUTS[request.body.endpoint].id_member else "",
         reuse=reuse and prefill is not None and connector.takes_ids and reusable(request.body),
     )
-    alias = own if meeting is not None and meeting.id else ""
+    alias = own if rendezvous is not None and rendezvous.id else ""
     record.leg = name
     record.answer = LAYOUTS[request.body.endpoint].id_prefix + plan.answer_id if plan.answer_id else ""
     return Try(request, plan, name, facts=facts, decode=decode, alias=alias)
@@ -264,7 +264,7 @@ def _answer_id(request: Request, decode: Backend) -> str:
 def remember(attempt: Try, prefill: Lease, handoff: Handoff | None) -> None:
     """Prefill has answered: keep what it says of its engine's coordinates, where the legs had need of it."""
     plan = attempt.plan
-    if handoff is None or not plan.connector.meets or plan.handoff is not None:
+    if handoff is None or not plan.connector.negotiates or plan.handoff is not None:
         return
     backend = prefill.backend
     located = plan.connector.remember(backend.coordinates, handoff, prefill.rank)
@@ -341,7 +341,12 @@ class Legs:
     """
 
     def __init__(
-        self, settings: Settings, fleet: Judge, telemetry: Telemetry, notices: Notices, hops: Hops | None = None
+        self,
+        settings: Settings,
+        fleet: Judge,
+        telemetry: Telemetry,
+        notices: TransferNotifications,
+        hops: Hops | None = None,
     ) -> None:
         self._settings = settings
         self._notices = notices
@@ -459,7 +464,7 @@ class Legs:
             preempted = BackendPreempted(f"{backend.url} gave the request up for want of memory")
             self._note(backend, preempted, leg, attempt)
             raise preempted
-        flaw = flaw_of(parsed, LAYOUTS[request.body.endpoint].answer)
+        flaw = reason_of(parsed, LAYOUTS[request.body.endpoint].answer)
         reason = abort_in(parsed.choices) if dialect is None else dialect.aborted_whole(parsed)
         if reason is not None and not flaw and not _is_failure(parsed):
             ended = aborted(backend.url, reason)
@@ -674,7 +679,7 @@ class Legs:
         return min(self._timeouts.handoff, connector.lease / 2)  # whatever was set: not in the lease's second half
 
     @staticmethod
-    def _time_left(limbo: Limbo) -> float | None:
+    def _time_left(limbo: PendingHandoff) -> float | None:
         """Seconds in which a hand-off may still be sent.
 
         Raises:

@@ -369,7 +369,7 @@ def _rules(connectors: Mapping[str, Connector], in_use: Sequence[Connector], kin
         splits={name: connector.splits for name, connector in connectors.items()},
         endpoints={name: connector.endpoints for name, connector in connectors.items()},
         plain=frozenset(name for name, connector in connectors.items() if connector.plain_decode),
-        meets=frozenset(name for name, connector in connectors.items() if connector.meets),
+        negotiates=frozenset(name for name, connector in connectors.items() if connector.negotiates),
         all_plain=all(connector.plain_decode for connector in in_use),
         splits_somewhere=splits,
         splits_everywhere=splits.intersection(*(connector.splits for connector in in_use)),

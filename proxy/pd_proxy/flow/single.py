@@ -43,7 +43,7 @@ from pd_proxy.http.response import Client, Headers
 from pd_proxy.http.upload import Upload
 from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.decide import choose
-from pd_proxy.relay.passthrough import Carry
+from pd_proxy.relay.passthrough import Passthrough
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord
 
@@ -302,7 +302,7 @@ class Single:
             record.stage = "stream"
             return [_request_id(record), *EVENT_STREAM]
 
-        carry = Carry(
+        carry = Passthrough(
             backend.url,
             request.client,
             begin,
@@ -350,7 +350,7 @@ class Single:
         return True
 
     async def _send_on(
-        self, request: SingleRequest, source: Source, backend: Backend, upload: Upload, carry: Carry
+        self, request: SingleRequest, source: Source, backend: Backend, upload: Upload, carry: Passthrough
     ) -> None:
         """Send a form as it comes, and wait for the answer, which may come before the form's end."""
         pump = asyncio.create_task(self._pump(request, source, backend, upload))

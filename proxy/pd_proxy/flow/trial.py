@@ -25,9 +25,9 @@ from pd_proxy.fleet.findings import SIDE_ADVICE, Finding, found
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.health.profile import Profile
 from pd_proxy.fleet.outlier.statistics import LegName
-from pd_proxy.fleet.zmq.notifications import Notices
+from pd_proxy.fleet.zmq.notifications import TransferNotifications
 from pd_proxy.flow.callbacks import Callbacks
-from pd_proxy.flow.legs import Legs, Limbo, Try, new_try, remember
+from pd_proxy.flow.legs import Legs, PendingHandoff, Try, new_try, remember
 from pd_proxy.flow.request import Request, new_id
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.handoff.side import side_of
@@ -174,7 +174,7 @@ class Trials:
         settings: Settings,
         fleet: Fleet,
         connectors: Mapping[str, Connector],
-        notices: Notices,
+        notices: TransferNotifications,
         callbacks: Callbacks | None = None,
         *,
         ports: bool = False,
@@ -330,7 +330,7 @@ class Trials:
                 return
             remember(attempt, lease, handoff)
             course.side = side_of(handoff)
-            attempt.limbo = Limbo(self._fleet, prefill, handoff, self._legs.bound(attempt.plan))
+            attempt.limbo = PendingHandoff(self._fleet, prefill, handoff, self._legs.bound(attempt.plan))
             try:
                 await course.leg("decode", self._legs.decode_whole(attempt, decode, decode_lease))
             finally:
@@ -356,7 +356,7 @@ class Trials:
         plan = attempt.plan
         assert plan.handoff is not None
         course.side = side_of(plan.handoff)
-        attempt.limbo = Limbo(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
+        attempt.limbo = PendingHandoff(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
         waits = plan.connector.called_back
         called = self._callbacks.expect(attempt.id, plan.connector, decode.url) if waits else nullcontext()
         try:

@@ -24,7 +24,7 @@ from time import monotonic
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.findings import NEVER, Finding, HandoffState
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.zmq.notifications import Notices
+from pd_proxy.fleet.zmq.notifications import TransferNotifications
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.trial import Trial, Trials, Witness, model_of, usable
 from pd_proxy.handoff.connector import Connector
@@ -50,7 +50,7 @@ class Warmup:
         settings: Settings,
         fleet: Fleet,
         connectors: Mapping[str, Connector],
-        notices: Notices,
+        notices: TransferNotifications,
         callbacks: Callbacks | None = None,
     ) -> None:
         self._on = settings.warmup

@@ -37,7 +37,7 @@ class Handoff(msgspec.Struct, frozen=True):
     cached: int | None = None
 
 
-class Meeting(msgspec.Struct, frozen=True):
+class Rendezvous(msgspec.Struct, frozen=True):
     """What the two legs of one try are told of each other before either is sent.
 
     Attributes:
@@ -129,7 +129,7 @@ class Connector:
 
     name: ClassVar[str]
     order: ClassVar[Literal["sequential", "concurrent"]] = "sequential"
-    meets: ClassVar[bool] = False
+    negotiates: ClassVar[bool] = False
     lease: ClassVar[float] = inf
     first_token: ClassVar[bool] = False
     takes_ids: ClassVar[bool] = False
@@ -160,7 +160,7 @@ class Connector:
         """
         return one_token(members)
 
-    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+    def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         """What the legs of one try are told of each other; only with `meets`.
 
         Arguments:
@@ -170,13 +170,13 @@ class Connector:
         """
         raise NotImplementedError
 
-    def apart(self, meeting: Meeting, prompts: int, ranks: int) -> Meeting:
+    def apart(self, rendezvous: Rendezvous, prompts: int, ranks: int) -> Rendezvous:
         """A meeting of a batch of prompts, each of which the engines answer by itself.
 
         Arguments:
             ranks: how many data-parallel ranks prefill has.
         """
-        return meeting
+        return rendezvous
 
     def remember(self, coordinates: Coordinates, handoff: Handoff, rank: int | None) -> Coordinates:
         """Prefill's coordinates with what its answer says of them, where a meeting could not say the hand-off; as they
@@ -230,7 +230,7 @@ class Connector:
         """
         raise NotImplementedError
 
-    def invite(self, url: str) -> Meeting:
+    def invite(self, url: str) -> Rendezvous:
         """What decode is told so that its engine calls back at `url`. Only with `called_back`."""
         raise NotImplementedError
 

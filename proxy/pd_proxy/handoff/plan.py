@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from pd_proxy.decoding import decode_json
-from pd_proxy.handoff.connector import Connector, Handoff, Meeting, read_answer
+from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, read_answer
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.handoff.reuse import prompt_of, with_prompt
 from pd_proxy.requests.body import Body
@@ -61,8 +61,8 @@ class Plan:
         "_body",
         "_first_token",
         "_layout",
-        "_meeting",
         "_members",
+        "_rendezvous",
         "_reuse",
         "_token_ids",
         "answer_id",
@@ -79,7 +79,7 @@ class Plan:
         connector: Connector,
         continuation: Continuation | None = None,
         *,
-        meeting: Meeting | None = None,
+        rendezvous: Rendezvous | None = None,
         token_ids: bool = False,
         first_token: bool = False,
         answer_id: str = "",
@@ -88,14 +88,14 @@ class Plan:
         self._body = body
         self.connector = connector
         self.continuation = continuation
-        self._meeting = meeting
+        self._rendezvous = rendezvous
         self._token_ids = token_ids
         self._first_token = first_token
         self.answer_id = answer_id
         self._layout = LAYOUTS[body.endpoint]
         self._reuse = reuse and continuation is None  # a continuation has ids of its own
         self._members = body.members if continuation is None else continuation.apply(body.members, body.endpoint)
-        self.handoff, self.notices = (None, 0) if meeting is None else (meeting.handoff, meeting.notices)
+        self.handoff, self.notices = (None, 0) if rendezvous is None else (rendezvous.handoff, rendezvous.notices)
         self.encoded: Members | None = None
 
     def prefill_leg(self, heard: Members | None = None) -> Leg:
@@ -105,8 +105,8 @@ class Plan:
             heard: what decode's engine has called back with, where it does.
         """
         members = self.connector.prefill(self._members, self._body.endpoint, token=self._first_token)
-        if self._meeting is not None:
-            members.update(self._meeting.prefill)
+        if self._rendezvous is not None:
+            members.update(self._rendezvous.prefill)
         if heard is not None:
             members.update(heard)
         if self.encoded is not None:
@@ -120,7 +120,7 @@ class Plan:
     def behind(self, first: FirstToken) -> Plan:
         """The plan for what comes behind the token that prefill has given."""
         continuation = Continuation(b"%b,%b" % (first.prompt, first.token), 1)
-        return Plan(self._body, self.connector, continuation, meeting=self._meeting, token_ids=self._token_ids)
+        return Plan(self._body, self.connector, continuation, rendezvous=self._rendezvous, token_ids=self._token_ids)
 
     @property
     def together(self) -> bool:

@@ -236,7 +236,7 @@ def next_token(candidates: Sequence[Learnt], ask: Ask) -> int:
     chosen = candidates[index]
     if chosen.factor == 1.0 and chosen.inflight_tokens + chosen.elsewhere_tokens + own <= chosen.speeds.capacity:
         return index
-    return _with_room(candidates, ask, expected_step)
+    return _with_capacity(candidates, ask, expected_step)
 
 
 def expected_step(candidate: Learnt, ask: Ask) -> float:
@@ -246,7 +246,7 @@ def expected_step(candidate: Learnt, ask: Ask) -> float:
     return speeds.step_base + speeds.step_token * (tokens / candidate.factor + ask.decode_tokens)
 
 
-def _with_room(candidates: Sequence[Learnt], ask: Ask, cost: Callable[[Learnt, Ask], float]) -> int:
+def _with_capacity(candidates: Sequence[Learnt], ask: Ask, cost: Callable[[Learnt, Ask], float]) -> int:
     """The cheapest of those whose KV cache has room for the request; where none has, the one that is least too full."""
     own = ask.decode_tokens
     fill = [
@@ -262,7 +262,7 @@ def _with_room(candidates: Sequence[Learnt], ask: Ask, cost: Callable[[Learnt, A
 
 def whole_answer(candidates: Sequence[Learnt], ask: Ask) -> int:
     """The one that is expected to be done with the whole request first, of those with room for its KV cache."""
-    return 0 if len(candidates) == 1 else _with_room(candidates, ask, time_to_last_token)
+    return 0 if len(candidates) == 1 else _with_capacity(candidates, ask, time_to_last_token)
 
 
 def time_to_last_token(candidate: Learnt, ask: Ask) -> float:

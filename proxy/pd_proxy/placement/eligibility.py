@@ -74,7 +74,7 @@ class Member(Learnt, Protocol):
 
     def offers(self, route: str) -> bool: ...
 
-    def has_room(self, tokens: int) -> bool: ...
+    def has_capacity(self, tokens: int) -> bool: ...
 
 
 M = TypeVar("M", bound=Member)
@@ -96,7 +96,7 @@ class Rules(msgspec.Struct, frozen=True):
     splits: Mapping[str, AbstractSet[str]]
     endpoints: Mapping[str, AbstractSet[str]]
     plain: AbstractSet[str]
-    meets: AbstractSet[str]
+    negotiates: AbstractSet[str]
     all_plain: bool
     splits_somewhere: AbstractSet[str]
     splits_everywhere: AbstractSet[str]
@@ -165,8 +165,8 @@ def eligible(members: Members[M], needs: Needs[M], rules: Rules) -> Eligible[M]:
     several have, leave nobody out where nobody would be left."""
     prefill, decode, mixed, pairs = members.prefill, members.decode, members.mixed, members.pairs
     if members.bounded:
-        prefill = _with_room(prefill, needs.prefill_tokens)
-        decode, mixed = _with_room(decode, needs.decode_tokens), _with_room(mixed, needs.decode_tokens)
+        prefill = _with_capacity(prefill, needs.prefill_tokens)
+        decode, mixed = _with_capacity(decode, needs.decode_tokens), _with_capacity(mixed, needs.decode_tokens)
         if pairs is not None and not any(pairs(p, d) for d in decode for p in prefill):
             # Those with room may be of different groups; a full pair is better than none.
             prefill, decode = members.prefill, members.decode
@@ -195,15 +195,15 @@ def eligible(members: Members[M], needs: Needs[M], rules: Rules) -> Eligible[M]:
         prefill = ()
         decode, mixed = [b for b in decode if b.url == url], [b for b in mixed if b.url == url]
         plain = None if plain is None else [b for b in plain if b.url == url]
-    if not alone and not needs.ranked and any(b.ranks and b.connector in rules.meets for b in prefill):
+    if not alone and not needs.ranked and any(b.ranks and b.connector in rules.negotiates for b in prefill):
         alone = "data_parallel"  # its legs would not find each other, since prefill's cannot be told its rank
     if needs.given_up and not alone and (mixed or plain is None or plain):
         alone = needs.given_up
     return Eligible(View(prefill, decode, mixed, members.configured, None if needs.pinned else pairs, plain), alone)
 
 
-def _with_room(pool: Sequence[M], tokens: int) -> Sequence[M]:
-    return pool if len(pool) < 2 else [b for b in pool if b.has_room(tokens)] or pool
+def _with_capacity(pool: Sequence[M], tokens: int) -> Sequence[M]:
+    return pool if len(pool) < 2 else [b for b in pool if b.has_capacity(tokens)] or pool
 
 
 def _splits(backend: Member, needs: Needs[Any], rules: Rules) -> bool:
@@ -278,7 +278,7 @@ def _first_rule(
     if not serves:
         return "resting" if backend.resting_until > now else "ejected"
     tokens = needs.prefill_tokens if role == "prefill" else needs.decode_tokens
-    if members.bounded and not backend.has_room(tokens):
+    if members.bounded and not backend.has_capacity(tokens):
         return "full"
     if needs.fits is not None and not needs.fits(backend):
         return "weights"

@@ -69,7 +69,7 @@ def _form(mid: bytes, rest: bytes, with_id: bool) -> re.Pattern[bytes]:
     return re.compile(b"%b%b(%b)" % (re.escape(mid), id_, re.sub(rb"\d+", rb"\\d+", re.escape(tail))))
 
 
-class Passage(asyncio.Protocol):
+class FastPath(asyncio.Protocol):
     """The protocol of the engine's connection while its stream is live.
 
     Arguments:

@@ -51,7 +51,7 @@ _decode_event = json_decoder(_Event)
 _decode_object = json_decoder(_Object)
 
 
-class Carry:
+class Passthrough:
     """The receiver of such an answer, and what pauses it while the client does not keep up.
 
     Arguments:

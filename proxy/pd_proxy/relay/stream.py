@@ -35,7 +35,7 @@ from pd_proxy.errors import (
 from pd_proxy.http.client import Connection
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.http.response import Client
-from pd_proxy.relay.fast_path import PLAIN, Passage
+from pd_proxy.relay.fast_path import PLAIN, FastPath
 from pd_proxy.relay.transcript import Transcript
 from pd_proxy.telemetry.records import Distribution
 
@@ -239,7 +239,7 @@ class StreamRelay:
         self._over = False  # the engine has said all of it
         self._error_body = bytearray()
         self._status = 0
-        self._passage: Passage | None = None
+        self._passage: FastPath | None = None
         self._done = False
         self._failure: BackendError | None = None
         self._patience: Deadlines | None = None
@@ -263,7 +263,7 @@ class StreamRelay:
         """
         self._connection = connection
         edit = self._edit
-        self._passage = Passage(
+        self._passage = FastPath(
             connection,
             self._gaps,
             self._transcript if edit.hide_ids else None,

@@ -57,7 +57,7 @@ BACKEND_STATES = ("up", "slow_start", "ejected", "draining", "down")
 class FleetState(Protocol):
     """What a scrape reads of the fleet."""
 
-    handoffs_in_limbo: int
+    handoffs_pending: int
 
     def __iter__(self) -> Iterator[BackendState]: ...
 
@@ -477,7 +477,7 @@ class PrometheusSink(Collector):
         yield GaugeMetricFamily(
             "pd_proxy_handoffs_in_limbo",
             "Hand-offs that prefill has given and decode has not begun to use.",
-            value=self._fleet.handoffs_in_limbo,
+            value=self._fleet.handoffs_pending,
         )
         ready = GaugeMetricFamily("pd_proxy_ready", "Whether the gateway could serve a request now.")
         ready.add_metric((), float(not self._fleet.not_ready()))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pd_proxy.workers.load_table import Board
+from pd_proxy.workers.load_table import LoadTable
 from pd_proxy.workers.prefix_ring import PrefixRings
 
 
 @dataclass(frozen=True, slots=True)
-class Crew:
+class WorkerContext:
     """What a worker is told when it is made.
 
     Attributes:
@@ -25,6 +25,6 @@ class Crew:
     worker: int
     workers: int
     directory: Path
-    board: Board
+    board: LoadTable
     prefixes: PrefixRings
     ready: int

@@ -33,7 +33,7 @@ _MICRO = 1e6
 _LOCK_PATIENCE = 1.0  # seconds; whoever died with the lock has left at most a row half-named
 
 
-class Board:
+class LoadTable:
     """The page, made before the workers are forked.
 
     Arguments:
@@ -104,7 +104,7 @@ class Exchange:
 
     def __init__(
         self,
-        board: Board,
+        board: LoadTable,
         worker: int,
         fleet: Iterable[Backend],
         on_freed: Callable[[], object],

@@ -53,7 +53,7 @@ def write(path: Path, text: str) -> None:
     new.replace(path)
 
 
-class Siblings:
+class PeerWorkers:
     """The other workers, as one of them sees them.
 
     Arguments:

@@ -27,8 +27,8 @@ from types import FrameType
 from pd_proxy.runtime.signals import IGNORED, LEAVING, ignore, tell_ignored
 from pd_proxy.runtime.sockets import Listener, notify
 from pd_proxy.telemetry.logs import name_worker
-from pd_proxy.workers.context import Crew
-from pd_proxy.workers.load_table import Board
+from pd_proxy.workers.context import WorkerContext
+from pd_proxy.workers.load_table import LoadTable
 from pd_proxy.workers.metrics_merge import counts_of, merge, parse, render
 from pd_proxy.workers.peers import departed_page, page_of, write
 from pd_proxy.workers.prefix_ring import PrefixRings
@@ -42,7 +42,7 @@ _LONG = 10.0
 _TICK = 0.5  # seconds between looks while nothing tells
 
 
-def supervise(workers: int, listeners: list[Listener], work: Callable[[Crew], int]) -> int:
+def supervise(workers: int, listeners: list[Listener], work: Callable[[WorkerContext], int]) -> int:
     """Run workers until a signal ends them. Returns the exit status.
 
     Arguments:
@@ -63,12 +63,14 @@ _in_worker = False
 class _Supervisor:
     """Forks workers and keeps their number."""
 
-    def __init__(self, workers: int, listeners: list[Listener], work: Callable[[Crew], int], directory: Path) -> None:
+    def __init__(
+        self, workers: int, listeners: list[Listener], work: Callable[[WorkerContext], int], directory: Path
+    ) -> None:
         self._count = workers
         self._listeners = listeners
         self._work = work
         self._directory = directory
-        self._board = Board(workers)
+        self._board = LoadTable(workers)
         self._prefixes = PrefixRings(workers)
         self._alive: dict[int, tuple[int, float]] = {}  # process id: its number, and when it was made
         self._waits = [0.0] * workers
@@ -132,7 +134,7 @@ class _Supervisor:
             _leave_with(os.getppid())
             os.environ.pop("NOTIFY_SOCKET", None)
             os.close(self._ready[0])
-            crew = Crew(worker, self._count, self._directory, self._board, self._prefixes, self._ready[1])
+            crew = WorkerContext(worker, self._count, self._directory, self._board, self._prefixes, self._ready[1])
             status = self._work(crew)
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 1

@@ -104,8 +104,8 @@ class SGLang(Side):
                     raise RequestError(500, "500", "list index out of range")
         n = body.get("n")
         n = n if type(n) is int and n > 0 else choices(body)
-        meeting = _Meeting(host, port or _DEFAULT_PORT, rooms, n)
-        return Transfer(role, meeting, awaits=role == "prefill")
+        rendezvous = _Meeting(host, port or _DEFAULT_PORT, rooms, n)
+        return Transfer(role, rendezvous, awaits=role == "prefill")
 
     def page(self, path: str) -> bytes | None:
         return b"{}" if path == "/health" else None
@@ -190,17 +190,19 @@ class SGLang(Side):
     # Decode
 
     async def _receive(self, sequence: Sequence) -> list[Content]:
-        meeting: _Meeting = sequence.transfer.params
+        rendezvous: _Meeting = sequence.transfer.params
         engine = self.engine
         cached = sequence.cached // engine.config.block_size
         tokens = sequence.prompt_length - sequence.cached
-        host = meeting.host(sequence).strip("[]")
+        host = rendezvous.host(sequence).strip("[]")
         name = str(self._room(sequence))
 
         def hear(answer: Mapping[str, Any]) -> None:
             sequence.given = tuple(answer["first"])
 
-        return await engine.peers.wait(host, meeting.port(sequence), "", name, cached, tokens, hear=hear, thank=False)
+        return await engine.peers.wait(
+            host, rendezvous.port(sequence), "", name, cached, tokens, hear=hear, thank=False
+        )
 
     async def _received(self, sequence: Sequence, receiving: asyncio.Future[list[Content]]) -> list[Content]:
         try:
@@ -218,5 +220,5 @@ class SGLang(Side):
 
     @staticmethod
     def _room(sequence: Sequence) -> int:
-        meeting: _Meeting = sequence.transfer.params
-        return meeting.room(sequence)
+        rendezvous: _Meeting = sequence.transfer.params
+        return rendezvous.room(sequence)

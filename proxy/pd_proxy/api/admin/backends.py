@@ -109,7 +109,7 @@ def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
             "removed": backend.removed,
             "ejected": {
                 leg: {"seconds_left": round(seconds, 3), "reason": reason}
-                for leg, (seconds, reason) in fleet.rotation.ejected_for(backend).items()
+                for leg, (seconds, reason) in fleet.outlier_detector.ejected_for(backend).items()
             },
             "slow_start": round(backend.factor, 3) if backend.factor < 1 else None,
             "inflight_requests": backend.inflight_requests,

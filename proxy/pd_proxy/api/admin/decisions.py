@@ -23,7 +23,7 @@ from pd_proxy.requests.endpoints import Endpoint
 from pd_proxy.requests.sessions import session_of
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord
-from pd_proxy.workers.peers import Siblings
+from pd_proxy.workers.peers import PeerWorkers
 
 EXPLAIN_PATH = "/admin/explain"
 _USUAL = 100
@@ -61,7 +61,7 @@ def onlooker(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
 def decisions(
     noted: Decisions,
     credentials: Credentials,
-    siblings: Siblings | None = None,
+    siblings: PeerWorkers | None = None,
 ) -> APIRouter:
     """The last decisions, for operators; of all workers, where there are several."""
     router = APIRouter(tags=["administration"], dependencies=[Depends(operator(credentials))])

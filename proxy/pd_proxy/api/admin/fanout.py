@@ -27,7 +27,7 @@ from pd_proxy.fleet.backend import Backend, Role
 from pd_proxy.fleet.engine_families import Operation
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.http.control import Control
-from pd_proxy.workers.peers import Siblings
+from pd_proxy.workers.peers import PeerWorkers
 
 _PATIENCE = 300.0  # seconds; an engine writes its profile, or its weights to memory, before it answers
 _LOOK = 0.02  # seconds between two looks at a backend that is being drained
@@ -134,7 +134,7 @@ class FanOut:
         self,
         fleet: Fleet,
         control: Control,
-        siblings: Siblings | None = None,
+        siblings: PeerWorkers | None = None,
         ask_models: Callable[[], Awaitable[object]] = _ask_nobody,
     ) -> None:
         self._fleet = fleet
@@ -290,7 +290,7 @@ def fanout(
     credentials: Credentials,
     control: Control,
     ask_models: Callable[[], Awaitable[object]],
-    siblings: Siblings | None = None,
+    siblings: PeerWorkers | None = None,
 ) -> APIRouter:
     """The routes, for operators. Those of the example script, without /admin, are kept."""
     router = APIRouter(tags=["engines"], dependencies=[Depends(operator(credentials))])

@@ -16,7 +16,7 @@ _CONFIG = b"vllm:cache_config_info{"
 _BLOCK_SIZE = re.compile(rb'[{,]block_size="(\d{1,6})"')
 
 
-class Facts(msgspec.Struct, frozen=True, eq=False):
+class EngineIdentity(msgspec.Struct, frozen=True, eq=False):
     """One engine process.
 
     Two are the same only if they are one object: what was learnt again is of another process, however alike.
@@ -31,7 +31,7 @@ class Facts(msgspec.Struct, frozen=True, eq=False):
     version: str
     context: int
 
-    def fits(self, other: Facts) -> bool:
+    def fits(self, other: EngineIdentity) -> bool:
         """Whether what is handed over to one of them could be handed over to the other."""
         return self.block_size == other.block_size and self.version == other.version and self.context >= other.context
 
@@ -52,7 +52,7 @@ _read_models = json_decoder(_Models)
 _read_version = json_decoder(_Version)
 
 
-def read_facts(metrics: bytes, models: bytes, version: bytes) -> Facts | None:
+def read_facts(metrics: bytes, models: bytes, version: bytes) -> EngineIdentity | None:
     """What an engine's pages say; None where they do not say all of it."""
     block_size = read_block_size(metrics)
     try:
@@ -60,7 +60,7 @@ def read_facts(metrics: bytes, models: bytes, version: bytes) -> Facts | None:
     except Undecodable:
         return None
     context = min((card.max_model_len for card in cards if card.max_model_len), default=0)  # adapters name none
-    return Facts(block_size, named, context) if block_size and context > 0 and named else None
+    return EngineIdentity(block_size, named, context) if block_size and context > 0 and named else None
 
 
 def read_block_size(page: bytes) -> int:

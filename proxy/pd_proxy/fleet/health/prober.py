@@ -42,7 +42,7 @@ from pd_proxy.fleet.health.identity import read_facts
 from pd_proxy.fleet.health.kv_cache import Cache, read_cache
 from pd_proxy.fleet.health.mass_failure import Checks, Excuse, Run
 from pd_proxy.fleet.health.profile import Profile, read_from_elsewhere, read_profile
-from pd_proxy.fleet.health.sentinel import Tether, TetherBroken
+from pd_proxy.fleet.health.sentinel import Sentinel, SentinelClosed
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.http.control import Answer, Control
 from pd_proxy.http.reachability import code_of, reason_of, speaks_tls, why_unreachable
@@ -135,7 +135,7 @@ class Prober:
         self._learns_facts = learns_facts
         self._guides = guides or {}
         self._tether_headers = tether_headers
-        self._tethers: dict[Backend, Tether] = {}
+        self._tethers: dict[Backend, Sentinel] = {}
         self._told: dict[Backend, Coordinates] = {}  # coordinates as people set them
         self._watchers: dict[Backend, asyncio.Task[None]] = {}
         self._resting: dict[Backend, set[str]] = {}  # where they have said that they can
@@ -230,7 +230,7 @@ class Prober:
                 before_sleep=lambda state: self._still_down(backend, state),
             ):
                 with attempt:
-                    await self.meet(backend)
+                    await self.negotiate(backend)
         finally:
             self._down -= 1
         await self._tie(backend)
@@ -326,7 +326,7 @@ class Prober:
             "while this gateway's event loop stood still" if why == "late" else "at the same time",
         )
 
-    async def meet(self, backend: Backend) -> None:
+    async def negotiate(self, backend: Backend) -> None:
         """Ask a backend that is not up whether it is well, and for what must be known of it before its first request.
 
         Raises:
@@ -384,7 +384,7 @@ class Prober:
     def _interval(self, backend: Backend) -> float:
         """Seconds to the next probe. One that is stopping is looked at closely: it may be gone and back in no time."""
         usual = self._settings.interval
-        return min(usual, _CLOSE_LOOK) if self._fleet.rotation.leaving(backend) else usual
+        return min(usual, _CLOSE_LOOK) if self._fleet.outlier_detector.leaving(backend) else usual
 
     async def probe(self, backend: Backend) -> None:
         """Ask once whether it is healthy and awake.
@@ -529,7 +529,7 @@ class Prober:
             return
         seconds = self._settings.timeout
         try:
-            tether = await Tether.tie(
+            tether = await Sentinel.tie(
                 backend.url,
                 self._tether_headers,
                 lambda: backend.learn(None),
@@ -538,7 +538,7 @@ class Prober:
             )
             self._tethers[backend] = tether
             said = [await tether.ask(page, seconds) for page in (kind.metrics, "/v1/models", kind.version[0])]
-        except TetherBroken as error:
+        except SentinelClosed as error:
             log.debug("%s backend %s told nothing of itself: %s", backend.role, backend.url, error)
             self._untie(backend)
             return
@@ -556,7 +556,7 @@ class Prober:
         """
         tether, facts = self._tethers.get(backend), backend.facts
         if tether is not None and tether.holds and facts is not None:
-            with suppress(TetherBroken):
+            with suppress(SentinelClosed):
                 status, answer = await tether.ask(backend.kind.version[0], self._settings.timeout)
                 if status == 200 and facts.version.encode() not in answer:
                     backend.learn(None)

@@ -17,11 +17,11 @@ from pd_proxy.errors import BackendError
 from pd_proxy.http.exchange import Address, Wire, connect
 
 
-class TetherBroken(Exception):
+class SentinelClosed(Exception):
     """The connection could not be made, or is over; the text says why."""
 
 
-class Tether:
+class Sentinel:
     """A connection for requests one after the other.
 
     Arguments:
@@ -40,7 +40,7 @@ class Tether:
         on_lost: Callable[[], object],
         seconds: float,
         trust: Callable[[], ssl.SSLContext] = ssl.create_default_context,
-    ) -> Tether:
+    ) -> Sentinel:
         """Connect.
 
         Arguments:
@@ -54,7 +54,7 @@ class Tether:
             await connect(tether._wire, url, seconds, trust)
         except BackendError as error:
             tether.close()
-            raise TetherBroken(str(error)) from None
+            raise SentinelClosed(str(error)) from None
         return tether
 
     @property
@@ -72,9 +72,9 @@ class Tether:
             async with asyncio.timeout(seconds):
                 answer = await self._wire.ask(Address.of(self._url).request("GET", path, self._headers))
         except TimeoutError:
-            raise TetherBroken(f"{path} was not answered in time") from None
+            raise SentinelClosed(f"{path} was not answered in time") from None
         except BackendError as error:
-            raise TetherBroken(str(error)) from None
+            raise SentinelClosed(str(error)) from None
         return answer.status, answer.body
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from math import log
 from statistics import median
 from typing import Literal
 
-from pd_proxy.fleet.outlier.statistics import LegName, Standing, log_seconds
+from pd_proxy.fleet.outlier.statistics import LegName, OutlierStats, log_seconds
 from pd_proxy.settings.tree import BreakerSettings
 
 Reason = Literal["consecutive", "success_rate", "slow", "leaving"]
@@ -49,7 +49,7 @@ class Breaker:
         self._log_ratio = log(settings.slow_ratio) if settings.slow_ratio else float("inf")
         self._usual: dict[tuple[str, LegName, int], float] = {}
 
-    def timed(self, pool: str, leg: LegName, standing: Standing, seconds: float, tokens: int, now: float) -> bool:
+    def timed(self, pool: str, leg: LegName, standing: OutlierStats, seconds: float, tokens: int, now: float) -> bool:
         """Note how long a leg took.
 
         Arguments:
@@ -73,7 +73,9 @@ class Breaker:
             and standing.samples >= self._settings.minimum_volume
         )
 
-    def verdict(self, leg: LegName, standing: Standing, others: Sequence[Standing], now: float) -> Reason | None:
+    def verdict(
+        self, leg: LegName, standing: OutlierStats, others: Sequence[OutlierStats], now: float
+    ) -> Reason | None:
         """Why a backend should be ejected, if it should.
 
         Arguments:
@@ -87,7 +89,7 @@ class Breaker:
             return "slow"
         return None
 
-    def _fails_often(self, standing: Standing, others: Sequence[Standing], now: float) -> bool:
+    def _fails_often(self, standing: OutlierStats, others: Sequence[OutlierStats], now: float) -> bool:
         for each in (standing, *others):
             each.window.roll(now)
         own = standing.window
@@ -98,7 +100,7 @@ class Breaker:
         pools = good / all_ if all_ >= self._settings.minimum_volume else 1.0
         return own.good / (own.good + own.bad) < self._settings.success_rate * pools
 
-    def _is_slow(self, leg: LegName, standing: Standing, others: Sequence[Standing], now: float) -> bool:
+    def _is_slow(self, leg: LegName, standing: OutlierStats, others: Sequence[OutlierStats], now: float) -> bool:
         if standing.samples < self._settings.minimum_volume:
             return False
         known = [
@@ -111,7 +113,7 @@ class Breaker:
         middle = median([standing.excess, *known])
         return standing.excess - middle >= self._log_ratio and standing.seconds_above(middle) >= _NOTICEABLE[leg]
 
-    def may_eject(self, others: Sequence[Standing], now: float) -> bool:
+    def may_eject(self, others: Sequence[OutlierStats], now: float) -> bool:
         """Whether one more of a pool may be ejected.
 
         Arguments:
@@ -121,7 +123,7 @@ class Breaker:
         ejected = sum(other.ejected(now) for other in others) + 1
         return ejected < up and ejected <= self._settings.max_ejected * up
 
-    def eject(self, standing: Standing, reason: Reason, now: float) -> float:
+    def eject(self, standing: OutlierStats, reason: Reason, now: float) -> float:
         """Eject; returns for how many seconds. Each time lasts twice as long as the one before, and every `window` of
         seconds in the rotation takes one doubling back."""
         settings = self._settings

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pd_proxy.errors import BackendBusy, BackendError
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.outlier.breaker import Breaker, Reason
-from pd_proxy.fleet.outlier.statistics import LegName, Standing
+from pd_proxy.fleet.outlier.statistics import LegName, OutlierStats
 from pd_proxy.settings.tree import BreakerSettings
 
 log = logging.getLogger("pd_proxy.fleet")
@@ -21,7 +21,7 @@ log = logging.getLogger("pd_proxy.fleet")
 _LONGEST_REST = 10.0  # seconds; an engine's Retry-After is a guess, and is not to take it out for good
 
 
-class Rotation:
+class OutlierDetector:
     """Takes note of how legs went, and ejects.
 
     Arguments:
@@ -87,7 +87,9 @@ class Rotation:
         if reason is not None and backend.up and not backend.draining and self._breaker.may_eject(others, now):
             self._eject(backend, leg, standing, reason, what, now)
 
-    def _eject(self, backend: Backend, leg: LegName, standing: Standing, reason: Reason, what: str, now: float) -> None:
+    def _eject(
+        self, backend: Backend, leg: LegName, standing: OutlierStats, reason: Reason, what: str, now: float
+    ) -> None:
         seconds = self._breaker.eject(standing, reason, now)
         self.ejections[backend.role, backend.url, leg, reason] += 1
         self.watches.add(backend)

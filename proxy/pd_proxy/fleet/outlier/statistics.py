@@ -72,7 +72,7 @@ class Window:
         self.good = self.bad = 0
 
 
-class Standing:
+class OutlierStats:
     """One backend's standing at one leg.
 
     Arguments:

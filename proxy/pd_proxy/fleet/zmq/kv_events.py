@@ -26,7 +26,7 @@ from pd_proxy.decoding import UNDECODABLE, json_decoder
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.zmq.kv_follower import Follower, Turns
-from pd_proxy.fleet.zmq.listener import CannotHear, library
+from pd_proxy.fleet.zmq.listener import CannotListen, library
 from pd_proxy.prefix.chain import Chain
 from pd_proxy.prefix.corrections import Corrections, Index
 from pd_proxy.prefix.engine_cache import EngineCache
@@ -344,13 +344,13 @@ def load_tokenizer(path: str) -> Any:
     try:
         library_ = importlib.import_module("tokenizers")
     except ImportError:
-        raise CannotHear(
+        raise CannotListen(
             "tokenizer is set, and tokenizers is not installed: pip install pd-proxy[tokenizers]"
         ) from None
     try:
         return library_.Tokenizer.from_file(path)
     except Exception as error:  # the library raises nothing narrower
-        raise CannotHear(f"tokenizer: {path} cannot be used: {error}") from None
+        raise CannotListen(f"tokenizer: {path} cannot be used: {error}") from None
 
 
 def model_of(backend: Backend, adapter: str | None) -> str | None:

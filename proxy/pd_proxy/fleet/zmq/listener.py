@@ -23,7 +23,7 @@ _WAITING = 64  # messages that libzmq keeps of each peer
 _AT_ONCE = 64  # messages that are read in one turn of the loop
 
 
-class CannotHear(Exception):
+class CannotListen(Exception):
     """The socket cannot be had; the text says why, for people."""
 
 
@@ -38,10 +38,10 @@ def library(wanting: str = "a connector of the settings speaks ZeroMQ") -> Any:
     try:
         return importlib.import_module("zmq")
     except ImportError:
-        raise CannotHear(f"{wanting}, and pyzmq is not installed: pip install pd-proxy[zmq]") from None
+        raise CannotListen(f"{wanting}, and pyzmq is not installed: pip install pd-proxy[zmq]") from None
 
 
-class Inbox:
+class ZmqListener:
     """One bound socket.
 
     Arguments:
@@ -70,7 +70,7 @@ class Inbox:
             self._socket.bind(f"tcp://{address}")
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            raise CannotHear(f"cannot listen for engines on {address}: {error}") from None
+            raise CannotListen(f"cannot listen for engines on {address}: {error}") from None
         self._file = self._socket.getsockopt(zmq.FD)
         self._loop.add_reader(self._file, self._read)
         self._read()  # its descriptor tells of changes only

@@ -21,7 +21,7 @@ import msgspec
 
 from pd_proxy.decoding import Undecodable, msgpack_decoder
 from pd_proxy.errors import BackendError
-from pd_proxy.fleet.zmq.listener import Inbox
+from pd_proxy.fleet.zmq.listener import ZmqListener
 
 log = logging.getLogger("pd_proxy.fleet")
 
@@ -45,7 +45,7 @@ class Expected:
 
     __slots__ = ("_done", "_name", "_notices", "missing")
 
-    def __init__(self, notices: Notices, name: str, missing: int) -> None:
+    def __init__(self, notices: TransferNotifications, name: str, missing: int) -> None:
         self._notices = notices
         self._name = name
         self.missing = missing
@@ -88,7 +88,7 @@ class Expected:
         return True
 
 
-class Notices:
+class TransferNotifications:
     """Who waits for notices, and the socket they come by.
 
     Attributes:
@@ -98,7 +98,7 @@ class Notices:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._inbox: Inbox | None = None
+        self._inbox: ZmqListener | None = None
         self.waiting: dict[str, Expected] = {}
         self.counts: Counter[str] = Counter()
 
@@ -109,7 +109,7 @@ class Notices:
             CannotHear
         """
         if self._address and self._inbox is None:
-            self._inbox = Inbox("PULL", self._address, self.hear)
+            self._inbox = ZmqListener("PULL", self._address, self.hear)
 
     def close(self) -> None:
         if self._inbox is not None:

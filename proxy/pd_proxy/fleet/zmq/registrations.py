@@ -23,7 +23,7 @@ import msgspec
 from pd_proxy.decoding import msgpack_decoder
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.zmq.listener import Inbox
+from pd_proxy.fleet.zmq.listener import ZmqListener
 from pd_proxy.handoff.coordinates import Announcement
 from pd_proxy.settings.tree import ZmqSettings
 
@@ -37,7 +37,7 @@ Outcome = Literal["taken", "unknown", "refused", "garbage"]
 Address = tuple[str, int]
 
 
-class Herald(Protocol):
+class RegistrationDecoder(Protocol):
     """What a connector says of its engines' registrations."""
 
     @property
@@ -69,15 +69,15 @@ class Registrations:
         self,
         fleet: Fleet,
         settings: ZmqSettings,
-        heralds: Mapping[str, Herald],
+        decoders: Mapping[str, RegistrationDecoder],
         *,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._fleet = fleet
         self._settings = settings
-        self._heralds = heralds
+        self._decoders = decoders
         self._clock = clock
-        self._inbox: Inbox | None = None
+        self._inbox: ZmqListener | None = None
         self._sweeping: asyncio.TimerHandle | None = None
         self._until: dict[Backend, float] = {}
         self._added: set[Backend] = set()
@@ -92,7 +92,7 @@ class Registrations:
             CannotHear
         """
         if self._settings.registrations and self._inbox is None:
-            self._inbox = Inbox("ROUTER", self._settings.registrations, self.hear)
+            self._inbox = ZmqListener("ROUTER", self._settings.registrations, self.hear)
             self._sweep_later()
 
     def close(self) -> None:
@@ -121,16 +121,16 @@ class Registrations:
             self._not_taken("garbage", f"no registration: {error}")
             return
         backend = self._find(address)
-        herald = None
+        decoder = None
         if backend is not None:
-            herald = self._heralds.get(backend.connector)
+            decoder = self._decoders.get(backend.connector)
         elif self._settings.networks:
-            herald = self._heralds.get(self._fleet.connector_of(self._settings.group))
-        if herald is None or not herald.registers:
+            decoder = self._decoders.get(self._fleet.connector_of(self._settings.group))
+        if decoder is None or not decoder.registers:
             self._not_taken("unknown", f"{address[0]}:{address[1]} registers, and is no backend that needs to")
             return
         try:
-            said = herald.announced(parts[0])
+            said = decoder.announced(parts[0])
             if backend is None:
                 backend = self._add(said)
             else:

@@ -20,7 +20,7 @@ import msgspec
 from pd_proxy.decoding import Undecodable, json_decoder
 from pd_proxy.errors import HandoffInvalid
 from pd_proxy.handoff.blocks import BlockId, check_blocks
-from pd_proxy.handoff.connector import Connector, Handoff, Meeting, Name, Port, one_token, params
+from pd_proxy.handoff.connector import Connector, Handoff, Name, Port, Rendezvous, one_token, params
 from pd_proxy.requests.endpoints import Endpoint, Members
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -64,9 +64,9 @@ class AscendLayerwise(Connector):
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         return {**one_token(members), "min_tokens": msgspec.Raw(b"1")}
 
-    def invite(self, url: str) -> Meeting:
+    def invite(self, url: str) -> Rendezvous:
         told = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": url}
-        return Meeting({}, Handoff(params(told)))
+        return Rendezvous({}, Handoff(params(told)))
 
     def heard(self, call: bytes) -> Members:
         try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pd_proxy.handoff.connector import Connector, Handoff, Meeting, params
+from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, params
 from pd_proxy.handoff.coordinates import Coordinates
 
 
@@ -22,12 +22,12 @@ class LMCachePD(Connector):
     """LMCacheConnectorV1 with PDBackend."""
 
     name = "lmcache_pd"
-    meets = True
+    negotiates = True
     waits = True
     plain_prefill = False  # a sender knows nobody to write to
     transferable = False
 
-    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+    def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         receiver: dict[str, Any] = {
             "req_id": name,
             "receiver_host": decode.host,
@@ -37,4 +37,4 @@ class LMCachePD(Connector):
         if decode.query_ports:
             receiver["receiver_query_port"] = decode.query_ports
         # Prefill's token is not asked for (`ret_first_tok`): decode samples it again, with the client's settings.
-        return Meeting(params({"disagg_spec": receiver}), Handoff({}), notices=len(decode.init_ports))
+        return Rendezvous(params({"disagg_spec": receiver}), Handoff({}), notices=len(decode.init_ports))

@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 
 from pd_proxy.decoding import json_decoder
-from pd_proxy.handoff.connector import Connector, Handoff, Meeting, Name, params, refused
+from pd_proxy.handoff.connector import Connector, Handoff, Name, Rendezvous, params, refused
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.requests.endpoints import Members
 
@@ -36,13 +36,13 @@ class Mooncake(Connector):
     name = "mooncake"
     marks = frozenset({"MooncakeConnector"})
     order = "concurrent"
-    meets = True
+    negotiates = True
     lease = 480.0  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
     prefill_may_be_cut = False
     refused_release = True
     port = 8998  # VLLM_MOONCAKE_BOOTSTRAP_PORT
 
-    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+    def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         transfer = f"xfer-{name}"
         asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
         told = {
@@ -52,7 +52,7 @@ class Mooncake(Connector):
             "remote_engine_id": prefill.engine_ids[rank or 0],
             "transfer_id": transfer,
         }
-        return Meeting(params(asked), Handoff(params(told)))
+        return Rendezvous(params(asked), Handoff(params(told)))
 
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
         return refused(members, handoff)

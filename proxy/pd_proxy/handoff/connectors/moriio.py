@@ -25,10 +25,10 @@ from pd_proxy.handoff.blocks import check_blocks
 from pd_proxy.handoff.connector import (
     Connector,
     Handoff,
-    Meeting,
     Name,
     Port,
     PrefillAnswer,
+    Rendezvous,
     given_params,
     params,
     refused,
@@ -55,7 +55,7 @@ class MoRIIO(Connector):
     """
 
     mode: ClassVar[Literal["READ", "WRITE"]]
-    meets = True
+    negotiates = True
     registers = True
     lease = 60.0  # defer_timeout
     transferable = False  # prefill is told which decode engine it is for
@@ -109,7 +109,7 @@ class MoRIIOWrite(MoRIIO):
     mode = "WRITE"
     order = "concurrent"
 
-    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+    def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         transfer = f"tx-{name}"
         told = {
             "do_remote_decode": False,
@@ -119,7 +119,7 @@ class MoRIIOWrite(MoRIIO):
             "remote_dp_rank": rank or 0,
             "remote_dp_rank_override": True,
         }
-        return Meeting(self._asked(decode, transfer), Handoff(params(told)))
+        return Rendezvous(self._asked(decode, transfer), Handoff(params(told)))
 
 
 class MoRIIOReadParams(msgspec.Struct):
@@ -147,8 +147,8 @@ class MoRIIORead(MoRIIO):
     mode = "READ"
     plain_decode = False
 
-    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
-        return Meeting(self._asked(decode, f"tx-{name}"))
+    def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
+        return Rendezvous(self._asked(decode, f"tx-{name}"))
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         given = given_params(answer)

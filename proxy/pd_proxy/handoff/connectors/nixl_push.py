@@ -22,10 +22,10 @@ from pd_proxy.decoding import Undecodable, json_decoder
 from pd_proxy.handoff.connector import (
     Connector,
     Handoff,
-    Meeting,
     Name,
     Port,
     PrefillAnswer,
+    Rendezvous,
     given_params,
     params,
     pulled,
@@ -55,19 +55,19 @@ class NixlPush(Connector):
 
     name = "nixl_push"
     order = "concurrent"
-    meets = True
+    negotiates = True
     pairs_by_id = True
     lease = 30.0  # kv_lease_duration
     prefill_may_be_cut = False
     port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT; each data-parallel rank has the next one
 
-    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+    def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         transfer = f"xfer-{name}"
         asked = params({"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer})
         at = rank or 0
         engine = prefill.engine_ids[at] if at < len(prefill.engine_ids) else ""
         if not engine:
-            return Meeting(asked)
+            return Rendezvous(asked)
         told = {
             "do_remote_decode": False,
             "do_remote_prefill": True,
@@ -79,7 +79,7 @@ class NixlPush(Connector):
             "pp_size": prefill.pp,
             "transfer_id": transfer,
         }
-        return Meeting(asked, Handoff(params(told)))
+        return Rendezvous(asked, Handoff(params(told)))
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         given = given_params(answer)

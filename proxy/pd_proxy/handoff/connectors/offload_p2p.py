@@ -10,7 +10,7 @@ told, and decode fetches them by it. Nothing comes back in prefill's answer. Fro
 
 from __future__ import annotations
 
-from pd_proxy.handoff.connector import Connector, Handoff, Meeting, params
+from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, params
 from pd_proxy.handoff.coordinates import Coordinates
 
 
@@ -18,13 +18,13 @@ class OffloadP2P(Connector):
     """OffloadingConnector of vLLM with a P2P tier."""
 
     name = "offload_p2p"
-    meets = True
+    negotiates = True
     lease = 60.0  # unbound_store_timeout_s
     port = 5710  # VLLM_P2P_SIDE_CHANNEL_PORT; each data-parallel rank has the next one
 
-    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+    def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         request = f"kv-{name}"
         source = {"kv_request_id": request, "remote_host": prefill.host, "remote_port": prefill.port + (rank or 0)}
-        return Meeting(
+        return Rendezvous(
             params({"remote_decoder": {"kv_request_id": request}}), Handoff(params({"remote_prefiller": source}))
         )

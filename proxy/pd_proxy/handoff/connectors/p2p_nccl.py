@@ -9,7 +9,7 @@ id: engines must not change it (`VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1` where 
 from __future__ import annotations
 
 from pd_proxy.decoding import msgpack_decoder
-from pd_proxy.handoff.connector import Connector, Handoff, Meeting
+from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous
 from pd_proxy.handoff.connectors.announcement import ROLES, Registration, address_of
 from pd_proxy.handoff.coordinates import Announcement, Coordinates
 
@@ -20,7 +20,7 @@ class P2pNccl(Connector):
     """P2pNcclConnector."""
 
     name = "p2p_nccl"
-    meets = True
+    negotiates = True
     registers = True
     plain_decode = False
     plain_prefill = False
@@ -28,9 +28,9 @@ class P2pNccl(Connector):
     own_ids = True
     endpoints = frozenset({"chat", "completions"})  # those whose answers' ids can be given to clients (`Meeting.id`)
 
-    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+    def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         name = f"___prefill_addr_{prefill.authority}___decode_addr_{decode.authority}_{name}"
-        return Meeting({}, Handoff({}), id=name)
+        return Rendezvous({}, Handoff({}), id=name)
 
     def announced(self, message: bytes) -> Announcement:
         said = _read_registration(message)

@@ -19,7 +19,7 @@ from typing import Annotated
 import msgspec
 
 from pd_proxy.decoding import json_decoder
-from pd_proxy.handoff.connector import Connector, Handoff, Meeting, in_one_piece
+from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, in_one_piece
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.requests.endpoints import Endpoint, Members
 
@@ -47,7 +47,7 @@ class SGLang(Connector):
     name = "sglang"
     marks = frozenset({"sglang"})
     order = "concurrent"
-    meets = True
+    negotiates = True
     continues = False
     plain_decode = False
     plain_prefill = False
@@ -58,7 +58,7 @@ class SGLang(Connector):
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         return in_one_piece(members)
 
-    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+    def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         room = int(name[-16:], 16) % ((1 << 63) - _FREE)
         if rank is not None:
             room += rank - room % prefill.dp
@@ -69,20 +69,20 @@ class SGLang(Connector):
             "bootstrap_room": msgspec.Raw(b"%d" % room),
         }
         if rank is None:
-            return Meeting(where, Handoff(where))
+            return Rendezvous(where, Handoff(where))
         said = msgspec.Raw(b"%d" % rank)
         # By a header the rank is not told on every endpoint.
-        return Meeting({**where, "routed_dp_rank": said}, Handoff({**where, "disagg_prefill_dp_rank": said}))
+        return Rendezvous({**where, "routed_dp_rank": said}, Handoff({**where, "disagg_prefill_dp_rank": said}))
 
-    def apart(self, meeting: Meeting, prompts: int, ranks: int) -> Meeting:
-        assert meeting.handoff is not None  # both are sent at once
-        room = int(bytes(meeting.prefill["bootstrap_room"]))
+    def apart(self, rendezvous: Rendezvous, prompts: int, ranks: int) -> Rendezvous:
+        assert rendezvous.handoff is not None  # both are sent at once
+        room = int(bytes(rendezvous.prefill["bootstrap_room"]))
         each = {
-            "bootstrap_host": _list([meeting.prefill["bootstrap_host"]] * prompts),
-            "bootstrap_port": _list([meeting.prefill["bootstrap_port"]] * prompts),
+            "bootstrap_host": _list([rendezvous.prefill["bootstrap_host"]] * prompts),
+            "bootstrap_port": _list([rendezvous.prefill["bootstrap_port"]] * prompts),
             "bootstrap_room": _list([room + prompt * ranks for prompt in range(prompts)]),
         }
-        return Meeting({**meeting.prefill, **each}, Handoff({**meeting.handoff.members, **each}))
+        return Rendezvous({**rendezvous.prefill, **each}, Handoff({**rendezvous.handoff.members, **each}))
 
     def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates:
         info = _read_info(answer)

@@ -17,7 +17,7 @@ import msgspec
 
 from pd_proxy.decoding import Undecodable, WrongShape, json_decoder
 from pd_proxy.errors import BackendGarbled, HandoffInvalid
-from pd_proxy.handoff.connector import Connector, Handoff, Meeting, PrefillAnswer, in_one_piece
+from pd_proxy.handoff.connector import Connector, Handoff, PrefillAnswer, Rendezvous, in_one_piece
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.requests.endpoints import Endpoint, Members
@@ -68,7 +68,7 @@ class TensorRTLLM(Connector):
 
     name = "tensorrt_llm"
     marks = frozenset({"tensorrt_llm"})
-    meets = True
+    negotiates = True
     lease = 60.0  # kv_transfer_timeout_ms where engines have one by default; older ones keep the blocks without end
     continues = False
     plain_prefill = False
@@ -80,13 +80,13 @@ class TensorRTLLM(Connector):
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         return in_one_piece(members)
 
-    def meet(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Meeting:
+    def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         asked = {
             "request_type": "context_only",
             "disagg_request_id": _LEAST_ID | int(name[-16:], 16) >> 2,
             "schedule_style": _CONTEXT_FIRST,
         }
-        return Meeting({"disaggregated_params": msgspec.Raw(_encode(asked))})
+        return Rendezvous({"disaggregated_params": msgspec.Raw(_encode(asked))})
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         try:
