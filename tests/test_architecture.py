@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "proxy" / "pd_proxy"
 SIMULATOR = ROOT.parent / "pd_proxy_simulator"
 
-PAGE = ROOT.parents[1] / "docs" / "architecture.md"
+REPOSITORY = ROOT.parents[1]
+PAGE = REPOSITORY / "docs" / "architecture.md"
 
 
 def the_table() -> dict[str, set[str]]:
@@ -29,6 +34,72 @@ CIRCLES = {
     *("pd_proxy.settings.file", "pd_proxy.settings.load"),
 }
 """Modules that import each other and are still to be taken apart; nothing may join them."""
+MOST_LINES = 450
+"""The longest that a file of proxy/ may be."""
+MOST_LINES_OF_A_FUNCTION = 50
+LONG_FILES = {
+    # errors
+    "pd_proxy/errors.py": 486,
+    # fleet
+    "pd_proxy/fleet/fleet.py": 529,
+    "pd_proxy/fleet/health/prober.py": 608,
+    "pd_proxy/fleet/speeds.py": 726,
+    # flow
+    "pd_proxy/flow/flow.py": 594,
+    "pd_proxy/flow/legs.py": 705,
+    "pd_proxy/flow/trial.py": 474,
+    # http
+    "pd_proxy/http/client.py": 580,
+    # prefix
+    "pd_proxy/prefix/index.py": 584,
+    # relay
+    "pd_proxy/relay/stream.py": 831,
+    # requests
+    "pd_proxy/requests/body.py": 478,
+    # settings
+    "pd_proxy/settings/tree.py": 1067,
+    # telemetry
+    "pd_proxy/telemetry/prometheus.py": 600,
+    # simulator
+    "pd_proxy_simulator/engine.py": 598,
+    "pd_proxy_simulator/routes.py": 639,
+}
+"""Files that are still longer, with the most lines that each may have: a number may only shrink.
+
+A file that meets the limit must leave.
+"""
+LONG_FUNCTIONS = {
+    # api
+    "pd_proxy/api/admin/backends.py": 58,
+    "pd_proxy/api/admin/fanout.py": 70,
+    "pd_proxy/api/inference.py": 63,
+    "pd_proxy/api/operations.py": 55,
+    "pd_proxy/api/responses.py": 111,
+    "pd_proxy/api/single.py": 74,
+    # app
+    "pd_proxy/app.py": 214,
+    # fleet
+    "pd_proxy/fleet/backend.py": 53,
+    # flow
+    "pd_proxy/flow/flow.py": 56,
+    "pd_proxy/flow/legs.py": 70,
+    "pd_proxy/flow/single.py": 62,
+    # placement
+    "pd_proxy/placement/decide.py": 73,
+    # prefix
+    "pd_proxy/prefix/engine_cache.py": 59,
+    "pd_proxy/prefix/index.py": 58,
+    # relay
+    "pd_proxy/relay/stream.py": 107,
+    # telemetry
+    "pd_proxy/telemetry/prometheus.py": 94,
+    # simulator
+    "pd_proxy_simulator/command.py": 69,
+    "pd_proxy_simulator/requests.py": 77,
+    "pd_proxy_simulator/routes.py": 64,
+    "pd_proxy_simulator/sequences.py": 52,
+}
+"""Files that still have longer functions, with the most lines of the longest. The same rule."""
 FORBIDDEN_WITHOUT_IO = {
     *("asyncio", "socket", "ssl", "select", "threading", "subprocess", "time", "datetime", "random", "secrets", "uuid"),
     *("os", "pathlib", "io", "logging", "httpx", "httptools", "uvicorn", "fastapi", "starlette"),
@@ -157,6 +228,54 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
             found.add(name)
             ahead |= graph[name]
     return found
+
+
+def test_no_file_is_longer_than_the_limit() -> None:
+    files = sorted(ROOT.parent.rglob("*.py"))
+    lengths = {path_in_proxy(file): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert lengths
+    complain_of(lengths, MOST_LINES, LONG_FILES, "LONG_FILES")
+
+
+def test_no_function_is_longer_than_the_limit() -> None:
+    lengths = {path_in_proxy(file): longest_function(file) for file in sorted(ROOT.parent.rglob("*.py"))}
+    complain_of(lengths, MOST_LINES_OF_A_FUNCTION, LONG_FUNCTIONS, "LONG_FUNCTIONS")
+
+
+def complain_of(lengths: dict[str, int], limit: int, excepted: dict[str, int], table: str) -> None:
+    """Fail where a file is longer than it may be, or where the table of exceptions no longer fits it."""
+    too_long = {file: lines for file, lines in lengths.items() if lines > excepted.get(file, limit)}
+    assert too_long == {}, f"longer than {limit} lines, or longer than {table} allows"
+    met = [file for file in excepted if lengths.get(file, 0) <= limit]
+    assert met == [], f"these files meet the limit: take them out of {table}"
+
+
+def path_in_proxy(file: Path) -> str:
+    return str(file.relative_to(ROOT.parent))
+
+
+def longest_function(file: Path) -> int:
+    """The lines of a file's longest function, from `def` to its last one."""
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return max((node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno), default=0)
+
+
+def test_no_rule_about_functions_is_ignored_in_a_file_that_keeps_it() -> None:
+    """pyproject.toml names the files with functions that are too complex or too long; here ruff says which are."""
+    ruff = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
+    limits = [
+        f"lint.mccabe.max-complexity={ruff['mccabe']['max-complexity']}",
+        f"lint.pylint.max-statements={ruff['pylint']['max-statements']}",
+    ]
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "C901,PLR0915,PLR1704", "proxy"]
+    command += ["--output-format", "json", *(word for limit in limits for word in ("--config", limit))]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    found: dict[str, set[str]] = {}
+    for finding in json.loads(done.stdout):
+        found.setdefault(str(Path(finding["filename"]).relative_to(REPOSITORY)), set()).add(finding["code"])
+    ignored = {file: set(rules) for file, rules in ruff["per-file-ignores"].items() if file.startswith("proxy/")}
+    assert ignored == found
 
 
 def test_outside_telemetry_only_its_records_are_known() -> None:
