@@ -25,10 +25,11 @@ COPY config config
 COPY proxy proxy
 # --no-build-isolation: with the setuptools that constraints.txt names, not with the newest.
 RUN pip install -c constraints.txt setuptools \
- && pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+ && pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . ./proxy/pd_proxy_simulator
 # Only wheels, hence no compiler in any stage. There are wheels of everything for x86-64 and for arm64.
 RUN python -m venv --without-pip /opt/pd-proxy \
- && pip --python /opt/pd-proxy/bin/python install --only-binary :all: -c constraints.txt "$(echo /wheels/*.whl)[zmq]"
+ && pip --python /opt/pd-proxy/bin/python install --only-binary :all: -c constraints.txt \
+      "$(echo /wheels/pd_proxy-*.whl)[zmq]" /wheels/pd_proxy_simulator-*.whl
 
 FROM python:${PYTHON_VERSION}-slim
 LABEL org.opencontainers.image.title="pd-proxy" \

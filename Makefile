@@ -34,6 +34,7 @@ help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 16
 
 # Without isolation the build uses the setuptools of constraints.txt, and nothing is fetched behind its back.
+# Editable, so proxy/ is on the path, and with it the simulator, which is a distribution of its own.
 $(VENV)/.run: $(RECIPE)
 	@PYTHON="$(PYTHON)" deploy/venv.sh $(VENV)
 	@echo "installing pd-proxy into $(VENV)"
@@ -84,5 +85,7 @@ constraints: ## write constraints.txt anew, with the newest versions that pyproj
 	PYTHON="$(PYTHON)" deploy/constraints.sh
 
 clean: ## remove all that these targets made, virtual environments included
-	rm -rf $(VENV) $(REAL_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(REAL_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find proxy -name '*.egg-info' -prune -exec rm -rf {} +
+	rm -rf proxy/pd_proxy_simulator/build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,8 @@ from pd_proxy.settings.load import ConfigurationError, did_you_mean, gather
 
 log = logging.getLogger("pd_proxy")
 
+SIMULATOR = "pd-proxy-simulator"
+"""The distribution with the simulated engine."""
 EXIT_USAGE = 2
 EXIT_FAILED = 1
 _COMMANDS = ("serve", "check", "config", "doctor", "explain", "simulate", "completion")
@@ -65,7 +67,7 @@ def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, arg
     _add_config(commands)
     _add_doctor(commands, wanted=not {"doctor", "completion"}.isdisjoint(argv))
     _add_explain(commands, wanted=not {"explain", "completion"}.isdisjoint(argv))
-    _add_simulate(commands, wanted=not {"simulate", "completion"}.isdisjoint(argv))
+    _add_simulate(commands, argv)
     _add_completion(commands)
     return parser, dict(commands.choices)
 
@@ -146,13 +148,22 @@ def _add_explain(commands: Any, *, wanted: bool) -> None:
     explain.set_defaults(run=command.run)
 
 
-def _add_simulate(commands: Any, *, wanted: bool) -> None:
-    """The simulator is loaded only where it may be `wanted`: it is 2 MB that a gateway does without."""
+def _add_simulate(commands: Any, argv: Sequence[str]) -> None:
+    """The simulator is loaded only where `argv` may want it: it is 2 MB that a gateway does without."""
     simulate = commands.add_parser("simulate", help="run a simulated vLLM engine", allow_abbrev=False)
-    if not wanted:
+    if {"simulate", "completion"}.isdisjoint(argv):
         return
-    from pd_proxy_simulator import command
-
+    try:
+        from pd_proxy_simulator import command
+    except ModuleNotFoundError as error:
+        if error.name != "pd_proxy_simulator":
+            raise
+        if argv[0] == "simulate":
+            simulate.error(
+                f"the simulated engine is not installed: install {SIMULATOR} {__version__} "
+                "(in a checkout: pip install ./proxy/pd_proxy_simulator)"
+            )
+        return
     command.add_arguments(simulate)
     simulate.set_defaults(run=command.run)
 

@@ -157,10 +157,13 @@ def test_the_builders_commands_give_an_environment_with_a_working_pd_proxy(tmp_p
         done = subprocess.run(["sh", "-ec", here], cwd=source, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
-    assert [wheel.name for wheel in wheels.iterdir()] == [f"pd_proxy-{__version__}-py3-none-any.whl"]
+    built = sorted(wheel.name for wheel in wheels.iterdir())
+    assert built == [f"{name}-{__version__}-py3-none-any.whl" for name in ("pd_proxy", "pd_proxy_simulator")]
     clean = {"PATH": f"{runtime}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
     version = subprocess.run(["pd-proxy", "--version"], env=clean, cwd=tmp_path, capture_output=True, text=True)
     assert version.stdout == f"pd-proxy {__version__}\n", version.stderr
+    simulate = subprocess.run(["pd-proxy", "simulate", "--help"], env=clean, capture_output=True, text=True)
+    assert "--role" in simulate.stdout, simulate.stderr
     programs = {path.name for path in (runtime / "bin").iterdir()}
     assert not programs & {"pip", "pip3", "pytest", "ruff", "mypy"}
     site = next((runtime / "lib").glob("python3*")) / "site-packages"
