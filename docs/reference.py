@@ -10,7 +10,7 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -26,11 +26,13 @@ from pd_proxy.admission.admission import Admission  # noqa: E402
 from pd_proxy.fleet.findings import ADVICE, MEANING, SIDE_ADVICE  # noqa: E402
 from pd_proxy.fleet.fleet import Fleet  # noqa: E402
 from pd_proxy.flow.decisions import Decisions  # noqa: E402
+from pd_proxy.http.connections import Connections  # noqa: E402
 from pd_proxy.prefix.index import PrefixIndex  # noqa: E402
 from pd_proxy.settings.environment import CONFIG_VARIABLE, DEFAULTS_VARIABLE, variable  # noqa: E402
 from pd_proxy.settings.flags import flag  # noqa: E402
 from pd_proxy.settings.tree import ClientSettings, Group, Settings, leaves  # noqa: E402
 from pd_proxy.telemetry.admission import AdmissionSink  # noqa: E402
+from pd_proxy.telemetry.old_names import OLD_NAMES  # noqa: E402
 from pd_proxy.telemetry.placement import PlacementSink  # noqa: E402
 from pd_proxy.telemetry.prometheus import PrometheusSink  # noqa: E402
 from pd_proxy.telemetry.records import PrefixCounts  # noqa: E402
@@ -40,7 +42,6 @@ NOTE = "<!-- Written by docs/reference.py from the code. Do not edit; run it aga
 
 LABELS = {
     "backend": "URL of a configured backend",
-    "cause": "`mass` or `late` ([operating](operating.md#mass-failure))",
     "client": "a client's name in the settings; `key-1`, `key-2`, … for those of `api_keys`; `anonymous` without keys",
     "code": "of the error: `queue_full`, `deadline_too_close`, `queue_timeout`, `target_missed`, "
     "`rate_limit_exceeded`, `too_many_tokens` or `draining`",
@@ -50,22 +51,23 @@ LABELS = {
     "or a one-leg route: `embeddings`, "
     "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "
     "`detokenize`, `count_tokens`, `render`, `batch`",
-    "found": "`ok`, or [what is wrong with the pair](findings.md)",
     "group": "`default`, or the name of one of `groups`",
     "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
     "leg": "`prefill`, `decode` or `encode`",
     "message": "`notice`, `registration`, `kv_batch` or `kv_event`",
     "model": "a model that some backend has named; any other is `other`",
-    "outcome": "`ok`, `client_gone`, or the code of the error that ended the request ([errors](errors.md))",
+    "outcome": "of a request: `ok`, `client_gone`, or the code of the error that ended it ([errors](errors.md)); of a "
+    "hand-off: `released` or `left_to_expire`",
     "pool": "`prefill`, `decode`, `mixed` or `encode`; of a decision that chose nobody `none`",
     "reason": "of a retry: the error's reason ([errors](errors.md)); of a fallback: `no_prefill_backend`, "
     "`no_decode_backend`, `no_matching_pair` ([models](models.md#revisions)), `no_handoff_params`, "
     "`handoff_invalid`, `prefill_failed`, `handoff_failed`, `no_encode_backend`, `encode_failed`, or the request "
     "field that keeps it from being split (`n`, `prompt_list`, `echo`, …); of an ejection: `consecutive`, "
-    "`success_rate`, `slow` ([operating](operating.md#the-breaker)); of a first token: [whose it is](first-token.md)",
-    "result": "`taken`; `garbage` (it is no such message); of a notice: `unexpected` (nobody waits for it); of a "
-    "registration: `unknown` (of no backend that registers) or `refused` (of what its engine may not say); "
-    "of KV events: [KV events](kv-events.md#metrics)",
+    "`success_rate`, `slow` ([operating](operating.md#the-breaker)); of a first token: [whose it is](first-token.md); "
+    "of an ignored health check: `mass_failure` or `gateway_delayed` ([operating](operating.md#mass-failure))",
+    "result": "of a warm-up: `ok`, or [what is wrong with the pair](findings.md); of a message: `taken`; `garbage` (it "
+    "is no such message); of a notice: `unexpected` (no request waits for it); of a registration: `unknown` (of no "
+    "backend that registers) or `refused` (its engine may not say it); of KV events: [KV events](kv-events.md#metrics)",
     "source": "`prefill` or `decode`",
     "stage": "`admission`, `encode`, `prefill`, `decode` (before the first token) or `stream` (after it)",
     "state": "`up`, `slow_start`, `ejected`, `draining` or `down`",
@@ -208,7 +210,7 @@ def metrics_page() -> str:
     settings = Settings.model_construct(**no_backends())
     fleet = Fleet(settings)
     placement = PlacementSink(Decisions(), PrefixIndex(), PrefixCounts(), fleet)
-    sinks = (PrometheusSink(fleet), AdmissionSink(Admission(settings)), placement)
+    sinks = (PrometheusSink(fleet, Connections()), AdmissionSink(Admission(settings)), placement)
     families = [family for sink in sinks for family in sink.collect()]
     used = sorted({label for family in families for label in family._labelnames})  # type: ignore[attr-defined]
     if used != sorted(LABELS):
@@ -233,9 +235,27 @@ def metrics_page() -> str:
             "## Labels\n",
             "Label values stay bounded whatever clients send.\n",
             table(("label", "values"), [(f"`{label}`", LABELS[label]) for label in used]),
+            "## Old names\n",
+            "These metrics were renamed in 0.4.0. Both names are shown while `metrics.old_names` is true; 0.5.0 will "
+            "have the new ones only.\n",
+            table(("old", "new"), old_names({family.name: family.type for family in families})),
             "[operating.md](operating.md) has queries to begin with.\n",
         ]
     )
+
+
+def old_names(types: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """What renamed metrics were called: their names, labels and label values, where these differ."""
+    for new, old in OLD_NAMES.items():
+        ending = "_total" if types[new] == "counter" else ""
+        before, after = [], []
+        for label, old_label in old.labels.items():
+            before.append(f"label `{old_label}`")
+            after.append(f"label `{label}`")
+        for value, old_value in old.values.items():
+            before.append(f"value `{old_value}`")
+            after.append(f"value `{value}`")
+        yield ", ".join([f"`{old.name}{ending}`", *before]), ", ".join([f"`{new}{ending}`", *after])
 
 
 def no_backends() -> dict[str, Any]:

@@ -150,7 +150,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Work
     first_tokens = FirstTokens(settings, in_use)
     placing = Placing(settings, fleet, spoken, in_use, first_tokens, prompts, random.random)
     placement = PlacementSink(placing.decisions, prompts.index, prompts.counts, fleet)
-    metrics = registry(prometheus, queue, placement)
+    metrics = registry(prometheus, queue, placement, old_names=settings.metrics.old_names)
     if placing.looks:
         fleet.on_cache, fleet.on_lost_cache = prompts.learnt, prompts.lost
         kv_events = KvEvents(settings, fleet, prompts.index, prefix_key)

@@ -133,7 +133,7 @@ async def test_metrics_come_as_text_and_as_openmetrics() -> None:
             "backend_up",
             "backend_inflight_requests",
             "backend_inflight_tokens",
-            "handoffs_in_limbo",
+            "handoffs_pending",
             "event_loop_delay_seconds",
         ):
             assert f"pd_proxy_{name}" in text.text, name

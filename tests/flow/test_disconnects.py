@@ -59,7 +59,7 @@ async def left(running: Running, engines: list[Simulator], stage: str) -> None:
     await soon(quiet(running, engines), SOON)
     metrics = await running.metrics()
     assert metrics[f'pd_proxy_client_disconnects_total{{stage="{stage}"}}'] == 1
-    assert metrics["pd_proxy_handoffs_in_limbo"] == 0
+    assert metrics["pd_proxy_handoffs_pending"] == 0
     for engine in engines:
         for kind in ("requests", "tokens"):
             name = f'pd_proxy_backend_inflight_{kind}{{backend="{engine.url}",pool="{engine.config.role}"}}'
@@ -182,7 +182,7 @@ async def test_at_any_moment(stream: bool) -> None:
             await asyncio.gather(*(leave_after((start + k) * 0.0005, k % 2 == 0) for k in range(8)))
         await soon(quiet(running, [*p, *d]), 5 * SOON)
         metrics = await running.metrics()
-        assert metrics["pd_proxy_handoffs_in_limbo"] == 0
+        assert metrics["pd_proxy_handoffs_pending"] == 0
         ended = {k: v for k, v in metrics.items() if k.startswith("pd_proxy_requests_total")}
         assert sum(ended.values()) > 0
         assert all('outcome="ok"' in k or 'outcome="client_gone"' in k for k in ended), ended

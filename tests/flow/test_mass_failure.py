@@ -80,7 +80,7 @@ async def test_nobody_leaves_the_rotation_and_no_stream_ends_when_the_gateway_st
     assert taken_out == []
     assert len(set(texts)) == 1
     assert not any(name.startswith(("pd_proxy_resumes", "pd_proxy_retries")) for name in metrics)
-    assert metrics['pd_proxy_health_checks_excused_total{cause="late"}'] >= 2
+    assert metrics['pd_proxy_health_checks_ignored_total{reason="gateway_delayed"}'] >= 2
     assert "while this gateway's event loop stood still" in caplog.text
 
 
@@ -100,4 +100,4 @@ async def test_when_all_are_dead_they_leave_and_streams_that_move_go_on(taken_ou
     assert len(set(texts)) == 1
     assert len(texts[0]) > TOKENS
     assert not any(name.startswith(("pd_proxy_resumes", "pd_proxy_retries")) for name in metrics)
-    assert metrics['pd_proxy_health_checks_excused_total{cause="mass"}'] >= 1
+    assert metrics['pd_proxy_health_checks_ignored_total{reason="mass_failure"}'] >= 1

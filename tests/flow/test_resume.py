@@ -253,7 +253,7 @@ async def test_a_hand_off_that_nobody_will_use_is_claimed(path: str) -> None:
         assert answer.status_code == 400
         await until(lambda: p.engine.stranded_blocks == 0)
         await until(running.idle)
-        assert (await running.metrics())['pd_proxy_handoffs_released_total{outcome="claimed"}'] == 1
+        assert (await running.metrics())['pd_proxy_handoffs_abandoned_total{outcome="released"}'] == 1
         assert p.engine.expired == 0
 
 
@@ -264,7 +264,7 @@ async def test_what_frees_a_hand_off_is_sent_again_where_nobody_read_it() -> Non
         answer = await running.http.post(CHAT, json=body_of(CHAT))
         assert answer.status_code == 429
         await until(lambda: not running.gateway.fleet.handoffs_pending)
-        assert (await running.metrics())['pd_proxy_handoffs_released_total{outcome="claimed"}'] == 1
+        assert (await running.metrics())['pd_proxy_handoffs_abandoned_total{outcome="released"}'] == 1
         await until(lambda: p.engine.stranded_blocks == 0)
         assert p.engine.expired == 0
 

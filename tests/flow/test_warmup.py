@@ -178,8 +178,8 @@ async def test_a_pair_that_cannot_hand_over_is_not_ready_and_says_why(caplog: py
                 assert "127.0.0" not in said, "whoever reaches the port may read it"
                 metrics = await running.metrics()
                 assert metrics["pd_proxy_ready"] == 0
-                assert metrics['pd_proxy_warmups_total{found="side_channel"}'] >= 1
-                assert metrics[f'pd_proxy_backend_handed_over{{backend="{d.url}",pool="decode"}}'] == 0
+                assert metrics['pd_proxy_pair_warmups_total{result="side_channel"}'] >= 1
+                assert metrics[f'pd_proxy_backend_handoff_verified{{backend="{d.url}",pool="decode"}}'] == 0
                 listed = (await running.http.get("/admin/backends")).json()["backends"]
                 for one, other in ((listed[0], listed[1]), (listed[1], listed[0])):
                     shown = one["handoff"]
@@ -274,8 +274,8 @@ async def test_a_cold_engine_becomes_ready_without_anybody_s_help(monkeypatch: p
             await until(lambda: handoffs(running) == [("ok", True)] * 2)
             assert not await ready(running)
             metrics = await running.metrics()
-            assert metrics['pd_proxy_warmups_total{found="decode_failed"}'] == 2
-            assert metrics['pd_proxy_warmups_total{found="ok"}'] == 1
+            assert metrics['pd_proxy_pair_warmups_total{result="decode_failed"}'] == 2
+            assert metrics['pd_proxy_pair_warmups_total{result="ok"}'] == 1
             listed = (await running.http.get("/admin/backends")).json()["backends"]
             assert [one["handoff"]["code"] for one in listed] == [None, None]
 

@@ -130,7 +130,7 @@ def test_a_client_that_leaves_between_the_legs_leaves_no_blocks_behind(
     with relay.unreachable(), asked(watched_gateway.url, question.api, question.body()):
         wait_until(lambda: holds_blocks_for_decode(bed), 20, "prefill to keep the blocks for decode")
     wait_until_released(bed)
-    wait_until(lambda: watched_gateway.metrics()["handoffs_in_limbo"] == 0, 5, "the gateway to have no hand-off left")
+    wait_until(lambda: watched_gateway.metrics()["handoffs_pending"] == 0, 5, "the gateway to have no hand-off left")
     assert_decode_knows_the_prompt_rightly(bed, question)
 
 
@@ -186,7 +186,7 @@ def test_blocks_that_decode_gave_back_itself_are_read_by_nobody(
     relay.plan(before=use_the_cache_anew)
     answer = httpx.post(watched_gateway.url + api.value, json={**plain, **JUDGED_BY_THE_HANDLER[fault]}, timeout=30)
     assert answer.status_code == 400
-    wait_until(lambda: watched_gateway.metrics()["handoffs_in_limbo"] == 0, 30, "the gateway to be rid of the hand-off")
+    wait_until(lambda: watched_gateway.metrics()["handoffs_pending"] == 0, 30, "the gateway to be rid of the hand-off")
     relay.plan()
     wait_until_released(bed)
     undisturbed, _ = ask(bed.prefill.url, api, plain, stream=False)

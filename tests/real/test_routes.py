@@ -23,7 +23,7 @@ pytestmark = pytest.mark.real
 PULLED = 'prompt_tokens_by_source_total{source="external_kv_transfer"}'
 COMPUTED = 'prompt_tokens_by_source_total{source="local_compute"}'
 GREEDY = {"temperature": 0}
-RELEASED = "handoffs_released_total"
+RELEASED = "handoffs_abandoned_total"
 
 
 @pytest.fixture(scope="module")

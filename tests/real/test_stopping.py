@@ -229,6 +229,6 @@ def test_the_engine_gets_requests_again_when_it_is_back(bed: Bed, outcome: Outco
 
 
 def test_nothing_is_left_over_when_the_engine_is_back(bed: Bed, second_decode: Engine, outcome: Outcome) -> None:
-    assert outcome.metrics["handoffs_in_limbo"] == 0
+    assert outcome.metrics["handoffs_pending"] == 0
     for engine in (bed.prefill, bed.decode, second_decode):
         wait_until(engine.is_idle, 10, f"the {engine.role.name.lower()} engine at {engine.url} to be idle")

@@ -91,7 +91,7 @@ def test_the_index_is_shown_in_numbers(scene: Scene) -> None:
 def test_speeds_are_shown_once_they_were_learnt(scene: Scene) -> None:
     before = scene.values()
     assert ("pd_proxy_backend_prefill_tokens_per_second", "http://p:1", "prefill") not in before
-    assert ("pd_proxy_backend_step_slowness", "http://d:1", "decode") not in before
+    assert ("pd_proxy_backend_decode_step_ratio", "http://d:1", "decode") not in before
     assert before["pd_proxy_backend_prefill_wait_seconds", "http://p:1", "prefill"] == 0
     prefill, decode = scene.fleet
     for leg in range(20):
@@ -101,5 +101,5 @@ def test_speeds_are_shown_once_they_were_learnt(scene: Scene) -> None:
     prefill.speeds.given(5000, NOW, 5000)
     after = scene.values()
     assert 8_000 < after["pd_proxy_backend_prefill_tokens_per_second", "http://p:1", "prefill"] < 13_000
-    assert after["pd_proxy_backend_step_slowness", "http://d:1", "decode"] == 1
+    assert after["pd_proxy_backend_decode_step_ratio", "http://d:1", "decode"] == 1
     assert after["pd_proxy_backend_prefill_wait_seconds", "http://p:1", "prefill"] > 0.3

@@ -12,8 +12,10 @@ from pd_proxy import __version__
 from pd_proxy.errors import BackendCut
 from pd_proxy.fleet.backend import Lease
 from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.http.connections import Connections
 from pd_proxy.settings.tree import Settings
-from pd_proxy.telemetry.prometheus import Histogram, PrometheusSink, registry
+from pd_proxy.telemetry.families import Histogram
+from pd_proxy.telemetry.prometheus import PrometheusSink, registry
 from pd_proxy.telemetry.records import TTFT_BOUNDS, Distribution, RequestRecord, Sinks
 from prometheus_client import exposition
 from prometheus_client.openmetrics import exposition as openmetrics
@@ -38,22 +40,22 @@ NAMES = {
     "pd_proxy_resumes": ("counter", {"reason"}),
     "pd_proxy_resumes_refused": ("counter", {"reason"}),
     "pd_proxy_resume_gap_seconds": ("histogram", set()),
-    "pd_proxy_handoffs_released": ("counter", {"outcome"}),
+    "pd_proxy_handoffs_abandoned": ("counter", {"outcome"}),
     "pd_proxy_fallbacks": ("counter", {"reason"}),
     "pd_proxy_client_disconnects": ("counter", {"stage"}),
     "pd_proxy_backend_up": ("gauge", {"pool", "backend"}),
-    "pd_proxy_backend_handed_over": ("gauge", {"pool", "backend"}),
-    "pd_proxy_warmups": ("counter", {"found"}),
+    "pd_proxy_backend_handoff_verified": ("gauge", {"pool", "backend"}),
+    "pd_proxy_pair_warmups": ("counter", {"result"}),
     "pd_proxy_backend_state": ("gauge", {"pool", "backend", "state"}),
     "pd_proxy_backend_ejections": ("counter", {"pool", "backend", "leg", "reason"}),
     "pd_proxy_backend_open_handoffs": ("gauge", {"pool", "backend"}),
     "pd_proxy_pool_panic": ("gauge", {"pool"}),
     "pd_proxy_retry_budget_refusals": ("counter", {"pool"}),
-    "pd_proxy_health_checks_excused": ("counter", {"cause"}),
+    "pd_proxy_health_checks_ignored": ("counter", {"reason"}),
     "pd_proxy_engine_messages": ("counter", {"message", "result"}),
     "pd_proxy_backend_inflight_requests": ("gauge", {"pool", "backend"}),
     "pd_proxy_backend_inflight_tokens": ("gauge", {"pool", "backend"}),
-    "pd_proxy_handoffs_in_limbo": ("gauge", set()),
+    "pd_proxy_handoffs_pending": ("gauge", set()),
     "pd_proxy_client_connections": ("gauge", set()),
     "pd_proxy_client_connections_limit": ("gauge", set()),
     "pd_proxy_client_connections_refused": ("counter", set()),
@@ -74,7 +76,7 @@ class Scene:
         self.fleet = Fleet(Settings(prefill=[PREFILL], decode=[DECODE], mixed=[MIXED]))
         for backend in self.fleet:
             backend.models = {"m": {"id": "m"}}
-        self.sink = PrometheusSink(self.fleet)
+        self.sink = PrometheusSink(self.fleet, Connections())
         self.registry = registry(self.sink)
 
     def finish(self, **fields: Any) -> None:
@@ -326,7 +328,7 @@ def test_gauges_are_the_fleets_state_now(scene: Scene) -> None:
         assert scene.value("pd_proxy_backend_inflight_requests", **labels) == 1.0
         assert scene.value("pd_proxy_backend_inflight_tokens", **labels) == 70.0
         assert scene.value("pd_proxy_ready") == 1.0
-        assert scene.value("pd_proxy_handoffs_in_limbo") == 1.0
+        assert scene.value("pd_proxy_handoffs_pending") == 1.0
     assert scene.value("pd_proxy_backend_inflight_requests", **labels) == 0.0
     decode.draining = True
     assert scene.value("pd_proxy_backend_up", **labels) == 0.0

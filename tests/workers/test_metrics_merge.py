@@ -39,8 +39,8 @@ def test_counts_are_summed_and_the_most_cautious_judgement_is_shown() -> None:
 
 
 def test_what_one_worker_has_seen_to_work_works() -> None:
-    gauges = [GaugeMetricFamily("pd_proxy_backend_handed_over", "Ever.", value=ever) for ever in (1.0, 0.0)]
-    assert values(merge([[gauge] for gauge in gauges])) == {"pd_proxy_backend_handed_over": 1}
+    gauges = [GaugeMetricFamily("pd_proxy_backend_handoff_verified", "Ever.", value=ever) for ever in (1.0, 0.0)]
+    assert values(merge([[gauge] for gauge in gauges])) == {"pd_proxy_backend_handoff_verified": 1}
 
 
 def test_what_only_one_has_is_shown_too() -> None:

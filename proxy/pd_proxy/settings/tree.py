@@ -653,6 +653,7 @@ class ZmqSettings(Group):
 
 class MetricsSettings(Group):
     port: int | None = Field(None, ge=0, le=65535, description="serve /metrics on this port instead of the main one")
+    old_names: bool = Field(True, description="show the metrics that 0.4.0 renamed under their old names too")
 
 
 CALLED_BACK = frozenset({"ascend_layerwise"})

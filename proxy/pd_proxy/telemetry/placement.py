@@ -6,13 +6,14 @@ Labels stay bounded: reasons are the gateway's own words, backends are those tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from pd_proxy.telemetry.families import POOL_BACKEND, Reading, collect, counter, counters, gauge, gauges
 from pd_proxy.telemetry.records import PrefixCounts
 
 
@@ -81,7 +82,100 @@ class Learnt(Protocol):
     def speeds(self) -> Speeds: ...
 
 
-_POOL_BACKEND = ("pool", "backend")
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a scrape reads, at one moment."""
+
+    decisions: Decisions
+    index: Index
+    figures: Figures
+    found: PrefixCounts
+    fleet: Iterable[Learnt]
+    now: float
+
+
+PLACEMENT: tuple[Reading[State], ...] = (
+    counters(
+        "pd_proxy_placement_decisions",
+        "Tries by the pool that answers and the reason of the decision; none: there was no backend for it.",
+        ("pool", "decision"),
+        lambda state: state.decisions.counts.items(),
+    ),
+    counters(
+        "pd_proxy_local_prefills",
+        "Tries that one backend prefills and answers though there are pools for a pair, by its pool and why.",
+        ("pool", "decision"),
+        lambda state: state.decisions.local.items(),
+    ),
+    counters(
+        "pd_proxy_prefix_expected_tokens",
+        "Prompt tokens that were expected in prefix caches, of prompts whose engine reported what it found.",
+        POOL_BACKEND,
+        lambda state: state.found.expected.items(),
+    ),
+    counters(
+        "pd_proxy_prefix_cached_tokens",
+        "Prompt tokens that engines reported to have found in their prefix caches.",
+        POOL_BACKEND,
+        lambda state: state.found.cached.items(),
+    ),
+    gauge(
+        "pd_proxy_prefix_index_entries",
+        "Blocks that engines are believed to have cached, over all engines.",
+        lambda state: state.figures.entries,
+    ),
+    gauge("pd_proxy_prefix_index_blocks", "Different blocks among them.", lambda state: state.figures.blocks),
+    gauge("pd_proxy_prefix_index_bytes", "Memory of the prefix index, estimated.", lambda state: state.figures.bytes),
+    gauge(
+        "pd_proxy_prefix_index_oldest_seconds",
+        "Time since the least recently used entry was used.",
+        lambda state: state.figures.oldest,
+    ),
+    counter(
+        "pd_proxy_prefix_index_evictions",
+        "Entries that the index dropped because it was full.",
+        lambda state: state.figures.evictions,
+    ),
+    counter(
+        "pd_proxy_prefix_index_invalidations",
+        "Entries that were dropped because their engine had lost them.",
+        lambda state: state.figures.forgotten,
+    ),
+    counter(
+        "pd_proxy_prefix_reports_refused",
+        "Engines' reports of cached tokens that could not be true.",
+        lambda state: state.figures.refused,
+    ),
+    gauges(
+        "pd_proxy_prefix_index_tokens",
+        "Tokens of prompts that the engine is believed to have cached.",
+        POOL_BACKEND,
+        lambda state: ((_labels(backend), state.index.tokens(backend.url)) for backend in state.fleet),
+    ),
+    gauges(
+        "pd_proxy_backend_prefill_tokens_per_second",
+        "Learnt: uncached prompt tokens that the engine prefills in a second of busy time.",
+        POOL_BACKEND,
+        lambda state: ((_labels(backend), backend.speeds.rate) for backend in state.fleet if backend.speeds.prefills),
+    ),
+    gauges(
+        "pd_proxy_backend_decode_step_ratio",
+        "Learnt: the engine's decode step over that of its pool's median engine.",
+        POOL_BACKEND,
+        lambda state: ((_labels(backend), backend.speeds.slowness) for backend in state.fleet if backend.speeds.steps),
+    ),
+    gauges(
+        "pd_proxy_backend_prefill_wait_seconds",
+        "Prefill work that is believed to be before a new request at the engine.",
+        POOL_BACKEND,
+        lambda state: ((_labels(backend), backend.speeds.ahead(state.now)) for backend in state.fleet),
+    ),
+)
+"""What a scrape reads of placement."""
+
+
+def _labels(backend: Learnt) -> tuple[str, str]:
+    return backend.role, backend.url
 
 
 class PlacementSink(Collector):
@@ -109,88 +203,6 @@ class PlacementSink(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        yield _counter(
-            "pd_proxy_placement_decisions",
-            "Tries by the pool that answers and the reason of the decision; none: nobody could be given it.",
-            ("pool", "decision"),
-            self._decisions.counts,
-        )
-        yield _counter(
-            "pd_proxy_local_prefills",
-            "Tries that one backend prefills and answers though there are pools for a pair, by its pool and why.",
-            ("pool", "decision"),
-            self._decisions.local,
-        )
-        yield _counter(
-            "pd_proxy_prefix_expected_tokens",
-            "Prompt tokens that were expected in prefix caches, of prompts whose engine said what it found.",
-            _POOL_BACKEND,
-            self._found.expected,
-        )
-        yield _counter(
-            "pd_proxy_prefix_cached_tokens",
-            "Prompt tokens that engines reported to have found in their prefix caches.",
-            _POOL_BACKEND,
-            self._found.cached,
-        )
-        yield from self._index_families()
-        yield from self._speeds()
-
-    def _index_families(self) -> Iterator[Metric]:
-        now = self._index.figures(self._clock())
-        for name, text, value in (
-            ("entries", "Blocks that engines are believed to have cached, over all engines.", float(now.entries)),
-            ("blocks", "Different blocks among them.", float(now.blocks)),
-            ("bytes", "Memory of the prefix index, estimated.", float(now.bytes)),
-            ("oldest_seconds", "Time since the entry was used that was not used for longest.", now.oldest),
-        ):
-            yield GaugeMetricFamily(f"pd_proxy_prefix_index_{name}", text, value=value)
-        for name, text, count in (
-            ("index_evictions", "Entries that the index dropped for want of room.", now.evictions),
-            ("index_forgotten", "Entries that were dropped because their engine had lost them.", now.forgotten),
-            ("reports_refused", "Engines' reports of cached tokens that could not be true.", now.refused),
-        ):
-            yield CounterMetricFamily(f"pd_proxy_prefix_{name}", text, value=count)
-        tokens = GaugeMetricFamily(
-            "pd_proxy_prefix_index_tokens",
-            "Tokens of prompts that the engine is believed to have cached.",
-            labels=_POOL_BACKEND,
-        )
-        for backend in self._fleet:
-            tokens.add_metric((backend.role, backend.url), self._index.tokens(backend.url))
-        yield tokens
-
-    def _speeds(self) -> Iterator[Metric]:
-        rate = GaugeMetricFamily(
-            "pd_proxy_backend_prefill_tokens_per_second",
-            "Learnt: uncached prompt tokens that the engine prefills in a second of busy time.",
-            labels=_POOL_BACKEND,
-        )
-        slowness = GaugeMetricFamily(
-            "pd_proxy_backend_step_slowness",
-            "Learnt: the engine's decode step over that of its pool's median engine.",
-            labels=_POOL_BACKEND,
-        )
-        wait = GaugeMetricFamily(
-            "pd_proxy_backend_prefill_wait_seconds",
-            "Prefill work that is believed to be before a new request at the engine.",
-            labels=_POOL_BACKEND,
-        )
         now = self._clock()
-        for backend in self._fleet:
-            labels, speeds = (backend.role, backend.url), backend.speeds
-            if speeds.prefills:
-                rate.add_metric(labels, speeds.rate)
-            if speeds.steps:
-                slowness.add_metric(labels, speeds.slowness)
-            wait.add_metric(labels, speeds.ahead(now))
-        yield rate
-        yield slowness
-        yield wait
-
-
-def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[tuple[str, str], int]) -> Metric:
-    family = CounterMetricFamily(name, text, labels=labels)
-    for key, value in values.items():
-        family.add_metric(key, value)
-    return family
+        state = State(self._decisions, self._index, self._index.figures(now), self._found, self._fleet, now)
+        return collect(PLACEMENT, state)

@@ -16,10 +16,11 @@ from prometheus_client.samples import Sample
 
 _LEAST = {"pd_proxy_backend_up", "pd_proxy_ready", "pd_proxy_group_ready", "process_start_time_seconds"}
 _MOST = {
-    *("pd_proxy_build_info", "pd_proxy_pool_panic", "pd_proxy_backend_state", "pd_proxy_backend_handed_over"),
+    *("pd_proxy_build_info", "pd_proxy_pool_panic", "pd_proxy_backend_state"),
+    *("pd_proxy_backend_handoff_verified", "pd_proxy_backend_handed_over"),
     *("pd_proxy_prefix_index_entries", "pd_proxy_prefix_index_blocks", "pd_proxy_prefix_index_tokens"),
     *("pd_proxy_prefix_index_oldest_seconds", "pd_proxy_backend_prefill_tokens_per_second"),
-    *("pd_proxy_backend_step_slowness", "pd_proxy_backend_prefill_wait_seconds"),
+    *("pd_proxy_backend_decode_step_ratio", "pd_proxy_backend_step_slowness", "pd_proxy_backend_prefill_wait_seconds"),
     *("python_info", "process_max_fds"),
 }
 """Gauges of which the least, or the greatest, is shown. All others are summed."""
