@@ -63,7 +63,7 @@ from pd_proxy.telemetry.prometheus import PrometheusSink, registry
 from pd_proxy.telemetry.records import Sinks
 from pd_proxy.telemetry.throughput import Throughput
 from pd_proxy.workers.context import WorkerContext
-from pd_proxy.workers.load_table import Exchange
+from pd_proxy.workers.load_table import LoadSync
 from pd_proxy.workers.peers import PeerWorkers
 from pd_proxy.workers.prefix_ring import PeerPrefixes
 
@@ -77,7 +77,7 @@ class Gateway:
     Attributes:
         surface: the ASGI application. Its lifespan starts and stops the health checks.
         registry: what /metrics shows, of this worker alone.
-        siblings: the other workers of this gateway, where there are any.
+        peers: the other workers of this gateway, where there are any.
         inner: what those are answered.
         prompts: what engines have of requests' prompts.
         placing: says where requests go.
@@ -95,7 +95,7 @@ class Gateway:
     registrations: Registrations
     prompts: Prompts
     placing: Placing
-    siblings: PeerWorkers | None = None
+    peers: PeerWorkers | None = None
     inner: Surface | None = None
     admin: Surface | None = None
     kv_events: KvEvents | None = None
@@ -113,15 +113,15 @@ class Gateway:
             self.kv_events.start()
 
 
-def build(settings: Settings, connections: Connections | None = None, crew: WorkerContext | None = None) -> Gateway:
+def build(settings: Settings, connections: Connections | None = None, context: WorkerContext | None = None) -> Gateway:
     """A gateway that does nothing until its surface's lifespan begins.
 
     Arguments:
         connections: of its server, to be shown by /metrics.
-        crew: its place among several workers.
+        context: its place among several workers.
     """
-    if crew is not None:
-        settings = settings.share(crew.workers)
+    if context is not None:
+        settings = settings.share(context.workers)
     fleet = Fleet(settings)
     gate = Gate()
     admission = Admission(settings, FleetCapacity(fleet) if fleet.bounded else None)
@@ -132,7 +132,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Work
     handoff_key = settings.handoff_key
     spoken = connectors("" if handoff_key is None else handoff_key.get_secret_value())
     fleet.answers_alone = frozenset(name for name, connector in spoken.items() if connector.plain_decode)
-    callbacks = Callbacks(settings.metaserver.url, 0 if crew is None else crew.worker)
+    callbacks = Callbacks(settings.metaserver.url, 0 if context is None else context.worker)
     notices = TransferNotifications(settings.zmq.notices)
     registrations = Registrations(fleet, settings.zmq, spoken)
     fleet.messages = {"notice": notices.counts, "registration": registrations.counts}
@@ -141,10 +141,10 @@ def build(settings: Settings, connections: Connections | None = None, crew: Work
     throughput = Throughput(prometheus.tokens_streamed)
     telemetry = Sinks(prometheus, queue, RequestLog(settings.access_log), warmup, throughput)
     credentials = Credentials(settings)
-    hops = Hops("" if crew is None else str(crew.directory))
+    hops = Hops("" if context is None else str(context.directory))
     legs = Legs(settings, fleet, telemetry, notices, hops)
     suspicion = Suspicion(settings.retries.after_cut, lambda backend: prober.lives(backend))
-    prefix_key = token_bytes(32) if crew is None else crew.prefixes.key
+    prefix_key = token_bytes(32) if context is None else context.prefixes.key
     prompts = Prompts(PrefixIndex(), prefix_key)
     in_use = _in_use(settings, spoken)
     first_tokens = FirstTokens(settings, in_use)
@@ -158,30 +158,30 @@ def build(settings: Settings, connections: Connections | None = None, crew: Work
             prompts.events = kv_events
             fleet.messages = {**fleet.messages, "kv_batch": kv_events.batches, "kv_event": kv_events.events}
     flow = Flow(settings, fleet, legs, spoken, placing, first_tokens, telemetry, random.random, callbacks, suspicion)
-    exchange = None
-    if crew is not None:
-        peers = PeerPrefixes(crew.prefixes, crew.worker, prompts.index)
-        exchange = Exchange(crew.board, crew.worker, fleet, admission.look, peers.look)
-        fleet.before_choice = exchange.freshen
-        admission.on_wait = exchange.hurry
-    siblings = None if crew is None else PeerWorkers(crew.directory, crew.worker, crew.workers)
-    stored = StoredResponses(_shared_secret(settings, crew))
+    load_sync = None
+    if context is not None:
+        peer_prefixes = PeerPrefixes(context.prefixes, context.worker, prompts.index)
+        load_sync = LoadSync(context.load_table, context.worker, fleet, admission.look, peer_prefixes.look)
+        fleet.before_choice = load_sync.refresh
+        admission.on_wait = load_sync.wake
+    peers = None if context is None else PeerWorkers(context.directory, context.worker, context.workers)
+    stored = StoredResponses(_shared_secret(settings, context))
     control = Control(settings.health.timeout, legs.authorization + hops.line)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         gateway.hear()
-        if siblings is not None:
-            _adopt(fleet, await siblings.backends())
+        if peers is not None:
+            _adopt(fleet, await peers.backends())
         warmup.start(prober)
         prober.start()
         tickers = [asyncio.create_task(_watch_loop(prometheus, fleet))]
-        if crew is None or crew.worker == 0:  # one tells for all
+        if context is None or context.worker == 0:  # one tells for all
             tickers.append(asyncio.create_task(tell_readiness(fleet)))
         if seconds := settings.throughput_interval:
             tickers.append(asyncio.create_task(_tell_throughput(throughput, seconds, gate, admission)))
-        if exchange is not None:
-            tickers.append(asyncio.create_task(exchange.keep_up(lambda: admission.waiting)))
+        if load_sync is not None:
+            tickers.append(asyncio.create_task(load_sync.run(lambda: admission.waiting)))
         try:
             yield
         finally:
@@ -200,8 +200,8 @@ def build(settings: Settings, connections: Connections | None = None, crew: Work
                 await prompts.events.close()
 
     def forget(backend: Backend) -> None:
-        if exchange is not None:
-            exchange.forget(backend)
+        if load_sync is not None:
+            load_sync.forget(backend)
         legs.forget(backend)
         prompts.forget(backend)
         warmup.forget(backend)
@@ -242,20 +242,20 @@ def build(settings: Settings, connections: Connections | None = None, crew: Work
 
     def routers() -> list[APIRouter]:
         made = [
-            operations.probes(fleet, gate, siblings),
+            operations.probes(fleet, gate, peers),
             operations.models(fleet, names, credentials),
             operations.service(fleet, gate, admission, credentials),
             responses(settings, fleet, stored, credentials, control),
             operations.administration(fleet, credentials),
             backends(fleet, credentials),
-            decisions(placing.decisions, credentials, siblings),
+            decisions(placing.decisions, credentials, peers),
             explanation(settings, placing.explain, fleet, stored, names, credentials),
-            fanout(fleet, credentials, control, prober.ask_models, siblings),
+            fanout(fleet, credentials, control, prober.ask_models, peers),
         ]
         if settings.metrics.port is None:
-            made.append(operations.metrics(metrics, siblings))
+            made.append(operations.metrics(metrics, peers))
         if called_back:
-            made.append(metaserver(callbacks, settings.metaserver.allow, siblings))
+            made.append(metaserver(callbacks, settings.metaserver.allow, peers))
         return made
 
     body_seconds, bodies = settings.timeouts.request_body, {EXPLAIN_PATH: settings.limits.request_body}
@@ -269,15 +269,15 @@ def build(settings: Settings, connections: Connections | None = None, crew: Work
         offered=lambda: fleet.routes() | own_routes | {invocations.PATH},
         lifespan=lifespan,
         body_seconds=body_seconds,
-        siblings=siblings,
+        peers=peers,
         cross_origin=CrossOrigin(settings.cors) if settings.cors.origins else None,
         hops=hops,
         docs=settings.routes.docs,
         bodies=bodies,
     )
     inner = None
-    if siblings is not None:
-        trusted, remembers = Trusted(), siblings.remember
+    if peers is not None:
+        trusted, remembers = Trusted(), peers.remember
 
         def inner_routers() -> list[APIRouter]:
             made = [
@@ -298,18 +298,18 @@ def build(settings: Settings, connections: Connections | None = None, crew: Work
 
         def admin_routers() -> list[APIRouter]:
             return [
-                operations.probes(fleet, gate, siblings),
+                operations.probes(fleet, gate, peers),
                 operations.service(fleet, gate, admission, local),
                 operations.models(fleet, names, local),
-                operations.metrics(metrics, siblings),
+                operations.metrics(metrics, peers),
                 operations.administration(fleet, local),
                 backends(fleet, local),
-                decisions(placing.decisions, local, siblings),
+                decisions(placing.decisions, local, peers),
                 explanation(settings, placing.explain, fleet, stored, names, local),
-                fanout(fleet, local, control, prober.ask_models, siblings),
+                fanout(fleet, local, control, prober.ask_models, peers),
             ]
 
-        admin = Surface(hot={}, routers=admin_routers, siblings=siblings, bodies=bodies)
+        admin = Surface(hot={}, routers=admin_routers, peers=peers, bodies=bodies)
     gateway = Gateway(
         settings,
         fleet,
@@ -321,7 +321,7 @@ def build(settings: Settings, connections: Connections | None = None, crew: Work
         registrations,
         prompts,
         placing,
-        siblings,
+        peers,
         inner,
         admin,
         prompts.events,
@@ -345,13 +345,13 @@ def _is_served(endpoint: Endpoint, settings: Settings) -> bool:
     return True
 
 
-def _shared_secret(settings: Settings, crew: WorkerContext | None) -> bytes:
+def _shared_secret(settings: Settings, context: WorkerContext | None) -> bytes:
     """What gateways of one operator have in common and no client knows; without such keys, what the workers of one
     gateway do."""
     secrets = [key.get_secret_value() for key in (settings.admin_key, settings.backend_api_key) if key is not None]
     if secrets:
         return "\0".join(secrets).encode()
-    return token_bytes(32) if crew is None else str(crew.directory).encode()
+    return token_bytes(32) if context is None else str(context.directory).encode()
 
 
 async def _tell_throughput(throughput: Throughput, seconds: float, gate: Gate, admission: Admission) -> None:

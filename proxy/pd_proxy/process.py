@@ -121,11 +121,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def _work(
-    settings: Settings, files: int, listeners: list[Listener], admin: socket.socket | None, crew: WorkerContext | None
+    settings: Settings,
+    files: int,
+    listeners: list[Listener],
+    admin: socket.socket | None,
+    context: WorkerContext | None,
 ) -> int:
     """Be a gateway, or one worker of it."""
-    kind = protocol(settings if crew is None else settings.share(crew.workers), files)
-    gateway = build(settings, kind.shared, crew)
+    kind = protocol(settings if context is None else settings.share(context.workers), files)
+    gateway = build(settings, kind.shared, context)
     for surface in (gateway.surface, gateway.inner, gateway.admin):
         if surface is not None:
             surface.make_routes()
@@ -133,7 +137,7 @@ def _work(
     heap.keep()
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         try:
-            runner.run(_run(gateway, kind, listeners, admin, crew))
+            runner.run(_run(gateway, kind, listeners, admin, context))
         except CannotListen as error:
             raise ListenError(str(error)) from None
     return 0
@@ -194,23 +198,27 @@ async def _run(
     kind: type[GatewayProtocol],
     listeners: list[Listener],
     admin: socket.socket | None = None,
-    crew: WorkerContext | None = None,
+    context: WorkerContext | None = None,
 ) -> None:
     gateway.hear()
     main = _Server(
-        uvicorn_config(gateway.surface, kind), gateway, kind.shared, listeners[0], _tell_ready(crew, listeners[0].url)
+        uvicorn_config(gateway.surface, kind),
+        gateway,
+        kind.shared,
+        listeners[0],
+        _tell_ready(context, listeners[0].url),
     )
     beside: list[uvicorn.Server] = []
     if len(listeners) > 1:
-        metrics = Surface(hot={}, routers=lambda: [operations.metrics(gateway.registry, gateway.siblings)])
+        metrics = Surface(hot={}, routers=lambda: [operations.metrics(gateway.registry, gateway.peers)])
         beside.append(_SideServer(uvicorn_config(metrics, _apart(kind)), listeners[1].socket, taken=listeners[1].taken))
         log.info("listening on %s for /metrics", listeners[1].url)
     if admin is not None and gateway.admin is not None:
         beside.append(_SideServer(uvicorn_config(gateway.admin), admin))
         log.info("listening at %s for operators", gateway.settings.admin_socket)
-    if crew is not None and gateway.inner is not None:
+    if context is not None and gateway.inner is not None:
         inner = uvicorn_config(gateway.inner)
-        beside.append(_SideServer(inner, unix_socket(socket_of(crew.directory, crew.worker))))
+        beside.append(_SideServer(inner, unix_socket(socket_of(context.directory, context.worker))))
     others = [asyncio.create_task(server.serve()) for server in beside]
     tidying = asyncio.create_task(garbage.collect_when_quiet(lambda: gateway.gate.inside))
     await main.serve()
@@ -220,16 +228,16 @@ async def _run(
     await asyncio.gather(*others)
 
 
-def _tell_ready(crew: WorkerContext | None, url: str) -> Callable[[], object]:
+def _tell_ready(context: WorkerContext | None, url: str) -> Callable[[], object]:
     """How to say that connections are accepted."""
 
     def tell() -> None:
-        if crew is None:
+        if context is None:
             log.info("listening on %s", url)
             notify("READY=1")
         else:
-            log.debug("worker %d serves", crew.worker)
-            os.write(crew.ready, b".")  # its supervisor says it for all
+            log.debug("worker %d serves", context.worker)
+            os.write(context.ready, b".")  # its supervisor says it for all
 
     return tell
 

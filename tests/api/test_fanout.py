@@ -206,7 +206,7 @@ class OtherWorkers:
         self.told: list[str] = []
         self._looks = looks
 
-    async def tell(self, target: str) -> None:
+    async def post(self, target: str) -> None:
         self.told.append(target)
 
     async def drained(self, url: str) -> bool:

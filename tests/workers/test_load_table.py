@@ -6,7 +6,7 @@ import asyncio
 import os
 
 from pd_proxy.fleet.backend import Backend, Lease
-from pd_proxy.workers.load_table import Exchange, LoadTable
+from pd_proxy.workers.load_table import LoadSync, LoadTable
 
 from tests.support import soon, until
 
@@ -15,121 +15,121 @@ def backends() -> list[Backend]:
     return [Backend("http://a", "decode"), Backend("http://b", "decode"), Backend("http://a", "prefill")]
 
 
-def exchange(board: LoadTable, worker: int, fleet: list[Backend], freed: list[int] | None = None) -> Exchange:
-    return Exchange(board, worker, fleet, lambda: freed is not None and freed.append(worker))
+def sync(table: LoadTable, worker: int, fleet: list[Backend], freed: list[int] | None = None) -> LoadSync:
+    return LoadSync(table, worker, fleet, lambda: freed is not None and freed.append(worker))
 
 
 def test_each_sees_what_the_others_have_and_not_its_own() -> None:
-    board, freed = LoadTable(3), list[int]()
+    table, freed = LoadTable(3), list[int]()
     fleets = [backends() for _ in range(3)]
-    exchanges = [exchange(board, number, fleet, freed) for number, fleet in enumerate(fleets)]
-    for one in exchanges:
-        one.look()
+    syncs = [sync(table, number, fleet, freed) for number, fleet in enumerate(fleets)]
+    for one in syncs:
+        one.read()
     leases = [Lease(fleets[0][0], 100), Lease(fleets[1][0], 20), Lease(fleets[1][0], 3), Lease(fleets[2][2], 7)]
-    for one in exchanges:
-        one.look()
+    for one in syncs:
+        one.read()
     seen = [[(b.elsewhere_requests, b.elsewhere_tokens) for b in fleet] for fleet in fleets]
     assert seen == [
         [(2, 23), (0, 0), (1, 7)],
         [(1, 100), (0, 0), (1, 7)],
         [(3, 123), (0, 0), (0, 0)],
     ]
-    exchanges[2].look()
+    syncs[2].read()
     assert not freed
     for lease in leases:
         lease.release()
-    exchanges[2].look()
+    syncs[2].read()
     assert freed == [2], "somebody may be waiting for the room that there is now"
     assert fleets[2][0].elsewhere_requests == 0
 
 
 def test_what_there_was_before_the_first_look_is_told_too() -> None:
-    board = LoadTable(2)
+    table = LoadTable(2)
     one, other = backends(), backends()
     Lease(one[0], 9)
-    exchange(board, 0, one).look()
-    exchange(board, 1, other).look()
+    sync(table, 0, one).read()
+    sync(table, 1, other).read()
     assert (other[0].elsewhere_requests, other[0].elsewhere_tokens) == (1, 9)
 
 
 def test_what_was_just_read_will_do() -> None:
-    board, now = LoadTable(2), 100.0
+    table, now = LoadTable(2), 100.0
     one, other = backends(), backends()
-    reader = Exchange(board, 0, one, lambda: None, clock=lambda: now)
-    exchange(board, 1, other).look()
-    reader.freshen()
+    reader = LoadSync(table, 0, one, lambda: None, clock=lambda: now)
+    sync(table, 1, other).read()
+    reader.refresh()
     Lease(other[0], 5)
-    reader.freshen()
+    reader.refresh()
     assert one[0].elsewhere_tokens == 0
     now += 0.006
-    reader.freshen()
+    reader.refresh()
     assert one[0].elsewhere_tokens == 5
 
 
 def test_a_backend_that_has_left_is_told_of_no_more() -> None:
-    board = LoadTable(2)
+    table = LoadTable(2)
     one, other = backends(), backends()
-    leaving = exchange(board, 0, one)
-    leaving.look()
+    leaving = sync(table, 0, one)
+    leaving.read()
     lease = Lease(one[0], 5)
     leaving.forget(one[0])
     lease.release()
-    exchange(board, 1, other).look()
+    sync(table, 1, other).read()
     assert other[0].elsewhere_requests == 0
 
 
 async def test_who_waits_hears_soon_of_what_the_others_free() -> None:
-    board, freed = LoadTable(2), list[int]()
+    table, freed = LoadTable(2), list[int]()
     one, other = backends(), backends()
-    exchange(board, 1, other).look()
+    sync(table, 1, other).read()
     lease = Lease(other[0], 5)
     waits = 0
-    waiting = exchange(board, 0, one, freed)
-    keeping_up = asyncio.create_task(waiting.keep_up(lambda: waits))
+    waiting = sync(table, 0, one, freed)
+    keeping_up = asyncio.create_task(waiting.run(lambda: waits))
     await until(lambda: one[0].elsewhere_requests == 1)
     waits = 1
-    waiting.hurry()
+    waiting.wake()
     lease.release()
     await soon(lambda: freed == [0], 0.2)  # and not at the next look of one who has all the time
     keeping_up.cancel()
 
 
 def test_what_a_dead_worker_had_is_forgotten() -> None:
-    board = LoadTable(2)
+    table = LoadTable(2)
     one, other = backends(), backends()
     Lease(one[1], 50)
-    dead, living = exchange(board, 0, one), exchange(board, 1, other)
-    dead.look()
-    living.look()
+    dead, living = sync(table, 0, one), sync(table, 1, other)
+    dead.read()
+    living.read()
     assert other[1].elsewhere_tokens == 50
-    board.wipe(0)
-    living.look()
+    table.wipe(0)
+    living.read()
     assert other[1].elsewhere_tokens == 0
 
 
 def test_it_is_seen_across_a_fork() -> None:
-    board = LoadTable(2)
+    table = LoadTable(2)
     child = os.fork()
     if child == 0:
         fleet = backends()
         fleet[0].inflight_requests, fleet[0].inflight_tokens = 4, 44
-        exchange(board, 0, fleet).look()
+        sync(table, 0, fleet).read()
         os._exit(0)
     os.waitpid(child, 0)
     fleet = backends()[::-1]  # a backend has its place by its name, in whatever order it came
-    exchange(board, 1, fleet).look()
+    sync(table, 1, fleet).read()
     assert (fleet[-1].elsewhere_requests, fleet[-1].elsewhere_tokens) == (4, 44)
 
 
 def test_a_full_page_leaves_a_backend_to_each_worker() -> None:
-    board = LoadTable(2)
+    table = LoadTable(2)
     many = [Backend(f"http://{number}", "decode") for number in range(1030)]
-    exchange(board, 0, many).look()
-    assert board.row(Backend("http://one-more", "decode")) == -1
+    sync(table, 0, many).read()
+    assert table.row(Backend("http://one-more", "decode")) == -1
     Lease(many[0], 5)
     Lease(many[-1], 5)
     fleet = [Backend("http://0", "decode"), Backend("http://1029", "decode")]
-    exchange(board, 1, fleet).look()
+    sync(table, 1, fleet).read()
     assert [backend.elsewhere_tokens for backend in fleet] == [5, 0]
 
 

@@ -22,13 +22,13 @@ log = logging.getLogger("pd_proxy.api")
 
 
 def metaserver(
-    callbacks: Callbacks, allow: Sequence[IPv4Network | IPv6Network], siblings: PeerWorkers | None = None
+    callbacks: Callbacks, allow: Sequence[IPv4Network | IPv6Network], peers: PeerWorkers | None = None
 ) -> APIRouter:
     """The route.
 
     Arguments:
         allow: networks from which engines may call; none: any address.
-        siblings: the other workers of this gateway; a call for one of their tries is passed on.
+        peers: the other workers of this gateway; a call for one of their tries is passed on.
     """
     router = APIRouter(tags=["engines"])
 
@@ -48,8 +48,8 @@ def metaserver(
             log.warning("%s may not call back: it is in none of metaserver.allow", host)
             raise Forbidden("this address may not call back; see metaserver.allow")
         body = await request.body()
-        if siblings is not None and (worker := callbacks.elsewhere(body)) is not None:
-            answer = await siblings.pass_on(worker, PATH, body)
+        if peers is not None and (worker := callbacks.elsewhere(body)) is not None:
+            answer = await peers.forward(worker, PATH, body)
             if answer is not None:
                 return Response(answer.body, status_code=answer.status, media_type="application/json")
         try:

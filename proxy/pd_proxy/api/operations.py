@@ -36,7 +36,7 @@ class Instances(BaseModel):
     group: str = DEFAULT_GROUP
 
 
-def probes(fleet: Fleet, gate: Gate, siblings: PeerWorkers | None = None) -> APIRouter:
+def probes(fleet: Fleet, gate: Gate, peers: PeerWorkers | None = None) -> APIRouter:
     """/health: the process is alive. /ready: it could serve a request now, whichever worker gets it."""
     router = APIRouter(tags=["probes"])
 
@@ -58,8 +58,8 @@ def probes(fleet: Fleet, gate: Gate, siblings: PeerWorkers | None = None) -> API
         if gate.draining:
             raise NoBackend("the gateway is shutting down", retry_after=1)
         reason = fleet.not_ready()
-        if siblings is not None:
-            reason = reason or await siblings.not_ready()
+        if peers is not None:
+            reason = reason or await peers.not_ready()
         if reason:
             raise NoBackend(reason, retry_after=1)
         readiness = fleet.readiness()
@@ -186,7 +186,7 @@ class _Page:
 
 
 def metrics(
-    registry: CollectorRegistry, siblings: PeerWorkers | None = None, *, remembers: Callable[[str], None] | None = None
+    registry: CollectorRegistry, peers: PeerWorkers | None = None, *, remembers: Callable[[str], None] | None = None
 ) -> APIRouter:
     """/metrics, as Prometheus text or, when asked for, OpenMetrics; of all workers, where there are several.
 
@@ -202,10 +202,10 @@ def metrics(
         shown: Any = registry
         if remembers is not None:
             remembers(generate_latest(registry).decode())
-        if siblings is not None:
-            pages = [*await siblings.metrics(), siblings.departed()]
+        if peers is not None:
+            pages = [*await peers.metrics(), peers.departed()]
             own = generate_latest(registry).decode()
-            siblings.remember(own)
+            peers.remember(own)
             shown = _Page(merge(map(parse, [own, *pages])))
         return Response(encode(shown), headers={"content-type": content_type})
 

@@ -48,7 +48,7 @@ class Surface(FastAPI):
         rare: applications as `hot`, but for requests that need their whole scope.
         routers: makes the other routes, whose bodies are bounded here. It is called by `make_routes`.
         body_seconds: seconds in which such a body must arrive.
-        siblings: the gateway's other workers, who are to serve what changes it too.
+        peers: the gateway's other workers, who are to serve what changes it too.
         cross_origin: what web pages of other origins may do; None: nothing.
         hops: says which requests come from the gateway itself.
         docs: serve the OpenAPI document, and a page to read it.
@@ -64,7 +64,7 @@ class Surface(FastAPI):
         offered: Callable[[], AbstractSet[str]] | None = None,
         lifespan: Lifespan | None = None,
         body_seconds: float = 60.0,
-        siblings: PeerWorkers | None = None,
+        peers: PeerWorkers | None = None,
         cross_origin: CrossOrigin | None = None,
         hops: Hops | None = None,
         docs: bool = False,
@@ -93,7 +93,7 @@ class Surface(FastAPI):
         self._offered = offered or hot.keys
         self._body_seconds = body_seconds
         self._bodies = bodies or {}
-        self._siblings = siblings
+        self._peers = peers
         self._hops = hops
         self._own_paths: set[str] | None = None
         self.page: str | None = None
@@ -146,8 +146,8 @@ class Surface(FastAPI):
             except LoopDetected as error:
                 await answer(error)(scope, receive, send)
                 return
-        if self._siblings is not None and self._siblings.repeats(scope["method"], scope["path"]):
-            await self._siblings.repeat(super().__call__, scope, receive, send)
+        if self._peers is not None and self._peers.is_repeated(scope["method"], scope["path"]):
+            await self._peers.repeat(super().__call__, scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 

@@ -64,7 +64,7 @@ class Backend:
         speeds: how fast it is, as learnt.
         slow_since: when it returned, while `factor` is below 1.
         resting_until: it has said that it is busy, and when to come back.
-        elsewhere_requests, elsewhere_tokens: what other workers of this gateway have in flight here (`board.py`).
+        elsewhere_requests, elsewhere_tokens: what other workers have in flight here (`workers/load_table.py`).
         open_handoffs: hand-offs of this prefill backend that decode has not yet begun to use.
         attention: set when something happened that its prober should look at now.
         most_requests, most_tokens: what may be in flight here before new requests should go elsewhere.

@@ -17,7 +17,7 @@ class WorkerContext:
         worker: its number, from 0.
         workers: how many there are.
         directory: where each has a socket for the others; nobody else may enter it.
-        board: by which they tell each other of their load.
+        load_table: by which they tell each other of their load.
         prefixes: by which they tell each other what they have sent to whom.
         ready: a pipe's end, on which it says that it accepts connections.
     """
@@ -25,6 +25,6 @@ class WorkerContext:
     worker: int
     workers: int
     directory: Path
-    board: LoadTable
+    load_table: LoadTable
     prefixes: PrefixRings
     ready: int

@@ -30,7 +30,7 @@ _ROWS = 1024  # backends that have been there since the start; those beyond are 
 _KEY = 8  # bytes of a backend's digest; 0 is a free row
 _NUMBERS = 4  # requests, tokens, tokens to prefill, since when (microseconds)
 _MICRO = 1e6
-_LOCK_PATIENCE = 1.0  # seconds; whoever died with the lock has left at most a row half-named
+_LOCK_TIMEOUT = 1.0  # seconds; whoever died with the lock has left at most a row half-named
 
 
 class LoadTable:
@@ -50,7 +50,7 @@ class LoadTable:
         """Where a backend's numbers begin; -1 when the page is full."""
         digest = hashlib.blake2b(f"{backend.role} {backend.url}".encode(), digest_size=_KEY).digest()
         key = int.from_bytes(digest, "little", signed=True) or 1
-        held = self._lock.acquire(timeout=_LOCK_PATIENCE)
+        held = self._lock.acquire(timeout=_LOCK_TIMEOUT)
         try:
             for step in range(_ROWS):
                 start = (key + step) % _ROWS * self._width
@@ -92,41 +92,41 @@ class LoadTable:
             self.write_uncached(row, worker, 0, 0.0)
 
 
-class Exchange:
-    """One worker's dealings with the board.
+class LoadSync:
+    """One worker's dealings with the table.
 
     Arguments:
         worker: its number.
         on_freed: called when a backend has become less loaded by what another worker does.
-        also_look: called whenever it looks, for what the others tell elsewhere.
+        on_read: called whenever it looks, for what the others tell elsewhere.
         clock: seconds, never going back.
     """
 
     def __init__(
         self,
-        board: LoadTable,
+        table: LoadTable,
         worker: int,
         fleet: Iterable[Backend],
         on_freed: Callable[[], object],
-        also_look: Callable[[], object] = lambda: None,
+        on_read: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._board = board
+        self._table = table
         self._worker = worker
         self._fleet = fleet
         self._on_freed = on_freed
-        self._also_look = also_look
+        self._on_read = on_read
         self._clock = clock
-        self._looked = -inf
+        self._read_at = -inf
         self._rows: dict[Backend, int] = {}
         self._awaited = asyncio.Event()
 
-    async def keep_up(self, waiting: Callable[[], int]) -> None:
+    async def run(self, waiting: Callable[[], int]) -> None:
         """Look now and then, for ever, since no request may be placed here that would: one that waits may get room by
         what the others do, and a backend that drains is drained by it.
 
         Arguments:
-            waiting: how many requests wait for room. Who lets the first one wait calls `hurry`.
+            waiting: how many requests wait for room. Who lets the first one wait calls `wake`.
         """
         while True:
             self._awaited.clear()
@@ -136,35 +136,35 @@ class Exchange:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_PAUSE):
                         await self._awaited.wait()
-            self.look()
+            self.read()
 
-    def hurry(self) -> None:
+    def wake(self) -> None:
         """A request waits."""
         self._awaited.set()
 
-    def freshen(self) -> None:
+    def refresh(self) -> None:
         """Look, unless that was just done."""
-        if self._clock() - self._looked > _FRESH:
-            self.look()
+        if self._clock() - self._read_at > _FRESH:
+            self.read()
 
-    def look(self) -> None:
+    def read(self) -> None:
         """Learn what the other workers have in flight. From a backend's first look on, they are told of each of its
         leases here."""
-        board, worker, rows, freed = self._board, self._worker, self._rows, False
-        self._looked = self._clock()
-        self._also_look()
+        table, worker, rows, freed = self._table, self._worker, self._rows, False
+        self._read_at = self._clock()
+        self._on_read()
         for backend in self._fleet:
             row = rows.get(backend)
             if row is None:
-                row = rows[backend] = board.row(backend)
+                row = rows[backend] = table.row(backend)
                 if row >= 0:
-                    backend.tell = partial(board.write, row, worker)
+                    backend.tell = partial(table.write, row, worker)
                     backend.tell(backend.inflight_requests, backend.inflight_tokens)
-                    backend.tell_uncached = partial(board.write_uncached, row, worker)
+                    backend.tell_uncached = partial(table.write_uncached, row, worker)
                     backend.tell_uncached(backend.speeds.outstanding, backend.speeds.since)
             if row < 0:
                 continue
-            requests, tokens, uncached, since = board.others(row, worker)
+            requests, tokens, uncached, since = table.others(row, worker)
             backend.speeds.told_elsewhere(uncached, since)
             freed = freed or requests < backend.elsewhere_requests
             backend.elsewhere_requests, backend.elsewhere_tokens = requests, tokens
@@ -176,5 +176,5 @@ class Exchange:
         backend.tell = backend.tell_uncached = None
         row = self._rows.pop(backend, -1)
         if row >= 0:
-            self._board.write(row, self._worker, 0, 0)
-            self._board.write_uncached(row, self._worker, 0, 0.0)
+            self._table.write(row, self._worker, 0, 0)
+            self._table.write_uncached(row, self._worker, 0, 0.0)

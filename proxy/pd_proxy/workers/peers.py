@@ -110,7 +110,7 @@ class PeerWorkers:
             for one in decode_json(answer.body)["decisions"]
         ]
 
-    async def tell(self, target: str) -> None:
+    async def post(self, target: str) -> None:
         """Have each of the others do what an operator could tell it to."""
         await asyncio.gather(*(self._ask(path, "POST", target) for path in self._paths))
 
@@ -123,12 +123,12 @@ class PeerWorkers:
                         return False
         return True
 
-    async def pass_on(self, worker: int, path: str, body: bytes) -> Answer | None:
+    async def forward(self, worker: int, path: str, body: bytes) -> Answer | None:
         """Have one of the others serve a POST; None where it does not answer, or there is none of that number."""
         other = socket_of(self._directory, worker)
         return await self._ask(other, "POST", path, body) if other in self._paths else None
 
-    def repeats(self, method: str, path: str) -> bool:
+    def is_repeated(self, method: str, path: str) -> bool:
         """Whether a request is one that every worker is to serve."""
         return method == "POST" and path.startswith(_REPEATED)
 

@@ -70,7 +70,7 @@ class _Supervisor:
         self._listeners = listeners
         self._work = work
         self._directory = directory
-        self._board = LoadTable(workers)
+        self._load_table = LoadTable(workers)
         self._prefixes = PrefixRings(workers)
         self._alive: dict[int, tuple[int, float]] = {}  # process id: its number, and when it was made
         self._waits = [0.0] * workers
@@ -134,8 +134,10 @@ class _Supervisor:
             _leave_with(os.getppid())
             os.environ.pop("NOTIFY_SOCKET", None)
             os.close(self._ready[0])
-            crew = WorkerContext(worker, self._count, self._directory, self._board, self._prefixes, self._ready[1])
-            status = self._work(crew)
+            context = WorkerContext(
+                worker, self._count, self._directory, self._load_table, self._prefixes, self._ready[1]
+            )
+            status = self._work(context)
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 1
         except BaseException:
@@ -155,7 +157,7 @@ class _Supervisor:
                 continue
             worker, born = self._alive.pop(process)
             status = os.waitstatus_to_exitcode(result)
-            self._board.wipe(worker)
+            self._load_table.wipe(worker)
             self._prefixes.wipe(worker)
             self._keep_counts(worker)
             if self._leaving:

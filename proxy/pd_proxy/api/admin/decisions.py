@@ -61,7 +61,7 @@ def onlooker(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
 def decisions(
     noted: Decisions,
     credentials: Credentials,
-    siblings: PeerWorkers | None = None,
+    peers: PeerWorkers | None = None,
 ) -> APIRouter:
     """The last decisions, for operators; of all workers, where there are several."""
     router = APIRouter(tags=["administration"], dependencies=[Depends(operator(credentials))])
@@ -72,8 +72,8 @@ def decisions(
         candidates, who was left out by which rule, and what became of the request. Where `complete` is false it has
         the costs of the chosen ones only."""
         found = [_dated(one) for one in noted.last(query.limit, query.request_id)]
-        if siblings is not None:
-            found += await siblings.decisions(query.limit, query.request_id)
+        if peers is not None:
+            found += await peers.decisions(query.limit, query.request_id)
             found.sort(key=lambda one: str(one["at"]), reverse=True)
         return {"decisions": found[: query.limit]}
 

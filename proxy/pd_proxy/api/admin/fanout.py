@@ -126,7 +126,7 @@ class FanOut:
 
     Arguments:
         control: asks the engines.
-        siblings: the gateway's other workers, which have requests of their own.
+        peers: the gateway's other workers, which have requests of their own.
         ask_models: asks the engines which models they have; it returns when they have said.
     """
 
@@ -134,12 +134,12 @@ class FanOut:
         self,
         fleet: Fleet,
         control: Control,
-        siblings: PeerWorkers | None = None,
+        peers: PeerWorkers | None = None,
         ask_models: Callable[[], Awaitable[object]] = _ask_nobody,
     ) -> None:
         self._fleet = fleet
         self._ask_models = ask_models
-        self._siblings = siblings
+        self._peers = peers
         self._control = control
 
     async def ask(
@@ -173,8 +173,8 @@ class FanOut:
             name = quote(backend.url, safe="")
             self._fleet.drain(backend)
             try:
-                if self._siblings is not None:
-                    await self._siblings.tell(f"/admin/backends/{name}/drain")
+                if self._peers is not None:
+                    await self._peers.post(f"/admin/backends/{name}/drain")
                 if not await self._drained(backend, query.drain) and not query.force:
                     left = f"{backend.inflight_requests} request(s) and {backend.open_handoffs} hand-off(s)"
                     return _outcome(
@@ -187,8 +187,8 @@ class FanOut:
             finally:
                 if not draining and not backend.removed:
                     self._fleet.undrain(backend)
-                    if self._siblings is not None:
-                        await self._siblings.tell(f"/admin/backends/{name}/undrain")
+                    if self._peers is not None:
+                        await self._peers.post(f"/admin/backends/{name}/undrain")
 
         return await self.ask("sleep", query, one=one)
 
@@ -236,7 +236,7 @@ class FanOut:
     async def _drained(self, backend: Backend, seconds: float) -> bool:
         """Wait until nothing needs a backend, here or in another worker; whether that came true in time."""
         end = monotonic() + seconds
-        while not (backend.drained and (self._siblings is None or await self._siblings.drained(backend.url))):
+        while not (backend.drained and (self._peers is None or await self._peers.drained(backend.url))):
             if monotonic() >= end:
                 return False
             await asyncio.sleep(_LOOK)
@@ -290,11 +290,11 @@ def fanout(
     credentials: Credentials,
     control: Control,
     ask_models: Callable[[], Awaitable[object]],
-    siblings: PeerWorkers | None = None,
+    peers: PeerWorkers | None = None,
 ) -> APIRouter:
     """The routes, for operators. Those of the example script, without /admin, are kept."""
     router = APIRouter(tags=["engines"], dependencies=[Depends(operator(credentials))])
-    engines = FanOut(fleet, control, siblings, ask_models)
+    engines = FanOut(fleet, control, peers, ask_models)
 
     @router.post("/admin/reset_prefix_cache", response_model=Report)
     async def reset_prefix_cache(query: Annotated[ResetQuery, Query()]) -> Response:
