@@ -127,7 +127,7 @@ def build(settings: Settings, connections: Connections | None = None, context: W
     admission = Admission(settings, FleetCapacity(fleet) if fleet.bounded else None)
     gate.on_close = admission.close
     if fleet.bounded:
-        fleet.watch_capacity(admission.look)
+        fleet.watch_capacity(admission.recheck)
     prometheus = PrometheusSink(fleet, connections or Connections())
     handoff_key = settings.handoff_key
     spoken = connectors("" if handoff_key is None else handoff_key.get_secret_value())
@@ -161,7 +161,7 @@ def build(settings: Settings, connections: Connections | None = None, context: W
     load_sync = None
     if context is not None:
         peer_prefixes = PeerPrefixes(context.prefixes, context.worker, prompts.index)
-        load_sync = LoadSync(context.load_table, context.worker, fleet, admission.look, peer_prefixes.look)
+        load_sync = LoadSync(context.load_table, context.worker, fleet, admission.recheck, peer_prefixes.look)
         fleet.before_choice = load_sync.refresh
         admission.on_wait = load_sync.wake
     peers = None if context is None else PeerWorkers(context.directory, context.worker, context.workers)

@@ -17,13 +17,13 @@ def client(name: str = "a", level: Level | None = None, **more: Any) -> Client:
     return Client(name, level or Level(0), **more)
 
 
-def ticket(of: Client, tokens: int = 10, *, now: float = 0.0, patience: float = 30.0, **more: Any) -> Ticket:
+def ticket(of: Client, tokens: int = 10, *, now: float = 0.0, timeout: float = 30.0, **more: Any) -> Ticket:
     fields = {"model": "m", "split": True, "prefill_tokens": max(1, tokens // 2), "size": 100, **more}
-    return Ticket(client=of, tokens=tokens, arrived=now, deadline=now + patience, **fields)
+    return Ticket(client=of, tokens=tokens, arrived=now, deadline=now + timeout, **fields)
 
 
-def schedule(room: Any = None, **settings: Any) -> Schedule:
-    return Schedule(AdmissionSettings(**settings), room)
+def schedule(capacity: Any = None, **settings: Any) -> Schedule:
+    return Schedule(AdmissionSettings(**settings), capacity)
 
 
 class Told:
@@ -33,7 +33,7 @@ class Told:
         self.all: list[tuple[Ticket, GatewayError | None]] = []
 
     def listen(self, waiting: Ticket) -> Ticket:
-        waiting.settle = lambda error: self.all.append((waiting, error))
+        waiting.on_decision = lambda error: self.all.append((waiting, error))
         return waiting
 
     @property
@@ -46,7 +46,7 @@ class Told:
 
 
 class Slots:
-    """A `Room` with so many places for each model; any number for others."""
+    """A `Capacity` with so many places for each model; any number for others."""
 
     def __init__(self, places: Mapping[str, int]) -> None:
         self.places = dict(places)
@@ -56,7 +56,7 @@ class Slots:
         model = asking.model or ""
         return self.taken[model] < self.places.get(model, 10**9)
 
-    def claim(self, asking: Ticket) -> Place:
+    def reserve(self, asking: Ticket) -> Place:
         return Place(self, asking.model or "")
 
 

@@ -17,13 +17,13 @@ from tests.admission.helpers import Slots
 from tests.support import until
 
 
-def admission(room: Slots | None = None, clients: list[dict[str, Any]] | None = None, **settings: Any) -> Admission:
-    return Admission(build_settings({"admission": settings, "clients": clients or []}, {}), room)
+def admission(capacity: Slots | None = None, clients: list[dict[str, Any]] | None = None, **settings: Any) -> Admission:
+    return Admission(build_settings({"admission": settings, "clients": clients or []}, {}), capacity)
 
 
 def enter(door: Admission, client: str = "anonymous", **more: Any) -> Ticket:
-    fields = {"split": True, "prefill_tokens": 5, "tokens": 10, "size": 100, "patience": 30.0, **more}
-    return door.enter(client, fields.pop("model", "m"), **fields)
+    fields = {"model": "m", "split": True, "prefill_tokens": 5, "tokens": 10, "size": 100, "timeout": 30.0, **more}
+    return door.enter(Ticket(door.clients[client], **fields))
 
 
 class Runner:
@@ -38,7 +38,7 @@ class Runner:
         try:
             with enter(self.door, **more) as ticket:
                 if ticket.state == "waiting":
-                    await self.door.turn(ticket)
+                    await self.door.wait(ticket)
                 self.order.append(name)
                 self.ends[name] = asyncio.Event()
                 await self.ends[name].wait()
@@ -110,41 +110,41 @@ async def test_when_the_head_leaves_the_next_may_fit() -> None:
 
 
 async def test_who_is_let_in_and_leaves_in_the_same_moment_gives_back_what_was_kept() -> None:
-    room = Slots({"m": 1})
-    door = admission(room)
+    capacity = Slots({"m": 1})
+    door = admission(capacity)
     place = None
     with enter(door) as first:
-        place = room.claim(first)
+        place = capacity.reserve(first)
         waiting = Runner(door).start("b")
         await until(lambda: door.waiting == 1)
         place.release()
-        door.look()
+        door.recheck()
         await asyncio.sleep(0)  # the look: b is let in, and its task has yet to hear of it
-        assert (door.waiting, door.requests, room.taken["m"]) == (0, 2, 1)
+        assert (door.waiting, door.requests, capacity.taken["m"]) == (0, 2, 1)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        assert (door.requests, room.taken["m"]) == (1, 0)
+        assert (door.requests, capacity.taken["m"]) == (1, 0)
     assert empty(door)
 
 
 async def test_the_room_kept_for_one_is_there_when_it_starts_and_not_for_another() -> None:
-    room = Slots({"m": 1})
-    door = admission(room)
+    capacity = Slots({"m": 1})
+    door = admission(capacity)
     seen = []
 
     async def one() -> None:
         with enter(door) as ticket:
             if ticket.state == "waiting":
-                await door.turn(ticket)
-            assert room.has(ticket)
-            place = room.claim(ticket)
-            seen.append(room.taken["m"])
+                await door.wait(ticket)
+            assert capacity.has(ticket)
+            place = capacity.reserve(ticket)
+            seen.append(capacity.taken["m"])
             await asyncio.sleep(0.001)
             place.release()
-            door.look()
+            door.recheck()
 
     await asyncio.gather(*(one() for _ in range(20)))
-    assert seen == [1] * 20 and empty(door) and room.taken["m"] == 0
+    assert seen == [1] * 20 and empty(door) and capacity.taken["m"] == 0
 
 
 async def test_a_request_waits_no_longer_than_it_may() -> None:
@@ -152,7 +152,7 @@ async def test_a_request_waits_no_longer_than_it_may() -> None:
     runner = Runner(door)
     runner.start("a")
     await until(lambda: runner.order == ["a"])
-    assert await runner.start("b", patience=0.05) == "queue_timeout"
+    assert await runner.start("b", timeout=0.05) == "queue_timeout"
     assert door.waiting == 0
     runner.ends["a"].set()
     await until(lambda: empty(door))

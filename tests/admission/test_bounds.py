@@ -56,10 +56,10 @@ class Overload(RuleBasedStateMachine):
         model=st.sampled_from(MODELS),
         tokens=st.integers(1, 110),
         size=st.integers(0, 1000),
-        patience=st.floats(0.01, 20),
+        timeout=st.floats(0.01, 20),
     )
-    def arrive(self, who: int, model: str, tokens: int, size: int, patience: float) -> None:
-        new = ticket(self.clients[who], tokens, now=self.now, patience=patience, model=model, size=size)
+    def arrive(self, who: int, model: str, tokens: int, size: int, timeout: float) -> None:
+        new = ticket(self.clients[who], tokens, now=self.now, timeout=timeout, model=model, size=size)
         waited = bool(self.waiting)
         try:
             self.plan.arrive(new)
@@ -72,9 +72,9 @@ class Overload(RuleBasedStateMachine):
             return
         if new.state == "running":
             assert not waited, "nobody passes those who wait"
-            self.running[new] = self.slots.claim(new) if self.slots else None
+            self.running[new] = self.slots.reserve(new) if self.slots else None
         else:
-            new.settle = lambda error: self.settle(new, error)
+            new.on_decision = lambda error: self.settle(new, error)
             self.waiting.append(new)
             self.plan.admit(self.now)
 
@@ -119,10 +119,10 @@ class Overload(RuleBasedStateMachine):
         rivals = [t for t in self.waiting if t.model == one.model and t.deadline > self.now]
         assert not any(t.client is one.client and t.number < one.number for t in rivals), "first come, first served"
         assert not any(t.client.level.priority > one.client.level.priority for t in rivals)
-        if one.claim is not None:  # its leases come in the place of what was kept for it
-            one.claim.release()
-            one.claim = None
-        self.running[one] = self.slots.claim(one) if self.slots else None
+        if one.reservation is not None:  # its leases come in the place of what was kept for it
+            one.reservation.release()
+            one.reservation = None
+        self.running[one] = self.slots.reserve(one) if self.slots else None
 
     # What always holds
 

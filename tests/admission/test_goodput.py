@@ -68,8 +68,8 @@ class Service:
         heapq.heappush(self.events, (when, next(self.numbers), ticket))
 
     def arrive(self, now: float) -> None:
-        new = ticket(self.client, now=now, patience=PATIENCE)
-        new.settle = lambda error: self.settled(new, error)
+        new = ticket(self.client, now=now, timeout=PATIENCE)
+        new.on_decision = lambda error: self.settled(new, error)
         try:
             self.plan.arrive(new)
         except Unavailable:
@@ -100,7 +100,7 @@ def test_at_five_times_capacity_every_slot_is_at_work_and_most_refusals_come_at_
     service.run()
     assert service.busy >= 0.99 * SLOTS * (SECONDS - RAMP)
     assert max(service.waits) < PATIENCE
-    # The queue is as long as it takes to use the patience there is, and no longer.
+    # The queue is as long as it takes to use the timeout there is, and no longer.
     assert service.most_waiting < 6 * PATIENCE * CAPACITY
     assert service.late < 0.1 * service.early
     assert (service.plan.requests, service.plan.waiting) == (0, 0)

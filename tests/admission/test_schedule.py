@@ -50,7 +50,7 @@ def test_a_large_head_is_not_passed_by_small_ones_and_gets_its_turn() -> None:
     for each in running[:4]:
         plan.leave(each, 1.0)
         plan.admit(1.0)
-    assert told.let_in == [], "there was room for the small one all the time"
+    assert told.let_in == [], "there was capacity for the small one all the time"
     plan.leave(running[4], 1.0)
     plan.admit(1.0)
     assert told.let_in == [large, small]
@@ -154,7 +154,7 @@ def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> None:
     plan.arrive(running := ticket(one))
     told = Told()
     for _ in range(40):
-        plan.arrive(told.listen(ticket(one, patience=1000.0)))
+        plan.arrive(told.listen(ticket(one, timeout=1000.0)))
     for _ in range(20):  # one a second
         now += 1.0
         plan.leave(running, now)
@@ -162,11 +162,11 @@ def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> None:
         running = told.let_in[-1]
     assert plan.waiting == 20
     with refusal(DeadlineTooClose) as caught:
-        plan.arrive(ticket(one, now=now, patience=20.9))
+        plan.arrive(ticket(one, now=now, timeout=20.9))
     assert (caught.value.status, caught.value.retry_after) == (503, 20)
-    plan.arrive(patient := ticket(one, now=now, patience=21.1))
+    plan.arrive(patient := ticket(one, now=now, timeout=21.1))
     assert patient.state == "waiting"
-    hurried = ticket(client("b", one.level), now=now, patience=3.0)
+    hurried = ticket(client("b", one.level), now=now, timeout=3.0)
     plan.arrive(hurried)
     assert hurried.state == "waiting", "another key's share comes sooner"
 
@@ -176,23 +176,23 @@ def test_a_queue_that_is_empty_may_be_tried_however_slow_it_was() -> None:
     plan.arrive(running := ticket(one))
     told = Told()
     for _ in range(6):
-        plan.arrive(told.listen(ticket(one, patience=1e6)))
+        plan.arrive(told.listen(ticket(one, timeout=1e6)))
     for _ in range(6):
         now += 9.0
         plan.leave(running, now)
         plan.admit(now)
         running = told.let_in[-1]
-    plan.arrive(alone := ticket(one, now=now, patience=5.0))
+    plan.arrive(alone := ticket(one, now=now, timeout=5.0))
     assert alone.state == "waiting"
     with refusal(DeadlineTooClose):
-        plan.arrive(ticket(one, now=now, patience=5.0))
+        plan.arrive(ticket(one, now=now, timeout=5.0))
 
 
 def test_who_waits_past_its_deadline_is_told_and_never_let_in() -> None:
     plan, one, told = schedule(requests=1), client(), Told()
     plan.arrive(running := ticket(one))
-    plan.arrive(late := told.listen(ticket(one, patience=5.0)))
-    plan.arrive(later := told.listen(ticket(one, patience=9.0)))
+    plan.arrive(late := told.listen(ticket(one, timeout=5.0)))
+    plan.arrive(later := told.listen(ticket(one, timeout=9.0)))
     plan.leave(running, 5.0)
     plan.admit(5.0)
     assert told.refused == [(late, "queue_timeout")] and told.let_in == [later]
@@ -204,10 +204,10 @@ def test_who_waits_past_its_deadline_is_told_and_never_let_in() -> None:
 
 
 def test_lanes_of_other_models_go_on_while_one_is_full() -> None:
-    room = Slots({"m": 1})
-    plan, one, told = schedule(room), client(), Told()
+    capacity = Slots({"m": 1})
+    plan, one, told = schedule(capacity), client(), Told()
     plan.arrive(first := ticket(one))
-    place = room.claim(first)
+    place = capacity.reserve(first)
     plan.arrive(blocked := told.listen(ticket(one)))
     plan.arrive(other := told.listen(ticket(one, model="n")))
     plan.admit(0.0)
@@ -215,15 +215,15 @@ def test_lanes_of_other_models_go_on_while_one_is_full() -> None:
     place.release()
     plan.admit(0.0)
     assert told.let_in == [other, blocked]
-    assert room.taken["m"] == 1, "its room is kept for it until it takes it"
+    assert capacity.taken["m"] == 1, "the capacity is kept for it until it takes it"
     plan.leave(blocked, 1.0)
     plan.leave(blocked, 1.0)
-    assert room.taken["m"] == 0
+    assert capacity.taken["m"] == 0
 
 
 def test_a_head_that_has_a_backend_but_no_room_in_all_holds_up_every_lane() -> None:
-    room = Slots({"m": 5})
-    plan, one, told = schedule(room, tokens=100), client(), Told()
+    capacity = Slots({"m": 5})
+    plan, one, told = schedule(capacity, tokens=100), client(), Told()
     plan.arrive(ticket(one, 50))
     plan.arrive(told.listen(ticket(one, 90)))
     plan.arrive(told.listen(ticket(one, 10, model="n")))
@@ -290,7 +290,7 @@ def test_time_after_the_last_one_gave_up_waiting_is_no_slowness() -> None:
     plan.leave(last, now)
     now += 1000.0
     for _ in range(3):
-        plan.arrive(new := ticket(one, now=now, patience=5.0))
+        plan.arrive(new := ticket(one, now=now, timeout=5.0))
         assert new.state == "waiting"
 
 
@@ -350,14 +350,14 @@ def test_a_queue_that_is_too_slow_for_the_target_is_seen_on_arrival() -> None:
     now, running = 0.0, ticket(one)
     plan.arrive(running)
     for _ in range(6):  # one leaves the queue every 4 s
-        waiting = told.listen(ticket(one, now=now, patience=100.0))
+        waiting = told.listen(ticket(one, now=now, timeout=100.0))
         plan.arrive(waiting)
         now += 4.0
         plan.leave(running, now)
         plan.admit(now)
         running = waiting
     for _ in range(2):
-        plan.arrive(ticket(one, now=now, patience=100.0))
+        plan.arrive(ticket(one, now=now, timeout=100.0))
     with refusal(TargetMissed):
-        plan.arrive(ticket(one, now=now, patience=100.0))
+        plan.arrive(ticket(one, now=now, timeout=100.0))
     assert plan.waiting == 2

@@ -1,4 +1,4 @@
-"""Whether the backends have room, and what is kept of it."""
+"""Whether the backends have capacity, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def fleet(prefill: int = 0, decode: int = 0, mixed: int = 0, **bounds: Any) -> F
 
 
 def ticket(tokens: int = 100, *, split: bool = True, model: str | None = "m") -> Ticket:
-    return Ticket(Client("a", Level(0)), model, split, tokens // 2, tokens, 0, 0.0, 1.0)
+    return Ticket(Client("a", Level(0)), model, split, tokens // 2, tokens, 0)
 
 
 def test_a_pool_holds_what_its_backends_that_are_up_hold_together() -> None:
     made = fleet(1, 3, decode_requests=2)
-    room = FleetCapacity(made)
+    capacity = FleetCapacity(made)
     made.pool("decode")[0].mark_down("for the test")
     kept = []
-    while room.has(ticket()):
-        kept.append(room.claim(ticket()))
+    while capacity.has(ticket()):
+        kept.append(capacity.reserve(ticket()))
     assert len(kept) == 4
     assert [b.inflight_requests for b in made.pool("decode")] == [0, 2, 2]
     made.pool("decode")[0].mark_up()
-    assert room.has(ticket())
+    assert capacity.has(ticket())
     for each in kept:
         each.release()
         each.release()
@@ -45,52 +45,52 @@ def test_a_pool_holds_what_its_backends_that_are_up_hold_together() -> None:
 
 def test_a_split_request_needs_room_in_both_pools_and_another_only_in_one() -> None:
     made = fleet(1, 1, prefill_requests=1, decode_requests=2)
-    room = FleetCapacity(made)
+    capacity = FleetCapacity(made)
     [prefill], [decode] = made.pool("prefill"), made.pool("decode")
     with Lease(prefill, 10):
-        assert not room.has(ticket())
-        assert room.has(ticket(split=False))
+        assert not capacity.has(ticket())
+        assert capacity.has(ticket(split=False))
         with Lease(decode, 10), Lease(decode, 10):
-            assert not room.has(ticket(split=False))
-    assert room.has(ticket())
+            assert not capacity.has(ticket(split=False))
+    assert capacity.has(ticket())
 
 
 def test_tokens_are_those_of_each_leg() -> None:
     made = fleet(1, 1, prefill_tokens=100, decode_tokens=200)
-    room = FleetCapacity(made)
+    capacity = FleetCapacity(made)
     [prefill], [decode] = made.pool("prefill"), made.pool("decode")
     with Lease(prefill, 60):
-        assert room.has(ticket(80))
-        assert not room.has(ticket(82))
+        assert capacity.has(ticket(80))
+        assert not capacity.has(ticket(82))
     with Lease(decode, 100):
-        assert room.has(ticket(100))
-        assert not room.has(ticket(101))
+        assert capacity.has(ticket(100))
+        assert not capacity.has(ticket(101))
 
 
 def test_a_long_prompt_goes_to_an_idle_prefill_backend() -> None:
     made = fleet(2, 1, prefill_tokens=100)
-    room = FleetCapacity(made)
+    capacity = FleetCapacity(made)
     first, second = made.pool("prefill")
     with Lease(first, 1):
-        assert room.has(ticket(10_000))
+        assert capacity.has(ticket(10_000))
         with Lease(second, 1):
-            assert not room.has(ticket(10_000))
+            assert not capacity.has(ticket(10_000))
 
 
 def test_mixed_backends_count_where_no_pair_is_up_or_the_request_cannot_be_split() -> None:
     made = fleet(1, 1, 1, decode_requests=1)
-    room = FleetCapacity(made)
+    capacity = FleetCapacity(made)
     [prefill], [decode], [mixed] = (made.pool(role) for role in ("prefill", "decode", "mixed"))
     with Lease(mixed, 1):
-        assert room.has(ticket())
-        assert not room.has(ticket(split=False))
+        assert capacity.has(ticket())
+        assert not capacity.has(ticket(split=False))
         prefill.mark_down("for the test")
-        assert not room.has(ticket())
+        assert not capacity.has(ticket())
     with Lease(decode, 1):
-        assert room.has(ticket())
-        room.claim(ticket()).release()
+        assert capacity.has(ticket())
+        capacity.reserve(ticket()).release()
         mixed.mark_down("for the test")
-        assert not room.has(ticket())
+        assert not capacity.has(ticket())
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -98,19 +98,19 @@ def test_where_nobody_is_up_it_is_not_room_that_is_missing(split: bool) -> None:
     made = fleet(1, 1, 1, decode_requests=1, prefill_requests=1)
     for backend in made:
         backend.mark_down("for the test")
-    room = FleetCapacity(made)
-    assert room.has(ticket(split=split))
-    room.claim(ticket(split=split)).release()
+    capacity = FleetCapacity(made)
+    assert capacity.has(ticket(split=split))
+    capacity.reserve(ticket(split=split)).release()
 
 
 def test_backends_that_do_not_serve_the_model_have_no_room_for_it() -> None:
     made = fleet(0, 2, decode_requests=1)
     first, second = made.pool("decode")
     first.models, second.models = {"m": {}}, {"n": {}}
-    room = FleetCapacity(made)
+    capacity = FleetCapacity(made)
     with Lease(first, 1):
-        assert not room.has(ticket(model="m"))
-        assert room.has(ticket(model="n"))
+        assert not capacity.has(ticket(model="m"))
+        assert capacity.has(ticket(model="n"))
 
 
 def test_full_backends_are_no_candidates_while_others_have_room() -> None:

@@ -1,4 +1,4 @@
-"""Admission as requests meet it: the schedule's decisions, with a clock, timers and futures.
+"""Admission of requests: the schedule's decisions, with a clock, timers and futures.
 
 A request that may start at once costs neither. Only one that waits has a future and a timer.
 """
@@ -26,7 +26,7 @@ class Admission:
     """The bounds, the queue and the clients of a gateway.
 
     Arguments:
-        room: what the backends have room for; None where they have no bounds.
+        capacity: of the backends; None where they have no bounds.
         clock: seconds, never going back.
     Attributes:
         clients: by name.
@@ -34,17 +34,17 @@ class Admission:
     """
 
     def __init__(
-        self, settings: Settings, room: Capacity | None = None, clock: Callable[[], float] = monotonic
+        self, settings: Settings, capacity: Capacity | None = None, clock: Callable[[], float] = monotonic
     ) -> None:
         self.clients = clients(settings)
         self.on_wait: Callable[[], object] | None = None
-        self._schedule = Schedule(settings.admission, room)
+        self._schedule = Schedule(settings.admission, capacity)
         self._clock = clock
         self._closed = False
-        self._looking = False
+        self._recheck_due = False
         self._refused = 0
-        self._refusals_said: float | None = None
-        self._give_back = self._leave
+        self._refusals_logged: float | None = None
+        self._on_leave = self._leave  # bound once, not for each request
 
     @property
     def waiting(self) -> int:
@@ -61,26 +61,15 @@ class Admission:
         """Their tokens, estimated."""
         return self._schedule.tokens
 
-    def enter(
-        self,
-        client: str,
-        model: str | None,
-        *,
-        split: bool,
-        prefill_tokens: int,
-        tokens: int,
-        size: int,
-        patience: float,
-        expected: float = 0.0,
-    ) -> Ticket:
-        """A request's ticket, to be left by `with`. When its state is `waiting`, `turn` must be awaited next.
+    def enter(self, ticket: Ticket) -> Ticket:
+        """Let a request in, or into the queue. The ticket is to be left by `with`, or by `leave`. When its state is
+        `waiting`, `wait` must be awaited next.
 
-        Arguments: as of `Ticket`; client: its name; patience: seconds until its deadline.
         Raises:
             TooManyTokens, RateLimited, QueueFull, DeadlineTooClose, TargetMissed, Draining: it is refused.
         """
-        now = self._clock()
-        ticket = Ticket(self.clients[client], model, split, prefill_tokens, tokens, size, now, now + patience, expected)
+        ticket.arrived = now = self._clock()
+        ticket.deadline = now + ticket.timeout
         try:
             self._schedule.arrive(ticket)
         except Unavailable as error:
@@ -90,71 +79,71 @@ class Admission:
             if self._closed:
                 self._schedule.leave(ticket, now)
                 raise _draining()
-            self.look()
+            self.recheck()
             if self.on_wait is not None:
                 self.on_wait()
-        ticket.on_leave = self._give_back
+        ticket.on_leave = self._on_leave
         return ticket
 
-    async def turn(self, ticket: Ticket) -> None:
-        """Wait until a waiting ticket is let in. What the caller does next, up to its first `await`, sees the room
+    async def wait(self, ticket: Ticket) -> None:
+        """Wait until a waiting ticket is let in. What the caller does next, up to its first `await`, finds the capacity
         that was kept for it.
 
         Raises:
-            QueueTimedOut, QueueFull, TargetMissed, Draining: it will not be.
+            QueueTimedOut, QueueFull, TargetMissed, Draining: it will not be let in.
         """
         loop = asyncio.get_running_loop()
-        told: asyncio.Future[None] = loop.create_future()
-        ticket.settle = partial(self._settle, told)
+        decided: asyncio.Future[None] = loop.create_future()
+        ticket.on_decision = partial(self._decide, decided)
         timer = loop.call_later(max(0.0, ticket.deadline - self._clock()), self._expire, ticket)
         try:
-            await told
+            await decided
         finally:
             timer.cancel()
-            ticket.settle = None
-        if ticket.claim is not None:
-            ticket.claim.release()
-            ticket.claim = None
+            ticket.on_decision = None
+        if ticket.reservation is not None:
+            ticket.reservation.release()
+            ticket.reservation = None
 
-    def look(self) -> None:
-        """See soon who may start: something has changed. Costs nothing while nobody waits."""
-        if self._schedule.waiting and not self._looking:
-            self._looking = True
-            asyncio.get_running_loop().call_soon(self._look)
+    def recheck(self) -> None:
+        """See soon which requests may start: something has changed. Costs nothing while none waits."""
+        if self._schedule.waiting and not self._recheck_due:
+            self._recheck_due = True
+            asyncio.get_running_loop().call_soon(self._recheck)
 
     def close(self) -> None:
-        """Nobody may wait any more; those who do are told that the gateway leaves."""
+        """Refuse the requests that wait, and those that would have to, since the gateway shuts down."""
         self._closed = True
         self._schedule.refuse_all(_draining, self._clock())
 
-    def _look(self) -> None:
-        self._looking = False
+    def _recheck(self) -> None:
+        self._recheck_due = False
         self._schedule.admit(self._clock())
 
     def _leave(self, ticket: Ticket) -> None:
         self._schedule.leave(ticket, self._clock())
         if self._schedule.waiting:
-            self.look()
+            self.recheck()
 
     def _expire(self, ticket: Ticket) -> None:
         self._schedule.expire(ticket, self._clock())
-        self.look()
+        self.recheck()
 
-    def _settle(self, told: asyncio.Future[None], error: GatewayError | None) -> None:
+    def _decide(self, decided: asyncio.Future[None], error: GatewayError | None) -> None:
         if error is not None:
             self._note_refusal(error)
-        if told.done():  # its client has left in this very moment
+        if decided.done():  # its client has left in this very moment
             return
         if error is None:
-            told.set_result(None)
+            decided.set_result(None)
         else:
-            told.set_exception(error)
+            decided.set_exception(error)
 
     def _note_refusal(self, error: GatewayError) -> None:
-        """Say that requests are refused, now and then."""
+        """Log now and then that requests are refused."""
         self._refused += 1
         now = self._clock()
-        if self._refusals_said is None or now - self._refusals_said >= _LOG_INTERVAL:
+        if self._refusals_logged is None or now - self._refusals_logged >= _LOG_INTERVAL:
             log.warning(
                 "%d request(s) refused since the last such line, the last one as %s; %d run, %d wait",
                 self._refused,
@@ -163,7 +152,7 @@ class Admission:
                 self.waiting,
             )
             self._refused = 0
-            self._refusals_said = now
+            self._refusals_logged = now
 
 
 def _draining() -> Draining:

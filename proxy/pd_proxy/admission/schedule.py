@@ -1,7 +1,7 @@
 """Whether and when a request may start: the decisions, without a clock, a task or a socket.
 
-Invariants: what runs never exceeds a bound; nobody waits while there is room for the next one (as soon as `admit` has
-been asked); what a ticket has is given back once.
+Invariants: what runs never exceeds a bound; no request waits while there is capacity for the next one (once `admit` has
+been called); what a ticket has is returned once.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from typing import Protocol
 from pd_proxy.admission.clients import LATEST
 from pd_proxy.admission.fair import FairQueue, charge, start_tag
 from pd_proxy.admission.pace import Pace
-from pd_proxy.admission.ticket import Claim, Ticket
+from pd_proxy.admission.ticket import Reservation, Ticket
 from pd_proxy.errors import DeadlineTooClose, GatewayError, QueueFull, QueueTimedOut, TargetMissed, TooManyTokens
 from pd_proxy.settings.tree import AdmissionSettings
 
 
 class Capacity(Protocol):
-    """What the backends have room for."""
+    """The backends' capacity for further requests."""
 
     def has(self, ticket: Ticket) -> bool:
-        """Whether a request could start on some backends now without putting one above its bound. True as well when
-        nobody is up: then it is not room that is missing, and waiting would not help."""
+        """Whether a request could start on some backends now without putting one above its bound. Also true when no
+        backend is up: then capacity is not what is missing, and waiting would not help."""
 
-    def claim(self, ticket: Ticket) -> Claim:
-        """Keep the room that there is, until the request takes it itself."""
+    def reserve(self, ticket: Ticket) -> Reservation:
+        """Keep capacity for a request, until it takes its own leases."""
 
 
 class Schedule:
     """Decides for every request of a gateway.
 
     Arguments:
-        room: asked about the backends' bounds; None where they have none.
+        capacity: of the backends; None where they have no bounds.
     Attributes:
         requests, tokens: what runs.
     """
 
-    def __init__(self, settings: AdmissionSettings, room: Capacity | None = None) -> None:
-        self._room = room
+    def __init__(self, settings: AdmissionSettings, capacity: Capacity | None = None) -> None:
+        self._capacity = capacity
         self._most_requests: float = settings.requests or inf
         self._most_tokens: float = settings.tokens or inf
         self._largest = min(self._most_tokens, settings.decode_tokens or inf)
@@ -54,7 +54,7 @@ class Schedule:
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
+        """Requests in the queue."""
         return self._queue.count
 
     def arrive(self, ticket: Ticket) -> None:
@@ -78,7 +78,7 @@ class Schedule:
             not self._queue.count
             and self.requests < self._most_requests
             and self.tokens + tokens <= self._most_tokens
-            and (self._room is None or self._room.has(ticket))
+            and (self._capacity is None or self._capacity.has(ticket))
         ):
             charge(ticket, start_tag(client))
             self._start(ticket, ticket.arrived)
@@ -90,14 +90,14 @@ class Schedule:
             raise
 
     def admit(self, now: float) -> None:
-        """Let in whoever may start now, in order. Each is told by its `settle`."""
+        """Let in the requests that may start now, in order, and call the `on_decision` of each."""
         blocked: set[str | None] = set()
         while (ticket := self._queue.first(blocked)) is not None:
             if ticket.deadline <= now:
                 self.expire(ticket, now)
             elif now > ticket.due and not ticket.best_effort:
                 self._miss(ticket, now)
-            elif self._room is not None and not self._room.has(ticket):
+            elif self._capacity is not None and not self._capacity.has(ticket):
                 blocked.add(ticket.model)
             elif self.requests >= self._most_requests or self.tokens + ticket.tokens > self._most_tokens:
                 return  # not the next lane either: small requests would take for ever what this one waits for
@@ -106,9 +106,9 @@ class Schedule:
                 self._queue.take(ticket)
                 self._note_queue(now)
                 self._start(ticket, now)
-                if self._room is not None:
-                    ticket.claim = self._room.claim(ticket)
-                _settle(ticket, None)
+                if self._capacity is not None:
+                    ticket.reservation = self._capacity.reserve(ticket)
+                _decide(ticket, None)
 
     def leave(self, ticket: Ticket, now: float) -> None:
         """A request ends, in whatever state it is."""
@@ -117,8 +117,8 @@ class Schedule:
             self.requests -= 1
             self.tokens -= ticket.tokens
             ticket.client.leave(ticket.tokens, now - ticket.started)
-            if ticket.claim is not None:
-                ticket.claim.release()
+            if ticket.reservation is not None:
+                ticket.reservation.release()
         elif state == "waiting":
             self._queue.remove(ticket)
             self._note_queue(now)
@@ -132,7 +132,7 @@ class Schedule:
                 retry_after=self._pace.retry_after(self._queue.count, now),
             )
             self.leave(ticket, now)
-            _settle(ticket, error)
+            _decide(ticket, error)
 
     def _see_to_target(self, ticket: Ticket) -> None:
         """Note when a new request has to start, and that it is best effort where that has passed.
@@ -153,7 +153,7 @@ class Schedule:
             return
         error = self._missed(ticket, now - ticket.arrived + ticket.expected, now)
         self.leave(ticket, now)
-        _settle(ticket, error)
+        _decide(ticket, error)
 
     def _missed(self, ticket: Ticket, seconds: float, now: float) -> TargetMissed:
         return TargetMissed(
@@ -166,21 +166,21 @@ class Schedule:
         )
 
     def refuse_all(self, error: Callable[[], GatewayError], now: float) -> None:
-        """Turn everybody away who waits."""
+        """Refuse all requests that wait."""
         for ticket in list(self._queue):
             self.leave(ticket, now)
-            _settle(ticket, error())
+            _decide(ticket, error())
 
     def _wait(self, ticket: Ticket) -> None:
         queue, now = self._queue, ticket.arrived
         last: Ticket | None = None
         count, size = queue.count + 1, queue.size + ticket.size
         if count > self._most_waiting or size > self._most_bytes:
-            # Who has a queue's end full of requests must not keep others out of it: the last in turn gives way.
+            # A client that fills the queue's end must not keep others out of it: the last in turn gives way.
             last = queue.gives_way(ticket)
             if last is None or count - 1 > self._most_waiting or size - last.size > self._most_bytes:
                 raise self._full(now)
-        # An empty queue may always be tried: without anybody in it the rate would never be measured again.
+        # An empty queue always takes a request: the rate is measured only while there is one.
         wait = self._pace.seconds(queue.ahead(ticket) + 1, now) if queue.count else None
         if wait is not None and now + wait > ticket.deadline:
             raise DeadlineTooClose(
@@ -194,7 +194,7 @@ class Schedule:
             ticket.best_effort = True
         if last is not None:
             self.leave(last, now)
-            _settle(last, self._full(now))
+            _decide(last, self._full(now))
         ticket.state = "waiting"
         queue.push(ticket)
         self._note_queue(now)
@@ -215,7 +215,7 @@ class Schedule:
         self._pace.waiting(self._queue.count > 0, now)
 
 
-def _settle(ticket: Ticket, error: GatewayError | None) -> None:
-    settle, ticket.settle = ticket.settle, None
-    if settle is not None:
-        settle(error)
+def _decide(ticket: Ticket, error: GatewayError | None) -> None:
+    on_decision, ticket.on_decision = ticket.on_decision, None
+    if on_decision is not None:
+        on_decision(error)

@@ -197,34 +197,14 @@ async def _gather(receive: Receive, limit: int) -> bytearray | None:
             return whole
 
 
-def enter(
-    admission: Admission,
-    record: RequestRecord,
-    model: str | None,
-    *,
-    split: bool,
-    prefill_tokens: int,
-    tokens: int,
-    size: int,
-    patience: float,
-    expected: float = 0.0,
-) -> Ticket:
-    """A ticket for the request (see `Admission.enter`), and in the record what became of it.
+def enter(admission: Admission, record: RequestRecord, ticket: Ticket) -> Ticket:
+    """Let a request in, or into the queue (see `Admission.enter`), and note in its record which.
 
     Raises:
         GatewayError: it may neither start nor wait.
     """
     try:
-        ticket = admission.enter(
-            record.client,
-            model,
-            split=split,
-            prefill_tokens=prefill_tokens,
-            tokens=tokens,
-            size=size,
-            patience=patience,
-            expected=expected,
-        )
+        admission.enter(ticket)
     except GatewayError as error:
         record.refused = error.code
         raise
@@ -240,7 +220,7 @@ async def turn(admission: Admission, ticket: Ticket, record: RequestRecord) -> N
         GatewayError: its time ran out, or its place was lost.
     """
     try:
-        await admission.turn(ticket)
+        await admission.wait(ticket)
         record.admitted = True
         record.best_effort = ticket.best_effort
     except GatewayError as error:

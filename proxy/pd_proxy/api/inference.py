@@ -11,6 +11,7 @@ from msgspec import structs
 
 from pd_proxy.admission.admission import Admission
 from pd_proxy.admission.gate import Gate
+from pd_proxy.admission.ticket import Ticket
 from pd_proxy.api.credentials import Credentials
 from pd_proxy.api.error_shapes import ERROR_SHAPES
 from pd_proxy.api.exchange import ClientLeft, check_length, enter, exchange, introduce, read_whole, time_limit, turn
@@ -124,17 +125,17 @@ class Inference:
             )
         if body.follows or body.stored:
             self._see_to_stored(request)
-        with enter(
-            self._admission,
-            record,
+        ticket = Ticket(
+            self._admission.clients[record.client],
             body.model,
-            split=self._placing.may_split(body),
-            prefill_tokens=request.prefill_tokens,
-            tokens=request.decode_tokens,
-            size=len(raw),
-            patience=min(total, self._queue_timeout),
-            expected=self._placing.seconds_to_first_token(request) if self._has_targets else 0.0,
-        ) as ticket:
+            self._placing.may_split(body),
+            request.prefill_tokens,
+            request.decode_tokens,
+            len(raw),
+            min(total, self._queue_timeout),
+            self._placing.seconds_to_first_token(request) if self._has_targets else 0.0,
+        )
+        with enter(self._admission, record, ticket):
             if ticket.state == "waiting":
                 await turn(self._admission, ticket, record)
             if total == inf:

@@ -13,6 +13,7 @@ import msgspec
 
 from pd_proxy.admission.admission import Admission
 from pd_proxy.admission.gate import Gate
+from pd_proxy.admission.ticket import Ticket
 from pd_proxy.api.credentials import Credentials
 from pd_proxy.api.error_shapes import ANTHROPIC, OPENAI
 from pd_proxy.api.exchange import (
@@ -152,16 +153,16 @@ class SingleRoute:
         if client.gone:
             raise ClientLeft
         client.on_gone = task.cancel
-        with enter(
-            self._admission,
-            record,
+        ticket = Ticket(
+            self._admission.clients[record.client],
             request.model,
-            split=False,
-            prefill_tokens=request.tokens,
-            tokens=request.tokens,
-            size=size,
-            patience=min(total, self._queue_timeout),
-        ) as ticket:
+            False,
+            request.tokens,
+            request.tokens,
+            size,
+            min(total, self._queue_timeout),
+        )
+        with enter(self._admission, record, ticket):
             if ticket.state == "waiting":
                 await turn(self._admission, ticket, record)
             try:

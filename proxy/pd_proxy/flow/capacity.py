@@ -1,4 +1,4 @@
-"""What admission is told of the backends: whether those that a request would go to have room for it."""
+"""What admission asks about the backends: whether those that a request would go to have capacity for it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pd_proxy.placement.decide import roles_used
 from pd_proxy.placement.policies import load
 
 
-class Leases:
-    """Room that is kept for a request which has been let in, until it takes leases of its own."""
+class Reserved:
+    """Capacity that is kept for a request which has been let in, until it takes leases of its own."""
 
     __slots__ = ("_leases",)
 
@@ -31,8 +31,8 @@ class FleetCapacity:
         self._fleet = fleet
 
     def has(self, ticket: Ticket) -> bool:
-        """Whether in each pool that the request would use some backend has room; where not any two backends make a
-        pair, whether some pair has. Also true when there is no such pool: the flow will say so."""
+        """Whether in each pool that the request would use some backend has capacity; where not any two backends make a
+        pair, whether some pair has it. Also true when there is no such pool: the flow will say so."""
         has_capacity, model, tokens = self._fleet.has_capacity, ticket.model, ticket.tokens
         decode = has_capacity("decode", model, tokens)
         prefill = has_capacity("prefill", model, ticket.prefill_tokens) if ticket.split else None
@@ -44,12 +44,14 @@ class FleetCapacity:
             prefill = None
         if decode and prefill:
             return True  # what mixed backends do does not matter then
-        rooms = {"prefill": prefill, "decode": decode, "mixed": has_capacity("mixed", model, tokens)}
-        used = roles_used(alone=not ticket.split, **{role: room is not None for role, room in rooms.items()})
-        return all(rooms[role] for role in used)
+        capacities = {"prefill": prefill, "decode": decode, "mixed": has_capacity("mixed", model, tokens)}
+        used = roles_used(
+            alone=not ticket.split, **{role: capacity is not None for role, capacity in capacities.items()}
+        )
+        return all(capacities[role] for role in used)
 
-    def claim(self, ticket: Ticket) -> Leases:
-        """Leases on the least loaded backends that have room."""
+    def reserve(self, ticket: Ticket) -> Reserved:
+        """Leases on the least loaded backends that have capacity."""
         candidates, model, tokens = self._fleet.candidates, ticket.model, ticket.tokens
         found = {
             "prefill": candidates("prefill", model, ticket.prefill_tokens),
@@ -64,12 +66,12 @@ class FleetCapacity:
                 found["decode"] = [decode]
                 found["prefill"] = [prefill for prefill, other in paired if other is decode]
         used = roles_used(alone=not ticket.split, **{role: bool(backends) for role, backends in found.items()})
-        return Leases(
+        return Reserved(
             [Lease(min(found[role], key=load), ticket.prefill_tokens if role == "prefill" else tokens) for role in used]
         )
 
     def _pairs(self, ticket: Ticket, *, with_capacity: bool) -> Iterator[tuple[Backend, Backend]]:
-        """The pairs that the request may go to; all of them, or those of two that have room for it."""
+        """The pairs that the request may go to; all of them, or those of two that have capacity for it."""
         model, pairs = ticket.model, self._fleet.pairing.pairs
         prefills, decodes = self._fleet.candidates("prefill", model), self._fleet.candidates("decode", model)
         if with_capacity:
