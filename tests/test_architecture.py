@@ -82,8 +82,6 @@ LONG_FUNCTIONS = {
     "pd_proxy/flow/flow.py": 56,
     "pd_proxy/flow/legs.py": 70,
     "pd_proxy/flow/single.py": 62,
-    # placement
-    "pd_proxy/placement/decide.py": 73,
     # prefix
     "pd_proxy/prefix/engine_cache.py": 59,
     "pd_proxy/prefix/index.py": 58,

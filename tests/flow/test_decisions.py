@@ -203,7 +203,7 @@ def test_local_prefills_are_counted_by_reason(reason: str, fallback: str, counte
     decisions = Decisions(clock=Clock())
     _, asked, decision = placed(1, 1)
     prefill = decision.prefill if reason == "earliest" else None
-    decisions.note(request(), asked, Decision(decision.decode, "decode", prefill, fallback, (), reason))
+    decisions.note(request(), asked, Decision(decision.decode, "decode", prefill, fallback, reason))
     assert decisions.local == ({counted: 1} if counted else {})
     assert decisions.counts == {("decode", reason): 1}
 

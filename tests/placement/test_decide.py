@@ -133,11 +133,6 @@ def test_each_pool_has_its_own_policy() -> None:
     assert {summary(decision)[0] for decision in turns} == {"http://decode0"}
 
 
-def test_the_runners_up_are_the_others_of_the_pool_that_answers() -> None:
-    assert decided(view(3, 3)).runners_up == ("http://decode1", "http://decode2")
-    assert decided(view(0, 0, 2)).runners_up == ("http://mixed1",)
-
-
 def test_what_failed_a_request_before_is_avoided() -> None:
     decision = decided(view(2, 2), avoid={"http://prefill0", "http://decode0"})
     assert summary(decision)[:3] == ("http://decode1", "decode", "http://prefill1")

@@ -59,7 +59,6 @@ class Decision(msgspec.Struct, Generic[C], frozen=True):
         pool: its pool, `decode` or `mixed`.
         prefill: the other half of the pair, or None when `decode` computes the prompt itself.
         fallback: why there is no hand-off though there are pools for it, or empty.
-        candidates: the backends that could have answered, `decode` among them.
         reason: what decided: one of `REASONS`.
     """
 
@@ -67,18 +66,12 @@ class Decision(msgspec.Struct, Generic[C], frozen=True):
     pool: str
     prefill: C | None
     fallback: str
-    candidates: Sequence[C]
     reason: str = ""
 
     @property
     def chosen(self) -> tuple[str, ...]:
         """URLs of the backends that serve it."""
         return (self.decode.url,) if self.prefill is None else (self.prefill.url, self.decode.url)
-
-    @property
-    def runners_up(self) -> tuple[str, ...]:
-        """URLs of the backends that could have answered as well."""
-        return tuple(c.url for c in self.candidates if c is not self.decode)
 
 
 def roles_used(
@@ -132,39 +125,61 @@ def decide(
     if prefill_alone and any(c.url not in ask.avoid for c in view.prefill):
         policy = policies["prefill"]
         chosen = choose(view.prefill, "prefill", policy, ask)
-        return Decision(chosen, "prefill", None, "", view.prefill, policy)
+        return Decision(chosen, "prefill", None, "", policy)
     prefills, decodes = view.prefill, view.decode
     if view.pairs is not None:
         decodes = [d for d in decodes if any(view.pairs(p, d) for p in prefills)]
     if prefills and decodes and not alone:  # as `roles_used` has it
-        decode = choose(decodes, "decode", policies["decode"], ask)
-        if view.pairs is not None:
-            prefills = [p for p in prefills if view.pairs(p, decode)]
-        policy = policies["prefill"]
-        if ask.prefer and ask.prefer not in ask.avoid:
-            for prefill in prefills:
-                if prefill.url == ask.prefer:
-                    return Decision(decode, "decode", prefill, "", decodes, "prefilled_before")
-        prefill = choose(prefills, "prefill", policy, ask)
-        if policy != "auto":
-            return Decision(decode, "decode", prefill, "", decodes, policy)
-        if ask.brief:
-            return Decision(decode, "decode", prefill, "", decodes, "earliest")
-        wholes: Sequence[C] = ()
-        if allow_local_prefill:
-            wholes = view.decode if view.plain is None else view.plain
-        better = instead(prefill, decode, wholes, view.mixed, ask)
-        if better is None:
-            return Decision(decode, "decode", prefill, "", decodes, why_first(prefill, ask))
-        pool = view.mixed if better.pool == "mixed" else wholes
-        return Decision(better.backend, better.pool, None, "", pool, better.reason)
+        return _decide_pair(view, decodes, ask, policies, allow_local_prefill)
+    return _decide_whole(view, ask, alone, policies, allow_local_prefill)
+
+
+def _decide_pair(
+    view: View[C], decodes: Sequence[C], ask: Ask, policies: Mapping[str, str], allow_local_prefill: bool
+) -> Decision[C]:
+    """Choose a pair, or one backend that is expected to serve the whole request sooner.
+
+    Arguments:
+        decodes: the decode backends that a prefill backend may hand over to; not empty, as `view.prefill` is not.
+    """
+    decode = choose(decodes, "decode", policies["decode"], ask)
+    prefills = view.prefill
+    if view.pairs is not None:
+        prefills = [p for p in prefills if view.pairs(p, decode)]
+    policy = policies["prefill"]
+    if ask.prefer and ask.prefer not in ask.avoid:
+        for prefill in prefills:
+            if prefill.url == ask.prefer:
+                return Decision(decode, "decode", prefill, "", "prefilled_before")
+    prefill = choose(prefills, "prefill", policy, ask)
+    if policy != "auto":
+        return Decision(decode, "decode", prefill, "", policy)
+    if ask.brief:
+        return Decision(decode, "decode", prefill, "", "earliest")
+    wholes: Sequence[C] = ()
+    if allow_local_prefill:
+        wholes = view.decode if view.plain is None else view.plain
+    better = instead(prefill, decode, wholes, view.mixed, ask)
+    if better is None:
+        return Decision(decode, "decode", prefill, "", why_first(prefill, ask))
+    return Decision(better.backend, better.pool, None, "", better.reason)
+
+
+def _decide_whole(
+    view: View[C], ask: Ask, alone: str, policies: Mapping[str, str], allow_local_prefill: bool
+) -> Decision[C]:
+    """Choose one backend for a request for which there is no pair.
+
+    Raises:
+        NoBackend: as `decide`.
+        InvalidRequest: as `decide`.
+    """
     used = roles_used(alone=bool(alone), prefill=False, decode=bool(view.decode), mixed=bool(view.mixed))
     split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
-    missing = _missing(view)
-    fallback = alone or missing if split_configured else ""
+    fallback = alone or _missing(view) if split_configured else ""
     if "mixed" in used:
         policy = policies["mixed"]
-        return Decision(choose(view.mixed, "mixed", policy, ask), "mixed", None, fallback, view.mixed, policy)
+        return Decision(choose(view.mixed, "mixed", policy, ask), "mixed", None, fallback, policy)
     if not used:
         raise NoBackend(_nobody(view), retry_after=1)
     plain = view.decode if view.plain is None else view.plain
@@ -172,7 +187,7 @@ def decide(
         policy = policies["decode"]
         # It prefills and decodes, as a mixed one does.
         decode = choose(plain, "mixed", policy, ask)
-        return Decision(decode, "decode", None, fallback, plain, policy)
+        return Decision(decode, "decode", None, fallback, policy)
     why = "their connector does not let them" if allow_local_prefill else "fallback: reject"
     if alone:
         raise InvalidRequest(
