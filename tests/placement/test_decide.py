@@ -203,7 +203,6 @@ def test_a_decode_backend_that_needs_a_hand_off_serves_pairs() -> None:
 def test_of_the_decode_backends_only_those_that_need_no_hand_off_serve_whole_requests() -> None:
     decision = decided(needing(1, 3, 0, 1), alone="n")
     assert summary(decision) == ("http://decode2", "decode", None, "n")
-    assert decision.runners_up == ()
 
 
 def test_what_cannot_be_split_is_refused_where_every_decode_backend_needs_a_hand_off() -> None:

@@ -194,6 +194,8 @@ def _root(members: Members, shaping: frozenset[str], kind: bytes, key: bytes) ->
 def _before(members: Members) -> list[bytes | msgspec.Raw]:
     """What a template writes before the messages, each part with a mark in front that no JSON value begins with."""
     parts: list[bytes | msgspec.Raw] = []
+    if _NAMED_BEFORE.isdisjoint(members):
+        return parts
     for name, mark in _BEFORE:
         if (part := members.get(name)) is not None:
             parts += mark, part
@@ -203,6 +205,7 @@ def _before(members: Members) -> list[bytes | msgspec.Raw]:
 
 
 _BEFORE = (("tools", b"\1"), ("system", b"\2"), ("instructions", b"\2"))
+_NAMED_BEFORE = frozenset(name for name, _ in _BEFORE)
 
 
 def _opened(raw: msgspec.Raw, batch: bool) -> memoryview:

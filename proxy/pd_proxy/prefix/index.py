@@ -38,6 +38,7 @@ _MOST_PENDING = 4096  # requests at one engine whose answers are awaited; of the
 _MOST_BLIND = 8  # answers in succession that found nothing, where something was believed: it has no prefix cache
 _SLACK = 0.25  # of what was believed: by so much bytes may mislead about tokens before a loss is one
 _FEW = 32  # engines that are named one by one
+_MOST_NAMED = 256  # sets of engines whose names are kept
 _MOST_MARKS = 512  # instants that are remembered, for the age of entries
 
 _MANY = 1 << 17  # estimated tokens of prompts after which it is looked at how many there really were
@@ -194,6 +195,7 @@ class PrefixIndex:
         self._engines: dict[str, _Engine] = {}
         self._urls: list[str] = []  # by slot; empty where the slot is free
         self._free: list[int] = []
+        self._named: dict[int, tuple[str, ...]] = {}  # the engines of sets of bits, as they were asked for of late
         self._stamp = 0
         self._marks: deque[tuple[float, int]] = deque()  # instants, and the first ordinal that was given after each
         self._mark_step = 1.0
@@ -220,6 +222,7 @@ class PrefixIndex:
                 slot = len(self._urls)
                 self._urls.append("")
             self._urls[slot] = engine
+            self._named.clear()
             self.joins += 1
             one = self._engines[engine] = _Engine(slot)
             self._share = max(1, self._most // len(self._engines))
@@ -238,6 +241,7 @@ class PrefixIndex:
             self.joins += 1
             self._drop_all(one)
             self._urls[one.slot] = ""
+            self._named.clear()
             self._free.append(one.slot)
             self._share = max(1, self._most // max(1, len(self._engines)))
 
@@ -261,7 +265,7 @@ class PrefixIndex:
 
     def cached(self, chain: Chain) -> Mapping[str, int]:
         """Tokens of a prompt that each engine is believed to have; those that have none are absent."""
-        table = self._table
+        table, named = self._table, self._named
         held: dict[str, int] = {}
         hashes = chain.hashes
         if not hashes:
@@ -274,24 +278,30 @@ class PrefixIndex:
             still = mask & table.get(hashed, 0)
             if still != mask:
                 if count:
-                    self._put(held, mask ^ still, chain.tokens_of(count))
+                    gone = mask ^ still
+                    held.update(dict.fromkeys(named.get(gone) or self._names(gone), chain.tokens_of(count)))
                 if not still:
                     return held
                 mask = still
             count += 1
-        self._put(held, mask, chain.tokens_of(count))
+        held.update(dict.fromkeys(named.get(mask) or self._names(mask), chain.tokens_of(count)))
         return held
 
-    def _put(self, held: dict[str, int], mask: int, tokens: int) -> None:
-        urls = self._urls
+    def _names(self, mask: int) -> tuple[str, ...]:
+        """The engines of a set of bits. Prompts that begin alike have the same, request after request."""
+        urls, names = self._urls, []
         if mask.bit_count() <= _FEW:
-            while mask:
-                slot = mask.bit_length() - 1
-                held[urls[slot]] = tokens
-                mask ^= 1 << slot
+            rest = mask
+            while rest:
+                slot = rest.bit_length() - 1
+                names.append(urls[slot])
+                rest ^= 1 << slot
         else:
-            bits = f"{mask:b}"[::-1].encode().translate(_BITS)
-            held.update(dict.fromkeys(compress(urls, bits), tokens))
+            names = list(compress(urls, f"{mask:b}"[::-1].encode().translate(_BITS)))
+        if len(self._named) >= _MOST_NAMED:
+            self._named.clear()
+        found = self._named[mask] = tuple(names)
+        return found
 
     def enter(self, engine: str, chain: Chain, now: float = 0.0) -> None:
         """A prompt is sent to an engine. What comes of it is told by `correct`, `settle` or `withdraw` with this very
@@ -493,9 +503,7 @@ class PrefixIndex:
         get, move, holders = entries.get, entries.move_to_end, table.get
         hashes, sizes, scale = chain.hashes, chain.blocks.sizes, chain.scale
         used, depth, size, weight, value, last = one.used, count, 0, 0, 0, -1
-        number = count
-        while number:
-            number -= 1
+        for number in range(count - 1, -1, -1):
             hashed = hashes[number]
             if sizes[number] != size:
                 size = sizes[number]
