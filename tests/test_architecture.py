@@ -50,8 +50,6 @@ LONG_FILES = {
     "pd_proxy/flow/trial.py": 474,
     # http
     "pd_proxy/http/client.py": 580,
-    # prefix
-    "pd_proxy/prefix/index.py": 584,
     # relay
     "pd_proxy/relay/stream.py": 831,
     # requests
@@ -82,9 +80,6 @@ LONG_FUNCTIONS = {
     "pd_proxy/flow/flow.py": 56,
     "pd_proxy/flow/legs.py": 70,
     "pd_proxy/flow/single.py": 62,
-    # prefix
-    "pd_proxy/prefix/engine_cache.py": 59,
-    "pd_proxy/prefix/index.py": 58,
     # relay
     "pd_proxy/relay/stream.py": 107,
     # simulator

@@ -224,11 +224,11 @@ class IndexMachine(RuleBasedStateMachine):
             assert one.used <= one.capacity
             assert one.computing.keys() <= one.pending.keys()
             assert sum(value & 0x7FFF for value in one.entries.values()) == one.used
-            assert index._urls[one.slot] == engine
+            assert index._blocks.urls[one.slot] == engine
             for hashed in one.entries:
                 held[hashed] = held.get(hashed, 0) | one.bit
-        assert index._table == held
-        assert len(index._urls) <= len(ENGINES)
+        assert index._blocks.holders == held
+        assert len(index._blocks.urls) <= len(ENGINES)
 
 
 TestIndex = IndexMachine.TestCase

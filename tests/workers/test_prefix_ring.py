@@ -182,7 +182,7 @@ def test_a_reader_beside_a_writer_in_another_process_never_enters_what_was_not_s
         reader.peers.look()
         looks += 1
     reader.peers.look()
-    assert set(reader.index._table) <= sent
+    assert set(reader.index._blocks.holders) <= sent
     assert reader.index.cached(chains[2999 % len(chains)])
     os.close(started)
     os.close(starting)

@@ -177,11 +177,7 @@ class EngineCache:
         tier = _tier(event.medium)
         size, ids = event.block_size, event.token_ids
         if not ids:  # of a tier whose keeper knows no more than names
-            for name in names:
-                if (known := self._blocks.get(name)) is not None:
-                    known.tiers |= tier
-                else:
-                    self._counts["unplaced"] += 1
+            self._store_names(names, tier)
             return
         if not 0 < size <= _LARGEST or len(ids) != size * count:
             self._wrong("malformed", f"{count} blocks of {size} tokens with {len(ids)} token ids are no blocks")
@@ -195,6 +191,24 @@ class EngineCache:
                 self._counts["unplaced"] += count
                 return
             root = found
+        yield from self._place(event, before, root, tier)
+
+    def _store_names(self, names: Sequence[Hash], tier: int) -> None:
+        """Blocks that are known have been copied to a tier."""
+        for name in names:
+            if (known := self._blocks.get(name)) is not None:
+                known.tiers |= tier
+            else:
+                self._counts["unplaced"] += 1
+
+    def _place(self, event: BlockStored, before: _Block | None, root: int, tier: int) -> Iterator[None]:
+        """Place an event's blocks behind one another, a few in one step.
+
+        Arguments:
+            before: the block before the first one; None where that begins a prompt, under `root`.
+        """
+        names, count = event.block_hashes, len(event.block_hashes)
+        size, ids, parent = event.block_size, event.token_ids, event.parent_block_hash
         hashes: list[int] = []
         sizes: list[int] = []
         patience = max(1, min(_PATIENCE, _PATIENCE_TOKENS // size))
