@@ -1,4 +1,4 @@
-"""``python -m pd_proxy_simulator``."""
+"""`python -m pd_proxy_simulator`."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Adapters:
         return replace(config, model=model, weights=config.weights + 1 + crc32(self._paths[model].encode()))
 
     def load(self, body: dict[str, Any]) -> str:
-        """``POST /v1/load_lora_adapter``. Raises RequestError."""
+        """`POST /v1/load_lora_adapter`. Raises RequestError."""
         name, path = body.get("lora_name"), body.get("lora_path")
         if not isinstance(name, str) or not isinstance(path, str) or not name or not path:
             raise RequestError(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
@@ -44,7 +44,7 @@ class Adapters:
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def unload(self, body: dict[str, Any]) -> str:
-        """``POST /v1/unload_lora_adapter``. Raises RequestError."""
+        """`POST /v1/unload_lora_adapter`. Raises RequestError."""
         name = body.get("lora_name")
         if name not in self._paths:
             raise RequestError(404, "NotFoundError", f"The lora adapter '{name}' cannot be found.")

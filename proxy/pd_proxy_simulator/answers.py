@@ -3,7 +3,7 @@
 Both are listeners of the engine and are called inside its step, so nothing here awaits: no task, no queue, one write a
 token. If the client reads too slowly, tokens gather and go out together, as vLLM's output collector does.
 
-Invariant: ``done`` is set exactly once: answered, failed, cut, or abandoned because the client has gone.
+Invariant: `done` is set exactly once: answered, failed, cut, or abandoned because the client has gone.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class StreamAnswer(Answer):
         self._abort(self.sequences)
 
     def fail_first(self, error: RequestError) -> None:
-        """The fault ``error_event_first``: an error before any token."""
+        """The fault `error_event_first`: an error before any token."""
         if self.request.kind == "chat":
             self._choice({"index": 0, "delta": {"role": "assistant", "content": ""}, **_ROLE_REST})
         self._fail(error)

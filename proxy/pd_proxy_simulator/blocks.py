@@ -1,9 +1,9 @@
 """The KV cache: a pool of blocks, each with what is stored in it, shared by requests with the same prefix.
 
 Invariant: a block is free exactly when its reference count is zero; free blocks keep their content and can be hit again
-until they are given to someone else (least recently freed first). ``pins`` counts the hand-offs that hold a block.
+until they are given to someone else (least recently freed first). `pins` counts the hand-offs that hold a block.
 
-A block's content is the state before it, its tokens, and an ``error``: zero for true KV, anything else for KV that
+A block's content is the state before it, its tokens, and an `error`: zero for true KV, anything else for KV that
 was computed from, or copied from, something wrong. Nothing here raises on wrong KV: engines cannot see it either.
 """
 
@@ -60,7 +60,7 @@ class BlockPool:
         return len(self._touched) - 1 - len(self._released)
 
     def match(self, keys: Iterable[int]) -> list[Block]:
-        """The cached blocks for the longest prefix of ``keys``; nothing is taken yet."""
+        """The cached blocks for the longest prefix of `keys`; nothing is taken yet."""
         found: list[Block] = []
         for key in keys:
             block = self._cached.get(key)
@@ -70,7 +70,7 @@ class BlockPool:
         return found
 
     def take(self, hits: Sequence[Block], fresh: int) -> list[Block] | None:
-        """Reference the ``hits`` and ``fresh`` new blocks; None, and nothing changed, if there are too few."""
+        """Reference the `hits` and `fresh` new blocks; None, and nothing changed, if there are too few."""
         idle = sum(1 for block in hits if block.refs == 0)
         if self.free - idle < fresh:
             return None
@@ -115,7 +115,7 @@ class BlockPool:
         parent: int | None = None,
         salt: str = "",
     ) -> None:
-        """Store KV in a block; ``key`` makes it findable (full blocks only).
+        """Store KV in a block; `key` makes it findable (full blocks only).
 
         Arguments:
             parent: the key of the block before it; None for a prompt's first.
@@ -136,7 +136,7 @@ class BlockPool:
             block.pins += 1
 
     def unpin(self, blocks: Sequence[Block]) -> None:
-        """Undo :meth:`pin`."""
+        """Undo `pin`."""
         for block in blocks:
             block.pins -= 1
             self.pinned -= block.pins == 0

@@ -1,4 +1,4 @@
-"""The command line: ``pd-proxy simulate``, or ``python -m pd_proxy_simulator``.
+"""The command line: `pd-proxy simulate`, or `python -m pd_proxy_simulator`.
 
 Invariant: SIGTERM (as vLLM takes it) and SIGINT end it with exit status 0; an engine that died ends it with 1, as
 vLLM's process does.

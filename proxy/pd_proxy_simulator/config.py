@@ -1,6 +1,6 @@
 """What a simulated engine can be told, in one frozen value; nothing else in this room reads flags or the environment.
 
-Invariant: a config that exists is consistent (checked once, in ``__post_init__``).
+Invariant: a config that exists is consistent (checked once, in `__post_init__`).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class SimulatorConfig:
 
     @property
     def advertised_host(self) -> str:
-        """``remote_host`` of this engine's hand-offs."""
+        """`remote_host` of this engine's hand-offs."""
         return self.side_host or ("localhost" if self.host in ("0.0.0.0", "::", "") else self.host)  # noqa: S104
 
     @property

@@ -30,7 +30,7 @@ def event(payload: Any) -> bytes:
 
 
 def usage(prompt: int, completion: int, cached: int | None, written: int | None = None) -> Object:
-    """The usage object; ``cached`` None leaves the details out."""
+    """The usage object; `cached` None leaves the details out."""
     more = {} if written is None else {"created_cache_tokens": written}
     return {
         "prompt_tokens": prompt,
@@ -63,7 +63,7 @@ def _shown(token: int, as_id: bool) -> str:
 
 
 def chat_logprobs(request: GenerationRequest, tokens: Items[int], draws: Items[int]) -> Object | None:
-    """``choices[].logprobs`` of chat."""
+    """`choices[].logprobs` of chat."""
     if request.logprobs is None:
         return None
     content = []
@@ -84,7 +84,7 @@ def _chat_entry(token: int, value: float, as_id: bool) -> Object:
 def completion_logprobs(
     request: GenerationRequest, tokens: Items[int], draws: Items[int | None], offset: int
 ) -> Object | None:
-    """``choices[].logprobs`` of completions; a draw that is None is the first token of an echoed prompt."""
+    """`choices[].logprobs` of completions; a draw that is None is the first token of an echoed prompt."""
     if request.logprobs is None:
         return None
     offsets: list[int] = []
@@ -117,7 +117,7 @@ def prompt_draws(prompt: Items[int], weights: int) -> list[int | None]:
 
 
 def prompt_logprobs(request: GenerationRequest, prompt: Items[int], weights: int) -> list[Object | None] | None:
-    """``prompt_logprobs``: none for the first token, then the likeliest by id."""
+    """`prompt_logprobs`: none for the first token, then the likeliest by id."""
     count = request.prompt_logprobs
     if count is None:
         return None

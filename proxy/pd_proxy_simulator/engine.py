@@ -1,9 +1,9 @@
 """The engine core: continuous batching in one task, first come first served, over one pool of KV blocks.
 
-A step takes ``step_time`` plus the time its prompt tokens need, and gives one token to every sequence whose prompt is
+A step takes `step_time` plus the time its prompt tokens need, and gives one token to every sequence whose prompt is
 done. Between steps nothing is half-changed; everything but the step's own sleep is synchronous.
 
-Invariant: every block a sequence holds is in ``sequence.blocks`` with one reference, dropped exactly once: when the
+Invariant: every block a sequence holds is in `sequence.blocks` with one reference, dropped exactly once: when the
 sequence ends, is preempted, or its references pass over to a hand-off.
 """
 
@@ -39,7 +39,7 @@ class Slowness(Protocol):
 
 
 class Engine:
-    """One engine core. ``side_port`` is where its hand-offs can be pulled from, ``http_address`` where its API is."""
+    """One engine core. `side_port` is where its hand-offs can be pulled from, `http_address` where its API is."""
 
     def __init__(
         self,
@@ -528,7 +528,7 @@ class Engine:
             self.side.ended(sequence)
 
     def fetch(self, sequence: Sequence, contents: Coroutine[Any, Any, list[Content]]) -> None:
-        """Fill the blocks of a sequence that is loading, less those that were cached, with ``contents``."""
+        """Fill the blocks of a sequence that is loading, less those that were cached, with `contents`."""
         task = self.spawn(self._fetch(sequence, contents))
         task.add_done_callback(lambda _: contents.close())  # an engine may die before its first step
 

@@ -1,6 +1,6 @@
 """How the simulated engine says no, in the shapes of vLLM's API server.
 
-Invariant: every refusal that a client sees is one of these; ``late`` ones were refused after the request had been
+Invariant: every refusal that a client sees is one of these; `late` ones were refused after the request had been
 accepted by the handler, which is when a decode engine tells prefill to let go of a hand-off.
 """
 
@@ -34,7 +34,7 @@ class RequestError(Exception):
         return {"error": error}
 
     def anthropic_body(self) -> dict[str, object]:
-        """The same from the handler of ``/v1/messages``."""
+        """The same from the handler of `/v1/messages`."""
         return {"type": "error", "error": {"type": self.kind, "message": self.message}}
 
 

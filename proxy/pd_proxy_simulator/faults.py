@@ -33,14 +33,14 @@ Ending = Literal["reset", "close", "kill", "truncated", "garbage", "json", "erro
 
 
 class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One fault. ``leg`` "any" means every inference request (prefill leg, decode leg, or one without a hand-off);
-    "pull" is what a decode engine asks of this one's side channel, which ``hang``, ``reset`` and ``delay_first_byte``
+    """One fault. `leg` "any" means every inference request (prefill leg, decode leg, or one without a hand-off);
+    "pull" is what a decode engine asks of this one's side channel, which `hang`, `reset` and `delay_first_byte`
     can befall.
 
-    ``ending`` says how an answer dies: its connection is ``reset`` or closed (``close``); ``kill`` takes the whole
-    process; ``truncated`` is half a chunk and a close, ``garbage`` is bytes without framing and a close. The others are
-    proper HTTP: ``json`` an event that is no JSON, then ``[DONE]``; ``error`` an error event, then ``[DONE]``; ``done``
-    nothing but ``[DONE]``; ``end`` not even that.
+    `ending` says how an answer dies: its connection is `reset` or closed (`close`); `kill` takes the whole
+    process; `truncated` is half a chunk and a close, `garbage` is bytes without framing and a close. The others are
+    proper HTTP: `json` an event that is no JSON, then `[DONE]`; `error` an error event, then `[DONE]`; `done`
+    nothing but `[DONE]`; `end` not even that.
     """
 
     kind: Kind
@@ -103,7 +103,7 @@ class Faults:
         return len(self._active)
 
     def add(self, kind: Kind, **options: Any) -> Fault:
-        """Switch a fault on beside the others; gives it back, so that its ``hits`` can be looked at."""
+        """Switch a fault on beside the others; gives it back, so that its `hits` can be looked at."""
         fault = msgspec.convert({"kind": kind, **options}, Fault)
         self._active.append(fault)
         self._changed()
@@ -132,7 +132,7 @@ class Faults:
         return any(fault.kind == kind and fault.leg == leg and fault.count is None for fault in self._active)
 
     def slowness(self) -> float:
-        """The factor of all ``slow`` faults together."""
+        """The factor of all `slow` faults together."""
         factor = 1.0
         for fault in self._active:
             if fault.kind == "slow":
@@ -159,7 +159,7 @@ class Faults:
 
 
 def parse_faults(body: Any) -> list[Fault]:
-    """The faults in a PUT: one object, a list, or ``{"faults": [...]}``. Raises ValueError."""
+    """The faults in a PUT: one object, a list, or `{"faults": [...]}`. Raises ValueError."""
     if isinstance(body, dict) and "faults" in body:
         body = body["faults"]
     if isinstance(body, dict):

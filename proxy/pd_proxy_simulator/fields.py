@@ -16,7 +16,7 @@ Object = dict[str, Any]
 
 
 class StreamOptions(msgspec.Struct):
-    """``stream_options``."""
+    """`stream_options`."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -55,7 +55,7 @@ class CommonFields(msgspec.Struct):
 
 
 class ChatFields(CommonFields):
-    """``POST /v1/chat/completions``."""
+    """`POST /v1/chat/completions`."""
 
     messages: list[Object] | None = None
     max_completion_tokens: int | None = None
@@ -68,7 +68,7 @@ class ChatFields(CommonFields):
 
 
 class CompletionFields(CommonFields):
-    """``POST /v1/completions``."""
+    """`POST /v1/completions`."""
 
     prompt: Any = None
     logprobs: int | None = None

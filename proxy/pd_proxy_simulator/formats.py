@@ -24,12 +24,12 @@ def _checked(structure: Structure) -> Structure:
 
 
 def tool_structure(fields: ChatFields, tool: str, *, listed: bool) -> Structure:
-    """The structure of a call of ``tool``."""
+    """The structure of a call of `tool`."""
     return _checked(Structure(schema=_tool_schema(fields, tool), tool=tool, listed=listed))
 
 
 def wanted_structure(fields: CommonFields) -> Structure | None:
-    """What ``structured_outputs`` or ``response_format`` ask for."""
+    """What `structured_outputs` or `response_format` ask for."""
     wanted = fields.structured_outputs
     if wanted is not None:
         if wanted.get("choice"):

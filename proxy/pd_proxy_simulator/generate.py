@@ -1,6 +1,6 @@
-"""``POST /inference/v1/generate``: tokens in, tokens out, with vLLM's own sampling parameters.
+"""`POST /inference/v1/generate`: tokens in, tokens out, with vLLM's own sampling parameters.
 
-Invariant: text is made only for those who ask for it (``output_mode`` "text"); the tokens are those of every other
+Invariant: text is made only for those who ask for it (`output_mode` "text"); the tokens are those of every other
 endpoint for the same prompt.
 """
 
@@ -23,7 +23,7 @@ from pd_proxy_simulator.tokens import VOCABULARY_SIZE, alternatives
 
 
 class GenerateFields(msgspec.Struct):
-    """The body; all that is about sampling is inside ``sampling_params``."""
+    """The body; all that is about sampling is inside `sampling_params`."""
 
     token_ids: list[int] | None = None
     sampling_params: Object | None = None
@@ -39,14 +39,14 @@ class GenerateFields(msgspec.Struct):
 
 
 class SamplingFields(CommonFields):
-    """``sampling_params``, with defaults of its own: greedy is not one of them."""
+    """`sampling_params`, with defaults of its own: greedy is not one of them."""
 
     logprobs: int | None = None
     extra_args: Object | None = None
 
 
 def what_is_asked(body: Any) -> Any:
-    """A body with the hand-off's parameters where the connector looks for them: ``sampling_params.extra_args`` may hold
+    """A body with the hand-off's parameters where the connector looks for them: `sampling_params.extra_args` may hold
     them too, and the engine takes them from there."""
     sampling = body.get("sampling_params")
     extra = sampling.get("extra_args") if isinstance(sampling, dict) else None

@@ -40,9 +40,9 @@ class Handoffs:
         return len(self._live)
 
     def pin(self, request_id: str, blocks: list[Block]) -> None:
-        """Keep ``blocks`` (whose references pass over to the hand-off) until someone is done with them.
+        """Keep `blocks` (whose references pass over to the hand-off) until someone is done with them.
 
-        ``request_id`` is what the two legs know it by.
+        `request_id` is what the two legs know it by.
         """
         loop = asyncio.get_running_loop()
         lease = self._config.lease_seconds
@@ -55,7 +55,7 @@ class Handoffs:
             take(blocks)
 
     def when_pinned(self, request_id: str, take: Callable[[list[Block]], None]) -> None:
-        """Have ``take`` called with the blocks of a hand-off: now, or when it comes."""
+        """Have `take` called with the blocks of a hand-off: now, or when it comes."""
         if (pinned := self._live.get(request_id)) is not None:
             take(pinned.blocks)
         else:

@@ -89,7 +89,7 @@ class Exchange:
         *,
         length: int | None = None,
     ) -> None:
-        """Answer with a whole body; ``length`` may lie."""
+        """Answer with a whole body; `length` may lie."""
         if not self.open:
             return
         head = self._head(status, content_type, headers)
@@ -99,7 +99,7 @@ class Exchange:
         self._finish()
 
     def respond_in_part(self, status: int, part: bytes, length: int) -> None:
-        """Send the head of an answer of ``length`` bytes and the first of them; the rest is up to :meth:`raw`."""
+        """Send the head of an answer of `length` bytes and the first of them; the rest is up to `raw`."""
         if self.open:
             self.status = status
             self._send(self._head(status, "application/json", None) + b"content-length: %d\r\n\r\n" % length + part)

@@ -1,6 +1,6 @@
 """Images, audio and video between engines: an encoder stores what it makes of them, others fetch it (ECConnector).
 
-``example`` leaves a file in a folder that both know; ``cpu`` keeps it, and says where it can be asked for. Invariant:
+`example` leaves a file in a folder that both know; `cpu` keeps it, and says where it can be asked for. Invariant:
 what was fetched stands in the prompt as it came, so that another medium's under the same key means another text.
 """
 
@@ -30,7 +30,7 @@ REFERENCES = ("image_embeds", "audio_embeds", "video_embeds")
 class Media:
     """One engine's media.
 
-    ``encoded``: media that it has encoded itself. ``fetched_from_others``: those that it has not had to. ``missed``:
+    `encoded`: media that it has encoded itself. `fetched_from_others`: those that it has not had to. `missed`:
     fetches that found nothing.
     """
 
@@ -42,7 +42,7 @@ class Media:
         self.missed = 0
 
     async def encode(self, body: Object) -> Object | None:
-        """An encoder's work: its answer's ``ec_transfer_params``. Raises RequestError."""
+        """An encoder's work: its answer's `ec_transfer_params`. Raises RequestError."""
         config = self._engine.config
         found: dict[str, Object] = {}
         for index, part in enumerate(_parts(body)):

@@ -196,7 +196,7 @@ def usage(prompt: int, completion: int, cached: int | None, written: int | None 
 
 
 def stop_reason(sequence: Sequence, *, tool_used: bool) -> tuple[str | None, str | None]:
-    """``stop_reason`` and ``stop_sequence``."""
+    """`stop_reason` and `stop_sequence`."""
     if sequence.finish_reason == "length":
         return "max_tokens", None
     if sequence.finish_reason == "abort":

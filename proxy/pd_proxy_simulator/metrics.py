@@ -83,7 +83,7 @@ class Exposition:
         self._one(name, "gauge", [(name, extra, value)])
 
     def counter(self, name: str, value: float | dict[str, float], label: str = "") -> None:
-        """One counter, or one for each value of ``label``."""
+        """One counter, or one for each value of `label`."""
         rows = {"": value} if not isinstance(value, dict) else value
         self._one(
             name, "counter", [(f"{name}_total", f'{label}="{key}"' if label else "", n) for key, n in rows.items()]

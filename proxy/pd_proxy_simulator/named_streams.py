@@ -20,7 +20,7 @@ class NamedStream(StreamAnswer):
     """What both have in common."""
 
     def fail_first(self, error: RequestError) -> None:
-        """The fault ``error_event_first``: an error before any token."""
+        """The fault `error_event_first`: an error before any token."""
         self._open()
         self._fail(error)
 
@@ -75,7 +75,7 @@ class NamedStream(StreamAnswer):
 
 
 class MessageStream(NamedStream):
-    """``message_start`` to ``message_stop``."""
+    """`message_start` to `message_stop`."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -131,7 +131,7 @@ class MessageStream(NamedStream):
 
 
 class ResponseStream(NamedStream):
-    """``response.created`` to ``response.completed``, numbered. Nothing of it says that it failed: vLLM's generator
+    """`response.created` to `response.completed`, numbered. Nothing of it says that it failed: vLLM's generator
     raises, and the connection ends."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -152,7 +152,7 @@ class ResponseStream(NamedStream):
         self.dies_now()
 
     def fail_first(self, error: RequestError) -> None:
-        """The fault ``error_event_first``: there is no such event here."""
+        """The fault `error_event_first`: there is no such event here."""
         self._fail(error)
 
     def _send(self, name: str, /, **members: Any) -> None:

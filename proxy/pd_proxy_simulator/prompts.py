@@ -46,7 +46,7 @@ def completion_prompts(prompt: Any) -> list[list[int]]:
 
 
 def reused_prompt(fields: ChatFields) -> list[int] | None:
-    """``kv_transfer_params.prompt_token_ids``: the prompt as prefill had it, unless there is more than text in it."""
+    """`kv_transfer_params.prompt_token_ids`: the prompt as prefill had it, unless there is more than text in it."""
     params = fields.kv_transfer_params
     if not params or "prompt_token_ids" not in params:
         return None

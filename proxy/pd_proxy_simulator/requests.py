@@ -1,6 +1,6 @@
 """From a body and its headers to what the engine is to do; refuses what vLLM 0.32's API server refuses, in its words.
 
-Invariant: a :class:`GenerationRequest` that exists can be run; nothing after this module looks at the body again.
+Invariant: a `GenerationRequest` that exists can be run; nothing after this module looks at the body again.
 """
 
 from __future__ import annotations

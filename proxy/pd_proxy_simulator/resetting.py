@@ -1,6 +1,6 @@
 """Cutting a TCP connection the hard way.
 
-Invariant: after :func:`reset` the peer sees a reset (RST), not an orderly end, once it has read what was sent before.
+Invariant: after `reset` the peer sees a reset (RST), not an orderly end, once it has read what was sent before.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class ResponsesFields(msgspec.Struct):
 class StoredResponse:
     """One response and what it answered.
 
-    ``events`` are those of one that is streamed in the background; ``abort`` ends one that is running.
+    `events` are those of one that is streamed in the background; `abort` ends one that is running.
     """
 
     body: Object
@@ -280,7 +280,7 @@ def response_body(
     handoff: Object | None,
     output: list[Object] | None = None,
 ) -> Object:
-    """The whole answer; ``output`` where the items have been streamed already."""
+    """The whole answer; `output` where the items have been streamed already."""
     sequence, text = sequences[0], texts[0]
     if output is None:
         output = [message_item(text)]

@@ -81,7 +81,7 @@ _PROFILER = {"/start_profile": "POST", "/stop_profile": "POST"}
 
 @dataclass(slots=True)
 class ReceivedRequest:
-    """One request as it came in, and what became of it. ``status`` is None until the status line has gone out."""
+    """One request as it came in, and what became of it. `status` is None until the status line has gone out."""
 
     method: str
     path: str

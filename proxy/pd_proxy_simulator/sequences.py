@@ -1,6 +1,6 @@
 """One sequence: a prompt, what has been generated after it, and where its KV is.
 
-Invariant: ``state`` and ``boundaries`` always belong to ``tokens``; ``error`` is zero unless wrong KV was used, and is
+Invariant: `state` and `boundaries` always belong to `tokens`; `error` is zero unless wrong KV was used, and is
 mixed into every token that is drawn, so wrong KV means other text and never an exception.
 """
 
@@ -178,7 +178,7 @@ class Sequence:
         return shown + self.stops.flush()
 
     def generate(self, block_size: int, context: int) -> str:
-        """Draw the next token and append it; gives its text, and sets ``finish_reason`` if it was the last."""
+        """Draw the next token and append it; gives its text, and sets `finish_reason` if it was the last."""
         sampling = self.sampling
         generated = len(self.tokens) - self.prompt_length
         if sampling.structure is not None and self.script is None:

@@ -1,7 +1,7 @@
 """The simulated engine as a process: its two listening sockets, its connections, its life and death.
 
-Invariant: everything a peer can see of the process (sockets, connections) is in the hands of :class:`Simulator`, so
-that ``kill`` can take all of it away at once.
+Invariant: everything a peer can see of the process (sockets, connections) is in the hands of `Simulator`, so
+that `kill` can take all of it away at once.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Simulator:
         self.url = f"http://{shown}:{self.port}"
 
     async def stop(self, grace: float = 0.25) -> None:
-        """End politely: take no more connections, let requests in flight end for ``grace`` seconds, then close."""
+        """End politely: take no more connections, let requests in flight end for `grace` seconds, then close."""
         self._close_listener()
         if self.alive and grace > 0:
             with contextlib.suppress(TimeoutError):
@@ -158,7 +158,7 @@ class Simulator:
     def terminate(self) -> None:
         """SIGTERM, as vLLM takes it. By default what runs ends with finish reason "abort" at once, and shortly after
         nobody listens any more; until then `/health` says 200, and whoever comes waits for a reset. With
-        ``shutdown_timeout`` what runs goes on for so long, and new requests are refused; the process is gone when
+        `shutdown_timeout` what runs goes on for so long, and new requests are refused; the process is gone when
         nothing runs and no hand-off is kept. What has not ended by then hangs: the core is killed, and the API server
         waits for its clients to close."""
         if self.stopping or not self.alive:
@@ -194,7 +194,7 @@ class Simulator:
         self._end()
 
     async def suspend(self, mode: str) -> None:
-        """`/pause` and `/sleep`: what runs is aborted, or ends (``wait``), or stands still (``keep``). Whoever comes
+        """`/pause` and `/sleep`: what runs is aborted, or ends (`wait`), or stands still (`keep`). Whoever comes
         waits."""
         if mode == "abort":
             self.engine.give_up()
@@ -215,7 +215,7 @@ class Simulator:
         return self.stopping and bool(self.config.shutdown_timeout)
 
     def kill(self) -> None:
-        """``kill -9``, as peers see it: nothing listens any more and every connection is reset."""
+        """`kill -9`, as peers see it: nothing listens any more and every connection is reset."""
         self.alive = False
         self._close_listener()
         for connection in list(self.connections):
@@ -301,7 +301,7 @@ class Simulator:
         await self.stop()
 
     async def wait_for(self, predicate: Callable[[], bool], timeout: float = 30.0) -> None:
-        """Return once ``predicate()`` is true, looked at after every change; raises TimeoutError."""
+        """Return once `predicate()` is true, looked at after every change; raises TimeoutError."""
         await self._watch.wait_for(predicate, timeout)
 
     def connection_changed(self) -> None:
@@ -313,7 +313,7 @@ class Simulator:
         self._watch.changed()
 
     def expire_handoffs(self) -> None:
-        """Let every lease run out now, as if nobody had come for ``lease`` seconds."""
+        """Let every lease run out now, as if nobody had come for `lease` seconds."""
         self.engine.handoffs.expire_all()
 
     # Faults that are not one request's.

@@ -1,6 +1,6 @@
-"""SGLang's own ``POST /generate``: text or token ids, one prompt or a batch, with SGLang's sampling parameters.
+"""SGLang's own `POST /generate`: text or token ids, one prompt or a batch, with SGLang's sampling parameters.
 
-From SGLang 0.5.23 (``io_struct.py``, ``tokenizer_manager.py``). A batch is what has a list of prompts, even of one; its
+From SGLang 0.5.23 (`io_struct.py`, `tokenizer_manager.py`). A batch is what has a list of prompts, even of one; its
 answer is a list. What only the engine that computes the prompt has, decode lacks: the log probabilities of the prompt.
 
 Invariant: the tokens are those of every other endpoint for the same prompt.
@@ -42,7 +42,7 @@ class _Fields(msgspec.Struct):
 
 
 class _Sampling(msgspec.Struct, forbid_unknown_fields=True):
-    """``sampling_params``. What is not named here is no parameter: the engine's constructor raises."""
+    """`sampling_params`. What is not named here is no parameter: the engine's constructor raises."""
 
     max_new_tokens: int | None = _DEFAULT_TOKENS
     min_new_tokens: int = 0
@@ -159,7 +159,7 @@ def _each(value: Any, prompt: int) -> Any:
 
 
 def _logprobs(request: GenerationRequest, sequence: Sequence, tokens: int, weights: int) -> Object:
-    """The members of ``meta_info`` that log probabilities have, after so many tokens."""
+    """The members of `meta_info` that log probabilities have, after so many tokens."""
     body, prompt = request.body, sequence.index // request.n
     if not _each(body.get("return_logprob"), prompt):
         return {}
@@ -210,7 +210,7 @@ def _rid(request: GenerationRequest, sequence: Sequence) -> str:
 
 
 def said(request: GenerationRequest, sequence: Sequence, text: str, tokens: int, weights: int, *, last: bool) -> Object:
-    """What has been said so far of one answer: ``tokens`` tokens, ``text`` in all."""
+    """What has been said so far of one answer: `tokens` tokens, `text` in all."""
     meta: Object = {
         "id": _rid(request, sequence),
         "finish_reason": _finish(sequence) if last else None,

@@ -1,6 +1,6 @@
-"""The stream of SGLang's ``/generate``: events without names, each of which says again all that was said before it.
+"""The stream of SGLang's `/generate`: events without names, each of which says again all that was said before it.
 
-Invariant: as from a server without ``--incremental-streaming-output``; the last event of each prompt says why it ended.
+Invariant: as from a server without `--incremental-streaming-output`; the last event of each prompt says why it ended.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pd_proxy_simulator.sglang_generate import aborted, is_several, said
 
 
 class SGLangStream(StreamAnswer):
-    """One event a token, with ``index`` where there are several answers."""
+    """One event a token, with `index` where there are several answers."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._texts: dict[int, str] = {}
 
     def fail_first(self, error: RequestError) -> None:
-        """The fault ``error_event_first``: given up before any token."""
+        """The fault `error_event_first`: given up before any token."""
         self._fail(error)
 
     def _greet(self, sequence: Sequence) -> None:

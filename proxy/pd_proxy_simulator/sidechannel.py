@@ -195,7 +195,7 @@ class Peers:
     async def fetch(
         self, host: str, port: int, engine_id: str, name: str, block_ids: list[int], tokens: int
     ) -> list[Content]:
-        """Read blocks by number, and tell their owner that what it calls ``name`` is no longer needed.
+        """Read blocks by number, and tell their owner that what it calls `name` is no longer needed.
 
         Raises:
             TransferFailed: the engine is not there or is another one; at once if they had met, else after the handshake
@@ -217,12 +217,12 @@ class Peers:
         hear: Callable[[dict[str, Any]], None] = lambda answer: None,
         thank: bool = True,
     ) -> list[Content]:
-        """Wait until the engine keeps something as ``name``, as long as a lease lasts; read it but for its first
-        ``skip`` blocks. An empty ``engine_id`` is any. ``hear`` is given all that it said; ``thank``: tell it that
+        """Wait until the engine keeps something as `name`, as long as a lease lasts; read it but for its first
+        `skip` blocks. An empty `engine_id` is any. `hear` is given all that it said; `thank`: tell it that
         what it kept has been read.
 
         Raises:
-            TransferFailed: as ``fetch``.
+            TransferFailed: as `fetch`.
         """
         question = {"op": "wait", "request_id": name, "skip": skip}
         return await self._met(host, port, engine_id, name, question, [], tokens, hear, thank)
@@ -287,7 +287,7 @@ class Peers:
             writer.close()
 
     async def embedding(self, host: str, port: int, key: str) -> list[int] | None:
-        """What the encoder at ``host`` keeps as ``key``; None where it is not there, or keeps nothing by that name."""
+        """What the encoder at `host` keeps as `key`; None where it is not there, or keeps nothing by that name."""
         try:
             async with asyncio.timeout(self._patience):
                 reader, writer = await asyncio.open_connection(host, port)
@@ -300,7 +300,7 @@ class Peers:
             return None
 
     async def push(self, host: str, port: int, engine_id: str, message: dict[str, Any]) -> None:
-        """Write KV into the engine at ``host``; it has taken it when this returns.
+        """Write KV into the engine at `host`; it has taken it when this returns.
 
         Raises:
             TransferFailed: it is not there, is another one, or did not take it.

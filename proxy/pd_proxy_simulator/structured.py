@@ -1,7 +1,7 @@
-"""Answers that must be JSON: tool calls, ``response_format`` and ``structured_outputs``.
+"""Answers that must be JSON: tool calls, `response_format` and `structured_outputs`.
 
 The engine writes such an answer from a script, a pure function of the prompt's KV and of the schema. Invariant:
-a script that was not cut short by ``max_tokens`` is valid for its schema (the common keywords of JSON Schema).
+a script that was not cut short by `max_tokens` is valid for its schema (the common keywords of JSON Schema).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Script:
 
 
 def write_script(structure: Structure, state: int) -> Script:
-    """The text that a sequence in ``state`` answers with."""
+    """The text that a sequence in `state` answers with."""
     if structure.choices:
         text = structure.choices[mix(state) % len(structure.choices)]
         return Script(text, 0, len(text))

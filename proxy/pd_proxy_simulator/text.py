@@ -18,7 +18,7 @@ class TextAssembler:
         self._started = False
 
     def push(self, token: int) -> str:
-        """The text that became whole with ``token``; empty while a character is still incomplete."""
+        """The text that became whole with `token`; empty while a character is still incomplete."""
         text = TEXT[token]
         if text is not None and not self._held:
             self._started = True

@@ -1,6 +1,6 @@
 """Tokens: a small fixed vocabulary, a tokenizer that loses nothing, and the model, which is a rolling hash.
 
-Invariant: ``detokenize(tokenize(text)) == text``, and the next token is a pure function of the tokens so far (and of
+Invariant: `detokenize(tokenize(text)) == text`, and the next token is a pure function of the tokens so far (and of
 the salt, when sampling). So continuing from a prompt and k tokens gives the rest of the same text, in any process.
 
 Some characters are spread over two or three tokens, as in byte-level vocabularies: the text of such a token is not
@@ -101,7 +101,7 @@ def _split_piece(piece: str) -> tuple[int, ...]:
 
 
 def tokenize(text: str) -> list[int]:
-    """The token ids of ``text``; markers of the chat template in it are plain characters."""
+    """The token ids of `text`; markers of the chat template in it are plain characters."""
     tokens: list[int] = []
     extend = tokens.extend
     memo = _memo
@@ -116,7 +116,7 @@ def tokenize(text: str) -> list[int]:
 
 
 def detokenize(tokens: Iterable[int], *, special: bool = False) -> str:
-    """The text of ``tokens``; special tokens are left out unless asked for."""
+    """The text of `tokens`; special tokens are left out unless asked for."""
     pieces = (VOCABULARY[token] for token in tokens if special or token < FIRST_SPECIAL)
     return b"".join(pieces).decode("utf-8", "replace")
 
@@ -137,7 +137,7 @@ def advance(state: int, token: int) -> int:
 
 
 def boundary_states(state: int, tokens: Sequence[int], block_size: int) -> tuple[list[int], int]:
-    """The states at each full block's edge, beginning with ``state`` itself, and the state after the last token."""
+    """The states at each full block's edge, beginning with `state` itself, and the state after the last token."""
     boundaries = [state]
     for start in range(0, len(tokens), block_size):
         block = tokens[start : start + block_size]
@@ -149,7 +149,7 @@ def boundary_states(state: int, tokens: Sequence[int], block_size: int) -> tuple
 
 
 def mix(value: int) -> int:
-    """Spread every bit of ``value`` over 64 (the finaliser of MurmurHash3)."""
+    """Spread every bit of `value` over 64 (the finaliser of MurmurHash3)."""
     value ^= value >> 33
     value = value * 0xFF51AFD7ED558CCD & MASK
     value ^= value >> 33
@@ -163,7 +163,7 @@ def draw(state: int, salt: int) -> int:
 
 
 def choose(bits: int, last: int, eos_limit: int) -> int:
-    """The token that ``bits`` name after the token ``last``; ``eos_limit`` in 2**24 of them end the sequence."""
+    """The token that `bits` name after the token `last`; `eos_limit` in 2**24 of them end the sequence."""
     follower = FOLLOWER.get(last)
     if follower is not None:
         return follower
@@ -178,7 +178,7 @@ def logprob(bits: int) -> float:
 
 
 def alternatives(bits: int, token: int, count: int) -> list[tuple[int, float]]:
-    """The ``count`` likeliest tokens with their log probabilities, the chosen one first."""
+    """The `count` likeliest tokens with their log probabilities, the chosen one first."""
     best = logprob(bits)
     found = [(token, best)]
     index = bits % len(GENERATED)

@@ -1,6 +1,6 @@
 """Waiting for a state instead of sleeping: predicates that are looked at after every change.
 
-Invariant: ``changed`` costs one comparison while nobody waits.
+Invariant: `changed` costs one comparison while nobody waits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Watch:
         self._waiting = still
 
     async def wait_for(self, predicate: Callable[[], bool], timeout: float = 30.0) -> None:
-        """Return once ``predicate()`` is true; raises TimeoutError after ``timeout`` seconds."""
+        """Return once `predicate()` is true; raises TimeoutError after `timeout` seconds."""
         if predicate():
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

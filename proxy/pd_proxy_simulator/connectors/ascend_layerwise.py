@@ -37,8 +37,8 @@ def external(request_id: str) -> str:
 class AscendLayerwise(Side):
     """MooncakeLayerwiseConnector.
 
-    ``calls``: the statuses with which metaservers have answered, as far as they did.
-    ``nobodys``: pushes for requests that do not wait.
+    `calls`: the statuses with which metaservers have answered, as far as they did.
+    `nobodys`: pushes for requests that do not wait.
     """
 
     kept_after = ("length", "stop")
@@ -141,7 +141,7 @@ class AscendLayerwise(Side):
 
 
 async def _post(url: Any, message: dict[str, Any]) -> int:
-    """POST ``message`` as JSON; gives the status."""
+    """POST `message` as JSON; gives the status."""
     parts = urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme != "http" or not parts.hostname:
         raise ValueError("no URL")

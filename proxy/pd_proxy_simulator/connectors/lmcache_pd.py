@@ -28,7 +28,7 @@ _MOST = 256  # prompts that a receiver has memory for; the oldest goes first
 
 
 class LMCachePD(Side):
-    """LMCacheConnectorV1 with ``enable_pd``: a sender where the role is prefill, a receiver where it is decode."""
+    """LMCacheConnectorV1 with `enable_pd`: a sender where the role is prefill, a receiver where it is decode."""
 
     kept_after = ("length", "stop")  # while they are being written
 

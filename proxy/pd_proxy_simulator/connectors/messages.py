@@ -15,7 +15,7 @@ import msgspec
 
 @contextmanager
 def sender(kind: Literal["PUSH", "DEALER"], address: str) -> Iterator[Any]:
-    """A socket that is connected to ``address`` (host:port), or will be."""
+    """A socket that is connected to `address` (host:port), or will be."""
     zmq = importlib.import_module("zmq")
     context = zmq.Context(io_threads=1)
     try:

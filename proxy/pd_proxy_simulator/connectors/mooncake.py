@@ -1,4 +1,4 @@
-"""vLLM's MooncakeConnector: decode asks prefill's bootstrap page for the way, and prefill for a ``transfer_id``.
+"""vLLM's MooncakeConnector: decode asks prefill's bootstrap page for the way, and prefill for a `transfer_id`.
 
 The page is at the side port here. Decode waits for a transfer that prefill does not know yet, as long as it is let.
 """
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Mooncake(Side):
     """MooncakeConnector.
 
-    ``broken_steps``: how often a prefill request was aborted before it had been scheduled, which makes a step of the
+    `broken_steps`: how often a prefill request was aborted before it had been scheduled, which makes a step of the
     real connector fail.
     """
 

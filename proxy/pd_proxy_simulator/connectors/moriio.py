@@ -90,7 +90,7 @@ class MoRIIO(Registering):
 
 
 class MoRIIORead(MoRIIO):
-    """``read_mode: true``. A decode engine takes every request for one whose KV has come."""
+    """`read_mode: true`. A decode engine takes every request for one whose KV has come."""
 
     mode = "READ"
 

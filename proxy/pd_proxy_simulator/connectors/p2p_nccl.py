@@ -1,6 +1,6 @@
 """P2pNcclConnector of older vLLM: the id of a request says where its two engines are, and prefill sends to decode.
 
-Sending begins when prefill has its token and is not waited for (``PUT_ASYNC``). Decode waits for the KV of a request of
+Sending begins when prefill has its token and is not waited for (`PUT_ASYNC`). Decode waits for the KV of a request of
 just that id; it takes every request for one with a hand-off.
 """
 
@@ -29,7 +29,7 @@ _MOST = 256  # requests whose KV decode holds unread; the oldest goes first
 
 
 class P2pNccl(Registering):
-    """P2pNcclConnector: ``params`` of a transfer are the request's id."""
+    """P2pNcclConnector: `params` of a transfer are the request's id."""
 
     kept_after = ("length", "stop")  # while they are being sent
 

@@ -35,7 +35,7 @@ class RemotePrefill:
 
     @property
     def block_ids(self) -> Any:
-        """``remote_block_ids`` as given."""
+        """`remote_block_ids` as given."""
         return self.params.get("remote_block_ids")
 
     @property

@@ -1,7 +1,7 @@
 """SGLang's disaggregation: both legs come to a room of prefill's bootstrap server, which is at the side port here.
 
 Prefill computes nothing before decode has come to the room; then it samples the first token and pushes it with the KV.
-Either waits for the other as long as a lease (``SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT``), and is not told when the
+Either waits for the other as long as a lease (`SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT`), and is not told when the
 other fails. What role an engine has, its flags say, and not the request.
 """
 
@@ -72,7 +72,7 @@ def _each(given: Any) -> list[Any]:
 
 
 class SGLang(Side):
-    """Prefill and decode servers; an engine in the role ``mixed`` is one without disaggregation."""
+    """Prefill and decode servers; an engine in the role `mixed` is one without disaggregation."""
 
     kept_after = ("length", "stop")
 

@@ -46,8 +46,8 @@ class Transfer:
 class Side:
     """No connector: every request is the engine's own. The base of all others.
 
-    ``kept_after``: the finish reasons after which blocks are kept for decode.
-    ``recomputes``: what cannot be fetched is computed, whatever the load failure policy.
+    `kept_after`: the finish reasons after which blocks are kept for decode.
+    `recomputes`: what cannot be fetched is computed, whatever the load failure policy.
     """
 
     kept_after: ClassVar[tuple[str, ...]] = ()
@@ -68,11 +68,11 @@ class Side:
         return None
 
     def page(self, path: str) -> bytes | None:
-        """What the side port answers to a GET of ``path``, as JSON; None for 404."""
+        """What the side port answers to a GET of `path`, as JSON; None for 404."""
         return None
 
     def about(self, path: str) -> dict[str, Any] | None:
-        """What the API port answers to a GET of ``path``, for engines that tell of themselves; None for 404."""
+        """What the API port answers to a GET of `path`, for engines that tell of themselves; None for 404."""
         return None
 
     def error_body(self, error: RequestError) -> dict[str, object]:
@@ -84,7 +84,7 @@ class Side:
         return body
 
     def answer(self, body: dict[str, Any]) -> None:
-        """Say in a whole answer what was kept, where the engine says it elsewhere than in ``kv_transfer_params``."""
+        """Say in a whole answer what was kept, where the engine says it elsewhere than in `kv_transfer_params`."""
 
     # Prefill
 
@@ -96,7 +96,7 @@ class Side:
         return sequence.request_id
 
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any] | None:
-        """The parameters that prefill answers with, once the blocks in ``sequence.kept`` are kept; ``tokens`` are in
+        """The parameters that prefill answers with, once the blocks in `sequence.kept` are kept; `tokens` are in
         them."""
         return None
 
@@ -104,7 +104,7 @@ class Side:
         """A sequence whose blocks were to be kept has ended otherwise."""
 
     def wanted(self, name: str) -> None:
-        """Decode waits for what is to be kept as ``name``."""
+        """Decode waits for what is to be kept as `name`."""
 
     def sent_along(self, name: str) -> dict[str, Any]:
         """What decode is told beside the KV that it has waited for."""
@@ -137,7 +137,7 @@ class Side:
         """A request that was to fetch ends before it did, or was refused: tell prefill, as far as the engine does."""
 
     async def notify(self, host: str, port: int, name: str) -> None:
-        """Tell the engine at ``host`` that nobody will read what it keeps as ``name``."""
+        """Tell the engine at `host` that nobody will read what it keeps as `name`."""
         if not await self.engine.peers.tell(host, port, {"op": "done", "request_id": name, "read": False}):
             self.engine.stats.failed_notifications += 1
 

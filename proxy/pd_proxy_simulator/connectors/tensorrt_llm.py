@@ -1,6 +1,6 @@
-"""TensorRT-LLM, context first: what a request is, its ``disaggregated_params`` say.
+"""TensorRT-LLM, context first: what a request is, its `disaggregated_params` say.
 
-A context server stops behind the context phase, whatever ``max_tokens`` says, and tells in its choice how the rest is
+A context server stops behind the context phase, whatever `max_tokens` says, and tells in its choice how the rest is
 to be had: which request it was, its first token, and the way to it as an opaque state. A generation server fetches the
 KV of just that prompt and goes on behind just that token. Its limit is the lease, and what was fetched once is gone.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pd_proxy_simulator.sequences import Sequence
 
 _FIRST = 0
-"""``schedule_style`` of context first."""
+"""`schedule_style` of context first."""
 
 
 @dataclass(frozen=True, slots=True)
