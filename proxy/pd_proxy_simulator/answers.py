@@ -108,6 +108,19 @@ class Answer:
         """Whatever is still said before the connection ends, and its end."""
         self.exchange.cut(polite=death.ending != "reset")
 
+    def finished(self, texts: list[str], handoff: Object | None) -> encoding.Finished:
+        """What the body is made from, once every sequence has ended."""
+        config = self.config
+        return encoding.Finished(
+            request=self.request,
+            sequences=self.sequences,
+            texts=texts,
+            created=self.created,
+            details=config.prompt_tokens_details,
+            weights=config.weights,
+            handoff=handoff,
+        )
+
     @property
     def handoff(self) -> Object | None:
         """What a prefill leg answers with: the first prompt's parameters, of its last child."""
@@ -117,7 +130,7 @@ class Answer:
         return next((params for params in reversed(found) if params is not None), None)
 
 
-BODIES: dict[Kind, Callable[..., Any]] = {
+BODIES: dict[Kind, Callable[[encoding.Finished], Any]] = {
     "chat": encoding.chat_body,
     "completion": encoding.completion_body,
     "messages": messages.message_body,
@@ -166,17 +179,9 @@ class WholeAnswer(Answer):
         late = self._death is not None and self._death.after_tokens < 0
         if self._stall is not None and self._stall.after_tokens >= 0:
             return
-        request = self.request
         try:
-            body = BODIES[request.kind](
-                request,
-                self.sequences,
-                ["".join(self._texts.get(sequence.index, ())) for sequence in self.sequences],
-                self.created,
-                details=self.config.prompt_tokens_details,
-                weights=self.config.weights,
-                handoff=self.handoff,
-            )
+            texts = ["".join(self._texts.get(sequence.index, ())) for sequence in self.sequences]
+            body = BODIES[self.request.kind](self.finished(texts, self.handoff))
         except RequestError as error:
             self.on_failure(self.sequences[0], error)
             return

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -138,19 +140,36 @@ def prompt_logprobs(request: GenerationRequest, prompt: Items[int], weights: int
 # Whole bodies.
 
 
-def chat_body(
-    request: GenerationRequest,
-    sequences: Items[Sequence],
-    texts: Items[str],
-    created: int,
-    *,
-    details: bool,
-    weights: int,
-    handoff: Object | None,
-) -> Object:
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request whose sequences have all ended: what the body of its answer is made from.
+
+    Attributes:
+        sequences, texts: one each for every choice, in the same order.
+        created: when the request arrived, in seconds since the epoch.
+        details: the usage says how much of the prompt was cached.
+        weights: the model's weights, from which log probabilities follow.
+        handoff: the parameters that a prefill leg answers with.
+    """
+
+    request: GenerationRequest
+    sequences: Items[Sequence]
+    texts: Items[str]
+    created: int
+    details: bool
+    weights: int
+    handoff: Object | None
+
+    def choices(self) -> Iterator[tuple[Sequence, str]]:
+        """Each sequence with its text."""
+        return zip(self.sequences, self.texts, strict=True)
+
+
+def chat_body(finished: Finished) -> Object:
     """The body of a chat completion."""
+    request = finished.request
     choices = []
-    for sequence, text in zip(sequences, texts, strict=True):
+    for sequence, text in finished.choices():
         message, finish_reason = _message(request, sequence, text)
         choices.append(
             {
@@ -165,15 +184,15 @@ def chat_body(
     return {
         "id": request.external_id,
         "object": "chat.completion",
-        "created": created,
+        "created": finished.created,
         "model": request.model,
         "choices": choices,
         "service_tier": None,
         "system_fingerprint": None,
-        "usage": total_usage(request, sequences, details=details),
-        "prompt_logprobs": prompt_logprobs(request, request.prompts[0], weights),
+        "usage": total_usage(request, finished.sequences, details=finished.details),
+        "prompt_logprobs": prompt_logprobs(request, request.prompts[0], finished.weights),
         "prompt_token_ids": request.prompts[0] if request.return_token_ids else None,
-        "kv_transfer_params": handoff,
+        "kv_transfer_params": finished.handoff,
     }
 
 
@@ -206,19 +225,11 @@ def call_id() -> str:
     return f"chatcmpl-tool-{uuid.uuid4().hex}"
 
 
-def completion_body(
-    request: GenerationRequest,
-    sequences: Items[Sequence],
-    texts: Items[str],
-    created: int,
-    *,
-    details: bool,
-    weights: int,
-    handoff: Object | None,
-) -> Object:
+def completion_body(finished: Finished) -> Object:
     """The body of a text completion."""
+    request, weights = finished.request, finished.weights
     choices = []
-    for sequence, generated in zip(sequences, texts, strict=True):
+    for sequence, generated in finished.choices():
         prompt = request.prompts[sequence.index // request.n]
         text, tokens = generated, sequence.output
         draws: list[int | None] = list(sequence.draws or [])
@@ -243,13 +254,13 @@ def completion_body(
     return {
         "id": request.external_id,
         "object": "text_completion",
-        "created": created,
+        "created": finished.created,
         "model": request.model,
         "choices": choices,
         "service_tier": None,
         "system_fingerprint": None,
-        "usage": total_usage(request, sequences, details=details),
-        "kv_transfer_params": handoff,
+        "usage": total_usage(request, finished.sequences, details=finished.details),
+        "kv_transfer_params": finished.handoff,
     }
 
 

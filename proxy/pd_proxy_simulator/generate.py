@@ -126,31 +126,22 @@ def stream_choice(
     return choice
 
 
-def generate_body(
-    request: GenerationRequest,
-    sequences: Items[Sequence],
-    texts: Items[str],
-    created: int,
-    *,
-    details: bool,
-    weights: int,
-    handoff: Object | None,
-) -> Object:
+def generate_body(finished: encoding.Finished) -> Object:
     """The whole answer."""
-    pairs = zip(sequences, texts, strict=True)
+    request = finished.request
     choices = [
         stream_choice(request, sequence, sequence.output, sequence.draws or [], text, last=True)
-        for sequence, text in pairs
+        for sequence, text in finished.choices()
     ]
     return {
         "request_id": request.external_id,
         "model": request.model,
-        "created": created,
-        "usage": encoding.total_usage(request, sequences, details=details),
+        "created": finished.created,
+        "usage": encoding.total_usage(request, finished.sequences, details=finished.details),
         "output_mode": request.body.get("output_mode", "tokens"),
         "choices": choices,
-        "prompt_logprobs": encoding.prompt_logprobs(request, request.prompts[0], weights),
+        "prompt_logprobs": encoding.prompt_logprobs(request, request.prompts[0], finished.weights),
         "prompt_token_ids": request.prompts[0] if request.return_token_ids else None,
-        "kv_transfer_params": handoff,
+        "kv_transfer_params": finished.handoff,
         "ec_transfer_params": None,
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from collections.abc import Sequence as Items
 from typing import Any
 
 import msgspec
@@ -206,18 +205,9 @@ def stop_reason(sequence: Sequence, *, tool_used: bool) -> tuple[str | None, str
     return ("tool_use" if tool_used else "end_turn"), None
 
 
-def message_body(
-    request: GenerationRequest,
-    sequences: Items[Sequence],
-    texts: Items[str],
-    created: int,
-    *,
-    details: bool,
-    weights: int,
-    handoff: Object | None,
-) -> Object:
+def message_body(finished: encoding.Finished) -> Object:
     """The whole answer. Raises RequestError: a call that the model was made to write is no JSON yet."""
-    sequence, text = sequences[0], texts[0]
+    request, sequence, text = finished.request, finished.sequences[0], finished.texts[0]
     tool_used = False
     content: list[Object] = [{"type": "text", "text": text}]
     if request.tool is not None and sequence.script is not None:
@@ -242,10 +232,10 @@ def message_body(
         "usage": usage(
             sequence.prompt_length,
             sequence.output_length,
-            encoding.cached_tokens(sequence) if details else None,
+            encoding.cached_tokens(sequence) if finished.details else None,
             sequence.written,
         ),
-        "kv_transfer_params": handoff,
+        "kv_transfer_params": finished.handoff,
     }
     return {name: value for name, value in body.items() if value is not None}
 

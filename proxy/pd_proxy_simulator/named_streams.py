@@ -203,17 +203,9 @@ class ResponseStream(NamedStream):
             output = [item]
         if output:
             self._send("response.output_item.done", output_index=0, item=output[0])
-        self.body = responses.response_body(
-            self.request,
-            self.sequences,
-            ["".join(self._texts)],
-            self.created,
-            details=self.config.prompt_tokens_details,
-            weights=self.config.weights,
-            # Its last event is made as a whole answer is, and so it has what that has.
-            handoff=self.handoff or self.request.body.get("kv_transfer_params"),
-            output=output,
-        )
+        # The last event is made as a whole answer is, and so it has what that has.
+        handoff = self.handoff or self.request.body.get("kv_transfer_params")
+        self.body = responses.response_body(self.finished(["".join(self._texts)], handoff), output)
         self._send("response.completed", response=self.body)
 
     def _fail(self, error: RequestError) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,6 @@ from pd_proxy_simulator.fields import ChatFields, Object, decode_fields
 from pd_proxy_simulator.formats import tool_structure, wanted_structure, wanted_tool
 from pd_proxy_simulator.prompts import render_chat
 from pd_proxy_simulator.requests import GenerationRequest, check, generation
-from pd_proxy_simulator.sequences import Sequence
 
 
 class ResponsesFields(msgspec.Struct):
@@ -269,26 +267,16 @@ def call_item(name: str | None, arguments: str, item_id: str | None = None, stat
     }
 
 
-def response_body(
-    request: GenerationRequest,
-    sequences: Items[Sequence],
-    texts: Items[str],
-    created: int,
-    *,
-    details: bool,
-    weights: int,
-    handoff: Object | None,
-    output: list[Object] | None = None,
-) -> Object:
+def response_body(finished: encoding.Finished, output: list[Object] | None = None) -> Object:
     """The whole answer; `output` where the items have been streamed already."""
-    sequence, text = sequences[0], texts[0]
+    request, sequence, text = finished.request, finished.sequences[0], finished.texts[0]
     if output is None:
         output = [message_item(text)]
         if request.tool is not None and sequence.script is not None:
             output = [call_item(request.tool, text[sequence.script.start : sequence.script.end])]
     # "cancelled" as vLLM says it of models that speak harmony; of others it says "completed", and nobody could tell.
     status = {"length": "incomplete", "abort": "cancelled"}.get(sequence.finish_reason or "", "completed")
-    body = outline(request, created, status, output)
+    body = outline(request, finished.created, status, output)
     body["usage"] = {
         "input_tokens": sequence.prompt_length,
         "input_tokens_details": {
@@ -300,5 +288,5 @@ def response_body(
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": sequence.prompt_length + sequence.output_length,
     }
-    body["kv_transfer_params"] = handoff
+    body["kv_transfer_params"] = finished.handoff
     return body

@@ -245,20 +245,12 @@ def is_several(request: GenerationRequest) -> bool:
     return request.n > 1 or batch_size(request.body) > 0
 
 
-def sglang_generate_body(
-    request: GenerationRequest,
-    sequences: Items[Sequence],
-    texts: Items[str],
-    created: int,
-    *,
-    details: bool,
-    weights: int,
-    handoff: Object | None,
-) -> Any:
+def sglang_generate_body(finished: encoding.Finished) -> Any:
     """The whole answer: of a batch, or with several choices, a list."""
+    request = finished.request
     answers = [
-        said(request, sequence, text, sequence.output_length, weights, last=True)
-        for sequence, text in zip(sequences, texts, strict=True)
+        said(request, sequence, text, sequence.output_length, finished.weights, last=True)
+        for sequence, text in finished.choices()
     ]
     return answers if is_several(request) else answers[0]
 
