@@ -1,0 +1,89 @@
+"""What the faults of a request do to it before the engine sees it.
+
+Invariant: a request that a fault answers, cuts or leaves hanging goes no further.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from pd_proxy_simulator import encoding
+from pd_proxy_simulator.answers import GARBAGE
+from pd_proxy_simulator.connectors.side import Transfer
+from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
+from pd_proxy_simulator.faults import Mischief
+from pd_proxy_simulator.http import Exchange
+
+if TYPE_CHECKING:
+    from pd_proxy_simulator.server import Simulator
+
+
+async def misbehave(sim: Simulator, exchange: Exchange, mischief: Mischief, transfer: Transfer | None = None) -> bool:
+    """Do what the faults of a request say before the engine sees it; returns whether the request has been answered.
+
+    Raises:
+        RequestError: the fault ends the engine.
+    """
+    if not mischief.faults:
+        return False
+    if mischief.get("engine_death") is not None:
+        sim.engine.die("the fault engine_death was switched on")
+        raise engine_dead()
+    if mischief.get("hang") is not None:
+        # Never answered; the task ends when the peer or the simulator closes the connection.
+        await _until_closed(sim, exchange)
+        return True
+    delay = mischief.get("delay_first_byte")
+    if delay is not None:
+        await asyncio.sleep(delay.delay_s)
+    if mischief.get("reset") is not None:
+        exchange.cut()
+        return True
+    status = mischief.get("status")
+    if status is not None:
+        # A 404 is the handler's refusal, after which prefill frees its blocks.
+        if status.status == 404 and transfer is not None:
+            sim.engine.let_go(transfer)
+        _answer_with_status(sim, exchange, status.status, status.retry_after)
+        return True
+    garbage = mischief.get("garbage")
+    if garbage is not None:
+        _answer_with_garbage(exchange, garbage.form)
+        return True
+    slow = mischief.get("slow_body")
+    if slow is not None:
+        exchange.pace(slow.piece_bytes, slow.delay_s)
+    return False
+
+
+async def _until_closed(sim: Simulator, exchange: Exchange) -> None:
+    await sim.wait_for(lambda: exchange.connection.exchange is not exchange, 86_400)
+
+
+def _answer_with_status(sim: Simulator, exchange: Exchange, status: int, retry_after: int | None) -> None:
+    kind, message = {
+        404: ("NotFoundError", f"The model `{sim.config.model}` does not exist."),
+        429: ("RateLimitError", "Too many requests"),
+        500: ("InternalServerError", "Internal server error"),
+        503: ("ServiceUnavailableError", "Service temporarily unavailable"),
+    }.get(status, ("Error", "Simulated error"))
+    error = RequestError(status, kind, message)
+    headers = None if retry_after is None else {"retry-after": str(retry_after)}
+    exchange.respond(status, encoding.to_json(sim.engine.side.error_body(error)), headers=headers)
+
+
+def _answer_with_garbage(exchange: Exchange, form: str) -> None:
+    match form:
+        case "bytes":
+            exchange.raw(GARBAGE)
+            exchange.cut(polite=True)
+        case "json":
+            exchange.respond(200, b'{"id": "cmpl-1", "choices": [{"index": 0, "te')
+        case "error":
+            exchange.respond(200, encoding.to_json(internal_error().body()))
+        case "empty":
+            exchange.respond(200, b"")
+        case _:
+            exchange.keep_alive = False
+            exchange.respond(200, b'{"id": "cmpl-1", "object": "text_', length=4096)
