@@ -2,9 +2,7 @@
 
 A step takes `step_time` plus the time its prompt tokens need, and gives one token to every sequence whose prompt is
 done. Between steps nothing is half-changed; everything but the step's own sleep is synchronous.
-
-Invariant: every block a sequence holds is in `sequence.blocks` with one reference, dropped exactly once: when the
-sequence ends, is preempted, or its references pass over to a hand-off.
+Who runs, and who holds which blocks, is in `scheduler.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from pd_proxy_simulator.blocks import Block, BlockPool, Content
+from pd_proxy_simulator.blocks import BlockPool, Content
 from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.connectors import SIDES
 from pd_proxy_simulator.connectors.side import Transfer
@@ -24,9 +21,10 @@ from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
 from pd_proxy_simulator.handoffs import Handoffs
 from pd_proxy_simulator.media import Media
 from pd_proxy_simulator.metrics import Stats
+from pd_proxy_simulator.scheduler import Scheduler
 from pd_proxy_simulator.sequences import Sequence, Status
 from pd_proxy_simulator.sidechannel import OutOfRange, Peers, TransferFailed
-from pd_proxy_simulator.tokens import MASK, mix, start_state
+from pd_proxy_simulator.tokens import start_state
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +63,7 @@ class Engine:
         self.peers = Peers(config)
         self.side = SIDES[config.connector](self)
         self.media = Media(self)
-        self._queue: deque[Sequence] = deque()
-        self._ready: deque[Sequence] = deque()  # their KV has come; only a place in the batch is missing
-        self._loading: set[Sequence] = set()
-        self._running: list[Sequence] = []
+        self.scheduler = Scheduler(config, self.pool, self.stats, load=self._load, give_back=self._recompute_elsewhere)
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -77,17 +72,17 @@ class Engine:
     @property
     def running(self) -> int:
         """Sequences in the batch."""
-        return len(self._running)
+        return len(self.scheduler.running)
 
     @property
     def waiting(self) -> int:
         """Sequences that are not in the batch yet, for whatever reason."""
-        return len(self._queue) + len(self._ready) + len(self._loading)
+        return len(self.scheduler.queue) + len(self.scheduler.ready) + len(self.scheduler.loading)
 
     @property
     def loading(self) -> int:
         """Sequences whose KV is on the way from prefill."""
-        return len(self._loading)
+        return len(self.scheduler.loading)
 
     @property
     def pulled(self) -> int:
@@ -130,12 +125,7 @@ class Engine:
         for task in list(self._tasks):
             task.cancel()
         self.handoffs.close()
-        for sequence in [*self._queue, *self._ready, *self._loading, *self._running]:
-            sequence.status = Status.FINISHED
-        self._queue.clear()
-        self._ready.clear()
-        self._loading.clear()
-        self._running.clear()
+        self.scheduler.clear()
 
     def die(self, reason: str) -> None:
         """An assertion in the core: everything in flight fails, and the process will be gone shortly."""
@@ -143,7 +133,7 @@ class Engine:
             return
         logger.error("engine %s died: %s", self.id, reason)
         self.dead = reason
-        casualties = [*self._running, *self._ready, *self._loading, *self._queue]
+        casualties = self.scheduler.everything()
         self.close()
         for sequence in casualties:
             if sequence.listener is not None:
@@ -178,7 +168,7 @@ class Engine:
         """
         if self.dead is not None:
             raise engine_dead()
-        if self.config.max_queued and len(self._queue) + len(sequences) > self.config.max_queued:
+        if self.config.max_queued and len(self.scheduler.queue) + len(sequences) > self.config.max_queued:
             self.stats.admission_rejections += 1
             message = f"The engine's queue is full ({self.config.max_queued} requests); try again later."
             # Refused by a middleware: prefill is not told, and the hand-off can still be taken elsewhere.
@@ -188,7 +178,7 @@ class Engine:
             sequence.arrived = now
             if sequence.skip_cache and sequence.transfer.fetches:
                 sequence.transfer = Transfer()
-            self._queue.append(sequence)
+            self.scheduler.queue.append(sequence)
             if sequence.transfer.leg != "local":
                 self.side.submitted(sequence)
         self._wake.set()
@@ -220,7 +210,7 @@ class Engine:
         """End some sequences, or all there are, with finish reason "abort", as an engine does that is stopped or
         paused: each answers with what it has."""
         if sequences is None:
-            sequences = [*self._running, *self._ready, *self._loading, *self._queue]
+            sequences = self.scheduler.everything()
         for sequence in sequences:
             if sequence.status is Status.FINISHED or sequence.vanished:
                 continue
@@ -251,21 +241,10 @@ class Engine:
             self.side.let_go(transfer)
 
     def _drop(self, sequence: Sequence) -> None:
-        """Take a sequence out of wherever it is and free its blocks."""
-        match sequence.status:
-            case Status.RUNNING:
-                self._running.remove(sequence)
-            case Status.LOADING:
-                self._loading.discard(sequence)
-            case Status.WAITING:
-                (self._ready if sequence in self._ready else self._queue).remove(sequence)
-        sequence.status = Status.FINISHED
+        """End a sequence, wherever it is, and free its blocks."""
+        self.scheduler.remove(sequence)
         self._gone(sequence)
-        self._free(sequence)
-
-    def _free(self, sequence: Sequence) -> None:
-        blocks, sequence.blocks = sequence.blocks, []
-        self.pool.release(blocks)
+        self.scheduler.free(sequence)
 
     # Steps.
 
@@ -278,7 +257,7 @@ class Engine:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            batch, prompt_tokens = self._schedule()
+            batch, prompt_tokens = self.scheduler.next_step(loop.time())
             if self.dead is not None:
                 return
             if not batch:
@@ -296,123 +275,12 @@ class Engine:
             await asyncio.sleep(max(deadline - now, 0))
             self._step(batch)
 
-    def _schedule(self) -> tuple[list[tuple[Sequence, int]], int]:
-        """Who takes part in the next step, with how many prompt tokens; changes no more than block ownership."""
-        budget = self.config.max_num_batched_tokens
-        block_size = self.config.block_size
-        batch: list[tuple[Sequence, int]] = []
-        prompt_tokens = 0
-        preempted = self.stats.preemptions
-        for sequence in list(self._running):
-            if sequence.status is not Status.RUNNING:
-                continue
-            chunk = 0
-            if sequence.prefill_left:
-                chunk = min(sequence.prefill_left, budget)
-                if chunk <= 0:
-                    continue
-                budget -= chunk
-                prompt_tokens += chunk
-            else:
-                if len(sequence.blocks) * block_size < len(sequence.tokens) and not self._grow(sequence):
-                    continue
-                budget -= 1
-            batch.append((sequence, chunk))
-        if self.stats.preemptions != preempted:
-            return [(sequence, chunk) for sequence, chunk in batch if sequence.status is Status.RUNNING], prompt_tokens
-        now = asyncio.get_running_loop().time()
-        while (self._ready or self._queue) and len(self._running) < self.config.max_num_seqs and budget > 0:
-            if self._ready:
-                sequence = self._ready.popleft()
-            else:
-                sequence = self._queue[0]
-                if not self._allocate(sequence):
-                    break
-                self._queue.popleft()
-                if (sequence.transfer.fetches or sequence.transfer.awaits) and not sequence.loaded:
-                    self._load(sequence)
-                    if self.dead is not None:
-                        break
-                    continue
-            sequence.status = Status.RUNNING
-            if not sequence.output_length:
-                self.stats.queue_time.observe(now - sequence.arrived)
-            self._running.append(sequence)
-            chunk = min(sequence.prefill_left, budget)
-            budget -= chunk
-            prompt_tokens += chunk
-            batch.append((sequence, chunk))
-        return batch, prompt_tokens
-
-    def _allocate(self, sequence: Sequence) -> bool:
-        """Blocks for the whole sequence as far as it is known, the cached ones first."""
-        block_size = self.config.block_size
-        length = len(sequence.tokens)
-        hits: list[Block] = []
-        if self.config.prefix_caching and not sequence.skip_cache:
-            # The last token is always computed: it is what the next one is drawn from.
-            keys = sequence.boundaries[1 : (length - 1) // block_size + 1]
-            hits = self.pool.match(key ^ sequence.cache_key for key in keys)
-        blocks = self.pool.take(hits, -(-length // block_size) - len(hits))
-        if blocks is None:
-            return False
-        sequence.blocks = blocks
-        sequence.sealed = len(hits)
-        sequence.error = 0
-        sequence.taint(hits)
-        sequence.prefill_left = length - len(hits) * block_size
-        if not sequence.output_length:
-            sequence.cached = len(hits) * block_size
-            self.stats.prefix_queries += length
-            self.stats.prefix_hits += sequence.cached
-        return True
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """One more block for a running sequence, taken from the latest ones if there is none."""
-        while True:
-            fresh = self.pool.take([], 1)
-            if fresh is not None:
-                sequence.blocks.extend(fresh)
-                self._seal(sequence, len(sequence.tokens) - 1)
-                return True
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-
-    def _preempt(self, victim: Sequence) -> None:
-        self.stats.preemptions += 1
-        if self.config.preemption == "report":
-            self._recompute_elsewhere(victim)
-            return
-        self._running.remove(victim)
-        self._free(victim)
-        victim.status = Status.WAITING
-        victim.loaded = True  # whatever came from prefill is computed here the second time
-        self._queue.appendleft(victim)
-
     def _recompute_elsewhere(self, sequence: Sequence) -> None:
         """vllm-ascend's recompute scheduler: the sequence ends without a token, and the proxy is to send it again."""
         sequence.finish_reason, sequence.stop_reason = "stop", "recomputed"
         self._finish(sequence)
         if sequence.listener is not None:
             sequence.listener.on_token(sequence, None, "")
-
-    def _seal(self, sequence: Sequence, computed: int) -> None:
-        """Store the KV of every block that has become full."""
-        size = self.config.block_size
-        for index in range(sequence.sealed, computed // size):
-            tokens = sequence.tokens[index * size : (index + 1) * size]
-            self.pool.write(
-                sequence.blocks[index],
-                sequence.boundaries[index],
-                tokens,
-                sequence.error,
-                sequence.key(index + 1),
-                sequence.key(index) if index else None,
-                sequence.cache_salt,
-            )
-            sequence.sealed = index + 1
 
     def _step(self, batch: list[tuple[Sequence, int]]) -> None:
         now = asyncio.get_running_loop().time()
@@ -426,7 +294,7 @@ class Engine:
                 sequence.prefill_left -= chunk
                 if sequence.prefill_left > 0:
                     continue
-                self._seal(sequence, len(sequence.tokens))
+                self.scheduler.seal(sequence, len(sequence.tokens))
             generated = sequence.output_length
             if sequence.sampling.recompute_after == generated:
                 self._recompute_elsewhere(sequence)
@@ -465,16 +333,16 @@ class Engine:
         self.stats.finished[reason] += 1
         self.stats.end_to_end.observe(now - sequence.arrived)
         self.stats.output_length.observe(sequence.output_length)
-        self._running.remove(sequence)
+        self.scheduler.running.remove(sequence)
         sequence.status = Status.FINISHED
         if sequence.output_length:
-            self._seal(sequence, len(sequence.tokens) - 1)
+            self.scheduler.seal(sequence, len(sequence.tokens) - 1)
         if sequence.transfer.keeps and reason in self.side.kept_after and sequence.stop_reason != "recomputed":
             self._hand_off(sequence)
         else:
             if sequence.transfer.keeps:
                 self.side.dropped(sequence)
-            self._free(sequence)
+            self.scheduler.free(sequence)
         self._gone(sequence)
 
     def _hand_off(self, sequence: Sequence) -> None:
@@ -494,29 +362,27 @@ class Engine:
 
     # Fetching.
 
-    def _load(self, sequence: Sequence) -> None:
-        """Begin to fetch a sequence's KV, or to wait for what it awaits."""
+    def _load(self, sequence: Sequence) -> bool:
+        """Begin to fetch a sequence's KV, or to wait for what it awaits; returns whether the engine survives that."""
         sequence.status = Status.LOADING
-        self._loading.add(sequence)
+        self.scheduler.loading.add(sequence)
         if sequence.transfer.fetches:
             self.stats.external_queries += sequence.prompt_length - sequence.cached
         self.side.load(sequence)
+        return self.dead is None
 
     def admit(self, sequence: Sequence) -> None:
         """What a sequence waited for is there, or is not needed any more: compute it."""
-        self._loading.discard(sequence)
-        sequence.loaded = True
-        sequence.status = Status.WAITING
-        self._ready.append(sequence)
+        self.scheduler.make_ready(sequence)
         self._wake.set()
         self._changed()
 
     def fail(self, sequence: Sequence) -> None:
         """What a sequence waited for does not come."""
-        self._loading.discard(sequence)
+        self.scheduler.loading.discard(sequence)
         sequence.status = Status.FINISHED
         self.stats.finished["error"] += 1
-        self._free(sequence)
+        self.scheduler.free(sequence)
         self._gone(sequence)
         if sequence.listener is not None:
             sequence.listener.on_failure(sequence, internal_error())
@@ -534,10 +400,7 @@ class Engine:
 
     def compute(self, sequence: Sequence) -> None:
         """A sequence that is loading computes its prompt itself after all: there is nothing to fetch."""
-        self._loading.discard(sequence)
-        sequence.loaded = True
-        sequence.status = Status.WAITING
-        self._ready.append(sequence)
+        self.scheduler.make_ready(sequence)
         self._wake.set()
 
     async def _fetch(self, sequence: Sequence, fetching: Coroutine[Any, Any, list[Content]]) -> None:
@@ -555,9 +418,9 @@ class Engine:
             return
         self.side.loaded(sequence)
         if sequence.vanished:
-            self._loading.discard(sequence)
+            self.scheduler.loading.discard(sequence)
             sequence.status = Status.FINISHED
-            self._free(sequence)
+            self.scheduler.free(sequence)
             self._gone(sequence)
             self._wake.set()
             self._changed()
@@ -567,32 +430,10 @@ class Engine:
             self.stats.transfer_time.observe(loop.time() - began)
             self.stats.external_hits += fetched
             sequence.external = fetched
-            self._store(sequence, sequence.cached // self.config.block_size, contents)
+            self.scheduler.store(sequence, sequence.cached // self.config.block_size, contents)
             sequence.prefill_left = max(1, tokens - fetched)
             self.admit(sequence)
         elif self.side.recomputes or self.config.load_failure_policy == "recompute":
             self.admit(sequence)
         else:
             self.fail(sequence)
-
-    def _store(self, sequence: Sequence, hits: int, contents: list[Content]) -> None:
-        """Put pulled KV into this engine's own blocks, right or wrong: the positions decide, not the owner."""
-        size = self.config.block_size
-        attended = sequence.prompt_length - 1  # the last position is computed here
-        for index, content in enumerate(contents, start=hits):
-            before, found, error = content
-            start = index * size
-            expected = sequence.tokens[start : min(start + size, sequence.prompt_length)]
-            reach = min(attended - start, size)
-            if reach > 0 and not error and (before != sequence.boundaries[index] or found[:reach] != expected[:reach]):
-                error = mix((before ^ len(found) ^ sum(found)) & MASK) or 1
-            if reach <= 0:
-                error = 0
-            full = len(expected) == size
-            key = sequence.key(index + 1) if full else None
-            block = sequence.blocks[index]
-            parent = sequence.key(index) if index else None
-            self.pool.write(block, sequence.boundaries[index], expected, error, key, parent, sequence.cache_salt)
-            if full:
-                sequence.sealed = index + 1
-            sequence.taint([block])

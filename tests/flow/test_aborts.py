@@ -305,7 +305,7 @@ async def test_an_answer_that_is_cut_when_its_choices_have_not_all_ended_is_not_
         asking = asyncio.create_task(running.http.post(CHAT, json=body))
         await until(busy(d))
         victim = at_it(d)
-        first = victim.engine._running[0]
+        first = victim.engine.scheduler.running[0]
         first.sampling = replace(first.sampling, max_tokens=first.output_length + 1)
         await until(lambda: first.finish_reason is not None)
         victim.terminate()
