@@ -79,10 +79,6 @@ LONG_FUNCTIONS = {
     "pd_proxy/flow/single.py": 62,
     # relay
     "pd_proxy/relay/stream.py": 107,
-    # simulator
-    "pd_proxy_simulator/command.py": 69,
-    "pd_proxy_simulator/requests.py": 77,
-    "pd_proxy_simulator/sequences.py": 52,
 }
 """Files that still have longer functions, with the most lines of the longest. The same rule."""
 FORBIDDEN_WITHOUT_IO = {

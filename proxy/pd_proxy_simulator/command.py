@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.connectors import SIDES
@@ -24,7 +26,14 @@ _REAL_TRANSFER = 200_000.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the simulator's flags."""
     default = SimulatorConfig()
-    add = parser.add_argument
+    _add_surface(parser.add_argument, default)
+    _add_capacity(parser.add_argument, default)
+    _add_connector(parser.add_argument, default)
+    _add_cache(parser.add_argument, default)
+
+
+def _add_surface(add: Callable[..., Any], default: SimulatorConfig) -> None:
+    """Flags for what the engine is, and where it is reached."""
     add(
         "--role",
         choices=("prefill", "decode", "mixed", "encode"),
@@ -43,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-dev-mode", action="store_true", help="no /reset_prefix_cache, /sleep and /wake_up")
     add("--no-profiler", action="store_true", help="no /start_profile and /stop_profile")
     add("--api-key", default=None, help="wanted as bearer token on /v1")
+
+
+def _add_capacity(add: Callable[..., Any], default: SimulatorConfig) -> None:
+    """Flags for how fast the engine is, and how much it holds."""
     add("--step-time", type=float, default=_REAL_STEP, help="seconds a decode step takes (%(default)s)")
     add("--prefill-rate", type=float, default=_REAL_PREFILL, help="prompt tokens/s; 0 is instant (%(default)s)")
     add("--transfer-rate", type=float, default=_REAL_TRANSFER, help="pulled tokens/s; 0 is instant (%(default)s)")
@@ -63,6 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.shutdown_timeout,
         help="seconds for which SIGTERM lets requests run on; 0 aborts them (%(default)s)",
     )
+
+
+def _add_connector(add: Callable[..., Any], default: SimulatorConfig) -> None:
+    """Flags for hand-offs."""
     add("--lease", type=float, default=None, help="seconds a hand-off is kept (nixl 30, mooncake_ascend 480)")
     add("--handshake-timeout", type=float, default=default.handshake_timeout, help="seconds (%(default)s)")
     known = ", ".join(SIDES)
@@ -81,6 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shared-path", default=default.shared_path, help="the folder that engines with shared_cache share")
     policies = ("fail", "recompute")
     add("--load-failure-policy", choices=policies, default=default.load_failure_policy, help="(%(default)s)")
+
+
+def _add_cache(add: Callable[..., Any], default: SimulatorConfig) -> None:
+    """Flags for the KV cache and what is told of it, and for the model's text."""
     add("--preemption", choices=("recompute", "report"), default=default.preemption, help="(%(default)s)")
     add("--stale-reads", choices=("wrong", "memory"), default=default.stale_reads, help="(%(default)s)")
     add("--eos-rate", type=float, default=default.eos_rate, help="how often a sequence ends by itself (%(default)s)")

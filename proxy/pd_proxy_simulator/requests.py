@@ -162,7 +162,38 @@ def generation(
     only_echo = echo and limit == 0
     if only_echo:
         limit = 1
-    longest = max(map(len, prompts))
+    most = _most_tokens(fields, config, max(map(len, prompts)), limit)
+    for name, value in (("logprobs", logprobs), ("prompt_logprobs", fields.prompt_logprobs)):
+        if value is not None and value > _MAX_LOGPROBS:
+            message = f"Requested sample {name} of {value}, which is greater than max allowed: {_MAX_LOGPROBS}"
+            raise bad_request(message, name)
+    options = fields.stream_options or StreamOptions()
+    include_usage = bool(options.include_usage)
+    return GenerationRequest(
+        kind=kind,
+        external_id=external_id,
+        model=fields.model or config.model,
+        prompts=prompts,
+        n=fields.n or 1,
+        sampling=_samplings(fields, most, structure),
+        stream=bool(fields.stream),
+        include_usage=include_usage,
+        continuous_usage=include_usage and bool(options.continuous_usage_stats),
+        return_token_ids=bool(fields.return_token_ids),
+        tokens_as_ids=bool(fields.return_tokens_as_token_ids),
+        logprobs=logprobs,
+        prompt_logprobs=fields.prompt_logprobs,
+        echo=echo,
+        only_echo=only_echo,
+        cache_key=0 if fields.cache_salt is None else mix(int.from_bytes(fields.cache_salt.encode()) % (1 << 61) + 1),
+        cache_salt=fields.cache_salt or "",
+        tool=tool,
+        tool_required=tool_required,
+    )
+
+
+def _most_tokens(fields: CommonFields, config: SimulatorConfig, longest: int, limit: int | None) -> int:
+    """How many tokens a sequence may have behind a prompt of `longest` tokens. Raises RequestError."""
     context = config.context
     if longest >= context or (limit is not None and longest + limit > context):
         raise bad_request(
@@ -179,17 +210,17 @@ def generation(
     most = context - longest if limit is None else limit
     if least > most:
         raise bad_request(f"min_tokens must be less than or equal to max_tokens={most}, got {least}.", "min_tokens")
-    for name, value in (("logprobs", logprobs), ("prompt_logprobs", fields.prompt_logprobs)):
-        if value is not None and value > _MAX_LOGPROBS:
-            message = f"Requested sample {name} of {value}, which is greater than max allowed: {_MAX_LOGPROBS}"
-            raise bad_request(message, name)
+    return most
+
+
+def _samplings(fields: CommonFields, most: int, structure: Structure | None) -> list[Sampling]:
+    """How each choice of a request is sampled."""
     stop = [fields.stop] if isinstance(fields.stop, str) else list(fields.stop or [])
-    n = fields.n or 1
     greedy = fields.temperature is not None and fields.temperature < 1e-5
-    sampling = [
+    return [
         Sampling(
             max_tokens=most,
-            min_tokens=least,
+            min_tokens=fields.min_tokens or 0,
             stop=stop,
             stop_token_ids=frozenset(fields.stop_token_ids or ()),
             include_stop=bool(fields.include_stop_str_in_output),
@@ -197,28 +228,5 @@ def generation(
             salt=0 if greedy else (fields.seed or 0) + child,
             structure=structure,
         )
-        for child in range(n)
+        for child in range(fields.n or 1)
     ]
-    options = fields.stream_options or StreamOptions()
-    include_usage = bool(options.include_usage)
-    return GenerationRequest(
-        kind=kind,
-        external_id=external_id,
-        model=fields.model or config.model,
-        prompts=prompts,
-        n=n,
-        sampling=sampling,
-        stream=bool(fields.stream),
-        include_usage=include_usage,
-        continuous_usage=include_usage and bool(options.continuous_usage_stats),
-        return_token_ids=bool(fields.return_token_ids),
-        tokens_as_ids=bool(fields.return_tokens_as_token_ids),
-        logprobs=logprobs,
-        prompt_logprobs=fields.prompt_logprobs,
-        echo=echo,
-        only_echo=only_echo,
-        cache_key=0 if fields.cache_salt is None else mix(int.from_bytes(fields.cache_salt.encode()) % (1 << 61) + 1),
-        cache_salt=fields.cache_salt or "",
-        tool=tool,
-        tool_required=tool_required,
-    )

@@ -144,9 +144,7 @@ class Sequence:
         self.draws: list[int] | None = [] if keep_draws else None
         self.given: tuple[int, int] | None = None  # the first token, as prefill has drawn it, and its draw
         self.vanished = False  # its client went away while KV was on the way
-        self.arrived = 0.0
-        self.first_token_at = 0.0
-        self.last_token_at = 0.0
+        self.arrived = self.first_token_at = self.last_token_at = 0.0
 
     @property
     def output_length(self) -> int:
