@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pd_proxy_simulator.connectors.side import Side, Transfer, vllm_leg
+from pd_proxy_simulator.connectors.side import Side, Transfer, vllm_transfer
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.sequences import Sequence
@@ -31,8 +31,7 @@ class Mooncake(Side):
     broken_steps = 0
 
     def transfer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Transfer:
-        leg = vllm_leg(body)
-        return Transfer(leg, body["kv_transfer_params"] if leg != "local" else None)
+        return vllm_transfer(body)
 
     def page(self, path: str) -> bytes | None:
         if path != "/query":
@@ -42,7 +41,7 @@ class Mooncake(Side):
 
     def submitted(self, sequence: Sequence) -> None:
         role, leg = self.engine.config.role, sequence.transfer.leg
-        if role != "mixed" and role != leg:
+        if role not in ("mixed", leg):
             self.engine.die(f"AssertionError: a {leg} request at a {role} engine")
 
     def key(self, sequence: Sequence) -> str:

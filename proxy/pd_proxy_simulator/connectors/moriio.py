@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pd_proxy_simulator.blocks import Content
 from pd_proxy_simulator.connectors.registering import Registering
-from pd_proxy_simulator.connectors.side import Transfer, vllm_leg
+from pd_proxy_simulator.connectors.side import Transfer, vllm_transfer
 from pd_proxy_simulator.sidechannel import TransferFailed
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class MoRIIO(Registering):
         }
 
     def transfer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Transfer:
-        leg = vllm_leg(body)
-        return Transfer(leg, body["kv_transfer_params"] if leg != "local" else None)
+        return vllm_transfer(body)
 
     def submitted(self, sequence: Sequence) -> None:
         params = sequence.transfer.params
@@ -65,11 +64,7 @@ class MoRIIO(Registering):
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any] | None:
         engine = self.engine
         return {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
-            "remote_block_ids": [[block.index for block in sequence.kept]],
-            "remote_engine_id": engine.id,
-            "remote_host": engine.config.advertised_host,
+            **self.where_kept(sequence),
             "remote_handshake_port": engine.side_port,
             "remote_notify_port": engine.side_port,
             "remote_dp_rank": 0,
@@ -100,23 +95,19 @@ class MoRIIORead(MoRIIO):
 
     def load(self, sequence: Sequence) -> None:
         params, size = sequence.transfer.params, self.engine.config.block_size
-        missing = len(sequence.blocks) - sequence.cached // size
         if params is None or not params["remote_block_ids"]:
-            self.engine.fetch(sequence, _nothing(missing))
+            self.engine.fetch(sequence, _nothing(len(sequence.blocks) - sequence.cached // size))
             return
-        group = params["remote_block_ids"][0]
-        if not isinstance(group, list) or not all(type(index) is int for index in group):
-            self.engine.die(f"TypeError: remote_block_ids {params['remote_block_ids']!r}")
-            return
-        if missing > len(group):
-            self.engine.die("AssertionError: len(local_block_ids) <= len(remote_block_ids)")
+        too_few = "len(local_block_ids) <= len(remote_block_ids)"
+        blocks = self.blocks_to_read(sequence, params["remote_block_ids"], too_few)
+        if blocks is None:
             return
         fetch = self.engine.peers.fetch(
             str(params["remote_host"]),
             int(params["remote_handshake_port"]),
             str(params["remote_engine_id"]),
             str(params["transfer_id"]),
-            group[len(group) - missing :],
+            blocks,
             sequence.prompt_length - sequence.cached,
         )
         self.engine.fetch(sequence, fetch)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pd_proxy_simulator.connectors.side import Side, Transfer, vllm_leg
+from pd_proxy_simulator.connectors.side import Side, Transfer, vllm_transfer
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.sequences import Sequence
@@ -26,22 +26,16 @@ class NixlPush(Side):
     kept_after = ("length", "stop")
 
     def transfer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Transfer:
-        leg = vllm_leg(body)
-        return Transfer(leg, body["kv_transfer_params"] if leg != "local" else None)
+        return vllm_transfer(body)
 
     def key(self, sequence: Sequence) -> str:
         return _SUFFIX.sub("", sequence.request_id)
 
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any]:
-        engine = self.engine
         return {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
-            "remote_block_ids": [[block.index for block in sequence.kept]],
-            "remote_engine_id": engine.id,
+            **self.where_kept(sequence),
             "remote_request_id": sequence.request_id,
-            "remote_host": engine.config.advertised_host,
-            "remote_port": engine.side_port,
+            "remote_port": self.engine.side_port,
             "tp_size": 1,
             "dcp_size": 1,
             "pp_size": 1,

@@ -89,20 +89,16 @@ class Pull(Side):
         if remote.missing:
             logger.warning("hand-off without %s: nobody will load it", ", ".join(remote.missing))
             return
-        group = remote.block_ids[0] if isinstance(remote.block_ids, list) else None
-        if not isinstance(group, list) or not all(type(index) is int for index in group):
-            self.engine.die(f"TypeError: remote_block_ids {remote.block_ids!r}")
-            return
-        missing = len(sequence.blocks) - sequence.cached // self.engine.config.block_size
-        if missing > len(group):
-            self.engine.die("AssertionError: num_decode_blocks <= len(prefill_group) (base_worker.py:3453)")
+        too_few = "num_decode_blocks <= len(prefill_group) (base_worker.py:3453)"
+        blocks = self.blocks_to_read(sequence, remote.block_ids, too_few)
+        if blocks is None:
             return
         fetch = self.engine.peers.fetch(
             remote.host,
             remote.port,
             remote.engine_id,
             remote.request_id,
-            group[len(group) - missing :],
+            blocks,
             sequence.prompt_length - sequence.cached,
         )
         self.engine.fetch(sequence, fetch)
@@ -141,12 +137,8 @@ class Nixl(Pull):
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any]:
         engine = self.engine
         return {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
-            "remote_block_ids": [[block.index for block in sequence.kept]],
-            "remote_engine_id": engine.id,
+            **self.where_kept(sequence),
             "remote_request_id": sequence.request_id,
-            "remote_host": engine.config.advertised_host,
             "remote_port": engine.side_port,
             "tp_size": 1,
             "dcp_size": 1,
@@ -195,12 +187,8 @@ class MooncakeAscend(Pull):
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any]:
         engine = self.engine
         return {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
-            "remote_block_ids": [[block.index for block in sequence.kept]],
-            "remote_engine_id": engine.id,
+            **self.where_kept(sequence),
             "remote_request_id": sequence.request_id,
-            "remote_host": engine.config.advertised_host,
             "remote_port": engine.side_port,
             "remote_pcp_size": 1,
             "remote_dcp_size": 1,

@@ -100,6 +100,16 @@ class Side:
         them."""
         return None
 
+    def where_kept(self, sequence: Sequence) -> dict[str, Any]:
+        """What most of vLLM's connectors answer with alike: whose blocks these are, which, and at which host."""
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_block_ids": [[block.index for block in sequence.kept]],
+            "remote_engine_id": self.engine.id,
+            "remote_host": self.engine.config.advertised_host,
+        }
+
     def dropped(self, sequence: Sequence) -> None:
         """A sequence whose blocks were to be kept has ended otherwise."""
 
@@ -119,6 +129,26 @@ class Side:
         """Begin to fetch a sequence's KV into its blocks, or to wait for what it awaits; bad parameters do here what
         they do to a real engine."""
         raise NotImplementedError
+
+    def blocks_to_read(self, sequence: Sequence, named: Any, too_few: str) -> list[int] | None:
+        """The numbers of the blocks that are to be read for a sequence.
+
+        Arguments:
+            named: what decode was given as `remote_block_ids`; it may be anything.
+            too_few: the error of an engine that was named fewer blocks than it needs.
+
+        Returns:
+            The last of the first group, as many as are not cached here; None where the engine has died of them.
+        """
+        group = named[0] if isinstance(named, list) and named else None
+        if not isinstance(group, list) or not all(type(index) is int for index in group):
+            self.engine.die(f"TypeError: remote_block_ids {named!r}")
+            return None
+        missing = len(sequence.blocks) - sequence.cached // self.engine.config.block_size
+        if missing > len(group):
+            self.engine.die(f"AssertionError: {too_few}")
+            return None
+        return group[len(group) - missing :]
 
     def loaded(self, sequence: Sequence) -> None:
         """The fetch has ended, well or not."""
@@ -140,6 +170,12 @@ class Side:
         """Tell the engine at `host` that nobody will read what it keeps as `name`."""
         if not await self.engine.peers.tell(host, port, {"op": "done", "request_id": name, "read": False}):
             self.engine.stats.failed_notifications += 1
+
+
+def vllm_transfer(body: Mapping[str, Any]) -> Transfer:
+    """What a body asks by the two flags that most of vLLM's connectors share, with its parameters."""
+    leg = vllm_leg(body)
+    return Transfer(leg, body["kv_transfer_params"] if leg != "local" else None)
 
 
 def vllm_leg(body: Mapping[str, Any]) -> Leg:
