@@ -4,10 +4,16 @@
 PYTHON ?=
 PORT ?= 8000
 ONCE ?=
+# What the engines of the demo speak: nixl, mooncake_ascend, nixl_push, sglang.
+CONNECTOR ?= nixl
+# The version whose notes `make release-notes` prints (empty: the newest).
+VERSION ?=
 # How long `make soak` runs.
 SECONDS ?= 300
 # The seed of the chaos in `make soak` and of the examples in `make test-random` (empty: a new one, which is printed).
 SEED ?=
+# What `make coverage` demands, in per cent. It may only rise.
+COVERAGE := 90
 # Arguments for pytest (make test, make test-all, ...) and for the bench (make bench).
 ARGS ?=
 
@@ -27,10 +33,11 @@ unexport PYTHONDONTWRITEBYTECODE
 export SEED
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-random test-real soak lint types bench constraints clean
+.PHONY: help install demo test test-all test-random test-real test-versions soak coverage lint types bench
+.PHONY: constraints release-notes clean
 
 help: ## list the targets
-	@echo "make TARGET [PYTHON=python3.11] [PORT=8000] [ONCE=1] [ARGS='...']"
+	@echo "make TARGET [PYTHON=python3.11] [PORT=8000] [ONCE=1] [CONNECTOR=nixl] [ARGS='...']"
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 16
 
 # Without isolation the build uses the setuptools of constraints.txt, and nothing is fetched behind its back.
@@ -50,7 +57,7 @@ $(VENV)/.develop: $(VENV)/.run
 install: $(VENV)/.develop ## make .venv with all that the other targets need
 
 demo: $(VENV)/.run ## stream a completion through the gateway and simulated pools; Ctrl-C ends it
-	@exec $(BIN)/python deploy/demo.py --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)
+	@exec $(BIN)/python deploy/demo.py --port $(PORT) --connector $(CONNECTOR) $(if $(filter-out 0,$(ONCE)),--once)
 
 test: $(VENV)/.develop ## run the quick tests, of every part; the same ones with the same data each time
 	$(PYTEST) -p no:schemathesis -m "not real and not slow" $(ARGS)
@@ -68,6 +75,13 @@ test-real: $(VENV)/.develop ## run the tests against real vLLM engines on the CP
 	bash tests/real/install.sh $(REAL_VENV)
 	REQUIRE_REAL_VLLM=1 $(BIN)/pytest -m real tests/real $(ARGS)
 
+test-versions: ## run the quick tests under every Python from 3.11 that is found here, each in its own .venv-3.x
+	deploy/test_versions.sh $(ARGS)
+
+coverage: $(VENV)/.develop ## run the quick tests and say which lines of the gateway they reach; fails below COVERAGE per cent
+	$(PYTEST) -p no:schemathesis -m "not real and not slow" --cov --cov-report=term:skip-covered \
+	  --cov-fail-under=$(COVERAGE) $(ARGS)
+
 soak: test-random ## random examples, then requests for SECONDS while engines are stopped at random (SEED=n repeats both)
 	SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(BIN)/pytest -s tests/faults/test_soak.py $(ARGS)
 
@@ -81,11 +95,14 @@ types: $(VENV)/.develop ## check types, strictly
 bench: $(VENV)/.develop ## measure what the gateway costs beside nginx (needs gcc and nginx; ARGS=--quick for a first look)
 	$(BIN)/python -m bench $(ARGS)
 
+release-notes: ## print what CHANGELOG.md says of VERSION, or of the newest one
+	@$(or $(wildcard $(BIN)/python),python3) deploy/release_notes.py $(VERSION)
+
 constraints: ## write constraints.txt anew, with the newest versions that pyproject.toml allows
 	PYTHON="$(PYTHON)" deploy/constraints.sh
 
 clean: ## remove all that these targets made, virtual environments included
-	rm -rf $(VENV) $(REAL_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV)-3.* $(REAL_VENV) .cache .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find proxy -name '*.egg-info' -prune -exec rm -rf {} +
 	rm -rf proxy/pd_proxy_simulator/build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

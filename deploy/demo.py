@@ -115,15 +115,16 @@ class Processes:
 
 
 def main() -> int:
-    """Run the demonstration; gives the exit status."""
+    """Run the demonstration; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000, help="the gateway's port; 0: any (default: %(default)s)")
+    parser.add_argument("--connector", default="nixl", help="what the engines hand over with (default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="end after the answer")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         with tempfile.TemporaryDirectory(prefix="pd-proxy-demo-") as logs, Processes() as processes:
-            demonstrate(processes, arguments.port, Path(logs), once=arguments.once)
+            demonstrate(processes, arguments.port, arguments.connector, Path(logs), once=arguments.once)
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -132,14 +133,15 @@ def main() -> int:
     return 0
 
 
-def demonstrate(processes: Processes, port: int, logs: Path, *, once: bool) -> None:
-    """The whole of it. Raises DemoError."""
+def demonstrate(processes: Processes, port: int, connector: str, logs: Path, *, once: bool) -> None:
+    """Start everything, stream one answer, and say where to go on. Raises DemoError."""
     port = free_port(port)
-    pools = start_engines(processes, logs)
-    url = start_gateway(processes, pools, port)
+    pools = start_engines(processes, connector, logs)
+    url = start_gateway(processes, pools, connector, port)
     with httpx.Client(base_url=url, timeout=START_SECONDS, trust_env=False) as client:
         wait_until_ready(client, processes)
         stream_one(client)
+        print(f"It was {handed_over(client)}, with the connector {connector}.")
     print(where_to_go_on(url))
     if once:
         return
@@ -158,13 +160,13 @@ def free_port(port: int) -> int:
         raise DemoError(f"port {port} cannot be used ({reason}). Choose another: make demo PORT={other}") from None
 
 
-def start_engines(processes: Processes, logs: Path) -> dict[str, list[str]]:
-    """Start the simulated engines on free ports; gives their URLs by role."""
+def start_engines(processes: Processes, connector: str, logs: Path) -> dict[str, list[str]]:
+    """Start the simulated engines on free ports; returns their URLs by role."""
     started = []
     for role, count in POOLS:
         for number in range(1, count + 1):
             name, log = f"{role}-{number}", logs / f"{role}-{number}.log"
-            argv = [PD_PROXY, "simulate", "--role", role, "--port", "0", "--model", MODEL]
+            argv = [PD_PROXY, "simulate", "--role", role, "--port", "0", "--model", MODEL, "--connector", connector]
             started.append((role, name, log, processes.start(name, argv, log)))
     pools: dict[str, list[str]] = {role: [] for role, _ in POOLS}
     for role, name, log, process in started:
@@ -187,9 +189,10 @@ def listening_url(name: str, log: Path, process: subprocess.Popen[str]) -> str:
     raise DemoError(f"{name} did not start within {START_SECONDS:g} s")
 
 
-def start_gateway(processes: Processes, pools: dict[str, list[str]], port: int) -> str:
-    """Start the gateway; gives its URL."""
+def start_gateway(processes: Processes, pools: dict[str, list[str]], connector: str, port: int) -> str:
+    """Start the gateway; returns its URL."""
     flags = [part for role, urls in pools.items() for url in urls for part in (f"--{role}", url)]
+    flags += ["--connector", connector] if connector != "nixl" else []  # which is the default
     command = ["serve", "--host", HOST, "--port", str(port), *flags, "--shutdown.grace", "2"]
     print(f"\n$ pd-proxy {' '.join(command)}")
     processes.start("gateway", [PD_PROXY, *command])
@@ -246,6 +249,15 @@ def stream_one(client: httpx.Client) -> None:
     ttft = arrivals[0] - began
     tpot = (arrivals[-1] - arrivals[0]) / (tokens - 1)
     print(f"TTFT {ttft * 1000:.0f} ms, then {1 / tpot:.1f} tokens/s ({tokens} tokens, TPOT {tpot * 1000:.1f} ms)")
+
+
+def handed_over(client: httpx.Client) -> str:
+    """How the answer came about, by the gateway's own metrics."""
+    samples = client.get("/metrics").text.splitlines()
+    fallbacks = {line for line in samples if line.startswith("pd_proxy_fallbacks_total{") and not line.endswith(" 0.0")}
+    if not fallbacks:
+        return "prefilled by one engine and decoded by another"
+    return f"served without a hand-off ({', '.join(sorted(fallbacks))})"
 
 
 def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -7,14 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {
-    *("help", "install", "demo", "test", "test-all", "test-random", "test-real", "soak"),
-    *("lint", "types", "bench", "constraints", "clean"),
+    *("help", "install", "demo", "test", "test-all", "test-random", "test-real", "test-versions", "soak"),
+    *("coverage", "lint", "types", "bench", "constraints", "release-notes", "clean"),
 }
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -59,6 +61,33 @@ def test_every_target_can_be_made(target: str) -> None:
 def test_the_suite_is_all_but_what_needs_real_engines_and_the_everyday_one_what_is_quick() -> None:
     assert '-m "not real"' in make("-n", "test-all").splitlines()[-1]
     assert '-m "not real and not slow"' in make("-n", "test").splitlines()[-1]
+
+
+@needs_make
+def test_hooks_before_a_commit_run_what_the_targets_run() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {repo["repo"] for repo in hooks} == {"local"}
+    entries = {hook["id"]: hook["entry"] for repo in hooks for hook in repo["hooks"]}
+    linted, typed = make("-n", "lint"), make("-n", "types")
+    assert entries["lint"].replace(" --force-exclude", "") in linted
+    assert entries["format"].replace(" --force-exclude", "") in linted
+    assert entries["types"] in typed
+    for entry in entries.values():
+        files = [word for word in entry.split() if word.endswith(".py")]
+        assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+@needs_make
+def test_every_python_that_is_named_is_tested() -> None:
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    named = [name.rpartition(" ")[2] for name in classifiers if re.fullmatch(r"Programming .* :: 3\.\d+", name)]
+    assert named[0] == "3.11"
+    pattern = re.search(r"sed -nE '(.*)' pyproject.toml", (ROOT / "deploy" / "test_versions.sh").read_text())
+    assert pattern is not None
+    found = subprocess.run(
+        ["sed", "-nE", pattern[1], ROOT / "pyproject.toml"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == named
 
 
 @needs_make
