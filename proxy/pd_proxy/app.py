@@ -131,7 +131,7 @@ def build(settings: Settings, connections: Connections | None = None, context: W
     prometheus = PrometheusSink(fleet, connections or Connections())
     handoff_key = settings.handoff_key
     spoken = connectors("" if handoff_key is None else handoff_key.get_secret_value())
-    fleet.answers_alone = frozenset(name for name, connector in spoken.items() if connector.plain_decode)
+    fleet.answers_alone = frozenset(name for name, connector in spoken.items() if connector.traits.plain_decode)
     callbacks = Callbacks(settings.metaserver.url, 0 if context is None else context.worker)
     notices = TransferNotifications(settings.zmq.notices)
     registrations = Registrations(fleet, settings.zmq, spoken)
@@ -217,7 +217,7 @@ def build(settings: Settings, connections: Connections | None = None, context: W
         learns_facts=lambda backend: (
             settings.first_token != "decode"
             and backend.role != "encode"
-            and spoken.get(backend.connector, UNKNOWN).first_token
+            and spoken.get(backend.connector, UNKNOWN).traits.first_token
         ),
         guides=spoken,
         tether_headers=legs.authorization,
@@ -238,7 +238,7 @@ def build(settings: Settings, connections: Connections | None = None, context: W
     invoked = invocations.Invocations(
         settings, credentials, hot, lambda: {path for b in fleet for path in b.kind.routes if b.offers(path)}
     )
-    called_back = any(spoken.get(group.connector, UNKNOWN).called_back for group in settings.all_groups())
+    called_back = any(spoken.get(group.connector, UNKNOWN).traits.called_back for group in settings.all_groups())
 
     def routers() -> list[APIRouter]:
         made = [
@@ -260,7 +260,11 @@ def build(settings: Settings, connections: Connections | None = None, context: W
 
     body_seconds, bodies = settings.timeouts.request_body, {EXPLAIN_PATH: settings.limits.request_body}
     # A kind that is not set is vLLM's; a connector says as surely what else there is.
-    told = {endpoint for group in settings.all_groups() for endpoint in spoken.get(group.connector, UNKNOWN).endpoints}
+    told = {
+        endpoint
+        for group in settings.all_groups()
+        for endpoint in spoken.get(group.connector, UNKNOWN).traits.endpoints
+    }
     own_routes = frozenset(LAYOUTS[endpoint].path for endpoint in told if LAYOUTS[endpoint].of_one_make)
     surface = Surface(
         hot=hot,

@@ -61,9 +61,9 @@ def counts(endpoint: str, usage: dict[str, Any]) -> tuple[int, int | None, int |
 @EVERY
 @pytest.mark.parametrize("endpoint", PATHS)
 async def test_cached_and_written_tokens_are_prefills_in_every_answer(case: Case, endpoint: str) -> None:
-    if endpoint not in CONNECTORS[case.name].endpoints:
+    if endpoint not in CONNECTORS[case.name].traits.endpoints:
         pytest.skip("its engines do not share such a request")
-    if not CONNECTORS[case.name].plain_prefill:
+    if not CONNECTORS[case.name].traits.plain_prefill:
         pytest.skip("its prefill engines answer nobody but a gateway")
     engine = {"written_tokens": True, "handoff_cached": False}
     for stream in (False, True):

@@ -178,7 +178,7 @@ async def test_a_client_that_leaves_leaves_nothing_behind(case: Case, stage: str
 @pytest.mark.parametrize("primed", [True, False], ids=["half in prefill's cache", "nothing in it"])
 async def test_a_client_is_told_what_prefill_had_in_its_cache(case: Case, stream: bool, primed: bool) -> None:
     beginning = "the first half of a prompt that prefill has seen before, and decode never has; " * 2
-    if primed and not CONNECTORS[case.name].plain_prefill:
+    if primed and not CONNECTORS[case.name].traits.plain_prefill:
         pytest.skip("its prefill engines answer nobody but a gateway")
     async with fleet(case) as (running, [p], [d]):
         if primed:
@@ -214,7 +214,7 @@ async def test_without_prefill_decode_answers_by_itself_or_says_that_it_may_not(
         p.kill()
         await until(lambda: not next(b for b in running.gateway.fleet if b.url == p.url).up)
         answer = await running.http.post(PATHS["completions"], json=completion())
-        if CONNECTORS[case.name].plain_decode:
+        if CONNECTORS[case.name].traits.plain_decode:
             assert text_of(answer.json()) == expected
             assert answer.headers["x-pd-proxy-fallback"] == "no_prefill_backend"
         else:

@@ -12,6 +12,7 @@ from itertools import groupby
 from unittest import mock
 
 from pd_proxy.handoff.connectors.registry import CONNECTORS
+from pd_proxy.handoff.traits import Order
 
 from tests.contract.cases import CASES, Case
 from tests.faults import bed as beds
@@ -81,7 +82,7 @@ async def _fault_free(case: Case) -> dict[Shape, Heard]:
 
 
 def _resume(case: Case) -> str:
-    return "exact" if CONNECTORS[case.name].continues else "off"
+    return "exact" if CONNECTORS[case.name].traits.resumable else "off"
 
 
 async def _one(bed: Bed, cell: Cell, good: dict[Shape, Heard], wall: WallClock, case: Case) -> Result:
@@ -128,7 +129,7 @@ async def _one(bed: Bed, cell: Cell, good: dict[Shape, Heard], wall: WallClock, 
     # One more may be kept alive where two legs went to one engine at the same time, and one where none had gone before
     # (two, where the leg that releases a hand-off is beside the next try's); and one is held to an engine that has been
     # found again, so that what is known of it can be believed.
-    more = 1 + cell.ahead + (CONNECTORS[case.name].order == "concurrent")
+    more = 1 + cell.ahead + (CONNECTORS[case.name].traits.order in (Order.CONCURRENT, Order.CALLED_BACK))
     if any(n > before + more for n, before in zip(bed.idle_connections(), connections, strict=True)):
         left.append(f"connections: {bed.idle_connections()}, {connections} before")
     bed.dirty = bool(left)

@@ -46,7 +46,7 @@ def _wrong(cell: Cell, result: Result, case: Case) -> str:
     verdict, expected = _verdict(result.outcome), _verdict(expected_of(cell))
     if verdict in ("ok", expected):
         return ""
-    if not CONNECTORS[case.name].continues and cell.stream and verdict == "error event stream_interrupted":
+    if not CONNECTORS[case.name].traits.resumable and cell.stream and verdict == "error event stream_interrupted":
         return ""
     return f"{verdict} instead of {expected}: {result.detail[:300]}"
 

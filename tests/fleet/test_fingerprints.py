@@ -9,7 +9,7 @@ import pytest
 from pd_proxy.fleet.health.fingerprints import configured, counted, speaker
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 
-MARKS = {name: connector.marks for name, connector in CONNECTORS.items()}
+MARKS = {name: connector.traits.fingerprints for name, connector in CONNECTORS.items()}
 
 
 def vllm(connector: Any, **extra: Any) -> dict[str, Any]:

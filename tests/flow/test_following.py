@@ -50,7 +50,7 @@ async def test_a_clients_id_is_the_beginning_of_its_legs_and_the_line_has_them(
         assert answer.headers["x-request-id"] == "order-7.A:b"
         [line] = lines(caplog, "pd_proxy.request")
         assert {*ids(p), *ids(d)} == {line["leg"]}
-        if CONNECTORS[case.name].own_ids:
+        if CONNECTORS[case.name].traits.own_request_ids:
             assert "order-7" not in line["leg"]
         else:
             assert re.fullmatch(r"order-7\.A:b-[0-9a-f]{16}", line["leg"])

@@ -108,7 +108,7 @@ NAMES = dict(zip((route.path for route in ROUTES), ("messages", "responses", "ge
 
 def splits(route: Route, case: Case) -> bool:
     """Whether engines that speak a connector share a request on a route."""
-    return NAMES[route.path] in CONNECTORS[case.name].endpoints
+    return NAMES[route.path] in CONNECTORS[case.name].traits.endpoints
 
 
 SPLIT = [pytest.param(r, c, id=f"{NAMES[r.path]}-{c.name}") for r in ROUTES for c in CASES if splits(r, c)]
@@ -178,7 +178,7 @@ async def test_engines_that_hand_nothing_over_on_a_route_serve_it_whole_or_not_a
         async with fleet(case, engine=ENGINE, routes={"generate": True}) as (running, [p], [d]):
             answer = await running.http.post(route.path, json=route.body())
             assert not p.requests
-            if CONNECTORS[case.name].plain_decode:
+            if CONNECTORS[case.name].traits.plain_decode:
                 assert route.text(answer.json()) == expected
                 assert answer.headers["x-pd-proxy-fallback"] == "endpoint"
             else:

@@ -33,16 +33,16 @@ CALL: dict[str, Any] = {
 
 def plan() -> Plan:
     body = read_body(b'{"prompt": "a", "max_tokens": 9, "stop": ["x"]}', "completions")
-    return Plan(body, LAYERWISE, rendezvous=LAYERWISE.invite(URL))
+    return Plan(body, LAYERWISE, rendezvous=LAYERWISE.callback_params(URL))
 
 
 def heard(**changes: Any) -> Any:
     said = {name: value for name, value in {**CALL, **changes}.items() if value is not ...}
-    return LAYERWISE.heard(json.dumps(said).encode())
+    return LAYERWISE.read_callback(json.dumps(said).encode())
 
 
 def test_the_settings_know_which_connectors_call_back() -> None:
-    assert {connector.name for connector in CONNECTORS.values() if connector.called_back} == CALLED_BACK
+    assert {connector.name for connector in CONNECTORS.values() if connector.traits.called_back} == CALLED_BACK
 
 
 def test_decode_is_told_whom_to_call_and_nothing_of_prefill() -> None:
@@ -94,4 +94,4 @@ def test_a_call_that_would_harm_prefill_or_say_more_is_refused(changes: dict[str
 @pytest.mark.parametrize("call", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 100_000])
 def test_what_is_no_call_at_all_is_refused(call: bytes) -> None:
     with pytest.raises(HandoffInvalid):
-        LAYERWISE.heard(call)
+        LAYERWISE.read_callback(call)

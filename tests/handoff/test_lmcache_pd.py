@@ -54,6 +54,6 @@ def test_a_notice_of_each_rank_is_waited_for() -> None:
 
 def test_what_was_written_to_one_decode_engine_goes_to_no_other() -> None:
     made = plan(messages=[])
-    assert not LMCACHE.transferable
+    assert not LMCACHE.traits.transferable
     assert made.handoff is not None
     assert made.release_leg(made.handoff, sent=False) is None

@@ -13,6 +13,7 @@ from pd_proxy.errors import HandoffInvalid
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.plan import Plan
+from pd_proxy.handoff.traits import Order
 from pd_proxy.requests.body import read_body
 
 READ, WRITE = CONNECTORS["moriio_read"], CONNECTORS["moriio_write"]
@@ -147,10 +148,10 @@ def test_a_hand_off_nobody_wants_is_released_by_a_request_that_decode_refuses(na
 
 
 def test_a_reading_decode_engine_is_given_nothing_without_a_hand_off() -> None:
-    assert not READ.plain_decode
-    assert WRITE.plain_decode
-    assert not READ.transferable and not WRITE.transferable
-    assert (READ.order, WRITE.order) == ("sequential", "concurrent")
+    assert not READ.traits.plain_decode
+    assert WRITE.traits.plain_decode
+    assert not READ.traits.transferable and not WRITE.traits.transferable
+    assert (READ.traits.order, WRITE.traits.order) == (Order.SEQUENTIAL, Order.CONCURRENT)
 
 
 def registration(**said: Any) -> bytes:
@@ -167,20 +168,20 @@ def registration(**said: Any) -> bytes:
 
 
 def test_a_registration_is_read() -> None:
-    said = WRITE.announced(registration(more=1))
+    said = WRITE.read_registration(registration(more=1))
     assert (said.role, said.host, said.port, said.coordinates) == ("decode", "fd00::2", 8000, D)
 
 
 @pytest.mark.parametrize(("connector", "mode"), [(WRITE, "READ"), (READ, "WRITE")])
 def test_modes_are_not_mixed(connector: Any, mode: str) -> None:
     with pytest.raises(ValueError, match=f"it transfers in {mode} mode"):
-        connector.announced(registration(transfer_mode=mode))
+        connector.read_registration(registration(transfer_mode=mode))
 
 
 @given(text=st.text(max_size=60) | st.from_regex(r"host:[^,]*,handshake:[^,]*,notify:[^,]*"))
 def test_an_address_is_one_or_is_refused(text: str) -> None:
     try:
-        coordinates = WRITE.announced(registration(zmq_address=text)).coordinates
+        coordinates = WRITE.read_registration(registration(zmq_address=text)).coordinates
     except ValueError:
         return
     assert coordinates.host.isascii() and coordinates.host.isprintable() and " " not in coordinates.host

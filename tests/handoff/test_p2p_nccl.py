@@ -37,7 +37,7 @@ def test_the_legs_say_nothing_else() -> None:
 
 
 def test_no_request_without_such_an_id_goes_to_either_engine() -> None:
-    assert (P2P.plain_decode, P2P.plain_prefill, P2P.transferable) == (False, False, False)
+    assert (P2P.traits.plain_decode, P2P.traits.plain_prefill, P2P.traits.transferable) == (False, False, False)
 
 
 def registration(**said: Any) -> bytes:
@@ -46,7 +46,7 @@ def registration(**said: Any) -> bytes:
 
 
 def test_a_registration_is_read() -> None:
-    said = P2P.announced(registration())
+    said = P2P.read_registration(registration())
     assert (said.role, said.host, said.port) == ("prefill", "10.0.0.1", 20001)
     assert said.coordinates == P
 
@@ -67,13 +67,13 @@ def test_a_registration_is_read() -> None:
 )
 def test_an_address_that_would_spoil_the_id_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
-        P2P.announced(registration(zmq_address=text))
+        P2P.read_registration(registration(zmq_address=text))
 
 
 @given(text=st.text(max_size=40) | st.from_regex(r"[0-9A-Za-z.:\[\]_-]{1,20}:[0-9]{1,5}"))
 def test_whatever_registers_an_id_is_one_line_with_two_addresses(text: str) -> None:
     try:
-        coordinates = P2P.announced(registration(zmq_address=text)).coordinates
+        coordinates = P2P.read_registration(registration(zmq_address=text)).coordinates
     except ValueError:
         return
     name = P2P.negotiate(coordinates, D, NAME, None).id

@@ -57,8 +57,10 @@ HERE = Coordinates(host="10.0.0.1", port=8998, engine_ids=("engine-0",))
 
 
 def plan(connector: Connector, endpoint: Endpoint = "chat", **members: Any) -> Plan:
-    rendezvous = connector.negotiate(HERE, HERE, "0f" * 16, None) if connector.negotiates else None
-    rendezvous = connector.invite("http://10.0.0.1/v1/metaserver") if connector.called_back else rendezvous
+    rendezvous = connector.negotiate(HERE, HERE, "0f" * 16, None) if connector.traits.negotiates else None
+    rendezvous = (
+        connector.callback_params("http://10.0.0.1/v1/metaserver") if connector.traits.called_back else rendezvous
+    )
     return Plan(read_body(json.dumps(members).encode(), endpoint), connector, rendezvous=rendezvous)
 
 
@@ -372,7 +374,7 @@ def test_an_answer_in_one_piece_has_no_stream_options(connector: Connector, memb
 
 @EVERY
 def test_a_lease_outlives_a_hand_off_many_times(connector: Connector) -> None:
-    assert connector.lease >= 30.0
+    assert connector.traits.lease >= 30.0
 
 
 @EVERY

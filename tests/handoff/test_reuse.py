@@ -16,7 +16,7 @@ from pd_proxy.requests.continuation import Continuation
 from tests.handoff.test_plan import PARAMS, said
 
 NIXL = CONNECTORS["nixl"]
-TAKERS = [connector for connector in CONNECTORS.values() if connector.takes_ids]
+TAKERS = [connector for connector in CONNECTORS.values() if connector.traits.reuses_prompt_ids]
 EVERY = pytest.mark.parametrize("connector", TAKERS, ids=lambda connector: connector.name)
 MEMBERS: dict[Endpoint, dict[str, Any]] = {
     "chat": {"messages": [{"role": "user", "content": "é"}], "max_tokens": 9},

@@ -101,7 +101,7 @@ def test_several_prompts_go_as_they_are() -> None:
     for leg in legs(endpoint="completions", prompt=["a", "b"]):
         assert leg["prompt"] == ["a", "b"]
         assert type(leg["bootstrap_room"]) is int  # a scalar: the engines count up from it
-    assert SGLANG.splits == {"prompt_list"}
+    assert SGLANG.traits.splittable == {"prompt_list"}
 
 
 # What an engine says of itself

@@ -31,5 +31,5 @@ def test_nothing_is_held_so_nothing_is_freed() -> None:
     made = Plan(read_body(BODY, "completions"), SHARED)
     handoff = SHARED.take(read_answer(b'{"choices":[]}'))
     assert handoff is not None
-    assert SHARED.lease == inf
+    assert SHARED.traits.lease == inf
     assert made.release_leg(handoff, sent=False) is None

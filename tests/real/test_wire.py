@@ -171,7 +171,7 @@ def test_a_decode_leg_that_the_handler_refuses_gives_the_blocks_back_unread(bed:
 
 
 def test_engines_tell_before_any_request_which_connector_they_speak(bed: Bed) -> None:
-    marks = {name: connector.marks for name, connector in CONNECTORS.items()}
+    marks = {name: connector.traits.fingerprints for name, connector in CONNECTORS.items()}
     for engine in (bed.prefill, bed.decode):
         assert speaker(counted(httpx.get(f"{engine.url}/metrics", timeout=10).content), marks) == "nixl"
 

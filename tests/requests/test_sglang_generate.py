@@ -33,7 +33,7 @@ def legs(rank: int | None = None, dp: int = 1, **members: Any) -> tuple[dict[str
     prefill = Coordinates(host="10.0.0.1", port=9001, dp=dp)
     rendezvous = SGLANG.negotiate(prefill, Coordinates(host="10.0.0.2"), "0f" * 16, rank)
     if read.prompts:
-        rendezvous = SGLANG.apart(rendezvous, read.prompts, dp)
+        rendezvous = SGLANG.per_prompt(rendezvous, read.prompts, dp)
     plan = Plan(read, SGLANG, rendezvous=rendezvous, answer_id="named")
     return said(plan.prefill_leg()), said(plan.decode_leg(plan.handoff))
 

@@ -349,8 +349,8 @@ def test_no_other_address_for_engines_is_taken(text: str) -> None:
 
 
 def test_the_settings_know_which_connectors_are_heard() -> None:
-    assert {name for name, connector in CONNECTORS.items() if connector.waits} == SENDS_NOTICES
-    assert {name for name, connector in CONNECTORS.items() if connector.registers} == REGISTER
+    assert {name for name, connector in CONNECTORS.items() if connector.traits.notified} == SENDS_NOTICES
+    assert {name for name, connector in CONNECTORS.items() if connector.traits.registers} == REGISTER
 
 
 MORIIO: dict[str, Any] = {

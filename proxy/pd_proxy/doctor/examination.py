@@ -174,7 +174,7 @@ class _Examination:
         failed = {url for trial in trials if trial.finding is not None for url in (trial.prefill, trial.decode)}
         for backend, profile in profiles.items():
             misfit = wrong_role(backend, profile)
-            if misfit is not None and self._connector(backend).any_role and backend.url not in failed:
+            if misfit is not None and self._connector(backend).traits.any_role and backend.url not in failed:
                 misfit = tolerated(misfit)
             if misfit is None and backend.connector:
                 misfit = wrong_connector(backend, profile, self._connectors)
@@ -222,10 +222,10 @@ class _Examination:
         of_groups = []
         for group in self._fleet.groups:
             pairs = self._pairs(group)
-            if pairs and self._connector(pairs[0][1]).called_back:
+            if pairs and self._connector(pairs[0][1]).traits.called_back:
                 what = f"group {group}: its decode engines call the gateway back, so only a gateway can try its pairs"
                 self._findings.append(found("cannot_try", what, severity="note"))
-            elif pairs and self._connector(pairs[0][1]).waits and not self._hears:
+            elif pairs and self._connector(pairs[0][1]).traits.notified and not self._hears:
                 continue
             else:
                 of_groups.append(pairs)

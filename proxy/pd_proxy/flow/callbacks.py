@@ -62,7 +62,7 @@ class Call:
             HandoffInvalid: it cannot be used. The try ends with that.
         """
         try:
-            heard = self._connector.heard(body)
+            heard = self._connector.read_callback(body)
         except HandoffInvalid as error:
             self.fail(BackendGarbled(f"{self._decode}: {error}"))
             raise

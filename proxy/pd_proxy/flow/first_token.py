@@ -35,7 +35,8 @@ class FirstTokens:
         self._limit = settings.limits.transcript
         self.on = settings.first_token != "decode"
         self._takes_whole = self.on and all(
-            connector.first_token or (self._forced and connector.plain_prefill) for connector in connectors
+            connector.traits.first_token or (self._forced and connector.traits.plain_prefill)
+            for connector in connectors
         )
 
     def is_prefills(self, max_tokens: int) -> bool:
@@ -46,7 +47,7 @@ class FirstTokens:
         """Why this pair's first token is to be decode's, or an empty string. What it says is noted in the record."""
         if request.continuation is not None:
             return "resumed"  # the client has its first token
-        why = self._why_not(request, prefill, decode) if connector.first_token else "connector"
+        why = self._why_not(request, prefill, decode) if connector.traits.first_token else "connector"
         record = request.record
         record.first_token_from, record.first_token_reason = "decode", why
         return why

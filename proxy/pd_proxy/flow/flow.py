@@ -245,7 +245,7 @@ class Flow:
         """One try on one pair (or one backend). Decode's place is taken before prefill starts."""
         prefill, decode, record = decision.prefill, decision.decode, request.record
         connector = self._connectors[decode.connector]
-        if not connector.continues:
+        if not connector.traits.resumable:
             self._resumption.forgo(request)
         facts = None
         if prefill is not None and self._first_tokens.on:
@@ -276,7 +276,7 @@ class Flow:
             try:
                 if media:
                     await self._encoders.encode(attempt, media, decode.group)
-                if prefill_lease is not None and connector.called_back:
+                if prefill_lease is not None and connector.traits.called_back:
                     with self._callbacks.expect(attempt.id, connector, decode.url) as call:
                         await self._together(attempt, prefill_lease, decode, lease, call)
                     return
@@ -331,7 +331,8 @@ class Flow:
         finally:
             await _ended(decoding)
             unsent = call is not None and attempt.heard is None
-            if not (prefilling.done() or unsent) and (_went_well(decoding) or not plan.connector.prefill_may_be_cut):
+            cancellable = plan.connector.traits.prefill_cancellable
+            if not (prefilling.done() or unsent) and (_went_well(decoding) or not cancellable):
                 if attempt.sent is not None:
                     attempt.sent.runs_on()
                 attempt.runs_out = self._in_background(self._run_out(prefilling, prefill_lease, attempt.sent))
@@ -380,7 +381,7 @@ class Flow:
         if limbo.use != "reading":
             leg = attempt.plan.release_leg(limbo.handoff, sent=limbo.use == "refused")
         if leg is None:
-            if attempt.plan.connector.lease < inf:
+            if attempt.plan.connector.traits.lease < inf:
                 self._telemetry.handoff_released(False)
             limbo.close()
             return
@@ -496,7 +497,7 @@ class Flow:
             error,
             extra=record.known_as,
         )
-        if not (self._local_prefill and attempt.plan.connector.plain_decode):
+        if not (self._local_prefill and attempt.plan.connector.traits.plain_decode):
             self._failed(attempt.request, backend, "prefill", error)
             raise error
         attempt.request.record.fallback = reason
@@ -534,9 +535,9 @@ class Flow:
         """A decode backend that has not failed this request, and that the hand-off surely fits."""
         request, facts = attempt.request, attempt.facts if attempt.first is not None else None
         connector = attempt.plan.connector
-        if attempt.limbo is None or not connector.transferable:
+        if attempt.limbo is None or not connector.traits.transferable:
             return None
-        if connector.pairs_by_id and request.stored is not None:
+        if connector.traits.pairs_by_id and request.stored is not None:
             return None
         model = request.body.model
         candidates = self._may_read(

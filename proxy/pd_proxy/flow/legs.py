@@ -229,15 +229,15 @@ def new_try(
         reuse: decode may take the prompt's ids from prefill.
     """
     record, rendezvous = request.record, None
-    name = new_id() if connector.own_ids else leg_id(record.request_id)
-    if prefill is not None and connector.called_back:
+    name = new_id() if connector.traits.own_request_ids else leg_id(record.request_id)
+    if prefill is not None and connector.traits.called_back:
         assert callbacks is not None
-        name, rendezvous = callbacks.name(), connector.invite(callbacks.url)
-    elif prefill is not None and connector.negotiates:
+        name, rendezvous = callbacks.name(), connector.callback_params(callbacks.url)
+    elif prefill is not None and connector.traits.negotiates:
         rendezvous = connector.negotiate(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
         own, name = name, rendezvous.id or name
         if request.body.prompts:
-            rendezvous = connector.apart(rendezvous, request.body.prompts, prefill.backend.coordinates.dp)
+            rendezvous = connector.per_prompt(rendezvous, request.body.prompts, prefill.backend.coordinates.dp)
     plan = Plan(
         request.body,
         connector,
@@ -246,7 +246,7 @@ def new_try(
         token_ids=token_ids,
         first_token=facts is not None,
         answer_id=_answer_id(request, decode) if LAYOUTS[request.body.endpoint].id_member else "",
-        reuse=reuse and prefill is not None and connector.takes_ids and reusable(request.body),
+        reuse=reuse and prefill is not None and connector.traits.reuses_prompt_ids and reusable(request.body),
     )
     alias = own if rendezvous is not None and rendezvous.id else ""
     record.leg = name
@@ -264,7 +264,7 @@ def _answer_id(request: Request, decode: Backend) -> str:
 def remember(attempt: Try, prefill: Lease, handoff: Handoff | None) -> None:
     """Prefill has answered: keep what it says of its engine's coordinates, where the legs had need of it."""
     plan = attempt.plan
-    if handoff is None or not plan.connector.negotiates or plan.handoff is not None:
+    if handoff is None or not plan.connector.traits.negotiates or plan.handoff is not None:
         return
     backend = prefill.backend
     located = plan.connector.remember(backend.coordinates, handoff, prefill.rank)
@@ -674,9 +674,11 @@ class Legs:
     def bound(self, plan: Plan) -> float:
         """Seconds of age at which a hand-off is no longer sent."""
         connector = plan.connector
-        if plan.together or connector.lease == inf:
+        if plan.together or connector.traits.lease == inf:
             return inf  # it is known before prefill's answer; it refers to nothing that prefill keeps
-        return min(self._timeouts.handoff, connector.lease / 2)  # whatever was set: not in the lease's second half
+        return min(
+            self._timeouts.handoff, connector.traits.lease / 2
+        )  # whatever was set: not in the lease's second half
 
     @staticmethod
     def _time_left(limbo: PendingHandoff) -> float | None:

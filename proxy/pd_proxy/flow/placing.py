@@ -102,7 +102,7 @@ class Placing:
         usual = settings.targets
         self._usual_targets = usual.ttft, usual.tpot
         self._targets = {one.name: (one.ttft or usual.ttft, one.tpot or usual.tpot) for one in settings.clients}
-        self._endpoints = frozenset[str]().union(*(connector.endpoints for connector in in_use))
+        self._endpoints = frozenset[str]().union(*(connector.traits.endpoints for connector in in_use))
         self._rules = _rules(
             {**connectors, UNKNOWN.name: UNKNOWN},
             in_use,
@@ -363,18 +363,18 @@ def _rules(connectors: Mapping[str, Connector], in_use: Sequence[Connector], kin
         in_use: those that engines here may speak.
         kinds: of these engines.
     """
-    splits = frozenset[str]().union(*(connector.splits for connector in in_use))
-    endpoints = frozenset[str]().union(*(connector.endpoints for connector in in_use))
+    splits = frozenset[str]().union(*(connector.traits.splittable for connector in in_use))
+    endpoints = frozenset[str]().union(*(connector.traits.endpoints for connector in in_use))
     return Rules(
-        splits={name: connector.splits for name, connector in connectors.items()},
-        endpoints={name: connector.endpoints for name, connector in connectors.items()},
-        plain=frozenset(name for name, connector in connectors.items() if connector.plain_decode),
-        negotiates=frozenset(name for name, connector in connectors.items() if connector.negotiates),
-        all_plain=all(connector.plain_decode for connector in in_use),
+        splits={name: connector.traits.splittable for name, connector in connectors.items()},
+        endpoints={name: connector.traits.endpoints for name, connector in connectors.items()},
+        plain=frozenset(name for name, connector in connectors.items() if connector.traits.plain_decode),
+        negotiates=frozenset(name for name, connector in connectors.items() if connector.traits.negotiates),
+        all_plain=all(connector.traits.plain_decode for connector in in_use),
         splits_somewhere=splits,
-        splits_everywhere=splits.intersection(*(connector.splits for connector in in_use)),
+        splits_everywhere=splits.intersection(*(connector.traits.splittable for connector in in_use)),
         endpoints_everywhere=endpoints.intersection(
-            *(connector.endpoints for connector in in_use),
+            *(connector.traits.endpoints for connector in in_use),
             (name for name, layout in LAYOUTS.items() if all(layout.path in kind.routes for kind in kinds)),
         ),
     )

@@ -214,7 +214,7 @@ class Trials:
         if error is None and course.problem is None and before is not None:
             await self._see_read(decode, before, course)
         missed: tuple[Finding, ...] = ()
-        if course.problem is not None and self._connectors[decode.connector].may_miss:
+        if course.problem is not None and self._connectors[decode.connector].traits.may_miss:
             missed = (found(course.problem[0], _missed(prefill, decode), prefill.url, decode.url, severity="warning"),)
             course.problem = None
         failed = error is not None or course.problem is not None
@@ -263,7 +263,7 @@ class Trials:
         for backend in (prefill, decode):
             profile = await self.profile(backend)
             wrong = wrong_connector(backend, profile, self._connectors)
-            if wrong is None and not self._connectors[backend.connector].any_role:
+            if wrong is None and not self._connectors[backend.connector].traits.any_role:
                 wrong = wrong_role(backend, profile)
             if wrong is not None:
                 return found(wrong.code, f"{_named(prefill, decode)}: {wrong.what}", prefill.url, decode.url)
@@ -312,7 +312,7 @@ class Trials:
         connector = self._connectors[decode.connector]
         with Lease(decode, request.decode_tokens) as decode_lease, Lease(prefill, request.prefill_tokens) as lease:
             attempt = new_try(request, connector, lease, decode, callbacks=self._callbacks)
-            if connector.called_back or attempt.plan.together:
+            if connector.traits.called_back or attempt.plan.together:
                 await self._together(attempt, prefill, lease, decode, decode_lease, course)
                 return
             answer = await course.leg("prefill", self._legs.prefill(attempt, prefill, lease))
@@ -357,7 +357,7 @@ class Trials:
         assert plan.handoff is not None
         course.side = side_of(plan.handoff)
         attempt.limbo = PendingHandoff(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
-        waits = plan.connector.called_back
+        waits = plan.connector.traits.called_back
         called = self._callbacks.expect(attempt.id, plan.connector, decode.url) if waits else nullcontext()
         try:
             with called as call:
@@ -443,8 +443,13 @@ def tolerated(finding: Finding) -> Finding:
 
 def wrong_connector(backend: Backend, profile: Profile, connectors: Mapping[str, Connector]) -> Finding | None:
     """What is wrong with the connector that an engine tells of, if anything is."""
-    marks = {mark for name, connector in connectors.items() if name != backend.connector for mark in connector.marks}
-    own, told = connectors[backend.connector].marks, ", ".join(profile.connectors)
+    marks = {
+        mark
+        for name, connector in connectors.items()
+        if name != backend.connector
+        for mark in connector.traits.fingerprints
+    }
+    own, told = connectors[backend.connector].traits.fingerprints, ", ".join(profile.connectors)
     if not own.isdisjoint(profile.connectors) or marks.isdisjoint(profile.connectors):
         return None  # a connector that nobody here knows may be one that wraps the right one
     what = f"{backend.url} was started with {told}, which is not what connector: {backend.connector} means"

@@ -1,14 +1,13 @@
-"""What a connector is: the few things in which one hand-off protocol differs from another.
+"""A connector: what one hand-off protocol does differently from another.
 
-A connector is data and small pure functions; it does no I/O, reads no clock and holds no state. `plan.py` calls it.
-What one of them cannot do safely is a property here, which the flow asks.
+A connector is data (`traits.py`) and small pure functions. It does no I/O, reads no clock and holds no state.
+`plan.py` calls the functions; the flow reads the traits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import inf
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -17,18 +16,19 @@ from pd_proxy.errors import BackendGarbled, HandoffInvalid
 from pd_proxy.handoff.blocks import check_blocks
 from pd_proxy.handoff.coordinates import Announcement, Coordinates
 from pd_proxy.handoff.first_token import FirstToken
-from pd_proxy.requests.endpoints import COMMON, Endpoint, Members
+from pd_proxy.handoff.traits import Traits
+from pd_proxy.requests.endpoints import Endpoint, Members
 
 
 class Handoff(msgspec.Struct, frozen=True):
-    """What decode is told of the KV cache.
+    """What the decode leg carries so that its engine finds the KV cache.
 
     Attributes:
-        members: of its body, beside the client's; from prefill's answer they are checked, and word for word as they
-            came.
-        headers: whole lines.
-        prompt: ids of the prompt as prefill has tokenised it, `1,2,3`; empty where decode is to do that itself.
-        cached: how many tokens of the prompt prefill says were cached, for decode to tell; None where it does not.
+        members: members of the leg's body beside the client's. Those from prefill's answer are checked and passed on
+            byte for byte.
+        headers: header lines of the leg.
+        prompt: token ids of the prompt from prefill, `1,2,3`; empty where decode tokenises the prompt itself.
+        cached: tokens of the prompt that prefill found in its cache; None where it does not say.
     """
 
     members: Members
@@ -38,15 +38,15 @@ class Handoff(msgspec.Struct, frozen=True):
 
 
 class Rendezvous(msgspec.Struct, frozen=True):
-    """What the two legs of one try are told of each other before either is sent.
+    """The parameters of the two legs of one try, agreed on before either is sent.
 
     Attributes:
-        prefill: members of the prefill leg, beside those that `Connector.prefill` leaves.
-        handoff: what decode is told; None where that follows from prefill's answer. Such a try is sequential, whatever
-            the connector's order.
+        prefill: members of the prefill leg, beside those of `Connector.prefill`.
+        handoff: the hand-off; None where it comes with prefill's answer. Such a try is sequential, whatever the
+            connector's order.
         id: the X-Request-Id of both legs, where the protocol gives it a form; else empty. It may name addresses, so
-            clients are shown another in its place.
-        notices: how many notices with the try's name prefill's ranks send, by which the KV cache has arrived at decode.
+            clients get another one.
+        notices: how many notifications with the try's name prefill's ranks send when the KV cache has arrived.
     """
 
     prefill: Members
@@ -92,65 +92,18 @@ def read_answer(answer: bytes, member: str = "choices") -> PrefillAnswer:
 
 
 class Connector:
-    """One hand-off protocol: what holds for most of them. Each is a subclass, and has one instance.
+    """One hand-off protocol: its traits, and functions with what most of them do. Each is a subclass with one instance.
 
     Attributes:
-        name: as in the settings.
-        order: whether decode's leg follows prefill's answer, or both are sent at once, since prefill waits for decode.
-        meets: the legs are told of each other beforehand (`meet`).
-        lease: seconds for which prefill keeps the blocks for a decode that does not come; `inf` where it keeps none. A
-            hand-off older than that gives silently wrong text, so the flow stays far below it.
-        first_token: it is known that decode may go on behind the token that prefill has sampled, with the same blocks.
-        takes_ids: decode takes the prompt's ids from prefill's answer (`reuse.py`).
-        continues: engines that speak it go on from token ids (`continuation.py`), so that streams can be resumed.
-        plain_decode: a decode engine answers a request without hand-off right, from the prompt alone.
-        plain_prefill: a prefill engine does.
-        endpoints: those whose requests are split between prefill and decode; others are served whole.
-        splits: reasons of `Body.alone` that are none here: its engines pair every part of such a request themselves.
-        transferable: a hand-off that no decode engine has read may go to another than the one it was made for.
-        own_ids: an X-Request-Id of the legs has a form of its own, of which a client's id can be no part.
-        pairs_by_id: engines pair the legs by their request ids. Where such an id names the decode engine (a stored
-            response), that leg goes to no other.
-        prefill_may_be_cut: a prefill leg that is not wanted any more may be ended. Where not, it runs out.
-        refused_release: engines refuse its `release` leg for what that says of tokens, and need not know the prompt.
-        port: of `Coordinates`, where none is set.
-        called_back: decode's leg goes first, and its engine calls the gateway back once it has memory for the KV cache
-            (`invite`); prefill's leg waits for that, and says what the call said (`heard`). Of concurrent connectors.
-        registers: its engines tell where their sides of the hand-off are, again and again (`announced`); one that does
-            not can take part in no hand-off.
-        waits: prefill sends notices (`Meeting.notices`), for which decode waits.
-        pages: paths of a prefill engine's own HTTP port at which it tells more of its coordinates: the first that it
-            has. As `inquiry`, for engines that need not be asked elsewhere.
-        any_role: its engines do what a request asks, whatever role they were started in.
-        may_miss: decode may find nothing of what was handed over, and compute the prompt, without anything being wrong.
-        marks: by which an engine that speaks it is known (`fleet/health/fingerprints.py`): how vLLM's configuration
-            calls it, how the names of series begin that it alone has, or another engine's name.
+        traits: what is constant about it.
     """
 
-    name: ClassVar[str]
-    order: ClassVar[Literal["sequential", "concurrent"]] = "sequential"
-    negotiates: ClassVar[bool] = False
-    lease: ClassVar[float] = inf
-    first_token: ClassVar[bool] = False
-    takes_ids: ClassVar[bool] = False
-    continues: ClassVar[bool] = True
-    plain_decode: ClassVar[bool] = True
-    plain_prefill: ClassVar[bool] = True
-    endpoints: ClassVar[frozenset[Endpoint]] = COMMON
-    splits: ClassVar[frozenset[str]] = frozenset()
-    transferable: ClassVar[bool] = True
-    own_ids: ClassVar[bool] = False
-    pairs_by_id: ClassVar[bool] = False
-    prefill_may_be_cut: ClassVar[bool] = True
-    refused_release: ClassVar[bool] = False
-    port: ClassVar[int] = 0
-    called_back: ClassVar[bool] = False
-    registers: ClassVar[bool] = False
-    waits: ClassVar[bool] = False
-    pages: ClassVar[tuple[str, ...]] = ()
-    any_role: ClassVar[bool] = False
-    may_miss: ClassVar[bool] = False
-    marks: ClassVar[frozenset[str]] = frozenset()
+    traits: ClassVar[Traits] = Traits()
+
+    @property
+    def name(self) -> str:
+        """Its name in the settings."""
+        return self.traits.name
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         """The prefill leg's body: a new mapping.
@@ -161,31 +114,32 @@ class Connector:
         return one_token(members)
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
-        """What the legs of one try are told of each other; only with `meets`.
+        """The parameters of both legs of one try, known before either is sent. Only with `Traits.negotiates`.
 
         Arguments:
-            name: unique to the try; its X-Request-Id, if the meeting gives no other. What is before its last 16 hex
-                digits may be a client's choice.
-            rank: the data-parallel rank of prefill that the leg is sent to, or None where there is but one.
+            name: unique to the try; its X-Request-Id, unless the rendezvous has another. What stands before its last
+                16 hex digits may be a client's choice.
+            rank: the data-parallel rank of prefill that the leg is sent to; None where there is only one.
         """
         raise NotImplementedError
 
-    def apart(self, rendezvous: Rendezvous, prompts: int, ranks: int) -> Rendezvous:
-        """A meeting of a batch of prompts, each of which the engines answer by itself.
+    def per_prompt(self, rendezvous: Rendezvous, prompts: int, ranks: int) -> Rendezvous:
+        """The rendezvous of a batch of prompts, each of which the engines answer by itself.
 
         Arguments:
+            prompts: how many there are.
             ranks: how many data-parallel ranks prefill has.
         """
         return rendezvous
 
     def remember(self, coordinates: Coordinates, handoff: Handoff, rank: int | None) -> Coordinates:
-        """Prefill's coordinates with what its answer says of them, where a meeting could not say the hand-off; as they
-        are where that is nothing. They hold until there is cause to think that the engine is another."""
+        """Prefill's coordinates with what its answer adds to them, where the rendezvous had no hand-off; unchanged
+        where the answer adds nothing. They hold until the engine may be another one."""
         return coordinates
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
-        """What decode is told, from prefill's answer; None when that says nothing. Only of sequential connectors, and
-        where the meeting did not say it.
+        """The hand-off in prefill's answer; None where there is none. Only of sequential connectors, and where the
+        rendezvous has no hand-off.
 
         Raises:
             HandoffInvalid: it is incomplete or of the wrong type. Sent on, it would kill the decode engine or leave
@@ -194,10 +148,10 @@ class Connector:
         raise NotImplementedError
 
     def whole(self, answer: bytes) -> FirstToken | None:
-        """Prefill's answer where it is all there is to say, so that decode is not asked; else None.
+        """Prefill's answer where it is the whole answer, so that there is no decode leg; else None.
 
         Raises:
-            BackendGarbled: it would be, but lacks what a client must be told.
+            BackendGarbled: it is the whole answer, but lacks a member that clients need.
         """
         return None
 
@@ -206,55 +160,53 @@ class Connector:
         return {**members, **handoff.members}
 
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
-        """The body of a decode leg that has prefill free the blocks of a hand-off nobody wants; None where there is no
-        safe one.
+        """The body of a decode leg that makes prefill free the blocks of a hand-off that no leg will read; None where
+        no such leg is safe.
 
         It must not read blocks that may be free already: what it found there would stay in decode's prefix cache, as
         wrong text for every later prompt that begins alike.
 
         Arguments:
-            sent: a decode engine has had it, and has answered with an error.
+            sent: a decode engine has received the hand-off, and has answered with an error.
         """
         return None
 
-    def inquiry(self, coordinates: Coordinates) -> str:
-        """The URL at which a prefill engine tells more of its coordinates; empty where there is none. An engine that
-        does not answer there takes no requests."""
+    def info_url(self, coordinates: Coordinates) -> str:
+        """The URL of the page on which a prefill engine states more of its coordinates; empty where there is none. An
+        engine whose page does not answer gets no requests."""
         return ""
 
     def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates:
-        """The coordinates, as people set them, with what `inquiry` answered, or one of the `pages`.
+        """The coordinates of the settings, completed from the page at `info_url` or from one of `Traits.info_pages`.
 
         Raises:
-            ValueError: that is not what such an engine says.
+            ValueError: the page is not one of such an engine.
         """
         raise NotImplementedError
 
-    def invite(self, url: str) -> Rendezvous:
-        """What decode is told so that its engine calls back at `url`. Only with `called_back`."""
+    def callback_params(self, url: str) -> Rendezvous:
+        """The parameters by which decode's engine calls the gateway back at `url`. Only with `Order.CALLED_BACK`."""
         raise NotImplementedError
 
-    def heard(self, call: bytes) -> Members:
-        """The members by which prefill's leg says what decode's engine has called back with; only with `called_back`.
+    def read_callback(self, call: bytes) -> Members:
+        """The members of prefill's leg, from the call of decode's engine. Only with `Order.CALLED_BACK`.
 
         Raises:
-            HandoffInvalid: that is not what such an engine says.
+            HandoffInvalid: the call is not one of such an engine.
         """
         raise NotImplementedError
 
-    def announced(self, message: bytes) -> Announcement:
-        """What an engine says of itself in a registration; only with `registers`.
+    def read_registration(self, message: bytes) -> Announcement:
+        """The announcement in a registration. Only with `Traits.registers`.
 
         Raises:
-            ValueError: that is not what such an engine says.
+            ValueError: the message is not a registration of such an engine.
         """
         raise NotImplementedError
 
 
 class Unknown(Connector):
-    """What engines speak of whom that is not known yet: they are sent plain requests, and no hand-off."""
-
-    name = ""
+    """The connector of engines whose protocol is not known yet: they get plain requests and no hand-off."""
 
 
 UNKNOWN = Unknown()

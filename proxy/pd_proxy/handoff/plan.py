@@ -16,6 +16,7 @@ from pd_proxy.decoding import decode_json
 from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, read_answer
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.handoff.reuse import prompt_of, with_prompt
+from pd_proxy.handoff.traits import Order
 from pd_proxy.requests.body import Body
 from pd_proxy.requests.continuation import Continuation
 from pd_proxy.requests.endpoints import LAYOUTS, Members
@@ -23,6 +24,7 @@ from pd_proxy.requests.sglang_generate import usage_of
 
 _encode = msgspec.json.Encoder().encode
 _FREEING = frozenset({"chat", "completions", "messages", "responses"})
+_TOGETHER = (Order.CONCURRENT, Order.CALLED_BACK)
 _LONG = 4096  # tokens, estimated
 _TRUE = msgspec.Raw(b"true")
 _SOME = msgspec.Raw(b'"."')
@@ -45,7 +47,7 @@ class Plan:
         body: the client's.
         connector: the protocol both backends speak.
         continuation: where to go on, when a part of the answer has been given.
-        meeting: what the legs are told of each other, where the connector `meets`.
+        rendezvous: what the legs are told of each other, where the connector negotiates.
         token_ids: ask decode for the ids of the tokens, so that the answer can be continued.
         first_token: have prefill sample the client's first token.
         answer_id: what engines are to call their answer, less its prefix, where they are told.
@@ -125,7 +127,7 @@ class Plan:
     @property
     def together(self) -> bool:
         """Both legs are sent at once."""
-        return self.connector.order == "concurrent" and self.handoff is not None
+        return self.connector.traits.order in _TOGETHER and self.handoff is not None
 
     def take(self, answer: bytes) -> tuple[Handoff | None, msgspec.Raw]:
         """Read prefill's answer: the hand-off (None when there is none) and the answer's `usage`.
@@ -166,7 +168,7 @@ class Plan:
     def refusal_frees(self) -> bool:
         """Whether decode's handler, where it refuses the leg, has prefill free the blocks: with connectors whose
         release is such a refusal, on the endpoints whose handler does so."""
-        return self.connector.refused_release and self._body.endpoint in _FREEING
+        return self.connector.traits.release_by_refusal and self._body.endpoint in _FREEING
 
     def release_leg(self, handoff: Handoff, *, sent: bool) -> Leg | None:
         """A decode leg that has prefill free the blocks of a hand-off nobody wants; None where there is no safe one.
@@ -175,7 +177,7 @@ class Plan:
             sent: a decode engine has had it, and has answered with an error.
         """
         members, own_words = self._members, self._layout.own_words
-        if own_words is not None and self.connector.refused_release:
+        if own_words is not None and self.connector.traits.release_by_refusal:
             # Here an engine would not refuse it, but serve it. The name of the blocks is all that matters, so another
             # endpoint will do.
             members = {"prompt": _SOME, **{name: members[name] for name in ("model",) if name in members}}

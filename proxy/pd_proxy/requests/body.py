@@ -380,7 +380,7 @@ def _why_alone(members: Members, endpoint: Endpoint, n: int | None) -> str:
             if name in members and bytes(members[name]) not in (b"null", b"false"):
                 return name
     if endpoint == "completions" and _is_list_of_prompts(members.get("prompt")):
-        return "prompt_list"  # the last, since to some connectors it is none (`Connector.splits`)
+        return "prompt_list"  # the last, since to some connectors it is none (`Traits.splittable`)
     return ""
 
 

@@ -133,7 +133,7 @@ def _connector(settings: Settings, group: BackendGroup, prefix: str) -> Iterator
         yield Advice(f"{prefix}kind", f"connector: backends of kind {group.kind} speak {own}, not {group.connector}")
     if group.kind != group.connector and group.connector in _OWN_CONNECTOR.values():
         yield Advice(f"{prefix}connector", f"kind: only backends of kind {group.connector} speak that connector")
-    lease = CONNECTORS[group.connector].lease
+    lease = CONNECTORS[group.connector].traits.lease
     if isfinite(lease) and settings.timeouts.handoff > lease / 2:
         yield Advice(
             "timeouts.handoff",

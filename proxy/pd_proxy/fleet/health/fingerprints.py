@@ -1,6 +1,7 @@
 """By what an engine's own pages show which hand-off protocol it speaks.
 
-Each connector has marks (`Connector.marks`): names that an engine which speaks it uses of itself. They are read from
+Each connector has fingerprints (`Traits.fingerprints`): names that an engine which speaks it uses of itself. They come
+from
 
 - `/server_info` (`/get_server_info` on older SGLang): vLLM gives its configuration there, with its connector's name, if
   it was started with `VLLM_SERVER_DEV_MODE=1`; SGLang says `disaggregation_mode`; TensorRT-LLM `disaggregated_params`;

@@ -44,6 +44,7 @@ from pd_proxy.fleet.health.mass_failure import Checks, Excuse, Run
 from pd_proxy.fleet.health.profile import Profile, read_from_elsewhere, read_profile
 from pd_proxy.fleet.health.sentinel import Sentinel, SentinelClosed
 from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.traits import Traits
 from pd_proxy.http.control import Answer, Control
 from pd_proxy.http.reachability import code_of, reason_of, speaks_tls, why_unreachable
 from pd_proxy.settings.tree import Health
@@ -87,18 +88,9 @@ class Guide(Protocol):
     """What a connector says of its engines' coordinates."""
 
     @property
-    def port(self) -> int: ...
+    def traits(self) -> Traits: ...
 
-    @property
-    def marks(self) -> frozenset[str]: ...
-
-    @property
-    def registers(self) -> bool: ...
-
-    @property
-    def pages(self) -> tuple[str, ...]: ...
-
-    def inquiry(self, coordinates: Coordinates) -> str: ...
+    def info_url(self, coordinates: Coordinates) -> str: ...
 
     def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates: ...
 
@@ -427,7 +419,7 @@ class Prober:
 
     async def _tell(self, backend: Backend) -> str:
         """Which hand-off protocol an engine speaks, as far as it tells."""
-        marks = {name: guide.marks for name, guide in self._guides.items()}
+        marks = {name: guide.traits.fingerprints for name, guide in self._guides.items()}
         for page in CONFIGURATION:
             if known := configured(await self._page(backend.url + page, _PATIENCE)):
                 return speaker(known, marks)
@@ -440,8 +432,10 @@ class Prober:
     async def _show(self, backend: Backend) -> str:
         """The protocol whose page about a prefill engine's coordinates there is; empty where there is none."""
         for name, guide in self._guides.items():
-            coordinates = msgspec.structs.replace(backend.coordinates, port=backend.coordinates.port or guide.port)
-            if url := guide.inquiry(coordinates):
+            coordinates = msgspec.structs.replace(
+                backend.coordinates, port=backend.coordinates.port or guide.traits.port
+            )
+            if url := guide.info_url(coordinates):
                 with suppress(*_NOT_AS_EXPECTED):
                     guide.learn(coordinates, await self._page(url, self._settings.timeout))
                     return name
@@ -472,16 +466,21 @@ class Prober:
             ProbeFailed: it did not say, so that no hand-off can come about.
         """
         guide = self._guides.get(backend.connector)
-        if guide is not None and guide.registers and backend.role in ("prefill", "decode") and not backend.registered:
+        if (
+            guide is not None
+            and guide.traits.registers
+            and backend.role in ("prefill", "decode")
+            and not backend.registered
+        ):
             raise ProbeFailed("its engine has not registered at zmq.registrations", "unregistered")
         if guide is None or backend.role != "prefill":
             return
         told = self._told.setdefault(backend, backend.coordinates)
         if not told.port:
-            told = msgspec.structs.replace(told, port=guide.port)
+            told = msgspec.structs.replace(told, port=guide.traits.port)
         if not backend.coordinates.port:
             backend.locate(told)
-        urls = [backend.url + page for page in guide.pages] or [guide.inquiry(told)]
+        urls = [backend.url + page for page in guide.traits.info_pages] or [guide.info_url(told)]
         if not urls[0]:
             return
         for url in urls:

@@ -25,6 +25,7 @@ from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.zmq.listener import ZmqListener
 from pd_proxy.handoff.coordinates import Announcement
+from pd_proxy.handoff.traits import Traits
 from pd_proxy.settings.tree import ZmqSettings
 
 log = logging.getLogger("pd_proxy.fleet")
@@ -41,9 +42,9 @@ class RegistrationDecoder(Protocol):
     """What a connector says of its engines' registrations."""
 
     @property
-    def registers(self) -> bool: ...
+    def traits(self) -> Traits: ...
 
-    def announced(self, message: bytes) -> Announcement: ...
+    def read_registration(self, message: bytes) -> Announcement: ...
 
 
 class _Whose(msgspec.Struct):
@@ -126,11 +127,11 @@ class Registrations:
             decoder = self._decoders.get(backend.connector)
         elif self._settings.networks:
             decoder = self._decoders.get(self._fleet.connector_of(self._settings.group))
-        if decoder is None or not decoder.registers:
+        if decoder is None or not decoder.traits.registers:
             self._not_taken("unknown", f"{address[0]}:{address[1]} registers, and is no backend that needs to")
             return
         try:
-            said = decoder.announced(parts[0])
+            said = decoder.read_registration(parts[0])
             if backend is None:
                 backend = self._add(said)
             else:

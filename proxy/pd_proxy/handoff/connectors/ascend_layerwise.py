@@ -21,6 +21,7 @@ from pd_proxy.decoding import Undecodable, json_decoder
 from pd_proxy.errors import HandoffInvalid
 from pd_proxy.handoff.blocks import BlockId, check_blocks
 from pd_proxy.handoff.connector import Connector, Handoff, Name, Port, Rendezvous, one_token, params
+from pd_proxy.handoff.traits import Order, Traits
 from pd_proxy.requests.endpoints import Endpoint, Members
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -54,21 +55,22 @@ _encode = msgspec.json.Encoder().encode
 class AscendLayerwise(Connector):
     """MooncakeLayerwiseConnector of vllm-ascend (push)."""
 
-    name = "ascend_layerwise"
-    endpoints = frozenset({"chat", "completions", "messages"})  # others' ids have a form that no call is known by
-    order = "concurrent"
-    called_back = True
-    own_ids = True  # what engines call back with is nothing that a client could guess
-    prefill_may_be_cut = False
+    traits = Traits(
+        name="ascend_layerwise",
+        endpoints=frozenset({"chat", "completions", "messages"}),  # others' ids have a form that no call is known by
+        order=Order.CALLED_BACK,
+        own_request_ids=True,  # what engines call back with is nothing that a client could guess
+        prefill_cancellable=False,
+    )
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         return {**one_token(members), "min_tokens": msgspec.Raw(b"1")}
 
-    def invite(self, url: str) -> Rendezvous:
+    def callback_params(self, url: str) -> Rendezvous:
         told = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": url}
         return Rendezvous({}, Handoff(params(told)))
 
-    def heard(self, call: bytes) -> Members:
+    def read_callback(self, call: bytes) -> Members:
         try:
             said, members = _read(call), _read_members(call)
         except Undecodable as error:

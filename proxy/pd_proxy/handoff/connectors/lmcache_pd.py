@@ -16,16 +16,19 @@ from typing import Any
 
 from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, params
 from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.traits import Order, Traits
 
 
 class LMCachePD(Connector):
     """LMCacheConnectorV1 with PDBackend."""
 
-    name = "lmcache_pd"
-    negotiates = True
-    waits = True
-    plain_prefill = False  # a sender knows nobody to write to
-    transferable = False
+    traits = Traits(
+        name="lmcache_pd",
+        order=Order.NOTIFIED,
+        negotiates=True,
+        plain_prefill=False,  # a sender knows nobody to write to
+        transferable=False,
+    )
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         receiver: dict[str, Any] = {

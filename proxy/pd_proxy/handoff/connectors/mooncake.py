@@ -17,6 +17,7 @@ import msgspec
 from pd_proxy.decoding import json_decoder
 from pd_proxy.handoff.connector import Connector, Handoff, Name, Rendezvous, params, refused
 from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.traits import Order, Traits
 from pd_proxy.requests.endpoints import Members
 
 
@@ -33,14 +34,16 @@ _read_workers = json_decoder(dict[_Rank, _Worker])
 class Mooncake(Connector):
     """MooncakeConnector of vLLM."""
 
-    name = "mooncake"
-    marks = frozenset({"MooncakeConnector"})
-    order = "concurrent"
-    negotiates = True
-    lease = 480.0  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
-    prefill_may_be_cut = False
-    refused_release = True
-    port = 8998  # VLLM_MOONCAKE_BOOTSTRAP_PORT
+    traits = Traits(
+        name="mooncake",
+        fingerprints=frozenset({"MooncakeConnector"}),
+        order=Order.CONCURRENT,
+        negotiates=True,
+        lease=480.0,  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
+        prefill_cancellable=False,
+        release_by_refusal=True,
+        port=8998,  # VLLM_MOONCAKE_BOOTSTRAP_PORT
+    )
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         transfer = f"xfer-{name}"
@@ -57,7 +60,7 @@ class Mooncake(Connector):
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
         return refused(members, handoff)
 
-    def inquiry(self, coordinates: Coordinates) -> str:
+    def info_url(self, coordinates: Coordinates) -> str:
         return f"http://{coordinates.authority}/query"
 
     def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates:

@@ -21,6 +21,7 @@ from pd_proxy.handoff.connector import (
     one_token,
     pulled,
 )
+from pd_proxy.handoff.traits import Traits
 from pd_proxy.requests.endpoints import Endpoint, Members
 
 
@@ -36,12 +37,14 @@ _required = json_decoder(MooncakeAscendParams)
 class MooncakeAscend(Connector):
     """MooncakeConnectorV1 of vllm-ascend (pull)."""
 
-    name = "mooncake_ascend"
-    marks = frozenset({"MooncakeConnectorV1", "MooncakeHybridConnector"})
-    pairs_by_id = True  # before remote_request_id
-    lease = 480.0  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
-    # `first_token` stays off: it keeps no blocks of a request that ended by itself; the rest has not been tried.
-    # `refused_release` too: its release is served, since decode reads the blocks, so the prompt must be theirs.
+    traits = Traits(
+        name="mooncake_ascend",
+        fingerprints=frozenset({"MooncakeConnectorV1", "MooncakeHybridConnector"}),
+        pairs_by_id=True,  # before remote_request_id
+        lease=480.0,  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
+        # `first_token` stays off: it keeps no blocks of a request that ended by itself; the rest has not been tried.
+        # `release_by_refusal` too: its release is served, since decode reads the blocks, so the prompt must be theirs.
+    )
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         return {**one_token(members), "min_tokens": msgspec.Raw(b"1"), "kv_transfer_params": ASK}

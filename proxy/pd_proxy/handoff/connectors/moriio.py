@@ -15,6 +15,7 @@ Engines register with their ports (`registers`), and each leg names the other en
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -35,6 +36,7 @@ from pd_proxy.handoff.connector import (
 )
 from pd_proxy.handoff.connectors.announcement import ROLES, Ranks, Registration, address_of, host_of, port_of
 from pd_proxy.handoff.coordinates import Announcement, Coordinates
+from pd_proxy.handoff.traits import Order, Traits
 from pd_proxy.requests.endpoints import Members
 
 
@@ -47,6 +49,15 @@ class _Registration(Registration):
 _read_registration = msgpack_decoder(_Registration)
 
 
+_COMMON = Traits(
+    negotiates=True,
+    registers=True,
+    lease=60.0,  # defer_timeout
+    transferable=False,  # prefill is told which decode engine it is for
+    release_by_refusal=True,
+)
+
+
 class MoRIIO(Connector):
     """What the two modes have in common.
 
@@ -55,13 +66,8 @@ class MoRIIO(Connector):
     """
 
     mode: ClassVar[Literal["READ", "WRITE"]]
-    negotiates = True
-    registers = True
-    lease = 60.0  # defer_timeout
-    transferable = False  # prefill is told which decode engine it is for
-    refused_release = True
 
-    def announced(self, message: bytes) -> Announcement:
+    def read_registration(self, message: bytes) -> Announcement:
         said = _read_registration(message)
         if said.transfer_mode != self.mode:
             raise ValueError(f"it transfers in {said.transfer_mode} mode, and its group in {self.mode} mode")
@@ -105,9 +111,8 @@ def _peer(coordinates: Coordinates) -> dict[str, Any]:
 class MoRIIOWrite(MoRIIO):
     """MoRIIOConnector in write mode: prefill waits for decode's blocks and writes to them, layer by layer."""
 
-    name = "moriio_write"
+    traits = replace(_COMMON, name="moriio_write", order=Order.CONCURRENT)
     mode = "WRITE"
-    order = "concurrent"
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         transfer = f"tx-{name}"
@@ -143,9 +148,8 @@ _encode = msgspec.json.Encoder().encode
 class MoRIIORead(MoRIIO):
     """MoRIIOConnector in read mode (`read_mode: true`)."""
 
-    name = "moriio_read"
+    traits = replace(_COMMON, name="moriio_read", plain_decode=False)
     mode = "READ"
-    plain_decode = False
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         return Rendezvous(self._asked(decode, f"tx-{name}"))

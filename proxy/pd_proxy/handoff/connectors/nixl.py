@@ -24,6 +24,7 @@ from pd_proxy.handoff.connector import (
     refused,
 )
 from pd_proxy.handoff.first_token import sampled_token
+from pd_proxy.handoff.traits import Traits
 from pd_proxy.requests.endpoints import Endpoint, Members
 
 
@@ -40,14 +41,16 @@ _required = json_decoder(NixlParams)
 class Nixl(Connector):
     """NixlConnector (pull)."""
 
-    name = "nixl"
-    lease = 30.0  # kv_lease_duration
-    marks = frozenset({"NixlConnector", "NixlPullConnector", "vllm:nixl_"})
-    first_token = True  # it keeps the blocks however prefill's request ended, and reads them by position
-    refused_release = True
-    any_role = True  # of the two legs' parameters alone it knows which it is
-    takes_ids = True
-    port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT
+    traits = Traits(
+        name="nixl",
+        lease=30.0,  # kv_lease_duration
+        fingerprints=frozenset({"NixlConnector", "NixlPullConnector", "vllm:nixl_"}),
+        first_token=True,  # it keeps the blocks however prefill's request ended, and reads them by position
+        release_by_refusal=True,
+        any_role=True,  # of the two legs' parameters alone it knows which it is
+        reuses_prompt_ids=True,
+        port=5600,  # VLLM_NIXL_SIDE_CHANNEL_PORT
+    )
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         leg = sampled_token(members) if token else one_token(members)

@@ -32,6 +32,7 @@ from pd_proxy.handoff.connector import (
 )
 from pd_proxy.handoff.connectors.nixl import NixlParams
 from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.traits import Order, Traits
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -53,13 +54,15 @@ _read_place = json_decoder(_Place)
 class NixlPush(Connector):
     """NixlPushConnector of vLLM."""
 
-    name = "nixl_push"
-    order = "concurrent"
-    negotiates = True
-    pairs_by_id = True
-    lease = 30.0  # kv_lease_duration
-    prefill_may_be_cut = False
-    port = 5600  # VLLM_NIXL_SIDE_CHANNEL_PORT; each data-parallel rank has the next one
+    traits = Traits(
+        name="nixl_push",
+        order=Order.CONCURRENT,
+        negotiates=True,
+        pairs_by_id=True,
+        lease=30.0,  # kv_lease_duration
+        prefill_cancellable=False,
+        port=5600,  # VLLM_NIXL_SIDE_CHANNEL_PORT; each data-parallel rank has the next one
+    )
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         transfer = f"xfer-{name}"

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, params
 from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.traits import Traits
 
 
 class OffloadP2P(Connector):
     """OffloadingConnector of vLLM with a P2P tier."""
 
-    name = "offload_p2p"
-    negotiates = True
-    lease = 60.0  # unbound_store_timeout_s
-    port = 5710  # VLLM_P2P_SIDE_CHANNEL_PORT; each data-parallel rank has the next one
+    traits = Traits(
+        name="offload_p2p",
+        negotiates=True,
+        lease=60.0,  # unbound_store_timeout_s
+        port=5710,  # VLLM_P2P_SIDE_CHANNEL_PORT; each data-parallel rank has the next one
+    )
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         request = f"kv-{name}"

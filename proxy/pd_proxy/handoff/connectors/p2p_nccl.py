@@ -12,6 +12,7 @@ from pd_proxy.decoding import msgpack_decoder
 from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous
 from pd_proxy.handoff.connectors.announcement import ROLES, Registration, address_of
 from pd_proxy.handoff.coordinates import Announcement, Coordinates
+from pd_proxy.handoff.traits import Traits
 
 _read_registration = msgpack_decoder(Registration)
 
@@ -19,20 +20,24 @@ _read_registration = msgpack_decoder(Registration)
 class P2pNccl(Connector):
     """P2pNcclConnector."""
 
-    name = "p2p_nccl"
-    negotiates = True
-    registers = True
-    plain_decode = False
-    plain_prefill = False
-    transferable = False
-    own_ids = True
-    endpoints = frozenset({"chat", "completions"})  # those whose answers' ids can be given to clients (`Meeting.id`)
+    traits = Traits(
+        name="p2p_nccl",
+        negotiates=True,
+        registers=True,
+        plain_decode=False,
+        plain_prefill=False,
+        transferable=False,
+        own_request_ids=True,
+        endpoints=frozenset(
+            {"chat", "completions"}
+        ),  # those whose answers' ids can be given to clients (`Rendezvous.id`)
+    )
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         name = f"___prefill_addr_{prefill.authority}___decode_addr_{decode.authority}_{name}"
         return Rendezvous({}, Handoff({}), id=name)
 
-    def announced(self, message: bytes) -> Announcement:
+    def read_registration(self, message: bytes) -> Announcement:
         said = _read_registration(message)
         host, port = address_of(said.http_address)
         own_host, own_port = address_of(said.zmq_address)

@@ -36,4 +36,4 @@ CONNECTORS = {connector.name: connector for connector in _ALL}
 
 def connectors(handoff_key: str) -> dict[str, Connector]:
     """The same, for engines that want a hand-off signed with a key that they share with the gateway."""
-    return {**CONNECTORS, TensorRTLLM.name: TensorRTLLM(handoff_key)}
+    return {**CONNECTORS, TensorRTLLM.traits.name: TensorRTLLM(handoff_key)}

@@ -21,6 +21,7 @@ import msgspec
 from pd_proxy.decoding import json_decoder
 from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, in_one_piece
 from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.traits import Order, Traits
 from pd_proxy.requests.endpoints import Endpoint, Members
 
 _FREE = 1 << 32
@@ -44,16 +45,18 @@ _read_info = json_decoder(_ServerInfo)
 class SGLang(Connector):
     """SGLang's disaggregation, whatever its transfer backend."""
 
-    name = "sglang"
-    marks = frozenset({"sglang"})
-    order = "concurrent"
-    negotiates = True
-    continues = False
-    plain_decode = False
-    plain_prefill = False
-    endpoints = frozenset({"chat", "completions", "sglang_generate"})
-    splits = frozenset({"prompt_list"})
-    pages = ("/server_info", "/get_server_info")  # the older name, which newer engines complain of
+    traits = Traits(
+        name="sglang",
+        fingerprints=frozenset({"sglang"}),
+        order=Order.CONCURRENT,
+        negotiates=True,
+        resumable=False,
+        plain_decode=False,
+        plain_prefill=False,
+        endpoints=frozenset({"chat", "completions", "sglang_generate"}),
+        splittable=frozenset({"prompt_list"}),
+        info_pages=("/server_info", "/get_server_info"),  # the older name, which newer engines complain of
+    )
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
         return in_one_piece(members)
@@ -74,7 +77,7 @@ class SGLang(Connector):
         # By a header the rank is not told on every endpoint.
         return Rendezvous({**where, "routed_dp_rank": said}, Handoff({**where, "disagg_prefill_dp_rank": said}))
 
-    def apart(self, rendezvous: Rendezvous, prompts: int, ranks: int) -> Rendezvous:
+    def per_prompt(self, rendezvous: Rendezvous, prompts: int, ranks: int) -> Rendezvous:
         assert rendezvous.handoff is not None  # both are sent at once
         room = int(bytes(rendezvous.prefill["bootstrap_room"]))
         each = {

@@ -9,6 +9,7 @@ decode that does not come, and nothing is to be freed.
 from __future__ import annotations
 
 from pd_proxy.handoff.connector import Connector, Handoff, PrefillAnswer
+from pd_proxy.handoff.traits import Traits
 
 _PRIMED = Handoff({})
 
@@ -16,8 +17,10 @@ _PRIMED = Handoff({})
 class SharedCache(Connector):
     """Any connector that finds blocks by their content."""
 
-    name = "shared_cache"
-    may_miss = True
+    traits = Traits(
+        name="shared_cache",
+        may_miss=True,
+    )
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         return _PRIMED

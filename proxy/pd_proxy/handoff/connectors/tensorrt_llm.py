@@ -20,6 +20,7 @@ from pd_proxy.errors import BackendGarbled, HandoffInvalid
 from pd_proxy.handoff.connector import Connector, Handoff, PrefillAnswer, Rendezvous, in_one_piece
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.first_token import FirstToken
+from pd_proxy.handoff.traits import Traits
 from pd_proxy.requests.endpoints import Endpoint, Members
 
 _GOES_ON = ("length", "not_finished")
@@ -66,13 +67,15 @@ class TensorRTLLM(Connector):
         key: signs what is handed over, where the generation servers ask for that; else empty.
     """
 
-    name = "tensorrt_llm"
-    marks = frozenset({"tensorrt_llm"})
-    negotiates = True
-    lease = 60.0  # kv_transfer_timeout_ms where engines have one by default; older ones keep the blocks without end
-    continues = False
-    plain_prefill = False
-    endpoints = frozenset({"chat", "completions"})
+    traits = Traits(
+        name="tensorrt_llm",
+        fingerprints=frozenset({"tensorrt_llm"}),
+        negotiates=True,
+        lease=60.0,  # kv_transfer_timeout_ms where engines have one by default; older ones keep the blocks without end
+        resumable=False,
+        plain_prefill=False,
+        endpoints=frozenset({"chat", "completions"}),
+    )
 
     def __init__(self, key: str = "") -> None:
         self._key = key.encode()
