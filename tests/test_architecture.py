@@ -46,8 +46,7 @@ LONG_FILES = {
     "pd_proxy/fleet/speeds.py": 726,
     # flow
     "pd_proxy/flow/flow.py": 595,
-    "pd_proxy/flow/legs.py": 707,
-    "pd_proxy/flow/trial.py": 479,
+    "pd_proxy/flow/legs.py": 494,
     # http
     "pd_proxy/http/client.py": 580,
     # relay

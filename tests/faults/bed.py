@@ -243,7 +243,7 @@ class Bed:
             if backend.inflight_requests or backend.inflight_tokens or backend._leases or backend.open_handoffs:
                 return f"leases on a {backend.role} backend"
         if fleet.handoffs_pending:
-            return f"hand-offs in limbo: {fleet.handoffs_pending}"
+            return f"pending hand-offs: {fleet.handoffs_pending}"
         if self.gateway.gate.inside:
             return "a request inside"
         if self._server.server_state.connections:

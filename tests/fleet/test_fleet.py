@@ -18,7 +18,7 @@ from pd_proxy.errors import (
 )
 from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.flow.legs import PendingHandoff
+from pd_proxy.flow.pending_handoff import PendingHandoff
 from pd_proxy.handoff.connector import Handoff
 from pd_proxy.settings.tree import Settings
 
@@ -435,15 +435,15 @@ def test_a_prefill_backend_that_is_removed_is_kept_while_decode_may_still_read_f
     made, left = fleet(prefill=1), list[Backend]()
     made.on_leave = left.append
     backend = at(made, "http://prefill0")
-    limbo = PendingHandoff(made, backend, Handoff({}), 10.0)
+    pending = PendingHandoff(made, backend, Handoff({}), 10.0)
     made.remove("http://prefill0", "prefill")
     made.forget_idle()
     assert (left, backend.drained) == ([], False)
-    limbo.close()
+    pending.close()
     assert backend.attention.is_set()
     made.forget_idle()
     assert left == [backend]
-    limbo.close()
+    pending.close()
     assert (backend.open_handoffs, made.handoffs_pending) == (0, 0)
 
 

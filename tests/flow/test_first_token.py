@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
+from pd_proxy.flow.attempt import Attempt
 from pd_proxy.flow.first_token import FirstTokens
-from pd_proxy.flow.legs import Try
 from pd_proxy_simulator import Simulator
 
 from tests.support import PROMPT, Running, chat, completion, pools, simulators, until
@@ -453,7 +453,7 @@ async def test_a_decode_that_is_another_engine_by_then_is_sent_nothing_that_coun
     """The moment between prefill's answer and the decode leg, with a connection at hand."""
     give = FirstTokens.give
 
-    def giving(self: FirstTokens, attempt: Try) -> bool:
+    def giving(self: FirstTokens, attempt: Attempt) -> bool:
         given = give(self, attempt)
         assert attempt.decode is not None
         attempt.decode.learn(None)

@@ -1,8 +1,8 @@
 """One backend as the gateway knows it, and the leases on it.
 
 Invariant: `inflight_requests` and `inflight_tokens` change only in `Lease.__init__` and `Lease.release`, and a lease is
-released once whatever happens, so both are zero when nothing is in flight. `open_handoffs` likewise: `Limbo` of the
-flow counts a hand-off in and out.
+released once whatever happens, so both are zero when nothing is in flight. `open_handoffs` likewise: the
+flow's `PendingHandoff` counts a hand-off in and out.
 """
 
 from __future__ import annotations

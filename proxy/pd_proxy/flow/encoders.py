@@ -14,7 +14,8 @@ import msgspec
 from pd_proxy.errors import BackendError, BackendGarbled, NoBackend
 from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.flow.legs import Legs, Try
+from pd_proxy.flow.attempt import Attempt
+from pd_proxy.flow.legs import Legs
 from pd_proxy.flow.request import Request, new_id
 from pd_proxy.handoff.encoder import TOKENS, Medium, encode_leg, encoded, read_encoded, read_media
 from pd_proxy.placement.spread import spread
@@ -57,7 +58,7 @@ class Encoders:
                 request.body, request.media = read_media(request.body, new_id())
         return request.media
 
-    async def encode(self, attempt: Try, media: Sequence[Medium], group: str) -> None:
+    async def encode(self, attempt: Attempt, media: Sequence[Medium], group: str) -> None:
         """Have `media` encoded by encoders of `group`, and the try's plan say where they are. Without encoders that
         are any good, and where the settings allow it, the engine that computes the prompt does it itself.
 
@@ -95,7 +96,7 @@ class Encoders:
             await asyncio.gather(*running, return_exceptions=True)
         attempt.plan.encoded = encoded(handles)
 
-    async def _leg(self, attempt: Try, backend: Backend, media: Sequence[Medium], number: int) -> Handles:
+    async def _leg(self, attempt: Attempt, backend: Backend, media: Sequence[Medium], number: int) -> Handles:
         """One leg: what its encoder says of its media."""
         try:
             with Lease(backend, TOKENS * len(media)) as lease:

@@ -12,7 +12,8 @@ from time import monotonic
 
 from pd_proxy.dialects.answers import read_usage
 from pd_proxy.fleet.backend import Backend
-from pd_proxy.flow.legs import EVENT_STREAM, JSON, Try
+from pd_proxy.flow.attempt import Attempt
+from pd_proxy.flow.legs import EVENT_STREAM, JSON
 from pd_proxy.flow.request import Request
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.handoff.first_token import inexact_because, read
@@ -68,7 +69,7 @@ class FirstTokens:
             return _RESUME_OFF
         return ""
 
-    def take(self, attempt: Try, prefill: Backend, answer: bytes) -> None:
+    def take(self, attempt: Attempt, prefill: Backend, answer: bytes) -> None:
         """Prefill has answered, and its hand-off is good: leave its token in `attempt`, or a reason in the record."""
         request, facts = attempt.request, attempt.facts
         assert facts is not None
@@ -87,7 +88,7 @@ class FirstTokens:
         prefill.engine_id = first.engine or prefill.engine_id
         attempt.first, attempt.rest = first, attempt.plan.behind(first)
 
-    def give(self, attempt: Try) -> bool:
+    def give(self, attempt: Attempt) -> bool:
         """Give the client what there is; whether that was its whole answer. Nothing is said yet where the answer is one
         piece and more is to come."""
         first, request = attempt.first, attempt.request
@@ -125,7 +126,7 @@ class FirstTokens:
     def _exactness(self, body: Body) -> str:
         return "inexact" if self._forced and inexact_because(body, even_inexact=False) else "exact"
 
-    def _count(self, request: Request, attempt: Try) -> None:
+    def _count(self, request: Request, attempt: Attempt) -> None:
         assert attempt.first is not None
         if usage := read_usage(attempt.first.answer.get("usage", b"")):
             request.record.prompt_tokens = usage.prompt_tokens or 0

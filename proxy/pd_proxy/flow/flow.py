@@ -34,11 +34,13 @@ from pd_proxy.errors import (
 from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.retry_budget import amplifies
+from pd_proxy.flow.attempt import Attempt, leg_of, new_attempt, remember
 from pd_proxy.flow.callbacks import Call, Callbacks
 from pd_proxy.flow.encoders import Encoders
 from pd_proxy.flow.first_token import FirstTokens
 from pd_proxy.flow.hops import Hops
-from pd_proxy.flow.legs import Legs, PendingHandoff, Try, leg_of, new_try, remember
+from pd_proxy.flow.legs import Legs
+from pd_proxy.flow.pending_handoff import PendingHandoff
 from pd_proxy.flow.placing import Placing, continues
 from pd_proxy.flow.prompts import Sent
 from pd_proxy.flow.request import Request
@@ -261,7 +263,7 @@ class Flow:
             _lease(prefill, request, rank) as prefill_lease,
             self._placing.sent(request, lease, prefill_lease) or _NOBODY as sent,
         ):
-            attempt = new_try(
+            attempt = new_attempt(
                 request,
                 connector,
                 prefill_lease,
@@ -296,7 +298,7 @@ class Flow:
                 self._put_away(attempt)
 
     async def _together(
-        self, attempt: Try, prefill_lease: Lease, decode: Backend, lease: Lease, call: Call | None = None
+        self, attempt: Attempt, prefill_lease: Lease, decode: Backend, lease: Lease, call: Call | None = None
     ) -> None:
         """Both legs at once. Decode would wait for the KV cache of a prefill that has failed, so its leg is ended then;
         once it answers, it has the cache, and what becomes of prefill is of no consequence to the client.
@@ -306,7 +308,7 @@ class Flow:
         """
         request, prefill, plan = attempt.request, prefill_lease.backend, attempt.plan
         assert plan.handoff is not None
-        limbo = attempt.limbo = PendingHandoff(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
+        pending = attempt.pending = PendingHandoff(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
         if not request.client.started:
             request.record.stage = "prefill"
         if request.body.prompt_logprobs:
@@ -339,9 +341,9 @@ class Flow:
             else:
                 await _ended(prefilling)
                 if not _went_well(prefilling):
-                    limbo.close()  # it keeps nothing
+                    pending.close()  # it keeps nothing
 
-    async def _prefill_when_called(self, attempt: Try, lease: Lease, decode: Backend, call: Call) -> None:
+    async def _prefill_when_called(self, attempt: Attempt, lease: Lease, decode: Backend, call: Call) -> None:
         """The prefill leg, once decode's engine has called back."""
         lease.on_lost = call.fail
         try:
@@ -369,25 +371,23 @@ class Flow:
         task.add_done_callback(self._background.discard)
         return task
 
-    def _put_away(self, attempt: Try) -> None:
+    def _put_away(self, attempt: Attempt) -> None:
         """A try has ended: blocks of a hand-off that it did not use are freed, in the background."""
-        limbo = attempt.limbo
-        if limbo is None or not limbo.open:
+        pending = attempt.pending
+        if pending is None or not pending.open:
             return
-        if limbo.use == "freed":  # a second word of it would be of blocks that may be another request's by now
-            limbo.close()
+        if pending.use == "freed":  # a second word of it would be of blocks that may be another request's by now
+            pending.close()
             return
-        leg = None
-        if limbo.use != "reading":
-            leg = attempt.plan.release_leg(limbo.handoff, sent=limbo.use == "refused")
+        leg = attempt.release_leg()
         if leg is None:
             if attempt.plan.connector.traits.lease < inf:
                 self._telemetry.handoff_released(False)
-            limbo.close()
+            pending.close()
             return
-        self._in_background(self._release(attempt, limbo, leg, attempt.request.record.decode))
+        self._in_background(self._release(attempt, pending, leg, attempt.request.record.decode))
 
-    async def _release(self, attempt: Try, limbo: PendingHandoff, leg: Leg, decode: str) -> None:
+    async def _release(self, attempt: Attempt, pending: PendingHandoff, leg: Leg, decode: str) -> None:
         """Send `leg` until an engine has read it, some tries long: to `decode`, which was to have the hand-off, else to
         another. A second reader would do harm."""
         released = False
@@ -404,7 +404,7 @@ class Flow:
                         return
                     await asyncio.sleep(_backoff(tries))
                 model = attempt.request.body.model
-                candidates = self._may_read(limbo, self._fleet.candidates("decode", model), model)
+                candidates = self._may_read(pending, self._fleet.candidates("decode", model), model)
                 if not candidates:
                     continue
                 backend = min(candidates, key=lambda backend: (backend.url in avoid, backend.url != decode))
@@ -421,7 +421,7 @@ class Flow:
                     avoid.add(backend.url)
         finally:
             self._telemetry.handoff_released(released)
-            limbo.close()
+            pending.close()
 
     async def close(self) -> None:
         """Wait for what runs in the background; what fails now is not tried again."""
@@ -429,7 +429,7 @@ class Flow:
         while self._background:
             await asyncio.wait(self._background)
 
-    async def _prefill(self, attempt: Try, lease: Lease) -> None:
+    async def _prefill(self, attempt: Attempt, lease: Lease) -> None:
         """The prefill leg. Leaves its hand-off in `attempt`, or none when it gave none and decode may do without.
 
         Arguments:
@@ -473,20 +473,20 @@ class Flow:
             attempt.sent.prefilled(None if resumes else attempt.counts.cached, record.prompt_tokens)
         computed = max(1, request.prefill_tokens - record.cached_tokens)
         self._fleet.timed(backend, "prefill", record.prefill_seconds, computed)
-        if attempt.limbo is not None:  # decode's leg is under way
-            attempt.limbo.since = answered
+        if attempt.pending is not None:  # decode's leg is under way
+            attempt.pending.since = answered
             if attempt.logprobs is not None:
                 attempt.logprobs.take(answer)
             return
         if handoff is not None:
             remember(attempt, lease, handoff)
-            attempt.limbo = PendingHandoff(self._fleet, backend, handoff, self._legs.bound(attempt.plan))
+            attempt.pending = PendingHandoff(self._fleet, backend, handoff, self._legs.bound(attempt.plan))
         if attempt.facts is not None:
             self._first_tokens.take(attempt, backend, answer)
         if handoff is None and not (attempt.first is not None and attempt.first.whole):
             self._do_without(attempt, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
 
-    def _do_without(self, attempt: Try, backend: Backend, reason: str, error: HandoffInvalid) -> None:
+    def _do_without(self, attempt: Attempt, backend: Backend, reason: str, error: HandoffInvalid) -> None:
         """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that, or the
         connector."""
         record = attempt.request.record
@@ -502,7 +502,7 @@ class Flow:
             raise error
         attempt.request.record.fallback = reason
 
-    async def _decode(self, attempt: Try, backend: Backend, lease: Lease) -> None:
+    async def _decode(self, attempt: Attempt, backend: Backend, lease: Lease) -> None:
         """The decode leg. When the engine surely never read it, the same hand-off goes to another decode backend."""
         request = attempt.request
         try:
@@ -513,8 +513,8 @@ class Flow:
         except BackendError as error:
             self._failed(request, backend, leg_of(backend), error)
             blames_prefill = isinstance(error, BackendFailed | BackendTimedOut) and not error.leaves
-            if attempt.limbo is not None and blames_prefill:
-                request.avoid.add(attempt.limbo.prefill.url)  # decode lives; perhaps it could not read from there
+            if attempt.pending is not None and blames_prefill:
+                request.avoid.add(attempt.pending.prefill.url)  # decode lives; perhaps it could not read from there
             other = self._other_decode(attempt) if error.unread else None
             if other is None:
                 raise
@@ -531,17 +531,17 @@ class Flow:
                 attempt.sent.goes_to(other, lease.rank)
             await self._decode(attempt, other, lease)
 
-    def _other_decode(self, attempt: Try) -> Backend | None:
+    def _other_decode(self, attempt: Attempt) -> Backend | None:
         """A decode backend that has not failed this request, and that the hand-off surely fits."""
         request, facts = attempt.request, attempt.facts if attempt.first is not None else None
         connector = attempt.plan.connector
-        if attempt.limbo is None or not connector.traits.transferable:
+        if attempt.pending is None or not connector.traits.transferable:
             return None
         if connector.traits.pairs_by_id and request.stored is not None:
             return None
         model = request.body.model
         candidates = self._may_read(
-            attempt.limbo, self._fleet.candidates("decode", model, request.decode_tokens), model
+            attempt.pending, self._fleet.candidates("decode", model, request.decode_tokens), model
         )
         fresh = [backend for backend in candidates if backend.url not in request.avoid]
         if facts is not None:
@@ -550,10 +550,10 @@ class Flow:
             return None
         return self._placing.other_decode(request, fresh)
 
-    def _may_read(self, limbo: PendingHandoff, decodes: list[Backend], model: str | None) -> list[Backend]:
+    def _may_read(self, pending: PendingHandoff, decodes: list[Backend], model: str | None) -> list[Backend]:
         """Those of some decode backends that a hand-off may go to."""
         pairs = self._fleet.pairer(model)
-        return decodes if pairs is None else [decode for decode in decodes if pairs(limbo.prefill, decode)]
+        return decodes if pairs is None else [decode for decode in decodes if pairs(pending.prefill, decode)]
 
     def _failed(self, request: Request, backend: Backend, leg: str, error: BackendError) -> None:
         """A leg failed: remember whom to avoid, and what to say of it should another try follow."""

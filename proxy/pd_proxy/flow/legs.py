@@ -12,14 +12,12 @@ from collections.abc import Awaitable
 from functools import partial
 from math import inf
 from time import monotonic
-from typing import Literal
 
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
 from pd_proxy.dialects.aborts import abort_in, aborted, ends_well
 from pd_proxy.dialects.answers import (
-    Usage,
     WholeAnswer,
     engine_error,
     engine_error_event,
@@ -28,9 +26,7 @@ from pd_proxy.dialects.answers import (
     reason_of,
     strip_handoff,
 )
-from pd_proxy.dialects.cache_counts import CacheCounts
 from pd_proxy.dialects.edit import Edit
-from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
 from pd_proxy.dialects.registry import DIALECTS
 from pd_proxy.errors import (
     BackendAnswered,
@@ -42,25 +38,18 @@ from pd_proxy.errors import (
     HandoffUnconfirmed,
 )
 from pd_proxy.fleet.backend import Backend, Lease
-from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.health.identity import EngineIdentity
 from pd_proxy.fleet.judge import Judge
 from pd_proxy.fleet.outlier.statistics import LegName
 from pd_proxy.fleet.zmq.notifications import TransferNotifications
-from pd_proxy.flow.callbacks import Callbacks
+from pd_proxy.flow.attempt import Attempt, leg_of
 from pd_proxy.flow.hops import Hops
-from pd_proxy.flow.prompts import Sent
-from pd_proxy.flow.request import Request, leg_id, new_id
-from pd_proxy.handoff.connector import Connector, Handoff
-from pd_proxy.handoff.first_token import FirstToken
+from pd_proxy.flow.pending_handoff import PendingHandoff
 from pd_proxy.handoff.opening import joined_answer
 from pd_proxy.handoff.plan import Leg, Plan
-from pd_proxy.handoff.reuse import reusable
 from pd_proxy.http.client import Collected, Connection, Origin, Receiver
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.relay.stream import StreamRelay
-from pd_proxy.requests.continuation import Continuation
-from pd_proxy.requests.endpoints import LAYOUTS, Members
+from pd_proxy.requests.endpoints import LAYOUTS
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import Telemetry
 
@@ -75,223 +64,21 @@ _NO_LIMIT = Deadlines(None)
 JSON = (b"content-type", b"application/json")
 
 
-class PendingHandoff:
-    """A hand-off that decode has not yet begun to use; counted while it is so.
-
-    Arguments:
-        bound: seconds of age at which it is no longer sent.
-    Attributes:
-        prefill: whose blocks it names.
-        since: when prefill answered, as `time.monotonic`; when its leg was made, as long as it has not.
-        use: what decode has made of it. While one may be `reading`, nobody else may: prefill frees blocks that were
-            read, and what a second reader finds in them is another request's, with nothing to show it. `refused`: it
-            was sent, and answered with an error. `freed`: with one by which the engine has had prefill free its blocks.
-        open: nobody has said yet that it is settled.
-    """
-
-    __slots__ = ("_fleet", "bound", "handoff", "open", "prefill", "since", "use")
-
-    def __init__(self, fleet: Fleet, prefill: Backend, handoff: Handoff, bound: float) -> None:
-        self._fleet = fleet
-        self.bound = bound
-        self.open = True
-        self.prefill = prefill
-        self.handoff = handoff
-        self.since = monotonic()
-        self.use: Literal["none", "reading", "refused", "freed"] = "none"
-        fleet.handoffs_pending += 1
-        prefill.open_handoffs += 1
-
-    def sent(self) -> None:
-        """A leg that refers to it has gone out."""
-        self.use = "reading"
-
-    def close(self) -> None:
-        if self.open:
-            self.open = False
-            self._fleet.handoffs_pending -= 1
-            self.prefill.open_handoffs -= 1
-            if self.prefill.removed:
-                self.prefill.attention.set()  # its watcher forgets it when this was the last
-
-
-class Try(msgspec.Struct):
-    """One try of one request.
-
-    Attributes:
-        id: the X-Request-Id of both its legs.
-        alias: what clients are shown instead, where that names engines' addresses; else empty.
-        limbo: the hand-off between them; None before prefill's answer, and when decode goes without.
-        facts: of the prefill and the decode engine, where prefill's token may become the client's first.
-        decode: the backend that the latter are of.
-        first: that token, once prefill has given it and it is to be used.
-        rest: the plan for what comes behind it.
-        counts: of the prompt, as prefill says them; nothing is known before its answer.
-        runs_out: its prefill leg, where that goes on without it.
-        heard: what decode's engine has called back with, for its prefill leg.
-        logprobs: of the prompts, as prefill says them, where the client's answer is to have them and decode's has none.
-        sent: its prompt at its engines, where anybody wants to know.
-        paced: somebody wants to know how fast its tokens come.
-    """
-
-    request: Request
-    plan: Plan
-    id: str
-    limbo: PendingHandoff | None = None
-    facts: tuple[EngineIdentity, EngineIdentity] | None = None
-    decode: Backend | None = None
-    first: FirstToken | None = None
-    rest: Plan | None = None
-    counts: CacheCounts = CacheCounts()
-    runs_out: asyncio.Task[None] | None = None
-    alias: str = ""
-    heard: Members | None = None
-    logprobs: PromptLogprobs | None = None
-    sent: Sent | None = None
-    paced: bool = False
-
-    @property
-    def identity(self) -> dict[str, msgspec.Raw] | None:
-        """Members that its answer's events are to have instead of their own, where these are not for clients."""
-        if not self.alias:
-            return None
-        kind = "chatcmpl" if self.request.body.endpoint == "chat" else "cmpl"
-        return {"id": msgspec.Raw(f'"{kind}-{self.alias}"'.encode())}
-
-    def decode_leg(self) -> Leg:
-        return (self.rest or self.plan).decode_leg(None if self.limbo is None else self.limbo.handoff)
-
-    @property
-    def continuation(self) -> Continuation | None:
-        """Where its decode leg goes on, when a part of the answer has been given."""
-        return (self.rest or self.plan).continuation
-
-    def goes_to(self, decode: Backend) -> None:
-        """Its hand-off goes to another decode backend than it was made for."""
-        if self.request.stored is not None:
-            self.plan.answer_id = _answer_id(self.request, decode)
-            self.request.record.answer = LAYOUTS[self.request.body.endpoint].id_prefix + self.plan.answer_id
-
-    def decode_is_as_known(self) -> bool:
-        """Whether the decode engine is surely the one that `facts` are of."""
-        return self.facts is not None and self.decode is not None and self.decode.facts is self.facts[1]
-
-    def handed_over_counts(self) -> CacheCounts | None:
-        """`counts`, where decode was handed anything; else None, and decode's own are right."""
-        return None if self.limbo is None else self.counts
-
-    def prompt_tokens(self, usage: Usage) -> int:
-        """Tokens of the client's prompt: a leg that goes on with an answer has what was said in its own."""
-        continuation, counted = (self.rest or self.plan).continuation, usage.prompt_tokens or 0
-        return counted if continuation is None else max(0, counted - continuation.said)
-
-    def note_usage(self, usage: Usage, said: int) -> None:
-        """Keep decode's usage in the record.
-
-        Arguments:
-            said: tokens of the answer that it takes for prompt.
-        """
-        record, counted = self.request.record, usage.prompt_tokens or 0
-        record.prompt_tokens = prompt = counted - said if counted > said else 0
-        cached = usage.cached_tokens if self.limbo is None else self.counts.cached or 0
-        record.cached_tokens = cached if cached < prompt else prompt
-        if self.sent is not None and self.limbo is None:
-            told = usage.prompt_tokens_details
-            self.sent.counted(None if said or told is None else told.cached_tokens, counted)
-
-    def check(self) -> None:
-        """Called with a connection at hand, just before a leg is written to it.
-
-        Raises:
-            HandoffExpired: behind a first token: the engine may be another than the one whose blocks were counted on.
-        """
-        if not self.decode_is_as_known():
-            raise HandoffExpired("the decode engine may not be the one that it was", unread=True, blame=False)
-
-
-def new_try(
-    request: Request,
-    connector: Connector,
-    prefill: Lease | None,
-    decode: Backend,
-    *,
-    token_ids: bool = False,
-    facts: tuple[EngineIdentity, EngineIdentity] | None = None,
-    callbacks: Callbacks | None = None,
-    reuse: bool = False,
-) -> Try:
-    """A try on a pair, or on one backend.
-
-    Arguments:
-        prefill: the lease for the prefill leg, where there is one.
-        token_ids: ask decode for the ids of the tokens.
-        callbacks: where engines call back, for connectors by which they do.
-        reuse: decode may take the prompt's ids from prefill.
-    """
-    record, rendezvous = request.record, None
-    name = new_id() if connector.traits.own_request_ids else leg_id(record.request_id)
-    if prefill is not None and connector.traits.called_back:
-        assert callbacks is not None
-        name, rendezvous = callbacks.name(), connector.callback_params(callbacks.url)
-    elif prefill is not None and connector.traits.negotiates:
-        rendezvous = connector.negotiate(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
-        own, name = name, rendezvous.id or name
-        if request.body.prompts:
-            rendezvous = connector.per_prompt(rendezvous, request.body.prompts, prefill.backend.coordinates.dp)
-    plan = Plan(
-        request.body,
-        connector,
-        request.continuation,
-        rendezvous=rendezvous,
-        token_ids=token_ids,
-        first_token=facts is not None,
-        answer_id=_answer_id(request, decode) if LAYOUTS[request.body.endpoint].id_member else "",
-        reuse=reuse and prefill is not None and connector.traits.reuses_prompt_ids and reusable(request.body),
-    )
-    alias = own if rendezvous is not None and rendezvous.id else ""
-    record.leg = name
-    record.answer = LAYOUTS[request.body.endpoint].id_prefix + plan.answer_id if plan.answer_id else ""
-    return Try(request, plan, name, facts=facts, decode=decode, alias=alias)
-
-
-def _answer_id(request: Request, decode: Backend) -> str:
-    """What an answer of `decode`'s is to be called. It goes to the client, so it is not the legs' own id."""
-    if request.stored is None:
-        return leg_id(request.record.request_id)
-    return request.stored.name(new_id(), decode.url, request.record.client)
-
-
-def remember(attempt: Try, prefill: Lease, handoff: Handoff | None) -> None:
-    """Prefill has answered: keep what it says of its engine's coordinates, where the legs had need of it."""
-    plan = attempt.plan
-    if handoff is None or not plan.connector.traits.negotiates or plan.handoff is not None:
-        return
-    backend = prefill.backend
-    located = plan.connector.remember(backend.coordinates, handoff, prefill.rank)
-    if located != backend.coordinates:
-        backend.remember(located)
-
-
-def leg_of(backend: Backend) -> LegName:
-    """What a leg that answers the client is to a backend: a prefill backend answers those who want one token."""
-    return "prefill" if backend.role == "prefill" else "decode"
-
-
-def _heard(attempt: Try, lease: Lease, relay: StreamRelay) -> None:
+def _heard(attempt: Attempt, lease: Lease, relay: StreamRelay) -> None:
     """Decode's first token is here: it has what it was handed."""
     sent = attempt.sent
-    if (limbo := attempt.limbo) is not None:
+    if (pending := attempt.pending) is not None:
         now = monotonic()
-        attempt.request.record.handoff_seconds = seconds = now - limbo.since
+        attempt.request.record.handoff_seconds = seconds = now - pending.since
         if sent is not None:
             lease.backend.speeds.handed_over(seconds, attempt.request.prefill_tokens, now)
-        limbo.close()
+        pending.close()
     if sent is not None:
         sent.heard()
     lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
 
 
-def _begin(attempt: Try, relay: StreamRelay) -> None:
+def _begin(attempt: Attempt, relay: StreamRelay) -> None:
     """The first of decode's tokens with something to read is here, and about to go out."""
     now = monotonic()
     request, record = attempt.request, attempt.request.record
@@ -389,7 +176,7 @@ class Legs:
             origin = self._origins[backend.url] = Origin(backend.url, connect_timeout=self._timeouts.connect)
         return origin
 
-    async def prefill(self, attempt: Try, backend: Backend, lease: Lease) -> bytes:
+    async def prefill(self, attempt: Attempt, backend: Backend, lease: Lease) -> bytes:
         """The prefill leg; returns the engine's answer, once its KV cache has arrived where it sends notices of that.
 
         Raises:
@@ -416,7 +203,7 @@ class Legs:
                 raise unconfirmed
         return answer
 
-    def _unless_aborted(self, attempt: Try, backend: Backend, answer: bytes) -> bytes:
+    def _unless_aborted(self, attempt: Attempt, backend: Backend, answer: bytes) -> bytes:
         """Prefill's answer.
 
         Raises:
@@ -436,7 +223,7 @@ class Legs:
         self._note(backend, ended, "prefill", attempt)
         raise ended
 
-    async def encode(self, attempt: Try, backend: Backend, lease: Lease, leg: Leg, number: int) -> bytes:
+    async def encode(self, attempt: Attempt, backend: Backend, lease: Lease, leg: Leg, number: int) -> bytes:
         """One of a try's legs to encoders; returns the engine's answer.
 
         Arguments:
@@ -447,7 +234,7 @@ class Legs:
         child = msgspec.structs.replace(attempt, id=f"{attempt.id}:{number}")
         return await self._collect(backend, lease, "encode", leg, child, self._prefill_limit)
 
-    async def decode_whole(self, attempt: Try, backend: Backend, lease: Lease) -> None:
+    async def decode_whole(self, attempt: Attempt, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants its answer in one piece."""
         request, record = attempt.request, attempt.request.record
         leg = leg_of(backend)
@@ -513,12 +300,12 @@ class Legs:
             record.tokens = usage.completion_tokens or 0
         if attempt.sent is not None:
             attempt.sent.ended()
-        if attempt.limbo is not None:
-            attempt.limbo.close()
+        if attempt.pending is not None:
+            attempt.pending.close()
         record.status = 200
         request.client.respond(200, request.headers(JSON), shown)
 
-    async def decode_stream(self, attempt: Try, backend: Backend, lease: Lease) -> None:
+    async def decode_stream(self, attempt: Attempt, backend: Backend, lease: Lease) -> None:
         """The decode leg of a request that wants events. Returns when the client has been given all of them."""
         request, record = attempt.request, attempt.request.record
         assert request.transcript is not None
@@ -572,7 +359,7 @@ class Legs:
         if undisturbed and (tpot := record.tpot) is not None:
             self._fleet.timed(backend, "decode", tpot, record.tokens - edit.said)
 
-    async def release(self, attempt: Try, backend: Backend, leg: Leg) -> None:
+    async def release(self, attempt: Attempt, backend: Backend, leg: Leg) -> None:
         """Send a leg by which prefill's blocks are freed. Whether it is answered or refused, it has done its work.
 
         Raises:
@@ -604,7 +391,7 @@ class Legs:
             raise BackendGarbled(f"{backend.url} did not detokenize: {error}") from None
 
     async def _collect(
-        self, backend: Backend, lease: Lease, name: LegName, leg: Leg, attempt: Try, limit: Deadlines
+        self, backend: Backend, lease: Lease, name: LegName, leg: Leg, attempt: Attempt, limit: Deadlines
     ) -> bytes:
         """Run a leg whose answer is one JSON body."""
         receiver = self._collected(backend)
@@ -633,7 +420,7 @@ class Legs:
         self,
         backend: Backend,
         leg: Leg,
-        attempt: Try,
+        attempt: Attempt,
         receiver: Receiver,
         *,
         reads: bool = True,
@@ -645,7 +432,7 @@ class Legs:
             reads: its engine is to read what was handed over.
             rank: the engine's data-parallel rank that it is for, where it has several.
         """
-        request, limbo = attempt.request, attempt.limbo
+        request, pending = attempt.request, attempt.pending
         headers = b"".join(
             (
                 b"x-request-id: ",
@@ -659,16 +446,16 @@ class Legs:
         if rank is not None:
             headers += b"x-data-parallel-rank: %d\r\n" % rank
         origin = self._origins.get(backend.url) or self.origin(backend)
-        if limbo is None:
+        if pending is None:
             return origin.send(leg.path, headers, leg.body, receiver)
         return origin.send(
             leg.path,
             headers,
             leg.body,
             receiver,
-            within=self._time_left(limbo),
+            within=self._time_left(pending),
             check=attempt.check if reads and attempt.first is not None else None,
-            sent=limbo.sent,
+            sent=pending.sent,
         )
 
     def bound(self, plan: Plan) -> float:
@@ -681,27 +468,27 @@ class Legs:
         )  # whatever was set: not in the lease's second half
 
     @staticmethod
-    def _time_left(limbo: PendingHandoff) -> float | None:
+    def _time_left(pending: PendingHandoff) -> float | None:
         """Seconds in which a hand-off may still be sent.
 
         Raises:
             HandoffExpired: none are left.
         """
-        if limbo.bound == inf:
+        if pending.bound == inf:
             return None
-        left = limbo.bound - (monotonic() - limbo.since)
+        left = pending.bound - (monotonic() - pending.since)
         if left <= 0:
-            raise HandoffExpired(f"the hand-off was not sent within {limbo.bound:g} s")
+            raise HandoffExpired(f"the hand-off was not sent within {pending.bound:g} s")
         return left
 
-    def _note(self, backend: Backend, error: BackendError, leg: LegName, attempt: Try) -> None:
-        if attempt.limbo is not None and leg == "decode":
+    def _note(self, backend: Backend, error: BackendError, leg: LegName, attempt: Attempt) -> None:
+        if attempt.pending is not None and leg == "decode":
             if isinstance(error, BackendAnswered):
                 frees = isinstance(error, BackendRejected) and error.handled and attempt.plan.refusal_frees
-                attempt.limbo.use = "freed" if frees else "refused"
+                attempt.pending.use = "freed" if frees else "refused"
             elif error.unread:
-                attempt.limbo.use = "none"
+                attempt.pending.use = "none"
         if isinstance(error, BackendRejected):
             self._fleet.succeeded(backend, leg)  # an engine that judges requests is alive
         elif not isinstance(error, HandoffExpired):
-            self._fleet.failed(backend, error, leg, attempt.limbo.prefill if attempt.limbo is not None else None)
+            self._fleet.failed(backend, error, leg, attempt.pending.prefill if attempt.pending is not None else None)

@@ -34,8 +34,9 @@ from pd_proxy.errors import (
 from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.retry_budget import amplifies
+from pd_proxy.flow.attempt import leg_of
 from pd_proxy.flow.hops import Hops
-from pd_proxy.flow.legs import EVENT_STREAM, Legs, leg_of
+from pd_proxy.flow.legs import EVENT_STREAM, Legs
 from pd_proxy.flow.request import leg_id
 from pd_proxy.flow.suspicion import Cuts, Suspicion, warn
 from pd_proxy.http.deadlines import Deadlines

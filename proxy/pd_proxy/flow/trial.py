@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
@@ -24,17 +24,18 @@ from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.fleet.findings import SIDE_ADVICE, Finding, found
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.health.profile import Profile
-from pd_proxy.fleet.outlier.statistics import LegName
 from pd_proxy.fleet.zmq.notifications import TransferNotifications
+from pd_proxy.flow.attempt import Attempt, new_attempt, remember
 from pd_proxy.flow.callbacks import Callbacks
-from pd_proxy.flow.legs import Legs, PendingHandoff, Try, new_try, remember
+from pd_proxy.flow.discard import DiscardingClient, DiscardingTelemetry
+from pd_proxy.flow.legs import Legs
+from pd_proxy.flow.pending_handoff import PendingHandoff
 from pd_proxy.flow.request import Request, new_id
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.handoff.side import side_of
-from pd_proxy.http.response import Flow, Headers
 from pd_proxy.requests.body import read_body
 from pd_proxy.settings.tree import Settings
-from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
+from pd_proxy.telemetry.records import RequestRecord
 
 log = logging.getLogger("pd_proxy.flow")
 
@@ -80,54 +81,6 @@ class Trial:
     seconds: float = 0.0
     at: float = 0.0
     warnings: tuple[Finding, ...] = ()
-
-
-class Nobody:
-    """A client that throws away what it is given."""
-
-    def __init__(self) -> None:
-        self.started = False
-        self.gone = False
-        self.flow: Flow | None = None
-        self.on_gone: Callable[[], object] | None = None
-
-    def respond(self, status: int, headers: Headers, body: bytes) -> None:
-        self.started = True
-
-    def start(self, status: int, headers: Headers) -> None:
-        self.started = True
-
-    def write(self, data: bytes) -> None: ...
-
-    def chunks(self) -> None:
-        return None
-
-    def end(self, data: bytes = b"") -> None: ...
-
-    def cut(self) -> None: ...
-
-    async def flushed(self) -> None: ...
-
-
-class _Mute:
-    """Takes what legs tell the fleet and telemetry, and tells nobody."""
-
-    def succeeded(self, backend: Backend, leg: LegName) -> None: ...
-
-    def failed(
-        self, backend: Backend, error: BackendError, leg: LegName, handoff_from: Backend | None = None
-    ) -> None: ...
-
-    def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None: ...
-
-    def paced(self, backend: Backend, seconds: float) -> None: ...
-
-    def gaps(self, pool: str, backend: str) -> Distribution:
-        return Distribution(ITL_BOUNDS)
-
-    def handoff_released(self, claimed: bool) -> None: ...
-
-    def finished(self, record: RequestRecord) -> None: ...
 
 
 class _Course:
@@ -182,7 +135,7 @@ class Trials:
         self._fleet = fleet
         self._connectors = connectors
         self._callbacks = callbacks or Callbacks(None)
-        self._legs = Legs(settings, _Mute(), _Mute(), notices)
+        self._legs = Legs(settings, DiscardingTelemetry(), DiscardingTelemetry(), notices)
         self.authorization = self._legs.authorization
         self._ports = ports
         self._profiles: dict[Backend, Profile] = {}
@@ -308,10 +261,10 @@ class Trials:
         if model := model_of(prefill, decode):
             members["model"] = model
         body = read_body(msgspec.json.encode(members), "completions")
-        request = Request(body, Nobody(), RequestRecord("completions"))
+        request = Request(body, DiscardingClient(), RequestRecord("completions"))
         connector = self._connectors[decode.connector]
         with Lease(decode, request.decode_tokens) as decode_lease, Lease(prefill, request.prefill_tokens) as lease:
-            attempt = new_try(request, connector, lease, decode, callbacks=self._callbacks)
+            attempt = new_attempt(request, connector, lease, decode, callbacks=self._callbacks)
             if connector.traits.called_back or attempt.plan.together:
                 await self._together(attempt, prefill, lease, decode, decode_lease, course)
                 return
@@ -330,33 +283,33 @@ class Trials:
                 return
             remember(attempt, lease, handoff)
             course.side = side_of(handoff)
-            attempt.limbo = PendingHandoff(self._fleet, prefill, handoff, self._legs.bound(attempt.plan))
+            attempt.pending = PendingHandoff(self._fleet, prefill, handoff, self._legs.bound(attempt.plan))
             try:
                 await course.leg("decode", self._legs.decode_whole(attempt, decode, decode_lease))
             finally:
                 await self._put_away(attempt, decode)
 
-    async def _put_away(self, attempt: Try, decode: Backend) -> None:
+    async def _put_away(self, attempt: Attempt, decode: Backend) -> None:
         """Free prefill's blocks of a hand-off that decode has not read."""
-        limbo = attempt.limbo
-        if limbo is None or not limbo.open:
+        pending = attempt.pending
+        if pending is None or not pending.open:
             return
         try:
-            if limbo.use != "reading" and (leg := attempt.plan.release_leg(limbo.handoff, sent=limbo.use == "refused")):
+            if leg := attempt.release_leg():
                 await self._legs.release(attempt, decode, leg)
         except BackendError as error:
             log.debug("%s: a trial's hand-off was not released: %s", decode.url, error)
         finally:
-            limbo.close()
+            pending.close()
 
     async def _together(
-        self, attempt: Try, prefill: Backend, lease: Lease, decode: Backend, decode_lease: Lease, course: _Course
+        self, attempt: Attempt, prefill: Backend, lease: Lease, decode: Backend, decode_lease: Lease, course: _Course
     ) -> None:
         """Both legs at once, or prefill's when decode's engine has called."""
         plan = attempt.plan
         assert plan.handoff is not None
         course.side = side_of(plan.handoff)
-        attempt.limbo = PendingHandoff(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
+        attempt.pending = PendingHandoff(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
         waits = plan.connector.traits.called_back
         called = self._callbacks.expect(attempt.id, plan.connector, decode.url) if waits else nullcontext()
         try:
@@ -367,7 +320,7 @@ class Trials:
                         attempt.heard = await course.leg("decode", call.wait(PATIENCE))
                     await course.leg("prefill", self._legs.prefill(attempt, prefill, lease))
         finally:
-            attempt.limbo.close()
+            attempt.pending.close()
 
     # What it means
 

@@ -1,0 +1,194 @@
+"""One try of one request: its plan, its legs' ids, and what prefill has answered."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from pd_proxy.dialects.answers import Usage
+from pd_proxy.dialects.cache_counts import CacheCounts
+from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
+from pd_proxy.errors import HandoffExpired
+from pd_proxy.fleet.backend import Backend, Lease
+from pd_proxy.fleet.health.identity import EngineIdentity
+from pd_proxy.fleet.outlier.statistics import LegName
+from pd_proxy.flow.callbacks import Callbacks
+from pd_proxy.flow.pending_handoff import PendingHandoff
+from pd_proxy.flow.prompts import Sent
+from pd_proxy.flow.request import Request, leg_id, new_id
+from pd_proxy.handoff.connector import Connector, Handoff
+from pd_proxy.handoff.first_token import FirstToken
+from pd_proxy.handoff.plan import Leg, Plan
+from pd_proxy.handoff.reuse import reusable
+from pd_proxy.requests.continuation import Continuation
+from pd_proxy.requests.endpoints import LAYOUTS, Members
+
+
+class Attempt(msgspec.Struct):
+    """One try of one request.
+
+    Attributes:
+        id: the X-Request-Id of both its legs.
+        alias: what clients are shown instead, where that names engines' addresses; else empty.
+        pending: the hand-off between them; None before prefill's answer, and when decode goes without.
+        facts: of the prefill and the decode engine, where prefill's token may become the client's first.
+        decode: the backend that the latter are of.
+        first: that token, once prefill has given it and it is to be used.
+        rest: the plan for what comes behind it.
+        counts: of the prompt, as prefill says them; nothing is known before its answer.
+        runs_out: its prefill leg, where that goes on without it.
+        heard: what decode's engine has called back with, for its prefill leg.
+        logprobs: of the prompts, as prefill says them, where the client's answer is to have them and decode's has none.
+        sent: its prompt at its engines, where anybody wants to know.
+        paced: somebody wants to know how fast its tokens come.
+    """
+
+    request: Request
+    plan: Plan
+    id: str
+    pending: PendingHandoff | None = None
+    facts: tuple[EngineIdentity, EngineIdentity] | None = None
+    decode: Backend | None = None
+    first: FirstToken | None = None
+    rest: Plan | None = None
+    counts: CacheCounts = CacheCounts()
+    runs_out: asyncio.Task[None] | None = None
+    alias: str = ""
+    heard: Members | None = None
+    logprobs: PromptLogprobs | None = None
+    sent: Sent | None = None
+    paced: bool = False
+
+    @property
+    def identity(self) -> dict[str, msgspec.Raw] | None:
+        """Members that its answer's events are to have instead of their own, where these are not for clients."""
+        if not self.alias:
+            return None
+        kind = "chatcmpl" if self.request.body.endpoint == "chat" else "cmpl"
+        return {"id": msgspec.Raw(f'"{kind}-{self.alias}"'.encode())}
+
+    def decode_leg(self) -> Leg:
+        return (self.rest or self.plan).decode_leg(None if self.pending is None else self.pending.handoff)
+
+    def release_leg(self) -> Leg | None:
+        """A leg that frees prefill's blocks of a hand-off that nobody reads; None where there is no safe one."""
+        pending = self.pending
+        if pending is None or pending.use == "reading":
+            return None
+        return self.plan.release_leg(pending.handoff, sent=pending.use == "refused")
+
+    @property
+    def continuation(self) -> Continuation | None:
+        """Where its decode leg goes on, when a part of the answer has been given."""
+        return (self.rest or self.plan).continuation
+
+    def goes_to(self, decode: Backend) -> None:
+        """Its hand-off goes to another decode backend than it was made for."""
+        if self.request.stored is not None:
+            self.plan.answer_id = _answer_id(self.request, decode)
+            self.request.record.answer = LAYOUTS[self.request.body.endpoint].id_prefix + self.plan.answer_id
+
+    def decode_is_as_known(self) -> bool:
+        """Whether the decode engine is surely the one that `facts` are of."""
+        return self.facts is not None and self.decode is not None and self.decode.facts is self.facts[1]
+
+    def handed_over_counts(self) -> CacheCounts | None:
+        """`counts`, where decode was handed anything; else None, and decode's own are right."""
+        return None if self.pending is None else self.counts
+
+    def prompt_tokens(self, usage: Usage) -> int:
+        """Tokens of the client's prompt: a leg that goes on with an answer has what was said in its own."""
+        continuation, counted = (self.rest or self.plan).continuation, usage.prompt_tokens or 0
+        return counted if continuation is None else max(0, counted - continuation.said)
+
+    def note_usage(self, usage: Usage, said: int) -> None:
+        """Keep decode's usage in the record.
+
+        Arguments:
+            said: tokens of the answer that it takes for prompt.
+        """
+        record, counted = self.request.record, usage.prompt_tokens or 0
+        record.prompt_tokens = prompt = counted - said if counted > said else 0
+        cached = usage.cached_tokens if self.pending is None else self.counts.cached or 0
+        record.cached_tokens = cached if cached < prompt else prompt
+        if self.sent is not None and self.pending is None:
+            told = usage.prompt_tokens_details
+            self.sent.counted(None if said or told is None else told.cached_tokens, counted)
+
+    def check(self) -> None:
+        """Called with a connection at hand, just before a leg is written to it.
+
+        Raises:
+            HandoffExpired: behind a first token: the engine may be another than the one whose blocks were counted on.
+        """
+        if not self.decode_is_as_known():
+            raise HandoffExpired("the decode engine may not be the one that it was", unread=True, blame=False)
+
+
+def new_attempt(
+    request: Request,
+    connector: Connector,
+    prefill: Lease | None,
+    decode: Backend,
+    *,
+    token_ids: bool = False,
+    facts: tuple[EngineIdentity, EngineIdentity] | None = None,
+    callbacks: Callbacks | None = None,
+    reuse: bool = False,
+) -> Attempt:
+    """A try on a pair, or on one backend.
+
+    Arguments:
+        prefill: the lease for the prefill leg, where there is one.
+        token_ids: ask decode for the ids of the tokens.
+        callbacks: where engines call back, for connectors by which they do.
+        reuse: decode may take the prompt's ids from prefill.
+    """
+    record, rendezvous = request.record, None
+    name = new_id() if connector.traits.own_request_ids else leg_id(record.request_id)
+    if prefill is not None and connector.traits.called_back:
+        assert callbacks is not None
+        name, rendezvous = callbacks.name(), connector.callback_params(callbacks.url)
+    elif prefill is not None and connector.traits.negotiates:
+        rendezvous = connector.negotiate(prefill.backend.coordinates, decode.coordinates, name, prefill.rank)
+        own, name = name, rendezvous.id or name
+        if request.body.prompts:
+            rendezvous = connector.per_prompt(rendezvous, request.body.prompts, prefill.backend.coordinates.dp)
+    plan = Plan(
+        request.body,
+        connector,
+        request.continuation,
+        rendezvous=rendezvous,
+        token_ids=token_ids,
+        first_token=facts is not None,
+        answer_id=_answer_id(request, decode) if LAYOUTS[request.body.endpoint].id_member else "",
+        reuse=reuse and prefill is not None and connector.traits.reuses_prompt_ids and reusable(request.body),
+    )
+    alias = own if rendezvous is not None and rendezvous.id else ""
+    record.leg = name
+    record.answer = LAYOUTS[request.body.endpoint].id_prefix + plan.answer_id if plan.answer_id else ""
+    return Attempt(request, plan, name, facts=facts, decode=decode, alias=alias)
+
+
+def _answer_id(request: Request, decode: Backend) -> str:
+    """What an answer of `decode`'s is to be called. It goes to the client, so it is not the legs' own id."""
+    if request.stored is None:
+        return leg_id(request.record.request_id)
+    return request.stored.name(new_id(), decode.url, request.record.client)
+
+
+def remember(attempt: Attempt, prefill: Lease, handoff: Handoff | None) -> None:
+    """Prefill has answered: keep what it says of its engine's coordinates, where the legs had need of it."""
+    plan = attempt.plan
+    if handoff is None or not plan.connector.traits.negotiates or plan.handoff is not None:
+        return
+    backend = prefill.backend
+    located = plan.connector.remember(backend.coordinates, handoff, prefill.rank)
+    if located != backend.coordinates:
+        backend.remember(located)
+
+
+def leg_of(backend: Backend) -> LegName:
+    """What a leg that answers the client is to a backend: a prefill backend answers those who want one token."""
+    return "prefill" if backend.role == "prefill" else "decode"
