@@ -64,10 +64,8 @@ LONG_FUNCTIONS = {
     # api
     "pd_proxy/api/admin/backends.py": 58,
     "pd_proxy/api/admin/fanout.py": 70,
-    "pd_proxy/api/inference.py": 63,
     "pd_proxy/api/operations.py": 55,
     "pd_proxy/api/responses.py": 111,
-    "pd_proxy/api/single.py": 74,
     # app
     "pd_proxy/app.py": 218,
     # fleet

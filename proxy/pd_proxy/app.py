@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from secrets import token_bytes
 from time import monotonic
 from typing import Any
@@ -23,6 +24,7 @@ from pd_proxy.api.admin.decisions import EXPLAIN_PATH, decisions, explanation
 from pd_proxy.api.admin.fanout import fanout
 from pd_proxy.api.credentials import AtSocket, Credentials, Trusted
 from pd_proxy.api.cross_origin import CrossOrigin
+from pd_proxy.api.entrance import Entrance
 from pd_proxy.api.inference import Inference
 from pd_proxy.api.metaserver import metaserver
 from pd_proxy.api.responses import responses
@@ -60,7 +62,7 @@ from pd_proxy.telemetry.admission import AdmissionSink
 from pd_proxy.telemetry.logs import RequestLog, tell_throughput
 from pd_proxy.telemetry.placement import PlacementSink
 from pd_proxy.telemetry.prometheus import PrometheusSink, registry
-from pd_proxy.telemetry.records import Sinks
+from pd_proxy.telemetry.records import Sinks, Telemetry
 from pd_proxy.telemetry.throughput import Throughput
 from pd_proxy.workers.context import WorkerContext
 from pd_proxy.workers.load_table import LoadSync
@@ -223,18 +225,15 @@ def build(settings: Settings, connections: Connections | None = None, context: W
         tether_headers=legs.authorization,
     )
     names = Names(settings, fleet, prober.ask_models)
+    entrance = _entrance(settings, gate, admission, credentials, names, telemetry, hops)
     hot: dict[str, ASGIApp] = {
-        layout.path: Inference(
-            endpoint, settings, fleet, flow, placing, gate, admission, credentials, telemetry, stored, names
-        )
+        layout.path: Inference(endpoint, settings, fleet, flow, placing, entrance, stored)
         for endpoint, layout in LAYOUTS.items()
         if _is_served(endpoint, settings)
     }
     single = Single(settings, fleet, legs, random.random, suspicion)
     for path in ROUTES:
-        hot[path] = SingleRoute(
-            path, settings, fleet, single, gate, admission, credentials, telemetry, lambda: surface.paths(), names
-        )
+        hot[path] = SingleRoute(path, settings, fleet, single, entrance, lambda: surface.paths())
     invoked = invocations.Invocations(
         settings, credentials, hot, lambda: {path for b in fleet for path in b.kind.routes if b.offers(path)}
     )
@@ -347,6 +346,29 @@ def _is_served(endpoint: Endpoint, settings: Settings) -> bool:
         groups = settings.all_groups()
         return any(group.kind == "sglang" or group.connector in ("sglang", AUTO) for group in groups)
     return True
+
+
+def _entrance(
+    settings: Settings,
+    gate: Gate,
+    admission: Admission,
+    credentials: Credentials,
+    names: Names,
+    telemetry: Telemetry,
+    hops: Hops,
+) -> Entrance:
+    return Entrance(
+        gate,
+        admission,
+        credentials,
+        names,
+        telemetry,
+        hops,
+        body_limit=settings.limits.request_body,
+        body_seconds=settings.timeouts.request_body,
+        total=settings.timeouts.total or inf,
+        queue_timeout=settings.admission.queue_timeout,
+    )
 
 
 def _shared_secret(settings: Settings, context: WorkerContext | None) -> bytes:

@@ -119,7 +119,7 @@ def test_a_sink_that_fails_costs_the_others_nothing() -> None:
 
 async def test_a_request_that_fails_before_it_has_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url]) as running:
-        monkeypatch.setattr("pd_proxy.api.inference.introduce", fails)
+        monkeypatch.setattr("pd_proxy.api.exchange.introduce", fails)
         answer = await running.http.post("/v1/chat/completions", json=chat())
         assert answer.status_code == 500
         assert len(answer.headers["x-request-id"]) >= 16

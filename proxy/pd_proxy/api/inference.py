@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine
-from math import inf
 from typing import Any
 
 from msgspec import structs
 
-from pd_proxy.admission.admission import Admission
-from pd_proxy.admission.gate import Gate
 from pd_proxy.admission.ticket import Ticket
-from pd_proxy.api.credentials import Credentials
+from pd_proxy.api.arrival import Arrival
+from pd_proxy.api.entrance import Entrance
 from pd_proxy.api.error_shapes import ERROR_SHAPES
-from pd_proxy.api.exchange import ClientLeft, check_length, enter, exchange, introduce, read_whole, time_limit, turn
-from pd_proxy.errors import MethodNotAllowed, ResponseNotFound, TotalTimedOut
+from pd_proxy.errors import ResponseNotFound
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.model_names import Names
 from pd_proxy.flow.flow import Flow
-from pd_proxy.flow.hops import HEADER
 from pd_proxy.flow.placing import Placing
 from pd_proxy.flow.request import Request
 from pd_proxy.flow.stored_responses import StoredResponses
-from pd_proxy.http.response import Client, Receive, Scope, Send
+from pd_proxy.http.response import Receive, Scope, Send
 from pd_proxy.requests.body import Body, read_body, renamed
 from pd_proxy.requests.endpoints import Endpoint
 from pd_proxy.requests.output_bounds import bound_output
 from pd_proxy.requests.sessions import session_of
 from pd_proxy.settings.tree import Settings
-from pd_proxy.telemetry.records import RequestRecord, Telemetry
+from pd_proxy.telemetry.records import RequestRecord
 
 EXPLAIN = b"x-pd-proxy-explain"
 """The header by which an operator asks for the decision about a request: it names engines, so without the admin key it
@@ -50,20 +44,12 @@ class Inference:
         fleet: Fleet,
         flow: Flow,
         placing: Placing,
-        gate: Gate,
-        admission: Admission,
-        credentials: Credentials,
-        telemetry: Telemetry,
+        entrance: Entrance,
         stored: StoredResponses,
-        names: Names,
     ) -> None:
         self._endpoint = endpoint
         self._shape = ERROR_SHAPES[endpoint]
         self._stored = stored
-        self._limit = settings.limits.request_body
-        self._body_seconds = settings.timeouts.request_body
-        self._total = settings.timeouts.total or inf
-        self._queue_timeout = settings.admission.queue_timeout
         self._default_output, self._most_output = settings.limits.default_max_tokens, settings.limits.max_tokens
         self._bounds_output = self._default_output is not None or self._most_output is not None
         self._fleet = fleet
@@ -72,80 +58,63 @@ class Inference:
         self._wants_sessions = placing.wants_sessions
         self._session_header = settings.policy.session_header.encode("ascii")
         self._has_targets = settings.admission.slo != "off"
-        self._gate = gate
-        self._admission = admission
-        self._credentials = credentials
-        self._telemetry = telemetry
-        self._names = names
-        self._renames = names.any
+        self._entrance = entrance
+        self._renames = entrance.names.any
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         record = RequestRecord(self._endpoint)
-        return exchange(self._gate, self._telemetry, record, scope, receive, send, self._serve, self._shape)
+        return self._entrance.serve(record, scope, receive, send, self._serve, self._shape)
 
-    async def _serve(
-        self, scope: Scope, receive: Receive, client: Client, record: RequestRecord, task: asyncio.Task[Any]
-    ) -> None:
-        """From the head of a request to the end of its answer.
+    async def _serve(self, arrival: Arrival) -> None:
+        """Read a request, and have it answered.
 
         Raises:
             GatewayError: the request cannot be served; `client.started` says whether a part of it was.
         """
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        introduce(record, scope, headers)
-        if scope["method"] != "POST":
-            raise MethodNotAllowed(f"{scope['path']} takes POST", allow="POST")
-        hops = self._flow.hops.passed(headers[HEADER]) if HEADER in headers else b""
-        record.client = self._credentials.check_client(
-            headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
-        )
-        total = time_limit(headers, self._total)
-        check_length(headers, self._limit)
-        raw = await read_whole(client, receive, headers, self._limit, self._body_seconds)
+        entrance, record = self._entrance, arrival.record
+        entrance.check_head(arrival)
+        raw = await entrance.read_body(arrival)
         body = read_body(raw, self._endpoint)
         if self._bounds_output:
             body = bounded(body, self._default_output, self._most_output)
-        record.model = body.model or ""
-        record.stream = body.stream
         asked = body.model
+        record.model = asked or ""
+        record.stream = body.stream
         if not body.follows if asked is None else self._renames or not self._fleet.knows(asked):
-            model = await self._names.meant(asked)
-            if model is not None and model != body.model:
-                record.alias, record.model = record.model, model
+            model = await entrance.model_for(asked, record)
+            if model is not None and model != asked:
                 body = renamed(body, model)
-        if client.gone:
-            raise ClientLeft
-        client.on_gone = task.cancel
-        request = Request(body, client, record, hops=hops)
+        arrival.cancel_when_client_leaves()
+        request = self._request(body, arrival)
+        ticket = Ticket(
+            client=entrance.admission.clients[record.client],
+            model=body.model,
+            split=self._placing.may_split(body),
+            prefill_tokens=request.prefill_tokens,
+            tokens=request.decode_tokens,
+            size=len(raw),
+            expected=self._placing.seconds_to_first_token(request) if self._has_targets else 0.0,
+        )
+        async with entrance.admitted(arrival, ticket):
+            await self._flow.run(request)
+
+    def _request(self, body: Body, arrival: Arrival) -> Request:
+        """The request of a body, with what its headers say.
+
+        Raises:
+            ResponseNotFound: it goes on from a stored response that no backend has.
+        """
+        headers = arrival.headers
+        request = Request(body, arrival.client, arrival.record, hops=arrival.hops)
         if self._wants_sessions:
             request.session = headers.get(self._session_header, b"") or session_of(body)
         if EXPLAIN in headers:
-            request.explain = headers[EXPLAIN].strip() == b"1" and self._credentials.has_admin_key(
+            request.explain = headers[EXPLAIN].strip() == b"1" and self._entrance.credentials.has_admin_key(
                 headers.get(b"authorization", b"")
             )
         if body.follows or body.stored:
             self._see_to_stored(request)
-        ticket = Ticket(
-            self._admission.clients[record.client],
-            body.model,
-            self._placing.may_split(body),
-            request.prefill_tokens,
-            request.decode_tokens,
-            len(raw),
-            min(total, self._queue_timeout),
-            self._placing.seconds_to_first_token(request) if self._has_targets else 0.0,
-        )
-        with enter(self._admission, record, ticket):
-            if ticket.state == "waiting":
-                await turn(self._admission, ticket, record)
-            if total == inf:
-                await self._flow.run(request)
-                return
-            try:
-                async with asyncio.timeout(total - record.queued_seconds):
-                    await self._flow.run(request)
-            except TimeoutError:
-                raise TotalTimedOut(f"the request was not finished within {total:g} s") from None
+        return request
 
     def _see_to_stored(self, request: Request) -> None:
         """Send a request to the backend that has what it goes on from, and have its answer's name say who has that.

@@ -11,8 +11,8 @@ from collections.abc import Set as AbstractSet
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pd_proxy.api.arrival import ClientLeft, check_length, identify, read_whole
 from pd_proxy.api.credentials import Credentials
-from pd_proxy.api.exchange import ClientLeft, check_length, identify, read_whole
 from pd_proxy.api.surface import answer
 from pd_proxy.errors import GatewayError, InvalidRequest, MethodNotAllowed
 from pd_proxy.http.direct import DirectClient
