@@ -28,9 +28,11 @@ from pd_proxy.fleet.fleet import Fleet  # noqa: E402
 from pd_proxy.flow.decisions import Decisions  # noqa: E402
 from pd_proxy.http.connections import Connections  # noqa: E402
 from pd_proxy.prefix.index import PrefixIndex  # noqa: E402
+from pd_proxy.settings.bounds import ClientSettings  # noqa: E402
 from pd_proxy.settings.environment import CONFIG_VARIABLE, DEFAULTS_VARIABLE, variable  # noqa: E402
 from pd_proxy.settings.flags import flag  # noqa: E402
-from pd_proxy.settings.tree import ClientSettings, Group, Settings, leaves  # noqa: E402
+from pd_proxy.settings.tree import Settings, leaves  # noqa: E402
+from pd_proxy.settings.types import Group  # noqa: E402
 from pd_proxy.telemetry.admission import AdmissionSink  # noqa: E402
 from pd_proxy.telemetry.old_names import OLD_NAMES  # noqa: E402
 from pd_proxy.telemetry.placement import PlacementSink  # noqa: E402

@@ -12,7 +12,8 @@ from typing import Any
 from pd_proxy import __version__
 from pd_proxy.commands.completion import SHELLS, script
 from pd_proxy.settings import flags, shown
-from pd_proxy.settings.load import ConfigurationError, did_you_mean, gather
+from pd_proxy.settings.load import did_you_mean, gather
+from pd_proxy.settings.problems import ConfigurationError
 
 log = logging.getLogger("pd_proxy")
 

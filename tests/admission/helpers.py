@@ -10,7 +10,7 @@ from pd_proxy.admission.clients import Client, Level
 from pd_proxy.admission.schedule import Schedule
 from pd_proxy.admission.ticket import Ticket
 from pd_proxy.errors import GatewayError
-from pd_proxy.settings.tree import AdmissionSettings
+from pd_proxy.settings.bounds import AdmissionSettings
 
 
 def client(name: str = "a", level: Level | None = None, **more: Any) -> Client:

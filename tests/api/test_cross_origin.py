@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 import pytest
 from pd_proxy.api.cross_origin import CrossOrigin
-from pd_proxy.settings.load import ConfigurationError, configure
-from pd_proxy.settings.tree import CorsSettings
+from pd_proxy.settings.bounds import CorsSettings
+from pd_proxy.settings.load import configure
+from pd_proxy.settings.problems import ConfigurationError
 from starlette.types import Receive, Scope, Send
 
 from tests.support import chat, completion, pools, running_gateway

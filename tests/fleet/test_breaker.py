@@ -13,7 +13,8 @@ from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.outlier.breaker import Breaker
 from pd_proxy.fleet.outlier.statistics import LegName, OutlierStats, Window
-from pd_proxy.settings.tree import BreakerSettings, Settings
+from pd_proxy.settings.bounds import BreakerSettings
+from pd_proxy.settings.tree import Settings
 
 
 def breaker(**given_: Any) -> Breaker:

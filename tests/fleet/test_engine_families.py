@@ -13,7 +13,8 @@ from pd_proxy.fleet.engine_families import KINDS
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.health.prober import ProbeFailed, Prober
 from pd_proxy.http.control import Control
-from pd_proxy.settings.tree import KindName, Settings
+from pd_proxy.settings.tree import Settings
+from pd_proxy.settings.types import KindName
 
 URL = "http://engine:8000"
 MODELS = {"data": [{"id": "m"}]}

@@ -10,7 +10,6 @@ from pd_proxy.errors import HandoffInvalid
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import read_body
-from pd_proxy.settings.tree import CALLED_BACK
 
 LAYERWISE = CONNECTORS["ascend_layerwise"]
 URL = "http://10.0.0.1:8000/v1/metaserver"
@@ -39,10 +38,6 @@ def plan() -> Plan:
 def heard(**changes: Any) -> Any:
     said = {name: value for name, value in {**CALL, **changes}.items() if value is not ...}
     return LAYERWISE.read_callback(json.dumps(said).encode())
-
-
-def test_the_settings_know_which_connectors_call_back() -> None:
-    assert {connector.name for connector in CONNECTORS.values() if connector.traits.called_back} == CALLED_BACK
 
 
 def test_decode_is_told_whom_to_call_and_nothing_of_prefill() -> None:

@@ -16,7 +16,7 @@ from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.plan import Leg, Plan
 from pd_proxy.requests.body import read_body
 from pd_proxy.requests.endpoints import Endpoint
-from pd_proxy.settings.tree import ConnectorName
+from pd_proxy.settings.types import ConnectorName
 
 PARAMS: dict[str, Any] = {
     "do_remote_prefill": True,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from pd_proxy.settings import drop_in
-from pd_proxy.settings.load import ConfigurationError, configure
+from pd_proxy.settings.load import configure
+from pd_proxy.settings.problems import ConfigurationError
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from pd_proxy.settings.environment import Variables, is_service, read_variables
-from pd_proxy.settings.load import ConfigurationError, configure, gather
+from pd_proxy.settings.load import configure, gather
+from pd_proxy.settings.problems import ConfigurationError
 from pd_proxy.settings.tree import setting_names
 
 

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as settings_
 from hypothesis import strategies as st
 from pd_proxy.settings.environment import put, variable
-from pd_proxy.settings.load import ConfigurationError, configure, gather
+from pd_proxy.settings.load import configure, gather
+from pd_proxy.settings.problems import ConfigurationError
 from pd_proxy.settings.tree import Settings, leaves
 
 Write = Callable[[str], Path]

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.admission.clients import clients
-from pd_proxy.handoff.connectors.registry import CONNECTORS
-from pd_proxy.settings.tree import REGISTER, SENDS_NOTICES, Settings, backend_url, build_settings, leaves
+from pd_proxy.settings.addresses import backend_url
+from pd_proxy.settings.tree import Settings, build_settings, leaves
 from pydantic import ValidationError
 
 PORTS = st.integers(1, 65535)
@@ -346,11 +346,6 @@ def test_an_address_for_engines_is_an_ip_address_and_a_port(text: str) -> None:
 def test_no_other_address_for_engines_is_taken(text: str) -> None:
     with pytest.raises(ValidationError, match="IP address"):
         build_settings({"zmq": {"notices": text}}, {})
-
-
-def test_the_settings_know_which_connectors_are_heard() -> None:
-    assert {name for name, connector in CONNECTORS.items() if connector.traits.notified} == SENDS_NOTICES
-    assert {name for name, connector in CONNECTORS.items() if connector.traits.registers} == REGISTER
 
 
 MORIIO: dict[str, Any] = {

@@ -15,7 +15,7 @@ from pd_proxy.admission.fair import FairQueue, charge, start_tag
 from pd_proxy.admission.pace import Pace
 from pd_proxy.admission.ticket import Reservation, Ticket
 from pd_proxy.errors import DeadlineTooClose, GatewayError, QueueFull, QueueTimedOut, TargetMissed, TooManyTokens
-from pd_proxy.settings.tree import AdmissionSettings
+from pd_proxy.settings.bounds import AdmissionSettings
 
 
 class Capacity(Protocol):

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pd_proxy.http.direct import DirectClient
 from pd_proxy.http.response import EXTENSION
-from pd_proxy.settings.tree import CorsSettings
+from pd_proxy.settings.bounds import CorsSettings
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -21,7 +21,8 @@ from pd_proxy.errors import InvalidRequest, NoBackend
 from pd_proxy.fleet.backend import ROLES, Role
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.model_names import Names
-from pd_proxy.settings.tree import DEFAULT_GROUP, backend_url
+from pd_proxy.settings.addresses import backend_url
+from pd_proxy.settings.engines import DEFAULT_GROUP
 from pd_proxy.workers.metrics_merge import merge, parse
 from pd_proxy.workers.peers import PeerWorkers
 

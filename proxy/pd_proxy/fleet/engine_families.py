@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pd_proxy.settings.tree import KindName
+from pd_proxy.settings.types import KindName
 
 Operation = Literal[
     "reset_prefix_cache",

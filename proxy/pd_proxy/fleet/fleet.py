@@ -25,7 +25,8 @@ from pd_proxy.fleet.protocols import Protocols
 from pd_proxy.fleet.retry_budget import Budgets
 from pd_proxy.fleet.speeds import PoolSpeeds
 from pd_proxy.handoff.coordinates import Coordinates
-from pd_proxy.settings.tree import DEFAULT_GROUP, Settings
+from pd_proxy.settings.engines import DEFAULT_GROUP
+from pd_proxy.settings.tree import Settings
 
 log = logging.getLogger("pd_proxy.fleet")
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from pd_proxy.fleet.backend import Backend
-from pd_proxy.settings.tree import BackendGroup
+from pd_proxy.settings.engines import BackendGroup
 
 log = logging.getLogger("pd_proxy.fleet")
 

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from pd_proxy.errors import BackendCut, BackendError, BackendLost, BackendUnreachable
 from pd_proxy.fleet.backend import ROLES, Backend, Role
-from pd_proxy.settings.tree import Retries
+from pd_proxy.settings.bounds import Retries
 
 
 class Permit:

@@ -9,7 +9,8 @@ from math import inf, isfinite
 from urllib.parse import urlsplit
 
 from pd_proxy.handoff.connectors.registry import CONNECTORS
-from pd_proxy.settings.tree import DEFAULT_GROUP, BackendGroup, Settings
+from pd_proxy.settings.engines import DEFAULT_GROUP, BackendGroup
+from pd_proxy.settings.tree import Settings
 
 _OWN_CONNECTOR = {"sglang": "sglang", "tensorrt_llm": "tensorrt_llm"}
 """The kinds of backend that speak one connector, which nobody else speaks."""

@@ -10,7 +10,7 @@ import argparse
 import os
 from typing import Any
 
-from pd_proxy.settings.load import ConfigurationError
+from pd_proxy.settings.problems import ConfigurationError
 
 _POOLS = (("prefill", "prefiller", 8001), ("decode", "decoder", 8002))
 

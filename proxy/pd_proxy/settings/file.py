@@ -12,7 +12,7 @@ import yaml
 
 from pd_proxy.decoding import Undecodable, decode_text
 from pd_proxy.settings.environment import put, variable
-from pd_proxy.settings.load import ConfigurationError
+from pd_proxy.settings.problems import ConfigurationError
 from pd_proxy.settings.tree import setting_names
 
 _TEXT = "tag:yaml.org,2002:str"

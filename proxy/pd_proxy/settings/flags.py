@@ -18,7 +18,9 @@ from pydantic_core import PydanticUndefined
 
 from pd_proxy.settings import drop_in
 from pd_proxy.settings.environment import variable
-from pd_proxy.settings.tree import REFERENCES, Group, Settings, leaves
+from pd_proxy.settings.secrets import REFERENCES
+from pd_proxy.settings.tree import Settings, leaves
+from pd_proxy.settings.types import Group
 
 COMMON = (
     *("host", "port", "workers", "prefill", "decode", "mixed", "kind", "connector"),

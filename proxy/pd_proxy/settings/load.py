@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pd_proxy.settings.advice import advise, is_loopback
+from pd_proxy.settings.bounds import ClientSettings
+from pd_proxy.settings.engines import BackendGroup, Location
 from pd_proxy.settings.environment import (
     CONFIG_VARIABLE,
     DEFAULTS_VARIABLE,
@@ -20,16 +22,8 @@ from pd_proxy.settings.environment import (
     read_variables,
     variable,
 )
-from pd_proxy.settings.tree import (
-    BackendGroup,
-    ClientSettings,
-    Location,
-    Misfit,
-    Settings,
-    build_settings,
-    leaves,
-    setting_names,
-)
+from pd_proxy.settings.problems import ConfigurationError, Misfit
+from pd_proxy.settings.tree import Settings, build_settings, leaves, setting_names
 from pd_proxy.settings.wording import wording
 
 if TYPE_CHECKING:
@@ -45,10 +39,6 @@ _KNOWN = [
 SECRET = frozenset({"api_keys", "admin_key", "backend_api_key", "handoff_key", "clients", "clients.key"})
 """The settings whose values are not shown."""
 DEFAULT = "default"
-
-
-class ConfigurationError(Exception):
-    """The settings cannot be used; the text has one line for each thing that is wrong."""
 
 
 @dataclass(frozen=True, slots=True)

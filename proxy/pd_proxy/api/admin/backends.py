@@ -22,7 +22,7 @@ from pd_proxy.api.operations import operator
 from pd_proxy.errors import BackendNotFound
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.settings.tree import backend_url
+from pd_proxy.settings.addresses import backend_url
 
 _HASH_LENGTH = 8  # hexadecimal digits: among thousands of backends of one host two alike are not to be expected
 

@@ -47,7 +47,7 @@ from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.traits import Traits
 from pd_proxy.http.control import Answer, Control
 from pd_proxy.http.reachability import code_of, reason_of, speaks_tls, why_unreachable
-from pd_proxy.settings.tree import Health
+from pd_proxy.settings.bounds import Health
 
 log = logging.getLogger("pd_proxy.fleet")
 

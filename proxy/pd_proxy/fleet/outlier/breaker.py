@@ -27,7 +27,7 @@ from statistics import median
 from typing import Literal
 
 from pd_proxy.fleet.outlier.statistics import LegName, OutlierStats, log_seconds
-from pd_proxy.settings.tree import BreakerSettings
+from pd_proxy.settings.bounds import BreakerSettings
 
 Reason = Literal["consecutive", "success_rate", "slow", "leaving"]
 

@@ -14,7 +14,7 @@ from pd_proxy.errors import BackendBusy, BackendError
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.outlier.breaker import Breaker, Reason
 from pd_proxy.fleet.outlier.statistics import LegName, OutlierStats
-from pd_proxy.settings.tree import BreakerSettings
+from pd_proxy.settings.bounds import BreakerSettings
 
 log = logging.getLogger("pd_proxy.fleet")
 

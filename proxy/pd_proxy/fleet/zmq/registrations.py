@@ -26,7 +26,7 @@ from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.zmq.listener import ZmqListener
 from pd_proxy.handoff.coordinates import Announcement
 from pd_proxy.handoff.traits import Traits
-from pd_proxy.settings.tree import ZmqSettings
+from pd_proxy.settings.engines import ZmqSettings
 
 log = logging.getLogger("pd_proxy.fleet")
 

@@ -1,0 +1,129 @@
+"""The groups of settings that describe engines: where they are, what they speak, and where they report."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from pd_proxy.settings.addresses import (
+    BackendUrls,
+    Networks,
+    PublisherEndpoint,
+    SocketAddress,
+    backend_url,
+    own_url,
+    split_list,
+)
+from pd_proxy.settings.types import NAME, ConnectorChoice, Group, KindName, Ports, Seconds, parsed_list
+
+DEFAULT_GROUP = "default"
+"""The name of the group that the top level's backends make up."""
+
+
+class KvEventsSettings(Group):
+    """What engines say of their prefix caches over ZeroMQ ([KV events](kv-events.md)), as vLLM's and SGLang's
+    `--kv-events-config` has them do. It corrects what the gateway believes that they have cached."""
+
+    endpoint: PublisherEndpoint = Field(
+        "",
+        description="where each engine publishes, as `tcp://{host}:5557`, `{host}` being its URL's; data-parallel rank "
+        "n publishes n ports further on; empty: off",
+    )
+    replay: PublisherEndpoint = Field(
+        "", description="where missed events are asked for (`replay_endpoint`), likewise; empty: they stay missed"
+    )
+    topic: str = Field("", max_length=256, description="the topic that they publish with; empty: any")
+
+    @model_validator(mode="after")
+    def _replays_what_is_heard(self) -> KvEventsSettings:
+        if self.replay and not self.endpoint:
+            raise ValueError("kv_events: replay without an endpoint; set where the engines publish")
+        if self.replay and self.replay == self.endpoint:
+            raise ValueError("kv_events: replay is an endpoint of its own (replay_endpoint of --kv-events-config)")
+        return self
+
+
+class BackendGroup(Group):
+    """Backends that hand over to each other, beside those of the top level: a second fleet of prefill and decode nodes,
+    with another model, or of another make."""
+
+    name: str = Field(pattern=NAME, description="what logs and /admin call it; letters, digits, ._-")
+    kind: KindName = Field("vllm", description="what its backends are")
+    connector: ConnectorChoice = Field(
+        "nixl", description="the hand-off protocol its engines speak; auto: the one that they tell of"
+    )
+    prefill: BackendUrls = Field((), description="URLs of its prefill backends")
+    decode: BackendUrls = Field((), description="URLs of its decode backends")
+    mixed: BackendUrls = Field((), description="URLs of its backends that do both")
+    encode: BackendUrls = Field((), description="URLs of its encoders of images, audio and video")
+    kv_events: KvEventsSettings = Field(
+        KvEventsSettings(), description="where its engines publish KV events: endpoint, replay and topic; none: off"
+    )
+
+
+class Location(Group):
+    """Where a backend's side of the hand-off is reached, for connectors that need to know. What an engine tells by
+    itself need not be here."""
+
+    backend: Annotated[str, AfterValidator(backend_url)] = Field(description="the backend's URL, as in its pool")
+    host: str = Field("", description="as its peers reach it; empty: its URL's host")
+    port: int = Field(
+        0, ge=0, le=65535, description="of its bootstrap server, side channel or handshake; 0: the connector's default"
+    )
+    notify_port: int = Field(0, ge=0, le=65535, description="where it hears of transfers, for connectors that have one")
+    init_ports: Ports = Field((), description="of a receiver that is written to: one for each tensor-parallel rank")
+    alloc_ports: Ports = Field((), description="likewise, for its memory")
+    query_ports: Ports = Field((), description="likewise, for what it has")
+    engine_ids: Annotated[tuple[str, ...], BeforeValidator(split_list)] = Field(
+        (), description="its connector's engine id, one for each data-parallel rank"
+    )
+    kv_events_port: int = Field(
+        0, ge=0, le=65535, description="where it publishes KV events; 0: the port of its group's kv_events.endpoint"
+    )
+    kv_replay_port: int = Field(
+        0, ge=0, le=65535, description="where missed ones are asked for; 0: the port of its group's kv_events.replay"
+    )
+    tp: int = Field(1, ge=1, description="tensor-parallel ranks")
+    pp: int = Field(1, ge=1, description="pipeline ranks")
+    dp: int = Field(
+        1,
+        ge=1,
+        description="data-parallel ranks behind its URL; with several, each leg is sent to the least loaded, or where "
+        "`auto` or `prefix` places prompts to the one that will have computed the prompt first",
+    )
+
+
+Groups = Annotated[tuple[BackendGroup, ...], parsed_list('[{"name": "…", "prefill": ["…"], "decode": ["…"]}]')]
+
+
+Locations = Annotated[tuple[Location, ...], parsed_list('[{"backend": "…", "port": …}]')]
+
+
+class ZmqSettings(Group):
+    """Sockets at which engines tell the gateway something over ZeroMQ. Nobody is authenticated there: bind them to an
+    internal address ([connectors](connectors.md#zeromq))."""
+
+    notices: SocketAddress = Field(
+        "", description="address to hear of KV caches that have arrived: `pd_proxy_host` and `pd_proxy_port` of LMCache"
+    )
+    registrations: SocketAddress = Field(
+        "", description="address to hear where engines are reached: `proxy_ip` and `proxy_ping_port` or `proxy_port`"
+    )
+    expiry: Seconds = Field(
+        10.0, description="seconds without a registration, sent every 3 s, after which an engine is out of the rotation"
+    )
+    networks: Networks = Field(
+        (), description="where engines may be that join by registering; none: only configured backends register"
+    )
+    group: str = Field(DEFAULT_GROUP, description="the group that engines join by registering")
+
+
+class Metaserver(Group):
+    """Where decode engines call the gateway back, for connectors by which they do
+    ([connectors](connectors.md#ascend_layerwise))."""
+
+    url: Annotated[str, AfterValidator(own_url)] | None = Field(
+        None, description="this gateway as engines reach it (http://host:port); they call /v1/metaserver there"
+    )
+    allow: Networks = Field((), description="networks from which engines may call; none named: any address")
