@@ -82,6 +82,23 @@ def _guarded(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:
 decode_json: Callable[[Buffer | str], Any] = json_decoder(Any)
 """JSON of any type. Raises `Undecodable`."""
 
+Members = dict[str, msgspec.Raw]
+"""The members of a JSON object, each as the bytes that it came as."""
+
+decode_members = json_decoder(Members)
+"""A JSON object. Raises `Undecodable`."""
+
+decode_objects = json_decoder(list[Members])
+"""A JSON list of objects. Raises `Undecodable`."""
+
+decode_items = json_decoder(list[msgspec.Raw])
+"""A JSON list, each of its items as the bytes that it came as. Raises `Undecodable`."""
+
+
+def is_null(raw: msgspec.Raw) -> bool:
+    """Whether a member is absent or null."""
+    return bytes(memoryview(raw)[:4]) in (b"", b"null")
+
 
 def json_extent(raw: memoryview) -> int:
     """How many bytes the one JSON value has with which `raw` begins, whatever follows it; it is passed over, not made.

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from pd_proxy.dialects.answers import read_usage
 from pd_proxy.dialects.cache_counts import CacheCounts
+from pd_proxy.dialects.usage import read_usage
 
 
 def details(**told: Any) -> dict[str, Any]:

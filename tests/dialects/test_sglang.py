@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 from pd_proxy.decoding import Undecodable
-from pd_proxy.dialects.dialect import Dialect
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
-from pd_proxy.dialects.registry import DIALECTS
+from pd_proxy.dialects.sglang import SGLANG
 from pd_proxy.errors import (
     BackendAborted,
     BackendBusy,
@@ -24,7 +23,6 @@ from pd_proxy.relay import stream as relay_stream
 
 from tests.relay.streams import DONE, PING, Stream, event, opened, relayed
 
-SGLANG = DIALECTS["sglang_generate"]
 LENGTH = {"type": "length", "length": 2}
 
 
@@ -38,12 +36,8 @@ ANSWER = [said("Hel", 1), said("Hello", 2, LENGTH), DONE]
 ABORT = {"type": "abort", "message": "no KV cache", "status_code": 500, "err_type": "InternalServerError"}
 
 
-def single() -> Dialect:
-    return SGLANG.of(0, None)
-
-
-async def failed(*events: bytes, dialect: Dialect | None = None, end: bool = True) -> tuple[Stream, BackendError]:
-    stream = await opened(dialect=dialect or single(), finished=False)
+async def failed(*events: bytes, prompts: int = 0, end: bool = True) -> tuple[Stream, BackendError]:
+    stream = await opened(dialect=SGLANG, prompts=prompts, finished=False)
     stream.read(*events)
     if end:
         stream.end()
@@ -53,7 +47,7 @@ async def failed(*events: bytes, dialect: Dialect | None = None, end: bool = Tru
 
 
 async def test_a_stream_is_passed_on_as_it_came_and_counted() -> None:
-    stream = await relayed(PING, *ANSWER, dialect=single(), finished=False, drop_usage=False)
+    stream = await relayed(PING, *ANSWER, dialect=SGLANG, finished=False, drop_usage=False)
     assert stream.client.body == PING + b"".join(ANSWER)
     assert stream.relay.given()[0] == 2
     usage = stream.relay.usage
@@ -68,7 +62,7 @@ async def test_the_usage_of_a_batch_is_that_of_all() -> None:
         said("ab", 2, LENGTH, index=1),
         said("bc", 2, LENGTH, index=0),
     ]
-    stream = await relayed(*batch, DONE, dialect=SGLANG.of(2, None), finished=False, drop_usage=False)
+    stream = await relayed(*batch, DONE, dialect=SGLANG, prompts=2, finished=False, drop_usage=False)
     usage = stream.relay.usage
     assert usage is not None and (usage.prompt_tokens, usage.completion_tokens) == (14, 4)
 
@@ -87,7 +81,7 @@ async def test_the_usage_of_a_batch_is_that_of_all() -> None:
     ],
 )
 async def test_what_is_no_whole_answer_is_none(events: list[bytes], prompts: int) -> None:
-    _, error = await failed(*events, dialect=SGLANG.of(prompts, None))
+    _, error = await failed(*events, prompts=prompts)
     assert isinstance(error, BackendGarbled)
 
 
@@ -116,7 +110,7 @@ async def test_an_engine_that_gives_up_has_failed(
     assert type(error) is kind and error.status == status
     assert not error.unread, "it was read, so that its room is used"
     assert stream.client.body == b"".join(first)
-    whole = SGLANG.whole(last.removeprefix(b"data: "))
+    whole = SGLANG.decode_whole(last.removeprefix(b"data: "))
     assert json.loads(bytes(whole.error))["code"] == status
 
 
@@ -127,7 +121,7 @@ async def test_a_failure_that_names_rooms_or_addresses_is_not_quoted() -> None:
 
 
 async def test_an_abort_without_a_status_is_its_engines_failure() -> None:
-    stream = await opened(dialect=single(), finished=False)
+    stream = await opened(dialect=SGLANG, finished=False)
     stream.read(said("a", 1), said("a", 1, {"type": "abort", "message": "Aborted"}), DONE)
     assert type(await stream.outcome()) is BackendAborted
     assert stream.client.body == said("a", 1)
@@ -135,17 +129,17 @@ async def test_an_abort_without_a_status_is_its_engines_failure() -> None:
 
 async def test_what_names_engines_is_taken_out() -> None:
     evil = event({"text": "a", "meta_info": {"finish_reason": None}, "kv_transfer_params": {"remote_host": "10.0.0.7"}})
-    stream = await relayed(evil, *ANSWER, dialect=single(), finished=False)
+    stream = await relayed(evil, *ANSWER, dialect=SGLANG, finished=False)
     assert b"10.0.0.7" not in stream.client.body and stream.client.body.endswith(b"".join(ANSWER))
 
 
 def test_a_whole_answer_tells_its_usage() -> None:
     one = ANSWER[1].removeprefix(b"data: ")
-    assert json.loads(bytes(SGLANG.whole(one).usage))["completion_tokens"] == 2
-    assert json.loads(bytes(SGLANG.whole(b"[%b,%b]" % (one, one)).usage))["completion_tokens"] == 4
+    assert json.loads(bytes(SGLANG.decode_whole(one).usage))["completion_tokens"] == 2
+    assert json.loads(bytes(SGLANG.decode_whole(b"[%b,%b]" % (one, one)).usage))["completion_tokens"] == 4
     for garbage in (b"{}", b"[]", b"5", b'{"text":"a"}', b'[{"meta_info":{}},{}]'):
         with pytest.raises(Undecodable):
-            SGLANG.whole(garbage)
+            SGLANG.decode_whole(garbage)
 
 
 # With log probabilities of the prompt
@@ -158,8 +152,7 @@ SCORED = [said("Hel", 1, **OWN), said("Hello", 2, LENGTH, **OWN), DONE]
 
 async def scored(*events: bytes) -> tuple[Stream, PromptLogprobs]:
     logprobs = PromptLogprobs(asyncio.get_running_loop())
-    stream = await opened(dialect=SGLANG.of(0, logprobs), finished=False)
-    logprobs.here.add_done_callback(stream.relay.go_on)
+    stream = await opened(dialect=SGLANG, logprobs=logprobs, finished=False)
     stream.read(*events)
     return stream, logprobs
 
@@ -205,7 +198,7 @@ async def test_a_connection_that_breaks_meanwhile_is_heard_at_once() -> None:
 
 
 async def test_an_engine_that_says_much_meanwhile_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_stream, "_ASIDE", 100)
+    monkeypatch.setattr(relay_stream, "_WAITING_LIMIT", 100)
     stream, logprobs = await scored(*SCORED[:1])
     assert not stream.transport.reading
     logprobs.take(PREFILLS)
@@ -217,7 +210,7 @@ async def test_an_engine_that_says_much_meanwhile_is_not_read(monkeypatch: pytes
 
 
 async def test_a_try_that_was_given_up_does_not_begin_the_clients_answer() -> None:
-    stream = await opened(dialect=single(), finished=False)
+    stream = await opened(dialect=SGLANG, finished=False)
     stream.running.cancel()
     stream.read(*ANSWER)  # in the same turn of the loop
     with pytest.raises(asyncio.CancelledError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pd_proxy.dialects.answers import engine_error
+from pd_proxy.dialects.engine_errors import engine_error
 
 from tests.support import chat, completion, pools, until
 

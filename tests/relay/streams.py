@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from pd_proxy.dialects.chat import CHAT
 from pd_proxy.dialects.dialect import Dialect
 from pd_proxy.dialects.edit import Edit
+from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
 from pd_proxy.errors import BackendError
 from pd_proxy.http.client import Connection, Origin
 from pd_proxy.http.deadlines import Deadlines
@@ -88,7 +90,9 @@ class Stream:
         chunks: bool = True,
         client: RecordingClient | None = None,
         framing: bytes = b"transfer-encoding: chunked",
-        dialect: Dialect | None = None,
+        dialect: Dialect = CHAT,
+        prompts: int = 0,
+        logprobs: PromptLogprobs | None = None,
         pace: Callable[[float], object] | None = None,
     ) -> None:
         self.client = client or RecordingClient(chunks)
@@ -96,17 +100,20 @@ class Stream:
         self.transcript = transcript or Transcript(flaw)
         self.transcript.finished = finished
         self.begun = 0
+        self.first_tokens: list[StreamRelay] = []
+        reader = dialect.reader(
+            URL, edit or Edit(), self.transcript, drop_usage=drop_usage, prompts=prompts, logprobs=logprobs
+        )
         self.relay = StreamRelay(
             URL,
             self.client,
-            self._begin,
-            self.gaps,
+            reader,
             self.transcript,
-            edit or Edit(),
-            drop_usage=drop_usage,
-            idle=idle,
-            dialect=dialect,
+            self.gaps,
+            self._begin,
+            on_first_token=self.first_tokens.append,
             pace=pace,
+            idle=idle,
         )
         self.origin = Origin(URL)
         self.connection = CountingConnection(self.origin)

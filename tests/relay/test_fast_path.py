@@ -1,16 +1,18 @@
-"""The straight way: what is learnt, what passes, and what must not."""
+"""The fast path: what is learnt, what passes, and what must not."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.dialects.edit import Edit
-from pd_proxy.relay import fast_path as relay_passage
+from pd_proxy.dialects.token_pattern import learn_pattern
+from pd_proxy.relay import fast_path as relay_fast_path
 from pd_proxy.relay.fast_path import FastPath
 from pd_proxy.relay.transcript import Transcript
 from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.cross_product
 ADDRESS = {"remote_host": "10.0.0.1", "remote_port": 5600}
 
 
-class LongWay(asyncio.Protocol):
+class SlowPath(asyncio.Protocol):
     """Stands for the connection: keeps what it is given."""
 
     def __init__(self) -> None:
@@ -41,18 +43,23 @@ class LongWay(asyncio.Protocol):
 
 
 class Scene:
-    """A passage and both its ends."""
+    """A fast path and both its ends."""
 
-    def __init__(self, pattern: bytes = b"", *, hidden: bool = False, edit: Edit | None = None) -> None:
-        self.long_way = LongWay()
+    def __init__(self, sample: bytes = b"", *, hidden: bool = False, edit: Edit | None = None) -> None:
+        self.slow_path = SlowPath()
         self.gaps = Distribution(ITL_BOUNDS)
         self.transcript = Transcript()
         self.transcript.open(b"", b"1,2,3")
         self.written: list[bytes] = []
-        self.passage = FastPath(self.long_way, self.gaps, self.transcript if hidden else None, edit)
-        self.passage.write = self.written.append
-        self.passage.pattern = pattern
-        self.passage.clear = True
+        self.fast_path = FastPath(
+            self.slow_path,
+            self.gaps,
+            self.transcript,
+            partial(learn_pattern, edit=edit or Edit(hide_ids=hidden), with_ids=hidden),
+        )
+        self.fast_path.arm(self.written.append)
+        self.fast_path.learn(sample)
+        self.fast_path.allow()
 
     @property
     def ids(self) -> list[bytes]:
@@ -61,16 +68,16 @@ class Scene:
 
     def passes(self, data: bytes) -> bool:
         """Whether a read is written to the client; it goes to the connection otherwise, as it is."""
-        written, parsed = len(self.written), len(self.long_way.reads)
-        self.passage.clear = True
-        self.passage.data_received(data)
+        written, parsed = len(self.written), len(self.slow_path.reads)
+        self.fast_path.allow()
+        self.fast_path.data_received(data)
         if len(self.written) == written:
-            assert self.long_way.reads[parsed:] == [data]
-            assert not self.passage.clear
+            assert self.slow_path.reads[parsed:] == [data]
+            assert not self.fast_path._clear
             return False
         assert len(self.written) == written + 1
-        assert len(self.long_way.reads) == parsed
-        assert self.passage.clear
+        assert len(self.slow_path.reads) == parsed
+        assert self.fast_path._clear
         return True
 
 
@@ -104,7 +111,7 @@ def test_what_is_like_the_learnt_event_but_for_its_text_passes(make: Callable[[s
     scene = Scene(make("learnt"), hidden=hidden)
     for token in ("a", "Hello", " ", "é", "日本", "]", "}]}", "\\n", "5", "x" * 60_000, ",'{", "\\\\"):
         assert scene.passes(chunk(make(token))), token
-    assert scene.passage.given()[0] == 12
+    assert scene.fast_path.given()[0] == 12
 
 
 @both
@@ -120,7 +127,7 @@ def test_a_leg_that_goes_on_with_an_answer_passes_with_that_ones_identity(
         assert b"the-first-one" in scene.written[-1]
 
 
-def test_a_leg_whose_counts_must_be_changed_in_each_event_goes_the_long_way() -> None:
+def test_a_leg_whose_counts_must_be_changed_in_each_event_goes_the_slow_path() -> None:
     running = text("learnt", usage={"prompt_tokens": 3, "completion_tokens": 1})
     scene = Scene(running, edit=Edit(identity=identity(id="first"), said=1))
     assert not scene.passes(chunk(running))
@@ -169,22 +176,22 @@ def test_nothing_passes_before_anything_was_learnt(make: Callable[[str], bytes],
 @both
 def test_nothing_passes_while_something_is_half_read(make: Callable[[str], bytes], hidden: bool) -> None:
     scene = Scene(make("learnt"), hidden=hidden)
-    scene.passage.clear = False
-    scene.passage.data_received(chunk(make("a")))
+    scene.fast_path.block()
+    scene.fast_path.data_received(chunk(make("a")))
     assert scene.written == []
-    assert scene.long_way.reads == [chunk(make("a"))]
+    assert scene.slow_path.reads == [chunk(make("a"))]
     assert scene.ids == []
-    assert scene.passage.given()[0] == 0
+    assert scene.fast_path.given()[0] == 0
     assert scene.passes(chunk(make("b")))  # it was learnt all the same
 
 
-def test_after_a_read_that_went_the_long_way_nothing_passes_until_it_is_said() -> None:
+def test_after_a_read_that_went_the_slow_path_nothing_passes_until_it_is_said() -> None:
     scene = Scene(text("learnt"))
-    scene.passage.data_received(chunk(text("a")))
-    scene.passage.data_received(b"1\r\n:\r\n")
-    scene.passage.data_received(chunk(text("b")))
+    scene.fast_path.data_received(chunk(text("a")))
+    scene.fast_path.data_received(b"1\r\n:\r\n")
+    scene.fast_path.data_received(chunk(text("b")))
     assert scene.written == [chunk(text("a"))]
-    assert len(scene.long_way.reads) == 2
+    assert len(scene.slow_path.reads) == 2
 
 
 def test_another_form_is_learnt_when_the_form_changes() -> None:
@@ -192,19 +199,19 @@ def test_another_form_is_learnt_when_the_form_changes() -> None:
     scene = Scene(thought)
     assert scene.passes(chunk(thought))
     assert not scene.passes(chunk(said))
-    scene.passage.pattern = said  # as whoever read it says
+    scene.fast_path.learn(said)  # as whoever read it says
     assert scene.passes(chunk(chat({"content": "y"})))
     assert not scene.passes(chunk(thought))
-    scene.passage.pattern = thought
+    scene.fast_path.learn(thought)
     assert scene.passes(chunk(thought))
 
 
 def test_a_form_that_cannot_be_learnt_leaves_the_one_that_was() -> None:
     scene = Scene(text("learnt"))
     assert scene.passes(chunk(text("a")))
-    scene.passage.pattern = chat({"tool_calls": [{"index": 0}]})
+    scene.fast_path.learn(chat({"tool_calls": [{"index": 0}]}))
     assert not scene.passes(chunk(chat({"tool_calls": [{"index": 0}]})))
-    assert scene.passage.pattern == b""
+    assert scene.fast_path._sample == b""
     assert scene.passes(chunk(text("b")))
 
 
@@ -238,7 +245,7 @@ def test_what_is_no_plain_event_is_not_learnt(pattern: bytes) -> None:
     scene = Scene(pattern)
     assert not scene.passes(chunk(pattern))
     assert not scene.passes(chunk(pattern.replace(b"x", b"y")))
-    assert scene.passage.given()[0] == 0
+    assert scene.fast_path.given()[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -265,7 +272,7 @@ def test_an_event_whose_ids_cannot_be_taken_out_is_not_learnt(pattern: bytes) ->
     assert not scene.passes(chunk(pattern))
     assert not scene.passes(chunk(pattern.replace(b'"x"', b'"y"')))
     assert scene.ids == []
-    assert scene.passage.given()[0] == 0
+    assert scene.fast_path.given()[0] == 0
 
 
 @pytest.mark.parametrize("field", ["kv_transfer_params", "ec_transfer_params"])
@@ -352,17 +359,17 @@ def test_of_a_block_the_ordinary_events_at_its_front_are_taken_each_as_it_would_
     if rest:
         rest[0] = data.draw(st.sampled_from(odd(make)))
     scene = Scene(make("learnt"), hidden=hidden, edit=edit if resumed else None)
-    shown, count, left = scene.passage.take(b"".join(front + rest))
+    shown, count, left = scene.fast_path.take(b"".join(front + rest))
     assert (count, left) == (len(front), b"".join(rest))
     assert shown == b"".join(edit.event(event, event[6:-2]) for event in front)
     assert scene.ids == [b"5"] * len(front) * hidden
-    assert scene.passage.given()[0] == 0  # whoever has the time of the read counts them
+    assert scene.fast_path.given()[0] == 0  # whoever has the time of the read counts them
 
 
 def test_the_texts_of_a_block_are_kept_where_they_are_wanted() -> None:
     scene = Scene(spoken("learnt"), hidden=True)
-    scene.transcript.fresh_text = scene.passage._texts = []
-    scene.passage.take(spoken("a", [6]) + spoken("5") + spoken("\n", [71]) + spoken("", [8]))
+    scene.transcript.fresh_text = scene.fast_path._texts = []
+    scene.fast_path.take(spoken("a", [6]) + spoken("5") + spoken("\n", [71]) + spoken("", [8]))
     assert scene.ids == [b"6", b"5", b"71"]
     assert scene.transcript.fresh_text == [b"a", b"5", rb"\n"]
 
@@ -370,17 +377,17 @@ def test_the_texts_of_a_block_are_kept_where_they_are_wanted() -> None:
 def test_numbers_behind_the_text_may_differ_from_event_to_event() -> None:
     scene = Scene(text("learnt", ts=17))
     block = text("a", ts=0) + text("b", ts=123_456)
-    assert scene.passage.take(block + text("c", ts=None)) == (block, 2, text("c", ts=None))
+    assert scene.fast_path.take(block + text("c", ts=None)) == (block, 2, text("c", ts=None))
 
 
 def test_no_block_is_taken_before_anything_was_learnt() -> None:
     scene = Scene()
-    assert scene.passage.take(text("a") + text("b")) == (b"", 0, text("a") + text("b"))
+    assert scene.fast_path.take(text("a") + text("b")) == (b"", 0, text("a") + text("b"))
 
 
 def test_of_events_with_other_line_ends_no_block_is_taken() -> None:
     crlf = text("a").replace(b"\n", b"\r\n")
-    assert Scene(crlf).passage.take(crlf + crlf) == (b"", 0, crlf + crlf)
+    assert Scene(crlf).fast_path.take(crlf + crlf) == (b"", 0, crlf + crlf)
 
 
 # Refusing
@@ -453,7 +460,7 @@ def test_whatever_else_goes_to_the_connection_as_it_is(data: bytes) -> None:
     scene = Scene(ORDINARY)
     assert scene.passes(chunk(text("a", usage=None)))
     assert not scene.passes(data)
-    assert scene.passage.given()[0] == 1
+    assert scene.fast_path.given()[0] == 1
     assert scene.passes(chunk(LETTERED))  # and what was learnt is known still
 
 
@@ -568,15 +575,15 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(relay_passage, "monotonic", clock)
+    monkeypatch.setattr(relay_fast_path, "monotonic", clock)
     return clock
 
 
 def test_before_any_token_there_is_none() -> None:
     scene = Scene()
-    assert scene.passage.given() == (0, 0.0)
-    scene.passage.fold()
-    assert scene.passage.given() == (0, 0.0)
+    assert scene.fast_path.given() == (0, 0.0)
+    scene.fast_path.fold()
+    assert scene.fast_path.given() == (0, 0.0)
     assert sum(scene.gaps.counts) == 0
 
 
@@ -588,13 +595,13 @@ def test_every_token_is_counted_and_every_gap_noted_once(tokens: int, hidden: bo
     for number in range(1, tokens + 1):
         clock.now += 0.25
         assert scene.passes(chunk(make("a")))
-        assert scene.passage.given()[0] == number
-        assert scene.passage.given()[1] == clock.now
+        assert scene.fast_path.given()[0] == number
+        assert scene.fast_path.given()[1] == clock.now
         assert number - 40 < sum(scene.gaps.counts) < number  # put away now and then, and none before it is known
     for _ in range(2):  # the second time there is nothing to put away
-        scene.passage.fold()
-        assert scene.passage.given()[0] == tokens
-        assert scene.passage.given()[1] == clock.now
+        scene.fast_path.fold()
+        assert scene.fast_path.given()[0] == tokens
+        assert scene.fast_path.given()[1] == clock.now
         assert sum(scene.gaps.counts) == scene.gaps.counts[ITL_BOUNDS.index(0.25)] == tokens - 1
         assert scene.gaps.sum == pytest.approx(0.25 * (tokens - 1))
     if hidden:
@@ -604,22 +611,22 @@ def test_every_token_is_counted_and_every_gap_noted_once(tokens: int, hidden: bo
 
 def test_the_pace_of_some_tokens_is_told_and_that_of_a_few_is_not(clock: Clock) -> None:
     scene, paces = Scene(text("learnt")), list[float]()
-    scene.passage.pace = paces.append
+    scene.fast_path._pace = paces.append
     for _ in range(40):
         clock.now += 0.25
         assert scene.passes(chunk(text("a")))
     assert paces == [0.25]
-    scene.passage.fold()
+    scene.fast_path.fold()
     assert paces == [0.25], "the last seven tokens are too few"
 
 
 def test_tokens_that_come_together_share_the_time_of_their_read(clock: Clock) -> None:
     scene, paces = Scene(text("learnt")), list[float]()
-    scene.passage.pace = paces.append
+    scene.fast_path._pace = paces.append
     for _ in range(11):
         clock.now += 0.25
-        scene.passage.count(5, clock.now)
-    scene.passage.fold()
+        scene.fast_path.count(5, clock.now)
+    scene.fast_path.fold()
     assert paces == [pytest.approx(10 * 0.25 / (10 + 11 * 4))]
 
 
@@ -635,7 +642,7 @@ def test_ids_are_put_away_while_the_stream_goes_on() -> None:
 def test_tokens_of_either_way_are_counted_in_their_order(reads: list[tuple[int, bool]]) -> None:
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relay_passage, "monotonic", clock)
+        patch.setattr(relay_fast_path, "monotonic", clock)
         scene = Scene(text("learnt"))
         expected = 0
         for tokens, straight in reads:
@@ -644,11 +651,11 @@ def test_tokens_of_either_way_are_counted_in_their_order(reads: list[tuple[int, 
                 assert scene.passes(chunk(text("a")))
                 expected += 1
             else:
-                scene.passage.count(tokens, clock.now)
+                scene.fast_path.count(tokens, clock.now)
                 expected += tokens
-            assert scene.passage.given()[0] == expected
-            assert scene.passage.given()[1] == clock.now
-        scene.passage.fold()
+            assert scene.fast_path.given()[0] == expected
+            assert scene.fast_path.given()[1] == clock.now
+        scene.fast_path.fold()
     assert sum(scene.gaps.counts) == max(0, expected - 1)
     assert scene.gaps.counts[ITL_BOUNDS.index(0.25)] == max(0, len(reads) - 1)
     assert scene.gaps.sum == pytest.approx(0.25 * max(0, len(reads) - 1))
@@ -660,7 +667,7 @@ def test_tokens_of_either_way_are_counted_in_their_order(reads: list[tuple[int, 
 def test_what_befalls_the_connection_is_told_to_it() -> None:
     scene = Scene()
     error = ConnectionResetError()
-    scene.passage.eof_received()
-    scene.passage.connection_lost(error)
-    assert scene.long_way.eofs == 1
-    assert scene.long_way.lost == [error]
+    scene.fast_path.eof_received()
+    scene.fast_path.connection_lost(error)
+    assert scene.slow_path.eofs == 1
+    assert scene.slow_path.lost == [error]

@@ -6,8 +6,9 @@ import asyncio
 import logging
 
 import pytest
+from pd_proxy.dialects.chat import ChoicesReader
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
-from pd_proxy.dialects.sglang import SGLANG_EVENTS
+from pd_proxy.dialects.sglang import SGLANG
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled
 from pd_proxy.http.client import Collected, Connection, Origin
 from pd_proxy.http.deadlines import Deadlines
@@ -170,14 +171,14 @@ async def test_a_status_that_is_none_is_a_garbled_answer(head: bytes) -> None:
 # The relay of a stream
 
 
-@pytest.mark.parametrize("place", ["_take", "_write", "_go_live", "_open_passage", "_inspect"])
+@pytest.mark.parametrize("place", ["_pass_on", "_write", "_go_live", "_open_fast_path", "_inspect"])
 async def test_a_fault_in_the_relay_ends_the_stream(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = await opened(edit=HIDE)
 
     def fails(*arguments: object) -> object:
         raise Fault(place)
 
-    monkeypatch.setattr(type(stream.relay), place, fails)
+    monkeypatch.setattr(ChoicesReader if place == "_inspect" else type(stream.relay), place, fails)
     stream.read(chat({"role": "assistant"}), chat({"content": "a"}, token_ids=[5]))
     error = await stream.outcome()
     assert isinstance(error, BackendGarbled)
@@ -232,9 +233,7 @@ async def test_a_fault_in_the_clients_last_bytes_ends_the_stream(monkeypatch: py
 
 async def test_a_fault_in_what_had_to_wait_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     logprobs = PromptLogprobs(asyncio.get_running_loop())
-    dialect = SGLANG_EVENTS.of(0, logprobs)
-    stream = await opened(dialect=dialect)
-    logprobs.here.add_done_callback(stream.relay.go_on)
+    stream = await opened(dialect=SGLANG, logprobs=logprobs)
     stream.read(b'data: {"text":"a","meta_info":{}}\n\n')
 
     def fails(*arguments: object) -> object:

@@ -25,7 +25,8 @@ from pd_proxy.errors import (
     BackendRejected,
     BackendTimedOut,
 )
-from pd_proxy.relay import fast_path as relay_passage
+from pd_proxy.relay import fast_path as relay_fast_path
+from pd_proxy.relay import idle as relay_idle
 from pd_proxy.relay import stream as relay_stream
 from pd_proxy.telemetry.records import ITL_BOUNDS
 
@@ -53,7 +54,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (relay_stream, relay_passage):
+    for module in (relay_stream, relay_idle, relay_fast_path):
         monkeypatch.setattr(module, "monotonic", clock)
     return clock
 
@@ -255,7 +256,7 @@ async def test_the_word_recomputed_in_a_text_is_no_preemption() -> None:
     assert stream.client.body == FIRST + said * 3 + DONE
 
 
-# The straight way: which reads the parser sees
+# The fast path: which reads the parser sees
 
 
 @pytest.mark.parametrize("make", [text, lambda token: chat({"content": token})], ids=["completions", "chat"])
@@ -317,7 +318,7 @@ async def test_after_half_an_event_or_half_a_chunk_the_rest_is_parsed() -> None:
     stream.running.cancel()
 
 
-async def test_an_event_that_ends_inside_a_chunk_does_not_open_the_straight_way() -> None:
+async def test_an_event_that_ends_inside_a_chunk_does_not_open_the_fast_path() -> None:
     """A chunk that looks like a token event may be the text of an event that has begun."""
     stream = await opened()
     stream.read(FIRST, SECOND)
@@ -336,7 +337,7 @@ async def test_bytes_inside_a_chunk_that_look_like_a_chunk_are_a_part_of_it() ->
     stream.running.cancel()
 
 
-async def test_an_error_after_straight_tokens_comes_after_them() -> None:
+async def test_an_error_after_tokens_of_the_fast_path_comes_after_them() -> None:
     stream = await opened()
     stream.read(FIRST, SECOND, THIRD, FAILURE, SECOND)
     assert type(await stream.outcome()) is BackendFailed
@@ -364,10 +365,10 @@ async def test_an_engine_that_speaks_no_chunks_is_parsed() -> None:
 async def test_nothing_is_passed_to_a_client_that_has_gone() -> None:
     stream = await opened()
     stream.read(FIRST, SECOND)
-    passage = stream.protocol
-    assert passage is not stream.connection
+    fast_path = stream.protocol
+    assert fast_path is not stream.connection
     stream.relay.stop()
-    passage.data_received(chunk(THIRD))
+    fast_path.data_received(chunk(THIRD))
     assert stream.client.body == FIRST + SECOND
     stream.running.cancel()
 
@@ -375,15 +376,15 @@ async def test_nothing_is_passed_to_a_client_that_has_gone() -> None:
 async def test_a_stream_that_failed_from_outside_passes_no_more() -> None:
     stream = await opened()
     stream.read(FIRST, SECOND)
-    passage = stream.protocol
+    fast_path = stream.protocol
     stream.relay.fail(BackendLost("gone"))
-    passage.data_received(chunk(THIRD))
+    fast_path.data_received(chunk(THIRD))
     assert stream.client.body == FIRST + SECOND
     assert type(await stream.outcome()) is BackendLost
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 32, 33, 34, 100])
-async def test_counts_are_right_however_many_tokens_took_the_straight_way(tokens: int, clock: Clock) -> None:
+async def test_counts_are_right_however_many_tokens_took_the_fast_path(tokens: int, clock: Clock) -> None:
     stream = await opened()
     for number in range(tokens):
         stream.read(chat({"content": f"t{number}"}))
@@ -753,11 +754,11 @@ async def test_a_stream_that_speaks_now_and_then_is_not_silent(clock: Clock) -> 
     stream.read(FIRST)
     for said in (SECOND, PING, THIRD, USAGE, PING):
         clock.now += 9.0
-        stream.relay._check_idle()  # as its timer would
+        stream.relay._idle_watch.check()  # as its timer would
         stream.read(said)
     assert stream.connection._receiver is stream.relay
     clock.now += 11.0
-    stream.relay._check_idle()
+    stream.relay._idle_watch.check()
     assert type(await stream.outcome()) is BackendTimedOut
 
 
@@ -767,7 +768,7 @@ async def test_half_an_event_now_and_then_is_silence(clock: Clock) -> None:
     for byte in SECOND[:3]:
         clock.now += 4.0
         stream.read(bytes([byte]))
-    stream.relay._check_idle()
+    stream.relay._idle_watch.check()
     assert type(await stream.outcome()) is BackendTimedOut
 
 
@@ -797,10 +798,10 @@ async def test_time_spent_paused_is_not_the_engines_silence(clock: Clock) -> Non
     clock.now += 4.0
     stream.relay.pause()
     clock.now += 9.0
-    stream.relay._check_idle()
+    stream.relay._idle_watch.check()
     stream.relay.resume()
     clock.now += 9.0
-    stream.relay._check_idle()
+    stream.relay._idle_watch.check()
     assert stream.connection._receiver is stream.relay
     assert not stream.client.was_cut
     stream.running.cancel()
@@ -846,13 +847,13 @@ async def test_a_paused_stream_goes_on_where_it_stopped() -> None:
 # Doubt
 
 
-async def test_a_doubted_stream_that_is_silent_fails_with_the_reason_for_the_doubt(
+async def test_a_suspected_stream_that_is_silent_fails_with_the_reason_for_the_suspicion(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relay_stream, "_DOUBT", 0.02)
+    monkeypatch.setattr(relay_idle, "_SUSPECTED", 0.02)
     stream = await opened()
     stream.read(FIRST)
-    stream.relay.doubt(BackendLost("failed its checks"))
+    stream.relay.suspect(BackendLost("failed its checks"))
     assert not stream.running.done()  # it has a moment
     error = await stream.outcome()
     assert type(error) is BackendLost
@@ -862,7 +863,7 @@ async def test_a_doubted_stream_that_is_silent_fails_with_the_reason_for_the_dou
 
 def fire(stream: Stream) -> None:
     """The relay's timer, now."""
-    timer = stream.relay._timer
+    timer = stream.relay._idle_watch._timer
     assert timer is not None
     assert not timer.cancelled()
     callback, arguments = timer._callback, timer._args  # type: ignore[attr-defined]
@@ -870,12 +871,12 @@ def fire(stream: Stream) -> None:
     callback(*arguments)
 
 
-async def test_silence_before_the_doubt_counts_for_nothing(clock: Clock) -> None:
+async def test_silence_before_the_suspicion_counts_for_nothing(clock: Clock) -> None:
     """The gateway may have stood still itself: what came meanwhile is still to be read."""
     stream = await opened(idle=10.0)
     stream.read(FIRST)
     clock.now += 5.0
-    stream.relay.doubt(BackendLost("failed its checks"))
+    stream.relay.suspect(BackendLost("failed its checks"))
     for _ in range(3):
         await asyncio.sleep(0)
     assert not stream.running.done()
@@ -885,13 +886,13 @@ async def test_silence_before_the_doubt_counts_for_nothing(clock: Clock) -> None
     stream.running.cancel()
 
 
-async def test_a_doubted_stream_is_listened_to_once_more_where_the_event_loop_was_late(
+async def test_a_suspected_stream_is_listened_to_once_more_where_the_event_loop_was_late(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relay_stream, "_DOUBT", 0.02)
+    monkeypatch.setattr(relay_idle, "_SUSPECTED", 0.02)
     stream = await opened(idle=10.0)
     stream.read(FIRST)
-    stream.relay.doubt(BackendLost("failed its checks"))
+    stream.relay.suspect(BackendLost("failed its checks"))
     sleep(0.05)  # the event loop stands still past the time
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -900,10 +901,10 @@ async def test_a_doubted_stream_is_listened_to_once_more_where_the_event_loop_wa
 
 
 async def test_a_gateway_that_is_always_late_ends_a_silent_stream_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_stream, "_DOUBT", 0.002)
+    monkeypatch.setattr(relay_idle, "_SUSPECTED", 0.002)
     stream = await opened(idle=10.0)
     stream.read(FIRST)
-    stream.relay.doubt(BackendLost("failed its checks"))
+    stream.relay.suspect(BackendLost("failed its checks"))
     turns = 0
     while not stream.running.done():
         turns += 1
@@ -913,25 +914,25 @@ async def test_a_gateway_that_is_always_late_ends_a_silent_stream_all_the_same(m
     assert type(await stream.outcome()) is BackendLost
 
 
-async def test_a_slow_stream_is_doubted_for_as_long_as_it_is_slow(clock: Clock) -> None:
+async def test_a_slow_stream_is_suspected_for_as_long_as_it_is_slow(clock: Clock) -> None:
     """One with a token each two seconds moves, though it is silent for more than one."""
     stream = await opened(idle=60.0)
     for token in (FIRST, SECOND, THIRD):
         stream.read(token)
         clock.now += 2.0
     before = asyncio.get_running_loop().time()
-    stream.relay.doubt(BackendLost("failed its checks"))
-    timer = stream.relay._timer
+    stream.relay.suspect(BackendLost("failed its checks"))
+    timer = stream.relay._idle_watch._timer
     assert timer is not None
     assert timer.when() - before == pytest.approx(8.0, abs=0.5)
     stream.running.cancel()
 
 
 @pytest.mark.parametrize("said", [SECOND, PING, END, SECOND + THIRD], ids=["straight", "ping", "end", "two"])
-async def test_a_doubted_stream_that_speaks_goes_on(said: bytes, clock: Clock) -> None:
+async def test_a_suspected_stream_that_speaks_goes_on(said: bytes, clock: Clock) -> None:
     stream = await opened(idle=10.0)
     stream.read(FIRST)
-    stream.relay.doubt(BackendLost("failed its checks"))
+    stream.relay.suspect(BackendLost("failed its checks"))
     clock.now += 0.9
     stream.read(said)
     clock.now += 0.2
@@ -947,17 +948,17 @@ async def test_a_doubted_stream_that_speaks_goes_on(said: bytes, clock: Clock) -
 
 
 @pytest.mark.parametrize("idle", [None, 10.0])
-async def test_a_stream_doubted_twice_fails_in_its_second_silence(idle: float | None, clock: Clock) -> None:
+async def test_a_stream_suspected_twice_fails_in_its_second_silence(idle: float | None, clock: Clock) -> None:
     stream = await opened(idle=idle)
     stream.read(FIRST)
     for _ in range(2):
-        stream.relay.doubt(BackendLost("failed its checks"))
+        stream.relay.suspect(BackendLost("failed its checks"))
         assert stream.connection._receiver is stream.relay
         clock.now += 0.5
         stream.read(SECOND)
     fire(stream)
     assert stream.connection._receiver is stream.relay
-    stream.relay.doubt(BackendLost("failed them again"))
+    stream.relay.suspect(BackendLost("failed them again"))
     clock.now += 1.0
     fire(stream)
     error = await stream.outcome()
@@ -965,25 +966,25 @@ async def test_a_stream_doubted_twice_fails_in_its_second_silence(idle: float | 
     assert "again" in str(error)
 
 
-async def test_a_doubt_that_is_repeated_gives_no_new_time(clock: Clock) -> None:
+async def test_a_suspicion_that_is_repeated_gives_no_new_time(clock: Clock) -> None:
     """A backend that is down is probed again and again."""
     stream = await opened(idle=10.0)
     stream.read(FIRST)
-    stream.relay.doubt(BackendLost("failed its checks"))
-    timer = stream.relay._timer
+    stream.relay.suspect(BackendLost("failed its checks"))
+    timer = stream.relay._idle_watch._timer
     clock.now += 0.5
-    stream.relay.doubt(BackendLost("failed them again"))
-    assert stream.relay._timer is timer
+    stream.relay.suspect(BackendLost("failed them again"))
+    assert stream.relay._idle_watch._timer is timer
     stream.running.cancel()
 
 
 @pytest.mark.parametrize("before", [True, False])
-async def test_a_stream_whose_client_keeps_it_waiting_is_not_doubted(before: bool, clock: Clock) -> None:
+async def test_a_stream_whose_client_keeps_it_waiting_is_not_suspected(before: bool, clock: Clock) -> None:
     stream = await opened(idle=10.0)
     stream.read(FIRST)
     if before:
         stream.relay.pause()
-    stream.relay.doubt(BackendLost("failed its checks"))
+    stream.relay.suspect(BackendLost("failed its checks"))
     if not before:
         stream.relay.pause()
     clock.now += 2.0
@@ -993,11 +994,11 @@ async def test_a_stream_whose_client_keeps_it_waiting_is_not_doubted(before: boo
     stream.running.cancel()
 
 
-async def test_a_doubted_stream_that_ends_well_ended_well(clock: Clock) -> None:
+async def test_a_suspected_stream_that_ends_well_ended_well(clock: Clock) -> None:
     stream = await opened()
     stream.read(FIRST)
-    stream.relay.doubt(BackendLost("failed its checks"))
-    timer = stream.relay._timer
+    stream.relay.suspect(BackendLost("failed its checks"))
+    timer = stream.relay._idle_watch._timer
     stream.read(DONE)
     stream.end()
     assert await stream.outcome() is None

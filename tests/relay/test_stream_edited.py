@@ -141,7 +141,7 @@ async def test_ids_are_kept_for_a_client_that_asked_and_written_down_all_the_sam
 
 
 @answers
-async def test_hidden_ids_do_not_close_the_straight_way(values: list[Value]) -> None:
+async def test_hidden_ids_do_not_close_the_fast_path(values: list[Value]) -> None:
     stream = await opened(edit=HIDE)
     first, *rest = map(event, values[-4:-1])  # the first with ids, and what follows
     stream.read(*map(event, values[:-4]))
@@ -175,7 +175,7 @@ async def test_an_event_that_is_not_ordinary_is_parsed_each_time(odd: Value) -> 
 
 
 @pytest.mark.parametrize("make", [said, text])
-async def test_events_whose_ids_are_null_take_the_straight_way_where_none_are_hidden(
+async def test_events_whose_ids_are_null_take_the_fast_path_where_none_are_hidden(
     make: Callable[[str, None], Value],
 ) -> None:
     stream = await opened()
@@ -247,7 +247,7 @@ async def test_a_tool_call_is_a_flaw_and_reaches_the_client() -> None:
 
 
 @pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
-async def test_reasoning_is_a_flaw_and_what_is_said_after_it_takes_the_straight_way(field: str) -> None:
+async def test_reasoning_is_a_flaw_and_what_is_said_after_it_takes_the_fast_path(field: str) -> None:
     values = [role(), chat({field: "hm"}, [5]), chat({field: "so"}, [6]), said("a", [7]), said("b", [8])]
     stream = await opened(edit=HIDE)
     stream.read(*map(event, values[:-1]))
@@ -287,7 +287,7 @@ async def test_a_token_without_text_waits_for_the_next_with_text(make: Callable[
 
 
 @pytest.mark.parametrize("make", [said, text])
-async def test_a_token_without_text_is_not_overtaken_on_the_straight_way(make: Callable[..., Value]) -> None:
+async def test_a_token_without_text_is_not_overtaken_on_the_fast_path(make: Callable[..., Value]) -> None:
     opening = [role(), said("a", [5])] if make is said else [text("a", [5], PROMPT)]
     values = [*opening, make("b", [6]), make("c", [7]), make("", [8]), make("d", [9]), make("e", [10])]
     stream = await opened(edit=HIDE)

@@ -19,8 +19,9 @@ from pd_proxy.api.error_shapes import RESPONSES
 from pd_proxy.api.inference import not_stored
 from pd_proxy.decoding import Undecodable
 from pd_proxy.dialects import sse as events
-from pd_proxy.dialects.answers import engine_error, names_handoff, strip_handoff
-from pd_proxy.dialects.registry import DIALECTS
+from pd_proxy.dialects.engine_errors import engine_error
+from pd_proxy.dialects.responses import RESPONSES as EVENTS
+from pd_proxy.dialects.strip import strip_event, strip_handoff
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, NoBackend
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.flow.stored_responses import StoredResponses
@@ -29,7 +30,6 @@ from pd_proxy.requests.endpoints import LAYOUTS
 from pd_proxy.settings.tree import Settings
 
 _PATH = LAYOUTS["responses"].path
-_DIALECT = DIALECTS["responses"]
 ABSENT = frozenset({f"{_PATH}/compact", f"{_PATH}/input_tokens"})
 """What OpenAI's API has beside stored responses, and no engine: no `POST` to a response of that name."""
 _MOST_REFUSAL = 64 * 1024  # bytes that are read of one, where events were asked for
@@ -109,11 +109,10 @@ def responses(
             async for data in pieces:
                 for event, payload in events.read(reader.feed(data)):
                     if payload:
-                        named = _DIALECT.read(payload)
+                        named = EVENTS.read(payload)
                         sequence = max(sequence, named.sequence_number)
-                        done = done or named.type in _DIALECT.last | _DIALECT.failed
-                        if names_handoff(event):
-                            event = _DIALECT.stripped(named.type, payload)
+                        done = done or named.type in EVENTS.last | EVENTS.failed
+                        event = strip_event(event, payload, named.type.encode())
                     yield event
             if not done:
                 raise BackendCut(f"{url} ended its stream before its last event")

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
-from pd_proxy.dialects.answers import engine_error_event
+from pd_proxy.dialects.engine_errors import engine_error_event
+from pd_proxy.encoding import encode_json
 from pd_proxy.errors import BackendAborted, BackendError
 
 ORDINARY = ("stop", "length")
@@ -77,6 +78,6 @@ def aborted(url: str, reason: object) -> BackendError:
     error of that status: SGLang refuses a prompt that is too long in this way."""
     if isinstance(reason, dict) and isinstance(status := reason.get("status_code"), int):
         error = {"message": reason.get("message"), "type": reason.get("err_type") or "Abort", "param": None}
-        return engine_error_event(url, msgspec.json.encode({"error": {**error, "code": status}}))
+        return engine_error_event(url, encode_json({"error": {**error, "code": status}}))
     word = reason.get("type") if isinstance(reason, dict) else reason
     return BackendAborted(f"{url} ended the request before its time ({word or 'without a reason'})")

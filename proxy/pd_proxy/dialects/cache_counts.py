@@ -11,12 +11,11 @@ from typing import Any, TypeGuard
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, json_decoder
-from pd_proxy.dialects.answers import Usage
+from pd_proxy.decoding import Undecodable, decode_members, json_decoder
+from pd_proxy.dialects.usage import Usage
+from pd_proxy.encoding import encode_json
 
-_decode_members = json_decoder(dict[str, msgspec.Raw])
 _decode_usage = json_decoder(dict[str, Any])
-_encode = msgspec.json.Encoder().encode
 
 _WRITTEN = ("created_cache_tokens", "cache_write_tokens")
 """How engines call the tokens that were computed and written to the cache: vLLM for chat, and for responses."""
@@ -64,18 +63,18 @@ class CacheCounts(msgspec.Struct, frozen=True):
             inside: the member that holds the answer, where the payload is not the answer itself.
         """
         try:
-            outer = _decode_members(payload)
-            members = _decode_members(outer[inside]) if inside else outer
+            outer = decode_members(payload)
+            members = decode_members(outer[inside]) if inside else outer
             usage = _decode_usage(members["usage"])
         except (Undecodable, KeyError):
             return payload
         changed = self._changed(usage)
         if changed == usage:
             return payload
-        members["usage"] = msgspec.Raw(_encode(changed))
+        members["usage"] = msgspec.Raw(encode_json(changed))
         if inside:
-            outer[inside] = msgspec.Raw(_encode(members))
-        return _encode(outer)
+            outer[inside] = msgspec.Raw(encode_json(members))
+        return encode_json(outer)
 
     def _changed(self, usage: dict[str, Any]) -> dict[str, Any]:
         total = next((name for name in _DETAILS if _is_count(usage.get(name))), None)

@@ -1,147 +1,169 @@
-"""How a stream's events speak where they do not speak as OpenAI's chat does: what begins an answer, what ends it, what
-says that it failed, where its usage is. `dialects.py` has those that there are.
+"""The seam between the gateway and the APIs of the engines.
+
+A `Dialect` is one API's way to write answers. It has a file of its own and a line in `registry.py`; the relay and the
+legs know this module alone. For each streamed answer it makes an `AnswerReader`, which turns the engine's events into
+the client's.
 """
 
 from __future__ import annotations
 
-import msgspec
+import asyncio
+from collections.abc import Iterable
+from typing import Protocol
 
-from pd_proxy.decoding import Undecodable, json_decoder
-from pd_proxy.dialects.aborts import abort_in
-from pd_proxy.dialects.answers import Usage, WholeAnswer, read_usage, read_whole, strip_handoff
-from pd_proxy.dialects.cache_counts import CacheCounts
+from pd_proxy.dialects.edit import Edit
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
-from pd_proxy.errors import BackendGarbled
-
-_ABSENT = msgspec.Raw()
-_encode = msgspec.json.Encoder().encode
-
-
-class NamedEvent(msgspec.Struct):
-    """What is read of an event.
-
-    Attributes:
-        sequence_number: its place in the stream, where events are numbered; else -1.
-    """
-
-    type: str = ""
-    sequence_number: int = -1
-    usage: msgspec.Raw = _ABSENT
-    response: msgspec.Raw = _ABSENT
-    error: msgspec.Raw = _ABSENT
-    delta: msgspec.Raw = _ABSENT
+from pd_proxy.dialects.token_pattern import TokenPattern
+from pd_proxy.dialects.usage import Usage
+from pd_proxy.dialects.whole import WholeAnswer
+from pd_proxy.errors import BackendError
 
 
-class _Answer(msgspec.Struct):
-    usage: msgspec.Raw = _ABSENT
-    error: msgspec.Raw = _ABSENT
-
-
-_decode_event = json_decoder(NamedEvent)
-_decode_answer = json_decoder(_Answer)
-
-
-class Dialect(msgspec.Struct, frozen=True):
-    """One way of speaking.
+class TokenLog(Protocol):
+    """Where a reader writes down what of an answer the client is given (`relay/transcript.py`).
 
     Attributes:
-        opening: events that give the client nothing by themselves: those before the first token, and those that close
-            what has no content. An engine may say them and then fail.
-        tokens: how the names of events end that bring tokens.
-        last: events of which one ends the answer.
-        failed: events of which one says that the engine could not finish.
-        inside: members of an event that hold the answer's own object, and with it its usage.
-        preempted: bytes by which an engine says that it dropped the request to get at its memory; or nothing.
-        ends: events that say why the answer ended.
+        continuable: there is something to go on from, exactly or not.
+        finished: the client is given a reason why the answer ended.
+        first: the first event as the client saw it.
     """
 
-    opening: frozenset[str]
-    tokens: str
-    last: frozenset[str]
-    failed: frozenset[str]
-    inside: tuple[str, ...]
-    preempted: bytes = b""
-    ends: frozenset[str] = frozenset()
+    continuable: bool
+    finished: bool
+    first: bytes
 
-    def of(self, prompts: int, logprobs: PromptLogprobs | None) -> Dialect:
-        """The same for one stream, where it must be known what was said before.
+    def mark(self) -> None:
+        """A leg is about to be written down."""
+
+    def rewind(self) -> None:
+        """What has been written down since `mark` is not going to reach the client."""
+
+    def open(self, first: bytes, prompt: bytes) -> None:
+        """The first event, and the ids of the prompt."""
+
+    def note(self, ids: bytes, text: str | bool) -> None:
+        """An event with these ids has been passed on."""
+
+    def close(self, indexes: Iterable[object]) -> None:
+        """The client is given a `finish_reason` of these choices."""
+
+    def spoil(self, flaw: str) -> None:
+        """The answer can no longer be continued exactly."""
+
+    def closing(self, *, finish: str = "", usage: bool) -> bytes:
+        """The events that end an answer of which all tokens were sent."""
+
+
+class FastPath(Protocol):
+    """What takes ordinary token events without reading them (`relay/fast_path.py`)."""
+
+    def learn(self, sample: bytes) -> None:
+        """An ordinary token event has been read; those that follow may be like it."""
+
+    def take(self, block: bytes) -> tuple[bytes, int, bytes]:
+        """Of events that came together, those at the front that are ordinary, as the client sees them; their number;
+        and the rest of the block."""
+
+
+class AnswerReader(Protocol):
+    """One streamed answer: reads its engine's events and makes them the client's."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """The last usage that the engine reported, of this leg alone."""
+
+    @property
+    def failure(self) -> BackendError | None:
+        """The error that an event stood for; no event behind it is read. It is raised once those before it are out."""
+
+    @property
+    def done(self) -> bool:
+        """The event that ends the answer has been read."""
+
+    @property
+    def has_content(self) -> bool:
+        """The client has something to read. What came before it may be taken back and begun anew elsewhere."""
+
+    @property
+    def sequence(self) -> int:
+        """The number of the last event, where events are numbered; else -1."""
+
+    @property
+    def kept(self) -> int:
+        """Bytes that are kept until there is something to read."""
+
+    @property
+    def pending(self) -> bytes:
+        """Events that were read and go out together with the next one."""
+
+    @property
+    def fast_path(self) -> bool:
+        """Whether ordinary token events need not be read."""
+
+    @property
+    def end_name(self) -> str:
+        """What a stream lacks that ends too early, for messages."""
+
+    @property
+    def awaited(self) -> asyncio.Future[None] | None:
+        """Done when events can be read; None where they always can."""
+
+    def read(self, block: bytes, last: bool, fast_path: FastPath) -> tuple[bytes, int]:
+        """Read whole events.
 
         Arguments:
+            last: nothing follows them.
+        Returns:
+            them as the client sees them, and the number of token events among them.
+        """
+
+    def check(self, block: bytes) -> None:
+        """Set `failure` if one of these events stands for one; they are read later."""
+
+    def go_live(self) -> None:
+        """The client is about to be given what has been read."""
+
+    def rewind(self) -> None:
+        """The client is not going to be given anything of what has been read."""
+
+    def ending(self) -> bytes:
+        """The event that ends the answer, as the client sees it."""
+
+    def pattern(self, sample: bytes) -> TokenPattern | None:
+        """What an ordinary token event shows of those that are like it; None where it shows nothing."""
+
+
+class Dialect(Protocol):
+    """One API's way to write answers."""
+
+    def reader(
+        self,
+        url: str,
+        edit: Edit,
+        transcript: TokenLog,
+        *,
+        drop_usage: bool,
+        prompts: int = 0,
+        logprobs: PromptLogprobs | None = None,
+    ) -> AnswerReader:
+        """A reader for one streamed answer.
+
+        Arguments:
+            url: the backend, for messages.
+            edit: how this leg's events become the client's.
+            transcript: where it is written down what the client was given.
+            drop_usage: take out the closing usage event, which the gateway asked for and the client did not.
             prompts: how many the request has, where they are a batch; else 0.
-            logprobs: of the prompts, to be put into its events.
+            logprobs: of the prompts, to be put into the events.
         """
-        return self
 
-    @property
-    def edits(self) -> bool:
-        """Every event is made anew by `stripped`."""
-        return False
-
-    @property
-    def waits(self) -> bool:
-        """No event can be made yet."""
-        return False
-
-    def read(self, payload: bytes) -> NamedEvent:
-        """An event.
+    def whole(self, url: str, answer: bytes) -> WholeAnswer:
+        """Read an answer in one piece that came with status 200.
 
         Raises:
-            BackendGarbled: it is none.
+            BackendError: it is an error, or the engine gave the request up, or it is not an answer.
         """
-        try:
-            return _decode_event(payload)
-        except Undecodable as error:
-            raise BackendGarbled(f"an event that is no answer: {error}") from None
 
-    def failure(self, event: NamedEvent, payload: bytes) -> bytes:
-        """An object with the `error` that an event tells of, or nothing where it tells of none."""
-        if event.type not in self.failed:
-            return b"" if bytes(memoryview(event.error)[:4]) in (b"", b"null") else payload
-        if memoryview(event.error):
-            return payload
-        try:
-            error = _decode_answer(event.response).error
-        except Undecodable:
-            error = _ABSENT
-        # OpenAI's own `error` event has its parts beside its type.
-        return _encode({"error": error if memoryview(error) else msgspec.Raw(payload)})
-
-    def aborted(self, event: NamedEvent) -> object:
-        """Of an event among `ends`: by which word the engine gave the request up, or None where it did not."""
-        return None
-
-    def aborted_whole(self, answer: WholeAnswer) -> object:
-        """The same of an answer that was not streamed."""
-        return abort_in(answer.choices)
-
-    def empty(self, event: NamedEvent) -> bool:
-        """Whether an event that counts as a token gives the client nothing to read."""
-        return False
-
-    def usage(self, event: NamedEvent) -> Usage | None:
-        """The usage that an event tells of."""
-        if not memoryview(event.response):
-            return read_usage(event.usage)
-        try:
-            return read_usage(_decode_answer(event.response).usage)
-        except Undecodable:
-            return None
-
-    def stripped(self, name: str, payload: bytes) -> bytes:
-        """An event, without what names engines' addresses."""
-        return b"event: %b\ndata: %b\n\n" % (name.encode(), strip_handoff(payload))
-
-    def recounted(self, event: bytes, name: str, payload: bytes, counts: CacheCounts) -> bytes:
-        """An event that tells of a usage, with prefill's counts in it."""
-        changed = counts.into(payload)
-        for inside in self.inside:
-            changed = counts.into(changed, inside)
-        return event if changed == payload else b"event: %b\ndata: %b\n\n" % (name.encode(), changed)
-
-    def whole(self, answer: bytes) -> WholeAnswer:
-        """An answer that was not streamed.
-
-        Raises:
-            Undecodable: it is none.
-        """
-        return read_whole(answer)
+    def abort_reason(self, answer: bytes) -> object:
+        """By which word an engine gave a request up that it answered with status 200, or None where it did not. An
+        answer that cannot be read, or is an error, is for others to judge."""

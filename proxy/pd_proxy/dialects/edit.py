@@ -11,17 +11,14 @@ from typing import Any
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, json_decoder
-from pd_proxy.dialects.answers import Usage, names_handoff, strip_handoff
+from pd_proxy.decoding import Members, Undecodable, decode_members, json_decoder
 from pd_proxy.dialects.cache_counts import CacheCounts
+from pd_proxy.dialects.strip import names_handoff, strip_handoff
+from pd_proxy.dialects.usage import Usage
+from pd_proxy.encoding import NULL, encode_json
 
-_Members = dict[str, msgspec.Raw]
-
-_decode_members = json_decoder(_Members)
-_decode_choices = json_decoder(list[_Members] | None)
+_decode_choices = json_decoder(list[Members] | None)
 _decode_usage = json_decoder(dict[str, Any] | None)
-_encode = msgspec.json.Encoder().encode
-_NULL = msgspec.Raw(b"null")
 
 # Within a JSON string every quote has a backslash before it, so these match members only.
 _IDS_MARK = b'token_ids"'
@@ -74,9 +71,9 @@ class Edit(msgspec.Struct, frozen=True):
                 return shown
         if odd:
             payload = strip_handoff(payload)
-        members = _decode_members(payload)
-        choices = _decode_choices(members.get("choices", _NULL))
-        usage = _decode_usage(members.get("usage", _NULL)) if self.said else None
+        members = decode_members(payload)
+        choices = _decode_choices(members.get("choices", NULL))
+        usage = _decode_usage(members.get("usage", NULL)) if self.said else None
         if self.hide_ids:
             members.pop("prompt_token_ids", None)
             for choice in choices or ():
@@ -85,16 +82,16 @@ class Edit(msgspec.Struct, frozen=True):
         elif self.said:  # else its prompt is the client's own, and the event that told of it may not have gone out
             for choice in choices or ():
                 if "prompt_token_ids" in choice:
-                    choice["prompt_token_ids"] = _NULL  # they were given with the first leg's first event
+                    choice["prompt_token_ids"] = NULL  # they were given with the first leg's first event
         if choices:
-            members["choices"] = msgspec.Raw(_encode(choices))
+            members["choices"] = msgspec.Raw(encode_json(choices))
         if self.identity is not None:
             for name, value in self.identity.items():
                 if name in members:
                     members[name] = value
         if usage:
-            members["usage"] = msgspec.Raw(_encode(self.merge(usage)))
-        return b"data: %b\n\n" % _encode(members)
+            members["usage"] = msgspec.Raw(encode_json(self.merge(usage)))
+        return b"data: %b\n\n" % encode_json(members)
 
     def closing(self, event: bytes, payload: bytes, usage: Usage | None = None) -> bytes:
         """As `event`, for one without choices: the usage of the whole answer."""
@@ -120,12 +117,12 @@ class Edit(msgspec.Struct, frozen=True):
         if self.identity is None:
             return event[:length]
         try:
-            members = _decode_members(event[6:-2])
+            members = decode_members(event[6:-2])
         except Undecodable:
             return b""
-        if bytes(members.get("usage", _NULL)) != b"null" or b"data: %b\n\n" % _encode(members) != event:
+        if bytes(members.get("usage", NULL)) != b"null" or b"data: %b\n\n" % encode_json(members) != event:
             return b""
-        shown = b"data: %b\n\n" % _encode({name: self.identity.get(name, value) for name, value in members.items()})
+        shown = b"data: %b\n\n" % encode_json({name: self.identity.get(name, value) for name, value in members.items()})
         return shown[: length - len(event)] if shown.endswith(event[length:]) else b""
 
     def merge(self, usage: dict[str, Any]) -> dict[str, Any]:

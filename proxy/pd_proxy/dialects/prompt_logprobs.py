@@ -11,14 +11,12 @@ import asyncio
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.decoding import Members, Undecodable, decode_members, json_decoder
+from pd_proxy.encoding import EMPTY_LIST, encode_json
 from pd_proxy.errors import BackendGarbled, InvalidRequest
-
-Members = dict[str, msgspec.Raw]
 
 NAMES = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs")
 STREAM_LIMIT = 4 * 1024 * 1024  # bytes that each event of a stream may repeat: those of some 100,000 tokens
-_EMPTY = msgspec.Raw(b"[]")
 
 
 class _Item(msgspec.Struct):
@@ -26,9 +24,7 @@ class _Item(msgspec.Struct):
 
 
 _decode_items = json_decoder(_Item | list[_Item])
-_decode_members = json_decoder(Members)
 _decode_answers = json_decoder(list[Members] | Members)
-_encode = msgspec.json.Encoder().encode
 
 
 class PromptLogprobs:
@@ -78,11 +74,11 @@ class PromptLogprobs:
         """
         try:
             if lists := self._items[index]:
-                meta = _decode_members(members["meta_info"])
+                meta = decode_members(members["meta_info"])
                 for name, inner in lists.items():
-                    own = _inner(meta.get(name, _EMPTY))
+                    own = _inner(meta.get(name, EMPTY_LIST))
                     meta[name] = msgspec.Raw(b"[%b%b%b]" % (inner, b"," if own else b"", own))
-                members["meta_info"] = msgspec.Raw(_encode(meta))
+                members["meta_info"] = msgspec.Raw(encode_json(meta))
         except (IndexError, KeyError, Undecodable):
             raise BackendGarbled("decode's answer is for other prompts than prefill's") from None
         return members
@@ -98,10 +94,10 @@ class PromptLogprobs:
         except Undecodable as error:
             raise BackendGarbled(f"decode's answer is none: {error}") from None
         if isinstance(found, dict):
-            return _encode(self.into(found, 0))
+            return encode_json(self.into(found, 0))
         if len(found) != len(self._items):
             raise BackendGarbled("decode's answer is for other prompts than prefill's")
-        return _encode([self.into(members, index) for index, members in enumerate(found)])
+        return encode_json([self.into(members, index) for index, members in enumerate(found)])
 
 
 def _inner(raw: msgspec.Raw) -> bytes:

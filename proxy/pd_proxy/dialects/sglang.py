@@ -8,23 +8,29 @@ status that the answer would have had, or without one where it is being stopped;
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, WrongShape, json_decoder
+from pd_proxy.decoding import Undecodable, WrongShape, decode_members, is_null, json_decoder
 from pd_proxy.dialects.aborts import is_abort
-from pd_proxy.dialects.answers import Usage, WholeAnswer, count_usage, strip_handoff
 from pd_proxy.dialects.cache_counts import CacheCounts
-from pd_proxy.dialects.dialect import Dialect, NamedEvent
+from pd_proxy.dialects.dialect import TokenLog
+from pd_proxy.dialects.edit import Edit
+from pd_proxy.dialects.named import NamedEvent, NamedEvents, NamedReader
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
+from pd_proxy.dialects.sse import DONE
+from pd_proxy.dialects.strip import strip_handoff, write_event
+from pd_proxy.dialects.usage import Usage, count_usage
+from pd_proxy.dialects.whole import WholeAnswer
+from pd_proxy.encoding import ABSENT, encode_json
 from pd_proxy.errors import BackendGarbled
 
 _DONE = b"[DONE]"
 _TOKEN = "token"
 _ABORT = "abort"
-_ABSENT = msgspec.Raw()
 
 
 class _Meta(msgspec.Struct):
@@ -38,21 +44,18 @@ class _Said(msgspec.Struct):
     """What is read of an answer or an event. `index` is the prompt's in a batch."""
 
     meta_info: _Meta | None = None
-    error: msgspec.Raw = _ABSENT
+    error: msgspec.Raw = ABSENT
     index: int = 0
 
 
 _decode_event = json_decoder(_Said)
 _decode_whole = json_decoder(_Said | list[_Said])
 _decode_index = json_decoder(int)
-_decode_members = json_decoder(dict[str, msgspec.Raw])
 _decode_reason = json_decoder(dict[str, Any] | str)
-_decode_error = json_decoder(dict[str, Any] | str)
-_encode = msgspec.json.Encoder().encode
 
 
-class SGLangEvents(Dialect, frozen=True):
-    """One answer of SGLang's own.
+class SGLangEvents(NamedEvents, frozen=True):
+    """SGLang's answers; those of one stream where it reads one.
 
     Attributes:
         prompts: how many a batch has; 0 for a single one.
@@ -64,16 +67,26 @@ class SGLangEvents(Dialect, frozen=True):
     logprobs: PromptLogprobs | None = None
     said: dict[int, _Meta] = msgspec.field(default_factory=dict)
 
-    def of(self, prompts: int, logprobs: PromptLogprobs | None) -> Dialect:
-        return msgspec.structs.replace(self, prompts=prompts, logprobs=logprobs, said={})
+    def reader(
+        self,
+        url: str,
+        edit: Edit,
+        transcript: TokenLog,
+        *,
+        drop_usage: bool,
+        prompts: int = 0,
+        logprobs: PromptLogprobs | None = None,
+    ) -> NamedReader:
+        own = msgspec.structs.replace(self, prompts=prompts, logprobs=logprobs, said={})
+        return NamedReader(own, url, edit, transcript)
 
     @property
-    def edits(self) -> bool:
+    def rewrites(self) -> bool:
         return self.logprobs is not None
 
     @property
-    def waits(self) -> bool:
-        return self.logprobs is not None and not self.logprobs.here.done()
+    def awaited(self) -> asyncio.Future[None] | None:
+        return None if self.logprobs is None else self.logprobs.here
 
     def read(self, payload: bytes) -> NamedEvent:
         if payload == _DONE:
@@ -91,14 +104,14 @@ class SGLangEvents(Dialect, frozen=True):
         if said.meta_info is not None:
             self.said[said.index] = said.meta_info
         if not failure and said.meta_info is not None and is_abort(reason := said.meta_info.finish_reason):
-            return NamedEvent(type=_ABORT, delta=msgspec.Raw(_encode(reason)))
-        return NamedEvent(type=_TOKEN, error=msgspec.Raw(failure) if failure else _ABSENT)
+            return NamedEvent(type=_ABORT, delta=msgspec.Raw(encode_json(reason)))
+        return NamedEvent(type=_TOKEN, error=msgspec.Raw(failure) if failure else ABSENT)
 
     def failure(self, event: NamedEvent, payload: bytes) -> bytes:
         error = bytes(memoryview(event.error))
         return b'{"error":%b}' % error if error else b""
 
-    def aborted(self, event: NamedEvent) -> object:
+    def abort_reason_in(self, event: NamedEvent) -> object:
         return _decode_reason(event.delta)
 
     def usage(self, event: NamedEvent) -> Usage | None:
@@ -107,15 +120,15 @@ class SGLangEvents(Dialect, frozen=True):
     def recounted(self, event: bytes, name: str, payload: bytes, counts: CacheCounts) -> bytes:
         return event  # `meta_info` is decode's own (docs/generating-routes.md)
 
-    def stripped(self, name: str, payload: bytes) -> bytes:
+    def rewritten(self, name: str, payload: bytes) -> bytes:
         if payload == _DONE:
-            return b"data: [DONE]\n\n"
-        members = _decode_members(strip_handoff(payload))
-        if self.logprobs is not None and not self.waits and "meta_info" in members:
+            return DONE
+        members = decode_members(strip_handoff(payload))
+        if self.logprobs is not None and self.logprobs.here.done() and "meta_info" in members:
             members = self.logprobs.into(members, _decode_index(members.get("index", b"0")))
-        return b"data: %b\n\n" % _encode(members)
+        return write_event(encode_json(members))
 
-    def whole(self, answer: bytes) -> WholeAnswer:
+    def decode_whole(self, answer: bytes) -> WholeAnswer:
         found = _decode_whole(answer)
         items = found if isinstance(found, list) else [found]
         if error := next(filter(None, map(_failure, items)), b""):
@@ -124,10 +137,11 @@ class SGLangEvents(Dialect, frozen=True):
         if not metas or len(metas) < len(items):
             raise WrongShape("it has no meta_info")
         ends = [{"finish_reason": meta.finish_reason} for meta in metas]
-        return WholeAnswer(choices=msgspec.Raw(_encode(ends)), usage=msgspec.Raw(_encode(_total(metas))))
+        return WholeAnswer(choices=msgspec.Raw(encode_json(ends)), usage=msgspec.Raw(encode_json(_total(metas))))
 
 
-SGLANG_EVENTS = SGLangEvents(
+SGLANG = SGLangEvents(
+    generated="meta_info",
     opening=frozenset(),
     tokens=_TOKEN,
     last=frozenset({"[DONE]"}),
@@ -139,16 +153,16 @@ SGLANG_EVENTS = SGLangEvents(
 
 def _failure(said: _Said) -> bytes:
     """The `error` object that stands for what an answer says of its failure, or nothing. Its `code` is a status."""
-    if bytes(memoryview(said.error)[:4]) not in (b"", b"null"):
-        error = _decode_error(said.error)
+    if not is_null(said.error):
+        error = _decode_reason(said.error)
         error = {"message": error} if isinstance(error, str) else error
         # The engine's handler says no more than the message of what it refuses; all else has a status.
-        return _encode(error if isinstance(error.get("code"), int) else {**error, "code": 400})
+        return encode_json(error if isinstance(error.get("code"), int) else {**error, "code": 400})
     reason = None if said.meta_info is None else said.meta_info.finish_reason
     if not isinstance(reason, dict) or reason.get("type") != "abort" or not isinstance(reason.get("status_code"), int):
         return b""
     kind = reason.get("err_type") or "Abort"
-    return _encode({"message": reason.get("message"), "type": kind, "param": None, "code": reason["status_code"]})
+    return encode_json({"message": reason.get("message"), "type": kind, "param": None, "code": reason["status_code"]})
 
 
 def _total(metas: Iterable[_Meta]) -> Usage | None:

@@ -14,6 +14,9 @@ import re
 
 from pd_proxy.errors import BackendGarbled
 
+DONE = b"data: [DONE]\n\n"
+"""The event that ends a stream of chat's, completions' and SGLang's."""
+
 # An event ends with an empty line: two line ends in a row. A CR that is last in the buffer may be half of a CRLF, so
 # it only counts once the next byte is there.
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n]))(?:\r\n|\n|\r(?=[^\n]))+")

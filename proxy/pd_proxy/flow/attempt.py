@@ -6,9 +6,9 @@ import asyncio
 
 import msgspec
 
-from pd_proxy.dialects.answers import Usage
 from pd_proxy.dialects.cache_counts import CacheCounts
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
+from pd_proxy.dialects.usage import Usage
 from pd_proxy.errors import HandoffExpired
 from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.fleet.health.identity import EngineIdentity

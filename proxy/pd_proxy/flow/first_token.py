@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import monotonic
 
-from pd_proxy.dialects.answers import read_usage
+from pd_proxy.dialects.usage import read_usage
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.flow.attempt import Attempt
 from pd_proxy.flow.legs import EVENT_STREAM, JSON

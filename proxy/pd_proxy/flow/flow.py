@@ -16,9 +16,9 @@ from math import inf
 from time import monotonic
 from typing import Any
 
-from pd_proxy.dialects.answers import read_usage
 from pd_proxy.dialects.cache_counts import CacheCounts
 from pd_proxy.dialects.prompt_logprobs import STREAM_LIMIT, PromptLogprobs
+from pd_proxy.dialects.usage import read_usage
 from pd_proxy.errors import (
     BackendBusy,
     BackendError,

@@ -16,23 +16,17 @@ from time import monotonic
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
-from pd_proxy.dialects.aborts import abort_in, aborted, ends_well
-from pd_proxy.dialects.answers import (
-    WholeAnswer,
-    engine_error,
-    engine_error_event,
-    read_usage,
-    read_whole,
-    reason_of,
-    strip_handoff,
-)
+from pd_proxy.dialects.aborts import aborted
 from pd_proxy.dialects.edit import Edit
+from pd_proxy.dialects.engine_errors import engine_error
 from pd_proxy.dialects.registry import DIALECTS
+from pd_proxy.dialects.strip import strip_handoff
+from pd_proxy.dialects.usage import read_usage
+from pd_proxy.dialects.whole import decode_whole
 from pd_proxy.errors import (
     BackendAnswered,
     BackendError,
     BackendGarbled,
-    BackendPreempted,
     BackendRejected,
     HandoffExpired,
     HandoffUnconfirmed,
@@ -49,7 +43,6 @@ from pd_proxy.handoff.plan import Leg, Plan
 from pd_proxy.http.client import Collected, Connection, Origin, Receiver
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.relay.stream import StreamRelay
-from pd_proxy.requests.endpoints import LAYOUTS
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import Telemetry
 
@@ -75,7 +68,7 @@ def _heard(attempt: Attempt, lease: Lease, relay: StreamRelay) -> None:
         pending.close()
     if sent is not None:
         sent.heard()
-    lease.on_lost = relay.doubt  # from here on the stream itself knows best whether it is alive
+    lease.on_lost = relay.suspect  # from here on the stream itself knows best whether it is alive
 
 
 def _begin(attempt: Attempt, relay: StreamRelay) -> None:
@@ -98,14 +91,7 @@ def _begin(attempt: Attempt, relay: StreamRelay) -> None:
         request.client.start(200, request.headers(*EVENT_STREAM))
 
 
-_PREEMPTED = b'"stop_reason":"recomputed"'
 _REASONS = re.compile(rb'"reasoning(?:_content)?":"[^"]')
-
-
-def _is_failure(answer: WholeAnswer) -> bool:
-    """Whether an answer without choices is an error, and not one of another endpoint."""
-    error = bytes(memoryview(answer.error)[:4]) not in (b"", b"null")
-    return error and not memoryview(answer.content) and not memoryview(answer.output)
 
 
 class _Detokenized(msgspec.Struct):
@@ -209,15 +195,8 @@ class Legs:
         Raises:
             BackendError: its engine ended the request before its time, and keeps nothing.
         """
-        dialect = DIALECTS.get(attempt.request.body.endpoint)
-        if dialect is None and ends_well(answer):
-            return answer
-        try:
-            parsed = read_whole(answer) if dialect is None else dialect.whole(answer)
-        except Undecodable:
-            return answer  # the plan says what is wrong with it
-        reason = abort_in(parsed.choices) if dialect is None else dialect.aborted_whole(parsed)
-        if reason is None or _is_failure(parsed):
+        reason = DIALECTS[attempt.request.body.endpoint].abort_reason(answer)
+        if reason is None:
             return answer
         ended = aborted(backend.url, reason)
         self._note(backend, ended, "prefill", attempt)
@@ -239,34 +218,12 @@ class Legs:
         request, record = attempt.request, attempt.request.record
         leg = leg_of(backend)
         answer = await self._collect(backend, lease, leg, attempt.decode_leg(), attempt, _NO_LIMIT)
-        dialect = DIALECTS.get(request.body.endpoint)
         try:
-            parsed = read_whole(answer) if dialect is None else dialect.whole(answer)
-        except Undecodable as error:
-            garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
-            self._note(backend, garbled, leg, attempt)
-            raise garbled from None
-        mark = _PREEMPTED if dialect is None else dialect.preempted
-        if mark and mark in answer:
-            preempted = BackendPreempted(f"{backend.url} gave the request up for want of memory")
-            self._note(backend, preempted, leg, attempt)
-            raise preempted
-        flaw = reason_of(parsed, LAYOUTS[request.body.endpoint].answer)
-        reason = abort_in(parsed.choices) if dialect is None else dialect.aborted_whole(parsed)
-        if reason is not None and not flaw and not _is_failure(parsed):
-            ended = aborted(backend.url, reason)
-            self._note(backend, ended, leg, attempt)
-            raise ended
-        if (flaw or not memoryview(parsed.choices)) and _is_failure(parsed):
-            said = answer if dialect is None else b'{"error":%b}' % bytes(parsed.error)
-            failed = engine_error_event(backend.url, said)
-            self._note(backend, failed, leg, attempt)
-            raise failed
-        if flaw:
-            garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {flaw}")
-            self._note(backend, garbled, leg, attempt)
-            raise garbled
-        if dialect is not None and attempt.logprobs is not None:
+            usage_given = DIALECTS[request.body.endpoint].whole(backend.url, answer).usage
+        except BackendError as error:
+            self._note(backend, error, leg, attempt)
+            raise
+        if attempt.logprobs is not None:
             await attempt.logprobs.here
             try:
                 answer = attempt.logprobs.whole(answer)
@@ -277,7 +234,7 @@ class Legs:
         if attempt.first is not None:
             try:
                 answer = joined_answer(attempt.first, answer, request.body, Edit(said=1).merge)
-                parsed = read_whole(answer)
+                usage_given = decode_whole(answer).usage
             except ValueError as error:
                 garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
                 self._note(backend, garbled, leg, attempt)
@@ -295,7 +252,7 @@ class Legs:
         self._fleet.succeeded(backend, leg)
         if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
             backend.reasons = True
-        if usage := read_usage(parsed.usage):
+        if usage := read_usage(usage_given):
             attempt.note_usage(usage, said=0)
             record.tokens = usage.completion_tokens or 0
         if attempt.sent is not None:
@@ -318,25 +275,26 @@ class Legs:
             counts=attempt.handed_over_counts,
         )
 
-        dialect = DIALECTS.get(request.body.endpoint)
-        if dialect is not None:
-            dialect = dialect.of(request.body.prompts, attempt.logprobs)
+        reader = DIALECTS[request.body.endpoint].reader(
+            backend.url,
+            edit,
+            request.transcript,
+            drop_usage=not request.body.wants_usage,
+            prompts=request.body.prompts,
+            logprobs=attempt.logprobs,
+        )
         relay = StreamRelay(
             backend.url,
             request.client,
-            partial(_begin, attempt),
-            self._telemetry.gaps(record.decode_pool, backend.url),
+            reader,
             request.transcript,
-            edit,
-            drop_usage=not request.body.wants_usage,
+            self._telemetry.gaps(record.decode_pool, backend.url),
+            partial(_begin, attempt),
+            on_first_token=partial(_heard, attempt, lease),
+            pace=partial(self._fleet.paced, backend) if attempt.paced else None,
             idle=self._timeouts.idle,
             loop=self._loop,
-            dialect=dialect,
-            heard=partial(_heard, attempt, lease),
-            pace=partial(self._fleet.paced, backend) if attempt.paced else None,
         )
-        if dialect is not None and attempt.logprobs is not None:
-            attempt.logprobs.here.add_done_callback(relay.go_on)
         try:
             connection = await self._send(backend, attempt.decode_leg(), attempt, relay, rank=lease.rank)
             lease.on_lost = relay.fail

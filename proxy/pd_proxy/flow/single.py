@@ -17,7 +17,8 @@ from typing import Protocol
 import msgspec
 
 from pd_proxy.decoding import Undecodable, decode_json
-from pd_proxy.dialects.answers import engine_error, read_usage
+from pd_proxy.dialects.engine_errors import engine_error
+from pd_proxy.dialects.usage import read_usage
 from pd_proxy.errors import (
     BackendError,
     BackendLacksModel,

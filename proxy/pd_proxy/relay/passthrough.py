@@ -13,10 +13,12 @@ from collections.abc import Callable
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, WrongShape, json_decoder
+from pd_proxy.decoding import Undecodable, WrongShape, is_null, json_decoder
 from pd_proxy.dialects.aborts import abort_in, aborted
-from pd_proxy.dialects.answers import engine_error_event, names_handoff, strip_handoff
+from pd_proxy.dialects.engine_errors import engine_error_event
 from pd_proxy.dialects.sse import EventReader, read
+from pd_proxy.dialects.strip import names_handoff, strip_event, strip_handoff
+from pd_proxy.encoding import ABSENT
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut
 from pd_proxy.http.client import Connection
 from pd_proxy.http.deadlines import Deadlines
@@ -36,15 +38,15 @@ _ENDS = re.compile(rb'"finish_reason"\s*:\s*(?!null|\s)')
 class _Event(msgspec.Struct):
     """What is read of an event that says why something ended."""
 
-    choices: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = ABSENT
 
 
 class _Object(msgspec.Struct):
     """The top level of an answer: what is read of it, with the rest of it found to be JSON."""
 
-    usage: msgspec.Raw = msgspec.Raw()
-    error: msgspec.Raw = msgspec.Raw()
-    choices: msgspec.Raw = msgspec.Raw()
+    usage: msgspec.Raw = ABSENT
+    error: msgspec.Raw = ABSENT
+    choices: msgspec.Raw = ABSENT
 
 
 _decode_event = json_decoder(_Event)
@@ -113,16 +115,16 @@ class Passthrough:
             BackendError: it is none.
         """
         if self._type != _JSON:
-            return self.body, msgspec.Raw()
+            return self.body, ABSENT
         body = self.body
         try:
             shown = strip_handoff(body)
             parsed = _decode_object(body)
         except WrongShape:  # a list, say
-            return shown, msgspec.Raw()
+            return shown, ABSENT
         except Undecodable as error:
             raise BackendGarbled(f"{self._url} answered 200 with what is not JSON: {error}") from None
-        if memoryview(parsed.error) and bytes(parsed.error) != b"null":
+        if not is_null(parsed.error):
             raise engine_error_event(self._url, body)
         if (reason := abort_in(parsed.choices)) is not None:
             raise aborted(self._url, reason)
@@ -224,13 +226,11 @@ class Passthrough:
                     if events:
                         self._write(b"".join(events))
                     raise failed
-                if names_handoff(payload):
-                    try:
-                        event = b"data: %b\n\n" % strip_handoff(payload)
-                    except Undecodable:
-                        why = f"{self._url} sent an event with a hand-off in it that is not JSON"
-                        raise BackendGarbled(why) from None
-                events.append(event)
+                try:
+                    events.append(strip_event(event, payload))
+                except Undecodable:
+                    why = f"{self._url} sent an event with a hand-off in it that is not JSON"
+                    raise BackendGarbled(why) from None
             block = b"".join(events)
         self._write(block)
 

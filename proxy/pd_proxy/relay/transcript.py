@@ -15,17 +15,15 @@ from collections.abc import Iterable
 
 import msgspec
 
-from pd_proxy.decoding import json_decoder
-from pd_proxy.dialects.sse import payload
+from pd_proxy.decoding import decode_members, json_decoder
+from pd_proxy.dialects.sse import DONE, payload
+from pd_proxy.encoding import encode_json
 
-_decode_members = json_decoder(dict[str, msgspec.Raw])
 _decode_text = json_decoder(str)
-_encode = msgspec.json.Encoder().encode
 _IDENTITY = ("id", "object", "created", "model", "system_fingerprint")
 _IDS = b"0123456789, \t\r\n"
 _BATCH = 32  # events whose ids are put away together
 _END = 16  # tokens; a character is four at most
-_DONE = b"data: [DONE]\n\n"
 
 
 _Mark = tuple[bytes, bytes, bool, bool, bool, tuple[int, int, int]]
@@ -172,7 +170,7 @@ class Transcript:
                 return
             self.fresh.append(ids)
             if self.fresh_text is not None and isinstance(text, str):
-                self.fresh_text.append(_encode(text)[1:-1])
+                self.fresh_text.append(encode_json(text)[1:-1])
             if len(self.fresh) > _BATCH:
                 self.fold()
         elif ids:
@@ -196,7 +194,7 @@ class Transcript:
     @property
     def identity(self) -> dict[str, msgspec.Raw]:
         """What every event of the answer has: `id`, `created`, `object`, `model` and the like, as JSON values."""
-        members = _decode_members(payload(self.first))
+        members = decode_members(payload(self.first))
         return {name: members[name] for name in _IDENTITY if name in members}
 
     @property
@@ -266,10 +264,10 @@ class Transcript:
             prompt = self.prompt_tokens
             counts = {"prompt_tokens": prompt, "total_tokens": prompt + said, "completion_tokens": said}
             events += self._event({"choices": [], "usage": counts})
-        return events + _DONE
+        return events + DONE
 
     def _event(self, members: dict[str, object]) -> bytes:
-        return b"data: %b\n\n" % _encode({**self.identity, **members})
+        return b"data: %b\n\n" % encode_json({**self.identity, **members})
 
     def _check_limit(self) -> None:
         if len(self._prompt) + len(self._ids) + len(self._text) > self._limit:

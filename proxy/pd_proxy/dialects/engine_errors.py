@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-import msgspec
-
-from pd_proxy.decoding import UNDECODABLE, Undecodable, WrongShape, bare_json_decoder, decode_json, json_decoder
+from pd_proxy.decoding import Undecodable, decode_json
+from pd_proxy.dialects.strip import names_handoff, strip_handoff
+from pd_proxy.encoding import encode_json
 from pd_proxy.errors import (
     BackendAnswered,
     BackendBusy,
@@ -24,194 +24,11 @@ from pd_proxy.errors import (
     BackendStopping,
 )
 
-HANDOFF_FIELDS = frozenset({"kv_transfer_params", "ec_transfer_params", "disaggregated_params"})
-"""Members of an answer that carry the engines' addresses and block ids, and so stay inside. TensorRT-LLM has the last
-of them in its choices."""
-
-_ANSWERS = frozenset({"choices", "message", "response", "error"})
-"""Members that hold an answer, or a part of one, where its own stand."""
-
-HANDOFF_MARK = b'_params"'
-"""How their names end in JSON. Within a string a quote has a backslash before it, so this is the end of a name, or of a
-text that ends so."""
-# A letter of such a name as an escape. Encoders write none for letters, so that what has one is looked at closely.
-_SPELLED = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 # host:port, URLs, bare IP addresses, SGLang's rooms: an engine's 5xx may quote the peer that it could not reach.
 # Each alternative looks at a bounded number of characters: a megabyte of nonsense costs no more than its length.
 _ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]|[\w-]:\d{2,5}\b|\bbootstrap_")
 # vLLM, told to stop while it lets requests end (`--shutdown-timeout`): its tokenizer's threads take no more.
 _STOPPING = "cannot schedule new futures after"
-
-_decode_members = json_decoder(dict[str, msgspec.Raw])
-_decode_objects = json_decoder(list[dict[str, msgspec.Raw]])
-_decode_list = json_decoder(list[msgspec.Raw])
-_encode = msgspec.json.Encoder().encode
-
-_MOST = 2**53 - 1  # what a float counts exactly, and JavaScript's clients too
-_Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
-
-
-class CachedDetails(msgspec.Struct):
-    cached_tokens: _Count | None = None
-    created_cache_tokens: _Count | None = None
-    cache_write_tokens: _Count | None = None
-
-
-class Usage(msgspec.Struct):
-    """The `usage` object of an answer, as far as the gateway reads it. Anthropic's messages and OpenAI's responses say
-    `input_tokens` and `output_tokens`; the former without those that came from a cache."""
-
-    prompt_tokens: _Count | None = None
-    completion_tokens: _Count | None = None
-    prompt_tokens_details: CachedDetails | None = None
-    input_tokens: _Count | None = None
-    output_tokens: _Count | None = None
-    input_tokens_details: CachedDetails | None = None
-    cache_read_input_tokens: _Count | None = None
-    cache_creation_input_tokens: _Count | None = None
-
-    @property
-    def cached_tokens(self) -> int:
-        return (self.prompt_tokens_details.cached_tokens or 0) if self.prompt_tokens_details else 0
-
-    @property
-    def written_tokens(self) -> int | None:
-        """Tokens of the prompt that were computed and written to a cache; None where the engine has not said."""
-        details = self.prompt_tokens_details
-        if details is None or details.created_cache_tokens is None:
-            said = None if details is None else details.cache_write_tokens
-            return self.cache_creation_input_tokens if said is None else said
-        return details.created_cache_tokens
-
-
-_decode_usage = bare_json_decoder(Usage)
-_decode_count = json_decoder(_Count)
-
-
-class WholeAnswer(msgspec.Struct):
-    """What is read of an answer that was not streamed."""
-
-    choices: msgspec.Raw = msgspec.Raw()
-    content: msgspec.Raw = msgspec.Raw()
-    output: msgspec.Raw = msgspec.Raw()
-    usage: msgspec.Raw = msgspec.Raw()
-    error: msgspec.Raw = msgspec.Raw()
-    stop_reason: msgspec.Raw = msgspec.Raw()
-    status: msgspec.Raw = msgspec.Raw()
-    incomplete_details: msgspec.Raw = msgspec.Raw()
-
-
-read_whole = json_decoder(WholeAnswer)
-
-
-class _Choice(msgspec.Struct):
-    message: msgspec.Raw = msgspec.Raw()
-    text: msgspec.Raw = msgspec.Raw()
-    token_ids: msgspec.Raw = msgspec.Raw()
-
-
-_decode_choices = json_decoder(list[_Choice])
-
-
-def reason_of(answer: WholeAnswer, member: str) -> str:
-    """Why an answer in one piece is none, or an empty string. A stream without a token is none either.
-
-    Arguments:
-        member: the one that holds what was generated.
-    """
-    said = getattr(answer, member, None)
-    if said is None:
-        return ""  # its dialect has looked
-    if bytes(memoryview(said)[:1]) != b"[":
-        return f"it has no list of {member}"
-    if member != "choices":
-        return ""  # what a model may leave empty
-    try:
-        choices = _decode_choices(said)
-    except Undecodable as error:
-        return f"its choices are none: {error}"
-    if not choices:
-        return "it has no choices"
-    for choice in choices:
-        starts = [bytes(memoryview(raw)[:1]) for raw in (choice.message, choice.text, choice.token_ids)]
-        if starts[0] != b"{" and starts[1] != b'"' and starts[2] != b"[":
-            return "a choice has neither a message nor text nor token ids"
-    return ""
-
-
-def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
-    """The usage object in chat's words, or None where there is none or it is not one we understand. Of one number that
-    cannot be a count of tokens (0 to 2^53, whole) nothing is believed: counters would fall, or overflow."""
-    try:
-        usage = _decode_usage(raw)
-    except UNDECODABLE:
-        return None
-    if usage.prompt_tokens is None and usage.input_tokens is not None:
-        read = usage.cache_read_input_tokens
-        usage.prompt_tokens = usage.input_tokens + (read or 0) + (usage.cache_creation_input_tokens or 0)
-        usage.completion_tokens = usage.output_tokens
-        usage.prompt_tokens_details = usage.input_tokens_details if read is None else CachedDetails(read)
-        if usage.prompt_tokens > _MOST:
-            return None
-    details, prompt = usage.prompt_tokens_details, usage.prompt_tokens
-    if details is not None and prompt is not None and (details.cached_tokens or 0) > prompt:
-        details.cached_tokens = prompt  # no more can be cached than the prompt has
-    return usage
-
-
-def count_usage(prompt: object, completion: object, cached: object) -> Usage | None:
-    """The usage of these counts, on the same terms."""
-    return read_usage(
-        _encode(
-            {
-                "prompt_tokens": prompt,
-                "completion_tokens": completion,
-                "prompt_tokens_details": {"cached_tokens": cached},
-            }
-        )
-    )
-
-
-def names_handoff(data: bytes) -> bool:
-    """Whether JSON, or events of it, may have a member of the hand-off, however its name is spelled."""
-    # `find`: `in` tries to take the needle for a number first, and the exception that this raises costs more.
-    return data.find(HANDOFF_MARK) >= 0 or (data.find(b"\\u00") >= 0 and _SPELLED.search(data) is not None)
-
-
-def strip_handoff(body: bytes) -> bytes:
-    """JSON without the hand-off's members; bytes that name none as they are. Elsewhere in an answer those names are a
-    client's own words, as in the schema of a tool.
-
-    Raises:
-        Undecodable: there may be some, and it is no JSON. It must not be given to a client.
-    """
-    if not names_handoff(body):
-        return body
-    try:
-        return _encode(_stripped(_decode_members(body)))
-    except WrongShape:  # a list of answers, or no answer at all
-        try:
-            return _encode([_stripped(members) for members in _decode_objects(body)])
-        except WrongShape:
-            return body
-
-
-def _stripped(members: dict[str, msgspec.Raw], depth: int = 3) -> dict[str, msgspec.Raw]:
-    for field in HANDOFF_FIELDS & members.keys():
-        del members[field]
-    for name in _ANSWERS & members.keys():
-        raw = bytes(members[name])
-        if not depth or not names_handoff(raw):
-            continue
-        if raw.startswith(b"{"):
-            members[name] = msgspec.Raw(_encode(_stripped(_decode_members(raw), depth - 1)))
-        elif raw.startswith(b"["):
-            shown = [
-                _stripped(_decode_members(item), depth - 1) if bytes(memoryview(item)[:1]) == b"{" else item
-                for item in _decode_list(raw)
-            ]
-            members[name] = msgspec.Raw(_encode(shown))
-    return members
 
 
 def engine_error(url: str, status: int, headers: dict[bytes, bytes], body: bytes) -> BackendAnswered:
@@ -255,7 +72,7 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
         said = _hidden(place, said and said[:_LONGEST])
     answer = body if whole else None
     if answer and detail.get("object") == "error":  # the members without the object around them
-        answer = _encode({"error": {name: detail.get(name) for name in _OPENAI}}) if said else None
+        answer = encode_json({"error": {name: detail.get(name) for name in _OPENAI}}) if said else None
     if status in (429, 503):
         # vLLM's front door says "Service Unavailable" when a queue limit is reached, before it reads the request.
         unread = status == 429 or kind in ("Service Unavailable", None)
@@ -305,7 +122,7 @@ def _read_error(body: bytes) -> tuple[bytes, Any]:
         except Undecodable:
             return (b"" if names_handoff(body) else body), None
     # As it may be spelled out for the search of addresses.
-    return (_encode(parsed) if b"\\" in body else body), parsed
+    return (encode_json(parsed) if b"\\" in body else body), parsed
 
 
 def _detail(parsed: Any) -> dict[str, Any]:

@@ -1,0 +1,367 @@
+"""OpenAI's chat and completions, and whatever else answers with choices.
+
+A stream is events with choices, an event with the usage, and `[DONE]`. The client's stream is written down in the
+transcript as it is read, so that another engine can go on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from pd_proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder
+from pd_proxy.dialects import sse
+from pd_proxy.dialects import whole as whole_answers
+from pd_proxy.dialects.aborts import ORDINARY, abort_in, abort_of, aborted, ends_well
+from pd_proxy.dialects.choices import (
+    OPENING_FRAME,
+    Choice,
+    Event,
+    carries_token,
+    count_ordinary,
+    has_content,
+    has_more,
+    inner_ids,
+    is_frame,
+    is_ordinary,
+    is_preempted,
+)
+from pd_proxy.dialects.dialect import FastPath, TokenLog
+from pd_proxy.dialects.edit import Edit, take_prompt_ids
+from pd_proxy.dialects.engine_errors import engine_error_event
+from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
+from pd_proxy.dialects.strip import names_handoff
+from pd_proxy.dialects.token_pattern import NOT_FINISHED, TokenPattern, learn_pattern
+from pd_proxy.dialects.usage import Usage, read_usage
+from pd_proxy.dialects.whole import WholeAnswer, decode_whole
+from pd_proxy.encoding import ABSENT
+from pd_proxy.errors import BackendError, BackendGarbled, BackendPreempted
+
+_LARGE = 2048  # bytes of several events
+_FIRST_EVENTS = 3  # an opening one, one with the prompt's ids, one like those that follow
+_PREEMPTED = b'"stop_reason":"recomputed"'
+
+
+_decode_event = bare_json_decoder(Event)
+
+
+class ChoicesDialect:
+    """An API whose answers have choices."""
+
+    __slots__ = ()
+
+    generated = "choices"
+    preempted_whole = _PREEMPTED
+
+    def reader(
+        self,
+        url: str,
+        edit: Edit,
+        transcript: TokenLog,
+        *,
+        drop_usage: bool,
+        prompts: int = 0,
+        logprobs: PromptLogprobs | None = None,
+    ) -> ChoicesReader:
+        return ChoicesReader(url, edit, transcript, drop_usage)
+
+    def whole(self, url: str, answer: bytes) -> WholeAnswer:
+        return whole_answers.read_checked(self, url, answer)
+
+    def abort_reason(self, answer: bytes) -> object:
+        return None if ends_well(answer) else whole_answers.abort_reason(self, answer)
+
+    # What `whole.py` asks
+
+    def decode_whole(self, answer: bytes) -> WholeAnswer:
+        return decode_whole(answer)
+
+    def abort_reason_of(self, answer: WholeAnswer) -> object:
+        return abort_in(answer.choices)
+
+    def error_payload(self, answer: bytes, parsed: WholeAnswer) -> bytes:
+        return answer
+
+
+CHAT = ChoicesDialect()
+
+
+class ChoicesReader:
+    """Reads one stream of choices.
+
+    Arguments:
+        url: the backend, for messages.
+        edit: how this leg's events become the client's.
+        transcript: where it is written down what the client was given.
+        drop_usage: take out the closing usage event.
+    Attributes: as `AnswerReader` has them. Pending are events without text.
+    """
+
+    __slots__ = (
+        "_drop_usage",
+        "_early_ids",
+        "_early_size",
+        "_edit",
+        "_hide_ids",
+        "_last_event",
+        "_live",
+        "_opened",
+        "_opening",
+        "_prompt",
+        "_transcript",
+        "_url",
+        "done",
+        "failure",
+        "has_content",
+        "pending",
+        "usage",
+    )
+
+    sequence = -1
+    end_name = "[DONE]"
+    awaited: asyncio.Future[None] | None = None
+
+    def __init__(self, url: str, edit: Edit, transcript: TokenLog, drop_usage: bool) -> None:
+        self._url = url
+        self._edit = edit
+        self._hide_ids = edit.hide_ids
+        self._transcript = transcript
+        self._drop_usage = drop_usage
+        self._live = False  # the client is given what is read
+        self._prompt = b""  # its ids
+        self._opening: bytes | None = None  # the first event with a choice, as the client sees it
+        self._opened = False  # the transcript has that
+        self._early_ids: list[bytes] = []  # of tokens that came before there was something to read
+        self._early_size = 0  # bytes of them
+        self.pending = b""  # events without text, as the client will see them together with the next that has some
+        self._last_event = b""
+        self.done = False
+        self.failure: BackendError | None = None
+        self.has_content = False
+        self.usage: Usage | None = None
+
+    @property
+    def kept(self) -> int:
+        return len(self._prompt) + self._early_size
+
+    @property
+    def fast_path(self) -> bool:
+        # A client that wants the token ids itself gets them as they come, while the transcript is told of them.
+        return self._hide_ids or not self._transcript.continuable
+
+    def pattern(self, sample: bytes) -> TokenPattern | None:
+        return learn_pattern(sample, self._edit, with_ids=self._hide_ids)
+
+    def go_live(self) -> None:
+        self._live = True
+        if not self._opened and self._opening is not None:
+            self._open(self._opening)
+
+    def rewind(self) -> None:
+        if self._opened:
+            self._transcript.rewind()
+
+    def ending(self) -> bytes:
+        if self.usage is None and not self._drop_usage and self._transcript.continuable:
+            return self._transcript.closing(usage=True)  # its engine left out what the client wants
+        return self._last_event
+
+    def check(self, block: bytes) -> None:
+        """Nothing: its events never wait."""
+
+    def read(self, block: bytes, last: bool, fast_path: FastPath) -> tuple[bytes, int]:
+        if not self._live:
+            if len(block) <= _LARGE:
+                return self._inspect(block, last, fast_path)
+            return self._read_first(block, last, fast_path)
+        if not self._transcript.continuable and self._edit.idle and (count := count_ordinary(block)):
+            if count == 1:
+                fast_path.learn(block)
+            return block, count
+        if len(block) <= _LARGE and block.find(NOT_FINISHED) < 0:
+            return self._inspect(block, last, fast_path)
+        return self._read_rest(block, last, fast_path, b"", 0)
+
+    def _read_first(self, block: bytes, last: bool, fast_path: FastPath) -> tuple[bytes, int]:
+        """Read an answer that begins with many events at once: its first ones show what the others are like."""
+        rest = block.split(b"\n\n", _FIRST_EVENTS)[-1]
+        shown, count = self._inspect(block[: len(block) - len(rest)], False, fast_path)
+        if self.failure is not None:
+            return shown, count
+        return self._read_rest(rest, last, fast_path, shown, count)
+
+    def _read_rest(self, rest: bytes, last: bool, fast_path: FastPath, shown: bytes, count: int) -> tuple[bytes, int]:
+        """Read what follows events of which `shown` and `count` came: the ordinary ones at its front are not parsed."""
+        if (self._live or count) and (self._hide_ids or not self._transcript.continuable):
+            more, taken, rest = fast_path.take(rest)
+            if taken:
+                shown += self.pending + more
+                self.pending = b""
+                count += taken
+        if rest:
+            more, taken = self._inspect(rest, last, fast_path)
+            shown += more
+            count += taken
+        return shown, count
+
+    def _inspect(self, block: bytes, last: bool, fast_path: FastPath) -> tuple[bytes, int]:
+        """Parse events one by one; up to one that ends the stream, for which `failure` is set."""
+        shown: list[bytes] = []
+        count = 0
+        learns = None if last else fast_path
+        # Looked for once in all of them: nearly none has either.
+        odd, recomputed = names_handoff(block), block.find(b"recomputed") >= 0
+        for event, payload in sse.read(block):
+            if payload == b"[DONE]":
+                self.done = True
+                self._last_event = event
+                continue
+            if not payload:
+                shown.append(event)  # a comment that keeps the connection alive
+                continue
+            if self._opening is None and self._hide_ids and not self._prompt:
+                event, self._prompt = take_prompt_ids(event)
+                if self._prompt:
+                    payload = sse.payload(event)
+            try:
+                parsed = _decode_event(payload)
+            except UNDECODABLE as error:
+                self.failure = BackendGarbled(f"{self._url} sent an event that is no answer: {error}")
+                break
+            if parsed.error is not None:
+                self.failure = engine_error_event(self._url, payload)
+                break
+            if recomputed and is_preempted(parsed):
+                self.failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
+                break
+            try:
+                if parsed.choices:
+                    count += self._read_choices(event, payload, parsed, odd, shown, learns)
+                else:
+                    shown.append(self._read_closing(event, payload, parsed.usage))
+            except Undecodable as error:
+                self.failure = BackendGarbled(f"{self._url} sent an event that cannot be edited: {error}")
+            if self.failure is not None:
+                break
+        return b"".join(shown), count
+
+    def _read_closing(self, event: bytes, payload: bytes, raw_usage: msgspec.Raw) -> bytes:
+        """An event without choices, as the client sees it: that with the usage, mostly."""
+        if raw_usage is not ABSENT and (usage := read_usage(raw_usage)):
+            self.usage = usage
+            if self._drop_usage:
+                return b""
+        return self._edit.closing(event, payload, self.usage)
+
+    def _read_choices(
+        self,
+        event: bytes,
+        payload: bytes,
+        parsed: Event,
+        odd: bool,
+        shown: list[bytes],
+        fast_path: FastPath | None,
+    ) -> int:
+        """Read an event with choices, and append what the client sees of it.
+
+        Returns:
+            the number of token events that it is: 1 or 0.
+        Raises:
+            Undecodable: something is to be changed in it, and it is no JSON.
+        """
+        choices = parsed.choices or []  # there are some
+        if parsed.usage is not ABSENT:
+            event, payload = self._note_usage(event, payload, parsed.usage)
+        choice, several = choices[0], len(choices) > 1
+        delta, finished = choice.delta, choice.finish_reason is not None
+        content = choice.text if delta is None else delta.get("content")
+        visible = bool(content) or (delta is not None and has_more(delta))
+        if (several or (finished and choice.finish_reason not in ORDINARY)) and self._is_aborted(choices):
+            return 0
+        ids = b"" if choice.token_ids is ABSENT else bytes(choice.token_ids)
+        hidden = not visible and not finished and delta is not None and self._is_hidden(delta, payload)
+        as_shown = b"" if hidden else self._edit.event(event, payload, ids, odd)
+        if self._opening is None:
+            self._opening = as_shown
+            if not self._prompt:
+                self._prompt = inner_ids(bytes(parsed.prompt_token_ids) or bytes(choice.prompt_token_ids))
+        # The opening role chunk shows nothing of decode; any choice beyond it does.
+        token = visible or finished or delta is None or "role" not in delta or (several and carries_token(choices[1:]))
+        if token and not self.has_content:
+            self.has_content = visible or self._live or has_content(choices)
+        if not token or not self.has_content:
+            if ids:
+                self._early_ids.append(ids)
+                self._early_size += len(ids)
+            shown.append(as_shown)
+        elif self._write_down(choices, ids, content, visible):
+            if self.pending:
+                as_shown, self.pending = self.pending + as_shown, b""
+            shown.append(as_shown)
+            if visible and fast_path is not None and is_ordinary(choices):
+                fast_path.learn(event)
+        else:
+            self.pending += as_shown
+        return 1 if token else 0
+
+    def _note_usage(self, event: bytes, payload: bytes, raw_usage: msgspec.Raw) -> tuple[bytes, bytes]:
+        """Keep the usage of an event with choices; the event and its payload, with prefill's counts in it."""
+        if usage := read_usage(raw_usage):
+            self.usage = usage
+            if usage.prompt_tokens_details is not None:
+                return self._edit.recounted(event, payload)
+        return event, payload
+
+    def _is_aborted(self, choices: list[Choice]) -> bool:
+        """Whether the engine gives the request up with these choices; `failure` is set then. Text that comes with them
+        is of tokens behind the last one whose text was sent: they are made again."""
+        reason = abort_of(choices)
+        if reason is not None:
+            self.failure = aborted(self._url, reason)
+        return reason is not None
+
+    def _write_down(self, choices: list[Choice], ids: bytes, content: str | None, visible: bool) -> bool:
+        """Write a token event down in the transcript. Returns whether it goes out at once: one without text waits for
+        the next with text; should the stream be resumed before that, its token is generated again.
+
+        Arguments:
+            ids: its tokens', as the JSON list.
+            content: its text.
+            visible: it gives the client something to read.
+        """
+        transcript, choice = self._transcript, choices[0]
+        if not self._opened:
+            assert self._opening is not None
+            self._open(self._opening)
+        finished, delta = choice.finish_reason is not None, choice.delta
+        if len(choices) > 1:
+            transcript.close([choice.index for choice in choices if choice.finish_reason is not None])
+        elif finished:
+            transcript.close((choice.index,))
+        if visible and not content:
+            assert delta is not None
+            transcript.spoil("tool_calls" if delta.get("tool_calls") else "reasoning")
+        if not transcript.continuable:
+            return True
+        transcript.note(inner_ids(ids), content or visible)
+        return visible or finished or (delta is not None and "role" in delta)
+
+    def _open(self, opening: bytes) -> None:
+        """The client will be given the first event, and what came before the content."""
+        self._opened = True
+        self._transcript.mark()
+        if not self._transcript.first:
+            self._transcript.open(opening, self._prompt)
+        for ids in self._early_ids:
+            self._transcript.note(inner_ids(ids), False)
+
+    def _is_hidden(self, delta: dict[str, Any], payload: bytes) -> bool:
+        """Whether an event without text is not for this client: nothing in it is what the client asked for, and it
+        would not be there if the gateway had not asked for token ids (a parser holds its token back), or it opens an
+        answer that has begun."""
+        if not delta:
+            return self._hide_ids and is_frame(payload)
+        opens_again = self._edit.identity is not None and not self._edit.opens and "role" in delta
+        return opens_again and is_frame(payload, frame=OPENING_FRAME)

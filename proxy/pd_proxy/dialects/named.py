@@ -1,0 +1,301 @@
+"""Streams whose events say what they are: Anthropic's messages, OpenAI's responses, SGLang's own.
+
+`NamedEvents` says of one API which events open an answer, which bring tokens and which end it; `NamedReader` reads a
+stream by that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, is_null, json_decoder
+from pd_proxy.dialects import sse
+from pd_proxy.dialects import whole as whole_answers
+from pd_proxy.dialects.aborts import abort_in, aborted
+from pd_proxy.dialects.cache_counts import CacheCounts
+from pd_proxy.dialects.dialect import FastPath, TokenLog
+from pd_proxy.dialects.edit import Edit
+from pd_proxy.dialects.engine_errors import engine_error_event
+from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
+from pd_proxy.dialects.strip import names_handoff, strip_handoff, write_event
+from pd_proxy.dialects.token_pattern import TokenPattern
+from pd_proxy.dialects.usage import Usage, read_usage
+from pd_proxy.dialects.whole import WholeAnswer, decode_whole
+from pd_proxy.encoding import ABSENT, encode_json
+from pd_proxy.errors import BackendError, BackendGarbled, BackendPreempted
+
+
+class NamedEvent(msgspec.Struct):
+    """What is read of an event.
+
+    Attributes:
+        sequence_number: its place in the stream, where events are numbered; else -1.
+    """
+
+    type: str = ""
+    sequence_number: int = -1
+    usage: msgspec.Raw = ABSENT
+    response: msgspec.Raw = ABSENT
+    error: msgspec.Raw = ABSENT
+    delta: msgspec.Raw = ABSENT
+
+
+class _Answer(msgspec.Struct):
+    usage: msgspec.Raw = ABSENT
+    error: msgspec.Raw = ABSENT
+
+
+_decode_event = json_decoder(NamedEvent)
+_decode_answer = json_decoder(_Answer)
+
+
+class NamedEvents(msgspec.Struct, frozen=True):
+    """The events of one API, and its answers in one piece.
+
+    Attributes:
+        generated: the member of a whole answer that holds what was generated.
+        opening: events that give the client nothing by themselves: those before the first token, and those that close
+            what has no content. An engine may say them and then fail.
+        tokens: how the names of events end that bring tokens.
+        last: events of which one ends the answer.
+        failed: events of which one says that the engine could not finish.
+        inside: members of an event that hold the answer's own object, and with it its usage.
+        preempted: bytes by which an engine says that it dropped the request to get at its memory; or nothing.
+        ends: events that say why the answer ended.
+    """
+
+    generated: str
+    opening: frozenset[str]
+    tokens: str
+    last: frozenset[str]
+    failed: frozenset[str]
+    inside: tuple[str, ...]
+    preempted: bytes = b""
+    ends: frozenset[str] = frozenset()
+
+    # The dialect
+
+    def reader(
+        self,
+        url: str,
+        edit: Edit,
+        transcript: TokenLog,
+        *,
+        drop_usage: bool,
+        prompts: int = 0,
+        logprobs: PromptLogprobs | None = None,
+    ) -> NamedReader:
+        return NamedReader(self, url, edit, transcript)
+
+    def whole(self, url: str, answer: bytes) -> WholeAnswer:
+        return whole_answers.read_checked(self, url, answer)
+
+    def abort_reason(self, answer: bytes) -> object:
+        return whole_answers.abort_reason(self, answer)
+
+    # Answers in one piece, as `whole.py` asks
+
+    @property
+    def preempted_whole(self) -> bytes:
+        return self.preempted
+
+    def decode_whole(self, answer: bytes) -> WholeAnswer:
+        return decode_whole(answer)
+
+    def abort_reason_of(self, answer: WholeAnswer) -> object:
+        return abort_in(answer.choices)
+
+    def error_payload(self, answer: bytes, parsed: WholeAnswer) -> bytes:
+        return b'{"error":%b}' % bytes(parsed.error)
+
+    # Events
+
+    @property
+    def rewrites(self) -> bool:
+        """Every event is written anew by `rewritten`."""
+        return False
+
+    @property
+    def awaited(self) -> asyncio.Future[None] | None:
+        """Done when events can be made the client's; None where they always can."""
+        return None
+
+    def read(self, payload: bytes) -> NamedEvent:
+        """An event.
+
+        Raises:
+            BackendGarbled: it is none.
+        """
+        try:
+            return _decode_event(payload)
+        except Undecodable as error:
+            raise BackendGarbled(f"an event that is no answer: {error}") from None
+
+    def failure(self, event: NamedEvent, payload: bytes) -> bytes:
+        """An object with the `error` that an event tells of, or nothing where it tells of none."""
+        if event.type not in self.failed:
+            return b"" if is_null(event.error) else payload
+        if memoryview(event.error):
+            return payload
+        try:
+            error = _decode_answer(event.response).error
+        except Undecodable:
+            error = ABSENT
+        # OpenAI's own `error` event has its parts beside its type.
+        return encode_json({"error": error if memoryview(error) else msgspec.Raw(payload)})
+
+    def abort_reason_in(self, event: NamedEvent) -> object:
+        """Of an event among `ends`: by which word the engine gave the request up, or None where it did not."""
+        return None
+
+    def is_empty(self, event: NamedEvent) -> bool:
+        """Whether an event that counts as a token gives the client nothing to read."""
+        return False
+
+    def usage(self, event: NamedEvent) -> Usage | None:
+        """The usage that an event tells of."""
+        if not memoryview(event.response):
+            return read_usage(event.usage)
+        try:
+            return read_usage(_decode_answer(event.response).usage)
+        except Undecodable:
+            return None
+
+    def rewritten(self, name: str, payload: bytes) -> bytes:
+        """An event, without what belongs to the hand-off."""
+        return write_event(strip_handoff(payload), name.encode())
+
+    def recounted(self, event: bytes, name: str, payload: bytes, counts: CacheCounts) -> bytes:
+        """An event that tells of a usage, with prefill's counts in it."""
+        changed = counts.into(payload)
+        for inside in self.inside:
+            changed = counts.into(changed, inside)
+        return event if changed == payload else write_event(changed, name.encode())
+
+
+class NamedReader:
+    """Reads one stream of named events.
+
+    Arguments:
+        events: of its API.
+        url: the backend, for messages.
+        edit: of its members only `counts` are for such events.
+        transcript: learns that the answer is whole.
+    Attributes: as `AnswerReader` has them.
+    """
+
+    __slots__ = (
+        "_edit",
+        "_events",
+        "_last_event",
+        "_live",
+        "_transcript",
+        "_url",
+        "done",
+        "failure",
+        "has_content",
+        "sequence",
+        "usage",
+    )
+
+    kept = 0
+    pending = b""
+    fast_path = False
+    end_name = "its last event"
+
+    def __init__(self, events: NamedEvents, url: str, edit: Edit, transcript: TokenLog) -> None:
+        self._events = events
+        self._url = url
+        self._edit = edit
+        self._transcript = transcript
+        self._live = False
+        self._last_event = b""
+        self.sequence = -1
+        self.done = False
+        self.failure: BackendError | None = None
+        self.has_content = False
+        self.usage: Usage | None = None
+
+    @property
+    def awaited(self) -> asyncio.Future[None] | None:
+        return self._events.awaited
+
+    def go_live(self) -> None:
+        self._live = True
+
+    def rewind(self) -> None:
+        """Nothing: none of it is written down."""
+
+    def ending(self) -> bytes:
+        return self._last_event
+
+    def pattern(self, sample: bytes) -> TokenPattern | None:
+        return None
+
+    def check(self, block: bytes) -> None:
+        for _, payload in sse.read(block):
+            try:
+                failed = self._events.failure(self._events.read(payload), payload) if payload else b""
+            except (BackendGarbled, Undecodable) as error:
+                self.failure = BackendGarbled(f"{self._url} sent what cannot be read: {error}")
+                return
+            if failed:
+                self.failure = engine_error_event(self._url, failed)
+                return
+
+    def read(self, block: bytes, last: bool, fast_path: FastPath) -> tuple[bytes, int]:
+        """Read events. One that follows the opening ones counts as a token even where it brings none: an answer may be
+        empty."""
+        events = self._events
+        counts = None if self._edit.counts is None else self._edit.counts()
+        shown: list[bytes] = []
+        count = 0
+        for event, payload in sse.read(block):
+            if self.done:
+                self._last_event += event
+                continue
+            if not payload:
+                shown.append(event)  # a comment that keeps the connection alive
+                continue
+            try:
+                named = events.read(payload)
+                if events.rewrites or names_handoff(event):
+                    event = events.rewritten(named.type, payload)
+                    payload = sse.payload(event)
+            except (BackendGarbled, Undecodable) as error:
+                self.failure = BackendGarbled(f"{self._url} sent what cannot be read: {error}")
+                break
+            self.failure = self._failure(named, payload)
+            if self.failure is not None:
+                break
+            usage = events.usage(named)
+            if usage is not None:
+                self.usage = usage
+            if counts is not None and (usage is not None or named.type in events.opening):
+                event = events.recounted(event, named.type, payload, counts)
+            if named.type in events.last:
+                self.done = self._transcript.finished = True
+                self._last_event = event
+            else:
+                shown.append(event)
+            self.sequence = max(self.sequence, named.sequence_number)
+            if named.type.endswith(events.tokens) or (
+                not count and not self._live and named.type not in events.opening
+            ):
+                count += 1
+                if not self.has_content:
+                    self.has_content = not events.is_empty(named)
+        return b"".join(shown), count
+
+    def _failure(self, event: NamedEvent, payload: bytes) -> BackendError | None:
+        """The error that an event stands for, if it stands for one."""
+        events = self._events
+        if failed := events.failure(event, payload):
+            return engine_error_event(self._url, failed)
+        if event.type in events.ends and (reason := events.abort_reason_in(event)) is not None:
+            return aborted(self._url, reason)
+        if events.preempted and payload.find(events.preempted) >= 0:
+            return BackendPreempted(f"{self._url} gave the request up for want of memory")
+        return None

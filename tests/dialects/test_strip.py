@@ -1,0 +1,72 @@
+"""What engines say of a hand-off, and no client sees."""
+
+from __future__ import annotations
+
+import pytest
+from pd_proxy.decoding import Undecodable
+from pd_proxy.dialects.strip import strip_handoff
+
+
+@pytest.mark.parametrize("field", ["kv_transfer_params", "ec_transfer_params"])
+def test_the_hand_off_is_taken_out_of_an_answer_and_the_rest_stays_byte_for_byte(field: str) -> None:
+    kept = b'{"id":"a","x":1.10,"choices":[{"text":"\\u00e9\\/","n":1e2}]}'
+    given_ = kept[:-1] + b',"' + field.encode() + b'":{"remote_host":"10.0.0.1","deep":[{"a":[]}]}}'
+    assert strip_handoff(given_) == kept
+
+
+def test_the_hand_off_is_taken_out_of_choices_too() -> None:
+    kept = b'{"id":"a","choices":[{"text":"\\u00e9\\/","n":1e2},{"text":"b"}],"x":1.10}'
+    given_ = kept.replace(b'"}', b'","disaggregated_params":{"ctx_info_endpoint":"10.0.0.1"}}')
+    given_ = given_.replace(b"1e2}", b'1e2,"disaggregated_params":null}')
+    assert strip_handoff(given_) == kept
+
+
+@pytest.mark.parametrize("choices", [b"7", b"null", b"[1]", b'"x"'])
+def test_a_clients_own_words_are_left_alone(choices: bytes) -> None:
+    body = b'{"choices":' + choices + b',"tools":[{"disaggregated_params":1}]}'
+    assert strip_handoff(body) == body
+
+
+@pytest.mark.parametrize(
+    "where", [b'{"error":%b}', b'{"choices":[1,%b]}', b'{"message":%b}', b'{"response":%b}', b"[%b]"]
+)
+def test_the_hand_off_is_taken_out_wherever_engines_answer(where: bytes) -> None:
+    inner = b'{"kv_transfer_params":1,"a":1e2,"disaggregated_params":2}'
+    assert strip_handoff(where % inner) == where % b'{"a":1e2}'
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        rb"kv\u005ftransfer_params",
+        rb"kv_transfer\u005Fparams",
+        rb"\u006bv_transfer_params",
+        rb"kv_transfer_param\u0073",
+        rb"\u0065c_transfer_params",
+        rb"".join(b"\\u%04x" % letter for letter in b"kv_transfer_params"),
+    ],
+)
+@pytest.mark.parametrize(
+    "form", [b'{"%b":%b,"a":1}', b'{"a":1,"choices":[{"%b":%b}]}', b'[{"%b":%b}]', b'{"message":{"%b" : %b}}']
+)
+def test_the_hand_off_is_taken_out_however_its_name_is_spelled(name: bytes, form: bytes) -> None:
+    shown = strip_handoff(form % (name, b'{"remote_host":"10.0.0.1"}'))
+    assert b"10.0.0.1" not in shown
+    assert b"remote_host" not in shown
+
+
+def test_what_may_carry_a_hand_off_and_is_no_json_is_not_given_on() -> None:
+    with pytest.raises(Undecodable):
+        strip_handoff(b'{"kv_transfer_params":{"remote_host":"10.0.0.1"},"a":')
+    with pytest.raises(Undecodable):
+        strip_handoff(b'{"kv_transfer_params":{"remote_host":"10.0.0.1"},"caf\xe9":1}')
+
+
+def test_escapes_of_other_letters_cost_no_decoding_and_change_nothing() -> None:
+    body = b'{"text":"\\u00e9\\u000a\\u003c","n":1e2}'
+    assert strip_handoff(body) is body
+
+
+@pytest.mark.parametrize("body", [b'{"a":1}', b"", b"<html>", b'{ "spaces" : [ ] }', b'{"text":"kv_transfer_params"}'])
+def test_a_body_without_a_hand_off_is_not_touched(body: bytes) -> None:
+    assert strip_handoff(body) == body
