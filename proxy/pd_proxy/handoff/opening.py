@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.dialects.strip import strip_members
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.requests.body import Body
 
@@ -27,7 +28,6 @@ _NULL = msgspec.Raw(b"null")
 _OPENING = msgspec.Raw(b'[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]')
 _DONE = b"data: [DONE]\n\n"
 _STREAMED = {"chat": msgspec.Raw(b'"chat.completion.chunk"'), "completions": msgspec.Raw(b'"text_completion"')}
-_ENDPOINTS_OWN = ("kv_transfer_params", "ec_transfer_params")
 
 Merge = Callable[[dict[str, Any]], dict[str, Any]]
 """Decode's `usage` -> that of the whole answer."""
@@ -129,8 +129,7 @@ def _event(members: dict[str, Any]) -> bytes:
 
 def whole_answer(first: FirstToken, body: Body) -> bytes:
     """Prefill's answer, which is all there is to say."""
-    members = {name: value for name, value in first.answer.items() if name not in _ENDPOINTS_OWN}
-    return _encode(_with_ids(members, [dict(first.choice)], body, first))
+    return _encode(strip_members(_with_ids(dict(first.answer), [dict(first.choice)], body, first)))
 
 
 def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) -> bytes:
@@ -159,11 +158,10 @@ def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) ->
         members["usage"] = msgspec.Raw(_encode(merge(_decode_object(members["usage"]))))
     except (Undecodable, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"it cannot be joined to its first token: {error}") from None
-    members = {name: value for name, value in members.items() if name not in _ENDPOINTS_OWN}
     for name in ("id", "created", "model"):
         if name in members:
             members[name] = first.answer[name]
-    return _encode(_with_ids(members, [rest], body, first))
+    return _encode(strip_members(_with_ids(members, [rest], body, first)))
 
 
 def _with_ids(
