@@ -118,6 +118,7 @@ def findings_page() -> str:
         [
             NOTE,
             "# Findings\n",
+            "For operators: what `pd-proxy doctor` says about engines, and what to do.\n",
             "What [`pd-proxy doctor`](operating.md#doctor), [warm-ups](operating.md#warm-up) and `GET /admin/backends` "
             "find wrong with engines and pairs of them, by its code, and what to do.\n",
             table(("code", "meaning", "what to do"), rows),
@@ -137,6 +138,7 @@ def settings_page() -> str:
     parts = [
         NOTE,
         "# Settings\n",
+        "For operators: every setting, with its default and the reason for it.\n",
         "A setting has one name in the file, in the environment and as a flag of `pd-proxy serve`, where hyphens stand "
         "for its underscores. Flags win over variables, variables over the file. Unknown names are refused in all "
         "three. `pd-proxy check FILE` says what is wrong with a file, and in which line.\n",
@@ -230,6 +232,7 @@ def metrics_page() -> str:
         [
             NOTE,
             "# Metrics\n",
+            "For operators: every metric of the gateway, with its labels.\n",
             "`GET /metrics` answers in Prometheus' text format, or in OpenMetrics when asked for; on the main port, or "
             "on `metrics.port`. Times are seconds, as the client saw them. Beside these there are the usual "
             "`process_*` and `python_info`.\n",
@@ -287,6 +290,7 @@ def errors_page() -> str:
         [
             NOTE,
             "# Errors\n",
+            "For client developers and operators: every error that the gateway answers with.\n",
             "Every error has OpenAI's shape, so that clients' libraries understand it, and on `/v1/messages` "
             "Anthropic's ([routes](generating-routes.md#errors)):\n",
             '```json\n{"error": {"message": "…", "type": "…", "param": null, "code": "…"}}\n```\n',

@@ -19,7 +19,8 @@ from pd_proxy.flow.single import ROUTES
 from pd_proxy.settings import flags
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *DOCS]
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -120,6 +121,25 @@ def test_every_relative_link_points_to_something_that_exists(page: Path) -> None
         if not target.exists() or (parts.fragment and parts.fragment not in anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_every_page_says_first_for_whom_it_is(page: Path) -> None:
+    text = re.sub(r"\A<!--.*?-->\s*", "", page.read_text(encoding="utf-8"))
+    title, paragraph = text.split("\n\n")[:2]
+    assert title.startswith("# ")
+    assert paragraph.startswith("For "), f"{page.name} begins with {paragraph[:60]!r}"
+
+
+def test_every_decision_is_in_the_list_and_at_most_a_page() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = set(LINK.findall((folder / "README.md").read_text(encoding="utf-8")))
+    pages = {page.name for page in folder.glob("*.md")} - {"README.md"}
+    assert listed == pages
+    for name in pages:
+        text = (folder / name).read_text(encoding="utf-8")
+        assert len(text.split()) < 400, name
+        assert [part for part in ("**Decision.**", "**Why.**", "**What it costs.**") if part not in text] == []
 
 
 def test_the_readme_shows_commands_of_every_kind() -> None:

@@ -18,6 +18,8 @@ _HEAD = f"""\
 
 # Fault matrix
 
+For operators and contributors: what a failure of an engine looks like from outside.
+
 What a client gets when one backend of a pool fails, by fault and by stage, with one healthy backend left in each pool.
 Each cell was run for chat and for completions, against two prefill and two decode simulators over real sockets, with
 greedy sampling and {TOKENS} tokens; where the two endpoints differ, both are shown. The fault sits on the pair that the
