@@ -57,6 +57,23 @@ def members(shown: bytes) -> dict[str, Any]:
     return value
 
 
+ROLE = chat({"role": "assistant", "content": ""})
+FIRST, SECOND, THIRD = (chat({"content": token}) for token in ("Hel", "lo", " you"))
+END = chat({}, finish_reason="stop")
+USAGE = event({"id": "chatcmpl-1", "choices": [], "usage": COUNTS})
+FAILURE = event({"error": {"message": "Internal server error", "type": "InternalServerError", "code": 500}})
+
+
+class Clock:
+    """A clock that a test turns by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class CountingConnection(Connection):
     """A connection that keeps the reads that were its own to parse."""
 
