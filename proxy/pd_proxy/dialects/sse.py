@@ -91,7 +91,9 @@ def read(block: bytes) -> list[tuple[bytes, bytes]]:
         if block.count(b"\n") == 2 * len(payloads) and _CR not in block:
             if len(payloads) == 1:
                 return [(block, payloads[0])]
-            return [(b"data: " + payload + b"\n\n", payload) for payload in payloads]
+            # Not named like the function below: CPython 3.12.1 inlines both comprehensions, and then takes `payload` in
+            # the other one for a local variable that was never set.
+            return [(b"data: " + one + b"\n\n", one) for one in payloads]
     return [(event, payload(event)) for event in split(block)]
 
 
