@@ -44,8 +44,7 @@ LONG_FILES = {
     "pd_proxy/fleet/health/prober.py": 608,
     "pd_proxy/fleet/speeds.py": 726,
     # flow
-    "pd_proxy/flow/flow.py": 595,
-    "pd_proxy/flow/legs.py": 452,
+    "pd_proxy/flow/flow.py": 592,
     # http
     "pd_proxy/http/client.py": 580,
     # requests

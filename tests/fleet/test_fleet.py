@@ -439,11 +439,11 @@ def test_a_prefill_backend_that_is_removed_is_kept_while_decode_may_still_read_f
     made.remove("http://prefill0", "prefill")
     made.forget_idle()
     assert (left, backend.drained) == ([], False)
-    pending.close()
+    pending.settle()
     assert backend.attention.is_set()
     made.forget_idle()
     assert left == [backend]
-    pending.close()
+    pending.settle()
     assert (backend.open_handoffs, made.handoffs_pending) == (0, 0)
 
 

@@ -14,7 +14,7 @@ from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.fleet.health.identity import EngineIdentity
 from pd_proxy.fleet.outlier.statistics import LegName
 from pd_proxy.flow.callbacks import Callbacks
-from pd_proxy.flow.pending_handoff import PendingHandoff
+from pd_proxy.flow.pending_handoff import HandoffUse, PendingHandoff
 from pd_proxy.flow.prompts import Sent
 from pd_proxy.flow.request import Request, leg_id, new_id
 from pd_proxy.handoff.connector import Connector, Handoff
@@ -74,9 +74,9 @@ class Attempt(msgspec.Struct):
     def release_leg(self) -> Leg | None:
         """A leg that frees prefill's blocks of a hand-off that nobody reads; None where there is no safe one."""
         pending = self.pending
-        if pending is None or pending.use == "reading":
+        if pending is None or pending.use is HandoffUse.READING:
             return None
-        return self.plan.release_leg(pending.handoff, sent=pending.use == "refused")
+        return self.plan.release_leg(pending.handoff, sent=pending.use is HandoffUse.REFUSED)
 
     @property
     def continuation(self) -> Continuation | None:

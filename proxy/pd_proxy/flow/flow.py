@@ -40,7 +40,7 @@ from pd_proxy.flow.encoders import Encoders
 from pd_proxy.flow.first_token import FirstTokens
 from pd_proxy.flow.hops import Hops
 from pd_proxy.flow.legs import Legs
-from pd_proxy.flow.pending_handoff import PendingHandoff
+from pd_proxy.flow.pending_handoff import HandoffUse, PendingHandoff
 from pd_proxy.flow.placing import Placing, continues
 from pd_proxy.flow.prompts import Sent
 from pd_proxy.flow.request import Request
@@ -341,7 +341,7 @@ class Flow:
             else:
                 await _ended(prefilling)
                 if not _went_well(prefilling):
-                    pending.close()  # it keeps nothing
+                    pending.settle()  # it keeps nothing
 
     async def _prefill_when_called(self, attempt: Attempt, lease: Lease, decode: Backend, call: Call) -> None:
         """The prefill leg, once decode's engine has called back."""
@@ -374,16 +374,13 @@ class Flow:
     def _put_away(self, attempt: Attempt) -> None:
         """A try has ended: blocks of a hand-off that it did not use are freed, in the background."""
         pending = attempt.pending
-        if pending is None or not pending.open:
-            return
-        if pending.use == "freed":  # a second word of it would be of blocks that may be another request's by now
-            pending.close()
+        if pending is None or pending.use is HandoffUse.SETTLED:
             return
         leg = attempt.release_leg()
         if leg is None:
             if attempt.plan.connector.traits.lease < inf:
                 self._telemetry.handoff_released(False)
-            pending.close()
+            pending.settle()
             return
         self._in_background(self._release(attempt, pending, leg, attempt.request.record.decode))
 
@@ -421,7 +418,7 @@ class Flow:
                     avoid.add(backend.url)
         finally:
             self._telemetry.handoff_released(released)
-            pending.close()
+            pending.settle()
 
     async def close(self) -> None:
         """Wait for what runs in the background; what fails now is not tried again."""

@@ -24,7 +24,6 @@ from pd_proxy.dialects.strip import strip_handoff
 from pd_proxy.dialects.usage import read_usage
 from pd_proxy.dialects.whole import decode_whole
 from pd_proxy.errors import (
-    BackendAnswered,
     BackendError,
     BackendGarbled,
     BackendRejected,
@@ -65,7 +64,7 @@ def _heard(attempt: Attempt, lease: Lease, relay: StreamRelay) -> None:
         attempt.request.record.handoff_seconds = seconds = now - pending.since
         if sent is not None:
             lease.backend.speeds.handed_over(seconds, attempt.request.prefill_tokens, now)
-        pending.close()
+        pending.settle()
     if sent is not None:
         sent.heard()
     lease.on_lost = relay.suspect  # from here on the stream itself knows best whether it is alive
@@ -258,7 +257,7 @@ class Legs:
         if attempt.sent is not None:
             attempt.sent.ended()
         if attempt.pending is not None:
-            attempt.pending.close()
+            attempt.pending.settle()
         record.status = 200
         request.client.respond(200, request.headers(JSON), shown)
 
@@ -413,7 +412,7 @@ class Legs:
             receiver,
             within=self._time_left(pending),
             check=attempt.check if reads and attempt.first is not None else None,
-            sent=pending.sent,
+            sent=pending.sent if reads else None,
         )
 
     def bound(self, plan: Plan) -> float:
@@ -441,11 +440,7 @@ class Legs:
 
     def _note(self, backend: Backend, error: BackendError, leg: LegName, attempt: Attempt) -> None:
         if attempt.pending is not None and leg == "decode":
-            if isinstance(error, BackendAnswered):
-                frees = isinstance(error, BackendRejected) and error.handled and attempt.plan.refusal_frees
-                attempt.pending.use = "freed" if frees else "refused"
-            elif error.unread:
-                attempt.pending.use = "none"
+            attempt.pending.leg_failed(error, refusal_frees=attempt.plan.refusal_frees)
         if isinstance(error, BackendRejected):
             self._fleet.succeeded(backend, leg)  # an engine that judges requests is alive
         elif not isinstance(error, HandoffExpired):

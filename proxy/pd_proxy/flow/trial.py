@@ -29,7 +29,7 @@ from pd_proxy.flow.attempt import Attempt, new_attempt, remember
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.discard import DiscardingClient, DiscardingTelemetry
 from pd_proxy.flow.legs import Legs
-from pd_proxy.flow.pending_handoff import PendingHandoff
+from pd_proxy.flow.pending_handoff import HandoffUse, PendingHandoff
 from pd_proxy.flow.request import Request, new_id
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.handoff.side import side_of
@@ -292,7 +292,7 @@ class Trials:
     async def _put_away(self, attempt: Attempt, decode: Backend) -> None:
         """Free prefill's blocks of a hand-off that decode has not read."""
         pending = attempt.pending
-        if pending is None or not pending.open:
+        if pending is None or pending.use is HandoffUse.SETTLED:
             return
         try:
             if leg := attempt.release_leg():
@@ -300,7 +300,7 @@ class Trials:
         except BackendError as error:
             log.debug("%s: a trial's hand-off was not released: %s", decode.url, error)
         finally:
-            pending.close()
+            pending.settle()
 
     async def _together(
         self, attempt: Attempt, prefill: Backend, lease: Lease, decode: Backend, decode_lease: Lease, course: _Course
@@ -320,7 +320,7 @@ class Trials:
                         attempt.heard = await course.leg("decode", call.wait(PATIENCE))
                     await course.leg("prefill", self._legs.prefill(attempt, prefill, lease))
         finally:
-            attempt.pending.close()
+            attempt.pending.settle()
 
     # What it means
 
