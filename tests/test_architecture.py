@@ -44,7 +44,7 @@ LONG_FILES = {
     "pd_proxy/fleet/health/prober.py": 608,
     "pd_proxy/fleet/speeds.py": 726,
     # flow
-    "pd_proxy/flow/flow.py": 592,
+    "pd_proxy/flow/flow.py": 591,
     # http
     "pd_proxy/http/client.py": 580,
     # requests
@@ -66,7 +66,6 @@ LONG_FUNCTIONS = {
     "pd_proxy/fleet/backend.py": 53,
     # flow
     "pd_proxy/flow/flow.py": 56,
-    "pd_proxy/flow/legs.py": 54,
     "pd_proxy/flow/single.py": 62,
 }
 """Files that still have longer functions, with the most lines of the longest. The same rule."""

@@ -100,7 +100,7 @@ GOOD: dict[str, Any] = {
     "ended": 101.0,
     "status": 200,
     "outcome": "ok",
-    "stage": "stream",
+    "where": "stream",
     "prefill": PREFILL,
     "decode": DECODE,
     "prefill_seconds": 0.02,
@@ -218,7 +218,7 @@ def test_every_failed_try_is_counted_by_leg_and_reason(scene: Scene) -> None:
 
 @pytest.mark.parametrize("stage", ["admission", "prefill", "decode", "stream"])
 def test_a_client_that_left_is_counted_by_where_its_request_was(scene: Scene, stage: str) -> None:
-    scene.finish(outcome="client_gone", stage=stage)
+    scene.finish(outcome="client_gone", where=stage)
     assert scene.value("pd_proxy_client_disconnects_total", stage=stage) == 1.0
 
 

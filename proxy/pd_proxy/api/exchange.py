@@ -82,7 +82,7 @@ async def exchange(
     finally:
         gate.leave(task)
         client.on_gone = None
-        record.ended = monotonic()
+        record.end(monotonic())
         if record.error and record.outcome in _NO_FAILURE:  # why earlier tries failed is in `retries` and `resumes`
             record.error = ""
         telemetry.finished(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 
 import msgspec
 
@@ -21,6 +22,7 @@ from pd_proxy.handoff.connector import Connector, Handoff
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.handoff.plan import Leg, Plan
 from pd_proxy.handoff.reuse import reusable
+from pd_proxy.relay.stream import StreamRelay
 from pd_proxy.requests.continuation import Continuation
 from pd_proxy.requests.endpoints import LAYOUTS, Members
 
@@ -38,7 +40,7 @@ class Attempt(msgspec.Struct):
         rest: the plan for what comes behind it.
         counts: of the prompt, as prefill says them; nothing is known before its answer.
         runs_out: its prefill leg, where that goes on without it.
-        heard: what decode's engine has called back with, for its prefill leg.
+        callback: what decode's engine has called back with, for its prefill leg.
         logprobs: of the prompts, as prefill says them, where the client's answer is to have them and decode's has none.
         sent: its prompt at its engines, where anybody wants to know.
         paced: somebody wants to know how fast its tokens come.
@@ -55,7 +57,7 @@ class Attempt(msgspec.Struct):
     counts: CacheCounts = CacheCounts()
     runs_out: asyncio.Task[None] | None = None
     alias: str = ""
-    heard: Members | None = None
+    callback: Members | None = None
     logprobs: PromptLogprobs | None = None
     sent: Sent | None = None
     paced: bool = False
@@ -115,6 +117,57 @@ class Attempt(msgspec.Struct):
         if self.sent is not None and self.pending is None:
             told = usage.prompt_tokens_details
             self.sent.counted(None if said or told is None else told.cached_tokens, counted)
+
+    def note_stream(self, relay: StreamRelay, said: int) -> None:
+        """Keep in the record what a decode leg has streamed, whether it ended well or not.
+
+        Arguments:
+            said: tokens of the answer that the leg continues.
+        """
+        request, record = self.request, self.request.record
+        request.gained, last_token = relay.given()
+        record.last_token = last_token or record.last_token
+        record.sequence = relay.sequence
+        record.tokens = said + request.gained
+        if usage := relay.usage:
+            record.tokens = said + (usage.completion_tokens or request.gained)
+            self.note_usage(usage, said)
+
+    def kv_cache_arrived(self, lease: Lease) -> None:
+        """Decode's first token is here, so its engine has the KV cache."""
+        sent = self.sent
+        if (pending := self.pending) is not None:
+            now = monotonic()
+            self.request.record.handoff_seconds = seconds = now - pending.since
+            if sent is not None:
+                lease.backend.speeds.handed_over(seconds, self.request.prefill_tokens, now)
+            pending.settle()
+        if sent is not None:
+            sent.heard()
+
+    def begin_stream(self, relay: StreamRelay) -> None:
+        """The first of decode's tokens that the client can read is about to go out."""
+        now = monotonic()
+        request, record = self.request, self.request.record
+        if record.first_token is not None:
+            before = record.last_token or now
+            if request.continuation is not None:
+                record.resume_gaps.append(now - before)
+            else:
+                record.handoff_gap = now - before
+            if record.first_token_from == "prefill":
+                record.second_token = record.second_token or now
+        request.begin_stream(now)
+
+    def learn_location(self, prefill: Lease, handoff: Handoff) -> None:
+        """Keep what prefill's answer says of its engine's coordinates, where the next try's legs need it beforehand."""
+        plan = self.plan
+        if not plan.connector.traits.negotiates or plan.handoff is not None:
+            return
+        backend = prefill.backend
+        located = plan.connector.remember(backend.coordinates, handoff, prefill.rank)
+        if located != backend.coordinates:
+            backend.remember(located)
 
     def check(self) -> None:
         """Called with a connection at hand, just before a leg is written to it.
@@ -178,17 +231,6 @@ def _answer_id(request: Request, decode: Backend) -> str:
     return request.stored.name(new_id(), decode.url, request.record.client)
 
 
-def remember(attempt: Attempt, prefill: Lease, handoff: Handoff | None) -> None:
-    """Prefill has answered: keep what it says of its engine's coordinates, where the legs had need of it."""
-    plan = attempt.plan
-    if handoff is None or not plan.connector.traits.negotiates or plan.handoff is not None:
-        return
-    backend = prefill.backend
-    located = plan.connector.remember(backend.coordinates, handoff, prefill.rank)
-    if located != backend.coordinates:
-        backend.remember(located)
-
-
-def leg_of(backend: Backend) -> LegName:
-    """What a leg that answers the client is to a backend: a prefill backend answers those who want one token."""
+def answering_leg(backend: Backend) -> LegName:
+    """What a leg that answers the client is to a backend. A prefill backend answers requests for one token."""
     return "prefill" if backend.role == "prefill" else "decode"

@@ -20,6 +20,7 @@ from pd_proxy.flow.request import Request, new_id
 from pd_proxy.handoff.encoder import TOKENS, Medium, encode_leg, encoded, read_encoded, read_media
 from pd_proxy.placement.spread import spread
 from pd_proxy.settings.tree import Settings
+from pd_proxy.telemetry.records import Stage
 
 log = logging.getLogger("pd_proxy.flow")
 
@@ -70,8 +71,7 @@ class Encoders:
         record = request.record
         if not any(backend.group == group for backend in self._fleet.pool("encode")):
             return
-        if not request.client.started:
-            record.stage = "encode"
+        request.reach(Stage.ENCODING)
         found = [b for b in self._fleet.candidates("encode", request.body.model) if b.group == group]
         failures = sum(leg == "encode" for leg, _ in record.retries)
         if not found or (failures >= _ENOUGH and self._may_go_without):
@@ -101,7 +101,7 @@ class Encoders:
         try:
             with Lease(backend, TOKENS * len(media)) as lease:
                 leg = encode_leg(attempt.request.body, media)
-                answer = await self._legs.encode(attempt, backend, lease, leg, number)
+                answer = await self._legs.encode(attempt, lease, leg, number)
         except BackendError as error:
             self._failed(attempt.request, backend, "encode", error)
             raise

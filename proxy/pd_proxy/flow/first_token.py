@@ -13,7 +13,6 @@ from time import monotonic
 from pd_proxy.dialects.usage import read_usage
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.flow.attempt import Attempt
-from pd_proxy.flow.legs import EVENT_STREAM, JSON
 from pd_proxy.flow.request import Request
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.handoff.first_token import inexact_because, read
@@ -102,9 +101,8 @@ class FirstTokens:
             return False
         record.first_token_from = "prefill"
         record.first_token_reason = "whole" if first.whole else self._exactness(body)
-        record.status = 200
         if not body.stream:
-            client.respond(200, request.headers(JSON), whole_answer(first, body))
+            request.respond(whole_answer(first, body))
             return True
         role, token, end = opening_events(first, body)
         transcript = request.transcript
@@ -112,11 +110,9 @@ class FirstTokens:
         transcript.open(role or token, first.prompt if request.token_ids else b"")
         if transcript.continuable:
             transcript.note(first.token, first.text)
-        request.began()
-        record.stage = "stream"
-        record.first_token = record.last_token = monotonic()
+        record.last_token = now = monotonic()
         record.tokens = record.tokens or 1
-        client.start(200, request.headers(*EVENT_STREAM))
+        request.begin_stream(now)
         if first.whole:
             client.end(role + token + end)
         else:

@@ -34,7 +34,7 @@ from pd_proxy.errors import (
 from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.retry_budget import amplifies
-from pd_proxy.flow.attempt import Attempt, leg_of, new_attempt, remember
+from pd_proxy.flow.attempt import Attempt, answering_leg, new_attempt
 from pd_proxy.flow.callbacks import Call, Callbacks
 from pd_proxy.flow.encoders import Encoders
 from pd_proxy.flow.first_token import FirstTokens
@@ -51,7 +51,7 @@ from pd_proxy.handoff.connector import UNKNOWN, Connector
 from pd_proxy.handoff.plan import Leg
 from pd_proxy.placement.decide import Decision
 from pd_proxy.settings.tree import Settings
-from pd_proxy.telemetry.records import Telemetry
+from pd_proxy.telemetry.records import Stage, Telemetry
 
 log = logging.getLogger("pd_proxy.flow")
 
@@ -245,7 +245,7 @@ class Flow:
 
     async def _try(self, request: Request, decision: Decision[Backend]) -> None:
         """One try on one pair (or one backend). Decode's place is taken before prefill starts."""
-        prefill, decode, record = decision.prefill, decision.decode, request.record
+        prefill, decode = decision.prefill, decision.decode
         connector = self._connectors[decode.connector]
         if not connector.traits.resumable:
             self._resumption.forgo(request)
@@ -286,14 +286,14 @@ class Flow:
                     await self._together(attempt, prefill_lease, decode, lease)
                     return
                 if prefill_lease is not None:
-                    if not request.client.started:
-                        record.stage = "prefill"
+                    request.reach(Stage.PREFILLING)
                     await self._prefill(attempt, prefill_lease)
                     if attempt.first is not None and self._first_tokens.give(attempt):
                         return
-                if not request.client.started:
-                    record.stage = leg_of(decode)
-                await self._decode(attempt, decode, lease)
+                    if attempt.pending is not None:
+                        request.reach(Stage.HANDED_OVER)
+                request.reach(Stage.PREFILLING if answering_leg(decode) == "prefill" else Stage.DECODING)
+                await self._decode(attempt, lease)
             finally:
                 self._put_away(attempt)
 
@@ -309,8 +309,7 @@ class Flow:
         request, prefill, plan = attempt.request, prefill_lease.backend, attempt.plan
         assert plan.handoff is not None
         pending = attempt.pending = PendingHandoff(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
-        if not request.client.started:
-            request.record.stage = "prefill"
+        request.reach(Stage.PREFILLING)
         if request.body.prompt_logprobs:
             limit = STREAM_LIMIT if request.body.stream else None
             attempt.logprobs = PromptLogprobs(asyncio.get_running_loop(), limit)
@@ -319,20 +318,19 @@ class Flow:
             if call is None
             else self._prefill_when_called(attempt, prefill_lease, decode, call)
         )
-        decoding = asyncio.create_task(self._decode(attempt, decode, lease))
+        decoding = asyncio.create_task(self._decode(attempt, lease))
         try:
             await asyncio.wait((prefilling, decoding), return_when=asyncio.FIRST_COMPLETED)
             if not decoding.done() and not request.live:
                 prefilling.result()
-                if not request.client.started:
-                    request.record.stage = "decode"
+                request.reach(Stage.HANDED_OVER)
             await decoding
         except BackendError:
             prefill.forget_location()
             raise
         finally:
             await _ended(decoding)
-            unsent = call is not None and attempt.heard is None
+            unsent = call is not None and attempt.callback is None
             cancellable = plan.connector.traits.prefill_cancellable
             if not (prefilling.done() or unsent) and (_went_well(decoding) or not cancellable):
                 if attempt.sent is not None:
@@ -347,7 +345,7 @@ class Flow:
         """The prefill leg, once decode's engine has called back."""
         lease.on_lost = call.fail
         try:
-            attempt.heard = await call.wait(self._call_limit)
+            attempt.callback = await call.wait(self._call_limit)
         except BackendLost as error:
             self._failed(attempt.request, lease.backend, "prefill", error)
             raise
@@ -406,7 +404,8 @@ class Flow:
                     continue
                 backend = min(candidates, key=lambda backend: (backend.url in avoid, backend.url != decode))
                 try:
-                    await self._legs.release(attempt, backend, leg)
+                    with Lease(backend, attempt.request.prefill_tokens) as lease:
+                        await self._legs.release(attempt, lease, leg)
                     released = True
                     return
                 except BackendError as error:
@@ -438,7 +437,7 @@ class Flow:
         started = monotonic()
         try:
             with lease:
-                answer = await self._legs.prefill(attempt, backend, lease)
+                answer = await self._legs.prefill(attempt, lease)
         except BackendError as error:
             self._failed(request, backend, "prefill", error)
             if attempt.plan.notices and attempt.decode is not None and not error.unread:
@@ -476,7 +475,7 @@ class Flow:
                 attempt.logprobs.take(answer)
             return
         if handoff is not None:
-            remember(attempt, lease, handoff)
+            attempt.learn_location(lease, handoff)
             attempt.pending = PendingHandoff(self._fleet, backend, handoff, self._legs.bound(attempt.plan))
         if attempt.facts is not None:
             self._first_tokens.take(attempt, backend, answer)
@@ -499,16 +498,16 @@ class Flow:
             raise error
         attempt.request.record.fallback = reason
 
-    async def _decode(self, attempt: Attempt, backend: Backend, lease: Lease) -> None:
+    async def _decode(self, attempt: Attempt, lease: Lease) -> None:
         """The decode leg. When the engine surely never read it, the same hand-off goes to another decode backend."""
-        request = attempt.request
+        request, backend = attempt.request, lease.backend
         try:
             if request.body.stream:
-                await self._legs.decode_stream(attempt, backend, lease)
+                await self._legs.decode_stream(attempt, lease)
             else:
-                await self._legs.decode_whole(attempt, backend, lease)
+                await self._legs.decode_whole(attempt, lease)
         except BackendError as error:
-            self._failed(request, backend, leg_of(backend), error)
+            self._failed(request, backend, answering_leg(backend), error)
             blames_prefill = isinstance(error, BackendFailed | BackendTimedOut) and not error.leaves
             if attempt.pending is not None and blames_prefill:
                 request.avoid.add(attempt.pending.prefill.url)  # decode lives; perhaps it could not read from there
@@ -523,10 +522,10 @@ class Flow:
         attempt.goes_to(other)
         if attempt.facts is not None and other.facts is not None:
             attempt.facts, attempt.decode = (attempt.facts[0], other.facts), other
-        with Lease(other, request.decode_tokens) as lease:
+        with Lease(other, request.decode_tokens) as next_lease:
             if attempt.sent is not None:
-                attempt.sent.goes_to(other, lease.rank)
-            await self._decode(attempt, other, lease)
+                attempt.sent.goes_to(other, next_lease.rank)
+            await self._decode(attempt, next_lease)
 
     def _other_decode(self, attempt: Attempt) -> Backend | None:
         """A decode backend that has not failed this request, and that the hand-off surely fits."""

@@ -34,7 +34,7 @@ from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.fleet.judge import Judge
 from pd_proxy.fleet.outlier.statistics import LegName
 from pd_proxy.fleet.zmq.notifications import TransferNotifications
-from pd_proxy.flow.attempt import Attempt, leg_of
+from pd_proxy.flow.attempt import Attempt, answering_leg
 from pd_proxy.flow.hops import Hops
 from pd_proxy.flow.pending_handoff import PendingHandoff
 from pd_proxy.handoff.opening import joined_answer
@@ -45,49 +45,15 @@ from pd_proxy.relay.stream import StreamRelay
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import Telemetry
 
-EVENT_STREAM = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx in front would hold tokens back otherwise
-)
-_ASIDE = 5.0  # seconds for what is not the request itself: claiming a hand-off that nobody wants, or a tokenizer's help
-_MOST_ASIDE = 4 * 1024 * 1024  # bytes of an answer to it
+_ASIDE = 5.0  # seconds for a leg that releases a hand-off, and for detokenizing
+_MOST_ASIDE = 4 * 1024 * 1024  # bytes of the answer to either
 _NO_LIMIT = Deadlines(None)
-JSON = (b"content-type", b"application/json")
 
 
-def _heard(attempt: Attempt, lease: Lease, relay: StreamRelay) -> None:
-    """Decode's first token is here: it has what it was handed."""
-    sent = attempt.sent
-    if (pending := attempt.pending) is not None:
-        now = monotonic()
-        attempt.request.record.handoff_seconds = seconds = now - pending.since
-        if sent is not None:
-            lease.backend.speeds.handed_over(seconds, attempt.request.prefill_tokens, now)
-        pending.settle()
-    if sent is not None:
-        sent.heard()
+def _on_first_token(attempt: Attempt, lease: Lease, relay: StreamRelay) -> None:
+    """Decode's first token is here, so decode has the KV cache."""
+    attempt.kv_cache_arrived(lease)
     lease.on_lost = relay.suspect  # from here on the stream itself knows best whether it is alive
-
-
-def _begin(attempt: Attempt, relay: StreamRelay) -> None:
-    """The first of decode's tokens with something to read is here, and about to go out."""
-    now = monotonic()
-    request, record = attempt.request, attempt.request.record
-    request.began()
-    if record.first_token is not None:
-        before = record.last_token or now
-        if request.continuation is not None:
-            record.resume_gaps.append(now - before)
-        else:
-            record.handoff_gap = now - before
-        if record.first_token_from == "prefill":
-            record.second_token = record.second_token or now
-    if not request.client.started:
-        record.status = 200
-        record.stage = "stream"
-        record.first_token = now
-        request.client.start(200, request.headers(*EVENT_STREAM))
 
 
 _REASONS = re.compile(rb'"reasoning(?:_content)?":"[^"]')
@@ -161,48 +127,45 @@ class Legs:
             origin = self._origins[backend.url] = Origin(backend.url, connect_timeout=self._timeouts.connect)
         return origin
 
-    async def prefill(self, attempt: Attempt, backend: Backend, lease: Lease) -> bytes:
-        """The prefill leg; returns the engine's answer, once its KV cache has arrived where it sends notices of that.
+    async def prefill(self, attempt: Attempt, lease: Lease) -> bytes:
+        """Run the prefill leg. Returns the engine's answer, once the notifications have come that its connector sends.
 
         Raises:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
-            HandoffUnconfirmed: its notices did not come within `timeouts.notice`.
+            HandoffUnconfirmed: the notifications did not come within `timeouts.notice`.
         """
-        leg, count = attempt.plan.prefill_leg(attempt.heard), attempt.plan.notices
+        leg, count = attempt.plan.prefill_leg(attempt.callback), attempt.plan.notices
         if not count:
-            return self._unless_aborted(
-                attempt, backend, await self._collect(backend, lease, "prefill", leg, attempt, self._prefill_limit)
-            )
+            return await self._prefill_answer(attempt, lease, leg)
         with self._notices.expect(attempt.id, count) as expected:  # they may come before the answer
-            answer = self._unless_aborted(
-                attempt, backend, await self._collect(backend, lease, "prefill", leg, attempt, self._prefill_limit)
-            )
+            answer = await self._prefill_answer(attempt, lease, leg)
             lease.on_lost = expected.lost
             seconds = self._timeouts.notice
             if not await expected.all(seconds):
                 unconfirmed = HandoffUnconfirmed(
-                    f"{backend.url} did not say within {seconds:g} s that its KV cache has arrived "
+                    f"{lease.backend.url} did not say within {seconds:g} s that its KV cache has arrived "
                     f"({expected.missing} of {count} notices are missing)"
                 )
-                self._note(backend, unconfirmed, "prefill", attempt)
+                self._report(attempt, lease, "prefill", unconfirmed)
                 raise unconfirmed
         return answer
 
-    def _unless_aborted(self, attempt: Attempt, backend: Backend, answer: bytes) -> bytes:
-        """Prefill's answer.
+    async def _prefill_answer(self, attempt: Attempt, lease: Lease, leg: Leg) -> bytes:
+        """The answer to a prefill leg.
 
         Raises:
-            BackendError: its engine ended the request before its time, and keeps nothing.
+            BackendError: there is none; or the engine ended the request early, and keeps no KV cache of it.
         """
+        answer = await self._collect(attempt, lease, "prefill", leg, self._prefill_limit)
         reason = DIALECTS[attempt.request.body.endpoint].abort_reason(answer)
         if reason is None:
             return answer
-        ended = aborted(backend.url, reason)
-        self._note(backend, ended, "prefill", attempt)
+        ended = aborted(lease.backend.url, reason)
+        self._report(attempt, lease, "prefill", ended)
         raise ended
 
-    async def encode(self, attempt: Attempt, backend: Backend, lease: Lease, leg: Leg, number: int) -> bytes:
-        """One of a try's legs to encoders; returns the engine's answer.
+    async def encode(self, attempt: Attempt, lease: Lease, leg: Leg, number: int) -> bytes:
+        """Run one of a try's legs to encoders. Returns the engine's answer.
 
         Arguments:
             number: of the leg, which has an id of its own.
@@ -210,44 +173,18 @@ class Legs:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
         """
         child = msgspec.structs.replace(attempt, id=f"{attempt.id}:{number}")
-        return await self._collect(backend, lease, "encode", leg, child, self._prefill_limit)
+        return await self._collect(child, lease, "encode", leg, self._prefill_limit)
 
-    async def decode_whole(self, attempt: Attempt, backend: Backend, lease: Lease) -> None:
-        """The decode leg of a request that wants its answer in one piece."""
-        request, record = attempt.request, attempt.request.record
-        leg = leg_of(backend)
-        answer = await self._collect(backend, lease, leg, attempt.decode_leg(), attempt, _NO_LIMIT)
+    async def decode_whole(self, attempt: Attempt, lease: Lease) -> None:
+        """Run the decode leg of a request that wants its answer in one piece, and answer the client."""
+        request, record, backend = attempt.request, attempt.request.record, lease.backend
+        leg = answering_leg(backend)
+        answer = await self._collect(attempt, lease, leg, attempt.decode_leg(), _NO_LIMIT)
         try:
-            usage_given = DIALECTS[request.body.endpoint].whole(backend.url, answer).usage
+            answer, shown, usage_given = await self._whole_answer(attempt, backend.url, answer)
         except BackendError as error:
-            self._note(backend, error, leg, attempt)
+            self._report(attempt, lease, leg, error)
             raise
-        if attempt.logprobs is not None:
-            await attempt.logprobs.here
-            try:
-                answer = attempt.logprobs.whole(answer)
-            except BackendGarbled as error:
-                garbled = BackendGarbled(f"{backend.url}: {error}")
-                self._note(backend, garbled, leg, attempt)
-                raise garbled from None
-        if attempt.first is not None:
-            try:
-                answer = joined_answer(attempt.first, answer, request.body, Edit(said=1).merge)
-                usage_given = decode_whole(answer).usage
-            except ValueError as error:
-                garbled = BackendGarbled(f"{backend.url} answered 200 with what is no answer: {error}")
-                self._note(backend, garbled, leg, attempt)
-                raise garbled from None
-        if attempt.alias:
-            answer = answer.replace(attempt.id.encode(), attempt.alias.encode())
-        if (counts := attempt.handed_over_counts()) is not None:
-            answer = counts.into(answer)
-        try:
-            shown = strip_handoff(answer)
-        except Undecodable as error:
-            garbled = BackendGarbled(f"{backend.url} answered 200 with what cannot be given on: {error}")
-            self._note(backend, garbled, leg, attempt)
-            raise garbled from None
         self._fleet.succeeded(backend, leg)
         if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
             backend.reasons = True
@@ -258,14 +195,44 @@ class Legs:
             attempt.sent.ended()
         if attempt.pending is not None:
             attempt.pending.settle()
-        record.status = 200
-        request.client.respond(200, request.headers(JSON), shown)
+        request.respond(shown)
 
-    async def decode_stream(self, attempt: Attempt, backend: Backend, lease: Lease) -> None:
-        """The decode leg of a request that wants events. Returns when the client has been given all of them."""
-        request, record = attempt.request, attempt.request.record
+    async def _whole_answer(self, attempt: Attempt, url: str, answer: bytes) -> tuple[bytes, bytes, msgspec.Raw]:
+        """Read decode's answer in one piece.
+
+        Returns the whole answer, what the client gets of it, and its usage.
+
+        Raises:
+            BackendError: it is an error under status 200, or no answer.
+        """
+        request = attempt.request
+        usage = DIALECTS[request.body.endpoint].whole(url, answer).usage
+        if attempt.logprobs is not None:
+            await attempt.logprobs.here
+            try:
+                answer = attempt.logprobs.whole(answer)
+            except BackendGarbled as error:
+                raise BackendGarbled(f"{url}: {error}") from None
+        if attempt.first is not None:
+            try:
+                answer = joined_answer(attempt.first, answer, request.body, Edit(said=1).merge)
+                usage = decode_whole(answer).usage
+            except ValueError as error:
+                raise BackendGarbled(f"{url} answered 200 with what is no answer: {error}") from None
+        if attempt.alias:
+            answer = answer.replace(attempt.id.encode(), attempt.alias.encode())
+        if (counts := attempt.handed_over_counts()) is not None:
+            answer = counts.into(answer)
+        try:
+            return answer, strip_handoff(answer), usage
+        except Undecodable as error:
+            raise BackendGarbled(f"{url} answered 200 with what cannot be given on: {error}") from None
+
+    async def decode_stream(self, attempt: Attempt, lease: Lease) -> None:
+        """Run the decode leg of a request that wants events. Returns when the client has all of them."""
+        request, backend = attempt.request, lease.backend
         assert request.transcript is not None
-        leg, continuation = leg_of(backend), attempt.continuation
+        leg, continuation = answering_leg(backend), attempt.continuation
         edit = Edit(
             hide_ids=request.token_ids and not request.body.wants_token_ids,
             identity=request.transcript.identity if continuation is not None else attempt.identity,
@@ -273,7 +240,28 @@ class Legs:
             opens=continuation is None,
             counts=attempt.handed_over_counts,
         )
+        relay = self._relay(attempt, lease, edit)
+        try:
+            connection = await self._send(attempt, lease, attempt.decode_leg(), relay)
+            lease.on_lost = relay.fail
+            await relay.run(connection, self._first_token_limit)
+        except BackendError as error:
+            self._report(attempt, lease, leg, error)
+            raise
+        finally:
+            attempt.note_stream(relay, edit.said)
+        self._fleet.succeeded(backend, leg)
+        if request.transcript.flaw == "reasoning":
+            backend.reasons = True
+        record = request.record
+        undisturbed = leg == "decode" and request.continuation is None and not relay.throttled
+        if undisturbed and (tpot := record.tpot) is not None:
+            self._fleet.timed(backend, "decode", tpot, record.tokens - edit.said)
 
+    def _relay(self, attempt: Attempt, lease: Lease, edit: Edit) -> StreamRelay:
+        """The relay of one decode leg's events to the client."""
+        request, backend = attempt.request, lease.backend
+        assert request.transcript is not None
         reader = DIALECTS[request.body.endpoint].reader(
             backend.url,
             edit,
@@ -282,52 +270,31 @@ class Legs:
             prompts=request.body.prompts,
             logprobs=attempt.logprobs,
         )
-        relay = StreamRelay(
+        return StreamRelay(
             backend.url,
             request.client,
             reader,
             request.transcript,
-            self._telemetry.gaps(record.decode_pool, backend.url),
-            partial(_begin, attempt),
-            on_first_token=partial(_heard, attempt, lease),
+            self._telemetry.gaps(request.record.decode_pool, backend.url),
+            attempt.begin_stream,
+            on_first_token=partial(_on_first_token, attempt, lease),
             pace=partial(self._fleet.paced, backend) if attempt.paced else None,
             idle=self._timeouts.idle,
             loop=self._loop,
         )
-        try:
-            connection = await self._send(backend, attempt.decode_leg(), attempt, relay, rank=lease.rank)
-            lease.on_lost = relay.fail
-            await relay.run(connection, self._first_token_limit)
-        except BackendError as error:
-            self._note(backend, error, leg, attempt)
-            raise
-        finally:
-            request.gained, last_token = relay.given()
-            record.last_token = last_token or record.last_token
-            record.sequence = relay.sequence
-            record.tokens = edit.said + request.gained
-            if usage := relay.usage:
-                record.tokens = edit.said + (usage.completion_tokens or request.gained)
-                attempt.note_usage(usage, edit.said)
-        self._fleet.succeeded(backend, leg)
-        if request.transcript.flaw == "reasoning":
-            backend.reasons = True
-        undisturbed = leg == "decode" and request.continuation is None and not relay.throttled
-        if undisturbed and (tpot := record.tpot) is not None:
-            self._fleet.timed(backend, "decode", tpot, record.tokens - edit.said)
 
-    async def release(self, attempt: Attempt, backend: Backend, leg: Leg) -> None:
-        """Send a leg by which prefill's blocks are freed. Whether it is answered or refused, it has done its work.
+    async def release(self, attempt: Attempt, lease: Lease, leg: Leg) -> None:
+        """Send a leg that has prefill free its blocks. Whether the engine serves or refuses it, they are free then.
 
         Raises:
-            BackendError: it did not; the blocks stay pinned until the engines' lease on them ends.
+            BackendError: neither; the blocks stay pinned until the engines' lease on them ends.
         """
-        receiver = Collected(backend.url, limit=_MOST_ASIDE, loop=self._loop)
-        with Lease(backend, attempt.request.prefill_tokens):
-            receiver.connection = await self._send(backend, leg, attempt, receiver, reads=False)
-            answer = await receiver.wait(self._aside_limit)
+        url = lease.backend.url
+        receiver = Collected(url, limit=_MOST_ASIDE, loop=self._loop)
+        receiver.connection = await self._send(attempt, lease, leg, receiver, reads=False)
+        answer = await receiver.wait(self._aside_limit)
         if receiver.status != 200 and receiver.status != 400:
-            raise engine_error(backend.url, receiver.status, receiver.headers, answer)
+            raise engine_error(url, receiver.status, receiver.headers, answer)
 
     async def detokenize(self, backend: Backend, model: str | None, ids: bytes) -> str:
         """The text of some tokens, as `backend` writes them.
@@ -347,24 +314,20 @@ class Legs:
         except Undecodable as error:
             raise BackendGarbled(f"{backend.url} did not detokenize: {error}") from None
 
-    async def _collect(
-        self, backend: Backend, lease: Lease, name: LegName, leg: Leg, attempt: Attempt, limit: Deadlines
-    ) -> bytes:
-        """Run a leg whose answer is one JSON body."""
-        receiver = self._collected(backend)
+    async def _collect(self, attempt: Attempt, lease: Lease, name: LegName, leg: Leg, limit: Deadlines) -> bytes:
+        """Run a leg whose answer is one JSON body. Returns that body."""
+        url = lease.backend.url
+        receiver = Collected(url, limit=self._settings.limits.answer, loop=self._loop)
         try:
-            receiver.connection = await self._send(backend, leg, attempt, receiver, rank=lease.rank)
+            receiver.connection = await self._send(attempt, lease, leg, receiver)
             lease.on_lost = receiver.fail
             answer = await receiver.wait(limit)
             if receiver.status != 200:
-                raise engine_error(backend.url, receiver.status, receiver.headers, answer)
+                raise engine_error(url, receiver.status, receiver.headers, answer)
         except BackendError as error:
-            self._note(backend, error, name, attempt)
+            self._report(attempt, lease, name, error)
             raise
         return answer
-
-    def _collected(self, backend: Backend) -> Collected:
-        return Collected(backend.url, limit=self._settings.limits.answer, loop=self._loop)
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -374,20 +337,12 @@ class Legs:
         return self._running_loop
 
     def _send(
-        self,
-        backend: Backend,
-        leg: Leg,
-        attempt: Attempt,
-        receiver: Receiver,
-        *,
-        reads: bool = True,
-        rank: int | None = None,
+        self, attempt: Attempt, lease: Lease, leg: Leg, receiver: Receiver, *, reads: bool = True
     ) -> Awaitable[Connection]:
         """Send a leg.
 
         Arguments:
-            reads: its engine is to read what was handed over.
-            rank: the engine's data-parallel rank that it is for, where it has several.
+            reads: the engine is to read what was handed over.
         """
         request, pending = attempt.request, attempt.pending
         headers = b"".join(
@@ -400,8 +355,9 @@ class Legs:
                 leg.headers,
             )
         )
-        if rank is not None:
-            headers += b"x-data-parallel-rank: %d\r\n" % rank
+        if reads and lease.rank is not None:
+            headers += b"x-data-parallel-rank: %d\r\n" % lease.rank
+        backend = lease.backend
         origin = self._origins.get(backend.url) or self.origin(backend)
         if pending is None:
             return origin.send(leg.path, headers, leg.body, receiver)
@@ -420,9 +376,8 @@ class Legs:
         connector = plan.connector
         if plan.together or connector.traits.lease == inf:
             return inf  # it is known before prefill's answer; it refers to nothing that prefill keeps
-        return min(
-            self._timeouts.handoff, connector.traits.lease / 2
-        )  # whatever was set: not in the lease's second half
+        # Whatever was set: not in the second half of the lease.
+        return min(self._timeouts.handoff, connector.traits.lease / 2)
 
     @staticmethod
     def _time_left(pending: PendingHandoff) -> float | None:
@@ -438,7 +393,9 @@ class Legs:
             raise HandoffExpired(f"the hand-off was not sent within {pending.bound:g} s")
         return left
 
-    def _note(self, backend: Backend, error: BackendError, leg: LegName, attempt: Attempt) -> None:
+    def _report(self, attempt: Attempt, lease: Lease, leg: LegName, error: BackendError) -> None:
+        """Tell the pending hand-off and the fleet that a leg has failed."""
+        backend = lease.backend
         if attempt.pending is not None and leg == "decode":
             attempt.pending.leg_failed(error, refusal_frees=attempt.plan.refusal_frees)
         if isinstance(error, BackendRejected):

@@ -20,7 +20,14 @@ from pd_proxy.prefix.chain import Chain
 from pd_proxy.relay.transcript import Transcript
 from pd_proxy.requests.body import Body
 from pd_proxy.requests.continuation import Continuation
-from pd_proxy.telemetry.records import RequestRecord
+from pd_proxy.telemetry.records import RequestRecord, Stage
+
+EVENT_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx in front would hold tokens back otherwise
+)
+JSON = (b"content-type", b"application/json")
 
 # What a completion is taken to add to a decode backend's load when the client set no bound. It only has to be right
 # for the average of many requests; short chat answers and long reasoning ones meet somewhere here.
@@ -89,10 +96,27 @@ class Request(msgspec.Struct):
         self.prefill_tokens = self.body.prompt_tokens
         self.decode_tokens = self.body.prompt_tokens + max(0, self.body.max_tokens or EXPECTED_OUTPUT)
 
-    def began(self) -> None:
-        """The present try has given the client something."""
+    def reach(self, stage: Stage) -> None:
+        """A leg is at a stage of the request's life. A stream that has begun stays one, whatever its legs do."""
+        if not self.client.started:
+            self.record.reach(stage)
+
+    def begin_stream(self, now: float) -> None:
+        """The present try has a token for the client: start the answer's stream, unless another try has started it."""
         self.live = True
         self.give_permit_back()
+        record = self.record
+        if record.stage is not Stage.STREAMING:
+            record.reach(Stage.STREAMING)
+        if not self.client.started:
+            record.status = 200
+            record.first_token = now
+            self.client.start(200, self.headers(*EVENT_STREAM))
+
+    def respond(self, answer: bytes) -> None:
+        """Give the client its answer, in one piece."""
+        self.record.status = 200
+        self.client.respond(200, self.headers(JSON), answer)
 
     def give_permit_back(self) -> None:
         if self.permit is not None:

@@ -13,6 +13,7 @@ from pd_proxy.flow.request import Request
 from pd_proxy.relay.transcript import Transcript
 from pd_proxy.requests.continuation import UNTRIED, Continuation, choices, has_tools, inexact
 from pd_proxy.settings.tree import Settings
+from pd_proxy.telemetry.records import Stage
 
 log = logging.getLogger("pd_proxy.flow")
 
@@ -78,6 +79,7 @@ class Resumption:
         assert transcript is not None
         if why := self._why_not(request, error, transcript, unsettled):
             raise self.given_up(request, why) from error
+        request.record.reach(Stage.RESUMING)
         ids = transcript.cut()
         request.continuation = Continuation(ids, transcript.said)
         request.resumes += 1

@@ -35,10 +35,10 @@ from pd_proxy.errors import (
 from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.retry_budget import amplifies
-from pd_proxy.flow.attempt import leg_of
+from pd_proxy.flow.attempt import answering_leg
 from pd_proxy.flow.hops import Hops
-from pd_proxy.flow.legs import EVENT_STREAM, Legs
-from pd_proxy.flow.request import leg_id
+from pd_proxy.flow.legs import Legs
+from pd_proxy.flow.request import EVENT_STREAM, leg_id
 from pd_proxy.flow.suspicion import Cuts, Suspicion, warn
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.http.response import Client, Headers
@@ -47,7 +47,7 @@ from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.decide import choose
 from pd_proxy.relay.passthrough import Passthrough
 from pd_proxy.settings.tree import Settings
-from pd_proxy.telemetry.records import RequestRecord
+from pd_proxy.telemetry.records import RequestRecord, Stage
 
 log = logging.getLogger("pd_proxy.flow")
 
@@ -199,19 +199,19 @@ class Single:
         Raises:
             GatewayError: it has not; when `request.client.started`, it has a part of it.
         """
-        tries = 0
+        tries, failed_leg = 0, ""
         error: BackendError | None = None
         noted: BackendError | None = None
         while True:
             backend = self._place(request, error)
             if error is not None and error is not noted:
                 noted = error
-                request.record.retries.append((request.record.stage, error.reason))
+                request.record.retries.append((failed_leg, error.reason))
                 record = request.record
                 log.info(
                     "%s try %d of %d failed: %s", record.request_id, tries, self._attempts, error, extra=record.known_as
                 )
-            request.record.stage = leg_of(backend)
+            request.record.reach(Stage.PREFILLING if answering_leg(backend) == "prefill" else Stage.DECODING)
             with self._permit(backend, error):
                 if backend.url in request.avoid:
                     await asyncio.sleep(min(_FIRST_BACKOFF * 2.0 ** (tries - 1), _LONGEST_BACKOFF))
@@ -221,7 +221,7 @@ class Single:
                             return
                 except BackendError as failure:
                     tries += 1
-                    error = failure
+                    error, failed_leg = failure, answering_leg(backend)
                     self._failed(request, backend, failure)
                     await self._spare_engines(request, failure)
                     if request.client.started or not failure.retryable or tries >= self._attempts or not request.again:
@@ -301,7 +301,7 @@ class Single:
         def begin() -> Headers:
             lease.on_lost = None  # from here on the stream itself knows best whether it is alive
             record.status = 200
-            record.stage = "stream"
+            record.reach(Stage.STREAMING)
             return [_request_id(record), *EVENT_STREAM]
 
         carry = Passthrough(
@@ -348,7 +348,7 @@ class Single:
             record.status = 200
             request.client.respond(200, [_request_id(record), *carry.passed_headers()], answer)
         if request.route.computes:
-            self._fleet.succeeded(backend, leg_of(backend))
+            self._fleet.succeeded(backend, answering_leg(backend))
         return True
 
     async def _send_on(
@@ -405,14 +405,14 @@ class Single:
 
     def _failed(self, request: SingleRequest, backend: Backend, error: BackendError) -> None:
         request.avoid.add(backend.url)
-        request.cuts = self._suspicion.noted(request.cuts, leg_of(backend), backend, error)
+        request.cuts = self._suspicion.noted(request.cuts, answering_leg(backend), backend, error)
         request.record.error = str(error)
         if isinstance(error, BackendLacksModel) and request.model is not None:
             self._fleet.has_lost(backend, request.model)
         if request.route.computes and isinstance(error, BackendRejected):
-            self._fleet.succeeded(backend, leg_of(backend))  # an engine that judges requests is alive
+            self._fleet.succeeded(backend, answering_leg(backend))  # an engine that judges requests is alive
         elif request.route.computes or isinstance(error, BackendUnreachable | BackendLost):
-            self._fleet.failed(backend, error, leg_of(backend))
+            self._fleet.failed(backend, error, answering_leg(backend))
 
 
 def _request_id(record: RequestRecord) -> tuple[bytes, bytes]:

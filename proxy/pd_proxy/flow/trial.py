@@ -25,7 +25,7 @@ from pd_proxy.fleet.findings import SIDE_ADVICE, Finding, found
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.health.profile import Profile
 from pd_proxy.fleet.zmq.notifications import TransferNotifications
-from pd_proxy.flow.attempt import Attempt, new_attempt, remember
+from pd_proxy.flow.attempt import Attempt, new_attempt
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.discard import DiscardingClient, DiscardingTelemetry
 from pd_proxy.flow.legs import Legs
@@ -268,7 +268,7 @@ class Trials:
             if connector.traits.called_back or attempt.plan.together:
                 await self._together(attempt, prefill, lease, decode, decode_lease, course)
                 return
-            answer = await course.leg("prefill", self._legs.prefill(attempt, prefill, lease))
+            answer = await course.leg("prefill", self._legs.prefill(attempt, lease))
             try:
                 if connector.whole(answer) is not None:
                     course.problem = "inconclusive", "prefill's answer is the whole one"
@@ -281,11 +281,11 @@ class Trials:
             if handoff is None:
                 course.problem = "no_params", "its answer has no hand-off parameters"
                 return
-            remember(attempt, lease, handoff)
+            attempt.learn_location(lease, handoff)
             course.side = side_of(handoff)
             attempt.pending = PendingHandoff(self._fleet, prefill, handoff, self._legs.bound(attempt.plan))
             try:
-                await course.leg("decode", self._legs.decode_whole(attempt, decode, decode_lease))
+                await course.leg("decode", self._legs.decode_whole(attempt, decode_lease))
             finally:
                 await self._put_away(attempt, decode)
 
@@ -296,7 +296,8 @@ class Trials:
             return
         try:
             if leg := attempt.release_leg():
-                await self._legs.release(attempt, decode, leg)
+                with Lease(decode, attempt.request.prefill_tokens) as lease:
+                    await self._legs.release(attempt, lease, leg)
         except BackendError as error:
             log.debug("%s: a trial's hand-off was not released: %s", decode.url, error)
         finally:
@@ -315,10 +316,10 @@ class Trials:
         try:
             with called as call:
                 async with asyncio.TaskGroup() as legs:
-                    legs.create_task(course.leg("decode", self._legs.decode_whole(attempt, decode, decode_lease)))
+                    legs.create_task(course.leg("decode", self._legs.decode_whole(attempt, decode_lease)))
                     if call is not None:
-                        attempt.heard = await course.leg("decode", call.wait(PATIENCE))
-                    await course.leg("prefill", self._legs.prefill(attempt, prefill, lease))
+                        attempt.callback = await course.leg("decode", call.wait(PATIENCE))
+                    await course.leg("prefill", self._legs.prefill(attempt, lease))
         finally:
             attempt.pending.settle()
 

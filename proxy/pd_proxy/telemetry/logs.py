@@ -62,7 +62,7 @@ def _told(record: RequestRecord) -> dict[str, Any]:
         "client": "" if record.client == "anonymous" else record.client,
         "address": "" if record.peer is None else f"{record.peer[0]}:{record.peer[1]}",
         "stream": record.stream,
-        "stage": record.stage,
+        "stage": record.where,
         "queued": round(record.queued_seconds, 4),
         "best_effort": record.best_effort,
         "prefill": record.prefill,

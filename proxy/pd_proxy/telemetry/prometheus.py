@@ -190,7 +190,7 @@ class PrometheusSink(Collector):
         counts.requests.values[labels.request] += 1
         labels.duration.note(record.ended - record.started)
         if record.outcome == "client_gone":
-            counts.disconnects.values[(record.stage,)] += 1
+            counts.disconnects.values[(record.where,)] += 1
         if record.not_resumed:
             counts.not_resumed.values[(record.not_resumed,)] += 1
         for retry in record.retries:

@@ -1,4 +1,4 @@
-"""What the other rooms tell telemetry, and nothing about where it goes.
+"""What the other packages report to telemetry, and nothing about where it goes.
 
 A `Distribution` is a histogram that sinks read when they are scraped; to observe a value is to put it into a list.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import Counter
+from enum import Enum, auto
 from time import monotonic
 from typing import Any, Protocol
 
@@ -89,6 +90,63 @@ class Distribution:
         self._sum += sum(values)
 
 
+class Stage(Enum):
+    """Where a request is in its life."""
+
+    QUEUED = auto()
+    """Not placed yet: its key and its body are checked, or it waits in admission's queue."""
+    PLACED = auto()
+    """The backends of a try are chosen."""
+    ENCODING = auto()
+    """Its media are at encoders."""
+    PREFILLING = auto()
+    """Its prefill leg runs; with a concurrent order, decode's as well."""
+    HANDED_OVER = auto()
+    """Prefill has answered, and decode is to get its KV cache."""
+    DECODING = auto()
+    """Its decode leg runs, and the client has no token yet."""
+    STREAMING = auto()
+    """The client has a part of the answer."""
+    RESUMING = auto()
+    """The stream broke, and another try is to continue it."""
+    DONE = auto()
+    """It ended, with an answer or without."""
+
+    __hash__ = object.__hash__  # that of `Enum` is a call of Python's, several times for each request
+
+
+TRANSITIONS: dict[Stage, frozenset[Stage]] = {
+    Stage.QUEUED: frozenset({Stage.PLACED, Stage.DONE}),
+    Stage.PLACED: frozenset({Stage.PLACED, Stage.ENCODING, Stage.PREFILLING, Stage.DECODING, Stage.DONE}),
+    Stage.ENCODING: frozenset({Stage.PLACED, Stage.PREFILLING, Stage.DECODING, Stage.DONE}),
+    Stage.PREFILLING: frozenset({Stage.PLACED, Stage.HANDED_OVER, Stage.DECODING, Stage.STREAMING, Stage.DONE}),
+    Stage.HANDED_OVER: frozenset({Stage.PLACED, Stage.DECODING, Stage.STREAMING, Stage.DONE}),
+    Stage.DECODING: frozenset({Stage.PLACED, Stage.STREAMING, Stage.DONE}),
+    Stage.STREAMING: frozenset({Stage.RESUMING, Stage.DONE}),
+    Stage.RESUMING: frozenset({Stage.RESUMING, Stage.STREAMING, Stage.DONE}),
+    Stage.DONE: frozenset(),
+}
+"""Which stage may follow which. Another try takes a request back to PLACED while its client has nothing of the answer,
+and to RESUMING after that."""
+_WHERE = {
+    Stage.QUEUED: "admission",
+    Stage.PLACED: "",
+    Stage.ENCODING: "encode",
+    Stage.PREFILLING: "prefill",
+    Stage.HANDED_OVER: "decode",
+    Stage.DECODING: "decode",
+    Stage.STREAMING: "stream",
+    Stage.RESUMING: "stream",
+    Stage.DONE: "",
+}
+"""The words of logs and metrics. Where there is none the word of the stage before stays: the log of a request that has
+ended says where it ended."""
+
+
+class ImpossibleTransition(Exception):
+    """A request was to reach a stage that cannot follow the one that it is in: a defect of the gateway."""
+
+
 class RequestRecord(msgspec.Struct):
     """One client request from its first byte to its end. Times are seconds; those of events are `time.monotonic`.
 
@@ -96,8 +154,9 @@ class RequestRecord(msgspec.Struct):
         model: as engines call it.
         alias: what the client called it, where that is another name.
         outcome: `ok`, `client_gone`, or the `code` of the error that ended it.
-        stage: where the request was when it ended: `admission`, `encode`, `prefill`, `decode` (before the first token),
-            `stream` (after it).
+        stage: where the request is in its life; changed by `reach` alone.
+        where: the word of it in logs and metrics: `admission`, `encode`, `prefill`, `decode` (before the first token),
+            `stream` (after it). Of a request that has ended it says where that was.
         prefill, decode: URLs of the backends of the last try; `mixed` or local decode leaves prefill empty.
             An answer that prefill gave alone leaves decode empty.
         decode_pool: `decode` or `mixed`; `prefill` for an answer that prefill gave alone.
@@ -133,7 +192,8 @@ class RequestRecord(msgspec.Struct):
     ended: float = 0.0
     status: int = 0
     outcome: str = ""
-    stage: str = "admission"
+    stage: Stage = Stage.QUEUED
+    where: str = "admission"
     client: str = ""
     admitted: bool = False
     queued_seconds: float = 0.0
@@ -183,6 +243,22 @@ class RequestRecord(msgspec.Struct):
         members = {name: value for name, value in names.items() if value}
         return {"fields": {name: members[name] for name in ("leg", "answer") if name in members}, "members": members}
 
+    def reach(self, stage: Stage) -> None:
+        """The request is at another stage of its life.
+
+        Raises:
+            ImpossibleTransition: that stage cannot follow.
+        """
+        if stage not in TRANSITIONS[self.stage]:
+            raise ImpossibleTransition(f"a request that is {self.stage.name} cannot become {stage.name}")
+        self.stage = stage
+        self.where = _WHERE[stage] or self.where
+
+    def end(self, now: float) -> None:
+        """The request has ended, with an answer or without."""
+        self.ended = now
+        self.reach(Stage.DONE)
+
     def placed(self, pool: str, backend: str, prefill: str = "") -> None:
         """A try begins: where it goes, and nothing of what the tries before it took.
 
@@ -191,6 +267,8 @@ class RequestRecord(msgspec.Struct):
             prefill: the backend that computes the prompt for it, or empty.
         """
         self.tries += 1
+        if self.stage is not Stage.RESUMING:
+            self.reach(Stage.PLACED)
         self.decode_pool = pool
         if pool == "prefill":
             self.decode, self.prefill = "", backend

@@ -1,0 +1,54 @@
+"""The stages of a request's life, and their table of transitions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pd_proxy.telemetry.records import TRANSITIONS, ImpossibleTransition, RequestRecord, Stage
+
+WORDS = {"admission", "encode", "prefill", "decode", "stream"}
+"""Those of docs/logs.md."""
+
+
+@given(st.lists(st.sampled_from(Stage)))
+def test_a_request_goes_along_the_table_and_stays_where_it_is_otherwise(stages: list[Stage]) -> None:
+    record = RequestRecord("chat")
+    for stage in stages:
+        before = record.stage, record.where
+        if stage in TRANSITIONS[record.stage]:
+            record.reach(stage)
+            assert record.stage is stage
+        else:
+            with pytest.raises(ImpossibleTransition):
+                record.reach(stage)
+            assert (record.stage, record.where) == before
+        assert record.where in WORDS
+
+
+@given(st.lists(st.sampled_from([stage for stage in Stage if stage is not Stage.DONE])))
+def test_where_a_request_ended_is_where_it_was_before(stages: list[Stage]) -> None:
+    record = RequestRecord("chat")
+    for stage in stages:
+        if stage in TRANSITIONS[record.stage]:
+            before = record.where
+            record.reach(stage)
+            assert record.where == before or stage is not Stage.PLACED
+    before = record.where
+    record.reach(Stage.DONE)
+    assert record.where == before
+
+
+@given(st.lists(st.sampled_from(Stage)), st.sampled_from(["prefill", "decode", "mixed"]))
+def test_another_try_of_a_stream_that_broke_is_no_new_request(stages: list[Stage], pool: str) -> None:
+    record = RequestRecord("chat")
+    for stage in stages:
+        if stage in TRANSITIONS[record.stage]:
+            record.reach(stage)
+    before = record.stage
+    if before is Stage.RESUMING or Stage.PLACED in TRANSITIONS[before]:
+        record.placed(pool, "http://backend")
+        assert record.stage is (before if before is Stage.RESUMING else Stage.PLACED)
+    else:
+        with pytest.raises(ImpossibleTransition):
+            record.placed(pool, "http://backend")
