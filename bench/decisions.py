@@ -19,7 +19,8 @@ from random import Random
 from timeit import repeat
 
 from pd_proxy.fleet.backend import Backend, Lease, Role
-from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
+from pd_proxy.fleet.speeds import join_pool
 from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.decide import decide
 from pd_proxy.placement.eligibility import Members, Needs, Rules, eligible
@@ -36,7 +37,7 @@ ROUNDS = 7
 def pool(role: Role, size: int, random: Random) -> list[Backend]:
     """A pool that has served for a while and is busy now."""
     speeds = PoolSpeeds()
-    backends = [Backend(f"http://10.0.{n // 250}.{n % 250}:8000", role, speeds=speeds.join()) for n in range(size)]
+    backends = [Backend(f"http://10.0.{n // 250}.{n % 250}:8000", role, speeds=join_pool(speeds)) for n in range(size)]
     for backend in backends:
         one, pace = backend.speeds, random.uniform(0.8, 1.2) / 10_000
         for leg in range(20):

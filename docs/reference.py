@@ -25,6 +25,7 @@ from pd_proxy import errors  # noqa: E402 - the checkout's own package, installe
 from pd_proxy.admission.admission import Admission  # noqa: E402
 from pd_proxy.fleet.findings import ADVICE, MEANING, SIDE_ADVICE  # noqa: E402
 from pd_proxy.fleet.fleet import Fleet  # noqa: E402
+from pd_proxy.fleet.view import FleetView  # noqa: E402
 from pd_proxy.flow.decisions import Decisions  # noqa: E402
 from pd_proxy.http.connections import Connections  # noqa: E402
 from pd_proxy.prefix.index import PrefixIndex  # noqa: E402
@@ -214,7 +215,7 @@ def metrics_page() -> str:
     settings = Settings.model_construct(**no_backends())
     fleet = Fleet(settings)
     placement = PlacementSink(Decisions(), PrefixIndex(), PrefixCounts(), fleet)
-    sinks = (PrometheusSink(fleet, Connections()), AdmissionSink(Admission(settings)), placement)
+    sinks = (PrometheusSink(FleetView(fleet), Connections()), AdmissionSink(Admission(settings)), placement)
     families = [family for sink in sinks for family in sink.collect()]
     used = sorted({label for family in families for label in family._labelnames})  # type: ignore[attr-defined]
     if used != sorted(LABELS):

@@ -23,7 +23,8 @@ sys.path.insert(0, str(HERE.parent))
 from pd_proxy.commands.explain import as_text  # noqa: E402
 from pd_proxy.doctor.examination import examine  # noqa: E402 - the checkout's own package, installed or not
 from pd_proxy.fleet.backend import Backend, Lease, Role  # noqa: E402
-from pd_proxy.fleet.speeds import PoolSpeeds  # noqa: E402
+from pd_proxy.fleet.pool_speeds import PoolSpeeds  # noqa: E402
+from pd_proxy.fleet.speeds import join_pool  # noqa: E402
 from pd_proxy.flow.decisions import Decisions, in_full  # noqa: E402
 from pd_proxy.flow.request import Request  # noqa: E402
 from pd_proxy.http.response import AsgiClient  # noqa: E402
@@ -73,7 +74,7 @@ def explained() -> str:
     pools = {"prefill": PoolSpeeds(), "decode": PoolSpeeds()}
 
     def engine(role: Role, host: str, work: int, tokens: int) -> Backend:
-        made = Backend(f"http://{host}:8000", role, speeds=pools[role].join())
+        made = Backend(f"http://{host}:8000", role, speeds=join_pool(pools[role]))
         for leg in range(20):
             made.speeds.given(4000, leg, 4000)
             made.speeds.answered(4000, 4000, 4000, leg + 0.4)

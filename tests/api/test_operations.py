@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from pd_proxy import __version__
+from pd_proxy.fleet.readiness import not_ready
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import chat, pools, running_gateway, simulators, until
@@ -28,10 +29,10 @@ async def test_readiness_follows_the_backends() -> None:
     async with pools() as (running, _, [d]):
         assert (await running.http.get("/ready")).status_code == 200
         d.kill()
-        await until(lambda: running.gateway.fleet.not_ready() == "no decode backend is up")
+        await until(lambda: not_ready(running.gateway.fleet) == "no decode backend is up")
         assert (await running.http.get("/ready")).status_code == 503
         await d.restart()
-        await until(lambda: not running.gateway.fleet.not_ready())
+        await until(lambda: not not_ready(running.gateway.fleet))
         assert (await running.http.get("/ready")).status_code == 200
 
 

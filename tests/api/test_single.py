@@ -302,7 +302,7 @@ async def test_the_breaker_hears_of_what_the_model_computed_and_not_of_what_was_
         for _ in range(4):
             assert (await running.http.post("/tokenize", json=BODIES["/tokenize"])).status_code == 200
         assert backend.standings["decode"].consecutive == 2, "tokenising well does not make it fit"
-        while not running.gateway.fleet.ejections:
+        while not running.gateway.fleet.outlier_detector.ejections:
             await running.http.post(EMBEDDINGS, json=INPUT)
 
 

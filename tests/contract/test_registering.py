@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import zmq
 from pd_proxy.app import build
+from pd_proxy.fleet.readiness import not_ready
 from pd_proxy.fleet.zmq.listener import CannotListen
 from pd_proxy.settings.tree import build_settings
 
@@ -77,7 +78,7 @@ async def test_a_fleet_of_nobody_grows_by_registrations(case: Case) -> None:
             more = case.gateway([p, d])
             more["zmq"] = {**more["zmq"], "networks": ["127.0.0.0/8"], "expiry": 0.4}
             async with running_gateway(ready=False, **more) as running:
-                await until(lambda: not running.gateway.fleet.not_ready())
+                await until(lambda: not not_ready(running.gateway.fleet))
                 answer = await ask(running)
                 assert answer.status_code == 200
                 assert d.engine.stats.pulls == 1
@@ -121,7 +122,7 @@ async def test_an_engine_of_the_other_mode_is_not_let_in(ours: str, theirs: str)
         ):
             counts = running.gateway.registrations.counts
             await until(lambda: counts["taken"] > 2 and counts["refused"] > 2)
-            assert running.gateway.fleet.not_ready()
+            assert not_ready(running.gateway.fleet)
             assert not d.requests
 
 
@@ -189,4 +190,4 @@ async def test_an_address_that_is_taken_ends_the_start() -> None:
         again = build(build_settings({"prefill": [p.url], "decode": [d.url], **case.gateway([p, d])}, {}))
         with pytest.raises(CannotListen, match=r"cannot listen for engines on 127\.0\.0\.1"):
             again.hear()
-        assert running.gateway.fleet.not_ready() == ""
+        assert not_ready(running.gateway.fleet) == ""

@@ -13,6 +13,7 @@ from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.outlier.breaker import Breaker
 from pd_proxy.fleet.outlier.statistics import LegName, OutlierStats, Window
+from pd_proxy.fleet.view import FleetView
 from pd_proxy.settings.bounds import BreakerSettings
 from pd_proxy.settings.tree import Settings
 
@@ -335,7 +336,7 @@ class AnyFleet(RuleBasedStateMachine):
         self.now += seconds
 
     def check_a_new_ejection(self) -> None:
-        count = sum(self.fleet.ejections.values())
+        count = sum(self.fleet.outlier_detector.ejections.values())
         if count > self.seen:
             self.seen = count
             assert len(self.ejected()) <= self.share * len(self.taking()), "never more than the share"
@@ -349,7 +350,7 @@ class AnyFleet(RuleBasedStateMachine):
 
     @invariant()
     def an_ejected_backend_gets_nothing_unless_the_pool_panics(self) -> None:
-        if not dict(self.fleet.panicking())["decode"]:
+        if not dict(FleetView(self.fleet).panicking())["decode"]:
             assert not set(self.fleet.candidates("decode", None)) & set(self.ejected())
 
     @invariant()

@@ -18,6 +18,8 @@ from pd_proxy.errors import (
 )
 from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.readiness import not_ready
+from pd_proxy.fleet.view import FleetView
 from pd_proxy.flow.pending_handoff import PendingHandoff
 from pd_proxy.handoff.connector import Handoff
 from pd_proxy.settings.tree import Settings
@@ -93,7 +95,7 @@ def test_a_backend_that_cannot_be_reached_leaves_at_once_and_is_not_judged() -> 
     assert backend.attention.is_set()
     made.bring_in(backend)
     assert made.state(backend) == "slow_start"
-    assert not made.ejections
+    assert not made.outlier_detector.ejections
 
 
 @pytest.mark.parametrize("error", [BackendCut("x"), BackendTimedOut("x"), BackendFailed("x", status=500)])
@@ -107,7 +109,7 @@ def test_a_backend_is_ejected_after_as_many_failures_in_a_row_as_are_set_and_sta
     assert urls(made.candidates("decode", None)) == ["http://decode1"]
     assert backend.up
     assert made.state(backend) == "ejected"
-    assert made.ejections == {("decode", "http://decode0", "decode", "consecutive"): 1}
+    assert made.outlier_detector.ejections == {("decode", "http://decode0", "decode", "consecutive"): 1}
 
 
 def test_an_ejection_ends_by_itself_and_the_backends_load_grows_slowly() -> None:
@@ -138,7 +140,7 @@ def test_what_fails_during_an_ejection_does_not_make_it_longer() -> None:
     fail(made, backend, 50)
     clock.now += 5
     assert len(made.candidates("decode", None)) == 2
-    assert sum(made.ejections.values()) == 1
+    assert sum(made.outlier_detector.ejections.values()) == 1
 
 
 def test_a_good_leg_between_failures_starts_the_count_anew() -> None:
@@ -148,7 +150,7 @@ def test_a_good_leg_between_failures_starts_the_count_anew() -> None:
     for _ in range(5):
         fail(made, backend, 1)
         made.succeeded(backend, "decode")
-    assert not made.ejections
+    assert not made.outlier_detector.ejections
 
 
 def test_legs_are_judged_apart() -> None:
@@ -157,9 +159,9 @@ def test_legs_are_judged_apart() -> None:
     for _ in range(4):
         made.failed(backend, cut(), "prefill")
         made.succeeded(backend, "decode")
-    assert not made.ejections
+    assert not made.outlier_detector.ejections
     made.failed(backend, cut(), "prefill")
-    assert made.ejections == {("mixed", "http://mixed0", "prefill", "consecutive"): 1}
+    assert made.outlier_detector.ejections == {("mixed", "http://mixed0", "prefill", "consecutive"): 1}
     assert len(made.candidates("mixed", None)) == 2, "whole requests are decode legs"
 
 
@@ -170,7 +172,7 @@ def test_the_last_backend_of_a_pool_stays_though_it_fails() -> None:
     backend = at(made, "http://decode0")
     fail(made, backend, 20)
     assert urls(made.candidates("decode", None)) == ["http://decode0"]
-    assert not made.ejections
+    assert not made.outlier_detector.ejections
     assert backend.attention.is_set()  # its health is asked at once all the same
 
 
@@ -180,7 +182,7 @@ def test_a_backend_of_another_role_or_model_is_no_replacement() -> None:
     at(made, "http://decode1").models = {"other": {}}
     fail(made, at(made, "http://decode0"), 20)
     assert urls(made.candidates("decode", "m")) == ["http://decode0"]
-    assert not made.ejections
+    assert not made.outlier_detector.ejections
 
 
 def test_when_too_few_are_left_all_that_are_alive_are_candidates_again() -> None:
@@ -190,10 +192,10 @@ def test_when_too_few_are_left_all_that_are_alive_are_candidates_again() -> None
     assert len(made.candidates("decode", None)) == 2
     made.take_out(at(made, "http://decode2"), "gone")
     assert urls(made.candidates("decode", None)) == ["http://decode0", "http://decode1", "http://decode3"]
-    assert dict(made.panicking()) == {"prefill": False, "decode": True, "mixed": False, "encode": False}
+    assert dict(FleetView(made).panicking()) == {"prefill": False, "decode": True, "mixed": False, "encode": False}
     made.bring_in(at(made, "http://decode2"))
     assert urls(made.candidates("decode", None)) == ["http://decode2", "http://decode3"]
-    assert dict(made.panicking())["decode"] is False
+    assert dict(FleetView(made).panicking())["decode"] is False
 
 
 LEAVES = [BackendAborted("ended"), BackendStopping("no more", status=503)]
@@ -208,9 +210,9 @@ def test_an_engine_that_is_leaving_gets_nothing_more_at_once_and_keeps_what_it_h
     assert urls(made.candidates("decode", None)) == ["http://decode1", "http://decode2"]
     assert backend.up and backend.attention.is_set() and made.state(backend) == "ejected"
     assert made.outlier_detector.leaving(backend)
-    assert made.ejections == {("decode", "http://decode0", "decode", "leaving"): 1}
+    assert made.outlier_detector.ejections == {("decode", "http://decode0", "decode", "leaving"): 1}
     fail(made, backend, 3, error)  # what else it had
-    assert made.ejections.total() == 1
+    assert made.outlier_detector.ejections.total() == 1
     clock.now += 10.1
     assert len(made.candidates("decode", None)) == 3 and not made.outlier_detector.leaving(backend)
     fail(made, backend, 1, error)  # it still drains: it is out for twice as long
@@ -225,7 +227,7 @@ def test_those_that_are_leaving_are_left_out_even_if_few_are_left_but_not_if_nob
     made = fleet(decode=4)
     for number in range(3):
         fail(made, at(made, f"http://decode{number}"), 1, LEAVES[0])
-    assert dict(made.panicking())["decode"]
+    assert dict(FleetView(made).panicking())["decode"]
     assert urls(made.candidates("decode", None)) == ["http://decode3"]
     fail(made, at(made, "http://decode3"), 1, LEAVES[0])
     assert len(made.candidates("decode", None)) == 4
@@ -252,7 +254,7 @@ def test_a_failure_that_blames_nobody_is_no_failure() -> None:
     made = fleet(decode=2)
     backend = at(made, "http://decode0")
     fail(made, backend, 20, BackendCut("kept alive", blame=False))
-    assert not made.ejections
+    assert not made.outlier_detector.ejections
     assert not backend.attention.is_set()
 
 
@@ -263,7 +265,7 @@ def test_a_failure_of_a_backend_that_is_down_already_changes_nothing() -> None:
     made.failed(backend, BackendUnreachable("second reason"), "decode")
     fail(made, backend, 20)
     assert backend.reason == "first reason"
-    assert not made.ejections
+    assert not made.outlier_detector.ejections
 
 
 def test_what_comes_up_again_is_not_what_was_ejected() -> None:
@@ -285,7 +287,7 @@ def test_a_decode_engine_that_could_not_read_from_a_dead_prefill_is_not_to_blame
     made.take_out(prefill, "dead")
     for _ in range(20):
         made.failed(backend, failed, "decode", prefill)
-    assert not made.ejections
+    assert not made.outlier_detector.ejections
     made.failed(backend, BackendUnreachable("refused"), "decode", prefill)
     assert not backend.up, "but it answers for itself when it cannot be reached"
 
@@ -318,7 +320,7 @@ def test_an_engine_at_its_limit_has_not_failed_and_rests_if_it_says_how_long() -
     fail(made, first, 1, BackendBusy("full", status=429, retry_after=3600))
     clock.now += 10
     assert len(made.candidates("decode", None)) == 2
-    assert not made.ejections
+    assert not made.outlier_detector.ejections
 
 
 def test_those_that_a_gateway_began_with_need_no_slow_start_and_newcomers_do() -> None:
@@ -334,7 +336,7 @@ def test_a_backend_that_is_the_odd_one_of_three_is_ejected_for_slowness() -> Non
     for _ in range(12):
         for number, seconds in enumerate((0.02, 0.02, 0.2)):
             made.timed(at(made, f"http://decode{number}"), "decode", seconds, 100)
-    assert made.ejections == {("decode", "http://decode2", "decode", "slow"): 1}
+    assert made.outlier_detector.ejections == {("decode", "http://decode2", "decode", "slow"): 1}
     assert made.state(at(made, "http://decode2")) == "ejected"
 
 
@@ -367,7 +369,7 @@ def test_leaving_and_coming_back_are_said_once(caplog: pytest.LogCaptureFixture)
 
 def test_a_backend_that_comes_back_has_perhaps_lost_its_cache_and_one_that_comes_has_not() -> None:
     made, lost = fleet(up=False, decode=1), list[Backend]()
-    made.on_lost_cache = lost.append
+    made.subscribe(on_lost_cache=lost.append)
     backend = at(made, "http://decode0")
     made.bring_in(backend)
     assert not lost, "other workers may have sent it prompts"
@@ -378,7 +380,7 @@ def test_a_backend_that_comes_back_has_perhaps_lost_its_cache_and_one_that_comes
 
 def test_a_backend_that_joins_is_told_of_and_begins_down() -> None:
     made, joined = fleet(), list[Backend]()
-    made.on_join = joined.append
+    made.subscribe(on_join=joined.append)
     backend = made.add("http://new", "decode")
     assert joined == [backend]
     assert not backend.up
@@ -388,14 +390,14 @@ def test_a_backend_that_joins_is_told_of_and_begins_down() -> None:
 
 def test_a_backend_that_is_there_already_is_not_added_again() -> None:
     made = fleet(decode=1)
-    made.on_join = lambda backend: pytest.fail("joined")
+    made.subscribe(on_join=lambda backend: pytest.fail("joined"))
     assert made.add("http://decode0", "decode") is at(made, "http://decode0")
     assert len(made.pool("decode")) == 1
 
 
 def test_an_idle_backend_that_is_removed_is_forgotten_at_once() -> None:
     made, left = fleet(decode=2), list[Backend]()
-    made.on_leave = left.append
+    made.subscribe(on_leave=left.append)
     assert made.remove("http://decode0", "decode")
     assert urls(left) == ["http://decode0"]
     assert urls(made) == ["http://decode1"]
@@ -403,7 +405,7 @@ def test_an_idle_backend_that_is_removed_is_forgotten_at_once() -> None:
 
 def test_a_busy_backend_that_is_removed_finishes_what_it_has_and_gets_nothing_new() -> None:
     made, left = fleet(decode=1), list[Backend]()
-    made.on_leave = left.append
+    made.subscribe(on_leave=left.append)
     with Lease(at(made, "http://decode0"), 1):
         assert made.remove("http://decode0", "decode")
         assert made.candidates("decode", None) == []
@@ -433,7 +435,7 @@ def test_what_is_not_there_cannot_be_removed(url: str, role: Role) -> None:
 
 def test_a_prefill_backend_that_is_removed_is_kept_while_decode_may_still_read_from_it() -> None:
     made, left = fleet(prefill=1), list[Backend]()
-    made.on_leave = left.append
+    made.subscribe(on_leave=left.append)
     backend = at(made, "http://prefill0")
     pending = PendingHandoff(made, backend, Handoff({}), 10.0)
     made.remove("http://prefill0", "prefill")
@@ -468,7 +470,7 @@ def test_a_backend_that_has_left_leaves_no_count_behind() -> None:
     made = fleet(decode=2)
     fail(made, at(made, "http://decode0"), 5)
     made.remove("http://decode0", "decode")
-    assert not made.ejections
+    assert not made.outlier_detector.ejections
     assert not made.outlier_detector.watches
 
 
@@ -492,13 +494,13 @@ def test_a_fleet_that_could_not_serve_says_why(pools: dict[str, int], down: list
     made = fleet(**pools)
     for name in down:
         made.take_out(at(made, f"http://{name}"), "gone")
-    assert made.not_ready() == says
+    assert not_ready(made) == says
 
 
 def test_a_fleet_whose_backends_are_all_leaving_could_not_serve() -> None:
     made = fleet(mixed=1)
     made.drain(at(made, "http://mixed0"))
-    assert made.not_ready() == "no prefill and no decode backend is up (1 draining)"
+    assert not_ready(made) == "no prefill and no decode backend is up (1 draining)"
 
 
 def test_models_are_known_when_some_backend_serves_them_or_has_not_said() -> None:

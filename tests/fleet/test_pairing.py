@@ -9,6 +9,7 @@ import pytest
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.pairing import same_weights
+from pd_proxy.fleet.readiness import not_ready
 from pd_proxy.settings.tree import build_settings
 
 
@@ -49,10 +50,10 @@ def test_engines_of_two_versions_are_no_pair() -> None:
     made.learnt(decode, cards(BASE), "1.1")
     assert not made.pairing.uniform
     assert made.pairing.why_not(prefill, decode, "m") == "version"
-    assert "versions" in made.not_ready()
+    assert "versions" in not_ready(made)
     made.learnt(prefill, cards(BASE), "1.1")
     assert made.pairing.uniform
-    assert made.not_ready() == ""
+    assert not_ready(made) == ""
 
 
 def test_a_model_loaded_from_two_places_is_no_pair_and_another_beside_it_is() -> None:
@@ -63,7 +64,7 @@ def test_a_model_loaded_from_two_places_is_no_pair_and_another_beside_it_is() ->
     assert not made.pairing.uniform
     assert made.pairing.why_not(prefill, decode, "m") == "root"
     assert made.pairing.pairs(prefill, decode, "other")
-    assert made.not_ready() == "", "one of its models can be served"
+    assert not_ready(made) == "", "one of its models can be served"
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,5 @@ def test_a_group_is_not_ready_where_its_backends_have_no_model_in_common() -> No
     made.learnt(prefill, cards(BASE), "")
     made.learnt(decode, cards(card("n", "/models/n")), "")
     assert (
-        made.not_ready()
-        == "its prefill and decode backends have no model in common (prefill serves m; decode serves n)"
+        not_ready(made) == "its prefill and decode backends have no model in common (prefill serves m; decode serves n)"
     )

@@ -326,7 +326,7 @@ async def test_what_other_workers_send_to_a_backend_counts_before_it_was_met(eng
     engine["health"].respond(503)
     fleet = Fleet(Settings(health=QUICK, prefill=[URL]))
     told: list[tuple[str, Cache]] = []
-    fleet.on_cache = lambda backend, cache: told.append((backend.url, cache))
+    fleet.subscribe(on_cache=lambda backend, cache: told.append((backend.url, cache)))
     prober = Prober(fleet, Settings(health=QUICK).health, Control(0.05), reads_caches=True)
     prober.start()
     assert told == [(URL, Cache())]
@@ -368,8 +368,7 @@ async def test_stopping_ends_every_watcher(prober: Prober, news: News, fleet: Fl
     watchers = list(prober._watchers.values())
     await prober.stop()
     assert all(watcher.done() for watcher in watchers)
-    assert fleet.on_join is None
-    assert fleet.on_leave is None
+    assert not fleet.listeners
 
 
 async def test_a_watcher_outlives_an_answer_that_nobody_expected(

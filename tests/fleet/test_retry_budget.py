@@ -43,7 +43,7 @@ def test_retries_are_a_share_of_the_live_requests_or_the_floor(live: int, share:
         for number in range(live):
             stack.enter_context(Lease(made.pool("decode")[number % 2], 1))
         assert take_all(made.budgets) == int(max(floor, share * live))
-        assert made.budget_refusals == {"decode": 1}
+        assert made.budgets.refusals == {"decode": 1}
 
 
 def test_pools_have_budgets_of_their_own() -> None:

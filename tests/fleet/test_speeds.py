@@ -8,7 +8,9 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pd_proxy.fleet.speeds import Fit, PoolSpeeds, Speeds
+from pd_proxy.fleet.fit import Fit
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
+from pd_proxy.fleet.speeds import Speeds, join_pool
 
 ABSURD = st.one_of(
     st.integers(-(10**30), 10**30),
@@ -26,7 +28,7 @@ class Engine:
     """
 
     def __init__(self, pool: PoolSpeeds, rate: float, growth: float = inf, each: float = 0.0) -> None:
-        self.speeds = pool.join()
+        self.speeds = join_pool(pool)
         self.rate, self.growth, self.each = rate, growth, each
         self.now = 0.0
 
@@ -165,7 +167,7 @@ def test_an_engine_that_does_not_answer_is_not_taken_for_idle() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=20), st.randoms(use_true_random=False))
 def test_what_has_ended_is_not_outstanding(legs: list[tuple[int, bool]], random: Random) -> None:
-    speeds, now = PoolSpeeds().join(), 0.0
+    speeds, now = join_pool(PoolSpeeds()), 0.0
     for tokens, _ in legs:
         speeds.given(tokens, now, tokens)
     random.shuffle(legs)
@@ -268,7 +270,7 @@ def test_one_freak_gap_moves_the_step_little_and_a_slower_engine_is_followed() -
 
 
 def test_hand_offs_are_fitted_by_tokens() -> None:
-    speeds = PoolSpeeds().join()
+    speeds = join_pool(PoolSpeeds())
     assert speeds.handoff(10_000) == 0.0, "nothing is known"
     for n in range(60):
         tokens = (1000, 8000, 50_000)[n % 3]
@@ -344,7 +346,7 @@ def test_an_engine_that_has_left_is_no_part_of_the_median() -> None:
     )
 )
 def test_absurd_reports_are_bounded(calls: list[tuple[str, float, float, float, float]]) -> None:
-    speeds = PoolSpeeds().join()
+    speeds = join_pool(PoolSpeeds())
     for name, one, two, three, now in calls:
         if name == "given":
             speeds.given(one, now, two)  # type: ignore[arg-type]
@@ -415,7 +417,7 @@ def test_gaps_with_prefills_chunks_in_them_do_not_make_an_engine_slow() -> None:
 
 
 def test_a_first_leg_beside_other_workers_is_counted_from_now() -> None:
-    speeds = PoolSpeeds().join()
+    speeds = join_pool(PoolSpeeds())
     speeds.told_elsewhere(4000, 40.0)
     speeds.given(1000, 50.0, 1000)
     assert isfinite(speeds.free_at) and speeds.ahead(50.0) > 0

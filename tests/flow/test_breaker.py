@@ -39,7 +39,7 @@ async def test_one_that_answers_500_to_everything_is_left_out_and_comes_back(leg
         bad, _ = prefill if leg == "prefill" else decode
         fault = bad.faults.add("status", status=500, leg=leg)
         before = asked(bad)
-        ejections = running.gateway.fleet.ejections
+        ejections = running.gateway.fleet.outlier_detector.ejections
 
         async def until_ejected(times: int) -> None:
             for _ in range(100):
@@ -73,7 +73,7 @@ async def test_one_that_fails_now_and_then_is_left_out_for_its_success_rate() ->
             await good(running, 1)
             if state(running, bad) == "ejected":
                 break
-        [(_, url, leg, reason)] = running.gateway.fleet.ejections
+        [(_, url, leg, reason)] = running.gateway.fleet.outlier_detector.ejections
         assert (url, leg, reason) == (bad.url, "decode", "success_rate")
 
 
@@ -101,7 +101,7 @@ async def test_the_slow_one_of_three_is_left_out(leg: str) -> None:
             await asyncio.gather(*(running.http.post(CHAT, json=request) for _ in range(6)))
             if state(running, bad) == "ejected":
                 break
-        [(_, url, slow_leg, reason)] = running.gateway.fleet.ejections
+        [(_, url, slow_leg, reason)] = running.gateway.fleet.outlier_detector.ejections
         assert (url, slow_leg, reason) == (bad.url, leg, "slow")
         before = asked(bad)
         await good(running, 6)
@@ -114,7 +114,7 @@ async def test_the_slower_of_two_is_kept() -> None:
         request = chat(stream=True, max_tokens=8, ignore_eos=True)
         for _ in range(5):
             await asyncio.gather(*(running.http.post(CHAT, json=request) for _ in range(4)))
-        assert not running.gateway.fleet.ejections
+        assert not running.gateway.fleet.outlier_detector.ejections
 
 
 async def test_when_nobody_else_is_left_an_ejected_one_is_asked_again() -> None:
@@ -137,7 +137,7 @@ async def test_a_busy_one_that_says_when_to_come_back_is_left_alone_till_then() 
         await good(running, 8)
         fault = busy.faults.find("status")
         assert fault is not None and fault.hits == 1
-        assert not running.gateway.fleet.ejections
+        assert not running.gateway.fleet.outlier_detector.ejections
         other.faults.add("status", status=429, leg="decode", retry_after=60)
         answer = await running.http.post(CHAT, json=chat())
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "60")
@@ -149,4 +149,4 @@ async def test_requests_that_an_engine_refuses_say_nothing_against_it() -> None:
         for _ in range(6):
             answer = await running.http.post(CHAT, json={"model": "sim", "messages": "not a list"})
             assert answer.status_code == 400
-        assert not running.gateway.fleet.ejections
+        assert not running.gateway.fleet.outlier_detector.ejections

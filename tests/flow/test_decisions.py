@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.fleet.backend import Backend, Lease, Role
-from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
+from pd_proxy.fleet.speeds import join_pool
 from pd_proxy.flow.decisions import MOST_CANDIDATES, MOST_HEADER, Decisions, Full, header, in_full
 from pd_proxy.flow.request import Request
 from pd_proxy.http.response import AsgiClient
@@ -37,7 +38,7 @@ class Clock:
 def pool(role: Role, size: int) -> list[Backend]:
     """Backends that have served for a while and are busy."""
     speeds = PoolSpeeds()
-    backends = [Backend(f"http://{role}{number}:8000", role, speeds=speeds.join()) for number in range(size)]
+    backends = [Backend(f"http://{role}{number}:8000", role, speeds=join_pool(speeds)) for number in range(size)]
     for number, backend in enumerate(backends):
         for leg in range(10):
             tokens = 500 + 100 * leg

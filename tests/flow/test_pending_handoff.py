@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from pd_proxy.errors import BackendBusy, BackendCut, BackendError, BackendRejected, BackendUnreachable
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.flow.pending_handoff import TRANSITIONS, HandoffUse, ImpossibleTransition, PendingHandoff
+from pd_proxy.flow.pending_handoff import TRANSITIONS, HandoffUse, PendingHandoff
 from pd_proxy.handoff.connector import Handoff
 from pd_proxy.settings.tree import Settings
+from pd_proxy.transitions import ImpossibleTransition
 
 REFUSED = BackendRejected("refused by the handler", status=400)
 REFUSED.handled = True

@@ -11,7 +11,8 @@ import httpx
 import pytest
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.health.kv_cache import Cache
-from pd_proxy.fleet.speeds import PoolSpeeds, Speeds
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
+from pd_proxy.fleet.speeds import Speeds
 from pd_proxy.flow.prompts import Prompts, Sent
 from pd_proxy.flow.request import Request
 from pd_proxy.handoff.coordinates import Coordinates

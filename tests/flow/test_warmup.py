@@ -119,7 +119,7 @@ async def test_a_warm_up_that_fails_is_held_against_nobody() -> None:
             await until(running.idle)
             fleet = running.gateway.fleet
             assert [fleet.state(backend) for backend in fleet] == ["up", "up", "up"]
-            assert not fleet.ejections
+            assert not fleet.outlier_detector.ejections
             assert text_of((await running.http.post(CHAT, json=chat())).json())
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pd_proxy.fleet.speeds import PoolSpeeds, Speeds
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
+from pd_proxy.fleet.speeds import Speeds, join_pool
 from pd_proxy.placement.ask import Ask
 
 
@@ -19,7 +20,7 @@ class Engine:
     """What a policy may look at, and nothing else."""
 
     url: str
-    speeds: Speeds = field(default_factory=lambda: PoolSpeeds().join())
+    speeds: Speeds = field(default_factory=lambda: join_pool(PoolSpeeds()))
     inflight_tokens: int = 0
     inflight_requests: int = 0
     elsewhere_tokens: int = 0
@@ -41,7 +42,7 @@ class Engine:
 def engines(count: int, name: str = "e", pool: PoolSpeeds | None = None) -> list[Engine]:
     """Some engines of one pool."""
     pool = pool or PoolSpeeds()
-    return [Engine(f"http://{name}{n}", pool.join()) for n in range(count)]
+    return [Engine(f"http://{name}{n}", join_pool(pool)) for n in range(count)]
 
 
 def learnt(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
 from pd_proxy.placement.auto import (
     CHOICES,
     LONG,

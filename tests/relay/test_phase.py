@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.dialects.edit import Edit
 from pd_proxy.errors import BackendError, BackendLost
-from pd_proxy.relay.phase import TRANSITIONS, ImpossibleTransition, Phase
+from pd_proxy.relay.phase import TRANSITIONS, Phase
+from pd_proxy.transitions import ImpossibleTransition
 
 from .streams import DONE, HIDE, PING, Stream, chat, event, opened
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pd_proxy.admission.admission import Admission
 from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.view import FleetView
 from pd_proxy.flow.decisions import Decisions
 from pd_proxy.http.connections import Connections
 from pd_proxy.prefix.index import PrefixIndex
@@ -30,7 +31,7 @@ def scrape(*, old_names: bool) -> CollectorRegistry:
     fleet.handoffs_pending = 3
     fleet.excused_checks["mass"] += 2
     fleet.warmups["ok"] += 4
-    sink = PrometheusSink(fleet, Connections())
+    sink = PrometheusSink(FleetView(fleet), Connections())
     sink.handoff_released(True)
     sink.handoff_released(False)
     placement = PlacementSink(Decisions(), PrefixIndex(), PrefixCounts(), fleet)

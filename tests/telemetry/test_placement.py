@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 from pd_proxy.fleet.backend import Backend
-from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
+from pd_proxy.fleet.speeds import join_pool
 from pd_proxy.flow.decisions import Decisions
 from pd_proxy.prefix.chain import chain_of
 from pd_proxy.prefix.index import PrefixIndex
@@ -26,8 +27,8 @@ class Scene:
     def __init__(self) -> None:
         pools = {"prefill": PoolSpeeds(), "decode": PoolSpeeds()}
         self.fleet = [
-            Backend("http://p:1", "prefill", speeds=pools["prefill"].join()),
-            Backend("http://d:1", "decode", speeds=pools["decode"].join()),
+            Backend("http://p:1", "prefill", speeds=join_pool(pools["prefill"])),
+            Backend("http://d:1", "decode", speeds=join_pool(pools["decode"])),
         ]
         self.decisions = Decisions()
         self.index = PrefixIndex()

@@ -12,6 +12,7 @@ from pd_proxy import __version__
 from pd_proxy.errors import BackendCut
 from pd_proxy.fleet.backend import Lease
 from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.view import FleetView
 from pd_proxy.http.connections import Connections
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.families import Histogram
@@ -76,7 +77,7 @@ class Scene:
         self.fleet = Fleet(Settings(prefill=[PREFILL], decode=[DECODE], mixed=[MIXED]))
         for backend in self.fleet:
             backend.models = {"m": {"id": "m"}}
-        self.sink = PrometheusSink(self.fleet, Connections())
+        self.sink = PrometheusSink(FleetView(self.fleet), Connections())
         self.registry = registry(self.sink)
 
     def finish(self, **fields: Any) -> None:
@@ -120,8 +121,8 @@ def scene() -> Scene:
 
 def fill(scene: Scene) -> None:
     """Everything that can happen, once."""
-    scene.fleet.ejections["decode", DECODE, "decode", "slow"] += 1
-    scene.fleet.budget_refusals["decode"] += 1
+    scene.fleet.outlier_detector.ejections["decode", DECODE, "decode", "slow"] += 1
+    scene.fleet.budgets.refusals["decode"] += 1
     scene.fleet.messages["notice"] = {"taken": 1}
     scene.finish()
     scene.finish(outcome="client_gone", retries=[("prefill", "cut")], fallback="no_handoff_params")

@@ -21,6 +21,7 @@ from pd_proxy.errors import InvalidRequest, NoBackend
 from pd_proxy.fleet.backend import ROLES, Role
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.model_names import Names
+from pd_proxy.fleet.readiness import not_ready, readiness
 from pd_proxy.settings.addresses import backend_url
 from pd_proxy.settings.engines import DEFAULT_GROUP
 from pd_proxy.workers.metrics_merge import merge, parse
@@ -58,15 +59,15 @@ def probes(fleet: Fleet, gate: Gate, peers: PeerWorkers | None = None) -> APIRou
         503 with the reason. Of several groups one has to be ready; `groups` says what the others lack."""
         if gate.draining:
             raise NoBackend("the gateway is shutting down", retry_after=1)
-        reason = fleet.not_ready()
+        reason = not_ready(fleet)
         if peers is not None:
             reason = reason or await peers.not_ready()
         if reason:
             raise NoBackend(reason, retry_after=1)
-        readiness = fleet.readiness()
-        if len(readiness) < 2:
+        lacking = readiness(fleet)
+        if len(lacking) < 2:
             return {"status": "ready"}
-        return {"status": "ready", "groups": {name: missing or "ready" for name, missing in readiness.items()}}
+        return {"status": "ready", "groups": {name: missing or "ready" for name, missing in lacking.items()}}
 
     @router.get("/healthcheck")
     async def healthcheck() -> dict[str, Any]:
@@ -166,7 +167,10 @@ def models(fleet: Fleet, names: Names, credentials: Credentials) -> APIRouter:
         """Every model that can be asked for."""
         if cards := names.cards():
             return {"object": "list", "data": cards}
-        raise NoBackend(fleet.not_ready() or "no backend has named a model", retry_after=1)
+        raise NoBackend(
+            not_ready(fleet) or "no backend has named a model",
+            retry_after=1,
+        )
 
     @router.get("/v1/models/{model:path}")
     async def one_model(model: str) -> dict[str, Any]:

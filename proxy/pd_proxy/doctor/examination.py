@@ -18,6 +18,7 @@ from pd_proxy.fleet.findings import Finding, found, in_order
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.health.prober import ProbeFailed, Prober
 from pd_proxy.fleet.health.profile import Profile
+from pd_proxy.fleet.readiness import readiness
 from pd_proxy.fleet.zmq.listener import CannotListen
 from pd_proxy.fleet.zmq.notifications import TransferNotifications
 from pd_proxy.fleet.zmq.registrations import Registrations
@@ -269,15 +270,15 @@ class _Examination:
 
     def _judge_groups(self) -> None:
         """What whole groups lack."""
-        readiness = self._fleet.readiness()
-        if not readiness:
+        lacking = readiness(self._fleet)
+        if not lacking:
             self._findings.append(found("nothing_to_serve", "the settings name no backend"))
-        for group, missing in readiness.items():
+        for group, missing in lacking.items():
             roles = {backend.role for backend in self._backends if backend.group == group}
             if not missing:
                 self._findings += self._lonely(group)
-            elif "mixed" not in roles and (lacking := [role for role in ("prefill", "decode") if role not in roles]):
-                what = f"group {group}: the settings name no {' and no '.join(lacking)} backend"
+            elif "mixed" not in roles and (unnamed := [role for role in ("prefill", "decode") if role not in roles]):
+                what = f"group {group}: the settings name no {' and no '.join(unnamed)} backend"
                 self._findings.append(found("nothing_to_serve", what))
             elif self._usable(group, "prefill") and self._usable(group, "decode"):
                 self._findings.append(found("no_pair", f"group {group}: {missing}"))

@@ -18,9 +18,12 @@ from pd_proxy.fleet.engine_families import KINDS, Kind
 from pd_proxy.fleet.findings import NEVER, HandoffState
 from pd_proxy.fleet.health.identity import EngineIdentity
 from pd_proxy.fleet.outlier.statistics import LegName, OutlierStats
-from pd_proxy.fleet.speeds import PoolSpeeds, Speeds
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
+from pd_proxy.fleet.speeds import Speeds, join_pool
+from pd_proxy.fleet.state import DUTY, HEALTH, Duty, Event, Health
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.prefix.index import rank_name
+from pd_proxy.transitions import after
 
 Role = Literal["prefill", "decode", "mixed", "encode"]
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed", "encode")
@@ -38,8 +41,9 @@ class Backend:
     Attributes:
         kind: what sort of engine it is.
         lacks: routes of its kind that it has said it does not have; asked again now and then, as for its models.
-        up: in the rotation.
-        reason: why not, for people; empty when up.
+        health: whether its engine is alive (`state.py`).
+        up: its health is `UP`.
+        reason: why it is not up, for people; empty when up.
         models: its cards of /v1/models by id, or None while that is not known.
         version: as /version says, or empty.
         group: the name of its group: backends that may hand over to each other.
@@ -55,8 +59,9 @@ class Backend:
         handoff: what was last found of its hand-offs, by a warm-up or by a request.
         handed_over: one has worked since it joined the fleet; a restart of its engine does not make that untrue.
         reasons: its answers to chats have shown a reasoning parser at work; not forgotten, since it is no danger.
-        draining: it finishes what it has and gets nothing new.
-        removed: it is draining, and forgotten once it is `drained`.
+        duty: what it is to do.
+        draining: it is given nothing new: its duty is not `SERVING`.
+        removed: its duty is `LEAVING`.
         known: it has been up before, or has been there since the gateway's start.
         met: it has been up before.
         standings: how it does at each leg.
@@ -80,6 +85,7 @@ class Backend:
         "connector",
         "coordinates",
         "draining",
+        "duty",
         "elsewhere_requests",
         "elsewhere_tokens",
         "engine_id",
@@ -88,6 +94,7 @@ class Backend:
         "group",
         "handed_over",
         "handoff",
+        "health",
         "inflight_requests",
         "inflight_tokens",
         "kind",
@@ -132,6 +139,7 @@ class Backend:
         self.role = role
         self.kind = kind
         self.lacks: set[str] = set()
+        self.health = Health.UNPROBED
         self.up = False
         self.reason = "not probed yet"
         self.models: dict[str, dict[str, Any]] | None = None
@@ -150,13 +158,14 @@ class Backend:
         self.handoff: HandoffState = NEVER
         self.handed_over = False
         self.reasons = False
+        self.duty = Duty.SERVING
         self.draining = False
         self.removed = False
         self.known = False
         self.met = False
         legs: tuple[LegName, ...] = ("encode",) if role == "encode" else ("prefill", "decode")
         self.standings: dict[LegName, OutlierStats] = {leg: OutlierStats(window) for leg in legs}
-        self.speeds = speeds or PoolSpeeds().join()
+        self.speeds = speeds or join_pool(PoolSpeeds())
         self.factor = 1.0
         self.slow_since: float | None = None
         self.resting_until = 0.0
@@ -200,6 +209,14 @@ class Backend:
             requests < self.most_requests and self.inflight_tokens + self.elsewhere_tokens + tokens <= self.most_tokens
         )
 
+    def rank_for(self, rank: int | None) -> int:
+        """The data-parallel rank for a leg: the one that placement has chosen, or the one with the fewest tokens in
+        flight where it has chosen none, or one that is not there any more. Only of a backend with `ranks`."""
+        ranks = self.ranks
+        if rank is not None and rank < len(ranks):
+            return rank
+        return min(range(len(ranks)), key=ranks.__getitem__)
+
     def locate(self, coordinates: Coordinates) -> None:
         """From now on these are its coordinates."""
         self.coordinates = coordinates
@@ -220,11 +237,25 @@ class Backend:
             self.coordinates, self._located = self._located, None
 
     def mark_up(self) -> None:
+        """Its probes succeed."""
+        self.health = after(HEALTH, self.health, Event.PROBE_OK)
         self.up = self.met = True
         self.reason = ""
 
-    def mark_down(self, reason: str) -> None:
-        """Leave the rotation. Legs that wait for a first byte from here are given up."""
+    def set_duty(self, event: Event) -> None:
+        """An operator, or the fleet, has changed what the backend is to do."""
+        self.duty = after(DUTY, self.duty, event)
+        self.draining = self.duty is not Duty.SERVING
+        self.removed = self.duty is Duty.LEAVING
+
+    def note_down(self, reason: str) -> None:
+        """A probe of a backend that is not up has failed."""
+        self.health = after(HEALTH, self.health, Event.PROBE_FAILED)
+        self.reason = reason
+
+    def mark_down(self, reason: str, event: Event = Event.PROBE_FAILED) -> None:
+        """The backend is down. Legs that wait for a first byte from it are given up."""
+        self.health = after(HEALTH, self.health, event)
         self.up = False
         self.reason = reason
         self.learn(None)
@@ -271,10 +302,8 @@ class Lease:
         self.rank: int | None = None
         if backend.ranks:
             self._ranks = backend.ranks  # the list that is counted in, should its engine come back with another
-            if rank is None or rank >= len(self._ranks):
-                rank = min(range(len(self._ranks)), key=self._ranks.__getitem__)
-            self.rank = rank
-            self._ranks[rank] += tokens
+            self.rank = backend.rank_for(rank)
+            self._ranks[self.rank] += tokens
 
     def release(self) -> None:
         backend = self.backend

@@ -14,16 +14,18 @@ from urllib.parse import urlsplit
 from pd_proxy.errors import BackendBusy, BackendError, BackendFailed, BackendTimedOut, BackendUnreachable
 from pd_proxy.fleet.backend import LEGS, ROLES, Backend, Role
 from pd_proxy.fleet.engine_families import KINDS
-from pd_proxy.fleet.findings import MEANING
 from pd_proxy.fleet.health.kv_cache import Cache
 from pd_proxy.fleet.health.mass_failure import EXCUSES, Delays
+from pd_proxy.fleet.listeners import Listeners
 from pd_proxy.fleet.outlier.breaker import FEWEST
 from pd_proxy.fleet.outlier.detector import OutlierDetector
 from pd_proxy.fleet.outlier.statistics import LegName
-from pd_proxy.fleet.pairing import Pairing, models_apart
+from pd_proxy.fleet.pairing import Pairing
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
 from pd_proxy.fleet.protocols import Protocols
 from pd_proxy.fleet.retry_budget import Budgets
-from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.fleet.speeds import join_pool
+from pd_proxy.fleet.state import Event
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.settings.engines import DEFAULT_GROUP
 from pd_proxy.settings.tree import Settings
@@ -37,15 +39,13 @@ State = Literal["down", "draining", "ejected", "slow_start", "up"]
 
 
 class Fleet:
-    """All backends by role. Changes of membership are told to `on_join` and `on_leave`, coming up to `on_up`; that one
-    may be paired with others than before, to `on_fit`; what its KV cache holds, to `on_cache`, and that nothing is in
-    its prefix cache, to `on_lost_cache`.
+    """All backends by role, and what is known of them together.
 
     Arguments:
         clock: seconds, never going back.
     Attributes:
         sizes: how many backends each pool has, up or not.
-        rotation: who is fit.
+        outlier_detector: which backends are fit.
         succeeded: is told of a backend's leg that ended well.
         budgets: the pools' retry budgets.
         bounded: whether backends have bounds.
@@ -58,6 +58,9 @@ class Fleet:
         speeds: what the engines of a pool and group have in common, by both.
         delays: of the event loop.
         excused_checks: how many failed health checks did not count, by why (`mass_failure.py`).
+        listeners: who is called when something of this changes (`subscribe`).
+        protocols: which hand-off protocol each group speaks.
+        ready_by_fallback: a group is ready though no hand-off of it has worked, where its decode serves alone.
         before_choice: called before backends are told apart by their load, where there are other workers.
     """
 
@@ -82,18 +85,14 @@ class Fleet:
         self.warmups: Counter[str] = Counter(ok=0)
         self.answers_alone: frozenset[str] = frozenset()
         self.pairs_are_tried = False
-        self._ready_by_fallback = settings.ready_by_fallback and settings.fallback == "local_prefill"
+        self.ready_by_fallback = settings.ready_by_fallback and settings.fallback == "local_prefill"
         self.before_choice: Callable[[], object] | None = None
-        self.on_join: Callable[[Backend], object] | None = None
-        self.on_leave: Callable[[Backend], object] | None = None
-        self.on_up: Callable[[Backend], object] | None = None
-        self.on_fit: Callable[[Backend], object] | None = None
-        self.on_cache: Callable[[Backend, Cache], object] | None = None
-        self.on_lost_cache: Callable[[Backend], object] | None = None
+        self.listeners = Listeners()
+        self.subscribe = self.listeners.subscribe
         self._kinds = {group.name: KINDS[group.kind] for group in settings.all_groups()}
         self.pairing = Pairing(settings.pair_revisions)
-        self._protocols = Protocols(settings.all_groups())
-        self.groups = self._protocols.groups
+        self.protocols = Protocols(settings.all_groups())
+        self.groups = self.protocols.groups
         self._locations = {location.backend: location for location in settings.locations}
         for group in settings.all_groups():
             for role in ROLES:
@@ -120,14 +119,14 @@ class Fleet:
             return []
         if self.before_choice is not None:
             self.before_choice()
-        found = self._serving(role, model)
+        found = self.serving(role, model)
         if self.outlier_detector.watches:
-            found = self.outlier_detector.fit(found, LEGS[role][-1], lambda: self._members(role, model))
+            found = self.outlier_detector.fit(found, LEGS[role][-1], lambda: self.members(role, model))
         if tokens is None or not self.bounded or len(found) < 2:
             return found
         return [b for b in found if b.has_capacity(tokens)] or found
 
-    def _serving(self, role: Role, model: str | None) -> list[Backend]:
+    def serving(self, role: Role, model: str | None) -> list[Backend]:
         """Those that are up and take requests for `model`, fit or not."""
         return [
             b
@@ -135,7 +134,7 @@ class Fleet:
             if b.up and not b.draining and (model is None or b.models is None or model in b.models)
         ]
 
-    def _members(self, role: Role, model: str | None) -> int:
+    def members(self, role: Role, model: str | None) -> int:
         """How many of a pool are to take requests for `model`, up or not."""
         return sum(not b.draining and b.serves(model) for b in self._pools[role])
 
@@ -225,65 +224,8 @@ class Fleet:
                     cards[model] = dict(card)
         return list(cards.values())
 
-    def not_ready(self) -> str:
-        """Why the fleet cannot serve a request, or an empty string when some group can."""
-        readiness = self.readiness()
-        if not readiness:
-            return "no backend is configured"
-        if len(readiness) == 1:
-            return next(iter(readiness.values()))
-        if not all(readiness.values()):
-            return ""
-        return "; ".join(f"group {name}: {missing}" for name, missing in readiness.items())
-
-    def readiness(self) -> dict[str, str]:
-        """For each group that has backends: what it lacks to serve requests as it is meant to, or an empty string."""
-        return {name: self._missing(name) for name in self.groups if any(b.group == name for b in self)}
-
-    def _missing(self, group: str) -> str:
-        members = [b for b in self if b.group == group]
-        up: dict[Role, list[Backend]] = {
-            role: [b for b in members if b.role == role and b.up and not b.draining] for role in ROLES
-        }
-        if up["mixed"]:
-            return ""
-        if missing := [role for role in ("prefill", "decode") if not up[role]]:
-            draining = sum(b.draining for b in members)
-            return f"no {' and no '.join(missing)} backend is up" + (f" ({draining} draining)" if draining else "")
-        if missing_pair := self.pairing.why_none(up["prefill"], up["decode"]):
-            return self._protocols.lacking(group, up["prefill"] + up["decode"]) or missing_pair
-        return self._missing_handoff(up["prefill"], up["decode"])
-
-    def _missing_handoff(self, prefills: list[Backend], decodes: list[Backend]) -> str:
-        """What these lack to have handed over ever; whoever reaches the port may read it, so it names no address."""
-        if not self.pairs_are_tried:
-            return ""
-        if self._ready_by_fallback and any(decode.connector in self.answers_alone for decode in decodes):
-            return ""
-        proven = [backend for backend in prefills if backend.handed_over]
-        readers = [backend for backend in decodes if backend.handed_over]
-        if proven and readers and not self.pairing.why_none(proven, readers):
-            return ""
-        why = next((MEANING.get(b.handoff.finding.code, "") for b in (*decodes, *prefills) if b.handoff.finding), "")
-        return (
-            f"no hand-off between its prefill and decode backends has worked yet ({why or 'one is being tried'}; "
-            "/admin/backends says more)"
-        )
-
-    def models_apart(self, model: str | None) -> str:
-        """Which models a group's prefill and decode backends that are up serve, for people, where they have none in
-        common and one of the two is that of a request; else an empty string."""
-        for name in self.groups:
-            prefills, decodes = (
-                [b for b in self._pools[role] if b.group == name and b.up and not b.draining]
-                for role in ("prefill", "decode")
-            )
-            if any(b.serves(model) for b in (*prefills, *decodes)) and (apart := models_apart(prefills, decodes)):
-                return apart
-        return ""
-
     def state(self, backend: Backend) -> State:
-        """What a backend is to new requests."""
+        """What a backend is to new requests, in one word."""
         if backend.draining:
             return "draining"
         if not backend.up:
@@ -291,29 +233,6 @@ class Fleet:
         if self.outlier_detector.ejected_for(backend):
             return "ejected"
         return "up" if backend.slow_since is None else "slow_start"
-
-    # What a scrape reads
-
-    def states(self) -> list[tuple[Backend, State]]:
-        """Every backend with its state."""
-        return [(backend, self.state(backend)) for backend in self]
-
-    def panicking(self) -> list[tuple[Role, bool]]:
-        """Every pool, and whether so few of it are fit that its ejections are ignored."""
-        return [
-            (role, self.outlier_detector.panics(self._serving(role, None), LEGS[role][-1], self._members(role, None)))
-            for role in ROLES
-        ]
-
-    @property
-    def ejections(self) -> Counter[tuple[str, str, str, str]]:
-        """How often backends were ejected, by pool, backend, leg and reason."""
-        return self.outlier_detector.ejections
-
-    @property
-    def budget_refusals(self) -> Counter[str]:
-        """How often a retry budget was used up, by pool."""
-        return self.budgets.refusals
 
     # Membership
 
@@ -325,7 +244,7 @@ class Fleet:
         if backend := self.find(url, role):
             self.undrain(backend)
             return backend
-        speeds = self.speeds.setdefault((role, group), PoolSpeeds()).join()
+        speeds = join_pool(self.speeds.setdefault((role, group), PoolSpeeds()))
         backend = Backend(url, role, kind=self._kinds[group], window=self._window, speeds=speeds)
         backend.group = group
         backend.locate(self.placed(url))
@@ -337,8 +256,7 @@ class Fleet:
         self._pools[role].append(backend)
         self.sizes[role] += 1
         self._regroup(group)
-        if self.on_join is not None:
-            self.on_join(backend)
+        self.listeners.join(backend)
         return backend
 
     def placed(self, url: str) -> Coordinates:
@@ -351,22 +269,18 @@ class Fleet:
             **{name: getattr(location, name) for name in Coordinates.__struct_fields__ if name != "host"},
         )
 
-    def connector_of(self, group: str) -> str:
-        """The connector that a group speaks."""
-        return self.groups[group]
-
     def drain(self, backend: Backend) -> None:
         """Give a backend nothing new. What it has ends in its own time."""
         if not backend.draining:
             log.info("%s backend %s is draining", backend.role, backend.url)
-        backend.draining = True
+        backend.set_duty(Event.DRAIN)
         self._capacity_changed()
 
     def undrain(self, backend: Backend) -> None:
         """Give a backend requests again, also one that was about to leave."""
         if backend.draining:
             log.info("%s backend %s is draining no more", backend.role, backend.url)
-        backend.draining = backend.removed = False
+        backend.set_duty(Event.UNDRAIN)
         backend.attention.set()  # it may have been put to sleep meanwhile
         self._capacity_changed()
         self._fits(backend)
@@ -381,7 +295,7 @@ class Fleet:
         if backend is None:
             return False
         self.drain(backend)
-        backend.removed = True
+        backend.set_duty(Event.REMOVE)
         self.forget_idle()
         return True
 
@@ -390,13 +304,13 @@ class Fleet:
         for pool in self._pools.values():
             for backend in [b for b in pool if b.removed and b.drained]:
                 pool.remove(backend)
+                backend.set_duty(Event.FORGET)
                 self.sizes[backend.role] -= 1
                 self.outlier_detector.forget(backend)
                 self.speeds[backend.role, backend.group].leave(backend.speeds)
                 self._regroup(backend.group)
                 log.info("%s backend %s has left", backend.role, backend.url)
-                if self.on_leave is not None:
-                    self.on_leave(backend)
+                self.listeners.leave(backend)
 
     # What real requests tell
 
@@ -415,7 +329,7 @@ class Fleet:
             if self.delays.since(self._clock() - _LOOK_BACK) >= _STOOD_STILL:
                 backend.attention.set()  # all that were connecting may have failed alike: its prober finds out
             else:
-                self.take_out(backend, f"failed a request: {error}")
+                self.take_out(backend, f"failed a request: {error}", Event.UNREACHABLE)
             return
         if error.leaves:
             self.outlier_detector.leaves(backend, str(error))
@@ -455,13 +369,11 @@ class Fleet:
     def holds(self, backend: Backend, cache: Cache) -> None:
         """An engine has said what its KV cache holds."""
         backend.speeds.capacity = cache.tokens or inf
-        if self.on_cache is not None:
-            self.on_cache(backend, cache)
+        self.listeners.cache(backend, cache)
 
     def lost_cache(self, backend: Backend) -> None:
         """An engine's prefix cache is empty: it has been reset, or the engine may be another by now."""
-        if self.on_lost_cache is not None:
-            self.on_lost_cache(backend)
+        self.listeners.lost_cache(backend)
 
     def learnt(self, backend: Backend, models: dict[str, dict[str, Any]] | None, version: str) -> None:
         """An engine has said which models it serves, and which version it is.
@@ -476,12 +388,12 @@ class Fleet:
             self._fits(backend)
 
     def _fits(self, backend: Backend) -> None:
-        if self.on_fit is not None and backend.up:
-            self.on_fit(backend)
+        if backend.up:
+            self.listeners.fit(backend)
 
     def is_to_tell(self, backend: Backend) -> bool:
         """Whether an engine is to tell which hand-off protocol it speaks."""
-        return backend.role in ("prefill", "decode") and self._protocols.found_out(backend.group)
+        return backend.role in ("prefill", "decode") and self.protocols.found_out(backend.group)
 
     def told(self, backend: Backend, connector: str) -> None:
         """An engine has told which hand-off protocol it speaks; empty: it tells nothing of it."""
@@ -491,9 +403,10 @@ class Fleet:
 
     def _regroup(self, group: str) -> None:
         """A group has changed: what its members speak, and who pairs with whom."""
-        for backend in self._protocols.settle(group, [b for b in self if b.group == group]):
+        for backend in self.protocols.settle(group, [b for b in self if b.group == group]):
             if backend.up and backend.role == "prefill":  # before it hands over, it is to be asked for its coordinates
-                self.take_out(backend, f"is looked at again: it speaks {backend.connector or 'nothing that is known'}")
+                reason = f"is looked at again: it speaks {backend.connector or 'nothing that is known'}"
+                self.take_out(backend, reason, Event.CONNECTOR_CHANGED)
         self.pairing.refresh(self)
 
     def has_lost(self, backend: Backend, model: str) -> None:
@@ -505,12 +418,12 @@ class Fleet:
             )
         backend.attention.set()  # its prober asks what it has
 
-    def take_out(self, backend: Backend, reason: str) -> None:
+    def take_out(self, backend: Backend, reason: str, event: Event = Event.PROBE_FAILED) -> None:
         """Mark a backend down; its prober brings it back."""
         if backend.up:
             log.warning("%s backend %s is out: %s", backend.role, backend.url, reason)
             backend.speeds.left(self._clock())
-        backend.mark_down(reason)
+        backend.mark_down(reason, event)
         backend.attention.set()
         self._capacity_changed()
 
@@ -526,5 +439,4 @@ class Fleet:
         if returns:  # another worker may have sent prompts to one that is new here
             self.lost_cache(backend)
         self._capacity_changed()
-        if self.on_up is not None:
-            self.on_up(backend)
+        self.listeners.up(backend)

@@ -1,4 +1,4 @@
-"""Whether requests can be served as they are meant to be, as the log tells it: a line for each change."""
+"""Whether requests can be served as the settings mean them to be, and what is missing where not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import asyncio
 import logging
 from time import monotonic
 
+from pd_proxy.fleet.backend import ROLES, Backend, Role
+from pd_proxy.fleet.findings import MEANING
 from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.pairing import models_apart
 
 log = logging.getLogger("pd_proxy.fleet")
 
@@ -15,13 +18,75 @@ _SHARE = 0.01  # of the event loop's time, at most: of hundreds of engines that 
 _START = 1.0  # seconds in which a fleet that is not ready yet is not worth a line
 
 
+def not_ready(fleet: Fleet) -> str:
+    """Why the fleet cannot serve a request, or an empty string when some group can."""
+    lacking = readiness(fleet)
+    if not lacking:
+        return "no backend is configured"
+    if len(lacking) == 1:
+        return next(iter(lacking.values()))
+    if not all(lacking.values()):
+        return ""
+    return "; ".join(f"group {name}: {missing}" for name, missing in lacking.items())
+
+
+def readiness(fleet: Fleet) -> dict[str, str]:
+    """For each group that has backends: what it lacks to serve requests as it is meant to, or an empty string."""
+    return {name: _missing(fleet, name) for name in fleet.groups if any(b.group == name for b in fleet)}
+
+
+def _missing(fleet: Fleet, group: str) -> str:
+    members = [b for b in fleet if b.group == group]
+    up: dict[Role, list[Backend]] = {
+        role: [b for b in members if b.role == role and b.up and not b.draining] for role in ROLES
+    }
+    if up["mixed"]:
+        return ""
+    if missing := [role for role in ("prefill", "decode") if not up[role]]:
+        draining = sum(b.draining for b in members)
+        return f"no {' and no '.join(missing)} backend is up" + (f" ({draining} draining)" if draining else "")
+    if missing_pair := fleet.pairing.why_none(up["prefill"], up["decode"]):
+        return fleet.protocols.lacking(group, up["prefill"] + up["decode"]) or missing_pair
+    return _missing_handoff(fleet, up["prefill"], up["decode"])
+
+
+def _missing_handoff(fleet: Fleet, prefills: list[Backend], decodes: list[Backend]) -> str:
+    """What these lack to have handed over ever; whoever reaches the port may read it, so it names no address."""
+    if not fleet.pairs_are_tried:
+        return ""
+    if fleet.ready_by_fallback and any(decode.connector in fleet.answers_alone for decode in decodes):
+        return ""
+    proven = [backend for backend in prefills if backend.handed_over]
+    readers = [backend for backend in decodes if backend.handed_over]
+    if proven and readers and not fleet.pairing.why_none(proven, readers):
+        return ""
+    why = next((MEANING.get(b.handoff.finding.code, "") for b in (*decodes, *prefills) if b.handoff.finding), "")
+    return (
+        f"no hand-off between its prefill and decode backends has worked yet ({why or 'one is being tried'}; "
+        "/admin/backends says more)"
+    )
+
+
+def models_without_pair(fleet: Fleet, model: str | None) -> str:
+    """Which models a group's prefill and decode backends that are up serve, for people, where they have none in
+    common and one of the two is that of a request; else an empty string."""
+    for name in fleet.groups:
+        prefills, decodes = (
+            [b for b in fleet.pool(role) if b.group == name and b.up and not b.draining]
+            for role in ("prefill", "decode")
+        )
+        if any(b.serves(model) for b in (*prefills, *decodes)) and (apart := models_apart(prefills, decodes)):
+            return apart
+    return ""
+
+
 async def tell_readiness(fleet: Fleet) -> None:
     """Log what /ready says whenever that changes, until cancelled."""
     told: str | None = None
     started = monotonic()
     while True:
         before = monotonic()
-        reason = fleet.not_ready()
+        reason = not_ready(fleet)
         now = monotonic()
         if reason != told and (told is not None or not reason or now - started > _START):
             if reason:

@@ -20,32 +20,22 @@ several in a row agree that it is more: a freak moves little, a change is follow
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from math import exp, inf
-from statistics import median
+
+from pd_proxy.fleet.fit import Mean
+from pd_proxy.fleet.pool_speeds import CHUNK, FIRST_PACE, PoolSpeeds
 
 MOST_TOKENS = 100_000_000
 """Tokens of a prompt, or held by an engine; what says more is wrong."""
 _MOST_SEQUENCES = 100_000
 _MOST_SECONDS = 3600.0  # of a leg, a token or a hand-off
-_PACE = 1 / 8000  # seconds; until an engine of the pool has prefilled anything
 _SLOWEST_PACE, _FASTEST_PACE = 1.0, 1e-8
 _LEAST_FACTOR, _GREATEST_FACTOR = 1e-4, 1e4
-_STEP = (0.008, 0.00005, 0.00000004)  # seconds: a step, a sequence and a token held; an 8B model on one good GPU
-_HANDOFF = (0.005, 0.000001, 1.0)  # seconds: a hand-off, a token: 100 kB at 100 GB/s
-_LEG = (100.0, 1.0, 1 / 32768)  # tokens of work: a leg, a token, and a token for each one before it
-_GREATEST_GROWTH = 1e12
-_CHUNK = 8192  # tokens: legs that are computed in one step of the engine are answered together
 _FULL_LEG = 512  # tokens: a shorter leg says less of the pace
 _MEMORY = 24.0  # full legs
 _BUSY_MEMORY = 15.0  # seconds of busy time; whichever is shorter
 _MOST_GAIN = 0.2  # of one leg, however long
 _STEP_MEMORY = 16.0  # streams
-_FIT_MEMORY = 256  # observations
-_RIDGE = 0.1  # the prior's weight, in observations
-_LEARNT = 64  # observations
-_FREQUENT = 8  # observations between two solutions of a fit
-_FEW = 2.0  # full legs (streams): until then anything is believed
 _INHERITED = 2.0  # what the pool's median is worth, in full legs (streams)
 _OVERDUE = 0.5  # seconds beyond twice of what a leg should take, after which it is taken for stuck
 _FORGOTTEN = 120.0  # seconds out of the rotation, after which an engine is a new one
@@ -60,281 +50,16 @@ _OBSERVED = 0.01  # seconds of busy time that one observation of the pace has at
 _ALONE = 0.25  # of what a leg should take: if it is answered sooner, it was computed with the one before
 
 
-class Fit:
-    """Least squares of `y` over three features: decayed, weighted by relative error, without negative coefficients.
-
-    Arguments:
-        scales: what a coefficient may be, by order of magnitude.
-        prior: what it is until seen, in these units.
-    Attributes:
-        coefficients: of the features.
-        seen: observations so far.
-    """
-
-    __slots__ = ("_a", "_b", "_prior", "_scales", "coefficients", "seen")
-
-    def __init__(self, scales: tuple[float, float, float], prior: tuple[float, float, float]) -> None:
-        self._scales, self._prior = scales, prior
-        self._a = [0.0] * 6  # 00 01 02 11 12 22
-        self._b = [0.0] * 3
-        self.coefficients = tuple(s * p for s, p in zip(scales, prior, strict=True))
-        self.seen = 0
-
-    def note(self, x: float, y: float, z: float, value: float, expected: float, every: int = _FREQUENT) -> bool:
-        """One observation: `value` where the features were so, and by the present fit `expected`.
-
-        Returns whether the fit was solved anew, as it is for one observation of `every`.
-        """
-        weight = 1.0 / expected
-        sx, sy, sz = self._scales
-        x, y, z = x * sx * weight, y * sy * weight, z * sz * weight
-        target = min(4.0, max(0.25, value * weight))
-        keep = 1.0 - 1.0 / _FIT_MEMORY
-        a, b = self._a, self._b
-        a[0] = a[0] * keep + x * x
-        a[1] = a[1] * keep + x * y
-        a[2] = a[2] * keep + x * z
-        a[3] = a[3] * keep + y * y
-        a[4] = a[4] * keep + y * z
-        a[5] = a[5] * keep + z * z
-        b[0] = b[0] * keep + x * target
-        b[1] = b[1] * keep + y * target
-        b[2] = b[2] * keep + z * target
-        self.seen += 1
-        if self.seen % every:
-            return False
-        self._solve()
-        return True
-
-    def _solve(self) -> None:
-        a00, a01, a02, a11, a12, a22 = self._a
-        matrix = [[a00 + _RIDGE, a01, a02], [a01, a11 + _RIDGE, a12], [a02, a12, a22 + _RIDGE]]
-        right = [b + _RIDGE * p for b, p in zip(self._b, self._prior, strict=True)]
-        kept = [0, 1, 2]
-        while kept:  # the most negative one is taken for zero, and the others solved again
-            found = _solved([[matrix[i][j] for j in kept] for i in kept], [right[i] for i in kept])
-            least = min(range(len(kept)), key=found.__getitem__)
-            if found[least] >= 0:
-                solution = dict(zip(kept, found, strict=True))
-                self.coefficients = tuple(s * solution.get(n, 0.0) for n, s in enumerate(self._scales))
-                return
-            del kept[least]
-
-
-def _solved(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """The solution of a small positive definite system, by elimination."""
-    size = len(right)
-    for column in range(size):
-        pivot = matrix[column][column]
-        for row in range(column + 1, size):
-            share = matrix[row][column] / pivot
-            for other in range(column, size):
-                matrix[row][other] -= share * matrix[column][other]
-            right[row] -= share * right[column]
-    found = [0.0] * size
-    for row in reversed(range(size)):
-        rest = sum(matrix[row][other] * found[other] for other in range(row + 1, size))
-        found[row] = (right[row] - rest) / matrix[row][row]
-    return found
-
-
-class Mean:
-    """A decayed mean of observed over expected, which single observations move little.
-
-    Attributes:
-        value: the mean.
-        seen: observations that it rests on; small ones count in part.
-    """
-
-    __slots__ = ("_beyond", "_memory", "seen", "value")
-
-    def __init__(self, value: float, memory: float) -> None:
-        self.value = value
-        self.seen = 0.0
-        self._memory = memory
-        self._beyond = 0  # observations in a row that were much more (or, negative, much less) than expected
-
-    def note(self, ratio: float, share: float = 1.0, gain: float = 0.0) -> None:
-        """One observation.
-
-        Arguments:
-            ratio: observed over what `value` had one expect.
-            share: of a full observation, in (0, 1].
-            gain: its weight in the mean, at least.
-        """
-        seen = self.seen if self.seen < self._memory else self._memory
-        own = 2.0 * share / (seen + 2.0 * share)  # the later half counts for three quarters
-        if own > gain:
-            gain = own
-        self.seen = seen + share
-        if 0.5 <= ratio <= 2.0:
-            self._beyond = 0
-            self.value *= 1.0 + gain * (ratio - 1.0)
-            return
-        bound = 2.0 ** (1 + min(abs(self._beyond), 5)) if seen >= _FEW else 64.0
-        self._beyond = max(0, self._beyond) + 1 if ratio > 2.0 else min(0, self._beyond) - 1
-        if abs(self._beyond) > 2:  # it is another engine than it was
-            gain, self.seen = max(gain, 0.5 * share), min(self.seen, _FEW)
-        # In logarithms: steps up and down are of one size.
-        self.value *= min(bound, max(1.0 / bound, ratio)) ** gain
-
-    def begin(self, value: float, seen: float) -> None:
-        """Begin anew."""
-        self.value, self.seen, self._beyond = value, seen, 0
-
-    def bound(self, least: float, greatest: float) -> float:
-        """Keep the value within bounds; returns it."""
-        value = self.value
-        if not least <= value <= greatest:
-            self.value = value = least if value < least else greatest
-        return value
-
-
-class PoolSpeeds:
-    """What the engines of one pool have in common: the shape of prefill's work, the fit of decode's step, hand-offs'.
-
-    Attributes:
-        leg_tokens: what any leg costs, in tokens of work.
-        growth: tokens before a token at which attention costs as much as everything else.
-        base, each_sequence, each_token: seconds of a step, by the fit, of an engine of factor 1.
-        usual_factor: the median of the engines' factors, when it was last looked at.
-        each_in_flight: seconds that a token in flight adds to it, with the sequence that it is a part of.
-    """
-
-    __slots__ = (
-        "_handoff",
-        "_members",
-        "_shape",
-        "_step",
-        "_tokens_each",
-        "_turn",
-        "base",
-        "each_in_flight",
-        "each_sequence",
-        "each_token",
-        "growth",
-        "leg_tokens",
-        "usual_factor",
-    )
-
-    def __init__(self) -> None:
-        self._members: list[Speeds] = []
-        self._shape = Fit(_LEG, (0.0, 1.0, 0.0))
-        self._step = Fit(_STEP, (1.0, 1.0, 1.0))
-        self._handoff = Fit(_HANDOFF, (1.0, 1.0, 0.0))
-        self._turn = 0
-        self._tokens_each = 0.0  # held by a sequence, on the average
-        self.usual_factor = 1.0
-        self.leg_tokens = 0.0
-        self.growth = _GREATEST_GROWTH
-        self.base, self.each_sequence, self.each_token = _STEP
-        self.each_in_flight = 0.0
-        self._weigh_tokens()
-
-    def join(self) -> Speeds:
-        """A new engine's, at the pool's median."""
-        speeds = Speeds(self)
-        self._members.append(speeds)
-        speeds.begin()
-        return speeds
-
-    def leave(self, speeds: Speeds) -> None:
-        """An engine has left for good."""
-        if speeds in self._members:
-            self._members.remove(speeds)
-
-    def work(self, uncached: int, prompt: int) -> int:
-        """Tokens of work of a leg.
-
-        Arguments:
-            uncached: tokens to compute, the last ones of the prompt.
-            prompt: its length in tokens.
-        """
-        return int(uncached + self.leg_tokens + uncached * (prompt - 0.5 * uncached) / self.growth)
-
-    def step(self, sequences: float, tokens: float) -> float:
-        """Seconds of a step on an engine of factor 1."""
-        return self.base + self.each_sequence * sequences + self.each_token * tokens
-
-    def handoff(self, tokens: int) -> float:
-        """Seconds of a hand-off; 0 until one was seen."""
-        if not self._handoff.seen:
-            return 0.0
-        once, each, _ = self._handoff.coefficients
-        return once + each * tokens
-
-    @property
-    def _every(self) -> int:
-        """Observations between two solutions: all engines look at each."""
-        return max(_FREQUENT, len(self._members))
-
-    @property
-    def pace(self) -> float:
-        """The median of the engines' paces; a guess until one has prefilled."""
-        return _median((s.pace for s in self._members if s.prefills), _PACE)
-
-    @property
-    def factor(self) -> float:
-        """The median of the engines' factors."""
-        return _median((s.factor for s in self._members if s.steps), 1.0)
-
-    @property
-    def prefills(self) -> bool:
-        """Whether any engine's pace was observed."""
-        return self._shape.seen > 0
-
-    @property
-    def steps(self) -> bool:
-        """Whether any engine's steps were observed."""
-        return self._step.seen > 0
-
-    def computed(self, legs: int, uncached: float, before: float, work: float, expected: float) -> None:
-        """Legs took `work` (tokens, by their engine's pace) where `expected` was expected."""
-        self._turn += 1
-        if self._turn & 3 and self._shape.seen > _LEARNT and expected < _CHUNK:  # what is known well
-            return
-        if self._shape.note(legs, uncached, before, work, expected, self._every):
-            leg, token, attention = self._shape.coefficients
-            token = max(token, 0.1)
-            self.leg_tokens = min(leg / token, 1e5)
-            self.growth = min(_GREATEST_GROWTH, max(256.0, token / attention)) if attention > 0 else _GREATEST_GROWTH
-            self.followed()
-
-    def stepped(self, sequences: int, tokens: int, seconds: float, expected: float) -> None:
-        """A step took `seconds` by its engine's factor, where `expected` was expected."""
-        self._turn += 1
-        if self._turn & 3 and self._step.seen > _LEARNT:
-            return
-        each = tokens / sequences
-        self._tokens_each += (each - self._tokens_each) / min(self._step.seen + 1, _FIT_MEMORY)
-        if self._step.note(1.0, sequences, tokens, seconds, expected, self._every):
-            self.base, self.each_sequence, self.each_token = self._step.coefficients
-            self._weigh_tokens()
-            self.followed()
-
-    def handed_over(self, tokens: int, seconds: float) -> None:
-        """A hand-off took so long."""
-        if not self._handoff.seen:
-            self._handoff.note(1.0, tokens, 0.0, seconds, seconds)
-        self._handoff.note(1.0, tokens, 0.0, seconds, max(1e-4, self.handoff(tokens)))
-
-    def _weigh_tokens(self) -> None:
-        self.each_in_flight = self.each_token + self.each_sequence / max(self._tokens_each or 2048.0, 1.0)
-
-    def followed(self) -> None:
-        """The fits have moved: so do all engines, and those of which nothing is known stay at the median."""
-        pace, factor = self.pace, self.factor
-        self.usual_factor = factor
-        for speeds in self._members:
-            if not speeds.prefills:
-                speeds.follow_pace(pace)
-            if not speeds.steps:
-                speeds.follow_factor(factor)
-            speeds.refresh()
+def join_pool(pool: PoolSpeeds) -> Speeds:
+    """The speeds of an engine that joins a pool: at first the pool's median."""
+    speeds = Speeds(pool)
+    pool.add(speeds)
+    speeds.begin()
+    return speeds
 
 
 class Speeds:
-    """One engine's. Made by `PoolSpeeds.join`.
+    """How fast one engine is. Made by `join_pool`.
 
     Attributes:
         pool: its pool's.
@@ -394,12 +119,12 @@ class Speeds:
         self._tokens_before = 0.0
         self._work_done = 0.0
         self._seconds = 0.0
-        self._pace = Mean(_PACE, _MEMORY)
+        self._pace = Mean(FIRST_PACE, _MEMORY)
         self._factor = Mean(1.0, _STEP_MEMORY)
         self._disturbed = self._disturbed_at = 0.0
         self._undisturbed_at = -inf
         self._left_at: float | None = None
-        self.pace = _PACE
+        self.pace = FIRST_PACE
         self.factor = 1.0
         self.free_at = self.rest = 0.0
         self.late_at = inf
@@ -595,7 +320,7 @@ class Speeds:
             self.late_at = inf
             return
         first, since = (given[0][1], self._since) if given else (0, self._elsewhere_since)
-        front = min(work, first if first > _CHUNK else _CHUNK)
+        front = min(work, first if first > CHUNK else CHUNK)
         self.free_at = since + work * pace
         self.rest = (work - front) * pace
         self.late_at = since + 2.0 * front * pace + _OVERDUE
@@ -719,8 +444,3 @@ class Speeds:
 def _tokens(count: int) -> int:
     """A count within bounds."""
     return int(count) if 0 <= count <= MOST_TOKENS else MOST_TOKENS if count > 0 else 0
-
-
-def _median(values: Iterable[float], default: float) -> float:
-    found = list(values)
-    return median(found) if found else default

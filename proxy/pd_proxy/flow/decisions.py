@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from pd_proxy.fleet.backend import Backend
-from pd_proxy.fleet.speeds import PoolSpeeds
+from pd_proxy.fleet.pool_speeds import PoolSpeeds
 from pd_proxy.flow.request import Request
 from pd_proxy.placement.ask import Ask, uncached
 from pd_proxy.placement.auto import time_to_first_token

@@ -9,6 +9,7 @@ from pd_proxy.errors import BackendAnswered, BackendError, BackendRejected
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.handoff.connector import Handoff
+from pd_proxy.transitions import ImpossibleTransition
 
 
 class HandoffUse(Enum):
@@ -41,10 +42,6 @@ TRANSITIONS: dict[HandoffUse, frozenset[HandoffUse]] = {
 - READING to UNUSED: decode's leg failed, and its engine surely never read the request.
 - REFUSED to READING: the engine refused the leg at its front door, and another decode engine gets the hand-off.
 """
-
-
-class ImpossibleTransition(Exception):
-    """A state was to follow one that it cannot follow: a defect of the gateway."""
 
 
 class PendingHandoff:

@@ -23,6 +23,7 @@ from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.fleet.engine_families import KINDS, Kind
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.pairing import same_weights
+from pd_proxy.fleet.readiness import models_without_pair
 from pd_proxy.flow.decisions import MOST_CANDIDATES, Decisions, Full, in_full
 from pd_proxy.flow.first_token import FirstTokens
 from pd_proxy.flow.prompts import Prompts, Sent
@@ -181,13 +182,13 @@ class Placing:
                 and not body.stored,
             )
         except NoBackend as error:
-            if apart := self._fleet.models_apart(body.model):
+            if apart := models_without_pair(self._fleet, body.model):
                 error.args = (f"the prefill and decode backends have no model in common: {apart}",)
             raise
 
     def _fallback(self, decision: Decision[Backend], body: Body) -> str:
         """Why there is no hand-off though there are pools for it, or an empty string."""
-        if decision.fallback == "no_prefill_backend" and self._fleet.models_apart(body.model):
+        if decision.fallback == "no_prefill_backend" and models_without_pair(self._fleet, body.model):
             return "no_matching_pair"  # they are up, and serve other models
         return decision.fallback
 

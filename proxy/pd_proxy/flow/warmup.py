@@ -17,7 +17,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from time import monotonic
 
@@ -63,6 +63,7 @@ class Warmup:
         self._tries: Counter[Pair] = Counter()
         self._warned: set[tuple[str, str]] = set()  # backends, and the codes of what was logged of them
         self._workers: set[asyncio.Task[None]] = set()
+        self._unsubscribe: Callable[[], None] = lambda: None
 
     def start(self, witness: Witness | None = None) -> None:
         """Warm up whatever comes up from now on.
@@ -72,13 +73,12 @@ class Warmup:
         """
         self._trials.witness = witness
         if self._on:
-            self._fleet.on_up = self._came_up
-            self._fleet.on_fit = self._enlist
+            self._unsubscribe = self._fleet.subscribe(on_up=self._came_up, on_fit=self._enlist)
             self._fleet.pairs_are_tried = True
 
     async def stop(self) -> None:
         """End what is running."""
-        self._fleet.on_up = self._fleet.on_fit = None
+        self._unsubscribe()
         self._waiting.clear()
         self._due.clear()
         for timer in self._timers.values():

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from pd_proxy.transitions import ImpossibleTransition
+
 
 class Phase(Enum):
     """How far a stream has come."""
@@ -25,10 +27,6 @@ class Phase(Enum):
     """It ended, well or not; nothing more goes to the client."""
 
     __hash__ = object.__hash__  # that of `Enum` is a call of Python's, several times for each stream
-
-
-class ImpossibleTransition(Exception):
-    """A fault of the gateway's own: a stream cannot go from the one phase to the other."""
 
 
 class _Next(dict[Phase, Phase]):

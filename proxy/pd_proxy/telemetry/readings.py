@@ -39,7 +39,8 @@ BACKEND_STATES = ("up", "slow_start", "ejected", "draining", "down")
 class FleetState(Protocol):
     """What a scrape reads of the fleet."""
 
-    handoffs_pending: int
+    @property
+    def handoffs_pending(self) -> int: ...
 
     def __iter__(self) -> Iterator[BackendState]: ...
 

@@ -26,6 +26,7 @@ from pd_proxy.errors import BackendError, BackendNotFound, FanOutFailed, Invalid
 from pd_proxy.fleet.backend import Backend, Role
 from pd_proxy.fleet.engine_families import Operation
 from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.state import Event
 from pd_proxy.http.control import Control
 from pd_proxy.workers.peers import PeerWorkers
 
@@ -182,7 +183,7 @@ class FanOut:
                     )
                 outcome = await self._call(backend, "sleep", params)
                 if outcome.ok:
-                    self._fleet.take_out(backend, "it was put to sleep")
+                    self._fleet.take_out(backend, "it was put to sleep", Event.ASLEEP)
                 return outcome
             finally:
                 if not draining and not backend.removed:

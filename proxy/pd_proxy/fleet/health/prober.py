@@ -138,17 +138,17 @@ class Prober:
         self._quiet = _Quiet()
         self._checks = Checks(control.timeout, fleet.delays)
         self._excused_told = float("-inf")
+        self._unsubscribe: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Watch what is in the fleet now and whatever joins later."""
-        self._fleet.on_join = self._join
-        self._fleet.on_leave = self._leave
+        self._unsubscribe = self._fleet.subscribe(on_join=self._join, on_leave=self._leave)
         for backend in self._fleet:
             self._join(backend)
 
     async def stop(self) -> None:
         """End all watchers."""
-        self._fleet.on_join = self._fleet.on_leave = None
+        self._unsubscribe()
         watchers = [*self._watchers.values(), *self._rounds]
         for watcher in watchers:
             watcher.cancel()
@@ -242,7 +242,7 @@ class Prober:
         if backend.removed:
             self._fleet.forget_idle()
         if reason != backend.reason:
-            backend.reason = reason
+            backend.note_down(reason)
             self._quiet.tell(backend, reason)
 
     async def _until_down(self, backend: Backend) -> None:

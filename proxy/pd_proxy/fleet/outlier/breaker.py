@@ -135,8 +135,7 @@ class Breaker:
         seconds = min(seconds, settings.longest_ejection)
         standing.begin_anew()
         standing.level = level
-        standing.reason = reason
-        standing.ejected_until = now + seconds
+        standing.eject(now + seconds, reason)
         return seconds
 
     def factor(self, since: float, now: float) -> float:

@@ -14,6 +14,7 @@ from pd_proxy.errors import BackendBusy, BackendError
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.outlier.breaker import Breaker, Reason
 from pd_proxy.fleet.outlier.statistics import LegName, OutlierStats
+from pd_proxy.fleet.state import Fitness
 from pd_proxy.settings.bounds import BreakerSettings
 
 log = logging.getLogger("pd_proxy.fleet")
@@ -139,9 +140,9 @@ class OutlierDetector:
             standing = backend.standings[leg]
             if standing.ejected(now):
                 ejected = True
-            elif standing.reason:
+            elif standing.fitness is Fitness.EJECTED:
                 log.info("%s backend %s is back after its ejection (%s)", backend.role, backend.url, standing.reason)
-                standing.reason = ""
+                standing.end_ejection()
                 self._start_slowly(backend, standing.ejected_until, now)
         if backend.slow_since is not None:
             backend.factor = self._breaker.factor(backend.slow_since, now)

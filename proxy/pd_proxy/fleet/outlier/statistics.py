@@ -9,6 +9,9 @@ from __future__ import annotations
 from math import exp, log
 from typing import Literal
 
+from pd_proxy.fleet.state import FITNESS, Event, Fitness
+from pd_proxy.transitions import after
+
 LegName = Literal["prefill", "decode", "encode"]
 
 LEAVING = "leaving"
@@ -73,7 +76,7 @@ class Window:
 
 
 class OutlierStats:
-    """One backend's standing at one leg.
+    """How one backend does at one kind of leg.
 
     Arguments:
         window: seconds for which a leg's outcome counts.
@@ -85,7 +88,8 @@ class OutlierStats:
         timed_at: when the last time was noted.
         level: how often it was ejected, less what good time took back; the time out doubles with it.
         ejected_until: the end of the last ejection; 0 when there was none.
-        reason: of that ejection; empty once it is over and that has been seen.
+        fitness: `EJECTED` until the end of the ejection has been noticed (`OutlierDetector.refresh`).
+        reason: of that ejection; empty while it is fit.
     """
 
     __slots__ = (
@@ -93,6 +97,7 @@ class OutlierStats:
         "consecutive",
         "ejected_until",
         "excess",
+        "fitness",
         "level",
         "reason",
         "samples",
@@ -103,6 +108,7 @@ class OutlierStats:
     def __init__(self, window: float) -> None:
         self.window = Window(window)
         self.level = 0
+        self.fitness = Fitness.FIT
         self.ejected_until = 0.0
         self.reason = ""
         self.begin_anew()
@@ -138,13 +144,25 @@ class OutlierStats:
         return exp(self._log_seconds) * (1 - exp(excess - self.excess))
 
     def lift(self, now: float) -> None:
-        """End an ejection: what comes up now is not what failed."""
+        """End an ejection, since the engine that comes up now is not the one that failed."""
+        self.fitness = after(FITNESS, self.fitness, Event.RESTART)
         self.ejected_until = min(self.ejected_until, now)
         self.reason = ""
         self.begin_anew()
 
+    def eject(self, until: float, reason: str) -> None:
+        """Begin an ejection."""
+        self.fitness = after(FITNESS, self.fitness, Event.EJECT)
+        self.ejected_until = until
+        self.reason = reason
+
+    def end_ejection(self) -> None:
+        """The time of an ejection is over."""
+        self.fitness = after(FITNESS, self.fitness, Event.RETURN)
+        self.reason = ""
+
     def ejected(self, now: float) -> bool:
-        """Whether it is out now."""
+        """Whether it is ejected now."""
         return now < self.ejected_until
 
     def leaving(self, now: float) -> bool:

@@ -23,6 +23,7 @@ import msgspec
 from pd_proxy.decoding import msgpack_decoder
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.state import Event
 from pd_proxy.fleet.zmq.listener import ZmqListener
 from pd_proxy.handoff.coordinates import Announcement
 from pd_proxy.handoff.traits import Traits
@@ -126,7 +127,7 @@ class Registrations:
         if backend is not None:
             decoder = self._decoders.get(backend.connector)
         elif self._settings.networks:
-            decoder = self._decoders.get(self._fleet.connector_of(self._settings.group))
+            decoder = self._decoders.get(self._fleet.groups[self._settings.group])
         if decoder is None or not decoder.traits.registers:
             self._not_taken("unknown", f"{address[0]}:{address[1]} registers, and is no backend that needs to")
             return
@@ -231,7 +232,7 @@ class Registrations:
         for backend in [backend for backend, until in self._until.items() if until <= now]:
             del self._until[backend]
             backend.registered = False
-            self._fleet.take_out(backend, f"has not registered for {self._settings.expiry:g} s")
+            self._fleet.take_out(backend, f"has not registered for {self._settings.expiry:g} s", Event.EXPIRED)
             if backend in self._added:
                 self._fleet.remove(backend.url, backend.role)
 
