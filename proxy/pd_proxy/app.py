@@ -217,13 +217,13 @@ def build(settings: Settings, connections: Connections | None = None, context: W
         control,
         on_leave=forget,
         reads_caches=placing.looks,
-        learns_facts=lambda backend: (
+        learns_identity=lambda backend: (
             settings.first_token != "decode"
             and backend.role != "encode"
             and spoken.get(backend.connector, UNKNOWN).traits.first_token
         ),
         guides=spoken,
-        tether_headers=legs.authorization,
+        sentinel_headers=legs.authorization,
     )
     names = Names(settings, fleet, prober.ask_models)
     entrance = _entrance(settings, gate, admission, credentials, names, telemetry, hops)

@@ -11,7 +11,8 @@ import respx
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.engine_families import KINDS
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.health.prober import ProbeFailed, Prober
+from pd_proxy.fleet.health.probe import ProbeFailed
+from pd_proxy.fleet.health.prober import Prober
 from pd_proxy.http.control import Control
 from pd_proxy.settings.tree import Settings
 from pd_proxy.settings.types import KindName
@@ -50,7 +51,7 @@ def test_every_kind_that_can_be_set_is_known() -> None:
 async def test_a_backend_is_probed_and_asked_for_its_version_where_its_kind_says_it(kind: KindName) -> None:
     async with probing(kind) as (prober, backend, router):
         await prober.probe(backend)
-        await prober._learn(backend)
+        await prober._discovery.learn(backend)
         assert backend.models == {"m": {"id": "m"}}
         assert backend.version == VERSIONS[kind]
         router[KINDS[kind].health].respond(503)

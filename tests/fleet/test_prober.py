@@ -15,7 +15,8 @@ import respx
 from pd_proxy.errors import BackendError, BackendUnreachable
 from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.health import prober as health
+from pd_proxy.fleet.health import down_log
+from pd_proxy.fleet.health import prober as prober_module
 from pd_proxy.fleet.health.kv_cache import Cache
 from pd_proxy.fleet.health.prober import Prober
 from pd_proxy.http.control import Control
@@ -48,7 +49,7 @@ class News(logging.Handler):
 
 @pytest.fixture
 def news(monkeypatch: pytest.MonkeyPatch) -> Iterator[News]:
-    monkeypatch.setattr(health, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(prober_module, "_FIRST_WAIT", 0.001)
     news = News()
     logger = logging.getLogger("pd_proxy.fleet")
     level = logger.level
@@ -284,7 +285,7 @@ async def test_an_engine_whose_models_cannot_be_read_is_no_worse_for_it(
 async def test_models_are_learnt_anew_now_and_then(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "_RELEARN", 0.0)
+    monkeypatch.setattr(prober_module, "_RELEARN", 0.0)
     prober.start()
     await news.of("is up")
     learnt = asyncio.Event()
@@ -450,7 +451,7 @@ async def test_an_engine_that_does_not_say_whether_it_sleeps_any_more_stays_down
 async def test_an_engine_that_cannot_sleep_is_asked_once_for_each_time_it_comes_up(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "_RELEARN", 0.0)
+    monkeypatch.setattr(prober_module, "_RELEARN", 0.0)
     prober.start()
     await news.of("is up")
     learnt = engine["models"].call_count
@@ -465,7 +466,7 @@ async def test_what_a_backend_said_it_lacks_is_asked_again_with_its_models(
 ) -> None:
     prober.start()
     await news.of("is up")
-    monkeypatch.setattr(health, "_RELEARN", 0.0)
+    monkeypatch.setattr(prober_module, "_RELEARN", 0.0)
     backend.lacks.add("/v1/embeddings")
     assert not backend.offers("/v1/embeddings")
     async with asyncio.timeout(PATIENCE):
@@ -505,7 +506,7 @@ async def test_an_engine_whose_answers_inflate_is_not_up(news: News) -> None:
 async def test_of_many_backends_that_are_down_few_have_a_line_of_their_own(
     news: News, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(health, "_LINES_FOR", 0.3)
+    monkeypatch.setattr(down_log, "LINES_FOR", 0.3)
     urls = [f"http://127.0.0.1:1/{number}" for number in range(40)]
     fleet = Fleet(Settings(decode=urls))
     prober = Prober(fleet, Settings().health, Control(5.0))
@@ -513,15 +514,15 @@ async def test_of_many_backends_that_are_down_few_have_a_line_of_their_own(
     line = await news.of("more backends are not up")
     await prober.stop()
     single = [record for record in caplog.records if " backend http" in record.getMessage()]
-    assert len(single) == health._LINES
-    assert line.startswith(f"{40 - health._LINES} more backends are not up (GET /admin/backends), most of them: ")
+    assert len(single) == down_log._LINES
+    assert line.startswith(f"{40 - down_log._LINES} more backends are not up (GET /admin/backends), most of them: ")
     assert all(backend.reason.startswith("/health could not be asked: ") for backend in fleet)
 
 
 async def test_backends_that_are_down_are_probed_no_faster_together_than_a_bound(
     news: News, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "_MOST_DOWN", 100)
+    monkeypatch.setattr(prober_module, "_MOST_DOWN", 100)
     slept: list[float] = []
     sleep = asyncio.sleep
 

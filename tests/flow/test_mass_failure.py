@@ -10,7 +10,7 @@ from time import sleep
 import pytest
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.health.prober import Prober
+from pd_proxy.fleet.health.probe import Probe
 
 from tests.support import Running, chat, pools, until
 
@@ -54,9 +54,9 @@ async def test_nobody_leaves_the_rotation_and_no_stream_ends_when_the_gateway_st
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, taken_out: list[str]
 ) -> None:
     under_way = 0
-    probe = Prober.probe
+    probe = Probe.probe
 
-    async def counted(prober: Prober, backend: Backend) -> None:
+    async def counted(prober: Probe, backend: Backend) -> None:
         nonlocal under_way
         under_way += 1
         try:
@@ -64,7 +64,7 @@ async def test_nobody_leaves_the_rotation_and_no_stream_ends_when_the_gateway_st
         finally:
             under_way -= 1
 
-    monkeypatch.setattr(Prober, "probe", counted)
+    monkeypatch.setattr(Probe, "probe", counted)
     caplog.set_level(logging.WARNING, "pd_proxy.fleet")
     async with pools(4, 4, engine=ENGINE, health=QUICK) as (running, _, _):
         progress = [0] * 8

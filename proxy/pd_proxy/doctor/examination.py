@@ -16,7 +16,8 @@ from pd_proxy.doctor.report import Engine, Handoff, Report
 from pd_proxy.fleet.backend import Backend, Role
 from pd_proxy.fleet.findings import Finding, found, in_order
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.health.prober import ProbeFailed, Prober
+from pd_proxy.fleet.health.probe import ProbeFailed
+from pd_proxy.fleet.health.prober import Prober
 from pd_proxy.fleet.health.profile import Profile
 from pd_proxy.fleet.readiness import readiness
 from pd_proxy.fleet.zmq.listener import CannotListen

@@ -1,0 +1,173 @@
+"""What engines say of themselves on their own pages: models, version, hand-off protocol, coordinates, KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Protocol
+
+import msgspec
+
+from pd_proxy.decoding import decode_json
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.health.fingerprints import CONFIGURATION, configured, counted, speaker
+from pd_proxy.fleet.health.kv_cache import read_cache
+from pd_proxy.fleet.health.probe import NOT_AS_EXPECTED, Probe, ProbeFailed
+from pd_proxy.fleet.health.profile import Profile, read_from_elsewhere, read_profile
+from pd_proxy.handoff.coordinates import Coordinates
+from pd_proxy.handoff.traits import Traits
+
+_PATIENCE = 10.0  # seconds for an engine's configuration: vLLM looks at its whole environment for it
+
+
+class Guide(Protocol):
+    """What a connector knows of its engines: how to recognise them, and how to read their coordinates."""
+
+    @property
+    def traits(self) -> Traits: ...
+
+    def info_url(self, coordinates: Coordinates) -> str: ...
+
+    def learn(self, coordinates: Coordinates, answer: bytes) -> Coordinates: ...
+
+
+class Discovery:
+    """Reads what engines say of themselves, and tells the fleet.
+
+    Arguments:
+        probe: fetches the pages.
+        seconds: the time limit of a page.
+        guides: by connector: how to recognise its engines and to learn their coordinates.
+    """
+
+    def __init__(self, fleet: Fleet, probe: Probe, seconds: float, guides: Mapping[str, Guide]) -> None:
+        self._fleet = fleet
+        self._probe = probe
+        self._seconds = seconds
+        self._guides = guides
+        self._told: dict[Backend, Coordinates] = {}  # coordinates as the settings have them
+
+    def forget(self, backend: Backend) -> None:
+        """A backend has left for good."""
+        self._told.pop(backend, None)
+
+    async def profile(self, backend: Backend) -> Profile:
+        """What an engine tells of how it was started."""
+        configuration = b""
+        for page in CONFIGURATION:
+            if configuration := await self._probe.page(backend.url + page, _PATIENCE):
+                break
+        path = backend.kind.metrics
+        metrics = await self._probe.page(backend.url + path, self._seconds) if path else b""
+        profile = read_profile(configuration, metrics)
+        contexts = [card.get("max_model_len") for card in (backend.models or {}).values()]
+        known = [context for context in contexts if isinstance(context, int) and context > 0]
+        return msgspec.structs.replace(profile, context=min(known)) if known else profile
+
+    async def read_cache(self, backend: Backend) -> None:
+        """Learn how much an engine's KV cache holds. One that does not say is no worse for it."""
+        path = backend.kind.metrics
+        if backend.role != "encode":
+            metrics = await self._probe.page(backend.url + path, self._seconds) if path else b""
+            self._fleet.holds(backend, read_cache(metrics))
+
+    async def read_from_elsewhere(self, backend: Backend) -> int | None:
+        """How many prompt tokens an engine has taken out of others' KV caches; None where it does not say."""
+        path = backend.kind.metrics
+        return read_from_elsewhere(await self._probe.page(backend.url + path, self._seconds)) if path else None
+
+    async def learn(self, backend: Backend, *, anew: bool = False) -> None:
+        """Read the model ids and the version. An engine without one of the two is no worse for it, one that cannot be
+        reached is.
+
+        Arguments:
+            anew: it may be another engine than before.
+        Raises:
+            ProbeFailed: it should get no requests.
+        """
+        backend.lacks.clear()
+        models = await self.models(backend)
+        version = ""
+        path, member = backend.kind.version
+        if path and (answer := await self._probe.get(backend, path)).status != 404:
+            version = backend.version
+            if answer.status == 200:
+                with suppress(*NOT_AS_EXPECTED):
+                    version = str(decode_json(answer.body)[member])
+        self._fleet.learnt(backend, models, version)
+        if self._fleet.is_to_tell(backend) and (anew or not backend.told):
+            self._fleet.told(backend, await self._tell(backend))
+        await self._locate(backend)
+
+    async def _tell(self, backend: Backend) -> str:
+        """Which hand-off protocol an engine speaks, as far as it tells."""
+        marks = {name: guide.traits.fingerprints for name, guide in self._guides.items()}
+        for page in CONFIGURATION:
+            if known := configured(await self._probe.page(backend.url + page, _PATIENCE)):
+                return speaker(known, marks)
+        if path := backend.kind.metrics:
+            series = counted(await self._probe.page(backend.url + path, self._seconds))
+            if name := speaker(series, marks):
+                return name
+        return await self._show(backend) if backend.role == "prefill" else ""
+
+    async def _show(self, backend: Backend) -> str:
+        """The protocol whose page about a prefill engine's coordinates there is; empty where there is none."""
+        for name, guide in self._guides.items():
+            coordinates = msgspec.structs.replace(
+                backend.coordinates, port=backend.coordinates.port or guide.traits.port
+            )
+            if url := guide.info_url(coordinates):
+                with suppress(*NOT_AS_EXPECTED):
+                    guide.learn(coordinates, await self._probe.page(url, self._seconds))
+                    return name
+        return ""
+
+    async def models(self, backend: Backend) -> dict[str, dict[str, Any]] | None:
+        """The models that a backend serves now, or what was known of them where it does not say."""
+        answer = await self._probe.get(backend, "/v1/models")
+        if answer.status in (401, 403):
+            raise ProbeFailed(f"/v1/models answered {answer.status}: set backend_api_key", "key_refused")
+        if answer.status == 200:
+            with suppress(*NOT_AS_EXPECTED):
+                return {str(card["id"]): dict(card) for card in decode_json(answer.body)["data"]}
+        return backend.models
+
+    async def _locate(self, backend: Backend) -> None:
+        """Ask an engine for what its connector's legs must know of it, unless it says so by itself.
+
+        Raises:
+            ProbeFailed: it did not say, so that no hand-off can come about.
+        """
+        guide = self._guides.get(backend.connector)
+        if (
+            guide is not None
+            and guide.traits.registers
+            and backend.role in ("prefill", "decode")
+            and not backend.registered
+        ):
+            raise ProbeFailed("its engine has not registered at zmq.registrations", "unregistered")
+        if guide is None or backend.role != "prefill":
+            return
+        told = self._told.setdefault(backend, backend.coordinates)
+        if not told.port:
+            told = msgspec.structs.replace(told, port=guide.traits.port)
+        if not backend.coordinates.port:
+            backend.locate(told)
+        urls = [backend.url + page for page in guide.traits.info_pages] or [guide.info_url(told)]
+        if not urls[0]:
+            return
+        for url in urls:
+            try:
+                answer = await self._probe.fetch(url, url)
+            except ProbeFailed as failure:
+                raise ProbeFailed(str(failure), "no_coordinates") from failure
+            if answer.status != 404:
+                break
+        try:
+            if answer.status != 200:
+                raise ValueError(f"status {answer.status}")
+            backend.locate(guide.learn(told, answer.body))
+        except NOT_AS_EXPECTED as error:
+            raise ProbeFailed(f"{url} did not tell where its KV cache is: {error}", "no_coordinates") from None

@@ -1,0 +1,41 @@
+"""Log lines about backends that are down, of which there may be hundreds at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+
+from pd_proxy.fleet.backend import Backend
+
+log = logging.getLogger("pd_proxy.fleet")
+
+_LINES = 10  # log lines about single backends in `LINES_FOR` seconds; one more sums the others up
+LINES_FOR = 5.0
+
+
+class DownLog:
+    """Logs which backends are not up: the first of many by name, of the rest only how many."""
+
+    def __init__(self) -> None:
+        self._since = float("-inf")
+        self._told = 0
+        self._untold: Counter[str] = Counter()
+
+    def tell(self, backend: Backend, reason: str) -> None:
+        """A backend is not up, for another reason than before."""
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._since > LINES_FOR and not self._untold:
+            self._since, self._told = loop.time(), 0
+        if self._told < _LINES:
+            self._told += 1
+            log.warning("%s backend %s is not up: %s", backend.role, backend.url, reason)
+            return
+        if not self._untold:
+            loop.call_at(self._since + LINES_FOR, self._sum_up)
+        self._untold[reason] += 1
+
+    def _sum_up(self) -> None:
+        (reason, _), number = self._untold.most_common(1)[0], self._untold.total()
+        self._untold.clear()
+        log.warning("%d more backends are not up (GET /admin/backends), most of them: %s", number, reason)

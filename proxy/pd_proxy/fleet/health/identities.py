@@ -1,0 +1,81 @@
+"""The identities of engines, each believed as long as a connection to its engine stays open (`sentinel.py`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+from pd_proxy.fleet.backend import Backend
+from pd_proxy.fleet.health.identity import read_facts
+from pd_proxy.fleet.health.sentinel import Sentinel, SentinelClosed
+from pd_proxy.http.control import Control
+
+log = logging.getLogger("pd_proxy.fleet")
+
+
+class Identities:
+    """Keeps a sentinel connection to each engine whose identity is wanted.
+
+    Arguments:
+        control: its trust settings are those of the connections.
+        seconds: the time limit of one exchange.
+        wanted: whether the identity of a backend's engine is of use.
+        headers: header lines of each request.
+    """
+
+    def __init__(self, control: Control, seconds: float, wanted: Callable[[Backend], bool], headers: bytes) -> None:
+        self._control = control
+        self._seconds = seconds
+        self._wanted = wanted
+        self._headers = headers
+        self._sentinels: dict[Backend, Sentinel] = {}
+
+    async def connect(self, backend: Backend) -> None:
+        """Learn an engine's facts, over a connection that is held for as long as they are to be believed. They are
+        unknown where that does not come about, which is no fault: its hand-offs are then those that fit any engine."""
+        self.disconnect(backend)
+        kind = backend.kind
+        if not self._wanted(backend) or not (kind.metrics and kind.version[0]):
+            return
+        seconds = self._seconds
+        try:
+            sentinel = await Sentinel.tie(
+                backend.url,
+                self._headers,
+                lambda: backend.learn(None),
+                seconds,
+                lambda: self._control.trust,
+            )
+            self._sentinels[backend] = sentinel
+            said = [await sentinel.ask(page, seconds) for page in (kind.metrics, "/v1/models", kind.version[0])]
+        except SentinelClosed as error:
+            log.debug("%s backend %s told nothing of itself: %s", backend.role, backend.url, error)
+            self.disconnect(backend)
+            return
+        facts = read_facts(*(body if status == 200 else b"" for status, body in said))
+        if facts is None or not sentinel.holds:
+            self.disconnect(backend)
+        else:
+            backend.learn(facts)
+
+    async def keep(self, backend: Backend, *, anew: bool) -> None:
+        """Keep a sentinel from growing idle, or tie it again.
+
+        Arguments:
+            anew: look again where nothing could be learnt before.
+        """
+        sentinel, facts = self._sentinels.get(backend), backend.facts
+        if sentinel is not None and sentinel.holds and facts is not None:
+            with suppress(SentinelClosed):
+                status, answer = await sentinel.ask(backend.kind.version[0], self._seconds)
+                if status == 200 and facts.version.encode() not in answer:
+                    backend.learn(None)
+        elif anew or sentinel is not None:
+            await self.connect(backend)
+
+    def disconnect(self, backend: Backend) -> None:
+        if backend.facts is not None:
+            backend.learn(None)
+        if sentinel := self._sentinels.pop(backend, None):
+            sentinel.close()
