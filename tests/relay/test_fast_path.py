@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -55,7 +56,7 @@ class Scene:
             self.slow_path,
             self.gaps,
             self.transcript,
-            partial(learn_pattern, edit=edit or Edit(hide_ids=hidden), with_ids=hidden),
+            SimpleNamespace(pattern=partial(learn_pattern, edit=edit or Edit(hide_ids=hidden), with_ids=hidden)),
         )
         self.fast_path.arm(self.written.append)
         self.fast_path.learn(sample)

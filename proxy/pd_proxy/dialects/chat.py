@@ -28,7 +28,7 @@ from pd_proxy.dialects.choices import (
     is_ordinary,
     is_preempted,
 )
-from pd_proxy.dialects.dialect import FastPath, TokenLog
+from pd_proxy.dialects.dialect import TokenLog, TokenPath
 from pd_proxy.dialects.edit import Edit, take_prompt_ids
 from pd_proxy.dialects.engine_errors import engine_error_event
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
@@ -107,6 +107,7 @@ class ChoicesReader:
         "_hide_ids",
         "_last_event",
         "_live",
+        "_odd",
         "_opened",
         "_opening",
         "_prompt",
@@ -137,6 +138,7 @@ class ChoicesReader:
         self._early_size = 0  # bytes of them
         self.pending = b""  # events without text, as the client will see them together with the next that has some
         self._last_event = b""
+        self._odd = False  # the block that is read may name the hand-off
         self.done = False
         self.failure: BackendError | None = None
         self.has_content = False
@@ -171,7 +173,7 @@ class ChoicesReader:
     def check(self, block: bytes) -> None:
         """Nothing: its events never wait."""
 
-    def read(self, block: bytes, last: bool, fast_path: FastPath) -> tuple[bytes, int]:
+    def read(self, block: bytes, last: bool, fast_path: TokenPath) -> tuple[bytes, int]:
         if not self._live:
             if len(block) <= _LARGE:
                 return self._inspect(block, last, fast_path)
@@ -184,7 +186,7 @@ class ChoicesReader:
             return self._inspect(block, last, fast_path)
         return self._read_rest(block, last, fast_path, b"", 0)
 
-    def _read_first(self, block: bytes, last: bool, fast_path: FastPath) -> tuple[bytes, int]:
+    def _read_first(self, block: bytes, last: bool, fast_path: TokenPath) -> tuple[bytes, int]:
         """Read an answer that begins with many events at once: its first ones show what the others are like."""
         rest = block.split(b"\n\n", _FIRST_EVENTS)[-1]
         shown, count = self._inspect(block[: len(block) - len(rest)], False, fast_path)
@@ -192,7 +194,7 @@ class ChoicesReader:
             return shown, count
         return self._read_rest(rest, last, fast_path, shown, count)
 
-    def _read_rest(self, rest: bytes, last: bool, fast_path: FastPath, shown: bytes, count: int) -> tuple[bytes, int]:
+    def _read_rest(self, rest: bytes, last: bool, fast_path: TokenPath, shown: bytes, count: int) -> tuple[bytes, int]:
         """Read what follows events of which `shown` and `count` came: the ordinary ones at its front are not parsed."""
         if (self._live or count) and (self._hide_ids or not self._transcript.continuable):
             more, taken, rest = fast_path.take(rest)
@@ -206,13 +208,13 @@ class ChoicesReader:
             count += taken
         return shown, count
 
-    def _inspect(self, block: bytes, last: bool, fast_path: FastPath) -> tuple[bytes, int]:
+    def _inspect(self, block: bytes, last: bool, fast_path: TokenPath) -> tuple[bytes, int]:
         """Parse events one by one; up to one that ends the stream, for which `failure` is set."""
         shown: list[bytes] = []
         count = 0
         learns = None if last else fast_path
         # Looked for once in all of them: nearly none has either.
-        odd, recomputed = names_handoff(block), block.find(b"recomputed") >= 0
+        self._odd, recomputed = names_handoff(block), block.find(b"recomputed") >= 0
         for event, payload in sse.read(block):
             if payload == b"[DONE]":
                 self.done = True
@@ -238,12 +240,16 @@ class ChoicesReader:
                 break
             try:
                 if parsed.choices:
-                    count += self._read_choices(event, payload, parsed, odd, shown, learns)
+                    if parsed.usage is not ABSENT:
+                        event, payload = self._note_usage(event, payload, parsed.usage)
+                    count += self._read_choices(event, payload, parsed, shown, learns)
                 else:
                     shown.append(self._read_closing(event, payload, parsed.usage))
             except Undecodable as error:
                 self.failure = BackendGarbled(f"{self._url} sent an event that cannot be edited: {error}")
-            if self.failure is not None:
+                break
+            except BackendError as error:
+                self.failure = error
                 break
         return b"".join(shown), count
 
@@ -256,55 +262,55 @@ class ChoicesReader:
         return self._edit.closing(event, payload, self.usage)
 
     def _read_choices(
-        self,
-        event: bytes,
-        payload: bytes,
-        parsed: Event,
-        odd: bool,
-        shown: list[bytes],
-        fast_path: FastPath | None,
+        self, event: bytes, payload: bytes, parsed: Event, shown: list[bytes], learns: TokenPath | None
     ) -> int:
-        """Read an event with choices, and append what the client sees of it.
+        """Read an event with choices, and append what the client sees of it. Returns 1 for a token event, else 0.
 
-        Returns:
-            the number of token events that it is: 1 or 0.
         Raises:
+            BackendError: the engine gives the request up with it.
             Undecodable: something is to be changed in it, and it is no JSON.
         """
         choices = parsed.choices or []  # there are some
-        if parsed.usage is not ABSENT:
-            event, payload = self._note_usage(event, payload, parsed.usage)
         choice, several = choices[0], len(choices) > 1
         delta, finished = choice.delta, choice.finish_reason is not None
         content = choice.text if delta is None else delta.get("content")
-        visible = bool(content) or (delta is not None and has_more(delta))
-        if (several or (finished and choice.finish_reason not in ORDINARY)) and self._is_aborted(choices):
-            return 0
+        visible = True if content else delta is not None and has_more(delta)
+        if several or (finished and choice.finish_reason not in ORDINARY):
+            self._check_aborted(choices)
         ids = b"" if choice.token_ids is ABSENT else bytes(choice.token_ids)
         hidden = not visible and not finished and delta is not None and self._is_hidden(delta, payload)
-        as_shown = b"" if hidden else self._edit.event(event, payload, ids, odd)
+        as_shown = b"" if hidden else self._edit.event(event, payload, ids, self._odd)
         if self._opening is None:
             self._opening = as_shown
             if not self._prompt:
                 self._prompt = inner_ids(bytes(parsed.prompt_token_ids) or bytes(choice.prompt_token_ids))
         # The opening role chunk shows nothing of decode; any choice beyond it does.
-        token = visible or finished or delta is None or "role" not in delta or (several and carries_token(choices[1:]))
-        if token and not self.has_content:
+        token = visible or finished or delta is None or "role" not in delta or (several and carries_token(choices))
+        if not self.has_content and token:
             self.has_content = visible or self._live or has_content(choices)
         if not token or not self.has_content:
             if ids:
-                self._early_ids.append(ids)
-                self._early_size += len(ids)
+                self._keep_early(ids)
             shown.append(as_shown)
-        elif self._write_down(choices, ids, content, visible):
-            if self.pending:
-                as_shown, self.pending = self.pending + as_shown, b""
-            shown.append(as_shown)
-            if visible and fast_path is not None and is_ordinary(choices):
-                fast_path.learn(event)
-        else:
-            self.pending += as_shown
-        return 1 if token else 0
+            return int(token)
+        transcript = self._transcript
+        if not self._opened:
+            self._open(self._opening)
+        if finished or several:
+            transcript.close([each.index for each in choices if each.finish_reason is not None])
+        if visible and not content:
+            transcript.spoil("tool_calls" if delta is not None and delta.get("tool_calls") else "reasoning")
+        if transcript.continuable:
+            transcript.note(inner_ids(ids), content or visible)
+            if not visible and not finished and (delta is None or "role" not in delta):
+                self.pending += as_shown  # should the stream be resumed before the next text, its token is made again
+                return 1
+        if self.pending:
+            as_shown, self.pending = self.pending + as_shown, b""
+        shown.append(as_shown)
+        if visible and learns is not None and is_ordinary(choices):
+            learns.learn(event)
+        return 1
 
     def _note_usage(self, event: bytes, payload: bytes, raw_usage: msgspec.Raw) -> tuple[bytes, bytes]:
         """Keep the usage of an event with choices; the event and its payload, with prefill's counts in it."""
@@ -314,39 +320,20 @@ class ChoicesReader:
                 return self._edit.recounted(event, payload)
         return event, payload
 
-    def _is_aborted(self, choices: list[Choice]) -> bool:
-        """Whether the engine gives the request up with these choices; `failure` is set then. Text that comes with them
-        is of tokens behind the last one whose text was sent: they are made again."""
-        reason = abort_of(choices)
-        if reason is not None:
-            self.failure = aborted(self._url, reason)
-        return reason is not None
+    def _check_aborted(self, choices: list[Choice]) -> None:
+        """See whether the engine gives the request up with these choices. Text that comes with them is of tokens behind
+        the last one whose text was sent: they are made again.
 
-    def _write_down(self, choices: list[Choice], ids: bytes, content: str | None, visible: bool) -> bool:
-        """Write a token event down in the transcript. Returns whether it goes out at once: one without text waits for
-        the next with text; should the stream be resumed before that, its token is generated again.
-
-        Arguments:
-            ids: its tokens', as the JSON list.
-            content: its text.
-            visible: it gives the client something to read.
+        Raises:
+            BackendError: it does.
         """
-        transcript, choice = self._transcript, choices[0]
-        if not self._opened:
-            assert self._opening is not None
-            self._open(self._opening)
-        finished, delta = choice.finish_reason is not None, choice.delta
-        if len(choices) > 1:
-            transcript.close([choice.index for choice in choices if choice.finish_reason is not None])
-        elif finished:
-            transcript.close((choice.index,))
-        if visible and not content:
-            assert delta is not None
-            transcript.spoil("tool_calls" if delta.get("tool_calls") else "reasoning")
-        if not transcript.continuable:
-            return True
-        transcript.note(inner_ids(ids), content or visible)
-        return visible or finished or (delta is not None and "role" in delta)
+        if (reason := abort_of(choices)) is not None:
+            raise aborted(self._url, reason)
+
+    def _keep_early(self, ids: bytes) -> None:
+        """Keep the ids of tokens that came before there was something to read."""
+        self._early_ids.append(ids)
+        self._early_size += len(ids)
 
     def _open(self, opening: bytes) -> None:
         """The client will be given the first event, and what came before the content."""

@@ -54,7 +54,7 @@ class TokenLog(Protocol):
         """The events that end an answer of which all tokens were sent."""
 
 
-class FastPath(Protocol):
+class TokenPath(Protocol):
     """What takes ordinary token events without reading them (`relay/fast_path.py`)."""
 
     def learn(self, sample: bytes) -> None:
@@ -108,7 +108,7 @@ class AnswerReader(Protocol):
     def awaited(self) -> asyncio.Future[None] | None:
         """Done when events can be read; None where they always can."""
 
-    def read(self, block: bytes, last: bool, fast_path: FastPath) -> tuple[bytes, int]:
+    def read(self, block: bytes, last: bool, fast_path: TokenPath) -> tuple[bytes, int]:
         """Read whole events.
 
         Arguments:

@@ -15,7 +15,7 @@ from pd_proxy.dialects import sse
 from pd_proxy.dialects import whole as whole_answers
 from pd_proxy.dialects.aborts import abort_in, aborted
 from pd_proxy.dialects.cache_counts import CacheCounts
-from pd_proxy.dialects.dialect import FastPath, TokenLog
+from pd_proxy.dialects.dialect import TokenLog, TokenPath
 from pd_proxy.dialects.edit import Edit
 from pd_proxy.dialects.engine_errors import engine_error_event
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
@@ -245,7 +245,7 @@ class NamedReader:
                 self.failure = engine_error_event(self._url, failed)
                 return
 
-    def read(self, block: bytes, last: bool, fast_path: FastPath) -> tuple[bytes, int]:
+    def read(self, block: bytes, last: bool, fast_path: TokenPath) -> tuple[bytes, int]:
         """Read events. One that follows the opening ones counts as a token even where it brings none: an answer may be
         empty."""
         events = self._events

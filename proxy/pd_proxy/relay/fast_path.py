@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise, takewhile
 from time import monotonic
+from typing import Protocol
 
 from pd_proxy.dialects.token_pattern import DIGITS, NOT_FINISHED, TokenPattern
 from pd_proxy.relay.transcript import Transcript
@@ -53,6 +54,13 @@ def _not_armed(data: bytes) -> None:
     raise AssertionError("the fast path has no client yet")
 
 
+class PatternReader(Protocol):
+    """What knows the events of a stream (`AnswerReader`)."""
+
+    def pattern(self, sample: bytes) -> TokenPattern | None:
+        """What an ordinary token event shows of those that are like it; None where it shows nothing."""
+
+
 class FastPath(asyncio.Protocol):
     """The protocol of the engine's connection while its stream is live.
 
@@ -63,7 +71,7 @@ class FastPath(asyncio.Protocol):
         connection: takes all that is not an ordinary token event, and everything else that happens to the connection.
         gaps: where the seconds between tokens go, some tokens at a time.
         transcript: where the ids of the tokens go that pass, if events carry some that the client must not see.
-        pattern_of: what a sample of the stream's token events shows of the others.
+        reader: says what a sample of the stream's token events shows of the others.
         pace: called now and then with how many seconds a token takes of late; None once that says nothing about the
             engine.
     Attributes:
@@ -83,9 +91,9 @@ class FastPath(asyncio.Protocol):
         "_id_at",
         "_ids",
         "_pace",
-        "_pattern_of",
         "_prefix",
         "_prefix_length",
+        "_reader",
         "_sample",
         "_shown",
         "_texts",
@@ -101,13 +109,13 @@ class FastPath(asyncio.Protocol):
         connection: asyncio.Protocol,
         gaps: Distribution,
         transcript: Transcript,
-        pattern_of: Callable[[bytes], TokenPattern | None],
+        reader: PatternReader,
         pace: Callable[[float], object] | None = None,
     ) -> None:
         self._connection = connection
         self._gaps = gaps
         self._transcript = transcript
-        self._pattern_of = pattern_of
+        self._reader = reader
         self._pace = pace
         self._clear = False  # the last read ended where a chunk and an event end
         self.armed = False
@@ -243,7 +251,7 @@ class FastPath(asyncio.Protocol):
     def _learn(self) -> None:
         """From now on, events that are as the sample is are passed on."""
         sample, self._sample = self._sample, b""
-        pattern = self._pattern_of(sample)
+        pattern = self._reader.pattern(sample)
         if pattern is None:
             return
         if pattern.with_ids:

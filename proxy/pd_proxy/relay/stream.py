@@ -150,7 +150,7 @@ class StreamRelay:
             BackendError: it ended in any other way. If `first_token` is None the client has seen nothing of it.
         """
         self._connection = connection
-        self._fast_path = FastPath(connection, self._gaps, self._transcript, self._reader.pattern, self._pace)
+        self._fast_path = FastPath(connection, self._gaps, self._transcript, self._reader, self._pace)
         self._idle_watch = IdleWatch(self, self._loop, self._idle)
         self._client.flow = self
         if not self._future.done():
