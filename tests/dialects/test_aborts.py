@@ -86,7 +86,7 @@ async def test_an_abort_in_mid_stream_ends_it_before_that_event(end: bytes, edit
 
 async def test_several_choices_on_the_fast_way_are_looked_at() -> None:
     """Two choices in one event, of which one is null as an ordinary event's is."""
-    stream = await opened(finished=False, flaw="n")
+    stream = await opened(finished=False, inexact="n")
     stream.read(two(None, None), two(None, None))
     stream.read(two(None, "abort"))
     assert type(await stream.outcome()) is BackendAborted
@@ -101,7 +101,7 @@ async def test_text_that_comes_with_an_abort_is_made_again() -> None:
     stream, error = await failed(opening, *said, end, USAGE, DONE, edit=Edit(hide_ids=True), transcript=transcript)
     assert type(error) is BackendAborted
     assert b"\\ufffd" not in stream.client.body and "\ufffd".encode() not in stream.client.body
-    assert transcript.cut() == b"1,2,5,6,7"
+    assert transcript.truncate() == b"1,2,5,6,7"
 
 
 async def test_an_abort_in_the_read_of_the_first_text_leaves_nothing_behind() -> None:
@@ -113,7 +113,7 @@ async def test_an_abort_in_the_read_of_the_first_text_leaves_nothing_behind() ->
     assert (transcript.first, transcript.continuable, transcript.total) == (b"", False, 0)
     again = await opened(finished=False, edit=Edit(hide_ids=True), transcript=transcript)
     again.read(opening, said, chat({"content": "b"}, token_ids=[6]))
-    assert transcript.cut() == b"1,2,5,6"
+    assert transcript.truncate() == b"1,2,5,6"
     again.running.cancel()
 
 

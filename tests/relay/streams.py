@@ -97,7 +97,7 @@ class Stream:
         self,
         *,
         edit: Edit | None = None,
-        flaw: str = "",
+        inexact: str = "",
         transcript: Transcript | None = None,
         finished: bool = True,
         drop_usage: bool = True,
@@ -114,7 +114,7 @@ class Stream:
     ) -> None:
         self.client = client or RecordingClient(chunks)
         self.gaps = Distribution(ITL_BOUNDS)
-        self.transcript = transcript or Transcript(flaw)
+        self.transcript = transcript or Transcript(inexact)
         self.transcript.finished = finished
         self.begun = 0
         self.first_tokens: list[StreamRelay] = []

@@ -607,7 +607,7 @@ def test_every_token_is_counted_and_every_gap_noted_once(tokens: int, hidden: bo
         assert scene.gaps.sum == pytest.approx(0.25 * (tokens - 1))
     if hidden:
         assert scene.ids == []
-        assert scene.transcript.cut() == b"1,2,3" + b",5" * tokens
+        assert scene.transcript.truncate() == b"1,2,3" + b",5" * tokens
 
 
 def test_the_pace_of_some_tokens_is_told_and_that_of_a_few_is_not(clock: Clock) -> None:

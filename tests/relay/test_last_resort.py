@@ -204,7 +204,7 @@ async def test_a_stream_is_not_resumed_after_a_fault_since_nobody_knows_what_the
     assert isinstance(await stream.outcome(), BackendGarbled)
     assert not stream.transcript.continuable
     assert not stream.transcript.finished
-    assert stream.transcript.flaw == "fault"
+    assert stream.transcript.inexact == "fault"
 
 
 @pytest.mark.parametrize("status", [400, 500])

@@ -122,9 +122,9 @@ async def test_ids_are_hidden_from_a_client_that_did_not_ask(values: list[Value]
     assert b"token_ids" not in stream.client.body
     assert stream.relay.given()[0] == 4
     assert stream.transcript.finished
-    assert stream.transcript.flaw == ""
+    assert stream.transcript.inexact == ""
     assert stream.transcript.total == 4
-    assert stream.transcript.cut() == b"101,7,102,5,6,17"
+    assert stream.transcript.truncate() == b"101,7,102,5,6,17"
 
 
 @answers
@@ -136,7 +136,7 @@ async def test_ids_are_kept_for_a_client_that_asked_and_written_down_all_the_sam
     stream = await relayed(*reads, DONE, edit=Edit())
     assert stream.client.body == as_is(values) + DONE
     assert stream.transcript.total == 4
-    assert stream.transcript.cut() == b"101,7,102,5,6,17"
+    assert stream.transcript.truncate() == b"101,7,102,5,6,17"
     assert b"".join(stream.connection.reads).count(b'"choices":[{') == len(values)  # none without being written down
 
 
@@ -196,7 +196,7 @@ async def test_ids_are_hidden_whatever_the_spacing(values: list[Value], separato
     assert done == b"data: [DONE]"
     assert [members(one) for one in found] == [hidden(value) for value in values]
     assert stream.transcript.total == 4
-    assert json.loads(b"[%b]" % stream.transcript.cut()) == [*PROMPT, 5, 6, 17]
+    assert json.loads(b"[%b]" % stream.transcript.truncate()) == [*PROMPT, 5, 6, 17]
 
 
 WORDS = [
@@ -227,7 +227,7 @@ async def test_a_text_is_a_text_whatever_it_says(word: str, make: Callable[..., 
     for reads in ([event(value) for value in values], [as_is(values)]):
         stream = await relayed(*reads, DONE, edit=edit)
         assert stream.client.body == (shown(values) if edit.hide_ids else as_is(values)) + DONE
-        assert stream.transcript.cut() == b"101,7,102,5,6,7,8,9,10"
+        assert stream.transcript.truncate() == b"101,7,102,5,6,7,8,9,10"
         assert stream.relay.given()[0] == 6
 
 
@@ -235,15 +235,15 @@ async def test_log_probabilities_reach_the_client_with_the_ids_hidden() -> None:
     values = [role(), *(said(token, [number], logprobs=LOGPROBS) for number, token in enumerate("abc", 5))]
     stream = await relayed(*map(event, values), DONE, edit=HIDE)
     assert stream.client.body == shown(values) + DONE
-    assert stream.transcript.cut() == b"101,7,102,5,6,7"
+    assert stream.transcript.truncate() == b"101,7,102,5,6,7"
 
 
 async def test_a_tool_call_is_a_flaw_and_reaches_the_client() -> None:
     values = [role(), said("a", [5]), said("b", [6]), chat({"tool_calls": CALL}, [7]), said("c", [8])]
     stream = await relayed(*map(event, values), DONE, edit=HIDE)
     assert stream.client.body == shown(values) + DONE
-    assert stream.transcript.flaw == "tool_calls"
-    assert stream.transcript.cut() == b"101,7,102,5,6,7,8"
+    assert stream.transcript.inexact == "tool_calls"
+    assert stream.transcript.truncate() == b"101,7,102,5,6,7,8"
 
 
 @pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
@@ -256,8 +256,8 @@ async def test_reasoning_is_a_flaw_and_what_is_said_after_it_takes_the_fast_path
     stream.end()
     assert await stream.outcome() is None
     assert stream.client.body == shown(values) + DONE
-    assert stream.transcript.flaw == "reasoning"
-    assert stream.transcript.cut() == b"101,7,102,5,6,7,8"
+    assert stream.transcript.inexact == "reasoning"
+    assert stream.transcript.truncate() == b"101,7,102,5,6,7,8"
 
 
 # Tokens without text
@@ -282,7 +282,7 @@ async def test_a_token_without_text_waits_for_the_next_with_text(make: Callable[
     assert stream.client.body == show(opening + hollow + more)
     assert stream.transcript.said == 6
     assert stream.relay.given()[0] == 8
-    assert stream.transcript.cut() == b"101,7,102,5,6,7,8,9,10"
+    assert stream.transcript.truncate() == b"101,7,102,5,6,7,8,9,10"
     stream.running.cancel()
 
 
@@ -321,7 +321,7 @@ async def test_an_empty_delta_is_dropped_when_only_ids_had_to_say_it(edit: Edit)
     kept = [value for value in values if value["choices"][0]["delta"] != {} or value is CHAT_END]
     assert stream.client.body == (shown(kept) if edit.hide_ids else as_is(values)) + DONE
     assert stream.transcript.total == 5
-    assert stream.transcript.cut() == b"101,7,102,5,6,7"
+    assert stream.transcript.truncate() == b"101,7,102,5,6,7"
     assert stream.relay.given()[0] == 5
 
 
@@ -332,16 +332,16 @@ async def test_text_without_ids_leaves_nothing_to_go_on_from(make: Callable[...,
     values = [*opening, make("b", [6]), make("c", [7]), make("d", ids), make("e", [8])]
     stream = await relayed(*map(event, values), DONE, edit=HIDE)
     assert stream.client.body == shown(values) + DONE
-    assert stream.transcript.flaw == "no_token_ids"
+    assert stream.transcript.inexact == "no_token_ids"
     assert not stream.transcript.continuable
-    assert stream.transcript.cut() == b""
+    assert stream.transcript.truncate() == b""
 
 
 @pytest.mark.parametrize("values", [[role(None), *CHAT[1:]], [text("a", [5]), *TEXT[1:]]], ids=["chat", "completions"])
 async def test_an_answer_without_its_prompts_ids_leaves_nothing_to_go_on_from(values: list[Value]) -> None:
     stream = await relayed(*map(event, values), DONE, edit=HIDE)
     assert stream.client.body == shown(values) + DONE
-    assert stream.transcript.flaw == "no_token_ids"
+    assert stream.transcript.inexact == "no_token_ids"
     assert not stream.transcript.continuable
 
 
@@ -349,7 +349,7 @@ async def test_an_answer_over_the_limit_goes_on_without_being_kept() -> None:
     transcript = Transcript(limit=50)
     stream = await relayed(*map(event, CHAT), *[event(CHAT[-1])] * 40, DONE, edit=HIDE, transcript=transcript)
     assert stream.client.body == shown(CHAT) + shown(CHAT[-1:]) * 40 + DONE
-    assert transcript.flaw == "too_long"
+    assert transcript.inexact == "too_long"
     assert not transcript.continuable
 
 
@@ -384,7 +384,7 @@ async def test_a_later_leg_has_the_first_ones_identity_and_no_second_role() -> N
     stream = await relayed(*map(event, [*CHAT, CHAT_END]), DONE, edit=LATER, transcript=continued(), finished=False)
     expected = [hidden(value) | {"id": "chatcmpl-0", "created": 1} for value in [*CHAT[1:], CHAT_END]]
     assert stream.client.body == as_is(expected) + DONE
-    assert stream.transcript.cut() == b"101,7,102,1,2,3,5,6,17"
+    assert stream.transcript.truncate() == b"101,7,102,1,2,3,5,6,17"
     assert stream.transcript.finished
 
 
@@ -583,9 +583,9 @@ def test_any_stream_in_any_split_is_as_if_each_event_were_read_alone(
     tokens = len(values) - start_of(values)
     assert stream.relay.given()[0] == tokens
     assert sum(stream.gaps.counts) == tokens - 1
-    assert stream.transcript.cut() == ",".join(map(str, PROMPT + ids_up_to_the_last_text(values))).encode()
+    assert stream.transcript.truncate() == ",".join(map(str, PROMPT + ids_up_to_the_last_text(values))).encode()
     assert stream.transcript.fresh == []
-    if not stream.transcript.flaw:
+    if not stream.transcript.inexact:
         said = [value["choices"][0] for value in values]
         whole = "".join(choice["delta"].get("content", "") if "delta" in choice else choice["text"] for choice in said)
         assert stream.transcript.text == (whole if with_text else None)
@@ -629,7 +629,7 @@ def test_an_answer_cut_anywhere_and_continued_from_its_cut_is_the_answer(
             if not stream.relay.live:
                 assert leg or not client.started
                 continue
-            cut = transcript.cut()
+            cut = transcript.truncate()
             assert cut.startswith(prompt)
             kept = cut[len(prompt) :].split(b",")[1:]
             assert transcript.said == len(kept)
@@ -664,7 +664,7 @@ def test_an_answer_cut_anywhere_and_continued_from_its_cut_is_the_answer(
         if ids
     ]
     assert prompts == ([] if hide else [PROMPT])
-    assert transcript.cut() == b",".join([prompt, *(b"%d" % number for number in ids_up_to_the_last_text(values))])
+    assert transcript.truncate() == b",".join([prompt, *(b"%d" % number for number in ids_up_to_the_last_text(values))])
 
 
 async def test_what_is_learnt_is_learnt_from_the_engines_own_events() -> None:

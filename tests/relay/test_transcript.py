@@ -37,12 +37,12 @@ def test_an_answer_without_tokens_is_cut_behind_its_prompt() -> None:
     transcript = opened()
     assert transcript.continuable
     assert (transcript.said, transcript.total, transcript.prompt_tokens) == (0, 0, 3)
-    assert transcript.cut() == b"1,2,3"
+    assert transcript.truncate() == b"1,2,3"
 
 
 def test_a_prompt_of_one_token_is_one_token() -> None:
     assert opened(b"7").prompt_tokens == 1
-    assert opened(b"7").cut() == b"7"
+    assert opened(b"7").truncate() == b"7"
 
 
 def test_an_answer_is_cut_behind_the_last_token_with_text() -> None:
@@ -50,7 +50,7 @@ def test_an_answer_is_cut_behind_the_last_token_with_text() -> None:
     for ids, has_text in ((b"5", True), (b"6", False), (b"7", True), (b"8", False), (b"9", False)):
         transcript.note(ids, "x" if has_text else "")
     assert (transcript.said, transcript.total) == (3, 5)
-    assert transcript.cut() == b"1,2,3,5,6,7"
+    assert transcript.truncate() == b"1,2,3,5,6,7"
     assert (transcript.said, transcript.total) == (3, 3)
 
 
@@ -58,10 +58,10 @@ def test_tokens_noted_after_a_cut_come_behind_it() -> None:
     transcript = opened()
     transcript.note(b"5", "x")
     transcript.note(b"6", None)
-    transcript.cut()
+    transcript.truncate()
     transcript.note(b"6", None)
     transcript.note(b"7", "x")
-    assert transcript.cut() == b"1,2,3,5,6,7"
+    assert transcript.truncate() == b"1,2,3,5,6,7"
 
 
 def test_fresh_ids_have_text_and_come_behind_what_was_noted_before_them() -> None:
@@ -70,7 +70,7 @@ def test_fresh_ids_have_text_and_come_behind_what_was_noted_before_them() -> Non
     transcript.fresh += [b"6", b"7"]
     transcript.note(b"8", None)
     assert transcript.fresh == []
-    assert transcript.cut() == b"1,2,3,5,6,7"
+    assert transcript.truncate() == b"1,2,3,5,6,7"
 
 
 @pytest.mark.parametrize("look", ["said", "total"])
@@ -88,7 +88,7 @@ def test_fresh_stays_the_same_list() -> None:
     transcript.fold()
     fresh.append(b"6")
     assert transcript.fresh is fresh
-    assert transcript.cut() == b"1,2,3,5,6"
+    assert transcript.truncate() == b"1,2,3,5,6"
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,12 @@ def test_the_last_token_can_be_dropped_after_all() -> None:
     transcript.note(b"8", None)
     transcript.drop_last()
     assert transcript.said == 2
-    assert transcript.cut() == b"1,2,3,5,6"
+    assert transcript.truncate() == b"1,2,3,5,6"
     transcript.drop_last()
-    assert transcript.cut() == b"1,2,3,5"
+    assert transcript.truncate() == b"1,2,3,5"
     for _ in range(2):  # there is nothing left to drop in the end
         transcript.drop_last()
-        assert transcript.cut() == b"1,2,3"
+        assert transcript.truncate() == b"1,2,3"
         assert transcript.said == 0
 
 
@@ -135,7 +135,7 @@ def test_dropping_the_last_token_counts_fresh_ones() -> None:
     transcript = opened()
     transcript.fresh += [b"5", b"6"]
     transcript.drop_last()
-    assert transcript.cut() == b"1,2,3,5"
+    assert transcript.truncate() == b"1,2,3,5"
 
 
 def test_the_end_is_the_last_tokens_up_to_the_cut() -> None:
@@ -169,7 +169,7 @@ def test_the_cut_is_behind_the_last_text_whatever_came_before(
     sent = 0
     for said, kind in events:
         if kind == "cut":
-            transcript.cut()
+            transcript.truncate()
             del ids[sent:]
         elif kind == "fold":
             transcript.fold()
@@ -185,8 +185,8 @@ def test_the_cut_is_behind_the_last_text_whatever_came_before(
                 transcript.note(said, "x")
     assert transcript.total == len(ids)
     assert transcript.said == sent
-    assert transcript.cut() == b",".join([start, *ids[:sent]])
-    assert transcript.flaw == ""
+    assert transcript.truncate() == b",".join([start, *ids[:sent]])
+    assert transcript.inexact == ""
 
 
 # Flaws
@@ -196,50 +196,50 @@ def test_text_without_ids_is_a_flaw_that_leaves_nothing() -> None:
     transcript = opened()
     transcript.note(b"5", "x")
     transcript.note(b"", None)
-    assert transcript.flaw == ""
+    assert transcript.inexact == ""
     transcript.note(b"", "x")
-    assert transcript.flaw == "no_token_ids"
+    assert transcript.inexact == "no_token_ids"
     assert not transcript.continuable
     assert (transcript.said, transcript.total, transcript.prompt_tokens) == (0, 0, 0)
 
 
 def test_a_prompt_without_ids_is_a_flaw() -> None:
     transcript = opened(b"")
-    assert transcript.flaw == "no_token_ids"
+    assert transcript.inexact == "no_token_ids"
     assert not transcript.continuable
     transcript.fresh.append(b"5")
     transcript.fold()
     assert transcript.fresh == []
-    assert transcript.cut() == b""
+    assert transcript.truncate() == b""
 
 
-@pytest.mark.parametrize("flaw", ["tool_calls", "reasoning", "penalties"])
-def test_only_the_first_flaw_is_said_and_most_leave_something_to_go_on_from(flaw: str) -> None:
+@pytest.mark.parametrize("reason", ["tool_calls", "reasoning", "penalties"])
+def test_only_the_first_reason_is_kept_and_most_leave_something_to_go_on_from(reason: str) -> None:
     transcript = opened()
     transcript.note(b"5", "x")
-    transcript.spoil(flaw)
-    transcript.spoil("seed")
-    assert transcript.flaw == flaw
+    transcript.mark_inexact(reason)
+    transcript.mark_inexact("seed")
+    assert transcript.inexact == reason
     assert transcript.continuable
-    assert transcript.cut() == b"1,2,3,5"
-    transcript.spoil("too_long")
-    assert transcript.flaw == flaw
+    assert transcript.truncate() == b"1,2,3,5"
+    transcript.mark_inexact("too_long")
+    assert transcript.inexact == reason
     assert not transcript.continuable
 
 
 def test_a_flaw_of_the_request_stays() -> None:
     transcript = Transcript("penalties")
     transcript.open(FIRST, b"1,2")
-    assert transcript.flaw == "penalties"
+    assert transcript.inexact == "penalties"
     assert transcript.continuable
 
 
 def test_what_was_fresh_when_nothing_was_left_does_not_come_back() -> None:
     transcript = opened()
     transcript.fresh += [b"5", b"6"]
-    transcript.spoil("no_token_ids")
+    transcript.mark_inexact("no_token_ids")
     transcript.fold()
-    assert transcript.cut() == b""
+    assert transcript.truncate() == b""
     assert transcript.total == 0
 
 
@@ -251,23 +251,23 @@ def test_an_answer_of_just_the_limit_is_kept_and_a_longer_one_is_not(fresh: bool
             transcript.fresh.append(ids)
         else:
             transcript.note(ids, "x")
-    assert transcript.cut() == b"1,2,3,5,6"
-    assert transcript.flaw == ""
+    assert transcript.truncate() == b"1,2,3,5,6"
+    assert transcript.inexact == ""
     if fresh:
         transcript.fresh.append(b"7")
         transcript.fold()
     else:
         transcript.note(b"7", None)
-    assert transcript.flaw == "too_long"
+    assert transcript.inexact == "too_long"
     assert not transcript.continuable
     assert transcript.total == 0
 
 
-@pytest.mark.parametrize(("limit", "flaw"), [(5, ""), (4, "too_long")])
-def test_a_prompt_longer_than_the_limit_is_not_kept(limit: int, flaw: str) -> None:
+@pytest.mark.parametrize(("limit", "reason"), [(5, ""), (4, "too_long")])
+def test_a_prompt_longer_than_the_limit_is_not_kept(limit: int, reason: str) -> None:
     transcript = opened(b"1,2,3", limit=limit)
-    assert transcript.flaw == flaw
-    assert transcript.continuable is not bool(flaw)
+    assert transcript.inexact == reason
+    assert transcript.continuable is not bool(reason)
 
 
 # Text
@@ -293,10 +293,10 @@ def test_the_text_is_what_was_read_however_it_came(events: list[tuple[str, str]]
         elif kind == "fold":
             transcript.fold()
         else:
-            transcript.cut()
+            transcript.truncate()
         expected += said if kind in ("fresh", "noted") else ""
     assert transcript.text == expected
-    assert transcript.cut() == b"1" + b",5" * transcript.said
+    assert transcript.truncate() == b"1" + b",5" * transcript.said
 
 
 def test_the_text_is_not_kept_unless_it_was_wanted() -> None:
@@ -311,7 +311,7 @@ def test_the_text_counts_for_the_limit(fresh: bool) -> None:
     transcript = Transcript(limit=20, with_text=True)
     transcript.open(FIRST, b"1")
     for _ in range(2):
-        assert transcript.flaw == ""
+        assert transcript.inexact == ""
         if fresh:
             assert transcript.fresh_text is not None
             transcript.fresh.append(b"5")
@@ -320,7 +320,7 @@ def test_the_text_counts_for_the_limit(fresh: bool) -> None:
             transcript.note(b"5", "x" * 15)
         transcript.fold()
     transcript.note(b"5", "")
-    assert transcript.flaw == "too_long"
+    assert transcript.inexact == "too_long"
     assert not transcript.continuable
 
 
@@ -328,7 +328,7 @@ def test_text_is_not_kept_once_nothing_is_left() -> None:
     transcript = Transcript(with_text=True)
     transcript.open(FIRST, b"1")
     transcript.note(b"5", "a")
-    transcript.spoil("too_long")
+    transcript.mark_inexact("too_long")
     assert transcript.fresh_text is not None
     transcript.fresh.append(b"6")
     transcript.fresh_text.append(b"b")
@@ -400,7 +400,7 @@ def test_a_prompt_that_is_not_all_numbers_leaves_nothing_to_go_on_from(prompt: b
     transcript = opened(prompt)
     transcript.note(b"5", "x")
     transcript.verify()
-    assert transcript.flaw == "no_token_ids"
+    assert transcript.inexact == "no_token_ids"
     assert not transcript.continuable
 
 
@@ -408,12 +408,12 @@ def test_tokens_that_are_not_all_numbers_leave_nothing_to_go_on_from() -> None:
     transcript = opened()
     transcript.note(b"5,{}", "x")
     transcript.verify()
-    assert transcript.flaw == "no_token_ids"
+    assert transcript.inexact == "no_token_ids"
 
 
 def test_numbers_stay_what_they_are() -> None:
     transcript = opened()
     transcript.note(b"5, 6", "x")
     transcript.verify()
-    assert transcript.flaw == ""
+    assert transcript.inexact == ""
     assert transcript.continuable

@@ -299,7 +299,7 @@ class ChoicesReader:
         if finished or several:
             transcript.close([each.index for each in choices if each.finish_reason is not None])
         if visible and not content:
-            transcript.spoil("tool_calls" if delta is not None and delta.get("tool_calls") else "reasoning")
+            transcript.mark_inexact("tool_calls" if delta is not None and delta.get("tool_calls") else "reasoning")
         if transcript.continuable:
             transcript.note(inner_ids(ids), content or visible)
             if not visible and not finished and (delta is None or "role" not in delta):

@@ -33,22 +33,22 @@ class TokenLog(Protocol):
     first: bytes
 
     def mark(self) -> None:
-        """A leg is about to be written down."""
+        """Remember the state before a leg, for `rewind`."""
 
     def rewind(self) -> None:
-        """What has been written down since `mark` is not going to reach the client."""
+        """Return to the state at `mark`."""
 
     def open(self, first: bytes, prompt: bytes) -> None:
-        """The first event, and the ids of the prompt."""
+        """Begin with the first event and the ids of the prompt."""
 
     def note(self, ids: bytes, text: str | bool) -> None:
-        """An event with these ids has been passed on."""
+        """Write down an event that is passed on: its ids, and its text or whether it has anything else to read."""
 
     def close(self, indexes: Iterable[object]) -> None:
-        """The client is given a `finish_reason` of these choices."""
+        """Note that the client is sent a `finish_reason` for these choices."""
 
-    def spoil(self, flaw: str) -> None:
-        """The answer can no longer be continued exactly."""
+    def mark_inexact(self, reason: str) -> None:
+        """Note that the answer cannot be continued exactly."""
 
     def closing(self, *, finish: str = "", usage: bool) -> bytes:
         """The events that end an answer of which all tokens were sent."""

@@ -64,7 +64,7 @@ class FirstTokens:
         if why := inexact_because(body, even_inexact=self._forced):
             return why
         # Once the client has the token, only a resume can make good what befalls the rest.
-        if request.transcript is not None and request.transcript.flaw == "off" and not self._forced:
+        if request.transcript is not None and request.transcript.inexact == "off" and not self._forced:
             return _RESUME_OFF
         return ""
 

@@ -251,7 +251,7 @@ class Legs:
         finally:
             attempt.note_stream(relay, edit.said)
         self._fleet.succeeded(backend, leg)
-        if request.transcript.flaw == "reasoning":
+        if request.transcript.inexact == "reasoning":
             backend.reasons = True
         record = request.record
         undisturbed = leg == "decode" and request.continuation is None and not relay.throttled

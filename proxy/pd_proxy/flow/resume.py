@@ -28,20 +28,20 @@ class Resumption:
 
     def prepare(self, request: Request) -> None:
         """Before a stream's first try: is it one that could be resumed, and are token ids needed for that?"""
-        flaw = "off" if self._mode == "off" else inexact(request.body)
-        hopeless = flaw and (self._mode != "best_effort" or flaw in (request.body.alone, UNTRIED))
+        reason = "off" if self._mode == "off" else inexact(request.body)
+        hopeless = reason and (self._mode != "best_effort" or reason in (request.body.alone, UNTRIED))
         request.token_ids = not hopeless
         # An engine's parser for tool calls may hold back a part of a token's text.
         with_text = not hopeless and has_tools(request.body)
         request.transcript = Transcript(
-            flaw, limit=self._limit, with_text=with_text, choices=choices(request.body) if request.body.alone else 1
+            reason, limit=self._limit, with_text=with_text, choices=choices(request.body) if request.body.alone else 1
         )
 
     def forgo(self, request: Request) -> None:
         """It goes to engines that cannot go on from token ids."""
         request.token_ids = False
         if request.transcript is not None:
-            request.transcript.spoil("connector")
+            request.transcript.mark_inexact("connector")
 
     def complete(self, request: Request) -> bool:
         """End an answer of which the client has every token already; whether it was such a one."""
@@ -80,7 +80,7 @@ class Resumption:
         if why := self._why_not(request, error, transcript, unsettled):
             raise self.given_up(request, why) from error
         request.record.reach(Stage.RESUMING)
-        ids = transcript.cut()
+        ids = transcript.truncate()
         request.continuation = Continuation(ids, transcript.said)
         request.resumes += 1
         request.record.resumes.append(error.reason)
@@ -101,9 +101,9 @@ class Resumption:
         if not error.retryable:
             return error.reason
         if not transcript.continuable:
-            return transcript.flaw or "no_token_ids"
-        if transcript.flaw and self._mode != "best_effort":
-            return transcript.flaw
+            return transcript.inexact or "no_token_ids"
+        if transcript.inexact and self._mode != "best_effort":
+            return transcript.inexact
         if request.body.media:
             return "media"
         if transcript.dropped and (request.body.wants_token_ids or "logprobs" in request.body.members):

@@ -1,11 +1,11 @@
-"""What of one answer the client has been given, kept so that another engine can go on exactly from there.
+"""The part of an answer that the client has, kept so that another engine can continue exactly from there.
 
 Token ids are kept as the engine wrote them, decimal digits between commas: nothing is parsed for a stream that never
-fails, and a continuation's request wants them in that form again. Invariant: `cut` returns the tokens up to the last
-one whose text has been sent, and no other.
+fails, and the request that continues it needs them in that form again. Invariant: `truncate` returns the tokens up to
+the last one whose text has been sent, and no others.
 
-An engine holds text back while a character is incomplete, so a token may come without text. Going on behind such a
-token would lose the held bytes; the tokens at the end that brought no text are therefore generated again
+An engine holds text back while a character is incomplete, so a token may come without text. To continue behind such a
+token would lose the text that was held back; tokens at the end that brought no text are therefore generated again
 (`docs/resume.md` says what was tried).
 """
 
@@ -34,26 +34,26 @@ class Transcript:
     """One answer so far.
 
     Arguments:
-        flaw: why it could not be continued exactly whatever comes, or empty.
-        limit: bytes that prompt and answer may take; a longer answer is not kept, and has a flaw.
-        with_text: keep the text as well as the ids: where a parser may hold back a part of a token's text, only their
-            comparison tells.
+        inexact: the reason why it cannot be continued exactly from the start, or empty.
+        limit: bytes that prompt and answer may take; a longer answer is not kept, and cannot be continued.
+        with_text: keep the text as well as the ids. Where a parser may hold back a part of a token's text, only a
+            comparison of both shows it.
     Attributes:
         continuable: there is something to go on from, exactly or not.
-        flaw: why the answer cannot be continued exactly, or empty: `unopened` until its first event is known.
-        fresh_text: the text of these events, as it stands in their JSON; None when it is not kept.
-        fresh: ids of the latest events, each of which came with text; `fold` moves them into the ledger.
+        inexact: the first reason why the answer cannot be continued exactly, or empty.
+        fresh: ids of the latest events, each of which came with text; `fold` moves them to the others.
+        fresh_text: the text of these events, as it stands in their JSON; None when text is not kept.
         finished: the client has been given a `finish_reason`.
-        unsure: the latest text came with several tokens at once, and of those the last may be half a character.
-        dropped: tokens are to be generated again whose event has gone out, though not their text.
+        unsure: the latest text came with several tokens at once, the last of which may be half a character.
+        dropped: tokens will be generated again whose event has been sent, but not their text.
         first: the first event as the client saw it.
         choices: how many answers the stream has.
     """
 
     __slots__ = (
         "_ended",
-        "_flaw_then",
         "_ids",
+        "_inexact_then",
         "_limit",
         "_mark",
         "_prompt",
@@ -64,13 +64,13 @@ class Transcript:
         "dropped",
         "finished",
         "first",
-        "flaw",
         "fresh",
         "fresh_text",
+        "inexact",
         "unsure",
     )
 
-    def __init__(self, flaw: str = "", *, limit: int = 1 << 20, with_text: bool = False, choices: int = 1) -> None:
+    def __init__(self, inexact: str = "", *, limit: int = 1 << 20, with_text: bool = False, choices: int = 1) -> None:
         self._limit = limit
         self._text = bytearray()  # as in the engine's JSON, escapes and all
         self.fresh_text: list[bytes] | None = [] if with_text else None
@@ -78,7 +78,7 @@ class Transcript:
         self.continuable = False
         self._ids = bytearray()  # ",5,17,3"
         self._sent = 0  # bytes of _ids up to the last token whose text was sent
-        self.flaw = flaw
+        self.inexact = inexact
         self.fresh: list[bytes] = []
         self.finished = False
         self.unsure = False
@@ -87,10 +87,10 @@ class Transcript:
         self.choices = choices
         self._ended: set[object] = set()
         self._mark: _Mark | None = None  # nothing was written down before
-        self._flaw_then = flaw
+        self._inexact_then = inexact
 
     def close(self, indexes: Iterable[object]) -> None:
-        """The client is given a `finish_reason` of these choices."""
+        """Note that the client is sent a `finish_reason` for these choices."""
         if self.choices > 1:
             self._ended.update(indexes)
             if not self._ended:
@@ -103,49 +103,56 @@ class Transcript:
         return self.finished and (self.choices == 1 or len(self._ended) >= self.choices)
 
     def mark(self) -> None:
-        """A leg is about to be written down."""
-        self._flaw_then = self.flaw
+        """Remember the state before a leg, for `rewind`."""
+        self._inexact_then = self.inexact
         if self.first or self.continuable:
             self.fold()
             lengths = len(self._ids), self._sent, len(self._text)
             self._mark = (self.first, self._prompt, self.continuable, self.finished, self.unsure, lengths)
 
     def rewind(self) -> None:
-        """What has been written down since `mark` is not going to reach the client."""
+        """Return to the state at `mark`: the client will not be given what has been written down since."""
         first, prompt, continuable, finished, unsure, (ids, sent, text) = self._mark or _BLANK
         self.fresh.clear()
         if self.fresh_text is not None:
             self.fresh_text.clear()
         if prompt and not self._prompt:
-            return  # it has grown too long, and what there was before is gone
-        self.first, self._prompt, self.continuable, self.flaw = first, prompt, continuable, self._flaw_then
+            return  # it became too long, and the earlier state is gone
+        self.first, self._prompt, self.continuable, self.inexact = first, prompt, continuable, self._inexact_then
         self.finished, self.unsure, self._sent = finished, unsure, sent
         del self._ids[ids:], self._text[text:]
         self._ended.clear()
 
     def open(self, first: bytes, prompt: bytes) -> None:
-        """The first event is here, and with it the ids of the prompt: `1,2,3`, or nothing when it has none."""
+        """Begin with the first event.
+
+        Arguments:
+            first: the event, as the client sees it.
+            prompt: ids of the prompt, `1,2,3`; empty if the engine sent none.
+        """
         self.first = first
         if not prompt:
-            self.spoil("no_token_ids")
+            self.mark_inexact("no_token_ids")
         elif len(prompt) > self._limit:
-            self.spoil("too_long")
+            self.mark_inexact("too_long")
         else:
             self._prompt = prompt
             self.continuable = True
 
     def verify(self) -> None:
-        """Before an answer is continued: what becomes a part of a request must be numbers. (Not earlier, since to look
-        at the ids of a long prompt would cost every stream what only a broken one needs.)"""
+        """Check that the ids are numbers, before they become a part of a request.
+
+        It is not done earlier: to look at the ids of a long prompt would cost every stream what only a broken one
+        needs."""
         self.fold()
         if (self._prompt + self._ids).translate(None, _IDS):
-            self.spoil("no_token_ids")
+            self.mark_inexact("no_token_ids")
 
-    def spoil(self, flaw: str) -> None:
-        """The answer can no longer be continued exactly. Only the first reason counts."""
-        if not self.flaw:
-            self.flaw = flaw
-        if flaw in ("no_token_ids", "too_long", "fault"):  # nothing to go on from, even inexactly
+    def mark_inexact(self, reason: str) -> None:
+        """Note that the answer cannot be continued exactly. Only the first reason is kept."""
+        if not self.inexact:
+            self.inexact = reason
+        if reason in ("no_token_ids", "too_long", "fault"):  # it cannot be continued inexactly either
             self._prompt = b""
             self.continuable = False
             self._ids.clear()
@@ -153,20 +160,20 @@ class Transcript:
             self._sent = 0
 
     def give_up(self) -> None:
-        """The gateway's own code failed on an event, so that nobody knows what of it the client has."""
-        self.spoil("fault")
+        """Keep nothing: the gateway's own code failed on an event, and it is not known what of it the client has."""
+        self.mark_inexact("fault")
         self.finished = False
 
     def note(self, ids: bytes, text: str | bool) -> None:
-        """An event has been passed on.
+        """Write down an event that has been passed on.
 
         Arguments:
             ids: of its tokens, `5` or `5,6`.
-            text: that it came with, or whether it came with anything else for the client.
+            text: the event's text, or whether it has anything else for the client.
         """
         if text:
             if not ids:
-                self.spoil("no_token_ids")
+                self.mark_inexact("no_token_ids")
                 return
             self.fresh.append(ids)
             if self.fresh_text is not None and isinstance(text, str):
@@ -179,7 +186,7 @@ class Transcript:
             self._check_limit()
 
     def fold(self) -> None:
-        """Move `fresh` into the ledger."""
+        """Move `fresh` to the ids and the text of earlier events."""
         if self.fresh:
             if self._prompt:
                 self._ids += b"," + b",".join(self.fresh)
@@ -193,53 +200,53 @@ class Transcript:
 
     @property
     def identity(self) -> dict[str, msgspec.Raw]:
-        """What every event of the answer has: `id`, `created`, `object`, `model` and the like, as JSON values."""
+        """The members that every event of the answer has, as JSON: `id`, `created`, `object`, `model` and the like."""
         members = decode_members(payload(self.first))
         return {name: members[name] for name in _IDENTITY if name in members}
 
     @property
     def text(self) -> str | None:
-        """What the client has read so far; None when that is not kept."""
+        """The text that the client has been sent; None when text is not kept."""
         self.fold()
         return None if self.fresh_text is None else _decode_text(b'"' + self._text + b'"')
 
     def answer(self) -> bytes:
-        """Ids of the answer up to the cut."""
+        """Ids of the answer up to the last token whose text was sent."""
         self.fold()
         return bytes(self._ids[1 : self._sent])
 
     @property
     def said(self) -> int:
-        """Tokens of the answer whose text the client has."""
+        """The number of tokens whose text the client has."""
         self.fold()
         return self._ids.count(b",", 0, self._sent)
 
-    def cut(self) -> bytes:
-        """Forget what is behind the last token whose text was sent; returns the ids of prompt and answer up to it."""
+    def truncate(self) -> bytes:
+        """Drop the tokens behind the last one whose text was sent; returns the ids of prompt and answer up to it."""
         self.fold()
         del self._ids[self._sent :]
         return self._prompt + bytes(self._ids)
 
     def end(self) -> bytes:
-        """Ids of the last tokens up to the cut: enough to tell whether their text ends with a whole character."""
+        """Ids of the last tokens whose text was sent: enough to see whether the text ends with a whole character."""
         self.fold()
         return b",".join(bytes(self._ids[1 : self._sent]).split(b",")[-_END:])
 
     def drop_last(self) -> None:
-        """The text of the last token up to the cut had not been sent after all."""
+        """Treat the last token whose text was sent as one whose text was not sent."""
         self.fold()
         self.dropped = True
         self._sent = max(0, self._ids.rfind(b",", 0, self._sent))
 
     @property
     def total(self) -> int:
-        """Tokens of the answer, those without text too: after a `finish_reason`, what the engine counted."""
+        """The number of tokens of the answer, with those without text; after a `finish_reason`, the engine's count."""
         self.fold()
         return self._ids.count(b",")
 
     @property
     def prompt(self) -> bytes:
-        """The ids of the prompt as its engine wrote them, `1,2,3`; nothing where they are not known, or not kept."""
+        """The ids of the prompt as its engine wrote them, `1,2,3`; empty where they are not known or not kept."""
         return self._prompt
 
     @property
@@ -247,10 +254,10 @@ class Transcript:
         return self._prompt.count(b",") + 1 if self._prompt else 0
 
     def closing(self, *, finish: str = "", usage: bool) -> bytes:
-        """The events that end an answer of which all tokens were sent.
+        """Returns the events that end an answer whose tokens were all sent.
 
         Arguments:
-            finish: a `finish_reason` to be given first, or empty.
+            finish: a `finish_reason` to send first, or empty.
             usage: whether the client wants the usage event.
         """
         said = self.total
@@ -271,4 +278,4 @@ class Transcript:
 
     def _check_limit(self) -> None:
         if len(self._prompt) + len(self._ids) + len(self._text) > self._limit:
-            self.spoil("too_long")
+            self.mark_inexact("too_long")
