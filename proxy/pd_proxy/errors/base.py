@@ -1,0 +1,44 @@
+"""What all errors of the gateway have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+
+class GatewayError(Exception):
+    """An error with its answer.
+
+    Arguments:
+        message: what happened, to what, and what to do about it.
+        param: the request field at fault, where there is one.
+        retry_after: seconds after which the client may try again.
+    """
+
+    status: int = 500
+    type: ClassVar[str] = "internal_error"
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.retry_after = retry_after
+
+    @property
+    def public_message(self) -> str:
+        """What a client is told."""
+        return str(self)
+
+    def detail(self) -> dict[str, dict[str, str | None]]:
+        """What happened, in OpenAI's shape."""
+        return {"error": {"message": self.public_message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def body(self) -> bytes:
+        """The answer's body."""
+        return msgspec.json.encode(self.detail())
+
+    def event(self) -> bytes:
+        """The same as the last event of a stream that had begun."""
+        return b"data: " + self.body() + b"\n\n"

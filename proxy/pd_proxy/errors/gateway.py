@@ -1,0 +1,190 @@
+"""Errors of requests that no engine has failed: the client's to mend, or the gateway's own bounds and state."""
+
+from __future__ import annotations
+
+from pd_proxy.errors.base import GatewayError
+
+
+class ClientError(GatewayError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class InvalidRequest(ClientError):
+    """The body is not JSON, not an object, or a field the gateway must read has the wrong type."""
+
+
+class TooManyTokens(ClientError):
+    """By its size alone the request is above a bound of admission, so that no wait would help."""
+
+    code = "too_many_tokens"
+
+
+class Unauthorized(ClientError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(ClientError):
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class RouteNotFound(ClientError):
+    status = 404
+    code = "unknown_route"
+
+
+class ModelNotFound(ClientError):
+    status = 404
+    code = "model_not_found"
+
+
+class BackendNotFound(ClientError):
+    """An operator named a backend that is not in the fleet."""
+
+    status = 404
+    code = "backend_not_found"
+
+
+class ResponseNotFound(ClientError):
+    """No backend has a stored response of this client's by that id."""
+
+    status = 404
+    code = "response_not_found"
+
+
+class CallUnexpected(ClientError):
+    """An engine has called back for a request that does not wait for it, or not any more."""
+
+    status = 404
+    code = "call_unexpected"
+
+
+class MethodNotAllowed(ClientError):
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+
+class RequestTimedOut(ClientError):
+    """The client took too long to send its headers or its body."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class BodyTooLarge(ClientError):
+    status = 413
+    code = "body_too_large"
+
+
+class EncodingNotSupported(ClientError):
+    """The body has a content-encoding that is not taken off here."""
+
+    status = 415
+    code = "encoding_not_supported"
+
+
+class RateLimited(ClientError):
+    """The client has as much in the gateway as its settings allow it."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class HeadersTooLarge(ClientError):
+    status = 431
+    code = "headers_too_large"
+
+
+class VersionNotSupported(ClientError):
+    """The request is in another version of HTTP than 1.1 or 1.0."""
+
+    status = 505
+    code = "http_version_not_supported"
+
+
+class Unavailable(GatewayError):
+    status = 503
+    type = "service_unavailable"
+    code = "unavailable"
+
+
+class NoBackend(Unavailable):
+    """No backend that could serve the request is up."""
+
+    code = "no_backend"
+
+
+class TooManyConnections(Unavailable):
+    """`limits.connections` are open already."""
+
+    code = "too_many_connections"
+
+
+class BodiesFull(Unavailable):
+    """`limits.bodies` are held already."""
+
+    code = "bodies_full"
+
+
+class Draining(Unavailable):
+    """The gateway is shutting down and takes no new request."""
+
+    code = "draining"
+
+
+class QueueFull(Unavailable):
+    """The bounds of admission are reached, and so is the length of the queue."""
+
+    code = "queue_full"
+
+
+class DeadlineTooClose(Unavailable):
+    """The queue empties too slowly for the request's deadline; it is told so at once."""
+
+    code = "deadline_too_close"
+
+
+class TargetMissed(Unavailable):
+    """The request would get its first token later than its target has it (`admission.slo: refuse`)."""
+
+    code = "target_missed"
+
+
+class QueueTimedOut(Unavailable):
+    """The request's deadline came while it waited."""
+
+    code = "queue_timeout"
+
+
+class TotalTimedOut(GatewayError):
+    """`timeouts.total`, or the client's own `x-request-timeout`, ran out."""
+
+    status = 504
+    type = "timeout"
+    code = "total_timeout"
+
+
+class LoopDetected(GatewayError):
+    """The request has come back to this gateway, or has come through too many of them."""
+
+    status = 508
+    type = "loop_detected"
+    code = "loop_detected"
+
+
+class FanOutFailed(GatewayError):
+    """What an operator wanted of several backends did not go well on all of them; the answer says on which."""
+
+    status = 502
+    type = "backend_error"
+    code = "fan_out_failed"
