@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.errors import InvalidRequest
-from pd_proxy.requests.body import FORBIDDEN, Body, Endpoint, read_body
+from pd_proxy.requests.body import Body, Endpoint, read_body
+from pd_proxy.requests.members import FORBIDDEN
 
 
 def chat(**members: Any) -> Body:

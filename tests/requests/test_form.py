@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.errors import InvalidRequest
-from pd_proxy.requests.body import FORBIDDEN
 from pd_proxy.requests.form import Form
+from pd_proxy.requests.members import FORBIDDEN
 
 OWN = b"own-boundary"
 

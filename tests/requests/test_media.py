@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from pd_proxy.requests.body import read_members
 from pd_proxy.requests.media import has_media
+from pd_proxy.requests.members import read_members
 
 
 def told(**members: Any) -> bool:

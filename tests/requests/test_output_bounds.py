@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from pd_proxy.errors import InvalidRequest
-from pd_proxy.requests.body import read_members
 from pd_proxy.requests.endpoints import Endpoint
+from pd_proxy.requests.members import read_members
 from pd_proxy.requests.output_bounds import bound_output
 
 from tests.support import chat, pools

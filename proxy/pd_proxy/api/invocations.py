@@ -17,7 +17,7 @@ from pd_proxy.api.surface import answer
 from pd_proxy.errors import GatewayError, InvalidRequest, MethodNotAllowed
 from pd_proxy.http.direct import DirectClient
 from pd_proxy.http.response import EXTENSION
-from pd_proxy.requests.body import read_members
+from pd_proxy.requests.members import read_members
 from pd_proxy.settings.tree import Settings
 
 PATH = "/invocations"

@@ -21,8 +21,9 @@ from pd_proxy.flow.single import ROUTES, Single, SingleRequest
 from pd_proxy.http.content_coding import coding_of
 from pd_proxy.http.direct import DirectClient
 from pd_proxy.http.response import AsgiClient, Receive, Scope, Send
-from pd_proxy.requests.body import read_members, read_model
+from pd_proxy.requests.body import read_model
 from pd_proxy.requests.form import Form
+from pd_proxy.requests.members import read_members
 from pd_proxy.requests.output_bounds import bound_output
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord

@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from pd_proxy.decoding import Undecodable, decode_text
 from pd_proxy.errors import InvalidRequest
-from pd_proxy.requests.body import FORBIDDEN, NESTED, strip_nested
+from pd_proxy.requests.members import FORBIDDEN, NESTED, strip_nested
 
 _BOUNDARY = re.compile(
     rb"multipart/form-data\s*;\s*boundary=(?:\"([0-9A-Za-z'()+_,./:=? -]{1,70})\"|([0-9A-Za-z'()+_,./:=?-]{1,70}))",

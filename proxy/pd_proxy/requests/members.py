@@ -1,0 +1,145 @@
+"""The members of a request body: read at the top level, bounded, and rid of what no client may say to an engine."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from pd_proxy.decoding import Undecodable, WrongShape, decode_json
+from pd_proxy.errors import InvalidRequest
+from pd_proxy.requests import json_scan as scan
+from pd_proxy.requests.endpoints import Members
+
+FORBIDDEN = frozenset(
+    {
+        # vLLM, its connectors, and vllm-ascend
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "batch_kv_transfer_params",
+        "kv_cache_report_mode",
+        "hidden_states_path",
+        "request_id",
+        # SGLang
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "bootstrap_pair_key",
+        "rid",
+        "routed_dp_rank",
+        "data_parallel_rank",
+        "disagg_prefill_dp_rank",
+        "decode_tp_size",
+        # TensorRT-LLM
+        "disaggregated_params",
+    }
+)
+"""Members by which engines find each other's memory. A client that could set them could make an engine connect
+wherever it likes, read another user's KV cache, or die."""
+
+NESTED = ("vllm_xargs", "extra_args", "sampling_params")
+"""Members that an engine merges into its own arguments; the same names are taken out inside them."""
+
+_STRIPPED = FORBIDDEN.union(NESTED)
+
+_KB, _MB = 1024, 1024 * 1024
+_MOST_BYTES = {
+    # A word, a number or a few flags, which the gateway reads.
+    **dict.fromkeys(("model", "previous_response_id", "stream", "stream_options", "store", "background"), 8 * _KB),
+    **dict.fromkeys(("n", "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"), 8 * _KB),
+    **dict.fromkeys(("return_token_ids", "truncation"), 8 * _KB),
+    # OpenAI takes 16 pairs of 64 and 512 characters, and 4 stop strings; engines take more of them.
+    **dict.fromkeys(("metadata", "stop", "stop_sequences", "tool_choice", "return_logprob"), 256 * _KB),
+    # There may be a whole vocabulary in them: 256,000 tokens of 7 bytes, or of 14 with a number for each.
+    **dict.fromkeys(("stop_token_ids", "allowed_token_ids", "bad_words", *NESTED), 4 * _MB),
+    **dict.fromkeys(("logit_bias", "tools", "response_format", "structured_outputs"), 8 * _MB),
+}
+"""Bytes of the members that are small by nature. All others are bounded by `limits.request_body` alone."""
+
+_LONG = 64 * _KB  # bytes of a body from which the sizes of its members are looked at
+_MOST_STRIPPED = 64 * _KB  # bytes of one of the `NESTED` members that is read to be rid of a name
+_BOM = b"\xef\xbb\xbf"
+
+_encode = msgspec.json.Encoder().encode
+
+
+def read_members(raw: bytes | bytearray) -> Members:
+    """The members of a JSON request, rid of what no client may say to an engine.
+
+    Raises:
+        InvalidRequest: not JSON, or not an object.
+    """
+    if raw.startswith(_BOM):  # no JSON text may begin with one, but Windows' editors write it and engines take it
+        raw = raw[len(_BOM) :]
+    try:
+        members = scan.members(raw)
+    except scan.TooMany:
+        raise InvalidRequest(f"the request body has more than {scan.MOST_MEMBERS} members") from None
+    except WrongShape:
+        raise InvalidRequest("the request body must be a JSON object") from None
+    except Undecodable as error:
+        if not raw or raw.isspace():
+            raise InvalidRequest("the request body is empty; it must be a JSON object") from None
+        raise InvalidRequest(f"the request body is not valid JSON: {error}") from None
+    if len(raw) > _LONG:
+        check_sizes(members)
+    if not _STRIPPED.isdisjoint(members):
+        for name in FORBIDDEN.intersection(members):
+            del members[name]
+        for name in NESTED:
+            if name in members:
+                members[name] = msgspec.Raw(strip_nested(name, members[name]))
+    return members
+
+
+def check_sizes(members: Members) -> None:
+    """Refuse what is too long for what it is.
+
+    Raises:
+        InvalidRequest
+    """
+    for name, value in members.items():
+        most = _MOST_BYTES.get(name)
+        if most is not None and len(memoryview(value)) > most:
+            raise InvalidRequest(f"`{name}` is longer than {most} bytes", param=name)
+
+
+_WORDS = tuple(map(str.encode, sorted(FORBIDDEN)))
+_LETTER_ESCAPED = re.compile(rb"\\u00(?:5f|6[1-9a-f]|7[0-9a])", re.IGNORECASE)
+"""An escaped letter or underscore, of which the forbidden names are made. No encoder escapes these."""
+
+
+def strip_nested(name: str, raw: bytes | bytearray | msgspec.Raw) -> bytes | msgspec.Raw:
+    """The value of one of the `NESTED` members without the forbidden names in it, at any depth.
+
+    Raises:
+        InvalidRequest: it is not JSON; or there is such a name in it, and it is too long to be rid of that.
+    """
+    text = bytes(raw)
+    if len(text) > _MOST_STRIPPED and not any(word in text for word in _WORDS) and not _LETTER_ESCAPED.search(text):
+        return raw if isinstance(raw, msgspec.Raw) else text
+    if len(text) > _MOST_STRIPPED:
+        raise InvalidRequest(
+            f"`{name}` has names in it that no client may use, and is longer than {_MOST_STRIPPED} bytes", param=name
+        )
+    try:
+        value = decode_json(text)
+        if isinstance(value, dict | list):
+            return _encode(_stripped(value))
+    except Undecodable as error:
+        raise InvalidRequest(f"`{name}` is not valid JSON: {error}", param=name) from None
+    except RecursionError:
+        raise InvalidRequest(f"`{name}` is nested too deeply", param=name) from None
+    return raw if isinstance(raw, msgspec.Raw) else text
+
+
+def _stripped(value: Any) -> Any:
+    """A nested value without the forbidden names."""
+    if isinstance(value, dict):
+        return {
+            key: _stripped(item) if isinstance(item, dict | list) else item
+            for key, item in value.items()
+            if key not in FORBIDDEN
+        }
+    return [_stripped(item) if isinstance(item, dict | list) else item for item in value]
