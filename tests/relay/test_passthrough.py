@@ -31,7 +31,7 @@ class FakeConnection:
         self.calls.append("abort")
 
 
-def carry(**limits: Any) -> tuple[Passthrough, RecordingClient, FakeConnection]:
+def passing(**limits: Any) -> tuple[Passthrough, RecordingClient, FakeConnection]:
     client, connection = RecordingClient(), FakeConnection()
     kept = {"limit": 1000, "first": NEVER, "idle": NEVER, **limits}
     made = Passthrough("http://engine", client, lambda: [(b"x-a", b"b")], **kept)
@@ -40,7 +40,7 @@ def carry(**limits: Any) -> tuple[Passthrough, RecordingClient, FakeConnection]:
 
 
 async def answered(*reads: bytes, headers: dict[bytes, bytes] = JSON, end: bool = True, **limits: Any) -> Passthrough:
-    made, _, _ = carry(**limits)
+    made, _, _ = passing(**limits)
     made.head(200, headers)
     for read in reads:
         made.data(read, False)
@@ -106,7 +106,7 @@ async def test_too_much_and_too_odd_is_garbled() -> None:
 
 
 async def test_events_are_given_whole_however_they_are_cut() -> None:
-    made, client, _ = carry()
+    made, client, _ = passing()
     made.head(200, EVENTS)
     made.data(b"data: 1\n", False)
     assert not client.started
@@ -120,7 +120,7 @@ async def test_events_are_given_whole_however_they_are_cut() -> None:
 
 @pytest.mark.parametrize("rest", [b"", b"data: 1\n\ndata: 2"])
 async def test_events_that_end_in_the_middle_or_before_they_began_are_cut(rest: bytes) -> None:
-    made, _, _ = carry()
+    made, _, _ = passing()
     made.head(200, EVENTS)
     if rest:
         made.data(rest, True)
@@ -130,13 +130,13 @@ async def test_events_that_end_in_the_middle_or_before_they_began_are_cut(rest: 
 
 
 async def test_an_error_event_is_an_error_and_what_came_before_it_is_given() -> None:
-    made, client, connection = carry()
+    made, client, connection = passing()
     made.head(200, EVENTS)
     made.data(b'data: 1\n\ndata: {"error":{"message":"m","code":500}}\n\ndata: [DONE]\n\n', False)
     with pytest.raises(BackendFailed):
         await made.answered
     assert client.body == b"data: 1\n\n" and connection.calls == ["abort"]
-    made, client, _ = carry()
+    made, client, _ = passing()
     made.head(200, EVENTS)
     made.data(b'data: {"error":{"message":"m","code":500}}\n\n', False)
     with pytest.raises(BackendFailed):
@@ -149,20 +149,20 @@ async def test_an_event_by_which_the_engine_gives_the_request_up_is_an_error(end
     """As of a transcription under way on an engine that is stopped."""
     said = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n'
     last = b'data: {"choices":[{"delta":{"content":"b"},%b}]}\n\ndata: [DONE]\n\n' % end.encode()
-    made, client, _ = carry()
+    made, client, _ = passing()
     made.head(200, EVENTS)
     made.data(said, False)
     made.data(said + last, False)
     with pytest.raises(BackendAborted):
         await made.answered
     assert client.body == said + said
-    again, client, _ = carry()
+    again, client, _ = passing()
     again.head(200, EVENTS)
     again.data(last, False)
     with pytest.raises(BackendAborted):
         await again.answered
     assert not client.started
-    good, client, _ = carry()
+    good, client, _ = passing()
     good.head(200, EVENTS)
     good.data(said + last.replace(end.encode(), b'"finish_reason":"stop"'), False)
     assert client.body.endswith(b"[DONE]\n\n")
@@ -175,7 +175,7 @@ async def test_a_whole_answer_that_the_engine_gave_up_is_none() -> None:
 
 
 async def test_a_hand_off_in_an_event_is_taken_out_or_the_event_is_garbled() -> None:
-    made, client, _ = carry()
+    made, client, _ = passing()
     made.head(200, EVENTS)
     made.data(b'data: {"a":1,"ec_transfer_params":{}}\n\n', False)
     assert client.body == b'data: {"a":1}\n\n'
@@ -185,7 +185,7 @@ async def test_a_hand_off_in_an_event_is_taken_out_or_the_event_is_garbled() -> 
 
 
 async def test_a_slow_client_pauses_the_engine_and_its_silence_is_not_the_engines() -> None:
-    made, client, connection = carry(idle=Deadlines(0.01))
+    made, client, connection = passing(idle=Deadlines(0.01))
     made.head(200, EVENTS)
     made.data(b"data: 1\n\n", False)
     assert client.flow is made
@@ -200,7 +200,7 @@ async def test_a_slow_client_pauses_the_engine_and_its_silence_is_not_the_engine
 
 
 async def test_a_client_that_leaves_ends_the_exchange() -> None:
-    made, client, connection = carry()
+    made, client, connection = passing()
     made.head(200, EVENTS)
     made.data(b"data: 1\n\n", False)
     made.stop()
@@ -208,14 +208,14 @@ async def test_a_client_that_leaves_ends_the_exchange() -> None:
 
 
 async def test_an_answer_has_its_time_from_when_the_request_was_sent() -> None:
-    made, _, _ = carry(first=Deadlines(0.01))
+    made, _, _ = passing(first=Deadlines(0.01))
     made.sent()
     with pytest.raises(BackendTimedOut, match=r"did not answer within 0\.01 s"):
         await made.answered
 
 
 async def test_an_answer_in_one_piece_that_trickles_is_given_up() -> None:
-    made, _, _ = carry(idle=Deadlines(0.1))
+    made, _, _ = passing(idle=Deadlines(0.1))
     made.head(200, JSON)
     async with asyncio.timeout(5):
         while not made.answered.done():
@@ -228,7 +228,7 @@ async def test_an_answer_in_one_piece_that_trickles_is_given_up() -> None:
 @pytest.mark.parametrize("status", [200, 500])
 @pytest.mark.parametrize("kind", [b"application/json", b"application/octet-stream", b"text/event-stream"])
 async def test_an_answer_in_an_encoding_that_nobody_asked_for_is_none(kind: bytes, status: int) -> None:
-    made, client, _ = carry()
+    made, client, _ = passing()
     made.head(status, {b"content-type": kind, b"content-encoding": b"gzip"})
     with pytest.raises(BackendGarbled, match="encoding"):
         await made.answered

@@ -1,7 +1,7 @@
-"""How an engine's events become the client's.
+"""How the events of an engine become the client's, where they have choices.
 
-What the gateway asked for and the client did not (token ids, the hand-off's addresses) is taken out; where one answer
-is made of several legs, the later ones take on the first one's identity and its counts.
+Taken out is what the gateway asked for and the client did not (token ids), and what belongs to the hand-off. Where
+several legs make one answer, the later ones take on the identity and the counts of the first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import msgspec
 
 from pd_proxy.decoding import Members, Undecodable, decode_members, json_decoder
 from pd_proxy.dialects.cache_counts import CacheCounts
+from pd_proxy.dialects.sse import write_event
 from pd_proxy.dialects.strip import names_handoff, strip_handoff
 from pd_proxy.dialects.usage import Usage
 from pd_proxy.encoding import NULL, encode_json
@@ -27,14 +28,15 @@ _PROMPT_IDS = b',"prompt_token_ids":['
 
 
 class Edit(msgspec.Struct, frozen=True):
-    """What is changed in the events of one leg.
+    """The changes to the events of one leg.
 
     Attributes:
         hide_ids: take out the token ids.
-        identity: members that every event of the answer has, when this leg goes on with an answer that has begun.
-        said: completion tokens of that answer before this leg, which this leg took for a part of its prompt.
-        opens: the answer begins with this leg; `identity` is only to hide the engine's own.
-        counts: asked where an event has a usage: prefill's counts of the prompt, where another engine computed it.
+        identity: members that every event of the answer has in place of its own, if any.
+        said: completion tokens of the answer before this leg, which this leg took for a part of its prompt.
+        opens: the answer begins with this leg; `identity` only hides that of the engine.
+        counts: returns prefill's counts of the prompt, for an event with a usage; None where no other engine computed
+            the prompt.
     """
 
     hide_ids: bool = False
@@ -45,7 +47,7 @@ class Edit(msgspec.Struct, frozen=True):
 
     @property
     def idle(self) -> bool:
-        """Whether ordinary events pass as they are."""
+        """Whether ordinary events are not changed."""
         return not self.hide_ids and self.identity is None
 
     def event(self, event: bytes, payload: bytes, ids: bytes = b"", odd: bool | None = None) -> bytes:
@@ -55,12 +57,12 @@ class Edit(msgspec.Struct, frozen=True):
             event: as it came.
             payload: its data.
             ids: the value of its `token_ids`, as it stands there, where known.
-            odd: whether it may name the hand-off, where that is known.
+            odd: whether it may name the hand-off, where known.
         Raises:
-            Undecodable: something is to be changed, and it is no JSON.
+            Undecodable: something must be changed, and it is not JSON.
         """
-        # `find`, here and elsewhere on the way of each event: `in` tries to take the needle for a number first, and
-        # the exception that this raises costs more than the search.
+        # `find`, here and wherever each event passes: `in` tries to take the needle for a number first, and the
+        # exception that this raises costs more than the search.
         if odd is None:
             odd = names_handoff(event)
         if self.identity is None and not odd:
@@ -69,32 +71,38 @@ class Edit(msgspec.Struct, frozen=True):
             shown = event.replace(_IDS + ids, b"", 1) if ids else event
             if shown.find(_IDS_MARK) < 0:
                 return shown
-        if odd:
-            payload = strip_handoff(payload)
+        return write_event(self._changed(strip_handoff(payload) if odd else payload))
+
+    def _changed(self, payload: bytes) -> bytes:
+        """The payload of an event without a hand-off, decoded and encoded again with every change."""
         members = decode_members(payload)
         choices = _decode_choices(members.get("choices", NULL))
         usage = _decode_usage(members.get("usage", NULL)) if self.said else None
         if self.hide_ids:
             members.pop("prompt_token_ids", None)
-            for choice in choices or ():
-                choice.pop("token_ids", None)
-                choice.pop("prompt_token_ids", None)
-        elif self.said:  # else its prompt is the client's own, and the event that told of it may not have gone out
-            for choice in choices or ():
-                if "prompt_token_ids" in choice:
-                    choice["prompt_token_ids"] = NULL  # they were given with the first leg's first event
+        for choice in choices or ():
+            self._hide_ids(choice)
         if choices:
             members["choices"] = msgspec.Raw(encode_json(choices))
-        if self.identity is not None:
-            for name, value in self.identity.items():
-                if name in members:
-                    members[name] = value
+        for name, value in (self.identity or {}).items():
+            if name in members:
+                members[name] = value
         if usage:
             members["usage"] = msgspec.Raw(encode_json(self.merge(usage)))
-        return b"data: %b\n\n" % encode_json(members)
+        return encode_json(members)
+
+    def _hide_ids(self, choice: Members) -> None:
+        """Take the ids out of a choice that the client must not see."""
+        if self.hide_ids:
+            choice.pop("token_ids", None)
+            choice.pop("prompt_token_ids", None)
+        elif self.said and "prompt_token_ids" in choice:
+            # They were sent with the first event of the first leg. Without tokens before this leg the prompt is the
+            # client's own, and the event that told of it may not have been sent.
+            choice["prompt_token_ids"] = NULL
 
     def closing(self, event: bytes, payload: bytes, usage: Usage | None = None) -> bytes:
-        """As `event`, for one without choices: the usage of the whole answer."""
+        """An event without choices as the client sees it: that with the usage of the whole answer."""
         if self.counts is None or (usage is not None and (counts := self.counts()) is not None and counts.agree(usage)):
             return self.event(event, payload)
         return self.event(*self.recounted(event, payload))
@@ -104,15 +112,15 @@ class Edit(msgspec.Struct, frozen=True):
         if self.counts is None or (counts := self.counts()) is None:
             return event, payload
         changed = counts.into(payload)
-        return (event, payload) if changed is payload else (b"data: %b\n\n" % changed, changed)
+        return (event, payload) if changed is payload else (write_event(changed), changed)
 
     def head(self, event: bytes, length: int) -> bytes:
-        """The first bytes of an event of the engine's as they are for the client, where all behind them stays as it is;
-        nothing where it does not.
+        """The first bytes of an ordinary event as the client sees them, if the bytes behind them are not changed; else
+        nothing.
 
         Arguments:
-            event: an ordinary one, whole.
-            length: how many bytes are to be changed: up to where its text begins.
+            event: the whole event, as the engine sent it.
+            length: how many bytes may be changed: up to where its text begins.
         """
         if self.identity is None:
             return event[:length]
@@ -120,13 +128,17 @@ class Edit(msgspec.Struct, frozen=True):
             members = decode_members(event[6:-2])
         except Undecodable:
             return b""
-        if bytes(members.get("usage", NULL)) != b"null" or b"data: %b\n\n" % encode_json(members) != event:
+        if bytes(members.get("usage", NULL)) != b"null" or write_event(encode_json(members)) != event:
             return b""
-        shown = b"data: %b\n\n" % encode_json({name: self.identity.get(name, value) for name, value in members.items()})
+        shown = write_event(encode_json({name: self.identity.get(name, value) for name, value in members.items()}))
         return shown[: length - len(event)] if shown.endswith(event[length:]) else b""
 
     def merge(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """This leg's usage as that of the whole answer: what it took for prompt was completion."""
+        """The usage of the whole answer: what this leg took for prompt was completion.
+
+        Arguments:
+            usage: of this leg.
+        """
         merged = dict(usage)
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         if isinstance(prompt, int) and isinstance(completion, int):
@@ -140,9 +152,10 @@ class Edit(msgspec.Struct, frozen=True):
 
 
 def take_prompt_ids(event: bytes) -> tuple[bytes, bytes]:
-    """An event without the ids of the prompt, and those: `1,2,3`, or nothing where it has none.
+    """An event without the ids of the prompt, and these ids: `1,2,3`, or nothing where it has none.
 
-    They are taken out before the event is read: to parse those of a long prompt costs more than all else of a request.
+    They are taken out before the event is parsed: to parse those of a long prompt costs more than the rest of a
+    request.
     """
     start = event.find(_PROMPT_IDS)
     first = start + len(_PROMPT_IDS)

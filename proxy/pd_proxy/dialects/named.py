@@ -19,7 +19,8 @@ from pd_proxy.dialects.dialect import TokenLog, TokenPath
 from pd_proxy.dialects.edit import Edit
 from pd_proxy.dialects.engine_errors import engine_error_event
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
-from pd_proxy.dialects.strip import names_handoff, strip_handoff, write_event
+from pd_proxy.dialects.sse import write_event
+from pd_proxy.dialects.strip import names_handoff, strip_handoff
 from pd_proxy.dialects.token_pattern import TokenPattern
 from pd_proxy.dialects.usage import Usage, read_usage
 from pd_proxy.dialects.whole import WholeAnswer, decode_whole

@@ -21,8 +21,8 @@ from pd_proxy.dialects.dialect import TokenLog
 from pd_proxy.dialects.edit import Edit
 from pd_proxy.dialects.named import NamedEvent, NamedEvents, NamedReader
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
-from pd_proxy.dialects.sse import DONE
-from pd_proxy.dialects.strip import strip_handoff, write_event
+from pd_proxy.dialects.sse import DONE, write_event
+from pd_proxy.dialects.strip import strip_handoff
 from pd_proxy.dialects.usage import Usage, count_usage
 from pd_proxy.dialects.whole import WholeAnswer
 from pd_proxy.encoding import ABSENT, encode_json

@@ -107,3 +107,8 @@ def payload(event: bytes) -> bytes:
         if name == b"data":
             lines.append(value[1:] if value.startswith(b" ") else value)
     return b"\n".join(lines)
+
+
+def write_event(payload: bytes, name: bytes = b"") -> bytes:
+    """A server-sent event with one line of data."""
+    return b"event: %b\ndata: %b\n\n" % (name, payload) if name else b"data: %b\n\n" % payload

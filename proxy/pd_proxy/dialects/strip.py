@@ -13,6 +13,7 @@ import re
 import msgspec
 
 from pd_proxy.decoding import Members, WrongShape, decode_items, decode_members, decode_objects
+from pd_proxy.dialects.sse import write_event
 from pd_proxy.encoding import encode_json
 
 HANDOFF_FIELDS = frozenset({"kv_transfer_params", "ec_transfer_params", "disaggregated_params"})
@@ -65,11 +66,6 @@ def strip_event(event: bytes, payload: bytes, name: bytes = b"") -> bytes:
     if not names_handoff(payload):
         return event
     return write_event(strip_handoff(payload), name)
-
-
-def write_event(payload: bytes, name: bytes = b"") -> bytes:
-    """A server-sent event with one line of data."""
-    return b"event: %b\ndata: %b\n\n" % (name, payload) if name else b"data: %b\n\n" % payload
 
 
 def strip_members(members: Members, depth: int = _DEPTH) -> Members:

@@ -304,7 +304,7 @@ class Single:
             record.reach(Stage.STREAMING)
             return [_request_id(record), *EVENT_STREAM]
 
-        carry = Passthrough(
+        passthrough = Passthrough(
             backend.url,
             request.client,
             begin,
@@ -321,47 +321,47 @@ class Single:
         )
         try:
             if isinstance(body, bytes):
-                carry.connection = await origin.send(request.path, headers, (body,), carry)
-                lease.on_lost = carry.fail
-                carry.sent()
-                await carry.answered
+                passthrough.connection = await origin.send(request.path, headers, (body,), passthrough)
+                lease.on_lost = passthrough.fail
+                passthrough.sent()
+                await passthrough.answered
             else:
-                upload = await Upload.open(origin, request.path, body.content_type, headers, carry)
-                carry.connection = upload
-                lease.on_lost = carry.fail
-                await self._send_on(request, body, backend, upload, carry)
+                upload = await Upload.open(origin, request.path, body.content_type, headers, passthrough)
+                passthrough.connection = upload
+                lease.on_lost = passthrough.fail
+                await self._send_on(request, body, backend, upload, passthrough)
         finally:
-            carry.abort()
-        if carry.status != 200:
-            if _lacks_route(carry.status, carry.body):
+            passthrough.abort()
+        if passthrough.status != 200:
+            if _lacks_route(passthrough.status, passthrough.body):
                 backend.lacks.add(request.path)
                 return False
-            raise engine_error(backend.url, carry.status, carry.headers, carry.body)
-        if carry.streamed:
+            raise engine_error(backend.url, passthrough.status, passthrough.headers, passthrough.body)
+        if passthrough.streamed:
             request.client.end()
         else:
-            answer, usage = carry.whole()
+            answer, usage = passthrough.whole()
             if counted := read_usage(usage):
                 record.prompt_tokens = counted.prompt_tokens or 0
                 record.tokens = counted.completion_tokens or 0
                 record.cached_tokens = counted.cached_tokens
             record.status = 200
-            request.client.respond(200, [_request_id(record), *carry.passed_headers()], answer)
+            request.client.respond(200, [_request_id(record), *passthrough.passed_headers()], answer)
         if request.route.computes:
             self._fleet.succeeded(backend, answering_leg(backend))
         return True
 
     async def _send_on(
-        self, request: SingleRequest, source: Source, backend: Backend, upload: Upload, carry: Passthrough
+        self, request: SingleRequest, source: Source, backend: Backend, upload: Upload, passthrough: Passthrough
     ) -> None:
         """Send a form as it comes, and wait for the answer, which may come before the form's end."""
         pump = asyncio.create_task(self._pump(request, source, backend, upload))
         try:
-            await asyncio.wait((pump, carry.answered), return_when=asyncio.FIRST_COMPLETED)
-            if not carry.answered.done():
+            await asyncio.wait((pump, passthrough.answered), return_when=asyncio.FIRST_COMPLETED)
+            if not passthrough.answered.done():
                 await pump  # whose error is the request's
-                carry.sent()
-            await carry.answered
+                passthrough.sent()
+            await passthrough.answered
         finally:
             pump.cancel()
             await asyncio.wait((pump,))

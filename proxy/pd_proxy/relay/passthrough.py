@@ -1,8 +1,8 @@
-"""An engine's whole answer on its way to the client, whatever it is: events as they come, all else in one piece.
+"""An engine's answer to the client as it is: events as they come, everything else in one piece.
 
-For the routes whose answers the gateway neither counts nor continues. What it holds to: a client gets whole events, an
-error under status 200 is an error, nothing of a hand-off goes out, and an answer in one piece goes out only when it is
-whole, so that until then another engine may be asked.
+For the routes whose answers the gateway neither counts nor continues. It guarantees that a client gets whole events,
+that an error under status 200 is an error, that nothing of a hand-off is sent, and that an answer in one piece is sent
+only when it is whole, so that until then another engine may be asked.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from pd_proxy.http.response import Client, Headers
 
 EVENTS = b"text/event-stream"
 _JSON = b"application/json"
-# What the engines answer these routes with: subtitles, embeddings as bytes. HTML, for one, is another proxy's.
+# The types with which engines answer these routes: subtitles, embeddings as bytes. HTML, for one, comes from another
+# proxy.
 _TYPES = frozenset({_JSON, EVENTS, b"text/plain", b"text/vtt", b"application/x-subrip", b"application/octet-stream"})
-_PASSED = (b"content-type", b"metadata")  # the latter tells how embeddings lie in an octet-stream
+_PASSED = (b"content-type", b"metadata")  # the latter describes the embeddings in an octet-stream
 _ERROR = b'{"error":'
 
 
@@ -36,13 +37,13 @@ _ENDS = re.compile(rb'"finish_reason"\s*:\s*(?!null|\s)')
 
 
 class _Event(msgspec.Struct):
-    """What is read of an event that says why something ended."""
+    """What is read of an event with a `finish_reason`."""
 
     choices: msgspec.Raw = ABSENT
 
 
 class _Object(msgspec.Struct):
-    """The top level of an answer: what is read of it, with the rest of it found to be JSON."""
+    """What is read of the top level of an answer; the rest of it is checked to be JSON."""
 
     usage: msgspec.Raw = ABSENT
     error: msgspec.Raw = ABSENT
@@ -54,18 +55,18 @@ _decode_object = json_decoder(_Object)
 
 
 class Passthrough:
-    """The receiver of such an answer, and what pauses it while the client does not keep up.
+    """The receiver of such an answer, and the client's flow control over it.
 
     Arguments:
         url: the backend, for messages.
-        begin: called when a stream of events is about to go out; gives its head.
+        begin: called when a stream of events is about to be sent; returns its headers.
         limit: bytes of an answer that does not come in events.
-        first: from `sent` to the answer's first byte.
-        idle: between two reads of events; of all else, from the answer's head to its end.
+        first: time limit from `sent` to the answer's first byte.
+        idle: time limit between two reads of events; for other answers, from the head to the end.
     Attributes:
-        connection: to be set by whoever sends the request.
+        connection: that of the request, once it is being sent; its sender sets it.
         status, headers: of the answer.
-        answered: done when the answer is whole, or failed.
+        answered: done when the answer is whole or has failed.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Passthrough:
         self.headers: dict[bytes, bytes] = {}
 
     def sent(self) -> None:
-        """The request has been sent whole: the answer's time begins."""
+        """Start the time limit for the first byte: the request has been sent whole."""
         if not self.status and not self.answered.done():
             self._watch(self._first)
 
@@ -105,14 +106,14 @@ class Passthrough:
 
     @property
     def body(self) -> bytes:
-        """What came that is no event."""
+        """The answer's bytes, where it does not come in events."""
         return bytes(self._body)
 
     def whole(self) -> tuple[bytes, msgspec.Raw]:
-        """A good answer in one piece, as the client gets it, and the usage that it names.
+        """An answer in one piece, as the client gets it, and its usage.
 
         Raises:
-            BackendError: it is none.
+            BackendError: the answer is an error, or not JSON where it should be.
         """
         if self._type != _JSON:
             return self.body, ABSENT
@@ -131,7 +132,7 @@ class Passthrough:
         return shown, parsed.usage
 
     def passed_headers(self) -> list[tuple[bytes, bytes]]:
-        """Those of the engine's headers that are the client's too."""
+        """The engine's headers that the client gets too."""
         return [(name, self.headers[name]) for name in _PASSED if name in self.headers]
 
     def fail(self, error: BackendError) -> None:
@@ -140,7 +141,7 @@ class Passthrough:
         self.lost(error)
 
     def abort(self) -> None:
-        """Nobody waits for it any more."""
+        """Close the connection: the answer is no longer wanted."""
         self._watch(None)
         if self._client.flow is self:
             self._client.flow = None
@@ -153,14 +154,14 @@ class Passthrough:
         what = f"was silent for {seconds:g} s" if self.status else f"did not answer within {seconds:g} s"
         self.fail(BackendTimedOut(f"{self._url} {what}"))
 
-    # What the connection tells
+    # Receiver: called by the connection
 
     def head(self, status: int, headers: dict[bytes, bytes]) -> None:
         self.status = status
         self.headers = headers
         self._watch(self._idle)
         if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
-            # The client is not told of it, and what its bytes hold cannot be looked at.
+            # That header is not passed on, and the bytes cannot be searched for a hand-off.
             self.fail(BackendGarbled(f"{self._url} answered in an encoding that was not asked for"))
         elif status != 200:
             return
@@ -181,7 +182,7 @@ class Passthrough:
         try:
             block = self._reader.feed(data)
             if block:
-                self._give(block)
+                self._pass_on(block)
         except BackendError as error:
             self.fail(error)
 
@@ -199,10 +200,10 @@ class Passthrough:
         if not self.answered.done():
             self.answered.set_exception(error)
 
-    # What the client tells
+    # FlowControl: called by the client's side
 
     def pause(self) -> None:
-        self._watch(None)  # the silence is the client's
+        self._watch(None)  # the client causes the silence
         if self.connection is not None:
             self.connection.pause()
 
@@ -214,8 +215,8 @@ class Passthrough:
     def stop(self) -> None:
         self.abort()
 
-    def _give(self, block: bytes) -> None:
-        """Pass whole events on."""
+    def _pass_on(self, block: bytes) -> None:
+        """Pass whole events on to the client."""
         if _ERROR in block or names_handoff(block) or _ENDS.search(block):
             events: list[bytes] = []
             for event, payload in read(block):
@@ -235,7 +236,7 @@ class Passthrough:
         self._write(block)
 
     def _aborted(self, payload: bytes) -> BackendError | None:
-        """The error that an event stands for by which the engine gives the request up, if it does."""
+        """The error that an event stands for if the engine gives the request up with it; else None."""
         if not _ENDS.search(payload):
             return None
         try:
