@@ -1,8 +1,7 @@
-"""Answers that an engine ends before their time, and calls answers all the same: status 200, and a word for the end
-that none of the APIs knows.
+"""Answers that an engine gave up: status 200, with a reason to end that none of the APIs has.
 
-vLLM says `abort` for whatever runs when it is stopped, paused, put to sleep or scaled, and SGLang too (as an object in
-some places); TensorRT-LLM says `cancelled`; `error` is what they say of a request that failed inside. Anthropic's
+vLLM says `abort` for every request that runs when it is stopped, paused, put to sleep or scaled, and so does SGLang (as
+an object in some places); TensorRT-LLM says `cancelled`. For a request that failed inside they say `error`. Anthropic's
 messages have no word for it: vLLM leaves their `stop_reason` empty.
 """
 
@@ -19,12 +18,12 @@ from pd_proxy.encoding import encode_json
 from pd_proxy.errors import BackendAborted, BackendError
 
 ORDINARY = ("stop", "length")
-"""How nearly all answers end."""
+"""The reasons with which nearly all answers end."""
 _WORDS = frozenset({"abort", "aborted", "cancelled", "canceled", "error"})
 
 
-class Choice(Protocol):
-    """What may have ended."""
+class Ending(Protocol):
+    """A choice that may have ended."""
 
     finish_reason: Any
 
@@ -43,7 +42,7 @@ def is_abort(reason: object) -> bool:
     return isinstance(reason, str) and reason.lower() in _WORDS
 
 
-def abort_of(choices: Iterable[Choice]) -> object:
+def abort_of(choices: Iterable[Ending]) -> object:
     """The `finish_reason` of the first choice that was given up, or None where none was."""
     for choice in choices:
         if choice.finish_reason is not None and is_abort(choice.finish_reason):
@@ -52,9 +51,11 @@ def abort_of(choices: Iterable[Choice]) -> object:
 
 
 def ends_well(answer: bytes) -> bool:
-    """Whether a whole answer surely has but one end, by its bound, as a prefill leg's has. Where not, it is to be read.
+    """Whether a whole answer surely ended by its limit of tokens, as that of a prefill leg does. Otherwise it must be
+    parsed.
 
-    Within a string a quote has a backslash before it, so the first is a member, and the others that there is no other.
+    Within a string a quote has a backslash before it. So the first condition finds a member, and the others show that
+    there is no second one.
     """
     return (
         answer.find(b'"finish_reason":"length"') >= 0
@@ -64,18 +65,18 @@ def ends_well(answer: bytes) -> bool:
 
 
 def abort_in(choices: msgspec.Raw) -> object:
-    """The same of the choices of a whole answer."""
+    """The `finish_reason` of the first choice of a whole answer that was given up, or None where none was."""
     if not memoryview(choices):
         return None
     try:
         return abort_of(_decode_choices(choices))
     except Undecodable:
-        return None  # whoever reads them says what is wrong with them
+        return None  # what is wrong with them is reported where they are read
 
 
 def aborted(url: str, reason: object) -> BackendError:
-    """The error that such an end stands for. Where the engine says which status the answer would have had, it is the
-    error of that status: SGLang refuses a prompt that is too long in this way."""
+    """The error that such a reason stands for. Where it has the status that the answer would have had, it is the error
+    of that status: SGLang refuses a prompt that is too long in this way."""
     if isinstance(reason, dict) and isinstance(status := reason.get("status_code"), int):
         error = {"message": reason.get("message"), "type": reason.get("err_type") or "Abort", "param": None}
         return engine_error_event(url, encode_json({"error": {**error, "code": status}}))

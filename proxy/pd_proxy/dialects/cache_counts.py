@@ -1,8 +1,8 @@
 """How many tokens of a prompt were cached, in the usage of an answer whose prompt another engine computed.
 
-Prefill knows it. Decode counts what it was handed as cached, unless its version is told prefill's number by the
-hand-off, and counts nothing as written to a cache. So both numbers in a client's answer are prefill's. Where prefill
-has not said one, nobody knows it, and decode's is left out.
+Prefill knows these counts. Decode counts what was handed over to it as cached, unless its version gets prefill's number
+with the hand-off, and counts nothing as written to a cache. So both numbers in a client's answer are prefill's. A
+number that prefill has not reported is unknown, and decode's is left out.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pd_proxy.encoding import encode_json
 _decode_usage = json_decoder(dict[str, Any])
 
 _WRITTEN = ("created_cache_tokens", "cache_write_tokens")
-"""How engines call the tokens that were computed and written to the cache: vLLM for chat, and for responses."""
+"""The names of the count of tokens that were computed and written to the cache: vLLM's for chat, and for responses."""
 _DETAILS = {"prompt_tokens": "prompt_tokens_details", "input_tokens": "input_tokens_details"}
 
 
 class CacheCounts(msgspec.Struct, frozen=True):
-    """Prefill's counts for one prompt, in tokens; None where it has not said one.
+    """Prefill's counts for one prompt, in tokens; None where it has not reported one.
 
     Attributes:
         cached: found in its cache.
         written: computed and written to its cache.
-        private: only the hand-off has said what was cached. Engines that are not to tell clients
-            (`--enable-prompt-tokens-details` is off) say it to each other all the same, so an answer that has no such
+        private: the cached count is known from the hand-off alone. Engines that do not report it to clients
+            (`--enable-prompt-tokens-details` is off) report it to each other all the same, so an answer without such a
             count gets none.
     """
 
@@ -39,10 +39,10 @@ class CacheCounts(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, usage: Usage | None, told: int | None = None) -> CacheCounts:
-        """Those of an answer of prefill's.
+        """The counts in an answer of prefill's.
 
         Arguments:
-            told: what its hand-off says is cached.
+            told: the cached count in its hand-off.
         """
         if usage is None:
             return cls(told, private=told is not None)
@@ -51,16 +51,16 @@ class CacheCounts(msgspec.Struct, frozen=True):
         return cls(told if cached is None else cached, usage.written_tokens, cached is None and told is not None)
 
     def agree(self, usage: Usage) -> bool:
-        """Whether a usage says just these."""
+        """Whether a usage has exactly these counts."""
         details = usage.prompt_tokens_details
         said = None if details is None else details.cached_tokens
         return (said == self.cached or (self.private and said is None)) and usage.written_tokens == self.written
 
     def into(self, payload: bytes, inside: str = "") -> bytes:
-        """An answer, or a payload of one, with these counts in its usage; as it is where nothing of it changes.
+        """An answer, or the payload of an event, with these counts in its usage; the same bytes where nothing changes.
 
         Arguments:
-            inside: the member that holds the answer, where the payload is not the answer itself.
+            inside: the member that holds the answer, where it is not the payload itself.
         """
         try:
             outer = decode_members(payload)
@@ -92,7 +92,7 @@ class CacheCounts(msgspec.Struct, frozen=True):
         if cached is not None:
             told["cached_tokens"] = cached
         elif total == "input_tokens":
-            told["cached_tokens"] = 0  # OpenAI's responses have it always
+            told["cached_tokens"] = 0  # a member of every response of OpenAI's
         else:
             told.pop("cached_tokens", None)
         turns = told.get("cached_tokens_per_turn")
@@ -106,7 +106,7 @@ class CacheCounts(msgspec.Struct, frozen=True):
         return usage if told == given else {**usage, details: told or None}
 
     def _beside(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """Anthropic's words: what was cached, and what was written to a cache, is counted beside the rest."""
+        """The same in Anthropic's words: cached tokens and those written to a cache are counted apart from the rest."""
         read, written = usage.get("cache_read_input_tokens"), usage.get("cache_creation_input_tokens")
         total = usage["input_tokens"] + sum(count for count in (read, written) if _is_count(count))
         changed = dict(usage)

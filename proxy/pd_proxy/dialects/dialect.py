@@ -1,7 +1,7 @@
 """The seam between the gateway and the APIs of the engines.
 
-A `Dialect` is one API's way to write answers. It has a file of its own and a line in `registry.py`; the relay and the
-legs know this module alone. For each streamed answer it makes an `AnswerReader`, which turns the engine's events into
+A `Dialect` is one API's form of answers. Each has a file of its own and a line in `registry.py`; the relay and the legs
+use only this module. For each streamed answer a dialect makes an `AnswerReader`, which turns the engine's events into
 the client's.
 """
 
@@ -20,11 +20,11 @@ from pd_proxy.errors import BackendError
 
 
 class TokenLog(Protocol):
-    """Where a reader writes down what of an answer the client is given (`relay/transcript.py`).
+    """Where a reader writes down what the client is given (`relay/transcript.py`).
 
     Attributes:
-        continuable: there is something to go on from, exactly or not.
-        finished: the client is given a reason why the answer ended.
+        continuable: the answer can be continued, exactly or not.
+        finished: the client has been sent the reason why the answer ended.
         first: the first event as the client saw it.
     """
 
@@ -51,22 +51,21 @@ class TokenLog(Protocol):
         """Note that the answer cannot be continued exactly."""
 
     def closing(self, *, finish: str = "", usage: bool) -> bytes:
-        """The events that end an answer of which all tokens were sent."""
+        """Returns the events that end an answer whose tokens were all sent."""
 
 
 class TokenPath(Protocol):
-    """What takes ordinary token events without reading them (`relay/fast_path.py`)."""
+    """The relay's fast path, which passes ordinary token events on without parsing them (`relay/fast_path.py`)."""
 
     def learn(self, sample: bytes) -> None:
-        """An ordinary token event has been read; those that follow may be like it."""
+        """Take an ordinary token event as a sample of those that follow."""
 
     def take(self, block: bytes) -> tuple[bytes, int, bytes]:
-        """Of events that came together, those at the front that are ordinary, as the client sees them; their number;
-        and the rest of the block."""
+        """Split a block of events: the ordinary ones at its front, as the client sees them; their number; the rest."""
 
 
 class AnswerReader(Protocol):
-    """One streamed answer: reads its engine's events and makes them the client's."""
+    """Reads the events of one streamed answer and turns them into the client's."""
 
     @property
     def usage(self) -> Usage | None:
@@ -74,15 +73,16 @@ class AnswerReader(Protocol):
 
     @property
     def failure(self) -> BackendError | None:
-        """The error that an event stood for; no event behind it is read. It is raised once those before it are out."""
+        """The error that an event stands for; no event behind it is read. It is raised once those before it are
+        sent."""
 
     @property
     def done(self) -> bool:
-        """The event that ends the answer has been read."""
+        """Whether the event that ends the answer has been read."""
 
     @property
     def has_content(self) -> bool:
-        """The client has something to read. What came before it may be taken back and begun anew elsewhere."""
+        """Whether there has been anything for the client to read. Until then the request can be tried elsewhere."""
 
     @property
     def sequence(self) -> int:
@@ -90,19 +90,19 @@ class AnswerReader(Protocol):
 
     @property
     def kept(self) -> int:
-        """Bytes that are kept until there is something to read."""
+        """Bytes that the reader keeps until there is something to read."""
 
     @property
     def pending(self) -> bytes:
-        """Events that were read and go out together with the next one."""
+        """Events that were read and will be sent together with the next one."""
 
     @property
     def fast_path(self) -> bool:
-        """Whether ordinary token events need not be read."""
+        """Whether ordinary token events need not be parsed."""
 
     @property
     def end_name(self) -> str:
-        """What a stream lacks that ends too early, for messages."""
+        """The name of the event that ends a stream, for the message when it is missing."""
 
     @property
     def awaited(self) -> asyncio.Future[None] | None:
@@ -112,29 +112,29 @@ class AnswerReader(Protocol):
         """Read whole events.
 
         Arguments:
-            last: nothing follows them.
+            last: they are the last ones of the answer.
         Returns:
-            them as the client sees them, and the number of token events among them.
+            The events as the client sees them, and the number of token events among them.
         """
 
     def check(self, block: bytes) -> None:
-        """Set `failure` if one of these events stands for one; they are read later."""
+        """Set `failure` if one of these events stands for an error. They are read later."""
 
     def go_live(self) -> None:
-        """The client is about to be given what has been read."""
+        """Called when the client is about to be sent what has been read."""
 
     def rewind(self) -> None:
-        """The client is not going to be given anything of what has been read."""
+        """Called when the client will not be sent anything of what has been read."""
 
     def ending(self) -> bytes:
         """The event that ends the answer, as the client sees it."""
 
     def pattern(self, sample: bytes) -> TokenPattern | None:
-        """What an ordinary token event shows of those that are like it; None where it shows nothing."""
+        """The pattern of the token events that are like a sample; None where they cannot be recognised by it."""
 
 
 class Dialect(Protocol):
-    """One API's way to write answers."""
+    """One API's form of answers."""
 
     def reader(
         self,
@@ -150,10 +150,10 @@ class Dialect(Protocol):
 
         Arguments:
             url: the backend, for messages.
-            edit: how this leg's events become the client's.
-            transcript: where it is written down what the client was given.
+            edit: the changes to this leg's events.
+            transcript: where it is written down what the client is given.
             drop_usage: take out the closing usage event, which the gateway asked for and the client did not.
-            prompts: how many the request has, where they are a batch; else 0.
+            prompts: the number of prompts in a batch; 0 for a single one.
             logprobs: of the prompts, to be put into the events.
         """
 
@@ -165,5 +165,5 @@ class Dialect(Protocol):
         """
 
     def abort_reason(self, answer: bytes) -> object:
-        """By which word an engine gave a request up that it answered with status 200, or None where it did not. An
-        answer that cannot be read, or is an error, is for others to judge."""
+        """The reason in an answer with status 200 that says that the engine gave the request up; None where it did not,
+        and for an error or an answer that cannot be read."""

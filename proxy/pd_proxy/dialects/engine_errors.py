@@ -1,8 +1,8 @@
-"""Reading what engines answer: usage, and errors in the several shapes they come in.
+"""The errors of engines, in the several shapes in which they come.
 
-The one place that turns an engine's words into `errors.py`. vLLM says `{"error": {...}}`, `{"error": "text"}` (401, and
-503 while scaling), or, behind another proxy, HTML; SGLang and TensorRT-LLM say the members of the object without the
-object around them. Under status 200 a stream may carry the same as an event.
+The one place that turns an engine's error into one of `errors.py`. vLLM sends `{"error": {...}}`, `{"error": "text"}`
+(401, and 503 while scaling) or, behind another proxy, HTML; SGLang and TensorRT-LLM send the members of the object
+without the object around them. Under status 200 an event of a stream may be the same.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from pd_proxy.errors import (
 # host:port, URLs, bare IP addresses, SGLang's rooms: an engine's 5xx may quote the peer that it could not reach.
 # Each alternative looks at a bounded number of characters: a megabyte of nonsense costs no more than its length.
 _ADDRESS = re.compile(r"\w://|\b\d{1,3}(?:\.\d{1,3}){3}\b|\[[0-9a-fA-F:]{3,45}\]|[\w-]:\d{2,5}\b|\bbootstrap_")
-# vLLM, told to stop while it lets requests end (`--shutdown-timeout`): its tokenizer's threads take no more.
+# vLLM when it is being stopped and lets requests end (`--shutdown-timeout`): its tokenizer's threads take no more work.
 _STOPPING = "cannot schedule new futures after"
 
 
 def engine_error(url: str, status: int, headers: dict[bytes, bytes], body: bytes) -> BackendAnswered:
     """The error that a status other than 200 stands for.
 
-    Returns one of `BackendRejected` (4xx; where it says that it has no such model, `BackendLacksModel`), `BackendBusy`
-    (429 and 503), `BackendFailed` (the rest).
+    Returns:
+        `BackendRejected` for 4xx (`BackendLacksModel` where the engine has no such model), `BackendBusy` for 429 and
+        503, `BackendFailed` for the others.
     """
     return _error(url, status, body, _retry_after(headers))
 
@@ -56,9 +57,9 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
     kind = detail.get("type")
     message = detail.get("message", detail.get("text"))
     said = message if isinstance(message, str) else None
-    # A refusal may quote the request, and what clients write is not logged.
+    # A refusal may quote the request, and the text of clients is not logged.
     log_line = f"{url} answered {status}" + (f" ({kind}: {said})" if said and status >= 500 else "")
-    # What has OpenAI's shape is given on as it is, unless it names an address anywhere in it.
+    # An error in OpenAI's shape is passed on as it is, unless an address stands anywhere in it.
     whole, param = "message" in detail and body.startswith(b"{") and len(body) <= _LARGEST, None
     text = body.decode("utf-8", "replace")
     if status >= 500 and _ADDRESS.search(text):
@@ -92,8 +93,8 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
 
 
 _HANDLERS = ("BadRequestError", "NotFoundError")
-# What vLLM 0.32's request models check: such a refusal has the type of the handler's. (That of pydantic's own is
-# "Bad Request", and a path that is not there has no type.)
+# Parameters that vLLM 0.32's request models check: a refusal of theirs has the same type as one of the handler's. (A
+# refusal of pydantic's own has the type "Bad Request", and an unknown path has none.)
 _VALIDATED = frozenset(
     {
         *("background", "echo", "kv_transfer_params.prompt_token_ids", "logprob_token_ids", "logprobs", "n", "prompt"),
@@ -108,9 +109,9 @@ _OPENAI = ("message", "type", "param", "code")
 
 
 def _read_error(body: bytes) -> tuple[bytes, Any]:
-    """An answer's bytes as a client may have them, and what they say; None where they are not JSON.
+    """An error's bytes as a client may have them, and their value; None where they are not JSON.
 
-    An engine that cuts a text in the middle of a character sends JSON that is none for a byte; all else of it counts.
+    An engine that cuts a text in the middle of a character sends JSON with a wrong byte; the rest of it is still read.
     """
     try:
         body = strip_handoff(body.strip())
@@ -121,33 +122,33 @@ def _read_error(body: bytes) -> tuple[bytes, Any]:
             return body, decode_json(body)
         except Undecodable:
             return (b"" if names_handoff(body) else body), None
-    # As it may be spelled out for the search of addresses.
+    # Without escapes, for the search of addresses.
     return (encode_json(parsed) if b"\\" in body else body), parsed
 
 
 def _detail(parsed: Any) -> dict[str, Any]:
-    """The `error` object of an answer, or an answer that is one; a bare string becomes its message; `{}` for anything
-    else."""
+    """The `error` object of an answer, or the answer if it is such an object; `{"text": ...}` for a bare string; `{}`
+    for anything else."""
     if isinstance(parsed, dict) and parsed.get("object") == "error":
         return parsed
     error = parsed.get("error") if isinstance(parsed, dict) else None
     if isinstance(error, dict):
         return error
-    # Not under "message": such a body has not OpenAI's shape and is given anew.
+    # Not under "message": such a body does not have OpenAI's shape and is written again.
     return {"text": error} if isinstance(error, str) else {}
 
 
-# What others than vLLM's API servers say of a refusal: FastAPI (`detail`, a text or a list with a place each), other
-# frameworks, a web server's text.
+# Refusals by others than vLLM's API servers: FastAPI (`detail`, a text or a list of texts with the place of each),
+# other frameworks, the text of a web server.
 
 _LONGEST = 2000  # characters of a reason
-_LARGEST = 64 * 1024  # bytes of an answer that is given on as it is
+_LARGEST = 64 * 1024  # bytes of an error that is passed on as it is
 _MOST_REASONS = 5
 _REASONS = ("message", "msg", "detail", "error", "errors", "reason", "error_message")
 
 
 def _reason(parsed: Any, text: str) -> str | None:
-    """Why an engine refused a request, as far as it says so in a shape that is not OpenAI's."""
+    """The reason of a refusal in a shape that is not OpenAI's; None where none is found."""
     if parsed is None:
         text = " ".join(text[: 2 * _LONGEST].split())
         page = text.startswith(("<", "{", "[")) or text == "null"  # or broken JSON
@@ -170,20 +171,21 @@ def _words(said: Any, depth: int) -> str:
 
 
 def _place(parsed: Any) -> str | None:
-    """The request's field that FastAPI's first complaint is about."""
+    """The field of the request that the first of FastAPI's errors is about."""
     detail = parsed.get("detail") if isinstance(parsed, dict) else parsed
     first = detail[0] if isinstance(detail, list) and detail else None
     return (_path(first.get("loc")) or None) if isinstance(first, dict) else None
 
 
 def _path(loc: Any) -> str:
-    """A place in a request as FastAPI has it, without `body`."""
+    """FastAPI's `loc`, a place in a request, without `body`."""
     parts = loc if isinstance(loc, list) else []
     return ".".join(str(part)[:100] for part in parts[:10] if isinstance(part, str | int) and part != "body")
 
 
-# A refusal may quote the request, in which a URL is the client's own; so not every address is the engines'. Taken for
-# theirs are IP addresses, hosts without a domain, schemes other than HTTP, `host.domain:port` and SGLang's rooms.
+# A refusal may quote the request, in which a URL is the client's own, so not every address is an engine's. These are
+# taken for engines': IP addresses, hosts without a domain, schemes other than HTTP, `host.domain:port` and SGLang's
+# rooms.
 _PLACE = (
     r"\bhttps?://(?:[\w-]{1,63}|[\w.-]{1,200}\.(?:svc|local|internal|lan|corp))(?![\w.-])(?::\d{1,5})?|"
     r"\b(?!https?:)[a-z][a-z0-9+]{1,10}://[^\s\"'<>]{1,300}|\b\d{1,3}(?:\.\d{1,3}){3}\b(?::\d{1,5})?"
@@ -194,7 +196,7 @@ _HIDDEN = "[address]"
 
 @cache
 def _place_of(url: str) -> re.Pattern[str]:
-    """What names the engines' addresses in a refusal by the engine at a URL."""
+    """Finds the addresses of engines in a refusal by the engine at a URL."""
     parts = urlsplit(url)
     own = sorted(map(re.escape, filter(None, {parts.netloc, parts.hostname})), key=len, reverse=True)
     return re.compile("|".join([*(rf"(?<![\w.-]){name}(?![\w-])" for name in own), _PLACE]))

@@ -1,6 +1,7 @@
 """Anthropic's messages.
 
-They have no word for an answer that was given up: vLLM's `stop_reason` is null then, which that of an answer never is.
+They have no word for an answer that the engine gave up: vLLM's `stop_reason` is null then, which it never is in a whole
+answer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class _Stop(msgspec.Struct):
 
 
 class _Delta(msgspec.Struct):
-    """What an event of a message adds; text, thinking or a piece of a tool's input."""
+    """What an event adds to a message: text, thinking or a piece of a tool's input."""
 
     text: str = ""
     thinking: str = ""

@@ -1,7 +1,7 @@
-"""Streams whose events say what they are: Anthropic's messages, OpenAI's responses, SGLang's own.
+"""Streams whose events have types: Anthropic's messages, OpenAI's responses, SGLang's own.
 
-`NamedEvents` says of one API which events open an answer, which bring tokens and which end it; `NamedReader` reads a
-stream by that.
+`NamedEvents` describes the events of one API: which open an answer, which bring tokens and which end it. `NamedReader`
+reads a stream by that description.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ _decode_answer = json_decoder(_Answer)
 
 
 class NamedEvents(msgspec.Struct, frozen=True):
-    """The events of one API, and its answers in one piece.
+    """The dialect of one API with such events.
 
     Attributes:
         generated: the member of a whole answer that holds what was generated.
-        opening: events that give the client nothing by themselves: those before the first token, and those that close
-            what has no content. An engine may say them and then fail.
-        tokens: how the names of events end that bring tokens.
-        last: events of which one ends the answer.
-        failed: events of which one says that the engine could not finish.
+        opening: types of the events without content for the client: those before the first token, and those that close
+            an item without content. An engine may send them and then fail.
+        tokens: suffix of the types of events that bring tokens.
+        last: types of the events that end an answer.
+        failed: types of the events by which the engine reports that it cannot finish.
         inside: members of an event that hold the answer's own object, and with it its usage.
-        preempted: bytes by which an engine says that it dropped the request to get at its memory; or nothing.
-        ends: events that say why the answer ended.
+        preempted: bytes in an event by which an engine reports that it dropped the request to free memory; or empty.
+        ends: types of the events that say why the answer ended.
     """
 
     generated: str
@@ -115,19 +115,19 @@ class NamedEvents(msgspec.Struct, frozen=True):
 
     @property
     def rewrites(self) -> bool:
-        """Every event is written anew by `rewritten`."""
+        """Whether every event must be written again by `rewritten`."""
         return False
 
     @property
     def awaited(self) -> asyncio.Future[None] | None:
-        """Done when events can be made the client's; None where they always can."""
+        """Done when events can be read; None where they always can."""
         return None
 
     def read(self, payload: bytes) -> NamedEvent:
-        """An event.
+        """Decode an event.
 
         Raises:
-            BackendGarbled: it is none.
+            BackendGarbled: it is not an event of this API.
         """
         try:
             return _decode_event(payload)
@@ -135,7 +135,7 @@ class NamedEvents(msgspec.Struct, frozen=True):
             raise BackendGarbled(f"an event that is no answer: {error}") from None
 
     def failure(self, event: NamedEvent, payload: bytes) -> bytes:
-        """An object with the `error` that an event tells of, or nothing where it tells of none."""
+        """An object with the `error` that an event reports; empty where it reports none."""
         if event.type not in self.failed:
             return b"" if is_null(event.error) else payload
         if memoryview(event.error):
@@ -144,19 +144,19 @@ class NamedEvents(msgspec.Struct, frozen=True):
             error = _decode_answer(event.response).error
         except Undecodable:
             error = ABSENT
-        # OpenAI's own `error` event has its parts beside its type.
+        # The members of OpenAI's own `error` event stand beside its type.
         return encode_json({"error": error if memoryview(error) else msgspec.Raw(payload)})
 
     def abort_reason_in(self, event: NamedEvent) -> object:
-        """Of an event among `ends`: by which word the engine gave the request up, or None where it did not."""
+        """The reason in an event among `ends` that says that the engine gave the request up; None where it did not."""
         return None
 
     def is_empty(self, event: NamedEvent) -> bool:
-        """Whether an event that counts as a token gives the client nothing to read."""
+        """Whether an event that counts as a token has nothing to read."""
         return False
 
     def usage(self, event: NamedEvent) -> Usage | None:
-        """The usage that an event tells of."""
+        """The usage in an event."""
         if not memoryview(event.response):
             return read_usage(event.usage)
         try:
@@ -165,11 +165,11 @@ class NamedEvents(msgspec.Struct, frozen=True):
             return None
 
     def rewritten(self, name: str, payload: bytes) -> bytes:
-        """An event, without what belongs to the hand-off."""
+        """An event as the client sees it, without what belongs to the hand-off."""
         return write_event(strip_handoff(payload), name.encode())
 
     def recounted(self, event: bytes, name: str, payload: bytes, counts: CacheCounts) -> bytes:
-        """An event that tells of a usage, with prefill's counts in it."""
+        """An event with a usage, with prefill's counts in it."""
         changed = counts.into(payload)
         for inside in self.inside:
             changed = counts.into(changed, inside)
@@ -180,11 +180,11 @@ class NamedReader:
     """Reads one stream of named events.
 
     Arguments:
-        events: of its API.
+        events: the description of its API's events.
         url: the backend, for messages.
-        edit: of its members only `counts` are for such events.
-        transcript: learns that the answer is whole.
-    Attributes: as `AnswerReader` has them.
+        edit: only its `counts` apply to such events.
+        transcript: its `finished` is set when the answer is whole.
+    Attributes: those of `AnswerReader`.
     """
 
     __slots__ = (
@@ -227,7 +227,7 @@ class NamedReader:
         self._live = True
 
     def rewind(self) -> None:
-        """Nothing: none of it is written down."""
+        """Nothing to do: such events are not written down."""
 
     def ending(self) -> bytes:
         return self._last_event
@@ -247,8 +247,8 @@ class NamedReader:
                 return
 
     def read(self, block: bytes, last: bool, fast_path: TokenPath) -> tuple[bytes, int]:
-        """Read events. One that follows the opening ones counts as a token even where it brings none: an answer may be
-        empty."""
+        """Read events. The first one behind the opening events counts as a token even if it brings none, since an
+        answer may be empty."""
         events = self._events
         counts = None if self._edit.counts is None else self._edit.counts()
         shown: list[bytes] = []

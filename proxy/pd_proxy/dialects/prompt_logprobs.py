@@ -1,8 +1,8 @@
 """Log probabilities of a prompt, which prefill has and decode's answer lacks.
 
-SGLang's decode engine has computed nothing of the prompt. So what prefill says of it is put before what decode says of
-the same (`meta_info.input_token_logprobs` and its like), in a whole answer and in each event of a stream, which all say
-everything again. The lists are neither decoded nor encoded anew.
+SGLang's decode engine has computed nothing of the prompt. So prefill's lists (`meta_info.input_token_logprobs` and the
+like) are put in front of decode's, in a whole answer and in each event of a stream, since each event repeats
+everything. The lists are neither decoded nor encoded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pd_proxy.encoding import EMPTY_LIST, encode_json
 from pd_proxy.errors import BackendGarbled, InvalidRequest
 
 NAMES = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs")
-STREAM_LIMIT = 4 * 1024 * 1024  # bytes that each event of a stream may repeat: those of some 100,000 tokens
+STREAM_LIMIT = 4 * 1024 * 1024  # bytes that each event of a stream may repeat: the lists of some 100,000 tokens
 
 
 class _Item(msgspec.Struct):
@@ -28,12 +28,12 @@ _decode_answers = json_decoder(list[Members] | Members)
 
 
 class PromptLogprobs:
-    """What prefill says of the prompts of one try.
+    """Prefill's log probabilities of the prompts of one try.
 
     Arguments:
         limit: bytes of them that may be kept.
     Attributes:
-        here: done once prefill has said it.
+        here: done once prefill has answered.
     """
 
     __slots__ = ("_items", "_limit", "here")
@@ -44,10 +44,10 @@ class PromptLogprobs:
         self._items: list[dict[str, bytes]] = []
 
     def take(self, answer: bytes) -> None:
-        """Prefill's answer, which is known to be one.
+        """Take the lists from prefill's answer, which has been checked to be one.
 
         Raises:
-            InvalidRequest: there is too much of it to be said again with each event.
+            InvalidRequest: they are too long to be repeated in each event.
         """
         found = _decode_items(answer)
         for item in found if isinstance(found, list) else [found]:
@@ -64,13 +64,13 @@ class PromptLogprobs:
             self.here.set_result(None)
 
     def into(self, members: Members, index: int) -> Members:
-        """One answer with them, or one event.
+        """Put the lists into one answer, or one event.
 
         Arguments:
-            members: of it. Is changed.
+            members: of the answer. Changed in place.
             index: of its prompt.
         Raises:
-            BackendGarbled: it is for no prompt that prefill had.
+            BackendGarbled: prefill had no such prompt.
         """
         try:
             if lists := self._items[index]:
@@ -84,7 +84,7 @@ class PromptLogprobs:
         return members
 
     def whole(self, answer: bytes) -> bytes:
-        """A whole answer with them.
+        """A whole answer with the lists in it.
 
         Raises:
             BackendGarbled: it is not for the same prompts as prefill's.
@@ -101,6 +101,6 @@ class PromptLogprobs:
 
 
 def _inner(raw: msgspec.Raw) -> bytes:
-    """What is between the brackets of a list; nothing for null and for what is no list."""
+    """The bytes between the brackets of a list; empty for null and for anything else."""
     value = bytes(raw)
     return value[1:-1].strip() if value.startswith(b"[") else b""

@@ -1,4 +1,4 @@
-"""OpenAI's responses. One that was given up is `cancelled`."""
+"""OpenAI's responses. One that the engine gave up has the status `cancelled`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pd_proxy.dialects.named import NamedEvent, NamedEvents
 from pd_proxy.dialects.whole import WholeAnswer
 from pd_proxy.encoding import NULL
 
-_EMPTY = 2  # characters of a string with nothing in it
+_EMPTY = 2  # characters of an empty string in JSON
 
 
 class _Details(msgspec.Struct):

@@ -1,9 +1,9 @@
-"""How the answers of SGLang's `/generate` speak: whole ones, and the events of its streams.
+"""SGLang's `/generate`.
 
-Events have no names. Each says again what was said before (unless the server streams increments, which is the same to
-us), and what is told of the request is in `meta_info`: counts of tokens, and at the end of each prompt's answer why it
-ended. Behind the last of them comes `[DONE]`. An engine that gives up says so as a reason to end, `abort`, with the
-status that the answer would have had, or without one where it is being stopped; what it refuses comes as an `error`.
+Its events have no types of their own. Each repeats the text before it (unless the server streams increments, which
+makes no difference here), and `meta_info` has the counts of tokens and, at the end of each prompt's answer, why it
+ended. The stream ends with `[DONE]`. An engine that gives a request up says so as a reason to end, `abort`, with the
+status that the answer would have had, or without one where the engine is being stopped; a refusal comes as an `error`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Meta(msgspec.Struct):
 
 
 class _Said(msgspec.Struct):
-    """What is read of an answer or an event. `index` is the prompt's in a batch."""
+    """What is read of an answer or an event. `index` is that of the prompt in a batch."""
 
     meta_info: _Meta | None = None
     error: msgspec.Raw = ABSENT
@@ -55,12 +55,12 @@ _decode_reason = json_decoder(dict[str, Any] | str)
 
 
 class SGLangEvents(NamedEvents, frozen=True):
-    """SGLang's answers; those of one stream where it reads one.
+    """The dialect of SGLang's own answers. The reader of a stream has one of its own, with the state of that stream.
 
     Attributes:
-        prompts: how many a batch has; 0 for a single one.
-        logprobs: of the prompts, to be put into each event; nothing goes out before they are here.
-        said: what was told last of each prompt.
+        prompts: the number of prompts in a batch; 0 for a single one.
+        logprobs: of the prompts, to be put into each event; nothing is sent before they are known.
+        said: the last `meta_info` of each prompt, by index.
     """
 
     prompts: int = 0
@@ -152,11 +152,12 @@ SGLANG = SGLangEvents(
 
 
 def _failure(said: _Said) -> bytes:
-    """The `error` object that stands for what an answer says of its failure, or nothing. Its `code` is a status."""
+    """The failure that an answer reports, as an `error` object whose `code` is a status; empty where it reports
+    none."""
     if not is_null(said.error):
         error = _decode_reason(said.error)
         error = {"message": error} if isinstance(error, str) else error
-        # The engine's handler says no more than the message of what it refuses; all else has a status.
+        # A refusal by the engine's handler has a message and no status; every other error has one.
         return encode_json(error if isinstance(error.get("code"), int) else {**error, "code": 400})
     reason = None if said.meta_info is None else said.meta_info.finish_reason
     if not isinstance(reason, dict) or reason.get("type") != "abort" or not isinstance(reason.get("status_code"), int):
@@ -166,7 +167,7 @@ def _failure(said: _Said) -> bytes:
 
 
 def _total(metas: Iterable[_Meta]) -> Usage | None:
-    """The usage of all prompts together, in chat's words; None where one of them says what counts no tokens."""
+    """The usage of all prompts together, in chat's words; None where a count is not a number of tokens."""
     counts = [(meta.prompt_tokens, meta.completion_tokens, meta.cached_tokens) for meta in metas]
     if any(count_usage(*each) is None for each in counts):
         return None

@@ -1,8 +1,8 @@
-"""Server-sent events: finding where they end, and what they carry.
+"""Server-sent events: where they end, and their data.
 
-Invariant: whatever way the bytes are split, the blocks that `EventReader.feed` returns are the input in order,
-each ending where an event ends. So a client only ever sees whole events, and an error event can follow at any
-moment without landing in the middle of another.
+Invariant: however the bytes are split, the blocks that `EventReader.feed` returns are the input in order, each ending
+where an event ends. So a client only ever sees whole events, and an error event can follow at any moment without
+landing in the middle of another.
 
 Line ends may be LF, CRLF or CR (https://html.spec.whatwg.org/multipage/server-sent-events.html); engines use LF,
 and only that path is made fast.
@@ -31,8 +31,8 @@ class EventReader:
     Arguments:
         limit: bytes that one event may have before `BackendGarbled` is raised.
     Attributes:
-        partial: what came after the last whole event: the beginning of the next, or nothing. However many reads bring
-            it, each byte of it is searched once and copied once.
+        partial: the bytes after the last whole event: the beginning of the next, or nothing. Each of them is searched
+            once and copied once, however many reads bring them.
     """
 
     __slots__ = ("_limit", "partial")

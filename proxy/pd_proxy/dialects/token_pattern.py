@@ -1,8 +1,8 @@
 """What the token events of one stream have in common.
 
-The events of chat's and completions' streams are alike but for the token's text and its id. From one that was read and
-found ordinary it is learnt what stands before the text and behind it, so that the relay's fast path can pass on those
-that follow without reading them.
+The events of chat's and completions' streams differ only in the token's text and its id. A sample that was parsed and
+found ordinary shows what stands before the text and behind it, so that the relay's fast path can pass on the events
+that follow without parsing them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TokenPattern(msgspec.Struct, frozen=True):
 
 
 def learn_pattern(event: bytes, edit: Edit, *, with_ids: bool) -> TokenPattern | None:
-    """The pattern of an ordinary token event; None where others cannot be told by it.
+    """The pattern of an ordinary token event; None where others cannot be recognised by it.
 
     Arguments:
         event: as the engine sent it.
@@ -91,8 +91,8 @@ def _form(mid: bytes, rest: bytes, with_id: bool) -> re.Pattern[bytes]:
     some hundred tokens do.
 
     Arguments:
-        mid: up to the id, or to some place if there is none.
-        rest: from the id on.
+        mid: the bytes up to the id, or up to any place where there is no id.
+        rest: the bytes from the id on.
     """
     id_, tail = (rb"(\d+)\]", rest.partition(b"]")[2]) if with_id else (b"()", rest)
     return re.compile(b"%b%b(%b)" % (re.escape(mid), id_, re.sub(rb"\d+", rb"\\d+", re.escape(tail))))

@@ -9,7 +9,7 @@ import msgspec
 from pd_proxy.decoding import UNDECODABLE, bare_json_decoder
 from pd_proxy.encoding import encode_json
 
-_MOST = 2**53 - 1  # what a float counts exactly, and JavaScript's clients too
+_MOST = 2**53 - 1  # the largest integer that a float, and so a client in JavaScript, has exactly
 _Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
 
 
@@ -20,8 +20,10 @@ class CachedDetails(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """The `usage` object of an answer, as far as the gateway reads it. Anthropic's messages and OpenAI's responses say
-    `input_tokens` and `output_tokens`; the former without those that came from a cache."""
+    """The `usage` object of an answer, as far as the gateway reads it.
+
+    Anthropic's messages and OpenAI's responses have `input_tokens` and `output_tokens`; in messages the former does not
+    include the tokens that came from a cache."""
 
     prompt_tokens: _Count | None = None
     completion_tokens: _Count | None = None
@@ -50,8 +52,10 @@ _decode_usage = bare_json_decoder(Usage)
 
 
 def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
-    """The usage object in chat's words, or None where there is none or it is not one we understand. Of one number that
-    cannot be a count of tokens (0 to 2^53, whole) nothing is believed: counters would fall, or overflow."""
+    """The usage in chat's words; None where there is none, or it cannot be understood.
+
+    A usage with a number that cannot be a count of tokens (an integer from 0 to 2^53) is not used at all: counters
+    would fall, or overflow."""
     try:
         usage = _decode_usage(raw)
     except UNDECODABLE:
@@ -70,7 +74,7 @@ def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
 
 
 def count_usage(prompt: object, completion: object, cached: object) -> Usage | None:
-    """The usage of these counts, on the same terms."""
+    """The usage with these counts; None where one cannot be a count of tokens."""
     return read_usage(
         encode_json(
             {

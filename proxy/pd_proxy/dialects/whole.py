@@ -1,4 +1,4 @@
-"""Answers in one piece: what is read of them, and why one is not an answer."""
+"""Answers in one piece: what is read of them, and how an error among them is recognised."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ decode_whole = json_decoder(WholeAnswer)
 
 
 class Shape(Protocol):
-    """What a dialect knows of its answers in one piece."""
+    """What a dialect says of its answers in one piece."""
 
     @property
     def generated(self) -> str:
@@ -39,20 +39,20 @@ class Shape(Protocol):
 
     @property
     def preempted_whole(self) -> bytes:
-        """Bytes by which an engine says that it dropped the request to get at its memory; or nothing."""
+        """Bytes by which an engine reports that it dropped the request to free memory; or empty."""
 
     def decode_whole(self, answer: bytes) -> WholeAnswer:
-        """An answer's members.
+        """Decode an answer.
 
         Raises:
-            Undecodable: it is none.
+            Undecodable: it is not an answer of this API.
         """
 
     def abort_reason_of(self, answer: WholeAnswer) -> object:
-        """By which word the engine gave the request up, or None where it did not."""
+        """The reason that says that the engine gave the request up; None where it did not."""
 
     def error_payload(self, answer: bytes, parsed: WholeAnswer) -> bytes:
-        """An object with the `error` of an answer that is one."""
+        """An object with the `error` of an answer that is an error."""
 
 
 def read_checked(shape: Shape, url: str, answer: bytes) -> WholeAnswer:
@@ -81,8 +81,8 @@ def read_checked(shape: Shape, url: str, answer: bytes) -> WholeAnswer:
 
 
 def abort_reason(shape: Shape, answer: bytes) -> object:
-    """By which word an engine gave a request up that it answered with status 200, or None where it did not. An answer
-    that cannot be read, or is an error, is for others to judge."""
+    """The reason that says that the engine gave the request up; None where it did not, and for an error or an answer
+    that cannot be read."""
     try:
         parsed = shape.decode_whole(answer)
     except Undecodable:
@@ -113,11 +113,11 @@ def what_is_missing(answer: WholeAnswer, member: str) -> str:
     """
     generated = getattr(answer, member, None)
     if generated is None:
-        return ""  # its dialect has looked
+        return ""  # its dialect has checked
     if bytes(memoryview(generated)[:1]) != b"[":
         return f"it has no list of {member}"
     if member != "choices":
-        return ""  # what a model may leave empty
+        return ""  # a model may generate nothing
     try:
         choices = _decode_choices(generated)
     except Undecodable as error:
