@@ -1,7 +1,7 @@
-"""OpenAI's chat and completions, and whatever else answers with choices.
+"""OpenAI's chat and completions, and other APIs whose answers have choices.
 
-A stream is events with choices, an event with the usage, and `[DONE]`. The client's stream is written down in the
-transcript as it is read, so that another engine can go on from there.
+A stream is events with choices, an event with the usage, and `[DONE]`. What the client is given is written down in the
+transcript, so that another engine can continue the answer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pd_proxy.encoding import ABSENT
 from pd_proxy.errors import BackendError, BackendGarbled, BackendPreempted
 
 _LARGE = 2048  # bytes of several events
-_FIRST_EVENTS = 3  # an opening one, one with the prompt's ids, one like those that follow
+_FIRST_EVENTS = 3  # the opening one, one with the prompt's ids, one like those that follow
 _PREEMPTED = b'"stop_reason":"recomputed"'
 
 
@@ -48,7 +48,7 @@ _decode_event = bare_json_decoder(Event)
 
 
 class ChoicesDialect:
-    """An API whose answers have choices."""
+    """The dialect of an API whose answers have choices."""
 
     __slots__ = ()
 
@@ -93,10 +93,10 @@ class ChoicesReader:
 
     Arguments:
         url: the backend, for messages.
-        edit: how this leg's events become the client's.
-        transcript: where it is written down what the client was given.
+        edit: the changes to this leg's events.
+        transcript: where it is written down what the client is given.
         drop_usage: take out the closing usage event.
-    Attributes: as `AnswerReader` has them. Pending are events without text.
+    Attributes: those of `AnswerReader`. Pending are events without text.
     """
 
     __slots__ = (
@@ -130,13 +130,13 @@ class ChoicesReader:
         self._hide_ids = edit.hide_ids
         self._transcript = transcript
         self._drop_usage = drop_usage
-        self._live = False  # the client is given what is read
-        self._prompt = b""  # its ids
+        self._live = False  # the client is sent what is read
+        self._prompt = b""  # ids of the prompt
         self._opening: bytes | None = None  # the first event with a choice, as the client sees it
         self._opened = False  # the transcript has that
         self._early_ids: list[bytes] = []  # of tokens that came before there was something to read
         self._early_size = 0  # bytes of them
-        self.pending = b""  # events without text, as the client will see them together with the next that has some
+        self.pending = b""  # events without text, as the client sees them; sent with the next event that has text
         self._last_event = b""
         self._odd = False  # the block that is read may name the hand-off
         self.done = False
@@ -150,7 +150,7 @@ class ChoicesReader:
 
     @property
     def fast_path(self) -> bool:
-        # A client that wants the token ids itself gets them as they come, while the transcript is told of them.
+        # Where the client wants the ids itself, events are parsed, so that the transcript gets the ids too.
         return self._hide_ids or not self._transcript.continuable
 
     def pattern(self, sample: bytes) -> TokenPattern | None:
@@ -167,11 +167,11 @@ class ChoicesReader:
 
     def ending(self) -> bytes:
         if self.usage is None and not self._drop_usage and self._transcript.continuable:
-            return self._transcript.closing(usage=True)  # its engine left out what the client wants
+            return self._transcript.closing(usage=True)  # the engine left out the usage that the client wants
         return self._last_event
 
     def check(self, block: bytes) -> None:
-        """Nothing: its events never wait."""
+        """Nothing to do: such events never wait."""
 
     def read(self, block: bytes, last: bool, fast_path: TokenPath) -> tuple[bytes, int]:
         if not self._live:
@@ -187,7 +187,7 @@ class ChoicesReader:
         return self._read_rest(block, last, fast_path, b"", 0)
 
     def _read_first(self, block: bytes, last: bool, fast_path: TokenPath) -> tuple[bytes, int]:
-        """Read an answer that begins with many events at once: its first ones show what the others are like."""
+        """Read the beginning of an answer with many events in one read: the first ones are parsed as samples."""
         rest = block.split(b"\n\n", _FIRST_EVENTS)[-1]
         shown, count = self._inspect(block[: len(block) - len(rest)], False, fast_path)
         if self.failure is not None:
@@ -195,7 +195,7 @@ class ChoicesReader:
         return self._read_rest(rest, last, fast_path, shown, count)
 
     def _read_rest(self, rest: bytes, last: bool, fast_path: TokenPath, shown: bytes, count: int) -> tuple[bytes, int]:
-        """Read what follows events of which `shown` and `count` came: the ordinary ones at its front are not parsed."""
+        """Read events without parsing the ordinary ones at their front. `shown` and `count` are the result so far."""
         if (self._live or count) and (self._hide_ids or not self._transcript.continuable):
             more, taken, rest = fast_path.take(rest)
             if taken:
@@ -209,11 +209,11 @@ class ChoicesReader:
         return shown, count
 
     def _inspect(self, block: bytes, last: bool, fast_path: TokenPath) -> tuple[bytes, int]:
-        """Parse events one by one; up to one that ends the stream, for which `failure` is set."""
+        """Parse events one by one, up to one that stands for an error; `failure` is set then."""
         shown: list[bytes] = []
         count = 0
         learns = None if last else fast_path
-        # Looked for once in all of them: nearly none has either.
+        # Searched for once in the whole block: hardly any event has either.
         self._odd, recomputed = names_handoff(block), block.find(b"recomputed") >= 0
         for event, payload in sse.read(block):
             if payload == b"[DONE]":
@@ -254,7 +254,7 @@ class ChoicesReader:
         return b"".join(shown), count
 
     def _read_closing(self, event: bytes, payload: bytes, raw_usage: msgspec.Raw) -> bytes:
-        """An event without choices, as the client sees it: that with the usage, mostly."""
+        """An event without choices as the client sees it; mostly the one with the usage."""
         if raw_usage is not ABSENT and (usage := read_usage(raw_usage)):
             self.usage = usage
             if self._drop_usage:
@@ -268,7 +268,7 @@ class ChoicesReader:
 
         Raises:
             BackendError: the engine gives the request up with it.
-            Undecodable: something is to be changed in it, and it is no JSON.
+            Undecodable: something must be changed in it, and it is not JSON.
         """
         choices = parsed.choices or []  # there are some
         choice, several = choices[0], len(choices) > 1
@@ -284,7 +284,7 @@ class ChoicesReader:
             self._opening = as_shown
             if not self._prompt:
                 self._prompt = inner_ids(bytes(parsed.prompt_token_ids) or bytes(choice.prompt_token_ids))
-        # The opening role chunk shows nothing of decode; any choice beyond it does.
+        # The opening role chunk does not show that decode has begun; any choice beyond it does.
         token = visible or finished or delta is None or "role" not in delta or (several and carries_token(choices))
         if not self.has_content and token:
             self.has_content = visible or self._live or has_content(choices)
@@ -303,7 +303,7 @@ class ChoicesReader:
         if transcript.continuable:
             transcript.note(inner_ids(ids), content or visible)
             if not visible and not finished and (delta is None or "role" not in delta):
-                self.pending += as_shown  # should the stream be resumed before the next text, its token is made again
+                self.pending += as_shown  # if the stream is resumed before the next text, this token is made again
                 return 1
         if self.pending:
             as_shown, self.pending = self.pending + as_shown, b""
@@ -313,7 +313,7 @@ class ChoicesReader:
         return 1
 
     def _note_usage(self, event: bytes, payload: bytes, raw_usage: msgspec.Raw) -> tuple[bytes, bytes]:
-        """Keep the usage of an event with choices; the event and its payload, with prefill's counts in it."""
+        """Keep the usage of an event with choices. Returns the event and its payload with prefill's counts in them."""
         if usage := read_usage(raw_usage):
             self.usage = usage
             if usage.prompt_tokens_details is not None:
@@ -321,11 +321,11 @@ class ChoicesReader:
         return event, payload
 
     def _check_aborted(self, choices: list[Choice]) -> None:
-        """See whether the engine gives the request up with these choices. Text that comes with them is of tokens behind
-        the last one whose text was sent: they are made again.
+        """Raise an error if the engine gives the request up with these choices. Text in the same event belongs to
+        tokens behind the last one whose text was sent, and is made again.
 
         Raises:
-            BackendError: it does.
+            BackendError
         """
         if (reason := abort_of(choices)) is not None:
             raise aborted(self._url, reason)
@@ -336,7 +336,7 @@ class ChoicesReader:
         self._early_size += len(ids)
 
     def _open(self, opening: bytes) -> None:
-        """The client will be given the first event, and what came before the content."""
+        """Begin to write down: the client will be sent the first event, and what came before the content."""
         self._opened = True
         self._transcript.mark()
         if not self._transcript.first:
@@ -345,9 +345,9 @@ class ChoicesReader:
             self._transcript.note(inner_ids(ids), False)
 
     def _is_hidden(self, delta: dict[str, Any], payload: bytes) -> bool:
-        """Whether an event without text is not for this client: nothing in it is what the client asked for, and it
-        would not be there if the gateway had not asked for token ids (a parser holds its token back), or it opens an
-        answer that has begun."""
+        """Whether an event without text must not be sent: it has nothing that the client asked for, and it would not
+        exist if the gateway had not asked for token ids (a parser holds its token back), or it opens an answer that has
+        already begun."""
         if not delta:
             return self._hide_ids and is_frame(payload)
         opens_again = self._edit.identity is not None and not self._edit.opens and "role" in delta

@@ -1,4 +1,4 @@
-"""Events with choices: what is read of them, and what they carry."""
+"""Events with choices: what is read of them, and questions about their content."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Event(msgspec.Struct):
 
 
 def carries_token(choices: list[Choice]) -> bool:
-    """Whether one of these choices is beyond the opening role chunk."""
+    """Whether one of these choices is more than the opening role chunk."""
     for choice in choices:
         delta = choice.delta
         if delta is None or "role" not in delta or choice.finish_reason is not None:
@@ -49,13 +49,13 @@ _OPENING = frozenset({"role", "content"})
 
 
 def has_more(delta: dict[str, Any]) -> bool:
-    """Whether a delta gives the client anything beside a role and content."""
+    """Whether a delta has anything beside a role and content."""
     return not delta.keys() <= _OPENING and any(value for name, value in delta.items() if name not in _OPENING)
 
 
 def has_content(choices: list[Choice]) -> bool:
-    """Whether an event gives the client anything to read, or says that an answer has ended. Where there is neither text
-    nor a delta (`generate.py`), token ids are what is read."""
+    """Whether an event has anything to read, or ends an answer. Where there is neither text nor a delta
+    (`generate.py`), the client reads token ids."""
     for choice in choices:
         delta = choice.delta
         if choice.finish_reason is not None or choice.text:
@@ -69,17 +69,17 @@ def has_content(choices: list[Choice]) -> bool:
 
 
 def inner_ids(ids: bytes) -> bytes:
-    """The ids of a JSON list without its brackets; nothing for null and for what is no list."""
+    """The ids of a JSON list without its brackets; empty for null and for anything else."""
     return ids[1:-1] if ids.startswith(b"[") else b""
 
 
 def count_ordinary(block: bytes) -> int:
-    """How many events a block has, if every one is an ordinary token event of one choice; else 0."""
+    """The number of events in a block if all of them are ordinary token events with one choice; else 0."""
     count = block.count(b"\n\n")
     if (
         count
         and count == block.count(b'"choices":[{') == block.count(NOT_FINISHED)
-        and count == block.count(b'"finish_reason"')  # no choice beside it has ended
+        and count == block.count(b'"finish_reason"')  # no other choice has ended
         and b"\r" not in block
         and not names_handoff(block)
         and not _ODD.search(block)
@@ -94,11 +94,11 @@ _CHOICE_FRAME = frozenset({"index", "delta", "token_ids", "prompt_token_ids"})
 
 
 def is_frame(payload: bytes, frame: frozenset[str] = _FRAME) -> bool:
-    """Whether an event carries nothing beside what every event has, `frame`, and token ids: no logprobs, no usage,
-    nothing that is not known here."""
+    """Whether an event has nothing but the members in `frame`, which every event has, and token ids: no logprobs, no
+    usage, nothing that is not known here."""
     try:
         members: dict[str, Any] = decode_json(payload)
-    except Undecodable:  # in what the relay does not read
+    except Undecodable:  # in a member that is not read otherwise
         return False
     if any(value is not None and name not in frame for name, value in members.items()):
         return False
@@ -108,13 +108,13 @@ def is_frame(payload: bytes, frame: frozenset[str] = _FRAME) -> bool:
 
 
 def is_preempted(event: Event) -> bool:
-    """Whether the engine has dropped the request to get at its memory (vllm-ascend's recompute scheduler)."""
+    """Whether the engine has dropped the request to free memory (vllm-ascend's recompute scheduler)."""
     choices = event.choices
     return choices is not None and len(choices) == 1 and choices[0].stop_reason == "recomputed"
 
 
 def is_ordinary(choices: list[Choice]) -> bool:
-    """Whether an event is one of those that follow each other in a stream: one choice, text, nothing else."""
+    """Whether an event is like most of a stream: one choice with text, and nothing else."""
     if len(choices) != 1 or choices[0].finish_reason is not None:
         return False
     return choices[0].delta is None or list(choices[0].delta) == ["content"]

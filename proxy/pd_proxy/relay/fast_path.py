@@ -1,13 +1,13 @@
-"""The fast path from the engine's socket to the client's: a live stream's token events, recognised by comparison.
+"""The fast path from the engine's socket to the client's: token events of a live stream, recognised by comparison.
 
-One stream's token events are alike but for the text and the id of the token. From one that was read and found to be an
-ordinary token event, `FastPath` learns what stands before the text and behind it; from then on a read that is one whole
-chunk with such an event is passed on without being parsed, and of several events that come together those at the front
-are taken as one piece. Everything else, and whatever differs in a single byte, takes the slow path through the HTTP
-parser and the relay. So what passes here differs from a vetted event in the text of one JSON string (which holds no
-quote) and in digits behind it, and can hide neither an error nor an address.
+The token events of one stream differ only in the text and the id of the token. From one that was parsed and found to be
+an ordinary token event, `FastPath` learns what stands before the text and behind it. From then on a read that is one
+whole chunk with such an event is passed on without being parsed, and of several events that come together the ordinary
+ones at the front are taken as one piece. Everything else, and anything that differs in a single byte, takes the slow
+path through the HTTP parser and the relay. So what passes here differs from a checked event only in the text of one
+JSON string (which holds no quote) and in digits behind it, and can hide neither an error nor an address.
 
-These are the gateway's hottest lines: bytes methods on the read itself, one system call, and no call of our own.
+These lines run for each token: methods of bytes on the read itself, one system call, and no call of a Python function.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _NO_HEAD = bytes(1 << 20)  # longer than any read, so that none begins with it
 
 
 class _ChunkHeads(dict[int, bytes]):
-    """Length of a whole chunk with its framing -> the size line it must begin with, or `_NO_HEAD`.
+    """Length of a whole chunk with its framing -> the size line that it must begin with, or `_NO_HEAD`.
 
-    Comparing the read with the one line that its length allows is cheaper than parsing, and stricter: only the
-    canonical form, lower-case hexadecimal without extensions, passes.
+    To compare the read with the one line that its length allows is cheaper than to parse it, and stricter: only the
+    canonical form passes, lower-case hexadecimal without extensions.
     """
 
     def __missing__(self, length: int) -> bytes:
         head = _NO_HEAD
-        for digits in range(1, 5):  # to 65535 bytes; larger chunks are worth a parser, and this table stays small
+        for digits in range(1, 5):  # up to 65535 bytes; larger chunks may be parsed, and this table stays small
             size = length - digits - 4
             if size > 0 and len(b"%x" % size) == digits:
                 head = b"%x\r\n" % size
@@ -46,8 +46,8 @@ class _ChunkHeads(dict[int, bytes]):
 _CHUNK_HEADS = _ChunkHeads()
 _NOT_TEXT = b'"\r\n'
 _BRACKET = ord("]")
-_BATCH = 32  # tokens whose times and ids are put away together
-_PACED = 8  # gaps from which a pace is reported: fewer are mostly the end of a stream
+_BATCH = 32  # tokens whose times and ids are moved on together
+_PACED = 8  # gaps from which a pace is reported: fewer are mostly those at the end of a stream
 
 
 def _not_armed(data: bytes) -> None:
@@ -64,16 +64,15 @@ class PatternReader(Protocol):
 class FastPath(asyncio.Protocol):
     """The protocol of the engine's connection while its stream is live.
 
-    Nothing passes before it has been armed, and after each read that it leaves to the connection until it is allowed
-    again: only who parsed that read knows that it ended where a chunk and an event end.
+    Nothing passes before `arm`, nor after a read that was left to the connection until `allow` is called: only the
+    parser knows whether that read ended where a chunk and an event end.
 
     Arguments:
-        connection: takes all that is not an ordinary token event, and everything else that happens to the connection.
-        gaps: where the seconds between tokens go, some tokens at a time.
-        transcript: where the ids of the tokens go that pass, if events carry some that the client must not see.
-        reader: says what a sample of the stream's token events shows of the others.
-        pace: called now and then with how many seconds a token takes of late; None once that says nothing about the
-            engine.
+        connection: gets every read that is not an ordinary token event, and all other calls of the transport.
+        gaps: where the seconds between tokens are noted, some tokens at a time.
+        transcript: where the ids of tokens are noted, if their events have ids that the client must not see.
+        reader: finds the pattern of the stream's token events from a sample.
+        pace: called now and then with the seconds that a token has taken of late; None if nobody wants to know.
     Attributes:
         armed: `arm` has been called.
     """
@@ -117,11 +116,11 @@ class FastPath(asyncio.Protocol):
         self._transcript = transcript
         self._reader = reader
         self._pace = pace
-        self._clear = False  # the last read ended where a chunk and an event end
+        self._clear = False  # the next read may pass
         self.armed = False
         self._write: Callable[[bytes], object] = _not_armed
-        self._sample = b""  # an ordinary event as the engine sent it, to be learnt from when the next one comes
-        # What has been learnt
+        self._sample = b""  # an ordinary event as the engine sent it, of which the pattern has not been learnt
+        # The pattern
         self._ids: list[bytes] | None = None
         self._texts: list[bytes] | None = None
         self._prefix = _NO_HEAD  # until an event has been learnt
@@ -141,7 +140,7 @@ class FastPath(asyncio.Protocol):
     # What the relay uses
 
     def arm(self, write: Callable[[bytes], object]) -> None:
-        """From now on reads may pass.
+        """Set where reads go that pass.
 
         Arguments:
             write: sends whole chunks to the client.
@@ -150,19 +149,19 @@ class FastPath(asyncio.Protocol):
         self.armed = True
 
     def allow(self) -> None:
-        """The last read ended where a chunk and an event end: the next one may pass."""
+        """Let the next read pass: the last one ended where a chunk and an event end."""
         self._clear = True
 
     def block(self) -> None:
-        """The next read must not pass."""
+        """Let the next read not pass."""
         self._clear = False
 
     def forget_pace(self) -> None:
-        """The time between tokens says nothing about the engine any more."""
+        """Stop to report the pace: it says nothing about the engine any more."""
         self._pace = None
 
     def learn(self, sample: bytes) -> None:
-        """An ordinary token event has been read. It is learnt from when one comes that may be like it.
+        """Take an ordinary token event as a sample. Its pattern is learnt when an event comes that may be like it.
 
         Arguments:
             sample: the event as the engine sent it.
@@ -170,8 +169,8 @@ class FastPath(asyncio.Protocol):
         self._sample = sample
 
     def data_received(self, data: bytes) -> None:
-        # A chunk is `size CRLF event CRLF`; an event is `prefix text behind`, and what is behind has the form of the
-        # learnt one but for its digits. An event without text is not ordinary: the transcript must know of it.
+        # A chunk is `size CRLF event CRLF`; an event is `prefix text behind`, where `behind` equals the pattern's but
+        # for the digits. An event without text is not ordinary: the transcript must be told.
         head = _CHUNK_HEADS[len(data)]
         start = len(head)
         text = start + self._prefix_length
@@ -213,11 +212,11 @@ class FastPath(asyncio.Protocol):
             self._connection.data_received(data)
 
     def take(self, block: bytes) -> tuple[bytes, int, bytes]:
-        """Of events that came together, those at the front that are ordinary, as the client sees them; their number;
-        and the rest of the block. Their times are not noted here.
+        """Split a block of events: the ordinary ones at its front, as the client sees them; their number; the rest.
+        Their times are not noted here.
 
         Arguments:
-            block: whole events, without the transfer's framing.
+            block: whole events, without the framing of chunks.
         """
         if self._sample and block.find(NOT_FINISHED) >= 0:
             self._learn()
@@ -249,7 +248,7 @@ class FastPath(asyncio.Protocol):
         return b"".join(parts), count, rest
 
     def _learn(self) -> None:
-        """From now on, events that are as the sample is are passed on."""
+        """Learn the pattern of the sample: from now on events that are like it pass."""
         sample, self._sample = self._sample, b""
         pattern = self._reader.pattern(sample)
         if pattern is None:
@@ -266,10 +265,10 @@ class FastPath(asyncio.Protocol):
         self._around = len(pattern.head) + len(pattern.shown) - 2  # the CRLF behind an event is in its tail
         self._form = pattern.form
 
-    # The times of the tokens. The first in the list is the last one that was put away.
+    # The times of the tokens. The first in the list is the last of those that were moved on.
 
     def count(self, tokens: int, now: float) -> None:
-        """Tokens have come by the slow path, in one read: between them there is no gap."""
+        """Count tokens that came by the slow path in one read: there is no gap between them."""
         self._times.append(now)
         if tokens > 1:
             self._counted += tokens - 1
@@ -278,17 +277,17 @@ class FastPath(asyncio.Protocol):
             self.fold()
 
     def given(self) -> tuple[int, float]:
-        """Token events so far, and when the last one came, as `time.monotonic`; 0 before any."""
+        """The number of token events so far, and the time of the last one as `time.monotonic`; 0 before any."""
         times = self._times
         return self._counted + len(times), times[-1] if times else 0.0
 
     def fold(self) -> None:
-        """Put gaps and ids away."""
+        """Move gaps and ids on to where they are kept."""
         self.fold_times()
         self._transcript.fold()
 
     def fold_times(self) -> None:
-        """Put the gaps away."""
+        """Move the gaps on to where they are kept."""
         times = self._times
         if len(times) > 1:
             self._gaps.observe_all([after - before for before, after in pairwise(times)])
@@ -301,7 +300,7 @@ class FastPath(asyncio.Protocol):
             self._gaps.observe_none(self._together)
             self._together = 0
 
-    # All else is the connection's.
+    # The rest of the protocol is the connection's.
 
     def eof_received(self) -> bool | None:
         return self._connection.eof_received()

@@ -1,7 +1,7 @@
-"""The silence of a live stream's engine, and of its client.
+"""Time limits on the silence of a stream's engine and of its client.
 
-A stream costs one timer in an idle period, not one a token. Time for which the client has kept the engine waiting is
-not the engine's silence.
+A stream costs one timer for each idle period, not one for each token. Time for which the client has kept the engine
+waiting does not count as the engine's silence.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Protocol
 
 from pd_proxy.errors import BackendError
 
-_SUSPECTED = 1.0  # seconds of silence that are enough for a backend which fails its health checks
-_GAPS = 4  # usual gaps between tokens that are silence: a slow stream moves too
-_LATE = 0.25  # share of these seconds that the event loop may be late; else it listens once more
-_LOOKS = 5  # times that it listens, at most
+_SUSPECTED = 1.0  # seconds of silence after which the stream of a suspected backend fails
+_GAPS = 4  # as many usual gaps between tokens, if they are longer: a slow stream moves too
+_LATE = 0.25  # share of this time by which the event loop may be late; if it is later, the time is waited for again
+_LOOKS = 5  # times that it is waited for, at most
 
 
 class Watched(Protocol):
     """A stream whose silence is watched."""
 
     def last_token(self) -> float:
-        """When its last token came, as `time.monotonic`; 0 before any."""
+        """Time of the last token, as `time.monotonic`; 0 before any."""
 
     def usual_gap(self) -> float:
         """The mean gap between its tokens, in seconds; 0 before the second."""
@@ -31,21 +31,21 @@ class Watched(Protocol):
         """End it."""
 
     def engine_is_silent(self, seconds: float) -> None:
-        """Its engine has sent nothing for so long."""
+        """Called when the engine has sent nothing for so many seconds."""
 
     def client_is_silent(self) -> None:
-        """Its client has read nothing for as long."""
+        """Called when the client has read nothing for as long."""
 
 
 class IdleWatch:
     """Watches one stream for silence.
 
     Arguments:
-        stream: what is watched; `stop` ends the reference to it.
-        seconds: of silence after which it counts as dead, or None.
+        stream: the stream; the reference to it is dropped by `stop`.
+        seconds: of silence after which the stream counts as dead, or None.
     Attributes:
-        heard: when the engine was last heard beside the fast path, as `time.monotonic`.
-        paused_since: when the client began to keep the engine waiting, as `time.monotonic`; None where it does not.
+        heard: time of the engine's last read outside of the fast path, as `time.monotonic`.
+        paused_since: since when the client has kept the engine waiting, as `time.monotonic`; None where it does not.
     """
 
     __slots__ = ("_loop", "_seconds", "_stream", "_suspected", "_timer", "heard", "paused_since")
@@ -55,42 +55,42 @@ class IdleWatch:
         self._loop = loop
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
-        self._suspected = -1.0  # the last sign at the time of a suspicion that is being looked into
+        self._suspected = -1.0  # `_last_sign` when the suspicion began that is being checked
         self.heard = 0.0
         self.paused_since: float | None = None
 
     def start(self) -> None:
-        """From now on silence counts."""
+        """Start to count silence."""
         if self._seconds is not None:
             self._timer = self._loop.call_later(self._seconds, self.check)
 
     def stop(self) -> None:
-        """The stream is over."""
+        """Stop to watch: the stream is over."""
         self._stream = None
         if self._timer is not None:
             self._timer.cancel()
 
     def pause(self) -> None:
-        """The client does not keep up."""
+        """Called when the client does not keep up."""
         self.paused_since = monotonic()
 
     def resume(self) -> None:
-        """The client keeps up again."""
+        """Called when the client keeps up again."""
         self.paused_since = None
         self.heard = monotonic()
 
     def suspect(self, error: BackendError) -> None:
-        """The backend is said to be dead. A stream that moves is believed more than that; one that is silent from now
-        on fails with `error`, after `_SUSPECTED` seconds or `_GAPS` times its usual gap between tokens.
+        """Check a stream whose backend fails its health checks. One that still moves goes on; one that is silent from
+        now on fails with `error`, after `_SUSPECTED` seconds or `_GAPS` times its usual gap between tokens.
 
-        Silence before the suspicion counts for nothing: where the gateway stood still, it has read nothing meanwhile.
-        So does the silence of a time in which the event loop was late."""
+        Silence before the call does not count: if the gateway itself stood still, it read nothing in that time. Neither
+        does the silence of a time in which the event loop was late."""
         stream = self._stream
         if self.paused_since is not None or stream is None:
-            return  # it is the client that keeps it waiting
+            return  # the client keeps the engine waiting
         loop, sign = self._loop, self._last_sign(stream)
         if self._suspected == sign:
-            return  # it is being looked into
+            return  # it is being checked already
         seconds = max(_SUSPECTED, _GAPS * stream.usual_gap())
         if self._seconds is not None:
             seconds = min(seconds, self._seconds)
@@ -118,7 +118,8 @@ class IdleWatch:
         wait()
 
     def check(self) -> None:
-        """End the stream if it has been silent for too long, or look again when it may have been."""
+        """End the stream if it has been silent for too long; else check again at the earliest time at which it may
+        be."""
         stream = self._stream
         if stream is None or self._seconds is None:
             return
@@ -132,5 +133,5 @@ class IdleWatch:
             stream.engine_is_silent(self._seconds)
 
     def _last_sign(self, stream: Watched) -> float:
-        """When the engine was last heard."""
+        """Time of the last sign of the engine."""
         return max(self.heard, stream.last_token())

@@ -1,7 +1,7 @@
 """The phases of a relayed stream, and which leads to which.
 
-Whatever happens to a stream (the engine's events and errors, the client's leaving, time limits) moves it along this
-table or leaves it where it is.
+Everything that happens to a stream (events and errors of the engine, the client's leaving, time limits) moves it along
+this table or leaves it in its phase.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ class Phase(Enum):
     """How far a stream has come."""
 
     HOLDING = "holding"
-    """The client has been given nothing of this leg: it can be begun anew elsewhere."""
+    """The client has been sent nothing of this leg: the request can be tried elsewhere."""
 
     LIVE = "live"
     """The client sees what the engine sends."""
 
     CLOSING = "closing"
-    """The engine has said its last event; what is left to see is how its answer ends."""
+    """The engine has sent its last event; only the end of its answer is missing."""
 
     OVER = "over"
-    """It ended, well or not; nothing more goes to the client."""
+    """It has ended, with or without an error; nothing more is sent to the client."""
 
-    __hash__ = object.__hash__  # that of `Enum` is a call of Python's, several times for each stream
+    __hash__ = object.__hash__  # `Enum.__hash__` is a call of Python, several times for each stream
 
 
 class _Next(dict[Phase, Phase]):
-    """The phases that one leads to. A lookup costs no call, unless there is nothing to find."""
+    """The phases that one leads to. A lookup costs no call of Python, unless it fails."""
 
     def __init__(self, now: Phase, *phases: Phase) -> None:
         super().__init__({phase: phase for phase in phases})

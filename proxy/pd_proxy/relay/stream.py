@@ -1,11 +1,10 @@
 """The relay of a streamed answer: from the engine's socket to the client's.
 
-Until the first event that gives the client something to read everything is held, since the engine may still answer with
-an error under status 200 (vLLM does when the KV cache cannot be loaded: a role chunk, then an error event); so until
-then the request can be tried elsewhere. Tokens that give nothing to read (a stop string or a parser holds their text
-back) wait as well. From that event on, each read from the engine is one write to the client: ordinary token events
-take the fast path (`fast_path.py`), and what is unlike them is read by the reader of the answer's dialect, event by
-event.
+Everything is held until the first event with something for the client to read, since the engine may still answer with
+an error under status 200 (vLLM does when the KV cache cannot be loaded: a role chunk, then an error event). Until then
+the request can be tried elsewhere. Tokens without anything to read (a stop string or a parser holds their text back)
+wait as well. From that event on each read from the engine is one write to the client: ordinary token events take the
+fast path (`fast_path.py`), and all others are read one by one by the reader of the answer's dialect.
 """
 
 from __future__ import annotations
@@ -48,19 +47,19 @@ class StreamRelay:
     Arguments:
         url: the backend, for messages.
         client: where the events go.
-        reader: of the answer, in its dialect.
-        transcript: where it is written down what the client was given.
-        gaps: where the gaps between tokens are noted, in seconds.
-        begin: called once, with this relay, just before the first bytes go out; it starts the client's answer.
-        on_first_token: called once, with this relay, when the engine's first token is here, whether or not it is to be
-            read.
-        pace: called now and then with how many seconds a token takes the engine.
+        reader: reads the events, in the answer's dialect.
+        transcript: where it is written down what the client is given.
+        gaps: where the seconds between tokens are noted.
+        begin: called once, with this relay, just before the first bytes are sent; it starts the client's answer.
+        on_first_token: called once, with this relay, when the engine's first token is here, whether or not it has
+            anything to read.
+        pace: called now and then with the seconds that a token takes the engine.
         idle: seconds without a byte after which the stream counts as dead, or None.
-        loop: the running one, for those who know it.
+        loop: the running event loop, where it is known.
     Attributes:
         first_token: `time.monotonic` of the read that brought the first content; None before.
         headers: of the engine's answer.
-        throttled: the client has been slow, so that the stream's pace says nothing about the engine.
+        throttled: the client has been slow, so the pace of the stream says nothing about the engine.
     """
 
     __slots__ = (
@@ -125,13 +124,13 @@ class StreamRelay:
         self._connection: Connection | None = None
         self._fast_path: FastPath | None = None
         self._idle_watch: IdleWatch | None = None
-        self._deadlines: Deadlines | None = None  # that of the first token
-        self._events: EventReader | None = None  # from the first read on that ends within an event
-        self._held: list[bytes] = []  # what goes to the client with the first content
+        self._deadlines: Deadlines | None = None  # the limit for the first token
+        self._events: EventReader | None = None  # needed from the first read that ends within an event
+        self._held: list[bytes] = []  # sent to the client together with the first content
         self._held_size = 0
-        self._unsent = b""  # goes out together with what follows, or with the end of the answer
+        self._unsent = b""  # sent together with what follows, or with the end of the answer
         self._waiting: list[bytes] = []  # blocks of events that cannot be read yet
-        self._ended = False  # the engine's answer has ended while they waited
+        self._ended = False  # the engine's answer ended while they waited
         self._begun: float | None = None  # when the engine's first token came
         self._status = 0
         self._error_body = bytearray()
@@ -142,12 +141,12 @@ class StreamRelay:
     # What the flow uses
 
     async def run(self, connection: Connection, first_token: Deadlines) -> None:
-        """Relay until the engine's stream ends as it should: with `[DONE]`, or with what its dialect has instead.
+        """Relay until the stream ends with the last event of its dialect.
 
         Arguments:
-            first_token: how long to wait for that.
+            first_token: the time limit for the first token.
         Raises:
-            BackendError: it ended in any other way. If `first_token` is None the client has seen nothing of it.
+            BackendError: the stream ended in any other way. While `live` is false the client has been sent nothing.
         """
         self._connection = connection
         self._fast_path = FastPath(connection, self._gaps, self._transcript, self._reader, self._pace)
@@ -176,7 +175,7 @@ class StreamRelay:
         self.lost(error)
 
     def suspect(self, error: BackendError) -> None:
-        """The backend is said to be dead: fail with `error` if the stream is silent from now on."""
+        """The backend fails its health checks: fail with `error` if the stream is silent from now on."""
         if self._idle_watch is not None:
             self._idle_watch.suspect(error)
 
@@ -186,21 +185,21 @@ class StreamRelay:
 
     @property
     def live(self) -> bool:
-        """Whether the client has been given anything of this leg."""
+        """Whether the client has been sent anything of this leg."""
         return self.first_token is not None
 
     @property
     def usage(self) -> Usage | None:
-        """The last usage the engine reported, of this leg alone."""
+        """The last usage that the engine reported, of this leg alone."""
         return self._reader.usage
 
     @property
     def sequence(self) -> int:
-        """The number of the last event that the client was given, where events are numbered; else -1."""
+        """The number of the last event, where events are numbered; else -1."""
         return self._reader.sequence
 
     def given(self) -> tuple[int, float]:
-        """Token events passed on, and `time.monotonic` of the read that brought the last token; 0 before any."""
+        """The number of token events, and `time.monotonic` of the read that brought the last one; 0 before any."""
         return self._fast_path.given() if self._fast_path is not None else (0, 0.0)
 
     # FlowControl: called by the client's side
@@ -253,10 +252,10 @@ class StreamRelay:
     def end(self) -> None:
         self._connection = None
         if self._waiting:
-            self._ended = True  # whether it ended well is seen when it is read
+            self._ended = True  # whether the answer is whole is seen when they are read
         elif self._phase is _CLOSING:
             self._conclude(None)
-        elif self._reader.done:  # a whole stream without a token is no answer
+        elif self._reader.done:  # a whole stream without a token is not an answer
             self._finish(BackendFailed(f"{self._url} ended its stream without a token", status=502))
         elif self._status != 200:
             self._finish(engine_error(self._url, self._status, self.headers, bytes(self._error_body)))
@@ -266,16 +265,16 @@ class StreamRelay:
     def lost(self, error: BackendError) -> None:
         self._connection = None
         try:
-            if self._phase is _CLOSING:  # a connection that breaks after [DONE] broke nothing
+            if self._phase is _CLOSING:  # nothing is lost by a connection that breaks after the last event
                 self._conclude(error)
         finally:
-            self._finish(error)  # unless that is done
+            self._finish(error)  # no effect if it has concluded
 
     # From reads to events to writes
 
     def _pass_on(self, block: bytes, last: bool) -> None:
-        """Whole events go to the client, the last ones together with the end of its answer. Until there is something to
-        read among them they are held."""
+        """Send whole events to the client, the last ones together with the end of its answer. They are held until one
+        of them has something to read."""
         now = monotonic()
         fast_path, idle, reader = self._fast_path, self._idle_watch, self._reader
         assert fast_path is not None and idle is not None
@@ -289,10 +288,10 @@ class StreamRelay:
             fast_path.count(count, now)
         if self._phase is _HOLDING:
             if self._future.done():
-                return  # the flow has given it up in this very turn, and is on its way elsewhere
+                return  # the flow has given it up in this turn of the event loop, and tries another backend
             if count and self._begun is None:
                 self._note_first_token(now, last)
-            if reader.failure is not None:  # the client has nothing yet: all of it can be begun anew elsewhere
+            if reader.failure is not None:  # the client has nothing yet: the request can be tried elsewhere
                 reader.rewind()
                 self.fail(reader.failure)
                 return
@@ -307,7 +306,7 @@ class StreamRelay:
             self._connection.rest(self._loop)
 
     def _keep_waiting(self, block: bytes) -> None:
-        """Keep events until they can be read. That the engine has failed is seen at once."""
+        """Keep events until they can be read. A failure of the engine among them is seen at once."""
         self._reader.check(block)
         if self._reader.failure is not None:
             return
@@ -316,7 +315,7 @@ class StreamRelay:
             self._connection.pause()
 
     def _read_waiting(self, _: object = None) -> None:
-        """What the events waited for is here."""
+        """Read the events that waited: `awaited` of the reader is done."""
         if not self._waiting or self._future.done():
             return
         connection = self._connection
@@ -327,7 +326,7 @@ class StreamRelay:
             self._pass_on(block, self._ended)
             if self._ended and not self._future.done():
                 self.end()
-        except Exception as fault:  # it is called by the event loop, which would forget the stream
+        except Exception as fault:  # the event loop called this, and would not fail the stream
             log.error("%s: the gateway failed on this engine's answer", self._url, exc_info=fault)
             self._transcript.give_up()
             self.fail(BackendGarbled(f"{self._url}: the gateway failed on its answer ({type(fault).__name__})"))
@@ -340,14 +339,14 @@ class StreamRelay:
             self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
 
     def _go_live(self, now: float) -> None:
-        """From now on the client sees what the engine sends."""
+        """Begin the client's answer: from now on it is sent what the engine sends."""
         self._phase = TRANSITIONS[self._phase][_LIVE]
         self.first_token = now
         self._reader.go_live()
         self._begin(self)
 
     def _note_first_token(self, now: float, last: bool) -> None:
-        """The engine's first token is here."""
+        """The first token is here: its time limit ends, and that for silence begins."""
         self._begun = now
         if self._deadlines is not None:
             self._deadlines.forget(self)
@@ -359,7 +358,8 @@ class StreamRelay:
 
     def _write(self, block: bytes, last: bool, tokens: int) -> None:
         reader = self._reader
-        # `[DONE]` alone waits for the end of the engine's answer, which is on its way, so that both go out at once.
+        # A last event without tokens waits for the end of the engine's answer, which follows, so that both are one
+        # write.
         if self._unsent:
             block, self._unsent = self._unsent + block, b""
         if reader.done:
@@ -373,7 +373,7 @@ class StreamRelay:
             self.fail(reader.failure)
 
     def _open_fast_path(self) -> None:
-        """Reads may pass unread from here if nothing is half read."""
+        """Let the next read take the fast path if no chunk and no event is half read."""
         connection, fast_path, reader = self._connection, self._fast_path, self._reader
         if connection is None or fast_path is None or self._client.gone:
             return
@@ -393,7 +393,7 @@ class StreamRelay:
     # Endings
 
     def _conclude(self, error: BackendError | None) -> None:
-        """The engine has said its last event: the answer is whole if it also said why it ended, else it failed; with
+        """End after the engine's last event: the answer is whole if it has a reason why it ended, else it failed; with
         `error`, if there is one."""
         if self._transcript.finished:
             self._client.end(self._unsent + self._reader.ending())
@@ -421,7 +421,7 @@ class StreamRelay:
             self._connection = None
 
     def overdue(self, seconds: float) -> None:
-        """The first token did not come in time."""
+        """Called when the first token did not come in time."""
         self.fail(BackendTimedOut(f"{self._url} sent no token within {seconds:g} s"))
 
     # Watched: called by the idle watch
@@ -437,4 +437,4 @@ class StreamRelay:
         self.fail(BackendTimedOut(f"{self._url} sent nothing for {seconds:g} s"))
 
     def client_is_silent(self) -> None:
-        self._client.cut()  # it reads nothing, and holds an engine's memory
+        self._client.cut()  # while it reads nothing, it holds memory of the engine
