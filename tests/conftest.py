@@ -7,6 +7,9 @@ PROPERTIES=random they draw new ones, from pytest's `--hypothesis-seed` (`make t
 **Cross products.** A test with several `parametrize` has each row of one with each row of the others. The everyday
 suite runs as many of these combinations as it takes to see every row once; the others are slow tests. Where the test is
 marked `cross_product`, it is every value of every parameter that is seen once.
+
+**Rows.** An asynchronous test of `STARTS_GATEWAYS` costs 20 to 60 ms of CPU for each of its rows, since each starts
+engines and a gateway. The everyday suite runs the first row and the last; those between are slow tests.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+from inspect import iscoroutinefunction
 from pathlib import Path
 
 import pytest
@@ -63,6 +67,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+STARTS_GATEWAYS = ("tests/api/", "tests/contract/", "tests/flow/")
+
 _SLOW = re.compile(rb"^pytestmark = (\[|)pytest\.mark\.slow\b", re.MULTILINE)
 
 
@@ -80,6 +86,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             combinations.remove(best)
             unseen -= best[1]
         for item, _ in combinations:
+            item.add_marker(pytest.mark.slow)
+    rows: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        starts = item.nodeid.startswith(STARTS_GATEWAYS) and iscoroutinefunction(getattr(item, "function", None))
+        if starts and item.get_closest_marker("slow") is None:
+            rows.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for several in rows.values():
+        for item in several[1:-1]:
             item.add_marker(pytest.mark.slow)
 
 

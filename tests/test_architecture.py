@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -68,14 +69,38 @@ FORBIDDEN_WITHOUT_IO = {
 }
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the tests here ask of one file, from one look at its syntax tree.
+
+    Attributes:
+        imports: line and full name of every module that it imports, wherever in it.
+        attributes: every name that stands behind a dot.
+        longest: the lines of its longest function, from `def` to the last one.
+    """
+
+    imports: list[tuple[int, str]]
+    attributes: frozenset[str]
+    longest: int
+
+
 @cache
+def facts(file: Path) -> Facts:
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return Facts(
+        list(_imports(file, nodes)),
+        frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute)),
+        max((node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno), default=0),
+    )
+
+
 def imports(file: Path) -> list[tuple[int, str]]:
-    """Line and full name of every module that a file imports, wherever in it."""
-    return list(_imports(file))
+    return facts(file).imports
 
 
-def _imports(file: Path) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def _imports(file: Path, nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -148,12 +173,7 @@ def test_engines_are_asked_by_the_legs_client_and_the_control_planes_and_nothing
         "open_unix_connection",
         "sock_connect",
     }
-    found = {
-        str(file.relative_to(ROOT))
-        for file in files
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute) and node.attr in connecting
-    }
+    found = {str(file.relative_to(ROOT)) for file in files if facts(file).attributes & connecting}
     assert found == {"http/exchange.py", "http/client.py"}
     parsing = {
         str(file.relative_to(ROOT)) for file in files if "HttpResponseParser" in file.read_text(encoding="utf-8")
@@ -200,7 +220,7 @@ def test_no_file_is_longer_than_the_limit() -> None:
 
 
 def test_no_function_is_longer_than_the_limit() -> None:
-    lengths = {path_in_proxy(file): longest_function(file) for file in sorted(ROOT.parent.rglob("*.py"))}
+    lengths = {path_in_proxy(file): facts(file).longest for file in sorted(ROOT.parent.rglob("*.py"))}
     complain_of(lengths, MOST_LINES_OF_A_FUNCTION, LONG_FUNCTIONS, "LONG_FUNCTIONS")
 
 
@@ -214,13 +234,6 @@ def complain_of(lengths: dict[str, int], limit: int, excepted: dict[str, int], t
 
 def path_in_proxy(file: Path) -> str:
     return str(file.relative_to(ROOT.parent))
-
-
-def longest_function(file: Path) -> int:
-    """The lines of a file's longest function, from `def` to its last one."""
-    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    return max((node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno), default=0)
 
 
 def test_no_rule_about_functions_is_ignored_in_a_file_that_keeps_it() -> None:

@@ -15,7 +15,7 @@ from tests.support import PROMPT, Running, pools, until
 if TYPE_CHECKING:
     import anthropic
 
-pytestmark = pytest.mark.xdist_group("anthropic")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("anthropic")]
 
 
 @pytest.fixture(autouse=True)
