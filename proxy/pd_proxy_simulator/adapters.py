@@ -18,7 +18,7 @@ class Adapters:
     """The adapters of one engine.
 
     Arguments:
-        config: names those that it starts with.
+        config: names the adapters that are loaded at the start.
     """
 
     def __init__(self, config: SimulatorConfig) -> None:

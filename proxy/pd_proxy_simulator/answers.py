@@ -1,4 +1,4 @@
-"""From what the engine says to what the client hears: one whole body, or a stream of chunks.
+"""From the engine's tokens to the client's answer: one whole body, or a stream of chunks.
 
 Both are listeners of the engine and are called inside its step, so nothing here awaits: no task, no queue, one write a
 token. If the client reads too slowly, tokens gather and go out together, as vLLM's output collector does.
@@ -62,18 +62,18 @@ class Answer:
         self._stall = mischief.get("stall_mid_stream")
 
     def expect(self, sequences: list[Sequence]) -> None:
-        """Listen to these."""
+        """Take the tokens of these sequences."""
         self.sequences = sequences
         self._unfinished = len(sequences)
         for sequence in sequences:
             sequence.listener = self
 
     def on_token(self, sequence: Sequence, token: int | None, text: str) -> None:
-        """Take what a sequence says."""
+        """Take one token of a sequence."""
         raise NotImplementedError
 
     def on_failure(self, sequence: Sequence, error: RequestError) -> None:
-        """Take that a sequence was given up."""
+        """Take the failure of a sequence."""
         raise NotImplementedError
 
     def abandon(self) -> None:
@@ -84,12 +84,12 @@ class Answer:
         self._abort(self.sequences)
 
     def finish(self) -> None:
-        """Nothing more is going to be said."""
+        """End: the answer is complete, or will never be."""
         if not self.done.done():
             self.done.set_result(None)
 
     def dies_now(self) -> bool:
-        """Die, if so many tokens have been reached that the answer is to die; whether it has."""
+        """Die where a fault says so after this many tokens; returns whether it has."""
         death = self._death
         if death is None or death.after_tokens < 0 or self.tokens_seen < death.after_tokens or self.done.done():
             return False
@@ -105,7 +105,7 @@ class Answer:
         self._abort(self.sequences)
 
     def _last_words(self, death: Fault) -> None:
-        """Whatever is still said before the connection ends, and its end."""
+        """Write what the fault still lets out, and end the connection."""
         self.exchange.cut(polite=death.ending != "reset")
 
     def finished(self, texts: list[str], handoff: Object | None) -> encoding.Finished:

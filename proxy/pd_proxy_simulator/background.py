@@ -62,7 +62,7 @@ class Recorder(Exchange):
             self._changed()
 
     def raw(self, data: bytes) -> None:
-        """Bytes that are no event: nobody sees them."""
+        """Bytes that are no event are dropped."""
 
     def end_stream(self) -> None:
         """The stream is whole."""

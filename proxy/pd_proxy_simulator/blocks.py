@@ -37,7 +37,7 @@ class BlockPool:
     """All blocks of one engine.
 
     Attributes:
-        listener: is told what becomes of the prefix cache.
+        listener: is called when the prefix cache changes.
     """
 
     def __init__(self, count: int, *, caching: bool) -> None:
@@ -142,7 +142,7 @@ class BlockPool:
             self.pinned -= block.pins == 0
 
     def read(self, index: int, *, scrambled_when_free: bool) -> Content:
-        """What a peer finds in a block, whoever it belongs to now."""
+        """What a peer reads from a block, whichever sequence it belongs to now."""
         block = self._touched[index] if index < len(self._touched) else Block(index)
         error = block.error
         if scrambled_when_free and block.pins == 0:

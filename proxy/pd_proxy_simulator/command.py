@@ -101,7 +101,7 @@ def _add_connector(add: Callable[..., Any], default: SimulatorConfig) -> None:
 
 
 def _add_cache(add: Callable[..., Any], default: SimulatorConfig) -> None:
-    """Flags for the KV cache and what is told of it, and for the model's text."""
+    """Flags for the KV cache and its events, and for the model's text."""
     add("--preemption", choices=("recompute", "report"), default=default.preemption, help="(%(default)s)")
     add("--stale-reads", choices=("wrong", "memory"), default=default.stale_reads, help="(%(default)s)")
     add("--eos-rate", type=float, default=default.eos_rate, help="how often a sequence ends by itself (%(default)s)")
@@ -157,12 +157,12 @@ def config_from(args: argparse.Namespace) -> SimulatorConfig:
         kv_events_topic=args.kv_events_topic,
         kv_events_encoding=args.kv_events_encoding,
         weights=args.weights,
-        request_log=1,  # nobody can look at it from outside, and prompts are long
+        request_log=1,  # it cannot be read from outside, and prompts are long
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until told to end; gives the exit status."""
+    """Serve until a signal ends it; returns the exit status."""
     try:
         config = config_from(args)
     except ValueError as error:

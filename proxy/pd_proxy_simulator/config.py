@@ -30,7 +30,7 @@ Connector = Literal[
 ]
 
 # What the connectors pin a hand-off for when nothing is set: kv_lease_duration and the Ascend abort timeout.
-# A decode engine that speaks ascend_layerwise waits for ever; here it gives up some time.
+# A decode engine with ascend_layerwise waits for ever; a simulated one gives up in the end.
 DEFAULT_LEASE = {
     "nixl": 30.0,
     "mooncake_ascend": 480.0,
@@ -95,7 +95,7 @@ class SimulatorConfig:
     kv_events_topic: str = ""
     kv_events_encoding: Literal["map", "array"] = "map"  # array: vLLM before 2026, and SGLang
     kv_events_hashes: Literal["int", "bytes"] = "int"  # VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES
-    kv_events_buffer: int = 10_000  # batches kept for who has missed some, as vLLM's buffer_steps
+    kv_events_buffer: int = 10_000  # batches kept for subscribers that missed some, as vLLM's buffer_steps
     responses_store: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE
     scale_out: bool = False  # --enable-scale-out: tokens in, tokens out
     prompt_tokens_details: bool = True  # usage says cached_tokens
@@ -103,7 +103,7 @@ class SimulatorConfig:
     handoff_cached: bool = True  # a hand-off says how many tokens of the prompt were cached (not in vLLM before that)
     parser: bool = False  # --reasoning-parser or --tool-call-parser: a token without text has no content in its delta
     shutdown_timeout: float = 0.0  # --shutdown-timeout: seconds for which SIGTERM lets requests run on; 0 aborts them
-    exit_delay: float = 0.17  # from SIGTERM until nobody listens any more, where requests are aborted
+    exit_delay: float = 0.17  # from SIGTERM until the port is closed, where requests are aborted
     death_delay: float = 0.3  # a dead engine answers /health with 503 this long, then its process is gone
     keep_alive: float = 5.0  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE
     request_log: int = 256  # received requests that are kept to be looked at
@@ -152,5 +152,5 @@ class SimulatorConfig:
 
     @property
     def lease_seconds(self) -> float:
-        """How long a hand-off is pinned when nobody renews it."""
+        """Seconds for which a hand-off is pinned unless it is renewed."""
         return DEFAULT_LEASE[self.connector] if self.lease is None else self.lease

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Slowness(Protocol):
-    """Who can make steps longer."""
+    """What can make steps longer: the faults."""
 
     def slowness(self) -> float:
         """The factor by which the next step takes longer."""
@@ -111,7 +111,7 @@ class Engine:
 
     @property
     def stranded_blocks(self) -> int:
-        """Blocks pinned for hand-offs that nobody has pulled."""
+        """Blocks pinned for hand-offs that were not pulled yet."""
         return self.pool.pinned
 
     # Life.
@@ -121,7 +121,7 @@ class Engine:
         self.spawn(self._run())
 
     def close(self) -> None:
-        """End at once; nobody is told."""
+        """End at once, without a word to any listener."""
         for task in list(self._tasks):
             task.cancel()
         self.handoffs.close()
@@ -236,7 +236,7 @@ class Engine:
         self._wake.set()
 
     def let_go(self, transfer: Transfer) -> None:
-        """Tell prefill that nobody is going to fetch what it keeps."""
+        """Tell prefill that what it keeps will not be fetched."""
         if transfer.fetches and self.dead is None:
             self.side.let_go(transfer)
 

@@ -103,7 +103,7 @@ class Faults:
         return len(self._active)
 
     def add(self, kind: Kind, **options: Any) -> Fault:
-        """Switch a fault on beside the others; gives it back, so that its `hits` can be looked at."""
+        """Switch a fault on beside the others; returns it, so that its `hits` can be read."""
         fault = msgspec.convert({"kind": kind, **options}, Fault)
         self._active.append(fault)
         self._changed()

@@ -31,7 +31,7 @@ _PIPELINE = 16  # further requests are not read before the earlier ones are answ
 
 
 class Handler(Protocol):
-    """Who answers."""
+    """What answers requests."""
 
     alive: bool
     keep_alive: float
@@ -323,7 +323,7 @@ class Connection(asyncio.Protocol):
             reset(self._transport)
 
     def kill(self) -> None:
-        """The process is gone: whoever was answering says and does nothing more."""
+        """The process is gone: no answer goes on."""
         self.reset()
         if self._task is not None:
             self._task.cancel()

@@ -23,11 +23,11 @@ Encoding = Literal["map", "array"]
 Hashes = Literal["int", "bytes"]
 
 END = (-1).to_bytes(8, "big", signed=True)
-"""The number that ends the answer to who has missed something."""
+"""The number that ends a replay."""
 
 
 class CacheListener(Protocol):
-    """Who is told what becomes of the prefix cache."""
+    """What is called when the prefix cache changes."""
 
     def stored(self, key: int, parent: int | None, tokens: Sequence[int], salt: str) -> None:
         """A block can be found from now on.
@@ -45,7 +45,7 @@ class CacheListener(Protocol):
 
 
 class Unheard:
-    """Tells nobody."""
+    """A listener that does nothing."""
 
     def stored(self, key: int, parent: int | None, tokens: Sequence[int], salt: str) -> None:
         pass
@@ -62,11 +62,11 @@ class Publisher:
 
     Arguments:
         port, replay_port: to publish at, and to be asked for what was missed at; 0 takes any free one.
-        buffer: batches that are kept for who has missed some.
+        buffer: batches that are kept for replay.
     Attributes:
         sequence: the number of the next batch.
         lose: so many of the next batches are kept, but not sent: lost on the way.
-        subscriptions: how often somebody has subscribed, who gets what is published from then on.
+        subscriptions: how many subscriptions came; each gets what is published from then on.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Publisher:
         self.subscriptions = 0
         self._context = zmq.Context(io_threads=1)
         try:
-            # As a PUB, and it tells of subscribers: whoever is connected may not have subscribed yet.
+            # As a PUB, and it tells of subscribers: a connected peer may not have subscribed yet.
             self._pub, self.port = self._bind(zmq.XPUB, host, port)
             self._router, self.replay_port = self._bind(zmq.ROUTER, host, replay_port)
         except BaseException:
@@ -193,7 +193,7 @@ class Publisher:
                 return
 
     def _answer(self) -> None:
-        """Answer who has missed something."""
+        """Answer requests for a replay."""
         zmq = self._zmq
         while True:
             try:

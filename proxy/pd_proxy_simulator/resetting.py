@@ -15,7 +15,7 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 
 
 def reset(transport: asyncio.Transport) -> None:
-    """Abort a connection so that its peer is told at once."""
+    """Abort a connection so that its peer sees a reset at once."""
     plain = transport.get_extra_info("socket")
     if plain is not None:
         # A duplicate, because an event loop's own socket object may not allow it; the option is the connection's.

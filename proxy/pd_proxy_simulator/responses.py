@@ -274,7 +274,7 @@ def response_body(finished: encoding.Finished, output: list[Object] | None = Non
         output = [message_item(text)]
         if request.tool is not None and sequence.script is not None:
             output = [call_item(request.tool, text[sequence.script.start : sequence.script.end])]
-    # "cancelled" as vLLM says it of models that speak harmony; of others it says "completed", and nobody could tell.
+    # "cancelled" as vLLM says it of models with harmony; for others it says "completed", which hides the abort.
     status = {"length": "incomplete", "abort": "cancelled"}.get(sequence.finish_reason or "", "completed")
     body = outline(request, finished.created, status, output)
     body["usage"] = {

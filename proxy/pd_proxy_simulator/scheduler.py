@@ -1,4 +1,4 @@
-"""The scheduler of a simulated engine: who waits, who runs, and who holds which blocks.
+"""The scheduler of a simulated engine: which sequences wait, which run, and which blocks each holds.
 
 First come, first served. A sequence whose KV comes from elsewhere waits in `loading` meanwhile. When blocks run
 out, the sequence that came last gives its own back.
@@ -91,7 +91,7 @@ class Scheduler:
         self._pool.release(blocks)
 
     def next_step(self, now: float) -> tuple[list[tuple[Sequence, int]], int]:
-        """Choose who takes part in the next step, and with how many tokens of its prompt.
+        """Choose the sequences of the next step, each with a number of tokens of its prompt.
 
         Returns:
             The sequences, each with its prompt tokens in this step, and the sum of those tokens.
@@ -105,7 +105,7 @@ class Scheduler:
         return [(sequence, chunk) for sequence, chunk in batch if sequence.status is Status.RUNNING], prompt_tokens
 
     def _go_on(self, batch: list[tuple[Sequence, int]], budget: int) -> int:
-        """Put those that run already into the batch; returns the tokens that are left of the budget."""
+        """Put the running sequences into the batch; returns the tokens that are left of the budget."""
         block_size = self._config.block_size
         for sequence in list(self.running):
             if sequence.status is not Status.RUNNING:
@@ -124,7 +124,7 @@ class Scheduler:
         return budget
 
     def _join(self, batch: list[tuple[Sequence, int]], budget: int, now: float) -> None:
-        """Put those that wait into the batch, as far as there is room."""
+        """Put waiting sequences into the batch, as far as there is room."""
         while (self.ready or self.queue) and len(self.running) < self._config.max_num_seqs and budget > 0:
             if self.ready:
                 sequence = self.ready.popleft()

@@ -43,7 +43,7 @@ class Status(enum.Enum):
 
 
 class Listener(Protocol):
-    """Who is told what a sequence says."""
+    """What takes the tokens of a sequence."""
 
     def on_token(self, sequence: Sequence, token: int | None, text: str) -> None:
         """One token, the text it made whole, and (in the sequence) whether it was the last."""
@@ -167,7 +167,7 @@ class Sequence:
                 self.error = (self.error * 31 + block.error) & MASK or 1
 
     def abort(self) -> str:
-        """End before its time; gives the text that was held back."""
+        """End before its time; returns the text that was held back."""
         self.finish_reason, self.stop_reason = "abort", None
         text = self.assembler.flush()
         if self.stops is None:
@@ -176,7 +176,7 @@ class Sequence:
         return shown + self.stops.flush()
 
     def generate(self, block_size: int, context: int) -> str:
-        """Draw the next token and append it; gives its text, and sets `finish_reason` if it was the last."""
+        """Draw the next token and append it; returns its text, and sets `finish_reason` if it was the last."""
         sampling = self.sampling
         generated = len(self.tokens) - self.prompt_length
         if sampling.structure is not None and self.script is None:

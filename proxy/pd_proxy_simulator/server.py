@@ -157,7 +157,7 @@ class Simulator:
 
     def terminate(self) -> None:
         """SIGTERM, as vLLM takes it. By default what runs ends with finish reason "abort" at once, and shortly after
-        nobody listens any more; until then `/health` says 200, and whoever comes waits for a reset. With
+        the port is closed; until then `/health` says 200, and new connections wait for a reset. With
         `shutdown_timeout` what runs goes on for so long, and new requests are refused; the process is gone when
         nothing runs and no hand-off is kept. What has not ended by then hangs: the core is killed, and the API server
         waits for its clients to close."""
@@ -180,7 +180,7 @@ class Simulator:
 
     @property
     def _idle(self) -> bool:
-        """Nothing runs, nothing is kept for decode, and nobody is being answered."""
+        """Nothing runs, nothing is kept for decode, and no request is being answered."""
         busy = self.engine.running + self.engine.waiting + len(self.engine.handoffs)
         return not busy and all(connection.exchange is None for connection in self.connections)
 
@@ -313,7 +313,7 @@ class Simulator:
         self._watch.changed()
 
     def expire_handoffs(self) -> None:
-        """Let every lease run out now, as if nobody had come for `lease` seconds."""
+        """Let every lease run out now, as after `lease` seconds without a pull."""
         self.engine.handoffs.expire_all()
 
     # Faults that are not one request's.

@@ -228,7 +228,7 @@ def said(request: GenerationRequest, sequence: Sequence, text: str, tokens: int,
 
 
 def aborted(request: GenerationRequest, error: RequestError) -> Object:
-    """What a stream says when the engine gives up; the status is what the answer would have had."""
+    """The event of a stream that the engine gives up; it holds the status that an answer would have had."""
     kind = {"type": "abort", "message": error.message, "status_code": error.status, "err_type": error.kind}
     meta = {
         "id": request.external_id,

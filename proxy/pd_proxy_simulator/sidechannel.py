@@ -322,7 +322,7 @@ class Peers:
         """What an engine answers to one message that is not a fetch, sent after so many seconds.
 
         Raises:
-            TransferFailed: there is nobody, or it does not answer; or its KV is not of this kind.
+            TransferFailed: nothing listens there, or it does not answer; or its KV is not of this kind.
         """
         if not 0 < port < 65536:
             raise TransferFailed(f"{host}:{port}: no such port")

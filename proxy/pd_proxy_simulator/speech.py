@@ -51,7 +51,7 @@ def words(audio: bytes, config: SimulatorConfig) -> list[str]:
 
 
 async def transcribe(exchange: Exchange, form: dict[str, list[bytes]], mischief: Mischief, sim: SimulatorConfig) -> int:
-    """Answer one request; gives the number of words that were said."""
+    """Answer one request; returns the number of words in the answer."""
     fields = {name: values[-1].decode("utf-8", "replace") for name, values in form.items() if name != "file"}
     check_model(dict(fields), sim)
     if "file" not in form:

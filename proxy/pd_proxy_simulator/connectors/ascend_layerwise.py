@@ -141,7 +141,7 @@ class AscendLayerwise(Side):
 
 
 async def _post(url: Any, message: dict[str, Any]) -> int:
-    """POST `message` as JSON; gives the status."""
+    """POST `message` as JSON; returns the status."""
     parts = urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme != "http" or not parts.hostname:
         raise ValueError("no URL")

@@ -138,7 +138,7 @@ class LMCachePD(Side):
         self.engine.fetch(sequence, found())
 
     def let_go(self, transfer: Transfer) -> None:
-        """Nobody is told: what is here stays until its place is needed."""
+        """Prefill is not told: what is here stays until its place is needed."""
 
     def _name(self, sequence: Sequence) -> int:
         """What the cache of a prompt is found by."""

@@ -114,7 +114,7 @@ class MoRIIORead(MoRIIO):
 
 
 async def _nothing(blocks: int) -> list[Content]:
-    """What is in blocks that nobody has written to."""
+    """What is in blocks that were never written to."""
     return [(0, [0], 1)] * blocks
 
 
@@ -190,7 +190,7 @@ class MoRIIOWrite(MoRIIO):
     def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         name = message["transfer_id"]
         match message["op"]:
-            case "blocks" if message["rank"] == 0:  # those for another rank reach nobody who has the request
+            case "blocks" if message["rank"] == 0:  # a message for another rank reaches no rank that has the request
                 self._named[name] = message["skip"]
                 self._write_if_both(name)
             case "write" if name in self._waiting and not self._waiting[name].done():

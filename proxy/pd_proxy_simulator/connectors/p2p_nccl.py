@@ -108,4 +108,4 @@ class P2pNccl(Registering):
             del self._waiting[name]
 
     def let_go(self, transfer: Transfer) -> None:
-        """Nobody is told: what has come stays until its place is needed."""
+        """Prefill is not told: what has come stays until its place is needed."""

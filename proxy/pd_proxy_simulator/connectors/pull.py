@@ -45,7 +45,7 @@ class RemotePrefill:
 
     @property
     def port(self) -> int:
-        """The side channel's port; 0, which nobody listens on, if it is no number."""
+        """The side channel's port; 0, where nothing listens, if it is no number."""
         try:
             port = int(self.params.get("remote_port") or 0)
         except (TypeError, ValueError):

@@ -24,7 +24,7 @@ class Registering(Side):
                 await asyncio.sleep(engine.config.register_every)
 
     def registration(self) -> dict[str, Any]:
-        """What is told."""
+        """What the engine registers with."""
         config = self.engine.config
         return {
             "type": "P" if config.role == "prefill" else "D",

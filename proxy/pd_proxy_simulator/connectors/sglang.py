@@ -183,7 +183,7 @@ class SGLang(Side):
         return {"first": [sequence.tokens[-1], sequence.draws[-1] if sequence.draws else 0]}
 
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any] | None:
-        # It has been pushed to whoever came to the room; nobody says more of it.
+        # It has been pushed to the decode engine in the room; no more is said of it.
         self.engine.handoffs.done(self.key(sequence), read=True)
         return None
 

@@ -117,7 +117,7 @@ class Side:
         """Decode waits for what is to be kept as `name`."""
 
     def sent_along(self, name: str) -> dict[str, Any]:
-        """What decode is told beside the KV that it has waited for."""
+        """What decode receives beside the KV that it has waited for."""
         return {}
 
     # Decode
@@ -167,7 +167,7 @@ class Side:
         """A request that was to fetch ends before it did, or was refused: tell prefill, as far as the engine does."""
 
     async def notify(self, host: str, port: int, name: str) -> None:
-        """Tell the engine at `host` that nobody will read what it keeps as `name`."""
+        """Tell the engine at `host` that what it keeps as `name` will not be read."""
         if not await self.engine.peers.tell(host, port, {"op": "done", "request_id": name, "read": False}):
             self.engine.stats.failed_notifications += 1
 

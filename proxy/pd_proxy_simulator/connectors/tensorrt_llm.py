@@ -145,7 +145,7 @@ class TensorRTLLM(Side):
         self.engine.fetch(sequence, wait)
 
     def let_go(self, transfer: Transfer) -> None:
-        """Nobody tells a context server; it gives up by itself."""
+        """A context server is not told; it gives up by itself."""
 
 
 def _context(params: Mapping[str, Any]) -> _Context:
