@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 ARGUMENTS = "['serve', '--port=0', '--connector=p2p_nccl', '--zmq.registrations={}', '--zmq.networks=127.0.0.0/8']"
 
 
@@ -15,12 +17,14 @@ def started(where: str, before: str = "pass") -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_without_pyzmq_it_says_what_to_install_and_ends() -> None:
     ended = started("127.0.0.1:1", "sys.modules['zmq'] = None")
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].endswith("pip install pd-proxy[zmq]")
 
 
+@pytest.mark.slow
 def test_an_address_that_is_taken_is_named_and_ends_the_start() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         where = f"127.0.0.1:{taken.getsockname()[1]}"

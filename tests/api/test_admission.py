@@ -130,6 +130,7 @@ async def test_a_clients_own_timeout_bounds_its_wait_and_its_answer() -> None:
         await let_go(running, held)
 
 
+@pytest.mark.slow
 async def test_a_pool_holds_what_its_backends_hold_together_and_no_backend_more_than_its_own() -> None:
     bounds = {"decode_requests": 3, "prefill_requests": 2}
     settings: dict[str, Any] = {"admission": bounds, "policy": {"decode": "round_robin", "prefill": "random"}}

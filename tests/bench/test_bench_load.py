@@ -103,6 +103,7 @@ def serving(handler: Handler) -> Iterator[int]:
         server.server_close()
 
 
+@pytest.mark.slow
 def test_the_load_program_compiles_without_warnings(program: Path) -> None:
     assert program.exists()
 
@@ -129,6 +130,7 @@ def test_an_engine_gives_a_stream_one_token_a_tick(program: Path, small: Case, e
 
 
 @pytest.mark.parametrize(("answer", "status"), [(Refusing, "503"), (Cutting, "200")])
+@pytest.mark.slow
 def test_a_client_calls_refused_and_short_answers_bad(program: Path, small: Case, answer: Handler, status: str) -> None:
     with serving(answer) as port:
         report = load.drive(program, port, small, timeout_s=10)

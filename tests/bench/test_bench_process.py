@@ -44,6 +44,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("code", [BURN_AND_STAY, BURN_IN_A_CHILD, BURN_IN_AN_ENDED_CHILD])
+@pytest.mark.slow
 def test_the_cpu_reader_sees_a_known_burn_of_the_whole_tree(code: str, tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log, running(python(code), log) as child:
         assert until(lambda: cpu_seconds(child.pid) >= BURN_S - 0.02)

@@ -54,6 +54,7 @@ def completed(script: Path, *words: str) -> set[str]:
         (["completion", ""], set(SHELLS)),
     ],
 )
+@pytest.mark.slow
 def test_bash_completes_commands_flags_and_words(scripts: dict[str, Path], words: list[str], offered: set[str]) -> None:
     assert completed(scripts["bash"], *words) == offered
 

@@ -519,6 +519,7 @@ async def test_of_many_backends_that_are_down_few_have_a_line_of_their_own(
     assert all(backend.reason.startswith("/health could not be asked: ") for backend in fleet)
 
 
+@pytest.mark.slow
 async def test_backends_that_are_down_are_probed_no_faster_together_than_a_bound(
     news: News, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

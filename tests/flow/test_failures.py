@@ -81,6 +81,7 @@ async def test_a_failure_before_the_first_token_is_tried_elsewhere(
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.slow
 async def test_no_request_fails_with_one_of_two_dead_in_each_pool(stream: bool) -> None:
     async with pools(2, 2) as (running, prefill, decode):
         expected = text_of((await running.http.post(CHAT, json=chat())).json())

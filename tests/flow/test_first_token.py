@@ -125,6 +125,7 @@ async def test_it_is_the_answer_that_decode_would_have_given(
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 async def test_every_offset_in_a_block_is_the_same_or_left_to_decode(path: str, stream: bool) -> None:
     """The one at which decode would need a block more than there is kills a simulator as it kills vLLM."""
     async with simulators("prefill", "decode") as [p, d]:
@@ -314,6 +315,7 @@ async def test_what_is_given_to_one_backend_whole_has_no_first_token_to_be_asked
 
 
 @pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "streamed"])
+@pytest.mark.slow
 async def test_half_a_character_is_left_to_decode(stream: bool) -> None:
     async with simulators("prefill", "decode") as [p, d]:
         async with gateway([p.url], [d.url], first_token="decode") as before, gateway([p.url], [d.url]) as running:

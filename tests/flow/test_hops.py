@@ -59,6 +59,7 @@ async def test_a_gateway_that_is_its_own_backend_is_not_up_and_says_why() -> Non
 
 
 @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+@pytest.mark.slow
 async def test_two_gateways_that_are_each_others_backends_end_a_request_with_an_error(path: str) -> None:
     async with (
         running_gateway(ready=False) as one,

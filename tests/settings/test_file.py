@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from pd_proxy.settings.file import read_file
 
 
@@ -24,6 +25,7 @@ def test_lines_are_noted_for_every_name(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_gateway_without_one_does_without_a_reader_of_yaml() -> None:
     said = "import sys, pd_proxy.cli, pd_proxy.process; pd_proxy.cli.gather({}); print('yaml' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True, timeout=60)

@@ -84,6 +84,7 @@ async def test_closing_a_whole_answers_connection_aborts_it_too(start: Start, cl
     assert sim.requests[-1].status is None
 
 
+@pytest.mark.slow
 async def test_a_client_that_reads_slowly_gets_every_token_once(start: Start) -> None:
     sim = await start(max_model_len=131072, blocks=9000)
     count = 60_000

@@ -13,6 +13,7 @@ from .helpers import PREFILL, Client, greedy
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 async def test_whatever_clients_do_every_block_comes_back(start: Start, client: Client, seed: int) -> None:
     chance = random.Random(seed)
     prefill = await start(blocks=96, max_num_seqs=6, step_time=0.001, prefill_rate=50_000)

@@ -127,6 +127,7 @@ def test_a_line_longer_than_a_pipe_is_written_whole(pipe: Pipe) -> None:
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+@pytest.mark.slow
 def test_ten_thousand_request_lines_a_second_into_a_pipe_that_nobody_reads_hold_up_nothing(
     pipe: Pipe, formatter: logging.Formatter
 ) -> None:
