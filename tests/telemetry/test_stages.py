@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pd_proxy.telemetry.records import TRANSITIONS, ImpossibleTransition, RequestRecord, Stage
+from pd_proxy.telemetry.records import TRANSITIONS, RequestRecord, Stage
+from pd_proxy.transitions import ImpossibleTransition
 
 WORDS = {"admission", "encode", "prefill", "decode", "stream"}
 """Those of docs/logs.md."""

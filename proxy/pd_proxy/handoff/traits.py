@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 
@@ -55,6 +55,8 @@ class Traits:
             more of its coordinates (`Connector.learn`).
         any_role: the engines serve both kinds of leg, in whatever role they were started.
         may_miss: decode may find nothing of the hand-off and compute the prompt, which is no error.
+        called_back: the order is `CALLED_BACK`.
+        notified: the order is `NOTIFIED`.
         fingerprints: how engines that speak the protocol name it (`fleet/health/fingerprints.py`): the connector in
             vLLM's configuration, the beginning of metric names that it alone has, or another engine's name.
     """
@@ -82,12 +84,10 @@ class Traits:
     may_miss: bool = False
     fingerprints: frozenset[str] = frozenset()
 
-    @property
-    def called_back(self) -> bool:
-        """The decode engine calls the gateway back."""
-        return self.order is Order.CALLED_BACK
+    called_back: bool = field(init=False)
+    notified: bool = field(init=False)
 
-    @property
-    def notified(self) -> bool:
-        """Prefill's ranks send notifications to the gateway."""
-        return self.order is Order.NOTIFIED
+    def __post_init__(self) -> None:
+        # Plain attributes, since they are read for each request.
+        object.__setattr__(self, "called_back", self.order is Order.CALLED_BACK)
+        object.__setattr__(self, "notified", self.order is Order.NOTIFIED)

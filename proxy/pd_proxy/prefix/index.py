@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, KeysView, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 from math import inf
 from typing import Protocol
 
@@ -100,6 +100,7 @@ class PrefixIndex:
         most_entries: bound of the entries of all engines together, which have equal shares of it.
     Attributes:
         journal: is told what is entered and lost here.
+        cached: tokens of a prompt that each engine is believed to have (`BlockTable.cached`).
         joins: how often an engine has come or gone.
     """
 
@@ -108,6 +109,7 @@ class PrefixIndex:
         self.joins = 0
         self._most = most_entries
         self._blocks = BlockTable(most_entries)
+        self.cached = self._blocks.cached
         self._engines: dict[str, EngineEntries] = {}
         self._marks: deque[tuple[float, int]] = deque()  # instants, and the first ordinal that was given after each
         self._mark_step = 1.0
@@ -164,10 +166,6 @@ class PrefixIndex:
         if one is not None:
             self._blocks.drop_all(one)
             one.caching = Caching.ABSENT
-
-    def cached(self, chain: Chain) -> Mapping[str, int]:
-        """Tokens of a prompt that each engine is believed to have; those that have none are absent."""
-        return self._blocks.cached(chain)
 
     def enter(self, engine: str, chain: Chain, now: float = 0.0) -> None:
         """A prompt is sent to an engine. What comes of it is told by `correct`, `settle` or `withdraw` with this very

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from pd_proxy.transitions import ImpossibleTransition
+
 log = logging.getLogger("pd_proxy.telemetry")
 
 # Upper bounds in seconds. LLM serving spans five decades: a cached prompt answers in 10 ms, a 100k-token prompt behind
@@ -141,10 +143,7 @@ _WHERE = {
 }
 """The words of logs and metrics. Where there is none the word of the stage before stays: the log of a request that has
 ended says where it ended."""
-
-
-class ImpossibleTransition(Exception):
-    """A request was to reach a stage that cannot follow the one that it is in: a defect of the gateway."""
+_NEXT = {stage: {then: _WHERE[then] for then in follow} for stage, follow in TRANSITIONS.items()}
 
 
 class RequestRecord(msgspec.Struct):
@@ -249,10 +248,12 @@ class RequestRecord(msgspec.Struct):
         Raises:
             ImpossibleTransition: that stage cannot follow.
         """
-        if stage not in TRANSITIONS[self.stage]:
+        where = _NEXT[self.stage].get(stage)
+        if where is None:
             raise ImpossibleTransition(f"a request that is {self.stage.name} cannot become {stage.name}")
         self.stage = stage
-        self.where = _WHERE[stage] or self.where
+        if where:
+            self.where = where
 
     def end(self, now: float) -> None:
         """The request has ended, with an answer or without."""
