@@ -49,7 +49,7 @@ ENDS = [
     two("stop", "abort", said="<held>"),
     *[chat({"content": "<held>"}, finish_reason=word) for word in WORDS],
 ]
-EDITS = [Edit(), Edit(hide_ids=True), Edit(identity=identity(id="x"), said=3)]
+EDITS = [Edit(), Edit(hide_ids=True), Edit(identity=identity(id="x"), earlier_tokens=3)]
 
 
 async def failed(*reads: bytes, **options: Any) -> tuple[Stream, BackendError]:

@@ -97,7 +97,7 @@ def test_nothing_to_change_changes_nothing(said: bytes) -> None:
     assert shown(said, edit) is said
 
 
-@pytest.mark.parametrize("edit", [HIDE, Edit(identity=SAME), Edit(identity=SAME, said=3)])
+@pytest.mark.parametrize("edit", [HIDE, Edit(identity=SAME), Edit(identity=SAME, earlier_tokens=3)])
 def test_anything_to_change_is_not_idle(edit: Edit) -> None:
     assert not edit.idle
 
@@ -105,7 +105,9 @@ def test_anything_to_change_is_not_idle(edit: Edit) -> None:
 # The hand-off
 
 
-@pytest.mark.parametrize("edit", [Edit(), HIDE, Edit(identity=SAME, said=3), Edit(hide_ids=True, identity=SAME)])
+@pytest.mark.parametrize(
+    "edit", [Edit(), HIDE, Edit(identity=SAME, earlier_tokens=3), Edit(hide_ids=True, identity=SAME)]
+)
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("field", ["kv_transfer_params", "ec_transfer_params"])
 def test_the_hand_off_is_taken_out(edit: Edit, write: Any, field: str) -> None:
@@ -208,14 +210,14 @@ def test_a_member_that_the_engine_does_not_give_is_not_added() -> None:
 
 
 def test_the_ids_of_a_later_leg_are_shown_to_who_asked_but_not_its_prompts() -> None:
-    result = members(shown(compact(text_event("x", [5], [1, 2, 3, 4])), Edit(identity=SAME, said=2)))
+    result = members(shown(compact(text_event("x", [5], [1, 2, 3, 4])), Edit(identity=SAME, earlier_tokens=2)))
     assert result["choices"][0]["token_ids"] == [5]
     assert result["choices"][0]["prompt_token_ids"] is None
 
 
 def test_the_ids_of_a_later_leg_are_hidden_from_who_did_not_ask() -> None:
     value = text_event("x", [5], [1, 2, 3, 4])
-    result = members(shown(compact(value), Edit(hide_ids=True, identity=SAME, said=2)))
+    result = members(shown(compact(value), Edit(hide_ids=True, identity=SAME, earlier_tokens=2)))
     assert result == {**without(value, "token_ids", "prompt_token_ids"), "id": "chatcmpl-0", "created": 1}
 
 
@@ -227,7 +229,7 @@ def test_the_usage_of_a_later_leg_is_that_of_the_whole_answer() -> None:
         "prompt_tokens_details": {"cached_tokens": 12, "other": 1},
         "more": None,
     }
-    result = members(shown(event({"id": "x", "choices": [], "usage": usage}), Edit(identity=SAME, said=3)))
+    result = members(shown(event({"id": "x", "choices": [], "usage": usage}), Edit(identity=SAME, earlier_tokens=3)))
     assert result["usage"] == {
         **usage,
         "prompt_tokens": 10,
@@ -247,20 +249,20 @@ def test_the_usage_of_a_later_leg_is_that_of_the_whole_answer() -> None:
     ],
 )
 def test_usage_without_counts_stays(usage: dict[str, Any]) -> None:
-    assert Edit(identity=SAME, said=3).merge(usage) == usage
+    assert Edit(identity=SAME, earlier_tokens=3).merge(usage) == usage
 
 
 @pytest.mark.parametrize("details", [None, {}, {"cached_tokens": None}, {"cached_tokens": 2}, 5])
 def test_details_without_more_cached_tokens_than_prompt_stay(details: Any) -> None:
     usage = {"prompt_tokens": 13, "completion_tokens": 5, "prompt_tokens_details": details}
-    merged = Edit(identity=SAME, said=3).merge(usage)
+    merged = Edit(identity=SAME, earlier_tokens=3).merge(usage)
     assert merged == {"prompt_tokens": 10, "completion_tokens": 8, "prompt_tokens_details": details}
 
 
 def test_merging_leaves_what_it_was_given() -> None:
     usage = {"prompt_tokens": 13, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 12}}
     before = copy.deepcopy(usage)
-    Edit(identity=SAME, said=3).merge(usage)
+    Edit(identity=SAME, earlier_tokens=3).merge(usage)
     assert usage == before
 
 
@@ -268,7 +270,7 @@ def test_merging_leaves_what_it_was_given() -> None:
 def test_what_is_no_answer_and_would_be_edited_is_an_error(said: bytes) -> None:
     assert shown(said, HIDE) == said
     with pytest.raises(Undecodable):
-        shown(said, Edit(identity=SAME, said=3))
+        shown(said, Edit(identity=SAME, earlier_tokens=3))
     with pytest.raises(Undecodable):
         shown(said.replace(b"\n", b'"kv_transfer_params":1\n', 1), HIDE)
 
@@ -276,7 +278,7 @@ def test_what_is_no_answer_and_would_be_edited_is_an_error(said: bytes) -> None:
 @pytest.mark.parametrize(
     "name", [rb"kv\u005ftransfer_params", rb"ec_transfer_param\u0073", rb"disaggregated_params", rb"kv_transfer_params"]
 )
-@pytest.mark.parametrize("edit", [Edit(), HIDE, Edit(identity=SAME, said=3)])
+@pytest.mark.parametrize("edit", [Edit(), HIDE, Edit(identity=SAME, earlier_tokens=3)])
 def test_a_hand_off_is_taken_out_of_an_event_however_it_is_spelled(name: bytes, edit: Edit) -> None:
     said = b'data: {"%b":{"a":"10.0.0.1"},"choices":[{"delta":{"content":"x"},"%b":{"a":"10.0.0.1"}}]}\n\n' % (
         name,
@@ -292,7 +294,7 @@ def test_the_head_of_an_ordinary_event_takes_on_the_answers_identity() -> None:
     event = b'data: {"id":"b","created":22,"model":"m","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
     length = event.index(b'x"}')
     identity = {"id": msgspec.Raw(b'"first"'), "created": msgspec.Raw(b"1")}
-    shown = Edit(identity=identity, said=1).head(event, length)
+    shown = Edit(identity=identity, earlier_tokens=1).head(event, length)
     assert shown == b'data: {"id":"first","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"'
     assert Edit().head(event, length) == event[:length]
 
@@ -307,13 +309,15 @@ def test_the_head_of_an_ordinary_event_takes_on_the_answers_identity() -> None:
     ],
 )
 def test_an_event_of_which_more_is_changed_has_no_head(event: bytes) -> None:
-    assert Edit(identity={"id": msgspec.Raw(b'"first"')}, said=1).head(event, event.find(b"x")) == b""
+    assert Edit(identity={"id": msgspec.Raw(b'"first"')}, earlier_tokens=1).head(event, event.find(b"x")) == b""
 
 
 def test_the_prompts_ids_are_given_with_a_leg_that_begins_anew_and_not_with_one_that_goes_on() -> None:
     """A first token without text is held back, and with it the ids; the next leg is the first to give them."""
     payload = b'{"id":"b","choices":[{"index":0,"text":"x","prompt_token_ids":[1,2]}]}'
     identity = {"id": msgspec.Raw(b'"a"')}
-    anew, on = (Edit(identity=identity, said=said).event(b"data: %b\n\n" % payload, payload) for said in (0, 1))
+    anew, on = (
+        Edit(identity=identity, earlier_tokens=said).event(b"data: %b\n\n" % payload, payload) for said in (0, 1)
+    )
     assert b'"prompt_token_ids":[1,2]' in anew and b'"id":"a"' in anew
     assert b'"prompt_token_ids":null' in on

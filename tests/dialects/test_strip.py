@@ -118,7 +118,7 @@ def answer(data: st.DataObject, **members: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "edit", [Edit(), HIDE, Edit(identity=identity(id="x"), said=3)], ids=["as is", "ids", "resumed"]
+    "edit", [Edit(), HIDE, Edit(identity=identity(id="x"), earlier_tokens=3)], ids=["as is", "ids", "resumed"]
 )
 @pytest.mark.parametrize("endpoint", DIALECTS)
 @given(data=st.data())

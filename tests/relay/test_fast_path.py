@@ -119,7 +119,7 @@ def test_what_is_like_the_learnt_event_but_for_its_text_passes(make: Callable[[s
 def test_a_leg_that_goes_on_with_an_answer_passes_with_that_ones_identity(
     make: Callable[[str], bytes], hidden: bool
 ) -> None:
-    first = Edit(hide_ids=hidden, identity=identity(id="the-first-one", created=77), said=1)
+    first = Edit(hide_ids=hidden, identity=identity(id="the-first-one", created=77), earlier_tokens=1)
     scene = Scene(make("learnt"), hidden=hidden, edit=first)
     for token in ("a", "Hello", "é", "x" * 5_000):
         assert scene.passes(chunk(make(token))), token
@@ -130,7 +130,7 @@ def test_a_leg_that_goes_on_with_an_answer_passes_with_that_ones_identity(
 
 def test_a_leg_whose_counts_must_be_changed_in_each_event_goes_the_slow_path() -> None:
     running = text("learnt", usage={"prompt_tokens": 3, "completion_tokens": 1})
-    scene = Scene(running, edit=Edit(identity=identity(id="first"), said=1))
+    scene = Scene(running, edit=Edit(identity=identity(id="first"), earlier_tokens=1))
     assert not scene.passes(chunk(running))
 
 

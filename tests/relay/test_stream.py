@@ -210,7 +210,7 @@ async def test_a_stream_given_up_before_its_first_token_is_preempted_and_the_cli
     assert stream.transport.aborted
 
 
-@pytest.mark.parametrize("edit", [Edit(), Edit(hide_ids=True), Edit(identity=identity(id="x"), said=3)])
+@pytest.mark.parametrize("edit", [Edit(), Edit(hide_ids=True), Edit(identity=identity(id="x"), earlier_tokens=3)])
 @pytest.mark.parametrize(
     "reads",
     [
@@ -224,7 +224,9 @@ async def test_a_stream_given_up_after_tokens_is_preempted_and_the_client_never_
     stream = await opened(edit=edit, finished=False)
     stream.read(*reads)
     assert type(await stream.outcome()) is BackendPreempted
-    assert stream.client.body == b"".join(part.replace(b"chatcmpl-1", b"x") if edit.said else part for part in OPENING)
+    assert stream.client.body == b"".join(
+        part.replace(b"chatcmpl-1", b"x") if edit.earlier_tokens else part for part in OPENING
+    )
     assert not stream.client.ended
     assert not stream.transcript.finished
     assert stream.relay.given()[0] == 2

@@ -369,7 +369,7 @@ async def test_an_address_in_every_event_from_one_on_never_reaches_the_client(
 
 
 FIRST_LEG = identity(id="chatcmpl-0", created=1, model="m", object="chat.completion.chunk")
-LATER = Edit(hide_ids=True, identity=FIRST_LEG, said=3)
+LATER = Edit(hide_ids=True, identity=FIRST_LEG, earlier_tokens=3)
 
 
 def continued() -> Transcript:
@@ -391,10 +391,14 @@ async def test_a_later_leg_has_the_first_ones_identity_and_no_second_role() -> N
 async def test_a_later_leg_shows_its_ids_to_who_asked_and_not_its_prompts() -> None:
     same = identity(id="cmpl-0", created=1)
     values = [text("a", [5], [*PROMPT, 1, 2, 3]), text("b", [6])]
-    stream = await relayed(*map(event, values), DONE, edit=Edit(identity=same, said=3), transcript=continued())
+    stream = await relayed(
+        *map(event, values), DONE, edit=Edit(identity=same, earlier_tokens=3), transcript=continued()
+    )
     expected = [text("a", [5]), text("b", [6])]
     assert stream.client.body == as_is([value | {"id": "cmpl-0", "created": 1} for value in expected]) + DONE
-    chats = await relayed(*map(event, CHAT), DONE, edit=Edit(identity=FIRST_LEG, said=3), transcript=continued())
+    chats = await relayed(
+        *map(event, CHAT), DONE, edit=Edit(identity=FIRST_LEG, earlier_tokens=3), transcript=continued()
+    )
     assert chats.client.body == as_is([value | {"id": "chatcmpl-0", "created": 1} for value in CHAT[1:]]) + DONE
 
 
@@ -645,7 +649,7 @@ def test_an_answer_cut_anywhere_and_continued_from_its_cut_is_the_answer(
                 rest[0]["choices"][0]["prompt_token_ids"] = longer
             else:
                 rest.insert(0, role(longer) | {"id": f"leg-{leg}", "created": 10})
-            edit = Edit(hide_ids=hide, identity=transcript.identity, said=transcript.said)
+            edit = Edit(hide_ids=hide, identity=transcript.identity, earlier_tokens=transcript.said)
         return client, transcript
 
     client, transcript = asyncio.run(relay())

@@ -38,23 +38,27 @@ class CacheCounts(msgspec.Struct, frozen=True):
     private: bool = False
 
     @classmethod
-    def of(cls, usage: Usage | None, told: int | None = None) -> CacheCounts:
+    def of(cls, usage: Usage | None, handed_over: int | None = None) -> CacheCounts:
         """The counts in an answer of prefill's.
 
         Arguments:
-            told: the cached count in its hand-off.
+            handed_over: the cached count in its hand-off.
         """
         if usage is None:
-            return cls(told, private=told is not None)
+            return cls(handed_over, private=handed_over is not None)
         details = usage.prompt_tokens_details
         cached = None if details is None else details.cached_tokens
-        return cls(told if cached is None else cached, usage.written_tokens, cached is None and told is not None)
+        return cls(
+            handed_over if cached is None else cached,
+            usage.written_tokens,
+            cached is None and handed_over is not None,
+        )
 
     def agree(self, usage: Usage) -> bool:
         """Whether a usage has exactly these counts."""
         details = usage.prompt_tokens_details
-        said = None if details is None else details.cached_tokens
-        return (said == self.cached or (self.private and said is None)) and usage.written_tokens == self.written
+        cached = None if details is None else details.cached_tokens
+        return (cached == self.cached or (self.private and cached is None)) and usage.written_tokens == self.written
 
     def into(self, payload: bytes, inside: str = "") -> bytes:
         """An answer, or the payload of an event, with these counts in its usage; the same bytes where nothing changes.
@@ -88,22 +92,22 @@ class CacheCounts(msgspec.Struct, frozen=True):
         cached = None if self.cached is None else min(self.cached, usage[total])
         if self.private and given.get("cached_tokens") is None:
             cached = None
-        told = dict(given)
+        details_shown = dict(given)
         if cached is not None:
-            told["cached_tokens"] = cached
+            details_shown["cached_tokens"] = cached
         elif total == "input_tokens":
-            told["cached_tokens"] = 0  # a member of every response of OpenAI's
+            details_shown["cached_tokens"] = 0  # a member of every response of OpenAI's
         else:
-            told.pop("cached_tokens", None)
-        turns = told.get("cached_tokens_per_turn")
+            details_shown.pop("cached_tokens", None)
+        turns = details_shown.get("cached_tokens_per_turn")
         if isinstance(turns, list) and len(turns) == 1:
-            told["cached_tokens_per_turn"] = [cached or 0]
+            details_shown["cached_tokens_per_turn"] = [cached or 0]
         for name in _WRITTEN:
-            if told.get(name) is not None:
-                told[name] = None if self.written is None else min(self.written, usage[total] - (cached or 0))
-        if self.written is not None and not any(name in told for name in _WRITTEN) and given:
-            told[_WRITTEN[total == "input_tokens"]] = min(self.written, usage[total] - (cached or 0))
-        return usage if told == given else {**usage, details: told or None}
+            if details_shown.get(name) is not None:
+                details_shown[name] = None if self.written is None else min(self.written, usage[total] - (cached or 0))
+        if self.written is not None and not any(name in details_shown for name in _WRITTEN) and given:
+            details_shown[_WRITTEN[total == "input_tokens"]] = min(self.written, usage[total] - (cached or 0))
+        return usage if details_shown == given else {**usage, details: details_shown or None}
 
     def _beside(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The same in Anthropic's words: cached tokens and those written to a cache are counted apart from the rest."""

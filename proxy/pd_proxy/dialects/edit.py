@@ -33,7 +33,7 @@ class Edit(msgspec.Struct, frozen=True):
     Attributes:
         hide_ids: take out the token ids.
         identity: members that every event of the answer has in place of its own, if any.
-        said: completion tokens of the answer before this leg, which this leg took for a part of its prompt.
+        earlier_tokens: completion tokens of the answer before this leg, which this leg took for a part of its prompt.
         opens: the answer begins with this leg; `identity` only hides that of the engine.
         counts: returns prefill's counts of the prompt, for an event with a usage; None where no other engine computed
             the prompt.
@@ -41,7 +41,7 @@ class Edit(msgspec.Struct, frozen=True):
 
     hide_ids: bool = False
     identity: dict[str, msgspec.Raw] | None = None
-    said: int = 0
+    earlier_tokens: int = 0
     opens: bool = False
     counts: Callable[[], CacheCounts | None] | None = None
 
@@ -77,7 +77,7 @@ class Edit(msgspec.Struct, frozen=True):
         """The payload of an event without a hand-off, decoded and encoded again with every change."""
         members = decode_members(payload)
         choices = _decode_choices(members.get("choices", NULL))
-        usage = _decode_usage(members.get("usage", NULL)) if self.said else None
+        usage = _decode_usage(members.get("usage", NULL)) if self.earlier_tokens else None
         if self.hide_ids:
             members.pop("prompt_token_ids", None)
         for choice in choices or ():
@@ -96,9 +96,9 @@ class Edit(msgspec.Struct, frozen=True):
         if self.hide_ids:
             choice.pop("token_ids", None)
             choice.pop("prompt_token_ids", None)
-        elif self.said and "prompt_token_ids" in choice:
+        elif self.earlier_tokens and "prompt_token_ids" in choice:
             # They were sent with the first event of the first leg. Without tokens before this leg the prompt is the
-            # client's own, and the event that told of it may not have been sent.
+            # client's own, and the event with it may not have been sent.
             choice["prompt_token_ids"] = NULL
 
     def closing(self, event: bytes, payload: bytes, usage: Usage | None = None) -> bytes:
@@ -142,11 +142,11 @@ class Edit(msgspec.Struct, frozen=True):
         merged = dict(usage)
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         if isinstance(prompt, int) and isinstance(completion, int):
-            merged["prompt_tokens"] = prompt - self.said
-            merged["completion_tokens"] = completion + self.said
+            merged["prompt_tokens"] = prompt - self.earlier_tokens
+            merged["completion_tokens"] = completion + self.earlier_tokens
             details = usage.get("prompt_tokens_details")
             if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
-                cached = min(details["cached_tokens"], prompt - self.said)
+                cached = min(details["cached_tokens"], prompt - self.earlier_tokens)
                 merged["prompt_tokens_details"] = {**details, "cached_tokens": cached}
         return merged
 

@@ -56,37 +56,42 @@ def _error(url: str, status: int, body: bytes, retry_after: int | None) -> Backe
         return BackendFailed(f"{url} answered {status}", status=502)
     kind = detail.get("type")
     message = detail.get("message", detail.get("text"))
-    said = message if isinstance(message, str) else None
+    engine_message = message if isinstance(message, str) else None
     # A refusal may quote the request, and the text of clients is not logged.
-    log_line = f"{url} answered {status}" + (f" ({kind}: {said})" if said and status >= 500 else "")
+    log_line = f"{url} answered {status}" + (f" ({kind}: {engine_message})" if engine_message and status >= 500 else "")
     # An error in OpenAI's shape is passed on as it is, unless an address stands anywhere in it.
     whole, param = "message" in detail and body.startswith(b"{") and len(body) <= _LARGEST, None
     text = body.decode("utf-8", "replace")
     if status >= 500 and _ADDRESS.search(text):
-        said, whole = None, False
+        engine_message, whole = None, False
     elif status < 500:
-        if said is None and not whole:
-            said, param = _reason(parsed, text), _place(parsed)
-        place = _place_of(url)
-        if whole and place.search(text):
-            whole, param = False, _hidden(place, detail.get("param"))
-        said = _hidden(place, said and said[:_LONGEST])
+        if engine_message is None and not whole:
+            engine_message, param = _reason(parsed, text), _field(parsed)
+        addresses = _addresses_of(url)
+        if whole and addresses.search(text):
+            whole, param = False, _hidden(addresses, detail.get("param"))
+        engine_message = _hidden(addresses, engine_message and engine_message[:_LONGEST])
     answer = body if whole else None
     if answer and detail.get("object") == "error":  # the members without the object around them
-        answer = encode_json({"error": {name: detail.get(name) for name in _OPENAI}}) if said else None
+        answer = encode_json({"error": {name: detail.get(name) for name in _OPENAI}}) if engine_message else None
     if status in (429, 503):
         # vLLM's front door says "Service Unavailable" when a queue limit is reached, before it reads the request.
         unread = status == 429 or kind in ("Service Unavailable", None)
         return BackendBusy(
-            log_line, status=status, answer=answer, engine_message=said, retry_after=retry_after or 1, unread=unread
+            log_line,
+            status=status,
+            answer=answer,
+            engine_message=engine_message,
+            retry_after=retry_after or 1,
+            unread=unread,
         )
     if status >= 500 and isinstance(message, str) and _STOPPING in message:
         return BackendStopping(log_line, status=503, retry_after=1)
     if status >= 500:
-        return BackendFailed(log_line, status=status, answer=answer, engine_message=said)
+        return BackendFailed(log_line, status=status, answer=answer, engine_message=engine_message)
     lacks = status == 404 and kind == "NotFoundError" and detail.get("param") == "model"
     refusal = BackendLacksModel if lacks else BackendRejected
-    error = refusal(log_line, status=status, answer=answer, engine_message=said)
+    error = refusal(log_line, status=status, answer=answer, engine_message=engine_message)
     error.param = param
     error.handled = kind in _HANDLERS and detail.get("param") not in _VALIDATED
     return error
@@ -152,25 +157,25 @@ def _reason(parsed: Any, text: str) -> str | None:
     if parsed is None:
         text = " ".join(text[: 2 * _LONGEST].split())
         page = text.startswith(("<", "{", "[")) or text == "null"  # or broken JSON
-        said = "" if page or not text.isprintable() or text.count("\ufffd") > len(text) // 4 else text
+        reason = "" if page or not text.isprintable() or text.count("\ufffd") > len(text) // 4 else text
     else:
-        said = _words(parsed, 4)
-    return said[:_LONGEST] or None
+        reason = _words(parsed, 4)
+    return reason[:_LONGEST] or None
 
 
-def _words(said: Any, depth: int) -> str:
-    if isinstance(said, str):
-        return " ".join(said[: 2 * _LONGEST].split())
-    if depth and isinstance(said, list):
-        return "; ".join(filter(None, (_words(item, depth - 1) for item in said[:_MOST_REASONS])))
-    if depth and isinstance(said, dict):
-        words = next(filter(None, (_words(said.get(name), depth - 1) for name in _REASONS)), "")
-        place = _path(said.get("loc"))
+def _words(value: Any, depth: int) -> str:
+    if isinstance(value, str):
+        return " ".join(value[: 2 * _LONGEST].split())
+    if depth and isinstance(value, list):
+        return "; ".join(filter(None, (_words(item, depth - 1) for item in value[:_MOST_REASONS])))
+    if depth and isinstance(value, dict):
+        words = next(filter(None, (_words(value.get(name), depth - 1) for name in _REASONS)), "")
+        place = _path(value.get("loc"))
         return f"{place}: {words}" if place and words else words
     return ""
 
 
-def _place(parsed: Any) -> str | None:
+def _field(parsed: Any) -> str | None:
     """The field of the request that the first of FastAPI's errors is about."""
     detail = parsed.get("detail") if isinstance(parsed, dict) else parsed
     first = detail[0] if isinstance(detail, list) and detail else None
@@ -186,7 +191,7 @@ def _path(loc: Any) -> str:
 # A refusal may quote the request, in which a URL is the client's own, so not every address is an engine's. These are
 # taken for engines': IP addresses, hosts without a domain, schemes other than HTTP, `host.domain:port` and SGLang's
 # rooms.
-_PLACE = (
+_ADDRESSES = (
     r"\bhttps?://(?:[\w-]{1,63}|[\w.-]{1,200}\.(?:svc|local|internal|lan|corp))(?![\w.-])(?::\d{1,5})?|"
     r"\b(?!https?:)[a-z][a-z0-9+]{1,10}://[^\s\"'<>]{1,300}|\b\d{1,3}(?:\.\d{1,3}){3}\b(?::\d{1,5})?"
     r"|\[[0-9a-fA-F:]{3,45}\](?::\d{1,5})?|(?<![\w./-])(?=[\w-]{0,63}[.-])[\w][\w.-]{1,253}:\d{2,5}\b|\bbootstrap_\w{1,20}"
@@ -195,15 +200,15 @@ _HIDDEN = "[address]"
 
 
 @cache
-def _place_of(url: str) -> re.Pattern[str]:
+def _addresses_of(url: str) -> re.Pattern[str]:
     """Finds the addresses of engines in a refusal by the engine at a URL."""
     parts = urlsplit(url)
     own = sorted(map(re.escape, filter(None, {parts.netloc, parts.hostname})), key=len, reverse=True)
-    return re.compile("|".join([*(rf"(?<![\w.-]){name}(?![\w-])" for name in own), _PLACE]))
+    return re.compile("|".join([*(rf"(?<![\w.-]){name}(?![\w-])" for name in own), _ADDRESSES]))
 
 
-def _hidden(place: re.Pattern[str], said: Any) -> str | None:
-    return place.sub(_HIDDEN, said) if isinstance(said, str) else None
+def _hidden(addresses: re.Pattern[str], text: Any) -> str | None:
+    return addresses.sub(_HIDDEN, text) if isinstance(text, str) else None
 
 
 def _retry_after(headers: dict[bytes, bytes]) -> int | None:

@@ -40,7 +40,7 @@ class _Meta(msgspec.Struct):
     cached_tokens: Any = 0
 
 
-class _Said(msgspec.Struct):
+class _Answer(msgspec.Struct):
     """What is read of an answer or an event. `index` is that of the prompt in a batch."""
 
     meta_info: _Meta | None = None
@@ -48,8 +48,8 @@ class _Said(msgspec.Struct):
     index: int = 0
 
 
-_decode_event = json_decoder(_Said)
-_decode_whole = json_decoder(_Said | list[_Said])
+_decode_event = json_decoder(_Answer)
+_decode_whole = json_decoder(_Answer | list[_Answer])
 _decode_index = json_decoder(int)
 _decode_reason = json_decoder(dict[str, Any] | str)
 
@@ -60,12 +60,12 @@ class SGLangEvents(NamedEvents, frozen=True):
     Attributes:
         prompts: the number of prompts in a batch; 0 for a single one.
         logprobs: of the prompts, to be put into each event; nothing is sent before they are known.
-        said: the last `meta_info` of each prompt, by index.
+        last_meta: the last `meta_info` of each prompt, by index.
     """
 
     prompts: int = 0
     logprobs: PromptLogprobs | None = None
-    said: dict[int, _Meta] = msgspec.field(default_factory=dict)
+    last_meta: dict[int, _Meta] = msgspec.field(default_factory=dict)
 
     def reader(
         self,
@@ -77,7 +77,7 @@ class SGLangEvents(NamedEvents, frozen=True):
         prompts: int = 0,
         logprobs: PromptLogprobs | None = None,
     ) -> NamedReader:
-        own = msgspec.structs.replace(self, prompts=prompts, logprobs=logprobs, said={})
+        own = msgspec.structs.replace(self, prompts=prompts, logprobs=logprobs, last_meta={})
         return NamedReader(own, url, edit, transcript)
 
     @property
@@ -90,20 +90,20 @@ class SGLangEvents(NamedEvents, frozen=True):
 
     def read(self, payload: bytes) -> NamedEvent:
         if payload == _DONE:
-            ended = [meta.finish_reason is not None for meta in self.said.values()]
+            ended = [meta.finish_reason is not None for meta in self.last_meta.values()]
             if not all(ended) or len(ended) < max(1, self.prompts):
                 raise BackendGarbled("[DONE] without a finish_reason")
             return NamedEvent(type="[DONE]")
         try:
-            said = _decode_event(payload)
+            parsed = _decode_event(payload)
         except Undecodable as error:
             raise BackendGarbled(f"an event that is no answer: {error}") from None
-        failure = _failure(said)
-        if said.meta_info is None and not failure:
+        failure = _failure(parsed)
+        if parsed.meta_info is None and not failure:
             raise BackendGarbled("an event that is no answer: it has no meta_info")
-        if said.meta_info is not None:
-            self.said[said.index] = said.meta_info
-        if not failure and said.meta_info is not None and is_abort(reason := said.meta_info.finish_reason):
+        if parsed.meta_info is not None:
+            self.last_meta[parsed.index] = parsed.meta_info
+        if not failure and parsed.meta_info is not None and is_abort(reason := parsed.meta_info.finish_reason):
             return NamedEvent(type=_ABORT, delta=msgspec.Raw(encode_json(reason)))
         return NamedEvent(type=_TOKEN, error=msgspec.Raw(failure) if failure else ABSENT)
 
@@ -115,7 +115,7 @@ class SGLangEvents(NamedEvents, frozen=True):
         return _decode_reason(event.delta)
 
     def usage(self, event: NamedEvent) -> Usage | None:
-        return None if event.type in (_TOKEN, _ABORT) else _total(self.said.values())
+        return None if event.type in (_TOKEN, _ABORT) else _total(self.last_meta.values())
 
     def recounted(self, event: bytes, name: str, payload: bytes, counts: CacheCounts) -> bytes:
         return event  # `meta_info` is decode's own (docs/generating-routes.md)
@@ -151,15 +151,15 @@ SGLANG = SGLangEvents(
 )
 
 
-def _failure(said: _Said) -> bytes:
+def _failure(parsed: _Answer) -> bytes:
     """The failure that an answer reports, as an `error` object whose `code` is a status; empty where it reports
     none."""
-    if not is_null(said.error):
-        error = _decode_reason(said.error)
+    if not is_null(parsed.error):
+        error = _decode_reason(parsed.error)
         error = {"message": error} if isinstance(error, str) else error
         # A refusal by the engine's handler has a message and no status; every other error has one.
         return encode_json(error if isinstance(error.get("code"), int) else {**error, "code": 400})
-    reason = None if said.meta_info is None else said.meta_info.finish_reason
+    reason = None if parsed.meta_info is None else parsed.meta_info.finish_reason
     if not isinstance(reason, dict) or reason.get("type") != "abort" or not isinstance(reason.get("status_code"), int):
         return b""
     kind = reason.get("err_type") or "Abort"

@@ -215,7 +215,7 @@ class Legs:
                 raise BackendGarbled(f"{url}: {error}") from None
         if attempt.first is not None:
             try:
-                answer = joined_answer(attempt.first, answer, request.body, Edit(said=1).merge)
+                answer = joined_answer(attempt.first, answer, request.body, Edit(earlier_tokens=1).merge)
                 usage = decode_whole(answer).usage
             except ValueError as error:
                 raise BackendGarbled(f"{url} answered 200 with what is no answer: {error}") from None
@@ -236,7 +236,7 @@ class Legs:
         edit = Edit(
             hide_ids=request.token_ids and not request.body.wants_token_ids,
             identity=request.transcript.identity if continuation is not None else attempt.identity,
-            said=continuation.said if continuation is not None else 0,
+            earlier_tokens=continuation.said if continuation is not None else 0,
             opens=continuation is None,
             counts=attempt.handed_over_counts,
         )
@@ -249,14 +249,14 @@ class Legs:
             self._report(attempt, lease, leg, error)
             raise
         finally:
-            attempt.note_stream(relay, edit.said)
+            attempt.note_stream(relay, edit.earlier_tokens)
         self._fleet.succeeded(backend, leg)
         if request.transcript.inexact == "reasoning":
             backend.reasons = True
         record = request.record
         undisturbed = leg == "decode" and request.continuation is None and not relay.throttled
         if undisturbed and (tpot := record.tpot) is not None:
-            self._fleet.timed(backend, "decode", tpot, record.tokens - edit.said)
+            self._fleet.timed(backend, "decode", tpot, record.tokens - edit.earlier_tokens)
 
     def _relay(self, attempt: Attempt, lease: Lease, edit: Edit) -> StreamRelay:
         """The relay of one decode leg's events to the client."""

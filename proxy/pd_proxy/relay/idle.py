@@ -44,11 +44,11 @@ class IdleWatch:
         stream: the stream; the reference to it is dropped by `stop`.
         seconds: of silence after which the stream counts as dead, or None.
     Attributes:
-        heard: time of the engine's last read outside of the fast path, as `time.monotonic`.
+        last_read: time of the engine's last read outside of the fast path, as `time.monotonic`.
         paused_since: since when the client has kept the engine waiting, as `time.monotonic`; None where it does not.
     """
 
-    __slots__ = ("_loop", "_seconds", "_stream", "_suspected", "_timer", "heard", "paused_since")
+    __slots__ = ("_loop", "_seconds", "_stream", "_suspected", "_timer", "last_read", "paused_since")
 
     def __init__(self, stream: Watched, loop: asyncio.AbstractEventLoop, seconds: float | None) -> None:
         self._stream: Watched | None = stream
@@ -56,7 +56,7 @@ class IdleWatch:
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
         self._suspected = -1.0  # `_last_sign` when the suspicion began that is being checked
-        self.heard = 0.0
+        self.last_read = 0.0
         self.paused_since: float | None = None
 
     def start(self) -> None:
@@ -77,7 +77,7 @@ class IdleWatch:
     def resume(self) -> None:
         """Called when the client keeps up again."""
         self.paused_since = None
-        self.heard = monotonic()
+        self.last_read = monotonic()
 
     def suspect(self, error: BackendError) -> None:
         """Check a stream whose backend fails its health checks. One that still moves goes on; one that is silent from
@@ -134,4 +134,4 @@ class IdleWatch:
 
     def _last_sign(self, stream: Watched) -> float:
         """Time of the last sign of the engine."""
-        return max(self.heard, stream.last_token())
+        return max(self.last_read, stream.last_token())

@@ -278,7 +278,7 @@ class StreamRelay:
         now = monotonic()
         fast_path, idle, reader = self._fast_path, self._idle_watch, self._reader
         assert fast_path is not None and idle is not None
-        idle.heard = now
+        idle.last_read = now
         if self._awaited is None or self._awaited.done():
             shown, count = reader.read(block, last, fast_path)
         else:
