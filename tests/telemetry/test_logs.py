@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from pd_proxy.telemetry.logs import JsonFormatter, RequestLog, TextFormatter, set_up_logging
-from pd_proxy.telemetry.records import RequestRecord
+from pd_proxy.telemetry.records import RequestRecord, Stage
 
 GOOD: dict[str, Any] = {
     "endpoint": "chat",
@@ -24,7 +24,7 @@ GOOD: dict[str, Any] = {
     "ended": 101.23456,
     "status": 200,
     "outcome": "ok",
-    "where": "stream",
+    "stage": Stage.STREAMING,
     "prefill": "http://p:1",
     "decode": "http://d:1",
     "first_token": 100.05,
@@ -256,7 +256,7 @@ def test_what_python_would_write_to_standard_error_becomes_lines(
 
 
 def test_what_overload_refuses_makes_no_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    refused = {"status": 503, "outcome": "queue_full", "refused": "queue_full", "where": "admission"}
+    refused = {"status": 503, "outcome": "queue_full", "refused": "queue_full", "stage": Stage.QUEUED}
     assert finished(caplog, **refused) == []
     [line] = finished(caplog, every=True, client="batch", queued_seconds=0.5, **refused)
     fields = line.fields  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from pd_proxy.http.connections import Connections
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.families import Histogram
 from pd_proxy.telemetry.prometheus import PrometheusSink, registry
-from pd_proxy.telemetry.records import TTFT_BOUNDS, Distribution, RequestRecord, Sinks
+from pd_proxy.telemetry.records import TTFT_BOUNDS, Distribution, RequestRecord, Sinks, Stage
 from prometheus_client import exposition
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -101,7 +101,7 @@ GOOD: dict[str, Any] = {
     "ended": 101.0,
     "status": 200,
     "outcome": "ok",
-    "where": "stream",
+    "stage": Stage.STREAMING,
     "prefill": PREFILL,
     "decode": DECODE,
     "prefill_seconds": 0.02,
@@ -217,10 +217,18 @@ def test_every_failed_try_is_counted_by_leg_and_reason(scene: Scene) -> None:
     assert scene.value("pd_proxy_retries_total", leg="decode", reason="busy") == 1.0
 
 
-@pytest.mark.parametrize("stage", ["admission", "prefill", "decode", "stream"])
-def test_a_client_that_left_is_counted_by_where_its_request_was(scene: Scene, stage: str) -> None:
-    scene.finish(outcome="client_gone", where=stage)
-    assert scene.value("pd_proxy_client_disconnects_total", stage=stage) == 1.0
+@pytest.mark.parametrize(
+    ("stage", "word"),
+    [
+        (Stage.QUEUED, "admission"),
+        (Stage.PREFILLING, "prefill"),
+        (Stage.DECODING, "decode"),
+        (Stage.STREAMING, "stream"),
+    ],
+)
+def test_a_client_that_left_is_counted_by_where_its_request_was(scene: Scene, stage: Stage, word: str) -> None:
+    scene.finish(outcome="client_gone", stage=stage)
+    assert scene.value("pd_proxy_client_disconnects_total", stage=word) == 1.0
 
 
 def test_a_request_without_tokens_has_no_times_of_them(scene: Scene) -> None:

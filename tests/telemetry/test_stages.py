@@ -31,13 +31,17 @@ def test_a_request_goes_along_the_table_and_stays_where_it_is_otherwise(stages: 
 def test_where_a_request_ended_is_where_it_was_before(stages: list[Stage]) -> None:
     record = RequestRecord("chat")
     for stage in stages:
-        if stage in TRANSITIONS[record.stage]:
-            before = record.where
+        before = record.where
+        if stage not in TRANSITIONS[record.stage]:
+            continue
+        if stage is Stage.PLACED:
+            record.placed("decode", "http://backend")
+            assert record.where == before
+        else:
             record.reach(stage)
-            assert record.where == before or stage is not Stage.PLACED
     before = record.where
-    record.reach(Stage.DONE)
-    assert record.where == before
+    record.end(1.0)
+    assert (record.stage, record.where, record.ended) == (Stage.DONE, before, 1.0)
 
 
 @given(st.lists(st.sampled_from(Stage)), st.sampled_from(["prefill", "decode", "mixed"]))

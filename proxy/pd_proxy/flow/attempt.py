@@ -35,7 +35,8 @@ class Attempt(msgspec.Struct):
         alias: what clients are shown instead, where that names engines' addresses; else empty.
         pending: the hand-off between them; None before prefill's answer, and when decode goes without.
         facts: of the prefill and the decode engine, where prefill's token may become the client's first.
-        decode: the backend that the latter are of.
+        lease: on the backend that answers the client.
+        prefill: on the backend that computes the prompt for it, where there is one.
         first: that token, once prefill has given it and it is to be used.
         rest: the plan for what comes behind it.
         counts: of the prompt, as prefill says them; nothing is known before its answer.
@@ -49,9 +50,10 @@ class Attempt(msgspec.Struct):
     request: Request
     plan: Plan
     id: str
+    lease: Lease
+    prefill: Lease | None = None
     pending: PendingHandoff | None = None
     facts: tuple[EngineIdentity, EngineIdentity] | None = None
-    decode: Backend | None = None
     first: FirstToken | None = None
     rest: Plan | None = None
     counts: CacheCounts = CacheCounts()
@@ -93,7 +95,7 @@ class Attempt(msgspec.Struct):
 
     def decode_is_as_known(self) -> bool:
         """Whether the decode engine is surely the one that `facts` are of."""
-        return self.facts is not None and self.decode is not None and self.decode.facts is self.facts[1]
+        return self.facts is not None and self.lease.backend.facts is self.facts[1]
 
     def handed_over_counts(self) -> CacheCounts | None:
         """`counts`, where decode was handed anything; else None, and decode's own are right."""
@@ -183,7 +185,7 @@ def new_attempt(
     request: Request,
     connector: Connector,
     prefill: Lease | None,
-    decode: Backend,
+    lease: Lease,
     *,
     token_ids: bool = False,
     facts: tuple[EngineIdentity, EngineIdentity] | None = None,
@@ -193,12 +195,13 @@ def new_attempt(
     """A try on a pair, or on one backend.
 
     Arguments:
-        prefill: the lease for the prefill leg, where there is one.
+        prefill: for the prefill leg, where there is one.
+        lease: for the leg that answers the client.
         token_ids: ask decode for the ids of the tokens.
         callbacks: where engines call back, for connectors by which they do.
         reuse: decode may take the prompt's ids from prefill.
     """
-    record, rendezvous = request.record, None
+    record, decode, rendezvous = request.record, lease.backend, None
     name = new_id() if connector.traits.own_request_ids else leg_id(record.request_id)
     if prefill is not None and connector.traits.called_back:
         assert callbacks is not None
@@ -221,7 +224,7 @@ def new_attempt(
     alias = own if rendezvous is not None and rendezvous.id else ""
     record.leg = name
     record.answer = LAYOUTS[request.body.endpoint].id_prefix + plan.answer_id if plan.answer_id else ""
-    return Attempt(request, plan, name, facts=facts, decode=decode, alias=alias)
+    return Attempt(request, plan, name, lease, prefill, facts=facts, alias=alias)
 
 
 def _answer_id(request: Request, decode: Backend) -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from time import monotonic
@@ -19,27 +18,26 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pd_proxy.errors import BackendError, GatewayError, HandoffInvalid
+from pd_proxy.errors import GatewayError, HandoffInvalid
 from pd_proxy.fleet.backend import Backend, Lease
 from pd_proxy.fleet.findings import SIDE_ADVICE, Finding, found
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.health.profile import Profile
 from pd_proxy.fleet.zmq.notifications import TransferNotifications
-from pd_proxy.flow.attempt import Attempt, new_attempt
+from pd_proxy.flow.attempt import new_attempt
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.discard import DiscardingClient, DiscardingTelemetry
 from pd_proxy.flow.legs import Legs
-from pd_proxy.flow.pending_handoff import HandoffUse, PendingHandoff
+from pd_proxy.flow.orders import Orders
 from pd_proxy.flow.request import Request, new_id
+from pd_proxy.flow.trial_steps import PATIENCE, Course, TrialSteps
 from pd_proxy.handoff.connector import Connector
-from pd_proxy.handoff.side import side_of
 from pd_proxy.requests.body import read_body
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord
 
 log = logging.getLogger("pd_proxy.flow")
 
-PATIENCE = 45.0  # seconds for one pair; a handshake that fails takes vLLM 5, one on a busy machine was seen to take 30
 _PROMPTS = 3
 _LOOKS = (0.0, 0.1, 0.4)  # seconds before looks at decode's count: an engine may count after it has answered
 # Longer than a block of any engine (16 tokens on GPUs, 128 on Ascend), so that there is something to transfer. An id
@@ -81,34 +79,6 @@ class Trial:
     seconds: float = 0.0
     at: float = 0.0
     warnings: tuple[Finding, ...] = ()
-
-
-class _Course:
-    """How far a trial has come, for whoever has to say where it ended.
-
-    Attributes:
-        failed: the leg that failed first, or empty.
-        answered: the legs that were answered.
-        problem: what is wrong though no leg failed: a code, and a text.
-    """
-
-    __slots__ = ("answered", "failed", "problem", "side")
-
-    def __init__(self) -> None:
-        self.failed = ""
-        self.answered: set[str] = set()
-        self.side: tuple[str, int] | None = None
-        self.problem: tuple[str, str] | None = None
-
-    async def leg(self, name: str, work: Awaitable[T]) -> T:
-        """Run a leg, and write down how it went."""
-        try:
-            result = await work
-        except GatewayError:
-            self.failed = self.failed or name
-            raise
-        self.answered.add(name)
-        return result
 
 
 class Trials:
@@ -185,12 +155,12 @@ class Trials:
             () if failed else (*missed, *await self._oddities(prefill, decode)),
         )
 
-    async def _attempt(self, prefill: Backend, decode: Backend) -> tuple[_Course, BaseException | None]:
+    async def _attempt(self, prefill: Backend, decode: Backend) -> tuple[Course, BaseException | None]:
         """How far a hand-off came, and the error that ended it, if one did. A prompt at which prefill's answer is whole
         says nothing of the pair, so others are tried."""
         error: BaseException | None = None
         for _ in range(_PROMPTS):
-            course = _Course()
+            course = Course()
             try:
                 async with asyncio.timeout(PATIENCE):
                     await self._hand_over(prefill, decode, course)
@@ -235,7 +205,7 @@ class Trials:
             return None
         return await self.witness.read_from_elsewhere(decode)
 
-    async def _see_read(self, decode: Backend, before: int, course: _Course) -> None:
+    async def _see_read(self, decode: Backend, before: int, course: Course) -> None:
         """See that decode has read what it was handed over: an engine without a connector takes no notice of a
         hand-off, computes the prompt itself, and answers as well."""
         assert self.witness is not None
@@ -251,7 +221,7 @@ class Trials:
 
     # The legs
 
-    async def _hand_over(self, prefill: Backend, decode: Backend, course: _Course) -> None:
+    async def _hand_over(self, prefill: Backend, decode: Backend, course: Course) -> None:
         """Both legs of a request for one token.
 
         Raises:
@@ -262,71 +232,20 @@ class Trials:
             members["model"] = model
         body = read_body(msgspec.json.encode(members), "completions")
         request = Request(body, DiscardingClient(), RequestRecord("completions"))
+        request.record.placed("decode", decode.url, prefill.url)
         connector = self._connectors[decode.connector]
-        with Lease(decode, request.decode_tokens) as decode_lease, Lease(prefill, request.prefill_tokens) as lease:
-            attempt = new_attempt(request, connector, lease, decode, callbacks=self._callbacks)
-            if connector.traits.called_back or attempt.plan.together:
-                await self._together(attempt, prefill, lease, decode, decode_lease, course)
-                return
-            answer = await course.leg("prefill", self._legs.prefill(attempt, lease))
+        with Lease(decode, request.decode_tokens) as lease, Lease(prefill, request.prefill_tokens) as prefill_lease:
+            attempt = new_attempt(request, connector, prefill_lease, lease, callbacks=self._callbacks)
+            steps = TrialSteps(self._fleet, self._legs, course)
             try:
-                if connector.whole(answer) is not None:
-                    course.problem = "inconclusive", "prefill's answer is the whole one"
-                    return
-                handoff, _ = attempt.plan.take(answer)
-            except BackendError:
-                course.failed = "prefill"
-                raise
-            lease.release()
-            if handoff is None:
-                course.problem = "no_params", "its answer has no hand-off parameters"
-                return
-            attempt.learn_location(lease, handoff)
-            course.side = side_of(handoff)
-            attempt.pending = PendingHandoff(self._fleet, prefill, handoff, self._legs.bound(attempt.plan))
-            try:
-                await course.leg("decode", self._legs.decode_whole(attempt, decode_lease))
+                await Orders(steps, self._callbacks).of(attempt).run(attempt)
             finally:
-                await self._put_away(attempt, decode)
-
-    async def _put_away(self, attempt: Attempt, decode: Backend) -> None:
-        """Free prefill's blocks of a hand-off that decode has not read."""
-        pending = attempt.pending
-        if pending is None or pending.use is HandoffUse.SETTLED:
-            return
-        try:
-            if leg := attempt.release_leg():
-                with Lease(decode, attempt.request.prefill_tokens) as lease:
-                    await self._legs.release(attempt, lease, leg)
-        except BackendError as error:
-            log.debug("%s: a trial's hand-off was not released: %s", decode.url, error)
-        finally:
-            pending.settle()
-
-    async def _together(
-        self, attempt: Attempt, prefill: Backend, lease: Lease, decode: Backend, decode_lease: Lease, course: _Course
-    ) -> None:
-        """Both legs at once, or prefill's when decode's engine has called."""
-        plan = attempt.plan
-        assert plan.handoff is not None
-        course.side = side_of(plan.handoff)
-        attempt.pending = PendingHandoff(self._fleet, prefill, plan.handoff, self._legs.bound(plan))
-        waits = plan.connector.traits.called_back
-        called = self._callbacks.expect(attempt.id, plan.connector, decode.url) if waits else nullcontext()
-        try:
-            with called as call:
-                async with asyncio.TaskGroup() as legs:
-                    legs.create_task(course.leg("decode", self._legs.decode_whole(attempt, decode_lease)))
-                    if call is not None:
-                        attempt.callback = await course.leg("decode", call.wait(PATIENCE))
-                    await course.leg("prefill", self._legs.prefill(attempt, lease))
-        finally:
-            attempt.pending.settle()
+                await steps.put_away(attempt)
 
     # What it means
 
     async def _explain(
-        self, prefill: Backend, decode: Backend, course: _Course, error: BaseException | None, unreachable: str
+        self, prefill: Backend, decode: Backend, course: Course, error: BaseException | None, unreachable: str
     ) -> Finding:
         """What is wrong with a pair, after a trial that failed: with `error`, or with the course's problem."""
         pair = _named(prefill, decode)

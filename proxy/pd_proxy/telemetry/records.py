@@ -104,9 +104,9 @@ class Stage(Enum):
     PREFILLING = auto()
     """Its prefill leg runs; with a concurrent order, decode's as well."""
     HANDED_OVER = auto()
-    """Prefill has answered, and decode is to get its KV cache."""
+    """Prefill has answered, and decode's leg is to get its KV cache."""
     DECODING = auto()
-    """Its decode leg runs, and the client has no token yet."""
+    """Its answering leg runs without a hand-off, and the client has no token yet."""
     STREAMING = auto()
     """The client has a part of the answer."""
     RESUMING = auto()
@@ -117,33 +117,43 @@ class Stage(Enum):
     __hash__ = object.__hash__  # that of `Enum` is a call of Python's, several times for each request
 
 
-TRANSITIONS: dict[Stage, frozenset[Stage]] = {
-    Stage.QUEUED: frozenset({Stage.PLACED, Stage.DONE}),
-    Stage.PLACED: frozenset({Stage.PLACED, Stage.ENCODING, Stage.PREFILLING, Stage.DECODING, Stage.DONE}),
-    Stage.ENCODING: frozenset({Stage.PLACED, Stage.PREFILLING, Stage.DECODING, Stage.DONE}),
-    Stage.PREFILLING: frozenset({Stage.PLACED, Stage.HANDED_OVER, Stage.DECODING, Stage.STREAMING, Stage.DONE}),
-    Stage.HANDED_OVER: frozenset({Stage.PLACED, Stage.DECODING, Stage.STREAMING, Stage.DONE}),
-    Stage.DECODING: frozenset({Stage.PLACED, Stage.STREAMING, Stage.DONE}),
-    Stage.STREAMING: frozenset({Stage.RESUMING, Stage.DONE}),
-    Stage.RESUMING: frozenset({Stage.RESUMING, Stage.STREAMING, Stage.DONE}),
-    Stage.DONE: frozenset(),
+class _Next(dict[Stage, Stage]):
+    """The stages that may follow one. A lookup that finds something costs no call."""
+
+    def __init__(self, stage: Stage, *following: Stage) -> None:
+        super().__init__({one: one for one in following})
+        self._stage = stage
+
+    def __missing__(self, stage: Stage) -> Stage:
+        raise ImpossibleTransition(f"a request that is {self._stage.name} cannot become {stage.name}")
+
+
+TRANSITIONS = {
+    stage: _Next(stage, *following)
+    for stage, following in {
+        Stage.QUEUED: (Stage.PLACED, Stage.DONE),
+        Stage.PLACED: (Stage.PLACED, Stage.ENCODING, Stage.PREFILLING, Stage.DECODING, Stage.DONE),
+        Stage.ENCODING: (Stage.PLACED, Stage.PREFILLING, Stage.DECODING, Stage.DONE),
+        Stage.PREFILLING: (Stage.PLACED, Stage.HANDED_OVER, Stage.DECODING, Stage.STREAMING, Stage.DONE),
+        Stage.HANDED_OVER: (Stage.PLACED, Stage.STREAMING, Stage.DONE),
+        Stage.DECODING: (Stage.PLACED, Stage.STREAMING, Stage.DONE),
+        Stage.STREAMING: (Stage.RESUMING, Stage.DONE),
+        Stage.RESUMING: (Stage.RESUMING, Stage.STREAMING, Stage.DONE),
+        Stage.DONE: (),
+    }.items()
 }
-"""Which stage may follow which. Another try takes a request back to PLACED while its client has nothing of the answer,
-and to RESUMING after that."""
+"""`TRANSITIONS[now][then]` is the stage that follows; `ImpossibleTransition` is raised where it cannot follow. Another
+try takes a request back to PLACED while its client has nothing of the answer, and to RESUMING after that."""
 _WHERE = {
     Stage.QUEUED: "admission",
-    Stage.PLACED: "",
+    Stage.PLACED: "admission",
     Stage.ENCODING: "encode",
     Stage.PREFILLING: "prefill",
     Stage.HANDED_OVER: "decode",
     Stage.DECODING: "decode",
     Stage.STREAMING: "stream",
     Stage.RESUMING: "stream",
-    Stage.DONE: "",
 }
-"""The words of logs and metrics. Where there is none the word of the stage before stays: the log of a request that has
-ended says where it ended."""
-_NEXT = {stage: {then: _WHERE[then] for then in follow} for stage, follow in TRANSITIONS.items()}
 
 
 class RequestRecord(msgspec.Struct):
@@ -154,8 +164,7 @@ class RequestRecord(msgspec.Struct):
         alias: what the client called it, where that is another name.
         outcome: `ok`, `client_gone`, or the `code` of the error that ended it.
         stage: where the request is in its life; changed by `reach` alone.
-        where: the word of it in logs and metrics: `admission`, `encode`, `prefill`, `decode` (before the first token),
-            `stream` (after it). Of a request that has ended it says where that was.
+        stage_before: the stage before the last try's placement, or before the end.
         prefill, decode: URLs of the backends of the last try; `mixed` or local decode leaves prefill empty.
             An answer that prefill gave alone leaves decode empty.
         decode_pool: `decode` or `mixed`; `prefill` for an answer that prefill gave alone.
@@ -192,7 +201,7 @@ class RequestRecord(msgspec.Struct):
     status: int = 0
     outcome: str = ""
     stage: Stage = Stage.QUEUED
-    where: str = "admission"
+    stage_before: Stage = Stage.QUEUED
     client: str = ""
     admitted: bool = False
     queued_seconds: float = 0.0
@@ -243,21 +252,25 @@ class RequestRecord(msgspec.Struct):
         return {"fields": {name: members[name] for name in ("leg", "answer") if name in members}, "members": members}
 
     def reach(self, stage: Stage) -> None:
-        """The request is at another stage of its life.
+        """The request is at another stage of its life; `placed` and `end` say so for theirs.
 
         Raises:
             ImpossibleTransition: that stage cannot follow.
         """
-        where = _NEXT[self.stage].get(stage)
-        if where is None:
-            raise ImpossibleTransition(f"a request that is {self.stage.name} cannot become {stage.name}")
-        self.stage = stage
-        if where:
-            self.where = where
+        self.stage = TRANSITIONS[self.stage][stage]
+
+    @property
+    def where(self) -> str:
+        """The word of logs and metrics for the stage: `admission`, `encode`, `prefill`, `decode` (before the first
+        token), `stream` (after it). Until another try has begun, and after the end, it is that of the stage before."""
+        stage = self.stage
+        return _WHERE[self.stage_before if stage is Stage.PLACED or stage is Stage.DONE else stage]
 
     def end(self, now: float) -> None:
         """The request has ended, with an answer or without."""
         self.ended = now
+        if self.stage is not Stage.PLACED:
+            self.stage_before = self.stage
         self.reach(Stage.DONE)
 
     def placed(self, pool: str, backend: str, prefill: str = "") -> None:
@@ -269,6 +282,8 @@ class RequestRecord(msgspec.Struct):
         """
         self.tries += 1
         if self.stage is not Stage.RESUMING:
+            if self.stage is not Stage.PLACED:
+                self.stage_before = self.stage
             self.reach(Stage.PLACED)
         self.decode_pool = pool
         if pool == "prefill":
