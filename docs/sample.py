@@ -27,7 +27,7 @@ from pd_proxy.fleet.pool_speeds import PoolSpeeds  # noqa: E402
 from pd_proxy.fleet.speeds import join_pool  # noqa: E402
 from pd_proxy.flow.decisions import Decisions, in_full  # noqa: E402
 from pd_proxy.flow.request import Request  # noqa: E402
-from pd_proxy.http.response import AsgiClient  # noqa: E402
+from pd_proxy.http.response import AsgiResponse  # noqa: E402
 from pd_proxy.placement.ask import Ask  # noqa: E402
 from pd_proxy.placement.decide import View, decide  # noqa: E402
 from pd_proxy.requests.body import read_body  # noqa: E402
@@ -94,7 +94,7 @@ def explained() -> str:
     policies = {"prefill": "auto", "decode": "auto", "mixed": "auto"}
     decision = decide(view, ask, alone="", policies=policies, allow_local_prefill=True)
     body = read_body(b'{"model":"llama","messages":[]}', "chat")
-    request = Request(body, AsgiClient(None, None), RequestRecord("chat", model="llama"))  # type: ignore[arg-type]
+    request = Request(body, AsgiResponse(None, None), RequestRecord("chat", model="llama"))  # type: ignore[arg-type]
     full = in_full(view, ask, [(drained, "draining")], decision.chosen)
     return as_text(Decisions().would(request, ask, decision, full))
 

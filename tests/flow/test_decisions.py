@@ -14,7 +14,7 @@ from pd_proxy.fleet.pool_speeds import PoolSpeeds
 from pd_proxy.fleet.speeds import join_pool
 from pd_proxy.flow.decisions import MOST_CANDIDATES, MOST_HEADER, Decisions, Full, header, in_full
 from pd_proxy.flow.request import Request
-from pd_proxy.http.response import AsgiClient
+from pd_proxy.http.response import AsgiResponse
 from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.costs import cost
 from pd_proxy.placement.decide import Decision, View, decide
@@ -52,7 +52,7 @@ def pool(role: Role, size: int) -> list[Backend]:
 
 def request(name: str = "r", **more: Any) -> Request:
     body = read_body(b'{"model":"m","messages":[{"role":"user","content":"x"}]}', "chat")
-    made = Request(body, AsgiClient(None, None), RequestRecord("chat", request_id=name, model="m"), **more)  # type: ignore[arg-type]
+    made = Request(body, AsgiResponse(None, None), RequestRecord("chat", request_id=name, model="m"), **more)  # type: ignore[arg-type]
     made.record.tries = 1
     return made
 

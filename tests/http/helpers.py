@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import TracebackType
 
 from pd_proxy.errors import BackendError
-from pd_proxy.http.response import Flow, Headers
+from pd_proxy.http.response import FlowControl, Headers
 
 PATIENCE = 5.0
 """Seconds after which a test that waits has failed; never waited for when it passes."""
@@ -180,7 +180,7 @@ class RecordingClient:
         self.speaks_chunks = speaks_chunks
         self.started = False
         self.gone = False
-        self.flow: Flow | None = None
+        self.flow: FlowControl | None = None
         self.on_gone: Callable[[], object] | None = None
         self.status = 0
         self.body = b""

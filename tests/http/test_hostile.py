@@ -13,7 +13,7 @@ from time import monotonic
 import pytest
 from pd_proxy.http import connections, inbound
 from pd_proxy.http.connections import Connections
-from pd_proxy.http.direct import DirectClient
+from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import Receive, Scope, Send
 from pd_proxy.http.server import GatewayProtocol
 
@@ -32,7 +32,7 @@ class Bodies:
     def __init__(self) -> None:
         self.whole: list[bytes] = []
 
-    async def __call__(self, scope: Scope, client: DirectClient, receive: Receive) -> None:
+    async def __call__(self, scope: Scope, client: DirectResponse, receive: Receive) -> None:
         body = client.body
         if body is None:
             body = bytearray()
@@ -191,7 +191,7 @@ GARBAGE = [
 async def test_good_requests_before_a_bad_one_in_one_read_are_answered_first(
     server: Server, garbage: bytes, status: int, count: int, app: App
 ) -> None:
-    async def slow(scope: Scope, client: DirectClient, receive: Receive) -> None:
+    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
         for _ in range(5):
             await asyncio.sleep(0)
         await app(scope, client, receive)
@@ -216,7 +216,7 @@ async def test_a_bad_request_behind_a_running_one_is_not_answered_in_its_place(
     monkeypatch.setattr(inbound, "_LINGER", 0.05)
     waiting, gone = asyncio.Event(), asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectClient, receive: Receive) -> None:
+    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
         client.on_gone = gone.set
         waiting.set()
         await gone.wait()
@@ -233,7 +233,7 @@ async def test_a_bad_request_behind_a_running_one_is_not_answered_in_its_place(
 async def test_a_running_request_has_a_moment_to_end_when_a_bad_one_follows(server: Server) -> None:
     waiting, go_on = asyncio.Event(), asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectClient, receive: Receive) -> None:
+    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
         waiting.set()
         await go_on.wait()
         await hello(scope, client, receive)
@@ -253,7 +253,7 @@ async def test_a_running_request_has_a_moment_to_end_when_a_bad_one_follows(serv
 async def test_trailers_are_no_headers(server: Server) -> None:
     headers: list[tuple[bytes, bytes]] = []
 
-    async def look(scope: Scope, client: DirectClient, receive: Receive) -> None:
+    async def look(scope: Scope, client: DirectResponse, receive: Receive) -> None:
         headers.extend(scope["headers"])
         await hello(scope, client, receive)
 
@@ -344,7 +344,7 @@ async def test_a_large_body_in_ordinary_chunks_is_whole(server: Server) -> None:
 async def test_of_a_thousand_requests_sent_ahead_the_first_are_answered_and_no_more_are_held(server: Server) -> None:
     held = 0
 
-    async def count(scope: Scope, client: DirectClient, receive: Receive) -> None:
+    async def count(scope: Scope, client: DirectResponse, receive: Receive) -> None:
         nonlocal held
         [connection] = server.connections
         held = max(held, len(connection.clients))
@@ -363,7 +363,7 @@ async def test_of_a_thousand_requests_sent_ahead_the_first_are_answered_and_no_m
 async def test_a_body_that_goes_on_after_its_answer_ends_the_connection(server: Server) -> None:
     """Here `GET` is answered before its body; a client that dribbles one would stay for ever."""
 
-    async def early(scope: Scope, client: DirectClient, receive: Receive) -> None:
+    async def early(scope: Scope, client: DirectResponse, receive: Receive) -> None:
         client.respond(200, [TEXT], b"early")
 
     server.app = early
@@ -397,7 +397,7 @@ class Plain(Server):
         await plain(scope, receive, send)
 
 
-async def large(scope: Scope, client: DirectClient, receive: Receive) -> None:
+async def large(scope: Scope, client: DirectResponse, receive: Receive) -> None:
     client.respond(200, [TEXT], b"x" * 8_000_000)
 
 
@@ -426,7 +426,7 @@ async def test_who_leaves_the_last_bytes_of_an_answer_unread_is_cut_too(
     monkeypatch.setattr(GatewayProtocol, "write_seconds", 0.2)
     paused = asyncio.Event()
 
-    async def little_more(scope: Scope, client: DirectClient, receive: Receive) -> None:
+    async def little_more(scope: Scope, client: DirectResponse, receive: Receive) -> None:
         client.start(200, [TEXT])
         [connection] = server.connections
         while not connection.unsent:
@@ -594,7 +594,7 @@ async def test_a_connection_with_a_request_under_way_makes_no_room(
     monkeypatch.setattr(connections, "_IDLE", 0.0)
     release = asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectClient, receive: Receive) -> None:
+    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
         if scope["path"] == "/slow":
             await release.wait()
         client.respond(200, [TEXT], b"ok")
@@ -628,7 +628,7 @@ async def test_when_the_gateway_leaves_each_answer_is_the_last_of_its_connection
 ) -> None:
     running, go_on = asyncio.Event(), asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectClient, receive: Receive) -> None:
+    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
         if scope["path"] == "/slow":
             client.start(200, [TEXT])
             client.write(b"begun ")

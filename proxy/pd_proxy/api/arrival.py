@@ -12,8 +12,8 @@ from pd_proxy.api.trace_context import trace_context
 from pd_proxy.errors import BodyTooLarge, InvalidRequest, RequestTimedOut
 from pd_proxy.flow.request import new_id
 from pd_proxy.http.content_coding import coding_of, plain
-from pd_proxy.http.direct import DirectClient
-from pd_proxy.http.response import AsgiClient, Client, Receive, Scope
+from pd_proxy.http.direct import DirectResponse
+from pd_proxy.http.response import AsgiResponse, ClientResponse, Receive, Scope
 from pd_proxy.telemetry.records import RequestRecord
 
 _SECONDS = re.compile(rb"\d{1,6}(\.\d{1,3})?").fullmatch
@@ -39,7 +39,7 @@ class Arrival:
 
     scope: Scope
     receive: Receive
-    client: Client
+    client: ClientResponse
     record: RequestRecord
     task: asyncio.Task[Any]
     headers: dict[bytes, bytes]
@@ -101,7 +101,7 @@ def check_length(headers: dict[bytes, bytes], limit: int) -> None:
 
 
 async def read_whole(
-    client: Client | None, receive: Receive, headers: dict[bytes, bytes], limit: int, seconds: float
+    client: ClientResponse | None, receive: Receive, headers: dict[bytes, bytes], limit: int, seconds: float
 ) -> bytes | bytearray:
     """The request's body, without its content coding.
 
@@ -109,24 +109,24 @@ async def read_whole(
         BodyTooLarge, BodiesFull, EncodingNotSupported, InvalidRequest, RequestTimedOut, ClientLeft
     """
     coding = coding_of(headers) if b"content-encoding" in headers else ""
-    body: bytes | bytearray | None = client.body if isinstance(client, DirectClient) else None
+    body: bytes | bytearray | None = client.body if isinstance(client, DirectResponse) else None
     if body is None:
         try:
             async with asyncio.timeout(seconds):
-                body = await (client.gather(limit) if isinstance(client, DirectClient) else _gather(receive, limit))
+                body = await (client.gather(limit) if isinstance(client, DirectResponse) else _gather(receive, limit))
         except TimeoutError:
             raise RequestTimedOut(f"the request body did not arrive within {seconds:g} s") from None
         if body is None:
             raise ClientLeft
     if len(body) > limit:
         raise BodyTooLarge(f"the request body exceeds the limit of {limit} bytes")
-    if isinstance(client, AsgiClient):
+    if isinstance(client, AsgiResponse):
         client.watch()
     return body if not coding else await plain(body, coding, limit, client)
 
 
 async def _gather(receive: Receive, limit: int) -> bytearray | None:
-    """As `DirectClient.gather`, from any server."""
+    """As `DirectResponse.gather`, from any server."""
     whole = bytearray()  # not a list: a body of single bytes would weigh fifty times its length
     while True:
         message = await receive()

@@ -11,7 +11,7 @@ import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pd_proxy.http.direct import DirectClient
+from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import EXTENSION
 from pd_proxy.settings.bounds import CorsSettings
 
@@ -80,7 +80,7 @@ _ASKED = frozenset({b"origin", b"access-control-request-method", b"access-contro
 def _marked(scope: Scope, send: Send, headers: Headers) -> Send:
     """A `send` whose answer has these headers too, and so has what is written past it by our own server's client."""
     client = scope.get("extensions", {}).get(EXTENSION)
-    if isinstance(client, DirectClient):
+    if isinstance(client, DirectResponse):
         client.add_headers(headers)
         return send
 

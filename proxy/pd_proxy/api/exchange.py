@@ -23,7 +23,7 @@ from pd_proxy.errors import (
 )
 from pd_proxy.flow.request import new_id
 from pd_proxy.http.content_coding import ACCEPTED
-from pd_proxy.http.response import EXTENSION, AsgiClient, Client, Receive, Scope, Send
+from pd_proxy.http.response import EXTENSION, AsgiResponse, ClientResponse, Receive, Scope, Send
 from pd_proxy.telemetry.records import RequestRecord, Telemetry
 
 JSON = (b"content-type", b"application/json")
@@ -56,7 +56,7 @@ async def exchange(
     """
     # Taken out, since the client knows its scope: a circle would leave every request to the garbage collector.
     record.peer = scope.get("client")
-    client: Client = scope.pop("extensions", {}).get(EXTENSION) or AsgiClient(receive, send)
+    client: ClientResponse = scope.pop("extensions", {}).get(EXTENSION) or AsgiResponse(receive, send)
     task = asyncio.current_task()
     assert task is not None, "ASGI servers call applications from a task"
     try:
@@ -89,7 +89,7 @@ async def exchange(
     await client.flushed()
 
 
-def _give_fault(client: Client, record: RequestRecord, shape: ErrorShape) -> None:
+def _give_fault(client: ClientResponse, record: RequestRecord, shape: ErrorShape) -> None:
     """Log the exception that is being handled, and answer with an error that says nothing of it."""
     record.outcome = "client_gone" if client.gone else GatewayError.code
     record.request_id = record.request_id or new_id()
@@ -113,7 +113,7 @@ def no_route(path: str, known: Iterable[str], listed: str = "/openapi.json") -> 
     return RouteNotFound(f"there is no {path[:256]} here; this gateway serves {served} and {more}")
 
 
-def give_error(client: Client, record: RequestRecord, error: GatewayError, shape: ErrorShape) -> None:
+def give_error(client: ClientResponse, record: RequestRecord, error: GatewayError, shape: ErrorShape) -> None:
     """Answer with an error: as the whole answer, or as the last event of one that has begun."""
     said = str(error)
     # What ended it may be another thing than what the last try failed of.
@@ -136,7 +136,7 @@ def _headers(record: RequestRecord) -> list[tuple[bytes, bytes]]:
     return [JSON, (b"x-request-id", record.request_id.encode("ascii"))]
 
 
-def _give(client: Client, record: RequestRecord, error: GatewayError, shape: ErrorShape) -> None:
+def _give(client: ClientResponse, record: RequestRecord, error: GatewayError, shape: ErrorShape) -> None:
     if client.started:
         client.write(shape.event(error, record.sequence))
         client.end()

@@ -19,8 +19,8 @@ from pd_proxy.errors import BodyTooLarge, EncodingNotSupported, RequestTimedOut
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.flow.single import ROUTES, Single, SingleRequest
 from pd_proxy.http.content_coding import coding_of
-from pd_proxy.http.direct import DirectClient
-from pd_proxy.http.response import AsgiClient, Receive, Scope, Send
+from pd_proxy.http.direct import DirectResponse
+from pd_proxy.http.response import AsgiResponse, Receive, Scope, Send
 from pd_proxy.requests.body import read_model
 from pd_proxy.requests.form import Form
 from pd_proxy.requests.members import read_members
@@ -183,7 +183,7 @@ class ClientForm:
         self._left -= monotonic() - asked
         if message["type"] == "http.disconnect":
             raise ClientLeft
-        client = self._client if isinstance(self._client, DirectClient) else None
+        client = self._client if isinstance(self._client, DirectResponse) else None
         if client is not None and client.refusal is not None:
             raise client.refusal
         data = message.get("body", b"")
@@ -194,7 +194,7 @@ class ClientForm:
         if not message.get("more_body", False):
             self._form.end()
             self._ended = True
-            if isinstance(self._client, AsgiClient):
+            if isinstance(self._client, AsgiResponse):
                 self._client.watch()
         if self.kept is not None:
             if len(self.kept) < KEPT:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pd_proxy.errors import BackendError
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.outlier.statistics import LegName
-from pd_proxy.http.response import Flow, Headers
+from pd_proxy.http.response import FlowControl, Headers
 from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution, RequestRecord
 
 
@@ -17,7 +17,7 @@ class DiscardingClient:
     def __init__(self) -> None:
         self.started = False
         self.gone = False
-        self.flow: Flow | None = None
+        self.flow: FlowControl | None = None
         self.on_gone: Callable[[], object] | None = None
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:

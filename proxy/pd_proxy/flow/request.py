@@ -14,7 +14,7 @@ from pd_proxy.fleet.retry_budget import Permit
 from pd_proxy.flow.stored_responses import StoredResponses
 from pd_proxy.flow.suspicion import Cuts
 from pd_proxy.handoff.encoder import Medium
-from pd_proxy.http.response import Client
+from pd_proxy.http.response import ClientResponse
 from pd_proxy.placement.ask import Ask
 from pd_proxy.prefix.chain import Chain
 from pd_proxy.relay.transcript import Transcript
@@ -65,7 +65,7 @@ class Request(msgspec.Struct):
     """
 
     body: Body
-    client: Client
+    client: ClientResponse
     record: RequestRecord
     transcript: Transcript | None = None
     token_ids: bool = False

@@ -41,7 +41,7 @@ from pd_proxy.flow.legs import Legs
 from pd_proxy.flow.request import EVENT_STREAM, leg_id
 from pd_proxy.flow.suspicion import Cuts, Suspicion, warn
 from pd_proxy.http.deadlines import Deadlines
-from pd_proxy.http.response import Client, Headers
+from pd_proxy.http.response import ClientResponse, Headers
 from pd_proxy.http.upload import Upload
 from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.decide import choose
@@ -144,7 +144,7 @@ class SingleRequest(msgspec.Struct):
     """
 
     path: str
-    client: Client
+    client: ClientResponse
     record: RequestRecord
     body: bytes | Source
     model: str | None

@@ -9,8 +9,8 @@ import asyncio
 import zlib
 
 from pd_proxy.errors import BodyTooLarge, EncodingNotSupported, InvalidRequest
-from pd_proxy.http.direct import DirectClient
-from pd_proxy.http.response import Client
+from pd_proxy.http.direct import DirectResponse
+from pd_proxy.http.response import ClientResponse
 
 ACCEPTED = ("gzip", "deflate")
 _NAMES = {b"gzip": "gzip", b"x-gzip": "gzip", b"deflate": "deflate"}
@@ -39,7 +39,7 @@ def coding_of(headers: dict[bytes, bytes]) -> str:
     return _NAMES[named[0]]
 
 
-async def plain(body: bytes | bytearray, coding: str, limit: int, client: Client | None) -> bytearray:
+async def plain(body: bytes | bytearray, coding: str, limit: int, client: ClientResponse | None) -> bytearray:
     """A body without its coding.
 
     Raises:
@@ -58,7 +58,7 @@ async def plain(body: bytes | bytearray, coding: str, limit: int, client: Client
                 raise BodyTooLarge(
                     f"the request body exceeds the limit of {limit} bytes once its {coding} is taken off"
                 )
-            if isinstance(client, DirectClient):
+            if isinstance(client, DirectResponse):
                 client.hold(len(piece))
             if decoder.eof:
                 rest = decoder.unused_data

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from pd_proxy.http.response import Flow, Headers
+from pd_proxy.http.response import FlowControl, Headers
 
 if TYPE_CHECKING:
     from pd_proxy.errors import GatewayError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _CLOSE = b"connection: close\r\n"
 
 
-class DirectClient:
+class DirectResponse:
     """A `Client` that writes to the connection's transport.
 
     Attributes:
@@ -55,17 +55,17 @@ class DirectClient:
         self.held = 0
         self.refusal: GatewayError | None = None
         self.asks = asks
-        self._flow: Flow | None = None
+        self._flow: FlowControl | None = None
         self.on_gone: Callable[[], object] | None = None
 
     @property
-    def flow(self) -> Flow | None:
+    def flow(self) -> FlowControl | None:
         """What is paused while the client does not keep up; one that comes while its socket is full is paused at
         once."""
         return self._flow
 
     @flow.setter
-    def flow(self, flow: Flow | None) -> None:
+    def flow(self, flow: FlowControl | None) -> None:
         self._flow = flow
         if flow is not None and self._protocol.streaming is self and self._protocol.flow.write_paused:
             flow.pause()

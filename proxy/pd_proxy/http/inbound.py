@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pd_proxy.errors import GatewayError, HeadersTooLarge, InvalidRequest, RequestTimedOut, VersionNotSupported
 from pd_proxy.http.connections import Connections
-from pd_proxy.http.direct import DirectClient
+from pd_proxy.http.direct import DirectResponse
 
 # Seconds for which what a client still sends is read and thrown away after its request was refused. Closing at once
 # would reset the connection, and the answer would be lost with it.
@@ -77,7 +77,7 @@ class Inbound(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.clients: set[DirectClient] = set()
+        self.clients: set[DirectResponse] = set()
         self.deaf = False
         self.version = ""
         self._offered = False  # the request at hand asks for another protocol

@@ -1,7 +1,7 @@
-"""The client's side of the relay: one answer on its way to the client's socket.
+"""The client's end of the relay: one answer on its way to the client's socket.
 
-`DirectClient` writes to the transport that `server.GatewayProtocol` holds; `AsgiClient` does the same through a plain
-ASGI `send`, for servers that offer no such path. Both tell the relay when the client is slow and when it is gone.
+`DirectResponse` writes to the transport that `server.GatewayProtocol` holds; `AsgiResponse` does the same through a
+plain ASGI `send`, for any other server.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 EXTENSION = "pd_proxy.client"
-"""The key under `scope["extensions"]` where the server offers a `Client`."""
+"""The key under `scope["extensions"]` where the server offers a `ClientResponse`."""
 
 
-class Flow(Protocol):
+class FlowControl(Protocol):
     """What a client's back-pressure acts upon."""
 
     def pause(self) -> None:
@@ -33,7 +33,7 @@ class Flow(Protocol):
         """The client is gone; nothing may be written any more."""
 
 
-class Client(Protocol):
+class ClientResponse(Protocol):
     """One request's way back. All calls return at once.
 
     Attributes:
@@ -45,7 +45,7 @@ class Client(Protocol):
 
     started: bool
     gone: bool
-    flow: Flow | None
+    flow: FlowControl | None
     on_gone: Callable[[], object] | None
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
@@ -71,15 +71,15 @@ class Client(Protocol):
         """Wait until nothing that was written is still held here."""
 
 
-class AsgiClient:
-    """A `Client` over ASGI's `send`: what is written waits in a list that one task empties."""
+class AsgiResponse:
+    """A `ClientResponse` over ASGI's `send`: what is written waits in a list that one task empties."""
 
     HIGH_WATER = 64 * 1024
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self.started = False
         self.gone = False
-        self.flow: Flow | None = None
+        self.flow: FlowControl | None = None
         self.on_gone: Callable[[], object] | None = None
         self._receive = receive
         self._send = send

@@ -1,7 +1,7 @@
 """The server's end of the client's socket: what is common to all its requests, and what it reads of their answers.
 
 Connections are bounded in number, and so is the time for which a client that does not read may hold memory. Each
-request gets a `direct.DirectClient` in its scope. An application may have an attribute `direct`: the paths whose
+request gets a `direct.DirectResponse` in its scope. An application may have an attribute `direct`: the paths whose
 applications need neither its router nor more of a scope than method, path and headers. Rests, with `inbound` and
 `direct`, on names of uvicorn's `httptools_impl` module; `tests/relay/test_server.py` and `test_hostile.py` hold them.
 """
@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from pd_proxy.errors import TooManyConnections
 from pd_proxy.http.body_memory import SHORT
 from pd_proxy.http.connections import VISIT
-from pd_proxy.http.direct import DirectClient
+from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.inbound import Inbound, answer_headers
 from pd_proxy.http.response import EXTENSION, Receive, Scope, Send
 
@@ -46,8 +46,8 @@ class GatewayProtocol(Inbound):
         super().__init__(*args, **kwargs)
         self.pipeline = _Queue()  # type: ignore[assignment]
         self._direct: Mapping[bytes, Any] = getattr(self.app, "direct", _NO_ROUTES)
-        self.streaming: DirectClient | None = None
-        self._newest: DirectClient | None = None  # of the request that comes, or came last
+        self.streaming: DirectResponse | None = None
+        self._newest: DirectResponse | None = None  # of the request that comes, or came last
         self._idle = self.shared.idle(self.timeout_keep_alive)
         self._crowded = False  # one connection too many
         self._counted = False  # it is one of `shared.open`
@@ -128,7 +128,7 @@ class GatewayProtocol(Inbound):
         if self._counted:
             self.shared.refused += 1  # visitors are counted when they come
         error = TooManyConnections(f"this gateway serves {self.shared.limit} connections at a time", retry_after=1)
-        client: DirectClient = scope["extensions"][EXTENSION]
+        client: DirectResponse = scope["extensions"][EXTENSION]
         client.respond(error.status, [*answer_headers(), (b"retry-after", b"1")], error.body())
 
     @property
@@ -160,7 +160,7 @@ class GatewayProtocol(Inbound):
         cycle = self.cycle
         if self._crowded or self.shared.leaving:
             cycle.keep_alive = False
-        client = self._newest = DirectClient(self, cycle, app is not None)
+        client = self._newest = DirectResponse(self, cycle, app is not None)
         self.clients.add(client)
         cycle.scope["extensions"] = {EXTENSION: client}  # type: ignore[dict-item]
 
@@ -182,7 +182,7 @@ class GatewayProtocol(Inbound):
             self.shared.bodies.whole(self._newest)
         super().on_message_complete()
 
-    def refuse(self, client: DirectClient) -> None:
+    def refuse(self, client: DirectResponse) -> None:
         """The body of a request is not taken, and its application does not ask for that."""
         assert client.refusal is not None
         if client._cycle is self.cycle:

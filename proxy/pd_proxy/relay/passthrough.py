@@ -22,7 +22,7 @@ from pd_proxy.encoding import ABSENT
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut
 from pd_proxy.http.client import Connection
 from pd_proxy.http.deadlines import Deadlines
-from pd_proxy.http.response import Client, Headers
+from pd_proxy.http.response import ClientResponse, Headers
 
 EVENTS = b"text/event-stream"
 _JSON = b"application/json"
@@ -72,7 +72,7 @@ class Passthrough:
     def __init__(
         self,
         url: str,
-        client: Client,
+        client: ClientResponse,
         begin: Callable[[], Headers],
         *,
         limit: int,

@@ -21,7 +21,7 @@ from pd_proxy.dialects.usage import Usage
 from pd_proxy.errors import BackendCut, BackendError, BackendFailed, BackendGarbled, BackendTimedOut
 from pd_proxy.http.client import Connection
 from pd_proxy.http.deadlines import Deadlines
-from pd_proxy.http.response import Client
+from pd_proxy.http.response import ClientResponse
 from pd_proxy.relay.fast_path import FastPath
 from pd_proxy.relay.idle import IdleWatch
 from pd_proxy.relay.phase import TRANSITIONS, Phase
@@ -97,7 +97,7 @@ class StreamRelay:
     def __init__(
         self,
         url: str,
-        client: Client,
+        client: ClientResponse,
         reader: AnswerReader,
         transcript: Transcript,
         gaps: Distribution,

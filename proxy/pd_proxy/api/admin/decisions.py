@@ -17,7 +17,7 @@ from pd_proxy.fleet.model_names import Names
 from pd_proxy.flow.decisions import MOST, Decisions
 from pd_proxy.flow.request import Request as Placed
 from pd_proxy.flow.stored_responses import StoredResponses
-from pd_proxy.http.response import AsgiClient
+from pd_proxy.http.response import AsgiResponse
 from pd_proxy.requests.body import read_body, renamed
 from pd_proxy.requests.endpoints import Endpoint
 from pd_proxy.requests.sessions import session_of
@@ -108,7 +108,7 @@ def explanation(
             body = renamed(body, model)
         record = RequestRecord(query.endpoint, model=body.model or "", client=query.client, stream=body.stream)
         session = request.headers.get(header, "").encode("latin-1") or session_of(body)
-        placed = Placed(body, AsgiClient(_nothing, _nowhere), record, session=session)
+        placed = Placed(body, AsgiResponse(_nothing, _nowhere), record, session=session)
         if body.follows:
             placed.pinned = stored.holder(body.follows, query.client, (backend.url for backend in fleet))
             if not placed.pinned:
