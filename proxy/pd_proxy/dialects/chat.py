@@ -224,9 +224,10 @@ class ChoicesReader:
                 shown.append(event)  # a comment that keeps the connection alive
                 continue
             if self._opening is None and self._hide_ids and not self._prompt:
+                one_line = event.startswith(b"data: ") and len(event) == len(payload) + 8  # with the two line ends
                 event, self._prompt = take_prompt_ids(event)
                 if self._prompt:
-                    payload = sse.payload(event)
+                    payload = event[6:-2] if one_line else sse.payload(event)
             try:
                 parsed = _decode_event(payload)
             except UNDECODABLE as error:
@@ -301,7 +302,7 @@ class ChoicesReader:
         if visible and not content:
             transcript.mark_inexact("tool_calls" if delta is not None and delta.get("tool_calls") else "reasoning")
         if transcript.continuable:
-            transcript.note(inner_ids(ids), content or visible)
+            transcript.note(ids[1:-1] if ids.startswith(b"[") else b"", content or visible)
             if not visible and not finished and (delta is None or "role" not in delta):
                 self.pending += as_shown  # if the stream is resumed before the next text, this token is made again
                 return 1
