@@ -25,7 +25,8 @@ from typing import Any, cast
 import uvloop
 from pd_proxy.app import build
 from pd_proxy.fleet.health.kv_cache import Cache
-from pd_proxy.http.client import Connection, Origin
+from pd_proxy.http.connection import Connection
+from pd_proxy.http.origin import Origin
 from pd_proxy.http.server import GatewayProtocol
 from pd_proxy.process import uvicorn_config
 from pd_proxy.settings.tree import build_settings

@@ -27,7 +27,7 @@ from pd_proxy.fleet.findings import ADVICE, MEANING, SIDE_ADVICE  # noqa: E402
 from pd_proxy.fleet.fleet import Fleet  # noqa: E402
 from pd_proxy.fleet.view import FleetView  # noqa: E402
 from pd_proxy.flow.decisions import Decisions  # noqa: E402
-from pd_proxy.http.connections import Connections  # noqa: E402
+from pd_proxy.http.client_connections import Connections  # noqa: E402
 from pd_proxy.prefix.index import PrefixIndex  # noqa: E402
 from pd_proxy.settings.bounds import ClientSettings  # noqa: E402
 from pd_proxy.settings.environment import CONFIG_VARIABLE, DEFAULTS_VARIABLE, variable  # noqa: E402

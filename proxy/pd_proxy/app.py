@@ -54,7 +54,7 @@ from pd_proxy.flow.suspicion import Suspicion
 from pd_proxy.flow.warmup import Warmup
 from pd_proxy.handoff.connector import UNKNOWN, Connector
 from pd_proxy.handoff.connectors.registry import connectors
-from pd_proxy.http.connections import Connections
+from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.control import Control
 from pd_proxy.prefix.index import PrefixIndex
 from pd_proxy.requests.endpoints import LAYOUTS, Endpoint

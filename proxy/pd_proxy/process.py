@@ -31,7 +31,7 @@ from pd_proxy.app import Gateway, build
 from pd_proxy.fleet.readiness import not_ready
 from pd_proxy.fleet.zmq.listener import CannotListen
 from pd_proxy.http.body_memory import Bodies
-from pd_proxy.http.connections import Connections
+from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.server import GatewayProtocol
 from pd_proxy.runtime import garbage, heap
 from pd_proxy.runtime.signals import IGNORED, LEAVING, ignore, tell_ignored

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pd_proxy.fleet.backend import Lease
-from pd_proxy.http.client import Connection
+from pd_proxy.http.connection import Connection
 from pd_proxy_simulator import Simulator
 from pd_proxy_simulator.faults import Kind
 from pd_proxy_simulator.prompts import render_chat

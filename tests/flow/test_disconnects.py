@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from pd_proxy.http.client import Connection, Origin
+from pd_proxy.http.connection import Connection
+from pd_proxy.http.origin import Origin
 from pd_proxy_simulator import Simulator
 
 from tests.support import Running, chat, pools, running_gateway, simulators, soon, stuck_backend, until

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable
-from pd_proxy.http import client as http1
-from pd_proxy.http.client import HEAD_LIMIT, Collected, Connection, Origin
+from pd_proxy.http import origin as origin_module
+from pd_proxy.http.collected import Collected
+from pd_proxy.http.connection import HEAD_LIMIT, Connection
 from pd_proxy.http.deadlines import Deadlines
+from pd_proxy.http.origin import Origin
 
 from .helpers import Engine, FakeTransport, Recorder
 
@@ -172,7 +174,7 @@ async def test_a_connection_idle_for_too_long_is_not_used(
     engine: Engine, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await answer(engine, origin, OK, close=False)
-    monkeypatch.setattr(http1, "KEEPALIVE", -1.0)
+    monkeypatch.setattr(origin_module, "KEEPALIVE", -1.0)
     await ask(origin)
     await (await engine.accept()).request()
     assert await engine.peers[0].left()

@@ -11,8 +11,9 @@ import sys
 from time import monotonic
 
 import pytest
-from pd_proxy.http import connections, inbound
-from pd_proxy.http.connections import Connections
+from pd_proxy.http import client_connections as connections
+from pd_proxy.http import inbound
+from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import Receive, Scope, Send
 from pd_proxy.http.server import GatewayProtocol

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from pd_proxy.http.connections import Connections
+from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import EXTENSION, AsgiResponse, Receive, Scope, Send

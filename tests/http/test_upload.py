@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from pd_proxy.errors import BackendCut, BackendUnreachable
-from pd_proxy.http.client import Origin
+from pd_proxy.http.origin import Origin
 from pd_proxy.http.upload import Upload
 
 from .helpers import PATIENCE, Engine, Recorder

@@ -13,8 +13,9 @@ from pd_proxy.dialects.dialect import Dialect
 from pd_proxy.dialects.edit import Edit
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
 from pd_proxy.errors import BackendError
-from pd_proxy.http.client import Connection, Origin
+from pd_proxy.http.connection import Connection
 from pd_proxy.http.deadlines import Deadlines
+from pd_proxy.http.origin import Origin
 from pd_proxy.relay.stream import StreamRelay
 from pd_proxy.relay.transcript import Transcript
 from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution

@@ -10,8 +10,10 @@ from pd_proxy.dialects.chat import ChoicesReader
 from pd_proxy.dialects.prompt_logprobs import PromptLogprobs
 from pd_proxy.dialects.sglang import SGLANG
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled
-from pd_proxy.http.client import Collected, Connection, Origin
+from pd_proxy.http.collected import Collected
+from pd_proxy.http.connection import Connection
 from pd_proxy.http.deadlines import Deadlines
+from pd_proxy.http.origin import Origin
 
 from tests.http.helpers import FakeTransport, Recorder
 

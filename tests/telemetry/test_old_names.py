@@ -7,7 +7,7 @@ from pd_proxy.admission.admission import Admission
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.view import FleetView
 from pd_proxy.flow.decisions import Decisions
-from pd_proxy.http.connections import Connections
+from pd_proxy.http.client_connections import Connections
 from pd_proxy.prefix.index import PrefixIndex
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.admission import AdmissionSink

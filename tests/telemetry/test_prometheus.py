@@ -13,7 +13,7 @@ from pd_proxy.errors import BackendCut
 from pd_proxy.fleet.backend import Lease
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.view import FleetView
-from pd_proxy.http.connections import Connections
+from pd_proxy.http.client_connections import Connections
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.families import Histogram
 from pd_proxy.telemetry.prometheus import PrometheusSink, registry

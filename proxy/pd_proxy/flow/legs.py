@@ -39,8 +39,11 @@ from pd_proxy.flow.hops import Hops
 from pd_proxy.flow.pending_handoff import PendingHandoff
 from pd_proxy.handoff.opening import joined_answer
 from pd_proxy.handoff.plan import Leg, Plan
-from pd_proxy.http.client import Collected, Connection, Origin, Receiver
+from pd_proxy.http.collected import Collected
+from pd_proxy.http.connection import Connection
 from pd_proxy.http.deadlines import Deadlines
+from pd_proxy.http.origin import Origin
+from pd_proxy.http.receiver import Receiver
 from pd_proxy.relay.stream import StreamRelay
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import Telemetry

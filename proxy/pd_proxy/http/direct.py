@@ -6,16 +6,36 @@ leaves the cycle as `send` would, so that keep-alive, pipelining and graceful sh
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from uvicorn.protocols.http import flow_control as uvicorn_flow
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
+from pd_proxy.errors import GatewayError
+from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.response import FlowControl, Headers
 
-if TYPE_CHECKING:
-    from pd_proxy.errors import GatewayError
-    from pd_proxy.http.server import GatewayProtocol
+
+class ClientConnection(Protocol):
+    """What an answer asks of the connection that it goes out on (`server.GatewayProtocol`)."""
+
+    transport: asyncio.Transport
+    streaming: DirectResponse | None
+    clients: set[DirectResponse]
+    deaf: bool
+
+    @property
+    def shared(self) -> Connections: ...
+
+    @property
+    def flow(self) -> uvicorn_flow.FlowControl: ...
+
+    def refuse(self, client: DirectResponse) -> None: ...
+
+    def linger(self) -> None: ...
+
 
 _CLOSE = b"connection: close\r\n"
 
@@ -44,7 +64,7 @@ class DirectResponse:
         "started",
     )
 
-    def __init__(self, protocol: GatewayProtocol, cycle: RequestResponseCycle, asks: bool = False) -> None:
+    def __init__(self, protocol: ClientConnection, cycle: RequestResponseCycle, asks: bool = False) -> None:
         self._protocol = protocol
         self._cycle = cycle
         self._transport = protocol.transport

@@ -17,7 +17,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pd_proxy.errors import GatewayError, HeadersTooLarge, InvalidRequest, RequestTimedOut, VersionNotSupported
-from pd_proxy.http.connections import Connections
+from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.direct import DirectResponse
 
 # Seconds for which what a client still sends is read and thrown away after its request was refused. Closing at once

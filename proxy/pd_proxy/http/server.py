@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from pd_proxy.errors import TooManyConnections
 from pd_proxy.http.body_memory import SHORT
-from pd_proxy.http.connections import VISIT
+from pd_proxy.http.client_connections import VISIT
 from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.inbound import Inbound, answer_headers
 from pd_proxy.http.response import EXTENSION, Receive, Scope, Send

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 
-from pd_proxy.http.client import Connection, Origin, Receiver
+from pd_proxy.http.connection import Connection
+from pd_proxy.http.origin import Origin
+from pd_proxy.http.receiver import Receiver
 
 
 class Upload(Connection):

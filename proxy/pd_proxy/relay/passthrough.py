@@ -20,7 +20,7 @@ from pd_proxy.dialects.sse import EventReader, read
 from pd_proxy.dialects.strip import names_handoff, strip_event, strip_handoff
 from pd_proxy.encoding import ABSENT
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut
-from pd_proxy.http.client import Connection
+from pd_proxy.http.connection import Connection
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.http.response import ClientResponse, Headers
 

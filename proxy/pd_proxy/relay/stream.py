@@ -19,7 +19,7 @@ from pd_proxy.dialects.engine_errors import engine_error
 from pd_proxy.dialects.sse import EventReader
 from pd_proxy.dialects.usage import Usage
 from pd_proxy.errors import BackendCut, BackendError, BackendFailed, BackendGarbled, BackendTimedOut
-from pd_proxy.http.client import Connection
+from pd_proxy.http.connection import Connection
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.http.response import ClientResponse
 from pd_proxy.relay.fast_path import FastPath

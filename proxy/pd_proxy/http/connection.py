@@ -1,200 +1,35 @@
-"""The HTTP/1.1 client for the legs: asyncio transports and httptools, no task and no future per read.
+"""One connection to an engine: HTTP/1.1 over an asyncio transport, parsed by httptools.
 
-Owns the connections to each backend. Invariants: a connection serves one exchange at a time; it goes back to its
-origin's idle list only after a whole answer that both sides wish to keep alive; taking and giving cost the same
-however many are open. Whatever the socket or the parser says is told to the exchange's receiver as a `BackendError`,
-once.
+A connection serves one exchange at a time. It costs no task and no future for each read. Whatever the socket or the
+parser says reaches the exchange's receiver as a `BackendError`, once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import ssl
-from collections import deque
 from collections.abc import Callable
 from functools import partial
-from time import monotonic
-from typing import Protocol, TypeVar, cast
-from urllib.parse import urlsplit
+from typing import Protocol, cast
 
 import httptools
 
-from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable
+from pd_proxy.errors import BackendCut, BackendError, BackendGarbled
 from pd_proxy.http.deadlines import Deadlines
+from pd_proxy.http.receiver import Receiver
 
-# vLLM closes a connection after 5 s of idleness (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); stay clear of that moment, so that no
-# request meets a closing connection.
-KEEPALIVE = 4.0
 HEAD_LIMIT = 64 * 1024
-_REST = 0.005  # seconds
-_MOST_HEADS = 32  # paths; those of some routes have a client's words in them
-
-C = TypeVar("C", bound="Connection")
 
 log = logging.getLogger("pd_proxy.relay")
 
 
-class Receiver(Protocol):
-    """What an exchange does with its answer. Calls come in this order: head, data*, then end or lost, once."""
+class Owner(Protocol):
+    """What a connection asks of the origin that it belongs to (`origin.py`)."""
 
-    def head(self, status: int, headers: dict[bytes, bytes]) -> None:
-        """Status and headers (names in lower case; of repeated ones the last)."""
+    url: str
+    rests: Deadlines
 
-    def data(self, data: bytes, last: bool) -> None:
-        """Body bytes, without the transfer's framing. Never empty. With `last`, `end` follows at once."""
-
-    def end(self) -> None:
-        """The answer is whole."""
-
-    def lost(self, error: BackendError) -> None:
-        """The answer will not become whole."""
-
-
-class Origin:
-    """One backend's address and its connections.
-
-    Arguments:
-        url: `http://host:port`, or https; a path is put before every request's path.
-        connect_timeout: seconds.
-    """
-
-    def __init__(self, url: str, *, connect_timeout: float = 5.0) -> None:
-        parts = urlsplit(url)
-        self.url = url
-        self.host = parts.hostname or ""
-        self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.prefix = parts.path.rstrip("/")
-        self.connect_timeout = connect_timeout
-        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
-        self._host_header = parts.netloc.rpartition("@")[2].encode("ascii")
-        self._idle: deque[Connection] = deque()
-        self._outbox: list[Connection] = []
-        self._heads: dict[str, bytes] = {}  # by path: of JSON POSTs, up to the length of the body
-        self._closed = False
-        self.rests = Deadlines(_REST)
-
-    def request_head(self, path: str, headers: bytes, length: int) -> bytes:
-        """The head of a JSON POST: `headers` are whole lines, each ending in CRLF."""
-        head = self._heads.get(path)
-        if head is None:
-            head = b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\ncontent-length: " % (
-                (self.prefix + path).encode("ascii"),
-                self._host_header,
-            )
-            if len(self._heads) < _MOST_HEADS:
-                self._heads[path] = head
-        return b"%b%d\r\n%b\r\n" % (head, length, headers)
-
-    def chunked_head(self, path: str, content_type: bytes, headers: bytes) -> bytes:
-        """The head of a POST whose body follows in chunks."""
-        return b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: %b\r\ntransfer-encoding: chunked\r\n%b\r\n" % (
-            (self.prefix + path).encode("ascii"),
-            self._host_header,
-            content_type,
-            headers,
-        )
-
-    async def send(
-        self,
-        path: str,
-        headers: bytes,
-        body: tuple[bytes | memoryview, ...],
-        receiver: Receiver,
-        *,
-        within: float | None = None,
-        check: Callable[[], object] | None = None,
-        sent: Callable[[], object] | None = None,
-    ) -> Connection:
-        """Send one request and return its connection; the answer goes to `receiver`.
-
-        Arguments:
-            body: in pieces, which must not change before the exchange is over.
-            within: seconds after which the request must no longer be sent, where that is less than the connect timeout.
-            check: called once there is a connection; what it raises is raised, and nothing is sent.
-            sent: called when the request has gone out, soon after this returns; never, if it is aborted by then.
-        Raises:
-            BackendUnreachable: no connection could be made; nothing was sent.
-        """
-        connection = self._take()
-        if connection is None:
-            patience = self.connect_timeout if within is None else min(within, self.connect_timeout)
-            connection = await self.connect(Connection, patience)
-        if check is not None:
-            try:
-                check()
-            except BaseException:
-                connection.abort()
-                raise
-        length = len(body[0]) if len(body) == 1 else sum(map(len, body))
-        connection.begin(receiver, self.request_head(path, headers, length), body, self._post, sent)
-        return connection
-
-    def _post(self, connection: Connection) -> None:
-        """Send its request at the end of this turn of the event loop. An engine on this machine sleeps while there is
-        nothing for it, and to wake it is dear: requests that go out together wake it once."""
-        if not self._outbox:
-            asyncio.get_running_loop().call_soon(self._send_all)
-        self._outbox.append(connection)
-
-    def _send_all(self) -> None:
-        outbox, self._outbox = self._outbox, []
-        for connection in outbox:
-            receiver = connection._receiver
-            try:
-                connection.send()
-            except Exception as fault:  # of one request; the others are to go out
-                connection.broken(receiver, fault)
-
-    def close(self) -> None:
-        """Close what is idle; connections in use end with their exchange."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().abort()
-
-    def _take(self) -> Connection | None:
-        oldest_useful = monotonic() - KEEPALIVE
-        while self._idle:
-            connection = self._idle.pop()
-            transport = connection._transport
-            if connection.idle_since >= oldest_useful and transport is not None and not transport.is_closing():
-                return connection
-            connection.abort()
-        return None
-
-    def give(self, connection: Connection) -> None:
-        """Take a connection back after a whole answer."""
-        if self._closed:
-            connection.abort()
-            return
-        now = connection.idle_since = monotonic()
-        idle = self._idle
-        idle.append(connection)
-        # Those not needed sink to the left; two for one given back keeps pace with any burst.
-        if now - idle[0].idle_since > KEEPALIVE:
-            idle.popleft().abort()
-            if now - idle[0].idle_since > KEEPALIVE:
-                idle.popleft().abort()
-
-    async def connect(self, kind: Callable[[Origin], C], patience: float) -> C:
-        """A new connection.
-
-        Arguments:
-            patience: seconds.
-        Raises:
-            BackendUnreachable
-        """
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(patience):
-                _, connection = await loop.create_connection(lambda: kind(self), self.host, self.port, ssl=self._ssl)
-        except TimeoutError:
-            raise BackendUnreachable(f"{self.url}: no connection within {patience:.3g} s") from None
-        except OSError as error:
-            ours = error.errno in (errno.EMFILE, errno.ENFILE)  # no file left here says nothing about the backend
-            raise BackendUnreachable(f"{self.url}: {error.strerror or error}", blame=not ours) from error
-        return connection
+    def give(self, connection: Connection) -> None: ...
 
 
 class Connection(asyncio.Protocol):
@@ -233,7 +68,7 @@ class Connection(asyncio.Protocol):
         "on_chunk_header",
     )
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Owner) -> None:
         self._origin = origin
         self._body: list[bytes] = []
         self._chunk_complete: list[bool] = []  # not empty: the last thing read of a chunk was its end
@@ -380,13 +215,7 @@ class Connection(asyncio.Protocol):
             except httptools.HttpParserCallbackError as error:
                 raise error.__context__ or error from None
             except httptools.HttpParserError as error:
-                if self._complete:
-                    del self._body[self._answered :]
-                if good := b"".join(self._body):  # what came before the bad
-                    self._body.clear()
-                    receiver.data(good, False)
-                if self._receiver is receiver:
-                    self._fail(BackendGarbled(f"{self._origin.url} did not speak HTTP: {error}"))
+                self._unparsable(receiver, error)
                 return
             if self._in_head and self._head_bytes > HEAD_LIMIT:
                 self._fail(BackendGarbled(f"{self._origin.url} sent more than {HEAD_LIMIT} bytes of headers"))
@@ -406,6 +235,16 @@ class Connection(asyncio.Protocol):
             self._fail(error)
         except Exception as fault:
             self.broken(receiver, fault)
+
+    def _unparsable(self, receiver: Receiver, error: httptools.HttpParserError) -> None:
+        """What was read is not HTTP from some byte on. The receiver gets what came before that byte."""
+        if self._complete:
+            del self._body[self._answered :]
+        if good := b"".join(self._body):
+            self._body.clear()
+            receiver.data(good, False)
+        if self._receiver is receiver:
+            self._fail(BackendGarbled(f"{self._origin.url} did not speak HTTP: {error}"))
 
     def eof_received(self) -> None:
         return None
@@ -506,75 +345,3 @@ class Connection(asyncio.Protocol):
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             self._tell_lost(receiver, error)
-
-
-class Collected:
-    """A receiver that waits for the whole answer.
-
-    Arguments:
-        url: the backend, for messages.
-        limit: bytes.
-        loop: the running one, for those who know it.
-    Attributes:
-        status, headers, body: valid once `wait` has returned.
-    """
-
-    __slots__ = ("_body", "_future", "_limit", "_size", "_url", "connection", "headers", "status")
-
-    def __init__(self, url: str, *, limit: int, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        self._url = url
-        self._limit = limit
-        self._size = 0
-        self._future: asyncio.Future[None] = (loop or asyncio.get_running_loop()).create_future()
-        self._body: list[bytes] = []
-        self.connection: Connection | None = None
-        self.status = 0
-        self.headers: dict[bytes, bytes] = {}
-
-    async def wait(self, limit: Deadlines) -> bytes:
-        """The body.
-
-        Raises:
-            BackendError: the answer did not become whole, in time or at all. The exchange is over then.
-        """
-        limit.watch(self, self._future.get_loop())
-        try:
-            await self._future
-        finally:
-            limit.forget(self)
-            self.abort()
-        return self._body[0] if len(self._body) == 1 else b"".join(self._body)
-
-    def fail(self, error: BackendError) -> None:
-        """End the exchange from outside, as if the backend had failed with `error`."""
-        self.abort()
-        self.lost(error)
-
-    def overdue(self, seconds: float) -> None:
-        self.fail(BackendTimedOut(f"{self._url} did not answer within {seconds:g} s"))
-
-    def abort(self) -> None:
-        if self.connection is not None:
-            self.connection.abort()
-            self.connection = None
-
-    def head(self, status: int, headers: dict[bytes, bytes]) -> None:
-        self.status = status
-        self.headers = headers
-
-    def data(self, data: bytes, last: bool) -> None:
-        self._size += len(data)
-        if self._size > self._limit:
-            self.fail(BackendGarbled(f"{self._url} answered with more than {self._limit} bytes"))
-        else:
-            self._body.append(data)
-
-    def end(self) -> None:
-        self.connection = None
-        if not self._future.done():
-            self._future.set_result(None)
-
-    def lost(self, error: BackendError) -> None:
-        self.connection = None
-        if not self._future.done():
-            self._future.set_exception(error)

@@ -1,0 +1,174 @@
+"""The connections to one engine, and the requests that go out over them.
+
+Invariants: a connection goes back to the idle list only after a whole answer that both sides wish to keep alive; taking
+and giving cost the same however many are open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ssl
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from pd_proxy.errors import BackendUnreachable
+from pd_proxy.http.connection import Connection
+from pd_proxy.http.deadlines import Deadlines
+from pd_proxy.http.receiver import Receiver
+
+# vLLM closes a connection after 5 s of idleness (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); stay clear of that moment, so that no
+# request meets a closing connection.
+KEEPALIVE = 4.0
+_REST = 0.005  # seconds
+_MOST_HEADS = 32  # paths; those of some routes have a client's words in them
+
+C = TypeVar("C", bound="Connection")
+
+
+class Origin:
+    """One backend's address and its connections.
+
+    Arguments:
+        url: `http://host:port`, or https; a path is put before every request's path.
+        connect_timeout: seconds.
+    """
+
+    def __init__(self, url: str, *, connect_timeout: float = 5.0) -> None:
+        parts = urlsplit(url)
+        self.url = url
+        self.host = parts.hostname or ""
+        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.prefix = parts.path.rstrip("/")
+        self.connect_timeout = connect_timeout
+        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self._host_header = parts.netloc.rpartition("@")[2].encode("ascii")
+        self._idle: deque[Connection] = deque()
+        self._outbox: list[Connection] = []
+        self._heads: dict[str, bytes] = {}  # by path: of JSON POSTs, up to the length of the body
+        self._closed = False
+        self.rests = Deadlines(_REST)
+
+    def request_head(self, path: str, headers: bytes, length: int) -> bytes:
+        """The head of a JSON POST: `headers` are whole lines, each ending in CRLF."""
+        head = self._heads.get(path)
+        if head is None:
+            head = b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\ncontent-length: " % (
+                (self.prefix + path).encode("ascii"),
+                self._host_header,
+            )
+            if len(self._heads) < _MOST_HEADS:
+                self._heads[path] = head
+        return b"%b%d\r\n%b\r\n" % (head, length, headers)
+
+    def chunked_head(self, path: str, content_type: bytes, headers: bytes) -> bytes:
+        """The head of a POST whose body follows in chunks."""
+        return b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: %b\r\ntransfer-encoding: chunked\r\n%b\r\n" % (
+            (self.prefix + path).encode("ascii"),
+            self._host_header,
+            content_type,
+            headers,
+        )
+
+    async def send(
+        self,
+        path: str,
+        headers: bytes,
+        body: tuple[bytes | memoryview, ...],
+        receiver: Receiver,
+        *,
+        within: float | None = None,
+        check: Callable[[], object] | None = None,
+        sent: Callable[[], object] | None = None,
+    ) -> Connection:
+        """Send one request and return its connection; the answer goes to `receiver`.
+
+        Arguments:
+            body: in pieces, which must not change before the exchange is over.
+            within: seconds after which the request must no longer be sent, where that is less than the connect timeout.
+            check: called once there is a connection; what it raises is raised, and nothing is sent.
+            sent: called when the request has gone out, soon after this returns; never, if it is aborted by then.
+        Raises:
+            BackendUnreachable: no connection could be made; nothing was sent.
+        """
+        connection = self._take()
+        if connection is None:
+            patience = self.connect_timeout if within is None else min(within, self.connect_timeout)
+            connection = await self.connect(Connection, patience)
+        if check is not None:
+            try:
+                check()
+            except BaseException:
+                connection.abort()
+                raise
+        length = len(body[0]) if len(body) == 1 else sum(map(len, body))
+        connection.begin(receiver, self.request_head(path, headers, length), body, self._post, sent)
+        return connection
+
+    def _post(self, connection: Connection) -> None:
+        """Send its request at the end of this turn of the event loop. An engine on this machine sleeps while there is
+        nothing for it, and to wake it is dear: requests that go out together wake it once."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._send_all)
+        self._outbox.append(connection)
+
+    def _send_all(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        for connection in outbox:
+            receiver = connection._receiver
+            try:
+                connection.send()
+            except Exception as fault:  # of one request; the others are to go out
+                connection.broken(receiver, fault)
+
+    def close(self) -> None:
+        """Close what is idle; connections in use end with their exchange."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().abort()
+
+    def _take(self) -> Connection | None:
+        oldest_useful = monotonic() - KEEPALIVE
+        while self._idle:
+            connection = self._idle.pop()
+            transport = connection._transport
+            if connection.idle_since >= oldest_useful and transport is not None and not transport.is_closing():
+                return connection
+            connection.abort()
+        return None
+
+    def give(self, connection: Connection) -> None:
+        """Take a connection back after a whole answer."""
+        if self._closed:
+            connection.abort()
+            return
+        now = connection.idle_since = monotonic()
+        idle = self._idle
+        idle.append(connection)
+        # Those not needed sink to the left; two for one given back keeps pace with any burst.
+        if now - idle[0].idle_since > KEEPALIVE:
+            idle.popleft().abort()
+            if now - idle[0].idle_since > KEEPALIVE:
+                idle.popleft().abort()
+
+    async def connect(self, kind: Callable[[Origin], C], patience: float) -> C:
+        """A new connection.
+
+        Arguments:
+            patience: seconds.
+        Raises:
+            BackendUnreachable
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(patience):
+                _, connection = await loop.create_connection(lambda: kind(self), self.host, self.port, ssl=self._ssl)
+        except TimeoutError:
+            raise BackendUnreachable(f"{self.url}: no connection within {patience:.3g} s") from None
+        except OSError as error:
+            ours = error.errno in (errno.EMFILE, errno.ENFILE)  # no file left here says nothing about the backend
+            raise BackendUnreachable(f"{self.url}: {error.strerror or error}", blame=not ours) from error
+        return connection
