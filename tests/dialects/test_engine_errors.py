@@ -64,7 +64,7 @@ def test_a_whole_error_is_passed_on_word_for_word(status: int, kind: type[Backen
     ],
     ids=["string", "html", "empty", "null", "list", "null error", "no message", "half", "bytes"],
 )
-def test_an_error_of_another_shape_is_said_anew(
+def test_an_error_of_another_shape_is_written_again(
     status: int, kind: type[BackendAnswered], body: bytes, message: str
 ) -> None:
     error = engine_error(URL, status, {}, body)

@@ -15,7 +15,7 @@ from pd_proxy.dialects.whole import decode_whole, what_is_missing
         b'[{"index":0,"token_ids":[1,2]}]',
     ],
 )
-def test_choices_that_answer_have_no_flaw(choices: bytes) -> None:
+def test_nothing_is_missing_in_choices_with_an_answer(choices: bytes) -> None:
     assert what_is_missing(decode_whole(b'{"choices":' + choices + b"}"), "choices") == ""
 
 
@@ -37,7 +37,7 @@ def test_choices_that_answer_have_no_flaw(choices: bytes) -> None:
         b'{"content":[]}',
     ],
 )
-def test_choices_that_answer_nothing_are_a_flaw(answer: bytes) -> None:
+def test_choices_without_an_answer_are_not_one(answer: bytes) -> None:
     assert what_is_missing(decode_whole(answer), "choices")
 
 

@@ -108,7 +108,9 @@ both = pytest.mark.parametrize(
 
 
 @both
-def test_what_is_like_the_learnt_event_but_for_its_text_passes(make: Callable[[str], bytes], hidden: bool) -> None:
+def test_an_event_that_differs_from_the_sample_in_its_text_alone_passes(
+    make: Callable[[str], bytes], hidden: bool
+) -> None:
     scene = Scene(make("learnt"), hidden=hidden)
     for token in ("a", "Hello", " ", "é", "日本", "]", "}]}", "\\n", "5", "x" * 60_000, ",'{", "\\\\"):
         assert scene.passes(chunk(make(token))), token
@@ -116,7 +118,7 @@ def test_what_is_like_the_learnt_event_but_for_its_text_passes(make: Callable[[s
 
 
 @both
-def test_a_leg_that_goes_on_with_an_answer_passes_with_that_ones_identity(
+def test_a_leg_that_continues_an_answer_passes_with_the_identity_of_that_answer(
     make: Callable[[str], bytes], hidden: bool
 ) -> None:
     first = Edit(hide_ids=hidden, identity=identity(id="the-first-one", created=77), earlier_tokens=1)
@@ -128,7 +130,7 @@ def test_a_leg_that_goes_on_with_an_answer_passes_with_that_ones_identity(
         assert b"the-first-one" in scene.written[-1]
 
 
-def test_a_leg_whose_counts_must_be_changed_in_each_event_goes_the_slow_path() -> None:
+def test_a_leg_whose_counts_must_be_changed_in_each_event_takes_the_slow_path() -> None:
     running = text("learnt", usage={"prompt_tokens": 3, "completion_tokens": 1})
     scene = Scene(running, edit=Edit(identity=identity(id="first"), earlier_tokens=1))
     assert not scene.passes(chunk(running))
@@ -186,7 +188,7 @@ def test_nothing_passes_while_something_is_half_read(make: Callable[[str], bytes
     assert scene.passes(chunk(make("b")))  # it was learnt all the same
 
 
-def test_after_a_read_that_went_the_slow_path_nothing_passes_until_it_is_said() -> None:
+def test_after_a_read_on_the_slow_path_nothing_passes_until_it_is_allowed() -> None:
     scene = Scene(text("learnt"))
     scene.fast_path.data_received(chunk(text("a")))
     scene.fast_path.data_received(b"1\r\n:\r\n")
@@ -242,7 +244,7 @@ def spaced(value: bytes) -> bytes:
         b"data: {}\n\n",
     ],
 )
-def test_what_is_no_plain_event_is_not_learnt(pattern: bytes) -> None:
+def test_an_event_that_is_not_ordinary_is_not_learnt(pattern: bytes) -> None:
     scene = Scene(pattern)
     assert not scene.passes(chunk(pattern))
     assert not scene.passes(chunk(pattern.replace(b"x", b"y")))
@@ -610,7 +612,7 @@ def test_every_token_is_counted_and_every_gap_noted_once(tokens: int, hidden: bo
         assert scene.transcript.truncate() == b"1,2,3" + b",5" * tokens
 
 
-def test_the_pace_of_some_tokens_is_told_and_that_of_a_few_is_not(clock: Clock) -> None:
+def test_the_pace_of_some_tokens_is_reported_and_that_of_a_few_is_not(clock: Clock) -> None:
     scene, paces = Scene(text("learnt")), list[float]()
     scene.fast_path._pace = paces.append
     for _ in range(40):
@@ -631,7 +633,7 @@ def test_tokens_that_come_together_share_the_time_of_their_read(clock: Clock) ->
     assert paces == [pytest.approx(10 * 0.25 / (10 + 11 * 4))]
 
 
-def test_ids_are_put_away_while_the_stream_goes_on() -> None:
+def test_ids_are_moved_on_while_the_stream_goes_on() -> None:
     """So that a long answer meets the limit of its transcript in time, and is kept in little memory."""
     scene = Scene(completion("learnt"), hidden=True)
     for _ in range(500):
@@ -640,15 +642,15 @@ def test_ids_are_put_away_while_the_stream_goes_on() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=30))
-def test_tokens_of_either_way_are_counted_in_their_order(reads: list[tuple[int, bool]]) -> None:
+def test_tokens_of_either_path_are_counted_in_their_order(reads: list[tuple[int, bool]]) -> None:
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(relay_fast_path, "monotonic", clock)
         scene = Scene(text("learnt"))
         expected = 0
-        for tokens, straight in reads:
+        for tokens, fast in reads:
             clock.now += 0.25
-            if straight:
+            if fast:
                 assert scene.passes(chunk(text("a")))
                 expected += 1
             else:
@@ -665,7 +667,7 @@ def test_tokens_of_either_way_are_counted_in_their_order(reads: list[tuple[int, 
 # All else
 
 
-def test_what_befalls_the_connection_is_told_to_it() -> None:
+def test_calls_of_the_transport_are_passed_on_to_the_connection() -> None:
     scene = Scene()
     error = ConnectionResetError()
     scene.fast_path.eof_received()

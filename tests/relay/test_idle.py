@@ -236,7 +236,7 @@ async def test_a_slow_stream_is_suspected_for_as_long_as_it_is_slow(clock: Clock
     stream.running.cancel()
 
 
-@pytest.mark.parametrize("said", [SECOND, PING, END, SECOND + THIRD], ids=["straight", "ping", "end", "two"])
+@pytest.mark.parametrize("said", [SECOND, PING, END, SECOND + THIRD], ids=["fast path", "ping", "end", "two"])
 async def test_a_suspected_stream_that_speaks_goes_on(said: bytes, clock: Clock) -> None:
     stream = await opened(idle=10.0)
     stream.read(FIRST)

@@ -238,7 +238,7 @@ async def test_log_probabilities_reach_the_client_with_the_ids_hidden() -> None:
     assert stream.transcript.truncate() == b"101,7,102,5,6,7"
 
 
-async def test_a_tool_call_is_a_flaw_and_reaches_the_client() -> None:
+async def test_a_tool_call_reaches_the_client_and_makes_the_answer_inexact() -> None:
     values = [role(), said("a", [5]), said("b", [6]), chat({"tool_calls": CALL}, [7]), said("c", [8])]
     stream = await relayed(*map(event, values), DONE, edit=HIDE)
     assert stream.client.body == shown(values) + DONE
@@ -247,7 +247,7 @@ async def test_a_tool_call_is_a_flaw_and_reaches_the_client() -> None:
 
 
 @pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
-async def test_reasoning_is_a_flaw_and_what_is_said_after_it_takes_the_fast_path(field: str) -> None:
+async def test_reasoning_makes_the_answer_inexact_and_text_after_it_takes_the_fast_path(field: str) -> None:
     values = [role(), chat({field: "hm"}, [5]), chat({field: "so"}, [6]), said("a", [7]), said("b", [8])]
     stream = await opened(edit=HIDE)
     stream.read(*map(event, values[:-1]))
@@ -270,16 +270,16 @@ async def test_a_token_without_text_waits_for_the_next_with_text(make: Callable[
     show = shown if edit.hide_ids else as_is
     opening = [role(), said("a", [5])] if make is said else [text("a", [5], PROMPT)]
     opening.append(make("b", [6]))
-    hollow = [make("", [7]), make("", [8])]
+    empty = [make("", [7]), make("", [8])]
     more = [make("é", [9]), make("x", [10])]
     stream = await opened(edit=edit)
-    stream.read(*map(event, opening + hollow))
+    stream.read(*map(event, opening + empty))
     assert stream.client.body == show(opening)
     assert (stream.transcript.said, stream.transcript.total) == (2, 4)
     stream.read(event(more[0]))
-    assert stream.client.body == show(opening + hollow + more[:1])
-    stream.read(event(more[1]), *map(event, hollow))
-    assert stream.client.body == show(opening + hollow + more)
+    assert stream.client.body == show(opening + empty + more[:1])
+    stream.read(event(more[1]), *map(event, empty))
+    assert stream.client.body == show(opening + empty + more)
     assert stream.transcript.said == 6
     assert stream.relay.given()[0] == 8
     assert stream.transcript.truncate() == b"101,7,102,5,6,7,8,9,10"
@@ -299,8 +299,8 @@ async def test_a_token_without_text_is_not_overtaken_on_the_fast_path(make: Call
 
 @answers
 async def test_tokens_without_text_at_the_end_go_out_with_the_finish_reason(values: list[Value]) -> None:
-    hollow = said("", [8]) if "delta" in values[0]["choices"][0] else text("", [8])
-    values = [*values[:-1], hollow, hollow, values[-1]]
+    empty = said("", [8]) if "delta" in values[0]["choices"][0] else text("", [8])
+    values = [*values[:-1], empty, empty, values[-1]]
     stream = await relayed(*map(event, values), DONE, edit=HIDE)
     assert stream.client.body == shown(values) + DONE
     assert stream.transcript.total == 6
@@ -446,15 +446,15 @@ IDS = st.integers(0, 200_000)
 
 
 @st.composite
-def streams(draw: st.DrawFn, min_size: int = 0, hollow_first: bool = True) -> list[Value]:
+def streams(draw: st.DrawFn, min_size: int = 0, empty_first: bool = True) -> list[Value]:
     """Events of one answer: mostly plain ones of a token each."""
     completions = draw(st.booleans())
     make = text if completions else said
-    kinds = ["plain"] * 6 + ["hollow", "several", "logprobs"]
+    kinds = ["plain"] * 6 + ["empty", "several", "logprobs"]
     kinds += [] if completions else ["silent", "silent with logprobs", "silent with usage", "reasoning", "call"]
     values = [] if completions else [role()]
     for number, kind in enumerate(draw(st.lists(st.sampled_from(kinds), min_size=min_size, max_size=25))):
-        if completions and not number and not hollow_first:
+        if completions and not number and not empty_first:
             kind = "plain"
         ids = [draw(IDS)]
         if kind == "several":
@@ -468,7 +468,7 @@ def streams(draw: st.DrawFn, min_size: int = 0, hollow_first: bool = True) -> li
             beside = {"usage": COUNTS} if kind.endswith("usage") else {}
             values.append(chat({}, ids, **({"logprobs": LOGPROBS} if kind.endswith("logprobs") else {})) | beside)
         else:
-            values.append(make("" if kind == "hollow" else draw(TOKENS), ids, **more))
+            values.append(make("" if kind == "empty" else draw(TOKENS), ids, **more))
     finish = draw(st.sampled_from([("", "length"), ("", "stop"), ("x", "length")]))
     if completions:
         values.append(text(finish[0], [draw(IDS)], None if len(values) else PROMPT, finish_reason=finish[1]))
@@ -607,7 +607,7 @@ def tokens_shown(body: bytes) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("hide", [True, False])
-@given(values=streams(min_size=1, hollow_first=False), data=st.data())
+@given(values=streams(min_size=1, empty_first=False), data=st.data())
 def test_an_answer_cut_anywhere_and_continued_from_its_cut_is_the_answer(
     hide: bool, values: list[Value], data: st.DataObject
 ) -> None:

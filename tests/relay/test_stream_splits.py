@@ -72,7 +72,7 @@ def test_any_split_of_an_answer_that_fails_gives_the_client_the_same_bytes(cuts:
     answer = b"".join(FAILING)
     error, stream = relayed_in_pieces(answer, cuts)
     assert type(error) is BackendFailed
-    # Where the failure is read together with the first text, none of it goes out: all can be begun anew elsewhere.
+    # Where the failure is read together with the first text, none of it goes out: the request can be tried elsewhere.
     together = not any(len(ROLE + FIRST) <= cut % len(answer) for cut in cuts)
     assert stream.client.body == (b"" if together else ROLE + FIRST + SECOND)
     assert not stream.client.ended

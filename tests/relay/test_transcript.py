@@ -23,7 +23,7 @@ def opened(prompt: bytes = b"1,2,3", limit: int = 1 << 20) -> Transcript:
     return transcript
 
 
-def told(events: bytes) -> list[dict[str, Any]]:
+def events_of(events: bytes) -> list[dict[str, Any]]:
     """What events carry, `[DONE]` aside, which must be the last."""
     *found, done, nothing = events.split(b"\n\n")
     assert (done, nothing) == (b"data: [DONE]", b"")
@@ -138,7 +138,7 @@ def test_dropping_the_last_token_counts_fresh_ones() -> None:
     assert transcript.truncate() == b"1,2,3,5"
 
 
-def test_the_end_is_the_last_tokens_up_to_the_cut() -> None:
+def test_the_end_is_the_last_tokens_whose_text_was_sent() -> None:
     transcript = opened()
     assert transcript.end() == b""
     transcript.note(b"5", "x")
@@ -153,7 +153,7 @@ def test_the_end_is_the_last_tokens_up_to_the_cut() -> None:
 EVENTS = st.lists(
     st.tuples(
         st.lists(st.integers(0, 200_000), max_size=3).map(lambda ids: ",".join(map(str, ids)).encode()),
-        st.sampled_from(["hollow", "text", "fresh", "cut", "fold"]),
+        st.sampled_from(["empty", "text", "fresh", "cut", "fold"]),
     ),
     max_size=40,
 )
@@ -173,7 +173,7 @@ def test_the_cut_is_behind_the_last_text_whatever_came_before(
             del ids[sent:]
         elif kind == "fold":
             transcript.fold()
-        elif kind == "hollow":
+        elif kind == "empty":
             transcript.note(said, "")
             ids += said.split(b",") if said else []
         elif said:
@@ -189,10 +189,10 @@ def test_the_cut_is_behind_the_last_text_whatever_came_before(
     assert transcript.inexact == ""
 
 
-# Flaws
+# Reasons why an answer cannot be continued exactly
 
 
-def test_text_without_ids_is_a_flaw_that_leaves_nothing() -> None:
+def test_text_without_ids_leaves_nothing_to_continue() -> None:
     transcript = opened()
     transcript.note(b"5", "x")
     transcript.note(b"", None)
@@ -203,7 +203,7 @@ def test_text_without_ids_is_a_flaw_that_leaves_nothing() -> None:
     assert (transcript.said, transcript.total, transcript.prompt_tokens) == (0, 0, 0)
 
 
-def test_a_prompt_without_ids_is_a_flaw() -> None:
+def test_an_answer_whose_prompt_has_no_ids_cannot_be_continued() -> None:
     transcript = opened(b"")
     assert transcript.inexact == "no_token_ids"
     assert not transcript.continuable
@@ -227,7 +227,7 @@ def test_only_the_first_reason_is_kept_and_most_leave_something_to_go_on_from(re
     assert not transcript.continuable
 
 
-def test_a_flaw_of_the_request_stays() -> None:
+def test_a_reason_in_the_request_stays() -> None:
     transcript = Transcript("penalties")
     transcript.open(FIRST, b"1,2")
     assert transcript.inexact == "penalties"
@@ -276,7 +276,7 @@ def test_a_prompt_longer_than_the_limit_is_not_kept(limit: int, reason: str) -> 
 TOKENS = st.text(min_size=1, max_size=6) | st.sampled_from(['"', "\\", "\n", "\U0001f600", "\x00", "</"])
 
 
-@given(st.lists(st.tuples(TOKENS, st.sampled_from(["fresh", "noted", "hollow", "fold", "cut"])), max_size=20))
+@given(st.lists(st.tuples(TOKENS, st.sampled_from(["fresh", "noted", "empty", "fold", "cut"])), max_size=20))
 def test_the_text_is_what_was_read_however_it_came(events: list[tuple[str, str]]) -> None:
     transcript = Transcript(with_text=True)
     transcript.open(FIRST, b"1")
@@ -288,7 +288,7 @@ def test_the_text_is_what_was_read_however_it_came(events: list[tuple[str, str]]
             transcript.fresh_text.append(json.dumps(said).encode()[1:-1])
         elif kind == "noted":
             transcript.note(b"5", said)
-        elif kind == "hollow":
+        elif kind == "empty":
             transcript.note(b"5", "")
         elif kind == "fold":
             transcript.fold()
@@ -337,7 +337,7 @@ def test_text_is_not_kept_once_nothing_is_left() -> None:
     assert transcript.text == ""
 
 
-def test_the_answer_is_its_ids_up_to_the_cut() -> None:
+def test_the_answer_is_its_ids_up_to_the_last_token_whose_text_was_sent() -> None:
     transcript = opened()
     assert transcript.answer() == b""
     transcript.note(b"5", "x")
@@ -377,7 +377,7 @@ def test_usage_counts_every_token_of_prompt_and_answer() -> None:
     transcript.fresh += [b"6,7"]
     transcript.fold()
     transcript.note(b"8", None)  # the end of sequence
-    (usage,) = told(transcript.closing(usage=True))
+    (usage,) = events_of(transcript.closing(usage=True))
     counts = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
     assert usage == {**CHAT, "choices": [], "usage": counts}
 
@@ -390,7 +390,7 @@ def test_a_finish_reason_is_given_in_the_answers_own_form(
     transcript = Transcript()
     transcript.open(event({**head, "choices": []}), b"1")
     transcript.note(b"5", "x")
-    first, *rest = told(transcript.closing(finish="length", usage=usage))
+    first, *rest = events_of(transcript.closing(finish="length", usage=usage))
     assert first == {**head, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": "length"}]}
     assert len(rest) == usage
 

@@ -170,7 +170,7 @@ class FastPath(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         # A chunk is `size CRLF event CRLF`; an event is `prefix text behind`, where `behind` equals the pattern's but
-        # for the digits. An event without text is not ordinary: the transcript must be told.
+        # for the digits. An event without text is not ordinary: the transcript must know of it.
         head = _CHUNK_HEADS[len(data)]
         start = len(head)
         text = start + self._prefix_length
