@@ -48,7 +48,8 @@ from pd_proxy.flow.hops import Hops
 from pd_proxy.flow.legs import Legs
 from pd_proxy.flow.placing import Placing
 from pd_proxy.flow.prompts import Prompts
-from pd_proxy.flow.single import ROUTES, Single
+from pd_proxy.flow.single import Single
+from pd_proxy.flow.single_request import ROUTES
 from pd_proxy.flow.stored_responses import StoredResponses
 from pd_proxy.flow.suspicion import Suspicion
 from pd_proxy.flow.warmup import Warmup

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pd_proxy.app import build
 from pd_proxy.fleet.engine_families import KINDS
-from pd_proxy.flow.single import ROUTES
+from pd_proxy.flow.single_request import ROUTES
 from pd_proxy.settings.tree import Settings
 
 from tests.support import running_gateway, simulators

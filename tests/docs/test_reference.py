@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from pd_proxy import cli
 from pd_proxy.fleet.engine_families import KINDS
-from pd_proxy.flow.single import ROUTES
+from pd_proxy.flow.single_request import ROUTES
 from pd_proxy.settings import flags
 
 ROOT = Path(__file__).resolve().parents[2]

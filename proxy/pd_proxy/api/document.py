@@ -13,7 +13,7 @@ from typing import Any
 from pd_proxy import errors
 from pd_proxy.api.schemas import request_content
 from pd_proxy.errors import GatewayError
-from pd_proxy.flow.single import ROUTES
+from pd_proxy.flow.single_request import ROUTES
 from pd_proxy.requests.endpoints import LAYOUTS
 
 Schema = dict[str, Any]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pd_proxy.flow.single import ROUTES
+from pd_proxy.flow.single_request import ROUTES
 
 Schema = dict[str, Any]
 

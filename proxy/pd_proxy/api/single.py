@@ -17,7 +17,8 @@ from pd_proxy.api.error_shapes import ANTHROPIC, OPENAI
 from pd_proxy.api.exchange import no_route
 from pd_proxy.errors import BodyTooLarge, EncodingNotSupported, RequestTimedOut
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.flow.single import ROUTES, Single, SingleRequest
+from pd_proxy.flow.single import Single
+from pd_proxy.flow.single_request import ROUTES, SingleRequest
 from pd_proxy.http.content_coding import coding_of
 from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import AsgiResponse, Receive, Scope, Send

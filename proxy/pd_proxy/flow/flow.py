@@ -1,7 +1,7 @@
 """The order of things: place, lease, prefill, hand over, decode; and again elsewhere when that fails.
 
 Until the client has been given a byte, any failure of a backend leads to another try, on other backends first; after
-that, to one that goes on where the answer broke off (`resumption.py`). Each try is whole: its leases and connections
+that, to one that goes on where the answer broke off (`resume.py`). Each try is whole: its leases and connections
 are gone when it ends. Nothing here touches a count by hand.
 """
 
@@ -21,7 +21,7 @@ from pd_proxy.errors import (
 )
 from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.retry_budget import amplifies
+from pd_proxy.fleet.retry_budget import Permit
 from pd_proxy.flow.attempt import new_attempt
 from pd_proxy.flow.callbacks import Callbacks
 from pd_proxy.flow.encoders import Encoders
@@ -33,14 +33,14 @@ from pd_proxy.flow.placing import Placing, continues
 from pd_proxy.flow.release import Releases
 from pd_proxy.flow.request import Request
 from pd_proxy.flow.resume import Resumption
-from pd_proxy.flow.resume_point import settle
-from pd_proxy.flow.retry import LONGEST_BACKOFF, backoff
+from pd_proxy.flow.resume_point import find_resume_point
+from pd_proxy.flow.retry import LONGEST_BACKOFF, Retries, backoff
 from pd_proxy.flow.steps import RequestSteps
-from pd_proxy.flow.suspicion import Suspicion, warn
+from pd_proxy.flow.suspicion import Cuts, Suspicion
 from pd_proxy.handoff.connector import UNKNOWN, Connector
 from pd_proxy.placement.decide import Decision
 from pd_proxy.settings.tree import Settings
-from pd_proxy.telemetry.records import Telemetry
+from pd_proxy.telemetry.records import RequestRecord, Telemetry
 
 log = logging.getLogger("pd_proxy.flow")
 
@@ -70,7 +70,7 @@ class Flow:
         callbacks: Callbacks,
         suspicion: Suspicion,
     ) -> None:
-        self._attempts = settings.retries.attempts
+        self._retries = Retries(settings.retries.attempts, fleet, suspicion)
         self._fleet = fleet
         self._legs = legs
         self._placing = placing
@@ -81,8 +81,7 @@ class Flow:
         self._encoders = Encoders(settings, fleet, legs, random, steps.failed)
         self._connectors = {**connectors, UNKNOWN.name: UNKNOWN}
         self._reuse = settings.reuse_tokens
-        self._resumption = Resumption(settings)
-        self._suspicion = suspicion
+        self.resumption = Resumption(settings)
         self._first_tokens = first_tokens
 
     @property
@@ -97,93 +96,47 @@ class Flow:
             GatewayError: it has not; when `request.client.started`, it has a part of it.
         """
         if request.body.stream:
-            self._resumption.prepare(request)
+            self.resumption.prepare(request)
         try:
-            await self._run(request)
+            await self._retries.run(_Tries(self, request))
             self._placing.answered(request)
         finally:
             request.give_permit_back()
             self._placing.ended(request)
 
-    async def _run(self, request: Request) -> None:
-        tries = 0
-        while True:
-            tries += 1
-            request.live = False
-            request.gained = 0
-            try:
-                if tries == 1 and not request.client.started:
-                    decision = self._placing.decide(request)
-                else:
-                    decision = await self._place(request, tries)
-                cards = decision.decode.models
-                await self._try(request, decision)
-            except BackendError as error:
-                request.error = error
-                request.give_permit_back()
-                if request.live:  # a part of the answer has been given since the last time
-                    assert request.transcript is not None
-                    request.transcript.verify()
-                    request.cards = request.cards or cards
-                    if self._resumption.complete(request):
-                        return
-                    await self._spare_engines(request, error)
-                    self._resumption.resume(request, error, await self._settle(request))
-                    tries = 0
-                    continue
-                await self._spare_engines(request, error)
-                if not error.retryable or tries == self._attempts:
-                    if request.client.started:
-                        raise self._resumption.given_up(request, error.reason) from error
-                    raise
-                record = request.record
-                log.info(
-                    "%s try %d of %d failed: %s", record.request_id, tries, self._attempts, error, extra=record.known_as
-                )
-                tries = await self._permitted(request, error, tries)
-                request.note_retry()
-            else:
-                return
-
-    async def _spare_engines(self, request: Request, error: BackendError) -> None:
-        """After a try that failed with `error`.
+    async def attempt(self, request: Request, tries: int) -> None:
+        """Place and run one try of a request.
 
         Raises:
-            BackendsKilled: so many engines have ended while they had the request that no other is given it.
+            BackendError: it failed.
         """
-        if request.cuts is None or not (ended := await self._suspicion.deadly(request.cuts)):
-            return
-        record, size = request.record, sum(len(memoryview(member)) for member in request.body.members.values())
-        killed = BackendsKilled(f"{len(ended)} engines ended while they had this request: {', '.join(ended)}")
-        record.error = str(killed)
-        if request.client.started:
-            record.not_resumed = killed.reason
-        warn(record, size, ended)
-        raise killed from error
+        request.live = False
+        request.gained = 0
+        if tries == 1 and not request.client.started:
+            decision = self._placing.decide(request)
+        else:
+            decision = await self._place(request, tries)
+        request.cards_of_try = decision.decode.models
+        await self._try(request, decision)
 
-    async def _permitted(self, request: Request, error: BackendError, tries: int) -> int:
-        """Wait for leave to try again, so that retries never amplify an overload. To wait for it counts as a try.
-
-        Returns the number of tries so far.
+    async def resume(self, request: Request, error: BackendError) -> bool:
+        """A try failed after its client was given a part of the answer. Returns True where the answer is whole all the
+        same, and False where the next try is to continue it.
 
         Raises:
-            BackendError: `error`, when all tries are used up.
+            GatewayError: nobody can.
         """
-        if not amplifies(error):
-            return tries
-        leg = request.failed[0]
-        answers: Role = "mixed" if request.record.decode_pool == "mixed" else "decode"
-        role: Role = "prefill" if leg == "prefill" else "encode" if leg == "encode" else answers
-        while (permit := self._fleet.budgets.take(role)) is None:
-            tries += 1
-            if tries >= self._attempts:
-                raise error
-            await asyncio.sleep(backoff(tries))
-        request.permit = permit
-        return tries
+        assert request.transcript is not None
+        request.transcript.verify()
+        request.cards = request.cards or request.cards_of_try
+        if self.resumption.complete(request):
+            return True
+        await self._retries.spare_engines(_Tries(self, request), error)
+        self.resumption.resume(request, error, await self._find_resume_point(request))
+        return False
 
-    async def _settle(self, request: Request) -> str:
-        """Find the place where a broken answer may be continued (`cut.py`), with the help of any engine that is up: all
+    async def _find_resume_point(self, request: Request) -> str:
+        """Find where a broken answer may be continued (`resume_point.py`), with the help of any engine that is up: all
         of them have the same tokenizer.
 
         Returns why there is none, or an empty string.
@@ -197,7 +150,7 @@ class Flow:
         known = [one for role in roles for one in self._fleet.candidates(role, model) if continues(request, one)]
         for backend in sorted(known, key=lambda backend: backend.url in request.avoid):
             try:
-                return await settle(transcript, partial(self._legs.detokenize, backend, model))
+                return await find_resume_point(transcript, partial(self._legs.detokenize, backend, model))
             except BackendError as error:
                 record = request.record
                 log.info("%s: %s did not detokenize: %s", record.request_id, backend.url, error, extra=record.known_as)
@@ -213,7 +166,7 @@ class Flow:
             try:
                 decision = self._placing.decide(request)
             except NoBackend as error:
-                if not request.client.started or tries >= self._attempts:
+                if not request.client.started or tries >= self._retries.attempts:
                     raise
                 log.info("%s waits for a backend: %s", request.record.request_id, error, extra=request.record.known_as)
             else:
@@ -231,7 +184,7 @@ class Flow:
         prefill, decode = decision.prefill, decision.decode
         connector = self._connectors[decode.connector]
         if not connector.traits.resumable:
-            self._resumption.forgo(request)
+            self.resumption.forgo(request)
         facts = None
         if prefill is not None and self._first_tokens.on:
             why = self._first_tokens.consider(request, prefill, decode, connector)
@@ -268,6 +221,65 @@ class Flow:
     async def close(self) -> None:
         """Wait for what runs in the background. What fails from now on is not tried again."""
         await self._releases.close()
+
+
+class _Tries:
+    """A request, as the loop of tries sees it (`retry.Job`)."""
+
+    __slots__ = ("_flow", "_request")
+    waits_for_permit = True
+    repeatable = True
+
+    def __init__(self, flow: Flow, request: Request) -> None:
+        self._flow = flow
+        self._request = request
+
+    @property
+    def record(self) -> RequestRecord:
+        return self._request.record
+
+    @property
+    def cuts(self) -> Cuts | None:
+        return self._request.cuts
+
+    @property
+    def size(self) -> int:
+        return sum(len(memoryview(member)) for member in self._request.body.members.values())
+
+    @property
+    def answering(self) -> bool:
+        return self._request.live
+
+    async def attempt(self, tries: int) -> bool:
+        await self._flow.attempt(self._request, tries)
+        return True
+
+    def failed(self, error: BackendError) -> None:
+        self._request.error = error
+        self._request.give_permit_back()
+
+    async def resume(self, error: BackendError) -> bool:
+        return await self._flow.resume(self._request, error)
+
+    def retried_pool(self) -> Role:
+        leg = self._request.failed[0]
+        answers: Role = "mixed" if self._request.record.decode_pool == "mixed" else "decode"
+        return "prefill" if leg == "prefill" else "encode" if leg == "encode" else answers
+
+    def hold(self, permit: Permit) -> None:
+        self._request.permit = permit
+
+    def note_retry(self, error: BackendError) -> None:
+        self._request.note_retry()
+
+    def given_up(self, error: BackendError) -> Exception:
+        if self._request.client.started:
+            return self._flow.resumption.given_up(self._request, error.reason)
+        return error
+
+    def killed(self, error: BackendsKilled) -> None:
+        if self._request.client.started:
+            self._request.record.not_resumed = error.reason
 
 
 _NOBODY = nullcontext(None)

@@ -42,6 +42,7 @@ class Request(msgspec.Struct):
         token_ids: engines are asked for token ids, so that the stream can be resumed.
         continuation: where the next try goes on, once a part of the answer has been given.
         cards: the models, as /v1/models lists them, of the engine that began an answer which was broken off.
+        cards_of_try: the same of the engine that answers the present try.
         live: the present try has given the client something.
         permit: leave for the present try, when it is a retry that could amplify an overload.
         resumes: how often the answer was continued on other backends.
@@ -71,6 +72,7 @@ class Request(msgspec.Struct):
     token_ids: bool = False
     continuation: Continuation | None = None
     cards: Mapping[str, Mapping[str, Any]] | None = None
+    cards_of_try: Mapping[str, Mapping[str, Any]] | None = None
     live: bool = False
     permit: Permit | None = None
     resumes: int = 0

@@ -20,8 +20,8 @@ _LONGEST_HELD = 16  # tokens; the beginning of a tool call is shorter
 _HALF = "\ufffd"  # what tokenizers write for an incomplete character
 
 
-async def settle(transcript: Transcript, detokenize: Detokenize) -> str:
-    """Move the cut to where text and ids agree.
+async def find_resume_point(transcript: Transcript, detokenize: Detokenize) -> str:
+    """Drop tokens from the transcript's end until ids and text agree.
 
     Returns why there is no such place (`merged_tokens`, `held_text`), or an empty string.
 
@@ -41,7 +41,7 @@ async def _by_text(transcript: Transcript, sent: str, detokenize: Detokenize) ->
         if text == sent:
             return ""
         if not text.startswith(sent):
-            break  # the cut would be within a token, or the tokenizer writes the text in another way
+            break  # the resume point would be within a token, or the tokenizer writes the text in another way
         transcript.drop_last()
     return "held_text"
 

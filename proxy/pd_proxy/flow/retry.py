@@ -1,11 +1,164 @@
-"""When a request that failed is tried again, on every kind of route."""
+"""The loop of tries, for every kind of route: try, and try again elsewhere while that is allowed.
+
+A try that failed is followed by another while its error is retryable, `retries.attempts` are left, the retry budget of
+its pool has a permit, and the request has not ended so many engines that no other is to get it (`suspicion.py`). What a
+try is, and what happens when one fails that had begun to answer, is the `Job`'s.
+"""
 
 from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from pd_proxy.errors import BackendError, BackendsKilled
+from pd_proxy.fleet.backend import Role
+from pd_proxy.fleet.fleet import Fleet
+from pd_proxy.fleet.retry_budget import Permit, amplifies
+from pd_proxy.flow.suspicion import Cuts, Suspicion, warn
+from pd_proxy.telemetry.records import RequestRecord
+
+log = logging.getLogger("pd_proxy.flow")
 
 _FIRST_BACKOFF = 0.05  # seconds before a backend that has just failed is tried again
 LONGEST_BACKOFF = 1.0
 
 
+class Job(Protocol):
+    """One request, as the loop of tries sees it.
+
+    Attributes:
+        cuts: the engines that may have died with the request, where there are any.
+        size: bytes of its body.
+        answering: the present try has given the client something.
+        repeatable: it could be sent once more.
+        waits_for_permit: where the retry budget is used up it waits, and each wait counts as a try; else it ends.
+    """
+
+    @property
+    def record(self) -> RequestRecord: ...
+    @property
+    def cuts(self) -> Cuts | None: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def answering(self) -> bool: ...
+    @property
+    def repeatable(self) -> bool: ...
+    @property
+    def waits_for_permit(self) -> bool: ...
+
+    async def attempt(self, tries: int) -> bool:
+        """Place and run try number `tries`. Returns whether the client has its answer; where not, the next is the same
+        try once more.
+
+        Raises:
+            BackendError: the try failed.
+        """
+
+    def failed(self, error: BackendError) -> None:
+        """A try has failed."""
+
+    async def resume(self, error: BackendError) -> bool:
+        """A try failed that had begun to answer. Returns True where the answer is whole all the same, and False where
+        the next try is to continue it.
+
+        Raises:
+            GatewayError: nobody can.
+        """
+
+    def retried_pool(self) -> Role:
+        """The pool whose budget the next try takes a permit of."""
+
+    def hold(self, permit: Permit) -> None:
+        """Keep the permit of the next try while that runs."""
+
+    def note_retry(self, error: BackendError) -> None:
+        """Another try follows."""
+
+    def given_up(self, error: BackendError) -> Exception:
+        """No try follows: the error that ends the request."""
+
+    def killed(self, error: BackendsKilled) -> None:
+        """No try follows, since the request ends engines."""
+
+
+class Retries:
+    """Runs tries.
+
+    Arguments:
+        attempts: tries of one request, at most.
+        suspicion: says which requests no other engine is given.
+    """
+
+    def __init__(self, attempts: int, fleet: Fleet, suspicion: Suspicion) -> None:
+        self.attempts = attempts
+        self._fleet = fleet
+        self._suspicion = suspicion
+
+    async def run(self, job: Job) -> None:
+        """Try until the client has its answer.
+
+        Raises:
+            GatewayError: it has not, or only a part of it.
+        """
+        tries = 0
+        while True:
+            try:
+                if await job.attempt(tries + 1):
+                    return
+            except BackendError as error:
+                tries += 1
+                job.failed(error)
+                if job.answering:
+                    if await job.resume(error):
+                        return
+                    tries = 0
+                    continue
+                await self.spare_engines(job, error)
+                if not error.retryable or tries >= self.attempts or not job.repeatable:
+                    if (end := job.given_up(error)) is error:
+                        raise
+                    raise end from error
+                record, known = job.record, job.record.known_as
+                log.info("%s try %d of %d failed: %s", record.request_id, tries, self.attempts, error, extra=known)
+                tries = await self._permitted(job, error, tries)
+                job.note_retry(error)
+
+    async def spare_engines(self, job: Job, error: BackendError) -> None:
+        """After a try that failed with `error`.
+
+        Raises:
+            BackendsKilled: so many engines have ended while they had the request that no other is given it.
+        """
+        if job.cuts is None or not (ended := await self._suspicion.deadly(job.cuts)):
+            return
+        killed = BackendsKilled(f"{len(ended)} engines ended while they had this request: {', '.join(ended)}")
+        job.record.error = str(killed)
+        job.killed(killed)
+        warn(job.record, job.size, ended)
+        raise killed from error
+
+    async def _permitted(self, job: Job, error: BackendError, tries: int) -> int:
+        """Take a permit for another try, so that retries never amplify an overload.
+
+        Returns the number of tries so far.
+
+        Raises:
+            BackendError: `error`, where there is none and the job does not wait, or has no tries left.
+        """
+        if not amplifies(error):
+            return tries
+        pool = job.retried_pool()
+        while (permit := self._fleet.budgets.take(pool)) is None:
+            tries += 1
+            if tries >= self.attempts or not job.waits_for_permit:
+                raise error
+            await asyncio.sleep(backoff(tries))
+        job.hold(permit)
+        return tries
+
+
 def backoff(tries: int) -> float:
-    """Seconds before try number `tries`."""
+    """Seconds before try number `tries`, where it goes to a backend that has just failed."""
     return min(_FIRST_BACKOFF * 2.0 ** (tries - 2), LONGEST_BACKOFF)

@@ -9,12 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from time import monotonic
-from typing import Protocol
-
-import msgspec
 
 from pd_proxy.decoding import Undecodable, decode_json
 from pd_proxy.dialects.engine_errors import engine_error
@@ -34,14 +29,16 @@ from pd_proxy.errors import (
 )
 from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.retry_budget import amplifies
+from pd_proxy.fleet.retry_budget import Permit
 from pd_proxy.flow.attempt import answering_leg
 from pd_proxy.flow.hops import Hops
 from pd_proxy.flow.legs import Legs
 from pd_proxy.flow.request import EVENT_STREAM, leg_id
-from pd_proxy.flow.suspicion import Cuts, Suspicion, warn
+from pd_proxy.flow.retry import Job, Retries, backoff
+from pd_proxy.flow.single_request import SingleRequest, Source
+from pd_proxy.flow.suspicion import Cuts, Suspicion
 from pd_proxy.http.deadlines import Deadlines
-from pd_proxy.http.response import ClientResponse, Headers
+from pd_proxy.http.response import Headers
 from pd_proxy.http.upload import Upload
 from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.decide import choose
@@ -51,116 +48,7 @@ from pd_proxy.telemetry.records import RequestRecord, Stage
 
 log = logging.getLogger("pd_proxy.flow")
 
-_FIRST_BACKOFF = 0.05  # seconds before a backend that has just failed is tried again
-_LONGEST_BACKOFF = 1.0
 _MOST_REFUSAL = 64 * 1024  # bytes that are read of one
-
-# Prompts without a decode phase are prefill's business, where they hold up no stream; so is tokenising, which prefill's
-# API servers do all day, while those of decode have every token of every stream to write.
-_PREFILL_LIKE: tuple[Role, ...] = ("mixed", "prefill", "decode")
-# What generates text is decode's.
-_DECODE_LIKE: tuple[Role, ...] = ("mixed", "decode", "prefill")
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A one-leg route.
-
-    Attributes:
-        endpoint: what metrics call it.
-        roles: the pools that may serve it, the best first.
-        computes: the model runs for it. How the others fare says nothing about that, so the breaker does not hear of
-            them: an engine that only tokenises well would look fit.
-        form: the request is a multipart form, and sent on as it comes.
-    """
-
-    endpoint: str
-    roles: tuple[Role, ...] = _PREFILL_LIKE
-    computes: bool = True
-    form: bool = False
-
-
-ROUTES: dict[str, Route] = {
-    "/v1/chat/completions/batch": Route("batch", _DECODE_LIKE),
-    "/v1/chat/completions/render": Route("render", computes=False),
-    "/v1/completions/render": Route("render", computes=False),
-    "/v1/messages/render": Route("render", computes=False),
-    "/v1/responses/render": Route("render", computes=False),
-    "/v1/embeddings": Route("embeddings"),
-    "/v1/rerank": Route("rerank"),
-    "/v2/rerank": Route("rerank"),
-    "/rerank": Route("rerank"),
-    "/v1/score": Route("score"),
-    "/score": Route("score"),
-    "/pooling": Route("pooling"),
-    "/classify": Route("classify"),
-    "/v1/moderations": Route("moderations"),
-    "/v1/audio/transcriptions": Route("transcriptions", _DECODE_LIKE, form=True),
-    "/v1/audio/translations": Route("translations", _DECODE_LIKE, form=True),
-    "/tokenize": Route("tokenize", computes=False),
-    "/detokenize": Route("detokenize", computes=False),
-    "/v1/messages/count_tokens": Route("count_tokens", computes=False),
-}
-
-
-class Source(Protocol):
-    """A request body that is still coming.
-
-    Attributes:
-        content_type: of what the engine gets.
-        kept: all that has come so far, as long as it is short enough to be sent again; else None.
-        model: the model that it asks for, once that has come.
-        whole: it has all come.
-    """
-
-    @property
-    def content_type(self) -> bytes: ...
-    @property
-    def kept(self) -> bytearray | None: ...
-    @property
-    def model(self) -> str | None: ...
-    @property
-    def whole(self) -> bool: ...
-
-    async def more(self) -> bytes:
-        """The next piece, which may be empty. Only while it is not whole.
-
-        Raises:
-            GatewayError, or what the surface uses for a client that has left.
-        """
-
-
-class SingleRequest(msgspec.Struct):
-    """A client's request on its way.
-
-    Attributes:
-        path: the route, here and at the engine.
-        body: JSON, or a form that is still coming.
-        model: None where the request names none, or has not yet.
-        tokens: what it puts on its backend, estimated.
-        avoid: URLs of backends that failed it.
-        cuts: the engines that may have died with it, where there are any.
-        hops: the gateways that it has come through; empty where it came from a client.
-    """
-
-    path: str
-    client: ClientResponse
-    record: RequestRecord
-    body: bytes | Source
-    model: str | None
-    tokens: int
-    avoid: set[str] = msgspec.field(default_factory=set)
-    cuts: Cuts | None = None
-    hops: bytes = b""
-
-    @property
-    def route(self) -> Route:
-        return ROUTES[self.path]
-
-    @property
-    def again(self) -> bool:
-        """Whether it could be sent once more."""
-        return isinstance(self.body, bytes) or self.body.kept is not None
 
 
 class Single:
@@ -175,7 +63,7 @@ class Single:
     def __init__(
         self, settings: Settings, fleet: Fleet, legs: Legs, random: Callable[[], float], suspicion: Suspicion
     ) -> None:
-        self._attempts = settings.retries.attempts
+        self._retries = Retries(settings.retries.attempts, fleet, suspicion)
         self._policies = {role: getattr(settings.policy, role) for role in ("prefill", "decode", "mixed")}
         self._answer_limit = settings.limits.answer
         self._idle_seconds = settings.timeouts.idle
@@ -199,64 +87,33 @@ class Single:
         Raises:
             GatewayError: it has not; when `request.client.started`, it has a part of it.
         """
-        tries, failed_leg = 0, ""
-        error: BackendError | None = None
-        noted: BackendError | None = None
-        while True:
-            backend = self._place(request, error)
-            if error is not None and error is not noted:
-                noted = error
-                request.record.retries.append((failed_leg, error.reason))
-                record = request.record
-                log.info(
-                    "%s try %d of %d failed: %s", record.request_id, tries, self._attempts, error, extra=record.known_as
-                )
-            request.record.reach(Stage.PREFILLING if answering_leg(backend) == "prefill" else Stage.DECODING)
-            with self._permit(backend, error):
-                if backend.url in request.avoid:
-                    await asyncio.sleep(min(_FIRST_BACKOFF * 2.0 ** (tries - 1), _LONGEST_BACKOFF))
-                try:
-                    with Lease(backend, request.tokens if request.route.computes else 0) as lease:
-                        if await self._try(request, backend, lease):
-                            return
-                except BackendError as failure:
-                    tries += 1
-                    error, failed_leg = failure, answering_leg(backend)
-                    self._failed(request, backend, failure)
-                    await self._spare_engines(request, failure)
-                    if request.client.started or not failure.retryable or tries >= self._attempts or not request.again:
-                        raise
-            if not request.again:  # it has no such route, and said so late
-                raise NoBackend(f"an engine without {request.path} was asked; the next is another", retry_after=1)
+        try:
+            await self._retries.run(_Tries(self, request))
+        finally:
+            request.give_permit_back()
 
-    async def _spare_engines(self, request: SingleRequest, error: BackendError) -> None:
-        """After a try that failed with `error`.
+    async def attempt(self, request: SingleRequest, tries: int) -> bool:
+        """Place and run one try of a request. Returns False where the backend has no such route.
 
         Raises:
-            BackendsKilled: so many engines have ended while they had the request that no other is given it.
+            BackendError: it failed.
+            NoBackend: the backend has no such route, and said so when the request could not be sent again.
         """
-        if request.cuts is None or not (ended := await self._suspicion.deadly(request.cuts)):
-            return
-        body = request.body
-        killed = BackendsKilled(f"{len(ended)} engines ended while they had this request: {', '.join(ended)}")
-        request.record.error = str(killed)
-        warn(request.record, len(body if isinstance(body, bytes) else body.kept or b""), ended)
-        raise killed from error
+        backend = request.backend = self._place(request)
+        if request.retried is not None:
+            request.record.retries.append(request.retried)
+            request.retried = None
+        request.record.reach(Stage.PREFILLING if answering_leg(backend) == "prefill" else Stage.DECODING)
+        if backend.url in request.avoid:
+            await asyncio.sleep(backoff(tries))
+        with Lease(backend, request.tokens if request.route.computes else 0) as lease:
+            if await self._try(request, backend, lease):
+                return True
+        if not request.again:
+            raise NoBackend(f"an engine without {request.path} was asked; the next is another", retry_after=1)
+        return False
 
-    def _permit(self, backend: Backend, error: BackendError | None) -> AbstractContextManager[object]:
-        """Leave for a try that follows `error`, so that retries never amplify an overload.
-
-        Raises:
-            BackendError: `error`, where the pool's budget is used up.
-        """
-        if error is None or not amplifies(error):
-            return nullcontext()
-        permit = self._fleet.budgets.take(backend.role)
-        if permit is None:
-            raise error
-        return permit
-
-    def _place(self, request: SingleRequest, error: BackendError | None) -> Backend:
+    def _place(self, request: SingleRequest) -> Backend:
         """Where the next try goes: the best pool's that has not failed the request; else the best that has.
 
         Raises:
@@ -270,8 +127,9 @@ class Single:
         fresh = [[b for b in pool if b.url not in request.avoid] for pool in found]
         candidates = next(filter(None, fresh), None) or next(filter(None, found), None)
         if candidates is None:
-            if error is not None:
-                raise error
+            if request.error is not None:
+                request.unplaceable = True
+                raise request.error
             raise self._nobody(request)
         self._turn += 1
         role, tokens = candidates[0].role, request.tokens
@@ -313,12 +171,7 @@ class Single:
             idle=self._idle_limit,
         )
         origin = self._legs.origin(backend)
-        record.leg = leg_id(record.request_id)
-        headers = b"x-request-id: %b\r\n%b%b" % (
-            record.leg.encode("ascii"),
-            self._legs.headers_after(request.hops),
-            record.trace,
-        )
+        headers = self._headers(request)
         try:
             if isinstance(body, bytes):
                 passthrough.connection = await origin.send(request.path, headers, (body,), passthrough)
@@ -337,6 +190,21 @@ class Single:
                 backend.lacks.add(request.path)
                 return False
             raise engine_error(backend.url, passthrough.status, passthrough.headers, passthrough.body)
+        self._answer(request, passthrough)
+        if request.route.computes:
+            self._fleet.succeeded(backend, answering_leg(backend))
+        return True
+
+    def _headers(self, request: SingleRequest) -> bytes:
+        """The headers of a new leg, as whole lines."""
+        record = request.record
+        record.leg = leg_id(record.request_id)
+        own = self._legs.headers_after(request.hops)
+        return b"x-request-id: %b\r\n%b%b" % (record.leg.encode("ascii"), own, record.trace)
+
+    def _answer(self, request: SingleRequest, passthrough: Passthrough) -> None:
+        """End the client's stream, or give it the engine's answer in one piece."""
+        record = request.record
         if passthrough.streamed:
             request.client.end()
         else:
@@ -347,9 +215,6 @@ class Single:
                 record.cached_tokens = counted.cached_tokens
             record.status = 200
             request.client.respond(200, [_request_id(record), *passthrough.passed_headers()], answer)
-        if request.route.computes:
-            self._fleet.succeeded(backend, answering_leg(backend))
-        return True
 
     async def _send_on(
         self, request: SingleRequest, source: Source, backend: Backend, upload: Upload, passthrough: Passthrough
@@ -403,7 +268,14 @@ class Single:
             raise ModelNotFound(f"The model `{model[:256]}` does not exist.", param="model")
         raise InvalidRequest("a long form must have its `model` before its file", param="model")
 
-    def _failed(self, request: SingleRequest, backend: Backend, error: BackendError) -> None:
+    async def spare_engines(self, job: Job, error: BackendError) -> None:
+        """As `Retries.spare_engines`."""
+        await self._retries.spare_engines(job, error)
+
+    def failed(self, request: SingleRequest, error: BackendError) -> None:
+        """A try of a request has failed: remember that, and tell the fleet."""
+        backend = request.backend
+        assert backend is not None
         request.avoid.add(backend.url)
         request.cuts = self._suspicion.noted(request.cuts, answering_leg(backend), backend, error)
         request.record.error = str(error)
@@ -413,6 +285,68 @@ class Single:
             self._fleet.succeeded(backend, answering_leg(backend))  # an engine that judges requests is alive
         elif request.route.computes or isinstance(error, BackendUnreachable | BackendLost):
             self._fleet.failed(backend, error, answering_leg(backend))
+
+
+class _Tries:
+    """A one-leg request, as the loop of tries sees it (`retry.Job`)."""
+
+    __slots__ = ("_request", "_single")
+    waits_for_permit = False
+
+    def __init__(self, single: Single, request: SingleRequest) -> None:
+        self._single = single
+        self._request = request
+
+    @property
+    def record(self) -> RequestRecord:
+        return self._request.record
+
+    @property
+    def cuts(self) -> Cuts | None:
+        return self._request.cuts
+
+    @property
+    def size(self) -> int:
+        body = self._request.body
+        return len(body if isinstance(body, bytes) else body.kept or b"")
+
+    @property
+    def answering(self) -> bool:
+        return self._request.client.started
+
+    @property
+    def repeatable(self) -> bool:
+        return self._request.again and not self._request.unplaceable
+
+    async def attempt(self, tries: int) -> bool:
+        return await self._single.attempt(self._request, tries)
+
+    def failed(self, error: BackendError) -> None:
+        request = self._request
+        request.give_permit_back()
+        if error is not request.error:  # it is, where nobody was left to place the request with
+            request.error = error
+            self._single.failed(request, error)
+
+    async def resume(self, error: BackendError) -> bool:
+        await self._single.spare_engines(self, error)
+        raise error
+
+    def retried_pool(self) -> Role:
+        assert self._request.backend is not None
+        return self._request.backend.role
+
+    def hold(self, permit: Permit) -> None:
+        self._request.permit = permit
+
+    def note_retry(self, error: BackendError) -> None:
+        assert self._request.backend is not None
+        self._request.retried = answering_leg(self._request.backend), error.reason
+
+    def given_up(self, error: BackendError) -> Exception:
+        return error
+
+    def killed(self, error: BackendsKilled) -> None: ...
 
 
 def _request_id(record: RequestRecord) -> tuple[bytes, bytes]:

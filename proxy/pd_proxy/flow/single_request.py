@@ -1,0 +1,137 @@
+"""One-leg routes, and what one request to them carries through its life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from pd_proxy.errors import BackendError
+from pd_proxy.fleet.backend import Backend, Role
+from pd_proxy.fleet.retry_budget import Permit
+from pd_proxy.flow.suspicion import Cuts
+from pd_proxy.http.response import ClientResponse
+from pd_proxy.telemetry.records import RequestRecord
+
+# Prompts without a decode phase are prefill's business, where they hold up no stream; so is tokenising, which prefill's
+# API servers do all day, while those of decode have every token of every stream to write.
+_PREFILL_LIKE: tuple[Role, ...] = ("mixed", "prefill", "decode")
+# What generates text is decode's.
+_DECODE_LIKE: tuple[Role, ...] = ("mixed", "decode", "prefill")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A one-leg route.
+
+    Attributes:
+        endpoint: what metrics call it.
+        roles: the pools that may serve it, the best first.
+        computes: the model runs for it. How the others fare says nothing about that, so the breaker does not hear of
+            them: an engine that only tokenises well would look fit.
+        form: the request is a multipart form, and sent on as it comes.
+    """
+
+    endpoint: str
+    roles: tuple[Role, ...] = _PREFILL_LIKE
+    computes: bool = True
+    form: bool = False
+
+
+ROUTES: dict[str, Route] = {
+    "/v1/chat/completions/batch": Route("batch", _DECODE_LIKE),
+    "/v1/chat/completions/render": Route("render", computes=False),
+    "/v1/completions/render": Route("render", computes=False),
+    "/v1/messages/render": Route("render", computes=False),
+    "/v1/responses/render": Route("render", computes=False),
+    "/v1/embeddings": Route("embeddings"),
+    "/v1/rerank": Route("rerank"),
+    "/v2/rerank": Route("rerank"),
+    "/rerank": Route("rerank"),
+    "/v1/score": Route("score"),
+    "/score": Route("score"),
+    "/pooling": Route("pooling"),
+    "/classify": Route("classify"),
+    "/v1/moderations": Route("moderations"),
+    "/v1/audio/transcriptions": Route("transcriptions", _DECODE_LIKE, form=True),
+    "/v1/audio/translations": Route("translations", _DECODE_LIKE, form=True),
+    "/tokenize": Route("tokenize", computes=False),
+    "/detokenize": Route("detokenize", computes=False),
+    "/v1/messages/count_tokens": Route("count_tokens", computes=False),
+}
+
+
+class Source(Protocol):
+    """A request body that is still coming.
+
+    Attributes:
+        content_type: of what the engine gets.
+        kept: all that has come so far, as long as it is short enough to be sent again; else None.
+        model: the model that it asks for, once that has come.
+        whole: it has all come.
+    """
+
+    @property
+    def content_type(self) -> bytes: ...
+    @property
+    def kept(self) -> bytearray | None: ...
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def whole(self) -> bool: ...
+
+    async def more(self) -> bytes:
+        """The next piece, which may be empty. Only while it is not whole.
+
+        Raises:
+            GatewayError, or what the surface uses for a client that has left.
+        """
+
+
+class SingleRequest(msgspec.Struct):
+    """A client's request on its way.
+
+    Attributes:
+        path: the route, here and at the engine.
+        body: JSON, or a form that is still coming.
+        model: None where the request names none, or has not yet.
+        tokens: what it puts on its backend, estimated.
+        avoid: URLs of backends that failed it.
+        cuts: the engines that may have died with it, where there are any.
+        hops: the gateways that it has come through; empty where it came from a client.
+        backend: of the last try.
+        error: why the last try failed.
+        permit: leave for the present try, where it is a retry that could amplify an overload.
+        retried: the leg that failed last and the reason, until the next try is placed.
+        unplaceable: nothing is up that the next try could go to.
+    """
+
+    path: str
+    client: ClientResponse
+    record: RequestRecord
+    body: bytes | Source
+    model: str | None
+    tokens: int
+    avoid: set[str] = msgspec.field(default_factory=set)
+    cuts: Cuts | None = None
+    hops: bytes = b""
+    backend: Backend | None = None
+    error: BackendError | None = None
+    permit: Permit | None = None
+    retried: tuple[str, str] | None = None
+    unplaceable: bool = False
+
+    @property
+    def route(self) -> Route:
+        return ROUTES[self.path]
+
+    @property
+    def again(self) -> bool:
+        """Whether it could be sent once more."""
+        return isinstance(self.body, bytes) or self.body.kept is not None
+
+    def give_permit_back(self) -> None:
+        if self.permit is not None:
+            self.permit.release()
+            self.permit = None
