@@ -15,6 +15,7 @@ from pd_proxy.api.arrival import Arrival, ClientLeft
 from pd_proxy.api.entrance import Entrance
 from pd_proxy.api.error_shapes import ANTHROPIC, OPENAI
 from pd_proxy.api.exchange import no_route
+from pd_proxy.encoding import encode_json
 from pd_proxy.errors import BodyTooLarge, EncodingNotSupported, RequestTimedOut
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.flow.single import Single
@@ -38,8 +39,6 @@ _BYTES_PER_AUDIO_TOKEN = 500  # 50 tokens a second; compressed audio has 16 kB i
 _USUAL_AUDIO = 64 * 1024  # bytes, of a form that does not say its length
 
 _BATCH = "/v1/chat/completions/batch"  # the only one that generates as much as it is asked for
-
-_encode = msgspec.json.Encoder().encode
 
 
 class SingleRoute:
@@ -107,10 +106,10 @@ class SingleRoute:
         if model is not None:
             record.model = model
             model = await self._entrance.model_for(model, record)
-            members["model"] = msgspec.Raw(_encode(model))
+            members["model"] = msgspec.Raw(encode_json(model))
         size = len(raw)
         tokens = size // _BYTES_PER_TOKEN + 1
-        return SingleRequest(self._path, arrival.client, record, _encode(members), model, tokens), size
+        return SingleRequest(self._path, arrival.client, record, encode_json(members), model, tokens), size
 
     async def _read_form(self, arrival: Arrival) -> tuple[SingleRequest, int]:
         """The request of a multipart form whose model is known, and the bytes that are held of it while it waits."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.encoding import ABSENT, FALSE, TRUE, encode_json
 from pd_proxy.errors import BackendGarbled, HandoffInvalid
 from pd_proxy.handoff.blocks import check_blocks
 from pd_proxy.handoff.coordinates import Announcement, Coordinates
@@ -55,23 +56,19 @@ class Rendezvous(msgspec.Struct, frozen=True):
     notices: int = 0
 
 
-_ABSENT = msgspec.Raw()
-
-
 class PrefillAnswer(msgspec.Struct):
     """What is read of prefill's answer."""
 
-    choices: msgspec.Raw = _ABSENT
-    content: msgspec.Raw = _ABSENT
-    output: msgspec.Raw = _ABSENT
-    kv_transfer_params: msgspec.Raw = _ABSENT
-    prompt_token_ids: msgspec.Raw = _ABSENT
-    usage: msgspec.Raw = _ABSENT
-    prompt_token_ids_b64: msgspec.Raw = _ABSENT
+    choices: msgspec.Raw = ABSENT
+    content: msgspec.Raw = ABSENT
+    output: msgspec.Raw = ABSENT
+    kv_transfer_params: msgspec.Raw = ABSENT
+    prompt_token_ids: msgspec.Raw = ABSENT
+    usage: msgspec.Raw = ABSENT
+    prompt_token_ids_b64: msgspec.Raw = ABSENT
 
 
 _decode_answer = json_decoder(PrefillAnswer)
-_encode = msgspec.json.Encoder().encode
 
 
 def read_answer(answer: bytes, member: str = "choices") -> PrefillAnswer:
@@ -86,7 +83,7 @@ def read_answer(answer: bytes, member: str = "choices") -> PrefillAnswer:
         parsed = _decode_answer(answer)
     except Undecodable as error:
         raise BackendGarbled(f"prefill's answer is not one: {error}") from None
-    if parsed.choices is _ABSENT and getattr(parsed, member) is _ABSENT:
+    if parsed.choices is ABSENT and getattr(parsed, member) is ABSENT:
         raise BackendGarbled(f"prefill's answer has no {member}")
     return parsed
 
@@ -214,7 +211,7 @@ UNKNOWN = Unknown()
 
 def params(values: Mapping[str, Any]) -> Members:
     """`kv_transfer_params` of these values, as a member of a leg."""
-    return {"kv_transfer_params": msgspec.Raw(_encode(values))}
+    return {"kv_transfer_params": msgspec.Raw(encode_json(values))}
 
 
 _NO_PARAMS = (msgspec.Raw(), msgspec.Raw(b"null"), msgspec.Raw(b"{}"))
@@ -223,7 +220,7 @@ _NO_PARAMS = (msgspec.Raw(), msgspec.Raw(b"null"), msgspec.Raw(b"{}"))
 def given_params(answer: PrefillAnswer) -> msgspec.Raw | None:
     """`kv_transfer_params` of prefill's answer; None where there are none."""
     params = answer.kv_transfer_params
-    return None if params is _ABSENT or params in _NO_PARAMS else params
+    return None if params is ABSENT or params in _NO_PARAMS else params
 
 
 def refused(members: Members, handoff: Handoff) -> Members:
@@ -250,8 +247,6 @@ _DROPPED = {
 }
 
 _ONE = msgspec.Raw(b"1")
-_TRUE = msgspec.Raw(b"true")
-_FALSE = msgspec.Raw(b"false")
 
 
 def one_token(members: Members) -> Members:
@@ -260,11 +255,11 @@ def one_token(members: Members) -> Members:
     if not _DROPPED.isdisjoint(members):
         for name in _DROPPED.intersection(members):
             del leg[name]
-    leg["stream"] = _FALSE
+    leg["stream"] = FALSE
     leg["max_tokens"] = _ONE
     if "max_completion_tokens" in leg:  # for chat it wins over max_tokens
         leg["max_completion_tokens"] = _ONE
-    leg["ignore_eos"] = _TRUE
+    leg["ignore_eos"] = TRUE
     return leg
 
 
@@ -272,7 +267,7 @@ def in_one_piece(members: Members) -> Members:
     """The members of a prefill leg whose first token is the client's, and whose engine knows by itself where to end:
     the client's, not streamed."""
     leg = {name: value for name, value in members.items() if name != "stream_options"}
-    leg["stream"] = _FALSE
+    leg["stream"] = FALSE
     return leg
 
 

@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.encoding import FALSE, encode_json
 from pd_proxy.errors import BackendGarbled, InvalidRequest
 from pd_proxy.handoff.connector import Name, Port
 from pd_proxy.handoff.plan import Leg
@@ -35,8 +36,6 @@ _BYTES_EACH = 4096
 _USUAL_MEMBERS = 16  # of a message or a part; with more it counts for several
 
 _decode_text = json_decoder(str)
-_encode = msgspec.json.Encoder().encode
-_FALSE = msgspec.Raw(b"false")
 
 
 class Medium(msgspec.Struct, frozen=True):
@@ -122,7 +121,7 @@ class _Marks:
             return raw
         parts = b",".join([self._part(part) for part in elements(bytes(content))])
         message["content"] = msgspec.Raw(b"[%b]" % parts)
-        return _encode(message)
+        return encode_json(message)
 
     def _part(self, raw: memoryview) -> bytes | memoryview:
         """A part of a content with the `uuid` that all legs give it; without any where it is no medium."""
@@ -134,7 +133,7 @@ class _Marks:
         kind = part.get("type")
         name = "" if kind is None or bytes(memoryview(kind)[:1]) != b'"' else _decode_text(kind)
         if name not in _KINDS or name not in part:
-            return raw if ours else _encode(part)
+            return raw if ours else encode_json(part)
         content = bytes(part[name])
         inline = name == "input_audio" or _url(content).startswith("data:")
         digest = hashlib.blake2b(
@@ -142,7 +141,7 @@ class _Marks:
         )
         digest.update(content)
         key = digest.hexdigest()
-        marked = _encode({**part, "uuid": key})
+        marked = encode_json({**part, "uuid": key})
         self.media.setdefault(key, Medium(msgspec.Raw(marked), name == "image_url"))
         return marked
 
@@ -170,7 +169,7 @@ def encode_leg(body: Body, media: Sequence[Medium]) -> Leg:
     """The leg that has some media encoded. An encoder never samples, so nothing bounds its answer."""
     messages = [{"role": "user", "content": [medium.part for medium in media]}]
     members = {name: body.members[name] for name in _ALONG if name in body.members}
-    return Leg(LAYOUTS["chat"].path, (_encode({**members, "messages": messages, "stream": _FALSE}),))
+    return Leg(LAYOUTS["chat"].path, (encode_json({**members, "messages": messages, "stream": FALSE}),))
 
 
 def read_encoded(answer: bytes, count: int) -> dict[str, msgspec.Raw]:
@@ -197,4 +196,4 @@ def read_encoded(answer: bytes, count: int) -> dict[str, msgspec.Raw]:
 
 def encoded(handles: dict[str, msgspec.Raw]) -> Members | None:
     """The members by which the engine that computes the prompt is told of all media."""
-    return {"ec_transfer_params": msgspec.Raw(_encode(handles))} if handles else None
+    return {"ec_transfer_params": msgspec.Raw(encode_json(handles))} if handles else None

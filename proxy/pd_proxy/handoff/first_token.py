@@ -18,7 +18,8 @@ from typing import Any
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.decoding import Undecodable, decode_members, json_decoder
+from pd_proxy.encoding import FALSE, TRUE
 from pd_proxy.handoff.blocks import block_counts
 from pd_proxy.requests.body import Body
 from pd_proxy.requests.continuation import UNTRIED, has_tools, inexact, inner_ids
@@ -34,8 +35,6 @@ _MARKUP = ("<", "[", "\u25c1")
 """How tags begin that parsers of reasoning take out of a stream. One alone, an answer in one piece shows as text."""
 
 _ONE = msgspec.Raw(b"1")
-_FALSE = msgspec.Raw(b"false")
-_TRUE = msgspec.Raw(b"true")
 _RANK = re.compile(r"_dp\d+$")
 
 _read_options = json_decoder(dict[str, bool | None] | None)
@@ -78,13 +77,13 @@ def sampled_token(members: Members) -> Members:
     """The members of a prefill leg whose token is the client's first: the same prompt and the same sampling, one token,
     not streamed, with its id and the prompt's."""
     leg = {name: value for name, value in members.items() if name not in ("stream_options", "n", "min_tokens")}
-    leg["stream"] = _FALSE
+    leg["stream"] = FALSE
     leg["max_tokens"] = _ONE
     if "max_completion_tokens" in leg:  # for chat it wins over max_tokens
         leg["max_completion_tokens"] = _ONE
     if (least := members.get("min_tokens")) is not None and _read_count(least):
         leg["min_tokens"] = _ONE  # that one may not be the end
-    leg["return_token_ids"] = _TRUE
+    leg["return_token_ids"] = TRUE
     return leg
 
 
@@ -139,7 +138,6 @@ class _Usage(msgspec.Struct):
     prompt_tokens: int
 
 
-_decode_members = json_decoder(dict[str, msgspec.Raw])
 _decode_choices = json_decoder(list[dict[str, msgspec.Raw]])
 _decode_choice = json_decoder(list[_Choice])
 _decode_params = json_decoder(_Params)
@@ -155,7 +153,7 @@ def read(answer: bytes, body: Body, *, block_size: int, context: int, limit: int
         limit: bytes that the ids of a prompt may take.
     """
     try:
-        members = _decode_members(answer)
+        members = decode_members(answer)
         raw = members["choices"]
         choices, found = _decode_choice(raw), _decode_choices(raw)
     except (Undecodable, KeyError):

@@ -11,20 +11,18 @@ from typing import Any
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.decoding import Undecodable, decode_members, json_decoder
 from pd_proxy.dialects.strip import strip_members
+from pd_proxy.encoding import NULL, encode_json
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.requests.body import Body
 
-_encode = msgspec.json.Encoder().encode
-_decode_members = json_decoder(dict[str, msgspec.Raw])
 _decode_choices = json_decoder(list[dict[str, msgspec.Raw]])
 _decode_text = json_decoder(str | None)
 _decode_object = json_decoder(dict[str, Any])
 _decode_list = json_decoder(list[msgspec.Raw])
 _decode_columns = json_decoder(dict[str, list[Any]] | None)
 
-_NULL = msgspec.Raw(b"null")
 _OPENING = msgspec.Raw(b'[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]')
 _DONE = b"data: [DONE]\n\n"
 _STREAMED = {"chat": msgspec.Raw(b'"chat.completion.chunk"'), "completions": msgspec.Raw(b'"text_completion"')}
@@ -40,12 +38,12 @@ def opening_events(first: FirstToken, body: Body) -> tuple[bytes, bytes, bytes]:
     counts = _Counts(answer, body)
     head = {"id": answer["id"], "object": _STREAMED[body.endpoint], "created": answer["created"]}
     head["model"] = answer["model"]
-    last = {name: answer[name] for name in ("system_fingerprint",) if bytes(answer.get(name, _NULL)) != b"null"}
+    last = {name: answer[name] for name in ("system_fingerprint",) if bytes(answer.get(name, NULL)) != b"null"}
     role = b""
     if body.endpoint == "chat":
         more = {"prompt_token_ids": msgspec.Raw(b"[%b]" % first.prompt)} if wants_ids else {}
         if "prompt_text" in answer:  # vLLM 0.32 has the member, engines before it have not
-            more["prompt_text"] = _NULL
+            more["prompt_text"] = NULL
         role = _event({**head, "choices": _OPENING, **counts.running(0), **more})
     choice = _choice(first, body)
     closing = {} if not first.whole or body.wants_usage else last
@@ -60,20 +58,20 @@ def opening_events(first: FirstToken, body: Body) -> tuple[bytes, bytes, bytes]:
 def _choice(first: FirstToken, body: Body) -> dict[str, Any]:
     given = first.choice
     finish = given["finish_reason"] if first.whole else None
-    stop = given.get("stop_reason", _NULL) if first.whole else None
+    stop = given.get("stop_reason", NULL) if first.whole else None
     shown: dict[str, Any] = {"index": 0}
     if body.endpoint == "chat":
         shown["delta"] = {"content": first.text, **(_beside_text(given) if first.whole else {})}
     else:
         shown["text"] = first.text
-    shown["logprobs"] = given.get("logprobs", _NULL)
+    shown["logprobs"] = given.get("logprobs", NULL)
     shown["finish_reason"] = finish
     if first.whole or body.endpoint == "completions":
         shown["stop_reason"] = stop
     if body.wants_token_ids:
         if body.endpoint == "completions":
             shown["prompt_token_ids"] = msgspec.Raw(b"[%b]" % first.prompt)
-        shown["token_ids"] = given.get("token_ids", _NULL)
+        shown["token_ids"] = given.get("token_ids", NULL)
     return shown
 
 
@@ -121,7 +119,7 @@ def _without_nulls(members: dict[str, Any]) -> dict[str, Any]:
 
 
 def _event(members: dict[str, Any]) -> bytes:
-    return b"data: %b\n\n" % _encode(members)
+    return b"data: %b\n\n" % encode_json(members)
 
 
 # Answers in one piece
@@ -129,7 +127,7 @@ def _event(members: dict[str, Any]) -> bytes:
 
 def whole_answer(first: FirstToken, body: Body) -> bytes:
     """Prefill's answer, which is all there is to say."""
-    return _encode(strip_members(_with_ids(dict(first.answer), [dict(first.choice)], body, first)))
+    return encode_json(strip_members(_with_ids(dict(first.answer), [dict(first.choice)], body, first)))
 
 
 def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) -> bytes:
@@ -139,44 +137,44 @@ def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) ->
         ValueError: it is none that could be joined.
     """
     try:
-        members = _decode_members(answer)
+        members = decode_members(answer)
         choices = _decode_choices(members["choices"])
         rest = choices[0]
         if len(choices) != 1:
             raise ValueError(f"{len(choices)} choices")
         if body.endpoint == "chat":
-            message = _decode_members(rest["message"])
+            message = decode_members(rest["message"])
             content = first.text + (_decode_text(message["content"]) or "")
-            rest["message"] = msgspec.Raw(_encode({**message, "content": content}))
+            rest["message"] = msgspec.Raw(encode_json({**message, "content": content}))
         else:
-            rest["text"] = msgspec.Raw(_encode(first.text + (_decode_text(rest["text"]) or "")))
-        if bytes(rest.get("logprobs", _NULL)) != b"null":
-            rest["logprobs"] = msgspec.Raw(_encode(_joined_logprobs(first.choice["logprobs"], rest["logprobs"])))
-        if bytes(rest.get("token_ids", _NULL)) != b"null":
+            rest["text"] = msgspec.Raw(encode_json(first.text + (_decode_text(rest["text"]) or "")))
+        if bytes(rest.get("logprobs", NULL)) != b"null":
+            rest["logprobs"] = msgspec.Raw(encode_json(_joined_logprobs(first.choice["logprobs"], rest["logprobs"])))
+        if bytes(rest.get("token_ids", NULL)) != b"null":
             ids = [*_decode_list(first.choice["token_ids"]), *_decode_list(rest["token_ids"])]
-            rest["token_ids"] = msgspec.Raw(_encode(ids))
-        members["usage"] = msgspec.Raw(_encode(merge(_decode_object(members["usage"]))))
+            rest["token_ids"] = msgspec.Raw(encode_json(ids))
+        members["usage"] = msgspec.Raw(encode_json(merge(_decode_object(members["usage"]))))
     except (Undecodable, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"it cannot be joined to its first token: {error}") from None
     for name in ("id", "created", "model"):
         if name in members:
             members[name] = first.answer[name]
-    return _encode(strip_members(_with_ids(members, [rest], body, first)))
+    return encode_json(strip_members(_with_ids(members, [rest], body, first)))
 
 
 def _with_ids(
     members: dict[str, msgspec.Raw], choices: list[dict[str, msgspec.Raw]], body: Body, first: FirstToken
 ) -> dict[str, msgspec.Raw]:
     """The ids of prompt and answer as the client asked for them; the prompt is the one that was asked for."""
-    prompt = msgspec.Raw(b"[%b]" % first.prompt) if body.wants_token_ids else _NULL
+    prompt = msgspec.Raw(b"[%b]" % first.prompt) if body.wants_token_ids else NULL
     for choice in choices:
         if "token_ids" in choice and not body.wants_token_ids:
-            choice["token_ids"] = _NULL
+            choice["token_ids"] = NULL
         if "prompt_token_ids" in choice:
             choice["prompt_token_ids"] = prompt
     if "prompt_token_ids" in members:
         members["prompt_token_ids"] = prompt
-    members["choices"] = msgspec.Raw(_encode(choices))
+    members["choices"] = msgspec.Raw(encode_json(choices))
     return members
 
 

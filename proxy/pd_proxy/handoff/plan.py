@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from pd_proxy.decoding import decode_json
+from pd_proxy.encoding import TRUE, encode_json
 from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, read_answer
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.handoff.reuse import prompt_of, with_prompt
@@ -22,11 +23,9 @@ from pd_proxy.requests.continuation import Continuation
 from pd_proxy.requests.endpoints import LAYOUTS, Members
 from pd_proxy.requests.sglang_generate import usage_of
 
-_encode = msgspec.json.Encoder().encode
 _FREEING = frozenset({"chat", "completions", "messages", "responses"})
 _TOGETHER = (Order.CONCURRENT, Order.CALLED_BACK)
 _LONG = 4096  # tokens, estimated
-_TRUE = msgspec.Raw(b"true")
 _SOME = msgspec.Raw(b'"."')
 _WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
@@ -116,7 +115,7 @@ class Plan:
         if (own_words := self._layout.own_words) is not None:
             members = own_words(members)
         if self._reuse:
-            members["return_token_ids"] = _TRUE
+            members["return_token_ids"] = TRUE
         return self._leg(members)
 
     def behind(self, first: FirstToken) -> Plan:
@@ -157,7 +156,7 @@ class Plan:
             if handoff.prompt and self.continuation is None:
                 members = with_prompt(members, self._body.endpoint, handoff.prompt)
         if self._token_ids:
-            members["return_token_ids"] = _TRUE
+            members["return_token_ids"] = TRUE
         if self._body.stream and not self._body.wants_usage:
             # The engine's own count is the only right one (a chunk may hold several tokens); the relay takes the
             # extra event out again.
@@ -183,7 +182,7 @@ class Plan:
             members = {"prompt": _SOME, **{name: members[name] for name in ("model",) if name in members}}
             released = self.connector.release(members, handoff, sent=sent)
             path = LAYOUTS["completions"].path
-            return None if released is None else Leg(path, (_encode(released),), handoff.headers)
+            return None if released is None else Leg(path, (encode_json(released),), handoff.headers)
         released = self.connector.release(members, handoff, sent=sent)
         if released is not None and own_words is not None:
             released = own_words(released)
@@ -196,16 +195,16 @@ class Plan:
         elif layout.id_member:
             named, prompts = layout.id_prefix + self.answer_id, self._body.prompts
             each = [f"{named}_{prompt}" for prompt in range(prompts)]
-            members[layout.id_member] = msgspec.Raw(_encode(each or named))
+            members[layout.id_member] = msgspec.Raw(encode_json(each or named))
             if layout.of_one_make:
                 members.pop("model", None)
         name = layout.prompt[0]
         if self._body.prompt_tokens < _LONG or name not in members:
-            return Leg(layout.path, (_encode(members),), headers)
+            return Leg(layout.path, (encode_json(members),), headers)
         rest = dict(members)
         prompt = memoryview(rest.pop(name))
         comma = "," if rest else ""
-        return Leg(layout.path, (_encode(rest)[:-1] + f'{comma}"{name}":'.encode(), prompt, b"}"), headers)
+        return Leg(layout.path, (encode_json(rest)[:-1] + f'{comma}"{name}":'.encode(), prompt, b"}"), headers)
 
 
 def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
@@ -214,4 +213,4 @@ def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
         return _WITH_USAGE
     members: dict[str, Any] = decode_json(options) or {}
     members.pop("continuous_usage_stats", None)
-    return msgspec.Raw(_encode({**members, "include_usage": True}))
+    return msgspec.Raw(encode_json({**members, "include_usage": True}))

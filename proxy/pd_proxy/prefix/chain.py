@@ -22,6 +22,7 @@ from struct import Struct
 
 import msgspec
 
+from pd_proxy.encoding import NULL, encode_json
 from pd_proxy.prefix.blocks import IDS, TEXT, Blocks
 from pd_proxy.requests.body import Body
 from pd_proxy.requests.endpoints import Endpoint, Members
@@ -48,7 +49,6 @@ _IN_IDS = frozenset(_NAMING)
 _IN_TEXT = frozenset((*_NAMING, *_TEMPLATE, _CHOICE))
 _FIRST = TEXT.ends[0]
 _MODEL = frozenset({"model"})
-_NULL = msgspec.Raw(b"null")
 _BLANKS = b" \t\r\n"
 _MOST_BLANKS = 1024
 
@@ -100,7 +100,7 @@ def chain_of(body: Body, key: bytes, earlier: Chain | None = None) -> Chain:
     members = body.members
     for name in _MAINS[body.endpoint]:
         raw = members.get(name)
-        if raw is not None and raw != _NULL:
+        if raw is not None and raw != NULL:
             break
     else:
         return EMPTY
@@ -132,9 +132,9 @@ def chain_of_ids(ids: Iterable[int], root: int, key: bytes) -> Chain:
 def root_of_ids(model: str, key: bytes, cache_salt: str = "") -> int:
     """What is under the chain of a prompt of ids that asks for nothing but a model: as `chain_of` has it of a request
     with these members alone."""
-    members: Members = {"model": msgspec.Raw(_encode(model))}
+    members: Members = {"model": msgspec.Raw(encode_json(model))}
     if cache_salt:
-        members["cache_salt"] = msgspec.Raw(_encode(cache_salt))
+        members["cache_salt"] = msgspec.Raw(encode_json(cache_salt))
     return _root(members, _IN_IDS, b"ids", key)
 
 
@@ -163,8 +163,6 @@ def _link(previous: int, block: bytes, key: bytes) -> int:
 _pack = Struct("<q").pack
 
 
-_encode = msgspec.json.Encoder().encode
-
 _MAINS: dict[Endpoint, tuple[str, ...]] = {
     "chat": ("messages",),
     "completions": ("prompt",),
@@ -185,7 +183,7 @@ def _root(members: Members, shaping: frozenset[str], kind: bytes, key: bytes) ->
     parts = [key, kind]
     for name in sorted(found):
         value = members[name]
-        if value == _NULL or (name == _CHOICE and bytes(value) in _USUAL_CHOICES):
+        if value == NULL or (name == _CHOICE and bytes(value) in _USUAL_CHOICES):
             continue
         parts += name.encode(), bytes(value)
     return hash(b"\0".join(parts))  # no JSON has a zero byte

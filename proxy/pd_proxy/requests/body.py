@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from pd_proxy.decoding import UNDECODABLE, bare_json_decoder
+from pd_proxy.encoding import encode_json
 from pd_proxy.errors import InvalidRequest
 from pd_proxy.requests import sglang_generate
 from pd_proxy.requests.endpoints import LAYOUTS, Endpoint, Members
@@ -28,8 +29,6 @@ from pd_proxy.requests.unsplittable import (
 )
 
 _MOST_MEDIA = 1024  # media in a prompt that are counted
-
-_encode = msgspec.json.Encoder().encode
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -150,7 +149,9 @@ def _read_sglang(members: Members, read: Mapping[str, Any]) -> Body:
 
 def renamed(body: Body, model: str) -> Body:
     """A body that asks for another model."""
-    return msgspec.structs.replace(body, model=model, members={**body.members, "model": msgspec.Raw(_encode(model))})
+    return msgspec.structs.replace(
+        body, model=model, members={**body.members, "model": msgspec.Raw(encode_json(model))}
+    )
 
 
 def read_model(members: Members) -> str | None:
@@ -198,7 +199,7 @@ def _read(members: Members, name: str) -> Any:
         value = _LENIENT[kind](bytes(members[name])) if kind in _LENIENT else None
         if value is None:
             raise InvalidRequest(f"`{name}` must be {_NAMES[kind]}", param=name) from None
-        members[name] = msgspec.Raw(_encode(value))
+        members[name] = msgspec.Raw(encode_json(value))
     return _read_flags(members, value) if name == "stream_options" else value
 
 
@@ -214,10 +215,10 @@ def _read_flags(members: Members, options: dict[str, Any] | None) -> bool:
         given = options.get(name)
         if given is None or isinstance(given, bool):
             continue
-        options[name] = as_bool(_encode(given))
+        options[name] = as_bool(encode_json(given))
         if options[name] is None:
             raise InvalidRequest(f"`stream_options.{name}` must be a boolean", param="stream_options")
-        members["stream_options"] = msgspec.Raw(_encode(options))
+        members["stream_options"] = msgspec.Raw(encode_json(options))
     return bool(options.get("include_usage"))
 
 

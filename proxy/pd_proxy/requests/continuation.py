@@ -11,7 +11,7 @@ import sys
 
 import msgspec
 
-from pd_proxy.decoding import json_decoder
+from pd_proxy.decoding import decode_members, json_decoder
 from pd_proxy.requests.body import Body
 from pd_proxy.requests.endpoints import LAYOUTS, Endpoint, Members
 
@@ -31,7 +31,6 @@ _UNTRIED = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not lay
 
 _DIGITS = b"0123456789, \t\r\n"
 
-_decode_members = json_decoder(Members)
 _read_number = json_decoder(float)
 
 
@@ -129,7 +128,7 @@ def choices(body: Body) -> int:
     where = body.members
     try:
         if body.endpoint == "generate":
-            where = _decode_members(where.get("sampling_params", b"{}"))
+            where = decode_members(where.get("sampling_params", b"{}"))
         return max(1, int(_read_number(where.get("n", b"1"))))
     except (ValueError, OverflowError):
         return 1  # the engine says what is wrong with it

@@ -13,14 +13,13 @@ from typing import Literal
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.encoding import FALSE, encode_json
 
 Members = dict[str, msgspec.Raw]
 Endpoint = Literal["chat", "completions", "messages", "responses", "generate", "sglang_generate"]
 
 _decode_object = json_decoder(dict[str, msgspec.Raw])
-_encode = msgspec.json.Encoder().encode
 _ONE = msgspec.Raw(b"1")
-_FALSE = msgspec.Raw(b"false")
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -65,7 +64,7 @@ def _responses_leg(leg: Members) -> Members:
     drops = ("max_tokens", "min_tokens", "include", "metadata", "max_tool_calls", "enable_response_messages")
     members = {name: value for name, value in leg.items() if name not in drops}
     members["max_output_tokens"] = _ONE
-    members["store"] = members["background"] = _FALSE
+    members["store"] = members["background"] = FALSE
     return members
 
 
@@ -77,7 +76,7 @@ def _generate_leg(leg: Members) -> Members:
     for name in ("max_tokens", "min_tokens", "ignore_eos"):
         if (value := members.pop(name, None)) is not None:
             sampling[name] = value
-    members["sampling_params"] = msgspec.Raw(_encode(sampling))
+    members["sampling_params"] = msgspec.Raw(encode_json(sampling))
     members.pop("output_mode", None)
     return members
 

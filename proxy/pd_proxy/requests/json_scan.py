@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pd_proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder, json_decoder, json_extent
+from pd_proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder, decode_members, json_decoder, json_extent
 from pd_proxy.requests.endpoints import Members
 
 MOST_MEMBERS = 1024
@@ -20,7 +20,6 @@ MOST_MEMBERS = 1024
 _SHORT = 64 * 1024  # bytes below which an object or a list is decoded at once, whatever its shape
 _FEW = 64
 
-_decode_members = json_decoder(Members)
 _decode_short = bare_json_decoder(Members)
 _decode_text = json_decoder(str)
 
@@ -44,13 +43,13 @@ def members(raw: bytes | bytearray, most: int = MOST_MEMBERS) -> Members:
         try:
             found = _decode_short(raw)
         except UNDECODABLE:
-            found = _decode_members(raw)  # which says what is wrong
+            found = decode_members(raw)  # which says what is wrong
         if len(found) > most:
             raise TooMany
         return found
     start = _blank(raw, 0)
     if raw[start : start + 1] != b"{":
-        return _decode_members(raw)  # which says what is wrong
+        return decode_members(raw)  # which says what is wrong
     view = memoryview(raw)
     found = {}
     place = _blank(raw, start + 1)

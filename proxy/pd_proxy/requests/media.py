@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from pd_proxy.decoding import Undecodable, WrongShape, json_decoder
+from pd_proxy.encoding import ABSENT, NULL
 from pd_proxy.requests.endpoints import Members
 from pd_proxy.requests.json_scan import elements, has_few
 
@@ -29,8 +30,6 @@ _Text = Literal[
     "tool_use",
     "tool_result",
 ]
-_ABSENT = msgspec.Raw()
-_NULL = msgspec.Raw(b"null")
 
 _MOST = 2048
 """Messages and parts that are looked at one by one, where there may be many in few bytes."""
@@ -41,14 +40,14 @@ _DEEPEST = 2  # a result of a tool has parts of its own; nothing goes deeper
 
 
 class _Message(msgspec.Struct, gc=False):
-    content: msgspec.Raw = _ABSENT
-    output: msgspec.Raw = _ABSENT  # of a function, among the items of responses
+    content: msgspec.Raw = ABSENT
+    output: msgspec.Raw = ABSENT  # of a function, among the items of responses
 
 
 class _TextPart(msgspec.Struct, gc=False):
     type: _Text
     uuid: None = None  # with one, a part may be a medium whatever its type says
-    content: msgspec.Raw = _ABSENT
+    content: msgspec.Raw = ABSENT
 
 
 _PARTS = re.compile(rb'"content"[ \t\r\n]*:[ \t\r\n]*\[')
@@ -63,7 +62,7 @@ def has_media(members: Members) -> bool:
     """Whether there is more than text in what a request says."""
     messages = members.get("messages") or members.get("input")
     if messages is None:
-        return members.get("prompt_embeds", _NULL) != _NULL
+        return members.get("prompt_embeds", NULL) != NULL
     said = bytes(messages)
     if said.startswith(b'"') or said.find(b"[", 1) < 0:  # a text; or no list in the list, so that nothing has parts
         return False

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from pd_proxy.decoding import Undecodable, WrongShape, decode_json
+from pd_proxy.encoding import encode_json
 from pd_proxy.errors import InvalidRequest
 from pd_proxy.requests import json_scan as scan
 from pd_proxy.requests.endpoints import Members
@@ -60,8 +61,6 @@ _MOST_BYTES = {
 _LONG = 64 * _KB  # bytes of a body from which the sizes of its members are looked at
 _MOST_STRIPPED = 64 * _KB  # bytes of one of the `NESTED` members that is read to be rid of a name
 _BOM = b"\xef\xbb\xbf"
-
-_encode = msgspec.json.Encoder().encode
 
 
 def read_members(raw: bytes | bytearray) -> Members:
@@ -126,7 +125,7 @@ def strip_nested(name: str, raw: bytes | bytearray | msgspec.Raw) -> bytes | msg
     try:
         value = decode_json(text)
         if isinstance(value, dict | list):
-            return _encode(_stripped(value))
+            return encode_json(_stripped(value))
     except Undecodable as error:
         raise InvalidRequest(f"`{name}` is not valid JSON: {error}", param=name) from None
     except RecursionError:

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import msgspec
 
 from pd_proxy.decoding import Undecodable, decode_json, json_decoder
+from pd_proxy.encoding import encode_json
 from pd_proxy.errors import InvalidRequest
 from pd_proxy.requests.endpoints import Endpoint, Members
 
 _decode_object = json_decoder(dict[str, msgspec.Raw])
 _decode_objects = json_decoder(list[msgspec.Raw])
-_encode = msgspec.json.Encoder().encode
 
 _NAMES: Mapping[Endpoint, tuple[str, ...]] = {
     "chat": ("max_tokens", "max_completion_tokens"),
@@ -53,14 +53,14 @@ def bound_output(members: Members, endpoint: Endpoint, default: int | None, most
         if raw is not None and bytes(memoryview(raw)[:1]) == b"[":
             each = [_decode_object(one) for one in _decode_objects(raw)]
             applied = [_bound(one, names, default, most) for one in each]
-            members[_NESTED] = msgspec.Raw(_encode(each))
+            members[_NESTED] = msgspec.Raw(encode_json(each))
             return next(filter(None, applied), None)
         sampling = {} if raw is None or bytes(raw) == b"null" else _decode_object(raw)
     except Undecodable:
         return None  # the engine says what is wrong with it
     one = _bound(sampling, names, default, most)
     if one is not None:
-        members[_NESTED] = msgspec.Raw(_encode(sampling))
+        members[_NESTED] = msgspec.Raw(encode_json(sampling))
     return one
 
 
@@ -75,5 +75,5 @@ def _bound(members: Members, names: tuple[str, ...], default: int | None, most: 
             raise InvalidRequest(f"`{name}` is above {most}, which is the most that this gateway allows", param=name)
     if named or default is None:
         return None
-    members[names[0]] = msgspec.Raw(_encode(default))
+    members[names[0]] = msgspec.Raw(encode_json(default))
     return default

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.encoding import NULL, encode_json
 from pd_proxy.errors import BackendGarbled, InvalidRequest
 from pd_proxy.requests.endpoints import Members
 from pd_proxy.requests.json_scan import elements
@@ -40,8 +41,6 @@ MOST_PROMPTS = 4096
 _DEFAULT_TOKENS = 128
 _BYTES_PER_TOKEN = 4
 
-_encode = msgspec.json.Encoder().encode
-
 
 class Asked(msgspec.Struct, frozen=True):
     """What the gateway reads of a request.
@@ -69,7 +68,6 @@ class _Sampling(msgspec.Struct):
 
 _decode_sampling = json_decoder(_Sampling | list[_Sampling] | None)
 _decode_flag = json_decoder(bool | list[bool] | None)
-_NULL = msgspec.Raw(b"null")
 
 
 def read(members: Members) -> Asked:
@@ -84,14 +82,14 @@ def read(members: Members) -> Asked:
         if name in members:
             _length(name, bytes(members[name]))
     try:
-        sampling = _decode_sampling(members.get("sampling_params", _NULL)) or _Sampling()
+        sampling = _decode_sampling(members.get("sampling_params", NULL)) or _Sampling()
     except Undecodable:
         raise InvalidRequest(
             "`sampling_params` must be an object, or a list of them, with integers for `max_new_tokens` and `n`",
             param="sampling_params",
         ) from None
     try:
-        flags = _decode_flag(members.get("return_logprob", _NULL))
+        flags = _decode_flag(members.get("return_logprob", NULL))
     except Undecodable:
         raise InvalidRequest("`return_logprob` must be a boolean, or a list of them", param="return_logprob") from None
     each = sampling if isinstance(sampling, list) else [sampling]
@@ -124,7 +122,7 @@ def _read_prompts(members: Members) -> tuple[int, int]:
     The first of the three that is there decides, as in the engine. What is none of what they may be is its to refuse.
     """
     for name in ("text", "input_ids", "input_embeds"):
-        raw = bytes(members.get(name, _NULL))
+        raw = bytes(members.get(name, NULL))
         if raw != b"null":
             break
     else:
@@ -187,11 +185,11 @@ def usage_of(answer: bytes, prompts: int) -> msgspec.Raw:
         raise BackendGarbled("prefill has given the request up")
     counts = [(meta.prompt_tokens, meta.completion_tokens, meta.cached_tokens) for meta in metas]
     if any(type(count) is not int or count < 0 for each in counts for count in each):
-        return _NULL  # of what counts no tokens nothing is believed
+        return NULL  # of what counts no tokens nothing is believed
     prompt, completion, cached = map(sum, zip(*counts, strict=True))
     usage = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
-    return msgspec.Raw(_encode(usage))
+    return msgspec.Raw(encode_json(usage))

@@ -18,6 +18,7 @@ from typing import Annotated
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.encoding import encode_json
 from pd_proxy.errors import HandoffInvalid
 from pd_proxy.handoff.blocks import BlockId, check_blocks
 from pd_proxy.handoff.connector import Connector, Handoff, Name, Port, Rendezvous, one_token, params
@@ -49,7 +50,6 @@ class _Call(msgspec.Struct):
 
 _read = json_decoder(_Call)
 _read_members = json_decoder(dict[str, msgspec.Raw])
-_encode = msgspec.json.Encoder().encode
 
 
 class AscendLayerwise(Connector):
@@ -82,4 +82,4 @@ class AscendLayerwise(Connector):
         foreign = [name for name in members if name not in _Call.__struct_fields__ and not name.startswith("remote_")]
         if foreign:
             raise HandoffInvalid(f"decode's call back says more than where its blocks are: {foreign[0][:64]!r}")
-        return {"kv_transfer_params": msgspec.Raw(_encode(members))}
+        return {"kv_transfer_params": msgspec.Raw(encode_json(members))}

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder, msgpack_decoder
+from pd_proxy.encoding import encode_json
 from pd_proxy.errors import HandoffInvalid
 from pd_proxy.handoff.blocks import check_blocks
 from pd_proxy.handoff.connector import (
@@ -142,7 +143,6 @@ class MoRIIOReadParams(msgspec.Struct):
 
 _required = json_decoder(MoRIIOReadParams)
 _members = json_decoder(dict[str, msgspec.Raw])
-_encode = msgspec.json.Encoder().encode
 
 
 class MoRIIORead(MoRIIO):
@@ -166,4 +166,4 @@ class MoRIIORead(MoRIIO):
             raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")
         check_blocks(checked.remote_block_ids)
         told = {"remote_tp_size": msgspec.Raw(b"%d" % checked.tp_size), **_members(given)}
-        return Handoff({"kv_transfer_params": msgspec.Raw(_encode(told))})
+        return Handoff({"kv_transfer_params": msgspec.Raw(encode_json(told))})

@@ -19,6 +19,7 @@ from typing import Annotated
 import msgspec
 
 from pd_proxy.decoding import json_decoder
+from pd_proxy.encoding import encode_json
 from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, in_one_piece
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.traits import Order, Traits
@@ -27,8 +28,6 @@ from pd_proxy.requests.endpoints import Endpoint, Members
 _FREE = 1 << 32
 """Rooms that are left free above the one that is told: more than the prompts that a body holds, times any number of
 ranks."""
-
-_encode = msgspec.json.Encoder().encode
 
 
 class _ServerInfo(msgspec.Struct):
@@ -67,7 +66,7 @@ class SGLang(Connector):
             room += rank - room % prefill.dp
         host = f"[{prefill.host}]" if ":" in prefill.host else prefill.host
         where = {
-            "bootstrap_host": msgspec.Raw(_encode(host)),
+            "bootstrap_host": msgspec.Raw(encode_json(host)),
             "bootstrap_port": msgspec.Raw(b"%d" % prefill.port),
             "bootstrap_room": msgspec.Raw(b"%d" % room),
         }
@@ -96,4 +95,4 @@ class SGLang(Connector):
 
 
 def _list(values: Sequence[object]) -> msgspec.Raw:
-    return msgspec.Raw(_encode(values))
+    return msgspec.Raw(encode_json(values))

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, WrongShape, json_decoder
+from pd_proxy.decoding import Undecodable, WrongShape, decode_members, json_decoder
+from pd_proxy.encoding import encode_json
 from pd_proxy.errors import BackendGarbled, HandoffInvalid
 from pd_proxy.handoff.connector import Connector, Handoff, PrefillAnswer, Rendezvous, in_one_piece
 from pd_proxy.handoff.coordinates import Coordinates
@@ -51,13 +52,11 @@ class _Params(msgspec.Struct):
     ctx_info_endpoint: str | list[str] | None = None
 
 
-_decode_members = json_decoder(Members)
 _decode_raw_choices = json_decoder(list[Members])
 _decode_choices = json_decoder(list[_Choice])
 _decode_params = json_decoder(_Params)
 _decode_ids = json_decoder(list[int] | None)
 _decode_lists = json_decoder(Annotated[list[list[int]], msgspec.Meta(min_length=1, max_length=1)])
-_encode = msgspec.json.Encoder().encode
 
 
 class TensorRTLLM(Connector):
@@ -89,7 +88,7 @@ class TensorRTLLM(Connector):
             "disagg_request_id": _LEAST_ID | int(name[-16:], 16) >> 2,
             "schedule_style": _CONTEXT_FIRST,
         }
-        return Rendezvous({"disaggregated_params": msgspec.Raw(_encode(asked))})
+        return Rendezvous({"disaggregated_params": msgspec.Raw(encode_json(asked))})
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         try:
@@ -105,7 +104,7 @@ class TensorRTLLM(Connector):
         try:
             checked = _decode_params(params)
             told = {
-                **_decode_members(params),
+                **decode_members(params),
                 "request_type": msgspec.Raw(b'"generation_only"'),
                 "schedule_style": msgspec.Raw(b"%d" % _CONTEXT_FIRST),
             }
@@ -116,7 +115,7 @@ class TensorRTLLM(Connector):
             raise HandoffInvalid("the context server's disaggregated_params have no first token")
         if _given(answer.usage):
             told["ctx_usage"] = answer.usage
-        members = {"disaggregated_params": msgspec.Raw(_encode(told))}
+        members = {"disaggregated_params": msgspec.Raw(encode_json(told))}
         if _given(answer.prompt_token_ids_b64):
             members["prompt_token_ids_b64"] = answer.prompt_token_ids_b64
         elif _given(answer.prompt_token_ids):
@@ -133,7 +132,7 @@ class TensorRTLLM(Connector):
 
     def whole(self, answer: bytes) -> FirstToken | None:
         try:
-            members = _decode_members(answer)
+            members = decode_members(answer)
             checked, choices = _decode_choices(members["choices"]), _decode_raw_choices(members["choices"])
             prompt = members.get("prompt_token_ids", msgspec.Raw(b"null"))
             _check_ids(prompt)
