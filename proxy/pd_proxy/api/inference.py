@@ -126,10 +126,10 @@ class Inference:
         if body.stored:
             request.stored = self._stored
         if body.follows:
-            request.pinned = self._stored.holder(
+            request.affinity = self._stored.holder(
                 body.follows, request.record.client, (backend.url for backend in self._fleet)
             )
-            if not request.pinned:
+            if not request.affinity:
                 raise not_stored(body.follows, param="previous_response_id")
 
 

@@ -1,1 +1,1 @@
-"""One request's life. The only room that knows the order of things."""
+"""One request's life: placing, leases, legs, tries, resuming. The only package that knows their order."""

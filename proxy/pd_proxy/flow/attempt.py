@@ -32,19 +32,20 @@ class Attempt(msgspec.Struct):
 
     Attributes:
         id: the X-Request-Id of both its legs.
-        alias: what clients are shown instead, where that names engines' addresses; else empty.
-        pending: the hand-off between them; None before prefill's answer, and when decode goes without.
-        facts: of the prefill and the decode engine, where prefill's token may become the client's first.
+        alias: the id that clients see instead, where `id` names engines' addresses; else empty.
+        pending: the hand-off between its legs; None before prefill's answer, and where decode computes the prompt.
+        identities: of the prefill and the decode engine, where the client may get prefill's token as its first.
         lease: on the backend that answers the client.
         prefill: on the backend that computes the prompt for it, where there is one.
-        first: that token, once prefill has given it and it is to be used.
-        rest: the plan for what comes behind it.
-        counts: of the prompt, as prefill says them; nothing is known before its answer.
-        runs_out: its prefill leg, where that goes on without it.
-        callback: what decode's engine has called back with, for its prefill leg.
-        logprobs: of the prompts, as prefill says them, where the client's answer is to have them and decode's has none.
-        sent: its prompt at its engines, where anybody wants to know.
-        paced: somebody wants to know how fast its tokens come.
+        first: that token, once prefill has answered and it is to be used.
+        rest: the plan for what follows that token.
+        counts: the prompt's tokens and the cached ones, from prefill's answer.
+        runs_out: its prefill leg, where that runs to its end in the background.
+        callback: the members of the prefill leg that decode's engine has called back with.
+        logprobs: log probabilities of the prompts from prefill's answer, where the client asked for them and decode's
+            answer has none.
+        sent: its prompt at its engines, where placement learns from that.
+        paced: placement learns from the pace of its tokens.
     """
 
     request: Request
@@ -53,7 +54,7 @@ class Attempt(msgspec.Struct):
     lease: Lease
     prefill: Lease | None = None
     pending: PendingHandoff | None = None
-    facts: tuple[EngineIdentity, EngineIdentity] | None = None
+    identities: tuple[EngineIdentity, EngineIdentity] | None = None
     first: FirstToken | None = None
     rest: Plan | None = None
     counts: CacheCounts = CacheCounts()
@@ -66,7 +67,7 @@ class Attempt(msgspec.Struct):
 
     @property
     def identity(self) -> dict[str, msgspec.Raw] | None:
-        """Members that its answer's events are to have instead of their own, where these are not for clients."""
+        """The members that replace those of its answer's events, where these must not be shown to clients."""
         if not self.alias:
             return None
         kind = "chatcmpl" if self.request.body.endpoint == "chat" else "cmpl"
@@ -84,7 +85,7 @@ class Attempt(msgspec.Struct):
 
     @property
     def continuation(self) -> Continuation | None:
-        """Where its decode leg goes on, when a part of the answer has been given."""
+        """Where its decode leg continues, once the client has a part of the answer."""
         return (self.rest or self.plan).continuation
 
     def goes_to(self, decode: Backend) -> None:
@@ -94,15 +95,15 @@ class Attempt(msgspec.Struct):
             self.request.record.answer = LAYOUTS[self.request.body.endpoint].id_prefix + self.plan.answer_id
 
     def decode_is_as_known(self) -> bool:
-        """Whether the decode engine is surely the one that `facts` are of."""
-        return self.facts is not None and self.lease.backend.facts is self.facts[1]
+        """Whether the decode engine is surely the one of `identities`."""
+        return self.identities is not None and self.lease.backend.facts is self.identities[1]
 
     def handed_over_counts(self) -> CacheCounts | None:
-        """`counts`, where decode was handed anything; else None, and decode's own are right."""
+        """`counts`, where decode got a hand-off; else None, since decode's own counts are right."""
         return None if self.pending is None else self.counts
 
     def prompt_tokens(self, usage: Usage) -> int:
-        """Tokens of the client's prompt: a leg that goes on with an answer has what was said in its own."""
+        """Tokens of the client's prompt. The prompt of a leg that continues an answer has that answer in it as well."""
         continuation, counted = (self.rest or self.plan).continuation, usage.prompt_tokens or 0
         return counted if continuation is None else max(0, counted - continuation.said)
 
@@ -110,7 +111,7 @@ class Attempt(msgspec.Struct):
         """Keep decode's usage in the record.
 
         Arguments:
-            said: tokens of the answer that it takes for prompt.
+            said: tokens of the answer that its prompt contains.
         """
         record, counted = self.request.record, usage.prompt_tokens or 0
         record.prompt_tokens = prompt = counted - said if counted > said else 0
@@ -145,7 +146,7 @@ class Attempt(msgspec.Struct):
                 lease.backend.speeds.handed_over(seconds, self.request.prefill_tokens, now)
             pending.settle()
         if sent is not None:
-            sent.heard()
+            sent.first_token()
 
     def begin_stream(self, relay: StreamRelay) -> None:
         """The first of decode's tokens that the client can read is about to go out."""
@@ -172,10 +173,10 @@ class Attempt(msgspec.Struct):
             backend.remember(located)
 
     def check(self) -> None:
-        """Called with a connection at hand, just before a leg is written to it.
+        """Check the decode engine, with a connection at hand, just before the leg is written to it.
 
         Raises:
-            HandoffExpired: behind a first token: the engine may be another than the one whose blocks were counted on.
+            HandoffExpired: the engine may be another than the one that prefill's first token was used for.
         """
         if not self.decode_is_as_known():
             raise HandoffExpired("the decode engine may not be the one that it was", unread=True, blame=False)
@@ -188,7 +189,7 @@ def new_attempt(
     lease: Lease,
     *,
     token_ids: bool = False,
-    facts: tuple[EngineIdentity, EngineIdentity] | None = None,
+    identities: tuple[EngineIdentity, EngineIdentity] | None = None,
     callbacks: Callbacks | None = None,
     reuse: bool = False,
 ) -> Attempt:
@@ -198,7 +199,7 @@ def new_attempt(
         prefill: for the prefill leg, where there is one.
         lease: for the leg that answers the client.
         token_ids: ask decode for the ids of the tokens.
-        callbacks: where engines call back, for connectors by which they do.
+        callbacks: where engines call back, for the connectors that have them do so.
         reuse: decode may take the prompt's ids from prefill.
     """
     record, decode, rendezvous = request.record, lease.backend, None
@@ -217,18 +218,18 @@ def new_attempt(
         request.continuation,
         rendezvous=rendezvous,
         token_ids=token_ids,
-        first_token=facts is not None,
+        first_token=identities is not None,
         answer_id=_answer_id(request, decode) if LAYOUTS[request.body.endpoint].id_member else "",
         reuse=reuse and prefill is not None and connector.traits.reuses_prompt_ids and reusable(request.body),
     )
     alias = own if rendezvous is not None and rendezvous.id else ""
     record.leg = name
     record.answer = LAYOUTS[request.body.endpoint].id_prefix + plan.answer_id if plan.answer_id else ""
-    return Attempt(request, plan, name, lease, prefill, facts=facts, alias=alias)
+    return Attempt(request, plan, name, lease, prefill, identities=identities, alias=alias)
 
 
 def _answer_id(request: Request, decode: Backend) -> str:
-    """What an answer of `decode`'s is to be called. It goes to the client, so it is not the legs' own id."""
+    """The id of an answer of `decode`'s. Clients see it, so it is not the id of the legs."""
     if request.stored is None:
         return leg_id(request.record.request_id)
     return request.stored.name(new_id(), decode.url, request.record.client)

@@ -56,10 +56,10 @@ class Call:
         self._heard: asyncio.Future[Members] = asyncio.get_running_loop().create_future()
 
     def take(self, body: bytes) -> None:
-        """What the engine says.
+        """Take the body of the engine's call.
 
         Raises:
-            HandoffInvalid: it cannot be used. The try ends with that.
+            HandoffInvalid: it cannot be used. The try ends with that error.
         """
         try:
             heard = self._connector.read_callback(body)
@@ -70,15 +70,15 @@ class Call:
             self._heard.set_result(heard)
 
     def fail(self, error: BackendError) -> None:
-        """There is no use in waiting."""
+        """The call will not come: `wait` raises `error`."""
         if not self._heard.done():
             self._heard.set_exception(error)
 
     async def wait(self, seconds: float) -> Members:
-        """What the engine has said.
+        """Wait for the call. Returns the members that it has for the prefill leg.
 
         Raises:
-            BackendError: it said nothing usable, or nothing within `seconds`.
+            BackendError: no usable call came within `seconds`.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -103,13 +103,13 @@ class Call:
 
 
 class Callbacks:
-    """Every try that waits to be called.
+    """The tries that wait for a call.
 
     Arguments:
-        home: this gateway's URL, as engines reach it; None where no connector has them call.
+        home: this gateway's URL, as engines reach it; None where no connector uses callbacks.
         worker: this process's number among those of the gateway. Each id names its own, since a call comes to any.
     Attributes:
-        url: where they call.
+        url: the one that engines call.
         waiting: by the id of the try.
     """
 
@@ -140,7 +140,7 @@ class Callbacks:
 
         Raises:
             InvalidRequest: it is no such call.
-            CallUnexpected: nobody waits for it.
+            CallUnexpected: no try waits for it.
         """
         try:
             name = _name(_read(body).request_id)

@@ -1,4 +1,4 @@
-"""The last decisions of placement, for whoever asks why a request went where it went.
+"""The last decisions of placement, which answer why a request went where it went.
 
 Every decision is noted in brief: where the request goes and the reason, and, of at most a thousand a second, what was
 known then of the engines that were chosen, as plain numbers. What is expected of them is computed from these when

@@ -30,11 +30,11 @@ Handles = dict[str, msgspec.Raw]
 
 
 class Encoders:
-    """Has media encoded.
+    """Sends media to encoders.
 
     Arguments:
         random: a number in [0, 1), for ties.
-        failed: is told of a leg that failed.
+        failed: called with each leg that failed.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Encoders:
         self._may_go_without = settings.fallback == "local_prefill"
 
     def media(self, request: Request) -> tuple[Medium, ...]:
-        """What there is to encode. The request's own parts are marked with the keys of it, for all its legs."""
+        """The media of a request. Its own parts get keys, by which all its legs name them."""
         if request.media is None:
             request.media = ()
             if request.body.endpoint == "chat" and request.body.media:
@@ -60,8 +60,8 @@ class Encoders:
         return request.media
 
     async def encode(self, attempt: Attempt, media: Sequence[Medium], group: str) -> None:
-        """Have `media` encoded by encoders of `group`, and the try's plan say where they are. Without encoders that
-        are any good, and where the settings allow it, the engine that computes the prompt does it itself.
+        """Have `media` encoded by encoders of `group`, and put into the try's plan where the results are. Where no
+        encoder works, and the settings allow it, the engine that computes the prompt encodes them itself.
 
         Raises:
             BackendError: a leg failed.
@@ -97,7 +97,7 @@ class Encoders:
         attempt.plan.encoded = encoded(handles)
 
     async def _leg(self, attempt: Attempt, backend: Backend, media: Sequence[Medium], number: int) -> Handles:
-        """One leg: what its encoder says of its media."""
+        """Run one leg. Returns where its encoder has put its media."""
         try:
             with Lease(backend, TOKENS * len(media)) as lease:
                 leg = encode_leg(attempt.request.body, media)

@@ -1,4 +1,4 @@
-"""Who gives a client its first token: prefill, which has sampled it, or decode, as soon as it has the KV cache.
+"""Which engine's first token a client gets: prefill's, which has sampled one, or decode's, once it has the KV cache.
 
 Before anything is sent it is decided whether prefill's could be used, and only then is prefill asked for it: a request
 for which it could not costs no more than it did. What prefill answers, and what both engines are known to be, decide
@@ -24,7 +24,7 @@ _RESUME_OFF = "resume_off"
 
 
 class FirstTokens:
-    """The rules by which prefill's token is used, and its giving.
+    """The rules by which prefill's token is used, and the part of the answer that it makes.
 
     Arguments:
         connectors: those that the backends' groups speak.
@@ -44,7 +44,7 @@ class FirstTokens:
         return max_tokens <= 1 and self._takes_whole
 
     def consider(self, request: Request, prefill: Backend, decode: Backend, connector: Connector) -> str:
-        """Why this pair's first token is to be decode's, or an empty string. What it says is noted in the record."""
+        """Why this pair's first token is to be decode's, or an empty string. The reason is kept in the record."""
         if request.continuation is not None:
             return "resumed"  # the client has its first token
         why = self._why_not(request, prefill, decode) if connector.traits.first_token else "connector"
@@ -70,7 +70,7 @@ class FirstTokens:
 
     def take(self, attempt: Attempt, prefill: Backend, answer: bytes) -> None:
         """Prefill has answered, and its hand-off is good: leave its token in `attempt`, or a reason in the record."""
-        request, facts = attempt.request, attempt.facts
+        request, facts = attempt.request, attempt.identities
         assert facts is not None
         known = facts[0] is prefill.facts and attempt.decode_is_as_known()
         block_size, context = (facts[1].block_size, min(fact.context for fact in facts)) if known else (0, 0)
@@ -88,8 +88,8 @@ class FirstTokens:
         attempt.first, attempt.rest = first, attempt.plan.behind(first)
 
     def give(self, attempt: Attempt) -> bool:
-        """Give the client what there is; whether that was its whole answer. Nothing is said yet where the answer is one
-        piece and more is to come."""
+        """Send the client prefill's token, unless its answer is one piece of which more is to come. Returns whether the
+        client has its whole answer."""
         first, request = attempt.first, attempt.request
         assert first is not None
         record, client, body = request.record, request.client, request.body

@@ -1,4 +1,4 @@
-"""The order of things: place, lease, prefill, hand over, decode; and again elsewhere when that fails.
+"""Serves requests with two legs: place, lease, run the legs, and try elsewhere when that fails.
 
 Until the client has been given a byte, any failure of a backend leads to another try, on other backends first; after
 that, to one that goes on where the answer broke off (`resume.py`). Each try is whole: its leases and connections
@@ -51,10 +51,10 @@ class Flow:
     Arguments:
         connectors: the protocols that engines speak, by name.
         placing: says where tries go.
-        first_tokens: whose first tokens clients get.
-        random: a number in [0, 1), for ties.
-        callbacks: where decode engines call back, for connectors by which they do.
-        suspicion: says which requests no other engine is given.
+        first_tokens: says which engine's first token a client gets.
+        random: returns a number in [0, 1), for ties.
+        callbacks: where decode engines call back, for the connectors that have them do so.
+        suspicion: says which requests must not go to another engine.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Flow:
 
     @property
     def hops(self) -> Hops:
-        """Says which requests have come back."""
+        """Recognises requests that have come back to this gateway."""
         return self._legs.hops
 
     async def run(self, request: Request) -> None:
@@ -184,13 +184,13 @@ class Flow:
         prefill, decode = decision.prefill, decision.decode
         connector = self._connectors[decode.connector]
         if not connector.traits.resumable:
-            self.resumption.forgo(request)
-        facts = None
+            self.resumption.disable(request)
+        identities = None
         if prefill is not None and self._first_tokens.on:
             why = self._first_tokens.consider(request, prefill, decode, connector)
             if not why:
                 assert prefill.facts is not None and decode.facts is not None
-                facts = prefill.facts, decode.facts
+                identities = prefill.facts, decode.facts
         media = self._encoders.media(request) if self._fleet.sizes["encode"] else ()
         computes = prefill or decode
         rank = self._placing.rank(request, computes) if computes.ranks else None
@@ -205,7 +205,7 @@ class Flow:
                 prefill_lease,
                 lease,
                 token_ids=request.token_ids,
-                facts=facts,
+                identities=identities,
                 callbacks=self._callbacks,
                 reuse=self._reuse,
             )

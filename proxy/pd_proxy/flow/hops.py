@@ -19,7 +19,7 @@ _ids = re.compile(rb"\b[0-9a-f]{16}\b").findall
 
 
 class Hops:
-    """The rule, for one gateway.
+    """The hops of one gateway's requests.
 
     Arguments:
         shared: what its workers have in common and no other gateway has; empty where it has none.

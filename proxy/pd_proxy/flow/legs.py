@@ -1,4 +1,4 @@
-"""The legs of one try: send, wait, and tell the fleet how it went.
+"""The legs of one try: sending them, waiting for their answers, and reporting the outcome to the fleet.
 
 Whatever ends a leg (an answer, an error, a client that left), its connection is closed or back in its pool, and its
 lease released, before the function returns.
@@ -73,12 +73,12 @@ class Legs:
     """Sends legs to backends over their pooled connections.
 
     Arguments:
-        fleet: is told how legs went.
-        notices: by which prefill engines say that a KV cache has arrived.
+        fleet: gets the outcome of each leg.
+        notices: the notifications by which prefill engines say that a KV cache has arrived.
     Attributes:
-        authorization: the line that shows engines their key, or nothing.
+        authorization: the header with the engines' key, as a whole line; or empty.
         headers: what every leg of a client's request carries, as whole lines.
-        hops: by which requests that have come back are known.
+        hops: recognises requests that have come back to this gateway.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Legs:
         self.headers = self._identity + self.hops.line
 
     def headers_after(self, hops: bytes) -> bytes:
-        """What a leg carries, as whole lines.
+        """The headers of a leg, as whole lines.
 
         Arguments:
             hops: the gateways that its request has come through.
@@ -303,7 +303,7 @@ class Legs:
         """The text of some tokens, as `backend` writes them.
 
         Raises:
-            BackendError: it did not say.
+            BackendError: it did not answer, or not with a text.
         """
         named = {} if model is None else {"model": model}
         body = msgspec.json.encode({**named, "tokens": msgspec.Raw(b"[%b]" % ids)})

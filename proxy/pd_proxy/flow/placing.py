@@ -228,7 +228,7 @@ class Placing:
             self._ordinary.get(body.endpoint) == body.alone
             and fleet.pairing.simple
             and not fleet.bounded
-            and not request.pinned
+            and not request.affinity
             and not request.record.retries
             and request.continuation is None
         ):  # whoever is up is eligible; nothing else would be found below
@@ -336,7 +336,7 @@ class Placing:
             ranked=layout.ranked,
             alone=body.alone,
             given_up=self._given_up_handoff(request) if request.record.retries else "",
-            pinned=request.pinned,
+            pinned=request.affinity,
             fits=partial(continues, request) if request.continuation is not None else None,
         )
 

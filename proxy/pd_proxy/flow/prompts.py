@@ -37,7 +37,7 @@ class Sent:
         most: tokens that the prompt may have. An engine that reports more is not believed: it would be taken for a fast
             one, and get the others' requests.
         rank, decode_rank: of `computes` and of `decode`, to which it is sent; None where there is but one.
-        ranked: engines are told the rank. Otherwise they choose one by themselves, and nobody knows which.
+        ranked: the legs name the rank. Otherwise the engine chooses one, and the gateway does not know which.
     """
 
     __slots__ = (
@@ -98,9 +98,9 @@ class Sent:
             self._answer(self._believed if cached is None or prompt > self._most else max(0, whole - cached), whole)
         self.counted(cached, prompt)
 
-    def heard(self) -> None:
-        """The leg that answers the client has given its first token: its engine has the prompt. Where it computed it,
-        it says what it had in its cache at the end of its answer."""
+    def first_token(self) -> None:
+        """The leg that answers the client has its first token, so its engine has the prompt. An engine that computed it
+        says at the end of its answer what was cached."""
         if not self._answered:
             self._answer(self._believed, self._prompt)
         decode, self._decode = self._decode, None
@@ -108,13 +108,13 @@ class Sent:
             self._index.settle(self._decode_name, self._chain)
 
     def ended(self) -> None:
-        """The leg that answers the client has ended well, in one piece: if its engine computed the prompt, nobody knows
-        how long that alone took."""
+        """The leg that answers the client has ended well, in one piece: if its engine computed the prompt, it is not
+        known how long that alone took."""
         if not self._answered:
             self._answered = True
             self._computes.speeds.withdrawn(self._believed, monotonic())
             self._done()
-        self.heard()
+        self.first_token()
         self.counted(None, 0)
 
     def counted(self, cached: int | None, prompt: int) -> None:
@@ -149,7 +149,7 @@ class Sent:
         self._decode = other
 
     def runs_on(self) -> None:
-        """The prefill leg goes on without its request, until `over`: it is work for its engine still."""
+        """The prefill leg runs on without its request, until `over`: it is still work for its engine."""
         self._runs_on = True
 
     def over(self) -> None:
@@ -166,7 +166,7 @@ class Sent:
         self._settled = True
 
     def _name_of(self, backend: Backend, rank: int | None) -> str:
-        """What the index calls it."""
+        """The backend's name in the index."""
         return backend.url if rank is None or not self._ranked else backend.rank_names[rank]
 
     def _answer(self, computed: int, prompt: int) -> None:
@@ -265,7 +265,7 @@ class Prompts:
         )
 
     def ended(self, request: Request) -> None:
-        """A request has ended, well or not: its engine may have told the prompt's ids."""
+        """A request has ended, well or not. Its engine's answer may have had the prompt's ids."""
         if self.events is not None and request.chain is not None and request.transcript is not None:
             self.events.reported(request.chain, request.body.members, request.transcript.prompt)
 
@@ -274,7 +274,7 @@ class Prompts:
         if request.chain is not None and request.chain.hashes:
             self._earlier.keep(response_id, request.chain)
 
-    # What the fleet tells
+    # What the fleet reports
 
     def learnt(self, backend: Backend, cache: Cache) -> None:
         """An engine has said how large its KV cache is, and whether it finds prefixes in it."""

@@ -43,11 +43,12 @@ class Request(msgspec.Struct):
         continuation: where the next try goes on, once a part of the answer has been given.
         cards: the models, as /v1/models lists them, of the engine that began an answer which was broken off.
         cards_of_try: the same of the engine that answers the present try.
-        live: the present try has given the client something.
-        permit: leave for the present try, when it is a retry that could amplify an overload.
+        live: the client has something of the present try's answer.
+        permit: of the retry budget, for a try that could amplify an overload.
         resumes: how often the answer was continued on other backends.
         prefill: URL of the prefill backend that has this prompt in its prefix cache, or empty.
-        pinned: URL of the only backend that can serve it, since it has what the request goes on from; or empty.
+        affinity: URL of the only backend that can serve it, since it has the response that the request continues; or
+            empty.
         stored: gives the answer its name, when the client may ask for it later.
         avoid: URLs of backends that failed it.
         error: why the last try failed.
@@ -58,11 +59,11 @@ class Request(msgspec.Struct):
         prefill_tokens: what the prefill leg puts on its backend.
         decode_tokens: what the decode leg puts on its backend: the prompt's KV cache and the output to come.
         session: names the session that it belongs to; empty where that is not known.
-        chain: of its prompt, once somebody has wanted it.
+        chain: of its prompt, once placement has needed it.
         ask: what its last try asked of placement.
         media: its images, audio and video, once they have been looked for; empty where it has none.
-        explain: an operator wants to know why it goes where it goes.
-        explained: that, as the value of a response header.
+        explain: the answer is to have a header that says why the request goes where it goes.
+        explained: the value of that header.
     """
 
     body: Body
@@ -77,7 +78,7 @@ class Request(msgspec.Struct):
     permit: Permit | None = None
     resumes: int = 0
     prefill: str = ""
-    pinned: str = ""
+    affinity: str = ""
     stored: StoredResponses | None = None
     avoid: set[str] = msgspec.field(default_factory=set)
     error: BackendError | None = None
@@ -126,7 +127,7 @@ class Request(msgspec.Struct):
             self.permit = None
 
     def note_retry(self) -> None:
-        """What failed last is followed by another leg."""
+        """Another leg follows the one that failed last."""
         self.record.retries.append(self.failed)
 
     def headers(self, *more: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:

@@ -1,7 +1,7 @@
-"""What becomes of a stream that broke after its client was given a part of the answer.
+"""What follows when a stream broke after its client had a part of the answer.
 
-It is complete but for its last words, and gets them from here; or another pair goes on from the last token that the
-client has; or it ends with an error that says why nobody can.
+Where only its closing events are missing, the gateway sends these. Else another pair continues from the last token that
+the client has; or the stream ends with an error that says why it cannot be continued.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Resumption:
             reason, limit=self._limit, with_text=with_text, choices=choices(request.body) if request.body.alone else 1
         )
 
-    def forgo(self, request: Request) -> None:
-        """It goes to engines that cannot go on from token ids."""
+    def disable(self, request: Request) -> None:
+        """Do without resuming: the engines of this try cannot continue from token ids."""
         request.token_ids = False
         if request.transcript is not None:
             request.transcript.mark_inexact("connector")
 
     def complete(self, request: Request) -> bool:
-        """End an answer of which the client has every token already; whether it was such a one."""
+        """End an answer of which the client has every token already. Returns whether it was one."""
         transcript, body = request.transcript, request.body
         assert transcript is not None
         if transcript.finished:
@@ -67,17 +67,17 @@ class Resumption:
         )
         return True
 
-    def resume(self, request: Request, error: BackendError, unsettled: str) -> None:
-        """Set a request up for a try that goes on where its answer broke off.
+    def resume(self, request: Request, error: BackendError, no_resume_point: str) -> None:
+        """Prepare a request for a try that continues where its answer broke off.
 
         Arguments:
-            unsettled: why no place was found where ids and text agree, or empty.
+            no_resume_point: why no resume point was found, or empty.
         Raises:
-            StreamInterrupted: nobody can go on from there.
+            StreamInterrupted: it cannot be continued.
         """
         transcript = request.transcript
         assert transcript is not None
-        if why := self._why_not(request, error, transcript, unsettled):
+        if why := self._why_not(request, error, transcript, no_resume_point):
             raise self.given_up(request, why) from error
         request.record.reach(Stage.RESUMING)
         ids = transcript.truncate()
@@ -93,11 +93,11 @@ class Resumption:
         )
 
     def given_up(self, request: Request, why: str) -> StreamInterrupted:
-        """The error that ends a stream which nobody can continue."""
+        """The error that ends a stream that cannot be continued."""
         request.record.not_resumed = why
         return StreamInterrupted(f"{request.error}; not resumed: {why}", why=why)
 
-    def _why_not(self, request: Request, error: BackendError, transcript: Transcript, unsettled: str) -> str:
+    def _why_not(self, request: Request, error: BackendError, transcript: Transcript, no_resume_point: str) -> str:
         if not error.retryable:
             return error.reason
         if not transcript.continuable:
@@ -107,9 +107,9 @@ class Resumption:
         if request.body.media:
             return "media"
         if transcript.dropped and (request.body.wants_token_ids or "logprobs" in request.body.members):
-            unsettled = "merged_tokens"  # their ids, or their logprobs, would be given twice
-        if unsettled and self._mode != "best_effort":
-            return unsettled
+            no_resume_point = "merged_tokens"  # their ids, or their logprobs, would be given twice
+        if no_resume_point and self._mode != "best_effort":
+            return no_resume_point
         if request.resumes >= self._most:
             return "too_often"
         return ""

@@ -117,7 +117,7 @@ class Single:
         """Where the next try goes: the best pool's that has not failed the request; else the best that has.
 
         Raises:
-            NoBackend, RouteNotFound: nobody that is up could serve it; nobody that there is has the route.
+            NoBackend, RouteNotFound: no backend that is up could serve it; no backend at all has the route.
             BackendError: the last try's, where it says more.
         """
         found = [
@@ -139,7 +139,7 @@ class Single:
         return backend
 
     def _nobody(self, request: SingleRequest) -> NoBackend | RouteNotFound:
-        """Why nobody could serve a request."""
+        """Why no backend could serve a request."""
         serving = [b for b in self._fleet if b.serves(request.model)]
         if serving and not any(b.offers(request.path) for b in serving):
             whose = "no engine here" if request.model is None else f"no engine that serves {request.model[:256]!r}"

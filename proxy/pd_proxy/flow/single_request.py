@@ -26,10 +26,10 @@ class Route:
     """A one-leg route.
 
     Attributes:
-        endpoint: what metrics call it.
+        endpoint: its name in metrics.
         roles: the pools that may serve it, the best first.
-        computes: the model runs for it. How the others fare says nothing about that, so the breaker does not hear of
-            them: an engine that only tokenises well would look fit.
+        computes: the model runs for it. The outcomes of the others are not reported to the outlier detector: an engine
+            that only tokenises well would look healthy.
         form: the request is a multipart form, and sent on as it comes.
     """
 

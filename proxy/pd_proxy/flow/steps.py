@@ -166,7 +166,7 @@ class RequestSteps:
         if handoff is not None:
             attempt.learn_location(lease, handoff)
             attempt.pending = PendingHandoff(self._fleet, backend, handoff, self._legs.bound(attempt.plan))
-        if attempt.facts is not None:
+        if attempt.identities is not None:
             self._first_tokens.take(attempt, backend, answer)
         if handoff is None and not (attempt.first is not None and attempt.first.whole):
             self._do_without(attempt, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
@@ -227,8 +227,8 @@ class RequestSteps:
         lease.release()
         request.record.decode = other.url
         attempt.goes_to(other)
-        if attempt.facts is not None and other.facts is not None:
-            attempt.facts = attempt.facts[0], other.facts
+        if attempt.identities is not None and other.facts is not None:
+            attempt.identities = attempt.identities[0], other.facts
         with Lease(other, request.decode_tokens) as attempt.lease:
             if attempt.sent is not None:
                 attempt.sent.goes_to(other, attempt.lease.rank)
@@ -236,7 +236,7 @@ class RequestSteps:
 
     def _other_decode(self, attempt: Attempt) -> Backend | None:
         """A decode backend that has not failed this request, and that the hand-off surely fits."""
-        request, facts = attempt.request, attempt.facts if attempt.first is not None else None
+        request, facts = attempt.request, attempt.identities if attempt.first is not None else None
         connector = attempt.plan.connector
         if attempt.pending is None or not connector.traits.transferable:
             return None

@@ -1,7 +1,7 @@
-"""Requests that engines die of: each is given to few of them.
+"""Requests that end engines: each goes to few of them.
 
 A request that ends its engine, by a defect of the engine's or with intent, would end as many as there are tries, and
-with them whatever else runs there. Nobody can tell such a request from one that was with it by chance, so the rule is
+with them whatever else runs there. Such a request cannot be told from one that was there by chance, so the rule is
 about the leg: one whose engine died with it is tried on `retries.after_cut` more engines; when these die as well, the
 request ends.
 
@@ -29,14 +29,14 @@ PROGRESS = 8
 """Tokens of one leg after which its end is no sign against its request: more than a request that ends its engine at one
 place of the answer gets again where it is continued."""
 
-_LAST_BREATH = 0.1  # seconds in which an engine that has failed ends, if it does
+_SECOND_LOOK = 0.1  # seconds in which an engine that has failed ends, if it does
 
 Cuts = dict[str, list[tuple[Backend, "asyncio.Task[bool]"]]]
 """The engines that may have died with a request, by leg, and whether each was found alive right after."""
 
 
 class Suspicion:
-    """The rule.
+    """Says which requests must not go to another engine.
 
     Arguments:
         after_cut: engines that a request may be given after one has ended with a leg of it.
@@ -96,12 +96,12 @@ class Suspicion:
         """Whether an engine lives on. One that is about to end may still answer its health check."""
         if not await self._lives(backend):
             return False
-        await asyncio.sleep(_LAST_BREATH)
+        await asyncio.sleep(_SECOND_LOOK)
         return await self._lives(backend)
 
 
 def warn(record: RequestRecord, size: int, ended: list[str]) -> None:
-    """Tell operators of a request that is given to no other engine; of what it says, only how long it is.
+    """Log a request that goes to no other engine; of its content, only its size.
 
     Arguments:
         size: bytes of its body.

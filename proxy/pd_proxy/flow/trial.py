@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 class Witness(Protocol):
-    """Who asks engines what they say of themselves: the `Prober`."""
+    """Asks engines what they say of themselves: the `Prober`."""
 
     async def profile(self, backend: Backend) -> Profile: ...
 
@@ -59,7 +59,7 @@ class Witness(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What came of one.
+    """The result of a trial.
 
     Attributes:
         prefill, decode: URLs.
@@ -82,13 +82,13 @@ class Trial:
 
 
 class Trials:
-    """Makes trials.
+    """Runs trials.
 
     Arguments:
         ports: whether to look each time if prefill's side of the hand-off can be connected to from here; else only
             where it failed.
     Attributes:
-        witness: is asked what engines say of themselves; None: nobody is.
+        witness: asks engines what they say of themselves; None: they are not asked.
         authorization: what every request to an engine carries, as whole lines.
     """
 
@@ -118,10 +118,10 @@ class Trials:
 
     def forget(self, backend: Backend) -> None:
         """A backend has left."""
-        self.doubt(backend)
+        self.suspect(backend)
         self._legs.forget(backend)
 
-    def doubt(self, backend: Backend) -> None:
+    def suspect(self, backend: Backend) -> None:
         """Another engine may be at a backend's address now."""
         self._profiles.pop(backend, None)
         self._reads.discard(backend)

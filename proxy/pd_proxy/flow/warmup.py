@@ -115,7 +115,7 @@ class Warmup:
         self._worked(prefill, decode, monotonic())
 
     def _cool(self, backend: Backend) -> None:
-        """Whatever is at a backend's address now, nobody has shaken hands with it."""
+        """Another engine may be at a backend's address: no pair with it has handed over."""
         known = {other.url for other in self._fleet}
 
         def gone(pair: Pair) -> bool:
@@ -127,7 +127,7 @@ class Warmup:
         for pair in [pair for pair in self._timers if gone(pair)]:
             self._timers.pop(pair).cancel()
         self._warned = {said for said in self._warned if said[0] != backend.url and said[0] in known}
-        self._trials.doubt(backend)
+        self._trials.suspect(backend)
 
     def _came_up(self, backend: Backend) -> None:
         self._cool(backend)

@@ -110,8 +110,8 @@ def explanation(
         session = request.headers.get(header, "").encode("latin-1") or session_of(body)
         placed = Placed(body, AsgiResponse(_nothing, _nowhere), record, session=session)
         if body.follows:
-            placed.pinned = stored.holder(body.follows, query.client, (backend.url for backend in fleet))
-            if not placed.pinned:
+            placed.affinity = stored.holder(body.follows, query.client, (backend.url for backend in fleet))
+            if not placed.affinity:
                 raise not_stored(body.follows, param="previous_response_id")
         return _dated(explain(placed))
 
