@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -104,8 +104,8 @@ class Flow:
             request.give_permit_back()
             self._placing.ended(request)
 
-    async def attempt(self, request: Request, tries: int) -> None:
-        """Place and run one try of a request.
+    async def attempt(self, request: Request, tries: int) -> bool:
+        """Place and run one try of a request. Returns True.
 
         Raises:
             BackendError: it failed.
@@ -118,6 +118,7 @@ class Flow:
             decision = await self._place(request, tries)
         request.cards_of_try = decision.decode.models
         await self._try(request, decision)
+        return True
 
     async def resume(self, request: Request, error: BackendError) -> bool:
         """A try failed after its client was given a part of the answer. Returns True where the answer is whole all the
@@ -250,9 +251,8 @@ class _Tries:
     def answering(self) -> bool:
         return self._request.live
 
-    async def attempt(self, tries: int) -> bool:
-        await self._flow.attempt(self._request, tries)
-        return True
+    def attempt(self, tries: int) -> Awaitable[bool]:
+        return self._flow.attempt(self._request, tries)
 
     def failed(self, error: BackendError) -> None:
         self._request.error = error

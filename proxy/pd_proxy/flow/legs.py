@@ -139,9 +139,12 @@ class Legs:
         """
         leg, count = attempt.plan.prefill_leg(attempt.callback), attempt.plan.notices
         if not count:
-            return await self._prefill_answer(attempt, lease, leg)
+            answer = await self._collect(attempt, lease, "prefill", leg, self._prefill_limit)
+            self._check_abort(attempt, lease, answer)
+            return answer
         with self._notices.expect(attempt.id, count) as expected:  # they may come before the answer
-            answer = await self._prefill_answer(attempt, lease, leg)
+            answer = await self._collect(attempt, lease, "prefill", leg, self._prefill_limit)
+            self._check_abort(attempt, lease, answer)
             lease.on_lost = expected.lost
             seconds = self._timeouts.notice
             if not await expected.all(seconds):
@@ -153,19 +156,17 @@ class Legs:
                 raise unconfirmed
         return answer
 
-    async def _prefill_answer(self, attempt: Attempt, lease: Lease, leg: Leg) -> bytes:
-        """The answer to a prefill leg.
+    def _check_abort(self, attempt: Attempt, lease: Lease, answer: bytes) -> None:
+        """Check that prefill's answer is not that of an aborted request.
 
         Raises:
-            BackendError: there is none; or the engine ended the request early, and keeps no KV cache of it.
+            BackendError: the engine ended the request early, and keeps no KV cache of it.
         """
-        answer = await self._collect(attempt, lease, "prefill", leg, self._prefill_limit)
         reason = DIALECTS[attempt.request.body.endpoint].abort_reason(answer)
-        if reason is None:
-            return answer
-        ended = aborted(lease.backend.url, reason)
-        self._report(attempt, lease, "prefill", ended)
-        raise ended
+        if reason is not None:
+            ended = aborted(lease.backend.url, reason)
+            self._report(attempt, lease, "prefill", ended)
+            raise ended
 
     async def encode(self, attempt: Attempt, lease: Lease, leg: Leg, number: int) -> bytes:
         """Run one of a try's legs to encoders. Returns the engine's answer.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 from typing import Protocol
 
 from pd_proxy.errors import BackendError, BackendsKilled
@@ -48,7 +49,7 @@ class Job(Protocol):
     @property
     def waits_for_permit(self) -> bool: ...
 
-    async def attempt(self, tries: int) -> bool:
+    def attempt(self, tries: int) -> Awaitable[bool]:
         """Place and run try number `tries`. Returns whether the client has its answer; where not, the next is the same
         try once more.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from time import monotonic
 
 from pd_proxy.decoding import Undecodable, decode_json
@@ -318,8 +318,8 @@ class _Tries:
     def repeatable(self) -> bool:
         return self._request.again and not self._request.unplaceable
 
-    async def attempt(self, tries: int) -> bool:
-        return await self._single.attempt(self._request, tries)
+    def attempt(self, tries: int) -> Awaitable[bool]:
+        return self._single.attempt(self._request, tries)
 
     def failed(self, error: BackendError) -> None:
         request = self._request
