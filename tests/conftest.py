@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, settings
 
 # How long an example takes says nothing here but how busy the machine is.
 settings.register_profile("same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-settings.register_profile("quick", settings.get_profile("same"), max_examples=30)
+settings.register_profile("quick", settings.get_profile("same"), max_examples=20)
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile(os.environ.get("PROPERTIES") or "same")
 
