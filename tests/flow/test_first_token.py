@@ -13,6 +13,7 @@ from pd_proxy.flow.attempt import Attempt
 from pd_proxy.flow.first_token import FirstTokens
 from pd_proxy_simulator import Simulator
 
+from tests.flow.helpers import at_rest
 from tests.support import PROMPT, Running, chat, completion, pools, simulators, until
 from tests.support import running_gateway as gateway
 
@@ -65,15 +66,6 @@ async def counted(running: Running) -> dict[tuple[str, str], float]:
 
 def legs(*engines: Simulator) -> list[str]:
     return [request.leg for engine in engines for request in engine.requests]
-
-
-async def at_rest(running: Running, *engines: Simulator) -> None:
-    """Nothing is in flight, held or pinned, and no engine has died."""
-    await until(running.idle)
-    for engine in engines:
-        core = engine.engine
-        assert core.dead is None
-        await until(lambda core=core: not (core.running or core.waiting or core.used_blocks))  # type: ignore[misc]
 
 
 # Exact

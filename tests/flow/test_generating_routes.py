@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 from pd_proxy.handoff.connectors.registry import CONNECTORS
-from pd_proxy_simulator import Simulator
 from pd_proxy_simulator.prompts import render_chat
 
 from tests.contract.cases import CASES, Case, fleet
+from tests.flow.helpers import at_rest
 from tests.support import PROMPT, Running, pools, running_gateway, simulators, until
 
 pytestmark = pytest.mark.cross_product
@@ -136,15 +136,6 @@ async def what_one_engine_says(route: Route, **more: Any) -> Any:
         running_gateway(mixed=[single.url], routes={"generate": True}) as alone,
     ):
         return await ask(alone, route, route.body(**more))
-
-
-async def at_rest(running: Running, *engines: Simulator) -> None:
-    """Nothing is in flight, held or pinned, and no engine has died."""
-    await until(running.idle)
-    for engine in engines:
-        core = engine.engine
-        assert core.dead is None
-        await until(lambda core=core: not (core.running or core.waiting or core.used_blocks))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("route", "case"), SPLIT)
