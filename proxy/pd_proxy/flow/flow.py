@@ -104,7 +104,7 @@ class Flow:
             request.give_permit_back()
             self._placing.ended(request)
 
-    async def attempt(self, request: Request, tries: int) -> bool:
+    def attempt(self, request: Request, tries: int) -> Awaitable[bool]:
         """Place and run one try of a request. Returns True.
 
         Raises:
@@ -112,13 +112,12 @@ class Flow:
         """
         request.live = False
         request.gained = 0
-        if tries == 1 and not request.client.started:
-            decision = self._placing.decide(request)
-        else:
-            decision = await self._place(request, tries)
-        request.cards_of_try = decision.decode.models
-        await self._try(request, decision)
-        return True
+        if tries == 1 and not request.client.started:  # without a coroutine more, since most requests need no other
+            return self._try(request, self._placing.decide(request))
+        return self._try_again(request, tries)
+
+    async def _try_again(self, request: Request, tries: int) -> bool:
+        return await self._try(request, await self._place(request, tries))
 
     async def resume(self, request: Request, error: BackendError) -> bool:
         """A try failed after its client was given a part of the answer. Returns True where the answer is whole all the
@@ -180,9 +179,10 @@ class Flow:
             await asyncio.sleep(LONGEST_BACKOFF)
             tries += 1
 
-    async def _try(self, request: Request, decision: Decision[Backend]) -> None:
+    async def _try(self, request: Request, decision: Decision[Backend]) -> bool:
         """One try on one pair (or one backend). Decode's place is taken before prefill starts."""
         prefill, decode = decision.prefill, decision.decode
+        request.cards_of_try = decode.models
         connector = self._connectors[decode.connector]
         if not connector.traits.resumable:
             self.resumption.disable(request)
@@ -218,6 +218,7 @@ class Flow:
                 await self._orders.of(attempt).run(attempt)
             finally:
                 self._releases.put_away(attempt)
+        return True
 
     async def close(self) -> None:
         """Wait for what runs in the background. What fails from now on is not tried again."""
