@@ -45,6 +45,10 @@ class Case:
             would be over in a tenth of a second, too short to read its CPU by.
         budget: what it may cost, if anything was promised.
         rate: streams that begin in a second; 0: one whenever one ends.
+        differ_at: byte of the prompts from which each is unlike all others; -1: all prompts are the same.
+        prefixes: what is before that byte begins in so many ways, which requests have in turn.
+        first: number of the first request; two runs whose numbers overlap have prompts in common.
+        prefill_us: how long a prefill leg takes.
     """
 
     name: str
@@ -59,6 +63,10 @@ class Case:
     nginx_times: int = 1
     budget: Budget | None = None
     rate: int = 0
+    differ_at: int = -1
+    prefixes: int = 1
+    first: int = 0
+    prefill_us: int = 0
 
     def for_nginx(self) -> Case:
         """The load that nginx is given."""

@@ -3,6 +3,7 @@
 //   load engine --port P [--tick-us T] [--prefill-us D] [--pad-bytes B] [--seconds S]
 //   load client --port P [--concurrency C] [--requests N] [--tokens M] [--prompt-bytes B] [--rate R]
 //               [--path /v1/chat/completions] [--timeout-s S] [--keep-alive 0|1]
+//               [--differ-at B [--prefixes N] [--first N]]
 //
 // load_engine.c and load_client.c say what each does; load_common.c is what both use. Everything stays on 127.0.0.1.
 #include "load.h"

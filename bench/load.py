@@ -17,6 +17,8 @@ HERE = Path(__file__).resolve().parent
 SOURCES = tuple(sorted(HERE.glob("load*.c")))
 CACHE = HERE.parent / ".cache" / "bench"
 FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra")
+_OPTIONS = ("concurrency", "requests", "tokens", "prompt_bytes", "rate", "differ_at", "prefixes", "first")
+"""Fields of a case that are options of the client."""
 
 
 def build(folder: Path = CACHE, flags: tuple[str, ...] = FLAGS) -> Path:
@@ -41,14 +43,14 @@ def build(folder: Path = CACHE, flags: tuple[str, ...] = FLAGS) -> Path:
 
 def engine_argv(program: Path, port: int, case: Case) -> list[str]:
     """The command of a mock engine for this case."""
-    load = ["--tick-us", str(case.tick_us), "--pad-bytes", str(case.pad_bytes)]
+    load = ["--tick-us", str(case.tick_us), "--prefill-us", str(case.prefill_us), "--pad-bytes", str(case.pad_bytes)]
     return [str(program), "engine", "--port", str(port), *load]
 
 
 def drive(program: Path, port: int, case: Case, timeout_s: int = 120) -> dict[str, Any]:
     """Runs the case's load against 127.0.0.1:`port` to its end; gives the client's report (times in microseconds)."""
     argv = [str(program), "client", "--port", str(port), "--timeout-s", str(timeout_s)]
-    for option in ("concurrency", "requests", "tokens", "prompt_bytes", "rate"):
+    for option in _OPTIONS:
         argv += ["--" + option.replace("_", "-"), str(getattr(case, option))]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s + 30)
     if done.returncode:

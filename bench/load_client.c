@@ -5,6 +5,10 @@
 //   --requests N        answers to take in all
 //   --tokens M          tokens to ask for; an answer with another count is bad
 //   --prompt-bytes B    size of the prompt
+//   --differ-at B       the byte of the prompt at which the request's number is written; -1 (default): every request has
+//                       the same prompt, which is the best case of a prefix cache
+//   --prefixes N        what is before that byte begins in N ways, which requests have in turn (1)
+//   --first N           number of the first request (0)
 //   --rate R            requests a second, evenly spaced; 0: a new one whenever one ends. With a rate, times count from
 //                       when a request was due, so that a slow gateway cannot hide by delaying the next one
 //   --path PATH         /v1/chat/completions (default) or /v1/completions
@@ -24,6 +28,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+enum { MOST_PROMPT = 16 * 1024 * 1024, DIGITS = 8 };
 enum { MOST_STREAMS = 16384, MOST_REQUESTS = 1000000, MOST_TOKENS = 100000, MOST_SAMPLES = 20 * 1000 * 1000 };
 
 typedef enum { HEAD, CHUNK_SIZE, CHUNK_DATA, CHUNK_END, TRAILER, SIZED_DATA, DATA_UNTIL_CLOSE, COMPLETE } Part;
@@ -36,6 +41,7 @@ typedef struct {
     size_t sent;  // bytes of the request
     int status;   // 0: no head was read
     long tokens;  // received so far
+    long number;  // of the request
     int64_t start_ns;
     Buffer in, body;
 } Stream;
@@ -51,6 +57,8 @@ static struct {
     long port, concurrency, requests, tokens, rate;
     bool keep_alive;
     Buffer request;
+    char *prompt; // within `request`
+    long differ_at, prefixes, first;
     Stream *streams;
     int64_t start_ns;
     long started, finished, ok, bad, tokens_seen;
@@ -202,7 +210,7 @@ static void begin(Stream *stream, int64_t due_ns) {
     *stream = (Stream){.fd = stream->fd, .busy = true, .start_ns = due_ns, .in = stream->in, .body = stream->body};
     buffer_clear(&stream->in);
     buffer_clear(&stream->body);
-    client.started++;
+    stream->number = client.first + client.started++;
     if (stream->fd >= 0) {
         watch(stream, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT);
         return;
@@ -245,7 +253,19 @@ static void begin_due(void) {
 
 // ---------------------------------------------------------------------------------------------------- sockets
 
+static void write_number(char *at, long number) {
+    for (int place = DIGITS - 1; place >= 0; place--, number /= 16) at[place] = "0123456789abcdef"[number % 16];
+}
+
+// Makes the request that all streams send from the stream's own. The kernel copies what is written, so a stream that
+// sends its request in several parts only has to do this before each.
+static void number_prompt(const Stream *stream) {
+    if (client.differ_at > 0) write_number(client.prompt, stream->number % client.prefixes);
+    if (client.differ_at >= 0) write_number(client.prompt + client.differ_at, stream->number);
+}
+
 static void send_request(Stream *stream) {
+    number_prompt(stream);
     size_t left = buffer_size(&client.request) - stream->sent;
     ssize_t written = left ? write(stream->fd, buffer_bytes(&client.request) + stream->sent, left) : 0;
     if (written > 0) stream->sent += (size_t)written;
@@ -276,12 +296,14 @@ static void receive(Stream *stream) {
 
 // ---------------------------------------------------------------------------------------------------- the program
 
-// The one request that every stream sends. The prompt is words of five letters, so that it needs no escaping.
+// The one request that every stream sends, but for the numbers in its prompt. The prompt is words of five letters, so
+// that it needs no escaping.
 static void write_request(const char *path, long prompt_bytes) {
     Buffer body = {0};
     bool chat = strstr(path, "chat") != NULL;
     const char *opening = chat ? "\"messages\":[{\"role\":\"user\",\"content\":\"" : "\"prompt\":\"";
     buffer_print(&body, "{\"model\":\"m\",%s", opening);
+    size_t before = buffer_size(&body);
     for (long i = 0; i < prompt_bytes; i++) {
         char letter = i % 6 == 5 ? ' ' : (char)('a' + i * 7 % 26);
         buffer_append(&body, &letter, 1);
@@ -293,13 +315,16 @@ static void write_request(const char *path, long prompt_bytes) {
                  "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%ld\r\nContent-Type: application/json\r\n"
                  "Accept: text/event-stream\r\n%sContent-Length: %zu\r\n\r\n",
                  path, client.port, client.keep_alive ? "" : "Connection: close\r\n", buffer_size(&body));
+    size_t head = buffer_size(&client.request);
     buffer_append(&client.request, buffer_bytes(&body), buffer_size(&body));
+    client.prompt = buffer_bytes(&client.request) + head + before;
     buffer_free(&body);
 }
 
 static void read_options(int argc, char **argv) {
     static const char *const known[] = {"--port", "--concurrency", "--requests", "--tokens",     "--prompt-bytes",
-                                        "--rate", "--path",        "--timeout-s", "--keep-alive", NULL};
+                                        "--rate", "--path",        "--timeout-s", "--keep-alive", "--differ-at",
+                                        "--prefixes", "--first",   NULL};
     options_check(argc, argv, known);
     client.port = option_number(argc, argv, "--port", 0, 1, 65535);
     client.concurrency = option_number(argc, argv, "--concurrency", 64, 1, MOST_STREAMS);
@@ -311,8 +336,21 @@ static void read_options(int argc, char **argv) {
         fprintf(stderr, "load client: --requests times --tokens is more than %d\n", MOST_SAMPLES);
         exit(2);
     }
-    write_request(option_text(argc, argv, "--path", "/v1/chat/completions"),
-                  option_number(argc, argv, "--prompt-bytes", 1000, 0, 16 * 1024 * 1024));
+    long prompt_bytes = option_number(argc, argv, "--prompt-bytes", 1000, 0, MOST_PROMPT);
+    client.differ_at = option_number(argc, argv, "--differ-at", -1, -1, MOST_PROMPT);
+    client.prefixes = option_number(argc, argv, "--prefixes", 1, 1, MOST_REQUESTS);
+    client.first = option_number(argc, argv, "--first", 0, 0, 1000 * MOST_REQUESTS);
+    if (client.differ_at >= 0 && client.differ_at + DIGITS > prompt_bytes) {
+        fprintf(stderr, "load client: --prompt-bytes %ld: no room for a number at byte %ld\n", prompt_bytes,
+                client.differ_at);
+        exit(2);
+    }
+    if (client.differ_at > 0 && client.differ_at < DIGITS) {
+        fprintf(stderr, "load client: --differ-at %ld: neither 0 nor behind the %d bytes that tell prefixes apart\n",
+                client.differ_at, DIGITS);
+        exit(2);
+    }
+    write_request(option_text(argc, argv, "--path", "/v1/chat/completions"), prompt_bytes);
 }
 
 static void drive(int64_t end_ns) {

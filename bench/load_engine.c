@@ -3,7 +3,7 @@
 //   --port P         where to listen
 //   --tick-us T      one token for every running stream each T microseconds, all on the same tick, as a
 //                    continuous-batching engine does; 0: as fast as each stream's socket takes them
-//   --prefill-us D   time that a prefill leg takes, in microseconds
+//   --prefill-us D   time that a prefill leg takes, in microseconds; they are computed one after the other
 //   --pad-bytes B    bytes added to each token's event (what log-probabilities or tool calls do)
 //   --seconds S      the engine ends by itself after so long; it also ends with the process that started it
 //
@@ -48,6 +48,7 @@ typedef struct Connection {
 static struct {
     int epoll, listener, timer;
     long tick_us, prefill_us, connections;
+    int64_t prefilled_ns; // when all prefill legs that have come are computed
     char pad[MOST_PAD_BYTES + 1];
     Connection *running[MOST_CONNECTIONS];
     int running_count;
@@ -274,7 +275,6 @@ static void generate(Connection *connection, Text target, Text body) {
         .number = engine.counted.prefill + engine.counted.decode + 1,
         .tokens = text_number(max_tokens, 16),
         .prompt_tokens = (body.end - body.at) / BYTES_PER_TOKEN,
-        .due_ns = now_ns() + engine.prefill_us * 1000,
     };
     work.left = work.tokens;
     const char *reason = claims_prefill ? lacking(params) : NULL;
@@ -283,6 +283,10 @@ static void generate(Connection *connection, Text target, Text body) {
     if (reason) {
         refuse(connection, reason);
         return;
+    }
+    if (work.prefill) {
+        int64_t now = now_ns(), begin_ns = engine.prefilled_ns > now ? engine.prefilled_ns : now;
+        work.due_ns = engine.prefilled_ns = begin_ns + engine.prefill_us * 1000;
     }
     connection->work = work;
     *(work.prefill ? &engine.counted.prefill : &engine.counted.decode) += 1;
