@@ -329,6 +329,9 @@ def command(run: Callable[[Sequence[str]], int]) -> int:
     except BenchError as error:
         print(f"bench.policies: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bench.policies: interrupted; nothing was left running", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
