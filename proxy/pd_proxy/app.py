@@ -104,7 +104,7 @@ class Gateway:
     admin: Surface | None = None
     kv_events: KvEvents | None = None
 
-    def hear(self) -> None:
+    def listen(self) -> None:
         """Listen for what engines tell, where that is not done yet: with the lifespan at the latest. In a running event
         loop.
 
@@ -174,7 +174,7 @@ def build(settings: Settings, connections: Connections | None = None, context: W
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        gateway.hear()
+        gateway.listen()
         if peers is not None:
             _adopt(fleet, await peers.backends())
         warmup.start(prober)

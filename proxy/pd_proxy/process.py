@@ -201,7 +201,7 @@ async def _run(
     admin: socket.socket | None = None,
     context: WorkerContext | None = None,
 ) -> None:
-    gateway.hear()
+    gateway.listen()
     main = _Server(
         uvicorn_config(gateway.surface, kind),
         gateway,

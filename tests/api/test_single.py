@@ -297,11 +297,11 @@ async def test_the_breaker_hears_of_what_the_model_computed_and_not_of_what_was_
     async with mixed(2, **settings) as (running, [bad, _]):
         backend = running.gateway.fleet.pool("mixed")[0]
         bad.faults.add("status", status=500, leg="local")
-        while backend.standings["decode"].consecutive < 2:
+        while backend.outlier_stats["decode"].consecutive < 2:
             await running.http.post(EMBEDDINGS, json=INPUT)
         for _ in range(4):
             assert (await running.http.post("/tokenize", json=BODIES["/tokenize"])).status_code == 200
-        assert backend.standings["decode"].consecutive == 2, "tokenising well does not make it fit"
+        assert backend.outlier_stats["decode"].consecutive == 2, "tokenising well does not make it fit"
         while not running.gateway.fleet.outlier_detector.ejections:
             await running.http.post(EMBEDDINGS, json=INPUT)
 

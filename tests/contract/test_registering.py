@@ -189,5 +189,5 @@ async def test_an_address_that_is_taken_ends_the_start() -> None:
     async with fleet(case) as (running, [p], [d]):
         again = build(build_settings({"prefill": [p.url], "decode": [d.url], **case.gateway([p, d])}, {}))
         with pytest.raises(CannotListen, match=r"cannot listen for engines on 127\.0\.0\.1"):
-            again.hear()
+            again.listen()
         assert not_ready(running.gateway.fleet) == ""

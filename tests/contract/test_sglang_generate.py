@@ -168,7 +168,7 @@ async def test_decodes_answer_waits_for_prefills_log_probabilities_and_for_nothi
 async def test_more_log_probabilities_than_events_can_repeat_are_refused(
     stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pd_proxy.flow.flow.STREAM_LIMIT", 100)
+    monkeypatch.setattr("pd_proxy.flow.steps.STREAM_LIMIT", 100)
     async with fleet(CASE) as (running, [p], [d]):
         answer = await running.http.post(PATH, json=body(4, **SCORED, stream=stream))
         assert answer.status_code == (400 if stream else 200)

@@ -299,8 +299,8 @@ class Bed:
             engine.faults.clear()
             if engine.stopping:
                 assert await self.until(lambda engine=engine: not engine.alive, 30)  # type: ignore[misc]
-            for standing in self.backend(engine).standings.values():
-                standing.lift(self.gateway.fleet.outlier_detector._clock())
+            for stats in self.backend(engine).outlier_stats.values():
+                stats.lift(self.gateway.fleet.outlier_detector._clock())
             if not engine.alive:
                 await engine.restart()
                 self.backend(engine).attention.set()  # it was away for less than a probe's interval

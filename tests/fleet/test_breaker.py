@@ -22,26 +22,26 @@ def breaker(**given_: Any) -> Breaker:
     return Breaker(BreakerSettings(**given_))
 
 
-def standings(count: int) -> list[OutlierStats]:
+def outlier_stats(count: int) -> list[OutlierStats]:
     return [OutlierStats(30.0) for _ in range(count)]
 
 
 def verdict(
     judge: Breaker, pool: list[OutlierStats], index: int, now: float = 0.0, leg: LegName = "decode"
 ) -> str | None:
-    others = [standing for number, standing in enumerate(pool) if number != index]
+    others = [stats for number, stats in enumerate(pool) if number != index]
     return judge.verdict(leg, pool[index], others, now)
 
 
-def note(standing: OutlierStats, good: int, bad: int, now: float = 0.0) -> None:
+def note(stats: OutlierStats, good: int, bad: int, now: float = 0.0) -> None:
     """So many good and bad legs, the bad ones never in a row while there are good ones to part them."""
     while good or bad:
         if bad:
             bad -= 1
-            standing.note(False, now)
+            stats.note(False, now)
         if good:
             good -= 1
-            standing.note(True, now)
+            stats.note(True, now)
 
 
 # The window
@@ -76,7 +76,7 @@ def test_a_window_forgets_within_a_slice_of_its_length(steps: list[tuple[float, 
 
 
 def test_so_many_failures_in_a_row_eject() -> None:
-    judge, pool = breaker(consecutive_failures=3), standings(2)
+    judge, pool = breaker(consecutive_failures=3), outlier_stats(2)
     note(pool[0], 0, 2)
     assert verdict(judge, pool, 0) is None
     note(pool[0], 0, 1)
@@ -86,7 +86,7 @@ def test_so_many_failures_in_a_row_eject() -> None:
 
 
 def test_a_small_share_of_good_legs_ejects_once_there_are_enough_to_tell() -> None:
-    judge, pool = breaker(minimum_volume=10), standings(2)
+    judge, pool = breaker(minimum_volume=10), outlier_stats(2)
     note(pool[1], 100, 0)
     note(pool[0], 5, 4)
     assert verdict(judge, pool, 0) is None, "nine are chance"
@@ -97,16 +97,16 @@ def test_a_small_share_of_good_legs_ejects_once_there_are_enough_to_tell() -> No
 
 
 def test_bad_legs_are_forgotten_with_time() -> None:
-    judge, pool = breaker(), standings(2)
+    judge, pool = breaker(), outlier_stats(2)
     note(pool[0], 5, 9)
     assert verdict(judge, pool, 0) == "success_rate"
     assert verdict(judge, pool, 0, now=31.0) is None
 
 
 def test_where_all_fail_alike_nobody_is_to_blame() -> None:
-    judge, pool = breaker(), standings(4)
-    for standing in pool:
-        note(standing, 10, 10)
+    judge, pool = breaker(), outlier_stats(4)
+    for stats in pool:
+        note(stats, 10, 10)
     assert [verdict(judge, pool, index) for index in range(4)] == [None] * 4
     note(pool[0], 0, 30)
     pool[0].note(True, 0.0)
@@ -127,8 +127,8 @@ def time(
 ) -> None:
     """Legs of every backend in turn; `seconds` of each."""
     for _ in range(rounds):
-        for standing, taken in zip(pool, seconds, strict=True):
-            judge.timed("decode", leg, standing, taken, more.get("tokens", 100), more.get("now", 0.0))
+        for stats, taken in zip(pool, seconds, strict=True):
+            judge.timed("decode", leg, stats, taken, more.get("tokens", 100), more.get("now", 0.0))
 
 
 def slow(judge: Breaker, pool: list[OutlierStats], now: float = 0.0, leg: LegName = "decode") -> list[int]:
@@ -149,28 +149,28 @@ def slow(judge: Breaker, pool: list[OutlierStats], now: float = 0.0, leg: LegNam
     ],
 )
 def test_the_odd_one_of_three_or_more_is_slow(seconds: list[float], odd: list[int]) -> None:
-    judge, pool = breaker(), standings(len(seconds))
+    judge, pool = breaker(), outlier_stats(len(seconds))
     time(judge, pool, seconds)
     assert slow(judge, pool) == odd
 
 
 def test_a_few_legs_or_one_freak_are_no_slowness() -> None:
-    judge, pool = breaker(minimum_volume=10), standings(3)
+    judge, pool = breaker(minimum_volume=10), outlier_stats(3)
     time(judge, pool, [0.02, 0.02, 0.2], rounds=9)
     assert slow(judge, pool) == []
-    judge, pool = breaker(), standings(3)
+    judge, pool = breaker(), outlier_stats(3)
     time(judge, pool, [0.02, 0.02, 0.02])
     judge.timed("decode", "decode", pool[2], 3.0, 100, 0.0)
     assert slow(judge, pool) == []
 
 
 def test_long_prompts_do_not_make_a_prefill_backend_slow() -> None:
-    judge, pool = breaker(), standings(3)
+    judge, pool = breaker(), outlier_stats(3)
     for _ in range(20):
-        for standing, long in ((pool[0], 1), (pool[1], 1), (pool[2], 9)):  # one is given most of the long ones
+        for stats, long in ((pool[0], 1), (pool[1], 1), (pool[2], 9)):  # one is given most of the long ones
             for tokens, count in ((20_000, long), (200, 10 - long)):
                 for _ in range(count):
-                    judge.timed("prefill", "prefill", standing, 0.02 + tokens * 1e-4, tokens, 0.0)
+                    judge.timed("prefill", "prefill", stats, 0.02 + tokens * 1e-4, tokens, 0.0)
     assert slow(judge, pool, leg="prefill") == []
     for _ in range(20):
         judge.timed("prefill", "prefill", pool[1], 5 * (0.02 + 200 * 1e-4), 200, 0.0)
@@ -178,18 +178,18 @@ def test_long_prompts_do_not_make_a_prefill_backend_slow() -> None:
 
 
 def test_old_times_and_short_streams_say_nothing() -> None:
-    judge, pool = breaker(), standings(3)
+    judge, pool = breaker(), outlier_stats(3)
     time(judge, pool, [0.02, 0.02, 0.2])
     assert slow(judge, pool, now=100.0) == [2]
     judge.timed("decode", "decode", pool[2], 0.2, 100, 1000.0)
     assert slow(judge, pool, now=1000.0) == []
-    judge, pool = breaker(), standings(3)
+    judge, pool = breaker(), outlier_stats(3)
     time(judge, pool, [0.02, 0.02, 0.2], tokens=4)
     assert slow(judge, pool) == []
 
 
 def test_slowness_can_be_switched_off() -> None:
-    judge, pool = breaker(slow_ratio=None), standings(3)
+    judge, pool = breaker(slow_ratio=None), outlier_stats(3)
     time(judge, pool, [0.02, 0.02, 2.0])
     assert slow(judge, pool) == []
 
@@ -197,7 +197,7 @@ def test_slowness_can_be_switched_off() -> None:
 @settings(deadline=None)  # it runs hundreds of legs
 @given(st.integers(3, 8), st.floats(4, 100), st.floats(0.01, 1))
 def test_an_outlier_always_looks_slow_enough_for_a_verdict(count: int, ratio: float, seconds: float) -> None:
-    judge, pool = breaker(), standings(count)
+    judge, pool = breaker(), outlier_stats(count)
     time(judge, pool, [seconds] * (count - 1) + [seconds * ratio], rounds=30)
     assert slow(judge, pool) == [count - 1]
     assert judge.timed("decode", "decode", pool[-1], seconds * ratio, 100, 0.0)
@@ -208,15 +208,15 @@ def test_an_outlier_always_looks_slow_enough_for_a_verdict(count: int, ratio: fl
 
 
 def test_each_ejection_lasts_twice_as_long_up_to_a_bound_and_good_time_takes_that_back() -> None:
-    judge, standing = breaker(ejection=10, longest_ejection=60, window=30), OutlierStats(30.0)
+    judge, stats = breaker(ejection=10, longest_ejection=60, window=30), OutlierStats(30.0)
     now, lasted = 0.0, []
     for _ in range(6):
-        lasted.append(judge.eject(standing, "slow", now))
-        now = standing.ejected_until
+        lasted.append(judge.eject(stats, "slow", now))
+        now = stats.ejected_until
     assert lasted == [10, 20, 40, 60, 60, 60]
     now += 61  # two windows in the rotation
-    assert judge.eject(standing, "slow", now) == 20
-    assert judge.eject(standing, "slow", standing.ejected_until + 1000) == 10
+    assert judge.eject(stats, "slow", now) == 20
+    assert judge.eject(stats, "slow", stats.ejected_until + 1000) == 10
 
 
 @given(
@@ -227,16 +227,16 @@ def test_each_ejection_lasts_twice_as_long_up_to_a_bound_and_good_time_takes_tha
 def test_ejections_are_within_their_bounds_and_grow_while_there_is_no_good_time(
     pauses: list[float], first: float, longest: float
 ) -> None:
-    judge, standing = breaker(ejection=first, longest_ejection=longest), OutlierStats(30.0)
+    judge, stats = breaker(ejection=first, longest_ejection=longest), OutlierStats(30.0)
     now, before = 0.0, 0.0
     for pause in pauses:
-        now = standing.ejected_until + pause
-        seconds = judge.eject(standing, "consecutive", now)
+        now = stats.ejected_until + pause
+        seconds = judge.eject(stats, "consecutive", now)
         assert min(first, longest) <= seconds <= longest
         if pause < 30:
             assert seconds >= min(before, longest)
         assert seconds <= max(2 * before, first) + 1e-6
-        assert standing.ejected(now) and not standing.ejected(now + seconds)
+        assert stats.ejected(now) and not stats.ejected(now + seconds)
         before = seconds
 
 
@@ -293,7 +293,7 @@ class AnyFleet(RuleBasedStateMachine):
         return [b for b in self.fleet.pool("decode") if b.up and not b.draining]
 
     def ejected(self) -> list[Backend]:
-        return [b for b in self.taking() if b.standings["decode"].ejected(self.now)]
+        return [b for b in self.taking() if b.outlier_stats["decode"].ejected(self.now)]
 
     @rule(number=NUMBERS, times=st.integers(1, 6), error=st.sampled_from(["cut", "failed", "busy", "unreachable"]))
     def fail(self, number: int, times: int, error: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from pd_proxy.fleet.health.identity import EngineIdentity, read_block_size, read_facts
+from pd_proxy.fleet.health.identity import EngineIdentity, read_block_size, read_identity
 
 LINE = 'vllm:cache_config_info{_block_size_resolved="True",block_size="%s",cache_dtype="auto",engine="%d"} 1.0\n'
 METRICS = b"# HELP x\nvllm:num_requests_running 0.0\n" + (LINE % (32, 0)).encode()
@@ -14,9 +14,9 @@ VERSION = b'{"version":"0.32.0"}'
 
 
 def test_all_three_pages_make_the_facts() -> None:
-    facts = read_facts(METRICS, MODELS, VERSION)
-    assert facts is not None
-    assert (facts.block_size, facts.version, facts.context) == (32, "0.32.0", 2048)
+    identity = read_identity(METRICS, MODELS, VERSION)
+    assert identity is not None
+    assert (identity.block_size, identity.version, identity.context) == (32, "0.32.0", 2048)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_all_three_pages_make_the_facts() -> None:
     ],
 )
 def test_what_is_not_all_there_is_nothing(pages: tuple[bytes, bytes, bytes]) -> None:
-    assert read_facts(*pages) is None
+    assert read_identity(*pages) is None
 
 
 @pytest.mark.parametrize(

@@ -61,33 +61,33 @@ def listening() -> Iterator[tuple[TransferNotifications, str]]:
 async def test_all_notices_of_a_name_must_come_whenever_they_do() -> None:
     notices = TransferNotifications("")
     with notices.expect("r1", 3) as expected:
-        notices.hear([notice()])
+        notices.listen([notice()])
         waiting = asyncio.create_task(expected.all(5))
         await asyncio.sleep(0)
-        notices.hear([notice()])
-        notices.hear([notice("r2")])
+        notices.listen([notice()])
+        notices.listen([notice("r2")])
         await asyncio.sleep(0)
         assert not waiting.done()
-        notices.hear([notice()])
+        notices.listen([notice()])
         assert await waiting
-        notices.hear([notice()])  # one too many does no harm
+        notices.listen([notice()])  # one too many does no harm
     assert notices.counts == {"taken": 4, "unexpected": 1}
 
 
 async def test_notices_that_are_all_there_need_no_waiting() -> None:
     notices = TransferNotifications("")
     with notices.expect("r1", 1) as expected:
-        notices.hear([notice()])
+        notices.listen([notice()])
         assert await expected.all(0.0001)
 
 
 async def test_nobody_waits_for_longer_than_he_wants() -> None:
     notices = TransferNotifications("")
     with notices.expect("r1", 2) as expected:
-        notices.hear([notice()])
+        notices.listen([notice()])
         assert not await expected.all(0.01)
         assert expected.missing == 1
-    notices.hear([notice()])
+    notices.listen([notice()])
     assert notices.waiting == {}
     assert notices.counts["unexpected"] == 1
 
@@ -142,7 +142,7 @@ GARBAGE: dict[str, list[bytes]] = {
 async def test_what_is_no_notice_is_counted_and_forgotten(parts: list[bytes]) -> None:
     notices = TransferNotifications("")
     with notices.expect("r1", 1) as expected:
-        notices.hear(parts)
+        notices.listen(parts)
         assert expected.missing == 1
     assert notices.counts == {"garbage": 1}
 
@@ -206,13 +206,13 @@ async def test_without_pyzmq_it_is_said_what_to_install(monkeypatch: pytest.Monk
 async def test_a_message_that_nobody_can_take_holds_up_none_behind_it() -> None:
     heard = []
 
-    def hear(parts: Sequence[bytes]) -> None:
+    def listen(parts: Sequence[bytes]) -> None:
         heard.append(bytes(parts[0]))
         if len(heard) == 1:
             raise KeyError("a fault of the gateway's own")
 
     with address() as where:
-        messages = ZmqListener("PULL", where, hear)
+        messages = ZmqListener("PULL", where, listen)
         try:
             with sender(where) as socket_:
                 for text in (b"one", b"two", b"three"):

@@ -45,8 +45,8 @@ class Table:
         self.registrations = Registrations(self.fleet, made.zmq, CONNECTORS, clock=self.clock)
         self.counts = self.registrations.counts
 
-    def hear(self, **said: Any) -> None:
-        self.registrations.hear([registered(**said)])
+    def listen(self, **said: Any) -> None:
+        self.registrations.listen([registered(**said)])
 
     @property
     def prefill(self) -> Backend:
@@ -77,25 +77,25 @@ def registered(**said: Any) -> bytes:
 async def test_a_registration_tells_a_backends_coordinates() -> None:
     table = Table()
     assert not table.prefill.registered
-    table.hear()
+    table.listen()
     assert table.prefill.registered
     assert not table.decode.registered
     assert table.prefill.coordinates == Coordinates(host="10.0.0.1", port=6301, notify_port=61005, tp=4, dp=2)
     assert table.prefill.ranks == [0, 0]
-    table.hear()
+    table.listen()
     assert table.counts == {"taken": 2}
 
 
 async def test_an_engine_that_has_restarted_is_believed_with_its_new_ports() -> None:
     table = Table()
-    table.hear()
-    table.hear(zmq_address="host:10.0.0.1,handshake:6400,notify:6500")
+    table.listen()
+    table.listen(zmq_address="host:10.0.0.1,handshake:6400,notify:6500")
     assert (table.prefill.coordinates.port, table.prefill.coordinates.notify_port) == (6400, 6500)
 
 
 async def test_an_engine_is_not_silent_for_a_time_in_which_the_event_loop_stood_still() -> None:
     table = Table()
-    table.hear()
+    table.listen()
     table.fleet.bring_in(table.prefill)
     loop = asyncio.get_running_loop()
     table.registrations._sweeping = loop.call_at(loop.time() - 60.0, int)  # it should have run a minute ago
@@ -109,12 +109,12 @@ async def test_an_engine_is_not_silent_for_a_time_in_which_the_event_loop_stood_
 
 async def test_an_engine_that_falls_silent_is_taken_out_and_comes_back() -> None:
     table = Table()
-    table.hear()
+    table.listen()
     table.fleet.bring_in(table.prefill)
     table.clock.now += 9.9
     table.registrations._sweep()
     assert table.prefill.up
-    table.hear()
+    table.listen()
     table.clock.now += 9.9
     table.registrations._sweep()
     assert table.prefill.up, "each registration counts anew"
@@ -124,7 +124,7 @@ async def test_an_engine_that_falls_silent_is_taken_out_and_comes_back() -> None
     assert not table.prefill.registered
     assert table.prefill.reason == "has not registered for 10 s"
     assert table.urls() == [P, D], "what people have set stays in the fleet"
-    table.hear()
+    table.listen()
     assert table.prefill.registered
     table.registrations.close()
 
@@ -157,7 +157,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("said", REFUSED.values(), ids=list(REFUSED))
 async def test_what_an_engine_may_not_say_is_refused(said: dict[str, Any]) -> None:
     table = Table()
-    table.hear(**said)
+    table.listen(**said)
     assert table.counts == {"refused": 1}
     assert not table.prefill.registered
     assert table.prefill.coordinates == Coordinates(host="10.0.0.1")
@@ -166,10 +166,10 @@ async def test_what_an_engine_may_not_say_is_refused(said: dict[str, Any]) -> No
 
 async def test_a_bad_registration_does_not_undo_a_good_one() -> None:
     table = Table()
-    table.hear()
+    table.listen()
     before = table.prefill.coordinates
     for said in REFUSED.values():
-        table.hear(**said)
+        table.listen(**said)
     assert table.prefill.registered
     assert table.prefill.coordinates is before
 
@@ -196,7 +196,7 @@ GARBAGE: dict[str, list[bytes]] = {
 @pytest.mark.parametrize("parts", GARBAGE.values(), ids=list(GARBAGE))
 async def test_what_is_no_registration_is_counted_and_forgotten(parts: list[bytes]) -> None:
     table = Table()
-    table.registrations.hear(parts)
+    table.registrations.listen(parts)
     assert table.counts == {"garbage": 1}
 
 
@@ -215,8 +215,8 @@ MEMBERS = ("type", "http_address", "zmq_address", "dp_size", "tp_size", "transfe
 def test_nothing_that_comes_raises_or_lets_anybody_in(parts: list[bytes], said: dict[str, Any]) -> None:
     for connector in ("moriio_write", "moriio_read", "p2p_nccl"):
         table = Table(connector)
-        table.registrations.hear(parts)
-        table.hear(**said)
+        table.registrations.listen(parts)
+        table.listen(**said)
         assert sum(table.counts.values()) == 2
         assert table.urls() == [P, D]
         for backend in table.fleet:
@@ -225,8 +225,8 @@ def test_nothing_that_comes_raises_or_lets_anybody_in(parts: list[bytes], said: 
 
 async def test_who_is_not_configured_is_unknown() -> None:
     table = Table()
-    table.hear(http_address="10.6.6.6:8000", zmq_address="host:10.6.6.6,handshake:1,notify:2")
-    table.hear(http_address="10.0.0.1:8001")
+    table.listen(http_address="10.6.6.6:8000", zmq_address="host:10.6.6.6,handshake:1,notify:2")
+    table.listen(http_address="10.0.0.1:8001")
     assert table.counts == {"unknown": 2}
     assert table.urls() == [P, D]
 
@@ -234,21 +234,21 @@ async def test_who_is_not_configured_is_unknown() -> None:
 async def test_a_backend_whose_connector_does_not_register_is_none_to_registrations() -> None:
     other = [{"name": "more", "connector": "nixl", "prefill": ["10.0.1.1:8000"], "decode": ["10.0.1.2:8000"]}]
     table = Table(groups=other)
-    table.hear(http_address="10.0.1.1:8000")
+    table.listen(http_address="10.0.1.1:8000")
     assert table.counts == {"unknown": 1}
 
 
 async def test_a_host_that_people_have_set_is_a_backends_own() -> None:
     url = "http://prefill-0.pool:8000"
     table = Table(prefill=[url], locations=[{"backend": url, "host": "10.0.0.1"}])
-    table.hear()
+    table.listen()
     assert table.prefill.registered
     assert table.prefill.coordinates.host == "10.0.0.1"
 
 
 async def test_a_host_in_the_networks_may_hold_the_kv_cache_of_a_backend() -> None:
     table = Table(zmq={"networks": ["10.9.0.0/16"]})
-    table.hear(zmq_address="host:10.9.0.1,handshake:6301,notify:61005")
+    table.listen(zmq_address="host:10.9.0.1,handshake:6301,notify:61005")
     assert table.prefill.coordinates.host == "10.9.0.1"
 
 
@@ -260,7 +260,7 @@ JOINED = {"http_address": "10.0.7.1:8000", "zmq_address": "host:10.0.7.1,handsha
 
 async def test_engines_in_the_networks_join_and_leave() -> None:
     table = Table(zmq={"networks": "10.0.7.0/24, fd00::/8"})
-    table.hear(**JOINED)
+    table.listen(**JOINED)
     [_, backend] = table.fleet.pool("prefill")
     assert (backend.url, backend.group, backend.connector) == ("http://10.0.7.1:8000", "default", "moriio_write")
     assert backend.registered
@@ -272,25 +272,25 @@ async def test_engines_in_the_networks_join_and_leave() -> None:
 
 async def test_an_engine_that_is_about_to_leave_is_taken_back() -> None:
     table = Table(zmq={"networks": ["10.0.7.0/24"]})
-    table.hear(**JOINED)
+    table.listen(**JOINED)
     backend = table.fleet.pool("prefill")[1]
     backend.open_handoffs = 1  # it cannot leave yet
     table.clock.now += 11
     table.registrations._sweep()
     assert backend.draining and backend.removed
-    table.hear(**JOINED)
+    table.listen(**JOINED)
     assert not backend.draining and not backend.removed and backend.registered
     table.registrations.close()
 
 
 async def test_what_an_operator_drains_stays_drained() -> None:
     table = Table(zmq={"networks": ["10.0.7.0/24"]})
-    table.hear(**JOINED)
-    table.hear()
+    table.listen(**JOINED)
+    table.listen()
     for backend in (table.prefill, table.fleet.pool("prefill")[1]):
         table.fleet.drain(backend)
-    table.hear(**JOINED)
-    table.hear()
+    table.listen(**JOINED)
+    table.listen()
     assert all(backend.draining for backend in table.fleet.pool("prefill"))
 
 
@@ -306,7 +306,7 @@ async def test_what_an_operator_drains_stays_drained() -> None:
 )
 async def test_nobody_else_joins(said: dict[str, Any]) -> None:
     table = Table(zmq={"networks": ["10.0.7.0/24"]})
-    table.hear(**said)
+    table.listen(**said)
     assert table.counts == {"refused": 1}
     assert table.urls() == [P, D]
 
@@ -316,7 +316,7 @@ async def test_only_so_many_join(monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table(zmq={"networks": ["10.0.7.0/24"]})
     for number in range(1, 10):
         where = f"10.0.7.{number}"
-        table.hear(http_address=f"{where}:8000", zmq_address=f"host:{where},handshake:1,notify:2")
+        table.listen(http_address=f"{where}:8000", zmq_address=f"host:{where},handshake:1,notify:2")
     assert len(table.urls()) == 5
     assert table.counts == {"taken": 3, "refused": 6}
 
@@ -372,7 +372,7 @@ async def test_a_flood_leaves_the_loop_its_turns_and_others_their_say() -> None:
 async def test_a_flood_is_not_a_flood_of_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     table = Table()
     for number in range(1000):
-        table.hear(http_address=f"10.6.6.6:{number + 1}")
-        table.hear(zmq_address="host:10.6.6.6,handshake:6301,notify:61005")
-        table.hear(zmq_address=f"host:10.0.0.1,handshake:{number + 1},notify:61005")
+        table.listen(http_address=f"10.6.6.6:{number + 1}")
+        table.listen(zmq_address="host:10.6.6.6,handshake:6301,notify:61005")
+        table.listen(zmq_address=f"host:10.0.0.1,handshake:{number + 1},notify:61005")
     assert len(caplog.records) <= 3

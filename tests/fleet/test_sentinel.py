@@ -13,62 +13,62 @@ from tests.support import running_gateway as gateway
 
 async def test_it_asks_again_and_again_over_one_connection() -> None:
     async with simulators("decode") as [d]:
-        tether = await Sentinel.tie(d.url, b"", lambda: None, 1)
+        sentinel = await Sentinel.connect(d.url, b"", lambda: None, 1)
         for _ in range(3):
-            status, body = await tether.ask("/version", 1)
+            status, body = await sentinel.ask("/version", 1)
             assert (status, body) == (200, b'{"version":"0.32.0"}')
-        assert (await tether.ask("/nothing", 1))[0] == 404
-        assert tether.holds and len(d.connections) == 1
-        tether.close()
+        assert (await sentinel.ask("/nothing", 1))[0] == 404
+        assert sentinel.holds and len(d.connections) == 1
+        sentinel.close()
         await until(lambda: not d.connections)
 
 
 async def test_who_holds_it_is_told_when_the_engine_dies() -> None:
     lost: list[bool] = []
     async with simulators("decode") as [d]:
-        tether = await Sentinel.tie(d.url, b"", lambda: lost.append(True), 1)
+        sentinel = await Sentinel.connect(d.url, b"", lambda: lost.append(True), 1)
         d.kill()
         await until(lambda: lost == [True])
         with pytest.raises(SentinelClosed):
-            await tether.ask("/version", 1)
+            await sentinel.ask("/version", 1)
 
 
 async def test_an_engine_that_does_not_answer_in_time_is_not_tied_to() -> None:
     lost: list[bool] = []
     async with simulators("decode") as [d]:
         d.faults.add("hang", leg="health")
-        tether = await Sentinel.tie(d.url, b"", lambda: lost.append(True), 1)
+        sentinel = await Sentinel.connect(d.url, b"", lambda: lost.append(True), 1)
         with pytest.raises(SentinelClosed):
-            await tether.ask("/health", 0.05)
+            await sentinel.ask("/health", 0.05)
         await until(lambda: lost == [True])
-        assert not tether.holds
+        assert not sentinel.holds
 
 
 async def test_nobody_there_is_broken() -> None:
     async with simulators("decode") as [d]:
         url = d.url
     with pytest.raises(SentinelClosed):
-        await Sentinel.tie(url, b"", lambda: None, 1)
+        await Sentinel.connect(url, b"", lambda: None, 1)
 
 
 async def test_facts_are_known_when_a_backend_comes_up_and_gone_when_it_goes() -> None:
     async with pools(1, 1) as (running, _, [d]):
         backends = list(running.gateway.fleet)
-        assert all(backend.facts is not None and backend.facts.block_size == 16 for backend in backends)
+        assert all(backend.identity is not None and backend.identity.block_size == 16 for backend in backends)
         [decode] = [backend for backend in backends if backend.role == "decode"]
         d.kill()
-        await until(lambda: decode.facts is None)
+        await until(lambda: decode.identity is None)
 
 
 async def test_an_engine_that_comes_back_within_a_moment_is_another_one() -> None:
     """No health check has seen that it was away, and its block size is another."""
     async with simulators("decode") as [d], gateway(decode=[d.url], health={"interval": 60.0}) as running:
         [decode] = running.gateway.fleet.pool("decode")
-        before = decode.facts
+        before = decode.identity
         assert before is not None
         await d.restart()
-        await until(lambda: decode.facts is not before)
-        await until(lambda: decode.facts is not None)
+        await until(lambda: decode.identity is not before)
+        await until(lambda: decode.identity is not None)
 
 
 async def test_an_idle_connection_that_the_engine_closes_is_tied_again() -> None:
@@ -77,9 +77,9 @@ async def test_an_idle_connection_that_the_engine_closes_is_tied_again() -> None
         gateway(decode=[d.url], health={"interval": 5.0}) as running,
     ):
         [decode] = running.gateway.fleet.pool("decode")
-        before = decode.facts
-        await until(lambda: decode.facts is not before)
-        await until(lambda: decode.facts is not None)
+        before = decode.identity
+        await until(lambda: decode.identity is not before)
+        await until(lambda: decode.identity is not None)
         assert decode.up
 
 
@@ -87,19 +87,19 @@ async def test_doubt_lasts_until_the_engine_has_been_asked_again() -> None:
     async with simulators("decode") as [d], gateway(decode=[d.url]) as running:
         [decode] = running.gateway.fleet.pool("decode")
         decode.learn(None)
-        assert decode.up and decode.facts is None
-        await until(lambda: decode.facts is not None)
+        assert decode.up and decode.identity is None
+        await until(lambda: decode.identity is not None)
 
 
 async def test_a_failed_leg_is_cause_to_look_again() -> None:
     async with pools(1, 1) as (running, _, [d]):
         [decode] = running.gateway.fleet.pool("decode")
-        before = decode.facts
+        before = decode.identity
         d.faults.add("status", leg="decode", status=500, count=1)
         await running.http.post("/v1/completions", json={"model": "sim", "prompt": "hello", "max_tokens": 4})
-        assert decode.facts is not before
+        assert decode.identity is not before
         await asyncio.wait_for(_known(decode), 5)
 
 
 async def _known(backend: object) -> None:
-    await until(lambda: backend.facts is not None)  # type: ignore[attr-defined]
+    await until(lambda: backend.identity is not None)  # type: ignore[attr-defined]

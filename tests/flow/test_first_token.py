@@ -341,7 +341,7 @@ async def test_a_setting_leaves_it_to_decode_always() -> None:
         await says(running, CHAT, chat(max_tokens=1))
         assert (legs(p), legs(d)) == (["prefill"] * 2, ["decode"] * 2)
         assert await counted(running) == {}
-        assert all(backend.facts is None for backend in running.gateway.fleet)
+        assert all(backend.identity is None for backend in running.gateway.fleet)
 
 
 async def test_streams_that_could_not_be_resumed_are_left_to_decode() -> None:
@@ -462,7 +462,7 @@ async def test_a_decode_that_is_another_engine_by_then_is_sent_nothing_that_coun
         # The other decode backend is as well known as ever, and the hand-off fits it.
         assert len(sent.body["kv_transfer_params"]["prompt_token_ids"]) % 16 == 35 % 16
         for backend in running.gateway.fleet.pool("decode"):
-            await until(lambda backend=backend: backend.facts is not None)  # type: ignore[misc]
+            await until(lambda backend=backend: backend.identity is not None)  # type: ignore[misc]
         await at_rest(running, p, *d)
 
 

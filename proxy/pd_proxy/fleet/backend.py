@@ -54,7 +54,7 @@ class Backend:
         ranks: tokens in flight on each of its data-parallel ranks; empty where it has but one.
         rank_work: tokens that each of them has yet to prefill, as far as that is kept account of (`flow/prompts.py`).
         rank_names: what each of them is called in the prefix index.
-        facts: what is surely true of the engine that is there now; None while nothing is.
+        identity: what is surely true of the engine that is there now; None while nothing is.
         engine_id: what its hand-offs have called it since the facts were learnt, or empty.
         handoff: what was last found of its hand-offs, by a warm-up or by a request.
         handed_over: one has worked since it joined the fleet; a restart of its engine does not make that untrue.
@@ -64,7 +64,7 @@ class Backend:
         removed: its duty is `LEAVING`.
         known: it has been up before, or has been there since the gateway's start.
         met: it has been up before.
-        standings: how it does at each leg.
+        outlier_stats: how it does at each leg.
         factor: the share of its usual load that it may be given, in (0, 1]; below 1 after its return.
         speeds: how fast it is, as learnt.
         slow_since: when it returned, while `factor` is below 1.
@@ -90,11 +90,11 @@ class Backend:
         "elsewhere_tokens",
         "engine_id",
         "factor",
-        "facts",
         "group",
         "handed_over",
         "handoff",
         "health",
+        "identity",
         "inflight_requests",
         "inflight_tokens",
         "kind",
@@ -106,6 +106,7 @@ class Backend:
         "most_tokens",
         "on_freed",
         "open_handoffs",
+        "outlier_stats",
         "rank_names",
         "rank_work",
         "ranks",
@@ -117,7 +118,6 @@ class Backend:
         "role",
         "slow_since",
         "speeds",
-        "standings",
         "tell",
         "tell_uncached",
         "told",
@@ -153,7 +153,7 @@ class Backend:
         self.ranks: list[int] = []
         self.rank_work: list[int] = []
         self.rank_names: tuple[str, ...] = ()
-        self.facts: EngineIdentity | None = None
+        self.identity: EngineIdentity | None = None
         self.engine_id = ""
         self.handoff: HandoffState = NEVER
         self.handed_over = False
@@ -164,7 +164,7 @@ class Backend:
         self.known = False
         self.met = False
         legs: tuple[LegName, ...] = ("encode",) if role == "encode" else ("prefill", "decode")
-        self.standings: dict[LegName, OutlierStats] = {leg: OutlierStats(window) for leg in legs}
+        self.outlier_stats: dict[LegName, OutlierStats] = {leg: OutlierStats(window) for leg in legs}
         self.speeds = speeds or join_pool(PoolSpeeds())
         self.factor = 1.0
         self.slow_since: float | None = None
@@ -267,11 +267,11 @@ class Backend:
         for lease in tuple(self._leases):
             lease.lose(BackendLost(f"{self.url} {reason}"))
 
-    def learn(self, facts: EngineIdentity | None) -> None:
+    def learn(self, identity: EngineIdentity | None) -> None:
         """From now on these are its facts; with None, there is cause to doubt them, and its prober looks again."""
-        if facts is None and self.facts is not None:
+        if identity is None and self.identity is not None:
             self.attention.set()
-        self.facts = facts
+        self.identity = identity
         self.engine_id = ""
 
 

@@ -96,7 +96,7 @@ class Attempt(msgspec.Struct):
 
     def decode_is_as_known(self) -> bool:
         """Whether the decode engine is surely the one of `identities`."""
-        return self.identities is not None and self.lease.backend.facts is self.identities[1]
+        return self.identities is not None and self.lease.backend.identity is self.identities[1]
 
     def handed_over_counts(self) -> CacheCounts | None:
         """`counts`, where decode got a hand-off; else None, since decode's own counts are right."""

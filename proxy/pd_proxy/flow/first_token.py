@@ -53,7 +53,7 @@ class FirstTokens:
         return why
 
     def _why_not(self, request: Request, prefill: Backend, decode: Backend) -> str:
-        ours, theirs = prefill.facts, decode.facts
+        ours, theirs = prefill.identity, decode.identity
         if ours is None or theirs is None:
             return "unknown_engine"
         if ours.block_size != theirs.block_size or ours.version != theirs.version:
@@ -70,10 +70,10 @@ class FirstTokens:
 
     def take(self, attempt: Attempt, prefill: Backend, answer: bytes) -> None:
         """Prefill has answered, and its hand-off is good: leave its token in `attempt`, or a reason in the record."""
-        request, facts = attempt.request, attempt.identities
-        assert facts is not None
-        known = facts[0] is prefill.facts and attempt.decode_is_as_known()
-        block_size, context = (facts[1].block_size, min(fact.context for fact in facts)) if known else (0, 0)
+        request, identities = attempt.request, attempt.identities
+        assert identities is not None
+        known = identities[0] is prefill.identity and attempt.decode_is_as_known()
+        block_size, context = (identities[1].block_size, min(one.context for one in identities)) if known else (0, 0)
         first = read(answer, request.body, block_size=block_size, context=context, limit=self._limit)
         if isinstance(first, str):
             if first == "reasoning":

@@ -190,8 +190,8 @@ class Flow:
         if prefill is not None and self._first_tokens.on:
             why = self._first_tokens.consider(request, prefill, decode, connector)
             if not why:
-                assert prefill.facts is not None and decode.facts is not None
-                identities = prefill.facts, decode.facts
+                assert prefill.identity is not None and decode.identity is not None
+                identities = prefill.identity, decode.identity
         media = self._encoders.media(request) if self._fleet.sizes["encode"] else ()
         computes = prefill or decode
         rank = self._placing.rank(request, computes) if computes.ranks else None

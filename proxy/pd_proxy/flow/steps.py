@@ -227,8 +227,8 @@ class RequestSteps:
         lease.release()
         request.record.decode = other.url
         attempt.goes_to(other)
-        if attempt.identities is not None and other.facts is not None:
-            attempt.identities = attempt.identities[0], other.facts
+        if attempt.identities is not None and other.identity is not None:
+            attempt.identities = attempt.identities[0], other.identity
         with Lease(other, request.decode_tokens) as attempt.lease:
             if attempt.sent is not None:
                 attempt.sent.goes_to(other, attempt.lease.rank)
@@ -236,7 +236,7 @@ class RequestSteps:
 
     def _other_decode(self, attempt: Attempt) -> Backend | None:
         """A decode backend that has not failed this request, and that the hand-off surely fits."""
-        request, facts = attempt.request, attempt.identities if attempt.first is not None else None
+        request, identities = attempt.request, attempt.identities if attempt.first is not None else None
         connector = attempt.plan.connector
         if attempt.pending is None or not connector.traits.transferable:
             return None
@@ -247,8 +247,10 @@ class RequestSteps:
             self._fleet, attempt.pending, self._fleet.candidates("decode", model, request.decode_tokens), model
         )
         fresh = [backend for backend in candidates if backend.url not in request.avoid]
-        if facts is not None:
-            fresh = [backend for backend in fresh if backend.facts is not None and backend.facts.fits(facts[1])]
+        if identities is not None:
+            fresh = [
+                backend for backend in fresh if backend.identity is not None and backend.identity.fits(identities[1])
+            ]
         if not fresh:
             return None
         return self._placing.other_decode(request, fresh)

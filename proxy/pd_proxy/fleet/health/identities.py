@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pd_proxy.fleet.backend import Backend
-from pd_proxy.fleet.health.identity import read_facts
+from pd_proxy.fleet.health.identity import read_identity
 from pd_proxy.fleet.health.sentinel import Sentinel, SentinelClosed
 from pd_proxy.http.control import Control
 
@@ -40,7 +40,7 @@ class Identities:
             return
         seconds = self._seconds
         try:
-            sentinel = await Sentinel.tie(
+            sentinel = await Sentinel.connect(
                 backend.url,
                 self._headers,
                 lambda: backend.learn(None),
@@ -53,11 +53,11 @@ class Identities:
             log.debug("%s backend %s told nothing of itself: %s", backend.role, backend.url, error)
             self.disconnect(backend)
             return
-        facts = read_facts(*(body if status == 200 else b"" for status, body in said))
-        if facts is None or not sentinel.holds:
+        identity = read_identity(*(body if status == 200 else b"" for status, body in said))
+        if identity is None or not sentinel.holds:
             self.disconnect(backend)
         else:
-            backend.learn(facts)
+            backend.learn(identity)
 
     async def keep(self, backend: Backend, *, anew: bool) -> None:
         """Keep a sentinel from growing idle, or tie it again.
@@ -65,17 +65,17 @@ class Identities:
         Arguments:
             anew: look again where nothing could be learnt before.
         """
-        sentinel, facts = self._sentinels.get(backend), backend.facts
-        if sentinel is not None and sentinel.holds and facts is not None:
+        sentinel, identity = self._sentinels.get(backend), backend.identity
+        if sentinel is not None and sentinel.holds and identity is not None:
             with suppress(SentinelClosed):
                 status, answer = await sentinel.ask(backend.kind.version[0], self._seconds)
-                if status == 200 and facts.version.encode() not in answer:
+                if status == 200 and identity.version.encode() not in answer:
                     backend.learn(None)
         elif anew or sentinel is not None:
             await self.connect(backend)
 
     def disconnect(self, backend: Backend) -> None:
-        if backend.facts is not None:
+        if backend.identity is not None:
             backend.learn(None)
         if sentinel := self._sentinels.pop(backend, None):
             sentinel.close()

@@ -52,7 +52,7 @@ _read_models = json_decoder(_Models)
 _read_version = json_decoder(_Version)
 
 
-def read_facts(metrics: bytes, models: bytes, version: bytes) -> EngineIdentity | None:
+def read_identity(metrics: bytes, models: bytes, version: bytes) -> EngineIdentity | None:
     """What an engine's pages say; None where they do not say all of it."""
     block_size = read_block_size(metrics)
     try:

@@ -33,7 +33,7 @@ class Sentinel:
         self._wire = Wire(on_lost)
 
     @classmethod
-    async def tie(
+    async def connect(
         cls,
         url: str,
         headers: bytes,
@@ -49,13 +49,13 @@ class Sentinel:
         Raises:
             TetherBroken: it did not come about within `seconds`.
         """
-        tether = cls(url, headers, on_lost)
+        sentinel = cls(url, headers, on_lost)
         try:
-            await connect(tether._wire, url, seconds, trust)
+            await connect(sentinel._wire, url, seconds, trust)
         except BackendError as error:
-            tether.close()
+            sentinel.close()
             raise SentinelClosed(str(error)) from None
-        return tether
+        return sentinel
 
     @property
     def holds(self) -> bool:

@@ -49,7 +49,7 @@ class Breaker:
         self._log_ratio = log(settings.slow_ratio) if settings.slow_ratio else float("inf")
         self._usual: dict[tuple[str, LegName, int], float] = {}
 
-    def timed(self, pool: str, leg: LegName, standing: OutlierStats, seconds: float, tokens: int, now: float) -> bool:
+    def timed(self, pool: str, leg: LegName, stats: OutlierStats, seconds: float, tokens: int, now: float) -> bool:
         """Note how long a leg took.
 
         Arguments:
@@ -62,37 +62,35 @@ class Breaker:
         key = (pool, leg, tokens.bit_length() if leg == "prefill" else 0)
         taken = log_seconds(seconds)
         usual = self._usual.get(key, taken)
-        standing.note_time(taken, usual, now)
+        stats.note_time(taken, usual, now)
         self._usual[key] = usual + _USUAL_WEIGHT * (taken - usual)
         # What is usual is a mean over the pool, the slow one included: an outlier stands out less from it than from the
         # median, but by a quarter even where three quarters of the legs are its own. A leg that nobody notices changes
         # no verdict; the next one that is noticed asks for it.
         return (
-            standing.excess > self._log_ratio / 4
+            stats.excess > self._log_ratio / 4
             and seconds > _NOTICEABLE[leg]
-            and standing.samples >= self._settings.minimum_volume
+            and stats.samples >= self._settings.minimum_volume
         )
 
-    def verdict(
-        self, leg: LegName, standing: OutlierStats, others: Sequence[OutlierStats], now: float
-    ) -> Reason | None:
+    def verdict(self, leg: LegName, stats: OutlierStats, others: Sequence[OutlierStats], now: float) -> Reason | None:
         """Why a backend should be ejected, if it should.
 
         Arguments:
             others: the standings of the rest of its pool that is up, ejected or not.
         """
-        if standing.consecutive >= self._settings.consecutive_failures:
+        if stats.consecutive >= self._settings.consecutive_failures:
             return "consecutive"
-        if self._fails_often(standing, others, now):
+        if self._fails_often(stats, others, now):
             return "success_rate"
-        if self._is_slow(leg, standing, others, now):
+        if self._is_slow(leg, stats, others, now):
             return "slow"
         return None
 
-    def _fails_often(self, standing: OutlierStats, others: Sequence[OutlierStats], now: float) -> bool:
-        for each in (standing, *others):
+    def _fails_often(self, stats: OutlierStats, others: Sequence[OutlierStats], now: float) -> bool:
+        for each in (stats, *others):
             each.window.roll(now)
-        own = standing.window
+        own = stats.window
         if own.good + own.bad < self._settings.minimum_volume:
             return False
         good = sum(other.window.good for other in others)
@@ -100,8 +98,8 @@ class Breaker:
         pools = good / all_ if all_ >= self._settings.minimum_volume else 1.0
         return own.good / (own.good + own.bad) < self._settings.success_rate * pools
 
-    def _is_slow(self, leg: LegName, standing: OutlierStats, others: Sequence[OutlierStats], now: float) -> bool:
-        if standing.samples < self._settings.minimum_volume:
+    def _is_slow(self, leg: LegName, stats: OutlierStats, others: Sequence[OutlierStats], now: float) -> bool:
+        if stats.samples < self._settings.minimum_volume:
             return False
         known = [
             other.excess
@@ -110,8 +108,8 @@ class Breaker:
         ]
         if len(known) + 1 < FEWEST:
             return False
-        middle = median([standing.excess, *known])
-        return standing.excess - middle >= self._log_ratio and standing.seconds_above(middle) >= _NOTICEABLE[leg]
+        middle = median([stats.excess, *known])
+        return stats.excess - middle >= self._log_ratio and stats.seconds_above(middle) >= _NOTICEABLE[leg]
 
     def may_eject(self, others: Sequence[OutlierStats], now: float) -> bool:
         """Whether one more of a pool may be ejected.
@@ -123,19 +121,19 @@ class Breaker:
         ejected = sum(other.ejected(now) for other in others) + 1
         return ejected < up and ejected <= self._settings.max_ejected * up
 
-    def eject(self, standing: OutlierStats, reason: Reason, now: float) -> float:
+    def eject(self, stats: OutlierStats, reason: Reason, now: float) -> float:
         """Eject; returns for how many seconds. Each time lasts twice as long as the one before, and every `window` of
         seconds in the rotation takes one doubling back."""
         settings = self._settings
-        good_time = max(0.0, now - standing.ejected_until)
-        level = max(0, standing.level - int(good_time / settings.window)) if standing.level else 0
+        good_time = max(0.0, now - stats.ejected_until)
+        level = max(0, stats.level - int(good_time / settings.window)) if stats.level else 0
         seconds = settings.ejection * 2.0**level
         if seconds < settings.longest_ejection:  # else a level more would only take longer to be taken back
             level += 1
         seconds = min(seconds, settings.longest_ejection)
-        standing.begin_anew()
-        standing.level = level
-        standing.eject(now + seconds, reason)
+        stats.begin_anew()
+        stats.level = level
+        stats.eject(now + seconds, reason)
         return seconds
 
     def factor(self, since: float, now: float) -> float:

@@ -45,19 +45,19 @@ class OutlierDetector:
     # How legs went
 
     def succeeded(self, backend: Backend, leg: LegName) -> None:
-        backend.standings[leg].note(True, self._clock())
+        backend.outlier_stats[leg].note(True, self._clock())
 
     def failed(self, backend: Backend, leg: LegName, error: BackendError) -> None:
         """A leg failed by the backend's fault. One that says it is busy has not failed: it rests, if it says how
         long."""
         now = self._clock()
-        standing = backend.standings[leg]
+        stats = backend.outlier_stats[leg]
         if isinstance(error, BackendBusy):
             if error.retry_after:
                 backend.resting_until = now + min(float(error.retry_after), _LONGEST_REST)
                 self.watches.add(backend)
-        elif not standing.ejected(now):  # what fails during an ejection has been paid for
-            standing.note(False, now)
+        elif not stats.ejected(now):  # what fails during an ejection has been paid for
+            stats.note(False, now)
             self._judge(backend, leg, now, str(error))
 
     def leaves(self, backend: Backend, what: str) -> None:
@@ -65,33 +65,33 @@ class OutlierDetector:
         long as it drains: it is ejected on its own word, whatever share of its pool is out. What runs on it may end."""
         now = self._clock()
         for leg in backend.legs:
-            standing = backend.standings[leg]
-            if not standing.leaving(now):
-                self._eject(backend, leg, standing, "leaving", what, now)
+            stats = backend.outlier_stats[leg]
+            if not stats.leaving(now):
+                self._eject(backend, leg, stats, "leaving", what, now)
 
     def leaving(self, backend: Backend) -> bool:
         """Whether a backend is ejected on its own word."""
         now = self._clock()
-        return any(backend.standings[leg].leaving(now) for leg in backend.legs)
+        return any(backend.outlier_stats[leg].leaving(now) for leg in backend.legs)
 
     def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None:
         """How long a leg took; for decode: each of its tokens."""
         now = self._clock()
-        standing = backend.standings[leg]
-        if not standing.ejected(now) and self._breaker.timed(backend.role, leg, standing, seconds, tokens, now):
+        stats = backend.outlier_stats[leg]
+        if not stats.ejected(now) and self._breaker.timed(backend.role, leg, stats, seconds, tokens, now):
             self._judge(backend, leg, now, f"slower than its pool: {seconds:.3g} s at its last {leg} leg")
 
     def _judge(self, backend: Backend, leg: LegName, now: float, what: str) -> None:
-        others = [peer.standings[leg] for peer in self._peers(backend)]
-        standing = backend.standings[leg]
-        reason = self._breaker.verdict(leg, standing, others, now)
+        others = [peer.outlier_stats[leg] for peer in self._peers(backend)]
+        stats = backend.outlier_stats[leg]
+        reason = self._breaker.verdict(leg, stats, others, now)
         if reason is not None and backend.up and not backend.draining and self._breaker.may_eject(others, now):
-            self._eject(backend, leg, standing, reason, what, now)
+            self._eject(backend, leg, stats, reason, what, now)
 
     def _eject(
-        self, backend: Backend, leg: LegName, standing: OutlierStats, reason: Reason, what: str, now: float
+        self, backend: Backend, leg: LegName, stats: OutlierStats, reason: Reason, what: str, now: float
     ) -> None:
-        seconds = self._breaker.eject(standing, reason, now)
+        seconds = self._breaker.eject(stats, reason, now)
         self.ejections[backend.role, backend.url, leg, reason] += 1
         self.watches.add(backend)
         log.warning(
@@ -107,8 +107,8 @@ class OutlierDetector:
         """A backend has come up: what it was before is forgotten. Its load grows slowly, unless it is one of those
         that the gateway began with: these are all alike."""
         now = self._clock()
-        for standing in backend.standings.values():
-            standing.lift(now)
+        for stats in backend.outlier_stats.values():
+            stats.lift(now)
         backend.resting_until = 0.0
         if backend.known:
             self._start_slowly(backend, now, now)
@@ -137,13 +137,13 @@ class OutlierDetector:
     def _bring_up_to_date(self, backend: Backend, now: float) -> None:
         ejected = False
         for leg in backend.legs:
-            standing = backend.standings[leg]
-            if standing.ejected(now):
+            stats = backend.outlier_stats[leg]
+            if stats.ejected(now):
                 ejected = True
-            elif standing.fitness is Fitness.EJECTED:
-                log.info("%s backend %s is back after its ejection (%s)", backend.role, backend.url, standing.reason)
-                standing.end_ejection()
-                self._start_slowly(backend, standing.ejected_until, now)
+            elif stats.fitness is Fitness.EJECTED:
+                log.info("%s backend %s is back after its ejection (%s)", backend.role, backend.url, stats.reason)
+                stats.end_ejection()
+                self._start_slowly(backend, stats.ejected_until, now)
         if backend.slow_since is not None:
             backend.factor = self._breaker.factor(backend.slow_since, now)
             if backend.factor == 1.0:
@@ -160,22 +160,22 @@ class OutlierDetector:
             members: counts all that could, were they up.
         """
         now = self.refresh()
-        fit = [backend for backend in serving if not backend.standings[leg].ejected(now)]
+        fit = [backend for backend in serving if not backend.outlier_stats[leg].ejected(now)]
         if len(fit) < len(serving) and self._breaker.panics(len(fit), members()):
-            fit = [backend for backend in serving if not backend.standings[leg].leaving(now)] or serving
+            fit = [backend for backend in serving if not backend.outlier_stats[leg].leaving(now)] or serving
         return [backend for backend in fit if backend.resting_until <= now] or fit
 
     def panics(self, serving: Sequence[Backend], leg: LegName, members: int) -> bool:
         """Whether ejections of these are being ignored."""
         now = self._clock()
-        fit = sum(not backend.standings[leg].ejected(now) for backend in serving)
+        fit = sum(not backend.outlier_stats[leg].ejected(now) for backend in serving)
         return fit < len(serving) and self._breaker.panics(fit, members)
 
     def ejected_for(self, backend: Backend) -> dict[LegName, tuple[float, str]]:
         """The legs that a backend is ejected for, with the seconds that are left, and why."""
         now = self.refresh()
         return {
-            leg: (standing.ejected_until - now, standing.reason)
+            leg: (stats.ejected_until - now, stats.reason)
             for leg in backend.legs
-            if (standing := backend.standings[leg]).ejected(now)
+            if (stats := backend.outlier_stats[leg]).ejected(now)
         }

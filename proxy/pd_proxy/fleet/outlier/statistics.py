@@ -1,7 +1,7 @@
-"""How one backend does at one leg: what the breaker judges by, and what it has decided.
+"""How one backend does at one kind of leg: what the breaker judges by, and what it has decided.
 
-Plain values; the time is passed in. A standing remembers the last seconds only, so that nothing has to be forgiven by
-hand: what was bad long ago has left the window.
+Plain values; the time is passed in. Only the last seconds are remembered, so nothing has to be forgiven: what was bad
+long ago has left the window.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class TransferNotifications:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._inbox: ZmqListener | None = None
+        self._listener: ZmqListener | None = None
         self.waiting: dict[str, Expected] = {}
         self.counts: Counter[str] = Counter()
 
@@ -108,19 +108,19 @@ class TransferNotifications:
         Raises:
             CannotHear
         """
-        if self._address and self._inbox is None:
-            self._inbox = ZmqListener("PULL", self._address, self.hear)
+        if self._address and self._listener is None:
+            self._listener = ZmqListener("PULL", self._address, self.listen)
 
     def close(self) -> None:
-        if self._inbox is not None:
-            self._inbox.close()
-            self._inbox = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
 
     def expect(self, name: str, count: int) -> Expected:
         """`count` notices with a name, from now on."""
         return Expected(self, name, count)
 
-    def hear(self, parts: Sequence[bytes]) -> None:
+    def listen(self, parts: Sequence[bytes]) -> None:
         """A message has come, whoever sent it."""
         try:
             if len(parts) != 1:

@@ -79,7 +79,7 @@ class Registrations:
         self._settings = settings
         self._decoders = decoders
         self._clock = clock
-        self._inbox: ZmqListener | None = None
+        self._listener: ZmqListener | None = None
         self._sweeping: asyncio.TimerHandle | None = None
         self._until: dict[Backend, float] = {}
         self._added: set[Backend] = set()
@@ -93,14 +93,14 @@ class Registrations:
         Raises:
             CannotHear
         """
-        if self._settings.registrations and self._inbox is None:
-            self._inbox = ZmqListener("ROUTER", self._settings.registrations, self.hear)
+        if self._settings.registrations and self._listener is None:
+            self._listener = ZmqListener("ROUTER", self._settings.registrations, self.listen)
             self._sweep_later()
 
     def close(self) -> None:
-        if self._inbox is not None:
-            self._inbox.close()
-            self._inbox = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         if self._sweeping is not None:
             self._sweeping.cancel()
             self._sweeping = None
@@ -111,7 +111,7 @@ class Registrations:
         self._added.discard(backend)
         self._known = {address: other for address, other in self._known.items() if other is not backend}
 
-    def hear(self, parts: Sequence[bytes]) -> None:
+    def listen(self, parts: Sequence[bytes]) -> None:
         """A message has come, whoever sent it."""
         if len(parts) != 1:
             self._not_taken("garbage", "a registration has one part")
