@@ -77,7 +77,7 @@ class Attempt(msgspec.Struct):
         return (self.rest or self.plan).decode_leg(None if self.pending is None else self.pending.handoff)
 
     def release_leg(self) -> Leg | None:
-        """A leg that frees prefill's blocks of a hand-off that nobody reads; None where there is no safe one."""
+        """A leg that frees prefill's blocks of a hand-off that no engine reads; None where there is no safe one."""
         pending = self.pending
         if pending is None or pending.use is HandoffUse.READING:
             return None

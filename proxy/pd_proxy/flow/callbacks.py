@@ -1,6 +1,6 @@
 """The tries whose prefill leg waits until decode's engine has called the gateway back.
 
-A call is for one try, which it names by the id that the gateway made for it and that nobody could guess; it is taken
+A call is for one try, which it names by the id that the gateway made for it and that no other could guess; it is taken
 once. A try that has ended, or has been called already, is not known here any more.
 """
 
@@ -97,7 +97,7 @@ class Call:
     ) -> None:
         self._callbacks.waiting.pop(self._name, None)
         if self._heard.done() and not self._heard.cancelled():
-            self._heard.exception()  # seen, should nobody have waited to the end
+            self._heard.exception()  # marks it as retrieved, where the wait was given up
         else:
             self._heard.cancel()
 

@@ -2,13 +2,13 @@
 
 Every decision is noted in brief: where the request goes and the reason, and, of at most a thousand a second, what was
 known then of the engines that were chosen, as plain numbers. What is expected of them is computed from these when
-somebody asks. The record of the request is kept with it, so what became of the request can be told beside what was
+an operator asks. The record of the request is kept with it, so the outcome of the request can be shown beside what was
 expected.
 
-A decision in full has every candidate's costs, and who was left out by which rule. That takes as long as some hundred
-decisions, so it is done where an operator has asked for it (`x-pd-proxy-explain`), and otherwise for one decision as
-soon as 400 times the time of the last one has passed: 0.25 % of a core at most. A gateway with little to do explains
-every request in full.
+A decision in full has every candidate's costs, and which backends were left out by which rule. That takes as long as
+some hundred decisions, so it is done where an operator has asked for it (`x-pd-proxy-explain`), and otherwise for one
+decision as soon as 400 times the time of the last one has passed: 0.25 % of a core at most. A gateway with little to do
+explains every request in full.
 
 Memory: 1,000 decisions, each with at most 16 candidates of a pool and 32 that were left out; some 10 MB at most.
 """
@@ -40,7 +40,7 @@ MOST_HEADER = 4096
 """Bytes of a decision in a response header: proxies take 8 kB of headers in all."""
 MOST_CANDIDATES = 16
 """Candidates of one pool that are kept with a decision: those with the earliest first token, and the chosen one."""
-_SHARE = 400.0  # times what an explanation took, until the next one that nobody has asked for
+_SHARE = 400.0  # times what an explanation took, until the next one without an operator's request
 _LOOK = 0.001  # seconds from one look at the engines that were chosen to the next: it takes half a microsecond of each
 _LONGEST_NAME = 64  # characters of what a client has named
 
@@ -151,14 +151,14 @@ def in_full(view: View[Backend], ask: Ask, left_out: LeftOut, chosen: Sequence[s
 
 
 class Decided(msgspec.Struct, frozen=True, gc=False):
-    """One decision. What is empty where nobody could be chosen: `prefill`, `decode`, `reason`.
+    """One decision. What is empty where no backend could be chosen: `prefill`, `decode`, `reason`.
 
     Attributes:
         at: `time.monotonic`.
         record: of the request, as it is when it is looked at.
         nth: which try of it.
         prompt, decode_tokens, ttft, tpot: of its `Ask`.
-        error: why nobody was chosen, or empty.
+        error: why no backend was chosen, or empty.
         full: None in a brief one.
         chosen: URLs of the backends that were chosen: prefill's or an empty one, and the one that answers.
     """

@@ -124,7 +124,7 @@ class Flow:
         same, and False where the next try is to continue it.
 
         Raises:
-            GatewayError: nobody can.
+            GatewayError: it cannot be continued.
         """
         assert request.transcript is not None
         request.transcript.verify()
@@ -173,7 +173,7 @@ class Flow:
                 if tries == 1 or request.avoid.isdisjoint(_urls(decision)):
                     return decision
                 if isinstance(request.error, BackendBusy) and not request.client.started:
-                    raise request.error  # asking the same busy engine again helps nobody
+                    raise request.error  # to ask the same busy engine again is of no use
                 await asyncio.sleep(backoff(tries))
                 return decision
             await asyncio.sleep(LONGEST_BACKOFF)

@@ -1,4 +1,4 @@
-"""Where the tries of requests go: what is known of fleet, request and prompt, put to placement's pure functions."""
+"""Chooses the backends of each try: passes what is known of fleet, request and prompt to placement's pure functions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ _SAYS_NOTHING = {
     )
 }
 _BRIEF = 512  # tokens of a prompt, at most, that is not looked for where engines are fast
-_WORTH_LOOKING = 0.005  # seconds to compute a prompt, from which somebody may have it: less is soon done anywhere
+_WORTH_LOOKING = (
+    0.005  # seconds to compute a prompt, from which the prefix index is asked for it: less is soon done anywhere
+)
 _UNKNOWN_PACE = 0.001  # seconds for a token, until one has prefilled: then every prompt is looked for
 _FOLLOWED = 8  # of so many such prompts one is followed all the same, so that it is known how fast engines are
 _PACED = 0.25  # seconds for which the slowest engine is taken to be as slow
@@ -66,14 +68,14 @@ class Placing:
 
     Arguments:
         connectors: the protocols that engines speak, by name.
-        in_use: those that the fleet may speak.
-        prompts: what engines have of them.
+        in_use: the connectors that the fleet may speak.
+        prompts: which engines have which prompts in their caches.
         random: a number in [0, 1), for ties and random policies.
     Attributes:
-        decisions: the last ones.
-        learns: somebody wants to know how fast engines are.
-        looks: somebody wants to know what engines have in their caches.
-        wants_sessions: somebody wants to know which session a request belongs to.
+        decisions: the last decisions.
+        learns: a policy or a target needs to know how fast engines are.
+        looks: a policy or a target needs to know what engines have in their caches.
+        wants_sessions: a policy needs to know which session a request belongs to.
     """
 
     def __init__(
@@ -200,7 +202,7 @@ class Placing:
         decision: Decision[Backend] | None,
         most: int | None,
     ) -> Full:
-        """All that a decision looks at, and who was left out."""
+        """All that a decision looks at, and which backends were left out."""
         chosen = () if decision is None else decision.chosen
         pools = {role: self._fleet.pool(role) for role in ("prefill", "decode", "mixed")}
         members, needs = self._members(request), self._needs(request)
@@ -222,7 +224,7 @@ class Placing:
             self.decisions.explained(began)
 
     def eligible(self, request: Request) -> Eligible[Backend]:
-        """Who may be given a request now."""
+        """The backends that may be given a request now."""
         body, fleet = request.body, self._fleet
         if (
             self._ordinary.get(body.endpoint) == body.alone
@@ -280,7 +282,7 @@ class Placing:
         return rank_for(computes, request.ask)
 
     def sent(self, request: Request, decode: Lease, prefill: Lease | None) -> Sent | None:
-        """A try sends its prompt to where it was placed; None where nobody wants to know."""
+        """A try sends its prompt to where it was placed; None where no policy learns from that."""
         ask = request.ask
         if ask is None or ask.brief or not (self.learns or self.looks):
             return None
@@ -304,7 +306,7 @@ class Placing:
         return choose(candidates, "decode", self._policies["decode"], ask)
 
     def seconds_to_first_token(self, request: Request) -> float:
-        """When a new request would have its first token if it were sent now; 0 where nobody is there to compute it."""
+        """When a new request would have its first token if it were sent now; 0 where no backend could compute it."""
         found, ask = self.eligible(request), self.ask(request)
         view = found.view
         computing = () if found.alone else view.prefill

@@ -1,4 +1,4 @@
-"""Where a broken answer may be continued, when the ids alone do not tell: a tokenizer is asked.
+"""The resume point of a broken answer, where the ids alone do not give it: a tokenizer is asked.
 
 An engine that answers under load puts several tokens into one event, and the last of them may be half a character; a
 parser for tool calls holds back what could be the beginning of one, which may be a part of a token. In both cases the
@@ -26,7 +26,7 @@ async def find_resume_point(transcript: Transcript, detokenize: Detokenize) -> s
     Returns why there is no such place (`merged_tokens`, `held_text`), or an empty string.
 
     Raises:
-        BackendError: nobody would say.
+        BackendError: the text was not to be had.
     """
     if transcript.text is not None:
         return await _by_text(transcript, transcript.text, detokenize)

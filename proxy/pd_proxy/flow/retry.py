@@ -65,7 +65,7 @@ class Job(Protocol):
         the next try is to continue it.
 
         Raises:
-            GatewayError: nobody can.
+            GatewayError: it cannot be continued.
         """
 
     def retried_pool(self) -> Role:

@@ -324,7 +324,7 @@ class _Tries:
     def failed(self, error: BackendError) -> None:
         request = self._request
         request.give_permit_back()
-        if error is not request.error:  # it is, where nobody was left to place the request with
+        if error is not request.error:  # it is, where no backend was left for the next try
             request.error = error
             self._single.failed(request, error)
 

@@ -133,7 +133,7 @@ class RequestSteps:
         except BackendError as error:
             self.failed(request, backend, "prefill", error)
             if attempt.plan.notices and not error.unread:
-                # Decode's engine may have set memory aside that nobody will write to.
+                # Decode's engine may have reserved memory that no prefill will write to.
                 request.avoid.add(attempt.lease.backend.url)
             raise
         self._take_answer(attempt, lease, answer, started)

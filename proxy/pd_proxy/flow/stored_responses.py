@@ -1,8 +1,8 @@
-"""Who has which stored response: engines keep what they answered, and only the one that did can be asked for it.
+"""Which backend has which stored response: engines keep their answers, and only the one that answered can be asked.
 
 The gateway names each response, and the name says where it is: behind what makes it unique stands a hash, under a key
 that no client knows, of that, of the backend's URL and of the client's name. So nothing is remembered, and nothing
-forgotten: whoever has the key finds the backend by trying those that there are. For another client than its own a
+forgotten: a gateway with the key finds the backend by trying all that there are. For another client than its own a
 response does not exist.
 """
 

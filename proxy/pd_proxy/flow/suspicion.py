@@ -1,6 +1,6 @@
 """Requests that end engines: each goes to few of them.
 
-A request that ends its engine, by a defect of the engine's or with intent, would end as many as there are tries, and
+A request that ends its engine, through a defect of the engine or by intent, would end as many as there are tries, and
 with them whatever else runs there. Such a request cannot be told from one that was there by chance, so the rule is
 about the leg: one whose engine died with it is tried on `retries.after_cut` more engines; when these die as well, the
 request ends.

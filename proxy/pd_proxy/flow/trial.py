@@ -1,6 +1,6 @@
 """One request for one token through a pair of backends: does the KV cache of the one get to the other?
 
-It is nobody's request: it shows in no metric of clients', and whatever comes of it says nothing for or against a
+It is no client's request: it is in no metric of clients' requests, and its outcome counts neither for nor against a
 backend. It does hold leases, since it is work for the engines, and a backend that is draining must wait for it.
 Warm-ups and `pd-proxy doctor` are made of it.
 """
@@ -324,7 +324,7 @@ def wrong_connector(backend: Backend, profile: Profile, connectors: Mapping[str,
     }
     own, told = connectors[backend.connector].traits.fingerprints, ", ".join(profile.connectors)
     if not own.isdisjoint(profile.connectors) or marks.isdisjoint(profile.connectors):
-        return None  # a connector that nobody here knows may be one that wraps the right one
+        return None  # a connector that is not known here may be one that wraps the right one
     what = f"{backend.url} was started with {told}, which is not what connector: {backend.connector} means"
     return found("wrong_connector", what, backend.url)
 
