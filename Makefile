@@ -12,8 +12,8 @@ VERSION ?=
 SECONDS ?= 300
 # The seed of the chaos in `make soak` and of the examples in `make test-random` (empty: a new one, which is printed).
 SEED ?=
-# What `make coverage` demands, in per cent. It may only rise.
-COVERAGE := 90
+# What `make coverage` demands, in per cent; measured 95.4. It may only rise. Not in CI: it takes nearly twice the CPU.
+COVERAGE := 95
 # Arguments for pytest (make test, make test-all, ...) and for the bench (make bench).
 ARGS ?=
 
