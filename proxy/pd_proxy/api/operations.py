@@ -231,46 +231,25 @@ def administration(fleet: Fleet, credentials: Credentials) -> APIRouter:
 
     router = APIRouter(tags=["administration"], dependencies=[Depends(operator(credentials))])
 
-    def membership(message: str) -> dict[str, Any]:
-        return {
-            "message": message,
-            "current_prefill_instances": [_short(b.url) for b in fleet.pool("prefill") if not b.removed],
-            "current_decode_instances": [_short(b.url) for b in fleet.pool("decode") if not b.removed],
-        }
-
-    def urls(change: Instances) -> list[str]:
-        given = [change.instances] if isinstance(change.instances, str) else change.instances
-        try:
-            return [backend_url(instance) for instance in given]
-        except ValueError as error:
-            raise InvalidRequest(str(error), param="instances") from None
-
-    def elsewhere(url: str, role: Role, group: str) -> str:
-        """What a backend is already, where that is something else."""
-        found = next((b for b in fleet if b.url == url and (b.role, b.group) != (role, group)), None)
-        if found is None:
-            return ""
-        return f"a {found.role} backend" + (f" of group {found.group}" if found.group != group else "")
-
     @router.post("/instances/add")
     async def add(change: Instances) -> dict[str, Any]:
         """Add backends, to the group that is named or to the default one. Each joins the rotation when its first health
         check passes."""
-        given = urls(change)
+        given = _urls(change)
         if change.group not in fleet.groups:
             known = ", ".join(fleet.groups)
             raise InvalidRequest(f"there is no group {change.group[:64]!r}; the settings have {known}", param="group")
         for url in given:
-            if other := elsewhere(url, change.type, change.group):
+            if other := _other_place(fleet, url, change.type, change.group):
                 raise InvalidRequest(f"{url} is already {other}; remove it there first", param="instances")
         for url in given:
             fleet.add(url, change.type, change.group)
-        return membership(f"Added {change.type} instances: {', '.join(map(_short, given))}.")
+        return _membership(fleet, f"Added {change.type} instances: {', '.join(map(_short, given))}.")
 
     @router.post("/instances/remove")
     async def remove(change: Instances) -> dict[str, Any]:
         """Drain backends, then forget them. What they are doing is finished; nothing new goes there."""
-        given = urls(change)
+        given = _urls(change)
         missing = [url for url in given if fleet.find(url, change.type) is None]
         if missing:
             raise InvalidRequest(
@@ -278,9 +257,35 @@ def administration(fleet: Fleet, credentials: Credentials) -> APIRouter:
             )
         for url in given:
             fleet.remove(url, change.type)
-        return membership(f"Removed {change.type} instances: {', '.join(map(_short, given))}.")
+        return _membership(fleet, f"Removed {change.type} instances: {', '.join(map(_short, given))}.")
 
     return router
+
+
+def _membership(fleet: Fleet, message: str) -> dict[str, Any]:
+    """The answer of the example script: its message, and the pools."""
+    return {
+        "message": message,
+        "current_prefill_instances": [_short(b.url) for b in fleet.pool("prefill") if not b.removed],
+        "current_decode_instances": [_short(b.url) for b in fleet.pool("decode") if not b.removed],
+    }
+
+
+def _urls(change: Instances) -> list[str]:
+    """The instances that are named, each as a URL in its one form."""
+    given = [change.instances] if isinstance(change.instances, str) else change.instances
+    try:
+        return [backend_url(instance) for instance in given]
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="instances") from None
+
+
+def _other_place(fleet: Fleet, url: str, role: Role, group: str) -> str:
+    """The role and group that a backend has already, where these are others; else empty."""
+    found = next((b for b in fleet if b.url == url and (b.role, b.group) != (role, group)), None)
+    if found is None:
+        return ""
+    return f"a {found.role} backend" + (f" of group {found.group}" if found.group != group else "")
 
 
 def _short(url: str) -> str:

@@ -35,91 +35,83 @@ ABSENT = frozenset({f"{_PATH}/compact", f"{_PATH}/input_tokens"})
 _MOST_REFUSAL = 64 * 1024  # bytes that are read of one, where events were asked for
 
 
-def responses(
-    settings: Settings, fleet: Fleet, stored: StoredResponses, credentials: Credentials, control: Control
-) -> APIRouter:
-    """`GET /v1/responses/{id}`, streamed or not, and `POST /v1/responses/{id}/cancel`."""
-    router = APIRouter(tags=["responses"])
-    idle, limit = settings.timeouts.idle, settings.limits.answer
+class _Holders:
+    """Asks the backends that have responses."""
 
-    def holder(request: Request, response_id: str) -> str:
-        """URL of the backend that has it."""
+    def __init__(
+        self, settings: Settings, fleet: Fleet, stored: StoredResponses, credentials: Credentials, control: Control
+    ) -> None:
+        self._idle, self._limit = settings.timeouts.idle, settings.limits.answer
+        self._fleet = fleet
+        self._stored = stored
+        self._credentials = credentials
+        self._control = control
+
+    def holder(self, request: Request, response_id: str) -> str:
+        """URL of the backend that has a response.
+
+        Raises:
+            Unauthorized, ResponseNotFound, NoBackend
+        """
         headers = request.headers
-        name = credentials.check_client(
+        name = self._credentials.check_client(
             headers.get("authorization", "").encode("latin-1"), headers.get("x-api-key", "").encode("latin-1")
         )
-        url = stored.holder(response_id, name, (backend.url for backend in fleet))
+        url = self._stored.holder(response_id, name, (backend.url for backend in self._fleet))
         if not url:
             raise not_stored(response_id, param="response_id")
-        if not any(backend.url == url and backend.up for backend in fleet):
+        if not any(backend.url == url and backend.up for backend in self._fleet):
             raise NoBackend("the backend that has this response is not up", retry_after=1)
         return url
 
-    def good(url: str, answer: Answer) -> Answer:
-        """A backend's answer, which was a 200.
-
-        Raises:
-            BackendError: it was none.
-        """
-        if answer.status != 200:
-            raise engine_error(url, answer.status, dict(answer.headers), answer.body)
-        return answer
-
-    async def whole(url: str, method: str, path: str, query: dict[str, str | int]) -> Response:
+    async def whole(self, url: str, method: str, path: str, query: dict[str, str | int]) -> Response:
+        """The backend's whole answer."""
         try:
-            answer = await control.ask(url + path, method=method, query=query, seconds=idle, limit=limit)
+            answer = await self._control.ask(
+                url + path, method=method, query=query, seconds=self._idle, limit=self._limit
+            )
         except BackendError as error:
             raise _named(url, error) from error
         try:
-            return Response(strip_handoff(good(url, answer).body), media_type="application/json")
+            return Response(strip_handoff(_good(url, answer).body), media_type="application/json")
         except Undecodable as error:
             raise BackendGarbled(f"{url} sent what cannot be read: {error}") from None
 
-    async def streamed(url: str, path: str, query: dict[str, str | int]) -> Response:
+    async def streamed(self, url: str, path: str, query: dict[str, str | int]) -> Response:
+        """The backend's answer as a stream of events."""
         async with AsyncExitStack() as stack:
             try:
-                head, pieces = await stack.enter_async_context(control.stream(url + path, query=query, idle=idle))
+                head, pieces = await stack.enter_async_context(
+                    self._control.stream(url + path, query=query, idle=self._idle)
+                )
                 if head.status != 200:
                     body = b""
-                    async with asyncio.timeout(idle):
+                    async with asyncio.timeout(self._idle):
                         async for piece in pieces:
                             body += piece
                             if len(body) > _MOST_REFUSAL:
                                 break
                     head = Answer(head.status, head.headers, body)
             except TimeoutError:
-                raise BackendTimedOut(f"{url}: no whole answer within {idle:g} s") from None
+                raise BackendTimedOut(f"{url}: no whole answer within {self._idle:g} s") from None
             except BackendError as error:
                 raise _named(url, error) from error
-            good(url, head)
+            _good(url, head)
             kept = stack.pop_all()
         return StreamingResponse(
-            relayed(url, pieces),
+            _relayed(url, pieces),
             media_type="text/event-stream",
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             background=BackgroundTask(kept.aclose),
         )
 
-    async def relayed(url: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Events for the client. A stream that breaks ends with an error."""
-        reader = events.EventReader()
-        sequence = -1
-        done = False
-        try:
-            async for data in pieces:
-                for event, payload in events.read(reader.feed(data)):
-                    if payload:
-                        named = EVENTS.read(payload)
-                        sequence = max(sequence, named.sequence_number)
-                        done = done or named.type in EVENTS.last | EVENTS.failed
-                        event = strip_event(event, payload, named.type.encode())
-                    yield event
-            if not done:
-                raise BackendCut(f"{url} ended its stream before its last event")
-        except Undecodable as error:
-            yield RESPONSES.event(BackendGarbled(f"{url} sent what cannot be read: {error}"), sequence)
-        except BackendError as error:
-            yield RESPONSES.event(_named(url, error), sequence)
+
+def responses(
+    settings: Settings, fleet: Fleet, stored: StoredResponses, credentials: Credentials, control: Control
+) -> APIRouter:
+    """`GET /v1/responses/{id}`, streamed or not, and `POST /v1/responses/{id}/cancel`."""
+    router = APIRouter(tags=["responses"])
+    holders = _Holders(settings, fleet, stored, credentials, control)
 
     @router.get(_PATH + "/{response_id}", response_class=Response)
     async def retrieve(
@@ -131,20 +123,53 @@ def responses(
         ] = None,
     ) -> Response:
         """A stored response, from the backend that has it."""
-        url = holder(request, response_id)
+        url = holders.holder(request, response_id)
         query: dict[str, str | int] = {"stream": "true"} if stream else {}
         if starting_after is not None:
             query["starting_after"] = starting_after
         path = f"{_PATH}/{response_id}"
-        return await streamed(url, path, query) if stream else await whole(url, "GET", path, query)
+        return await holders.streamed(url, path, query) if stream else await holders.whole(url, "GET", path, query)
 
     @router.post(_PATH + "/{response_id}/cancel", response_class=Response)
     async def cancel(request: Request, response_id: str) -> Response:
         """End a response that runs in the background."""
-        url = holder(request, response_id)
-        return await whole(url, "POST", f"{_PATH}/{response_id}/cancel", {})
+        url = holders.holder(request, response_id)
+        return await holders.whole(url, "POST", f"{_PATH}/{response_id}/cancel", {})
 
     return router
+
+
+def _good(url: str, answer: Answer) -> Answer:
+    """A backend's answer, where its status is 200.
+
+    Raises:
+        BackendError: it is another.
+    """
+    if answer.status != 200:
+        raise engine_error(url, answer.status, dict(answer.headers), answer.body)
+    return answer
+
+
+async def _relayed(url: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Events for the client. A stream that breaks ends with an error."""
+    reader = events.EventReader()
+    sequence = -1
+    done = False
+    try:
+        async for data in pieces:
+            for event, payload in events.read(reader.feed(data)):
+                if payload:
+                    named = EVENTS.read(payload)
+                    sequence = max(sequence, named.sequence_number)
+                    done = done or named.type in EVENTS.last | EVENTS.failed
+                    event = strip_event(event, payload, named.type.encode())
+                yield event
+        if not done:
+            raise BackendCut(f"{url} ended its stream before its last event")
+    except Undecodable as error:
+        yield RESPONSES.event(BackendGarbled(f"{url} sent what cannot be read: {error}"), sequence)
+    except BackendError as error:
+        yield RESPONSES.event(_named(url, error), sequence)
 
 
 def _named(url: str, error: BackendError) -> BackendError:

@@ -89,47 +89,49 @@ class _Name(Convertor[str]):
 register_url_convertor("backend", _Name())
 
 
+def shown(fleet: Fleet, backend: Backend) -> dict[str, Any]:
+    """A backend as the routes answer it."""
+    return {
+        "id": backend_id(backend.url),
+        "role": backend.role,
+        "kind": backend.kind.name,
+        "url": backend.url,
+        "group": backend.group,
+        "connector": backend.connector,
+        "state": fleet.state(backend),
+        "up": backend.up,
+        "reason": backend.reason,
+        "draining": backend.draining,
+        "drained": backend.drained,
+        "removed": backend.removed,
+        "ejected": {
+            leg: {"seconds_left": round(seconds, 3), "reason": reason}
+            for leg, (seconds, reason) in fleet.outlier_detector.ejected_for(backend).items()
+        },
+        "slow_start": round(backend.factor, 3) if backend.factor < 1 else None,
+        "inflight_requests": backend.inflight_requests,
+        "inflight_tokens": backend.inflight_tokens,
+        "open_handoffs": backend.open_handoffs,
+        "models": sorted(backend.models) if backend.models is not None else None,
+        "version": backend.version,
+        "handoff": handoff_shown(backend) if backend.role in ("prefill", "decode") else None,
+    }
+
+
 def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
     """The routes, for operators."""
     router = APIRouter(prefix="/admin/backends", tags=["administration"], dependencies=[Depends(operator(credentials))])
-
-    def shown(backend: Backend) -> dict[str, Any]:
-        return {
-            "id": backend_id(backend.url),
-            "role": backend.role,
-            "kind": backend.kind.name,
-            "url": backend.url,
-            "group": backend.group,
-            "connector": backend.connector,
-            "state": fleet.state(backend),
-            "up": backend.up,
-            "reason": backend.reason,
-            "draining": backend.draining,
-            "drained": backend.drained,
-            "removed": backend.removed,
-            "ejected": {
-                leg: {"seconds_left": round(seconds, 3), "reason": reason}
-                for leg, (seconds, reason) in fleet.outlier_detector.ejected_for(backend).items()
-            },
-            "slow_start": round(backend.factor, 3) if backend.factor < 1 else None,
-            "inflight_requests": backend.inflight_requests,
-            "inflight_tokens": backend.inflight_tokens,
-            "open_handoffs": backend.open_handoffs,
-            "models": sorted(backend.models) if backend.models is not None else None,
-            "version": backend.version,
-            "handoff": handoff_shown(backend) if backend.role in ("prefill", "decode") else None,
-        }
 
     @router.get("")
     async def list_backends() -> dict[str, Any]:
         """Every backend, with what it is doing. `handoff` is what was last found of its hand-offs. `ejected` has the
         seconds that are left; `slow_start` is the share of its usual load that a backend gets after its return."""
-        return {"backends": [shown(backend) for backend in fleet]}
+        return {"backends": [shown(fleet, backend) for backend in fleet]}
 
     @router.get("/{name:backend}")
     async def one_backend(name: str) -> dict[str, Any]:
         """One of them."""
-        return shown(find_backend(fleet, name))
+        return shown(fleet, find_backend(fleet, name))
 
     @router.post("/{name:backend}/drain")
     async def drain(name: str) -> dict[str, Any]:
@@ -137,13 +139,13 @@ def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
         needs it any more: no leg runs there, and decode has read all that prefill handed over."""
         backend = find_backend(fleet, name)
         fleet.drain(backend)
-        return shown(backend)
+        return shown(fleet, backend)
 
     @router.post("/{name:backend}/undrain")
     async def undrain(name: str) -> dict[str, Any]:
         """Give it requests again."""
         backend = find_backend(fleet, name)
         fleet.undrain(backend)
-        return shown(backend)
+        return shown(fleet, backend)
 
     return router

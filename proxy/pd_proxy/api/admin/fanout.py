@@ -30,7 +30,7 @@ from pd_proxy.fleet.state import Event
 from pd_proxy.http.control import Control
 from pd_proxy.workers.peers import PeerWorkers
 
-_PATIENCE = 300.0  # seconds; an engine writes its profile, or its weights to memory, before it answers
+_CALL_TIMEOUT = 300.0  # seconds; an engine writes its profile, or its weights to memory, before it answers
 _LOOK = 0.02  # seconds between two looks at a backend that is being drained
 _MOST_SAID = 1024 * 1024  # bytes of an engine's answer
 _MOST_SHOWN = 500  # characters of what an engine said
@@ -258,7 +258,7 @@ class FanOut:
         shown = {name: str(value).lower() if isinstance(value, bool) else value for name, value in params.items()}
         try:
             answer = await self._control.ask(
-                backend.url + path, method=method, query=shown, body=body, seconds=_PATIENCE, limit=_MOST_SAID
+                backend.url + path, method=method, query=shown, body=body, seconds=_CALL_TIMEOUT, limit=_MOST_SAID
             )
         except BackendError as error:
             return _outcome(backend, f"{path} could not be asked: {error}")
@@ -327,6 +327,16 @@ def fanout(
         """Ask each engine whether it sleeps."""
         return _told(await engines.ask("is_sleeping", query))
 
+    _add_adapters(router, engines)
+    _add_script_reset(router, fleet, engines)
+    router.add_api_route("/start_profile", start_profile, methods=["POST"], response_model=Report, deprecated=True)
+    router.add_api_route("/stop_profile", stop_profile, methods=["POST"], response_model=Report, deprecated=True)
+    return router
+
+
+def _add_adapters(router: APIRouter, engines: FanOut) -> None:
+    """Add the routes for LoRA adapters."""
+
     @router.post("/v1/load_lora_adapter", response_model=Report)
     async def load_lora_adapter(query: Annotated[AdapterQuery, Query()], adapter: LoadAdapter) -> Response:
         """Load a LoRA adapter into every engine of its base model. Clients can ask for it from then on."""
@@ -336,6 +346,10 @@ def fanout(
     async def unload_lora_adapter(query: Annotated[AdapterQuery, Query()], adapter: UnloadAdapter) -> Response:
         """Unload a LoRA adapter from every engine that has it."""
         return _told_as_one(await engines.unload(query, adapter))
+
+
+def _add_script_reset(router: APIRouter, fleet: Fleet, engines: FanOut) -> None:
+    """Add the reset as the example script has it."""
 
     @router.post("/reset_prefix_cache", response_class=Response, deprecated=True)
     async def reset_prefix_cache_as_the_script(query: Annotated[ResetQuery, Query()]) -> Response:
@@ -352,10 +366,6 @@ def fanout(
         }
         urls = {backend_id(backend.url): backend.url for backend in fleet}
         return JSONResponse({"error": error, "failed": [urls.get(one.id, one.id) for one in failed]}, status_code=500)
-
-    router.add_api_route("/start_profile", start_profile, methods=["POST"], response_model=Report, deprecated=True)
-    router.add_api_route("/stop_profile", stop_profile, methods=["POST"], response_model=Report, deprecated=True)
-    return router
 
 
 def _of_reset(query: ResetQuery) -> dict[str, Any]:
