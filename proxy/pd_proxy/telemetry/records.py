@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import Counter
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from time import monotonic
 from typing import Any, Protocol
-
-import msgspec
 
 from pd_proxy.transitions import ImpossibleTransition
 
@@ -156,7 +155,8 @@ _WHERE = {
 }
 
 
-class RequestRecord(msgspec.Struct):
+@dataclass(slots=True)
+class RequestRecord:
     """One client request from its first byte to its end. Times are seconds; those of events are `time.monotonic`.
 
     Attributes:
@@ -196,7 +196,7 @@ class RequestRecord(msgspec.Struct):
     model: str = ""
     alias: str = ""
     stream: bool = False
-    started: float = msgspec.field(default_factory=monotonic)
+    started: float = field(default_factory=monotonic)
     ended: float = 0.0
     status: int = 0
     outcome: str = ""
@@ -223,9 +223,9 @@ class RequestRecord(msgspec.Struct):
     first_token_reason: str = ""
     second_token: float | None = None
     handoff_gap: float | None = None
-    retries: list[tuple[str, str]] = msgspec.field(default_factory=list)
-    resumes: list[str] = msgspec.field(default_factory=list)
-    resume_gaps: list[float] = msgspec.field(default_factory=list)
+    retries: list[tuple[str, str]] = field(default_factory=list)
+    resumes: list[str] = field(default_factory=list)
+    resume_gaps: list[float] = field(default_factory=list)
     not_resumed: str = ""
     fallback: str = ""
     prompt_tokens: int = 0
