@@ -298,7 +298,7 @@ def test_what_was_answered_stays_and_decode_has_what_it_has_read() -> None:
     with bed.send() as sent:
         sent.prefilled(0, 160)
         assert bed.outstanding == 0
-        sent.heard()
+        sent.first_token()
     assert bed.believed == BOTH
 
 
@@ -315,14 +315,14 @@ def test_a_hand_off_that_goes_to_another_takes_its_prompt_along() -> None:
     with bed.send() as sent:
         sent.prefilled(None, 0)
         sent.goes_to(other)
-        sent.heard()
+        sent.first_token()
     assert bed.believed == {"http://p": 160, "http://other": 160}
 
 
 def test_an_engine_that_does_both_is_timed_by_its_first_token() -> None:
     bed = Bed()
     with bed.send(alone=True) as sent:
-        sent.heard()
+        sent.first_token()
         assert bed.outstanding == 0
         assert bed.prefill.speeds.prefills
         sent.counted(0, 160)
@@ -374,7 +374,7 @@ def test_what_is_told_of_a_request_that_is_over_takes_no_other_requests_work_awa
         pass
     with bed.send():
         sent.prefilled(0, 160)
-        sent.heard()
+        sent.first_token()
         sent.counted(0, 160)
         assert bed.outstanding == 160
         assert bed.believed == BOTH
@@ -388,7 +388,7 @@ def test_an_engine_that_reports_prompts_longer_than_their_bytes_is_not_believed_
     with bed.send(most=640) as other:
         other.prefilled(1_000_000, 1_000_000)
     with bed.send(alone=True, most=640) as alone:
-        alone.heard()
+        alone.first_token()
         alone.counted(0, 641)
     assert bed.index.figures(0.0).refused == 3
     assert told.told == [(160, 160)] * 3
@@ -411,7 +411,7 @@ def of_ranks() -> Bed:
     return bed
 
 
-@pytest.mark.parametrize("way", ["answered", "heard", "ended", "withdrawn", "over"])
+@pytest.mark.parametrize("way", ["answered", "first_token", "ended", "withdrawn", "over"])
 def test_what_a_rank_has_yet_to_prefill_is_counted_until_it_has(way: str) -> None:
     bed = of_ranks()
     work = bed.prefill.rank_work
@@ -419,9 +419,8 @@ def test_what_a_rank_has_yet_to_prefill_is_counted_until_it_has(way: str) -> Non
         assert work == [0, 160]
         assert bed.believed == {"http://p#1": 160, "http://d#0": 160}
         bed.prefill.locate(Coordinates(dp=3))  # it counts where it was counted
-        {"answered": lambda: sent.prefilled(0, 160), "heard": sent.heard, "ended": sent.ended, "over": sent.over}.get(
-            way, lambda: None
-        )()
+        ways = {"answered": lambda: sent.prefilled(0, 160), "first_token": sent.first_token}
+        {**ways, "ended": sent.ended, "over": sent.over}.get(way, lambda: None)()
         assert work == [0, 160 if way == "withdrawn" else 0]
     assert work == [0, 0]
     assert bed.prefill.rank_work == [0, 0, 0]
@@ -437,7 +436,7 @@ def test_a_hand_off_that_goes_to_another_goes_to_a_rank_of_it() -> None:
         with bed.send(rank=1, decode_rank=0, ranked=ranked) as sent:
             sent.prefilled(None, 0)
             sent.goes_to(other, 1)
-            sent.heard()
+            sent.first_token()
         assert name in bed.believed
     assert "http://d#0" not in bed.believed
 
