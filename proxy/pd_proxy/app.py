@@ -1,4 +1,4 @@
-"""The rooms put together from settings. No logic."""
+"""A gateway, put together from its settings. No logic."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ class Gateway:
     kv_events: KvEvents | None = None
 
     def listen(self) -> None:
-        """Listen for what engines tell, where that is not done yet: with the lifespan at the latest. In a running event
-        loop.
+        """Listen for the messages of engines, where that is not done yet: the lifespan does it at the latest. To be
+        called in a running event loop.
 
         Raises:
             CannotHear

@@ -1,6 +1,6 @@
-"""How fast the queue empties, and what follows for those who wait.
+"""How fast the queue empties, and how long a request will wait.
 
-The rate is measured, not derived from the bounds: requests let in from the queue, divided by the time in which somebody
+The rate is measured, not derived from the bounds: requests let in from the queue, divided by the time in which one
 waited. Time without a queue says nothing about what the engines could do, so it does not count. A queue that stands
 still makes the rate fall.
 """

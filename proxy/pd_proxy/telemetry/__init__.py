@@ -1,1 +1,1 @@
-"""Sinks for what the gateway saw: Prometheus and logs. `records.py` has what the other rooms may know of it."""
+"""Sinks for what the gateway saw: Prometheus and logs. `records.py` is the part that other packages may use."""

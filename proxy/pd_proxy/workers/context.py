@@ -11,15 +11,15 @@ from pd_proxy.workers.prefix_ring import PrefixRings
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """What a worker is told when it is made.
+    """What the supervisor passes to a worker that it makes.
 
     Attributes:
         worker: its number, from 0.
         workers: how many there are.
-        directory: where each has a socket for the others; nobody else may enter it.
-        load_table: by which they tell each other of their load.
-        prefixes: by which they tell each other what they have sent to whom.
-        ready: a pipe's end, on which it says that it accepts connections.
+        directory: of the workers' sockets for each other; no other user may enter it.
+        load_table: the shared memory with the load of all workers.
+        prefixes: the shared memory with the prompts that each worker has sent to engines.
+        ready: the end of a pipe; the worker writes a byte to it when it accepts connections.
     """
 
     worker: int

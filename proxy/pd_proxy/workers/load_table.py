@@ -1,9 +1,9 @@
-"""What the workers of one gateway tell each other of their load: a page of memory that all of them see.
+"""The load of all workers of one gateway, in a page of memory that they share.
 
 Each worker writes what it has in flight on each backend whenever that changes, and reads what the others have when it
-is about to place a request, so that each places requests as if all of them were its own. While nothing happens nothing
-is looked at: to wake a process a hundred times a second costs as much as seven hundred tokens. Nothing is locked but
-the allotment of rows: a number has one writer, and is written whole.
+is about to place a request, so that each places requests as if all of them were its own. An idle worker does not read:
+to wake a process a hundred times a second costs as much as seven hundred tokens. Only the allocation of rows is locked:
+each number has one writer, and is written whole.
 
 Invariant: a worker that has ended is wiped by its supervisor before another takes its place, so that nothing of it is
 counted for ever.
@@ -24,13 +24,13 @@ from time import monotonic
 from pd_proxy.fleet.backend import Backend
 
 _FRESH = 0.005  # seconds for which what was read will do; a backend's load changes by a request in that time
-_TICK = 0.01  # seconds between looks while a request waits for room
+_TICK = 0.01  # seconds between looks while a request waits for capacity
 _PAUSE = 0.5  # and while none does
 _ROWS = 1024  # backends that have been there since the start; those beyond are each worker's own business
 _KEY = 8  # bytes of a backend's digest; 0 is a free row
 _NUMBERS = 4  # requests, tokens, tokens to prefill, since when (microseconds)
 _MICRO = 1e6
-_LOCK_TIMEOUT = 1.0  # seconds; whoever died with the lock has left at most a row half-named
+_LOCK_TIMEOUT = 1.0  # seconds; a worker that died with the lock has left at most one row without its key
 
 
 class LoadTable:
@@ -93,12 +93,12 @@ class LoadTable:
 
 
 class LoadSync:
-    """One worker's dealings with the table.
+    """One worker's access to the table: publishes its own load, and reads that of the others.
 
     Arguments:
         worker: its number.
         on_freed: called when a backend has become less loaded by what another worker does.
-        on_read: called whenever it looks, for what the others tell elsewhere.
+        on_read: called before each read.
         clock: seconds, never going back.
     """
 
@@ -126,7 +126,7 @@ class LoadSync:
         what the others do, and a backend that drains is drained by it.
 
         Arguments:
-            waiting: how many requests wait for room. Who lets the first one wait calls `wake`.
+            waiting: returns how many requests wait for capacity. Call `wake` when the first one begins to wait.
         """
         while True:
             self._awaited.clear()
@@ -139,11 +139,11 @@ class LoadSync:
             self.read()
 
     def wake(self) -> None:
-        """A request waits."""
+        """A request has begun to wait: read the table more often."""
         self._awaited.set()
 
     def refresh(self) -> None:
-        """Look, unless that was just done."""
+        """Read the table, unless that was done in the last 5 ms."""
         if self._clock() - self._read_at > _FRESH:
             self.read()
 

@@ -1,6 +1,6 @@
-"""What the workers of one gateway say to each other: their metrics, and what an operator has told one of them.
+"""Requests between the workers of one gateway: for metrics, and to repeat an operator's change in all of them.
 
-Each listens on a socket of its own in a directory that nobody else may enter. What comes there is believed.
+Each listens on a socket of its own in a directory that no other user may enter, so these requests need no key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 METRICS = "/metrics"
 _REPEATED = ("/instances/", "/admin/backends/")
-"""What begins so changes the gateway itself, and so every worker of it."""
+"""Paths of requests that change the gateway itself, and so each of its workers."""
 _control = Control(2.0)  # another worker has so many seconds to answer
 _MOST = 64 * 1024 * 1024  # bytes of its answer: metrics of a large fleet
 
@@ -54,7 +54,7 @@ def write(path: Path, text: str) -> None:
 
 
 class PeerWorkers:
-    """The other workers, as one of them sees them.
+    """The other workers of this gateway.
 
     Arguments:
         directory: of their sockets.
@@ -111,7 +111,7 @@ class PeerWorkers:
         ]
 
     async def post(self, target: str) -> None:
-        """Have each of the others do what an operator could tell it to."""
+        """Send a POST to each of the others."""
         await asyncio.gather(*(self._ask(path, "POST", target) for path in self._paths))
 
     async def drained(self, url: str) -> bool:
@@ -146,7 +146,7 @@ class PeerWorkers:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if status < 300:
-                    await self._repeat(scope, bytes(body))  # all have heard of it when the operator has his answer
+                    await self._repeat(scope, bytes(body))  # done before the operator gets the answer
             await send(message)
 
         await app(scope, received, sent)
