@@ -1,6 +1,6 @@
-"""The straight way to a client's socket: one answer, written to the transport that the server's protocol holds.
+"""One answer, written directly to the transport of the client's connection.
 
-It plays the part of uvicorn's `RequestResponseCycle.send`, without an ASGI message, a task or a copy per token, and
+It takes the place of uvicorn's `RequestResponseCycle.send`, without an ASGI message, a task or a copy per token, and
 leaves the cycle as `send` would, so that keep-alive, pipelining and graceful shutdown stay uvicorn's.
 """
 
@@ -41,10 +41,10 @@ _CLOSE = b"connection: close\r\n"
 
 
 class DirectResponse:
-    """A `Client` that writes to the connection's transport.
+    """A `ClientResponse` that writes to the connection's transport.
 
     Attributes:
-        held: bytes of the request's body that count as held (`bodies.py`).
+        held: bytes of the request's body that count as held (`body_memory.py`).
         refusal: why its body is not taken.
         asks: the request's application looks at `refusal` by itself.
     """

@@ -59,7 +59,7 @@ class ClientResponse(Protocol):
 
     def chunks(self) -> Callable[[bytes], object] | None:
         """A function that sends bytes which are whole chunks of the chunked coding already, or None if this client
-        does not speak it. Good until the answer's end or `Flow.stop`."""
+        does not speak it. Good until the answer's end or `FlowControl.stop`."""
 
     def end(self, data: bytes = b"") -> None:
         """Send the last bytes, if there are any left; the answer is whole."""

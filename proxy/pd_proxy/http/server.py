@@ -3,7 +3,7 @@
 Connections are bounded in number, and so is the time for which a client that does not read may hold memory. Each
 request gets a `direct.DirectResponse` in its scope. An application may have an attribute `direct`: the paths whose
 applications need neither its router nor more of a scope than method, path and headers. Rests, with `inbound` and
-`direct`, on names of uvicorn's `httptools_impl` module; `tests/relay/test_server.py` and `test_hostile.py` hold them.
+`direct`, on names of uvicorn's `httptools_impl` module; `tests/http/test_uvicorn_names.py` holds them.
 """
 
 from __future__ import annotations
