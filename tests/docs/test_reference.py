@@ -6,6 +6,8 @@ import importlib.util
 import os
 import re
 import shlex
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -199,8 +201,14 @@ def test_the_readme_has_a_place_for_the_figures() -> None:
     assert text.index("<!-- figures -->") < text.index("<!-- /figures -->")
 
 
-def test_the_picture_is_well_formed_and_fetches_nothing() -> None:
-    picture = (ROOT / "docs" / "walk.svg").read_text(encoding="utf-8")
+def test_the_picture_of_states_is_what_the_tables_say() -> None:
+    done = subprocess.run([sys.executable, "docs/states.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["walk.svg", "placement.svg", "states.svg"])
+def test_a_picture_is_well_formed_and_fetches_nothing(name: str) -> None:
+    picture = (ROOT / "docs" / name).read_text(encoding="utf-8")
     root = ElementTree.fromstring(picture)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert "prefers-color-scheme: dark" in picture
