@@ -11,9 +11,12 @@ import asyncio
 import ctypes
 import gc
 import json
+import os
 import re
 import socket
 import socketserver
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -153,12 +156,15 @@ class Bed:
     def check(self, path: str, body: bytes, content_type: str = "application/json") -> None:
         """A body costs no more than it may."""
         seconds, memory = self.spend(path, body, content_type)
-        if seconds > TIMES * self.string(len(body) // MB * MB):
-            seconds = min(seconds, self.spend(path, body, content_type, runs=3)[0])
+        most_seconds, most_memory = TIMES * self.string(len(body) // MB * MB), 3 * len(body) + 32 * MB
+        if seconds > most_seconds or memory > most_memory:
+            # The process has other things to do now and then: what a body itself costs, it costs each time.
+            again = self.spend(path, body, content_type, runs=3)
+            seconds, memory = min(seconds, again[0]), min(memory, again[1])
         what = f"{path}: {body[:80]!r}…"
-        assert seconds <= TIMES * self.string(len(body) // MB * MB), what
+        assert seconds <= most_seconds, what
         if HAS_PEAK:
-            assert memory <= 3 * len(body) + 32 * MB, f"{memory / MB:.0f} MB: {what}"
+            assert memory <= most_memory, f"{memory / MB:.0f} MB: {what}"
 
 
 def _resident() -> int:
@@ -300,6 +306,23 @@ CASES = st.tuples(
 )
 
 
+ALONE = "MEMORY_TEST_ALONE"  # no variable of the gateway's, which the tests run without
+
+
+def alone_in_a_process(test: str) -> None:
+    """Run a test in a process of its own: what other tests leave in memory is in the peak that is measured."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:schemathesis", "-p", "no:xdist", f"{__file__}::{test}"]
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, ALONE: "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+
 def check(bed: Bed, place: tuple[str, str, str, str], shape: str, unit: str, size: int) -> None:
     form = "multipart/form-data; boundary=b" if "audio" in place[1] else "application/json"
     bed.check(place[1], filled(place, shape, unit, size), form)
@@ -308,6 +331,10 @@ def check(bed: Bed, place: tuple[str, str, str, str], shape: str, unit: str, siz
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [4 * MB, 16 * MB])
 def test_no_shape_costs_more_than_four_strings_of_its_size(beds: Callable[[str], Bed], size: int) -> None:
+    if ALONE not in os.environ:
+        alone_in_a_process(f"test_no_shape_costs_more_than_four_strings_of_its_size[{size}]")
+        return
+
     @settings(
         max_examples=40,
         deadline=None,
