@@ -41,8 +41,8 @@ class Overload(RuleBasedStateMachine):
         low, high = Level(0), Level(1)
         self.clients = [
             client("a", low, weight=weight),
-            client("b", low, most_requests=3),
-            client("c", high, most_tokens=40),
+            client("b", low, max_requests=3),
+            client("c", high, max_tokens=40),
             client("d", high),
         ]
         self.running: dict[Ticket, Place | None] = {}
@@ -136,8 +136,8 @@ class Overload(RuleBasedStateMachine):
         for one in self.clients:
             here = [t for t in (*self.running, *self.waiting) if t.client is one]
             assert (one.requests, one.tokens) == (len(here), sum(t.tokens for t in here))
-            assert one.most_requests is None or one.requests <= one.most_requests
-            assert one.most_tokens is None or one.tokens <= one.most_tokens
+            assert one.max_requests is None or one.requests <= one.max_requests
+            assert one.max_tokens is None or one.tokens <= one.max_tokens
         if self.slots:
             for model in MODELS:
                 mine = [t for t in self.running if t.model == model]

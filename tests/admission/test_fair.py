@@ -149,16 +149,16 @@ def test_the_count_of_those_ahead_is_never_more_than_all(
     assert len(sizes_b) <= queue.ahead(ticket(b, tokens)) <= queue.count
 
 
-def test_the_last_in_turn_gives_way_and_not_the_newcomer_when_it_would_go_before() -> None:
+def test_the_last_in_turn_is_displaced_and_not_the_newcomer_when_it_would_go_before() -> None:
     level, queue = Level(0), FairQueue()
     hog, light, low = client("hog", level), client("light", level), client("low", Level(-1))
     tickets = [ticket(hog, 100) for _ in range(10)]
     fill(queue, *tickets)
-    assert queue.gives_way(ticket(hog, 100)) is None
-    assert queue.gives_way(ticket(light, 100)) is tickets[-1]
-    assert queue.gives_way(ticket(low, 1)) is None
+    assert queue.to_displace(ticket(hog, 100)) is None
+    assert queue.to_displace(ticket(light, 100)) is tickets[-1]
+    assert queue.to_displace(ticket(low, 1)) is None
     fill(queue, lowly := ticket(low, 1))
-    assert queue.gives_way(ticket(hog, 100)) is lowly
+    assert queue.to_displace(ticket(hog, 100)) is lowly
 
 
 def urgent(of: Client, due: float, *, best_effort: bool = False) -> Ticket:
@@ -187,13 +187,13 @@ def test_who_is_put_behind_goes_last_of_its_own_and_keeps_its_clients_share() ->
     one, other = client("one", level), client("other", level)
     first, second, third = urgent(one, 1.0), urgent(one, 2.0), urgent(other, inf)
     fill(queue, first, second, third)
-    queue.put_behind(first)
+    queue.make_best_effort(first)
     assert first.best_effort and queue.count == 3
     assert drain(queue) == [second, third, first]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.booleans(), st.sampled_from("prt")), max_size=40))
-def test_the_order_holds_whoever_comes_leaves_or_is_put_behind(steps: list[tuple[int, int, bool, str]]) -> None:
+def test_the_order_holds_whoever_comes_leaves_or_is_made_best_effort(steps: list[tuple[int, int, bool, str]]) -> None:
     level, queue = Level(0), FairQueue()
     clients = [client(str(n), level) for n in range(3)]
     waiting: list[Ticket] = []
@@ -205,7 +205,7 @@ def test_the_order_holds_whoever_comes_leaves_or_is_put_behind(steps: list[tuple
         elif waiting and act == "r":
             queue.remove(waiting.pop(due % len(waiting)))
         elif waiting:
-            queue.put_behind(waiting[due % len(waiting)])
+            queue.make_best_effort(waiting[due % len(waiting)])
         assert queue.count == len(waiting) and set(queue) == set(waiting)
         if waiting:
             head = queue.first(())

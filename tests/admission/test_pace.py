@@ -11,10 +11,10 @@ from pd_proxy.admission.pace import Pace
 def steady(rate: float, requests: int, start: float = 0.0) -> tuple[Pace, float]:
     """A pace after so many requests a second, and the time by then."""
     pace, now = Pace(), start
-    pace.waiting(True, now)
+    pace.note_waiting(True, now)
     for _ in range(requests):
         now += 1 / rate
-        pace.let_in(now)
+        pace.note_admitted(now)
     return pace, now
 
 
@@ -41,19 +41,19 @@ def test_retry_after_is_the_time_in_which_the_queue_empties_between_1_and_60_sec
 
 def test_time_without_a_queue_does_not_count() -> None:
     pace, now = steady(10.0, 50)
-    pace.waiting(False, now)
+    pace.note_waiting(False, now)
     now += 3600
-    pace.waiting(True, now)
+    pace.note_waiting(True, now)
     assert pace.seconds(10, now) == pytest.approx(1.0)
 
 
 def test_batches_do_not_make_it_jump() -> None:
     pace, now = Pace(), 0.0
-    pace.waiting(True, now)
+    pace.note_waiting(True, now)
     for _ in range(20):  # 16 requests end together every second
         now += 1
         for _ in range(16):
-            pace.let_in(now)
+            pace.note_admitted(now)
             seconds = pace.seconds(16, now)
     assert seconds == pytest.approx(1.0, rel=0.1)
 
@@ -62,25 +62,25 @@ def test_it_follows_a_pool_that_shrinks() -> None:
     pace, now = steady(100.0, 3000)
     for _ in range(200):
         now += 0.1
-        pace.let_in(now)
+        pace.note_admitted(now)
     assert pace.seconds(10, now) == pytest.approx(1.0, rel=0.25)
 
 
 def test_a_queue_that_stands_still_gets_slower_and_is_forgiven_soon_after() -> None:
     pace, now = steady(10.0, 200)
-    pace.waiting(True, now)
+    pace.note_waiting(True, now)
     for longer in (20, 100):
         now += longer
         assert (pace.seconds(1, now) or 0) >= longer / 100
     assert (pace.seconds(1, now) or 0) >= 30, "nothing at all for two minutes"
     for _ in range(200):
         now += 0.1
-        pace.let_in(now)
+        pace.note_admitted(now)
     assert pace.seconds(1, now) == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_slow_service_has_a_rate_after_half_a_minute() -> None:
     pace, now = steady(0.1, 2)
     assert pace.seconds(1, now) is None
-    pace.let_in(now + 10.0)
+    pace.note_admitted(now + 10.0)
     assert pace.seconds(1, now + 10.0) == pytest.approx(10.0)

@@ -75,7 +75,7 @@ def test_what_could_never_fit_is_refused_with_no_time_to_come_back() -> None:
 
 
 def test_a_clients_own_bounds_count_what_waits_and_answer_429() -> None:
-    plan, one = schedule(requests=1), client(most_requests=2, most_tokens=100)
+    plan, one = schedule(requests=1), client(max_requests=2, max_tokens=100)
     with refusal(TooManyTokens):
         plan.arrive(ticket(one, 101))
     plan.arrive(ticket(one, 50))
@@ -92,7 +92,7 @@ def test_a_clients_own_bounds_count_what_waits_and_answer_429() -> None:
 
 
 def test_the_retry_after_of_a_client_is_the_time_until_one_of_its_own_ends() -> None:
-    plan, one = schedule(), client(most_requests=2)
+    plan, one = schedule(), client(max_requests=2)
     for _ in range(8):
         plan.arrive(done := ticket(one, now=0.0))
         plan.leave(done, 20.0)

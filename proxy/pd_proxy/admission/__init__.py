@@ -1,1 +1,1 @@
-"""Whether a request may start."""
+"""Admission of requests: bounds, the queue, fairness between clients, and deadlines."""

@@ -1,6 +1,6 @@
-"""Admission of requests: the schedule's decisions, with a clock, timers and futures.
+"""Admission of requests: runs the decisions of `schedule.py` with a clock, timers and futures.
 
-A request that may start at once costs neither. Only one that waits has a future and a timer.
+Only a request that waits has a future and a timer. One that may start at once needs neither.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pd_proxy.settings.tree import Settings
 
 log = logging.getLogger("pd_proxy.admission")
 
-_LOG_INTERVAL = 10.0  # seconds; a line for each refusal would bury the log just when it is needed
+_LOG_INTERVAL = 10.0  # seconds; under overload a line for each refusal would hide all other lines
 
 
 class Admission:
-    """The bounds, the queue and the clients of a gateway.
+    """Admits, queues or refuses the requests of a gateway.
 
     Arguments:
-        capacity: of the backends; None where they have no bounds.
-        clock: seconds, never going back.
+        capacity: the capacity of the backends; None where they have no bounds.
+        clock: a monotonic clock, in seconds.
     Attributes:
-        clients: by name.
+        clients: the clients by name.
         on_wait: called when a request begins to wait.
     """
 
@@ -48,25 +48,27 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """The number of requests in the queue."""
         return self._schedule.waiting
 
     @property
     def requests(self) -> int:
-        """Requests that run."""
+        """The number of requests that run."""
         return self._schedule.requests
 
     @property
     def tokens(self) -> int:
-        """Their tokens, estimated."""
+        """The estimated tokens of the requests that run."""
         return self._schedule.tokens
 
     def enter(self, ticket: Ticket) -> Ticket:
-        """Let a request in, or into the queue. The ticket is to be left by `with`, or by `leave`. When its state is
-        `waiting`, `wait` must be awaited next.
+        """Admit a request, or put it into the queue.
+
+        The caller ends the ticket with `with` or with `leave`. Where the ticket's state is `waiting`, the caller must
+        await `wait` next.
 
         Raises:
-            TooManyTokens, RateLimited, QueueFull, DeadlineTooClose, TargetMissed, Draining: it is refused.
+            TooManyTokens, RateLimited, QueueFull, DeadlineTooClose, TargetMissed, Draining: the request is refused.
         """
         ticket.arrived = now = self._clock()
         ticket.deadline = now + ticket.timeout
@@ -86,11 +88,13 @@ class Admission:
         return ticket
 
     async def wait(self, ticket: Ticket) -> None:
-        """Wait until a waiting ticket is let in. What the caller does next, up to its first `await`, finds the capacity
-        that was kept for it.
+        """Wait until a waiting ticket is admitted.
+
+        The capacity that was reserved for the request is released when this returns, so the caller must take its leases
+        before its next `await`.
 
         Raises:
-            QueueTimedOut, QueueFull, TargetMissed, Draining: it will not be let in.
+            QueueTimedOut, QueueFull, TargetMissed, Draining: the request is refused.
         """
         loop = asyncio.get_running_loop()
         decided: asyncio.Future[None] = loop.create_future()
@@ -106,13 +110,19 @@ class Admission:
             ticket.reservation = None
 
     def recheck(self) -> None:
-        """See soon which requests may start: something has changed. Costs nothing while none waits."""
+        """Check in the next turn of the event loop which waiting requests may start. Costs nothing while none waits.
+
+        Called after a change that may have freed capacity.
+        """
         if self._schedule.waiting and not self._recheck_due:
             self._recheck_due = True
             asyncio.get_running_loop().call_soon(self._recheck)
 
     def close(self) -> None:
-        """Refuse the requests that wait, and those that would have to, since the gateway shuts down."""
+        """Refuse the requests that wait, and from now on every request that would have to wait.
+
+        Called when the gateway shuts down.
+        """
         self._closed = True
         self._schedule.refuse_all(_draining, self._clock())
 
@@ -132,7 +142,7 @@ class Admission:
     def _decide(self, decided: asyncio.Future[None], error: GatewayError | None) -> None:
         if error is not None:
             self._note_refusal(error)
-        if decided.done():  # its client has left in this very moment
+        if decided.done():  # cancelled: its client disconnected in the same turn of the event loop
             return
         if error is None:
             decided.set_result(None)
@@ -140,7 +150,7 @@ class Admission:
             decided.set_exception(error)
 
     def _note_refusal(self, error: GatewayError) -> None:
-        """Log now and then that requests are refused."""
+        """Count a refusal, and log the count at most once in `_LOG_INTERVAL`."""
         self._refused += 1
         now = self._clock()
         if self._refusals_logged is None or now - self._refusals_logged >= _LOG_INTERVAL:

@@ -1,6 +1,6 @@
-"""What admission knows of one client: its bounds, its share, and what it has here.
+"""The clients as admission sees them: the bounds, the weight and the current requests of each.
 
-Invariant: `requests` and `tokens` change only in `enter` and `leave`, which a ticket calls once each.
+Invariant: `requests` and `tokens` change only in `enter` and `leave`, which are called once each for a request.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from pd_proxy.errors import RateLimited, TooManyTokens
 from pd_proxy.settings.tree import Settings
 
 ANONYMOUS = "anonymous"
-"""The one client of a gateway without keys."""
+"""The name of the only client of a gateway without keys."""
 
-_MEMORY = 16  # requests over which the mean time of a client's requests is taken
-SOONEST, LATEST = 1, 60  # seconds; what any Retry-After lies between
+_MEAN_OVER = 16  # requests; the mean duration is exponentially smoothed over about as many
+SOONEST, LATEST = 1, 60  # seconds; the bounds of every Retry-After
 
 
 class Level:
-    """Clients of one priority.
+    """What the clients of one priority share.
 
     Attributes:
-        virtual: the start tag of the request that was let in last (`fair.py`).
+        virtual: the virtual time: the start tag of the request that was admitted last (`fair.py`).
     """
 
     __slots__ = ("priority", "virtual")
@@ -35,10 +35,11 @@ class Client:
     """One client.
 
     Arguments:
-        most_requests, most_tokens: what it may have here at once, waiting requests included; None: any.
-        target: seconds in which its requests are to have their first token; infinite where there is no target.
+        max_requests, max_tokens: what it may have in the gateway at once, waiting requests included; None: no bound.
+        target: the time to first token that its requests are to meet, in seconds; infinite where there is no target.
     Attributes:
-        finish: the finish tag of its request that was let in last (`fair.py`).
+        requests, tokens: what it has in the gateway now, waiting requests included.
+        finish: the finish tag of its request that was admitted last (`fair.py`).
     """
 
     __slots__ = (
@@ -46,8 +47,8 @@ class Client:
         "_seen",
         "finish",
         "level",
-        "most_requests",
-        "most_tokens",
+        "max_requests",
+        "max_tokens",
         "name",
         "requests",
         "target",
@@ -61,15 +62,15 @@ class Client:
         level: Level,
         *,
         weight: float = 1.0,
-        most_requests: int | None = None,
-        most_tokens: int | None = None,
+        max_requests: int | None = None,
+        max_tokens: int | None = None,
         target: float = inf,
     ) -> None:
         self.name = name
         self.level = level
         self.weight = weight
-        self.most_requests = most_requests
-        self.most_tokens = most_tokens
+        self.max_requests = max_requests
+        self.max_tokens = max_tokens
         self.target = target
         self.requests = 0
         self.tokens = 0
@@ -78,53 +79,53 @@ class Client:
         self._seen = 0
 
     def enter(self, tokens: int) -> None:
-        """Count a request in.
+        """Count a new request.
 
         Raises:
-            RateLimited: it is one too many for now.
-            TooManyTokens: it will always be.
+            RateLimited: the request would exceed a bound now.
+            TooManyTokens: the request alone exceeds the bound of tokens.
         """
-        if self.most_tokens is not None:
-            if tokens > self.most_tokens:
+        if self.max_tokens is not None:
+            if tokens > self.max_tokens:
                 raise TooManyTokens(
                     f"the request counts {tokens} tokens (its prompt's, estimated, and max_tokens); your key allows "
-                    f"{self.most_tokens} at once"
+                    f"{self.max_tokens} at once"
                 )
-            if self.tokens + tokens > self.most_tokens:
+            if self.tokens + tokens > self.max_tokens:
                 raise RateLimited(
-                    f"your key allows {self.most_tokens} tokens at once; {self.tokens} are here, and the request "
+                    f"your key allows {self.max_tokens} tokens at once; {self.tokens} are here, and the request "
                     f"counts {tokens}",
                     retry_after=self.retry_after(),
                 )
-        if self.most_requests is not None and self.requests >= self.most_requests:
+        if self.max_requests is not None and self.requests >= self.max_requests:
             raise RateLimited(
-                f"your key allows {self.most_requests} request(s) at once, and as many are here",
+                f"your key allows {self.max_requests} request(s) at once, and as many are here",
                 retry_after=self.retry_after(),
             )
         self.requests += 1
         self.tokens += tokens
 
     def leave(self, tokens: int, seconds: float | None) -> None:
-        """Count a request out.
+        """Stop counting a request, which has ended.
 
         Arguments:
-            seconds: how long it ran, where it did.
+            seconds: how long it ran; None where it never started.
         """
         self.requests -= 1
         self.tokens -= tokens
         if seconds is not None:
-            if self._seen < _MEMORY:
+            if self._seen < _MEAN_OVER:
                 self._seen += 1
             self._mean += (seconds - self._mean) / self._seen
 
     def retry_after(self) -> int:
-        """Seconds until one of its requests should have ended: the mean time of its last ones, divided by how many
-        are here."""
+        """Seconds until one of its requests should have ended: the mean duration of its last requests, divided by the
+        number of its current ones."""
         return max(SOONEST, min(LATEST, ceil(self._mean / max(1, self.requests))))
 
 
 def clients(settings: Settings) -> dict[str, Client]:
-    """Every client by its name; the anonymous one where nobody has a key."""
+    """All clients by name; only the anonymous client where no keys are set."""
     levels: dict[int, Level] = {}
     named = {client.name: client for client in settings.clients}
     usual = settings.targets.ttft or inf
@@ -138,8 +139,8 @@ def clients(settings: Settings) -> dict[str, Client]:
                 name,
                 level,
                 weight=client.weight,
-                most_requests=client.requests,
-                most_tokens=client.tokens,
+                max_requests=client.requests,
+                max_tokens=client.tokens,
                 target=client.ttft or usual,
             )
             if client

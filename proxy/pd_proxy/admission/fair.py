@@ -1,20 +1,25 @@
-"""Who is next: the order of those who wait.
+"""The fair queue: the order in which waiting requests are admitted.
 
-Within a priority clients share by weight, as start-time fair queueing does it (Goyal, Vin and Cheng 1996; with several
-requests served at once: Jin, Chase and Kaur 2004, SFQ(D)). A request's start tag is the finish tag of its client's
-request before it, or the virtual time where that is later; its finish tag is its start tag and its tokens divided by
-the client's weight; virtual time is the start tag of the request that was let in last; the smallest start tag goes
-first. So who was idle does not catch up, and who used what nobody else wanted is not made to pay.
+A higher priority goes first. Within a priority, clients share the capacity by weight, as in start-time fair queueing
+(Goyal, Vin and Cheng 1996; with several requests served at once: Jin, Chase and Kaur 2004, SFQ(D)):
 
-A tag is given when a request comes to the head of its client's line, and tokens are charged when it is let in: who
-gives up waiting has cost its client nothing.
+- The start tag of a request is the finish tag of the request before it of the same client, or the virtual time where
+  that is later.
+- The finish tag is the start tag plus the request's tokens divided by the client's weight.
+- The virtual time is the start tag of the request that was admitted last.
+- The request with the smallest start tag is next.
 
-Within a client's line the one that has to start first goes first (`Ticket.due`; Liu and Layland 1973), which is the
-order of arrival where there are no targets. Those that cannot meet their target any more are behind all others: else
-each would make the next one late as well.
+So a client gets no credit for time in which it was idle, and no penalty for capacity that no other client wanted.
 
-A lane is what waits for one model. The head of a lane is passed by nobody behind it, however small, so it cannot
-starve; another lane's requests may go on, since they want other backends.
+A request gets its tag when it becomes the head of its client's queue, and its tokens are charged when it is admitted. A
+request that stops waiting before costs its client nothing.
+
+Within a client's queue the request that has to start first goes first (`Ticket.due`; earliest deadline first, Liu and
+Layland 1973). Without targets this is the order of arrival. Requests that can no longer meet their target go behind all
+others, since each of them would make the next one late as well.
+
+Each model has a queue of its own. No request of a model overtakes the head of its model's queue, not even a smaller one
+that would fit, so the head cannot starve. Requests for other models may overtake it, since they use other backends.
 """
 
 from __future__ import annotations
@@ -27,20 +32,24 @@ from pd_proxy.admission.clients import Client
 from pd_proxy.admission.ticket import Ticket
 
 Key = tuple[int, float, int]
-"""(minus priority, start tag, place in the order of arrival): the smallest is next."""
+"""(negated priority, start tag, number in the order of arrival): the smallest is next."""
 
-_MOST_COST = 2**20
-"""Tokens that one request is charged at most: what a client writes under `max_tokens` must not blow up the tags."""
+_MAX_COST = 2**20
+"""The most tokens that one request is charged. The bound keeps a client's `max_tokens` from making its tags huge."""
 
 
 def cost(ticket: Ticket) -> int:
-    """What a request is charged."""
+    """The tokens that a request is charged."""
     tokens = ticket.tokens
-    return 1 if tokens < 1 else tokens if tokens < _MOST_COST else _MOST_COST
+    return 1 if tokens < 1 else tokens if tokens < _MAX_COST else _MAX_COST
 
 
 def charge(ticket: Ticket, start: float) -> None:
-    """Charge a request that is let in to its client."""
+    """Charge an admitted request to its client.
+
+    Arguments:
+        start: the request's start tag.
+    """
     client = ticket.client
     level = client.level
     if start > level.virtual:
@@ -49,35 +58,35 @@ def charge(ticket: Ticket, start: float) -> None:
 
 
 def _urgency(ticket: Ticket) -> tuple[bool, float, int]:
-    """What the requests of one client are ordered by: the smallest is next."""
+    """The sort key of the requests of one client: the smallest is next."""
     return ticket.best_effort, ticket.due, ticket.number
 
 
 def start_tag(client: Client) -> float:
-    """The start tag of a request that comes to an empty line now."""
+    """The start tag of a request that arrives now, where its client has no other one waiting."""
     virtual, finish = client.level.virtual, client.finish
     return virtual if virtual > finish else finish
 
 
-class Line:
-    """One client's requests in a lane, the most urgent first.
+class ClientQueue:
+    """The waiting requests of one client for one model, the most urgent first.
 
     Attributes:
-        born: the virtual time when it was last empty.
-        cost: of all its requests.
-        place: of those of its requests that have been its head, that which arrived last.
-        listed: whether it is in its lane's heap.
+        born: the virtual time when the first request came into the empty queue.
+        cost: the sum of the costs of its requests.
+        latest: the highest arrival number of all requests that have been its head.
+        in_heap: whether it is in the heap of its `ModelQueue`.
     """
 
-    __slots__ = ("born", "client", "cost", "listed", "place", "tickets")
+    __slots__ = ("born", "client", "cost", "in_heap", "latest", "tickets")
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.tickets: list[Ticket] = []
         self.born = 0.0
         self.cost = 0
-        self.place = 0
-        self.listed = False
+        self.latest = 0
+        self.in_heap = False
 
     def add(self, ticket: Ticket) -> None:
         insort(self.tickets, ticket, key=_urgency)
@@ -88,160 +97,169 @@ class Line:
         self.cost -= cost(ticket)
 
     def start(self) -> float:
-        """The start tag of its head. It never falls, since neither of the two does."""
+        """The start tag of its head. It never decreases, since neither of the two values does."""
         return max(self.born, self.client.finish)
 
     def key(self) -> Key:
-        self.place = max(self.place, self.tickets[0].number)  # keys only grow, as heaps of old keys need it
-        return -self.client.level.priority, self.start(), self.place
+        self.latest = max(self.latest, self.tickets[0].number)  # a key must never decrease: `ModelQueue._heap`
+        return -self.client.level.priority, self.start(), self.latest
 
     def last_start(self) -> float:
-        """The start tag that a request behind all of these would have, were nobody to leave."""
+        """The start tag of a request behind all of these, if none of them stops waiting."""
         return self.start() + self.cost / self.client.weight
 
 
-class Lane:
-    """The requests for one model. Its heap holds each line once, under a key that may be too small by now: such a
-    one is corrected when it comes up, and an empty line dropped."""
+class ModelQueue:
+    """The waiting requests for one model, in a queue for each client.
 
-    __slots__ = ("_heap", "count", "lines", "model")
+    The heap holds each client's queue once, under a key that may be smaller than its present one. When such an entry is
+    at the top, it is moved to its present key. An empty queue is dropped there.
+    """
+
+    __slots__ = ("_heap", "clients", "count", "model")
 
     def __init__(self, model: str | None) -> None:
         self.model = model
-        self.lines: dict[Client, Line] = {}
+        self.clients: dict[Client, ClientQueue] = {}
         self.count = 0
-        self._heap: list[tuple[Key, Line]] = []
+        self._heap: list[tuple[Key, ClientQueue]] = []
 
     def push(self, ticket: Ticket) -> None:
-        line = self.lines.get(ticket.client)
-        if line is None:
-            line = self.lines[ticket.client] = Line(ticket.client)
-        if not line.tickets:
-            line.born = ticket.client.level.virtual
-        line.add(ticket)
+        queue = self.clients.get(ticket.client)
+        if queue is None:
+            queue = self.clients[ticket.client] = ClientQueue(ticket.client)
+        if not queue.tickets:
+            queue.born = ticket.client.level.virtual
+        queue.add(ticket)
         self.count += 1
-        if not line.listed:
-            line.listed = True
-            heapq.heappush(self._heap, (line.key(), line))
+        if not queue.in_heap:
+            queue.in_heap = True
+            heapq.heappush(self._heap, (queue.key(), queue))
 
     def remove(self, ticket: Ticket) -> None:
-        self.lines[ticket.client].remove(ticket)
+        self.clients[ticket.client].remove(ticket)
         self.count -= 1
 
-    def head(self) -> tuple[Key, Line] | None:
-        """The line whose head is next, with its key."""
+    def head(self) -> tuple[Key, ClientQueue] | None:
+        """The client's queue whose head is next, with its key."""
         heap = self._heap
         while heap:
-            key, line = heap[0]
-            if not line.tickets:
+            key, queue = heap[0]
+            if not queue.tickets:
                 heapq.heappop(heap)
-                line.listed = False
-                del self.lines[line.client]
+                queue.in_heap = False
+                del self.clients[queue.client]
                 continue
-            now = line.key()
+            now = queue.key()
             if now == key:
-                return key, line
-            heapq.heapreplace(heap, (now, line))
+                return key, queue
+            heapq.heapreplace(heap, (now, queue))
         return None
 
 
 class FairQueue:
-    """Those who wait.
+    """All waiting requests.
 
     Attributes:
-        count: how many.
-        size: bytes of their bodies.
+        count: how many there are.
+        size: the bytes of their bodies.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.size = 0
-        self._lanes: dict[str | None, Lane] = {}
+        self._models: dict[str | None, ModelQueue] = {}
         self._arrivals = 0
 
     def __iter__(self) -> Iterator[Ticket]:
-        for line in self._lines():
-            yield from line.tickets
+        for queue in self._client_queues():
+            yield from queue.tickets
 
     def push(self, ticket: Ticket) -> None:
-        """Put a new request into its client's line."""
+        """Put a new request into its client's queue."""
         self._arrivals += 1
         ticket.number = self._arrivals
-        lane = self._lanes.get(ticket.model)
-        if lane is None:
-            lane = self._lanes[ticket.model] = Lane(ticket.model)
-        lane.push(ticket)
+        model_queue = self._models.get(ticket.model)
+        if model_queue is None:
+            model_queue = self._models[ticket.model] = ModelQueue(ticket.model)
+        model_queue.push(ticket)
         self.count += 1
         self.size += ticket.size
 
-    def put_behind(self, ticket: Ticket) -> None:
-        """A request that waits is late for its target: from now on those of its client's that are not go first."""
-        line = self._lanes[ticket.model].lines[ticket.client]
-        line.remove(ticket)
+    def make_best_effort(self, ticket: Ticket) -> None:
+        """Put a waiting request that has missed its target behind those requests of its client that can meet theirs."""
+        queue = self._models[ticket.model].clients[ticket.client]
+        queue.remove(ticket)
         ticket.best_effort = True
-        line.add(ticket)
+        queue.add(ticket)
 
     def remove(self, ticket: Ticket) -> None:
-        """Take a request out, wherever it is."""
-        lane = self._lanes[ticket.model]
-        lane.remove(ticket)
+        """Remove a request from any latest in the queue."""
+        model_queue = self._models[ticket.model]
+        model_queue.remove(ticket)
         self.count -= 1
         self.size -= ticket.size
-        if not lane.count:
-            del self._lanes[ticket.model]
+        if not model_queue.count:
+            del self._models[ticket.model]
 
     def first(self, blocked: Container[str | None]) -> Ticket | None:
-        """Who is next, of those whose model is not in `blocked`."""
-        best: tuple[Key, Line] | None = None
-        for lane in self._lanes.values():
-            if lane.model not in blocked and (head := lane.head()) is not None and (best is None or head[0] < best[0]):
+        """The next request of those whose model is not in `blocked`."""
+        best: tuple[Key, ClientQueue] | None = None
+        for model_queue in self._models.values():
+            if (
+                model_queue.model not in blocked
+                and (head := model_queue.head()) is not None
+                and (best is None or head[0] < best[0])
+            ):
                 best = head
         return None if best is None else best[1].tickets[0]
 
     def take(self, ticket: Ticket) -> None:
-        """Take out the head of a line, and charge it."""
-        charge(ticket, self._lanes[ticket.model].lines[ticket.client].start())
+        """Remove the head of a client's queue, and charge it to its client."""
+        charge(ticket, self._models[ticket.model].clients[ticket.client].start())
         self.remove(ticket)
 
     def ahead(self, ticket: Ticket) -> int:
-        """How many of those who wait now would be let in before a request that came now; an estimate, by the mean cost
-        of each line's requests."""
-        mine = self._line(ticket)
+        """Estimate how many waiting requests would be admitted before a request that arrives now.
+
+        The estimate uses the mean cost of the requests in each client's queue.
+        """
+        mine = self._client_queue(ticket)
         priority, start = ticket.client.level.priority, self._start(ticket)
         found = 0
-        for line in self._lines():
-            client = line.client
-            if line is mine or client.level.priority > priority:
-                found += len(line.tickets)
-            elif client.level.priority == priority and (gap := start - line.start()) >= 0:
-                mean = line.cost / len(line.tickets) / client.weight
-                found += min(len(line.tickets), int(gap / mean) + 1)
+        for queue in self._client_queues():
+            client = queue.client
+            if queue is mine or client.level.priority > priority:
+                found += len(queue.tickets)
+            elif client.level.priority == priority and (gap := start - queue.start()) >= 0:
+                mean = queue.cost / len(queue.tickets) / client.weight
+                found += min(len(queue.tickets), int(gap / mean) + 1)
         return found
 
-    def gives_way(self, ticket: Ticket) -> Ticket | None:
-        """Who should leave a full queue for a request that came now: the one whose turn would be last; None when that
-        is the new one itself."""
+    def to_displace(self, ticket: Ticket) -> Ticket | None:
+        """The request to remove from a full queue in favour of a new one: the request whose turn would be last. None
+        where that is the new one itself."""
         worst = (-ticket.client.level.priority, self._start(ticket))
         last: Ticket | None = None
-        for line in self._lines():
-            tail = line.tickets[-1]
-            key = -line.client.level.priority, line.last_start() - cost(tail) / line.client.weight
+        for queue in self._client_queues():
+            tail = queue.tickets[-1]
+            key = -queue.client.level.priority, queue.last_start() - cost(tail) / queue.client.weight
             if key > worst:
                 worst, last = key, tail
         return last
 
     def _start(self, ticket: Ticket) -> float:
-        """The start tag that a request which came now would have in the end."""
-        line = self._line(ticket)
-        return line.last_start() if line is not None else start_tag(ticket.client)
+        """The start tag that a request which arrives now would have as the head of its client's queue."""
+        queue = self._client_queue(ticket)
+        return queue.last_start() if queue is not None else start_tag(ticket.client)
 
-    def _line(self, ticket: Ticket) -> Line | None:
-        lane = self._lanes.get(ticket.model)
-        line = lane.lines.get(ticket.client) if lane is not None else None
-        return line if line is not None and line.tickets else None
+    def _client_queue(self, ticket: Ticket) -> ClientQueue | None:
+        model_queue = self._models.get(ticket.model)
+        queue = model_queue.clients.get(ticket.client) if model_queue is not None else None
+        return queue if queue is not None and queue.tickets else None
 
-    def _lines(self) -> Iterator[Line]:
-        for lane in self._lanes.values():
-            for line in lane.lines.values():
-                if line.tickets:
-                    yield line
+    def _client_queues(self) -> Iterator[ClientQueue]:
+        for model_queue in self._models.values():
+            for queue in model_queue.clients.values():
+                if queue.tickets:
+                    yield queue

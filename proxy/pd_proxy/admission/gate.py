@@ -1,4 +1,4 @@
-"""The gate every request passes: it counts those inside, and closes when the gateway drains."""
+"""The gate: counts the requests that are in the gateway, and refuses new ones once the gateway shuts down."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pd_proxy.errors import Draining
 
 
 class Gate:
-    """Every request enters it as a task and leaves it again.
+    """The set of tasks that serve requests. Every request enters the gate when it begins, and leaves it when it ends.
 
     Attributes:
-        draining: the gateway is about to leave; /ready says so.
+        draining: the gateway is about to shut down, and /ready answers 503.
         on_close: called when the gate closes.
     """
 
@@ -27,7 +27,7 @@ class Gate:
 
     @property
     def closed(self) -> bool:
-        """No new request may start."""
+        """Whether new requests are refused."""
         return self._closed
 
     @closed.setter
@@ -38,12 +38,14 @@ class Gate:
 
     @property
     def inside(self) -> int:
-        """Requests that have begun and not ended."""
+        """The number of requests that have begun and not ended."""
         return len(self._tasks)
 
     def enter(self, task: asyncio.Task[Any]) -> None:
-        """Let a request in.
+        """Note that a request has begun.
 
+        Arguments:
+            task: the task that serves it.
         Raises:
             Draining: the gate is closed.
         """
@@ -53,13 +55,13 @@ class Gate:
         self._empty.clear()
 
     def leave(self, task: asyncio.Task[Any]) -> None:
-        """A request has ended, or was never let in."""
+        """Note that a request has ended. Does nothing where it was refused."""
         self._tasks.discard(task)
         if not self._tasks:
             self._empty.set()
 
     async def empty(self, seconds: float) -> bool:
-        """Wait until nobody is inside; whether that came true in time."""
+        """Wait until no request is left, at most `seconds`. Returns whether none is."""
         try:
             async with asyncio.timeout(seconds):
                 await self._empty.wait()
@@ -68,6 +70,6 @@ class Gate:
         return True
 
     def evict(self) -> None:
-        """Cancel every request inside. Each answers its client as well as it can."""
+        """Cancel all requests. Each ends with an error, or with an error event where its answer has begun."""
         for task in tuple(self._tasks):
             task.cancel()

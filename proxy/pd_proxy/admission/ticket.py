@@ -1,4 +1,4 @@
-"""A request's ticket: what admission decides about, and what the request holds while it waits and runs."""
+"""A request's ticket: what admission knows of the request, and what the request holds while it waits and runs."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ State = Literal["new", "waiting", "running", "gone"]
 
 
 class Reservation(Protocol):
-    """Capacity of backends that is kept for a request."""
+    """Capacity of backends that is reserved for a request."""
 
     def release(self) -> object:
-        """Return it. Further calls do nothing."""
+        """Release the capacity. Further calls do nothing."""
 
 
 class Ticket(msgspec.Struct, eq=False):
-    """A request's place. As a context manager it is returned at the end, with everything that the request has.
+    """One request as admission sees it. As a context manager it calls `leave` at the end.
 
     Arguments:
-        client: whose request it is.
-        model: as the client names it.
-        split: whether it is meant for a pair.
+        client: the client that sent the request.
+        model: the model as the client named it.
+        split: whether the request is to be served by a pair.
         prefill_tokens, tokens: what its leases will count on the prefill and on the decode backend.
-        size: bytes of its body.
-        timeout: seconds that it may wait.
-        expected: seconds from its start to its first token, as its backends are now.
+        size: the bytes of its body.
+        timeout: the seconds that it may wait.
+        expected: the expected seconds from its start to its first token, with the backends as they are now.
     Attributes:
-        arrived, deadline: by the clock of its `Admission`, which sets them.
+        arrived, deadline: set by its `Admission`, on that one's clock.
         due: when it has to start to meet its target; infinite where it has none.
-        best_effort: it cannot meet its target any more, and goes behind those of its client's that can.
-        number: its place in the order of arrival.
-        started: when it was let in.
-        reservation: capacity that is kept for it between its being let in and its leases.
-        on_decision: called once with the result of its waiting: None when it was let in, else the reason why not.
-        on_leave: returns what it has.
+        best_effort: whether it can no longer meet its target, and so goes behind those of its client that can.
+        number: its number in the order of arrival.
+        started: when it was admitted.
+        reservation: capacity that is reserved for it from its admission until it takes its leases.
+        on_decision: called once when its waiting ends: with None where it was admitted, else with the error.
+        on_leave: called by `leave` to return what the request holds.
     """
 
     client: Client
@@ -64,7 +64,7 @@ class Ticket(msgspec.Struct, eq=False):
     on_leave: Callable[[Ticket], object] | None = None
 
     def leave(self) -> None:
-        """Return what the request has. Further calls do nothing."""
+        """Return what the request holds. Further calls do nothing."""
         if self.on_leave is not None:
             self.on_leave(self)
 
