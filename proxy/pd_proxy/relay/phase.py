@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from pd_proxy.transitions import ImpossibleTransition
+from pd_proxy.transitions import table
 
 
 class Phase(Enum):
@@ -29,21 +29,13 @@ class Phase(Enum):
     __hash__ = object.__hash__  # `Enum.__hash__` is a call of Python, several times for each stream
 
 
-class _Next(dict[Phase, Phase]):
-    """The phases that one leads to. A lookup costs no call of Python, unless it fails."""
-
-    def __init__(self, now: Phase, *phases: Phase) -> None:
-        super().__init__({phase: phase for phase in phases})
-        self._now = now
-
-    def __missing__(self, then: Phase) -> Phase:
-        raise ImpossibleTransition(f"a stream that is {self._now.value} cannot become {then.value}")
-
-
-TRANSITIONS = {
-    Phase.HOLDING: _Next(Phase.HOLDING, Phase.LIVE, Phase.OVER),
-    Phase.LIVE: _Next(Phase.LIVE, Phase.CLOSING, Phase.OVER),
-    Phase.CLOSING: _Next(Phase.CLOSING, Phase.OVER),
-    Phase.OVER: _Next(Phase.OVER),
-}
+TRANSITIONS = table(
+    "a stream",
+    {
+        Phase.HOLDING: (Phase.LIVE, Phase.OVER),
+        Phase.LIVE: (Phase.CLOSING, Phase.OVER),
+        Phase.CLOSING: (Phase.OVER,),
+        Phase.OVER: (),
+    },
+)
 """`TRANSITIONS[now][then]` is the phase that follows; `ImpossibleTransition` is raised where it does not."""

@@ -13,7 +13,7 @@ from enum import Enum, auto
 from time import monotonic
 from typing import Any, Protocol
 
-from pd_proxy.transitions import ImpossibleTransition
+from pd_proxy.transitions import table
 
 log = logging.getLogger("pd_proxy.telemetry")
 
@@ -116,20 +116,9 @@ class Stage(Enum):
     __hash__ = object.__hash__  # that of `Enum` is a call of Python's, several times for each request
 
 
-class _Next(dict[Stage, Stage]):
-    """The stages that may follow one. A lookup that finds something costs no call."""
-
-    def __init__(self, stage: Stage, *following: Stage) -> None:
-        super().__init__({one: one for one in following})
-        self._stage = stage
-
-    def __missing__(self, stage: Stage) -> Stage:
-        raise ImpossibleTransition(f"a request that is {self._stage.name} cannot become {stage.name}")
-
-
-TRANSITIONS = {
-    stage: _Next(stage, *following)
-    for stage, following in {
+TRANSITIONS = table(
+    "a request",
+    {
         Stage.QUEUED: (Stage.PLACED, Stage.DONE),
         Stage.PLACED: (Stage.PLACED, Stage.ENCODING, Stage.PREFILLING, Stage.DECODING, Stage.DONE),
         Stage.ENCODING: (Stage.PLACED, Stage.PREFILLING, Stage.DECODING, Stage.DONE),
@@ -139,8 +128,8 @@ TRANSITIONS = {
         Stage.STREAMING: (Stage.RESUMING, Stage.DONE),
         Stage.RESUMING: (Stage.RESUMING, Stage.STREAMING, Stage.DONE),
         Stage.DONE: (),
-    }.items()
-}
+    },
+)
 """`TRANSITIONS[now][then]` is the stage that follows; `ImpossibleTransition` is raised where it cannot follow. Another
 try takes a request back to PLACED while its client has nothing of the answer, and to RESUMING after that."""
 _WHERE = {
