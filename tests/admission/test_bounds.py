@@ -163,7 +163,7 @@ class Overload(RuleBasedStateMachine):
         for gone in (*self.running, *self.waiting):
             self.plan.leave(gone, self.now)
         assert (self.plan.requests, self.plan.tokens, self.plan.waiting) == (0, 0, 0)
-        assert self.plan._queue.size == 0 and not self.plan._queue._lanes
+        assert self.plan._queue.size == 0 and not self.plan._queue._models
 
 
 TestOverload = Overload.TestCase

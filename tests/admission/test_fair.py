@@ -44,7 +44,7 @@ def test_a_clients_requests_keep_their_order_and_none_is_lost(arrivals: list[tup
         for model in ("m", "n"):
             numbers = [t.number for t in drained if t.client is who and t.model == model]
             assert numbers == sorted(numbers)
-    assert (queue.count, queue.size, queue._lanes) == (0, 0, {})
+    assert (queue.count, queue.size, queue._models) == (0, 0, {})
 
 
 @settings(deadline=None)
@@ -96,14 +96,14 @@ def test_who_gives_up_waiting_has_cost_its_client_nothing() -> None:
     assert Counter(t.client.name for t in drain(queue)[:6]) == {"a": 3, "b": 3}
 
 
-def test_a_line_that_empties_and_fills_again_keeps_one_place() -> None:
+def test_a_clients_queue_that_empties_and_fills_again_keeps_one_place() -> None:
     level, queue = Level(0), FairQueue()
     a, b = client("a", level), client("b", level)
     for _ in range(5):
         fill(queue, ticket(b), again := ticket(a))
         queue.remove(again)
     fill(queue, ticket(a))
-    assert len(queue._lanes["m"]._heap) == 2
+    assert len(queue._models["m"]._heap) == 2
     assert sorted(t.client.name for t in drain(queue)) == ["a"] + ["b"] * 5
 
 

@@ -203,7 +203,7 @@ def test_who_waits_past_its_deadline_is_told_and_never_let_in() -> None:
 # Room on backends
 
 
-def test_lanes_of_other_models_go_on_while_one_is_full() -> None:
+def test_requests_for_other_models_go_on_while_one_is_full() -> None:
     capacity = Slots({"m": 1})
     plan, one, told = schedule(capacity), client(), Told()
     plan.arrive(first := ticket(one))
