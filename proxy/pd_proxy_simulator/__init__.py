@@ -1,10 +1,11 @@
-"""A vLLM engine on the wire and in time, without a model or a GPU, to test the gateway's failure handling against.
+"""Simulates a vLLM engine, its HTTP surface and its timing, without a model or a GPU. The gateway's failure handling is
+tested against it.
 
-sim = Simulator(SimulatorConfig(role="prefill"))
-await sim.start()                  # listens on sim.url
-sim.faults.add("status", status=503, count=2)
-await sim.wait_for(lambda: sim.engine.running == 1)
-sim.kill()
+    sim = Simulator(SimulatorConfig(role="prefill"))
+    await sim.start()                  # listens on sim.url
+    sim.faults.add("status", status=503, count=2)
+    await sim.wait_for(lambda: sim.engine.running == 1)
+    sim.kill()
 """
 
 from pd_proxy_simulator.config import SimulatorConfig

@@ -1,7 +1,7 @@
 """The LoRA adapters of an engine: loaded and unloaded at run time, and listed beside the model.
 
-Invariant: an adapter's weights follow from the model's and from its path alone, so that two engines with the same
-adapter say the same, and one with another path under the same name says something else.
+Invariant: an adapter's weights follow from the model's weights and from the adapter's path alone. Two engines with the
+same adapter generate the same text; an adapter with another path under the same name generates another text.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ class Adapters:
         self._paths = {name: f"/adapters/{name}" for name in config.adapters}
 
     def served(self, model: object) -> SimulatorConfig:
-        """The engine as a request for `model` meets it: with an adapter's name and weights, if it names one."""
+        """The engine's configuration for a request for `model`: with the adapter's name and weights where `model`
+        names an adapter."""
         config = self._config
         if not isinstance(model, str) or model not in self._paths:
             return config
         return replace(config, model=model, weights=config.weights + 1 + crc32(self._paths[model].encode()))
 
     def load(self, body: dict[str, Any]) -> str:
-        """`POST /v1/load_lora_adapter`. Raises RequestError."""
+        """Handles `POST /v1/load_lora_adapter`. Raises RequestError."""
         name, path = body.get("lora_name"), body.get("lora_path")
         if not isinstance(name, str) or not isinstance(path, str) or not name or not path:
             raise RequestError(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
@@ -44,7 +45,7 @@ class Adapters:
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def unload(self, body: dict[str, Any]) -> str:
-        """`POST /v1/unload_lora_adapter`. Raises RequestError."""
+        """Handles `POST /v1/unload_lora_adapter`. Raises RequestError."""
         name = body.get("lora_name")
         if name not in self._paths:
             raise RequestError(404, "NotFoundError", f"The lora adapter '{name}' cannot be found.")

@@ -1,9 +1,9 @@
-"""From the engine's tokens to the client's answer: one whole body, or a stream of chunks.
+"""Turns the engine's tokens into the client's answer: one whole body, or a stream of chunks.
 
-Both are listeners of the engine and are called inside its step, so nothing here awaits: no task, no queue, one write a
-token. If the client reads too slowly, tokens gather and go out together, as vLLM's output collector does.
+Both kinds are listeners of the engine and are called inside its step, so nothing here awaits: no task, no queue, one
+write for each token. If the client reads too slowly, tokens gather and go out together, as in vLLM's output collector.
 
-Invariant: `done` is set exactly once: answered, failed, cut, or abandoned because the client has gone.
+Invariant: `done` is set exactly once: the answer is complete, has failed, was cut, or its client has disconnected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pd_proxy_simulator import encoding, generate, messages, responses, sglang_generate
 from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.errors import RequestError, internal_error
-from pd_proxy_simulator.faults import Fault, Mischief
+from pd_proxy_simulator.faults import Fault, InjectedFaults
 from pd_proxy_simulator.http import Exchange
 from pd_proxy_simulator.requests import GenerationRequest, Kind
 from pd_proxy_simulator.sequences import Sequence
@@ -33,13 +33,13 @@ GARBAGE = b"\x15\x03\x03\x00\x02\x02\x28 this is not HTTP\r\n" + random.Random(0
 
 
 class Answer:
-    """What whole and streamed answers share."""
+    """What whole and streamed answers have in common."""
 
     def __init__(
         self,
         exchange: Exchange,
         request: GenerationRequest,
-        mischief: Mischief,
+        injected: InjectedFaults,
         config: SimulatorConfig,
         abort: Abort,
         kill: Callable[[], None],
@@ -47,7 +47,7 @@ class Answer:
     ) -> None:
         self.exchange = exchange
         self.request = request
-        self.mischief = mischief
+        self.injected = injected
         self.config = config
         self.created = int(time.time())
         self.sequences: list[Sequence] = []
@@ -58,38 +58,38 @@ class Answer:
         self._kill = kill
         self._side = side
         self._unfinished = 0
-        self._death = mischief.get("die_mid_stream")
-        self._stall = mischief.get("stall_mid_stream")
+        self._death = injected.get("die_mid_stream")
+        self._stall = injected.get("stall_mid_stream")
 
     def expect(self, sequences: list[Sequence]) -> None:
-        """Take the tokens of these sequences."""
+        """Become the listener of these sequences."""
         self.sequences = sequences
         self._unfinished = len(sequences)
         for sequence in sequences:
             sequence.listener = self
 
     def on_token(self, sequence: Sequence, token: int | None, text: str) -> None:
-        """Take one token of a sequence."""
+        """Handle one token of a sequence."""
         raise NotImplementedError
 
     def on_failure(self, sequence: Sequence, error: RequestError) -> None:
-        """Take the failure of a sequence."""
+        """Handle the failure of a sequence."""
         raise NotImplementedError
 
     def abandon(self) -> None:
-        """The client has gone."""
+        """End the answer because the client has disconnected."""
         if not self.done.done():
             self.aborted = True
             self.done.set_result(None)
         self._abort(self.sequences)
 
     def finish(self) -> None:
-        """End: the answer is complete, or will never be."""
+        """End the answer: it is complete, or never will be."""
         if not self.done.done():
             self.done.set_result(None)
 
     def dies_now(self) -> bool:
-        """Die where a fault says so after this many tokens; returns whether it has."""
+        """Break the answer off if a fault says so after this many tokens; returns whether it was broken off."""
         death = self._death
         if death is None or death.after_tokens < 0 or self.tokens_seen < death.after_tokens or self.done.done():
             return False
@@ -100,16 +100,16 @@ class Answer:
         if death.ending == "kill":
             self._kill()
         else:
-            self._last_words(death)
+            self._break_off(death)
         self.finish()
         self._abort(self.sequences)
 
-    def _last_words(self, death: Fault) -> None:
+    def _break_off(self, death: Fault) -> None:
         """Write what the fault still lets out, and end the connection."""
         self.exchange.cut(polite=death.ending != "reset")
 
     def finished(self, texts: list[str], handoff: Object | None) -> encoding.Finished:
-        """What the body is made from, once every sequence has ended."""
+        """The values from which the body is made, once every sequence has ended."""
         config = self.config
         return encoding.Finished(
             request=self.request,
@@ -123,8 +123,8 @@ class Answer:
 
     @property
     def handoff(self) -> Object | None:
-        """What a prefill leg answers with: the first prompt's parameters, of its last child."""
-        if self.mischief.get("drop_handoff_params") is not None:
+        """The parameters that a prefill leg answers with: those of the first prompt's last choice."""
+        if self.injected.get("drop_handoff_params") is not None:
             return None
         found = [sequence.handoff_params for sequence in self.sequences[: self.request.n]]
         return next((params for params in reversed(found) if params is not None), None)
@@ -141,7 +141,7 @@ BODIES: dict[Kind, Callable[[encoding.Finished], Any]] = {
 
 
 class WholeAnswer(Answer):
-    """One JSON body when every sequence has ended."""
+    """Answers with one JSON body when every sequence has ended."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -162,7 +162,7 @@ class WholeAnswer(Answer):
                 self._respond()
 
     def on_failure(self, sequence: Sequence, error: RequestError) -> None:
-        """Answer with the error; the other sequences are of no use any more."""
+        """Answer with the error, and abort the other sequences."""
         if self.done.done():
             return
         if self.request.kind == "messages":
@@ -200,20 +200,20 @@ class WholeAnswer(Answer):
 
 
 class StreamAnswer(Answer):
-    """Server-sent events, one a token."""
+    """Answers with server-sent events, one for each token."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._head = encoding.head(self.request, self.created)
         self._greeted: set[int] = set()
         self._backlog: dict[Sequence, tuple[list[int], list[str]]] = {}
-        self._offsets: dict[int, int] = {}  # characters of log probabilities shown so far
+        self._offsets: dict[int, int] = {}  # characters of log probabilities sent so far
         self._calls: dict[int, CallStream] = {}
         self._handed_out: dict[int, int] = {}
         self._stalled = False
 
     def start(self) -> None:
-        """The status line goes out before the engine has said anything."""
+        """Send the status line, before the engine has generated anything."""
         self.exchange.start_stream()
         self.exchange.on_writable = self._catch_up
         if any(fault is not None and fault.after_tokens == 0 for fault in (self._death, self._stall)):
@@ -223,7 +223,7 @@ class StreamAnswer(Answer):
         self.dies_now()
 
     def on_token(self, sequence: Sequence, token: int | None, text: str) -> None:
-        """One chunk, unless the client is slow."""
+        """Send one chunk, unless the client reads too slowly."""
         if self.done.done() or self._stalled:
             return
         tokens = [] if token is None else [token]
@@ -235,7 +235,7 @@ class StreamAnswer(Answer):
         self._tell(sequence, tokens, text)
 
     def on_failure(self, sequence: Sequence, error: RequestError) -> None:
-        """An error event under status 200; chat has said its role before."""
+        """Send an error event under status 200. A chat's role chunk has been sent before it."""
         if self.done.done():
             return
         if error.is_output:
@@ -244,12 +244,12 @@ class StreamAnswer(Answer):
         self._abort(self.sequences)
 
     def fail_first(self, error: RequestError) -> None:
-        """The fault `error_event_first`: an error before any token."""
+        """Carry out the fault `error_event_first`: an error event before any token."""
         if self.request.kind == "chat":
             self._choice({"index": 0, "delta": {"role": "assistant", "content": ""}, **_ROLE_REST})
         self._fail(error)
 
-    def _last_words(self, death: Fault) -> None:
+    def _break_off(self, death: Fault) -> None:
         exchange = self.exchange
         match death.ending:
             case "truncated":
@@ -265,7 +265,7 @@ class StreamAnswer(Answer):
         if death.ending in ("json", "error", "done", "end"):
             exchange.end_stream()
         else:
-            super()._last_words(death)
+            super()._break_off(death)
 
     def _fail(self, error: RequestError) -> None:
         self.exchange.write(encoding.event(error.body()))
@@ -292,7 +292,7 @@ class StreamAnswer(Answer):
         if self._stall is not None and 0 <= self._stall.after_tokens <= self.tokens_seen:
             self._stalled = True
             return
-        # A backlog can hold tokens that the sequence's end has overtaken.
+        # A backlog can hold tokens that came before the sequence ended.
         if sequence.finish_reason is not None and self._handed_out[sequence.index] == sequence.output_length:
             self._unfinished -= 1
             if not self._unfinished:
@@ -376,7 +376,7 @@ class StreamAnswer(Answer):
         self._choice(choice, self._running_usage(sequence))
 
     def _greet(self, sequence: Sequence) -> None:
-        """The role chunk, once for each choice of a chat."""
+        """Send the role chunk, once for each choice of a chat."""
         if self.request.kind != "chat" or sequence.index in self._greeted:
             return
         first = not self._greeted
@@ -423,7 +423,8 @@ _ROLE_REST: Object = {"logprobs": None, "finish_reason": None}
 
 
 class CallStream:
-    """A tool call's deltas: first its name, then its arguments in the pieces in which they are generated."""
+    """The deltas of a tool call: first the tool's name, then its arguments in the pieces in which they are
+    generated."""
 
     __slots__ = ("_end", "_name", "_named", "_seen", "_start")
 
@@ -435,7 +436,7 @@ class CallStream:
         self._named = False
 
     def push(self, text: str) -> Object | None:
-        """The delta for more of the raw text; None if it shows nothing."""
+        """Returns the delta for more of the raw text; None if there is nothing to show."""
         before, self._seen = self._seen, self._seen + len(text)
         if self._seen < self._start:
             return None

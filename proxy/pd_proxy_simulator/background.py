@@ -1,6 +1,6 @@
-"""Responses that run in the background: an answer that goes to the store instead of a client.
+"""Responses that run in the background: the answer goes to the store instead of a client.
 
-Invariant: a stored response is over exactly once: answered, failed, or cancelled.
+Invariant: a stored response ends exactly once: answered, failed, or cancelled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pd_proxy_simulator.responses import StoredResponse
 
 
 class Recorder(Exchange):
-    """An exchange without a connection: what is said to it goes into a stored response."""
+    """An exchange without a connection: what is written to it goes into a stored response."""
 
     def __init__(self, stored: StoredResponse, changed: Callable[[], None]) -> None:
         self._stored = stored
@@ -23,12 +23,12 @@ class Recorder(Exchange):
 
     @property
     def open(self) -> bool:
-        """Whether anything can still be said."""
+        """Whether the answer can still be written to."""
         return not self._stored.over
 
     @property
     def writable(self) -> bool:
-        """Whether it keeps up: always."""
+        """Whether the reader keeps up: always true, since there is no client."""
         return True
 
     def respond(
@@ -48,7 +48,7 @@ class Recorder(Exchange):
         self._over()
 
     def respond_in_part(self, status: int, part: bytes, length: int) -> None:
-        """An answer that breaks off is none."""
+        """Fail the response: an answer that breaks off is not kept."""
         self.cut()
 
     def start_stream(self, content_type: str = "text/event-stream; charset=utf-8") -> None:
@@ -62,16 +62,16 @@ class Recorder(Exchange):
             self._changed()
 
     def raw(self, data: bytes) -> None:
-        """Bytes that are no event are dropped."""
+        """Drop bytes that are no event."""
 
     def end_stream(self) -> None:
-        """The stream is whole."""
+        """End the stream: it is whole."""
         last = self._stored.events[-1].partition(b"data: ")[2]
         self._stored.body.update(encoding.loads(last)["response"])
         self._over()
 
     def cut(self, *, polite: bool = False) -> None:
-        """The answer broke off."""
+        """Fail the response: the answer broke off."""
         self._fail()
         self._over()
 

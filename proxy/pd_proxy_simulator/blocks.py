@@ -1,10 +1,10 @@
-"""The KV cache: a pool of blocks, each with what is stored in it, shared by requests with the same prefix.
+"""The KV cache: a pool of blocks with their content, shared by requests with the same prefix.
 
-Invariant: a block is free exactly when its reference count is zero; free blocks keep their content and can be hit again
-until they are given to someone else (least recently freed first). `pins` counts the hand-offs that hold a block.
+Invariant: a block is free exactly when its reference count is zero. Free blocks keep their content and can be hit again
+until they are given to another request (least recently freed first). `pins` counts the hand-offs that hold a block.
 
-A block's content is the state before it, its tokens, and an `error`: zero for true KV, anything else for KV that
-was computed from, or copied from, something wrong. Nothing here raises on wrong KV: engines cannot see it either.
+A block's content is the state before it, its tokens, and an `error`: zero for correct KV, anything else for KV that was
+computed from, or copied from, wrong KV. Nothing here raises on wrong KV, since real engines cannot detect it either.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from pd_proxy_simulator.kv_events import CacheListener, Unheard
+from pd_proxy_simulator.kv_events import CacheListener, NullListener
 from pd_proxy_simulator.tokens import MASK, mix
 
 Content = tuple[int, list[int], int]
@@ -27,10 +27,10 @@ class Block:
         self.index = index
         self.refs = 0
         self.pins = 0
-        self.key: int | None = None  # under which the prefix cache knows it
+        self.key: int | None = None  # the key by which the prefix cache finds it
         self.before = 0
         self.tokens: list[int] = []
-        self.error = index + 1  # never written: not the KV of anything
+        self.error = index + 1  # never written: its content is not the KV of anything
 
 
 class BlockPool:
@@ -41,9 +41,10 @@ class BlockPool:
     """
 
     def __init__(self, count: int, *, caching: bool) -> None:
-        self.listener: CacheListener = Unheard()
+        self.listener: CacheListener = NullListener()
         self._count = count
-        self._touched = [Block(0)]  # those ever given out, in their order; block 0, vLLM's null block, never is
+        # blocks that were ever given out, in that order; block 0, vLLM's null block, never is
+        self._touched = [Block(0)]
         self._released: OrderedDict[int, Block] = OrderedDict()
         self._cached: dict[int, Block] = {}
         self._caching = caching
@@ -60,7 +61,7 @@ class BlockPool:
         return len(self._touched) - 1 - len(self._released)
 
     def match(self, keys: Iterable[int]) -> list[Block]:
-        """The cached blocks for the longest prefix of `keys`; nothing is taken yet."""
+        """The cached blocks for the longest prefix of `keys`. Takes no references."""
         found: list[Block] = []
         for key in keys:
             block = self._cached.get(key)
@@ -70,7 +71,7 @@ class BlockPool:
         return found
 
     def take(self, hits: Sequence[Block], fresh: int) -> list[Block] | None:
-        """Reference the `hits` and `fresh` new blocks; None, and nothing changed, if there are too few."""
+        """Reference the `hits` and `fresh` new blocks. Returns None, and changes nothing, if there are too few."""
         idle = sum(1 for block in hits if block.refs == 0)
         if self.free - idle < fresh:
             return None
@@ -86,12 +87,12 @@ class BlockPool:
                 self.listener.removed(block.key)
                 block.key = None
             block.refs = 1
-            block.error = mix(block.error + 1) or 1  # someone else's, until it is written
+            block.error = mix(block.error + 1) or 1  # holds another request's KV until it is written
             taken.append(block)
         return taken
 
     def _least_recent(self) -> Block:
-        """Take the free block that was used longest ago: one that never was, as long as there is one."""
+        """Take the free block that was used longest ago, or one that was never used, as long as there is one."""
         if len(self._touched) == self._count:
             return self._released.popitem(last=False)[1]
         block = Block(len(self._touched))
@@ -99,7 +100,7 @@ class BlockPool:
         return block
 
     def release(self, blocks: Sequence[Block]) -> None:
-        """Drop one reference of each; the end of a prefix is forgotten before its beginning."""
+        """Drop one reference of each block. The end of a prefix is evicted before its beginning."""
         for block in reversed(blocks):
             block.refs -= 1
             if block.refs == 0:
@@ -142,7 +143,7 @@ class BlockPool:
             self.pinned -= block.pins == 0
 
     def read(self, index: int, *, scrambled_when_free: bool) -> Content:
-        """What a peer reads from a block, whichever sequence it belongs to now."""
+        """A block's content as a peer reads it, whichever sequence the block belongs to now."""
         block = self._touched[index] if index < len(self._touched) else Block(index)
         error = block.error
         if scrambled_when_free and block.pins == 0:

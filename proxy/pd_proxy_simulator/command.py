@@ -1,7 +1,7 @@
 """The command line: `pd-proxy simulate`, or `python -m pd_proxy_simulator`.
 
-Invariant: SIGTERM (as vLLM takes it) and SIGINT end it with exit status 0; an engine that died ends it with 1, as
-vLLM's process does.
+Invariant: SIGTERM (handled as vLLM does) and SIGINT end the command with exit status 0. An engine that died ends it
+with status 1, as in vLLM.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_surface(add: Callable[..., Any], default: SimulatorConfig) -> None:
-    """Flags for what the engine is, and where it is reached."""
+    """Add the flags for what the engine is and where it listens."""
     add(
         "--role",
         choices=("prefill", "decode", "mixed", "encode"),
         default=default.role,
-        help="what the engine calls itself",
+        help="the engine's role in its answers and registrations",
     )
     add("--host", default=default.host, help="address to listen on (%(default)s)")
     add("--port", type=int, default=8000, help="port of the API; 0 takes any free one (%(default)s)")
-    add("--side-port", type=int, default=0, help="port hand-offs are pulled from; 0 takes any free one")
-    add("--side-host", default="", help="what hand-offs call this host (as VLLM_NIXL_SIDE_CHANNEL_HOST)")
+    add("--side-port", type=int, default=0, help="port where hand-offs are pulled from; 0 takes any free one")
+    add("--side-host", default="", help="name of this host in hand-offs (as VLLM_NIXL_SIDE_CHANNEL_HOST)")
     add("--model", default=default.model, help="served model name (%(default)s)")
     tasks = ("generate", "embed", "classify", "transcribe", "moderate", "any")
     add("--task", choices=tasks, default=default.task, help="what the model is for (%(default)s)")
     surfaces = ("vllm", "nim", "openai")
-    add("--surface", choices=surfaces, default=default.surface, help="whose health paths it has (%(default)s)")
+    add("--surface", choices=surfaces, default=default.surface, help="whose health paths are served (%(default)s)")
     add("--no-dev-mode", action="store_true", help="no /reset_prefix_cache, /sleep and /wake_up")
     add("--no-profiler", action="store_true", help="no /start_profile and /stop_profile")
-    add("--api-key", default=None, help="wanted as bearer token on /v1")
+    add("--api-key", default=None, help="bearer token required on /v1")
 
 
 def _add_capacity(add: Callable[..., Any], default: SimulatorConfig) -> None:
-    """Flags for how fast the engine is, and how much it holds."""
-    add("--step-time", type=float, default=_REAL_STEP, help="seconds a decode step takes (%(default)s)")
+    """Add the flags for the engine's speed and capacity."""
+    add("--step-time", type=float, default=_REAL_STEP, help="seconds for one decode step (%(default)s)")
     add("--prefill-rate", type=float, default=_REAL_PREFILL, help="prompt tokens/s; 0 is instant (%(default)s)")
     add("--transfer-rate", type=float, default=_REAL_TRANSFER, help="pulled tokens/s; 0 is instant (%(default)s)")
     add("--blocks", type=int, default=default.blocks, help="KV blocks (%(default)s)")
-    add("--block-size", type=int, default=default.block_size, help="tokens a block (%(default)s)")
+    add("--block-size", type=int, default=default.block_size, help="tokens in a block (%(default)s)")
     add("--max-num-seqs", type=int, default=default.max_num_seqs, help="sequences in a batch (%(default)s)")
     add(
         "--max-num-batched-tokens",
         type=int,
         default=default.max_num_batched_tokens,
-        help="tokens a step computes at most (%(default)s)",
+        help="most tokens that a step computes (%(default)s)",
     )
     add("--max-model-len", type=int, default=default.max_model_len, help="longest sequence in tokens (%(default)s)")
     add("--max-queued", type=int, default=default.max_queued, help="queue bound; 0 is unbounded (%(default)s)")
@@ -74,13 +74,13 @@ def _add_capacity(add: Callable[..., Any], default: SimulatorConfig) -> None:
         "--shutdown-timeout",
         type=float,
         default=default.shutdown_timeout,
-        help="seconds for which SIGTERM lets requests run on; 0 aborts them (%(default)s)",
+        help="seconds for which requests may run on after SIGTERM; 0 aborts them (%(default)s)",
     )
 
 
 def _add_connector(add: Callable[..., Any], default: SimulatorConfig) -> None:
-    """Flags for hand-offs."""
-    add("--lease", type=float, default=None, help="seconds a hand-off is kept (nixl 30, mooncake_ascend 480)")
+    """Add the flags for hand-offs."""
+    add("--lease", type=float, default=None, help="seconds for which a hand-off is kept (nixl 30, mooncake_ascend 480)")
     add("--handshake-timeout", type=float, default=default.handshake_timeout, help="seconds (%(default)s)")
     known = ", ".join(SIDES)
     add("--connector", choices=tuple(SIDES), metavar="NAME", default=default.connector, help=f"{known} (%(default)s)")
@@ -88,33 +88,52 @@ def _add_connector(add: Callable[..., Any], default: SimulatorConfig) -> None:
         "--encoder-connector",
         choices=("none", "example", "cpu"),
         default=default.encoder_connector,
-        help="how images come from encoders (%(default)s)",
+        help="how media come from encoders (%(default)s)",
     )
-    add("--encoder-storage", default=default.encoder_storage, help="folder that encoders of kind example share")
-    add("--encode-time", type=float, default=default.encode_time, help="seconds that a medium takes (%(default)s)")
+    add(
+        "--encoder-storage",
+        default=default.encoder_storage,
+        help="folder that engines with encoder connector example share",
+    )
+    add(
+        "--encode-time",
+        type=float,
+        default=default.encode_time,
+        help="seconds for which one medium is encoded (%(default)s)",
+    )
     add("--proxy", default="", help="host:port of the gateway's ZeroMQ socket (as pd_proxy_host, proxy_ip)")
     add("--register-every", type=float, default=default.register_every, help="seconds (%(default)s)")
-    add("--tp", type=int, default=default.tp, help="tensor-parallel ranks that a connector tells of (%(default)s)")
-    add("--shared-path", default=default.shared_path, help="the folder that engines with shared_cache share")
+    add("--tp", type=int, default=default.tp, help="tensor-parallel ranks that a connector reports (%(default)s)")
+    add("--shared-path", default=default.shared_path, help="folder that engines with shared_cache share")
     policies = ("fail", "recompute")
     add("--load-failure-policy", choices=policies, default=default.load_failure_policy, help="(%(default)s)")
 
 
 def _add_cache(add: Callable[..., Any], default: SimulatorConfig) -> None:
-    """Flags for the KV cache and its events, and for the model's text."""
+    """Add the flags for the KV cache, its events, and the model's text."""
     add("--preemption", choices=("recompute", "report"), default=default.preemption, help="(%(default)s)")
     add("--stale-reads", choices=("wrong", "memory"), default=default.stale_reads, help="(%(default)s)")
-    add("--eos-rate", type=float, default=default.eos_rate, help="how often a sequence ends by itself (%(default)s)")
+    add(
+        "--eos-rate",
+        type=float,
+        default=default.eos_rate,
+        help="probability of the end-of-sequence token at each draw (%(default)s)",
+    )
     add("--no-prefix-caching", action="store_true", help="compute every prompt in full")
     add("--kv-events", type=int, default=None, help="port to publish KV events at; 0 takes any free one; none: off")
-    add("--kv-replay", type=int, default=0, help="port to be asked for missed KV events; 0 takes any free one")
+    add("--kv-replay", type=int, default=0, help="port that replays missed KV events; 0 takes any free one")
     add("--kv-events-topic", default=default.kv_events_topic, help="(%(default)r)")
     add("--kv-events-encoding", choices=("map", "array"), default=default.kv_events_encoding, help="(%(default)s)")
-    add("--weights", type=int, default=default.weights, help="another number, another model (%(default)s)")
+    add(
+        "--weights",
+        type=int,
+        default=default.weights,
+        help="engines with different numbers are different models (%(default)s)",
+    )
 
 
 def config_from(args: argparse.Namespace) -> SimulatorConfig:
-    """The config that the flags describe. Raises ValueError."""
+    """Returns the configuration that the flags describe. Raises ValueError."""
     return SimulatorConfig(
         role=args.role,
         host=args.host,
@@ -157,12 +176,12 @@ def config_from(args: argparse.Namespace) -> SimulatorConfig:
         kv_events_topic=args.kv_events_topic,
         kv_events_encoding=args.kv_events_encoding,
         weights=args.weights,
-        request_log=1,  # it cannot be read from outside, and prompts are long
+        request_log=1,  # the log cannot be read from outside this process, and prompts are long
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal ends it; returns the exit status."""
+    """Serve until a signal arrives; returns the exit status."""
     try:
         config = config_from(args)
     except ValueError as error:
@@ -194,7 +213,7 @@ async def _serve(config: SimulatorConfig) -> int:
         told.cancel()
         if not simulator.stopping:
             return 1
-        await simulator.wait_for(lambda: not simulator.connections, 10**9)  # it waits for its clients to close
+        await simulator.wait_for(lambda: not simulator.connections, 10**9)  # the server waits for its clients to close
         return 0
     await simulator.stop()
     return 0

@@ -1,6 +1,7 @@
-"""What a simulated engine can be told, in one frozen value; nothing else in this room reads flags or the environment.
+"""The settings of a simulated engine, in one frozen value. No other module of this package reads flags or the
+environment.
 
-Invariant: a config that exists is consistent (checked once, in `__post_init__`).
+Invariant: a configuration that exists is consistent (checked once, in `__post_init__`).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ Connector = Literal[
     "none",
 ]
 
-# What the connectors pin a hand-off for when nothing is set: kv_lease_duration and the Ascend abort timeout.
-# A decode engine with ascend_layerwise waits for ever; a simulated one gives up in the end.
+# How long each connector pins a hand-off when nothing is set: kv_lease_duration, and the Ascend abort timeout.
+# A real decode engine with ascend_layerwise waits for ever; a simulated one gives up after this time.
 DEFAULT_LEASE = {
     "nixl": 30.0,
     "mooncake_ascend": 480.0,
@@ -39,7 +40,7 @@ DEFAULT_LEASE = {
     "lmcache_pd": 60.0,  # allocation_timeout_sec and the like bound a transfer; nothing is kept after it
     "moriio_read": 60.0,  # defer_timeout
     "moriio_write": 60.0,
-    "p2p_nccl": 60.0,  # it has none: for as long decode waits
+    "p2p_nccl": 60.0,  # the real one has no limit: this is how long decode waits
     "sglang": 300.0,
     "tensorrt_llm": 60.0,
     "nixl_push": 30.0,
@@ -51,68 +52,70 @@ DEFAULT_LEASE = {
 
 @dataclass(frozen=True, slots=True)
 class SimulatorConfig:
-    """Settings of one simulated engine. Times are in seconds, rates in tokens a second, 0 means "as fast as it can"."""
+    """Settings of one simulated engine. Times are in seconds, rates in tokens a second; 0 means "as fast as
+    possible"."""
 
-    role: Role = "mixed"  # a label, as in vLLM: the request's own parameters say which side of a hand-off it is
-    host: str = "127.0.0.1"  # loopback: a simulator is never for others
+    role: Role = "mixed"  # a label, as in vLLM: the request's own parameters say which leg it is
+    host: str = "127.0.0.1"  # loopback: a simulator serves its own machine only
     port: int = 0  # 0: any free port
-    side_port: int = 0  # where hand-offs are pulled from; 0: any free port
-    side_host: str = ""  # what hand-offs call this host; "": host, or localhost (as vLLM) if it is a wildcard
-    proxy: str = ""  # host:port of the gateway's socket, for connectors whose engines tell it something
-    register_every: float = 3.0  # for connectors whose engines register there
-    tp: int = 1  # tensor-parallel ranks, as far as a connector tells of each
+    side_port: int = 0  # the port where hand-offs are pulled from; 0: any free port
+    side_host: str = ""  # the name of this host in hand-offs; "": host, or localhost (as vLLM) if host is a wildcard
+    proxy: str = ""  # host:port of the gateway's ZeroMQ socket, for connectors whose engines send it messages
+    register_every: float = 3.0  # seconds between registrations, for connectors whose engines register at the gateway
+    tp: int = 1  # tensor-parallel ranks, as far as a connector reports each
     model: str = "sim"
-    task: Task = "generate"  # what the model is for: as in vLLM, routes of other tasks do not exist
-    surface: Surface = "vllm"  # whose paths it is asked at for its health, metrics and version
-    dev_mode: bool = True  # VLLM_SERVER_DEV_MODE: its cache can be reset, and it can be put to sleep
+    task: Task = "generate"  # what the model is for: as in vLLM, the routes of other tasks do not exist
+    surface: Surface = "vllm"  # whose paths it serves for health, metrics and version
+    dev_mode: bool = True  # VLLM_SERVER_DEV_MODE: the cache can be reset, and the engine can be put to sleep
     profiler: bool = True  # a profiler is configured
     root: str = ""  # the path that the model was loaded from; "": its name
     version: str = "0.32.0"  # what /version says
-    adapters: tuple[str, ...] = ()  # LoRA adapters that it starts with
+    adapters: tuple[str, ...] = ()  # LoRA adapters that are loaded at the start
     step_time: float = 0.0  # one decode step for the whole batch; 0 keeps tests fast
     prefill_rate: float = 0.0  # prompt tokens a second
     transfer_rate: float = 0.0  # pulled tokens a second
     blocks: int = 8192  # 131,072 tokens: some hundreds of ordinary requests
     block_size: int = 16  # vLLM's default on GPUs
     max_num_seqs: int = 256  # vLLM's default
-    max_num_batched_tokens: int = 8192  # prefill longer than this is done in several steps, between which others decode
+    max_num_batched_tokens: int = 8192  # a longer prefill is done in several steps, between which others decode
     max_model_len: int = 32768
     max_queued: int = 0  # 0: the queue is unbounded
     lease: float | None = None  # None: the connector's own (nixl 30, mooncake_ascend 480)
     handshake_timeout: float = 5.0  # as measured; tests want it small
     connector: Connector = "nixl"
     encoder_connector: EncoderConnector = "none"
-    encoder_storage: str = ""  # where encoders of kind example leave what they made: shared_storage_path
-    encode_time: float = 0.0  # seconds that a medium takes
+    encoder_storage: str = ""  # where encoders of kind example store their embeddings: shared_storage_path
+    encode_time: float = 0.0  # seconds for which one medium is encoded
     shared_path: str = ""  # the folder of shared_cache
     load_failure_policy: Literal["fail", "recompute"] = "fail"  # vLLM's default
     preemption: Literal["recompute", "report"] = "recompute"  # report: vllm-ascend's stop_reason "recomputed"
-    stale_reads: Literal["wrong", "memory"] = "wrong"  # memory: wrong only once the blocks were really used again
-    eos_rate: float = 1 / 512  # how often the end-of-sequence token is drawn
+    stale_reads: Literal["wrong", "memory"] = "wrong"  # memory: wrong only once the blocks have been reused
+    eos_rate: float = 1 / 512  # probability of the end-of-sequence token at each draw
     prefix_caching: bool = True
-    kv_events: int | None = None  # port at which it publishes what becomes of its cache; 0: any free one
-    kv_replay: int = 0  # port to be asked for what was missed; 0: any free one
+    kv_events: int | None = None  # port at which changes of the prefix cache are published; 0: any free one
+    kv_replay: int = 0  # port that replays missed batches; 0: any free one
     kv_events_topic: str = ""
     kv_events_encoding: Literal["map", "array"] = "map"  # array: vLLM before 2026, and SGLang
     kv_events_hashes: Literal["int", "bytes"] = "int"  # VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES
     kv_events_buffer: int = 10_000  # batches kept for subscribers that missed some, as vLLM's buffer_steps
     responses_store: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE
     scale_out: bool = False  # --enable-scale-out: tokens in, tokens out
-    prompt_tokens_details: bool = True  # usage says cached_tokens
-    written_tokens: bool = False  # usage says how many tokens were written to the cache (vLLM since 9/2026)
-    handoff_cached: bool = True  # a hand-off says how many tokens of the prompt were cached (not in vLLM before that)
+    prompt_tokens_details: bool = True  # whether usage has cached_tokens
+    written_tokens: bool = False  # whether usage has the tokens that were written to the cache (vLLM since 9/2026)
+    handoff_cached: bool = True  # whether a hand-off has the number of cached prompt tokens (not in vLLM before 9/2026)
     parser: bool = False  # --reasoning-parser or --tool-call-parser: a token without text has no content in its delta
-    shutdown_timeout: float = 0.0  # --shutdown-timeout: seconds for which SIGTERM lets requests run on; 0 aborts them
-    exit_delay: float = 0.17  # from SIGTERM until the port is closed, where requests are aborted
-    death_delay: float = 0.3  # a dead engine answers /health with 503 this long, then its process is gone
+    # --shutdown-timeout: seconds for which requests may run on after SIGTERM; 0 aborts them
+    shutdown_timeout: float = 0.0
+    exit_delay: float = 0.17  # seconds from SIGTERM until the port is closed, where requests are aborted
+    death_delay: float = 0.3  # seconds for which a dead engine answers /health with 503 before its process ends
     keep_alive: float = 5.0  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE
-    request_log: int = 256  # received requests that are kept to be looked at
+    request_log: int = 256  # received requests that are kept for tests to read
     api_key: str | None = None
-    handoff_key: str | None = None  # tensorrt_llm: what a generation server is told must be signed with it
-    weights: int = 0  # engines with other weights say other things
+    handoff_key: str | None = None  # tensorrt_llm: the key by which a generation server's parameters must be signed
+    weights: int = 0  # engines with other weights generate other text
 
     def __post_init__(self) -> None:
-        """Refuse what no engine could run with."""
+        """Refuse settings with which no engine could run."""
         for name in (
             "step_time",
             "prefill_rate",
@@ -147,10 +150,10 @@ class SimulatorConfig:
 
     @property
     def advertised_host(self) -> str:
-        """`remote_host` of this engine's hand-offs."""
+        """The name of this host in hand-offs (`remote_host`)."""
         return self.side_host or ("localhost" if self.host in ("0.0.0.0", "::", "") else self.host)  # noqa: S104
 
     @property
     def lease_seconds(self) -> float:
-        """Seconds for which a hand-off is pinned unless it is renewed."""
+        """How many seconds a hand-off is pinned unless its lease is renewed."""
         return DEFAULT_LEASE[self.connector] if self.lease is None else self.lease

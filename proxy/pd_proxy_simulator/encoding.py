@@ -1,6 +1,6 @@
 """The JSON of answers: bodies, stream chunks, log probabilities and usage, field for field as vLLM 0.32 writes them.
 
-Invariant: pure functions of what the engine produced; nothing here knows of sockets.
+Invariant: pure functions of what the engine produced; no sockets here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def event(payload: Any) -> bytes:
 
 
 def usage(prompt: int, completion: int, cached: int | None, written: int | None = None) -> Object:
-    """The usage object; `cached` None leaves the details out."""
+    """The usage object. Where `cached` is None, the details are left out."""
     more = {} if written is None else {"created_cache_tokens": written}
     return {
         "prompt_tokens": prompt,
@@ -43,7 +43,7 @@ def usage(prompt: int, completion: int, cached: int | None, written: int | None 
 
 
 def total_usage(request: GenerationRequest, sequences: Items[Sequence], *, details: bool) -> Object:
-    """The usage of a request: each prompt once, every child's output."""
+    """The usage of a request: each prompt counted once, and the output of every choice."""
     prompts = sum(map(len, request.prompts))
     completion = sum(sequence.output_length for sequence in sequences)
     written = sequences[-1].written if request.kind == "chat" else None
@@ -51,7 +51,8 @@ def total_usage(request: GenerationRequest, sequences: Items[Sequence], *, detai
 
 
 def cached_tokens(sequence: Sequence) -> int:
-    """What is reported as cached: prefill's own number, if the KV came from there and prefill said."""
+    """The number of tokens that is reported as cached: prefill's own number, if the KV came from there with that
+    number."""
     if sequence.external and sequence.remote_cached is not None:
         return sequence.remote_cached
     return sequence.cached + sequence.external
@@ -86,7 +87,7 @@ def _chat_entry(token: int, value: float, as_id: bool) -> Object:
 def completion_logprobs(
     request: GenerationRequest, tokens: Items[int], draws: Items[int | None], offset: int
 ) -> Object | None:
-    """`choices[].logprobs` of completions; a draw that is None is the first token of an echoed prompt."""
+    """`choices[].logprobs` of completions. A draw that is None marks the first token of an echoed prompt."""
     if request.logprobs is None:
         return None
     offsets: list[int] = []
@@ -109,7 +110,7 @@ def completion_logprobs(
 
 
 def prompt_draws(prompt: Items[int], weights: int) -> list[int | None]:
-    """The draws behind a prompt's own log probabilities."""
+    """The draws from which a prompt's own log probabilities follow."""
     state = start_state(weights)
     draws: list[int | None] = []
     for token in prompt:
@@ -119,7 +120,7 @@ def prompt_draws(prompt: Items[int], weights: int) -> list[int | None]:
 
 
 def prompt_logprobs(request: GenerationRequest, prompt: Items[int], weights: int) -> list[Object | None] | None:
-    """`prompt_logprobs`: none for the first token, then the likeliest by id."""
+    """`prompt_logprobs`: None for the first token, then the likeliest tokens by id."""
     count = request.prompt_logprobs
     if count is None:
         return None
@@ -142,12 +143,12 @@ def prompt_logprobs(request: GenerationRequest, prompt: Items[int], weights: int
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request whose sequences have all ended: what the body of its answer is made from.
+    """A request whose sequences have all ended: the values from which the body of its answer is made.
 
     Attributes:
         sequences, texts: one each for every choice, in the same order.
         created: when the request arrived, in seconds since the epoch.
-        details: the usage says how much of the prompt was cached.
+        details: whether the usage says how much of the prompt was cached.
         weights: the model's weights, from which log probabilities follow.
         handoff: the parameters that a prefill leg answers with.
     """
@@ -265,7 +266,7 @@ def completion_body(finished: Finished) -> Object:
 
 
 def head(request: GenerationRequest, created: int) -> bytes:
-    """What every chunk of a stream begins with; the choices follow."""
+    """The beginning of every chunk of a stream; the choices follow."""
     if request.kind == "generate":
         mode = request.body.get("output_mode", "tokens")
         return b"data: " + to_json({"request_id": request.external_id, "output_mode": mode})[:-1] + b',"choices":['
@@ -283,7 +284,7 @@ def loads(body: bytes) -> Any:
 
 
 def encoded(external_id: str, model: str, prompt_tokens: int, params: Object | None) -> Object:
-    """The body of an encoder's answer: it has sampled nothing."""
+    """The body of an encoder's answer, which has no tokens."""
     return {
         "id": external_id,
         "object": "chat.completion",

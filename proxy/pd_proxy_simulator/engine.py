@@ -1,8 +1,8 @@
-"""The engine core: continuous batching in one task, first come first served, over one pool of KV blocks.
+"""The engine core: continuous batching in one task, first come, first served, over one pool of KV blocks.
 
-A step takes `step_time` plus the time its prompt tokens need, and gives one token to every sequence whose prompt is
-done. Between steps nothing is half-changed; everything but the step's own sleep is synchronous.
-Who runs, and who holds which blocks, is in `scheduler.py`.
+A step takes `step_time` plus the time that its prompt tokens need, and generates one token for every sequence whose
+prompt is computed. Between steps the state is consistent; everything but the step's own sleep is synchronous. Which
+sequences run, and which blocks they hold, is in `scheduler.py`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 class Slowness(Protocol):
-    """What can make steps longer: the faults."""
+    """The interface by which faults make steps longer."""
 
     def slowness(self) -> float:
         """The factor by which the next step takes longer."""
 
 
 class Engine:
-    """One engine core. `side_port` is where its hand-offs can be pulled from, `http_address` where its API is."""
+    """One engine core. `side_port` is the port where its hand-offs can be pulled from, `http_address` the address of
+    its API."""
 
     def __init__(
         self,
@@ -55,8 +56,8 @@ class Engine:
         self.stats = Stats()
         self.pool = BlockPool(config.blocks, caching=config.prefix_caching)
         self.handoffs = Handoffs(self.pool, config, self._handoffs_changed)
-        self.dead: str | None = None  # why
-        self.frozen = False  # no step is made
+        self.dead: str | None = None  # the reason
+        self.frozen = False  # whether steps are stopped
         self._faults = faults
         self._changed = changed
         self._died = died
@@ -67,7 +68,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # What tests and gauges look at.
+    # Read by tests and gauges.
 
     @property
     def running(self) -> int:
@@ -76,22 +77,22 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Sequences that are not in the batch yet, for whatever reason."""
+        """Sequences that are not in the batch yet, for any reason."""
         return len(self.scheduler.queue) + len(self.scheduler.ready) + len(self.scheduler.loading)
 
     @property
     def loading(self) -> int:
-        """Sequences whose KV is on the way from prefill."""
+        """Sequences whose KV is being fetched from prefill."""
         return len(self.scheduler.loading)
 
     @property
     def pulled(self) -> int:
-        """Hand-offs of this engine that decode has read (prefill's side)."""
+        """Hand-offs of this engine that decode has read (counted at prefill)."""
         return self.handoffs.pulled
 
     @property
     def pulls(self) -> int:
-        """Hand-offs that this engine has read (decode's side)."""
+        """Hand-offs that this engine has read (counted at decode)."""
         return self.stats.pulls
 
     @property
@@ -101,7 +102,7 @@ class Engine:
 
     @property
     def aborted(self) -> int:
-        """Sequences whose client went away."""
+        """Sequences whose client disconnected."""
         return self.stats.aborted
 
     @property
@@ -114,35 +115,36 @@ class Engine:
         """Blocks pinned for hand-offs that were not pulled yet."""
         return self.pool.pinned
 
-    # Life.
+    # Start and end.
 
     def start(self) -> None:
-        """Begin to step."""
+        """Begin to make steps."""
         self.spawn(self._run())
 
     def close(self) -> None:
-        """End at once, without a word to any listener."""
+        """End at once, without a call to any listener."""
         for task in list(self._tasks):
             task.cancel()
         self.handoffs.close()
         self.scheduler.clear()
 
     def die(self, reason: str) -> None:
-        """An assertion in the core: everything in flight fails, and the process will be gone shortly."""
+        """Die as after a failed assertion in the core: everything in flight fails, and the process ends shortly
+        after."""
         if self.dead is not None:
             return
         logger.error("engine %s died: %s", self.id, reason)
         self.dead = reason
-        casualties = self.scheduler.everything()
+        in_flight = self.scheduler.everything()
         self.close()
-        for sequence in casualties:
+        for sequence in in_flight:
             if sequence.listener is not None:
                 sequence.listener.on_failure(sequence, engine_dead())
         self._died()
         self._changed()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something for as long as the engine lives."""
+        """Run a coroutine for as long as the engine lives."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -158,7 +160,7 @@ class Engine:
         self._wake.set()
         self._changed()
 
-    # Requests come and go.
+    # Requests arrive and end.
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Queue the sequences of one request.
@@ -185,7 +187,7 @@ class Engine:
         self._changed()
 
     def abort(self, sequences: list[Sequence]) -> None:
-        """Their client has gone: free what they hold, now."""
+        """The client has disconnected: free what its sequences hold, now."""
         for sequence in sequences:
             if sequence.status is Status.FINISHED or self.dead is not None:
                 continue
@@ -207,8 +209,8 @@ class Engine:
         self._changed()
 
     def give_up(self, sequences: list[Sequence] | None = None) -> None:
-        """End some sequences, or all there are, with finish reason "abort", as an engine does that is stopped or
-        paused: each answers with what it has."""
+        """End the given sequences, or all, with finish reason "abort", as a stopped or paused engine does. Each
+        answers with the tokens that it has."""
         if sequences is None:
             sequences = self.scheduler.everything()
         for sequence in sequences:
@@ -231,17 +233,17 @@ class Engine:
         self._changed()
 
     def freeze(self, frozen: bool) -> None:
-        """Make no step, or go on."""
+        """Stop making steps, or go on."""
         self.frozen = frozen
         self._wake.set()
 
     def let_go(self, transfer: Transfer) -> None:
-        """Tell prefill that what it keeps will not be fetched."""
+        """Notify prefill that the KV which it keeps will not be fetched."""
         if transfer.fetches and self.dead is None:
             self.side.let_go(transfer)
 
     def _drop(self, sequence: Sequence) -> None:
-        """End a sequence, wherever it is, and free its blocks."""
+        """End a sequence in any state, and free its blocks."""
         self.scheduler.remove(sequence)
         self._gone(sequence)
         self.scheduler.free(sequence)
@@ -270,13 +272,13 @@ class Engine:
                 duration += prompt_tokens / config.prefill_rate
             duration *= self._faults.slowness()
             now = loop.time()
-            # A step that began late because the last one's bookkeeping took long is not a longer step.
+            # A step that began late because the previous step's bookkeeping took long is not longer for it.
             deadline = (deadline if now - deadline < duration else now) + duration
             await asyncio.sleep(max(deadline - now, 0))
             self._step(batch)
 
     def _recompute_elsewhere(self, sequence: Sequence) -> None:
-        """vllm-ascend's recompute scheduler: the sequence ends without a token, and the proxy is to send it again."""
+        """vllm-ascend's recompute scheduler: the sequence ends without a token, and the proxy has to send it again."""
         sequence.finish_reason, sequence.stop_reason = "stop", "recomputed"
         self._finish(sequence)
         if sequence.listener is not None:
@@ -326,7 +328,7 @@ class Engine:
         stats.prompt_length.observe(sequence.prompt_length)
 
     def _finish(self, sequence: Sequence) -> None:
-        """A sequence has said its last token: keep its blocks for decode, or give them back."""
+        """Handle the end of a sequence after its last token: keep its blocks for decode, or free them."""
         reason = sequence.finish_reason
         assert reason is not None
         now = asyncio.get_running_loop().time()
@@ -363,7 +365,8 @@ class Engine:
     # Fetching.
 
     def _load(self, sequence: Sequence) -> bool:
-        """Begin to fetch a sequence's KV, or to wait for what it awaits; returns whether the engine survives that."""
+        """Begin to fetch a sequence's KV, or to wait for decode; returns whether the engine has survived the
+        sequence's parameters."""
         sequence.status = Status.LOADING
         self.scheduler.loading.add(sequence)
         if sequence.transfer.fetches:
@@ -372,13 +375,13 @@ class Engine:
         return self.dead is None
 
     def admit(self, sequence: Sequence) -> None:
-        """What a sequence waited for is there, or is not needed any more: compute it."""
+        """Compute a sequence: what it waited for has come, or is no longer needed."""
         self.scheduler.make_ready(sequence)
         self._wake.set()
         self._changed()
 
     def fail(self, sequence: Sequence) -> None:
-        """What a sequence waited for does not come."""
+        """Fail a sequence: what it waited for does not come."""
         self.scheduler.loading.discard(sequence)
         sequence.status = Status.FINISHED
         self.stats.finished["error"] += 1
@@ -394,12 +397,12 @@ class Engine:
             self.side.ended(sequence)
 
     def fetch(self, sequence: Sequence, contents: Coroutine[Any, Any, list[Content]]) -> None:
-        """Fill the blocks of a sequence that is loading, less those that were cached, with `contents`."""
+        """Fill the blocks of a loading sequence with `contents`; blocks that were cached are not in it."""
         task = self.spawn(self._fetch(sequence, contents))
-        task.add_done_callback(lambda _: contents.close())  # an engine may die before its first step
+        task.add_done_callback(lambda _: contents.close())  # an engine may die before the task's first step
 
     def compute(self, sequence: Sequence) -> None:
-        """A sequence that is loading computes its prompt itself after all: there is nothing to fetch."""
+        """Compute the prompt of a loading sequence here: there is nothing to fetch."""
         self.scheduler.make_ready(sequence)
         self._wake.set()
 

@@ -1,7 +1,7 @@
-"""How the simulated engine says no, in the shapes of vLLM's API server.
+"""The errors with which the simulated engine refuses requests, in the shapes of vLLM's API server.
 
-Invariant: every refusal that a client sees is one of these; `late` ones were refused after the request had been
-accepted by the handler, which is when a decode engine tells prefill to let go of a hand-off.
+Invariant: every refusal that a client sees is one of these. A `late` error is one that was raised after the handler had
+accepted the request; that is when a decode engine notifies prefill to release a hand-off.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ class RequestError(Exception):
         self.message = message
         self.param = param
         self.late = late
-        self.is_output = is_output  # the request ended this way by itself, so a stream has begun before
+        self.is_output = is_output  # the request's output ended with this error, so a stream has begun before
 
     def body(self) -> dict[str, object]:
-        """The JSON that goes out."""
+        """The JSON body of the answer."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
         return {"error": error}
 
     def anthropic_body(self) -> dict[str, object]:
-        """The same from the handler of `/v1/messages`."""
+        """The JSON body as the handler of `/v1/messages` writes it."""
         return {"type": "error", "error": {"type": self.kind, "message": self.message}}
 
 
 def bad_request(message: str, param: str | None = None) -> RequestError:
-    """A value that the handler refuses."""
+    """The error for a value that the handler refuses."""
     return RequestError(400, "BadRequestError", message, param)
 
 
 def invalid_field(field: str, kind: str, message: str, given: object) -> RequestError:
-    """A body of the wrong shape, as pydantic words it: refused before the handler."""
+    """The error for a body of the wrong shape, as pydantic words it. It is raised before the handler."""
     shown = repr(given)
     detail = f"{{'type': '{kind}', 'loc': ('body', '{field}'), 'msg': '{message}', 'input': {shown[:200]}}}"
     return RequestError(400, "Bad Request", f"1 validation error:\n  {detail}", field, late=False)
 
 
 def internal_error() -> RequestError:
-    """What a request that ended with finish reason "error" becomes."""
+    """The error of a request that ended with finish reason "error"."""
     return RequestError(500, "InternalServerError", "Internal server error", is_output=True)
 
 
 def engine_dead() -> RequestError:
-    """What requests get from an engine core that has died."""
+    """The error of requests to an engine core that has died."""
     message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
     return RequestError(500, "InternalServerError", message)

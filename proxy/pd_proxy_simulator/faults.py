@@ -1,7 +1,7 @@
-"""Faults: what can be made to go wrong, for which leg, how often; switched on in process or over HTTP.
+"""Faults: which failures are injected, for which leg and how often. They are switched on in the process or over HTTP.
 
-Invariant: a fault with a count is used up by the requests it hit and by nothing else. A request is hit by the first
-matching fault of each kind, all of them drawn once, when it arrives.
+Invariant: a fault with a count is used up by the requests that it hit and by nothing else. A request is hit by the
+first matching fault of each kind; all of them are drawn once, when the request arrives.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Ending = Literal["reset", "close", "kill", "truncated", "garbage", "json", "erro
 
 
 class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One fault. `leg` "any" means every inference request (prefill leg, decode leg, or one without a hand-off);
-    "pull" is what a decode engine asks of this one's side channel, which `hang`, `reset` and `delay_first_byte`
-    can befall.
+    """One fault. `leg` "any" means every inference request (prefill leg, decode leg, or one without a hand-off). "pull"
+    means a decode engine's requests to this engine's side channel, which `hang`, `reset` and `delay_first_byte` can
+    hit.
 
-    `ending` says how an answer dies: its connection is `reset` or closed (`close`); `kill` takes the whole
-    process; `truncated` is half a chunk and a close, `garbage` is bytes without framing and a close. The others are
-    proper HTTP: `json` an event that is no JSON, then `[DONE]`; `error` an error event, then `[DONE]`; `done`
-    nothing but `[DONE]`; `end` not even that.
+    `ending` says how an answer breaks off: its connection is `reset` or closed (`close`); `kill` ends the whole
+    process; `truncated` is half a chunk and a close; `garbage` is bytes without framing and a close. The others are
+    proper HTTP: `json` is an event with broken JSON, then `[DONE]`; `error` is an error event, then `[DONE]`; `done` is
+    only `[DONE]`; `end` is the end of the answer without `[DONE]`.
     """
 
     kind: Kind
@@ -48,20 +48,21 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     count: int | None = None  # how many more requests it hits; None: all
     probability: float = 1.0
     status: int = 500  # status
-    # die_mid_stream, stall_mid_stream, recomputed. 0: after the headers (and chat's role). -1: after the last
-    # token, when only usage and [DONE] are missing; of an answer in one piece, half the body is out then.
+    # For die_mid_stream, stall_mid_stream and recomputed. 0: after the headers (and chat's role). -1: after the last
+    # token, when only usage and [DONE] are missing; of an answer in one piece, half the body has been sent then.
     after_tokens: int = 1
-    delay_s: float = 1.0  # delay_first_byte; slow_body: between two pieces
+    delay_s: float = 1.0  # for delay_first_byte, and slow_body: between two pieces
     piece_bytes: int = 16  # slow_body
     factor: float = 10.0  # slow
-    duration_s: float | None = None  # refuse: None (in process only) lasts until the fault is removed
-    form: Literal["bytes", "json", "truncated", "error", "empty"] = "bytes"  # garbage; all but bytes under a 200
+    duration_s: float | None = None  # for refuse: None (in the process only) lasts until the fault is removed
+    # for garbage; all but bytes are under a 200
+    form: Literal["bytes", "json", "truncated", "error", "empty"] = "bytes"
     ending: Ending = "reset"  # die_mid_stream
     retry_after: int | None = None  # status: a Retry-After header
     hits: int = 0  # how many requests it has hit
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Refuse values that have no meaning."""
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must be in [0, 1], got {self.probability}")
         if self.factor <= 0:
@@ -72,8 +73,8 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"after_tokens must be at least -1, got {self.after_tokens}")
 
 
-class Mischief:
-    """What is going to happen to one request: the faults that hit it, by kind."""
+class InjectedFaults:
+    """The faults that hit one request, by kind."""
 
     __slots__ = ("faults",)
 
@@ -81,11 +82,11 @@ class Mischief:
         self.faults = faults
 
     def get(self, kind: Kind) -> Fault | None:
-        """The fault of a kind, if it hits this request."""
+        """The fault of a kind that hits this request, or None."""
         return self.faults.get(kind)
 
 
-NOTHING = Mischief({})
+NOTHING = InjectedFaults({})
 
 
 class Faults:
@@ -103,14 +104,14 @@ class Faults:
         return len(self._active)
 
     def add(self, kind: Kind, **options: Any) -> Fault:
-        """Switch a fault on beside the others; returns it, so that its `hits` can be read."""
+        """Switch a fault on, beside the others; returns it, so that its `hits` can be read."""
         fault = msgspec.convert({"kind": kind, **options}, Fault)
         self._active.append(fault)
         self._changed()
         return fault
 
     def replace(self, faults: Iterable[Fault]) -> None:
-        """Switch exactly these on."""
+        """Switch on exactly these."""
         self._active = list(faults)
         self._changed()
 
@@ -128,7 +129,7 @@ class Faults:
         return next((fault for fault in self._active if fault.kind == kind), None)
 
     def lasting(self, kind: Kind, leg: Leg) -> bool:
-        """Whether a fault of a leg is on until it is switched off."""
+        """Whether a fault of a leg is on that lasts until it is switched off."""
         return any(fault.kind == kind and fault.leg == leg and fault.count is None for fault in self._active)
 
     def slowness(self) -> float:
@@ -139,7 +140,7 @@ class Faults:
                 factor *= fault.factor
         return factor
 
-    def draw(self, leg: Leg) -> Mischief:
+    def draw(self, leg: Leg) -> InjectedFaults:
         """The faults that hit one request of this leg."""
         if not self._active:
             return NOTHING
@@ -155,7 +156,7 @@ class Faults:
             if fault.count is not None:
                 fault.count -= 1
             drawn[fault.kind] = fault
-        return Mischief(drawn)
+        return InjectedFaults(drawn)
 
 
 def parse_faults(body: Any) -> list[Fault]:

@@ -1,6 +1,7 @@
-"""The fields of request bodies and their types, told in pydantic's words when they are wrong.
+"""The fields of request bodies and their types. Errors are worded as pydantic words them.
 
-Invariant: fields that are not named here are ignored, as vLLM does; those that are have the right type after decoding.
+Invariant: fields that are not named here are ignored, as in vLLM; those that are named have the right type after
+decoding.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class CommonFields(msgspec.Struct):
-    """Fields of both endpoints; unknown ones are ignored, as vLLM does."""
+    """The fields of both endpoints. Unknown ones are ignored, as in vLLM."""
 
     model: str | None = None
     max_tokens: int | None = None

@@ -1,4 +1,4 @@
-"""What an answer must look like: which tool is to be called, which schema is to be followed.
+"""The structure that an answer must have: a call of a certain tool, or a schema.
 
 Invariant: a structure that leaves this module can be written in any state; one that cannot is refused with 400.
 """
@@ -15,7 +15,7 @@ from pd_proxy_simulator.structured import Structure, write_script
 
 
 def _checked(structure: Structure) -> Structure:
-    """Write with it once: a schema that cannot be followed is refused here, not in the middle of a step."""
+    """Write a script once: a schema that cannot be followed is refused here, not in the middle of a step."""
     try:
         write_script(structure, 0)
     except (ArithmeticError, KeyError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -29,7 +29,7 @@ def tool_structure(fields: ChatFields, tool: str, *, listed: bool) -> Structure:
 
 
 def wanted_structure(fields: CommonFields) -> Structure | None:
-    """What `structured_outputs` or `response_format` ask for."""
+    """The structure that `structured_outputs` or `response_format` ask for."""
     wanted = fields.structured_outputs
     if wanted is not None:
         if wanted.get("choice"):
@@ -69,7 +69,7 @@ def _name(tool: Object) -> str:
 
 
 def wanted_tool(fields: ChatFields) -> tuple[str | None, bool]:
-    """The tool that has to be called, and whether it was the model's choice."""
+    """The tool that has to be called, and whether the model chose it."""
     names = [_name(tool) for tool in fields.tools or ()]
     choice = fields.tool_choice
     if choice is None or choice in ("none", "auto"):

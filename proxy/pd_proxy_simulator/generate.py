@@ -1,7 +1,7 @@
 """`POST /inference/v1/generate`: tokens in, tokens out, with vLLM's own sampling parameters.
 
-Invariant: text is made only for those who ask for it (`output_mode` "text"); the tokens are those of every other
-endpoint for the same prompt.
+Invariant: text is made only where it is asked for (`output_mode` "text"). The tokens are those of every other endpoint
+for the same prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pd_proxy_simulator.tokens import VOCABULARY_SIZE, alternatives
 
 
 class GenerateFields(msgspec.Struct):
-    """The body; all that is about sampling is inside `sampling_params`."""
+    """The body's fields; all sampling parameters are inside `sampling_params`."""
 
     token_ids: list[int] | None = None
     sampling_params: Object | None = None
@@ -39,22 +39,22 @@ class GenerateFields(msgspec.Struct):
 
 
 class SamplingFields(CommonFields):
-    """`sampling_params`, with defaults of its own: greedy is not one of them."""
+    """The fields of `sampling_params`. Their defaults differ from the other endpoints': the default is not greedy."""
 
     logprobs: int | None = None
     extra_args: Object | None = None
 
 
 def what_is_asked(body: Any) -> Any:
-    """A body with the hand-off's parameters where the connector looks for them: `sampling_params.extra_args` may hold
-    them too, and the engine takes them from there."""
+    """A body with the hand-off's parameters where the connector looks for them. `sampling_params.extra_args` may
+    hold them too, and the engine takes them from there."""
     sampling = body.get("sampling_params")
     extra = sampling.get("extra_args") if isinstance(sampling, dict) else None
     return {**extra, **body} if isinstance(extra, dict) else body
 
 
 def decode_generate(body: Any, headers: Mapping[str, str], config: SimulatorConfig) -> GenerationRequest:
-    """A request. Raises RequestError."""
+    """Decode a request. Raises RequestError."""
     fields = decode_fields(body, GenerateFields)
     if not fields.token_ids:
         raise invalid_field("token_ids", "missing" if fields.token_ids is None else "too_short", "Field required", body)
@@ -65,7 +65,7 @@ def decode_generate(body: Any, headers: Mapping[str, str], config: SimulatorConf
     if fields.output_mode not in ("tokens", "text"):
         raise invalid_field("output_mode", "literal_error", "Input should be tokens or text", fields.output_mode)
     sampling = decode_fields(fields.sampling_params, SamplingFields)
-    # SamplingParams checks itself as it is made, so before the handler.
+    # SamplingParams validates itself when it is made, so before the handler.
     most = sampling.max_tokens
     if most is not None and (most < 1 or (sampling.min_tokens or 0) > most):
         message = f"min_tokens must be less than or equal to max_tokens={most}, got {sampling.min_tokens}."

@@ -1,6 +1,7 @@
-"""Hand-offs: what prefill pins for a decode engine, and for how long.
+"""Hand-offs: which blocks prefill pins for a decode engine, and for how long.
 
-Invariant: a hand-off is pinned once and released once: pulled, let go unread, or expired. Renewing only ever lengthens.
+Invariant: a hand-off is pinned once and released once: pulled, released unread, or expired. A renewal only lengthens a
+lease.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class Handoffs:
         return len(self._live)
 
     def pin(self, request_id: str, blocks: list[Block]) -> None:
-        """Keep `blocks` (whose references pass over to the hand-off) until someone is done with them.
+        """Keep `blocks` until the hand-off is done or expires. Their references pass over to the hand-off.
 
-        `request_id` is what the two legs know it by.
+        `request_id` is the name by which the two legs know the hand-off.
         """
         loop = asyncio.get_running_loop()
         lease = self._config.lease_seconds
@@ -55,7 +56,7 @@ class Handoffs:
             take(blocks)
 
     def when_pinned(self, request_id: str, take: Callable[[list[Block]], None]) -> None:
-        """Have `take` called with the blocks of a hand-off: now, or when it comes."""
+        """Call `take` with the blocks of a hand-off: now, or when it is pinned."""
         if (pinned := self._live.get(request_id)) is not None:
             take(pinned.blocks)
         else:
@@ -74,7 +75,7 @@ class Handoffs:
         self._changed()
 
     def renew(self, request_ids: Iterable[str]) -> None:
-        """A heartbeat: each lease lasts another two thirds from now."""
+        """Renew leases after a heartbeat: each lasts another two thirds of its length from now."""
         expires = asyncio.get_running_loop().time() + self._config.lease_seconds * 2 / 3
         for request_id in request_ids:
             pinned = self._live.get(request_id)
@@ -84,7 +85,7 @@ class Handoffs:
         self._changed()
 
     def done(self, request_id: str, *, read: bool) -> None:
-        """Decode needs the hand-off no more."""
+        """Release a hand-off that decode no longer needs."""
         if request_id not in self._live:
             self.late_notifications += 1
             return
@@ -96,14 +97,14 @@ class Handoffs:
         self._changed()
 
     def expire_all(self) -> None:
-        """Let every lease run out now."""
+        """Expire every lease now."""
         for request_id in list(self._live):
             self._release(request_id)
             self.expired += 1
         self._changed()
 
     def close(self) -> None:
-        """Forget everything, uncounted: the process is gone."""
+        """Drop all hand-offs without counting them: the process has ended."""
         for request_id in list(self._live):
             self._release(request_id)
 

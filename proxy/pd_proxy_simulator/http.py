@@ -1,6 +1,7 @@
 """HTTP/1.1 as uvicorn speaks it to a gateway, on transports that can be cut at any byte.
 
-Invariant: one exchange at a time on a connection, in order; whoever answers is told once when the peer goes away.
+Invariant: one exchange at a time on a connection, in order. An exchange's `on_close` is called once when the peer
+disconnects.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _PIPELINE = 16  # further requests are not read before the earlier ones are answ
 
 
 class Handler(Protocol):
-    """What answers requests."""
+    """The interface of what answers requests."""
 
     alive: bool
     keep_alive: float
@@ -41,7 +42,7 @@ class Handler(Protocol):
         """Answer one request."""
 
     def connection_changed(self) -> None:
-        """A connection was opened or closed."""
+        """Called when a connection was opened or closed."""
 
 
 class Exchange:
@@ -58,7 +59,7 @@ class Exchange:
         self.status: int | None = None  # once it has been sent
         self.ended = False
         self.streaming = False
-        self.on_close: Callable[[], None] | None = None  # the peer is gone before the end
+        self.on_close: Callable[[], None] | None = None  # called when the peer disconnects before the end of the answer
         self.on_writable: Callable[[], None] | None = None
         self._paced: bytearray | None = None
         self._pace: tuple[int, float] = (0, 0.0)
@@ -67,16 +68,16 @@ class Exchange:
 
     @property
     def open(self) -> bool:
-        """Whether anything can still be said."""
+        """Whether the answer can still be written to."""
         return not self.ended and not self._end_when_paced and self.connection.exchange is self
 
     @property
     def writable(self) -> bool:
-        """False while the peer does not read as fast as it is written to."""
+        """False while the peer reads more slowly than the answer is written."""
         return not self.connection.paused
 
     def pace(self, piece_bytes: int, delay: float) -> None:
-        """From now on, send so many bytes at a time with a pause between."""
+        """From now on, send this many bytes at a time with a pause between."""
         self._paced = bytearray()
         self._pace = (max(piece_bytes, 1), delay)
 
@@ -89,7 +90,7 @@ class Exchange:
         *,
         length: int | None = None,
     ) -> None:
-        """Answer with a whole body; `length` may lie."""
+        """Answer with a whole body. `length` is the Content-Length to send, which may be wrong."""
         if not self.open:
             return
         head = self._head(status, content_type, headers)
@@ -99,7 +100,7 @@ class Exchange:
         self._finish()
 
     def respond_in_part(self, status: int, part: bytes, length: int) -> None:
-        """Send the head of an answer of `length` bytes and the first of them; the rest is up to `raw`."""
+        """Send the head of an answer of `length` bytes and the first of them. The rest is written by `raw`."""
         if self.open:
             self.status = status
             self._send(self._head(status, "application/json", None) + b"content-length: %d\r\n\r\n" % length + part)
@@ -113,23 +114,23 @@ class Exchange:
         self._send(self._head(200, content_type, None) + b"transfer-encoding: chunked\r\n\r\n")
 
     def write(self, data: bytes) -> None:
-        """One chunk."""
+        """Send one chunk."""
         if self.open:
             self._send(b"%x\r\n%b\r\n" % (len(data), data))
 
     def end_stream(self) -> None:
-        """The last chunk."""
+        """Send the last chunk."""
         if self.open:
             self._send(b"0\r\n\r\n")
             self._finish()
 
     def raw(self, data: bytes) -> None:
-        """Bytes that need not be HTTP."""
+        """Send bytes as they are; they need not be HTTP."""
         if self.open:
             self._send(data)
 
     def cut(self, *, polite: bool = False) -> None:
-        """End the connection in the middle: with a reset, or just closed."""
+        """End the connection in the middle of the answer: with a reset, or with a close."""
         if self.connection.exchange is not self:
             return
         self.ended = True
@@ -139,7 +140,7 @@ class Exchange:
             self.connection.reset()
 
     def closed(self) -> None:
-        """Called by the connection when the peer has gone."""
+        """Called by the connection when the peer has disconnected."""
         if self._pacing is not None:
             self._pacing.cancel()
         callback, self.on_close = self.on_close, None
@@ -203,16 +204,16 @@ class Connection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._idle: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
-        self.exchange: Exchange | None = None  # the one being answered
+        self.exchange: Exchange | None = None  # the one that is being answered
         self.paused = False
-        self.received = 0  # bytes of the body that is coming, or came last
+        self.received = 0  # bytes of the body that is being received, or that was received last
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not checked: uvloop's transports do not inherit from asyncio's.
         transport = cast(asyncio.Transport, transport)
         self._transport = transport
         if not self._handler.alive:
-            reset(transport)  # accepted in the moment of death
+            reset(transport)  # accepted while the engine was being killed
             return
         self._handler.connections.add(self)
         self._handler.connection_changed()
@@ -244,7 +245,7 @@ class Connection(asyncio.Protocol):
             self.send(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
             self.close()
 
-    # What the parser says.
+    # The parser's callbacks.
 
     def on_message_begin(self) -> None:
         self._reading = Exchange(self)
@@ -290,7 +291,7 @@ class Connection(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._handler.handle(exchange))
 
     def answered(self, exchange: Exchange) -> None:
-        """The answer is complete: close, wait for the next request, or serve the one that is here."""
+        """Handle the end of an answer: close, wait for the next request, or serve the one that has been read."""
         if self.exchange is exchange:
             self.exchange = None
         if not exchange.keep_alive:
@@ -313,17 +314,17 @@ class Connection(asyncio.Protocol):
             self._transport.write(data)
 
     def close(self) -> None:
-        """An orderly end, after what has been written."""
+        """Close the connection after everything written has been sent."""
         if self._transport is not None:
             self._transport.close()
 
     def reset(self) -> None:
-        """A disorderly one."""
+        """Reset the connection."""
         if self._transport is not None:
             reset(self._transport)
 
     def kill(self) -> None:
-        """The process is gone: no answer goes on."""
+        """End the connection as a killed process does: no answer goes on."""
         self.reset()
         if self._task is not None:
             self._task.cancel()

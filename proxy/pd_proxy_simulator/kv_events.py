@@ -1,11 +1,13 @@
-"""KV events: what an engine says of its prefix cache over ZeroMQ, as vLLM with `--kv-events-config` and SGLang do.
+"""KV events: an engine publishes changes of its prefix cache over ZeroMQ, as vLLM with `--kv-events-config` and SGLang
+do.
 
 A batch is published for each step that changed the cache, as three parts: the topic, a sequence number (8 bytes,
-big-endian, from 0 at each start of the engine), and msgpack `[time, events, data-parallel rank]`. Who has missed some
-asks a second socket for those from a number on, and is answered with all that are still kept and, last, the number -1.
+big-endian, from 0 at each start of the engine), and msgpack `[time, events, data-parallel rank]`. A subscriber that has
+missed some asks a second socket for the batches from a number on. The reply is all of these that are still kept and,
+last, the number -1.
 
-Both encodings of an event that are in use can be had: a map with `type` (vLLM since 2026), and an array whose first
-item is the type (vLLM before that, SGLang). vLLM 0.32's `distributed/kv_events.py` was read for it.
+Both encodings of events that are in use are supported: a map with `type` (vLLM since 2026), and an array whose first
+item is the type (vLLM before that, SGLang). The source is vLLM 0.32's `distributed/kv_events.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ END = (-1).to_bytes(8, "big", signed=True)
 
 
 class CacheListener(Protocol):
-    """What is called when the prefix cache changes."""
+    """The interface that is called when the prefix cache changes."""
 
     def stored(self, key: int, parent: int | None, tokens: Sequence[int], salt: str) -> None:
         """A block can be found from now on.
@@ -38,13 +40,13 @@ class CacheListener(Protocol):
         """
 
     def removed(self, key: int) -> None:
-        """A block cannot be found any more: its memory is given to another."""
+        """A block cannot be found any more: its memory was given to another request."""
 
     def cleared(self) -> None:
         """No block can be found any more."""
 
 
-class Unheard:
+class NullListener:
     """A listener that does nothing."""
 
     def stored(self, key: int, parent: int | None, tokens: Sequence[int], salt: str) -> None:
@@ -58,15 +60,16 @@ class Unheard:
 
 
 class Publisher:
-    """Publishes what becomes of one engine's prefix cache. A new one is a restarted engine's: it counts from 0 again.
+    """Publishes the changes of one engine's prefix cache. A new publisher is that of a restarted engine: it counts from
+    0 again.
 
     Arguments:
-        port, replay_port: to publish at, and to be asked for what was missed at; 0 takes any free one.
-        buffer: batches that are kept for replay.
+        port, replay_port: where batches are published, and where missed ones are asked for; 0 takes any free port.
+        buffer: how many batches are kept for replay.
     Attributes:
         sequence: the number of the next batch.
-        lose: so many of the next batches are kept, but not sent: lost on the way.
-        subscriptions: how many subscriptions came; each gets what is published from then on.
+        lose: how many of the next batches are kept but not sent, as if lost on the way.
+        subscriptions: how many subscriptions came; a subscriber receives what is published after its subscription.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Publisher:
         self.subscriptions = 0
         self._context = zmq.Context(io_threads=1)
         try:
-            # As a PUB, and it tells of subscribers: a connected peer may not have subscribed yet.
+            # Like a PUB socket, but it reports subscribers: a connected peer may not have subscribed yet.
             self._pub, self.port = self._bind(zmq.XPUB, host, port)
             self._router, self.replay_port = self._bind(zmq.ROUTER, host, replay_port)
         except BaseException:
@@ -106,7 +109,7 @@ class Publisher:
         self._files = {self._router.getsockopt(zmq.FD): self._answer, self._pub.getsockopt(zmq.FD): self._listen}
         for file, read in self._files.items():
             self._loop.add_reader(file, read)
-            read()  # its descriptor tells of changes only
+            read()  # the socket's descriptor signals changes only, not states
 
     def _bind(self, kind: int, host: str, port: int) -> tuple[Any, int]:
         zmq = self._zmq
@@ -121,7 +124,7 @@ class Publisher:
         return socket, int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     def close(self) -> None:
-        """Publish nothing any more; what was not published yet is lost."""
+        """Close the sockets; batches that were not published yet are lost."""
         for file in self._files:
             self._loop.remove_reader(file)
         if self._flushing is not None:
@@ -157,11 +160,11 @@ class Publisher:
 
     def _record(self, event: dict[str, object]) -> None:
         self._events.append(event if self._encoding == "map" else list(event.values()))
-        if self._flushing is None:  # one batch for all that one turn of the loop does
+        if self._flushing is None:  # one batch for all events of one turn of the event loop
             self._flushing = self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Publish what has been told, as one batch."""
+        """Publish the collected events as one batch."""
         if self._flushing is not None:
             self._flushing.cancel()
             self._flushing = None
@@ -170,7 +173,7 @@ class Publisher:
             self.publish(msgspec.msgpack.encode([time.time(), events, self._rank]))
 
     def publish(self, payload: bytes) -> None:
-        """Publish a batch that is encoded, or anything else."""
+        """Publish an encoded batch, or any other payload."""
         number = self.sequence.to_bytes(8, "big")
         self.sequence += 1
         self._buffer.append((number, payload))
@@ -180,12 +183,12 @@ class Publisher:
         self.send(self._topic, number, payload)
 
     def send(self, *parts: bytes) -> None:
-        """Publish a message of any parts."""
+        """Send a message of any parts."""
         self._pub.send_multipart(parts, self._zmq.NOBLOCK)
         self._listen()
 
     def _listen(self) -> None:
-        """Hear of subscribers."""
+        """Count subscriptions."""
         while True:
             try:
                 self.subscriptions += self._pub.recv(self._zmq.NOBLOCK)[:1] == b"\1"

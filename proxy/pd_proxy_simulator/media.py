@@ -1,7 +1,9 @@
-"""Images, audio and video between engines: an encoder stores what it makes of them, others fetch it (ECConnector).
+"""Images, audio and video between engines: an encoder stores their embeddings, and other engines fetch these
+(ECConnector).
 
-`example` leaves a file in a folder that both know; `cpu` keeps it, and says where it can be asked for. Invariant:
-what was fetched stands in the prompt as it came, so that another medium's under the same key means another text.
+`example` stores a file in a folder that all engines share; `cpu` keeps the embedding and answers with the address where
+it can be fetched. Invariant: a fetched embedding stands in the prompt as it came, so that an embedding of another
+medium under the same key leads to another text.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ if TYPE_CHECKING:
 
 KINDS = ("image_url", "audio_url", "input_audio", "video_url")
 REFERENCES = ("image_embeds", "audio_embeds", "video_embeds")
-"""Parts that only name what an encoder has made."""
+"""Types of parts that hold only the name of a stored embedding."""
 
 
 class Media:
-    """One engine's media.
+    """The media of one engine.
 
-    `encoded`: media that it has encoded itself. `fetched_from_others`: those that it has not had to. `missed`:
+    `encoded`: media that it has encoded itself. `fetched_from_others`: media that another engine had encoded. `missed`:
     fetches that found nothing.
     """
 
@@ -42,7 +44,7 @@ class Media:
         self.missed = 0
 
     async def encode(self, body: Object) -> Object | None:
-        """An encoder's work: its answer's `ec_transfer_params`. Raises RequestError."""
+        """Do an encoder's work; returns the `ec_transfer_params` of its answer. Raises RequestError."""
         config = self._engine.config
         found: dict[str, Object] = {}
         for index, part in enumerate(_parts(body)):
@@ -66,25 +68,26 @@ class Media:
         return found or None
 
     def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What a message at the side port is answered with, if it is about media."""
+        """The reply to a message at the side port, if the message is about media."""
         if message["op"] != "embedding":
             return None
         return {"found": self._kept.get(message["key"])}
 
     async def fetched(self, body: Object) -> Object:
-        """A request for a prompt with what encoders have made of its media in it; what they have not, is made here."""
+        """A request's body with the embeddings of its media in the prompt. Embeddings that no encoder has are made
+        here."""
         parts = _parts(body)
         if not parts:
             return body
         params = body.get("ec_transfer_params") or {}
         if not isinstance(params, dict):
-            return body  # refused further on, in pydantic's words
+            return body  # refused later, in pydantic's words
         found: dict[int, list[int]] = {}
         for part in parts:
             made = await self._fetch(_key(part, body), params)
             if made is None:
                 if part["type"] in REFERENCES:
-                    raise internal_error()  # there is nothing to encode in its place
+                    raise internal_error()  # there is no medium to encode in place of the missing embedding
                 if self._engine.config.encode_time:
                     await asyncio.sleep(self._engine.config.encode_time)
                 self.encoded += 1
@@ -137,7 +140,7 @@ def _parts(body: Object) -> list[Object]:
 
 
 def _key(part: Object, body: Object) -> str:
-    """The name under which a medium is cached: its uuid, or its content; and how it is processed."""
+    """The key under which a medium is cached: its uuid or its content, and how it is processed."""
     name = part.get("uuid")
     if not isinstance(name, str):
         name = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Anthropic's messages as vLLM serves them: the same engine as chat's, asked and answered in other words.
+"""Anthropic's messages as vLLM serves them: the same engine as chat's, with requests and answers in another format.
 
-Invariant: a conversation in Anthropic's words and the same in OpenAI's make one prompt.
+Invariant: a conversation in Anthropic's format and the same conversation in OpenAI's format make the same prompt.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Message(msgspec.Struct):
 
 
 class Tool(msgspec.Struct):
-    """What may be called."""
+    """A tool that may be called."""
 
     name: str
     input_schema: Object
@@ -52,7 +52,7 @@ class Tool(msgspec.Struct):
 
 
 class MessagesFields(msgspec.Struct):
-    """The body; unknown fields are ignored."""
+    """The body's fields; unknown ones are ignored."""
 
     model: str | None = None
     messages: list[Message] | None = None
@@ -77,7 +77,7 @@ _REQUIRED = ("model", "messages", "max_tokens")
 
 
 def decode_messages(body: Any, headers: Mapping[str, str], config: SimulatorConfig) -> GenerationRequest:
-    """A request. Raises RequestError."""
+    """Decode a request. Raises RequestError."""
     fields = decode_fields(body, MessagesFields)
     for name in _REQUIRED:
         if getattr(fields, name) is None:
@@ -152,7 +152,7 @@ def _tool_choice(choice: Object | None) -> str | Object | None:
 
 
 def _turns(message: Message) -> list[Object]:
-    """A turn in OpenAI's words; results of tools become turns of their own."""
+    """A turn in OpenAI's format. Tool results become turns of their own."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     turns: list[Object] = []
@@ -185,7 +185,8 @@ def _turns(message: Message) -> list[Object]:
 
 
 def usage(prompt: int, completion: int, cached: int | None, written: int | None = None) -> Object:
-    """Anthropic counts what came from a cache, and what was written to one, beside the rest."""
+    """The usage object. Anthropic counts the tokens that came from a cache, and those written to one, beside the
+    others."""
     if cached is None:
         return {"input_tokens": prompt, "output_tokens": completion}
     counts = {"input_tokens": prompt - cached, "output_tokens": completion, "cache_read_input_tokens": cached}
@@ -199,14 +200,14 @@ def stop_reason(sequence: Sequence, *, tool_used: bool) -> tuple[str | None, str
     if sequence.finish_reason == "length":
         return "max_tokens", None
     if sequence.finish_reason == "abort":
-        return None, None  # Anthropic has no word for it
+        return None, None  # Anthropic has no value for it
     if isinstance(sequence.stop_reason, str):
         return "stop_sequence", sequence.stop_reason
     return ("tool_use" if tool_used else "end_turn"), None
 
 
 def message_body(finished: encoding.Finished) -> Object:
-    """The whole answer. Raises RequestError: a call that the model was made to write is no JSON yet."""
+    """The whole answer. Raises RequestError where a forced tool call is not valid JSON because it was cut short."""
     request, sequence, text = finished.request, finished.sequences[0], finished.texts[0]
     tool_used = False
     content: list[Object] = [{"type": "text", "text": text}]
@@ -216,7 +217,7 @@ def message_body(finished: encoding.Finished) -> Object:
         except ValueError as error:
             if not request.tool_required:
                 raise bad_request(str(error)) from error
-            content = [{"type": "text", "text": ""}]  # of a list of calls none is whole yet
+            content = [{"type": "text", "text": ""}]  # in a list of calls that was cut short no call is whole
         else:
             tool_used = True
             content = [{"type": "tool_use", "id": encoding.call_id(), "name": request.tool, "input": arguments}]
@@ -241,11 +242,11 @@ def message_body(finished: encoding.Finished) -> Object:
 
 
 def event(name: str, members: Object) -> bytes:
-    """One event."""
+    """One named event."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), encoding.to_json({"type": name, **members}))
 
 
 def error_event(error: RequestError) -> bytes:
-    """What a chunk of chat's that is an error becomes: vLLM's converter takes it for a chunk of the wrong shape."""
+    """The event that a chat chunk with an error becomes: vLLM's converter fails on it as a chunk of the wrong shape."""
     said = f"2 validation errors for ChatCompletionStreamResponse\nmodel\n  Field required [input_value={error.body()}]"
     return event("error", {"error": {"type": "internal_error", "message": said}})

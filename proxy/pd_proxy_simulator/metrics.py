@@ -1,4 +1,4 @@
-"""What the engine counts, and how vLLM 0.32 shows it at /metrics.
+"""What the engine counts, and how vLLM 0.32 exposes it at /metrics.
 
 Invariant: counters only grow; gauges are read from the engine when they are scraped.
 """
@@ -25,12 +25,12 @@ class Histogram:
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Take one value."""
+        """Add one value."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def lines(self, name: str, labels: str) -> list[str]:
-        """The exposition lines without type and help."""
+        """The exposition lines, without type and help."""
         lines = []
         total = 0
         for bound, count in zip((*map(float, self._bounds), "+Inf"), self._counts, strict=True):
@@ -42,7 +42,7 @@ class Histogram:
 
 
 class Stats:
-    """Everything one engine has counted since it started."""
+    """Everything that one engine has counted since it started."""
 
     def __init__(self) -> None:
         self.prompt_tokens = 0
@@ -57,8 +57,8 @@ class Stats:
         self.preemptions = 0
         self.admission_rejections = 0
         self.finished = dict.fromkeys(("stop", "length", "abort", "error", "repetition"), 0)
-        self.aborted = 0  # vLLM does not show aborts by disconnect in request_success; this one is for tests
-        self.pulls = 0  # hand-offs read as decode
+        self.aborted = 0  # vLLM does not count aborts by disconnect in request_success; this one is for tests
+        self.pulls = 0  # hand-offs read, counted at decode
         self.failed_transfers = 0
         self.failed_notifications = 0
         self.steps = 0
@@ -79,18 +79,18 @@ class Exposition:
         self._lines: list[str] = []
 
     def gauge(self, name: str, value: float, extra: str = "") -> None:
-        """One gauge."""
+        """Add one gauge."""
         self._one(name, "gauge", [(name, extra, value)])
 
     def counter(self, name: str, value: float | dict[str, float], label: str = "") -> None:
-        """One counter, or one for each value of `label`."""
+        """Add one counter, or one for each value of `label`."""
         rows = {"": value} if not isinstance(value, dict) else value
         self._one(
             name, "counter", [(f"{name}_total", f'{label}="{key}"' if label else "", n) for key, n in rows.items()]
         )
 
     def histogram(self, name: str, histogram: Histogram) -> None:
-        """One histogram."""
+        """Add one histogram."""
         self._lines.append(f"# HELP {name} {name}\n# TYPE {name} histogram")
         self._lines.extend(histogram.lines(name, self._labels))
 

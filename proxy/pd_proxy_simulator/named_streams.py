@@ -17,10 +17,10 @@ from pd_proxy_simulator.sequences import Sequence
 
 
 class NamedStream(StreamAnswer):
-    """What both have in common."""
+    """What both streams have in common."""
 
     def fail_first(self, error: RequestError) -> None:
-        """The fault `error_event_first`: an error before any token."""
+        """Carry out the fault `error_event_first`: an error event before any token."""
         self._open()
         self._fail(error)
 
@@ -44,7 +44,7 @@ class NamedStream(StreamAnswer):
             function = delta["tool_calls"][0]["function"]
             self._call(function.get("name"), function["arguments"])
 
-    def _last_words(self, death: Fault) -> None:
+    def _break_off(self, death: Fault) -> None:
         exchange = self.exchange
         match death.ending:
             case "truncated":
@@ -64,7 +64,7 @@ class NamedStream(StreamAnswer):
         exchange.cut(polite=death.ending != "reset")
 
     def _open(self) -> None:
-        """What comes before any token."""
+        """Send the events that come before any token."""
         raise NotImplementedError
 
     def _text(self, text: str) -> None:
@@ -75,7 +75,7 @@ class NamedStream(StreamAnswer):
 
 
 class MessageStream(NamedStream):
-    """`message_start` to `message_stop`."""
+    """A stream from `message_start` to `message_stop`."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -131,8 +131,8 @@ class MessageStream(NamedStream):
 
 
 class ResponseStream(NamedStream):
-    """`response.created` to `response.completed`, numbered. Nothing of it says that it failed: vLLM's generator
-    raises, and the connection ends."""
+    """A stream from `response.created` to `response.completed`, with numbered events. No event reports a failure:
+    vLLM's generator raises, and the connection ends."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -140,10 +140,10 @@ class ResponseStream(NamedStream):
         self._texts: list[str] = []
         self._arguments: list[str] = []
         self._item: Object | None = None
-        self.body: Object | None = None  # the response, once it is whole
+        self.body: Object | None = None  # the response, once it is complete
 
     def start(self) -> None:
-        """The response is announced before the engine has begun."""
+        """Announce the response, before the engine has begun."""
         self.exchange.start_stream()
         self.exchange.on_writable = self._catch_up
         self._greeted.add(0)
@@ -152,7 +152,7 @@ class ResponseStream(NamedStream):
         self.dies_now()
 
     def fail_first(self, error: RequestError) -> None:
-        """The fault `error_event_first`: there is no such event here."""
+        """Carry out the fault `error_event_first`: responses have no such event."""
         self._fail(error)
 
     def _send(self, name: str, /, **members: Any) -> None:
@@ -203,7 +203,7 @@ class ResponseStream(NamedStream):
             output = [item]
         if output:
             self._send("response.output_item.done", output_index=0, item=output[0])
-        # The last event is made as a whole answer is, and so it has what that has.
+        # The last event is made by the same code as a whole answer, so it has the same fields.
         handoff = self.handoff or self.request.body.get("kv_transfer_params")
         self.body = responses.response_body(self.finished(["".join(self._texts)], handoff), output)
         self._send("response.completed", response=self.body)

@@ -1,4 +1,4 @@
-"""Requests about the engine: probes, operators' commands, and the switches of the simulator itself."""
+"""Requests about the engine: probes, operators' commands, and the simulator's own API."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from urllib.parse import parse_qs
 
 from pd_proxy_simulator import encoding
 from pd_proxy_simulator.errors import RequestError
+from pd_proxy_simulator.fault_injection import inject_faults
 from pd_proxy_simulator.faults import NOTHING, parse_faults
 from pd_proxy_simulator.http import Exchange
-from pd_proxy_simulator.misbehaviour import misbehave
 from pd_proxy_simulator.page import metrics_page, state
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ async def operate(sim: Simulator, exchange: Exchange) -> None:
     query = {name: values[0] for name, values in parse_qs(exchange.query).items()}
     mode = query.get("mode", "abort")
     match exchange.path:
-        case "/is_sleeping" | "/is_paused":  # vLLM 0.32 says both of an engine that is paused
+        case "/is_sleeping" | "/is_paused":  # vLLM 0.32 answers both with true for a paused engine
             exchange.respond(200, encoding.to_json({exchange.path[1:]: sim.asleep or sim.paused}))
             return
         case "/pause":
@@ -56,8 +56,8 @@ async def operate(sim: Simulator, exchange: Exchange) -> None:
 async def answer_probe(sim: Simulator, exchange: Exchange, probe: str) -> None:
     """Answer a request for the engine's health, version or metrics; `probe` is its name in `PROBES`."""
     sim.probes[exchange.path] += 1
-    mischief = sim.faults.draw("health") if probe == "health" else NOTHING
-    if await misbehave(sim, exchange, mischief):
+    injected = sim.faults.draw("health") if probe == "health" else NOTHING
+    if await inject_faults(sim, exchange, injected):
         return
     match probe:
         case "live":

@@ -1,4 +1,4 @@
-"""What an engine shows of itself: the /metrics page under vLLM's names, and the simulator's own state as JSON.
+"""What an engine reports of itself: the /metrics page under vLLM's names, and the simulator's own state as JSON.
 
 Invariant: reading changes nothing.
 """
@@ -22,7 +22,7 @@ _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
 
 def server_info(config: SimulatorConfig) -> dict[str, Any]:
-    """What vLLM says at /server_info?config_format=json in development mode, as far as the simulator has it."""
+    """vLLM's answer at /server_info?config_format=json in development mode, as far as the simulator has it."""
     name = _CLASSES.get(config.connector)
     role = _ROLES.get(config.role, "kv_both")
     transfer = None if name is None else {"kv_connector": name, "kv_role": role, "kv_connector_extra_config": {}}
@@ -84,7 +84,7 @@ def metrics_page(engine: Engine) -> str:
 
 
 def state(simulator: Simulator) -> dict[str, Any]:
-    """What /simulator/state answers."""
+    """The answer of /simulator/state."""
     engine = simulator.engine
     stats, handoffs = engine.stats, engine.handoffs
     return {

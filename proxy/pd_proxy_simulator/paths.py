@@ -1,4 +1,4 @@
-"""The paths of a simulated engine: which there are, by what the engine is for and what it calls itself."""
+"""The paths of a simulated engine, by the engine's task and by the server that it imitates."""
 
 from __future__ import annotations
 
@@ -55,6 +55,6 @@ def known_paths(config: SimulatorConfig) -> dict[str, str]:
     if config.surface == "vllm":
         known |= DEVELOPMENT if config.dev_mode else {}
         if config.dev_mode and config.connector not in ("sglang", "tensorrt_llm"):
-            known["/server_info"] = "GET"  # of vLLM; others' sides have pages of that name
+            known["/server_info"] = "GET"  # vLLM's; other connectors' sides have pages of that name
         known |= PROFILER if config.profiler else {}
     return known

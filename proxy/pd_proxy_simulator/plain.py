@@ -82,7 +82,7 @@ def _count(sim: Simulator, body: Any) -> Object:
 
 
 def _render(sim: Simulator, path: str, body: Any) -> Any:
-    """A request of a `…/render` path, with its prompt as token ids, as /inference/v1/generate takes it."""
+    """Answer a request of a `…/render` path: its prompt as token ids, in the form that /inference/v1/generate takes."""
     pooling.check_model(body, sim.config)
     if path == "/v1/completions/render":
         prompts = completion_prompts(body.get("prompt"))

@@ -1,4 +1,4 @@
-"""What models that do not generate answer: embeddings, scores, ranks, classes, moderations.
+"""The answers of models that do not generate: embeddings, scores, ranks, classes, moderations.
 
 Invariant: a vector is a pure function of the tokens and the engine's weights, so that two engines of one model agree.
 """
@@ -22,7 +22,7 @@ _CATEGORIES = ("harassment", "hate", "self-harm", "sexual", "violence")
 
 
 def check_model(body: dict[str, Any], config: SimulatorConfig) -> None:
-    """Refuse a model that is not here."""
+    """Refuse a model that is not served here."""
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise invalid_field("model", "string_type", "Input should be a valid string", model)
@@ -117,7 +117,7 @@ def classify(body: dict[str, Any], config: SimulatorConfig) -> dict[str, Any]:
 
 
 def moderate(body: dict[str, Any], config: SimulatorConfig) -> dict[str, Any]:
-    """/v1/moderations, which vLLM has not: as OpenAI's."""
+    """/v1/moderations, which vLLM does not have: as OpenAI's."""
     check_model(body, config)
     results = []
     for tokens in completion_prompts(body.get("input")):
@@ -129,7 +129,7 @@ def moderate(body: dict[str, Any], config: SimulatorConfig) -> dict[str, Any]:
 
 
 def _texts(body: dict[str, Any], *names: str) -> list[str]:
-    """A member that is one text or several, under the first of its names that there is."""
+    """A field that is one text or several, under the first of its names that is present."""
     name = next((name for name in names if name in body), names[0])
     value = body.get(name)
     texts = [value] if isinstance(value, str) else value

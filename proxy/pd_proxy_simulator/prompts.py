@@ -1,6 +1,6 @@
 """Prompts: from text, token ids or a conversation to the tokens that the engine sees.
 
-Invariant: the same messages and tools give the same tokens on every engine; what users write is never a marker.
+Invariant: the same messages and tools make the same tokens on every engine; text from users never becomes a marker.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _token_ids(prompt: list[Any], param: str) -> list[int]:
 
 
 def completion_prompts(prompt: Any) -> list[list[int]]:
-    """The prompts of a completion request, which may be one or several, text or ids."""
+    """The prompts of a completion request: one or several, as text or ids."""
     if prompt is None or prompt in ("", []):
         raise bad_request("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
     if isinstance(prompt, str):
@@ -46,7 +46,8 @@ def completion_prompts(prompt: Any) -> list[list[int]]:
 
 
 def reused_prompt(fields: ChatFields) -> list[int] | None:
-    """`kv_transfer_params.prompt_token_ids`: the prompt as prefill had it, unless there is more than text in it."""
+    """`kv_transfer_params.prompt_token_ids`: the prompt as prefill had it; not used where the prompt has more than
+    text."""
     params = fields.kv_transfer_params
     if not params or "prompt_token_ids" not in params:
         return None
@@ -76,7 +77,7 @@ def render_chat(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> list[int]:
-    """The prompt of a conversation: a marker, the role's text and an end marker for each message."""
+    """The prompt of a conversation: for each message a marker, the role, the text and an end marker."""
     if not messages:
         raise bad_request("messages must not be empty", "messages")
     tokens: list[int] = []
@@ -119,11 +120,11 @@ def _content(content: Any) -> list[int]:
 
 
 EMBEDDING = "\0embedding"
-"""The member of a part that holds what an encoder elsewhere has made of it; no client's is taken for it."""
+"""The member of a part that holds the embedding from an encoder. A client's member of this name is not used."""
 
 
 def embedding(part: Object) -> list[int]:
-    """What a medium is to the model. By which name it is cached is of no matter."""
+    """A medium's embedding. It does not depend on the key under which it is cached."""
     seen = json.dumps({name: value for name, value in part.items() if name != "uuid"}, sort_keys=True).encode()
     drawn = mix(sum(value * (index + 1) for index, value in enumerate(seen)))
     return [GENERATED[(drawn >> shift) % len(GENERATED)] for shift in range(0, 64, 4)]

@@ -1,6 +1,7 @@
-"""From a body and its headers to what the engine is to do; refuses what vLLM 0.32's API server refuses, in its words.
+"""Turns a body and its headers into what the engine has to do; refuses what vLLM 0.32's API server refuses, in its
+words.
 
-Invariant: a `GenerationRequest` that exists can be run; nothing after this module looks at the body again.
+Invariant: a `GenerationRequest` that exists can be run; nothing after this module reads the body again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class GenerationRequest:
     model: str
     prompts: list[list[int]]
     n: int
-    sampling: list[Sampling]  # one a child
+    sampling: list[Sampling]  # one for each choice
     stream: bool
     include_usage: bool
     continuous_usage: bool
@@ -49,11 +50,11 @@ class GenerationRequest:
     cache_salt: str
     tool: str | None
     tool_required: bool
-    body: Object = field(default_factory=dict)  # as it came; responses tell the client what it asked for
+    body: Object = field(default_factory=dict)  # as it came; responses repeat their request's parameters
 
 
 def decode_chat(body: Any, headers: Mapping[str, str], config: SimulatorConfig) -> GenerationRequest:
-    """A chat request. Raises RequestError."""
+    """Decode a chat request. Raises RequestError."""
     fields: ChatFields = decode_fields(body, ChatFields)
     if fields.messages is None:
         raise invalid_field("messages", "missing", "Field required", body)
@@ -85,7 +86,7 @@ def decode_chat(body: Any, headers: Mapping[str, str], config: SimulatorConfig) 
 
 
 def decode_batch(body: Any, headers: Mapping[str, str], config: SimulatorConfig) -> GenerationRequest:
-    """Several chats at once: one choice for each. Raises RequestError."""
+    """Decode several chats in one request: one choice for each. Raises RequestError."""
     chats = body.get("messages")
     if not isinstance(chats, list) or not chats or not all(isinstance(chat, list) and chat for chat in chats):
         raise invalid_field("messages", "list_type", "Input should be a valid list", chats)
@@ -96,7 +97,7 @@ def decode_batch(body: Any, headers: Mapping[str, str], config: SimulatorConfig)
 
 
 def decode_completion(body: Any, headers: Mapping[str, str], config: SimulatorConfig) -> GenerationRequest:
-    """A completion request. Raises RequestError."""
+    """Decode a completion request. Raises RequestError."""
     fields: CompletionFields = decode_fields(body, CompletionFields)
     check(fields, config)
     if fields.suffix:
@@ -111,7 +112,7 @@ def decode_completion(body: Any, headers: Mapping[str, str], config: SimulatorCo
 
 
 def base_id(fields: CommonFields, headers: Mapping[str, str]) -> str:
-    """The name that a request has in its answer, less the endpoint's own prefix."""
+    """The request's name in its answer, without the endpoint's own prefix."""
     return headers.get("x-request-id") or fields.request_id or uuid.uuid4().hex
 
 
@@ -157,7 +158,7 @@ def generation(
     tool: str | None,
     tool_required: bool,
 ) -> GenerationRequest:
-    """What the engine is to do. Raises RequestError."""
+    """Returns what the engine has to do. Raises RequestError."""
     echo = kind == "completion" and bool(fields.echo)
     only_echo = echo and limit == 0
     if only_echo:
@@ -193,7 +194,7 @@ def generation(
 
 
 def _most_tokens(fields: CommonFields, config: SimulatorConfig, longest: int, limit: int | None) -> int:
-    """How many tokens a sequence may have behind a prompt of `longest` tokens. Raises RequestError."""
+    """How many tokens a sequence may generate after a prompt of `longest` tokens. Raises RequestError."""
     context = config.context
     if longest >= context or (limit is not None and longest + limit > context):
         raise bad_request(
@@ -214,7 +215,7 @@ def _most_tokens(fields: CommonFields, config: SimulatorConfig, longest: int, li
 
 
 def _samplings(fields: CommonFields, most: int, structure: Structure | None) -> list[Sampling]:
-    """How each choice of a request is sampled."""
+    """The sampling parameters of each choice of a request."""
     stop = [fields.stop] if isinstance(fields.stop, str) else list(fields.stop or [])
     greedy = fields.temperature is not None and fields.temperature < 1e-5
     return [

@@ -1,6 +1,6 @@
-"""OpenAI's responses as vLLM serves them, and the store that keeps them where the server was told to.
+"""OpenAI's responses as vLLM serves them, and the store that keeps them where the server is configured for it.
 
-Invariant: a stored response is the one that its client was given; a new engine has none.
+Invariant: a stored response equals the one that its client received; a new engine has none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pd_proxy_simulator.requests import GenerationRequest, check, generation
 
 
 class ResponsesFields(msgspec.Struct):
-    """The body; unknown fields are ignored."""
+    """The body's fields; unknown ones are ignored."""
 
     model: str | None = None
     input: str | list[Object] | None = None
@@ -60,7 +60,7 @@ class ResponsesFields(msgspec.Struct):
 
 @dataclass(slots=True)
 class StoredResponse:
-    """One response and what it answered.
+    """One response, and the conversation that it continues.
 
     `events` are those of one that is streamed in the background; `abort` ends one that is running.
     """
@@ -72,7 +72,7 @@ class StoredResponse:
     abort: Callable[[], None] | None = None
 
     def cancel(self) -> Object:
-        """End it. Raises RequestError where it is not running."""
+        """End the response. Raises RequestError where it is not running."""
         if self.body["status"] not in ("queued", "in_progress"):
             message = "Cannot cancel a synchronous response."
             raise RequestError(400, "invalid_request_error", message, "response_id")
@@ -93,11 +93,11 @@ class ResponseStore:
         return len(self._kept)
 
     def keep(self, response: StoredResponse) -> None:
-        """Keep one."""
+        """Keep a response."""
         self._kept[response.body["id"]] = response
 
     def find(self, response_id: str) -> StoredResponse:
-        """One of them. Raises RequestError."""
+        """Return a stored response. Raises RequestError."""
         if found := self._kept.get(response_id):
             return found
         message = f"Response with id '{response_id}' not found."
@@ -105,7 +105,7 @@ class ResponseStore:
 
 
 def decode_response(body: Any, config: SimulatorConfig, store: ResponseStore) -> tuple[GenerationRequest, list[Object]]:
-    """A request, and the conversation that it is about. Raises RequestError."""
+    """Decode a request, with the conversation that it continues. Raises RequestError."""
     fields = decode_fields(body, ResponsesFields)
     if fields.input is None:
         raise invalid_field("input", "missing", "Field required", body)
@@ -205,7 +205,7 @@ def _turns(given: str | list[Object]) -> list[Object]:
 
 
 def outline(request: GenerationRequest, created: int, status: str, output: list[Object]) -> Object:
-    """The response object without what only its end can tell."""
+    """The response object without the fields that only its end determines."""
     body = request.body
     sampling = request.sampling[0]
     return {
@@ -243,7 +243,7 @@ def outline(request: GenerationRequest, created: int, status: str, output: list[
 
 
 def message_item(text: str, item_id: str | None = None) -> Object:
-    """What the model said."""
+    """The output item of the model's text."""
     content: list[Object] = [{"annotations": [], "text": text, "type": "output_text", "logprobs": None}] if text else []
     return {
         "id": item_id or f"msg_{uuid.uuid4().hex}",
@@ -255,7 +255,7 @@ def message_item(text: str, item_id: str | None = None) -> Object:
 
 
 def call_item(name: str | None, arguments: str, item_id: str | None = None, status: str = "completed") -> Object:
-    """A call of a tool."""
+    """The output item of a tool call."""
     unique = uuid.uuid4().hex
     return {
         "id": item_id or f"fc_{unique}",
@@ -268,13 +268,13 @@ def call_item(name: str | None, arguments: str, item_id: str | None = None, stat
 
 
 def response_body(finished: encoding.Finished, output: list[Object] | None = None) -> Object:
-    """The whole answer; `output` where the items have been streamed already."""
+    """The whole answer. `output` holds the items where they have been streamed already."""
     request, sequence, text = finished.request, finished.sequences[0], finished.texts[0]
     if output is None:
         output = [message_item(text)]
         if request.tool is not None and sequence.script is not None:
             output = [call_item(request.tool, text[sequence.script.start : sequence.script.end])]
-    # "cancelled" as vLLM says it of models with harmony; for others it says "completed", which hides the abort.
+    # vLLM says "cancelled" of models with harmony; for others it says "completed", which hides the abort.
     status = {"length": "incomplete", "abort": "cancelled"}.get(sequence.finish_reason or "", "completed")
     body = outline(request, finished.created, status, output)
     body["usage"] = {

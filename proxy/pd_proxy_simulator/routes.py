@@ -1,4 +1,4 @@
-"""The HTTP surface: which path is answered by what, and the requests that the engine computes.
+"""The HTTP surface: which function answers which path, and the requests that the engine computes.
 
 Invariant: every request is answered, cut, or (when a fault says so) left hanging; none is answered twice.
 """
@@ -15,11 +15,11 @@ from pd_proxy_simulator.answers import StreamAnswer, WholeAnswer
 from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.connectors.side import Transfer
 from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
-from pd_proxy_simulator.faults import NOTHING, Leg, Mischief
+from pd_proxy_simulator.fault_injection import inject_faults
+from pd_proxy_simulator.faults import NOTHING, InjectedFaults, Leg
 from pd_proxy_simulator.generate import decode_generate, what_is_asked
 from pd_proxy_simulator.http import Exchange
 from pd_proxy_simulator.messages import decode_messages
-from pd_proxy_simulator.misbehaviour import misbehave
 from pd_proxy_simulator.named_streams import MessageStream, ResponseStream
 from pd_proxy_simulator.operations import answer_probe, control, operate
 from pd_proxy_simulator.paths import (
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ReceivedRequest:
-    """One request as it came in, and what became of it. `status` is None until the status line has gone out."""
+    """One received request and its outcome. `status` is None until the status line has been sent."""
 
     method: str
     path: str
@@ -66,14 +66,14 @@ class Generation:
 
     Attributes:
         transfer: what it asks of the connector.
-        mischief: the faults that hit it.
-        when_gone: called when the client goes away before the end.
+        injected: the faults that hit it.
+        when_gone: called when the client disconnects before the end.
     """
 
     exchange: Exchange
     received: ReceivedRequest
     transfer: Transfer = field(default_factory=Transfer)
-    mischief: Mischief = NOTHING
+    injected: InjectedFaults = NOTHING
     when_gone: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -139,7 +139,7 @@ class Routes:
         return exchange.headers.get("authorization") == f"Bearer {key}"
 
     def _received(self, exchange: Exchange) -> ReceivedRequest:
-        """Note that a request has come in."""
+        """Log that a request has arrived."""
         received = ReceivedRequest(exchange.method, exchange.path, exchange.headers, None)
         self._sim.requests.append(received)
         return received
@@ -163,13 +163,13 @@ class Routes:
             spoken = exchange.path.startswith("/v1/audio/")
             received.body = body = speech.read_form(exchange) if spoken else read_object(exchange)
             self._sim.changed()
-            mischief = self._sim.faults.draw("local")
-            if await misbehave(self._sim, exchange, mischief):
+            injected = self._sim.faults.draw("local")
+            if await inject_faults(self._sim, exchange, injected):
                 return
             if self._sim.engine.dead is not None:
                 raise engine_dead()
             if spoken:
-                received.output_tokens = await speech.transcribe(exchange, body, mischief, self._sim.config)
+                received.output_tokens = await speech.transcribe(exchange, body, injected, self._sim.config)
             else:
                 self._pool(exchange, body)
         except RequestError as error:
@@ -217,8 +217,8 @@ class Routes:
             self._note_end(exchange, received)
 
     def _error_body(self, path: str, error: RequestError) -> dict[str, object]:
-        """The body of an error. What the handler of messages refuses has Anthropic's shape; what pydantic refuses
-        before that has OpenAI's."""
+        """The body of an error. Errors of the handler of messages have Anthropic's shape; pydantic's errors, which
+        are raised before that, have OpenAI's."""
         if error.late and path == "/v1/messages":
             return error.anthropic_body()
         if error.late and path == SGLANGS_OWN and error.status == 400:
@@ -235,13 +235,13 @@ class Routes:
             running.transfer = sim.engine.side.transfer(asked, exchange.headers)
         received.leg = "encode" if encoder else running.transfer.leg
         sim.changed()
-        running.mischief = sim.faults.draw(received.leg)
-        if await misbehave(sim, exchange, running.mischief, running.transfer):
+        running.injected = sim.faults.draw(received.leg)
+        if await inject_faults(sim, exchange, running.injected, running.transfer):
             return
         if sim.suspended:  # the scheduler is paused: new requests wait
             await sim.wait_for(lambda: not sim.suspended or not exchange.open, 86_400)
         if not exchange.open:
-            # The client has gone before the request got anywhere; a decode engine still tells prefill.
+            # The client disconnected before the request was submitted; a decode engine still notifies prefill.
             received.aborted = True
             sim.engine.let_go(running.transfer)
         elif encoder:
@@ -252,7 +252,7 @@ class Routes:
             await self._infer(running, body)
 
     async def _encode(self, exchange: Exchange, body: Any) -> None:
-        """Answer the leg of an encoder."""
+        """Answer an encoder's leg."""
         request = decode_chat(body, exchange.headers, self._sim.config)
         params = await self._sim.engine.media.encode(body)
         answer = encoding.encoded(request.external_id, request.model, len(request.prompts[0]), params)
@@ -267,12 +267,12 @@ class Routes:
             raise engine_dead()
         draining = sim.draining
         if draining and not _is_ids(body.get("prompt", body.get("token_ids"))):
-            # Of the API server's tokenizer, whose threads take nothing more.
+            # The error of the API server's tokenizer, whose threads accept no more work.
             raise RequestError(500, "InternalServerError", "cannot schedule new futures after shutdown", late=False)
-        sequences = self._sequences(request, running.transfer, running.mischief)
+        sequences = self._sequences(request, running.transfer, running.injected)
         keeps = request.kind == "responses" and body.get("store") is not False and config.responses_store
         if keeps and body.get("background"):
-            await run_in_background(sim, exchange, request, sequences, running.mischief, messages)
+            await run_in_background(sim, exchange, request, sequences, running.injected, messages)
             return
         answer = self._begin(running, request, config)
         if answer is None:
@@ -291,7 +291,7 @@ class Routes:
             sim.responses.keep(StoredResponse(whole, messages))
 
     def _decoded(self, exchange: Exchange, body: Any, config: SimulatorConfig) -> tuple[GenerationRequest, list[Any]]:
-        """The request in a body, and what a stored response has to remember of its prompt. Raises RequestError."""
+        """The request in a body, and what a stored response keeps of its prompt. Raises RequestError."""
         match exchange.path:
             case "/v1/chat/completions":
                 return decode_chat(body, exchange.headers, config), []
@@ -311,14 +311,14 @@ class Routes:
     def _begin(
         self, running: Generation, request: GenerationRequest, config: SimulatorConfig
     ) -> StreamAnswer | WholeAnswer | None:
-        """The answer to a request; None where a fault has ended it with an error event already.
+        """Begin the answer to a request; returns None where a fault has ended it with an error event already.
 
         Raises:
             RequestError: a fault ends it with an error.
         """
-        sim, mischief = self._sim, running.mischief
-        arguments = (running.exchange, request, mischief, config, sim.engine.abort, sim.kill, sim.engine.side)
-        fails = mischief.get("error_event_first") is not None
+        sim, injected = self._sim, running.injected
+        arguments = (running.exchange, request, injected, config, sim.engine.abort, sim.kill, sim.engine.side)
+        fails = injected.get("error_event_first") is not None
         if not request.stream:
             if fails:
                 raise internal_error()
@@ -330,9 +330,9 @@ class Routes:
         stream.fail_first(internal_error())
         return None
 
-    def _sequences(self, request: GenerationRequest, transfer: Transfer, mischief: Mischief) -> list[Sequence]:
+    def _sequences(self, request: GenerationRequest, transfer: Transfer, injected: InjectedFaults) -> list[Sequence]:
         config = self._sim.adapters.served(request.model)
-        recomputed = mischief.get("recomputed")
+        recomputed = injected.get("recomputed")
         sequences = []
         for number, prompt in enumerate(request.prompts):
             for child, sampling in enumerate(request.sampling):
@@ -362,5 +362,5 @@ class Routes:
 
 
 def _is_ids(prompt: object) -> bool:
-    """Whether a prompt needs no tokenizer."""
+    """Whether a prompt is token ids, so that no tokenizer is needed."""
     return isinstance(prompt, list) and all(isinstance(item, int) for item in prompt)

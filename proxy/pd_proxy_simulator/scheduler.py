@@ -1,9 +1,9 @@
 """The scheduler of a simulated engine: which sequences wait, which run, and which blocks each holds.
 
-First come, first served. A sequence whose KV comes from elsewhere waits in `loading` meanwhile. When blocks run
-out, the sequence that came last gives its own back.
+First come, first served. A sequence whose KV comes from another engine waits in `loading` meanwhile. When blocks run
+out, the sequence that came last is preempted.
 
-Invariant: every block a sequence holds is in `sequence.blocks` with one reference, dropped exactly once: when the
+Invariant: every block that a sequence holds is in `sequence.blocks` with one reference, dropped exactly once: when the
 sequence ends, is preempted, or its references pass over to a hand-off.
 """
 
@@ -24,7 +24,7 @@ class Scheduler:
 
     Attributes:
         queue: those that have no blocks yet.
-        loading: those whose KV is on the way.
+        loading: those whose KV is being fetched.
         ready: those whose KV has come; only a place in the batch is missing.
         running: the batch.
     """
@@ -38,7 +38,7 @@ class Scheduler:
         load: Callable[[Sequence], bool],
         give_back: Callable[[Sequence], None],
     ) -> None:
-        """Take nothing yet.
+        """Make a scheduler without sequences.
 
         Arguments:
             load: begins to fetch a sequence's KV; returns whether the engine has survived that.
@@ -55,7 +55,7 @@ class Scheduler:
         self.running: list[Sequence] = []
 
     def everything(self) -> list[Sequence]:
-        """All sequences, those that run first."""
+        """All sequences, the running ones first."""
         return [*self.running, *self.ready, *self.loading, *self.queue]
 
     def clear(self) -> None:
@@ -68,14 +68,14 @@ class Scheduler:
         self.running.clear()
 
     def make_ready(self, sequence: Sequence) -> None:
-        """A sequence that was loading is computed in the next step that has a place for it."""
+        """Move a loading sequence to `ready`: it is computed in the next step that has a place for it."""
         self.loading.discard(sequence)
         sequence.loaded = True
         sequence.status = Status.WAITING
         self.ready.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out of wherever it is, as one that has ended. It still holds its blocks."""
+        """Take a sequence that has ended out of every list. It still holds its blocks."""
         match sequence.status:
             case Status.RUNNING:
                 self.running.remove(sequence)
@@ -86,7 +86,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def free(self, sequence: Sequence) -> None:
-        """Give back the blocks of a sequence."""
+        """Free the blocks of a sequence."""
         blocks, sequence.blocks = sequence.blocks, []
         self._pool.release(blocks)
 
@@ -146,12 +146,12 @@ class Scheduler:
             batch.append((sequence, chunk))
 
     def _allocate(self, sequence: Sequence) -> bool:
-        """Blocks for the whole sequence as far as it is known, the cached ones first."""
+        """Allocate blocks for all known tokens of a sequence, the cached blocks first."""
         block_size = self._config.block_size
         length = len(sequence.tokens)
         hits: list[Block] = []
         if self._config.prefix_caching and not sequence.skip_cache:
-            # The last token is always computed: it is what the next one is drawn from.
+            # The last token is always computed, since the next one is drawn from it.
             keys = sequence.boundaries[1 : (length - 1) // block_size + 1]
             hits = self._pool.match(key ^ sequence.cache_key for key in keys)
         blocks = self._pool.take(hits, -(-length // block_size) - len(hits))
@@ -169,7 +169,8 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence) -> bool:
-        """One more block for a running sequence, taken from the latest ones if there is none."""
+        """Allocate one more block for a running sequence. If none is free, the latest sequences are preempted for
+        it."""
         while True:
             fresh = self._pool.take([], 1)
             if fresh is not None:
@@ -189,7 +190,7 @@ class Scheduler:
         self.running.remove(victim)
         self.free(victim)
         victim.status = Status.WAITING
-        victim.loaded = True  # whatever came from prefill is computed here the second time
+        victim.loaded = True  # KV that came from prefill is computed here the second time
         self.queue.appendleft(victim)
 
     def seal(self, sequence: Sequence, computed: int) -> None:
@@ -209,7 +210,7 @@ class Scheduler:
             sequence.sealed = index + 1
 
     def store(self, sequence: Sequence, hits: int, contents: list[Content]) -> None:
-        """Put pulled KV into this engine's own blocks, right or wrong: the positions decide, not the owner."""
+        """Store pulled KV in this engine's own blocks, right or wrong: positions are matched, not owners."""
         size = self._config.block_size
         attended = sequence.prompt_length - 1  # the last position is computed here
         for index, content in enumerate(contents, start=hits):

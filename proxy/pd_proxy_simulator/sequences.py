@@ -1,7 +1,7 @@
-"""One sequence: a prompt, what has been generated after it, and where its KV is.
+"""One sequence: a prompt, the tokens generated after it, and the state of its KV.
 
-Invariant: `state` and `boundaries` always belong to `tokens`; `error` is zero unless wrong KV was used, and is
-mixed into every token that is drawn, so wrong KV means other text and never an exception.
+Invariant: `state` and `boundaries` always belong to `tokens`. `error` is zero unless wrong KV was used; it is mixed
+into every token that is drawn, so that wrong KV leads to another text and never to an exception.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pd_proxy_simulator.tokens import EOS, MASK, advance, boundary_states, choos
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a sequence is to be continued; the simulator's share of vLLM's SamplingParams."""
+    """How a sequence is to be continued: the part of vLLM's SamplingParams that the simulator has."""
 
     max_tokens: int
     min_tokens: int = 0
@@ -34,22 +34,22 @@ class Sampling:
 
 
 class Status(enum.Enum):
-    """Where a sequence is in its life."""
+    """The states of a sequence."""
 
     WAITING = "waiting"
-    LOADING = "loading"  # its KV is on the way from prefill
+    LOADING = "loading"  # its KV is being fetched from prefill
     RUNNING = "running"
     FINISHED = "finished"
 
 
 class Listener(Protocol):
-    """What takes the tokens of a sequence."""
+    """The interface that receives the tokens of a sequence."""
 
     def on_token(self, sequence: Sequence, token: int | None, text: str) -> None:
-        """One token, the text it made whole, and (in the sequence) whether it was the last."""
+        """Called for one token, with the text that it completed. The sequence knows whether it was the last."""
 
     def on_failure(self, sequence: Sequence, error: RequestError) -> None:
-        """The engine gives the sequence up."""
+        """Called when the engine fails the sequence."""
 
 
 class Sequence:
@@ -120,17 +120,17 @@ class Sequence:
         self.transfer = transfer or Transfer()
         self.remote_cached: int | None = None
         self.kept: list[Block] = []  # blocks that have passed over to a hand-off
-        self.handoff_params: dict[str, Any] | None = None  # what a prefill leg answers with
+        self.handoff_params: dict[str, Any] | None = None  # the parameters that a prefill leg answers with
         self.cache_key = cache_key  # requests with another cache_salt share no blocks
         self.cache_salt = cache_salt
-        self.skip_cache = skip_cache  # prompt_logprobs: everything is computed here
+        self.skip_cache = skip_cache  # prompt_logprobs: the whole prompt is computed here
         self.boundaries, self.state = boundary_states(origin, prompt, block_size)
         self.error = 0
         self.blocks: list[Block] = []
         self.sealed = 0  # full blocks whose content has been stored
         self.prefill_left = 0
         self.cached = 0  # prompt tokens found in this engine's own prefix cache
-        self.written: int | None = None  # prompt tokens computed and put into that cache, where the engine says so
+        self.written: int | None = None  # prompt tokens computed and put into that cache, where the engine reports it
         self.external = 0  # prompt tokens whose KV came from prefill
         self.loaded = False
         self.status = Status.WAITING
@@ -143,7 +143,7 @@ class Sequence:
         self.script_tokens: list[int] = []
         self.draws: list[int] | None = [] if keep_draws else None
         self.given: tuple[int, int] | None = None  # the first token, as prefill has drawn it, and its draw
-        self.vanished = False  # its client went away while KV was on the way
+        self.vanished = False  # its client disconnected while the KV was being fetched
         self.arrived = self.first_token_at = self.last_token_at = 0.0
 
     @property
@@ -157,17 +157,17 @@ class Sequence:
         return self.tokens[self.prompt_length :]
 
     def key(self, index: int) -> int:
-        """Under which the prefix cache has the block that ends before a boundary."""
+        """The key by which the prefix cache finds the block that ends before a boundary."""
         return self.boundaries[index] ^ self.cache_key
 
     def taint(self, blocks: list[Block]) -> None:
-        """Take over what is wrong in KV that this sequence is going to attend to."""
+        """Take over the error of KV that this sequence is going to attend to."""
         for block in blocks:
             if block.error:
                 self.error = (self.error * 31 + block.error) & MASK or 1
 
     def abort(self) -> str:
-        """End before its time; returns the text that was held back."""
+        """End early; returns the text that was held back."""
         self.finish_reason, self.stop_reason = "abort", None
         text = self.assembler.flush()
         if self.stops is None:

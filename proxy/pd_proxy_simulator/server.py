@@ -1,7 +1,7 @@
-"""The simulated engine as a process: its two listening sockets, its connections, its life and death.
+"""The simulated engine as a process: its two listening sockets, its connections, its start and end.
 
-Invariant: everything a peer can see of the process (sockets, connections) is in the hands of `Simulator`, so
-that `kill` can take all of it away at once.
+Invariant: everything that a peer can see of the process (sockets, connections) belongs to `Simulator`, so that `kill`
+can close all of it at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.engine import Engine
 from pd_proxy_simulator.faults import Faults
 from pd_proxy_simulator.http import Connection, Exchange
-from pd_proxy_simulator.kv_events import Publisher, Unheard
+from pd_proxy_simulator.kv_events import NullListener, Publisher
 from pd_proxy_simulator.responses import ResponseStore
 from pd_proxy_simulator.routes import ReceivedRequest, Routes
 from pd_proxy_simulator.sidechannel import Serving, SideChannelServer
@@ -41,7 +41,7 @@ class Simulator:
         self.connections: set[Connection] = set()
         self.requests: deque[ReceivedRequest] = deque(maxlen=self.config.request_log)
         self.probes: Counter[str] = Counter()  # requests to /health, /metrics and the like, by path
-        self.operations: list[tuple[str, str]] = []  # what operators asked for: path and query
+        self.operations: list[tuple[str, str]] = []  # operators' commands: path and query
         self.asleep = False
         self.paused = False
         self.stopping = False  # SIGTERM has come
@@ -58,14 +58,14 @@ class Simulator:
         self._side_listener: asyncio.Server | None = None
         self._serving: Serving
         self._placeholders: list[socket.socket] = []
-        self._wanted: object = None  # the latest call that is to listen
+        self._wanted: object = None  # the latest call that should listen
         self._one_at_a_time = asyncio.Lock()
         self._timers: set[asyncio.TimerHandle] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refusing = False
         self._new_engine()
 
-    # Life.
+    # Start and end.
 
     def _new_engine(self) -> None:
         self.responses = ResponseStore()
@@ -83,7 +83,7 @@ class Simulator:
         )
 
     async def start(self) -> None:
-        """Listen and begin to step."""
+        """Listen, and begin to make steps."""
         loop = asyncio.get_running_loop()
         host = self.config.host
         serving = self._serving
@@ -101,7 +101,7 @@ class Simulator:
         self._watch.changed()
 
     def _publish(self) -> None:
-        """Publish KV events from now on, where that is wanted."""
+        """Publish KV events from now on, where the configuration says so."""
         config = self.config
         if config.kv_events is None:
             return
@@ -119,7 +119,7 @@ class Simulator:
         self.engine.pool.listener = self.publisher
 
     async def _listen(self) -> None:
-        """Listen, unless something else was wanted in the meantime."""
+        """Listen, unless a later call has replaced this one in the meantime."""
         loop = asyncio.get_running_loop()
         wanted = self._wanted = object()
         async with self._one_at_a_time:
@@ -138,7 +138,7 @@ class Simulator:
         self.url = f"http://{shown}:{self.port}"
 
     async def stop(self, grace: float = 0.25) -> None:
-        """End politely: take no more connections, let requests in flight end for `grace` seconds, then close."""
+        """Stop in order: accept no more connections, let requests in flight run for `grace` seconds, then close."""
         self._close_listener()
         if self.alive and grace > 0:
             with contextlib.suppress(TimeoutError):
@@ -146,21 +146,24 @@ class Simulator:
         self.alive = False
         for connection in list(self.connections):
             if connection.paused:
-                connection.reset()  # its peer does not read: there is no polite end
+                connection.reset()  # its peer does not read, so that an orderly close would not end
             else:
                 connection.close()
         self._end()
         self._give_ports_up()
-        # Some turns of the loop, so that transports and handlers have ended before a test's loop does.
+        # Some turns of the event loop, so that transports and handlers have ended before a test's loop does.
         for _ in range(3):
             await asyncio.sleep(0)
 
     def terminate(self) -> None:
-        """SIGTERM, as vLLM takes it. By default what runs ends with finish reason "abort" at once, and shortly after
-        the port is closed; until then `/health` says 200, and new connections wait for a reset. With
-        `shutdown_timeout` what runs goes on for so long, and new requests are refused; the process is gone when
-        nothing runs and no hand-off is kept. What has not ended by then hangs: the core is killed, and the API server
-        waits for its clients to close."""
+        """Handle SIGTERM as vLLM does.
+
+        By default running requests end with finish reason "abort" at once, and the port is closed shortly after; until
+        then `/health` answers 200, and new connections wait and are then reset. With `shutdown_timeout` running
+        requests may go on for that time, and new requests are refused; the process ends when nothing runs and no
+        hand-off is kept. What has not ended by then hangs: the core is killed, and the API server waits for its clients
+        to close.
+        """
         if self.stopping or not self.alive:
             return
         self.stopping = True
@@ -180,12 +183,12 @@ class Simulator:
 
     @property
     def _idle(self) -> bool:
-        """Nothing runs, nothing is kept for decode, and no request is being answered."""
+        """Whether nothing runs, nothing is kept for decode, and no request is being answered."""
         busy = self.engine.running + self.engine.waiting + len(self.engine.handoffs)
         return not busy and all(connection.exchange is None for connection in self.connections)
 
     def _drain_ran_out(self) -> None:
-        """The core is killed under the API server, which takes no more connections and keeps those there are."""
+        """Kill the core but not the API server, which accepts no more connections and keeps the open ones."""
         self.alive = False
         self._close_listener()
         for connection in list(self.connections):
@@ -194,8 +197,8 @@ class Simulator:
         self._end()
 
     async def suspend(self, mode: str) -> None:
-        """`/pause` and `/sleep`: what runs is aborted, or ends (`wait`), or stands still (`keep`). Whoever comes
-        waits."""
+        """Handle `/pause` and `/sleep`: running requests are aborted (`abort`), may end (`wait`), or stand still
+        (`keep`). New requests wait."""
         if mode == "abort":
             self.engine.give_up()
         elif mode == "keep":
@@ -211,11 +214,11 @@ class Simulator:
 
     @property
     def draining(self) -> bool:
-        """Whether new requests are refused, while what runs may end."""
+        """Whether new requests are refused, while running ones may end."""
         return self.stopping and bool(self.config.shutdown_timeout)
 
     def kill(self) -> None:
-        """`kill -9`, as peers see it: nothing listens any more and every connection is reset."""
+        """End as peers see `kill -9`: nothing listens any more and every connection is reset."""
         self.alive = False
         self._close_listener()
         for connection in list(self.connections):
@@ -223,12 +226,12 @@ class Simulator:
         self._end()
 
     async def restart(self) -> None:
-        """Come back on the same ports with a new engine: another id, nothing cached, nothing counted."""
+        """Start again on the same ports with a new engine: another id, an empty cache, counters at zero."""
         if self.alive:
             self.kill()
             await asyncio.sleep(0)
         for connection in list(self.connections):
-            connection.kill()  # of an engine whose drain ran out
+            connection.kill()  # left from an engine whose drain ran out
         self.asleep = self.paused = self.stopping = self.profiling = False
         self._new_engine()
         await self.start()
@@ -237,7 +240,7 @@ class Simulator:
         self._close_side_listener()
         self._serving.close()
         if self.publisher is not None:
-            self.engine.pool.listener = Unheard()
+            self.engine.pool.listener = NullListener()
             self.publisher.close()
             for port in (self.kv_events_port, self.kv_replay_port):
                 self._hold(socket.AF_INET6 if ":" in self.config.host else socket.AF_INET, (self.config.host, port))
@@ -260,7 +263,7 @@ class Simulator:
             self._side_listener = None
 
     def _close_but_hold(self, listener: asyncio.Server) -> None:
-        """Listen no more, but keep the port from being given to somebody else until this one is back."""
+        """Stop listening, but keep the port from being given to another socket until this engine listens again."""
         bound = [(one.family, one.getsockname()) for one in listener.sockets]
         listener.close()
         for family, address in bound:
@@ -309,14 +312,14 @@ class Simulator:
         self._watch.changed()
 
     def changed(self) -> None:
-        """Look at what is being waited for."""
+        """Check the predicates that are waited for."""
         self._watch.changed()
 
     def expire_handoffs(self) -> None:
-        """Let every lease run out now, as after `lease` seconds without a pull."""
+        """Expire every lease now, as after `lease` seconds without a pull."""
         self.engine.handoffs.expire_all()
 
-    # Faults that are not one request's.
+    # Faults that hit the whole engine.
 
     def _faults_changed(self) -> None:
         fault = self.faults.find("refuse")

@@ -1,7 +1,8 @@
 """SGLang's own `POST /generate`: text or token ids, one prompt or a batch, with SGLang's sampling parameters.
 
-From SGLang 0.5.23 (`io_struct.py`, `tokenizer_manager.py`). A batch is what has a list of prompts, even of one; its
-answer is a list. What only the engine that computes the prompt has, decode lacks: the log probabilities of the prompt.
+The source is SGLang 0.5.23 (`io_struct.py`, `tokenizer_manager.py`). A list of prompts is a batch, even with one
+prompt; its answer is a list. Decode lacks what only the engine has that computed the prompt: the prompt's log
+probabilities.
 
 Invariant: the tokens are those of every other endpoint for the same prompt.
 """
@@ -27,7 +28,8 @@ _DEFAULT_TOKENS = 128
 
 
 class _Fields(msgspec.Struct):
-    """The body, as far as it matters here; lists have a value for each prompt. Unknown fields are ignored."""
+    """The body's fields, as far as they matter here. A list holds one value for each prompt. Unknown fields are
+    ignored."""
 
     text: str | list[str] | None = None
     input_ids: list[Any] | None = None
@@ -42,7 +44,7 @@ class _Fields(msgspec.Struct):
 
 
 class _Sampling(msgspec.Struct, forbid_unknown_fields=True):
-    """`sampling_params`. What is not named here is no parameter: the engine's constructor raises."""
+    """The fields of `sampling_params`. An unknown name is an error: the engine's constructor raises."""
 
     max_new_tokens: int | None = _DEFAULT_TOKENS
     min_new_tokens: int = 0
@@ -72,7 +74,7 @@ class _Sampling(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def decode_sglang_generate(body: Any, config: SimulatorConfig) -> GenerationRequest:
-    """A request. Raises RequestError."""
+    """Decode a request. Raises RequestError."""
     fields = decode_fields(body, _Fields)
     prompts = _prompts(fields, config)
     sampling = _sampling(fields, len(prompts))
@@ -154,12 +156,12 @@ def _sampling(fields: _Fields, prompts: int) -> _Sampling:
 
 
 def _each(value: Any, prompt: int) -> Any:
-    """What a field says of one prompt of a batch."""
+    """A field's value for one prompt of a batch."""
     return value[prompt] if isinstance(value, list) else value
 
 
 def _logprobs(request: GenerationRequest, sequence: Sequence, tokens: int, weights: int) -> Object:
-    """The members of `meta_info` that log probabilities have, after so many tokens."""
+    """The log-probability members of `meta_info`, after this many tokens."""
     body, prompt = request.body, sequence.index // request.n
     if not _each(body.get("return_logprob"), prompt):
         return {}
@@ -199,7 +201,7 @@ def _finish(sequence: Sequence) -> Object:
 
 
 def _rid(request: GenerationRequest, sequence: Sequence) -> str:
-    """Its name, where the request gave it one and has no other choices."""
+    """The request's id as the client sent it, where the request sets one and has no other choices."""
     rid = request.body.get("rid")
     if request.n > 1:
         return sequence.request_id
@@ -210,7 +212,7 @@ def _rid(request: GenerationRequest, sequence: Sequence) -> str:
 
 
 def said(request: GenerationRequest, sequence: Sequence, text: str, tokens: int, weights: int, *, last: bool) -> Object:
-    """What has been said so far of one answer: `tokens` tokens, `text` in all."""
+    """One answer as far as it has come: `tokens` tokens, with `text` as the text of all of them."""
     meta: Object = {
         "id": _rid(request, sequence),
         "finish_reason": _finish(sequence) if last else None,
@@ -228,7 +230,7 @@ def said(request: GenerationRequest, sequence: Sequence, text: str, tokens: int,
 
 
 def aborted(request: GenerationRequest, error: RequestError) -> Object:
-    """The event of a stream that the engine gives up; it holds the status that an answer would have had."""
+    """The event of a stream that the engine aborts; it holds the status that an answer would have had."""
     kind = {"type": "abort", "message": error.message, "status_code": error.status, "err_type": error.kind}
     meta = {
         "id": request.external_id,
@@ -241,12 +243,12 @@ def aborted(request: GenerationRequest, error: RequestError) -> Object:
 
 
 def is_several(request: GenerationRequest) -> bool:
-    """Whether its answers come as a list, or with their places in one."""
+    """Whether the answers come as a list, or with their index in a stream."""
     return request.n > 1 or batch_size(request.body) > 0
 
 
 def sglang_generate_body(finished: encoding.Finished) -> Any:
-    """The whole answer: of a batch, or with several choices, a list."""
+    """The whole answer. For a batch, or with several choices, it is a list."""
     request = finished.request
     answers = [
         said(request, sequence, text, sequence.output_length, finished.weights, last=True)
@@ -256,5 +258,5 @@ def sglang_generate_body(finished: encoding.Finished) -> Any:
 
 
 def refusal(error: RequestError) -> Object:
-    """What the handler refuses; the checks before it speak as every other route does."""
+    """An error of the handler. The checks before the handler answer as those of every other route."""
     return {"error": {"message": error.message}}

@@ -1,4 +1,4 @@
-"""The stream of SGLang's `/generate`: events without names, each of which says again all that was said before it.
+"""The stream of SGLang's `/generate`: events without names, each of which repeats everything before it.
 
 Invariant: as from a server without `--incremental-streaming-output`; the last event of each prompt says why it ended.
 """
@@ -15,18 +15,18 @@ from pd_proxy_simulator.sglang_generate import aborted, is_several, said
 
 
 class SGLangStream(StreamAnswer):
-    """One event a token, with `index` where there are several answers."""
+    """Sends one event for each token, with `index` where there are several answers."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._texts: dict[int, str] = {}
 
     def fail_first(self, error: RequestError) -> None:
-        """The fault `error_event_first`: given up before any token."""
+        """Carry out the fault `error_event_first`: abort before any token."""
         self._fail(error)
 
     def _greet(self, sequence: Sequence) -> None:
-        """Nothing is said before the first token."""
+        """Send nothing: this stream has no event before the first token."""
 
     def _say(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
         index = sequence.index

@@ -1,7 +1,8 @@
-"""The way between two engines: prefill serves its KV on a port of its own, decode reads it there and says so.
+"""The side channel between two engines: prefill serves its KV on a port of its own; decode reads it there and notifies
+prefill.
 
 Frames are msgpack after a four-byte length. Invariant: a decode engine learns nothing here that a real one would not:
-blocks are read by number, and nobody says whether they still belong to the request.
+blocks are read by number, and no answer says whether they still belong to the request.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ _LENGTH = struct.Struct(">I")
 
 
 class TransferFailed(Exception):
-    """The KV could not be fetched; what follows is the load failure policy's business."""
+    """The KV could not be fetched. The load failure policy decides what follows."""
 
 
 class OutOfRange(Exception):
-    """A block number that the peer does not have: the worker does not survive it."""
+    """A block number that the peer does not have: the real worker does not survive it."""
 
 
 def frame(message: dict[str, Any]) -> bytes:
-    """One message as it goes over the wire."""
+    """One message as bytes on the wire."""
     payload = _encode(message)
     return _LENGTH.pack(len(payload)) + payload
 
@@ -55,7 +56,7 @@ class SideChannelServer(asyncio.Protocol):
         transport = cast(asyncio.Transport, transport)
         self._transport = transport
         if self._serving.closed:
-            self.reset()  # accepted in the moment of death
+            self.reset()  # accepted while the engine was being killed
             return
         self._serving.connections.add(self)
 
@@ -76,24 +77,24 @@ class SideChannelServer(asyncio.Protocol):
             message = _decode(bytes(self._buffer[4 : 4 + length]))
             del self._buffer[: 4 + length]
             faults = self._serving.faults
-            mischief = faults.draw("pull") if message["op"] == "hello" else NOTHING
-            if mischief.get("reset") is not None:
+            injected = faults.draw("pull") if message["op"] == "hello" else NOTHING
+            if injected.get("reset") is not None:
                 self.reset()
                 return
-            if mischief.get("hang") is not None or faults.lasting("hang", "pull"):
+            if injected.get("hang") is not None or faults.lasting("hang", "pull"):
                 return
             if message["op"] == "wait":
                 self._serving.wait(message, self._say)
                 continue
             answer = self._serving.answer(message)
-            delay = mischief.get("delay_first_byte")
+            delay = injected.get("delay_first_byte")
             if answer is not None and delay is not None:
                 asyncio.get_running_loop().call_later(delay.delay_s, self._say, answer)
             elif answer is not None:
                 self._say(answer)
 
     def _show_page(self) -> None:
-        """The port is a connector's bootstrap server too, where there is one."""
+        """Answer an HTTP request: the port is the connector's bootstrap server too, where it has one."""
         head, end, _ = self._buffer.partition(b"\r\n\r\n")
         if not end or self._transport is None:
             return
@@ -114,7 +115,7 @@ class SideChannelServer(asyncio.Protocol):
 
 
 class Serving:
-    """Prefill's side channel: what it answers, and its open connections."""
+    """Prefill's side channel: its answers, and its open connections."""
 
     def __init__(
         self,
@@ -137,13 +138,14 @@ class Serving:
         self.closed = False
 
     def close(self) -> None:
-        """Cut every connection, and answer nothing any more: a process that is gone reads out no blocks."""
+        """Cut every connection, and answer nothing more: a process that has ended serves no blocks."""
         self.closed = True
         for peer in list(self.connections):
             peer.reset()
 
     def wait(self, message: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
-        """Answer with the blocks of a hand-off by its name, less those that decode has, once it is there."""
+        """Answer with the blocks of a hand-off by its name, without those that decode has, once the hand-off is
+        pinned."""
 
         def take(blocks: list[Block]) -> None:
             wanted = blocks[message["skip"] :]
@@ -155,7 +157,7 @@ class Serving:
         self.side.wanted(name)
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """What one message is answered with, if with anything."""
+        """The answer to one message; None for no answer."""
         match message["op"]:
             case "hello":
                 config = self._config
@@ -178,32 +180,33 @@ class Serving:
 
 
 def compatibility(config: SimulatorConfig) -> str:
-    """What must be the same on both sides for KV to make sense."""
+    """The values that must be equal on both sides for KV to be usable."""
     model = config.root or config.model
     return f"{config.version}/{model}/{config.weights}/{config.block_size}/{config.connector}"
 
 
 class Peers:
-    """Decode's side: fetches KV from any prefill engine and remembers whom it has shaken hands with."""
+    """Decode's side: fetches KV from any prefill engine, and remembers the engines with which a handshake succeeded."""
 
     def __init__(self, config: SimulatorConfig) -> None:
         self._config = config
         self._known: set[str] = set()
-        # A peer that is there gets a second to answer, however short the handshake of failures was set for a test.
-        self._patience = max(config.handshake_timeout, 1.0)
+        # A peer that is up has at least one second to answer, however short a test sets the handshake timeout for
+        # failures.
+        self._answer_timeout = max(config.handshake_timeout, 1.0)
 
     async def fetch(
         self, host: str, port: int, engine_id: str, name: str, block_ids: list[int], tokens: int
     ) -> list[Content]:
-        """Read blocks by number, and tell their owner that what it calls `name` is no longer needed.
+        """Read blocks by number, and notify their owner that the hand-off `name` is no longer needed.
 
         Raises:
-            TransferFailed: the engine is not there or is another one; at once if they had met, else after the handshake
-                timeout, as with a real one's sockets.
+            TransferFailed: the engine is not reachable or is another one. It is raised at once if a handshake succeeded
+                before, else after the handshake timeout, as with a real engine's sockets.
             OutOfRange: the peer has no such block.
         """
         read = {"op": "read", "block_ids": block_ids}
-        return await self._met(host, port, engine_id, name, read, block_ids, tokens)
+        return await self._fetch_or_wait_out(host, port, engine_id, name, read, block_ids, tokens)
 
     async def wait(
         self,
@@ -214,20 +217,24 @@ class Peers:
         skip: int,
         tokens: int,
         *,
-        hear: Callable[[dict[str, Any]], None] = lambda answer: None,
-        thank: bool = True,
+        on_answer: Callable[[dict[str, Any]], None] = lambda answer: None,
+        acknowledge: bool = True,
     ) -> list[Content]:
-        """Wait until the engine keeps something as `name`, as long as a lease lasts; read it but for its first
-        `skip` blocks. An empty `engine_id` is any. `hear` is given all that it said; `thank`: tell it that
-        what it kept has been read.
+        """Wait until the engine keeps a hand-off as `name`, at most for the length of a lease; read its blocks without
+        the first `skip`.
+
+        Arguments:
+            engine_id: whose KV is read; empty for any engine's.
+            on_answer: is called with the engine's answer.
+            acknowledge: whether the engine is notified that the hand-off has been read.
 
         Raises:
             TransferFailed: as `fetch`.
         """
         question = {"op": "wait", "request_id": name, "skip": skip}
-        return await self._met(host, port, engine_id, name, question, [], tokens, hear, thank)
+        return await self._fetch_or_wait_out(host, port, engine_id, name, question, [], tokens, on_answer, acknowledge)
 
-    async def _met(
+    async def _fetch_or_wait_out(
         self,
         host: str,
         port: int,
@@ -236,12 +243,12 @@ class Peers:
         question: dict[str, Any],
         block_ids: list[int],
         tokens: int,
-        hear: Callable[[dict[str, Any]], None] = lambda answer: None,
-        thank: bool = True,
+        on_answer: Callable[[dict[str, Any]], None] = lambda answer: None,
+        acknowledge: bool = True,
     ) -> list[Content]:
         began = asyncio.get_running_loop().time()
         try:
-            return await self._fetch(host, port, engine_id, name, question, block_ids, tokens, hear, thank)
+            return await self._fetch(host, port, engine_id, name, question, block_ids, tokens, on_answer, acknowledge)
         except (OSError, EOFError, TimeoutError) as error:
             if (engine_id or f"{host}:{port}") not in self._known:
                 left = self._config.handshake_timeout - (asyncio.get_running_loop().time() - began)
@@ -257,15 +264,15 @@ class Peers:
         question: dict[str, Any],
         block_ids: list[int],
         tokens: int,
-        hear: Callable[[dict[str, Any]], None],
-        thank: bool,
+        on_answer: Callable[[dict[str, Any]], None],
+        acknowledge: bool,
     ) -> list[Content]:
         if not port:
             raise ConnectionRefusedError("no such port")
-        async with asyncio.timeout(self._patience):
+        async with asyncio.timeout(self._answer_timeout):
             reader, writer = await asyncio.open_connection(host, port)
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._answer_timeout):
                 hello = await _ask(reader, writer, {"op": "hello"})
             if engine_id and hello["engine_id"] != engine_id:
                 raise ConnectionError("engine ID mismatch")
@@ -278,8 +285,8 @@ class Peers:
                 answer = await _ask(reader, writer, question)
             if self._config.transfer_rate:
                 await asyncio.sleep(tokens / self._config.transfer_rate)
-            hear(answer)
-            if thank:
+            on_answer(answer)
+            if acknowledge:
                 writer.write(frame({"op": "done", "request_id": name, "read": True}))
             contents: list[Content] = [(before, tokens, error) for before, tokens, error in answer["contents"]]
             return contents
@@ -287,9 +294,10 @@ class Peers:
             writer.close()
 
     async def embedding(self, host: str, port: int, key: str) -> list[int] | None:
-        """What the encoder at `host` keeps as `key`; None where it is not there, or keeps nothing by that name."""
+        """The embedding that the encoder at `host` keeps as `key`; None where the encoder is not reachable or keeps
+        none."""
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._answer_timeout):
                 reader, writer = await asyncio.open_connection(host, port)
                 try:
                     found: list[int] | None = (await _ask(reader, writer, {"op": "embedding", "key": key}))["found"]
@@ -300,13 +308,13 @@ class Peers:
             return None
 
     async def push(self, host: str, port: int, engine_id: str, message: dict[str, Any]) -> None:
-        """Write KV into the engine at `host`; it has taken it when this returns.
+        """Write KV into the engine at `host`; when this returns, the engine has accepted it.
 
         Raises:
-            TransferFailed: it is not there, is another one, or did not take it.
+            TransferFailed: the engine is not reachable, is another one, or did not accept it.
         """
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._answer_timeout):
                 reader, writer = await asyncio.open_connection(host, port)
                 try:
                     hello = await _ask(reader, writer, {"op": "hello"})
@@ -319,23 +327,23 @@ class Peers:
             raise TransferFailed(f"{host}:{port}: {error!r}") from error
 
     async def ask(self, host: str, port: int, message: dict[str, Any], after: float = 0.0) -> dict[str, Any]:
-        """What an engine answers to one message that is not a fetch, sent after so many seconds.
+        """The answer of an engine to one message that is not a fetch. The message is sent after `after` seconds.
 
         Raises:
-            TransferFailed: nothing listens there, or it does not answer; or its KV is not of this kind.
+            TransferFailed: nothing listens there, nothing answers, or the engine's KV is not compatible.
         """
         if not 0 < port < 65536:
             raise TransferFailed(f"{host}:{port}: no such port")
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._answer_timeout):
                 reader, writer = await asyncio.open_connection(host, port)
             try:
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(self._answer_timeout):
                     hello = await _ask(reader, writer, {"op": "hello"})
                 if hello["compatibility"] != compatibility(self._config):
                     raise TransferFailed("compatibility hash mismatch")
                 await asyncio.sleep(after)
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(self._answer_timeout):
                     return await _ask(reader, writer, message)
             finally:
                 writer.close()
@@ -343,9 +351,9 @@ class Peers:
             raise TransferFailed(f"{host}:{port}: {error!r}") from error
 
     async def tell(self, host: str, port: int, message: dict[str, Any]) -> bool:
-        """Send a notification; whether anybody took it."""
+        """Send a notification; returns whether it could be sent."""
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._answer_timeout):
                 _, writer = await asyncio.open_connection(host, port)
                 writer.write(frame(message))
                 await writer.drain()

@@ -1,4 +1,4 @@
-"""Transcriptions and translations: a multipart form in, a text out, in one piece or as events.
+"""Transcriptions and translations: the request is a multipart form, the answer is a text, in one piece or as events.
 
 Invariant: the text is a pure function of the file's bytes and the engine's weights.
 """
@@ -15,13 +15,13 @@ from typing import Any
 
 from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.errors import bad_request, internal_error, invalid_field
-from pd_proxy_simulator.faults import Mischief
+from pd_proxy_simulator.faults import InjectedFaults
 from pd_proxy_simulator.http import Exchange
 from pd_proxy_simulator.pooling import check_model
 from pd_proxy_simulator.tokens import GENERATED, detokenize, mix
 
 _WORDS = 12
-_FORMATS = {"json", "text", "verbose_json"}  # vLLM's; OpenAI has srt and vtt too
+_FORMATS = {"json", "text", "verbose_json"}  # vLLM's formats; OpenAI has srt and vtt too
 
 
 def read_form(exchange: Exchange) -> dict[str, list[bytes]]:
@@ -44,13 +44,15 @@ def read_form(exchange: Exchange) -> dict[str, list[bytes]]:
 
 
 def words(audio: bytes, config: SimulatorConfig) -> list[str]:
-    """What is heard."""
+    """The words that are recognized in the file."""
     seed = mix(zlib.crc32(audio) + config.weights)
     picked = [GENERATED[mix(seed + place) % len(GENERATED)] for place in range(_WORDS)]
     return [detokenize([token]) for token in picked]
 
 
-async def transcribe(exchange: Exchange, form: dict[str, list[bytes]], mischief: Mischief, sim: SimulatorConfig) -> int:
+async def transcribe(
+    exchange: Exchange, form: dict[str, list[bytes]], injected: InjectedFaults, sim: SimulatorConfig
+) -> int:
     """Answer one request; returns the number of words in the answer."""
     fields = {name: values[-1].decode("utf-8", "replace") for name, values in form.items() if name != "file"}
     check_model(dict(fields), sim)
@@ -61,7 +63,7 @@ async def transcribe(exchange: Exchange, form: dict[str, list[bytes]], mischief:
         raise bad_request(f"response_format {shape!r} is not supported", "response_format")
     heard = words(form["file"][-1], sim)
     if fields.get("stream", "").lower() in ("true", "1"):
-        return await _stream(exchange, heard, mischief, sim)
+        return await _stream(exchange, heard, injected, sim)
     text = "".join(heard)
     if shape == "text":
         exchange.respond(200, text.encode(), "text/plain; charset=utf-8")
@@ -73,15 +75,15 @@ async def transcribe(exchange: Exchange, form: dict[str, list[bytes]], mischief:
     return len(heard)
 
 
-async def _stream(exchange: Exchange, heard: list[str], mischief: Mischief, sim: SimulatorConfig) -> int:
+async def _stream(exchange: Exchange, heard: list[str], injected: InjectedFaults, sim: SimulatorConfig) -> int:
     identity = {"id": f"trsc-{uuid.uuid4().hex}", "object": "transcription.chunk", "created": 0, "model": sim.model}
     error = b"data: " + json.dumps(internal_error().body()).encode() + b"\n\n"
     exchange.start_stream()
-    if mischief.get("error_event_first") is not None:
+    if injected.get("error_event_first") is not None:
         exchange.write(error + b"data: [DONE]\n\n")
         exchange.end_stream()
         return 0
-    death = mischief.get("die_mid_stream")
+    death = injected.get("die_mid_stream")
     said = 0
     for word in heard:
         if death is not None and said == death.after_tokens:

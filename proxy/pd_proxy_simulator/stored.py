@@ -1,4 +1,4 @@
-"""Stored responses over HTTP: begun in the background, read again, followed as a stream, cancelled."""
+"""Stored responses over HTTP: started in the background, read again, followed as a stream, cancelled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pd_proxy_simulator import encoding
 from pd_proxy_simulator.answers import WholeAnswer
 from pd_proxy_simulator.background import Recorder
 from pd_proxy_simulator.errors import RequestError
-from pd_proxy_simulator.faults import Mischief
+from pd_proxy_simulator.faults import InjectedFaults
 from pd_proxy_simulator.http import Exchange
 from pd_proxy_simulator.named_streams import ResponseStream
 from pd_proxy_simulator.requests import GenerationRequest
@@ -29,10 +29,10 @@ async def run_in_background(
     exchange: Exchange,
     request: GenerationRequest,
     sequences: list[Sequence],
-    mischief: Mischief,
+    injected: InjectedFaults,
     messages: list[Any],
 ) -> None:
-    """Begin a response that goes to the store, and answer with what there is of it, or stream its events."""
+    """Start a response that goes to the store, and answer with its current state, or stream its events."""
     engine = sim.engine
     stored = StoredResponse(outline(request, int(time.time()), "queued", []), messages)
     stored.abort = lambda: engine.abort(sequences)
@@ -40,7 +40,7 @@ async def run_in_background(
     recorder = Recorder(stored, sim.changed)
     kind = ResponseStream if request.stream else WholeAnswer
     config = sim.adapters.served(request.model)
-    answer = kind(recorder, request, mischief, config, engine.abort, sim.kill, engine.side)
+    answer = kind(recorder, request, injected, config, engine.abort, sim.kill, engine.side)
     answer.expect(sequences)
     engine.submit(sequences)
     if isinstance(answer, ResponseStream):
@@ -51,7 +51,7 @@ async def run_in_background(
 
 
 async def answer_stored(sim: Simulator, exchange: Exchange) -> None:
-    """Answer a request for a stored response, or cancel the response. Raises RequestError."""
+    """Answer a request for a stored response, or for its cancellation. Raises RequestError."""
     _, _, rest = exchange.path.partition("/v1/responses/")
     response_id, _, action = rest.partition("/")
     stored = sim.responses.find(response_id)

@@ -1,6 +1,7 @@
 """Answers that must be JSON: tool calls, `response_format` and `structured_outputs`.
 
-The engine writes such an answer from a script, a pure function of the prompt's KV and of the schema. Invariant:
+The engine writes such an answer from a script, which is a pure function of the prompt's KV and of the schema.
+Invariant:
 a script that was not cut short by `max_tokens` is valid for its schema (the common keywords of JSON Schema).
 """
 
@@ -17,7 +18,7 @@ _DEEPEST = 6
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What the answer must look like: a JSON schema, one of some texts, or the call of a tool."""
+    """The structure of the answer: a JSON schema, one of some texts, or a tool call."""
 
     schema: Any = None
     choices: tuple[str, ...] = ()
@@ -27,7 +28,7 @@ class Structure:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """The whole text, and where in it the arguments of a tool call are."""
+    """The whole text, and the position of a tool call's arguments in it."""
 
     text: str
     start: int
@@ -35,7 +36,7 @@ class Script:
 
 
 def write_script(structure: Structure, state: int) -> Script:
-    """The text that a sequence in `state` answers with."""
+    """The text with which a sequence in `state` answers."""
     if structure.choices:
         text = structure.choices[mix(state) % len(structure.choices)]
         return Script(text, 0, len(text))

@@ -1,6 +1,7 @@
-"""From tokens to text, a token at a time: bytes that are not yet a character, and stop strings, are held back.
+"""Turns tokens into text, one token at a time. Bytes that are not yet a character, and possible stop strings, are held
+back.
 
-Invariant: the pieces that were given out, joined, are a prefix of the final text; no piece has to be taken back.
+Invariant: the returned pieces, joined, are a prefix of the final text; no piece has to be taken back.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class TextAssembler:
         self._started = False
 
     def push(self, token: int) -> str:
-        """The text that became whole with `token`; empty while a character is still incomplete."""
+        """Returns the text that `token` completed; empty while a character is still incomplete."""
         text = TEXT[token]
         if text is not None and not self._held:
             self._started = True
@@ -41,13 +42,13 @@ class TextAssembler:
         return whole
 
     def flush(self) -> str:
-        """What was held back of an incomplete character, when the sequence is given up."""
+        """Returns what was held back of an incomplete character, when the sequence is ended early."""
         held, self._held = self._held, b""
         return held.decode("utf-8", "replace")
 
 
 class StopStrings:
-    """Watches one sequence's text for stop strings and holds back what could be the beginning of one."""
+    """Watches one sequence's text for stop strings, and holds back what could be the beginning of one."""
 
     __slots__ = ("_include", "_longest", "_pending", "_seen", "_stops")
 
@@ -59,7 +60,7 @@ class StopStrings:
         self._seen = ""
 
     def push(self, text: str, *, armed: bool) -> tuple[str, str | None]:
-        """Take new text; give what may be shown now, and the stop string if one was met."""
+        """Take new text; returns what may be shown now, and the stop string if one was found."""
         window = self._seen + self._pending + text
         shown = len(self._seen)
         if armed:
@@ -76,6 +77,6 @@ class StopStrings:
         return window[shown:edge], None
 
     def flush(self) -> str:
-        """What was held back, when the sequence ended for another reason."""
+        """Returns what was held back, when the sequence ended for another reason."""
         rest, self._pending = self._pending, ""
         return rest

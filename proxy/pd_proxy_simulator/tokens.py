@@ -1,10 +1,10 @@
-"""Tokens: a small fixed vocabulary, a tokenizer that loses nothing, and the model, which is a rolling hash.
+"""Tokens: a small fixed vocabulary, a lossless tokenizer, and the model, which is a rolling hash.
 
-Invariant: `detokenize(tokenize(text)) == text`, and the next token is a pure function of the tokens so far (and of
-the salt, when sampling). So continuing from a prompt and k tokens gives the rest of the same text, in any process.
+Invariant: `detokenize(tokenize(text)) == text`, and the next token is a pure function of the tokens so far (and of the
+salt, when sampling). So a continuation of a prompt and k tokens is the rest of the same text, in any process.
 
 Some characters are spread over two or three tokens, as in byte-level vocabularies: the text of such a token is not
-whole until its followers have come.
+complete until the following tokens have come.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pipeline
 """
 _WORDS = _LEXICON.split()
 _PUNCTUATION = [",", ".", ";", ":", "?", "!", "\n", "\n\n", " -", " (", ")", '"', " 7", " 42", "ing", "ed", "ly", "s"]
-_SPLIT = [  # characters that come in several tokens
+_SPLIT = [  # characters that take several tokens
     (b" \xc3", b"\xa9"),
     (b" \xc3", b"\xbc"),
     (b" na\xc3", b"\xafve"),
@@ -41,7 +41,7 @@ _SPECIAL = ("<|eos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 VOCABULARY: list[bytes] = [bytes([value]) for value in range(256)]
-FOLLOWER: dict[int, int] = {}  # the token that must come after one that ends inside a character
+FOLLOWER: dict[int, int] = {}  # the token that must follow one that ends inside a character
 _ids: dict[str, int] = {}
 
 
@@ -79,7 +79,7 @@ def _whole(piece: bytes) -> str | None:
         return None
 
 
-# The text of each token, or None where its bytes are not whole characters; special tokens show no text.
+# The text of each token, or None where its bytes are not whole characters; special tokens have no text.
 TEXT: list[str | None] = ["" if token >= FIRST_SPECIAL else _whole(piece) for token, piece in enumerate(VOCABULARY)]
 
 _PIECE = re.compile(r" ?[a-z]+|[^a-z]", re.DOTALL)
@@ -101,7 +101,7 @@ def _split_piece(piece: str) -> tuple[int, ...]:
 
 
 def tokenize(text: str) -> list[int]:
-    """The token ids of `text`; markers of the chat template in it are plain characters."""
+    """The token ids of `text`. Markers of the chat template in it are plain characters."""
     tokens: list[int] = []
     extend = tokens.extend
     memo = _memo
@@ -122,7 +122,7 @@ def detokenize(tokens: Iterable[int], *, special: bool = False) -> str:
 
 
 def token_text(token: int) -> str:
-    """How one token is shown in log probabilities."""
+    """The form of one token in log probabilities."""
     return VOCABULARY[token].decode("utf-8", "replace")
 
 
@@ -137,7 +137,7 @@ def advance(state: int, token: int) -> int:
 
 
 def boundary_states(state: int, tokens: Sequence[int], block_size: int) -> tuple[list[int], int]:
-    """The states at each full block's edge, beginning with `state` itself, and the state after the last token."""
+    """The state at the start (`state` itself), at the end of each full block, and after the last token."""
     boundaries = [state]
     for start in range(0, len(tokens), block_size):
         block = tokens[start : start + block_size]
@@ -149,7 +149,7 @@ def boundary_states(state: int, tokens: Sequence[int], block_size: int) -> tuple
 
 
 def mix(value: int) -> int:
-    """Spread every bit of `value` over 64 (the finaliser of MurmurHash3)."""
+    """Spread every bit of `value` over 64 bits (the finaliser of MurmurHash3)."""
     value ^= value >> 33
     value = value * 0xFF51AFD7ED558CCD & MASK
     value ^= value >> 33
@@ -163,7 +163,7 @@ def draw(state: int, salt: int) -> int:
 
 
 def choose(bits: int, last: int, eos_limit: int) -> int:
-    """The token that `bits` name after the token `last`; `eos_limit` in 2**24 of them end the sequence."""
+    """The token that `bits` select after the token `last`; `eos_limit` in 2**24 of the values end the sequence."""
     follower = FOLLOWER.get(last)
     if follower is not None:
         return follower
@@ -173,7 +173,7 @@ def choose(bits: int, last: int, eos_limit: int) -> int:
 
 
 def logprob(bits: int) -> float:
-    """The log probability that the chosen token is said to have."""
+    """The log probability that is reported for the chosen token."""
     return -((bits >> 20) & 0xFF) / 512
 
 

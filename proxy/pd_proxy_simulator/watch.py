@@ -1,6 +1,6 @@
-"""Waiting for a state instead of sleeping: predicates that are looked at after every change.
+"""Waits for a state instead of sleeping: predicates are checked after every change.
 
-Invariant: `changed` costs one comparison while nobody waits.
+Invariant: `changed` costs one comparison while nothing waits.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 
 class Watch:
-    """Wakes those whose predicate has become true."""
+    """Wakes the waiters whose predicate has become true."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     def changed(self) -> None:
-        """Say that something may have changed."""
+        """Check the predicates: something may have changed."""
         if not self._waiting:
             return
         still = []

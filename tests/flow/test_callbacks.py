@@ -40,8 +40,8 @@ def test_a_name_says_whose_it_is_among_several_workers() -> None:
     for name in (ours.name(), theirs.name()):
         assert ours.elsewhere(body(f"chatcmpl-{name}")) == (63 if name.startswith("3f") else None)
         assert theirs.elsewhere(body(f"cmpl-{name}-0")) == (3 if name.startswith("03") else None)
-    for nobodys in (b"", b"[]", body("chatcmpl-63"), body("")):
-        assert ours.elsewhere(nobodys) is None
+    for unclaimed_pushes in (b"", b"[]", body("chatcmpl-63"), body("")):
+        assert ours.elsewhere(unclaimed_pushes) is None
 
 
 @pytest.mark.parametrize(

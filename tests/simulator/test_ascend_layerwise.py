@@ -72,8 +72,8 @@ async def test_another_id_on_prefills_leg_reaches_nobody(layerwise: tuple[Any, A
         asking = asyncio.ensure_future(client.post(d, PATH, decode_leg(url), **{"x-request-id": ID}))
         call = await calls.get()
         await client.post(p, PATH, prefill_leg(call), **{"x-request-id": "another"})
-        await until(lambda: d.engine.side.nobodys == 1)
-        assert (await asking).status_code == 500, "nobody has pushed within the lease"
+        await until(lambda: d.engine.side.unclaimed_pushes == 1)
+        assert (await asking).status_code == 500, "no engine has pushed within the lease"
 
 
 async def test_another_prompt_on_prefills_leg_gives_another_text(
@@ -122,4 +122,4 @@ async def test_prefill_without_the_way_to_decode_answers_and_pushes_nothing(
     leg = prefill_leg({"do_remote_decode": True, "remote_cached_tokens": 0})
     assert (await client.post(p, PATH, leg)).status_code == 200
     await p.wait_for(lambda: p.engine.used_blocks == 0)
-    assert not d.engine.side.nobodys
+    assert not d.engine.side.unclaimed_pushes

@@ -1,4 +1,4 @@
-"""The connectors that a simulated engine may speak, by the names that its flags use."""
+"""The connectors of a simulated engine, by the names that the flags use."""
 
 from __future__ import annotations
 

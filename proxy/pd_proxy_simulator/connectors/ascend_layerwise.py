@@ -1,7 +1,9 @@
-"""vllm-ascend's MooncakeLayerwiseConnector: decode gets blocks and calls a metaserver; prefill pushes into them.
+"""vllm-ascend's MooncakeLayerwiseConnector: decode reserves blocks and calls a metaserver; prefill pushes KV into the
+blocks.
 
-All layers go in one piece here, once the prompt is computed. Decode waits for that for ever where a real one does, but
-that a lease ends it; it holds the blocks of a request that has gone for as long, since they may still be written to.
+All layers are pushed in one piece here, once the prompt is computed. A real decode engine waits for the push for ever;
+here a lease ends the wait. Decode holds the blocks of a request whose client has disconnected for as long, since they
+may still be written to.
 """
 
 from __future__ import annotations
@@ -30,15 +32,14 @@ _RANDOM_END = re.compile(r"-[0-9a-f]{8}$")
 
 
 def external(request_id: str) -> str:
-    """A request's id as its client gave it: what both engines know it by."""
+    """A request's id as its client sent it, by which both engines know it."""
     return _RANDOM_END.sub("", request_id)
 
 
 class AscendLayerwise(Side):
     """MooncakeLayerwiseConnector.
 
-    `calls`: the statuses with which metaservers have answered, as far as they did.
-    `nobodys`: pushes for requests that do not wait.
+    `calls`: the statuses that metaservers have answered with. `unclaimed_pushes`: pushes for requests that do not wait.
     """
 
     kept_after = ("length", "stop")
@@ -46,7 +47,7 @@ class AscendLayerwise(Side):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.calls: list[int] = []
-        self.nobodys = 0
+        self.unclaimed_pushes = 0
         self._awaited: dict[str, asyncio.Future[list[Content]]] = {}
 
     def transfer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Transfer:
@@ -60,7 +61,7 @@ class AscendLayerwise(Side):
             self.engine.die("KeyError: 'remote_cached_tokens'")
 
     def kept(self, sequence: Sequence, tokens: int) -> None:
-        # It keeps nothing for longer than it writes.
+        # Blocks are kept only until they have been written to the decode engine.
         self.engine.spawn(self._push(sequence.request_id, sequence.transfer.params, sequence.kept))
 
     async def _push(self, request_id: str, params: dict[str, Any], blocks: list[Any]) -> None:
@@ -76,7 +77,8 @@ class AscendLayerwise(Side):
             await engine.peers.push(params["remote_host"], params["remote_port"], params["remote_engine_id"], message)
             read = True
         except (KeyError, IndexError, TypeError) as error:
-            logger.error("cannot push %s: %r", request_id, error)  # its thread goes on; decode is told nothing
+            # the real connector's thread goes on; decode is not notified
+            logger.error("cannot push %s: %r", request_id, error)
         except TransferFailed as error:
             logger.error("cannot push %s: %s", request_id, error)
             engine.stats.failed_transfers += 1
@@ -98,7 +100,7 @@ class AscendLayerwise(Side):
                 contents: list[Content] = await arrival
                 return contents
         except TimeoutError:
-            raise TransferFailed(f"nobody has pushed {name}") from None
+            raise TransferFailed(f"no engine has pushed {name}") from None
         finally:
             del self._awaited[name]
 
@@ -107,13 +109,14 @@ class AscendLayerwise(Side):
             return None
         arrival = self._awaited.get(message["request_id"])
         if arrival is None or arrival.done():
-            self.nobodys += 1
+            self.unclaimed_pushes += 1
         else:
             arrival.set_result([(before, tokens, error) for before, tokens, error in message["contents"]])
         return {"ack": True}
 
     async def _call(self, sequence: Sequence) -> None:
-        """Post this engine's coordinates to the metaserver; whatever that answers, the request goes on waiting."""
+        """Post this engine's coordinates to the metaserver. The request goes on waiting whatever the metaserver
+        answers."""
         config = self.engine.config
         message = {
             "token_ids": [],

@@ -1,7 +1,8 @@
-"""LMCache's prefill-decode mode: prefill writes what it has computed to the receiver that its request names.
+"""LMCache's prefill-decode mode: prefill writes the KV that it has computed to the receiver that its request names.
 
-The receiver's ports for handshake and for memory are both the side port here. A receiver knows a prompt from the moment
-it has set memory aside for it: who asks for it before it is written finds something else. What was read is gone.
+The receiver's handshake port and memory port are both the side port here. A receiver finds a prompt from the moment it
+has allocated memory for it: a request that reads the memory before it is written reads wrong KV. KV is deleted when it
+is read.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NEEDED = ("req_id", "receiver_host", "receiver_init_port", "receiver_alloc_port")
-_MOST = 256  # prompts that a receiver has memory for; the oldest goes first
+_MOST = 256  # prompts that a receiver holds memory for; the oldest is evicted first
 
 
 class LMCachePD(Side):
-    """LMCacheConnectorV1 with `enable_pd`: a sender where the role is prefill, a receiver where it is decode."""
+    """LMCacheConnectorV1 with `enable_pd`: a sender in the role prefill, a receiver in the role decode."""
 
     kept_after = ("length", "stop")  # while they are being written
 
@@ -49,7 +50,7 @@ class LMCachePD(Side):
     def transfer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Transfer:
         params = body.get("kv_transfer_params")
         if self.engine.config.role == "decode":
-            return Transfer("decode")  # it looks every prompt up
+            return Transfer("decode")  # every prompt is looked up
         if isinstance(params, dict) and "disagg_spec" in params:
             return Transfer("prefill", params)
         return Transfer()
@@ -83,7 +84,7 @@ class LMCachePD(Side):
         return {"first_tok": sequence.tokens[-1]} if sequence.transfer.params.get("ret_first_tok") else None
 
     async def _write(self, spec: Mapping[str, Any], name: int, contents: list[Content], tokens: int) -> None:
-        """Write a cache to its receiver, rank by rank, and say so."""
+        """Write a prompt's KV to its receiver, rank by rank, and notify the gateway."""
         engine, config = self.engine, self.engine.config
         host, init, alloc = spec["receiver_host"], spec["receiver_init_port"], spec["receiver_alloc_port"]
         pause = tokens / config.transfer_rate if config.transfer_rate else 0.0
@@ -117,7 +118,7 @@ class LMCachePD(Side):
                 while len(self._received) >= _MOST:
                     del self._received[next(iter(self._received))]
                 if message["name"] not in self._received:
-                    self._received[message["name"]] = [(0, [0], 1)] * message["blocks"]  # whatever was there
+                    self._received[message["name"]] = [(0, [0], 1)] * message["blocks"]  # the memory's previous content
             case "write":
                 if message["name"] in self._received:
                     self._received[message["name"]] = [
@@ -138,9 +139,9 @@ class LMCachePD(Side):
         self.engine.fetch(sequence, found())
 
     def let_go(self, transfer: Transfer) -> None:
-        """Prefill is not told: what is here stays until its place is needed."""
+        """Prefill is not notified: the KV stays here until its memory is needed."""
 
     def _name(self, sequence: Sequence) -> int:
-        """What the cache of a prompt is found by."""
+        """The name by which a prompt's KV is found."""
         prompt = sequence.tokens[: sequence.prompt_length]
         return boundary_states(self.engine.origin, prompt, self.engine.config.block_size)[1] ^ sequence.cache_key

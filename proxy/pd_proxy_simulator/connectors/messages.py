@@ -1,6 +1,6 @@
-"""What engines tell a gateway over ZeroMQ: one msgpack map a message, sent without waiting for anybody.
+"""Messages from engines to a gateway over ZeroMQ: one msgpack map each, sent without blocking.
 
-Each engine has a context of its own, as a process has; it is closed with the task that uses it.
+Each engine has a ZeroMQ context of its own, as a process has; it is closed with the task that uses it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 
 @contextmanager
 def sender(kind: Literal["PUSH", "DEALER"], address: str) -> Iterator[Any]:
-    """A socket that is connected to `address` (host:port), or will be."""
+    """A socket that connects to `address` (host:port), now or when the address is reachable."""
     zmq = importlib.import_module("zmq")
     context = zmq.Context(io_threads=1)
     try:
@@ -29,7 +29,7 @@ def sender(kind: Literal["PUSH", "DEALER"], address: str) -> Iterator[Any]:
 
 
 def say(socket: Any, message: dict[str, Any]) -> bool:
-    """Send a message; whether the socket took it."""
+    """Send a message; returns whether the socket accepted it."""
     zmq = importlib.import_module("zmq")
     try:
         socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)

@@ -1,6 +1,8 @@
-"""vLLM's MooncakeConnector: decode asks prefill's bootstrap page for the way, and prefill for a `transfer_id`.
+"""vLLM's MooncakeConnector: decode asks prefill's bootstrap page for the engine's address, and the engine for a
+`transfer_id`.
 
-The page is at the side port here. Decode waits for a transfer that prefill does not know yet, as long as it is let.
+The bootstrap page is at the side port here. Decode waits for a transfer that prefill does not know yet, up to its time
+limit.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 class Mooncake(Side):
     """MooncakeConnector.
 
-    `broken_steps`: how often a prefill request was aborted before it had been scheduled, which makes a step of the
+    `broken_steps`: how many prefill requests were aborted before they had been scheduled, which makes a step of the
     real connector fail.
     """
 
@@ -47,40 +49,41 @@ class Mooncake(Side):
     def key(self, sequence: Sequence) -> str:
         transfer_id = sequence.transfer.params.get("transfer_id")
         if not transfer_id:
-            logger.warning("a prefill request without transfer_id: nobody will find its blocks")
+            logger.warning("a prefill request without transfer_id: no decode leg can find its blocks")
         return transfer_id if isinstance(transfer_id, str) and transfer_id else sequence.request_id
 
     def dropped(self, sequence: Sequence) -> None:
-        if not sequence.blocks:  # it never ran
+        if not sequence.blocks:  # it was never scheduled
             self.broken_steps += 1
 
     def load(self, sequence: Sequence) -> None:
-        way = self._way(sequence.transfer)
-        if way is None:
+        address = self._address(sequence.transfer)
+        if address is None:
             return
-        (host, port), engine_id, transfer_id = way
+        (host, port), engine_id, transfer_id = address
         cached = sequence.cached // self.engine.config.block_size
         tokens = sequence.prompt_length - sequence.cached
         self.engine.fetch(sequence, self.engine.peers.wait(host, port, engine_id, transfer_id, cached, tokens))
 
     def stuck(self, sequence: Sequence) -> bool:
-        return self._way(sequence.transfer) is None
+        return self._address(sequence.transfer) is None
 
     def let_go(self, transfer: Transfer) -> None:
-        if (way := self._way(transfer)) is not None:
-            (host, port), _, transfer_id = way
+        if (address := self._address(transfer)) is not None:
+            (host, port), _, transfer_id = address
             self.engine.spawn(self.notify(host, port, transfer_id))
 
     @staticmethod
-    def _way(transfer: Transfer) -> tuple[tuple[str, int], str, str] | None:
-        """Where the KV is: bootstrap address, engine and transfer; None, with which a request waits for ever."""
+    def _address(transfer: Transfer) -> tuple[tuple[str, int], str, str] | None:
+        """Where the KV is: bootstrap address, engine and transfer. None where this is unknown and the request waits
+        for ever."""
         params = transfer.params
         address, engine, name = (params.get(k) for k in ("remote_bootstrap_addr", "remote_engine_id", "transfer_id"))
         if not (isinstance(address, str) and isinstance(engine, str) and isinstance(name, str)):
-            logger.warning("a decode request without the way to its KV: %s", params)
+            logger.warning("a decode request without the address of its KV: %s", params)
             return None
         parts = urlsplit(address)
         if parts.scheme != "http" or not parts.hostname or not parts.port:
-            logger.warning("no bootstrap address: %r", address)
+            logger.warning("invalid bootstrap address: %r", address)
             return None
         return (parts.hostname, parts.port), engine, name

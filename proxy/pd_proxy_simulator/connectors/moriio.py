@@ -1,6 +1,6 @@
 """vLLM's MoRIIOConnector in its two modes: decode reads from prefill, or prefill writes to blocks that decode names.
 
-The ports for handshake and for notices are both the side port here, and the data-parallel rank is always 0.
+The handshake port and the notification port are both the side port here, and the data-parallel rank is always 0.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class MoRIIO(Registering):
 
 
 class MoRIIORead(MoRIIO):
-    """`read_mode: true`. A decode engine takes every request for one whose KV has come."""
+    """The mode `read_mode: true`. A decode engine takes every request as one whose KV has been handed over."""
 
     mode = "READ"
 
@@ -114,7 +114,7 @@ class MoRIIORead(MoRIIO):
 
 
 async def _nothing(blocks: int) -> list[Content]:
-    """What is in blocks that were never written to."""
+    """The content of blocks that were never written to."""
     return [(0, [0], 1)] * blocks
 
 
@@ -125,7 +125,7 @@ class MoRIIOWrite(MoRIIO):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self._named: dict[str, int] = {}  # by transfer: how many blocks decode has already
+        self._named: dict[str, int] = {}  # by transfer: how many blocks decode has cached
         self._computed: dict[str, Sequence] = {}
         self._waiting: dict[str, asyncio.Future[list[Content]]] = {}
 
@@ -140,7 +140,7 @@ class MoRIIOWrite(MoRIIO):
         self._named.pop(self.key(sequence), None)
 
     def _write_if_both(self, name: str) -> None:
-        """Write once the KV has been computed and decode has named its blocks."""
+        """Write the KV once it has been computed and decode has named its blocks."""
         if name in self._computed and name in self._named:
             sequence, skip = self._computed.pop(name), self._named.pop(name)
             read = self.engine.pool.read
@@ -154,7 +154,7 @@ class MoRIIOWrite(MoRIIO):
         try:
             await engine.peers.ask(host, port, message, tokens / rate if rate else 0.0)
         except TransferFailed as error:
-            logger.warning("cannot write: %s", error)  # the blocks stay until the lease on them ends
+            logger.warning("cannot write: %s", error)  # the blocks stay until their lease ends
             engine.stats.failed_transfers += 1
         else:
             engine.handoffs.done(name, read=True)
@@ -169,7 +169,7 @@ class MoRIIOWrite(MoRIIO):
         """Name the blocks, and wait until they have been written.
 
         Raises:
-            TransferFailed: that does not come about while a lease lasts.
+            TransferFailed: they were not written before the lease ended.
         """
         name, host, port = str(params["transfer_id"]), str(params["remote_host"]), int(params["remote_notify_port"])
         rank = params.get("remote_dp_rank", 0)
@@ -183,7 +183,7 @@ class MoRIIOWrite(MoRIIO):
                 await done
                 return done.result()
         except TimeoutError:
-            raise TransferFailed(f"nobody has written {name}") from None
+            raise TransferFailed(f"no engine has written {name}") from None
         finally:
             del self._waiting[name]
 

@@ -1,8 +1,9 @@
-"""vLLM's NixlPushConnector: decode registers its blocks with prefill, which writes into them once it has the KV.
+"""vLLM's NixlPushConnector: decode registers its blocks with prefill, which writes the KV into them once it is
+computed.
 
-The two legs are paired by their request ids, less the random suffix that each engine appends. Decode waits for a
-prefill that does not come as long as it is let; here its blocks are its own again when a lease's time is over. (A real
-engine of 0.32 keeps them for ever.) A leg that ends before it has registered tells prefill nothing.
+The two legs are paired by their request ids without the random suffix that each engine appends. Decode waits for a
+prefill leg that does not come up to its time limit; here its blocks are free again when the lease ends. (A real engine
+of 0.32 keeps them for ever.) A leg that ends before it has registered its blocks does not notify prefill.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The P2P tier of vLLM's OffloadingConnector: prefill parks its blocks under a name, and decode fetches them by it.
+"""The P2P tier of vLLM's OffloadingConnector: prefill stores its blocks under a name, and decode fetches them by that
+name.
 
-Decode finds blocks by their tokens, so that it computes what it does not get, whatever the load failure policy. What is
-malformed makes an ordinary request of a decode leg, and a prefill leg whose blocks nobody can have.
+Decode finds blocks by their tokens, so it computes the blocks that it does not receive, whatever the load failure
+policy. A decode leg with malformed parameters becomes an ordinary request; the blocks of such a prefill leg cannot be
+fetched.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class OffloadP2P(Side):
 
     @staticmethod
     def _address(source: Mapping[str, Any]) -> tuple[str, int] | None:
-        """Where to fetch from; None where the request is not one that fetches."""
+        """The address to fetch from; None where the request does not fetch."""
         host, port, name = (source.get(key) for key in ("remote_host", "remote_port", "kv_request_id"))
         if not (host and port and name) or not str(port).isdigit():
             return None

@@ -1,7 +1,8 @@
-"""P2pNcclConnector of older vLLM: the id of a request says where its two engines are, and prefill sends to decode.
+"""P2pNcclConnector of older vLLM: a request's id holds the addresses of its two engines, and prefill sends the KV to
+decode.
 
-Sending begins when prefill has its token and is not waited for (`PUT_ASYNC`). Decode waits for the KV of a request of
-just that id; it takes every request for one with a hand-off.
+Prefill starts sending when it has its token, and does not wait for the end (`PUT_ASYNC`). Decode waits for the KV of a
+request with exactly that id; it takes every request as one with a hand-off.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 _DECODE = re.compile(r"___decode_addr_(.*):(\d+)")
 _PREFILL = re.compile(r"___prefill_addr_(.*):(\d+)___")
-_MOST = 256  # requests whose KV decode holds unread; the oldest goes first
+_MOST = 256  # requests whose KV decode holds unread; the oldest is evicted first
 
 
 class P2pNccl(Registering):
-    """P2pNcclConnector: `params` of a transfer are the request's id."""
+    """P2pNcclConnector: a transfer's `params` are the request's id."""
 
     kept_after = ("length", "stop")  # while they are being sent
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self._come: dict[str, list[Content]] = {}
+        self._unread: dict[str, list[Content]] = {}
         self._waiting: dict[str, asyncio.Future[list[Content]]] = {}
 
     def transfer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Transfer:
@@ -80,9 +81,9 @@ class P2pNccl(Registering):
         if (waiting := self._waiting.get(name)) is not None and not waiting.done():
             waiting.set_result(contents)
         else:
-            while len(self._come) >= _MOST:
-                del self._come[next(iter(self._come))]
-            self._come[name] = contents
+            while len(self._unread) >= _MOST:
+                del self._unread[next(iter(self._unread))]
+            self._unread[name] = contents
         return {}
 
     def load(self, sequence: Sequence) -> None:
@@ -90,12 +91,12 @@ class P2pNccl(Registering):
         self.engine.fetch(sequence, self._received(sequence.transfer.params, hits))
 
     async def _received(self, name: str, hits: int) -> list[Content]:
-        """The KV of a request.
+        """Wait for the KV of a request.
 
         Raises:
-            TransferFailed: it has not come while a lease lasts; the real one waits for ever.
+            TransferFailed: it has not come before the lease ended; the real connector waits for ever.
         """
-        if (contents := self._come.pop(name, None)) is not None:
+        if (contents := self._unread.pop(name, None)) is not None:
             return contents[hits:]
         done: asyncio.Future[list[Content]] = asyncio.get_running_loop().create_future()
         self._waiting[name] = done
@@ -103,9 +104,9 @@ class P2pNccl(Registering):
             async with asyncio.timeout(self.engine.config.lease_seconds):
                 return (await done)[hits:]
         except TimeoutError:
-            raise TransferFailed(f"nobody has sent {name}") from None
+            raise TransferFailed(f"no engine has sent {name}") from None
         finally:
             del self._waiting[name]
 
     def let_go(self, transfer: Transfer) -> None:
-        """Prefill is not told: what has come stays until its place is needed."""
+        """Prefill is not notified: the received KV stays until its memory is needed."""

@@ -1,6 +1,6 @@
 """The connectors by which decode pulls: vLLM's NixlConnector, and vllm-ascend's MooncakeConnectorV1.
 
-Prefill answers with the numbers of its blocks; decode reads them at the side port, and says so.
+Prefill answers with the numbers of its blocks. Decode reads them at the side port, and notifies prefill when it has.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ _ADDRESS = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port
 
 @dataclass(frozen=True, slots=True)
 class RemotePrefill:
-    """The parameters with which a decode leg asks for KV, as they came; they may be anything."""
+    """The parameters with which a decode leg asks for KV, as they came; their types are not checked."""
 
     params: dict[str, Any]
 
     @property
     def missing(self) -> list[str]:
-        """The parts of the address that are not there at all."""
+        """The names of the parts of the address that are missing."""
         return [name for name in _ADDRESS if name not in self.params]
 
     @property
     def block_ids(self) -> Any:
-        """`remote_block_ids` as given."""
+        """`remote_block_ids` as sent."""
         return self.params.get("remote_block_ids")
 
     @property
     def host(self) -> str:
-        """Where the side channel is."""
+        """The host of the side channel."""
         return str(self.params.get("remote_host"))
 
     @property
     def port(self) -> int:
-        """The side channel's port; 0, where nothing listens, if it is no number."""
+        """The side channel's port; 0, where nothing listens, if it is not a number."""
         try:
             port = int(self.params.get("remote_port") or 0)
         except (TypeError, ValueError):
@@ -54,7 +54,7 @@ class RemotePrefill:
 
     @property
     def engine_id(self) -> str:
-        """Whose KV it is."""
+        """The id of the engine that has the KV."""
         return str(self.params.get("remote_engine_id"))
 
     @property
@@ -69,13 +69,13 @@ class RemotePrefill:
 
     @property
     def cached_tokens(self) -> int | None:
-        """How many prompt tokens prefill had in its prefix cache, if it said."""
+        """How many prompt tokens prefill had in its prefix cache, if it said so."""
         cached = self.params.get("remote_prefill_cached_tokens")
         return cached if isinstance(cached, int) else None
 
 
 class Pull(Side):
-    """What the two have in common."""
+    """What the two connectors have in common."""
 
     def transfer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Transfer:
         leg = vllm_leg(body)
@@ -87,7 +87,7 @@ class Pull(Side):
             self.no_blocks()
             return
         if remote.missing:
-            logger.warning("hand-off without %s: nobody will load it", ", ".join(remote.missing))
+            logger.warning("hand-off without %s: its KV is not loaded", ", ".join(remote.missing))
             return
         too_few = "num_decode_blocks <= len(prefill_group) (base_worker.py:3453)"
         blocks = self.blocks_to_read(sequence, remote.block_ids, too_few)
@@ -104,7 +104,7 @@ class Pull(Side):
         self.engine.fetch(sequence, fetch)
 
     def no_blocks(self) -> None:
-        """A decode leg without block ids is to be loaded."""
+        """Handle a decode leg without block ids that is to be loaded."""
 
     def loaded(self, sequence: Sequence) -> None:
         sequence.remote_cached = sequence.transfer.params.cached_tokens
@@ -121,11 +121,12 @@ class Pull(Side):
         self.engine.spawn(self.notify(remote.host, remote.port, remote.request_id))
 
     def nameless(self, missing: str) -> None:
-        """A hand-off with blocks but without a part of its address is to be let go."""
+        """Handle a hand-off that has blocks but lacks a part of its address, and is to be released unread."""
 
 
 class Nixl(Pull):
-    """NixlConnector: its scheduler asserts what it was promised, and renews the leases of what waits."""
+    """NixlConnector: its scheduler asserts that parameters are complete, and renews the leases of requests that
+    wait."""
 
     kept_after = ("length", "stop")
 
@@ -180,7 +181,7 @@ class Nixl(Pull):
 
 
 class MooncakeAscend(Pull):
-    """MooncakeConnectorV1: keeps blocks only of a request that ended because of its length."""
+    """MooncakeConnectorV1: keeps the blocks of requests that ended because of their length, and of no others."""
 
     kept_after = ("length",)
 

@@ -1,4 +1,4 @@
-"""Engines that register: each tells the gateway, every few seconds, what it is and where it is reached."""
+"""Engines that register: each sends the gateway its role and addresses every few seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Registering(Side):
                 await asyncio.sleep(engine.config.register_every)
 
     def registration(self) -> dict[str, Any]:
-        """What the engine registers with."""
+        """The message with which the engine registers."""
         config = self.engine.config
         return {
             "type": "P" if config.role == "prefill" else "D",

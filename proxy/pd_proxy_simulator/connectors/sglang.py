@@ -1,8 +1,8 @@
-"""SGLang's disaggregation: both legs come to a room of prefill's bootstrap server, which is at the side port here.
+"""SGLang's disaggregation: both legs join a room of prefill's bootstrap server, which is at the side port here.
 
-Prefill computes nothing before decode has come to the room; then it samples the first token and pushes it with the KV.
-Either waits for the other as long as a lease (`SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT`), and is not told when the
-other fails. What role an engine has, its flags say, and not the request.
+Prefill computes nothing before decode has joined the room; then it samples the first token and pushes it with the KV.
+Each leg waits for the other for the length of a lease (`SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT`), and is not notified
+when the other fails. An engine's role comes from its flags, not from the request.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _DEFAULT_PORT = 8998  # --disaggregation-bootstrap-port
 
 
 @dataclass(frozen=True, slots=True)
-class _Meeting:
-    """Where a request's prompts meet prefill: one room for all, from which is counted up, or one each. So of the host
-    and the port."""
+class _Rendezvous:
+    """The rendezvous of a request's prompts with prefill. Host, port and room are each one value for all prompts or
+    a list with one for each prompt; a single room is the first of consecutive rooms."""
 
     hosts: str | list[str] | None
     ports: int | list[int]
@@ -45,7 +45,7 @@ class _Meeting:
         return self.ports[sequence.index // self.n] if isinstance(self.ports, list) else self.ports
 
     def room(self, sequence: Sequence) -> int:
-        """A sequence's room. The choices of one prompt share theirs, by a mistake of the real engine."""
+        """A sequence's room. The choices of one prompt share a room, because of a bug in the real engine."""
         prompt = sequence.index // self.n
         return self.rooms[prompt] if isinstance(self.rooms, list) else self.rooms + prompt
 
@@ -67,7 +67,7 @@ def choices(body: Mapping[str, Any]) -> int:
 
 
 def _each(given: Any) -> list[Any]:
-    """What is said once for all prompts, or once for each."""
+    """A value as a list: one value for all prompts, or one for each."""
     return given if isinstance(given, list) else [given]
 
 
@@ -79,7 +79,7 @@ class SGLang(Side):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self._live: dict[int, Sequence] = {}
-        self._come: set[int] = set()  # rooms in which decode waits
+        self._joined: set[int] = set()  # rooms in which decode waits
         self._bootstrapping: dict[int, asyncio.TimerHandle] = {}
         self._receiving: dict[Sequence, asyncio.Future[list[Content]]] = {}
 
@@ -104,7 +104,7 @@ class SGLang(Side):
                     raise RequestError(500, "500", "list index out of range")
         n = body.get("n")
         n = n if type(n) is int and n > 0 else choices(body)
-        rendezvous = _Meeting(host, port or _DEFAULT_PORT, rooms, n)
+        rendezvous = _Rendezvous(host, port or _DEFAULT_PORT, rooms, n)
         return Transfer(role, rendezvous, awaits=role == "prefill")
 
     def page(self, path: str) -> bytes | None:
@@ -147,7 +147,7 @@ class SGLang(Side):
         room = self._room(sequence)
         if self._live.get(room) is sequence:
             del self._live[room]
-            self._come.discard(room)
+            self._joined.discard(room)
             if (timer := self._bootstrapping.pop(room, None)) is not None:
                 timer.cancel()
 
@@ -156,7 +156,7 @@ class SGLang(Side):
         if sequence.transfer.fetches:
             receiving = self._receiving[sequence] = asyncio.ensure_future(self._receive(sequence))
             self.engine.fetch(sequence, self._received(sequence, receiving))
-        elif room in self._come:
+        elif room in self._joined:
             self.engine.admit(sequence)
         else:
             seconds = self.engine.config.lease_seconds
@@ -173,7 +173,7 @@ class SGLang(Side):
 
     def wanted(self, name: str) -> None:
         room = int(name)
-        self._come.add(room)
+        self._joined.add(room)
         if (timer := self._bootstrapping.pop(room, None)) is not None:
             timer.cancel()
             self.engine.admit(self._live[room])
@@ -183,25 +183,25 @@ class SGLang(Side):
         return {"first": [sequence.tokens[-1], sequence.draws[-1] if sequence.draws else 0]}
 
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any] | None:
-        # It has been pushed to the decode engine in the room; no more is said of it.
+        # The KV has been pushed to the decode engine in the room; the answer has no parameters.
         self.engine.handoffs.done(self.key(sequence), read=True)
         return None
 
     # Decode
 
     async def _receive(self, sequence: Sequence) -> list[Content]:
-        rendezvous: _Meeting = sequence.transfer.params
+        rendezvous: _Rendezvous = sequence.transfer.params
         engine = self.engine
         cached = sequence.cached // engine.config.block_size
         tokens = sequence.prompt_length - sequence.cached
         host = rendezvous.host(sequence).strip("[]")
         name = str(self._room(sequence))
 
-        def hear(answer: Mapping[str, Any]) -> None:
+        def on_answer(answer: Mapping[str, Any]) -> None:
             sequence.given = tuple(answer["first"])
 
         return await engine.peers.wait(
-            host, rendezvous.port(sequence), "", name, cached, tokens, hear=hear, thank=False
+            host, rendezvous.port(sequence), "", name, cached, tokens, on_answer=on_answer, acknowledge=False
         )
 
     async def _received(self, sequence: Sequence, receiving: asyncio.Future[list[Content]]) -> list[Content]:
@@ -220,5 +220,5 @@ class SGLang(Side):
 
     @staticmethod
     def _room(sequence: Sequence) -> int:
-        rendezvous: _Meeting = sequence.transfer.params
+        rendezvous: _Rendezvous = sequence.transfer.params
         return rendezvous.room(sequence)

@@ -1,7 +1,8 @@
-"""A cache of KV blocks that all engines share, as a folder: ExampleConnector, LMCache and their like.
+"""A cache of KV blocks that all engines share, as a folder: ExampleConnector, LMCache and similar connectors.
 
-Blocks are found by the hash of all tokens up to their end, and whole blocks only. Nothing of it is in a request: an
-engine's role says whether it leaves what it has computed there, and whether it looks there for what it has not.
+Blocks are found by the hash of all tokens up to their end, and only whole blocks are stored. Requests have no
+parameters for it: an engine's role decides whether it stores the blocks that it has computed, and whether it loads
+blocks that it lacks.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _decode = msgpack_decoder(tuple[int, tuple[int, ...], int])
 
 
 class SharedCache(Side):
-    """Blocks by content; a miss is computed."""
+    """Finds blocks by their content; a missing block is computed."""
 
     recomputes = True
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         config = engine.config
-        # What engines with another model, or other blocks, have computed is nothing to this one.
+        # Blocks that were computed with another model or another block size are never hit.
         self._folder = Path(config.shared_path) / f"{config.model}-{config.weights}-{config.block_size}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -50,14 +51,14 @@ class SharedCache(Side):
                 content = self.engine.pool.read(sequence.blocks[index].index, scrambled_when_free=False)
                 half = path.with_suffix(f".{os.getpid()}-{self.engine.id}")
                 half.write_bytes(_encode(content))
-                half.rename(path)  # whole, or not there
+                half.rename(path)  # atomic: the file is whole, or does not exist
 
     def load(self, sequence: Sequence) -> None:
         self.engine.fetch(sequence, self._find(sequence))
 
     async def _find(self, sequence: Sequence) -> list[Content]:
-        """The blocks behind those that this engine has itself, as far as they are there without a gap. The last token
-        is computed always."""
+        """The stored blocks that follow those of this engine's own cache, up to the first gap. The last token is
+        always computed here."""
         size = self.engine.config.block_size
         found: list[Content] = []
         for index in range(sequence.cached // size, (sequence.prompt_length - 1) // size):

@@ -1,8 +1,8 @@
-"""TensorRT-LLM, context first: what a request is, its `disaggregated_params` say.
+"""TensorRT-LLM, context first: a request's `disaggregated_params` say which phase it is.
 
-A context server stops behind the context phase, whatever `max_tokens` says, and tells in its choice how the rest is
-to be had: which request it was, its first token, and the way to it as an opaque state. A generation server fetches the
-KV of just that prompt and goes on behind just that token. Its limit is the lease, and what was fetched once is gone.
+A context server stops after the context phase, whatever `max_tokens` says. Its choice holds what the generation phase
+needs: the request's id, its first token, and an opaque state with the KV's address. A generation server fetches the KV
+of exactly that prompt and continues after exactly that token. KV is kept for one lease, and deleted when it is fetched.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from pd_proxy_simulator.sequences import Sequence
 
 _FIRST = 0
-"""`schedule_style` of context first."""
+"""The value of `schedule_style` for context first."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """What a generation request was told of its context phase."""
+    """What a generation request holds of its context phase."""
 
     name: str
     host: str
@@ -69,7 +69,7 @@ class TensorRTLLM(Side):
                 raise _bad(f"Unknown request type: {kind!r}")
 
     def about(self, path: str) -> dict[str, Any] | None:
-        """A context server tells how its cache is reached; a generation server has nothing to tell."""
+        """A context server describes how its cache is reached; a generation server answers with an empty object."""
         if path != "/server_info":
             return None
         config = self.engine.config
@@ -145,7 +145,7 @@ class TensorRTLLM(Side):
         self.engine.fetch(sequence, wait)
 
     def let_go(self, transfer: Transfer) -> None:
-        """A context server is not told; it gives up by itself."""
+        """A context server is not notified; it releases the KV when the lease ends."""
 
 
 def _context(params: Mapping[str, Any]) -> _Context:

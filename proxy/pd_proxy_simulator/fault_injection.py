@@ -1,6 +1,6 @@
-"""What the faults of a request do to it before the engine sees it.
+"""Carries out the faults that hit a request before the engine sees it.
 
-Invariant: a request that a fault answers, cuts or leaves hanging goes no further.
+Invariant: a request that a fault answers, cuts or leaves hanging does not reach the engine.
 """
 
 from __future__ import annotations
@@ -12,46 +12,48 @@ from pd_proxy_simulator import encoding
 from pd_proxy_simulator.answers import GARBAGE
 from pd_proxy_simulator.connectors.side import Transfer
 from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
-from pd_proxy_simulator.faults import Mischief
+from pd_proxy_simulator.faults import InjectedFaults
 from pd_proxy_simulator.http import Exchange
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.server import Simulator
 
 
-async def misbehave(sim: Simulator, exchange: Exchange, mischief: Mischief, transfer: Transfer | None = None) -> bool:
-    """Do what the faults of a request say before the engine sees it; returns whether the request has been answered.
+async def inject_faults(
+    sim: Simulator, exchange: Exchange, injected: InjectedFaults, transfer: Transfer | None = None
+) -> bool:
+    """Carry out a request's faults before the engine sees it; returns whether the request has been answered.
 
     Raises:
         RequestError: the fault ends the engine.
     """
-    if not mischief.faults:
+    if not injected.faults:
         return False
-    if mischief.get("engine_death") is not None:
+    if injected.get("engine_death") is not None:
         sim.engine.die("the fault engine_death was switched on")
         raise engine_dead()
-    if mischief.get("hang") is not None:
-        # Never answered; the task ends when the peer or the simulator closes the connection.
+    if injected.get("hang") is not None:
+        # The request is never answered; the task ends when the peer or the simulator closes the connection.
         await _until_closed(sim, exchange)
         return True
-    delay = mischief.get("delay_first_byte")
+    delay = injected.get("delay_first_byte")
     if delay is not None:
         await asyncio.sleep(delay.delay_s)
-    if mischief.get("reset") is not None:
+    if injected.get("reset") is not None:
         exchange.cut()
         return True
-    status = mischief.get("status")
+    status = injected.get("status")
     if status is not None:
         # A 404 is the handler's refusal, after which prefill frees its blocks.
         if status.status == 404 and transfer is not None:
             sim.engine.let_go(transfer)
         _answer_with_status(sim, exchange, status.status, status.retry_after)
         return True
-    garbage = mischief.get("garbage")
+    garbage = injected.get("garbage")
     if garbage is not None:
         _answer_with_garbage(exchange, garbage.form)
         return True
-    slow = mischief.get("slow_body")
+    slow = injected.get("slow_body")
     if slow is not None:
         exchange.pace(slow.piece_bytes, slow.delay_s)
     return False
