@@ -1,18 +1,19 @@
-"""What a gateway costs beside nginx: CPU, added delay, memory and start-up.
+"""What a gateway costs compared with nginx: CPU, added delay, memory and start-up.
 
 Puts mock vLLM engines behind the gateway and a load client before it, all on 127.0.0.1, and reads the CPU time of the
 gateway's whole process tree from /proc. nginx as a plain reverse proxy of the decode engine alone is measured in the
-same rounds, so that the ratio holds on a noisy machine. Needs Linux, gcc and nginx. Run from the repository's root:
+same rounds, so that the ratio is valid on a noisy machine too. Needs Linux, gcc and nginx. Run from the repository's
+root:
 
-  .venv/bin/python -m bench                      all cases, pd-proxy, 3 rounds (a few minutes)
-  .venv/bin/python -m bench --quick              paced and short, one short round
-  .venv/bin/python -m bench --write              ... and write bench/RESULTS.md
-  .venv/bin/python -m bench --case scale         cost and delay against the number of streams (with --write: the plots)
-  .venv/bin/python -m bench --case connections   memory of idle and of streaming clients (bench/connections.py), and the
-                                                 delay of tokens among ten thousand streams (bench/crowd.py)
-  .venv/bin/python -m bench --name other --cmd 'other --port {port} --prefill {prefill} --decode {decode}'
+    .venv/bin/python -m bench                      all cases, pd-proxy, 3 rounds (a few minutes)
+    .venv/bin/python -m bench --quick              paced and short, one short round
+    .venv/bin/python -m bench --write              ... and write bench/RESULTS.md
+    .venv/bin/python -m bench --case scale         cost and delay against the number of streams (--write: the plots)
+    .venv/bin/python -m bench --case connections   memory of idle and of streaming clients (bench/connections.py), and
+                                                   the delay of tokens among ten thousand streams (bench/crowd.py)
+    .venv/bin/python -m bench --name other --cmd 'other --port {port} --prefill {prefill} --decode {decode}'
 
-Ends with 0; with 1 when a request failed, or with --check when a budget was missed; with 2 when something is missing.
+Exit status: 0; 1 when a request failed, or with --check when a budget was missed; 2 when something is missing.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ SHOWN = "CPU time a token, and delay of a token, against the number of streams, 
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line, read."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = "\n".join(f"{case.name}: {case.what}" for case in cases.ALL)
     parser.add_argument("--cmd", default=DEFAULT_COMMAND, help="the gateway's command line (default: %(default)s)")
-    parser.add_argument("--name", default="pd-proxy", help="what the tables call it (default: %(default)s)")
-    parser.add_argument("--ready-path", default="/ready", help="path that answers 200 when it is ready")
+    parser.add_argument("--name", default="pd-proxy", help="its name in the tables (default: %(default)s)")
+    parser.add_argument("--ready-path", default="/ready", help="path that answers 200 when the gateway is ready")
     parser.add_argument(
         "--case",
         action="append",
@@ -57,7 +58,9 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
         help=f"may be repeated; default: all but {SCALE} and {CONNECTIONS}. {what}",
     )
     parser.add_argument("--rounds", type=int, choices=range(1, 21), metavar="1..20", help="default: 3")
-    parser.add_argument("--quick", action="store_true", help="a first look: paced and short, one round, a third of it")
+    parser.add_argument(
+        "--quick", action="store_true", help="a quick estimate: paced and short, one round, a third of the load"
+    )
     parser.add_argument("--peers", action="store_true", help="also other P/D gateways found on PATH (vllm-router)")
     parser.add_argument("--json", action="store_true", help="print all numbers of all rounds as JSON, not tables")
     parser.add_argument("--write", action="store_true", help="write bench/RESULTS.md, or the case's own file")
@@ -72,13 +75,13 @@ def chosen_cases(chosen: argparse.Namespace) -> list[cases.Case]:
 
 
 def contenders(chosen: argparse.Namespace) -> list[Contender]:
-    """nginx, the gateway, and with --peers those that are installed."""
+    """nginx, the gateway, and with --peers the other gateways that are installed."""
     peers = [peer for peer in PEERS if chosen.peers and shutil.which(shlex.split(peer.command)[0])]
     return [NGINX, Contender(chosen.name, chosen.cmd, chosen.ready_path), *peers]
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Measures and prints; gives the exit status."""
+    """Measure and print; returns the exit status."""
     chosen = options(arguments)
     if chosen.case == [CONNECTIONS]:
         return run_connections(chosen, arguments)
@@ -113,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def run_connections(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """What open connections cost, and how late tokens are among many; gives the exit status."""
+    """Measure the cost of open connections, and the delay of tokens among many streams; returns the exit status."""
     facts = machine.facts(shlex.join(["python", "-m", "bench", *arguments]), 1)
     program, contender = load.build(), Contender(chosen.name, chosen.cmd, chosen.ready_path)
     tables = [connections.table(program, contender), crowd.table(program, contender)]
@@ -125,12 +128,13 @@ def run_connections(chosen: argparse.Namespace, arguments: Sequence[str]) -> int
 
 
 def interrupt(_number: int, _frame: object) -> None:
-    """Lets SIGTERM and SIGHUP end the bench as Ctrl-C does: through the blocks that end its processes."""
+    """Let SIGTERM and SIGHUP end the bench as Ctrl-C does, so that the blocks which end its processes are left in
+    order."""
     raise KeyboardInterrupt
 
 
 def main() -> int:
-    """The command; gives the exit status."""
+    """Run the command; returns the exit status."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     try:
@@ -139,7 +143,7 @@ def main() -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bench: interrupted; nothing was left running", file=sys.stderr)
+        print("bench: interrupted; all its processes have ended", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,4 @@
-"""The loads that the bench runs, and the budgets that a gateway must keep on them."""
+"""The loads that the bench runs, and the budgets that a gateway must keep under them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a case may cost. It holds when any of its bounds does.
+    """The most that a case may cost. A budget is kept when any of its bounds is.
 
-    Args:
-        ratio: CPU of the gateway divided by CPU of nginx, at most.
-        cpu_us: CPU microseconds of the gateway per unit of the case, at most.
+    Arguments:
+        ratio: most CPU of the gateway divided by CPU of nginx.
+        cpu_us: most CPU microseconds of the gateway per unit of the case.
     """
 
     ratio: float
     cpu_us: float | None = None
 
     def holds(self, cpu_us: float, ratio: float) -> bool:
-        """Whether a gateway that costs `cpu_us` a unit, `ratio` times nginx, keeps this budget."""
+        """Whether a gateway keeps this budget that costs `cpu_us` per unit, `ratio` times nginx."""
         return ratio <= self.ratio or (self.cpu_us is not None and cpu_us <= self.cpu_us)
 
     def __str__(self) -> str:
@@ -31,22 +31,22 @@ class Budget:
 class Case:
     """One load.
 
-    Args:
-        name: what `--case` calls it.
+    Arguments:
+        name: its name for `--case`.
         what: the load in words, for the report.
         unit: what the CPU cost is divided by.
-        tick_us: the engines emit one token a stream each so many microseconds; 0: as fast as they are read.
+        tick_us: microseconds between two tokens of a stream, as the engines emit them; 0: as fast as they are read.
         pad_bytes: bytes added to each token's event.
-        concurrency: streams open at once.
-        requests: answers to take in all.
-        tokens: tokens an answer.
+        concurrency: streams open at the same time.
+        requests: answers in total.
+        tokens: tokens in an answer.
         prompt_bytes: size of a prompt.
-        nginx_times: nginx is given so many times the requests. Where it is much faster than any gateway, the case
-            would be over in a tenth of a second, too short to read its CPU by.
-        budget: what it may cost, if anything was promised.
+        nginx_times: factor by which nginx is sent more requests. Where nginx is much faster than any gateway, the case
+            would otherwise end within a tenth of a second, which is too short to measure its CPU.
+        budget: the most that it may cost, if there is a budget.
         rate: streams that begin in a second; 0: one whenever one ends.
         differ_at: byte of the prompts from which each is unlike all others; -1: all prompts are the same.
-        prefixes: what is before that byte begins in so many ways, which requests have in turn.
+        prefixes: number of different beginnings before that byte; requests have them in turn.
         first: number of the first request; two runs whose numbers overlap have prompts in common.
         prefill_us: how long a prefill leg takes.
     """
@@ -69,11 +69,12 @@ class Case:
     prefill_us: int = 0
 
     def for_nginx(self) -> Case:
-        """The load that nginx is given."""
+        """The load for nginx."""
         return replace(self, requests=self.requests * self.nginx_times)
 
     def quick(self) -> Case:
-        """The same load cut to about a third, for a first look: start and end of a stream weigh more in it."""
+        """The same load cut to about a third, for a quick estimate: start and end of a stream have more weight in
+        it."""
         if self.tick_us:
             return replace(self, tokens=max(2, self.tokens // 3))
         return replace(self, requests=max(self.concurrency * 2, self.requests // 3))
@@ -143,10 +144,10 @@ ALL = (
 BY_NAME = {case.name: case for case in ALL}
 
 STREAMS = (36, 72, 144, 288, 576, 1152)
-"""How many streams the plots show."""
+"""Numbers of streams in the plots."""
 
 
 def scale() -> list[Case]:
-    """`paced` with more and more streams."""
+    """`paced` with increasing numbers of streams."""
     paced = BY_NAME["paced"]
     return [replace(paced, name=f"{n} streams", concurrency=n, requests=n, budget=None) for n in STREAMS]

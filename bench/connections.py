@@ -1,13 +1,13 @@
 """What an open connection costs: memory of a gateway with ten thousand idle clients, with ten thousand streams, and
 with some that have long prompts.
 
-  .venv/bin/python -m bench --case connections
+    .venv/bin/python -m bench --case connections
 
-Each kind is measured on a gateway of its own, with one worker. Its resident memory with all connections open, less what
-it was before, is divided by their number. The kernel's socket buffers are not in it. Streams begin one after the other,
-so that each holds two sockets of the gateway, and a third, to prefill, only for a moment: ten thousand, or as many as
-files allow. Of streams with long prompts, which begin at once, it is the most that was seen from the first request on,
-since a body passes through more than one pair of hands on its way.
+Each kind is measured on a gateway of its own, with one worker: the growth of its resident memory, with all connections
+open, divided by their number. The kernel's socket buffers are not included. Streams begin one after the other, so that
+each holds two sockets of the gateway, and a third one, to prefill, only for a moment: ten thousand, or as many as the
+limit on open files allows. Streams with long prompts begin at the same time. For them the peak from the first request
+on is taken, since there may be several copies of a body for a while.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from bench.report import Table
 IDLE = 10_000
 STREAMS = 10_000
 STARTS_A_SECOND = 500
-OTHER_FILES = 200  # of a gateway: its own, those of prefill legs, and of engines' health
+OTHER_FILES = 200  # open files of a gateway: its own, those of prefill legs, and of health checks
 LONG_STREAMS, LONG_PROMPT = 200, 400_000
-HOLD_S = 3.0  # how long all are open while memory is read
-LIMIT = "PD_PROXY_LIMITS__CONNECTIONS"  # the default allows as many as could all stream, which is fewer
+HOLD_S = 3.0  # how long all connections are open while memory is read
+LIMIT = "PD_PROXY_LIMITS__CONNECTIONS"  # the default allows as many connections as could all stream, which is fewer
 REQUEST = b"GET /health HTTP/1.1\r\nhost: bench\r\nuser-agent: bench\r\naccept: */*\r\n\r\n"
 STREAM = Case(
     name="connections",
@@ -46,14 +46,14 @@ STREAM = Case(
     pad_bytes=0,
     concurrency=STREAMS,
     requests=STREAMS,
-    tokens=30,  # the first streams must be there when the last begin
+    tokens=30,  # the first streams must still run when the last begin
     prompt_bytes=1_000,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What connections of one kind cost. Memory in MiB of the process tree."""
+    """The cost of connections of one kind. Memory in MiB of the process tree."""
 
     kind: str
     count: int
@@ -67,7 +67,7 @@ class Held:
 
 
 def table(program: Path, contender: Contender) -> Table:
-    """Measures each kind."""
+    """Measure each kind."""
     rows = [
         (
             one.kind,
@@ -84,7 +84,7 @@ def table(program: Path, contender: Contender) -> Table:
 
 
 def measure(program: Path, contender: Contender, kind: Callable[[Path, int, int, int], Held]) -> Held:
-    """Starts engines and a gateway, and lets `kind` open its connections (program, gateway's pid, port, decode)."""
+    """Start engines and a gateway, and let `kind` open its connections (program, gateway's pid, port, decode)."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(many_files())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-proxy-bench.")))
@@ -104,7 +104,7 @@ def measure(program: Path, contender: Contender, kind: Callable[[Path, int, int,
 
 
 def idle(_program: Path, pid: int, port: int, _decode: int) -> Held:
-    """Clients that have had one answer each and keep their connections."""
+    """Clients that have received one answer each and keep their connections open."""
     before = rss_mib(pid)
     with contextlib.ExitStack() as stack:
         for _ in range(IDLE):
@@ -118,13 +118,13 @@ def idle(_program: Path, pid: int, port: int, _decode: int) -> Held:
 
 
 def streaming(program: Path, pid: int, port: int, decode: int) -> Held:
-    """Streams that all run at once."""
+    """Streams that all run at the same time."""
     count = streams_that_fit()
     return _streams("streaming", program, pid, port, decode, count, STREAM.prompt_bytes, STARTS_A_SECOND)
 
 
 def long_prompts(program: Path, pid: int, port: int, decode: int) -> Held:
-    """Streams whose requests are large, all at once."""
+    """Streams whose requests are large, all at the same time."""
     kind = f"streaming, prompts of {LONG_PROMPT // 1000} kB"
     return _streams(kind, program, pid, port, decode, LONG_STREAMS, LONG_PROMPT, 0)
 
@@ -154,7 +154,7 @@ def _streams(kind: str, program: Path, pid: int, port: int, decode: int, streams
 
 
 def streams_that_fit(workers: int = 1) -> int:
-    """How many streams a gateway of so many workers can hold here, at most `STREAMS`."""
+    """How many streams a gateway with this number of workers can hold here, at most `STREAMS`."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return min(STREAMS, workers * (files - OTHER_FILES) // 2)
 
@@ -170,12 +170,13 @@ def resident(pid: int) -> float:
 
 @contextlib.contextmanager
 def many_files() -> Iterator[None]:
-    """Lets this process and those it starts open as many files as may be, and the gateway as many connections."""
+    """Raise the limit on open files for this process and those that it starts, and the gateway's limit on
+    connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < IDLE + OTHER_FILES:
         raise BenchError(f"{IDLE} clients need {IDLE + OTHER_FILES} open files, and ulimit -Hn says {hard}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    # Workers share it out evenly, and the kernel not the connections.
+    # Workers share the limit evenly, but the kernel does not share connections evenly.
     os.environ[LIMIT] = str(2 * (max(IDLE, STREAMS) + OTHER_FILES))
     try:
         yield

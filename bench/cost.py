@@ -1,4 +1,4 @@
-"""Measuring one gateway, or nginx, under one load: mock engines behind it, the load client before it."""
+"""Measures one gateway, or nginx, under one load: mock engines behind it, the load client before it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench import load
 from bench.cases import Case
 from bench.process import BenchError, cpu_seconds, free_port, get, rss_mib, running, wait_ready
 
-SETTLE_S = 0.5  # after it says ready: let start-up work end before CPU is read
+SETTLE_S = 0.5  # after it reports ready: start-up work ends before CPU is read
 
 NGINX_CONF = """
 {user}worker_processes 1; daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_rlimit_nofile 16384;
@@ -45,10 +45,10 @@ http {{
 class Contender:
     """A gateway to measure.
 
-    Args:
-        name: what the report calls it.
+    Arguments:
+        name: its name in the report.
         command: its command line, in which {port}, {prefill} and {decode} are filled in (the last two are URLs).
-        ready_path: the path that answers 200 once it takes requests.
+        ready_path: the path that answers 200 once it accepts requests.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Contender:
 NGINX = Contender("nginx", "", "/health")  # its command line needs a configuration file: see nginx_argv
 
 PEERS = (
-    # Flags as in vllm-project/router's scripts for a NIXL pair on one machine.
+    # The flags are those of vllm-project/router's scripts for a NIXL pair on one machine.
     Contender(
         "vllm-router",
         "vllm-router --vllm-pd-disaggregation --policy round_robin --prefill {prefill} --decode {decode}"
@@ -71,7 +71,7 @@ PEERS = (
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What one run of one case cost. Times in microseconds unless the name says seconds; memory in MiB.
+    """The cost of one run of one case. Times are in microseconds unless the name says seconds; memory is in MiB.
 
     The CPU time is that of the gateway's whole process tree; `handed_off` is how many decode legs carried a hand-off.
     """
@@ -95,16 +95,17 @@ class Measurement:
 
 
 def nginx_path() -> str:
-    """Where nginx is; Debian keeps it out of a user's PATH. Raises BenchError with how to install it."""
+    """The path of nginx, which Debian installs outside a user's PATH. Raises BenchError, which says how to install
+    it."""
     path = shutil.which("nginx", path=os.environ.get("PATH", "") + os.pathsep + "/usr/sbin")
     if path is None:
-        raise BenchError("nginx is the yardstick and is not installed: apt-get install nginx-light")
+        raise BenchError("nginx, with which every gateway is compared, is not installed: apt-get install nginx-light")
     return path
 
 
 def nginx_argv(folder: Path, port: int, decode_port: int) -> list[str]:
     """The command of nginx as a plain reverse proxy of the decode engine, configured in `folder`."""
-    user = "user root;\n" if os.geteuid() == 0 else ""  # else its worker could not enter the temporary folder
+    user = "user root;\n" if os.geteuid() == 0 else ""  # otherwise its worker could not enter the temporary folder
     configuration = folder / "nginx.conf"
     configuration.write_text(NGINX_CONF.format(user=user, folder=folder, port=port, decode=decode_port))
     return [nginx_path(), "-e", str(folder / "error.log"), "-c", str(configuration)]
@@ -126,7 +127,7 @@ def gateway_argv(contender: Contender, folder: Path, port: int, prefill_port: in
 
 @contextlib.contextmanager
 def engine(program: Path, case: Case, folder: Path) -> Iterator[int]:
-    """A mock engine for this case while the block runs; gives its port."""
+    """Run a mock engine for this case while the block runs; yields its port."""
     port = free_port()
     argv = load.engine_argv(program, port, case)
     with (folder / f"engine-{port}.log").open("w") as log, running(argv, log) as process:
@@ -135,7 +136,7 @@ def engine(program: Path, case: Case, folder: Path) -> Iterator[int]:
 
 
 def measure(program: Path, contender: Contender, case: Case) -> Measurement:
-    """Starts engines and contender afresh, runs the case once and ends them all."""
+    """Start engines and contender afresh, run the case once and end them all."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-proxy-bench.")))
         prefill = stack.enter_context(engine(program, case, folder))
@@ -156,13 +157,13 @@ def measure(program: Path, contender: Contender, case: Case) -> Measurement:
 
 
 def observe(program: Path, pid: int, port: int, decode: int, case: Case, ready_seconds: float) -> Measurement:
-    """Runs the case against a gateway that is ready.
+    """Run the case against a gateway that is ready.
 
-    Args:
+    Arguments:
         pid: the gateway's first process.
         port: where the gateway listens.
         decode: where the decode engine listens.
-        ready_seconds: what its start took, to be recorded with the rest.
+        ready_seconds: how long its start took; it is recorded with the rest.
     """
     time.sleep(SETTLE_S)
     idle_rss = rss_mib(pid)
@@ -191,12 +192,12 @@ def observe(program: Path, pid: int, port: int, decode: int, case: Case, ready_s
 
 
 def warm_up(program: Path, port: int, case: Case) -> None:
-    """A few short answers of the same kind, so that one-time work is not in the measure."""
+    """Send a few short requests of the same kind, so that one-time work is not measured."""
     load.drive(program, port, replace(case, concurrency=16, requests=64, tokens=2), timeout_s=30)
 
 
 def counted(engine_port: int) -> dict[str, Any]:
-    """What a mock engine has counted since it started."""
+    """The counters of a mock engine since its start."""
     counts: dict[str, Any] = json.loads(get(engine_port, "/counted")[1])
     return counts
 
@@ -207,9 +208,9 @@ def last_lines(log: Path, count: int = 15) -> str:
 
 
 def rounds(program: Path, contenders: Sequence[Contender], case: Case, count: int) -> dict[str, list[Measurement]]:
-    """Measures each contender `count` times, in turn, so that a slow minute of the machine meets all of them.
+    """Measure each contender `count` times, in turn, so that a slow minute of the machine affects all of them.
 
-    Every other round goes the other way round, so that none is always first.
+    Every other round has the opposite order, so that no contender is always first.
     """
     measured: dict[str, list[Measurement]] = {contender.name: [] for contender in contenders}
     for number in range(count):

@@ -1,10 +1,11 @@
-"""How late a token is in a crowd: ten thousand streams, twenty thousand tokens a second, over one worker and over two.
+"""How late a token is among many streams: ten thousand streams, twenty thousand tokens a second, over one and two
+workers.
 
-  .venv/bin/python -m bench --case connections
+    .venv/bin/python -m bench --case connections
 
 A decode engine emits the tokens of all its streams on one tick, and no engine has ten thousand streams: here there are
-eight, whose ticks do not fall together. Streams begin one after the other and last long enough that all of them run at
-once for a while. Engines, gateway and client share the machine's cores, so that what is late here may be any of them.
+eight engines, whose ticks do not coincide. Streams begin one after the other and last long enough that all of them run
+at the same time for a while. Engines, gateway and client share the machine's cores, so each of them may cause a delay.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from bench.process import BenchError, cpu_seconds, free_port, rss_mib, running, 
 from bench.report import Table
 
 WORKERS = (1, 2)
-ENGINES = 8  # decode
-TOKENS_A_SECOND = 2  # of a stream
+ENGINES = 8  # decode engines
+TOKENS_A_SECOND = 2  # tokens of one stream
 
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """What was seen with so many workers.
+    """What was measured with one number of workers.
 
     Attributes:
         offered: tokens a second while all streams run.
-        delays: of a token, in ms: p50, p99, p99.9 and the latest.
+        delays: of a token, in ms: p50, p99, p99.9 and the maximum.
         cpu_per_token: of the whole process tree, in µs.
-        kib_each: memory of the process tree at the end, less what it was before, divided by the streams.
+        kib_each: growth of the process tree's memory from start to end, divided by the streams.
     """
 
     workers: int
@@ -64,7 +65,7 @@ def case(streams: int) -> Case:
 
 
 def measure(program: Path, contender: Contender, workers: int) -> Crowd:
-    """Run it once before a gateway of so many workers."""
+    """Run the load once through a gateway with this number of workers."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(many_files())
         streams = streams_that_fit(workers)
@@ -104,7 +105,7 @@ def measure(program: Path, contender: Contender, workers: int) -> Crowd:
 
 
 def table(program: Path, contender: Contender) -> Table:
-    """Measures each number of workers."""
+    """Measure each number of workers."""
     rows = [
         (
             f"{one.workers}",

@@ -1,13 +1,13 @@
-"""What a decision costs: placement alone, without a gateway around it.
+"""What a placement decision costs: placement alone, without a gateway around it.
 
 Fleets of several sizes, half prefill and half decode, with loads and speeds as after some traffic; one process, no I/O.
-A decision is what the flow does for a try that is nothing special: who is eligible, which decode backend, which prefill
-backend, and whether decode should prefill. Run from the repository's root:
+The measured decision is that of an ordinary try: which backends are eligible, which decode backend and which prefill
+backend serve it, and whether decode should prefill. Run from the repository's root:
 
-  .venv/bin/python -m bench.decisions            the table
-  .venv/bin/python -m bench.decisions --check    ends with 1 where `auto` is above its budget
+    .venv/bin/python -m bench.decisions            the table
+    .venv/bin/python -m bench.decisions --check    ends with 1 where `auto` is above its budget
 
-The best of several rounds is told, since whatever else runs on the machine only makes one longer.
+The fastest of several rounds is printed, since other load on the machine only makes a round longer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pd_proxy.placement.eligibility import Members, Needs, Rules, eligible
 
 SIZES = (2, 8, 16, 64, 512)
 BUDGETS = {16: 25.0, 512: 150.0}
-"""Microseconds that a decision of `auto` may take, by the number of engines."""
+"""The most microseconds that a decision of `auto` may take, by the number of engines."""
 POLICIES = ("least_loaded", "auto", "prefix", "session", "round_robin", "power_of_two")
 RULES = Rules({}, {}, frozenset({"nixl"}), frozenset(), True, frozenset(), frozenset(), frozenset({"chat"}))
 NOW = 1000.0
@@ -53,7 +53,7 @@ def pool(role: Role, size: int, random: Random) -> list[Backend]:
 
 
 def asks(size: int, cached: str, random: Random) -> Ask:
-    """A request: nothing of it is cached, or a part on one engine, or on all of them."""
+    """A request of which nothing is cached, or a part on one engine, or a part on all of them."""
     urls = [f"http://10.0.{n // 250}.{n % 250}:8000" for n in range(size)]
     holders = {"nothing": [], "one engine": urls[: size // 8 + 1][:1], "every engine": urls}[cached]
     found: Mapping[str, int] = dict.fromkeys(holders, 1024)
@@ -61,7 +61,7 @@ def asks(size: int, cached: str, random: Random) -> Ask:
 
 
 def decision(prefill: Sequence[Backend], decode: Sequence[Backend], policy: str, ask: Ask) -> Callable[[], object]:
-    """One decision, to be measured."""
+    """Returns a function that makes one decision."""
     policies = dict.fromkeys(("prefill", "decode", "mixed"), policy)
     sizes = {"prefill": len(prefill), "decode": len(decode), "mixed": 0}
 
@@ -80,7 +80,7 @@ def decision(prefill: Sequence[Backend], decode: Sequence[Backend], policy: str,
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """The best of some rounds."""
+    """Microseconds of one call, in the fastest of some rounds."""
     number = 20
     while (took := min(repeat(call, number=number, repeat=1))) < 0.004 and number < 2000:
         number *= 2
@@ -89,7 +89,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The table; returns the exit status."""
+    """Print the table; returns the exit status."""
     parser = argparse.ArgumentParser(
         "bench.decisions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

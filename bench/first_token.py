@@ -1,13 +1,14 @@
-"""When a client has its first token, with it from prefill and with it from decode, on simulated fleets at load.
+"""Compares the time to the first token with the token from prefill and with the token from decode, on simulated fleets
+under load.
 
-Two prefill and two decode engines (`pd-proxy simulate`'s), and clients that come at random at a share of what decode
-can serve: its batch is bounded, so that near its capacity requests queue for it, which is when it matters who gives the
-first token. The shape is that of vllm-ascend's Qwen3-235B tutorial, 3,500 tokens in, with answers a tenth as long as
-its 1,500 so that a run ends soon. All in one process and in virtual time: what is shown is queues and transfers and not
-how fast this machine is, and each run gives the same.
+There are two prefill and two decode engines (`pd-proxy simulate`'s). Clients arrive at random at a share of decode's
+capacity. Its batch is bounded, so that requests queue for it near its capacity; only then does the source of the first
+token matter. The shape is that of vllm-ascend's Qwen3-235B tutorial: 3,500 tokens of prompt, but answers a tenth as
+long as its 1,500 tokens, so that a run ends soon. All runs in one process and in virtual time: the result depends on
+queues and transfers, not on this machine's speed, and is the same in each run.
 
-  .venv/bin/python -m bench.first_token            writes bench/FIRST_TOKEN.md
-  .venv/bin/python -m bench.first_token --quick    a small one, printed
+    .venv/bin/python -m bench.first_token            writes bench/FIRST_TOKEN.md
+    .venv/bin/python -m bench.first_token --quick    a small one, printed
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.support import TestServer, until
 
 FILE = Path(__file__).with_name("FIRST_TOKEN.md")
 PROMPT, ANSWER = 3584, 154
-STEP, SLOTS = 0.04, 32  # seconds a decode step; sequences in one engine's batch
+STEP, SLOTS = 0.04, 32  # seconds of a decode step; sequences in one engine's batch
 ENGINES = {"prefill_rate": 35_000.0, "transfer_rate": 70_000.0, "blocks": 32_768, "handshake_timeout": 1.0}
 CAPACITY = 2 * SLOTS / (ANSWER * STEP)  # requests a second that two decode engines can serve
 LOADS = (0.5, 0.8, 0.95, 1.1)
@@ -42,7 +43,7 @@ LOADS = (0.5, 0.8, 0.95, 1.1)
 
 @dataclass(frozen=True)
 class Times:
-    """Of one run, in seconds: to each first token, from it to the second, and of a whole answer."""
+    """The times of one run, in seconds: to each first token, from it to the second, and of a whole answer."""
 
     first: list[float]
     gap: list[float]
@@ -50,7 +51,7 @@ class Times:
 
 
 async def serve(whose: str, load: float, requests: int) -> Times:
-    """One run. Raises RuntimeError where an answer is not what it should be."""
+    """Simulate one run. Raises RuntimeError where an answer is wrong."""
     loop, rng = asyncio.get_running_loop(), random.Random(f"{load}")
     async with AsyncExitStack() as stack:
         urls: dict[str, list[str]] = {"prefill": [], "decode": []}
@@ -102,12 +103,12 @@ async def _ask(port: int, number: int, more: int) -> tuple[float, float, float]:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of them lie."""
+    """The value that is not below `share` of the others."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def measure(requests: int, loads: Sequence[float]) -> list[str]:
-    """The table's rows, a load and a way each."""
+    """The table's rows, one for each load and each source of the first token."""
     rows = []
     for load in loads:
         for whose in ("decode", "auto"):

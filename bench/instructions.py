@@ -1,10 +1,11 @@
 """How many instructions a request or a token costs in user space: the same number on a busy machine as on an idle one.
 
-P/D requests with streamed answers, through the whole gateway in one process, with transports that write nothing in
-place of sockets; valgrind's cachegrind counts. What the kernel does is not in it, so it is no measure of what a gateway
-costs, but it tells two versions apart where CPU time does not. Needs valgrind.
+P/D requests with streamed answers pass through the whole gateway in one process, with transports that write nothing in
+place of sockets; valgrind's cachegrind counts. The kernel's work is not included, so the number is no measure of a
+gateway's cost, but it shows differences between two versions that CPU time does not. Needs valgrind.
 
-  .venv/bin/python -m bench.instructions [short|long|paced|flood|big] [engines=8] [resume=off policy.prefill=prefix ...]
+    .venv/bin/python -m bench.instructions [short|long|paced|flood|big] [engines=8] [resume=off policy.prefill=prefix
+        ...]
 
 engines: of each pool (1); the others are settings of the gateway.
 """
@@ -43,9 +44,9 @@ class Case:
     """One kind of request.
 
     Attributes:
-        requests: so many more are counted in one of two runs than in the other.
-        more: tokens beyond two that an answer has; they are what is counted, where there are any.
-        together: tokens that come in one read.
+        requests: the difference between the two runs in requests.
+        more: tokens beyond two in an answer; if there are any, tokens are counted instead of requests.
+        together: tokens in one read.
         pad: bytes that are added to a token's text.
         prompt: bytes.
     """
@@ -66,7 +67,7 @@ CASES = {
 }
 _BODY = b'{"model":"m","messages":[{"role":"user","content":"%b"}],"stream":true,"max_tokens":%d}'
 _REQUEST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b"
-_READ = 256 * 1024  # what uvloop takes out of a socket at a time
+_READ = 256 * 1024  # the most that uvloop reads from a socket at a time
 _PREFILLED = (
     b'{"id":"x","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"x"},'
     b'"finish_reason":"length"}],"usage":{"prompt_tokens":256,"total_tokens":257,"completion_tokens":1},'
@@ -103,7 +104,7 @@ _WHOLE = [_ANSWER % (len(_PREFILLED), _PREFILLED)]
 
 
 class _Transport(asyncio.Transport):
-    """A socket that is always there and always ready."""
+    """A socket that is always open and always writable."""
 
     def is_closing(self) -> bool:
         return False
@@ -124,7 +125,7 @@ class _Transport(asyncio.Transport):
 
 
 class _Engine(_Transport):
-    """The engine's end: answers each request in the next turns of the loop."""
+    """The engine's side: answers each request in the next turns of the event loop."""
 
     def __init__(self, protocol: asyncio.Protocol, case: Case) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class _Engine(_Transport):
 
 
 class _Client(_Transport):
-    """The client's end: knows when its answer is whole."""
+    """The client's side: detects the end of its answer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class _Client(_Transport):
 
 
 async def serve(case: Case, requests: int, flags: list[str]) -> None:
-    """Serve so many requests, one after the other."""
+    """Serve this many requests, one after the other."""
 
     async def connect(origin: Origin, kind: type[Connection], patience: float) -> Connection:
         connection = kind(origin)
@@ -205,10 +206,10 @@ async def serve(case: Case, requests: int, flags: list[str]) -> None:
 
 
 def count(name: str, more: int, requests: int, flags: list[str]) -> int:
-    """Instructions of a process that serves so many requests and ends."""
+    """Instructions of a process that serves this many requests and ends."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
-        raise BenchError("valgrind is missing; apt-get install valgrind")
+        raise BenchError("valgrind is not installed: apt-get install valgrind")
     command = [valgrind, "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
     done = subprocess.run(
         [*command, sys.executable, "-m", "bench.instructions", name, *flags],
@@ -232,7 +233,7 @@ def main(arguments: list[str]) -> int:
         uvloop.run(serve(replace(case, more=more), requests, flags))
         return 0
     try:
-        if case.more:  # what more tokens cost in as many requests
+        if case.more:  # the cost of more tokens in the same number of requests
             spent = count(name, case.more, case.requests, flags) - count(name, 0, case.requests, flags)
             each = spent / case.requests / case.more
         else:

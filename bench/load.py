@@ -1,4 +1,4 @@
-"""Building and running the load program (load*.c): mock engines and the client that drives a gateway."""
+"""Builds and runs the load program (load*.c): mock engines and the client that drives a gateway."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPTIONS = ("concurrency", "requests", "tokens", "prompt_bytes", "rate", "differ
 
 
 def build(folder: Path = CACHE, flags: tuple[str, ...] = FLAGS) -> Path:
-    """Compiles the load program into `folder` unless it is newer than its sources there; gives its path."""
+    """Compile the load program into `folder` unless it is newer there than its sources; returns its path."""
     program = folder / "load"
     newest = max(path.stat().st_mtime for path in (*SOURCES, HERE / "load.h"))
     if program.exists() and program.stat().st_mtime > newest:
@@ -31,7 +31,7 @@ def build(folder: Path = CACHE, flags: tuple[str, ...] = FLAGS) -> Path:
     if compiler is None:
         raise BenchError("no C compiler found; install one: apt-get install gcc libc6-dev")
     folder.mkdir(parents=True, exist_ok=True)
-    # Compiled aside and then moved: two benches at once never run half a program.
+    # Compiled under another name and then moved, so that two benches at the same time never run an incomplete program.
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         built = Path(aside) / "load"
         done = subprocess.run([compiler, *flags, "-o", built, *SOURCES], capture_output=True, text=True)
@@ -48,13 +48,13 @@ def engine_argv(program: Path, port: int, case: Case) -> list[str]:
 
 
 def drive(program: Path, port: int, case: Case, timeout_s: int = 120) -> dict[str, Any]:
-    """Runs the case's load against 127.0.0.1:`port` to its end; gives the client's report (times in microseconds)."""
+    """Run the case's load against 127.0.0.1:`port` to its end; returns the client's report (times in microseconds)."""
     argv = [str(program), "client", "--port", str(port), "--timeout-s", str(timeout_s)]
     for option in _OPTIONS:
         argv += ["--" + option.replace("_", "-"), str(getattr(case, option))]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s + 30)
     if done.returncode:
         raise BenchError(f"the load client ended with status {done.returncode}: {done.stderr.strip()}")
-    sys.stderr.write(done.stderr)  # the first bad answer, in words
+    sys.stderr.write(done.stderr)  # describes the first bad answer
     report: dict[str, Any] = json.loads(done.stdout)
     return report

@@ -1,8 +1,8 @@
-"""What log lines cost an event loop when nobody reads standard error: 10,000 request lines a second for some seconds.
+"""What log lines cost an event loop when standard error is not read: 10,000 request lines a second for some seconds.
 
-  .venv/bin/python -m bench.log_lines [seconds]
+    .venv/bin/python -m bench.log_lines [seconds]
 
-Prints the CPU time of a line, how late the loop's timers were at worst with the lines and without them, and how many
+Prints the CPU time of a line, the largest delay of the loop's timers with the lines and without them, and how many
 lines were dropped. The lines go into a pipe that is never read.
 """
 
@@ -23,7 +23,7 @@ _TICK = 0.01  # seconds
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, and print it; gives the exit status."""
+    """Measure and print; returns the exit status."""
     seconds = float(arguments[0]) if arguments else 5.0
     _, writing = os.pipe()
     queue = LogQueue(TextFormatter(), writing)
@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
 
 
 async def _load(seconds: float, rate: int) -> tuple[float, int, float]:
-    """Write so many request lines a second. Returns the latest timer's delay, the lines, and their CPU time."""
+    """Write this many request lines a second. Returns the largest delay of a timer, the number of lines, and their
+    CPU time."""
     sink = RequestLog(every=True)
     record = RequestRecord("chat", "0" * 32, "model", prefill="http://prefill:8000", decode="http://decode:8000")
     record.status, record.outcome, record.tokens, record.ended = 200, "ok", 70, record.started + 1.0

@@ -1,4 +1,4 @@
-"""What a number depends on: the machine, the versions and the commit."""
+"""The machine, the versions and the commit on which a result depends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def facts(command: str, rounds: int) -> dict[str, str]:
-    """What RESULTS.md says about where its numbers come from, in order."""
+    """The lines of RESULTS.md about the source of its numbers, in order."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": f"`{command}` (rounds: {rounds}; the numbers are their medians)",
@@ -32,7 +32,7 @@ def facts(command: str, rounds: int) -> dict[str, str]:
 
 
 def output(*argv: str) -> str:
-    """Standard output and error of a short command, without outer spaces; empty if it cannot be had."""
+    """Standard output and error of a short command, stripped; empty if the command fails."""
     try:
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -41,7 +41,7 @@ def output(*argv: str) -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, and whether the tree differs from it (results aside)."""
+    """The checked-out commit, and whether the tree differs from it (results excepted)."""
     head = output("git", "rev-parse", "--short=12", "HEAD")
     if not head:
         return "none"
@@ -50,7 +50,7 @@ def commit() -> str:
 
 
 def cpu_model() -> str:
-    """The CPU's name as the kernel tells it."""
+    """The CPU's name as the kernel reports it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -66,5 +66,5 @@ def version(package: str) -> str:
 
 
 def nginx_version() -> str:
-    """As `nginx -v` tells it, without the words around."""
+    """The version that `nginx -v` prints."""
     return output(nginx_path(), "-v").rpartition("/")[2]

@@ -1,7 +1,7 @@
 """The bench's plots, as SVG: what a token costs, and how late it is, against the number of streams.
 
-Drawn by hand, since two line plots need no library. Colours are told apart by those who cannot tell red from green, and
-each line has its name at its end.
+Drawn without a library, since there are only two line plots. The colours can be told apart by readers who cannot tell
+red from green, and each line has its name at its end.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _DASH = "5 4"
 class Line:
     """One line of a plot.
 
-    Args:
-        name: what stands at its end.
+    Arguments:
+        name: the label at its end.
         points: (x, y), by rising x.
-        colour: which of the colours; lines of one contender share it.
-        dashed: the second line of a contender.
+        colour: index of the colour; lines of one contender share it.
+        dashed: whether it is the second line of a contender.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Plot:
 def svg(plots: Sequence[Plot], what: str) -> str:
     """The plots beside each other, as one picture.
 
-    Args:
-        what: the picture in words, for those who cannot see it.
+    Arguments:
+        what: the description for screen readers.
     """
     width = _WIDTH * len(plots)
     parts = [
@@ -103,13 +103,13 @@ def _text(
 
 
 def _round_up(value: float) -> float:
-    """The least number above `value` that four steps divide well."""
+    """The smallest number above `value` that four steps divide evenly."""
     size = 10.0 ** (ceil(log10(value)) - 1) if value > 0 else 1.0
     return next(size * step for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10, 12) if size * step >= value)
 
 
 def _apart(heights: Sequence[float], least: float = 13.0) -> list[float]:
-    """Heights of labels, moved down where they would cover each other."""
+    """Heights of labels, moved down where they would overlap."""
     placed = list(heights)
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     for before, after in pairwise(order):

@@ -1,22 +1,22 @@
-"""What the placement policy `auto` costs beside `least_loaded`: CPU of a short request, over real sockets.
+"""What the placement policy `auto` costs compared with `least_loaded`: CPU of a short request, over real sockets.
 
-Eight prefill and eight decode engines, and three gateways before the same engines: one with `least_loaded` for all
-pools, one with `auto`, and one more with `least_loaded`, which tells how far two gateways that are alike differ in this
-measure. All of them run at once, and the load goes to one of them at a time, in short rounds: to each in turn and then
-in the opposite order. The CPU time of a gateway's process, user and kernel, in its two rounds of such a turn is divided
-by the requests, and by what the first gateway took in the same turn. So whatever slows the machine for longer than a
-few seconds is in both and cancels. The gateways are bound to one core, the engines and the client to the others.
+Eight prefill and eight decode engines serve three gateways: one with `least_loaded` for all pools, one with `auto`, and
+a second one with `least_loaded`, which shows how far two equal gateways differ in this measurement. All of them run at
+the same time, and the load goes to one of them at a time, in short rounds: to each in turn and then in the opposite
+order. The CPU time of a gateway's process, user and kernel, in its two rounds of such a turn is divided by the
+requests, and by the CPU time of the first gateway in the same turn. So whatever slows the machine for longer than a few
+seconds is in both and cancels out. The gateways are bound to one core, the engines and the client to the others.
 Gateways are started afresh several times, since two processes of the same program differ a little for as long as they
 live.
 
-`auto` does not look for a short prompt in caches where every engine computes it in 5 ms. So there are loads with
-engines that prefill at once, and loads with engines that take so long that every prompt is looked for. Needs Linux and
-gcc.
+`auto` does not look a short prompt up in the prefix index where every engine computes it in 5 ms. So there are loads
+with engines that prefill at once, and loads with engines that take so long that every prompt is looked up. Needs Linux
+and gcc.
 
-  .venv/bin/python -m bench.policies            prints the table (a quarter of an hour)
-  .venv/bin/python -m bench.policies --quick    a first look: few rounds, one start
-  .venv/bin/python -m bench.policies --write    ... and write bench/POLICIES.md
-  .venv/bin/python -m bench.policies --check    ends with 1 where `auto` is above the budget
+    .venv/bin/python -m bench.policies            prints the table (a quarter of an hour)
+    .venv/bin/python -m bench.policies --quick    a first estimate: few rounds, one start
+    .venv/bin/python -m bench.policies --write    ... and write bench/POLICIES.md
+    .venv/bin/python -m bench.policies --check    ends with 1 where `auto` is above the budget
 
 Ends with 1 when a request failed, with 2 when something is missing.
 """
@@ -46,7 +46,7 @@ from bench.report import Table
 
 FILE = Path(__file__).with_name("POLICIES.md")
 ENGINES = 8  # of each pool
-BUDGET = 1.04  # times the CPU of `least_loaded`, at most
+BUDGET = 1.04  # the most CPU relative to `least_loaded`
 AGAIN = "least_loaded again"
 GATEWAYS = {"least_loaded": "least_loaded", "auto": "auto", AGAIN: "least_loaded"}
 """The policy of each gateway, by its name; the others are compared with the first."""
@@ -69,7 +69,7 @@ class Turn:
     failed: int = 0
 
     def ratio(self, name: str) -> float:
-        """CPU of a gateway over that of the first one."""
+        """CPU of a gateway relative to the first one."""
         return self.cpu_us[name] / next(iter(self.cpu_us.values()))
 
 
@@ -83,7 +83,7 @@ class Spread:
 
     Attributes:
         quartiles: of the ratios of single turns.
-        interval: in which the median is with 95 % confidence, by bootstrap.
+        interval: contains the median with 95 % confidence, by bootstrap.
     """
 
     median: float
@@ -97,7 +97,7 @@ class Spread:
 def spread(starts: Sequence[Sequence[float]], draws: int = 4000) -> Spread:
     """The spread of the ratios of several starts.
 
-    The bootstrap draws starts, and turns of each: the turns of one start have more in common than those of two.
+    The bootstrap draws starts, and turns of each start: the turns of one start have more in common than those of two.
     """
     chosen = random.Random(0)
     every = [ratio for start in starts for ratio in start]
@@ -121,15 +121,15 @@ def spread(starts: Sequence[Sequence[float]], draws: int = 4000) -> Spread:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """A gateway that runs."""
+    """A running gateway."""
 
     pid: int
     port: int
 
 
 def gateway_argv(policy: str, port: int, prefill: Sequence[int], decode: Sequence[int]) -> list[str]:
-    """The command of a gateway with one policy for all pools, before engines on some ports."""
-    # The mixed pool is empty, but with `auto` for it the gateway learns what `auto` wants to know all the same.
+    """The command of a gateway with one policy for all pools, before engines on the given ports."""
+    # The mixed pool is empty; with `auto` for it, the gateway nevertheless learns what `auto` needs.
     policies = [part for role in ("prefill", "decode", "mixed") for part in (f"--policy.{role}", policy)]
     argv = ["pd-proxy", "serve", "--port", str(port), *policies]
     for role, ports in (("prefill", prefill), ("decode", decode)):
@@ -139,7 +139,7 @@ def gateway_argv(policy: str, port: int, prefill: Sequence[int], decode: Sequenc
 
 @contextlib.contextmanager
 def bound(cores: Set[int]) -> Iterator[None]:
-    """Binds this process, and so those that it starts in the block, to some cores."""
+    """Bind this process, and the processes that it starts in the block, to some cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -149,7 +149,7 @@ def bound(cores: Set[int]) -> Iterator[None]:
 
 
 def split_cores(cores: Set[int]) -> tuple[Set[int], Set[int]]:
-    """A core for the gateways, and those for all else; where there is but one, it is for both."""
+    """A core for the gateways, and the other cores for everything else; a single core is used for both."""
     first = {max(cores)}
     return first, cores - first or first
 
@@ -158,7 +158,7 @@ def split_cores(cores: Set[int]) -> tuple[Set[int], Set[int]]:
 def gateways(
     policies: Mapping[str, str], prefill: Sequence[int], decode: Sequence[int], folder: Path, cores: Set[int]
 ) -> Iterator[dict[str, Gateway]]:
-    """Runs a gateway for each policy on some cores while the block runs; gives those that are ready, by name."""
+    """Run a gateway for each policy on some cores while the block runs; yields them by name once they are ready."""
     with contextlib.ExitStack() as stack:
         started: dict[str, Gateway] = {}
         for name, policy in policies.items():
@@ -176,7 +176,7 @@ def gateways(
 
 
 def turn(program: Path, running_ones: Mapping[str, Gateway], case: Case, numbers: Iterator[int]) -> Turn:
-    """Two rounds for each gateway: in turn, and then the other way round.
+    """Run two rounds for each gateway: in turn, and then in the opposite order.
 
     Arguments:
         numbers: of the first request of each round, so that no prompt comes twice where all differ.
@@ -202,7 +202,7 @@ def measure(program: Path, case: Case, starts: int, turns: int) -> list[list[Tur
         numbers, measured = count(0, max(case.requests, WARMING)), []
         for start in range(starts):
             names = list(GATEWAYS)
-            names = names[start % len(names) :] + names[: start % len(names)]  # none is always started first
+            names = names[start % len(names) :] + names[: start % len(names)]  # no gateway is always started first
             with gateways({name: GATEWAYS[name] for name in names}, prefill, decode, folder, own) as found:
                 time.sleep(SETTLE_S)
                 for one in found.values():
@@ -291,7 +291,7 @@ def over_budget(measured: Starts) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures and prints; returns the exit status."""
+    """Measure and print; returns the exit status."""
     parser = argparse.ArgumentParser(
         "bench.policies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -317,11 +317,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _interrupted(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt  # through the blocks that end the processes
+    raise KeyboardInterrupt  # left through the blocks that end the processes
 
 
 def command(run: Callable[[Sequence[str]], int]) -> int:
-    """The command; returns the exit status."""
+    """Run the command; returns the exit status."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupted)
     try:
@@ -330,7 +330,7 @@ def command(run: Callable[[Sequence[str]], int]) -> int:
         print(f"bench.policies: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bench.policies: interrupted; nothing was left running", file=sys.stderr)
+        print("bench.policies: interrupted; all its processes have ended", file=sys.stderr)
         return 130
 
 

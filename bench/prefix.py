@@ -1,10 +1,10 @@
-"""What the prefix index costs: a prompt's chain of hashes, a look for all engines, an entry, memory.
+"""What the prefix index costs: a prompt's chain of hashes, a look-up for all engines, an entry, memory.
 
-In one process, without engines. Times are the least of some rounds, since this asks what the code costs and not what
-else the machine does. Memory is what Python allocates for it, by tracemalloc.
+In one process, without engines. Times are the least of some rounds, since the code's own cost is wanted and not that of
+other load on the machine. Memory is what Python allocates for it, by tracemalloc.
 
-  .venv/bin/python -m bench.prefix            prints tables, in Markdown
-  .venv/bin/python -m bench.prefix --check    ends with 1 where one of the budgets is missed
+    .venv/bin/python -m bench.prefix            prints tables, in Markdown
+    .venv/bin/python -m bench.prefix --check    ends with 1 where one of the budgets is missed
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def text(size: int, seed: int = 0) -> str:
-    """English words of some bytes in all."""
+    """English words with this many bytes in total."""
     chosen = random.Random(seed)
     return " ".join(chosen.choices(WORDS, k=size // 4))[:size]
 
@@ -54,14 +54,14 @@ def completion(size: int) -> Body:
 
 
 def ids(size: int) -> Body:
-    """A prompt of token ids that are so many bytes as JSON."""
+    """A prompt of token ids that takes this many bytes as JSON."""
     chosen = random.Random(size)
     count = int(size / 6.13)  # bytes of a number below 128,000, with its comma
     return read_body(_encode({"model": "m", "prompt": chosen.choices(range(128_000), k=count)}), "completions")
 
 
 def least(run: Callable[[], object], rounds: int = 7, seconds: float = 0.02) -> float:
-    """Microseconds of one call, of the fastest of some rounds."""
+    """Microseconds of one call, in the fastest of some rounds."""
     began = perf_counter()
     run()
     count = max(1, int(seconds / max(1e-9, perf_counter() - began)))
@@ -75,7 +75,7 @@ def least(run: Callable[[], object], rounds: int = 7, seconds: float = 0.02) -> 
 
 
 def chains() -> tuple[list[str], list[str]]:
-    """The table of what chains cost, and the budgets that were missed."""
+    """The table of the cost of chains, and the budgets that were missed."""
     rows = ["| prompt | " + " | ".join(SIZES) + " |", "|---|" + "---|" * len(SIZES)]
     missed = []
     for kind, make in (("chat", chat), ("completions", completion), ("token ids", ids)):
@@ -92,7 +92,7 @@ def chains() -> tuple[list[str], list[str]]:
 
 
 def filled(engines: int, chain: Chain) -> PrefixIndex:
-    """An index where all engines have the start of a prompt, and each has as much of it as it comes."""
+    """An index in which all engines have the start of a prompt, and each has a different length of it."""
     index = PrefixIndex()
     for number in range(engines):
         url = f"http://10.0.{number // 256}.{number % 256}:8000"
@@ -103,7 +103,7 @@ def filled(engines: int, chain: Chain) -> PrefixIndex:
 
 
 def lookups() -> tuple[list[str], list[str]]:
-    """The table of what a look, an entry and its correction cost."""
+    """The table of the cost of a look-up, an entry and its correction."""
     rows = [
         "| engines | look, 4 kB | look, 400 kB | look, 4 MB | enter and correct, 4 kB | the same, 400 kB |",
         "|---|---|---|---|---|---|",
@@ -131,7 +131,7 @@ def lookups() -> tuple[list[str], list[str]]:
 
 
 def memory(prompt: int, engines: int = 64, tokens: int = 1_000_000) -> str:
-    """A row of the table of memory: caches full of prompts of one length, each in one engine alone."""
+    """A row of the table of memory: caches full of prompts of one length, each prompt in one engine only."""
     chosen = random.Random(prompt)
     model = chain_of(completion(prompt), KEY)
     tracemalloc.start()
@@ -154,7 +154,7 @@ def memory(prompt: int, engines: int = 64, tokens: int = 1_000_000) -> str:
 
 
 def sharing() -> list[str]:
-    """What two workers' rings cost for each request."""
+    """The cost of two workers' rings for each request."""
     rings = PrefixRings(2)
     index, other = PrefixIndex(), PrefixIndex()
     for one in (index, other):

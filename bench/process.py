@@ -1,4 +1,4 @@
-"""Starting and surely ending the processes of the bench, and reading what they use from /proc (Linux)."""
+"""Starts and reliably ends the processes of the bench, and reads their resource use from /proc (Linux)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import IO
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-STOP_S = 10.0  # what an ordered shutdown may take before the group is killed
+STOP_S = 10.0  # the most that an ordered shutdown may take before the group is killed
 
 
 class BenchError(Exception):
-    """The bench cannot go on; the message says what is missing or went wrong, and what to do."""
+    """The bench cannot go on. The message says what is missing or went wrong, and what to do."""
 
 
 # ------------------------------------------------------------------------------------------------- start and end
@@ -28,7 +28,7 @@ class BenchError(Exception):
 
 @contextlib.contextmanager
 def running(argv: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """Runs `argv` in a process group of its own while the block runs; afterwards nothing of the group is left.
+    """Run `argv` in a process group of its own while the block runs; afterwards the whole group has ended.
 
     Programs beside the running interpreter (a virtualenv's `bin`) are found first.
     """
@@ -46,19 +46,19 @@ def running(argv: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen[str]
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
-    """Ends the process and all that it started: asks first, kills after `STOP_S` seconds."""
+    """End the process and all that it started: SIGTERM first, SIGKILL after `STOP_S` seconds."""
     signal_group(process.pid, signal.SIGTERM)
     try:
         process.wait(STOP_S)
     except subprocess.TimeoutExpired:
         pass
-    finally:  # also after a second Ctrl-C, which lands in the wait
+    finally:  # also after a second Ctrl-C, which interrupts the wait
         signal_group(process.pid, signal.SIGKILL)
-        process.wait()  # nobody refuses this one; a busy machine may take its time
+        process.wait()  # SIGKILL cannot be refused, but a busy machine may take some time
 
 
 def signal_group(group: int, number: signal.Signals) -> None:
-    """Signals a process group that this program started, if any of it is left."""
+    """Signal a process group that this program started, if any process of it is left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
 
@@ -67,7 +67,8 @@ def signal_group(group: int, number: signal.Signals) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, from below the ephemeral range: there a poll of a closed port can meet itself."""
+    """A port on which nothing listens, below the ephemeral range: within that range, a poll of a closed port can
+    connect to itself."""
     for port in random.sample(range(20_000, 30_000), 200):
         with socket.socket() as probe:
             try:
@@ -90,7 +91,7 @@ def get(port: int, path: str, timeout_s: float = 2.0) -> tuple[int, bytes]:
 
 
 def wait_ready(process: subprocess.Popen[str], port: int, path: str, timeout_s: float = 60.0) -> float:
-    """Polls `path` until it answers 200; gives the seconds that took. Raises BenchError if the process ends first."""
+    """Poll `path` until it answers 200; returns the seconds that took. Raises BenchError if the process ends first."""
     start = time.monotonic()
     seen = "no answer"
     while (waited := time.monotonic() - start) < timeout_s:
@@ -126,12 +127,12 @@ def cpu_seconds(pid: int) -> float:
 
 
 def _cpu_seconds_of_one(pid: int) -> float:
-    # stat counts ended threads and ended children too, but in steps of 10 ms, which a short run of nginx feels;
-    # schedstat counts in ns, but only living threads. Each only ever misses something, hence the larger.
+    # stat counts ended threads and ended children too, but in steps of 10 ms, which is coarse for a short run of nginx;
+    # schedstat counts in ns, but only living threads. Each can only be too small, so the larger is taken.
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
-        return 0.0  # it ended just now; what it used is in its parent's count
+        return 0.0  # it has just ended; its CPU time is in its parent's count
     own = (int(fields[11]) + int(fields[12])) * TICK_S
     ended_children = (int(fields[13]) + int(fields[14])) * TICK_S
     return max(own, _scheduled_seconds(pid)) + ended_children

@@ -1,12 +1,12 @@
-"""Placement policies side by side in virtual time: hours of a fleet in seconds. Run from the repository's root:
+"""Compares placement policies in virtual time: hours of a fleet in seconds. Run from the repository's root:
 
-  .venv/bin/python -m bench.fleet                      all kinds of traffic, all policies, held-out seeds (minutes)
-  .venv/bin/python -m bench.fleet --quick              a few kinds and policies, one seed (seconds)
-  .venv/bin/python -m bench.fleet --write              ... and write bench/FLEET.md
-  .venv/bin/python -m bench.fleet --tuning             on the seeds that thresholds may be tuned on
-  .venv/bin/python -m bench.fleet --kind agents --policy auto --policy oracle
+    .venv/bin/python -m bench.fleet                      all kinds of traffic, all policies, held-out seeds (minutes)
+    .venv/bin/python -m bench.fleet --quick              a few kinds and policies, one seed (seconds)
+    .venv/bin/python -m bench.fleet --write              ... and write bench/FLEET.md
+    .venv/bin/python -m bench.fleet --tuning             on the seeds that thresholds may be tuned on
+    .venv/bin/python -m bench.fleet --kind agents --policy auto --policy oracle
 
-Ends with 0; with --check, with 1 when `auto` is not as good as wanted on some kind.
+Exit status: 0; with --check, 1 when `auto` misses its target on some kind.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUICK_POLICIES = (report.AUTO, report.ORACLE, "least_loaded", "smg cache_aware")
 
 
 def routers(policy: str, seed: int) -> Iterator[tuple[str, Router]]:
-    """What runs under a policy's name: itself, or the oracle's variants."""
+    """The routers that run under a policy's name: one, or all variants of the oracle."""
     if policy == report.ORACLE:
         for name, variant in VARIANTS.items():
             yield name, Oracle(variant)
@@ -82,7 +82,7 @@ def measure(case: tuple[str, int, Sequence[str]]) -> list[Figures]:
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line, read."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         "bench.fleet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,12 +95,12 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON, not tables")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
-    parser.add_argument("--check", action="store_true", help="end with 1 when `auto` is not as good as wanted")
+    parser.add_argument("--check", action="store_true", help="end with 1 when `auto` misses its target")
     return parser.parse_args(arguments)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Simulates and prints; returns the exit status."""
+    """Simulate and print; returns the exit status."""
     chosen = options(arguments)
     kinds = chosen.kind or (QUICK if chosen.quick else [kind.name for kind in ALL])
     seeds = chosen.seed or (TUNING if chosen.tuning else HELD_OUT)[: 1 if chosen.quick else None]

@@ -6,7 +6,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 BLOCK = 128
-"""Tokens of one simulated block. vLLM's have 16; coarser ones cost less and lose at most 127 tokens of a match."""
+"""Tokens of one simulated block. vLLM's have 16. Larger blocks cost less time, and lose at most 127 tokens of a
+match."""
 
 
 class BlockCache:
@@ -27,7 +28,8 @@ class BlockCache:
 
     def matched(self, chain: Sequence[int]) -> int:
         """Tokens of the longest prefix of `chain` that is held."""
-        # What is held of a chain is its start: whoever uses a block uses all before it, and `touch` makes these newer.
+        # The cache holds the start of a chain: a request that uses a block uses all blocks before it, and `touch` makes
+        # these newer.
         held, low, high = self._blocks, 0, len(chain)
         while low < high:
             middle = (low + high + 1) // 2
@@ -38,10 +40,11 @@ class BlockCache:
         return low * BLOCK
 
     def touch(self, chain: Sequence[int], taken: int = 0) -> None:
-        """Hold the whole chain as used last, its end as the first part of it to be evicted, as vLLM frees blocks.
+        """Mark the whole chain as used last. Its end is evicted before its start, in the order in which vLLM frees
+        blocks.
 
         Arguments:
-            taken: tokens of the KV cache that are held by what is not in any chain, and so cannot hold blocks.
+            taken: tokens of the KV cache that are held outside of any chain, and so cannot hold blocks.
         """
         held = self._blocks
         move = held.move_to_end
@@ -54,5 +57,5 @@ class BlockCache:
             surplus -= 1
 
     def clear(self) -> None:
-        """Forget everything, as a restarted engine has."""
+        """Drop all blocks, as a restarted engine does."""
         self._blocks.clear()

@@ -1,4 +1,4 @@
-"""Virtual time: a heap of events, and nothing that waits."""
+"""Virtual time: a heap of events, without any real waiting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Clock:
 
     Attributes:
         now: seconds since the run's start.
-        events: how many have happened.
+        events: how many events have been handled.
     """
 
     __slots__ = ("_heap", "_number", "events", "now")
@@ -24,12 +24,12 @@ class Clock:
         self._number = 0
 
     def at(self, time: float, what: Callable[[Any], object], about: Any = None) -> None:
-        """Call `what(about)` at `time`; what is due at the same time happens in the order in which it was asked for."""
+        """Call `what(about)` at `time`. Events of the same time are handled in the order in which they were added."""
         self._number += 1
         heappush(self._heap, (time, self._number, what, about))
 
     def run(self, until: float = float("inf")) -> None:
-        """Let everything happen up to and including `until`."""
+        """Handle all events up to and including `until`."""
         heap = self._heap
         while heap and heap[0][0] <= until:
             time, _, what, about = heappop(heap)

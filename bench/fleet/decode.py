@@ -1,8 +1,9 @@
-"""A decode engine: continuous batching whose steps grow with sequences and KV cache, without an event for each step.
+"""A decode engine: continuous batching whose steps take longer with more sequences and KV cache, without an event for
+each step.
 
-Between two changes of the batch each step takes `s + g·k` seconds, `k` being the steps since the change: every step
-adds a token of KV cache for each sequence. So the steps done by a time, and the time of a step, are found in closed
-form, and a request costs a handful of events however long its answer is.
+Between two changes of the batch each step takes `s + g·k` seconds, where `k` is the number of steps since the change:
+every step adds a token of KV cache for each sequence. So the number of steps by a time, and the duration of a step,
+have a closed form, and a request costs a few events however long its answer is.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from bench.fleet.prefill import PrefillModel
 
 @dataclass(frozen=True)
 class DecodeModel:
-    """How an engine generates.
+    """The speed and capacity of a decode engine.
 
     Attributes:
         base, sequence, token: seconds of a step, and what each sequence and each token of KV cache adds to it.
         capacity: tokens of its KV cache.
-        latency, pull: seconds of a hand-off, and tokens/s that it reads out of another engine.
-        prefill: how it computes prompts itself; in steps of its own chunk, which every sequence waits for.
+        latency, pull: seconds of a hand-off, and tokens/s that it reads from another engine.
+        prefill: how it computes prompts itself; in steps of its own chunk, for which every sequence waits.
         most: sequences that run at the same time (vLLM: `max_num_seqs`).
     """
 
@@ -49,11 +50,11 @@ class DecodeEngine:
     """One engine, or one data-parallel rank of one.
 
     Attributes:
-        factor: how many times longer than its model it takes at present; set it by `slow`.
+        factor: how many times longer than its model it takes at present; set by `slow`.
         kv: tokens of the running sequences, as a step reads them; used: of the KV cache that is taken, also by what is
             being pulled or computed, blocks that sequences share counted once.
         steps: done so far, with sequences; busy: seconds that they took.
-        preemptions: how often a sequence has been put back into the queue for want of KV cache.
+        preemptions: how often a sequence has been put back into the queue for lack of KV cache.
     """
 
     def __init__(
@@ -77,23 +78,23 @@ class DecodeEngine:
         self._clock = clock
         self._first = first
         self._ended = ended
-        self._held: dict[int, int] = {}  # blocks of prompts in use, and by how many sequences
+        self._held: dict[int, int] = {}  # blocks of prompts in use, with the number of sequences that use them
         self._time = 0.0
         self._ends: list[tuple[float, int, int, Job]] = []
         self._number = 0
         self._epoch = 0
-        self._queue: deque[Job] = deque()  # prompts to compute here, the first one under way
-        self._chunk = 0.0  # seconds that a step takes longer for it
-        self._chunk_ends = 0.0  # the step with which it ends
+        self._queue: deque[Job] = deque()  # prompts to compute here; the first one is being computed
+        self._chunk = 0.0  # seconds by which a prompt lengthens a step
+        self._chunk_ends = 0.0  # the step that ends the prompt's computation
 
     @property
     def sequences(self) -> int:
-        """Sequences that run, are pulled, computed or wait."""
+        """Sequences that run, are pulled, are computed or wait."""
         return len(self.active) + len(self.waiting) + len(self._queue)
 
     @property
     def waiting_work(self) -> float:
-        """What an engine goes by that spreads requests over its ranks itself."""
+        """The measure by which an engine spreads requests over its ranks."""
         return self.sequences
 
     def step(self) -> float:
@@ -101,7 +102,7 @@ class DecodeEngine:
         return self.factor * (self.model.step(len(self.active), self.kv) + self._chunk)
 
     def ahead(self) -> float:
-        """Seconds of prefill work of its own that wait. For the oracle: no gateway can see it."""
+        """Seconds of prefill work that wait on this engine. For the oracle only: no gateway can see it."""
         seconds = sum(self._own(job)[1] for job in list(self._queue)[1:])
         if self._queue:
             self._sync()
@@ -109,27 +110,27 @@ class DecodeEngine:
         return seconds
 
     def submit(self, job: Job) -> None:
-        """Take a request: its KV cache is pulled where a prefill engine has computed it, else its prompt is computed
-        here."""
+        """Accept a request: its KV cache is pulled where a prefill engine has computed it; otherwise its prompt is
+        computed here."""
         self.waiting.append(job)
         self._sync()
         self._admit()
         self._plan()
 
     def slow(self, factor: float) -> None:
-        """From now on a step takes so many times longer than its model's."""
+        """From now on a step takes `factor` times as long as its model says."""
         self._sync()
         self.factor = factor
         self._plan()
 
     def watch(self) -> tuple[float, float]:
-        """Steps so far, and seconds that the engine was busy with them: streams show their quotient as the gap between
+        """Steps so far, and seconds that the engine was busy with them: in streams their quotient is the gap between
         tokens."""
         self._sync()
         return self.steps, self.busy
 
     def _admit(self) -> None:
-        """Begin with those who wait, as long as there is KV cache for the next one."""
+        """Start waiting sequences, as long as there is KV cache for the next one."""
         while self.waiting:
             job = self.waiting[0]
             if self._held and (len(self.active) >= self.model.most or not self._fits(job)):
@@ -167,7 +168,7 @@ class DecodeEngine:
         self.used += new * BLOCK + job.request.prompt.tokens - len(blocks) * BLOCK + job.generated
 
     def _release(self, job: Job) -> None:
-        """Give a sequence's KV cache back."""
+        """Release a sequence's KV cache."""
         held, blocks, freed = self._held, job.request.prompt.blocks, 0
         for block in blocks:
             if held[block] == 1:
@@ -180,11 +181,11 @@ class DecodeEngine:
             self.used = max(0.0, self.used)
 
     def _unshared(self) -> int:
-        """Tokens of the KV cache that are taken by what is in no prompt's blocks."""
+        """Tokens of the KV cache that belong to no prompt's blocks."""
         return max(0, int(self.used) - BLOCK * len(self._held))
 
     def _own(self, job: Job) -> tuple[int, float]:
-        """Steps and seconds to compute a prompt here, the seconds without those of the steps themselves."""
+        """Steps and seconds to compute a prompt here; the seconds do not include the steps themselves."""
         prompt, model = job.request.prompt, self.model.prefill
         cached = min(self.cache.matched(prompt.blocks), prompt.tokens - 1)
         if job.cached < 0 or not job.preempted:
@@ -210,7 +211,7 @@ class DecodeEngine:
         self._plan()
 
     def _join(self, job: Job) -> None:
-        """A sequence whose KV cache is here begins to run."""
+        """Start a sequence whose KV cache is here."""
         prompt = job.request.prompt
         self.kv += prompt.tokens + job.generated
         self.active[job] = None
@@ -221,7 +222,7 @@ class DecodeEngine:
         heappush(self._ends, (self.steps + job.request.output - job.generated, self._number, job.runs, job))
 
     def _leave(self, job: Job) -> None:
-        """A sequence stops running."""
+        """Remove a sequence from the batch."""
         del self.active[job]
         job.runs += 1
         job.generated += self.steps - job.joined
@@ -231,7 +232,7 @@ class DecodeEngine:
             self.kv = 0.0
 
     def _sync(self) -> None:
-        """Do the steps up to now."""
+        """Account for the steps up to now."""
         elapsed = self._clock.now - self._time
         self._time = self._clock.now
         count = len(self.active)
@@ -246,7 +247,7 @@ class DecodeEngine:
             self.busy += elapsed
 
     def _plan(self) -> None:
-        """Ask to be called at the next change."""
+        """Schedule a call at the next change of the batch."""
         self._epoch += 1
         ends, count = self._ends, len(self.active)
         while ends and ends[0][2] != ends[0][3].runs:
@@ -284,7 +285,7 @@ class DecodeEngine:
             self._end(job)
 
     def _computed(self) -> None:
-        """The first prompt of the queue is computed; the step has sampled a token, too."""
+        """Handle the end of the computation of the queue's first prompt; the step has sampled a token, too."""
         job = self._queue.popleft()
         self._chunk = 0.0
         self._join(job)
@@ -295,7 +296,7 @@ class DecodeEngine:
             self._compute()
 
     def _preempt(self) -> None:
-        """Put the youngest sequence back to the head of the queue; all of its KV cache has to be computed again."""
+        """Put the youngest sequence back at the head of the queue; all of its KV cache has to be computed again."""
         job = next(reversed(self.active))
         self._leave(job)
         job.preempted += 1

@@ -1,4 +1,4 @@
-"""One run: a trace, a fleet's engines and a router, until everything is answered."""
+"""One run: a trace, a fleet's engines and a router, until every request is answered."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from bench.fleet.traffic import Trace
 
 
 class Router(Protocol):
-    """Where requests go, and what it is told of them. Places are indices of engines; `job.prefill` is -1 where decode
-    computes the prompt."""
+    """The interface of a router: where requests go, and which events it observes. Places are indices of engines;
+    `job.prefill` is -1 where decode computes the prompt."""
 
     def start(self, fleet: Fleet) -> None:
-        """Called before anything else."""
+        """Called once, before all other methods."""
 
     def place(self, job: Job) -> None:
         """Set the job's `prefill`, `decode` and ranks."""
 
     def prefilled(self, job: Job) -> None:
-        """A prefill engine has answered."""
+        """Called when a prefill engine has answered."""
 
     def first(self, job: Job) -> None:
-        """Decode has sent its first token."""
+        """Called when decode has sent its first token."""
 
     def ended(self, job: Job) -> None:
-        """The answer is complete."""
+        """Called when the answer is complete."""
 
     def failed(self, job: Job) -> None:
-        """Its prefill engine is gone; it is placed again next."""
+        """Called when the job's prefill engine has left; it is placed again next."""
 
     def changed(self, engine: int, up: bool) -> None:
-        """A prefill engine has left or come, then with an empty cache."""
+        """Called when a prefill engine has left or joined, then with an empty cache."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """The result of a run.
 
     Attributes:
         jobs: all of them, in the order in which they ended.
@@ -105,7 +105,7 @@ class Fleet:
             self.clock.at(change.time, self._change, change)
 
     def run(self, trace: Trace) -> Outcome:
-        """Send a trace's requests, and wait for all answers."""
+        """Send a trace's requests, and simulate until all are answered."""
         for request in trace:
             self.clock.at(request.time, self._send, request)
         self.clock.run()

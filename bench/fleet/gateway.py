@@ -1,6 +1,6 @@
-"""This gateway: its own backends, leases, prefix index, learnt speeds, eligibility and policies, in virtual time.
+"""This gateway in virtual time: its own backends, leases, prefix index, learnt speeds, eligibility and policies.
 
-It sees what a gateway sees: bytes of prompts, what clients allow, when engines answer, `cached_tokens` and
+It observes only what a gateway can: bytes of prompts, the clients' limits, when engines answer, `cached_tokens` and
 `prompt_tokens` of their usage, and the gaps between the tokens of its streams.
 """
 
@@ -26,10 +26,10 @@ from bench.fleet.fleet import Fleet
 from bench.fleet.jobs import Job
 
 WATCH = 0.25
-"""Seconds between two looks at the gaps between tokens."""
-_BATCH = 32  # tokens after which the relay tells what a stream's have taken (`proxy/pd_proxy/relay/fast_path.py`)
-_MOST_TOLD = 8  # of one engine at one look; more change little
-_WINDOW = 4  # looks over which a gap is a mean: 32 tokens take about a second
+"""Seconds between two readings of the gaps between tokens."""
+_BATCH = 32  # tokens after which the relay reports a stream's gaps (`proxy/pd_proxy/relay/fast_path.py`)
+_MOST_TOLD = 8  # most reports for one engine at one reading; more of them change little
+_WINDOW = 4  # readings over which a gap is averaged: 32 tokens take about a second
 
 POLICIES: dict[str, dict[str, str]] = {
     "auto": {"prefill": "auto", "decode": "auto", "mixed": "auto"},
@@ -56,7 +56,7 @@ RULES = Rules(
 
 @dataclass(slots=True)
 class _Notes:
-    """What the gateway keeps of a request under way."""
+    """What the gateway keeps of a running request."""
 
     decode: Lease
     prefill: Lease | None
@@ -70,11 +70,11 @@ class Gateway:
     """The router.
 
     Arguments:
-        policy: of `POLICIES`.
+        policy: one of `POLICIES`.
         targets: whether clients' targets are set.
     Attributes:
         reasons: how many requests were placed for each reason.
-        expected: prompt tokens that were thought to be cached where they went.
+        expected: prompt tokens that were expected to be cached at the chosen engine.
     """
 
     def __init__(self, policy: str, *, seed: int = 0, targets: bool = True) -> None:
@@ -117,7 +117,7 @@ class Gateway:
                 self.index.join(name, size)
         for backend, one in zip(self.decode, fleet.kind.decode, strict=True):
             backend.speeds.capacity = one.capacity * fleet.kind.ranks
-        # Of each decode engine, at the last looks: its steps, and the seconds that they took.
+        # For each decode engine, at the last readings: its steps, and the seconds that they took.
         self._seen = [deque([(0.0, 0.0)], maxlen=_WINDOW + 1) for _ in self.decode]
         self._inside = 0
         self._watching = False
@@ -185,7 +185,7 @@ class Gateway:
         if notes.prefill is not None:
             backend.speeds.handed_over(now - job.prefilled, prompt.estimate, now)
         else:
-            # What it had found in its cache is in its usage, which comes with the end of the stream.
+            # How much it found in its cache is in its usage, which comes with the end of the stream.
             _computed(notes.decode, notes.believed)
             backend.speeds.answered(notes.believed, notes.believed, prompt.estimate, now)
 
@@ -221,7 +221,7 @@ class Gateway:
         self._members.prefill = [one for one in self.prefill if one.up]
 
     def _watch(self, _: object) -> None:
-        """Tell the gaps between tokens, as often as the relay of all streams would."""
+        """Report the gaps between tokens, as often as the relay of all streams would."""
         now = self._clock.now
         for backend, ranks, seen in zip(self.decode, self._fleet.decode, self._seen, strict=True):
             steps = busy = 0.0
@@ -242,13 +242,13 @@ class Gateway:
 
 
 def _name(lease: Lease) -> str:
-    """What the index calls where a lease is for."""
+    """The prefix index's name for the engine or rank of a lease."""
     backend = lease.backend
     return backend.url if lease.rank is None else backend.rank_names[lease.rank]
 
 
 def _computed(lease: Lease, believed: int) -> None:
-    """A rank need not prefill a prompt any more."""
+    """Note that a rank no longer has to prefill a prompt."""
     if lease.rank is not None:
         lease.backend.rank_work[lease.rank] -= believed
 

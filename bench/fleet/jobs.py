@@ -1,4 +1,4 @@
-"""What clients ask for, and what becomes of it in one run."""
+"""The requests of clients, and their course in one run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Request:
 
     Attributes:
         time: seconds after the start of the run; a later turn of a session has that of the first one.
-        output: tokens that the engine will write; nobody but the oracle knows.
-        max_tokens: what the client allows, or None.
+        output: tokens that the engine will generate; only the oracle knows this.
+        max_tokens: the client's limit, or None.
         ttft, tpot: its SLO in seconds.
-        session: what the client calls its conversation; empty where it does not say.
+        session: the client's name of the conversation; empty where it sends none.
         adapter: LoRA adapter, or empty.
         follow: the next turn, sent `pause` seconds after this one has ended.
     """
@@ -44,7 +44,7 @@ class Job:
         began: when the prompt's computation began; prefilled: when it was done; pulled: when decode had its KV cache.
         first, ended: when the client had its first and its last token.
         left: prompt tokens to compute.
-        generated: tokens written so far.
+        generated: tokens generated so far.
         preempted: how often decode has put it back into its queue.
         notes: what the router keeps about it.
     """
@@ -83,5 +83,5 @@ class Job:
 
     @property
     def good(self) -> bool:
-        """Whether it is inside its SLO."""
+        """Whether it met its SLO."""
         return self.ttft <= self.request.ttft and self.tpot <= self.request.tpot

@@ -1,4 +1,4 @@
-"""What is simulated: fleets and their traffic, each with its seeds."""
+"""The simulated fleets and their traffic, each with its seeds."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from bench.fleet.traffic import Trace
 TUNING = (1, 2)
 """Seeds that thresholds may be tuned on."""
 HELD_OUT = (101, 102)
-"""Seeds that nothing was tuned on: the figures of bench/FLEET.md are theirs."""
+"""Seeds that nothing was tuned on; bench/FLEET.md shows their figures."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Something that happens to an engine.
+    """A change of an engine.
 
     Attributes:
-        what: `slow` (from now on it takes `value` times longer), `restart` (it loses what it has, and is away for
-            `value` seconds) or `join` (it is not there before).
+        what: `slow` (from now on it takes `value` times longer), `restart` (it loses its cache and its jobs, and is
+            away for `value` seconds) or `join` (it is absent before).
     """
 
     time: float
@@ -35,14 +35,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Kind:
-    """A fleet and what comes to it.
+    """A fleet and its traffic.
 
     Attributes:
         trace: makes the requests.
         prefill, decode: an entry for each engine.
         prefill_factors, decode_factors: how many times longer than its model each takes at first.
         ranks: data-parallel ranks of each engine.
-        changes: what happens to engines.
+        changes: changes of engines during the run.
     """
 
     name: str
@@ -173,9 +173,9 @@ ALL = (
 )
 BY_NAME = {kind.name: kind for kind in ALL}
 QUICK = ("tutorial", "mixed", "tenants", "unlike")
-"""The kinds of a first look."""
+"""The kinds that `--quick` runs."""
 
 
 def trace(kind: Kind, seed: int) -> Trace:
     """A kind's requests; the same for the same seed."""
-    return kind.trace(Random(f"{kind.name} {seed}"))  # the hash of a string as seed is stable: `Random` takes SHA-512
+    return kind.trace(Random(f"{kind.name} {seed}"))  # a string as seed is stable: `Random` uses its SHA-512

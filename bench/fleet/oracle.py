@@ -1,7 +1,7 @@
 """A router that sees what no gateway can: exact caches, queues, present speeds and the length of answers.
 
-It is greedy, so it is no upper bound: a rule that leaves an engine free for what comes later may beat it. It is run in
-a few variants, and the best of them for each trace is called the oracle.
+It is greedy, so it is no upper bound: a rule that leaves an engine free for later requests may be better. It is run in
+a few variants; the best of them for each trace is called the oracle.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Variant:
     """How the oracle decides.
 
     Attributes:
-        local: decode may compute prompts, where nobody's TPOT is endangered by it.
-        pack: prompts that take longer than so many seconds go behind each other.
-        weight: how much a prompt's own work counts above its time: work done twice costs everybody.
+        local: whether decode may compute prompts, where this endangers no sequence's TPOT.
+        pack: prompts that take longer than this many seconds are queued behind each other.
+        weight: how much a prompt's own work counts above its time, since work that is done twice delays all requests.
         margin: share of the TTFT target by which decode has to be sooner.
     """
 
@@ -42,8 +42,8 @@ VARIANTS = {
     "frugal, spilling": Variant(weight=1.0, margin=0.25),
     "remote": Variant(local=False),
 }
-_MARGIN = 0.95  # of the TPOT target that a sequence may be brought to by another's prompt
-_SHORTLIST = 4  # decode engines that are looked at for a local prefill
+_MARGIN = 0.95  # share of the TPOT target that a sequence may reach because of another's prompt
+_SHORTLIST = 4  # decode engines that are considered for a local prefill
 
 
 class _Place(NamedTuple):
@@ -67,15 +67,16 @@ class Oracle:
         self._clock = fleet.clock
         self._prefill: list[list[PrefillEngine]] = fleet.prefill
         self._decode: list[list[DecodeEngine]] = fleet.decode
-        # What each engine's cache will be when it begins the last prompt that it has been given, and when it ends it.
+        # What each engine's cache will be when it begins the last prompt that it was sent, and when it ends it.
         self._caches = [[BlockCache(rank.model.capacity) for rank in engine] for engine in fleet.prefill]
         self._until = [[0.0 for _ in engine] for engine in fleet.prefill]
-        # Sequences and tokens that are on their way to a decode engine; and what all it has will be in the end.
+        # Sequences and tokens on their way to a decode engine, and the final size of all its sequences.
         self._coming = [[[0, 0] for _ in engine] for engine in fleet.decode]
         self._final = [[0 for _ in engine] for engine in fleet.decode]
 
     def place(self, job: Job) -> None:
-        """Where it is expected to be done first; decode where a step will be shortest."""
+        """Choose the prefill rank that is expected to be done first, and the decode engine whose step will be
+        shortest."""
         request = job.request
         prompt, tokens = request.prompt, request.prompt.tokens
         steps = sorted(
@@ -178,7 +179,7 @@ class Oracle:
         return best
 
     def _harmless(self, decode: DecodeEngine, seconds: float, now: float) -> bool:
-        """Whether all sequences stay inside their TPOT when each waits so many seconds more."""
+        """Whether all sequences stay inside their TPOT when each waits this many seconds more."""
         step, behind = decode.factor * decode.model.step(decode.sequences + 1, decode.kv), decode.ahead() + seconds
         for job in decode.active:
             request = job.request

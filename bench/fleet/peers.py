@@ -1,8 +1,8 @@
-"""Other gateways' rules, put in our own words, with their defaults as thresholds.
+"""Other gateways' rules, written anew, with their defaults as thresholds.
 
-Read in the source of vllm-project/router (cache_aware.rs, kv_aware.rs, consistent_hash.rs, power_of_two.rs) and of
-lightseekorg/smg (cache_aware, least_load.rs). Where a rule leaves something open, the reading that is better for it is
-taken: loads are exact, trees are never too large, KV events arrive at once.
+The sources are vllm-project/router (cache_aware.rs, kv_aware.rs, consistent_hash.rs, power_of_two.rs) and
+lightseekorg/smg (cache_aware, least_load.rs). Where a rule leaves something open, the reading that favours it is taken:
+loads are exact, trees are never too large, KV events arrive at once.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from bench.fleet.fleet import Fleet
 from bench.fleet.jobs import Job
 
 CACHE_THRESHOLD = 0.3
-"""Share of a prompt that has to match, below which load decides."""
+"""Share of a prompt that has to match; below it, load decides."""
 ABSOLUTE, RELATIVE = 64, 1.5
-"""Requests by which, and how many times over which, the busiest engine exceeds the idlest one when load decides."""
+"""Load decides when the busiest engine exceeds the idlest one by this number of requests and by this factor."""
 SPECULATIVE = 2.0
-"""Seconds for which kv_aware believes what it has sent and not yet heard of."""
-_POINTS = 160  # of each engine on the hash ring
+"""Seconds for which kv_aware counts the prompts that it has sent as cached before a KV event says so."""
+_POINTS = 160  # points of each engine on the hash ring
 
 
 class Pool:
-    """One role's engines as a peer counts them."""
+    """One role's engines with their load, as a peer counts it."""
 
     def __init__(self, count: int) -> None:
         self.load = [0] * count
         self.up = [True] * count
 
     def indices(self) -> list[int]:
-        """Those that take requests."""
+        """Engines that accept requests."""
         return [index for index, up in enumerate(self.up) if up]
 
     def least(self) -> int:
-        """The one with the fewest requests; the first of equals."""
+        """The engine with the fewest requests; the first of equals."""
         return min(self.indices(), key=self.load.__getitem__)
 
 
@@ -45,13 +45,13 @@ Rule = Callable[[Job], int]
 
 
 class Tree:
-    """A prefix tree of texts, by blocks: who was sent a block last."""
+    """A prefix tree of texts, by blocks: the engine to which each block was sent last."""
 
     def __init__(self) -> None:
         self._owners: dict[int, int] = {}
 
     def match(self, said: Sequence[int]) -> tuple[int, int]:
-        """How many blocks match, and whose the last of them is; -1 without a match."""
+        """How many blocks match, and the engine of the last of them; -1 without a match."""
         owners, low, high = self._owners, 0, len(said)
         while low < high:
             middle = (low + high + 1) // 2
@@ -62,16 +62,16 @@ class Tree:
         return low, owners[said[low - 1]] if low else -1
 
     def enter(self, said: Sequence[int], engine: int) -> None:
-        """Note that a text went to an engine."""
+        """Note that a text was sent to an engine."""
         self._owners.update(dict.fromkeys(said, engine))
 
     def forget(self, engine: int) -> None:
-        """Drop all of an engine's."""
+        """Remove all blocks of an engine."""
         self._owners = {block: owner for block, owner in self._owners.items() if owner != engine}
 
 
 class Peer:
-    """A router made of a rule for each pool.
+    """A router with a rule for each pool.
 
     Arguments:
         prefill, decode: `cache_aware`, `kv_aware`, `consistent_hash`, `least_load`, `random` or `round_robin`.
@@ -135,7 +135,7 @@ class Peer:
 
     @staticmethod
     def _cache_aware(pool: Pool, tree: Tree, said: Sequence[int]) -> int:
-        """The one that was sent most of this prompt, unless too little of it matches or loads are too far apart."""
+        """The engine that was sent most of this prompt, unless too little of it matches or loads differ too much."""
         loads = [pool.load[index] for index in pool.indices()]
         most, least = max(loads), min(loads)
         matched, owner = tree.match(said)
@@ -149,7 +149,7 @@ class Peer:
         return chosen
 
     def _kv_aware(self, pool: Pool, job: Job) -> int:
-        """The one that holds most of the prompt, whatever its load; of equals the idlest."""
+        """The engine that holds most of the prompt, whatever its load; of equals the idlest."""
         prompt, now, engines = job.request.prompt, self._fleet.clock.now, self._fleet.prefill
         sent, believed = self._sent, [0] * len(engines)
         for place in range(len(prompt.blocks), 0, -1):
@@ -166,7 +166,7 @@ class Peer:
 
 
 def _idlest(ranks: Sequence[object]) -> int:
-    """The rank that the engine itself would take: the one with the least to do."""
+    """The rank that the engine itself would choose: the one with the least work."""
     if len(ranks) == 1:
         return 0
     return min(range(len(ranks)), key=lambda rank: ranks[rank].waiting_work)  # type: ignore[attr-defined]
@@ -177,7 +177,7 @@ def _ring(count: int) -> list[tuple[int, int]]:
 
 
 def _of_ring(ring: list[tuple[int, int]], key: bytes, pool: Pool) -> int:
-    """The engine at or behind a key on the ring, that is up."""
+    """The first engine that is up, at or after a key on the ring."""
     place = bisect(ring, (_digest(key), 0))
     for step in range(len(ring)):
         engine = ring[(place + step) % len(ring)][1]

@@ -13,7 +13,7 @@ from bench.fleet.jobs import Job
 
 @dataclass(frozen=True)
 class PrefillModel:
-    """How an engine computes prompts.
+    """The speed and capacity of a prefill engine.
 
     Attributes:
         rate: tokens/s without attention's share.
@@ -33,7 +33,7 @@ class PrefillModel:
     adapter_load: float = 0.1
 
     def seconds(self, start: int, count: int) -> float:
-        """What it takes to compute `count` tokens behind `start` others, without the steps' overhead."""
+        """Seconds to compute `count` tokens behind `start` others, without the steps' overhead."""
         return count / self.rate + self.attention * count * (start + 0.5 * count)
 
 
@@ -42,7 +42,7 @@ class PrefillEngine:
 
     Attributes:
         factor: how many times longer than its model it takes at present.
-        up: it takes requests.
+        up: whether it accepts requests.
         computed: prompt tokens computed so far; hit: found in its cache.
     """
 
@@ -64,7 +64,7 @@ class PrefillEngine:
         self._clock = clock
         self._done = done
         self._queue: deque[Job] = deque()
-        self._step: list[Job] | None = None  # jobs that end with the step that runs; None while idle
+        self._step: list[Job] | None = None  # jobs that end with the running step; None while idle
         self._step_ends = 0.0
         self._life = 0
         self._adapters: OrderedDict[str, None] = OrderedDict()
@@ -78,11 +78,11 @@ class PrefillEngine:
 
     @property
     def waiting_work(self) -> float:
-        """What an engine goes by that spreads requests over its ranks itself: how many each has."""
+        """The measure by which an engine spreads requests over its ranks: how many each has."""
         return len(self._queue) + (self._step is not None)
 
     def ahead(self) -> float:
-        """Seconds until a prompt that came now would begin. For the oracle: no gateway can see it."""
+        """Seconds until a prompt that came now would begin. For the oracle only: no gateway can see it."""
         seconds = 0.0
         model = self.model
         for job in self._queue:
@@ -97,7 +97,7 @@ class PrefillEngine:
         return seconds
 
     def restart(self) -> list[Job]:
-        """Lose the cache and whatever is under way; returns the jobs."""
+        """Lose the cache and all jobs; returns the jobs."""
         self._life += 1
         lost = [*(self._step or ()), *self._queue]
         self._queue.clear()
@@ -107,7 +107,7 @@ class PrefillEngine:
         return lost
 
     def _start(self) -> None:
-        """Begin a step with what is at the head of the queue."""
+        """Begin a step with the prompts at the head of the queue."""
         queue, model, budget = self._queue, self.model, self.model.chunk
         seconds, done = model.overhead, []
         while queue and budget:
@@ -128,9 +128,9 @@ class PrefillEngine:
         self._clock.at(self._step_ends, self._end, self._life)
 
     def _begin(self, job: Job) -> float:
-        """Look a prompt up in the cache, and hold its blocks from now on; returns seconds for its adapter."""
+        """Look a prompt up in the cache, and hold its blocks from now on; returns the seconds to load its adapter."""
         prompt, cache = job.request.prompt, self.cache
-        # The last token is always computed: its logits are wanted.
+        # The last token is always computed: its logits are needed.
         job.cached = job.position = min(cache.matched(prompt.blocks), prompt.tokens - 1)
         job.left = prompt.tokens - job.position
         job.began = self._clock.now

@@ -1,8 +1,8 @@
-"""Prompts without text: what is shared between them, their tokens and their bytes.
+"""Prompts without text: their shared beginnings, their tokens and their bytes.
 
-A prompt is a row of parts. A part is the beginning of an endless text, its *stem*: two prompts that begin with the same
-stems share what both have of them. Hashes of blocks follow from the stems before a block and from its place, so that no
-text is ever made: a chain of blocks is a few ranges of integers.
+A prompt is a row of parts. A part is the beginning of an endless text, its *stem*. Two prompts that begin with the same
+stems share the part of these texts that both have. Hashes of blocks follow from the stems before a block and from its
+place, so no text is ever made: a chain of blocks is a few ranges of integers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pd_proxy.prefix.chain import Chain
 from bench.fleet.blocks import BLOCK
 
 ESTIMATE = 4
-"""Bytes that the gateway takes for a token, where it knows no better."""
+"""Bytes that the gateway assumes for a token before it has learnt better."""
 _MASK = (1 << 62) - 1
 
 
@@ -34,14 +34,14 @@ class Part(NamedTuple):
 
 
 class Prompt:
-    """A prompt as engines and as the gateway see it.
+    """A prompt as engines and the gateway see it.
 
     Attributes:
-        tokens: how many an engine makes of it.
+        tokens: the number of tokens that an engine makes of it.
         size: bytes of its text.
         blocks: hashes of its whole blocks, as engines chain them.
         chain: hashes of its blocks of bytes, as the gateway chains them (`proxy/pd_proxy/prefix/chain.py`).
-        estimate: tokens that the gateway thinks it has.
+        estimate: the gateway's estimate of its tokens.
     """
 
     __slots__ = ("blocks", "chain", "estimate", "size", "tokens")
@@ -68,7 +68,7 @@ class Prompt:
 
 
 def _mixed(path: int, stem: int, offset: int) -> int:
-    """A number for everything before a part and its stem; spread over 62 bits, so that ranges do not meet."""
+    """A number for a part's stem and everything before it; spread over 62 bits, so that ranges do not overlap."""
     value = (path ^ (stem * 0x9E3779B97F4A7C15) ^ (offset * 0xC2B2AE3D27D4EB4F)) & ((1 << 64) - 1)
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)

@@ -1,4 +1,4 @@
-"""Runs as figures, and figures as tables."""
+"""Turns runs into figures, and figures into tables."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from bench.fleet.kinds import BY_NAME, HELD_OUT, TUNING
 ORACLE = "oracle"
 AUTO = "auto"
 WANTED = 0.97
-"""Of the oracle's goodput, on every kind."""
+"""The share of the oracle's goodput that `auto` has to reach on every kind."""
 POINT = 0.01
-"""By so much another policy's goodput may be above `auto`'s."""
+"""The most by which another policy's goodput may exceed `auto`'s."""
 
 WHY = {
     "tutorial": "factors learnt of like engines differ by a few percent: it shows where each step is near the target",
 }
-"""Known reasons why `auto` is not as good as wanted on a kind."""
+"""Known reasons why `auto` misses its target on a kind."""
 
 
 class Figures(NamedTuple):
     """One policy on one trace. Shares are of all requests; times are in seconds.
 
     Attributes:
-        variant: of the oracle, that was the best one.
+        variant: the best variant of the oracle.
         missed_ttft, missed_tpot: share that missed its target.
         local: share whose prompt decode computed.
         reasons: how many requests were placed for each reason.
@@ -62,13 +62,13 @@ class Summary(NamedTuple):
 
     @property
     def best_other(self) -> str:
-        """The best policy but for these two."""
+        """The best policy except `auto` and the oracle."""
         others = [name for name in self.goodput if name not in (ORACLE, AUTO)]
         return max(others, key=self.goodput.__getitem__)
 
     @property
     def holds(self) -> bool:
-        """Whether `auto` is as good as wanted."""
+        """Whether `auto` meets its target."""
         return self.ratio >= WANTED and self.goodput[AUTO] >= self.goodput[self.best_other] - POINT
 
 
@@ -104,7 +104,7 @@ def goodput_table(summaries: Sequence[Summary]) -> str:
 
 
 def verdict_table(summaries: Sequence[Summary]) -> str:
-    """What is wanted, and whether it is so."""
+    """The targets, and whether they are met."""
     rows = [["kind", "auto", "oracle", "auto/oracle", "best other", "its goodput", "as wanted"]]
     for one in summaries:
         goodput, other = one.goodput, one.best_other

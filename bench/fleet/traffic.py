@@ -10,7 +10,7 @@ from bench.fleet.jobs import Request
 from bench.fleet.prompts import Part, Prompt
 
 TTFT = 2.0
-"""Seconds: the SLO of what a person waits for."""
+"""Seconds: the SLO of requests that a person waits for."""
 TPOT = 0.050
 DOCUMENT_TTFT = 60.0
 
@@ -19,7 +19,7 @@ Stems = Callable[[], int]
 
 
 def stems(rng: Random) -> Stems:
-    """Numbers of texts that nobody has had before."""
+    """Numbers of texts that no request has had before."""
     return lambda: rng.getrandbits(60)
 
 
@@ -29,7 +29,7 @@ def lognormal(rng: Random, median: float, sigma: float, least: int, most: int) -
 
 
 def zipf(rng: Random, count: int, power: float) -> Callable[[], int]:
-    """Draws of 0 to `count` - 1, the first ones more often."""
+    """Draws from 0 to `count` - 1; small numbers are more frequent."""
     weights = [1.0 / (rank + 1) ** power for rank in range(count)]
     bounds, total = [], 0.0
     for weight in weights:
@@ -49,7 +49,7 @@ def arrivals(rng: Random, rate: float, count: int, start: float = 0.0) -> list[f
 
 
 def limit(rng: Random, output: int) -> int | None:
-    """`max_tokens` as clients set it: half of them do not, the others leave room."""
+    """`max_tokens` as clients set it: half of them do not, the others set more than they need."""
     return None if rng.random() < 0.5 else max(output, rng.choice((256, 512, 1024, 2048, 4096)))
 
 
@@ -81,7 +81,7 @@ def documents(rng: Random, times: list[float], *, length: int = 100_000) -> Trac
 
 
 def mixed(rng: Random, count: int, rate: float, every: float) -> Trace:
-    """Chat, and a document every so many seconds."""
+    """Chat, and a document at intervals."""
     talk = chat(rng, arrivals(rng, rate, count))
     end = talk[-1].time
     long = documents(rng, [time for time in arrivals(rng, 1 / every, int(2 * end / every)) if time < end])
@@ -101,7 +101,7 @@ def tenants(
     ratio: Callable[[], float] = lambda: 4.0,
     adapters: int = 0,
 ) -> Trace:
-    """System prompts of which each request has one, and a question of its own.
+    """System prompts, of which each request has one, with a question of its own.
 
     Arguments:
         prompts, length, power: how many system prompts, of how many tokens, drawn by Zipf's law with this exponent.
@@ -135,12 +135,12 @@ def agents(
     pause: float = 4.0,
     ratio: Callable[[], float] = lambda: 4.0,
 ) -> Trace:
-    """Sessions: a tool prompt, then turns of which each begins with all before it.
+    """Sessions: a tool prompt, then turns, each of which begins with everything before it.
 
     Arguments:
-        count: requests in all, about.
+        count: requests in total, approximately.
         rate: sessions that begin in a second.
-        tools, tool_tokens: different tool prompts, and their length.
+        tools, tool_tokens: number of different tool prompts, and their length.
         pause: mean seconds between an answer and the next turn.
     """
     new, found, made, now = stems(rng), [], 0, 0.0
@@ -168,11 +168,11 @@ def agents(
 
 
 def bursts(rng: Random, count: int, rate: float, *, times: float, every: float, lasting: float) -> Trace:
-    """Chat of which more comes for a while, again and again.
+    """Chat with bursts at regular intervals.
 
     Arguments:
-        rate: requests/s between bursts; in one, `times` as many.
-        every, lasting: seconds from a burst to the next one, and of one.
+        rate: requests/s between bursts; in a burst, `times` as many.
+        every, lasting: seconds from a burst to the next one, and of one burst.
     """
     moments: list[float] = []
     now = 0.0
@@ -184,7 +184,7 @@ def bursts(rng: Random, count: int, rate: float, *, times: float, every: float, 
 
 
 def hot(rng: Random, count: int, rate: float, *, share: float, length: int) -> Trace:
-    """A prefix that more requests have than one engine can serve, and others without it."""
+    """Requests with one prefix, more than one engine can serve, and requests without it."""
     new, found = stems(rng), []
     stem = new()
     for time in arrivals(rng, rate, count):
@@ -197,7 +197,7 @@ def hot(rng: Random, count: int, rate: float, *, share: float, length: int) -> T
 
 
 def pressure(rng: Random, count: int, rate: float) -> Trace:
-    """Answers of very different length, so that KV caches fill in ways that nobody can foresee."""
+    """Answers of very different length, so that KV caches fill unpredictably."""
     new, found = stems(rng), []
     for time in arrivals(rng, rate, count):
         long = rng.random() < 0.25
@@ -208,5 +208,5 @@ def pressure(rng: Random, count: int, rate: float) -> Trace:
 
 
 def languages(rng: Random) -> Callable[[], float]:
-    """Bytes of a token: code, Chinese, English, JSON."""
+    """Texts with different numbers of bytes in a token: code, Chinese, English, JSON."""
     return lambda: rng.choice((2.5, 3.0, 4.5, 6.0))
