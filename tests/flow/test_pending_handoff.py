@@ -61,6 +61,17 @@ def test_what_the_table_does_not_have_raises(use: HandoffUse, following: Handoff
         handoff._becomes(following)
 
 
+def test_a_refusal_that_frees_the_blocks_settles_it_at_once_and_no_other_engine_gets_it() -> None:
+    fleet, backend, handoff = pending()
+    fleet.remove("http://prefill", "prefill")
+    backend.attention.clear()
+    handoff.sent()
+    handoff.leg_failed(REFUSED, refusal_frees=True)
+    assert handoff.use is HandoffUse.SETTLED
+    assert backend.attention.is_set(), "the backend need not stay for blocks that are free"
+    assert not REFUSED.unread, "only what was not read goes to another decode engine"
+
+
 def test_settled_is_the_end() -> None:
     for use, following in TRANSITIONS.items():
         assert HandoffUse.SETTLED in following
