@@ -18,6 +18,7 @@ class Job:
     """A request whose tries end as they are told: with an error, with an answer (True), or with none (False)."""
 
     cuts = None
+    failed_pool: Any = "decode"
     size = 0
 
     def __init__(self, *ends: BackendError | bool, waits: bool = True, repeatable: bool = True) -> None:
@@ -42,9 +43,6 @@ class Job:
     async def resume(self, error: BackendError) -> bool:
         self.answering = False
         return False
-
-    def retried_pool(self) -> Any:
-        return "decode"
 
     def hold(self, permit: Any) -> None:
         self.permits.append(permit)

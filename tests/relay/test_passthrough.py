@@ -34,7 +34,7 @@ class FakeConnection:
 def passing(**limits: Any) -> tuple[Passthrough, RecordingClient, FakeConnection]:
     client, connection = RecordingClient(), FakeConnection()
     kept = {"limit": 1000, "first": NEVER, "idle": NEVER, **limits}
-    made = Passthrough("http://engine", client, lambda: [(b"x-a", b"b")], **kept)
+    made = Passthrough("http://engine", client, lambda: client.start(200, [(b"x-a", b"b")]), **kept)
     made.connection = connection  # type: ignore[assignment]
     return made, client, connection
 

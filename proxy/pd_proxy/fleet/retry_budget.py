@@ -58,7 +58,7 @@ class Budgets:
 
     def take(self, role: Role) -> Permit | None:
         """Leave for one retry on a pool; None when `retries.share` of its live requests, or `retries.floor`, are
-        retries already. To be held until the retry has given its first token, or failed."""
+        retries already. Held until the retry begins to answer, or has failed."""
         if self.in_progress[role] + 1 <= self.limit(role):
             return Permit(self, role)
         self.refusals[role] += 1

@@ -262,10 +262,9 @@ class _Tries:
     async def resume(self, error: BackendError) -> bool:
         return await self._flow.resume(self._request, error)
 
-    def retried_pool(self) -> Role:
-        leg = self._request.failed[0]
-        answers: Role = "mixed" if self._request.record.decode_pool == "mixed" else "decode"
-        return "prefill" if leg == "prefill" else "encode" if leg == "encode" else answers
+    @property
+    def failed_pool(self) -> Role:
+        return self._request.failed_pool
 
     def hold(self, permit: Permit) -> None:
         self._request.permit = permit

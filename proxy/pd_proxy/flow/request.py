@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from pd_proxy.errors import BackendError
+from pd_proxy.fleet.backend import Role
 from pd_proxy.fleet.retry_budget import Permit
 from pd_proxy.flow.stored_responses import StoredResponses
 from pd_proxy.flow.suspicion import Cuts
@@ -56,6 +57,7 @@ class Request(msgspec.Struct):
         gained: tokens that the present try's decode leg has given.
         hops: the gateways that it has come through (`hops.py`); empty where it came from a client.
         failed: the leg that failed last and the reason, for `note_retry`.
+        failed_pool: the pool of the backend that failed last.
         prefill_tokens: what the prefill leg puts on its backend.
         decode_tokens: what the decode leg puts on its backend: the prompt's KV cache and the output to come.
         session: names the session that it belongs to; empty where that is not known.
@@ -86,6 +88,7 @@ class Request(msgspec.Struct):
     gained: int = 0
     hops: bytes = b""
     failed: tuple[str, str] = ("", "")
+    failed_pool: Role = "decode"
     prefill_tokens: int = 0
     decode_tokens: int = 0
     media: tuple[Medium, ...] | None = None

@@ -1,8 +1,11 @@
 """The loop of tries, for every kind of route: try, and try again elsewhere while that is allowed.
 
-A try that failed is followed by another while its error is retryable, `retries.attempts` are left, the retry budget of
-its pool has a permit, and the request has not ended so many engines that no other is to get it (`suspicion.py`). What a
-try is, and what happens when one fails that had begun to answer, is the `Job`'s.
+A try that failed is followed by another while its error is retryable, `retries.attempts` are left, the retry budget has
+a permit, and the request has not ended so many engines that no other is to get it (`suspicion.py`). What a try is, and
+what happens when one fails that had begun to answer, is the `Job`'s.
+
+The permit comes from the budget of the pool whose backend failed, since its engines are the ones that may be
+overloaded; it is taken before the next try is placed, and given back when that try begins to answer or has failed.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ class Job(Protocol):
         cuts: the engines that may have died with the request, where there are any.
         size: bytes of its body.
         answering: the present try has given the client something.
+        failed_pool: the pool of the backend that failed in the last try.
         repeatable: it could be sent once more.
         waits_for_permit: where the retry budget is used up it waits, and each wait counts as a try; else it ends.
     """
@@ -44,6 +48,8 @@ class Job(Protocol):
     def size(self) -> int: ...
     @property
     def answering(self) -> bool: ...
+    @property
+    def failed_pool(self) -> Role: ...
     @property
     def repeatable(self) -> bool: ...
     @property
@@ -68,11 +74,8 @@ class Job(Protocol):
             GatewayError: it cannot be continued.
         """
 
-    def retried_pool(self) -> Role:
-        """The pool whose budget the next try takes a permit of."""
-
     def hold(self, permit: Permit) -> None:
-        """Keep the permit of the next try while that runs."""
+        """Keep the permit of the next try until that begins to answer or fails."""
 
     def note_retry(self, error: BackendError) -> None:
         """Another try follows."""
@@ -150,8 +153,7 @@ class Retries:
         """
         if not amplifies(error):
             return tries
-        pool = job.retried_pool()
-        while (permit := self._fleet.budgets.take(pool)) is None:
+        while (permit := self._fleet.budgets.take(job.failed_pool)) is None:
             tries += 1
             if tries >= self.attempts or not job.waits_for_permit:
                 raise error

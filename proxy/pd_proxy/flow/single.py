@@ -33,12 +33,11 @@ from pd_proxy.fleet.retry_budget import Permit
 from pd_proxy.flow.attempt import answering_leg
 from pd_proxy.flow.hops import Hops
 from pd_proxy.flow.legs import Legs
-from pd_proxy.flow.request import EVENT_STREAM, leg_id
+from pd_proxy.flow.request import leg_id
 from pd_proxy.flow.retry import Job, Retries, backoff
 from pd_proxy.flow.single_request import SingleRequest, Source
 from pd_proxy.flow.suspicion import Cuts, Suspicion
 from pd_proxy.http.deadlines import Deadlines
-from pd_proxy.http.response import Headers
 from pd_proxy.http.upload import Upload
 from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.decide import choose
@@ -154,13 +153,11 @@ class Single:
         Raises:
             BackendError: it failed.
         """
-        record, body = request.record, request.body
+        body = request.body
 
-        def begin() -> Headers:
+        def begin() -> None:
             lease.on_lost = None  # from here on the stream itself knows best whether it is alive
-            record.status = 200
-            record.reach(Stage.STREAMING)
-            return [_request_id(record), *EVENT_STREAM]
+            request.begin_stream()
 
         passthrough = Passthrough(
             backend.url,
@@ -214,7 +211,7 @@ class Single:
                 record.tokens = counted.completion_tokens or 0
                 record.cached_tokens = counted.cached_tokens
             record.status = 200
-            request.client.respond(200, [_request_id(record), *passthrough.passed_headers()], answer)
+            request.client.respond(200, request.headers(*passthrough.passed_headers()), answer)
 
     async def _send_on(
         self, request: SingleRequest, source: Source, backend: Backend, upload: Upload, passthrough: Passthrough
@@ -332,7 +329,8 @@ class _Tries:
         await self._single.spare_engines(self, error)
         raise error
 
-    def retried_pool(self) -> Role:
+    @property
+    def failed_pool(self) -> Role:
         assert self._request.backend is not None
         return self._request.backend.role
 
@@ -347,10 +345,6 @@ class _Tries:
         return error
 
     def killed(self, error: BackendsKilled) -> None: ...
-
-
-def _request_id(record: RequestRecord) -> tuple[bytes, bytes]:
-    return b"x-request-id", record.request_id.encode("ascii")
 
 
 def _lacks_route(status: int, body: bytes) -> bool:

@@ -10,9 +10,10 @@ import msgspec
 from pd_proxy.errors import BackendError
 from pd_proxy.fleet.backend import Backend, Role
 from pd_proxy.fleet.retry_budget import Permit
+from pd_proxy.flow.request import EVENT_STREAM
 from pd_proxy.flow.suspicion import Cuts
 from pd_proxy.http.response import ClientResponse
-from pd_proxy.telemetry.records import RequestRecord
+from pd_proxy.telemetry.records import RequestRecord, Stage
 
 # Prompts without a decode phase are prefill's business, where they hold up no stream; so is tokenising, which prefill's
 # API servers do all day, while those of decode have every token of every stream to write.
@@ -130,6 +131,17 @@ class SingleRequest(msgspec.Struct):
     def again(self) -> bool:
         """Whether it could be sent once more."""
         return isinstance(self.body, bytes) or self.body.kept is not None
+
+    def begin_stream(self) -> None:
+        """The present try has events for the client: start the answer's stream."""
+        self.give_permit_back()
+        self.record.status = 200
+        self.record.reach(Stage.STREAMING)
+        self.client.start(200, self.headers(*EVENT_STREAM))
+
+    def headers(self, *more: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+        """The head of the answer to the client."""
+        return [(b"x-request-id", self.record.request_id.encode("ascii")), *more]
 
     def give_permit_back(self) -> None:
         if self.permit is not None:

@@ -260,6 +260,7 @@ class RequestSteps:
         request.avoid.add(backend.url)
         request.cuts = self._suspicion.noted(request.cuts, leg, backend, error, request.gained)
         request.failed = (leg, error.reason)
+        request.failed_pool = backend.role
         request.record.error = str(error)
         if isinstance(error, BackendLacksModel) and request.body.model is not None:
             self._fleet.has_lost(backend, request.body.model)

@@ -22,7 +22,7 @@ from pd_proxy.encoding import ABSENT
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut
 from pd_proxy.http.connection import Connection
 from pd_proxy.http.deadlines import Deadlines
-from pd_proxy.http.response import ClientResponse, Headers
+from pd_proxy.http.response import ClientResponse
 
 EVENTS = b"text/event-stream"
 _JSON = b"application/json"
@@ -59,7 +59,7 @@ class Passthrough:
 
     Arguments:
         url: the backend, for messages.
-        begin: called when a stream of events is about to be sent; returns its headers.
+        begin: starts the client's stream; called before its first event.
         limit: bytes of an answer that does not come in events.
         first: time limit from `sent` to the answer's first byte.
         idle: time limit between two reads of events; for other answers, from the head to the end.
@@ -73,7 +73,7 @@ class Passthrough:
         self,
         url: str,
         client: ClientResponse,
-        begin: Callable[[], Headers],
+        begin: Callable[[], object],
         *,
         limit: int,
         first: Deadlines,
@@ -247,7 +247,7 @@ class Passthrough:
 
     def _write(self, block: bytes) -> None:
         if not self._client.started:
-            self._client.start(200, self._begin())
+            self._begin()
             self._client.flow = self
         self._client.write(block)
 
