@@ -21,7 +21,7 @@ Start = Callable[..., Awaitable[Simulator]]
 
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
-    """Starts simulators with the options given; ends them all."""
+    """Starts simulators with the given options, and stops them all at the end."""
     running: list[Simulator] = []
 
     async def start(**options: Any) -> Simulator:

@@ -1,4 +1,4 @@
-"""What the simulator's tests share: a plain HTTP client and the two legs by hand."""
+"""What the simulator's tests share: a plain HTTP client, and the two legs sent by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters of the simulated engine, and what it tells of its revision."""
+"""The LoRA adapters of the simulated engine, and what it reports of its version and configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def handed_over(prefill: str, decode: str, model: str, other: str = "") ->
     return await post(decode, "/v1/completions", completion(model=other or model, kv_transfer_params=params))
 
 
-async def test_an_adapter_says_other_things_than_its_model_and_the_same_on_every_engine() -> None:
+async def test_an_adapter_generates_another_text_than_its_model_and_the_same_on_every_engine() -> None:
     async with simulators("mixed", "mixed", adapters=("a", "b")) as [one, two]:
         texts = [await said(one.url, model=model) for model in ("sim", "a", "b")]
         assert len(set(texts)) == 3
@@ -71,7 +71,7 @@ async def test_engines_of_two_versions_or_two_roots_do_not_read_from_each_other(
             assert d.engine.stats.failed_transfers == 1
 
 
-async def test_the_configuration_is_told_in_development_mode_only() -> None:
+async def test_the_configuration_is_shown_in_development_mode_only() -> None:
     async with simulators("mixed", dev_mode=False) as [plain], simulators("mixed") as [told]:
         async with httpx.AsyncClient(trust_env=False, verify=False) as http:
             assert (await http.get(f"{plain.url}/server_info")).status_code == 404

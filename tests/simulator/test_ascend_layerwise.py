@@ -1,4 +1,4 @@
-"""The simulated MooncakeLayerwiseConnector is as unforgiving as the real one."""
+"""The simulated MooncakeLayerwiseConnector fails where the real one fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATH = "/v1/completions"
 
 @asynccontextmanager
 async def metaserver(status: int = 200) -> AsyncIterator[tuple[str, asyncio.Queue[dict[str, Any]]]]:
-    """What is called back: its URL, and what it was told."""
+    """A metaserver: its URL, and the messages that it has received."""
     calls: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -66,7 +66,7 @@ async def test_decode_calls_and_prefill_pushes(layerwise: tuple[Any, Any], start
     await p.wait_for(lambda: p.engine.used_blocks == 0)
 
 
-async def test_another_id_on_prefills_leg_reaches_nobody(layerwise: tuple[Any, Any], client: Client) -> None:
+async def test_a_prefill_leg_with_another_id_reaches_no_decode_leg(layerwise: tuple[Any, Any], client: Client) -> None:
     p, d = layerwise
     async with metaserver() as (url, calls):
         asking = asyncio.ensure_future(client.post(d, PATH, decode_leg(url), **{"x-request-id": ID}))
@@ -76,7 +76,7 @@ async def test_another_id_on_prefills_leg_reaches_nobody(layerwise: tuple[Any, A
         assert (await asking).status_code == 500, "no engine has pushed within the lease"
 
 
-async def test_another_prompt_on_prefills_leg_gives_another_text(
+async def test_a_prefill_leg_with_another_prompt_leads_to_another_text(
     layerwise: tuple[Any, Any], start: Start, client: Client
 ) -> None:
     p, d = layerwise
@@ -88,7 +88,7 @@ async def test_another_prompt_on_prefills_leg_gives_another_text(
         assert (await asking).json()["choices"][0]["text"] != expected
 
 
-async def test_decode_waits_whatever_the_metaserver_says(layerwise: tuple[Any, Any], client: Client) -> None:
+async def test_decode_waits_whatever_the_metaserver_answers(layerwise: tuple[Any, Any], client: Client) -> None:
     _, d = layerwise
     async with metaserver(404) as (url, calls):
         asking = asyncio.ensure_future(client.post(d, PATH, decode_leg(url)))
@@ -99,14 +99,16 @@ async def test_decode_waits_whatever_the_metaserver_says(layerwise: tuple[Any, A
         assert calls.empty(), "an answer is an answer: it does not ask again"
 
 
-async def test_without_a_metaserver_it_waits_in_vain(layerwise: tuple[Any, Any], client: Client) -> None:
+async def test_without_a_metaserver_decode_waits_until_its_lease_ends(
+    layerwise: tuple[Any, Any], client: Client
+) -> None:
     _, d = layerwise
     leg = greedy() | {"kv_transfer_params": {"do_remote_prefill": True}}
     assert (await client.post(d, PATH, leg)).status_code == 500
     assert d.engine.side.calls == []
 
 
-async def test_prefill_dies_of_a_leg_that_does_not_say_what_decode_has_cached(
+async def test_a_leg_without_the_number_of_decodes_cached_tokens_kills_prefill(
     layerwise: tuple[Any, Any], client: Client
 ) -> None:
     p, _ = layerwise
@@ -115,7 +117,7 @@ async def test_prefill_dies_of_a_leg_that_does_not_say_what_decode_has_cached(
     assert p.engine.dead
 
 
-async def test_prefill_without_the_way_to_decode_answers_and_pushes_nothing(
+async def test_prefill_without_decodes_address_answers_and_pushes_nothing(
     layerwise: tuple[Any, Any], client: Client
 ) -> None:
     p, d = layerwise

@@ -11,7 +11,7 @@ def test_a_pool_gives_out_all_but_the_null_block() -> None:
     assert (pool.used, pool.free) == (0, 4)
 
 
-def test_a_freed_block_can_be_hit_until_it_is_given_to_someone_else() -> None:
+def test_a_freed_block_can_be_hit_until_it_is_given_to_another_request() -> None:
     pool = BlockPool(3, caching=True)
     taken = pool.take([], 1)
     assert taken is not None
@@ -22,7 +22,7 @@ def test_a_freed_block_can_be_hit_until_it_is_given_to_someone_else() -> None:
     assert pool.match([99]) == []
 
 
-def test_hits_that_are_free_count_against_what_is_left() -> None:
+def test_hits_on_free_blocks_reduce_the_number_of_free_blocks() -> None:
     pool = BlockPool(3, caching=True)
     taken = pool.take([], 1)
     assert taken is not None

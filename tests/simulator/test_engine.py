@@ -45,7 +45,7 @@ async def test_requests_wait_for_blocks(start: Start, client: Client) -> None:
     assert sim.engine.used_blocks == 0
 
 
-async def test_a_preempted_sequence_says_the_same_in_the_end(start: Start, client: Client, mixed: Simulator) -> None:
+async def test_a_preempted_sequence_generates_the_same_text(start: Start, client: Client, mixed: Simulator) -> None:
     sim = await start(blocks=16)
     prompts = [[97 + number] * 40 for number in range(4)]
     texts = await asyncio.gather(*(client.text(sim, prompt=prompt, max_tokens=100) for prompt in prompts))
@@ -123,11 +123,11 @@ async def test_the_prefix_cache_keeps_cache_salts_apart(mixed: Simulator, client
     assert cached[0] == cached[2] == 0 < cached[1]
 
 
-async def test_other_weights_say_other_things(start: Start, mixed: Simulator, client: Client) -> None:
+async def test_other_weights_generate_another_text(start: Start, mixed: Simulator, client: Client) -> None:
     assert await client.text(await start(weights=1)) != await client.text(mixed)
 
 
-def test_a_config_refuses_what_no_engine_can_run_with() -> None:
+def test_a_configuration_with_which_no_engine_can_run_is_refused() -> None:
     with pytest.raises(ValueError, match="block_size must be at least 1"):
         SimulatorConfig(block_size=0)
     with pytest.raises(ValueError, match="lease must be positive"):

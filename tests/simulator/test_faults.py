@@ -12,7 +12,7 @@ from .conftest import Start
 from .helpers import PREFILL, Client, chat, greedy
 
 
-async def test_a_status_is_answered_so_many_times(mixed: Simulator, client: Client) -> None:
+async def test_a_status_fault_hits_as_many_requests_as_its_count(mixed: Simulator, client: Client) -> None:
     fault = mixed.faults.add("status", status=503, count=2, retry_after=3)
     answers = [await client.post(mixed, "/v1/completions", greedy()) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [503, 503, 200]
@@ -26,13 +26,13 @@ async def test_a_status_is_answered_as_often_as_its_probability_says(mixed: Simu
     assert statuses == {200, 429}
 
 
-async def test_a_fault_can_be_one_legs(mixed: Simulator, client: Client) -> None:
+async def test_a_fault_can_be_limited_to_one_leg(mixed: Simulator, client: Client) -> None:
     mixed.faults.add("status", leg="prefill")
     assert (await client.post(mixed, "/v1/completions", greedy())).status_code == 200
     assert (await client.post(mixed, "/v1/completions", greedy(kv_transfer_params=PREFILL))).status_code == 500
 
 
-async def test_refused_connections_come_back(mixed: Simulator, client: Client) -> None:
+async def test_a_fault_that_refuses_connections_can_be_removed(mixed: Simulator, client: Client) -> None:
     await client.text(mixed)
     fault = mixed.faults.add("refuse")
     with pytest.raises(httpx.TransportError):
@@ -111,7 +111,9 @@ async def test_the_first_byte_can_be_late(mixed: Simulator, client: Client) -> N
 
 
 @pytest.mark.parametrize("ending", ["reset", "close", "truncated", "garbage", "kill"])
-async def test_a_stream_dies_after_so_many_tokens(mixed: Simulator, client: Client, ending: str) -> None:
+async def test_a_stream_breaks_off_after_the_given_number_of_tokens(
+    mixed: Simulator, client: Client, ending: str
+) -> None:
     mixed.faults.add("die_mid_stream", after_tokens=5, count=1, ending=ending)
     seen = []
     with pytest.raises(httpx.TransportError):
@@ -158,7 +160,7 @@ async def test_a_stream_can_die_before_its_first_token_and_after_its_last(
 
 
 @pytest.mark.parametrize("after", [3, -1])
-async def test_an_answer_in_one_piece_dies_too(mixed: Simulator, client: Client, after: int) -> None:
+async def test_an_answer_in_one_piece_can_break_off(mixed: Simulator, client: Client, after: int) -> None:
     mixed.faults.add("die_mid_stream", after_tokens=after, count=1)
     with pytest.raises(httpx.TransportError):
         await client.post(mixed, "/v1/completions", greedy())
@@ -188,7 +190,7 @@ async def test_a_pull_can_be_late(start: Start, client: Client) -> None:
     assert asyncio.get_running_loop().time() - began >= 0.1
 
 
-async def test_a_stream_falls_silent_after_so_many_tokens(mixed: Simulator, client: Client) -> None:
+async def test_a_stream_stalls_after_the_given_number_of_tokens(mixed: Simulator, client: Client) -> None:
     mixed.faults.add("stall_mid_stream", after_tokens=3)
     stream = client.events(mixed, "/v1/completions", greedy())
     for _ in range(3):
@@ -200,7 +202,7 @@ async def test_a_stream_falls_silent_after_so_many_tokens(mixed: Simulator, clie
     await mixed.wait_for(lambda: mixed.requests[-1].aborted)
 
 
-async def test_handoff_parameters_can_be_forgotten(mixed: Simulator, client: Client) -> None:
+async def test_handoff_parameters_can_be_left_out(mixed: Simulator, client: Client) -> None:
     mixed.faults.add("drop_handoff_params")
     assert await client.prefill(mixed) is None
     assert mixed.engine.stranded_blocks > 0
@@ -244,7 +246,7 @@ async def test_a_sequence_can_be_reported_as_recomputed(mixed: Simulator, client
     assert len(events) == 5
 
 
-async def test_a_body_can_dribble(mixed: Simulator, client: Client) -> None:
+async def test_a_body_can_be_sent_in_small_pieces(mixed: Simulator, client: Client) -> None:
     mixed.faults.add("slow_body", piece_bytes=200, delay_s=0.005)
     began = asyncio.get_running_loop().time()
     whole = await client.text(mixed)

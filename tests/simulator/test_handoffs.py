@@ -15,7 +15,7 @@ from .helpers import PREFILL, PROMPT, Client, chat, greedy
 Pair = tuple[Simulator, Simulator]
 
 
-async def test_a_pair_says_what_one_engine_says(pair: Pair, mixed: Simulator, client: Client) -> None:
+async def test_a_pair_answers_as_one_engine_does(pair: Pair, mixed: Simulator, client: Client) -> None:
     prefill, decode = pair
     for words in (1, 5, 16, 31, 32, 33, 200):
         prompt = " ".join(["river", "stone", "light"][index % 3] for index in range(words))
@@ -29,7 +29,7 @@ async def test_a_pair_says_what_one_engine_says(pair: Pair, mixed: Simulator, cl
     assert prefill.engine.handoffs.pulled == decode.engine.stats.pulls == 7
 
 
-async def test_a_pair_says_what_one_engine_says_in_chat_too(pair: Pair, mixed: Simulator, client: Client) -> None:
+async def test_a_pair_answers_a_chat_as_one_engine_does(pair: Pair, mixed: Simulator, client: Client) -> None:
     prefill, decode = pair
     leg = await client.post(prefill, "/v1/chat/completions", chat(max_tokens=1, kv_transfer_params=PREFILL))
     params = leg.json()["kv_transfer_params"]
@@ -65,14 +65,14 @@ async def test_prefill_answers_with_every_field_of_the_nixl_connector(pair: Pair
     }
 
 
-async def test_a_streamed_prefill_pins_blocks_but_tells_nobody(pair: Pair, client: Client) -> None:
+async def test_a_streamed_prefill_pins_blocks_but_answers_without_parameters(pair: Pair, client: Client) -> None:
     prefill, _ = pair
     events = await client.all_events(prefill, "/v1/completions", greedy(max_tokens=1, kv_transfer_params=PREFILL))
     assert all(event == "[DONE]" or "kv_transfer_params" not in event for event in events)
     assert prefill.engine.stranded_blocks > 0
 
 
-async def test_two_children_pin_two_sets_and_report_one(pair: Pair, client: Client) -> None:
+async def test_two_choices_pin_two_sets_of_blocks_and_report_one(pair: Pair, client: Client) -> None:
     prefill, _ = pair
     body = greedy(max_tokens=1, n=2, temperature=1, kv_transfer_params=PREFILL)
     answer = await client.post(prefill, "/v1/completions", body)
@@ -100,7 +100,7 @@ async def test_an_expired_handoff_gives_wrong_text_and_200(start: Start, client:
     assert 'vllm:nixl_num_kv_expired_reqs_total{engine="0",model_name="sim"} 1.0' in metrics
 
 
-async def test_memory_that_nobody_has_used_again_still_reads_right(start: Start, client: Client) -> None:
+async def test_blocks_that_were_not_reused_still_read_right(start: Start, client: Client) -> None:
     prefill, decode = await start(stale_reads="memory", blocks=64, max_model_len=512), await start(stale_reads="memory")
     params = await client.prefill(prefill)
     prefill.expire_handoffs()
@@ -190,7 +190,9 @@ async def test_one_block_more_than_prefill_reported_kills_the_decode_engine(pair
     await decode.wait_for(lambda: not decode.alive)
 
 
-async def test_without_a_request_id_it_hangs_and_dies_when_the_client_goes(pair: Pair, client: Client) -> None:
+async def test_a_decode_leg_without_a_request_id_hangs_and_kills_the_engine_when_its_client_disconnects(
+    pair: Pair, client: Client
+) -> None:
     prefill, decode = pair
     params = await client.prefill(prefill)
     del params["remote_request_id"]
@@ -373,7 +375,7 @@ async def test_mooncake_ascend_hands_off_only_what_ended_by_length(start: Start,
     assert answer["kv_transfer_params"] is None
 
 
-async def test_an_engine_without_a_connector_hands_nothing_off(start: Start, client: Client) -> None:
+async def test_an_engine_without_a_connector_makes_no_hand_off(start: Start, client: Client) -> None:
     sim = await start(connector="none")
     answer = await client.post(sim, "/v1/completions", greedy(max_tokens=1, kv_transfer_params=PREFILL))
     assert answer.json()["kv_transfer_params"] is None

@@ -1,4 +1,4 @@
-"""What a simulated engine publishes about its cache, as a subscriber reads it."""
+"""The KV events of a simulated engine, as a subscriber reads them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ async def test_evicted_blocks_are_removed_and_a_reset_clears_all() -> None:
         assert (await it.events(1))[-1] == ["AllBlocksCleared"]
 
 
-async def test_what_was_missed_is_there_to_be_asked_for() -> None:
+async def test_missed_batches_can_be_replayed() -> None:
     async with bed(kv_events_topic="kv") as it:
         for start in (5, 50, 95):
             await it.client.text(it.sim, prompt=[*range(start, start + 16), 7], max_tokens=1)

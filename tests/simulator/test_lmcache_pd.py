@@ -1,4 +1,4 @@
-"""LMCache's prefill-decode mode as the engines have it: a sender, a receiver, and what befalls whoever is not exact."""
+"""LMCache's prefill-decode mode as the engines have it: a sender, a receiver, and the effect of inexact parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Gateway:
         self.address = f"127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
 
     async def notice(self, seconds: float = 2.0) -> Any:
-        """The next notice; None when none comes."""
+        """The next notification; None when none comes."""
         if not await asyncio.to_thread(self.socket.poll, int(seconds * 1000)):
             return None
         return msgspec.msgpack.decode(self.socket.recv())
@@ -58,7 +58,7 @@ async def ask(client: Client, engine: Simulator, params: Any = None, tokens: int
     return await client.http.post(f"{engine.url}/v1/completions", json=body, timeout=60)
 
 
-async def test_what_prefill_writes_decode_finds_by_the_prompt_once(
+async def test_decode_finds_by_its_prompt_what_prefill_wrote_and_only_once(
     engines: tuple[Simulator, Simulator], gateway: Gateway, client: Client
 ) -> None:
     p, d = engines
@@ -73,7 +73,9 @@ async def test_what_prefill_writes_decode_finds_by_the_prompt_once(
     assert d.engine.stats.pulls == 1, "the cache was read, and is there no more"
 
 
-async def test_who_decodes_before_the_notice_gets_other_text(start: Start, gateway: Gateway, client: Client) -> None:
+async def test_a_decode_leg_before_the_notification_generates_another_text(
+    start: Start, gateway: Gateway, client: Client
+) -> None:
     told = {"connector": "lmcache_pd", "proxy": gateway.address}
     p, d = await start(role="prefill", transfer_rate=100.0, **told), await start(role="decode", **told)
     right = (await ask(client, await start(), tokens=12)).json()["choices"][0]["text"]
@@ -83,7 +85,7 @@ async def test_who_decodes_before_the_notice_gets_other_text(start: Start, gatew
     assert (await ask(client, d, tokens=12)).json()["choices"][0]["text"] != right
 
 
-async def test_each_rank_says_so(start: Start, gateway: Gateway, client: Client) -> None:
+async def test_each_rank_sends_a_notification(start: Start, gateway: Gateway, client: Client) -> None:
     told = {"connector": "lmcache_pd", "proxy": gateway.address, "tp": 2}
     p, d = await start(role="prefill", **told), await start(role="decode", **told)
     ports = [d.side_port] * 2
@@ -112,7 +114,7 @@ async def test_no_port_for_a_rank_kills_prefill(
 
 
 @pytest.mark.parametrize("name", ["receiver_init_port", "receiver_alloc_port"])
-async def test_a_wrong_port_is_answered_well_and_never_confirmed(
+async def test_a_prefill_leg_with_a_wrong_port_is_answered_and_never_confirmed(
     engines: tuple[Simulator, Simulator], gateway: Gateway, client: Client, name: str
 ) -> None:
     p, d = engines
@@ -129,7 +131,7 @@ async def test_an_engine_with_other_weights_is_not_written_to(start: Start, gate
     await p.wait_for(lambda: p.engine.stats.failed_transfers == 1)
 
 
-async def test_without_a_receiver_a_request_is_plain(
+async def test_a_request_without_a_receiver_is_an_ordinary_one(
     engines: tuple[Simulator, Simulator], gateway: Gateway, client: Client
 ) -> None:
     assert (await ask(client, engines[0])).status_code == 200

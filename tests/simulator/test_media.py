@@ -1,4 +1,4 @@
-"""Simulated encoders, and engines that take what they made."""
+"""Simulated encoders, and engines that fetch their embeddings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def handles(client: Client, encoder: Any, *parts: Any, **more: Any) -> Any
     return answer.json()["ec_transfer_params"]
 
 
-async def test_what_an_encoder_made_is_taken_by_its_key(start: Start, client: Client) -> None:
+async def test_an_embedding_is_fetched_by_its_key(start: Start, client: Client) -> None:
     encoder, engine = await start(role="encode", **CPU), await start(**CPU)
     params = await handles(client, encoder, part("cat"), part("dog"), part("cat"))
     assert {key: handle["item_indices"] for key, handle in params.items()} == {"key-cat": [0, 2], "key-dog": [1]}
@@ -47,7 +47,7 @@ async def test_what_an_encoder_made_is_taken_by_its_key(start: Start, client: Cl
     assert (engine.engine.media.encoded, engine.engine.media.fetched_from_others) == (0, 1)
 
 
-async def test_a_storage_needs_no_parameters(start: Start, client: Client, tmp_path: Path) -> None:
+async def test_a_shared_folder_needs_no_parameters(start: Start, client: Client, tmp_path: Path) -> None:
     shared = {"encoder_connector": "example", "encoder_storage": str(tmp_path)}
     encoder, engine = await start(role="encode", **shared), await start(**shared)
     await handles(client, encoder, part())
@@ -55,7 +55,7 @@ async def test_a_storage_needs_no_parameters(start: Start, client: Client, tmp_p
     assert (engine.engine.media.encoded, engine.engine.media.fetched_from_others) == (0, 1)
 
 
-async def test_another_medium_under_the_same_key_means_another_text(start: Start, client: Client) -> None:
+async def test_another_medium_under_the_same_key_leads_to_another_text(start: Start, client: Client) -> None:
     encoder, engine = await start(role="encode", **CPU), await start(**CPU)
     params = await handles(client, encoder, part("dog", uuid="key"))
     assert await said(client, engine, part("cat", uuid="key"), ec_transfer_params=params) != await said(
@@ -63,7 +63,7 @@ async def test_another_medium_under_the_same_key_means_another_text(start: Start
     )
 
 
-async def test_processing_is_a_part_of_the_key(start: Start, client: Client) -> None:
+async def test_processing_options_are_a_part_of_the_key(start: Start, client: Client) -> None:
     encoder, engine = await start(role="encode", **CPU), await start(**CPU)
     params = await handles(client, encoder, part(), mm_processor_kwargs={"size": 1})
     assert list(params) != ["key-cat"]
@@ -73,7 +73,9 @@ async def test_processing_is_a_part_of_the_key(start: Start, client: Client) -> 
     assert engine.engine.media.fetched_from_others == 1
 
 
-async def test_what_is_missing_is_encoded_here_or_fails_where_only_its_name_came(start: Start, client: Client) -> None:
+async def test_a_missing_embedding_is_made_here_and_fails_where_only_its_name_came(
+    start: Start, client: Client
+) -> None:
     encoder, engine = await start(role="encode", **CPU), await start(**CPU)
     params = await handles(client, encoder, part())
     encoder.kill()
@@ -104,6 +106,6 @@ async def test_an_encoder_refuses_a_medium_without_content(start: Start, client:
 @pytest.mark.parametrize(
     "settings", [{"role": "encode"}, {"encoder_connector": "example"}, {"encoder_storage": "somewhere"}]
 )
-def test_what_no_encoder_could_run_with_is_refused(settings: dict[str, Any]) -> None:
+def test_a_configuration_with_which_no_encoder_could_run_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="encoder"):
         SimulatorConfig(**settings)

@@ -1,4 +1,4 @@
-"""MoRIIOConnector as the engines have it: what pairs them, and what befalls whoever is not exact."""
+"""MoRIIOConnector as the engines have it: how legs are paired, and the effect of inexact parameters."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def right_text(start: Start, client: Client) -> str:
     return text(await ask(client, await start(), tokens=12))
 
 
-async def test_reading_decode_says_what_one_engine_says(start: Start, client: Client) -> None:
+async def test_in_read_mode_a_pair_answers_as_one_engine_does(start: Start, client: Client) -> None:
     p, d = await pair(start, "read")
     params = (await ask(client, p, asking(d), ignore_eos=True)).json()["kv_transfer_params"]
     assert text(await ask(client, d, params, 12)) == await right_text(start, client)
@@ -64,14 +64,14 @@ async def test_reading_decode_says_what_one_engine_says(start: Start, client: Cl
     assert d.engine.pulls == 1
 
 
-async def test_reading_decode_answers_a_plain_request_wrong(start: Start, client: Client) -> None:
+async def test_in_read_mode_decode_answers_an_ordinary_request_wrong(start: Start, client: Client) -> None:
     _, d = await pair(start, "read")
     answer = await ask(client, d, tokens=12)
     assert answer.status_code == 200
     assert text(answer) != await right_text(start, client)
 
 
-async def test_writing_goes_on_at_once_and_pairs_by_the_transfer(start: Start, client: Client) -> None:
+async def test_in_write_mode_the_legs_run_concurrently_and_pair_by_the_transfer(start: Start, client: Client) -> None:
     p, d = await pair(start, "write")
     both = await asyncio.gather(ask(client, p, asking(d), ignore_eos=True), ask(client, d, told(p), 12))
     assert text(both[1]) == await right_text(start, client)
@@ -79,7 +79,7 @@ async def test_writing_goes_on_at_once_and_pairs_by_the_transfer(start: Start, c
     assert d.engine.pulls == 1
 
 
-async def test_in_write_mode_a_plain_request_is_computed(start: Start, client: Client) -> None:
+async def test_in_write_mode_an_ordinary_request_is_computed(start: Start, client: Client) -> None:
     _, d = await pair(start, "write")
     assert text(await ask(client, d, tokens=12)) == await right_text(start, client)
 
@@ -89,11 +89,11 @@ async def test_in_write_mode_a_plain_request_is_computed(start: Start, client: C
     [
         ({"transfer_id": "tx-2"}, {}),  # another transfer
         ({}, {"remote_dp_rank": 1}),  # prefill is on another rank
-        ({"remote_notify_port": 1}, {}),  # prefill writes to somebody else
-        ({}, {"remote_notify_port": 1}),  # decode names its blocks to somebody else
+        ({"remote_notify_port": 1}, {}),  # prefill writes to another address
+        ({}, {"remote_notify_port": 1}),  # decode names its blocks to another address
     ],
 )
-async def test_legs_that_do_not_meet_wait_for_their_lease(
+async def test_legs_that_do_not_pair_wait_until_their_lease_ends(
     start: Start, client: Client, asked: dict[str, Any], said: dict[str, Any]
 ) -> None:
     p, d = await pair(start, "write")
@@ -118,7 +118,7 @@ async def test_legs_that_do_not_meet_wait_for_their_lease(
         "remote_notify_port",
     ],
 )
-async def test_what_is_missing_kills_either_engine(
+async def test_a_missing_parameter_kills_either_engine(
     start: Start, client: Client, mode: str, leg: str, name: str
 ) -> None:
     p, d = await pair(start, mode)
@@ -129,14 +129,16 @@ async def test_what_is_missing_kills_either_engine(
     assert engine.engine.dead.split(":")[0] in ("KeyError", "ValueError")
 
 
-async def test_prefill_keeps_nothing_of_a_request_that_ended_by_itself(start: Start, client: Client) -> None:
+async def test_prefill_keeps_nothing_of_a_request_that_ended_with_the_end_of_sequence_token(
+    start: Start, client: Client
+) -> None:
     p, d = await pair(start, "read", eos_rate=0.999)
     assert (await ask(client, p, asking(d))).json()["kv_transfer_params"] is None
     assert p.engine.used_blocks == 0
 
 
 @pytest.mark.parametrize("mode", ["read", "write"])
-async def test_a_decode_request_that_is_refused_lets_prefill_go(start: Start, client: Client, mode: str) -> None:
+async def test_a_refused_decode_leg_releases_prefills_blocks(start: Start, client: Client, mode: str) -> None:
     p, d = await pair(start, mode, lease=30.0)
     reply = (await ask(client, p, asking(d), ignore_eos=True)).json()["kv_transfer_params"]
     assert p.engine.used_blocks > 0

@@ -1,4 +1,4 @@
-"""The strict side of NixlPushConnector, by hand and not through a gateway."""
+"""How the simulated NixlPushConnector treats legs that are sent by hand, without a gateway."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATH = "/v1/completions"
 
 
 def told(p: Simulator, **more: Any) -> dict[str, Any]:
-    """What a decode leg is told that is sent together with its prefill leg."""
+    """The parameters of a decode leg that is sent together with its prefill leg."""
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
@@ -39,7 +39,7 @@ async def alone(client: Client) -> str:
 
 
 @pytest.mark.parametrize("first", ["prefill", "decode"])
-async def test_legs_of_one_id_meet_in_either_order(client: Client, first: str) -> None:
+async def test_legs_with_one_id_are_paired_in_either_order(client: Client, first: str) -> None:
     async with simulators("prefill", "decode", connector="nixl_push") as [p, d]:
         legs = {
             "prefill": lambda: client.post(p, PATH, leg(PREFILL, max_tokens=1), **{"x-request-id": "one"}),
@@ -58,7 +58,7 @@ async def test_legs_of_one_id_meet_in_either_order(client: Client, first: str) -
         await p.wait_for(lambda: p.engine.used_blocks == 0)
 
 
-async def test_what_prefill_answers_can_be_sent_on_as_it_is(client: Client) -> None:
+async def test_prefills_parameters_can_be_sent_to_decode_unchanged(client: Client) -> None:
     async with simulators("prefill", "decode", connector="nixl_push") as [p, d]:
         name = {"x-request-id": "one"}
         params = (await client.post(p, PATH, leg(PREFILL, max_tokens=1), **name)).json()["kv_transfer_params"]
@@ -68,7 +68,7 @@ async def test_what_prefill_answers_can_be_sent_on_as_it_is(client: Client) -> N
         assert d.engine.pulls == 1
 
 
-async def test_legs_of_two_ids_never_meet(client: Client) -> None:
+async def test_legs_with_two_ids_are_never_paired(client: Client) -> None:
     async with simulators("prefill", "decode", connector="nixl_push", lease=0.3) as [p, d]:
         await client.post(p, PATH, leg(PREFILL, max_tokens=1), **{"x-request-id": "one"})
         answer = await client.post(d, PATH, leg(told(p)), **{"x-request-id": "two"})
@@ -77,7 +77,7 @@ async def test_legs_of_two_ids_never_meet(client: Client) -> None:
 
 
 @pytest.mark.parametrize("missing", ["remote_engine_id", "remote_host", "remote_port", "tp_size", "remote_request_id"])
-async def test_a_missing_member_ends_the_engine(client: Client, missing: str) -> None:
+async def test_a_missing_member_kills_the_engine(client: Client, missing: str) -> None:
     async with simulators("prefill", "decode", connector="nixl_push") as [p, d]:
         params = told(p)
         del params[missing]
@@ -86,14 +86,14 @@ async def test_a_missing_member_ends_the_engine(client: Client, missing: str) ->
         assert d.engine.dead is not None and missing in d.engine.dead
 
 
-async def test_another_engine_at_the_place_is_not_registered_with(client: Client) -> None:
+async def test_decode_does_not_register_at_another_engine_at_the_same_address(client: Client) -> None:
     async with simulators("prefill", "decode", connector="nixl_push") as [p, d]:
         answer = await client.post(d, PATH, leg(told(p, remote_engine_id="another")))
         assert answer.status_code == 500
         assert d.engine.dead is None
 
 
-async def test_a_refused_decode_leg_tells_prefill_nothing(client: Client) -> None:
+async def test_a_refused_decode_leg_does_not_notify_prefill(client: Client) -> None:
     async with simulators("prefill", "decode", connector="nixl_push", lease=0.3) as [p, d]:
         name = {"x-request-id": "one"}
         params = (await client.post(p, PATH, leg(PREFILL, max_tokens=1), **name)).json()["kv_transfer_params"]

@@ -1,4 +1,4 @@
-"""The strict side of the P2P tier, by hand and not through a gateway."""
+"""How the simulated P2P tier treats legs that are sent by hand, without a gateway."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def alone(client: Client) -> str:
         return await client.text(single)
 
 
-async def test_blocks_are_fetched_by_their_name_and_nothing_comes_back(client: Client) -> None:
+async def test_blocks_are_fetched_by_their_name_and_prefill_answers_without_parameters(client: Client) -> None:
     async with simulators("prefill", "decode", connector="offload_p2p") as [p, d]:
         answer = await prefilled(client, p, {"remote_decoder": {"kv_request_id": "kv-1"}})
         assert answer["kv_transfer_params"] is None
@@ -46,7 +46,7 @@ async def test_blocks_are_fetched_by_their_name_and_nothing_comes_back(client: C
 
 
 @pytest.mark.parametrize("wrong", ["name", "gone"])
-async def test_what_is_not_to_be_had_is_computed(client: Client, wrong: str) -> None:
+async def test_blocks_that_cannot_be_fetched_are_computed(client: Client, wrong: str) -> None:
     async with simulators("prefill", "decode", connector="offload_p2p", lease=0.3) as [p, d]:
         await prefilled(client, p, {"remote_decoder": {"kv_request_id": "kv-1"}})
         params = source(p, "kv-2" if wrong == "name" else "kv-1")
@@ -57,7 +57,7 @@ async def test_what_is_not_to_be_had_is_computed(client: Client, wrong: str) -> 
 
 
 @pytest.mark.parametrize("missing", ["kv_request_id", "remote_host", "remote_port"])
-async def test_an_incomplete_source_is_none(client: Client, missing: str) -> None:
+async def test_an_incomplete_source_is_ignored(client: Client, missing: str) -> None:
     async with simulators("prefill", "decode", connector="offload_p2p") as [p, d]:
         params = source(p)
         del params["remote_prefiller"][missing]
@@ -72,7 +72,7 @@ async def test_blocks_without_a_name_are_not_kept(client: Client, target: dict[s
         assert p.engine.used_blocks == 0
 
 
-async def test_what_nobody_fetches_is_dropped_when_its_time_is_over(client: Client) -> None:
+async def test_blocks_that_are_not_fetched_are_freed_when_their_lease_ends(client: Client) -> None:
     async with simulators("prefill", connector="offload_p2p", lease=0.2) as [p]:
         await prefilled(client, p, {"remote_decoder": {"kv_request_id": "kv-1"}})
         assert p.engine.used_blocks > 0

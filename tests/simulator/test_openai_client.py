@@ -1,4 +1,4 @@
-"""The official client takes a simulator for a real server."""
+"""The official client works with a simulator as with a real server."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_it_asks_for_several_answers_and_several_prompts(official: openai.
     assert completion.usage.prompt_tokens == 3
 
 
-async def test_it_sees_errors_as_its_own(official: openai.AsyncOpenAI) -> None:
+async def test_it_raises_its_own_errors(official: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         await official.chat.completions.create(model="other", messages=MESSAGES)
     with pytest.raises(openai.BadRequestError, match="maximum context length"):

@@ -1,4 +1,4 @@
-"""P2pNcclConnector as the engines have it: everything hangs on the request's id."""
+"""P2pNcclConnector as the engines have it: everything depends on the request's id."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def named(p: Simulator, d: Simulator, end: str = "0" * 32) -> str:
     return f"___prefill_addr_127.0.0.1:{p.side_port}___decode_addr_127.0.0.1:{d.side_port}_{end}"
 
 
-async def test_decode_says_what_one_engine_says(start: Start, client: Client) -> None:
+async def test_a_pair_answers_as_one_engine_does(start: Start, client: Client) -> None:
     p, d = await pair(start)
     assert (await ask(client, p, named(p, d))).json()["kv_transfer_params"] is None
     answer = await ask(client, d, named(p, d), 12)
@@ -44,14 +44,14 @@ async def test_an_id_without_addresses_kills_either_engine(start: Start, client:
         assert engine.engine.dead is not None
 
 
-async def test_another_id_waits_for_what_does_not_come(start: Start, client: Client) -> None:
+async def test_a_decode_leg_with_another_id_waits_until_its_lease_ends(start: Start, client: Client) -> None:
     p, d = await pair(start)
     await ask(client, p, named(p, d))
     assert (await ask(client, d, named(p, d, "1" * 32))).status_code == 500
     assert d.engine.pulls == 0
 
 
-async def test_what_is_sent_to_nobody_is_gone(start: Start, client: Client) -> None:
+async def test_kv_that_is_sent_to_an_unreachable_engine_is_freed(start: Start, client: Client) -> None:
     p, _ = await pair(start)
     name = f"___prefill_addr_127.0.0.1:{p.side_port}___decode_addr_127.0.0.1:1_{'0' * 32}"
     assert (await ask(client, p, name)).status_code == 200

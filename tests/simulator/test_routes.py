@@ -1,4 +1,4 @@
-"""Messages, responses and tokens in, tokens out, as vLLM 0.32 accepts, refuses and says them."""
+"""Messages, responses and tokens in, tokens out, as vLLM 0.32 accepts, refuses and answers them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def prompt_of(sim: Simulator, client: Client) -> list[int]:
     return tokens
 
 
-async def test_the_same_words_are_the_same_prompt_everywhere(start: Start, client: Client) -> None:
+async def test_the_same_words_make_the_same_prompt_on_every_route(start: Start, client: Client) -> None:
     sim = await start(scale_out=True)
     said = (await client.post(sim, "/v1/chat/completions", chat())).json()["choices"][0]["message"]["content"]
     assert (await client.post(sim, "/v1/messages", message())).json()["content"] == [{"type": "text", "text": said}]
@@ -47,7 +47,7 @@ async def test_the_same_words_are_the_same_prompt_everywhere(start: Start, clien
     assert (choice["text"], len(choice["token_ids"])) == (said, 12)
 
 
-async def test_a_system_prompt_and_tools_are_chats(mixed: Simulator, client: Client) -> None:
+async def test_a_system_prompt_and_tools_make_the_same_prompt_as_in_chat(mixed: Simulator, client: Client) -> None:
     function = {"name": "go", "parameters": TOOL["input_schema"]}
     words = [{"role": "system", "content": "be brief"}, *chat()["messages"]]
     body = chat(messages=words, tools=[{"type": "function", "function": function}], tool_choice="none")
@@ -58,7 +58,7 @@ async def test_a_system_prompt_and_tools_are_chats(mixed: Simulator, client: Cli
     assert (await client.post(mixed, "/v1/responses", body)).json()["output"][0]["content"][0]["text"] == said
 
 
-async def test_messages_have_anthropics_events_in_their_order(mixed: Simulator, client: Client) -> None:
+async def test_messages_stream_anthropics_events_in_order(mixed: Simulator, client: Client) -> None:
     events = await client.all_events(mixed, "/v1/messages", message())
     kinds = [event["type"] for event in events]
     assert kinds[:2] == ["message_start", "content_block_start"]
@@ -68,7 +68,7 @@ async def test_messages_have_anthropics_events_in_their_order(mixed: Simulator, 
     assert events[-2]["usage"]["output_tokens"] == 12
 
 
-async def test_responses_number_their_events_and_end_with_the_whole(mixed: Simulator, client: Client) -> None:
+async def test_responses_number_their_events_and_end_with_the_whole_response(mixed: Simulator, client: Client) -> None:
     events = await client.all_events(mixed, "/v1/responses", response(request_id="resp_mine"))
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert [event["type"] for event in events[:4]] == [
@@ -84,7 +84,7 @@ async def test_responses_number_their_events_and_end_with_the_whole(mixed: Simul
     assert last["response"]["output"][0]["content"][0]["text"] == text
 
 
-async def test_hand_offs_are_given_and_taken_on_each(start: Start, client: Client) -> None:
+async def test_each_route_gives_and_takes_hand_offs(start: Start, client: Client) -> None:
     p, d = await start(role="prefill", scale_out=True), await start(role="decode", scale_out=True)
     legs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("/v1/messages", message(), {"max_tokens": 1}),
@@ -106,7 +106,7 @@ async def test_hand_offs_are_given_and_taken_on_each(start: Start, client: Clien
 
 
 async def test_generate_takes_a_hand_off_among_the_sampling_parameters(start: Start, client: Client) -> None:
-    """As vLLM does, which is why nothing of a client's may get there."""
+    """vLLM does so too, which is why the gateway removes a client's hand-off parameters there."""
     sim = await start(scale_out=True)
     body = {
         "token_ids": [300, 301],
@@ -136,16 +136,18 @@ REFUSED: list[tuple[str, dict[str, Any], bool]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "late"), REFUSED)
-async def test_what_vllm_refuses_is_refused(start: Start, client: Client, path: str, body: Any, late: bool) -> None:
+async def test_requests_that_vllm_refuses_are_refused(
+    start: Start, client: Client, path: str, body: Any, late: bool
+) -> None:
     sim = await start(scale_out=True)
     answer = await client.post(sim, path, body)
     assert answer.status_code == 400, answer.text
-    # What is refused before the handler has OpenAI's shape on every route.
+    # A request that is refused before the handler gets OpenAI's error shape on every route.
     anthropic = path == "/v1/messages" and "type" in answer.json()
     assert anthropic is (path == "/v1/messages" and late and "tool_choice" not in body)
 
 
-async def test_a_call_that_is_no_json_yet_is_refused(mixed: Simulator, client: Client) -> None:
+async def test_a_tool_call_that_was_cut_short_is_refused(mixed: Simulator, client: Client) -> None:
     forced = {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "go"}}
     answer = await client.post(mixed, "/v1/messages", message(max_tokens=1, **forced))
     assert (answer.status_code, answer.json()["type"]) == (400, "error")
@@ -155,14 +157,14 @@ async def test_a_call_that_is_no_json_yet_is_refused(mixed: Simulator, client: C
     assert call["type"] == "tool_use" and isinstance(call["input"]["city"], str)
 
 
-async def test_generate_is_off_and_responses_are_not_kept_unless_told(mixed: Simulator, client: Client) -> None:
+async def test_generate_and_the_store_of_responses_are_off_by_default(mixed: Simulator, client: Client) -> None:
     answer = await client.post(mixed, "/inference/v1/generate", {"token_ids": [1], "sampling_params": {}})
     assert (answer.status_code, answer.json()["error"]["type"]) == (403, "PermissionDeniedError")
     made = (await client.post(mixed, "/v1/responses", response())).json()
     assert (await client.get(mixed, f"/v1/responses/{made['id']}")).status_code == 404
 
 
-async def test_kept_responses_are_there_and_gone_with_the_engine(start: Start, client: Client) -> None:
+async def test_stored_responses_last_as_long_as_their_engine(start: Start, client: Client) -> None:
     sim = await start(responses_store=True)
     made = (await client.post(sim, "/v1/responses", response())).json()
     assert (await client.get(sim, f"/v1/responses/{made['id']}")).json() == made
@@ -173,7 +175,7 @@ async def test_kept_responses_are_there_and_gone_with_the_engine(start: Start, c
     assert (await client.post(sim, "/v1/responses", response(previous_response_id=made["id"]))).status_code == 404
 
 
-async def test_a_failed_stream_of_messages_says_so_and_one_of_responses_breaks_off(
+async def test_a_failed_stream_of_messages_has_an_error_event_and_one_of_responses_breaks_off(
     mixed: Simulator, client: Client
 ) -> None:
     mixed.faults.add("die_mid_stream", after_tokens=3, ending="error")

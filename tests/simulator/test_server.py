@@ -37,8 +37,9 @@ async def test_kill_is_a_reset_to_peers(start: Start) -> None:
     writer.close()
 
 
-async def test_a_connection_accepted_in_the_moment_of_death_reads_no_blocks(start: Start) -> None:
-    """The kernel had taken it, the process never saw it; blocks that hand-offs held are nobody's by then."""
+async def test_a_connection_accepted_while_the_engine_is_killed_reads_no_blocks(start: Start) -> None:
+    """The kernel has accepted the connection, the process has not; the blocks of hand-offs may hold other requests
+    by then."""
     sim = await start()
     serving = sim._serving
     sim.kill()
@@ -51,7 +52,7 @@ async def test_a_connection_accepted_in_the_moment_of_death_reads_no_blocks(star
         writer.close()
 
 
-async def test_a_restarted_simulator_has_its_port_but_another_engine(start: Start, client: Client) -> None:
+async def test_a_restarted_simulator_has_the_same_port_and_another_engine(start: Start, client: Client) -> None:
     sim = await start()
     await client.prefill(sim)
     before = sim.port, sim.side_port, sim.engine.id
@@ -83,7 +84,7 @@ async def test_received_requests_can_be_looked_at(mixed: Simulator, client: Clie
     assert received.output_tokens == 12
 
 
-async def test_state_is_told_over_http(mixed: Simulator, client: Client) -> None:
+async def test_the_state_can_be_read_over_http(mixed: Simulator, client: Client) -> None:
     await client.prefill(mixed)
     state = (await client.get(mixed, "/simulator/state")).json()
     assert state["requests_served"] == 1
@@ -91,7 +92,7 @@ async def test_state_is_told_over_http(mixed: Simulator, client: Client) -> None
     assert state["handoffs"] == 1
 
 
-async def test_waiting_for_what_never_happens_ends(mixed: Simulator) -> None:
+async def test_waiting_ends_after_its_timeout(mixed: Simulator) -> None:
     with pytest.raises(TimeoutError):
         await mixed.wait_for(lambda: False, 0.01)
 

@@ -1,4 +1,4 @@
-"""The strict SGLang side: what its engines do when a proxy does not do as they wish."""
+"""What simulated SGLang engines do with legs that are missing, doubled or incomplete."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def both(client: Client, p: Simulator, d: Simulator, body: dict[str, Any],
     return list(await asyncio.gather(client.post(p, path, body), client.post(d, path, {**body, **decode})))
 
 
-async def test_the_legs_meet_and_decode_answers_whichever_comes_first(start: Start, client: Client) -> None:
+async def test_decode_answers_whichever_leg_comes_first(start: Start, client: Client) -> None:
     p, d = await a_pair(start)
     expected = await client.text(await start(role="mixed", connector="sglang"))
     given, answer = await both(client, p, d, met(p))
@@ -66,7 +66,9 @@ async def test_a_room_of_another_type_is_refused(start: Start, client: Client, r
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_a_leg_alone_waits_and_fails_at_last(start: Start, client: Client, role: str) -> None:
+async def test_a_leg_without_its_peer_waits_and_fails_when_its_lease_ends(
+    start: Start, client: Client, role: str
+) -> None:
     p, d = await a_pair(start, lease=0.2)
     engine = p if role == "prefill" else d
     asked = asyncio.create_task(client.post(engine, "/v1/completions", met(p)))
@@ -110,7 +112,7 @@ async def test_each_prompt_of_a_list_has_a_room(start: Start, client: Client, ro
     assert d.engine.pulls == 3
 
 
-async def test_several_choices_come_into_one_room_and_kill_the_engines(start: Start, client: Client) -> None:
+async def test_several_choices_share_one_room_and_kill_the_engines(start: Start, client: Client) -> None:
     p, d = await a_pair(start)
     await both(client, p, d, met(p, n=2, temperature=1))
     assert p.engine.dead is not None
@@ -127,7 +129,7 @@ async def test_the_first_token_is_the_one_that_prefill_drew(start: Start, client
     assert same["d"]["text"] != other["d"]["text"]
 
 
-async def test_log_probabilities_of_the_first_token_are_prefills(start: Start, client: Client) -> None:
+async def test_the_log_probabilities_of_the_first_token_come_from_prefill(start: Start, client: Client) -> None:
     p, d = await a_pair(start)
     _, right = await both(client, p, d, met(p, logprobs=1))
     d.engine.pool.forget()
@@ -144,7 +146,7 @@ async def test_decode_without_a_host_kills_the_scheduler(start: Start, client: C
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_a_leg_whose_client_leaves_while_it_waits_frees_all_at_once(
+async def test_a_waiting_leg_whose_client_disconnects_frees_everything_at_once(
     start: Start, client: Client, role: str
 ) -> None:
     p, d = await a_pair(start)
@@ -157,7 +159,7 @@ async def test_a_leg_whose_client_leaves_while_it_waits_frees_all_at_once(
 
 
 @pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
-async def test_an_engine_tells_its_role_and_its_bootstrap_port(start: Start, client: Client, path: str) -> None:
+async def test_an_engine_reports_its_role_and_its_bootstrap_port(start: Start, client: Client, path: str) -> None:
     p, d = await a_pair(start)
     told = (await client.get(p, path)).json()
     assert (told["disaggregation_mode"], told["disaggregation_bootstrap_port"]) == ("prefill", p.side_port)

@@ -1,4 +1,4 @@
-"""SGLang's `/generate`, of an engine without disaggregation."""
+"""SGLang's `/generate` on an engine without disaggregation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(payload) for payload in payloads]
 
 
-async def test_it_says_what_completions_say(engine: Simulator) -> None:
+async def test_it_generates_the_text_of_completions(engine: Simulator) -> None:
     expected = (await ask(engine, "/v1/completions", **completion(max_tokens=8))).json()["choices"][0]["text"]
     for prompt in ({"text": PROMPT}, {"input_ids": tokenize(PROMPT)}):
         answer = (await ask(engine, **prompt, sampling_params=SAMPLING)).json()
@@ -46,7 +46,7 @@ async def test_it_says_what_completions_say(engine: Simulator) -> None:
         assert len(answer["output_ids"]) == 8 and "input_token_logprobs" not in meta
 
 
-async def test_a_stream_says_all_again_with_each_event(engine: Simulator) -> None:
+async def test_each_event_of_a_stream_repeats_everything_before_it(engine: Simulator) -> None:
     whole = (await ask(engine, text=PROMPT, sampling_params=SAMPLING)).json()
     found = events((await ask(engine, text=PROMPT, sampling_params=SAMPLING, stream=True)).text)
     assert [event["meta_info"]["completion_tokens"] for event in found] == list(range(1, 9))
@@ -64,7 +64,7 @@ async def test_a_batch_is_a_list_even_of_one(engine: Simulator) -> None:
         assert last == {n: item["text"] for n, item in enumerate(answer)}
 
 
-async def test_the_prompts_log_probabilities_begin_where_it_is_said(engine: Simulator) -> None:
+async def test_the_prompts_log_probabilities_begin_at_the_requested_token(engine: Simulator) -> None:
     ids = tokenize(PROMPT)
     asked = {"text": PROMPT, "sampling_params": SAMPLING, "return_logprob": True}
     for start, count in ((None, 0), (-1, 0), (0, len(ids)), (5, len(ids) - 5)):
@@ -96,20 +96,20 @@ async def test_the_prompts_log_probabilities_begin_where_it_is_said(engine: Simu
         {"text": "a " * 10**5},
     ],
 )
-async def test_what_it_refuses_is_told_in_its_own_shape(engine: Simulator, body: dict[str, Any]) -> None:
+async def test_refusals_of_the_handler_have_sglangs_error_shape(engine: Simulator, body: dict[str, Any]) -> None:
     answer = await ask(engine, **body)
     assert answer.status_code == 400
     assert list(answer.json()) == ["error"] and list(answer.json()["error"]) == ["message"]
 
 
-async def test_what_has_the_wrong_type_is_told_as_on_every_route(engine: Simulator) -> None:
+async def test_wrong_types_have_the_error_shape_of_every_route(engine: Simulator) -> None:
     for body in ({"text": 5}, {"text": "a", "stream": "maybe"}, {"input_ids": [1.5]}):
         answer = await ask(engine, **body)
         assert answer.status_code == 400, body
     assert (await ask(engine, text=5)).json()["object"] == "error"
 
 
-async def test_an_engine_that_gives_up_says_so_in_the_stream(engine: Simulator) -> None:
+async def test_an_engine_that_aborts_says_so_in_the_stream(engine: Simulator) -> None:
     engine.faults.add("error_event_first", leg="local")
     [event] = events((await ask(engine, text="a", stream=True)).text)
     assert event["meta_info"]["finish_reason"]["type"] == "abort"
@@ -121,7 +121,7 @@ async def test_other_engines_have_no_such_route() -> None:
         assert (await ask(sim, text="a")).status_code == 404
 
 
-async def test_in_a_role_an_engine_wants_a_room_for_each_prompt() -> None:
+async def test_an_engine_with_a_role_requires_a_room_for_each_prompt() -> None:
     async with simulators("prefill", "decode", connector="sglang") as [p, d]:
         here = {"bootstrap_host": "127.0.0.1", "bootstrap_port": p.side_port}
         for engine in (p, d):
@@ -134,7 +134,7 @@ async def test_in_a_role_an_engine_wants_a_room_for_each_prompt() -> None:
 
 
 @pytest.mark.parametrize("rooms", [7, [7, 8]], ids=["counted", "told"])
-async def test_the_legs_of_a_batch_meet_and_prefill_alone_knows_the_prompts_log_probabilities(rooms: Any) -> None:
+async def test_the_legs_of_a_batch_are_paired_and_only_prefill_has_the_prompts_log_probabilities(rooms: Any) -> None:
     scored = {"sampling_params": SAMPLING, "return_logprob": True, "logprob_start_len": 0}
     async with simulators("prefill", "decode", connector="sglang") as [p, d]:
         each = isinstance(rooms, list)
@@ -154,7 +154,7 @@ async def test_the_legs_of_a_batch_meet_and_prefill_alone_knows_the_prompts_log_
         assert d.engine.pulls == 2
 
 
-async def test_a_room_that_is_in_use_takes_the_engine_down() -> None:
+async def test_a_room_that_is_in_use_kills_the_engine() -> None:
     async with simulators("prefill", connector="sglang", lease=0.5) as [p]:
         here = {"bootstrap_host": "127.0.0.1", "bootstrap_port": p.side_port, "bootstrap_room": [7, 7]}
         each = {**here, "bootstrap_host": ["127.0.0.1"] * 2, "bootstrap_port": [p.side_port] * 2}

@@ -1,4 +1,4 @@
-"""A cache that engines share, by hand and not through a gateway."""
+"""How engines with a shared cache treat legs that are sent by hand, without a gateway."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_a_miss_is_computed(client: Client, shared: dict[str, Any]) -> Non
         assert d.engine.pulls == 0
 
 
-async def test_a_beginning_is_better_than_nothing(client: Client, shared: dict[str, Any]) -> None:
+async def test_a_cached_prefix_is_used(client: Client, shared: dict[str, Any]) -> None:
     longer = PROMPT + "and then there was more of it than prefill has ever seen " * 3
     async with simulators("prefill", "decode", **shared) as [p, d]:
         await client.text(p, max_tokens=1)
@@ -63,6 +63,6 @@ async def test_engines_with_other_weights_share_nothing(client: Client, shared: 
         assert d.engine.pulls == 0
 
 
-def test_it_needs_a_folder() -> None:
+def test_a_shared_cache_needs_a_folder() -> None:
     with pytest.raises(ValueError, match="shared_path"):
         SimulatorConfig(connector="shared_cache")

@@ -1,4 +1,4 @@
-"""Clients that come and go at any moment leave nothing behind."""
+"""Clients that connect and disconnect at any moment leave nothing behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .helpers import PREFILL, Client, greedy
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.slow
-async def test_whatever_clients_do_every_block_comes_back(start: Start, client: Client, seed: int) -> None:
+async def test_whatever_clients_do_every_block_is_freed(start: Start, client: Client, seed: int) -> None:
     chance = random.Random(seed)
     prefill = await start(blocks=96, max_num_seqs=6, step_time=0.001, prefill_rate=50_000)
     decode = await start(blocks=64, max_num_seqs=4, step_time=0.001, transfer_rate=20_000, max_queued=24)

@@ -1,4 +1,4 @@
-"""What becomes of requests when the engine is stopped, paused or put to sleep, as vLLM 0.32 was seen to do it."""
+"""How requests end when the engine is stopped, paused or put to sleep, as observed of vLLM 0.32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def running(sim: Simulator, count: int = 1) -> None:
 
 
 async def begun(client: Client, sim: Simulator, path: str, body: dict[str, Any]) -> asyncio.Task[httpx.Response]:
-    """A request that has some tokens already."""
+    """A request that has generated some tokens already."""
     task = asyncio.create_task(client.post(sim, path, body))
     await running(sim)
     return task
@@ -45,7 +45,7 @@ async def stop(client: Client, sim: Simulator, how: str) -> None:
 
 @ABORTS
 @pytest.mark.parametrize(("path", "body"), [(CHAT, chat(**LONG)), (COMPLETIONS, greedy(**LONG))])
-async def test_a_stream_ends_with_abort_and_a_good_status(
+async def test_a_stream_ends_with_finish_reason_abort_under_status_200(
     start: Start, client: Client, how: str, path: str, body: dict[str, Any]
 ) -> None:
     sim = await start(**STEP)
@@ -68,7 +68,7 @@ async def test_an_answer_in_one_piece_has_the_tokens_so_far(start: Start, client
     assert 3 < answer["usage"]["completion_tokens"] < 2000
 
 
-async def test_each_route_says_it_in_its_own_way(start: Start, client: Client) -> None:
+async def test_each_route_reports_the_abort_in_its_own_form(start: Start, client: Client) -> None:
     sim = await start(**STEP, scale_out=True)
     messages = {"model": "sim", "max_tokens": 2000, "messages": [{"role": "user", "content": "hello"}]}
     response = {"model": "sim", "input": "hello", "max_output_tokens": 2000, "temperature": 0, "ignore_eos": True}
@@ -94,9 +94,7 @@ async def test_text_that_was_held_back_comes_with_the_abort(start: Start, client
     assert said[-1]["text"] and said[-1]["finish_reason"] == "abort"
 
 
-async def test_an_engine_that_was_stopped_looks_well_for_a_moment_and_is_gone_then(
-    start: Start, client: Client
-) -> None:
+async def test_a_stopped_engine_reports_healthy_for_a_moment_and_then_ends(start: Start, client: Client) -> None:
     sim = await start(exit_delay=0.05)
     sim.terminate()
     assert (await client.get(sim, "/health")).status_code == 200
@@ -108,7 +106,7 @@ async def test_an_engine_that_was_stopped_looks_well_for_a_moment_and_is_gone_th
 
 
 @pytest.mark.parametrize(("out", "back"), [("/pause", "/resume"), ("/sleep", "/wake_up")])
-async def test_who_comes_to_a_paused_engine_waits(start: Start, client: Client, out: str, back: str) -> None:
+async def test_new_requests_wait_on_a_paused_engine(start: Start, client: Client, out: str, back: str) -> None:
     sim = await start()
     assert (await client.post(sim, out, {})).status_code == 200
     for path in ("/is_sleeping", "/is_paused"):
@@ -124,9 +122,7 @@ async def test_who_comes_to_a_paused_engine_waits(start: Start, client: Client, 
 
 
 @pytest.mark.parametrize(("out", "back"), [("/pause?mode=keep", "/resume"), ("/sleep?mode=keep", "/wake_up")])
-async def test_what_runs_on_an_engine_that_keeps_it_goes_on_later(
-    start: Start, client: Client, out: str, back: str
-) -> None:
+async def test_requests_that_a_pause_keeps_go_on_later(start: Start, client: Client, out: str, back: str) -> None:
     sim = await start(**STEP)
     whole = await client.text(sim, max_tokens=200)
     task = await begun(client, sim, COMPLETIONS, greedy(max_tokens=200))
@@ -148,7 +144,9 @@ async def test_a_pause_that_waits_answers_when_all_have_ended(start: Start, clie
     assert (await task).json()["choices"][0]["finish_reason"] == "length"
 
 
-async def test_a_drain_ends_what_runs_refuses_what_comes_and_says_that_it_is_well(start: Start, client: Client) -> None:
+async def test_a_drain_finishes_running_requests_refuses_new_ones_and_reports_healthy(
+    start: Start, client: Client
+) -> None:
     sim = await start(**STEP, shutdown_timeout=30)
     whole = await client.text(sim, max_tokens=100)
     task = await begun(client, sim, COMPLETIONS, greedy(max_tokens=100))
@@ -186,7 +184,7 @@ async def test_a_prefill_leg_that_is_given_up_has_no_parameters(start: Start, cl
     assert not sim.engine.used_blocks
 
 
-async def test_what_has_not_ended_when_the_drain_runs_out_hangs(start: Start, client: Client) -> None:
+async def test_requests_that_outlast_the_drain_hang(start: Start, client: Client) -> None:
     sim = await start(**STEP, shutdown_timeout=0.05)
     reader, writer = await asyncio.open_connection("127.0.0.1", sim.port)
     body = json.dumps(greedy(max_tokens=2000, stream=True)).encode()

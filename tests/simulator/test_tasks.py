@@ -1,4 +1,4 @@
-"""The routes of models that do not generate, and what operators have an engine do."""
+"""The routes of models that do not generate, and operators' commands."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_routes_of_other_tasks_do_not_exist(start: Start, client: Client, 
     assert (await client.get(sim, TASKS[task])).status_code == 405
 
 
-async def test_two_engines_of_one_model_agree_and_of_another_do_not(start: Start, client: Client) -> None:
+async def test_engines_of_one_model_agree_and_engines_of_two_models_do_not(start: Start, client: Client) -> None:
     body = {"input": ["the river", [300, 301]]}
     one, same, other = await start(task="any"), await start(task="any"), await start(task="any", weights=1)
     vectors = [(await client.post(sim, "/v1/embeddings", body)).json()["data"] for sim in (one, same, other)]
@@ -66,12 +66,12 @@ async def test_a_document_is_most_like_itself(start: Start, client: Client) -> N
         ("/v1/messages/count_tokens", {"messages": "x"}),
     ],
 )
-async def test_what_is_missing_or_wrong_is_refused(start: Start, client: Client, path: str, body: object) -> None:
+async def test_missing_and_wrong_fields_are_refused(start: Start, client: Client, path: str, body: object) -> None:
     sim = await start(task="any")
     assert (await client.post(sim, path, body)).status_code == 400
 
 
-async def test_a_form_is_heard(start: Start, client: Client) -> None:
+async def test_a_form_is_transcribed(start: Start, client: Client) -> None:
     sim = await start(task="transcribe")
     url = sim.url + TASKS["transcribe"]
     said = [(await client.http.post(url, files={"file": audio})).json()["text"] for audio in (b"a", b"a", b"b")]
@@ -95,9 +95,7 @@ async def test_the_tokens_of_a_conversation_are_counted_as_they_are_rendered(sta
     assert more.json()["input_tokens"] > counted.json()["input_tokens"]
 
 
-async def test_an_engine_that_sleeps_says_that_it_is_healthy_and_lets_requests_wait(
-    start: Start, client: Client
-) -> None:
+async def test_a_sleeping_engine_reports_healthy_and_lets_requests_wait(start: Start, client: Client) -> None:
     sim = await start()
     assert (await client.get(sim, "/is_sleeping")).json() == {"is_sleeping": False}
     assert (await client.post(sim, "/sleep?level=1", None)).status_code == 200
@@ -110,14 +108,14 @@ async def test_an_engine_that_sleeps_says_that_it_is_healthy_and_lets_requests_w
     assert sim.operations[1] == ("/sleep", "level=1")
 
 
-async def test_operators_routes_are_there_when_they_are_switched_on(start: Start, client: Client) -> None:
+async def test_operators_routes_exist_when_they_are_switched_on(start: Start, client: Client) -> None:
     sim = await start(dev_mode=False, profiler=False)
     for path in ("/sleep", "/wake_up", "/reset_prefix_cache", "/start_profile", "/stop_profile"):
         assert (await client.post(sim, path, None)).status_code == 404
     assert (await client.get(sim, "/is_sleeping")).status_code == 404
 
 
-async def test_other_servers_are_asked_at_other_paths(start: Start, client: Client) -> None:
+async def test_other_servers_have_other_paths(start: Start, client: Client) -> None:
     nim, plain = await start(surface="nim"), await start(surface="openai")
     for path in ("/v1/health/live", "/v1/health/ready", "/v1/metrics", "/v1/version", "/v1/models"):
         assert (await client.get(nim, path)).status_code == 200

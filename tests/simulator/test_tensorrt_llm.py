@@ -1,4 +1,4 @@
-"""The strict TensorRT-LLM side: context and generation servers, and what they refuse."""
+"""What simulated TensorRT-LLM context and generation servers accept and refuse."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def generation(told: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"disaggregated_params": {**params, "request_type": "generation_only", "ctx_usage": told["usage"], **more}}
 
 
-async def test_the_two_servers_say_what_one_would(start: Start, client: Client) -> None:
+async def test_a_pair_answers_as_one_server_does(start: Start, client: Client) -> None:
     p, d = await a_pair(start)
     expected = await client.text(await start())
     told = await context(client, p)
@@ -49,7 +49,7 @@ async def test_the_two_servers_say_what_one_would(start: Start, client: Client) 
 
 
 @pytest.mark.parametrize("packed", [False, True])
-async def test_a_chat_is_gone_on_with_from_the_ids_it_is_told(start: Start, client: Client, packed: bool) -> None:
+async def test_a_chat_is_continued_from_the_ids_in_its_parameters(start: Start, client: Client, packed: bool) -> None:
     p, d = await a_pair(start)
     whole = await client.post(await start(), "/v1/chat/completions", chat())
     told = await context(client, p, "/v1/chat/completions")
@@ -62,7 +62,7 @@ async def test_a_chat_is_gone_on_with_from_the_ids_it_is_told(start: Start, clie
     assert answer.json()["choices"][0]["message"] == whole.json()["choices"][0]["message"]
 
 
-async def test_the_first_token_is_the_one_that_the_generation_server_is_told(start: Start, client: Client) -> None:
+async def test_the_first_token_is_the_one_in_the_generation_servers_parameters(start: Start, client: Client) -> None:
     p, d = await a_pair(start)
     told = await context(client, p)
     right = await client.post(d, PATH, greedy() | generation(told))
@@ -95,7 +95,7 @@ async def test_an_answer_that_ends_in_the_context_phase_keeps_nothing(start: Sta
         {**ASKED, "disagg_request_id": "1"},
     ],
 )
-async def test_a_context_request_that_lacks_something_is_refused(start: Start, client: Client, params: object) -> None:
+async def test_an_incomplete_context_request_is_refused(start: Start, client: Client, params: object) -> None:
     p, _ = await a_pair(start)
     answer = await client.post(p, PATH, greedy() | {"disaggregated_params": params})
     assert (answer.status_code, answer.json()["object"]) == (400, "error")
@@ -110,7 +110,7 @@ async def test_a_context_request_has_one_choice_in_one_piece(start: Start, clien
 @pytest.mark.parametrize(
     "name", ["ctx_request_id", "disagg_request_id", "first_gen_tokens", "encoded_opaque_state", "ctx_usage"]
 )
-async def test_a_generation_request_that_lacks_something_fails(start: Start, client: Client, name: str) -> None:
+async def test_an_incomplete_generation_request_fails(start: Start, client: Client, name: str) -> None:
     p, d = await a_pair(start)
     body = generation(await context(client, p))
     del body["disaggregated_params"][name]
@@ -118,7 +118,7 @@ async def test_a_generation_request_that_lacks_something_fails(start: Start, cli
     assert answer.status_code >= 400 and answer.json()["object"] == "error"
 
 
-async def test_what_was_fetched_once_is_gone(start: Start, client: Client) -> None:
+async def test_kv_can_be_fetched_only_once(start: Start, client: Client) -> None:
     p, d = await a_pair(start, lease=0.3)
     body = greedy() | generation(await context(client, p))
     assert (await client.post(d, PATH, body)).status_code == 200
@@ -135,18 +135,18 @@ async def test_the_kv_of_another_prompt_gives_wrong_text(start: Start, client: C
     assert answer.status_code != 200 or answer.json()["choices"][0]["text"] != right
 
 
-async def test_a_context_server_gives_up_what_nobody_fetches(start: Start, client: Client) -> None:
+async def test_a_context_server_frees_kv_that_is_not_fetched(start: Start, client: Client) -> None:
     p, _ = await a_pair(start, lease=0.1)
     await context(client, p)
     await p.wait_for(lambda: p.engine.expired == 1 and p.engine.used_blocks == 0)
 
 
-async def test_a_plain_request_is_served_by_either(start: Start, client: Client) -> None:
+async def test_an_ordinary_request_is_served_by_either_server(start: Start, client: Client) -> None:
     p, d = await a_pair(start)
     assert await asyncio.gather(client.text(p), client.text(d)) == [await client.text(await start())] * 2
 
 
-async def test_a_server_with_a_key_wants_what_it_is_told_signed(start: Start, client: Client) -> None:
+async def test_a_server_with_a_key_requires_signed_parameters(start: Start, client: Client) -> None:
     p, d = await start(role="prefill", connector="tensorrt_llm"), await start(connector="tensorrt_llm", handoff_key="k")
     body = greedy() | generation(await context(client, p))
     assert (await client.post(d, PATH, body)).status_code == 400

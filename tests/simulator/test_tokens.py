@@ -36,13 +36,13 @@ def test_every_token_id_is_in_the_vocabulary() -> None:
 
 
 @given(st.text(min_size=1, alphabet=st.characters(codec="utf-8")), st.integers(1, 39))
-def test_continuing_from_some_of_the_answer_gives_the_rest(text: str, cut: int) -> None:
+def test_a_continuation_of_part_of_an_answer_is_the_rest_of_it(text: str, cut: int) -> None:
     prompt = tokenize(text)
     whole = continuation(prompt, 40)
     assert continuation(prompt + whole[:cut], 40 - cut) == whole[cut:]
 
 
-def test_another_prompt_and_another_salt_give_other_answers() -> None:
+def test_another_prompt_and_another_salt_lead_to_other_answers() -> None:
     prompt = tokenize("one prompt")
     answers = {tuple(continuation(prompt, 20)), tuple(continuation(tokenize("another prompt"), 20))}
     answers |= {tuple(continuation(prompt, 20, salt)) for salt in (1, 2)}

@@ -26,7 +26,7 @@ WEATHER = {
 }
 
 
-async def test_a_stream_says_what_the_whole_answer_says(mixed: Simulator, client: Client) -> None:
+async def test_a_stream_has_the_text_of_the_whole_answer(mixed: Simulator, client: Client) -> None:
     whole = (await client.post(mixed, "/v1/chat/completions", chat(max_tokens=80))).json()
     events = await client.all_events(mixed, "/v1/chat/completions", chat(max_tokens=80))
     assert events.pop() == "[DONE]"
@@ -121,7 +121,7 @@ async def test_the_end_of_sequence_token_ends_it_unless_ignored(start: Start, cl
     assert (await client.post(sim, "/v1/completions", body)).json()["usage"]["completion_tokens"] == 100
 
 
-async def test_prompts_and_children_are_numbered(mixed: Simulator, client: Client) -> None:
+async def test_prompts_and_choices_are_numbered(mixed: Simulator, client: Client) -> None:
     body = greedy(prompt=["one", "two"], n=2, temperature=0.7, seed=5)
     answer = (await client.post(mixed, "/v1/completions", body)).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
@@ -225,7 +225,7 @@ async def test_a_schema_that_cannot_be_followed_is_refused(mixed: Simulator, cli
         ("completion", greedy(temperature=-1), 400, "BadRequestError", "temperature"),
     ],
 )
-async def test_what_vllm_refuses_is_refused(
+async def test_requests_that_vllm_refuses_are_refused(
     mixed: Simulator, client: Client, path: str, body: Any, status: int, kind: str, param: str
 ) -> None:
     route = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}[path]
@@ -263,7 +263,7 @@ async def test_probes_and_models_answer(mixed: Simulator, client: Client) -> Non
     assert (card["id"], card["root"], card["max_model_len"]) == ("sim", "sim", 32768)
 
 
-async def test_an_api_key_is_wanted_on_v1_only(start: Start, client: Client) -> None:
+async def test_an_api_key_is_required_on_v1_only(start: Start, client: Client) -> None:
     sim = await start(api_key="secret")
     answer = await client.get(sim, "/v1/models")
     assert (answer.status_code, answer.json()) == (401, {"error": "Unauthorized"})
