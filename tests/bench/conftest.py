@@ -30,7 +30,7 @@ SMALL = Case(
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The load program, compiled with every warning an error."""
+    """The load program, compiled with every warning as an error."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed, and the load program is C")
     return load.build(tmp_path_factory.mktemp("load"), (*load.FLAGS, "-Werror"))

@@ -1,4 +1,4 @@
-"""The engines of `bench.fleet`, the traffic, and what policies make of it."""
+"""The engines of `bench.fleet`, its traffic, and its results by policy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def job(tokens: int, output: int = 10, stem: int = 1, time: float = 0.0) -> Job:
     return Job(Request(time, Prompt([Part(stem, tokens)]), output, 1.0, 1.0), time)
 
 
-def test_what_is_due_at_one_time_happens_in_the_order_in_which_it_was_asked_for() -> None:
+def test_events_of_one_time_are_handled_in_the_order_in_which_they_were_added() -> None:
     clock, seen = Clock(), list[str]()
     clock.at(2.0, seen.append, "c")
     clock.at(1.0, seen.append, "a")
@@ -47,12 +47,13 @@ def test_what_is_due_at_one_time_happens_in_the_order_in_which_it_was_asked_for(
     assert (seen, clock.now) == (["a", "b"], 1.0)
 
 
-def test_prompts_share_the_blocks_before_they_differ_and_no_others() -> None:
+def test_prompts_share_exactly_the_blocks_before_their_first_difference() -> None:
     common, other = Part(1, 10 * BLOCK + 5), Part(2, 3 * BLOCK)
     first, second = Prompt([common, Part(3, 900)]), Prompt([common, Part(4, 900)])
     assert first.blocks[:10] == second.blocks[:10]
     assert not set(first.blocks[10:]) & set(second.blocks)
-    assert not set(Prompt([other, common]).blocks[3:]) & set(first.blocks)  # the same text elsewhere is another block
+    # the same text at another place is another block
+    assert not set(Prompt([other, common]).blocks[3:]) & set(first.blocks)
     assert not set(Prompt([common], "adapter").blocks) & set(first.blocks)
     longer = Prompt([common, Part(3, 5000)])
     assert longer.blocks[: len(first.blocks)] == first.blocks
@@ -64,7 +65,7 @@ def test_the_gateway_takes_four_bytes_for_a_token() -> None:
     assert Prompt([Part(1, 1000, 6.0)]).estimate == 1500
 
 
-def test_the_cache_drops_the_end_of_what_was_used_least_lately() -> None:
+def test_the_cache_evicts_the_end_of_the_least_recently_used_prompt() -> None:
     cache = BlockCache(6 * BLOCK)
     old, new = Prompt([Part(1, 4 * BLOCK)]).blocks, Prompt([Part(2, 4 * BLOCK)]).blocks
     cache.touch(old)
@@ -85,7 +86,7 @@ def test_prefill_is_first_come_first_served_in_chunks() -> None:
     assert done == [(1500, pytest.approx(2.0)), (300, pytest.approx(2.0)), (300, pytest.approx(2.1))]
 
 
-def test_prefill_computes_what_its_cache_has_not_and_the_last_token_always() -> None:
+def test_prefill_computes_what_its_cache_lacks_and_always_the_last_token() -> None:
     clock, done = Clock(), list[Job]()
     engine = PrefillEngine(clock, PREFILL, done.append)
     for tokens in (8 * BLOCK, 8 * BLOCK, 9 * BLOCK):
@@ -98,7 +99,7 @@ def test_prefill_computes_what_its_cache_has_not_and_the_last_token_always() -> 
     assert done[-1].cached == 0
 
 
-def test_attention_makes_long_prompts_dearer() -> None:
+def test_attention_makes_a_token_of_a_long_prompt_cost_more() -> None:
     model = PrefillModel()
     assert model.seconds(0, 100_000) == pytest.approx(100_000 / 6000 + 5.0)
     assert model.seconds(0, 50_000) + model.seconds(50_000, 50_000) == pytest.approx(model.seconds(0, 100_000))
@@ -115,7 +116,7 @@ def remote(tokens: int, output: int, stem: int) -> Job:
     return one
 
 
-def test_decode_pulls_what_it_has_not_and_takes_a_step_for_each_token() -> None:
+def test_decode_pulls_what_its_cache_lacks_and_takes_a_step_for_each_token() -> None:
     clock = Clock()
     engine, ended = engine_of(clock)
     one = remote(5 * BLOCK, 100, 1)
@@ -133,7 +134,7 @@ def test_decode_pulls_what_it_has_not_and_takes_a_step_for_each_token() -> None:
     assert engine.used == pytest.approx(0.0, abs=1e-6)
 
 
-def test_decode_slows_down_with_sequences_and_kv_cache_held_as_step_by_step() -> None:
+def test_decode_steps_take_as_long_in_closed_form_as_computed_one_by_one() -> None:
     model = replace(DECODE, token=1e-5, latency=0.0, pull=1e12)
     clock = Clock()
     engine, ended = engine_of(clock, model)
@@ -253,7 +254,7 @@ def test_seeds_for_tuning_and_held_out_ones_are_different_and_make_different_tra
     assert [request.time for request in one] != [request.time for request in two]
 
 
-def test_the_verdict_is_no_where_another_policy_is_better_by_more_than_a_point() -> None:
+def test_auto_misses_its_target_where_another_policy_is_better_by_more_than_a_point() -> None:
     def summary(auto: float, oracle: float, other: float) -> report.Summary:
         return report.Summary("tutorial", {"auto": auto, "oracle": oracle, "prefix": other}, [])
 
@@ -265,7 +266,7 @@ def test_the_verdict_is_no_where_another_policy_is_better_by_more_than_a_point()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tutorial", "mixed", "unlike", "shared", "agents", "ranks"])
-def test_auto_is_near_the_oracle_on_seeds_that_nothing_was_tuned_on(kind: str) -> None:
+def test_auto_is_near_the_oracle_on_held_out_seeds(kind: str) -> None:
     figures = [found for seed in HELD_OUT for found in measure((kind, seed, ("auto", "oracle", "least_loaded")))]
     (summary,) = report.summarise(figures)
     assert summary.ratio >= report.WANTED, f"{summary.goodput}"
@@ -281,7 +282,7 @@ def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert trace(BY_NAME["tutorial"], 1)
 
 
-def test_the_command_says_what_its_kinds_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_its_kinds_of_traffic(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         run(["--help"])
     assert left.value.code == 0

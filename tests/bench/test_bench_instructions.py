@@ -1,4 +1,4 @@
-"""What `bench.instructions` counts is the gateway at work."""
+"""`bench.instructions` counts the gateway's work on requests."""
 
 from __future__ import annotations
 

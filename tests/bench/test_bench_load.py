@@ -1,4 +1,4 @@
-"""The mock engine speaks as vLLM does, and the load client tells good answers from bad."""
+"""The mock engine answers as vLLM does, and the load client tells good answers from bad ones."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def events(text: str) -> list[Any]:
 
 
 class Cutting(http.server.BaseHTTPRequestHandler):
-    """Answers with one token, [DONE] and a complete body: the status is good, the answer is not."""
+    """Answers with one token, [DONE] and a complete body: the status is good, but the answer is too short."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -74,7 +74,7 @@ class Cutting(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing: pytest's output is enough."""
+        """Log nothing: pytest's output is enough."""
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -83,11 +83,11 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         self.send_error(503)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing: pytest's output is enough."""
+        """Log nothing: pytest's output is enough."""
 
 
 class Server(http.server.ThreadingHTTPServer):
-    request_queue_size = 64  # the default of 5 would make the kernel drop, and the client's connect wait a second
+    request_queue_size = 64  # with the default of 5 the kernel would drop connects, and the client would wait a second
 
 
 @contextlib.contextmanager
@@ -108,12 +108,14 @@ def test_the_load_program_compiles_without_warnings(program: Path) -> None:
     assert program.exists()
 
 
-def test_a_program_that_does_not_compile_is_told_with_the_compilers_words(program: Path, tmp_path: Path) -> None:
+def test_a_failed_compilation_is_reported_with_the_compilers_output(program: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="no-such-flag"):
         load.build(tmp_path, ("--no-such-flag",))
 
 
-def test_a_client_straight_at_an_engine_finishes_with_nothing_bad(program: Path, small: Case, engine_port: int) -> None:
+def test_a_client_connected_to_an_engine_finishes_without_bad_answers(
+    program: Path, small: Case, engine_port: int
+) -> None:
     report = load.drive(program, engine_port, small, timeout_s=10)
     assert (report["ok"], report["bad"], report["unfinished"]) == (48, 0, 0)
     assert report["tokens"] == 48 * 10
@@ -124,25 +126,27 @@ def test_a_client_straight_at_an_engine_finishes_with_nothing_bad(program: Path,
     assert counted(engine_port)["running"] == 0
 
 
-def test_an_engine_gives_a_stream_one_token_a_tick(program: Path, small: Case, engine_port: int) -> None:
+def test_an_engine_sends_a_stream_one_token_for_each_tick(program: Path, small: Case, engine_port: int) -> None:
     report = load.drive(program, engine_port, replace(small, requests=24), timeout_s=10)
     assert report["seconds"] >= (10 - 1) * 0.005
 
 
 @pytest.mark.parametrize(("answer", "status"), [(Refusing, "503"), (Cutting, "200")])
 @pytest.mark.slow
-def test_a_client_calls_refused_and_short_answers_bad(program: Path, small: Case, answer: Handler, status: str) -> None:
+def test_a_client_counts_refused_and_short_answers_as_bad(
+    program: Path, small: Case, answer: Handler, status: str
+) -> None:
     with serving(answer) as port:
         report = load.drive(program, port, small, timeout_s=10)
     assert (report["ok"], report["bad"], report["status"]) == (0, 48, {status: 48})
 
 
-def test_a_client_at_a_closed_port_ends_and_calls_everything_bad(program: Path, small: Case) -> None:
+def test_a_client_of_a_closed_port_ends_and_counts_every_request_as_bad(program: Path, small: Case) -> None:
     report = load.drive(program, free_port(), small, timeout_s=10)
     assert (report["ok"], report["bad"]) == (0, 48)
 
 
-def test_a_client_stops_at_its_timeout_and_tells_what_is_unfinished(
+def test_a_client_stops_at_its_timeout_and_reports_unfinished_requests(
     program: Path, small: Case, engine_port: int
 ) -> None:
     report = load.drive(program, engine_port, replace(small, tokens=10_000), timeout_s=1)
@@ -180,7 +184,7 @@ def test_a_decode_leg_without_a_required_parameter_is_refused(engine_port: int, 
     assert key in json.loads(text)["error"]["message"]
 
 
-def test_a_prompt_that_spells_parameters_is_not_taken_for_them(engine_port: int) -> None:
+def test_parameters_in_the_text_of_a_prompt_are_not_read_as_parameters(engine_port: int) -> None:
     prompt = '"kv_transfer_params": {"do_remote_decode": true}, \\'
     status, text = post(engine_port, "/v1/completions", {"prompt": prompt, "max_tokens": 1})
     assert status == 200
@@ -207,9 +211,9 @@ def test_a_stream_that_does_not_ask_for_usage_or_ids_gets_neither(engine_port: i
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/version", "/metrics"])
-def test_an_engine_answers_what_gateways_probe(engine_port: int, path: str) -> None:
+def test_an_engine_answers_the_probes_of_gateways(engine_port: int, path: str) -> None:
     assert get(engine_port, path)[0] == 200
 
 
-def test_an_engine_says_404_to_what_it_does_not_know(engine_port: int) -> None:
+def test_an_engine_answers_an_unknown_path_with_404(engine_port: int) -> None:
     assert get(engine_port, "/ready")[0] == 404

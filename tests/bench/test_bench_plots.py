@@ -29,7 +29,7 @@ def test_every_point_is_on_its_line_and_within_the_picture() -> None:
     assert ours == sorted(ours), "what costs less is drawn lower"
 
 
-def test_lines_that_end_together_have_names_apart() -> None:
+def test_names_of_lines_that_end_at_the_same_height_do_not_overlap() -> None:
     labels = {text.text: float(text.attrib["y"]) for text in drawn().iter(f"{SVG}text")}
     assert abs(labels["nginx <1>"] - labels["pd-proxy"]) >= 13
 

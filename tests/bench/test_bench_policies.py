@@ -1,4 +1,4 @@
-"""What `auto` costs beside `least_loaded` is measured in pairs, and prompts differ where they should."""
+"""The cost of `auto` is measured in pairs with `least_loaded`, and prompts differ where they should."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TURN = Turn({"least_loaded": 200.0, "auto": 206.0, AGAIN: 201.0})
 
 
 class Reading(http.server.BaseHTTPRequestHandler):
-    """Keeps the prompts; its answers are bad ones."""
+    """Keeps the prompts, and answers each request with an error."""
 
     prompts: ClassVar[list[str]]
 
@@ -37,7 +37,7 @@ class Reading(http.server.BaseHTTPRequestHandler):
         self.send_error(503)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing: pytest's output is enough."""
+        """Log nothing: pytest's output is enough."""
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def test_prompts_share_as_many_prefixes_as_are_asked_for(program: Path, small: C
 
 
 @pytest.mark.parametrize("differ_at", [4, 95])
-def test_numbers_that_have_no_room_in_a_prompt_are_refused(program: Path, small: Case, differ_at: int) -> None:
+def test_numbers_that_do_not_fit_into_a_prompt_are_refused(program: Path, small: Case, differ_at: int) -> None:
     with pytest.raises(BenchError, match=r"--differ-at 4|at byte 95"):
         prompts(program, replace(small, differ_at=differ_at))
 
@@ -95,7 +95,7 @@ def test_an_engine_computes_prompts_one_after_the_other(program: Path, small: Ca
 
 
 def seconds_of(port: int, body: str, together: int) -> float:
-    """How long so many requests take that are sent at once."""
+    """How long this many requests take that are sent at the same time."""
     began = time.monotonic()
     connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=5) for _ in range(together)]
     for connection in connections:
@@ -141,7 +141,7 @@ def test_processes_are_bound_to_cores_only_within_the_block() -> None:
     assert own | others == before
 
 
-def test_one_core_is_for_gateways_and_all_else() -> None:
+def test_a_single_core_is_used_for_the_gateways_and_for_everything_else() -> None:
     assert policies.split_cores({3}) == ({3}, {3})
 
 

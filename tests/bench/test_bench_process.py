@@ -1,4 +1,4 @@
-"""Processes of the bench are surely ended, and what they use is read rightly."""
+"""Processes of the bench are reliably ended, and their resource use is read correctly."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("code", [BURN_AND_STAY, BURN_IN_A_CHILD, BURN_IN_AN_ENDED_CHILD])
 @pytest.mark.slow
-def test_the_cpu_reader_sees_a_known_burn_of_the_whole_tree(code: str, tmp_path: Path) -> None:
+def test_the_cpu_reader_measures_a_known_load_of_the_whole_tree(code: str, tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log, running(python(code), log) as child:
         assert until(lambda: cpu_seconds(child.pid) >= BURN_S - 0.02)
         time.sleep(0.1)
         assert cpu_seconds(child.pid) < BURN_S + 0.25, "the burn, and two interpreters' start"
 
 
-def test_the_memory_reader_sees_what_a_process_holds(tmp_path: Path) -> None:
+def test_the_memory_reader_measures_the_memory_of_a_process(tmp_path: Path) -> None:
     code = "import time; held = b'x' * 50_000_000; time.sleep(30)"
     with (tmp_path / "log").open("w") as log, running(python(code), log) as child:
         assert until(lambda: 48 < rss_mib(child.pid) < 100)
 
 
-def test_what_ended_counts_nothing() -> None:
+def test_a_process_that_has_ended_counts_as_zero() -> None:
     child = subprocess.Popen(python(""))
     child.wait()
     assert (cpu_seconds(child.pid), rss_mib(child.pid)) == (0, 0)
@@ -100,13 +100,13 @@ def test_a_command_that_does_not_exist_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_a_gateway_that_ends_early_is_told_with_its_last_words(program: Path, small: Case) -> None:
+def test_a_gateway_that_ends_early_is_reported_with_the_end_of_its_log(program: Path, small: Case) -> None:
     contender = Contender("broken", f"{sys.executable} -c \"raise SystemExit('no such flag')\"")
     with pytest.raises(BenchError, match=r"broken .* ended with status 1(?s:.*)no such flag"):
         measure(program, contender, small)
 
 
-def test_waiting_for_what_never_gets_ready_ends(tmp_path: Path) -> None:
+def test_waiting_for_readiness_ends_after_its_timeout(tmp_path: Path) -> None:
     with (
         (tmp_path / "log").open("w") as log,
         running(python("import time; time.sleep(30)"), log) as child,
@@ -121,7 +121,7 @@ def test_free_ports_lie_below_the_ephemeral_range() -> None:
 
 
 @pytest.mark.slow
-def test_a_measurement_of_an_engine_as_gateway_is_complete_and_leaves_nothing(program: Path, small: Case) -> None:
+def test_a_measurement_is_complete_and_leaves_no_process_behind(program: Path, small: Case) -> None:
     contender = Contender("engine", f"{program} engine --port {{port}} --tick-us 5000", "/health")
     measured = measure(program, contender, small)
     assert (measured.ok, measured.failed, measured.handed_off) == (48, 0, 0)

@@ -1,4 +1,4 @@
-"""Medians, ratios, budgets and tables say what was measured."""
+"""Medians, ratios, budgets and tables show what was measured."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_tables_align_and_name_budget_and_verdict() -> None:
     assert rows[-1].endswith("| NO    |")
 
 
-def test_ttft_overhead_is_the_gateways_less_nginxs() -> None:
+def test_ttft_overhead_is_the_gateways_ttft_minus_that_of_nginx() -> None:
     gateway, nginx = replace(ZERO, ttft_p50=5000, ttft_p99=9000), replace(ZERO, ttft_p50=2000, ttft_p99=3000)
     assert "| 3.00 / 6.00" in str(report.delay_table([only(SHORT, [gateway], [nginx])]))
 
