@@ -1,4 +1,4 @@
-"""The scripts by which shells complete the command."""
+"""The scripts by which shells complete the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def completed(script: Path, *words: str) -> set[str]:
-    """What bash offers for the last of the words."""
+    """The words that bash offers to complete the last of the given words."""
     program = (
         f'source {script}; COMP_WORDS=(pd-proxy "$@"); COMP_CWORD=$#; COMP_LINE="${{COMP_WORDS[*]}}"; '
         "COMP_POINT=${#COMP_LINE}; "
@@ -60,7 +60,7 @@ def test_bash_completes_commands_flags_and_words(scripts: dict[str, Path], words
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_each_script_knows_every_flag_and_is_what_its_shell_can_read(shell: str, scripts: dict[str, Path]) -> None:
+def test_each_script_has_every_flag_and_valid_syntax_for_its_shell(shell: str, scripts: dict[str, Path]) -> None:
     text = scripts[shell].read_text()
     for name, _ in leaves():
         assert name.replace("_", "-") in text, name
