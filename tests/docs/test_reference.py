@@ -1,4 +1,5 @@
-"""The words: pages written from the code are fresh, links lead somewhere, and commands could be typed."""
+"""The docs: pages written from the code are up to date, links lead to existing targets, and commands can be run as
+printed."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ reference = load_reference()
 
 
 def anchors(page: Path) -> set[str]:
-    """The headings of a page, as links name them."""
+    """The anchors of a page's headings, as links write them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -76,7 +77,7 @@ def ids(command: list[str]) -> str:
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands are read to the end, settings and all, but start nothing."""
+    """Parse commands to the end, settings included, but start nothing."""
     monkeypatch.chdir(ROOT)
     for name in [name for name in os.environ if name.upper().startswith("PD_PROXY_")]:
         monkeypatch.delenv(name)
@@ -86,12 +87,12 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["settings.md", "metrics.md", "errors.md"])
-def test_the_page_is_what_the_code_says(name: str) -> None:
+def test_each_generated_page_is_up_to_date_with_the_code(name: str) -> None:
     text = reference.pages()[name]
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "run: python docs/reference.py"
 
 
-def test_check_says_which_page_is_stale(
+def test_check_names_the_page_that_is_out_of_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(reference, "HERE", tmp_path)
@@ -126,7 +127,7 @@ def test_every_relative_link_points_to_something_that_exists(page: Path) -> None
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-def test_every_page_says_first_for_whom_it_is(page: Path) -> None:
+def test_every_page_begins_with_its_readers(page: Path) -> None:
     text = re.sub(r"\A<!--.*?-->\s*", "", page.read_text(encoding="utf-8"))
     title, paragraph = text.split("\n\n")[:2]
     assert title.startswith("# ")
@@ -149,7 +150,7 @@ def test_the_readme_shows_commands_of_every_kind() -> None:
         assert starting_with(*words), words
 
 
-def test_every_command_starts_with_something_known() -> None:
+def test_every_command_starts_with_a_known_program() -> None:
     assert {command[0] for command in COMMANDS} <= {"make", "pd-proxy", "docker", "curl"}
 
 
@@ -163,12 +164,12 @@ def test_make_targets_are_in_the_makefile(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", starting_with("pd-proxy"), ids=ids)
-def test_pd_proxy_commands_parse_and_their_settings_are_good(command: list[str], nothing_runs: None) -> None:
+def test_pd_proxy_commands_parse_and_their_settings_are_valid(command: list[str], nothing_runs: None) -> None:
     assert cli.main(command[1:]) == 0
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md"], ids=lambda page: page.name)
-def test_pd_proxy_commands_of_every_page_are_written_as_they_are_read(page: Path) -> None:
+def test_pd_proxy_commands_of_every_page_parse(page: Path) -> None:
     text = "\n".join(
         block for language, block in CODE_BLOCK.findall(page.read_text(encoding="utf-8")) if language == "sh"
     )
@@ -179,7 +180,7 @@ def test_pd_proxy_commands_of_every_page_are_written_as_they_are_read(page: Path
 
 
 @pytest.mark.parametrize("command", starting_with("docker", "run"), ids=ids)
-def test_what_follows_the_image_are_flags_of_serve(command: list[str], nothing_runs: None) -> None:
+def test_arguments_after_the_image_are_flags_of_serve(command: list[str], nothing_runs: None) -> None:
     mounts = [word.split(":") for before, word in pairwise(command) if before == "-v"]
     inside = {target: source for source, target, *_ in mounts}
     given = [inside.get(word, word) for word in command[command.index("pd-proxy") + 1 :]]
@@ -201,13 +202,13 @@ def test_the_readme_has_a_place_for_the_figures() -> None:
     assert text.index("<!-- figures -->") < text.index("<!-- /figures -->")
 
 
-def test_the_picture_of_states_is_what_the_tables_say() -> None:
+def test_the_picture_of_states_is_up_to_date_with_the_tables() -> None:
     done = subprocess.run([sys.executable, "docs/states.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["walk.svg", "placement.svg", "states.svg"])
-def test_a_picture_is_well_formed_and_fetches_nothing(name: str) -> None:
+def test_a_picture_is_well_formed_and_loads_nothing(name: str) -> None:
     picture = (ROOT / "docs" / name).read_text(encoding="utf-8")
     root = ElementTree.fromstring(picture)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"

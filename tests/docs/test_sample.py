@@ -1,4 +1,4 @@
-"""The samples of commands in the docs are what they say."""
+"""The samples of commands in the docs are the commands' output."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def load_sample() -> ModuleType:
     return module
 
 
-async def test_the_sample_of_doctor_is_what_it_says() -> None:
+async def test_the_sample_of_doctor_is_its_output() -> None:
     sample = load_sample()
     page = sample.PAGES["doctor"].read_text(encoding="utf-8")
     assert sample.with_sample(page, "doctor", await sample.sample()) == page, "run: python docs/sample.py"
 
 
-def test_the_sample_of_explain_is_what_it_says() -> None:
+def test_the_sample_of_explain_is_its_output() -> None:
     sample = load_sample()
     page = sample.PAGES["explain"].read_text(encoding="utf-8")
     assert sample.with_sample(page, "explain", sample.explained()) == page, "run: python docs/sample.py"
