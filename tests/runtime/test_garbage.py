@@ -1,4 +1,4 @@
-"""Garbage in cycles is collected when few would notice, and at last however many run."""
+"""Cyclic garbage is collected while few requests run, and after a limit however many run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support import until
 
 
 class Knot:
-    """An object that only a collection ends."""
+    """An object in a cycle, which only a collection frees."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -26,11 +26,11 @@ def _as_before() -> Iterator[None]:
     yield
     gc.set_threshold(*thresholds)
     gc.unfreeze()
-    gc.freeze()  # as the suite has it (conftest.py)
+    gc.freeze()  # as conftest.py does for the suite
 
 
 def old_knot() -> weakref.ref[Knot]:
-    """One that has survived looks at the young, as garbage of a long stream has."""
+    """An object that has survived collections of the young generation, as garbage of a long stream does."""
     knot = Knot()
     for _ in range(4):
         gc.collect(0)
@@ -38,7 +38,7 @@ def old_knot() -> weakref.ref[Knot]:
     return weakref.ref(knot)
 
 
-async def test_old_garbage_goes_when_few_requests_run() -> None:
+async def test_old_garbage_is_collected_while_few_requests_run() -> None:
     garbage.settle()
     knot = old_knot()
     gc.collect(0)
@@ -48,7 +48,7 @@ async def test_old_garbage_goes_when_few_requests_run() -> None:
     tidying.cancel()
 
 
-async def test_while_many_run_it_waits_but_not_for_ever() -> None:
+async def test_while_many_requests_run_the_collection_waits_for_a_limited_time() -> None:
     garbage.settle()
     knot = old_knot()
     now, looks = 0.0, 0
@@ -66,7 +66,7 @@ async def test_while_many_run_it_waits_but_not_for_ever() -> None:
     tidying.cancel()
 
 
-async def test_where_nothing_grew_old_nothing_is_collected() -> None:
+async def test_without_old_garbage_nothing_is_collected() -> None:
     garbage.settle()
     gc.collect()
     looks = 0
@@ -77,12 +77,12 @@ async def test_where_nothing_grew_old_nothing_is_collected() -> None:
         return 0
 
     tidying = asyncio.create_task(garbage.collect_when_quiet(none, look=0.001))
-    await asyncio.sleep(0.02)  # what is shown is that nothing happens
+    await asyncio.sleep(0.02)  # the test shows that nothing happens in this time
     assert not looks
     tidying.cancel()
 
 
-async def test_only_the_young_are_looked_through_by_themselves() -> None:
+async def test_automatic_collections_cover_only_the_young_generations() -> None:
     garbage.settle()
     before = [generation["collections"] for generation in gc.get_stats()]
     kept = [[] for _ in range(300_000)]  # type: ignore[var-annotated]

@@ -1,4 +1,4 @@
-"""What long prompts leave free is there for the next."""
+"""Memory that long prompts free is reused for the next ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap is told")
-def test_bodies_that_come_and_go_are_not_paid_for_page_by_page() -> None:
+def test_repeated_bodies_cause_no_page_faults_with_a_kept_heap() -> None:
     faults = {}
     for how in ("by itself", "kept"):
         command = [sys.executable, "-c", _FAULTS, how]
