@@ -1,4 +1,4 @@
-"""`pd-proxy doctor` and `pd-proxy check --probe`, as somebody runs them."""
+"""`pd-proxy doctor` and `pd-proxy check --probe` as commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command; gives exit status, output and errors."""
+    """Runs a command; returns its exit status, output and errors."""
 
     def run(*argv: str) -> tuple[int, str, str]:
         try:
@@ -29,7 +29,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-async def test_doctor_prints_tables_and_what_to_do_and_exits_with_what_it_found(
+async def test_doctor_prints_tables_and_advice_and_its_exit_status_shows_the_findings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     async with simulators("prefill", "decode") as [p, d], simulators("prefill", side_host="127.0.0.9") as [bad]:
@@ -54,7 +54,7 @@ async def test_doctor_prints_tables_and_what_to_do_and_exits_with_what_it_found(
 
 
 @pytest.mark.parametrize("count", ["-1", "many", "1e3"])
-def test_doctor_refuses_a_number_of_pairs_that_is_none(run: Run, count: str) -> None:
+def test_doctor_refuses_an_invalid_number_of_pairs(run: Run, count: str) -> None:
     status, out, err = run("doctor", "--pairs", count)
     assert (status, out) == (2, "")
     assert "--pairs" in err
@@ -68,13 +68,13 @@ def test_doctor_reads_the_settings_file_and_says_what_is_wrong_with_it(run: Run,
     assert f"{file}:1: prefil: no such setting" in err
 
 
-def test_doctor_has_its_flags_in_its_help(run: Run) -> None:
+def test_the_help_of_doctor_has_its_flags(run: Run) -> None:
     status, out, _ = run("doctor", "--help")
     assert status == 0
     assert "--pairs N" in out and "--json" in out and "--prefill URL" in out
 
 
-async def test_check_asks_the_engines_where_it_is_told_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+async def test_check_asks_the_engines_with_its_flag_probe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     async with simulators("prefill", "decode") as [p, d]:
         file.write_text(f"prefill: [{p.url}]\ndecode: [{d.url}]\n")

@@ -1,4 +1,4 @@
-"""In what engines are not alike."""
+"""The differences between engines that the doctor reports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def engine(url: str, role: str = "prefill", **told: Any) -> Engine:
         ({"tp": 2}, {"tp": 4}, "parallel_differ", "note", "tensor-parallel sizes differ: 2 at p; 4 at d"),
     ],
 )
-def test_what_differs_is_told_with_who_has_what(
+def test_each_difference_is_reported_with_the_engines_that_have_each_value(
     one: dict[str, Any], other: dict[str, Any], code: str, severity: str, said: str
 ) -> None:
     [finding] = differences([engine("p", **one), engine("d", "decode", **other)])
@@ -35,7 +35,7 @@ def test_what_differs_is_told_with_who_has_what(
     assert not differences([engine("p", **one), engine("d", "decode", **{**other, "group": "b"})])
 
 
-def test_of_many_engines_some_are_named() -> None:
+def test_of_many_engines_only_some_are_named() -> None:
     many = [engine(f"p{number}", version="1") for number in range(5)]
     [finding] = differences([*many, engine("d", "decode", version="2")])
     assert finding.what == "group default: versions differ: 1 at p0, p1, p2 and 2 more; 2 at d"

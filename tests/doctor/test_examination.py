@@ -1,4 +1,4 @@
-"""Each mistake that an operator makes with engines gets a sentence that says what to do."""
+"""Each mistake that an operator can make with engines gets a sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CERTIFICATE = Path(__file__).parent / "self_signed.pem"
 
 
 async def report(prefill: list[str], decode: list[str], *, pairs: int = 16, **settings: Any) -> Report:
-    """An examination of some engines."""
+    """The report about some engines."""
     return await examine(build_settings({"prefill": prefill, "decode": decode, **settings}, {}), most_pairs=pairs)
 
 
@@ -38,7 +38,7 @@ def only(found: Report, severity: str = "fault") -> Finding:
 
 
 async def at_rest(*engines: Simulator) -> None:
-    """Wait until engines do nothing and keep nothing for anybody."""
+    """Wait until the engines run nothing and keep no hand-off."""
     await until(
         lambda: (
             not any(
@@ -49,7 +49,7 @@ async def at_rest(*engines: Simulator) -> None:
     )
 
 
-async def test_engines_that_are_as_they_should_be_are_good() -> None:
+async def test_correct_engines_have_no_findings() -> None:
     async with simulators("prefill", "prefill", "decode", "decode", lease=600.0) as [p, q, d, e]:
         found = await report([p.url, q.url], [d.url, e.url])
         assert found.findings == ()
@@ -88,7 +88,7 @@ async def test_an_engine_that_is_loading_or_has_failed_inside_is_not_up() -> Non
         assert "log" in finding.advice
 
 
-async def test_an_engine_that_does_not_answer_in_time() -> None:
+async def test_an_engine_that_does_not_answer_in_time_is_a_fault() -> None:
     async with simulators("prefill", "decode") as [p, d]:
         d.faults.add("hang", leg="health")
         finding = only(await report([p.url], [d.url], health={"timeout": 0.3}))
@@ -97,7 +97,7 @@ async def test_an_engine_that_does_not_answer_in_time() -> None:
         assert "health.timeout" in finding.advice
 
 
-async def test_a_host_that_nobody_knows() -> None:
+async def test_a_host_that_cannot_be_resolved_is_a_fault() -> None:
     async with simulators("prefill") as [p]:
         finding = only(await report([p.url], ["http://no-such-host.invalid:8000"]))
         assert finding.code == "unresolved"
@@ -106,7 +106,7 @@ async def test_a_host_that_nobody_knows() -> None:
 
 @asynccontextmanager
 async def server(answer: bytes, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """A server that says the same to everybody; gives its host and port."""
+    """A server that answers every connection alike; yields its host and port."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -137,7 +137,7 @@ def http(status: str, body: bytes) -> bytes:
         (b"", "no_http", "/health could not be asked"),
     ],
 )
-async def test_what_listens_there_is_no_engine(answer: bytes, code: str, says: str) -> None:
+async def test_a_server_that_is_no_engine_is_a_fault(answer: bytes, code: str, says: str) -> None:
     async with simulators("decode") as [d], server(answer) as address:
         finding = only(await report([address], [d.url], pairs=0))
         assert finding.code == code
@@ -145,7 +145,7 @@ async def test_what_listens_there_is_no_engine(answer: bytes, code: str, says: s
         assert finding.advice.startswith("Correct the ")
 
 
-async def test_the_port_of_the_side_channel_is_no_api() -> None:
+async def test_the_port_of_the_side_channel_in_place_of_the_api_is_a_fault() -> None:
     async with simulators("prefill", "decode") as [p, d]:
         finding = only(await report([f"127.0.0.1:{p.side_port}"], [d.url], health={"timeout": 0.3}))
         assert finding.code in ("no_http", "no_engine", "timeout")
@@ -158,21 +158,21 @@ def tls() -> ssl.SSLContext:
     return context
 
 
-async def test_http_is_written_where_the_engine_speaks_tls() -> None:
+async def test_an_http_url_of_an_engine_with_tls_is_a_fault() -> None:
     async with simulators("decode") as [d], server(http("200 OK", b""), tls()) as address:
         finding = only(await report([f"http://{address}"], [d.url]))
         assert finding.code == "speaks_tls"
         assert "https://" in finding.advice
 
 
-async def test_https_is_written_where_the_engine_speaks_none() -> None:
+async def test_an_https_url_of_an_engine_without_tls_is_a_fault() -> None:
     async with simulators("decode") as [d], server(http("200 OK", b"")) as address:
         finding = only(await report([f"https://{address}"], [d.url]))
         assert finding.code == "no_tls"
         assert "http://" in finding.advice
 
 
-async def test_a_certificate_that_nobody_here_trusts() -> None:
+async def test_an_untrusted_certificate_is_a_fault() -> None:
     async with simulators("decode") as [d], server(http("200 OK", b""), tls()) as address:
         finding = only(await report([f"https://{address}"], [d.url]))
         assert finding.code == "certificate"
@@ -180,7 +180,7 @@ async def test_a_certificate_that_nobody_here_trusts() -> None:
 
 
 @pytest.mark.parametrize("key", [None, "wrong"])
-async def test_a_key_that_is_missing_or_refused(key: str | None) -> None:
+async def test_a_missing_or_refused_key_is_a_fault(key: str | None) -> None:
     async with simulators("prefill") as [p], simulators("decode", api_key="right") as [d]:
         finding = only(await report([p.url], [d.url], backend_api_key=key))
         assert finding.code == "key_refused"
@@ -189,12 +189,12 @@ async def test_a_key_that_is_missing_or_refused(key: str | None) -> None:
         assert "wrong" not in finding.what
 
 
-async def test_the_engines_key_is_told_to_them() -> None:
+async def test_the_engines_key_is_sent_to_them() -> None:
     async with simulators("prefill", "decode", api_key="right") as [p, d]:
         assert (await report([p.url], [d.url], backend_api_key="right")).exit_status == 0
 
 
-async def test_a_sleeping_engine_is_to_be_woken() -> None:
+async def test_a_sleeping_engine_is_reported_with_how_to_wake_it() -> None:
     async with simulators("prefill", "decode") as [p, d]:
         d.asleep = True
         finding = only(await report([p.url], [d.url]))
@@ -202,7 +202,7 @@ async def test_a_sleeping_engine_is_to_be_woken() -> None:
         assert "/wake_up" in finding.advice
 
 
-async def test_engines_of_different_models_are_no_pair() -> None:
+async def test_engines_of_different_models_cannot_be_a_pair() -> None:
     async with simulators("prefill", model="a") as [p], simulators("decode", model="b") as [d]:
         found = await report([p.url], [d.url])
         finding = only(found)
@@ -214,7 +214,7 @@ async def test_engines_of_different_models_are_no_pair() -> None:
         assert warning.what == f"group default: models differ: a at {p.url}; b at {d.url}"
 
 
-async def test_one_engine_of_another_model_among_others() -> None:
+async def test_one_engine_of_another_model_among_others_is_named() -> None:
     async with simulators("prefill", "decode") as [p, d], simulators("decode", model="b") as [other]:
         found = await report([p.url], [d.url, other.url])
         finding = only(found)
@@ -222,7 +222,7 @@ async def test_one_engine_of_another_model_among_others() -> None:
         assert [handoff.found for handoff in found.handoffs] == ["ok"]
 
 
-async def test_engines_of_different_versions_are_no_pair_unless_that_is_allowed() -> None:
+async def test_engines_of_different_versions_cannot_be_a_pair_unless_that_is_allowed() -> None:
     async with simulators("prefill") as [p], simulators("decode", version="0.31.0") as [d]:
         assert only(await report([p.url], [d.url])).code == "no_pair"
         found = await report([p.url], [d.url], pair_revisions="any")
@@ -241,7 +241,7 @@ async def test_engines_of_different_versions_are_no_pair_unless_that_is_allowed(
         ({}, {"weights": 7}, "decode_failed", "version, model, block size and connector"),
     ],
 )
-async def test_pairs_that_cannot_hand_over(
+async def test_pairs_that_cannot_hand_over_are_faults(
     prefill: dict[str, Any], decode: dict[str, Any], code: str, advice: str
 ) -> None:
     async with simulators("prefill", **prefill) as [p], simulators("decode", **decode) as [d]:
@@ -269,7 +269,7 @@ async def test_engines_that_share_no_cache_are_a_warning_since_they_may_miss_at_
         assert (warning.code, warning.backends) == ("not_read", (p.url, d.url))
 
 
-async def test_a_wrong_side_channel_is_told_with_its_address_and_that_nobody_is_there() -> None:
+async def test_a_wrong_side_channel_is_reported_with_its_address() -> None:
     async with simulators("prefill", side_host="127.0.0.9") as [p], simulators("decode") as [d]:
         found = await report([p.url], [d.url])
         assert f"127.0.0.9:{p.side_port}, where this machine finds nobody (connection refused)" in only(found).what
@@ -277,7 +277,7 @@ async def test_a_wrong_side_channel_is_told_with_its_address_and_that_nobody_is_
         assert (handoff.side, handoff.reachable) == (f"127.0.0.9:{p.side_port}", False)
 
 
-async def test_roles_that_are_swapped_are_told_and_not_tried_where_an_engine_would_die_of_it() -> None:
+async def test_swapped_roles_are_reported_and_not_tried_where_a_try_would_kill_an_engine() -> None:
     async with simulators("prefill", "decode", connector="mooncake") as [p, d]:
         places = [{"backend": d.url, "port": d.side_port}]
         found = await report([d.url], [p.url], connector="mooncake", locations=places)
@@ -288,7 +288,7 @@ async def test_roles_that_are_swapped_are_told_and_not_tried_where_an_engine_wou
         assert p.alive and d.alive
 
 
-async def test_roles_that_are_swapped_are_a_warning_where_that_works() -> None:
+async def test_swapped_roles_are_a_warning_where_they_work() -> None:
     async with simulators("prefill", "decode") as [p, d]:
         found = await report([d.url], [p.url])
         assert found.exit_status == 1
@@ -300,7 +300,7 @@ async def test_roles_that_are_swapped_are_a_warning_where_that_works() -> None:
         assert f"{d.url} is listed under prefill, and says that it was started as a decode engine" in swapped[0].what
 
 
-async def test_sglang_tells_of_swapped_roles() -> None:
+async def test_swapped_roles_of_sglang_engines_are_reported() -> None:
     async with simulators("prefill", "decode", connector="sglang") as [p, d]:
         found = await report([d.url], [p.url], connector="sglang", kind="sglang")
         swapped = [finding.backends for finding in found.findings if finding.code == "roles_swapped"]
@@ -308,7 +308,7 @@ async def test_sglang_tells_of_swapped_roles() -> None:
         assert "no_coordinates" not in [finding.code for finding in found.findings]
 
 
-async def test_a_bootstrap_server_that_is_not_there() -> None:
+async def test_a_missing_bootstrap_server_is_a_fault() -> None:
     async with simulators("prefill", "decode", connector="mooncake") as [p, d]:
         with socket.create_server(("127.0.0.1", 0)) as held:
             free = held.getsockname()[1]
@@ -334,7 +334,7 @@ async def test_every_connector_can_be_examined_and_leaves_nothing_behind(case: C
             await at_rest(p, d)
 
 
-async def test_no_more_pairs_are_tried_than_wanted_and_who_was_in_none_is_said() -> None:
+async def test_at_most_the_given_number_of_pairs_is_tried_and_engines_without_a_pair_are_named() -> None:
     async with simulators("prefill", "decode", "decode", "decode") as [p, *decode]:
         found = await report([p.url], [engine.url for engine in decode], pairs=2)
         assert [handoff.decode for handoff in found.handoffs] == [decode[0].url, decode[1].url]
@@ -344,14 +344,14 @@ async def test_no_more_pairs_are_tried_than_wanted_and_who_was_in_none_is_said()
         assert not decode[2].requests
 
 
-async def test_without_pairs_engines_are_asked_and_given_nothing_to_do() -> None:
+async def test_without_pairs_engines_are_asked_and_get_no_requests() -> None:
     async with simulators("prefill", "decode") as [p, d]:
         found = await report([p.url], [d.url], pairs=0)
         assert found.exit_status == 0
         assert not p.requests and not d.requests
 
 
-async def test_settings_without_engines_have_nothing_to_serve_with() -> None:
+async def test_settings_without_engines_are_a_fault() -> None:
     assert only(await report([], [])).code == "nothing_to_serve"
     async with simulators("prefill") as [p]:
         finding = only(await report([p.url], []))
@@ -370,14 +370,14 @@ async def test_groups_are_examined_each_with_its_own_connector() -> None:
         assert [(handoff.group, handoff.found) for handoff in found.handoffs] == [("default", "ok"), ("other", "ok")]
 
 
-async def test_engines_tell_their_connector_where_it_is_not_set() -> None:
+async def test_a_connector_that_is_not_set_is_learnt_from_the_engines() -> None:
     async with simulators("prefill", "decode") as [p, d]:
         found = await report([p.url], [d.url], connector="auto")
         assert found.exit_status == 0, found.as_text()
         assert [engine.connector for engine in found.engines] == ["nixl", "nixl"]
 
 
-async def test_engines_that_tell_no_connector_where_it_is_not_set() -> None:
+async def test_a_connector_that_is_neither_set_nor_reported_is_a_finding() -> None:
     async with simulators("prefill", "decode", connector="none") as [p, d]:
         finding = only(await report([p.url], [d.url], connector="auto"))
         assert (finding.code, "set it" in finding.what) == ("no_pair", True)
@@ -390,7 +390,7 @@ async def test_a_prefill_engine_without_a_prefix_cache_is_a_note() -> None:
         assert only(found, "note").code == "uncached"
 
 
-async def test_where_another_process_has_the_socket_that_engines_tell_something_at() -> None:
+async def test_a_socket_for_engines_that_another_process_holds_is_reported() -> None:
     [case] = [case for case in CASES if case.name == "moriio_read"]
     with case.engines() as told:
         async with simulators("prefill", "decode", **told) as [p, d]:
@@ -406,7 +406,7 @@ async def test_where_another_process_has_the_socket_that_engines_tell_something_
             assert [engine.state for engine in found.engines] == ["unknown", "unknown"]
 
 
-async def test_an_engine_that_does_not_register(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_does_not_register_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examination, "_REGISTERS_WITHIN", 0.2)
     [case] = [case for case in CASES if case.name == "moriio_read"]
     with case.engines() as told:
@@ -416,7 +416,7 @@ async def test_an_engine_that_does_not_register(monkeypatch: pytest.MonkeyPatch)
             assert "zmq.registrations" in found.findings[0].advice
 
 
-async def test_a_defect_of_ours_does_not_hide_what_is_found_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_exception_in_the_doctor_does_not_hide_other_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(trials: Trials, *pair: object) -> None:
         raise RuntimeError("oops")
 

@@ -1,4 +1,4 @@
-"""Which pairs a doctor tries."""
+"""The pairs that the doctor tries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def names(prefix: str, count: int) -> list[str]:
 
 
 @given(st.integers(0, 7), st.integers(0, 7), st.integers(0, 60))
-def test_each_engine_is_in_a_pair_before_any_is_in_more_than_it_must(p: int, d: int, most: int) -> None:
+def test_each_engine_is_in_a_pair_before_any_is_in_more_pairs_than_needed(p: int, d: int, most: int) -> None:
     prefills, decodes = names("p", p), names("d", d)
     pairs = choose_pairs(prefills, decodes, anything, most)
     assert len(pairs) == len(set(pairs)) == min(most, p * d)
@@ -35,6 +35,6 @@ def test_the_same_engines_make_the_same_pairs() -> None:
 
 
 @pytest.mark.parametrize("allowed", [{("p0", "d2"), ("p1", "d0")}, {("p1", "d1")}, set()])
-def test_only_pairs_that_may_be_are_chosen_wherever_they_are(allowed: set[tuple[str, str]]) -> None:
+def test_only_allowed_pairs_are_chosen(allowed: set[tuple[str, str]]) -> None:
     pairs = choose_pairs(names("p", 2), names("d", 3), lambda p, d: (p, d) in allowed, 9)
     assert set(pairs) == allowed

@@ -27,7 +27,7 @@ ENGINE = Engine(
 HANDOFF = Handoff("default", "http://10.0.0.1:8000", "http://10.0.0.2:8000", "ok", "10.0.0.1:5600", True, 0.1234567)
 
 
-def test_a_table_is_as_wide_as_what_is_in_it() -> None:
+def test_a_table_is_as_wide_as_its_content() -> None:
     assert Report((ENGINE,), (HANDOFF,), (), 1).as_text() == (
         "ROLE     BACKEND        STATE  SAYS     VERSION  CONNECTOR  BLOCK  CONTEXT  CACHE  TP  MODELS\n"
         "prefill  10.0.0.1:8000  up     prefill  0.32.0   nixl       16     32768    on     1   m\n"
@@ -60,12 +60,12 @@ def test_engines_write_no_control_characters_on_a_terminal() -> None:
     ("severities", "status"),
     [((), 0), (("note",), 0), (("warning", "note"), 1), (("note", "fault", "warning"), 2)],
 )
-def test_the_exit_status_is_that_of_the_gravest(severities: tuple[str, ...], status: int) -> None:
+def test_the_exit_status_is_that_of_the_most_severe_finding(severities: tuple[str, ...], status: int) -> None:
     findings = tuple(Finding("failed", severity, (), "x", "y") for severity in severities)  # type: ignore[arg-type]
     assert Report((), (), findings).exit_status == status
 
 
-def test_json_has_all_of_it() -> None:
+def test_the_json_has_the_whole_report() -> None:
     finding = found("refused", "http://a is not up", "http://a")
     said = json.loads(Report((ENGINE,), (HANDOFF,), (finding,), 4).as_json())
     assert said["exit_status"] == 2
