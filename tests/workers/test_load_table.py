@@ -1,4 +1,4 @@
-"""The page of memory by which workers know of each other's load."""
+"""The shared memory page by which workers know each other's load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sync(table: LoadTable, worker: int, fleet: list[Backend], freed: list[int] |
     return LoadSync(table, worker, fleet, lambda: freed is not None and freed.append(worker))
 
 
-def test_each_sees_what_the_others_have_and_not_its_own() -> None:
+def test_each_worker_reads_the_others_load_without_its_own() -> None:
     table, freed = LoadTable(3), list[int]()
     fleets = [backends() for _ in range(3)]
     syncs = [sync(table, number, fleet, freed) for number, fleet in enumerate(fleets)]
@@ -43,7 +43,7 @@ def test_each_sees_what_the_others_have_and_not_its_own() -> None:
     assert fleets[2][0].elsewhere_requests == 0
 
 
-def test_what_there_was_before_the_first_look_is_told_too() -> None:
+def test_load_from_before_the_first_read_is_read_too() -> None:
     table = LoadTable(2)
     one, other = backends(), backends()
     Lease(one[0], 9)
@@ -52,7 +52,7 @@ def test_what_there_was_before_the_first_look_is_told_too() -> None:
     assert (other[0].elsewhere_requests, other[0].elsewhere_tokens) == (1, 9)
 
 
-def test_what_was_just_read_will_do() -> None:
+def test_load_that_was_just_read_is_not_read_again() -> None:
     table, now = LoadTable(2), 100.0
     one, other = backends(), backends()
     reader = LoadSync(table, 0, one, lambda: None, clock=lambda: now)
@@ -66,7 +66,7 @@ def test_what_was_just_read_will_do() -> None:
     assert one[0].elsewhere_tokens == 5
 
 
-def test_a_backend_that_has_left_is_told_of_no_more() -> None:
+def test_the_load_of_a_removed_backend_is_not_read() -> None:
     table = LoadTable(2)
     one, other = backends(), backends()
     leaving = sync(table, 0, one)
@@ -78,7 +78,7 @@ def test_a_backend_that_has_left_is_told_of_no_more() -> None:
     assert other[0].elsewhere_requests == 0
 
 
-async def test_who_waits_hears_soon_of_what_the_others_free() -> None:
+async def test_a_worker_with_waiting_requests_soon_reads_what_the_others_free() -> None:
     table, freed = LoadTable(2), list[int]()
     one, other = backends(), backends()
     sync(table, 1, other).read()
@@ -90,11 +90,11 @@ async def test_who_waits_hears_soon_of_what_the_others_free() -> None:
     waits = 1
     waiting.wake()
     lease.release()
-    await soon(lambda: freed == [0], 0.2)  # and not at the next look of one who has all the time
+    await soon(lambda: freed == [0], 0.2)  # and not only at the next periodic read
     keeping_up.cancel()
 
 
-def test_what_a_dead_worker_had_is_forgotten() -> None:
+def test_the_load_of_a_dead_worker_is_dropped() -> None:
     table = LoadTable(2)
     one, other = backends(), backends()
     Lease(one[1], 50)
@@ -107,7 +107,7 @@ def test_what_a_dead_worker_had_is_forgotten() -> None:
     assert other[1].elsewhere_tokens == 0
 
 
-def test_it_is_seen_across_a_fork() -> None:
+def test_load_is_shared_across_a_fork() -> None:
     table = LoadTable(2)
     child = os.fork()
     if child == 0:
@@ -116,12 +116,12 @@ def test_it_is_seen_across_a_fork() -> None:
         sync(table, 0, fleet).read()
         os._exit(0)
     os.waitpid(child, 0)
-    fleet = backends()[::-1]  # a backend has its place by its name, in whatever order it came
+    fleet = backends()[::-1]  # a backend's place follows from its name, whatever the order in which backends are added
     sync(table, 1, fleet).read()
     assert (fleet[-1].elsewhere_requests, fleet[-1].elsewhere_tokens) == (4, 44)
 
 
-def test_a_full_page_leaves_a_backend_to_each_worker() -> None:
+def test_a_backend_without_a_place_in_a_full_page_is_counted_by_each_worker_alone() -> None:
     table = LoadTable(2)
     many = [Backend(f"http://{number}", "decode") for number in range(1030)]
     sync(table, 0, many).read()
@@ -133,7 +133,7 @@ def test_a_full_page_leaves_a_backend_to_each_worker() -> None:
     assert [backend.elsewhere_tokens for backend in fleet] == [5, 0]
 
 
-def test_bounds_count_what_the_others_have() -> None:
+def test_bounds_include_the_other_workers_load() -> None:
     backend = Backend("http://a", "decode")
     backend.most_requests, backend.most_tokens = 4, 100
     backend.elsewhere_requests, backend.elsewhere_tokens = 3, 60

@@ -26,7 +26,7 @@ def values(families: list[Metric]) -> dict[str, float]:
     }
 
 
-def test_counts_are_summed_and_the_most_cautious_judgement_is_shown() -> None:
+def test_counters_are_summed_and_of_states_the_most_cautious_is_shown() -> None:
     assert values(merge([page(3, 1), page(4, 0, inflight=5)])) == {
         "pd_proxy_requests_totaloutcome=ok": 7,
         "pd_proxy_times_bucketle=0.1": 7,
@@ -38,24 +38,24 @@ def test_counts_are_summed_and_the_most_cautious_judgement_is_shown() -> None:
     }
 
 
-def test_what_one_worker_has_seen_to_work_works() -> None:
+def test_a_pair_that_works_for_one_worker_is_shown_as_working() -> None:
     gauges = [GaugeMetricFamily("pd_proxy_backend_handoff_verified", "Ever.", value=ever) for ever in (1.0, 0.0)]
     assert values(merge([[gauge] for gauge in gauges])) == {"pd_proxy_backend_handoff_verified": 1}
 
 
-def test_what_only_one_has_is_shown_too() -> None:
+def test_a_metric_that_only_one_worker_has_is_shown() -> None:
     merged = values(merge([page(3, 1), page(2, 1, label="error")]))
     assert merged["pd_proxy_requests_totaloutcome=ok"] == 3
     assert merged["pd_proxy_requests_totaloutcome=error"] == 2
 
 
-def test_a_page_that_was_sent_is_as_good_as_the_families() -> None:
+def test_a_received_page_merges_like_metric_families() -> None:
     direct = merge([page(3, 1), page(4, 1)])
     sent = merge([page(3, 1), parse(render(page(4, 1)))])
     assert render(direct) == render(sent)
 
 
-def test_of_a_worker_that_has_ended_only_counts_remain() -> None:
+def test_only_the_counters_of_an_ended_worker_remain() -> None:
     kept = values(parse(counts_of(render(page(3, 1)))))
     assert set(kept) == {
         "pd_proxy_requests_totaloutcome=ok",

@@ -1,4 +1,4 @@
-"""The rings of memory by which workers know what the others sent to which engine."""
+"""The rings of shared memory by which workers know which prompts the others sent to which engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENGINES = ["http://a", "http://b"]
 
 
 class Worker:
-    """One worker's index and its end of the rings."""
+    """One worker's index, and its end of the rings."""
 
     def __init__(self, rings: PrefixRings, number: int, engines: list[str] = ENGINES) -> None:
         self.index = PrefixIndex()
@@ -30,7 +30,7 @@ def prompt(rings: PrefixRings, number: int, size: int = 3000) -> Chain:
     return chain_of(read_body(msgspec.json.encode({"model": "m", "prompt": said}), "completions"), rings.key)
 
 
-def test_each_knows_what_the_others_sent() -> None:
+def test_each_worker_learns_which_prompts_the_others_sent() -> None:
     rings = PrefixRings(3)
     workers = [Worker(rings, number) for number in range(3)]
     text, ids = prompt(rings, 1), chain_of_ids(range(200), root_of_ids("m", rings.key), rings.key)
@@ -48,7 +48,7 @@ def test_each_knows_what_the_others_sent() -> None:
         assert worker.peers.lost == 0
 
 
-def test_each_knows_which_rank_of_an_engine_the_others_sent_a_prompt_to() -> None:
+def test_each_worker_learns_to_which_rank_the_others_sent_a_prompt() -> None:
     rings, names = PrefixRings(2), [rank_name("http://a", rank) for rank in range(3)]
     one, other = Worker(rings, 0, names), Worker(rings, 1, names)
     chain = prompt(rings, 1)
@@ -60,7 +60,7 @@ def test_each_knows_which_rank_of_an_engine_the_others_sent_a_prompt_to() -> Non
     assert not other.index.cached(chain)
 
 
-def test_what_one_finds_lost_is_lost_to_all() -> None:
+def test_a_loss_that_one_worker_finds_is_learnt_by_all() -> None:
     rings = PrefixRings(2)
     one, other = Worker(rings, 0), Worker(rings, 1)
     old, asked = prompt(rings, 1), prompt(rings, 2)
@@ -80,7 +80,7 @@ def test_what_one_finds_lost_is_lost_to_all() -> None:
     assert not other.index.cached(asked)
 
 
-def test_engines_that_only_one_knows_are_its_own() -> None:
+def test_records_of_an_unknown_engine_are_ignored() -> None:
     rings = PrefixRings(2)
     one, other = Worker(rings, 0), Worker(rings, 1, ["http://b"])
     chains = [prompt(rings, number) for number in range(2)]
@@ -97,7 +97,7 @@ def test_engines_that_only_one_knows_are_its_own() -> None:
     assert other.index.figures(0).entries == 0
 
 
-def test_a_reader_that_is_overtaken_has_missed_some_and_goes_on() -> None:
+def test_a_reader_that_was_overtaken_counts_missed_records_and_goes_on() -> None:
     rings = PrefixRings(2, cells=64)
     one, other = Worker(rings, 0), Worker(rings, 1)
     chains = [prompt(rings, number) for number in range(40)]
@@ -126,7 +126,7 @@ def test_readers_that_keep_up_miss_nothing(cells: int) -> None:
     assert other.peers.lost == 0
 
 
-def test_much_is_read_piece_by_piece() -> None:
+def test_many_records_are_read_in_pieces() -> None:
     rings = PrefixRings(2)
     one, other = Worker(rings, 0), Worker(rings, 1)
     chains = [prompt(rings, number, 400_000) for number in range(80)]
@@ -139,7 +139,7 @@ def test_much_is_read_piece_by_piece() -> None:
     assert other.peers.lost == 0
 
 
-def test_a_very_long_prompt_is_told_as_far_as_a_record_goes() -> None:
+def test_a_very_long_prompt_is_cut_to_the_size_of_a_record() -> None:
     rings = PrefixRings(2, cells=64)
     one, other = Worker(rings, 0), Worker(rings, 1)
     chain = prompt(rings, 1, 100_000)
@@ -148,7 +148,7 @@ def test_a_very_long_prompt_is_told_as_far_as_a_record_goes() -> None:
     assert other.index.cached(chain) == {"http://a": chain.tokens_of(16)}
 
 
-def test_it_is_seen_across_a_fork() -> None:
+def test_records_are_shared_across_a_fork() -> None:
     rings = PrefixRings(2)
     chains = [prompt(rings, number) for number in range(5)]
     child = os.fork()
@@ -164,7 +164,7 @@ def test_it_is_seen_across_a_fork() -> None:
 
 
 def test_a_reader_beside_a_writer_in_another_process_never_enters_what_was_not_sent() -> None:
-    rings = PrefixRings(2, cells=256)  # so that the writer laps the reader again and again
+    rings = PrefixRings(2, cells=256)  # so that the writer overtakes the reader repeatedly
     chains = [prompt(rings, number, 600 + 97 * number % 9000) for number in range(50)]
     sent = {hashed for chain in chains for hashed in chain.hashes}
     started, starting = os.pipe()
@@ -193,7 +193,7 @@ def test_a_worker_that_died_while_it_wrote_is_wiped_and_another_goes_on() -> Non
     dead, living = Worker(rings, 0), Worker(rings, 1)
     chains = [prompt(rings, number) for number in range(3)]
     dead.index.enter("http://a", chains[0])
-    rings._cells[0] += 60  # it had announced a record, and written some of it
+    rings._cells[0] += 60  # it had announced a record, and written a part of it
     rings._cells[4 + rings.end(0)] = 12345
     early = Worker(rings, 1)
     early.peers.look()
@@ -212,11 +212,11 @@ def test_a_worker_that_died_while_it_wrote_is_wiped_and_another_goes_on() -> Non
     assert living.peers.lost == another.peers.lost == 0
 
 
-def test_memory_that_says_what_cannot_be_is_passed_over() -> None:
+def test_impossible_values_in_shared_memory_are_skipped() -> None:
     rings = PrefixRings(2, cells=64)
     one, other = Worker(rings, 0), Worker(rings, 1)
     chains = [prompt(rings, number) for number in range(4)]
-    for cell, value in ((4, 99), (5, -1), (7, 0x7FF0000000000000)):  # its place, its length, its scale
+    for cell, value in ((4, 99), (5, -1), (7, 0x7FF0000000000000)):  # the record's place, length and scale
         place = rings.end(0) % 64
         one.index.enter("http://a", chains[0])
         rings._cells[place + cell] = value

@@ -1,4 +1,4 @@
-"""Several workers: one gateway to its clients, its operators and its scraper, whichever of them dies."""
+"""Several workers: one gateway to its clients, its operators and its scraper, whichever worker dies."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ async def until_metric(http: httpx.AsyncClient, name: str, value: float) -> None
 
 
 async def ask_apart(url: str, count: int, body: dict[str, Any], path: str = COMPLETIONS) -> list[httpx.Response]:
-    """Ask at the same time on connections of their own."""
+    """Send requests at the same time, each on its own connection."""
 
     async def one() -> httpx.Response:
-        # Without certificates: to load them as often takes seconds on a busy machine.
+        # Without certificates: loading them this often takes seconds on a busy machine.
         async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, verify=False) as http:
             return await http.post(path, json=body)
 
     return await asyncio.gather(*(one() for _ in range(count)))
 
 
-async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
+async def test_workers_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
     async with (
         simulators("prefill", "decode", "decode") as [p, d1, d2],
         served("--workers", "3", "--prefill", p.url, "--decode", d1.url, "--admin_key", "operator") as process,
@@ -62,10 +62,11 @@ async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
         answers = await ask_apart(process.url, 60, completion())
         assert {answer.status_code for answer in answers} == {200}
         await until_metric(http, "pd_proxy_requests_total", 60)  # a client has its answer before it is counted
-        for _ in range(6):  # whichever worker answers
+        for _ in range(6):  # so that every worker may answer once
             assert await metric(http, "pd_proxy_requests_total") == 60
             assert await metric(http, "pd_proxy_backend_up") == 2
-            assert await metric(http, "pd_proxy_time_to_first_token_seconds_count") == 0  # they were not streamed
+            # the answers were not streamed
+            assert await metric(http, "pd_proxy_time_to_first_token_seconds_count") == 0
         decisions = (await http.get("/admin/decisions?limit=1000")).json()["decisions"]
         assert len({decision["request_id"] for decision in decisions}) == 60
         assert [decision["at"] for decision in decisions] == sorted((d["at"] for d in decisions), reverse=True)
@@ -86,7 +87,7 @@ async def test_they_are_one_gateway_to_a_scraper_and_to_an_operator() -> None:
 
 
 async def until_up(http: httpx.AsyncClient, url: str) -> None:
-    """Wait until every worker has a backend in its rotation: the least of them is shown."""
+    """Wait until every worker has a backend in its rotation: the merged metric is the lowest of them."""
     async with asyncio.timeout(60):
         while True:
             families = text_string_to_metric_families((await http.get("/metrics")).text)
@@ -119,9 +120,9 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_e
                 cut += 1
 
         streams = [asyncio.create_task(stream()) for _ in range(24)]
-        # All have come, and the last of them runs still; on a busy machine the first may have ended.
+        # All streams have begun, and the last still runs; on a busy machine the first may have ended.
         await until(lambda: len(d.requests) >= 10 + len(streams) and d.engine.running > 0)
-        # The one with fewer connections: the kernel may have given nearly all of them to one.
+        # The worker with fewer connections, since the kernel may have given nearly all of them to one.
         victim, survivor = sorted(workers_of(process), key=lambda pid: len([*Path(f"/proc/{pid}/fd").iterdir()]))
         os.kill(victim, signal.SIGKILL)
         await asyncio.gather(*streams)
@@ -131,7 +132,7 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_e
         await until(lambda: any("ended with signal 9" in line for line in process.log))
         assert await metric(http, "pd_proxy_requests_total") >= counted, "counts have gone back"
         drained: list[bool] = []
-        async with asyncio.timeout(60):  # the new one knows what the operator had said before its time
+        async with asyncio.timeout(60):  # the new worker knows what the operator did before it started
             while len(drained) < 20:
                 async with httpx.AsyncClient(
                     base_url=process.url, headers=OPERATOR, timeout=20, trust_env=False, verify=False
@@ -143,7 +144,7 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_stream_of_the_others_e
             await engine.wait_for(lambda engine=engine: not engine.engine.running)  # type: ignore[misc]
 
 
-async def test_they_leave_together_and_let_their_streams_finish() -> None:
+async def test_workers_stop_together_and_let_their_streams_finish() -> None:
     async with (
         simulators("prefill", "decode", step_time=0.01) as [p, d],
         served("--workers", "2", "--prefill", p.url, "--decode", d.url) as process,
@@ -159,16 +160,16 @@ async def test_they_leave_together_and_let_their_streams_finish() -> None:
         assert await process.status() == 0
 
 
-async def test_workers_whose_supervisor_is_killed_leave_too() -> None:
+async def test_workers_whose_supervisor_is_killed_stop_too() -> None:
     async with simulators("mixed") as [m], served("--workers", "2", "--mixed", m.url) as process:
         workers = workers_of(process)
         process.signal(signal.SIGKILL)
         await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
-async def test_requests_are_placed_as_if_one_worker_had_placed_them() -> None:
-    """Two workers that did not know of each other would each give half of what it has to each backend as well, but in
-    ignorance of one backend's long request that the other has placed."""
+async def test_workers_place_requests_by_the_load_of_all_workers() -> None:
+    """Two workers without shared load would also send half of their own requests to each backend, but neither would
+    know of the long request that the other has placed."""
     async with (
         simulators("mixed", "mixed", step_time=0.05) as [one, two],
         served("--workers", "2", "--mixed", one.url, "--mixed", two.url, "--policy.mixed", "least_loaded") as process,
@@ -177,10 +178,10 @@ async def test_requests_are_placed_as_if_one_worker_had_placed_them() -> None:
         await ready(http)
         await until_up(http, one.url)
         await until_up(http, two.url)
-        # It runs for longer than the others may take on any machine.
+        # It runs for longer than the other requests take on any machine.
         heavy = completion(prompt="long " * 1000, max_tokens=2000, ignore_eos=True, stream=True)
         async with http.stream("POST", COMPLETIONS, json=heavy) as answer:
-            pieces = answer.aiter_bytes()  # kept: one that nobody holds is closed, and its request ends
+            pieces = answer.aiter_bytes()  # kept: an iterator without references is closed, and its request ends
             await anext(pieces)
             busy, idle = (one, two) if one.engine.running else (two, one)
             before = len(busy.requests)
@@ -192,7 +193,8 @@ async def test_requests_are_placed_as_if_one_worker_had_placed_them() -> None:
 
 
 async def test_engines_that_call_back_reach_the_worker_whose_request_it_is() -> None:
-    layerwise: dict[str, Any] = {"connector": "ascend_layerwise", "handshake_timeout": 30.0}  # none may fail by itself
+    # no request may time out by itself
+    layerwise: dict[str, Any] = {"connector": "ascend_layerwise", "handshake_timeout": 30.0}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = ("--port", str(port), "--metaserver.url", f"http://127.0.0.1:{port}", "--connector", "ascend_layerwise")
