@@ -1,4 +1,4 @@
-"""The connectors under contract: how engines that speak them are simulated, and what is particular to each."""
+"""The connectors under contract: how their engines are simulated, and the properties of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pd_proxy_simulator import Simulator
 
 from tests.support import Running, running_gateway, simulators
 
-_FOLDERS = tempfile.TemporaryDirectory(prefix="pd-proxy-shared-")  # gone when the process ends
+_FOLDERS = tempfile.TemporaryDirectory(prefix="pd-proxy-shared-")  # removed when the process ends
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Case:
         name: as in the settings.
         engine: settings of its simulated engines.
         settings: of the gateway.
-        shared: its engines share a folder.
-        located: the gateway must be told the port of a prefill engine's side of the hand-off.
-        written_to: the gateway must be told the ports at which a decode engine is written to.
-        hears: the setting of the address at which the gateway hears its engines, where they tell it something.
-        asks: the members by which an engine knows a prefill and a decode leg.
+        shared: whether its engines share a folder.
+        located: whether the gateway's settings need the port of a prefill engine's side channel.
+        written_to: whether the gateway's settings need the ports at which a decode engine is written to.
+        hears: the setting of the address at which engines send the gateway messages, where they do.
+        asks: the members by which an engine recognizes a prefill leg and a decode leg.
         spared: faults of the matrix that its engines do not have.
     """
 
@@ -65,14 +65,15 @@ class Case:
 
     @contextmanager
     def engines(self) -> Iterator[dict[str, Any]]:
-        """The settings of its engines. An address at which a gateway is to hear them stays reserved for it."""
+        """The settings of its engines. The address at which they send the gateway messages stays reserved for the
+        gateway."""
         told = {"connector": self.name, **self.engine}
         if self.shared:
             told["shared_path"] = tempfile.mkdtemp(dir=_FOLDERS.name)
         if not self.hears:
             yield told
             return
-        with socket.socket() as held:  # bound, and never listening: so the kernel gives the port to nobody else
+        with socket.socket() as held:  # bound, but not listening, so that the kernel gives the port to no other socket
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.bind(("127.0.0.1", 0))
             yield {**told, "proxy": f"127.0.0.1:{held.getsockname()[1]}"}
@@ -95,10 +96,10 @@ CASES = [
 ]
 IDS = [case.name for case in CASES]
 ONE_OF_EACH = ("nixl", "ascend_layerwise", "lmcache_pd", "moriio_write", "sglang", "tensorrt_llm", "shared_cache")
-"""One of each way to hand over: decode reads, or prefill writes; the gateway says where, hears it from engines, or is
-called back; both legs at once, or one after the other; by address, or by content."""
+"""One connector of each kind of hand-off: decode reads, or prefill writes; the gateway names the address, receives
+it from engines, or is called back; both legs at the same time, or one after the other; by address, or by content."""
 MOST = [case if case.name in ONE_OF_EACH else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-"""For what the connector hardly matters to: `make test` has one of each way."""
+"""For tests in which the connector hardly matters: `make test` runs one of each kind."""
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""What is particular to connectors whose decode engines call back, over sockets."""
+"""The properties of connectors whose decode engines call the gateway back, over sockets."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ async def test_a_second_call_and_one_after_the_end_do_nothing() -> None:
         assert len(p.requests) == 1
 
 
-async def test_a_decode_that_never_calls_is_given_up_and_another_asked() -> None:
+async def test_a_decode_engine_that_never_calls_is_replaced_by_another() -> None:
     expected = await said_alone("completions")
     async with fleet(CASE, decode=2, timeouts={"first_token": 0.3}) as (running, [p], decode):
         decode[0].faults.add("hang", leg="decode")
         spare = running.gateway.fleet.find(decode[1].url, "decode")
         assert spare is not None
-        with Lease(spare, 1_000_000):  # so that the other is asked first
+        with Lease(spare, 1_000_000):  # so that the other one is chosen first
             answer = await running.http.post(PATH, json=completion())
         assert text_of(answer.json()) == expected
         assert len(p.requests) == 1
@@ -90,7 +90,7 @@ async def test_a_client_that_leaves_before_the_call_costs_no_prefill() -> None:
         assert not p.requests
 
 
-async def test_a_prefill_that_was_sent_runs_out_so_that_decode_frees_its_blocks() -> None:
+async def test_a_prefill_leg_that_was_sent_runs_to_its_end_so_that_decode_frees_its_blocks() -> None:
     async with fleet(CASE, engine={"prefill_rate": 200.0}) as (running, [p], [d]):
         data = json.dumps(completion(stream=True)).encode()
         _, writer = await asyncio.open_connection("127.0.0.1", running.port)
@@ -104,7 +104,7 @@ async def test_a_prefill_that_was_sent_runs_out_so_that_decode_frees_its_blocks(
         await until(running.idle)
 
 
-async def test_a_prefill_that_runs_out_without_its_request_is_work_for_its_engine_still() -> None:
+async def test_a_prefill_leg_that_outlives_its_request_still_counts_as_load() -> None:
     async with fleet(CASE, engine={"prefill_rate": 1000.0}) as (running, [p], [d]):
         [backend] = running.gateway.fleet.pool("prefill")
         data = json.dumps(completion("a word " * 200, stream=True)).encode()
@@ -115,10 +115,10 @@ async def test_a_prefill_that_runs_out_without_its_request_is_work_for_its_engin
         await d.wait_for(lambda: d.requests[0].aborted)
         assert backend.speeds.outstanding > 256
         await until(running.idle)
-        assert backend.speeds.prefills  # its answer has told how fast it is
+        assert backend.speeds.prefills  # its answer has shown how fast it is
 
 
-async def test_lists_of_prompts_go_to_one_engine_whole_without_a_call() -> None:
+async def test_a_list_of_prompts_goes_whole_to_one_engine_without_a_call() -> None:
     async with fleet(CASE) as (running, [p], [d]):
         answer = await running.http.post(PATH, json=completion(["one prompt", "and another"]))
         assert len(answer.json()["choices"]) == 2

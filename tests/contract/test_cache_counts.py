@@ -1,4 +1,4 @@
-"""The numbers of a prompt's cached and written tokens are prefill's, whatever decode's version knows of them."""
+"""The numbers of a prompt's cached and written tokens are prefill's, whatever decode's version reports."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def body_of(endpoint: str, prompt: str, *, stream: bool, max_tokens: int = 20) -
 
 
 async def usage_of(running: Running, endpoint: str, *, stream: bool) -> dict[str, Any]:
-    """The last usage that a client is told."""
+    """The last usage that a client receives."""
     answer = await running.http.post(PATHS[endpoint], json=body_of(endpoint, PROMPT, stream=stream))
     assert answer.status_code == 200, answer.text
     events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
@@ -73,7 +73,7 @@ async def test_cached_and_written_tokens_are_prefills_in_every_answer(case: Case
             prompt, cached, written = counts(endpoint, await usage_of(running, endpoint, stream=stream))
             assert cached == p.engine.stats.prefix_hits > 0
             assert d.engine.stats.pulls == 1
-            if endpoint != "completions":  # vLLM does not say it there
+            if endpoint != "completions":  # vLLM does not report it there
                 assert written == prompt - cached
             metrics = await running.metrics()
             assert metrics['pd_proxy_tokens_total{kind="cached",model="sim"}'] == cached
@@ -82,7 +82,7 @@ async def test_cached_and_written_tokens_are_prefills_in_every_answer(case: Case
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("endpoint", PATHS)
-async def test_a_prompt_that_nobody_had_in_a_cache_is_not_called_cached(endpoint: str, stream: bool) -> None:
+async def test_a_prompt_that_no_engine_had_cached_is_not_reported_as_cached(endpoint: str, stream: bool) -> None:
     [case] = [case for case in CASES if case.name == "nixl"]
     engine = {"written_tokens": True, "handoff_cached": False}
     async with fleet(case, engine=engine) as (running, _, _):
@@ -92,7 +92,7 @@ async def test_a_prompt_that_nobody_had_in_a_cache_is_not_called_cached(endpoint
         assert (await running.metrics())['pd_proxy_tokens_total{kind="cached",model="sim"}'] == 0
 
 
-async def test_a_hand_off_tells_what_prefills_usage_does_not() -> None:
+async def test_the_hand_off_has_the_number_that_prefills_usage_lacks() -> None:
     [case] = [case for case in CASES if case.name == "nixl"]
     for stream in (False, True):
         async with fleet(case) as (running, [p], [d]):
@@ -102,7 +102,7 @@ async def test_a_hand_off_tells_what_prefills_usage_does_not() -> None:
             assert cached == 0
 
 
-async def test_what_nobody_says_is_left_out() -> None:
+async def test_numbers_that_no_engine_reports_are_left_out() -> None:
     [case] = [case for case in CASES if case.name == "nixl"]
     for stream in (False, True):
         async with fleet(case, engine={"handoff_cached": False}) as (running, [p], _):

@@ -1,4 +1,4 @@
-"""What holds for every connector: whatever the protocol, a client notices nothing of it."""
+"""The contract of every connector: whatever its protocol, a client cannot tell it from a single engine."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def body(endpoint: str, **more: Any) -> dict[str, Any]:
 
 
 def streamed(text: str) -> str:
-    """The text of a stream that came to its end."""
+    """The text of a stream, which must have come to its end."""
     payloads = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
     assert payloads[-1] == "[DONE]", payloads[-1]
     choices = [c for p in payloads[:-1] for c in json.loads(p)["choices"]]
     return "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
 
 
-_ALONE: dict[str, str] = {}  # by request; it is the same for every connector
+_ALONE: dict[str, str] = {}  # by request; the same for every connector
 
 
 async def said_alone(endpoint: str, **more: Any) -> str:
-    """What one engine says by itself."""
+    """The answer of one engine alone."""
     asked = body(endpoint, **more)
     if (key := json.dumps(asked)) not in _ALONE:
         async with simulators("mixed") as [single], running_gateway(mixed=[single.url]) as alone:
@@ -58,7 +58,7 @@ def test_every_connector_is_under_contract() -> None:
 
 @EVERY
 @pytest.mark.parametrize("endpoint", PATHS)
-async def test_a_pair_says_what_one_engine_would_say(case: Case, endpoint: str) -> None:
+async def test_a_pair_answers_as_one_engine_does(case: Case, endpoint: str) -> None:
     expected = await said_alone(endpoint)
     async with fleet(case) as (running, [p], [d]):
         whole = await running.http.post(PATHS[endpoint], json=body(endpoint))
@@ -87,7 +87,7 @@ async def test_a_new_pair_is_warmed_up_with_a_hand_off(case: Case) -> None:
 
 
 @BY_WAY
-async def test_what_a_client_says_of_a_hand_off_reaches_no_engine(case: Case) -> None:
+async def test_a_clients_hand_off_parameters_reach_no_engine(case: Case) -> None:
     evil = {
         "kv_transfer_params": {"do_remote_prefill": True, "remote_host": "10.6.6.6"},
         "bootstrap_host": "10.6.6.6",
@@ -108,7 +108,7 @@ async def test_a_prefill_that_fails_is_tried_elsewhere_and_decode_does_not_wait_
     case: Case, stream: bool
 ) -> None:
     expected = await said_alone("completions")
-    # Some decode engines hold the memory of a transfer that never comes until their lease on it ends.
+    # Some decode engines hold the memory of a transfer that never comes until its lease ends.
     async with fleet(case, prefill=2, engine={"lease": 2.0}) as (running, prefill, [d]):
         for engine in prefill:
             engine.faults.add("status", leg="prefill", status=500, count=1)
@@ -122,12 +122,13 @@ async def test_a_prefill_that_fails_is_tried_elsewhere_and_decode_does_not_wait_
 
 
 @EVERY
-@pytest.mark.slow  # it sees leases end
+@pytest.mark.slow  # it waits for the end of leases
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_decode_that_fails_is_tried_elsewhere(case: Case, stream: bool) -> None:
     expected = await said_alone("completions")
     async with fleet(case, decode=2, engine={"lease": 4.0}) as (running, [p], decode):
-        for engine in decode:  # whichever comes first; the other may meet it when it is to free the hand-off
+        # any of them may be chosen; the other may meet the fault when it has to release the hand-off
+        for engine in decode:
             engine.faults.add("status", leg="decode", status=500, count=1)
         answer = await running.http.post(PATHS["completions"], json=completion(stream=stream))
         assert answer.status_code == 200, answer.text
@@ -138,8 +139,9 @@ async def test_a_decode_that_fails_is_tried_elsewhere(case: Case, stream: bool) 
 
 @pytest.mark.slow
 @EVERY
-async def test_dead_backends_among_live_ones_cost_clients_nothing(case: Case) -> None:
-    # Each has a prompt of its own: LMCache may answer wrong where two prompts are the same (docs/connectors.md).
+async def test_dead_backends_among_live_ones_fail_no_request(case: Case) -> None:
+    # Each request has a prompt of its own: LMCache may answer wrong where two prompts are the same
+    # (docs/connectors.md).
     asked = [completion(f"{n} {PROMPT}", stream=bool(n % 2)) for n in range(20)]
     async with simulators("mixed") as [single], running_gateway(mixed=[single.url]) as alone:
         expected = [await said(alone, each) for each in asked]
@@ -176,7 +178,7 @@ async def test_a_client_that_leaves_leaves_nothing_behind(case: Case, stage: str
 @BY_WAY
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("primed", [True, False], ids=["half in prefill's cache", "nothing in it"])
-async def test_a_client_is_told_what_prefill_had_in_its_cache(case: Case, stream: bool, primed: bool) -> None:
+async def test_a_clients_usage_has_the_tokens_that_prefill_had_cached(case: Case, stream: bool, primed: bool) -> None:
     beginning = "the first half of a prompt that prefill has seen before, and decode never has; " * 2
     if primed and not CONNECTORS[case.name].traits.plain_prefill:
         pytest.skip("its prefill engines answer nobody but a gateway")
@@ -199,7 +201,7 @@ async def test_a_client_is_told_what_prefill_had_in_its_cache(case: Case, stream
 
 @BY_WAY
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_where_prefill_does_not_say_decodes_usage_stays(case: Case, stream: bool) -> None:
+async def test_without_prefills_number_decodes_usage_stays(case: Case, stream: bool) -> None:
     async with fleet(case, engine={"prompt_tokens_details": False}) as (running, _, _):
         usage = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
         answer = await running.http.post(PATHS["completions"], json=completion(**usage))
@@ -208,7 +210,7 @@ async def test_where_prefill_does_not_say_decodes_usage_stays(case: Case, stream
 
 
 @EVERY
-async def test_without_prefill_decode_answers_by_itself_or_says_that_it_may_not(case: Case) -> None:
+async def test_without_prefill_decode_answers_alone_or_the_error_says_that_it_may_not(case: Case) -> None:
     expected = await said_alone("completions")
     async with fleet(case, health={"interval": 0.1}) as (running, [p], [d]):
         p.kill()

@@ -1,4 +1,4 @@
-"""The encoder stage over sockets: whatever becomes of it, clients are told what one engine would say."""
+"""The encoder stage over sockets: whatever happens to it, clients receive the answer of a single engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ async def fleet(
     storage: str = "",
     **settings: Any,
 ) -> AsyncIterator[tuple[Running, list[Simulator], list[Simulator]]]:
-    """A gateway before encoders and other engines: `cpu`, or `example` where there is a storage."""
+    """A gateway before encoders and other engines. Encoders are of kind `example` where there is a storage folder,
+    else `cpu`."""
     kind = {"encoder_connector": "example" if storage else "cpu", "encoder_storage": storage}
     with case.engines() as told:
         told = {**told, **kind, **settings.pop("engine", {})}
@@ -63,7 +64,9 @@ async def said_alone(**more: Any) -> str:
 
 @EVERY
 @pytest.mark.parametrize("shared", [False, True], ids=["cpu", "example"])
-async def test_media_are_encoded_elsewhere_and_prefill_takes_them(case: Case, shared: bool, storage: str) -> None:
+async def test_media_are_encoded_by_an_encoder_and_prefill_fetches_the_embeddings(
+    case: Case, shared: bool, storage: str
+) -> None:
     async with fleet(case, storage=storage if shared else "") as (running, encoders, [p, d]):
         for stream in (False, True):
             answer = await running.http.post(PATH, json=ask(stream=stream))
@@ -84,7 +87,7 @@ async def test_media_are_encoded_elsewhere_and_prefill_takes_them(case: Case, sh
 
 
 @pytest.mark.parametrize("role", ["mixed", "decode"])
-async def test_whoever_computes_the_prompt_takes_them(role: str) -> None:
+async def test_the_engine_that_computes_the_prompt_fetches_the_embeddings(role: str) -> None:
     async with fleet(roles=(role,)) as (running, encoders, [engine]):
         answer = await running.http.post(PATH, json=ask())
         assert text_of(answer.json()) == await said_alone()
@@ -93,7 +96,7 @@ async def test_whoever_computes_the_prompt_takes_them(role: str) -> None:
         await until(running.idle)
 
 
-async def test_requests_without_media_never_see_an_encoder() -> None:
+async def test_requests_without_media_are_sent_to_no_encoder() -> None:
     async with fleet() as (running, encoders, _):
         assert (await running.http.post(PATH, json=chat())).status_code == 200
         answer = await running.http.post("/v1/completions", json={"model": "sim", "prompt": '{"type": "image"}'})
@@ -101,7 +104,7 @@ async def test_requests_without_media_never_see_an_encoder() -> None:
         assert not any(one.requests for one in encoders)
 
 
-async def test_what_clients_say_of_media_elsewhere_reaches_nobody() -> None:
+async def test_a_clients_encoder_parameters_reach_no_engine() -> None:
     evil = {"ec_transfer_params": {"k": {"peer_host": "10.6.6.6", "peer_port": 1}}}
     async with fleet() as (running, encoders, engines):
         answer = await running.http.post(PATH, json=ask(image(uuid="chosen"), vllm_xargs=evil, **evil))
@@ -112,7 +115,7 @@ async def test_what_clients_say_of_media_elsewhere_reaches_nobody() -> None:
 
 
 @pytest.mark.parametrize("fault", ["status", "reset", "garbage", "kill", "hang"])
-async def test_an_encoder_that_fails_is_noticed_by_nobody(fault: str) -> None:
+async def test_an_encoder_that_fails_fails_no_request(fault: str) -> None:
     expected = await said_alone()
     async with fleet(timeouts={"prefill": 1.0}) as (running, [bad, good], _):
         if fault == "kill":
@@ -149,7 +152,7 @@ async def test_an_answer_that_no_encoder_gives_counts_as_a_failure() -> None:
         assert (await running.metrics())['pd_proxy_retries_total{leg="encode",reason="garbled"}'] == 1
 
 
-async def test_without_encoders_prefill_encodes_and_it_is_said() -> None:
+async def test_without_encoders_prefill_encodes_and_the_fallback_is_reported() -> None:
     expected = await said_alone()
     async with fleet(encode=1) as (running, [e], [p, _]):
         e.kill()
@@ -161,7 +164,7 @@ async def test_without_encoders_prefill_encodes_and_it_is_said() -> None:
         assert (await running.metrics())['pd_proxy_fallbacks_total{reason="no_encode_backend"}'] == 1
 
 
-async def test_encoders_that_only_fail_are_done_without_after_two_tries() -> None:
+async def test_after_two_failed_encoder_tries_prefill_encodes() -> None:
     expected = await said_alone()
     async with fleet(encode=1) as (running, [e], [p, _]):
         e.faults.add("status", leg="encode", status=500)
@@ -171,7 +174,7 @@ async def test_encoders_that_only_fail_are_done_without_after_two_tries() -> Non
         assert (len(e.requests), p.engine.media.encoded) == (4, 3)
 
 
-async def test_where_that_is_forbidden_it_is_an_error() -> None:
+async def test_where_fallbacks_are_rejected_the_request_fails() -> None:
     async with fleet(encode=1, fallback="reject") as (running, [e], [p, d]):
         e.faults.add("status", leg="encode", status=500)
         assert (await running.http.post(PATH, json=ask())).status_code == 500
@@ -184,7 +187,7 @@ async def test_where_that_is_forbidden_it_is_an_error() -> None:
         await until(running.idle)
 
 
-async def test_media_that_an_encoder_refuses_are_the_clients_to_mend() -> None:
+async def test_media_that_an_encoder_refuses_are_a_client_error() -> None:
     async with fleet() as (running, encoders, [p, d]):
         answer = await running.http.post(PATH, json=ask({"type": "image_url", "image_url": None}))
         assert answer.status_code == 400
@@ -192,9 +195,9 @@ async def test_media_that_an_encoder_refuses_are_the_clients_to_mend() -> None:
         assert not (p.requests or d.requests)
 
 
-async def test_an_embedding_that_is_gone_is_made_again() -> None:
+async def test_a_lost_embedding_is_encoded_again() -> None:
     async with fleet() as (running, encoders, [p, _]):
-        for one in encoders:  # they forget before prefill comes
+        for one in encoders:  # embeddings are dropped before prefill fetches them
             one.faults.add("hang", leg="pull")
         p.faults.add("delay_first_byte", leg="prefill", delay_s=0.3)
         asking = asyncio.ensure_future(running.http.post(PATH, json=ask()))

@@ -1,4 +1,5 @@
-"""Clients leave at any moment, and engines fail meanwhile: nothing is left of them, whatever the connector."""
+"""Clients disconnect at any moment, and engines fail meanwhile: nothing of their requests is left, whatever the
+connector."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 from tests.contract.cases import CASES, Case, fleet
 from tests.support import Running, chat, until
 
-_PATIENCE = (0.0, 0.003, 0.01, 0.03, 0.1, 10.0)  # seconds
+_PATIENCE = (0.0, 0.003, 0.01, 0.03, 0.1, 10.0)  # seconds until a client disconnects
 
 
 async def ask(running: Running, random: Random, topic: int) -> None:

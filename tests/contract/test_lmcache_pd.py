@@ -1,4 +1,4 @@
-"""LMCache's prefill-decode mode over sockets: decode waits for the notice, and for nothing else."""
+"""LMCache's prefill-decode mode over sockets: decode waits for the notification, and for nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def test_decode_begins_only_when_the_cache_has_arrived() -> None:
         assert notices.waiting == {}
 
 
-async def test_every_rank_must_have_said_so() -> None:
+async def test_decode_waits_for_the_notification_of_every_rank() -> None:
     async with fleet(CASE, engine={"tp": 4}) as (running, [p], [d]):
         assert (await running.http.post("/v1/completions", json=completion())).status_code == 200
         assert running.gateway.notices.counts == {"taken": 4}
@@ -39,15 +39,15 @@ async def test_every_rank_must_have_said_so() -> None:
         assert len(p.requests[0].body["kv_transfer_params"]["disagg_spec"]["receiver_init_port"]) == 4
 
 
-async def test_a_notice_that_does_not_come_is_tried_with_another_pair() -> None:
+async def test_a_missing_notification_leads_to_a_try_with_another_pair() -> None:
     async with fleet(CASE, 2, 2, timeouts={"notice": 0.3}) as (running, _, [first, second]):
         expected = text_of((await running.http.post("/v1/completions", json=completion())).json())
         for engine in (first, second):
             engine.engine.pool.forget()
             engine.requests.clear()
-        first.faults.add("hang", leg="pull")  # it takes no cache any more; its API is well
+        first.faults.add("hang", leg="pull")  # it accepts no cache any more; its API answers
         spare = next(backend for backend in running.gateway.fleet if backend.url == second.url)
-        with Lease(spare, 1_000_000):  # so it is the second choice
+        with Lease(spare, 1_000_000):  # so that it is the second choice
             answer = await running.http.post("/v1/completions", json=completion())
         assert text_of(answer.json()) == expected
         assert "x-pd-proxy-fallback" not in answer.headers
@@ -56,7 +56,7 @@ async def test_a_notice_that_does_not_come_is_tried_with_another_pair() -> None:
         await until(running.idle)
 
 
-async def test_a_prefill_that_dies_while_it_writes_is_not_waited_for_nor_its_decode_believed() -> None:
+async def test_a_prefill_that_dies_while_it_writes_is_not_waited_for_and_its_decode_engine_is_not_used() -> None:
     quick = {"timeouts": {"notice": 60.0}, "health": {"interval": 0.1, "failures": 1}}
     async with fleet(CASE, 2, 2, engine={"transfer_rate": 20.0}, **quick) as (running, prefill, decode):
         asked = asyncio.create_task(running.http.post("/v1/completions", json=completion()))
@@ -72,9 +72,9 @@ async def test_a_prefill_that_dies_while_it_writes_is_not_waited_for_nor_its_dec
 
 
 @pytest.mark.parametrize("fallback", ["local_prefill", "reject"])
-async def test_without_any_notice_decode_prefills_or_it_is_an_error(fallback: str) -> None:
+async def test_without_any_notification_decode_prefills_or_the_request_fails(fallback: str) -> None:
     async with fleet(CASE, timeouts={"notice": 0.1}, fallback=fallback) as (running, [p], _):
-        p.engine.side._proxy = None  # type: ignore[attr-defined]  # its way to the gateway is blocked
+        p.engine.side._proxy = None  # type: ignore[attr-defined]  # its connection to the gateway is blocked
         answer = await running.http.post("/v1/completions", json=completion())
         if fallback == "local_prefill":
             assert answer.status_code == 200
@@ -86,7 +86,7 @@ async def test_without_any_notice_decode_prefills_or_it_is_an_error(fallback: st
         assert running.gateway.notices.waiting == {}
 
 
-async def test_notices_of_strangers_let_nobody_in_early() -> None:
+async def test_notifications_from_other_senders_do_not_start_decode() -> None:
     async with fleet(CASE, engine={"transfer_rate": 100.0}) as (running, [p], [d]):
         context = zmq.Context()
         stranger = context.socket(zmq.PUSH)

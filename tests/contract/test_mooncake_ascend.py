@@ -1,4 +1,4 @@
-"""What is particular to MooncakeConnectorV1: a decode engine without memory gives requests up, and both legs have one
+"""The properties of MooncakeConnectorV1: a decode engine without memory ends requests early, and both legs have one
 id."""
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "strea
 @BOTH
 @STREAMED
 @pytest.mark.parametrize("after", [0, 1, 9])
-async def test_a_request_that_decode_gives_up_is_finished_all_the_same(endpoint: str, stream: bool, after: int) -> None:
+async def test_a_request_that_decode_aborts_is_finished_nevertheless(endpoint: str, stream: bool, after: int) -> None:
     async with fleet(ASCEND, decode=2) as (running, prefill, decode):
-        for engine in decode:  # whichever comes first, and the other as well
+        for engine in decode:  # any of them may be chosen
             engine.faults.add("recomputed", leg="decode", after_tokens=after, count=1)
         answer = await running.http.post(PATHS[endpoint], json=body(endpoint, stream=stream, ignore_eos=True))
         assert answer.status_code == 200, answer.text
@@ -46,7 +46,7 @@ async def test_both_legs_of_a_try_have_one_id_and_each_try_another(endpoint: str
         assert "mine" not in names
 
 
-async def test_ranks_that_are_servers_of_their_own_are_backends_of_their_own() -> None:
+async def test_ranks_that_are_separate_servers_are_separate_backends() -> None:
     """External data parallelism: a pool lists each rank."""
     async with simulators("prefill", "prefill", "decode", "decode", connector="mooncake_ascend") as engines:
         p, d = engines[:2], engines[2:]
@@ -62,10 +62,12 @@ async def test_ranks_that_are_servers_of_their_own_are_backends_of_their_own() -
             assert not any("x-data-parallel-rank" in r.headers for e in engines for r in e.requests)
 
 
-async def test_a_stored_response_that_decode_has_not_read_is_prefilled_again_since_its_id_names_that_decode() -> None:
+async def test_an_unread_hand_off_of_a_stored_response_is_prefilled_again_since_its_id_names_the_decode_engine() -> (
+    None
+):
     async with fleet(ASCEND, decode=2, policy={"decode": "round_robin"}) as (running, [p], decode):
         decode[0].faults.add("status", leg="decode", status=429, count=1)  # busy: it has not read the hand-off
-        for _ in range(2):  # one of them meets it
+        for _ in range(2):  # one of them meets the fault
             asked = {"model": "sim", "input": "tell me of the river " * 8, "max_output_tokens": 8, "store": True}
             answer = await running.http.post("/v1/responses", json=asked)
             assert answer.status_code == 200, answer.text

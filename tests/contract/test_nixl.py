@@ -1,4 +1,4 @@
-"""What is particular to NixlConnector: decode takes prefill's token ids, and ranks are named on both legs."""
+"""The properties of NixlConnector: decode receives prefill's token ids, and both legs name a rank."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from tests.support import chat, completion, running_gateway, simulators, text_of
 NIXL = next(case for case in CASES if case.name == "nixl")
 BOTH = pytest.mark.parametrize("endpoint", PATHS)
 STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-DECODES = {"first_token": "decode"}  # prefill's token would make each decode leg a continuation, which has ids anyway
+# prefill's token would make each decode leg a continuation, which has ids in any case
+DECODES = {"first_token": "decode"}
 TOOL = {"type": "function", "function": {"name": "measure", "parameters": {"type": "object", "properties": {}}}}
 
 
 def prompt_at(engine: Simulator) -> Any:
-    """The token ids that the only request of a decode engine had in place of its text; None where it had none."""
+    """The token ids that a decode engine's only request had in place of its text; None where it had none."""
     (request,) = engine.requests
     if request.path == PATHS["completions"]:
         return request.body["prompt"] if isinstance(request.body["prompt"], list) else None
@@ -28,7 +29,7 @@ def prompt_at(engine: Simulator) -> Any:
 
 
 async def ids_of(endpoint: str) -> list[int]:
-    """The prompt's ids, as one engine has them."""
+    """The prompt's ids, as one engine tokenizes them."""
     async with simulators("mixed") as [single], running_gateway(mixed=[single.url]) as alone:
         answer = (await alone.http.post(PATHS[endpoint], json=body(endpoint, return_token_ids=True))).json()
         found: list[int] = answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"]
@@ -37,7 +38,7 @@ async def ids_of(endpoint: str) -> list[int]:
 
 @BOTH
 @STREAMED
-async def test_decode_has_the_prompt_as_prefill_tokenised_it(endpoint: str, stream: bool) -> None:
+async def test_decode_receives_the_prompt_as_prefill_tokenised_it(endpoint: str, stream: bool) -> None:
     async with fleet(NIXL, **DECODES) as (running, [_], [d]):
         answer = await running.http.post(PATHS[endpoint], json=body(endpoint, stream=stream))
         assert prompt_at(d) == await ids_of(endpoint)
@@ -48,7 +49,7 @@ async def test_decode_has_the_prompt_as_prefill_tokenised_it(endpoint: str, stre
 
 
 @BOTH
-async def test_it_can_be_turned_off(endpoint: str) -> None:
+async def test_reuse_of_token_ids_can_be_turned_off(endpoint: str) -> None:
     async with fleet(NIXL, reuse_tokens=False, resume="off", **DECODES) as (running, [p], [d]):
         answer = await running.http.post(PATHS[endpoint], json=body(endpoint))
         assert text_of(answer.json()) == await said_alone(endpoint)
@@ -57,7 +58,7 @@ async def test_it_can_be_turned_off(endpoint: str) -> None:
 
 
 @BOTH
-async def test_a_client_that_asks_for_ids_is_given_those_of_its_prompt(endpoint: str) -> None:
+async def test_a_client_that_asks_for_ids_receives_those_of_its_prompt(endpoint: str) -> None:
     async with fleet(NIXL, **DECODES) as (running, [_], [d]):
         answer = (await running.http.post(PATHS[endpoint], json=body(endpoint, return_token_ids=True))).json()
         given = answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"]
@@ -65,7 +66,7 @@ async def test_a_client_that_asks_for_ids_is_given_those_of_its_prompt(endpoint:
         assert len(answer["choices"][0]["token_ids"]) == answer["usage"]["completion_tokens"]
 
 
-async def test_tools_are_checked_and_called_as_ever() -> None:
+async def test_tools_are_checked_and_called_with_reused_token_ids() -> None:
     forced = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "measure"}}}
     async with fleet(NIXL) as (running, [_], [d]):
         answer = (await running.http.post(PATHS["chat"], json=chat(max_tokens=200, **forced))).json()
@@ -75,7 +76,7 @@ async def test_tools_are_checked_and_called_as_ever() -> None:
         assert (await running.http.post(PATHS["chat"], json=chat(**wrong))).status_code == 400
 
 
-async def test_pictures_are_read_by_each_engine_itself() -> None:
+async def test_images_are_processed_by_each_engine_itself() -> None:
     parts = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
     async with fleet(NIXL) as (running, [_], [d]):
         answer = await running.http.post(PATHS["chat"], json=chat(messages=[{"role": "user", "content": parts}]))
@@ -84,7 +85,7 @@ async def test_pictures_are_read_by_each_engine_itself() -> None:
         assert d.engine.pulls == 1
 
 
-async def test_a_prompt_that_came_as_ids_stays_what_it_was() -> None:
+async def test_a_prompt_of_token_ids_stays_unchanged() -> None:
     async with fleet(NIXL, **DECODES) as (running, [p], [d]):
         await running.http.post(PATHS["completions"], json=completion([300, 301, 302] * 20))
         assert "return_token_ids" not in p.requests[0].body
@@ -107,7 +108,7 @@ async def test_the_least_loaded_rank_of_each_engine_is_named_on_its_leg() -> Non
             assert backends["decode"].ranks == [1000, 500, 0]
 
 
-async def test_an_engine_of_one_rank_is_not_asked_for_one() -> None:
+async def test_a_leg_to_an_engine_of_one_rank_names_no_rank() -> None:
     async with fleet(NIXL) as (running, [p], [d]):
         await running.http.post(PATHS["chat"], json=chat())
         assert not any("x-data-parallel-rank" in json.dumps(r.headers) for r in (*p.requests, *d.requests))

@@ -1,4 +1,4 @@
-"""What is particular to NixlPushConnector: the first try of an engine is sequential, and the next ones are not."""
+"""The properties of NixlPushConnector: the first try with an engine is sequential, later ones are concurrent."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def asked(running: Running, number: int) -> None:
     assert "x-pd-proxy-fallback" not in answer.headers
 
 
-async def test_an_engine_is_asked_once_and_then_met() -> None:
+async def test_an_engine_has_one_sequential_try_and_then_concurrent_ones() -> None:
     async with fleet(PUSH) as (running, [p], [d]):
         for number in range(3):
             await asked(running, number)
@@ -50,7 +50,7 @@ async def test_an_engine_is_asked_once_and_then_met() -> None:
         assert d.engine.pulls == 3
 
 
-async def test_what_the_settings_say_spares_the_first_try() -> None:
+async def test_settings_for_the_engine_make_the_first_try_concurrent() -> None:
     async with simulators("prefill", "decode", connector="nixl_push") as [p, d]:
         place = {"backend": p.url, "port": p.side_port, "engine_ids": [p.engine.id]}
         async with running_gateway([p.url], [d.url], connector="nixl_push", locations=[place]) as running:
@@ -69,7 +69,7 @@ async def test_decode_is_sent_its_leg_while_prefill_computes() -> None:
         await asking
 
 
-async def test_a_warm_up_is_the_first_try() -> None:
+async def test_a_warm_up_counts_as_the_first_try() -> None:
     async with fleet(PUSH, warmup=True) as (running, [p], [d]):
         await until(lambda: backend(running, p).coordinates.engine_ids == (p.engine.id,))
         await until(running.idle)
@@ -78,7 +78,7 @@ async def test_a_warm_up_is_the_first_try() -> None:
         assert "remote_block_ids" not in params(d.requests[0])
 
 
-async def test_an_engine_that_comes_back_is_asked_again() -> None:
+async def test_an_engine_that_comes_back_has_a_sequential_try_again() -> None:
     async with fleet(PUSH) as (running, [p], [d]):
         await asked(running, 0)
         before = p.engine.id
@@ -93,7 +93,7 @@ async def test_an_engine_that_comes_back_is_asked_again() -> None:
         assert d.engine.pulls == 2
 
 
-async def test_an_engine_that_came_back_unnoticed_costs_its_client_nothing() -> None:
+async def test_an_engine_that_came_back_unnoticed_fails_no_request() -> None:
     async with fleet(PUSH, health={"interval": 60}) as (running, [p], _):
         await asked(running, 0)
         p.kill()
@@ -104,12 +104,12 @@ async def test_an_engine_that_came_back_unnoticed_costs_its_client_nothing() -> 
         await until(running.idle)
 
 
-async def test_each_rank_is_asked_once() -> None:
+async def test_each_rank_has_one_sequential_try() -> None:
     async with fleet(PUSH) as (running, [p], [d]):
         engine = backend(running, p)
         engine.locate(msgspec.structs.replace(engine.coordinates, dp=2))
         await asked(running, 0)
-        engine.ranks[0] += 1000  # the next goes to the other one
+        engine.ranks[0] += 1000  # so that the next request goes to the other rank
         await running.http.post(PATH, json=completion("rank one"))
         ranks = [request.headers["x-data-parallel-rank"] for request in p.requests]
         assert ranks[:2] == ["0", "1"]

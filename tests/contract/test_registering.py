@@ -1,4 +1,5 @@
-"""Connectors whose engines register, over sockets: who has not is not asked, and nothing is taken from strangers."""
+"""Connectors whose engines register, over sockets: an engine that has not registered gets no request, and messages
+from other senders are ignored."""
 
 from __future__ import annotations
 
@@ -52,11 +53,11 @@ async def test_an_engine_is_in_the_rotation_when_it_has_registered(case: Case) -
 
 
 @EVERY
-async def test_an_engine_that_registers_no_more_is_out_until_it_does_again(case: Case) -> None:
+async def test_an_engine_that_stops_registering_is_out_of_the_rotation_until_it_registers_again(case: Case) -> None:
     async with fleet(case, 2, 1, engine=QUICK) as (running, [first, second], _):
         registrations = running.gateway.registrations
         backends = {backend.url: backend for backend in running.gateway.fleet}
-        # The first falls silent, while its API is well.
+        # The first engine stops registering, while its API answers.
         for task in [task for task in first.engine._tasks if "_register" in repr(task.get_coro())]:
             task.cancel()
         await until(lambda: sum("_register" in repr(t.get_coro()) for t in first.engine._tasks) == 0)
@@ -72,7 +73,7 @@ async def test_an_engine_that_registers_no_more_is_out_until_it_does_again(case:
 
 
 @EVERY
-async def test_a_fleet_of_nobody_grows_by_registrations(case: Case) -> None:
+async def test_an_empty_fleet_grows_by_registrations(case: Case) -> None:
     with case.engines() as told:
         async with simulators("prefill", "decode", **{**told, **QUICK}) as [p, d]:
             more = case.gateway([p, d])
@@ -89,7 +90,7 @@ async def test_a_fleet_of_nobody_grows_by_registrations(case: Case) -> None:
 
 
 @EVERY
-async def test_strangers_neither_join_nor_take_anybodys_place(case: Case) -> None:
+async def test_unknown_senders_neither_join_nor_replace_an_engine(case: Case) -> None:
     async with fleet(case, engine=QUICK) as (running, [p], [d]):
         before = {backend.url: backend.coordinates for backend in running.gateway.fleet}
         own = p.engine.side.registration()  # type: ignore[attr-defined]
@@ -111,7 +112,7 @@ async def test_strangers_neither_join_nor_take_anybodys_place(case: Case) -> Non
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("moriio_read", "moriio_write"), ("moriio_write", "moriio_read")])
-async def test_an_engine_of_the_other_mode_is_not_let_in(ours: str, theirs: str) -> None:
+async def test_an_engine_of_the_other_mode_is_not_registered(ours: str, theirs: str) -> None:
     case = named(ours)
     with case.engines() as told:
         wrong = {**told, **QUICK, "connector": theirs}
@@ -139,7 +140,7 @@ async def test_both_legs_of_p2p_nccl_have_the_same_id_and_each_try_its_own() -> 
 
 @pytest.mark.parametrize("name", ["p2p_nccl", "moriio_read"])
 @pytest.mark.parametrize("body", [{"n": 2, "temperature": 1}, {"prompt": ["a", "b"]}, {"echo": True}])
-async def test_what_cannot_be_split_is_refused_where_decode_answers_nothing_plain(name: str, body: Any) -> None:
+async def test_an_unsplittable_request_is_refused_where_decode_needs_a_hand_off(name: str, body: Any) -> None:
     async with fleet(named(name)) as (running, [p], [d]):
         answer = await ask(running, **body)
         assert answer.status_code == 400
@@ -147,7 +148,7 @@ async def test_what_cannot_be_split_is_refused_where_decode_answers_nothing_plai
 
 
 @pytest.mark.parametrize("name", ["p2p_nccl", "moriio_read"])
-async def test_a_prefill_that_fails_and_fails_never_leads_to_a_plain_request(name: str) -> None:
+async def test_repeated_prefill_failures_never_lead_to_a_request_without_a_hand_off(name: str) -> None:
     async with fleet(named(name)) as (running, [p], [d]):
         p.faults.add("status", leg="prefill", status=500)
         answer = await ask(running)
@@ -155,7 +156,7 @@ async def test_a_prefill_that_fails_and_fails_never_leads_to_a_plain_request(nam
         assert not d.requests
 
 
-async def test_prefill_without_parameters_leads_to_no_plain_request_in_read_mode() -> None:
+async def test_in_read_mode_prefill_without_parameters_leads_to_no_request_without_a_hand_off() -> None:
     async with fleet(named("moriio_read")) as (running, [p], [d]):
         p.faults.add("drop_handoff_params", leg="prefill")
         answer = await ask(running)
@@ -164,7 +165,7 @@ async def test_prefill_without_parameters_leads_to_no_plain_request_in_read_mode
         assert not d.requests
 
 
-async def test_in_write_mode_a_plain_request_is_answered_right() -> None:
+async def test_in_write_mode_a_request_without_a_hand_off_is_answered_right() -> None:
     async with fleet(named("moriio_write")) as (running, [p], [d]):
         expected = text_of((await ask(running)).json())
         d.engine.pool.forget()
@@ -174,7 +175,7 @@ async def test_in_write_mode_a_plain_request_is_answered_right() -> None:
         assert answer.headers["x-pd-proxy-fallback"] == "prefill_failed"
 
 
-async def test_a_hand_off_nobody_wants_is_freed_at_once_in_read_mode() -> None:
+async def test_in_read_mode_an_unneeded_hand_off_is_freed_at_once() -> None:
     async with fleet(named("moriio_read"), engine={"lease": 30.0}) as (running, [p], [d]):
         d.faults.add("delay_first_byte", leg="decode", delay_s=1.0)
         asked = asyncio.create_task(ask(running, stream=True))

@@ -1,4 +1,4 @@
-"""What is particular to SGLang, over sockets."""
+"""The properties of SGLang, over sockets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rooms(engine: Any) -> list[int]:
     return [request.body["bootstrap_room"] for request in engine.requests]
 
 
-async def test_both_legs_come_to_one_room_and_every_try_to_a_new_one() -> None:
+async def test_both_legs_join_one_room_and_every_try_has_a_new_one() -> None:
     async with fleet(CASE, prefill=2) as (running, prefill, [d]):
         for engine in prefill:
             engine.faults.add("status", leg="prefill", status=500, count=1)
@@ -56,7 +56,7 @@ async def test_a_request_that_decode_refuses_ends_prefill_at_once() -> None:
         await p.wait_for(lambda: not p.engine.waiting and p.engine.used_blocks == 0)
 
 
-async def test_a_bad_request_is_the_clients_in_openais_shape() -> None:
+async def test_a_bad_request_is_a_client_error_in_openais_shape() -> None:
     async with fleet(CASE) as (running, _, _):
         answer = await running.http.post(PATHS["chat"], json=chat(max_tokens=10**6))
         assert answer.status_code == 400
@@ -98,7 +98,7 @@ async def test_several_choices_go_to_an_engine_without_disaggregation() -> None:
             assert not d.requests
 
 
-async def test_a_prefill_pool_that_fails_again_and_again_is_not_left_for_decode_alone() -> None:
+async def test_repeated_prefill_failures_do_not_lead_to_decode_alone() -> None:
     async with fleet(CASE) as (running, [p], [d]):
         p.faults.add("status", leg="prefill", status=500)
         answer = await running.http.post(PATHS["completions"], json=completion())
@@ -106,7 +106,7 @@ async def test_a_prefill_pool_that_fails_again_and_again_is_not_left_for_decode_
         assert all("bootstrap_room" in request.body for request in d.requests)
 
 
-async def test_beside_engines_of_another_make_each_request_goes_where_it_can() -> None:
+async def test_beside_engines_of_another_family_each_request_goes_to_an_engine_that_can_serve_it() -> None:
     async with fleet(CASE) as (_, [p], [d]), simulators("prefill", "decode") as [nixl_p, nixl_d]:
         group = {"name": "vllm", "connector": "nixl", "prefill": [nixl_p.url], "decode": [nixl_d.url]}
         async with running_gateway([p.url], [d.url], **CASE.gateway([p, d]), groups=[group]) as running:
@@ -119,7 +119,7 @@ async def test_beside_engines_of_another_make_each_request_goes_where_it_can() -
             assert [request.leg for request in nixl_d.requests] == ["local"] * 4
 
 
-async def test_an_engine_in_another_role_stays_out_of_the_prefill_pool() -> None:
+async def test_an_engine_in_another_role_stays_out_of_the_rotation_of_the_prefill_pool() -> None:
     async with (
         simulators("prefill", "decode", "decode", connector="sglang") as [p, d, wrong],
         running_gateway([p.url, wrong.url], [d.url], connector="sglang", ready=False) as running,
@@ -132,13 +132,13 @@ async def test_an_engine_in_another_role_stays_out_of_the_prefill_pool() -> None
         assert answer.status_code == 200 and text_of(answer.json())
 
 
-async def test_as_backends_of_their_own_kind_they_tell_their_version_too() -> None:
+async def test_sglang_backends_report_their_version() -> None:
     async with fleet(CASE, kind="sglang") as (running, _, _):
         assert (await running.http.post(PATHS["chat"], json=chat())).status_code == 200
         assert {backend.version for backend in running.gateway.fleet} == {"0.5.23"}
 
 
-async def test_an_engine_that_knows_only_the_older_page_is_asked_there(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_has_only_the_older_page_is_asked_there(monkeypatch: pytest.MonkeyPatch) -> None:
     about = SGLang.about
     monkeypatch.setattr(SGLang, "about", lambda side, path: None if path == "/server_info" else about(side, path))
     async with fleet(CASE) as (running, [p], _):
@@ -159,7 +159,7 @@ async def test_a_bootstrap_port_that_has_changed_is_learnt_anew() -> None:
         assert (await running.http.post(PATHS["completions"], json=completion())).status_code == 200
 
 
-async def test_a_stream_whose_decode_dies_says_why_it_is_not_continued() -> None:
+async def test_the_error_of_a_stream_whose_decode_engine_dies_says_why_it_is_not_continued() -> None:
     async with fleet(CASE, decode=2) as (running, _, decode):
         for engine in decode:
             engine.faults.add("die_mid_stream", leg="decode", after_tokens=3, count=1)

@@ -1,4 +1,4 @@
-"""SGLang's own `/generate`, through both legs: as one engine would say it."""
+"""SGLang's own `/generate` through both legs: the answer is that of one engine."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def body(tokens: int = 20, **more: Any) -> dict[str, Any]:
 
 
 def events(text: str) -> list[dict[str, Any]]:
-    """The events of a stream that came to its end."""
+    """The events of a stream, which must have come to its end."""
     payloads = [block.removeprefix("data: ") for block in text.strip().split("\n\n")]
     assert payloads.pop() == "[DONE]"
     return [json.loads(payload) for payload in payloads]
 
 
 def last_of_each(text: str) -> Any:
-    """What a stream has said in all, as a whole answer would say it."""
+    """The last event of each answer in a stream, in the form of a whole answer."""
     found = events(text)
     assert all("error" not in event for event in found), found[-1]
     if "index" not in found[0]:
@@ -54,7 +54,7 @@ async def ask(running: Running, request: dict[str, Any]) -> Any:
 
 
 def plain(answer: Any) -> Any:
-    """An answer less what no two engines have alike."""
+    """An answer without the members that differ between any two engines."""
     if isinstance(answer, list):
         return [plain(item) for item in answer]
     meta = {name: value for name, value in answer["meta_info"].items() if name not in OF_THE_ENGINE}
@@ -62,7 +62,7 @@ def plain(answer: Any) -> Any:
 
 
 async def said_alone(request: dict[str, Any]) -> Any:
-    """What one engine says by itself."""
+    """The answer of one engine alone."""
     async with (
         simulators("mixed", connector="sglang") as [single],
         running_gateway(mixed=[single.url], connector="sglang") as alone,
@@ -84,7 +84,7 @@ async def at_rest(running: Running, *engines: Simulator) -> None:
 
 @BOTH_WAYS
 @pytest.mark.parametrize("prompt", [{"text": PROMPT}, {"input_ids": tokenize(PROMPT)}], ids=["text", "ids"])
-async def test_a_pair_says_what_one_engine_would_say(prompt: dict[str, Any], stream: bool) -> None:
+async def test_a_pair_answers_as_one_engine_does(prompt: dict[str, Any], stream: bool) -> None:
     request = body(**prompt, stream=stream)
     expected = await said_alone(request)
     async with fleet(CASE) as (running, [p], [d]):
@@ -93,7 +93,7 @@ async def test_a_pair_says_what_one_engine_would_say(prompt: dict[str, Any], str
         assert d.engine.pulls == 1, "decode has computed the prompt itself"
         rooms = [engine.requests[0].body["bootstrap_room"] for engine in (p, d)]
         assert rooms[0] == rooms[1]
-        # The name is the gateway's, and not the one that engines pair or end legs by.
+        # The name is the gateway's own, not one by which engines pair or end legs.
         assert answer["meta_info"]["id"] == d.requests[0].body["rid"] != d.requests[0].headers["x-request-id"]
         await at_rest(running, p, d)
 
@@ -127,7 +127,7 @@ async def test_each_prompt_of_a_batch_has_a_room_of_its_own(of: dict[str, Any], 
     ],
     ids=["all", "from", "none", "batch", "some"],
 )
-async def test_the_prompts_log_probabilities_are_prefills(asked: dict[str, Any], stream: bool) -> None:
+async def test_the_prompts_log_probabilities_come_from_prefill(asked: dict[str, Any], stream: bool) -> None:
     request = body(8, **asked, stream=stream)
     expected = await said_alone(request)
     async with fleet(CASE) as (running, [p], [d]):
@@ -151,7 +151,7 @@ async def test_every_event_of_a_stream_has_the_prompts_log_probabilities() -> No
 async def test_decodes_answer_waits_for_prefills_log_probabilities_and_for_nothing_else(stream: bool) -> None:
     async with fleet(CASE) as (running, [p], [d]):
         prefill = next(backend for backend in running.gateway.fleet if backend.url == p.url)
-        # What is slow is prefill's answer, not its KV cache.
+        # Prefill's answer is slow, its KV cache is not.
         p.faults.add("slow_body", leg="prefill", piece_bytes=8, delay_s=0.05)
         await ask(running, body(4, stream=stream))
         await until(lambda: prefill.inflight_requests > 0)  # it goes on without the request
@@ -178,7 +178,7 @@ async def test_more_log_probabilities_than_events_can_repeat_are_refused(
 
 
 @BOTH_WAYS
-async def test_several_choices_and_sessions_are_refused_where_nobody_serves_them_whole(stream: bool) -> None:
+async def test_several_choices_and_sessions_are_refused_where_no_engine_serves_whole_requests(stream: bool) -> None:
     several = {"sampling_params": {"n": 2, "max_new_tokens": 4}}
     session = {"session_params": {"id": "s"}}
     async with fleet(CASE) as (running, [p], [d]):
@@ -216,7 +216,7 @@ async def test_a_failure_before_the_first_token_is_tried_elsewhere(
     request = body(8, stream=stream, **(SCORED if scored else {}))
     expected = await said_alone(request)
     policy = {"prefill": "round_robin", "decode": "round_robin"}
-    # A leg that waits for its peer ends as the gateway ends it, and never by itself on a busy machine.
+    # A leg that waits for its peer is ended by the gateway, and does not time out by itself on a busy machine.
     async with fleet(CASE, 2, 2, policy=policy, engine={"handshake_timeout": 10.0}) as (running, prefill, decode):
         bad = (prefill if leg == "prefill" else decode)[0]
         bad.faults.add(kind, leg=leg, **options)  # type: ignore[arg-type]
@@ -231,7 +231,7 @@ async def test_a_failure_before_the_first_token_is_tried_elsewhere(
 
 @BOTH_WAYS
 @pytest.mark.parametrize("dead", ["prefill", "decode"])
-async def test_a_dead_engine_costs_a_client_nothing(dead: str, stream: bool) -> None:
+async def test_a_dead_engine_fails_no_request(dead: str, stream: bool) -> None:
     expected = await said_alone(body())
     async with fleet(CASE, 2, 2) as (running, prefill, decode):
         (prefill if dead == "prefill" else decode)[0].kill()
@@ -307,7 +307,7 @@ FORBIDDEN: dict[str, Any] = {
 
 @BOTH_WAYS
 @pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
-async def test_what_no_client_may_say_reaches_no_engine(batch: bool, stream: bool) -> None:
+async def test_members_that_no_client_may_set_reach_no_engine(batch: bool, stream: bool) -> None:
     sampling = {"max_new_tokens": 4, "custom_params": {"rid": "mine", "bootstrap_host": "10.6.6.6", "kept": 1}}
     of = {"text": ["a", "b"], "sampling_params": [sampling, sampling]} if batch else {"sampling_params": sampling}
     async with fleet(CASE) as (running, [p], [d]):
@@ -338,7 +338,9 @@ async def test_what_no_client_may_say_reaches_no_engine(batch: bool, stream: boo
         {"text": "a " * 10**5, "stream": True},
     ],
 )
-async def test_what_an_engine_would_refuse_is_refused_in_its_shape(request_body: dict[str, Any]) -> None:
+async def test_requests_that_an_engine_would_refuse_are_refused_in_its_error_shape(
+    request_body: dict[str, Any],
+) -> None:
     async with fleet(CASE) as (running, [p], [d]):
         answer = await running.http.post(PATH, json=request_body)
         assert answer.status_code == 400, answer.text
@@ -367,7 +369,7 @@ async def test_metrics_are_those_of_every_route() -> None:
         assert (total("pd_proxy_time_to_first_token_seconds_count"), gaps) == (4, 22)
 
 
-async def test_the_route_is_there_where_such_engines_are() -> None:
+async def test_the_route_exists_where_the_pools_have_sglang_engines() -> None:
     async with fleet(CASE) as (running, _, _):
         assert PATH in (await running.http.get("/openapi.json")).json()["paths"]
         assert PATH in (await running.http.post("/generat")).json()["error"]["message"]
@@ -378,7 +380,7 @@ async def test_the_route_is_there_where_such_engines_are() -> None:
         assert PATH not in (await running.http.get("/openapi.json")).json()["paths"]
 
 
-async def test_engines_of_another_make_are_sent_none() -> None:
+async def test_engines_of_another_family_get_no_such_request() -> None:
     async with fleet(CASE) as (_, [p], [d]), simulators("prefill", "decode", "mixed") as [vllm_p, vllm_d, vllm_m]:
         group = {"name": "vllm", "connector": "nixl", "prefill": [vllm_p.url], "decode": [vllm_d.url]}
         settings = {**CASE.gateway([p, d]), "groups": [{**group, "mixed": [vllm_m.url]}]}
@@ -394,7 +396,7 @@ async def test_engines_of_another_make_are_sent_none() -> None:
             assert not vllm_p.requests and not vllm_d.requests and not vllm_m.requests
 
 
-async def test_an_engine_of_its_kind_serves_it_whole_beside_others() -> None:
+async def test_an_sglang_engine_beside_others_serves_the_request_whole() -> None:
     request = body(4, session_params={"id": "s"})
     async with (
         simulators("mixed") as [vllm],
@@ -408,7 +410,7 @@ async def test_an_engine_of_its_kind_serves_it_whole_beside_others() -> None:
 
 
 @BOTH_WAYS
-async def test_it_is_there_too_where_the_connector_is_found_out(stream: bool) -> None:
+async def test_the_route_exists_where_the_connector_is_detected(stream: bool) -> None:
     async with (
         simulators("prefill", "decode", connector="sglang") as [p, d],
         running_gateway([p.url], [d.url], connector="auto", kind="sglang") as running,

@@ -1,4 +1,4 @@
-"""What is particular to TensorRT-LLM, over sockets."""
+"""The properties of TensorRT-LLM, over sockets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASE = next(case for case in CASES if case.name == "tensorrt_llm")
 
 
 async def first_token(endpoint: str) -> int:
-    """The first token that an engine says to the test's prompt."""
+    """The first token that an engine generates for the test's prompt."""
     async with simulators("mixed") as [single], running_gateway(mixed=[single.url]) as alone:
         request = body(endpoint, return_token_ids=True)
         answer = (await alone.http.post(PATHS[endpoint], json=request)).json()
@@ -38,7 +38,7 @@ async def test_both_legs_know_the_request_by_one_id_and_the_prompt_by_its_tokens
 
 @pytest.mark.parametrize("endpoint", PATHS)
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_answer_of_one_token_is_the_context_servers(endpoint: str, stream: bool) -> None:
+async def test_an_answer_of_one_token_comes_from_the_context_server(endpoint: str, stream: bool) -> None:
     ending: dict[str, Any] = {"stop_token_ids": [await first_token(endpoint)]}
     more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     async with simulators("mixed") as [single], running_gateway(mixed=[single.url], resume="off") as alone:
@@ -89,7 +89,7 @@ async def test_without_usable_parameters_the_generation_server_computes_the_prom
 
 
 @pytest.mark.parametrize("request_", [completion(["a", "b"]), completion(n=2, temperature=1)])
-async def test_several_prompts_or_choices_go_whole(request_: dict[str, Any]) -> None:
+async def test_several_prompts_or_choices_go_whole_to_one_server(request_: dict[str, Any]) -> None:
     async with fleet(CASE) as (running, [p], [d]):
         answer = await running.http.post(PATHS["completions"], json=request_)
         assert len(answer.json()["choices"]) == 2
@@ -107,20 +107,20 @@ async def test_hand_offs_are_signed_with_the_key_that_the_servers_share() -> Non
         assert (await running.http.post(PATHS["chat"], json=chat())).status_code == 400
 
 
-async def test_backends_of_their_own_kind_are_served_alike() -> None:
+async def test_tensorrt_llm_backends_are_served_like_others() -> None:
     async with fleet(CASE, kind="tensorrt_llm") as (running, _, [d]):
         assert (await running.http.post(PATHS["chat"], json=chat())).status_code == 200
         assert [request.leg for request in d.requests] == ["decode"]
 
 
-async def test_a_bad_request_is_the_clients_in_openais_shape() -> None:
+async def test_a_bad_request_is_a_client_error_in_openais_shape() -> None:
     async with fleet(CASE) as (running, _, [d]):
         answer = await running.http.post(PATHS["chat"], json=chat(max_tokens=10**6))
         assert answer.status_code == 400 and not d.requests
         assert set(answer.json()) == {"error"} and "context length" in answer.json()["error"]["message"]
 
 
-async def test_a_try_after_a_failed_one_is_another_request_to_the_engines() -> None:
+async def test_a_try_after_a_failed_one_has_another_request_id() -> None:
     async with fleet(CASE, decode=2, engine={"lease": 0.5}) as (running, [p], decode):
         for engine in decode:
             engine.faults.add("status", leg="decode", status=500, count=1)
