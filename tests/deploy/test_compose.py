@@ -1,4 +1,4 @@
-"""deploy/compose.yaml and the Prometheus settings beside it fit together."""
+"""deploy/compose.yaml and the Prometheus settings beside it are consistent."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_health_check_of_the_image_is_kept_for_engines_and_gateway() -> None
         assert SERVICES[name]["build"] == {"context": ".."}
 
 
-def test_the_gateway_is_given_longer_to_leave_than_it_takes() -> None:
+def test_the_gateway_has_more_time_to_stop_than_it_needs() -> None:
     seconds = int(SERVICES["gateway"]["stop_grace_period"].removesuffix("s"))
     assert seconds > configure({}, environment={}).shutdown.grace + 5
 

@@ -1,4 +1,4 @@
-"""constraints.txt pins what pyproject.toml asks for."""
+"""constraints.txt pins what pyproject.toml requires."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PINS = {
 
 
 def direct_requirements() -> list[Requirement]:
-    """What pyproject.toml asks for, the build's requirements and all extras included."""
+    """The requirements of pyproject.toml, including those of the build and of all extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
     lines = [*project["build-system"]["requires"], *project["project"]["dependencies"], *(x for e in extras for x in e)]
@@ -42,7 +42,7 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
         assert pinned in requirement.specifier, f"{requirement}: constraints.txt has {pinned}; run `make constraints`"
 
 
-def test_what_the_requirements_need_in_turn_is_pinned_too() -> None:
+def test_indirect_requirements_are_pinned() -> None:
     seen: set[str] = set()
     waiting = [(requirement.name, requirement.extras) for requirement in direct_requirements()]
     while waiting:
@@ -53,7 +53,7 @@ def test_what_the_requirements_need_in_turn_is_pinned_too() -> None:
         assert key in PINS, f"{name} is not in constraints.txt: run `make constraints`"
         try:
             lines = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:  # the build's own, or not for this platform
+        except importlib.metadata.PackageNotFoundError:  # a requirement of the build, or of another platform
             continue
         for requirement in map(Requirement, lines):
             marker = requirement.marker

@@ -1,4 +1,4 @@
-"""`make demo`, run as make runs it."""
+"""`make demo`, started as make starts it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def free_port() -> int:
-    """A port that none of the demo's engines has been given before: the kernel gives out higher ones."""
+    """A port that none of the demo's engines has been given before: the kernel hands out higher ones."""
     with socket.socket() as sock:
         while True:
             with suppress(OSError):
@@ -69,7 +69,7 @@ def is_listening(port: int) -> bool:
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
-    """The output so far, once it holds the text."""
+    """The output up to and including the line with the text."""
     assert process.stdout is not None
     seen = ""
     for line in process.stdout:
@@ -116,7 +116,7 @@ def test_a_signal_while_it_starts_leaves_nothing_running() -> None:
     assert not any(map(is_running, started_pids(seen + text)))
 
 
-def test_a_decode_engine_that_is_killed_is_missed_by_nobody() -> None:
+def test_killing_a_decode_engine_fails_no_request() -> None:
     port = free_port()
     with demo(port) as process:
         seen = read_until(process, "The demo stays up")

@@ -1,4 +1,4 @@
-"""What is in the distributions: enough to run, and in the source one enough to test."""
+"""The content of the distributions: a wheel can run, and a source distribution can be tested."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_each_wheel_holds_its_own_package_and_nothing_else(wheels: list[Path]) -
 
 @contextmanager
 def listening(command: list[str], folder: Path, environment: dict[str, str]) -> Iterator[str]:
-    """Run a server until the end of the block; returns the URL that it says it listens at."""
+    """Run a server until the end of the block; yields the URL at which it says it listens."""
     with subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -139,7 +139,7 @@ def listening(command: list[str], folder: Path, environment: dict[str, str]) -> 
 def test_the_wheels_work_in_an_environment_of_their_own_even_beside_the_project_proxy_py(
     wheels: list[Path], tmp_path: Path
 ) -> None:
-    """`proxy.py` of PyPI installs a package `proxy`: two projects that share a file overwrite each other unseen."""
+    """`proxy.py` of PyPI installs a package `proxy`; a file in both projects would be overwritten without notice."""
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=True)
     program = str(environment / "bin" / "pd-proxy")

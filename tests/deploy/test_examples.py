@@ -52,7 +52,7 @@ def test_the_full_example_gives_the_defaults_except_for_its_backends() -> None:
             assert value_of(example, name) == value_of(default, name), name
 
 
-def test_the_tutorials_example_is_one_pair_of_ascend_engines_where_its_client_looks() -> None:
+def test_the_tutorials_example_is_one_pair_of_ascend_engines_at_the_address_that_its_client_uses() -> None:
     settings = build_settings({}, yaml.safe_load((ROOT / "config" / "qwen3-235b-atlas-a3.yaml").read_text()))
     assert (len(settings.prefill), len(settings.decode), settings.mixed) == (1, 1, ())
     assert (settings.connector, settings.port) == ("mooncake_ascend", 12347)

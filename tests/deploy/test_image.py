@@ -1,4 +1,4 @@
-"""The Dockerfile, without a Docker engine: it is read, and its builder's commands are run in an empty environment."""
+"""The Dockerfile, without a Docker engine: it is parsed, and its builder's commands are run in an empty environment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
 
 
 def stages() -> list[list[Instruction]]:
-    """The instructions of each stage, its FROM first; comments gone and continued lines joined."""
+    """The instructions of each stage, its FROM first, without comments and with continued lines joined."""
     lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
     found: list[list[Instruction]] = []
     for line in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
@@ -74,7 +74,7 @@ def test_the_final_stage_only_copies_what_was_built() -> None:
     assert "apt" not in "".join(rest for _, rest in BUILD)
 
 
-def test_it_runs_as_a_numbered_user_that_is_not_root() -> None:
+def test_the_image_runs_as_a_numeric_user_that_is_not_root() -> None:
     user, group = only(FINAL, "USER").split(":")
     assert int(user) > 0
     assert int(group) > 0
@@ -85,14 +85,14 @@ def test_arguments_after_the_image_are_the_flags_of_serve() -> None:
     assert json.loads(only(FINAL, "CMD")) == []
 
 
-def test_it_listens_where_it_says_on_all_addresses_and_leaves_on_sigterm() -> None:
+def test_the_image_listens_on_its_exposed_port_on_all_addresses_and_stops_on_sigterm() -> None:
     settings = configure({}, None, final_environment())
     assert settings.host == "0.0.0.0"
     assert settings.port == int(only(FINAL, "EXPOSE")) == 8000
     assert only(FINAL, "STOPSIGNAL") == "SIGTERM"
 
 
-def test_a_mounted_file_wins_over_what_the_image_says(tmp_path: Path) -> None:
+def test_a_mounted_file_has_precedence_over_the_images_defaults(tmp_path: Path) -> None:
     file = tmp_path / "pd-proxy.yaml"
     file.write_text("host: 127.0.0.1\nport: 9000\n")
     settings = configure({}, file, final_environment())
@@ -104,9 +104,9 @@ def test_a_mounted_file_wins_over_what_the_image_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [[], ["--workers", "2"], ["--host", "::1"]], ids=["one", "workers", "ipv6"])
 @pytest.mark.slow
-async def test_the_health_check_finds_the_gateway_wherever_it_listens(more: list[str]) -> None:
+async def test_the_health_check_finds_the_gateway_at_any_configured_address(more: list[str]) -> None:
     async def check(process: int) -> int:
-        # A proxy that the environment names must not be asked.
+        # A proxy that the environment names must not be used.
         asked = await asyncio.create_subprocess_exec(
             *health_check(), str(process), env={"http_proxy": "http://127.0.0.1:1"}, cwd=ROOT
         )
@@ -119,7 +119,7 @@ async def test_the_health_check_finds_the_gateway_wherever_it_listens(more: list
         async with asyncio.timeout(60):
             while b"listening on" not in await gateway.stderr.readline():
                 pass
-        assert await check(gateway.pid) == 0  # its backends are down; it is alive
+        assert await check(gateway.pid) == 0  # its backends are down, but it is alive
     finally:
         gateway.terminate()
         await gateway.communicate()

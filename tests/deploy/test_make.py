@@ -28,7 +28,7 @@ def program(path: Path, text: str) -> Path:
 
 
 def make_venv(folder: Path, python: str | Path, *more: Path) -> subprocess.CompletedProcess[str]:
-    """Run deploy/venv.sh where the programs in `folder` come first, and those of other folders behind them."""
+    """Run deploy/venv.sh with the programs in `folder` before all others on the PATH."""
     return subprocess.run(
         [ROOT / "deploy" / "venv.sh", folder / "venv"],
         env={"PATH": ":".join(map(str, (folder, *more, "/usr/bin", "/bin"))), "PYTHON": str(python)},
@@ -38,7 +38,8 @@ def make_venv(folder: Path, python: str | Path, *more: Path) -> subprocess.Compl
 
 
 def make(*arguments: str) -> str:
-    """What make prints. `make test` itself tells what it starts of its own flags, which are none of this make's."""
+    """The output of make. The flags that `make test` passes to the programs it starts are removed: they are not for
+    this make."""
     foreign = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
     environment = {name: value for name, value in os.environ.items() if name not in foreign}
     done = subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -47,7 +48,7 @@ def make(*arguments: str) -> str:
 
 
 @needs_make
-def test_help_is_what_make_alone_does_and_names_every_target() -> None:
+def test_make_without_a_target_prints_the_help_which_names_every_target() -> None:
     assert set(re.findall(r"^  ([a-z-]+) ", make(), re.MULTILINE)) == TARGETS
 
 
@@ -58,13 +59,13 @@ def test_every_target_can_be_made(target: str) -> None:
 
 
 @needs_make
-def test_the_suite_is_all_but_what_needs_real_engines_and_the_everyday_one_what_is_quick() -> None:
+def test_the_whole_suite_excludes_real_engines_and_the_everyday_suite_also_excludes_slow_tests() -> None:
     assert '-m "not real"' in make("-n", "test-all").splitlines()[-1]
     assert '-m "not real and not slow"' in make("-n", "test").splitlines()[-1]
 
 
 @needs_make
-def test_hooks_before_a_commit_run_what_the_targets_run() -> None:
+def test_pre_commit_hooks_run_what_the_targets_run() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert {repo["repo"] for repo in hooks} == {"local"}
     entries = {hook["id"]: hook["entry"] for repo in hooks for hook in repo["hooks"]}
@@ -96,8 +97,8 @@ def test_random_examples_come_from_a_seed_that_is_printed_and_may_be_given() -> 
     assert "PROPERTIES=random" in asked and "--hypothesis-seed=$seed" in asked
 
 
-def test_an_old_python_is_refused_with_what_to_type(tmp_path: Path) -> None:
-    # Answers the two questions as Python 3.9 would: its version, and whether that is enough.
+def test_an_old_python_is_refused_with_the_command_to_type(tmp_path: Path) -> None:
+    # Answers the two questions as Python 3.9 would: its version, and whether it is recent enough.
     old = program(tmp_path / "python3", 'case "$2" in *print*) echo 3.9 ;; *) exit 1 ;; esac')
     done = make_venv(tmp_path, old)
     assert done.returncode == 1
@@ -114,14 +115,14 @@ def test_a_missing_python_is_named(tmp_path: Path) -> None:
 
 
 def python_built(path: Path, *, optimised: bool) -> Path:
-    """A Python in a folder of its own that answers as one that was built with optimisations, or without."""
+    """A Python in a folder of its own that reports a build with optimisations, or without."""
     path.mkdir()
     unoptimised = f'case "$2" in *CONFIG_ARGS*) exit {int(optimised)} ;; esac'
     return program(path / "python3", f'{unoptimised}\nexec {sys.executable} "$@"')
 
 
 @pytest.mark.slow
-def test_a_python_that_is_not_slow_is_looked_for_unless_one_is_named(tmp_path: Path) -> None:
+def test_an_optimised_python_is_preferred_unless_one_is_named(tmp_path: Path) -> None:
     slow, quick = (python_built(tmp_path / name, optimised=name == "quick") for name in ("slow", "quick"))
     found = make_venv(slow.parent, "", quick.parent)
     assert found.returncode == 0, found.stderr
@@ -134,7 +135,7 @@ def test_a_python_that_is_not_slow_is_looked_for_unless_one_is_named(tmp_path: P
 
 @pytest.fixture
 def debian(tmp_path: Path) -> Path:
-    """A folder of programs: a Python 3.12 that lacks ensurepip until apt-get was asked for it, as Debian has it."""
+    """A folder of programs as on Debian: its Python 3.12 lacks ensurepip until apt-get has installed it."""
     program(tmp_path / "apt-get", f'echo "apt-get $*" >>{tmp_path}/asked')
     program(
         tmp_path / "python3",
@@ -159,7 +160,7 @@ def test_without_ensurepip_root_gets_debians_package_without_questions(debian: P
     assert os.access(debian / "venv" / "bin" / "python", os.X_OK)
 
 
-def test_without_ensurepip_others_are_told_what_to_type(debian: Path) -> None:
+def test_without_ensurepip_other_users_are_told_what_to_type(debian: Path) -> None:
     program(debian / "id", "echo 1000")
     done = make_venv(debian, "python3")
     assert done.returncode == 1

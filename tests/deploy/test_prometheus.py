@@ -30,14 +30,14 @@ pytestmark = [
 SECONDS = 30.0
 
 
-def test_promtool_accepts_it() -> None:
+def test_promtool_accepts_the_settings() -> None:
     done = subprocess.run(["promtool", "check", "config", CONFIG], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @asynccontextmanager
 async def prometheus(config: dict[str, Any], folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A Prometheus on loopback with these settings; gives a client for it."""
+    """A Prometheus on loopback with these settings; yields a client for it."""
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -64,14 +64,14 @@ async def prometheus(config: dict[str, Any], folder: Path) -> AsyncIterator[http
 
 
 async def query(http: httpx.AsyncClient, expression: str, count: int) -> list[dict[str, Any]]:
-    """The series of an instant query, once there are so many."""
+    """The series of an instant query, once there are this many."""
     deadline = monotonic() + SECONDS
     found: list[dict[str, Any]] = []
     while monotonic() < deadline:
         try:
             answer = await http.get("/api/v1/query", params={"query": expression})
         except httpx.TransportError:
-            answer = None  # not listening yet
+            answer = None  # Prometheus is not listening yet
         if answer is not None and answer.status_code == 200:
             found = answer.json()["data"]["result"]
             if len(found) == count:
@@ -81,7 +81,7 @@ async def query(http: httpx.AsyncClient, expression: str, count: int) -> list[di
 
 
 def on_loopback(ports: dict[str, int]) -> dict[str, Any]:
-    """The shipped settings, each target replaced by where it is here, scraped quickly."""
+    """The shipped settings, with each target replaced by its address here, and scraped quickly."""
     config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
     config["global"] = {"scrape_interval": "300ms", "scrape_timeout": "300ms"}
     for job in config["scrape_configs"]:
@@ -90,7 +90,7 @@ def on_loopback(ports: dict[str, int]) -> dict[str, Any]:
     return config
 
 
-async def test_it_scrapes_the_gateways_and_the_engines_metrics(tmp_path: Path) -> None:
+async def test_prometheus_scrapes_the_metrics_of_the_gateway_and_the_engines(tmp_path: Path) -> None:
     async with pools(2, 2, engine={"step_time": 0.0}) as (gateway, prefill, decode):
         names = {f"prefill-{i}": e.port for i, e in enumerate(prefill, 1)}
         names |= {f"decode-{i}": e.port for i, e in enumerate(decode, 1)}

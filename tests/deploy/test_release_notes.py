@@ -26,7 +26,7 @@ def test_a_version_has_its_section_and_no_other_ones() -> None:
     assert notes("v0.2.0").stdout == done.stdout
 
 
-def test_without_a_version_it_is_the_newest() -> None:
+def test_without_a_version_the_notes_are_those_of_the_newest() -> None:
     newest = CHANGELOG.split("\n## ")[1].partition("\n")[2].strip()
     assert notes().stdout.strip() == newest
 
@@ -35,7 +35,7 @@ def test_this_version_has_notes() -> None:
     assert notes(__version__).returncode == 0
 
 
-def test_a_version_that_is_not_there_is_named_beside_those_that_are() -> None:
+def test_an_unknown_version_is_named_with_the_known_ones() -> None:
     done = notes("9.9.9")
     assert done.returncode == 1
     assert "no version 9.9.9; it has " in done.stderr

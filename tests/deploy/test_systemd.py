@@ -33,7 +33,7 @@ def test_the_service_reads_variables_if_there_are_any_and_reloads_by_sighup() ->
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
-def test_the_services_exposure_is_what_the_docs_say() -> None:
+def test_the_services_exposure_score_is_the_one_in_the_docs() -> None:
     command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(SERVICE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     measured = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
@@ -41,5 +41,5 @@ def test_the_services_exposure_is_what_the_docs_say() -> None:
         pytest.skip(f"this systemd-analyze cannot judge a file: {done.stderr[:200]}")
     told = re.search(r"exposure of ([0-9.]+)", (ROOT / "docs" / "operating.md").read_text().replace("\n", " "))
     assert told is not None
-    # What counts for how much differs a little from one systemd to the next.
+    # The weights of the score differ a little between versions of systemd.
     assert float(measured[1]) <= float(told[1]) + 0.5
