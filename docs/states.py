@@ -1,4 +1,4 @@
-"""Draw docs/states.svg: the states of a backend and of a stream, from the tables in the code.
+"""Draw docs/states.svg: the states of a backend, a connection and a stream, from the tables in the code.
 
 python docs/states.py            writes the picture, beside this file
 python docs/states.py --check    exits 1 when the picture is not what the tables say now
@@ -18,11 +18,14 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "proxy"))
 
 from pd_proxy.fleet.state import DUTY, FITNESS, HEALTH  # noqa: E402 - the checkout's own package, installed or not
-from pd_proxy.relay.phase import TRANSITIONS  # noqa: E402
+from pd_proxy.http.connection_state import TRANSITIONS as CONNECTION  # noqa: E402
+from pd_proxy.relay.phase import TRANSITIONS as STREAM  # noqa: E402
 
 FILE = HERE / "states.svg"
 WIDTH = 980
-BOX, GAP, HEIGHT = 120, 150, 34  # of a state's box: its width, the space to the next, its height
+HEIGHT = 34  # of a state's box
+# The width of a state's box, and the space to the next one; for few states, and for many
+WIDE, NARROW = (120, 150), (90, 45)
 LINE, LEVEL = 14, 22  # between two lines of text; between an arrow and the text of the one within
 COLUMN = 24  # characters of a line of events
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
@@ -52,6 +55,15 @@ class Machine(NamedTuple):
     states: Sequence[str]
     ways: Mapping[tuple[int, int], Sequence[str]]
 
+    @property
+    def box(self) -> int:
+        """The width of a state's box."""
+        return (WIDE if len(self.states) < 5 else NARROW)[0]
+
+    def left(self, number: int) -> int:
+        """Where a state's box begins."""
+        return 40 + number * sum(WIDE if len(self.states) < 5 else NARROW)
+
 
 def machine(title: str, table: Mapping[Enum, Mapping[Enum, Enum]]) -> Machine:
     """A table of events. Where every state knows an event, and it leads to one state, that is what it shows."""
@@ -67,7 +79,9 @@ def machine(title: str, table: Mapping[Enum, Mapping[Enum, Enum]]) -> Machine:
 def phases(title: str, table: Mapping[Enum, Mapping[Enum, Enum]]) -> Machine:
     """A table without events: which state may follow which."""
     states = list(table)
-    ways = {(states.index(now), states.index(then)): [""] for now, row in table.items() for then in row}
+    ways = {
+        (states.index(now), states.index(then)): [""] for now, row in table.items() for then in row if now is not then
+    }
     return Machine(title, [str(state.value) for state in states], ways)
 
 
@@ -79,12 +93,12 @@ def draw(one: Machine, top: int) -> tuple[list[str], int]:
     middle = top + 30 + ahead * step
     parts = [f'<text class="title" x="20" y="{top + 16}">{escape(one.title)}</text>']
     for number, state in enumerate(one.states):
-        x = left(number)
-        parts.append(f'<rect class="state" x="{x}" y="{middle}" width="{BOX}" height="{HEIGHT}" rx="6"/>')
-        middle_x, baseline = x + BOX / 2, middle + HEIGHT / 2 + 5
+        x = one.left(number)
+        parts.append(f'<rect class="state" x="{x}" y="{middle}" width="{one.box}" height="{HEIGHT}" rx="6"/>')
+        middle_x, baseline = x + one.box / 2, middle + HEIGHT / 2 + 5
         parts.append(f'<text class="name" x="{middle_x}" y="{baseline}" text-anchor="middle">{escape(state)}</text>')
     for (start, end), events in sorted(one.ways.items()):
-        parts += arrow(start, end, lines_of(events), middle, step)
+        parts += arrow(one, start, end, lines_of(events), middle, step)
     return parts, middle + HEIGHT + back * step + 20
 
 
@@ -93,20 +107,15 @@ def lines_of(events: Sequence[str]) -> list[str]:
     return wrap(", ".join(events), COLUMN)
 
 
-def left(number: int) -> int:
-    """Where a state's box begins."""
-    return 40 + number * (BOX + GAP)
-
-
-def arrow(start: int, end: int, text: Sequence[str], middle: int, step: int) -> list[str]:
+def arrow(one: Machine, start: int, end: int, text: Sequence[str], middle: int, step: int) -> list[str]:
     """From one box to another: above to a later one, below to an earlier one, and the farther the higher."""
     forward, far = end > start, abs(end - start)
     edge = middle if forward else middle + HEIGHT
     away = (far - 1) * step + LEVEL
     level = edge - away / 0.75 if forward else edge + away / 0.75
     peak = edge - away if forward else edge + away
-    x0 = left(start) + (BOX * 0.7 if forward else BOX * 0.3)
-    x1 = left(end) + (BOX * 0.3 if forward else BOX * 0.7)
+    x0 = one.left(start) + one.box * (0.7 if forward else 0.3)
+    x1 = one.left(end) + one.box * (0.3 if forward else 0.7)
     way = f"M{x0} {edge} C{x0} {level:.0f} {x1} {level:.0f} {x1} {edge}"
     parts = [f'<path class="way" d="{way}" marker-end="url(#tip)"/>']
     first = peak - 5 - (len(text) - 1) * LINE if forward else peak + 13
@@ -122,7 +131,8 @@ def picture() -> str:
         machine("A backend's health: what probes and requests find (fleet/state.py)", HEALTH),
         machine("A backend's duty: what operators set", DUTY),
         machine("A backend's fitness for one kind of leg: what the outlier detector decides", FITNESS),
-        phases("A relayed stream (relay/phase.py)", TRANSITIONS),
+        phases("A connection to an engine, and the exchange on it (http/connection_state.py)", CONNECTION),
+        phases("A relayed stream (relay/phase.py)", STREAM),
     )
     parts: list[str] = []
     top = 10
@@ -140,7 +150,7 @@ def picture() -> str:
     return "\n".join(
         [
             head,
-            '<title id="t">States of a backend and of a stream</title>',
+            '<title id="t">States of a backend, of a connection to an engine and of a stream</title>',
             "<!-- Drawn by docs/states.py from the tables in the code. Do not edit; run it again. -->",
             f"<style>{STYLE}</style>",
             f"<defs>{tip}</defs>",

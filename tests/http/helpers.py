@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from pd_proxy.errors import BackendError
@@ -224,3 +225,16 @@ class RecordingClient:
 
     async def flushed(self) -> None:
         return None
+
+
+@contextmanager
+def faults() -> Iterator[list[logging.LogRecord]]:
+    """The errors that the gateway logs about its own code."""
+    found: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(logging.ERROR), logging.getLogger("pd_proxy")
+    handler.emit = found.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)

@@ -331,6 +331,20 @@ async def test_endless_headers_are_garbled(engine: Engine, origin: Origin) -> No
     assert await peer.left()
 
 
+@pytest.mark.parametrize("piece", [b"x: %b\r\n" % (b"x" * 1000), b"x" * 1000], ids=["trailers", "an extension"])
+async def test_endless_framing_is_garbled(engine: Engine, origin: Origin, piece: bytes) -> None:
+    recorder = await ask(origin)
+    peer = await engine.accept()
+    peer.say(HEAD + b"2\r\nok\r\n" + (b"0\r\n" if piece.startswith(b"x: ") else b"2;"))
+    for _ in range(HEAD_LIMIT // len(piece) + 2):
+        peer.say(piece)
+    assert await recorder.ended() == "lost"
+    assert isinstance(recorder.error, BackendGarbled)
+    assert "framing" in str(recorder.error)
+    assert b"x" not in recorder.headers
+    assert await peer.left()
+
+
 # The collected answer
 
 

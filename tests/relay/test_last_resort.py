@@ -12,6 +12,7 @@ from pd_proxy.dialects.sglang import SGLANG
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled
 from pd_proxy.http.collected import Collected
 from pd_proxy.http.connection import Connection
+from pd_proxy.http.connection_state import ConnectionState
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.http.origin import Origin
 
@@ -118,10 +119,10 @@ async def test_one_request_that_cannot_be_sent_keeps_no_other_from_going_out() -
 
     origin, sound, faulty = Origin(URL), Recorder(), Recorder()
     first, _ = begun(faulty, origin)
-    first._receiver = None
+    first._state = ConnectionState.IDLE
     first.begin(faulty, b"one", (b"",), origin._post, fails)
     second, transport = begun(sound, origin)
-    second._receiver = None
+    second._state = ConnectionState.IDLE
     second.begin(sound, b"two", (b"",), origin._post)
     await asyncio.sleep(0)
     assert transport.written == b"two"

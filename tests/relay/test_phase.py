@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -14,6 +13,8 @@ from pd_proxy.dialects.edit import Edit
 from pd_proxy.errors import BackendError, BackendLost
 from pd_proxy.relay.phase import TRANSITIONS, Phase
 from pd_proxy.transitions import ImpossibleTransition
+
+from tests.http.helpers import faults
 
 from .streams import DONE, HIDE, PING, Stream, chat, event, opened
 
@@ -88,19 +89,6 @@ ACTIONS: dict[str, Callable[[Stream], object]] = {
     "the flow fails it": lambda stream: stream.relay.fail(LOST),
     "the flow gives it up": lambda stream: stream.running.cancel(),
 }
-
-
-@contextmanager
-def faults() -> Iterator[list[logging.LogRecord]]:
-    """What is logged as a fault of the gateway's own."""
-    found: list[logging.LogRecord] = []
-    handler, logger = logging.Handler(logging.ERROR), logging.getLogger("pd_proxy")
-    handler.emit = found.append  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
 
 
 @given(

@@ -1,7 +1,10 @@
 """One connection to an engine: HTTP/1.1 over an asyncio transport, parsed by httptools.
 
-A connection serves one exchange at a time. It costs no task and no future for each read. Whatever the socket or the
-parser says reaches the exchange's receiver as a `BackendError`, once.
+A connection serves one exchange at a time and goes along the table of `connection_state.py`. No read costs a task or a
+future. Every failure of the socket or of the parser reaches the exchange's receiver as one `BackendError`.
+
+A step that has just compared the state assigns the next one without a lookup in the table: the lookups would cost a
+request 0.5 % of its instructions. `tests/http/test_connection_state.py` checks each assignment against the table.
 """
 
 from __future__ import annotations
@@ -15,51 +18,57 @@ from typing import Protocol, cast
 import httptools
 
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled
+from pd_proxy.http.connection_state import TRANSITIONS, ConnectionState
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.http.receiver import Receiver
 
 HEAD_LIMIT = 64 * 1024
+"""Bytes of an answer's status line and headers at most, and of framing between two pieces of its body."""
+_IDLE, _UNSENT, _HEAD, _BODY, _WHOLE, _LAST, _OVER = ConnectionState
 
 log = logging.getLogger("pd_proxy.relay")
 
 
 class Owner(Protocol):
-    """What a connection asks of the origin that it belongs to (`origin.py`)."""
+    """The owner of a connection, such as its `Origin`.
+
+    Attributes:
+        url: of the engine, for messages.
+        rests: the time for which a connection rests (`Connection.rest`).
+    """
 
     url: str
     rests: Deadlines
 
-    def give(self, connection: Connection) -> None: ...
+    def give(self, connection: Connection) -> None:
+        """Take the connection back: its exchange has ended, and another may begin."""
 
 
 class Connection(asyncio.Protocol):
     """One connection to an engine, and the exchange that is on it.
 
     Attributes:
-        between_chunks: the last read ended where a chunk of the chunked coding ends. A read that is one whole chunk
-            need not come here then: the parser's state is the same before and after it.
-        idle_since: when it was given back, as `time.monotonic`.
+        between_chunks: the last read ended where a chunk of the chunked coding ends. The next read need not come here
+            if it is one whole chunk: the parser's state is the same before and after it.
+        idle_since: when the connection was given back to its owner, as `time.monotonic`.
     """
 
     __slots__ = (
         "_answered",
         "_body",
         "_chunk_complete",
-        "_complete",
         "_diverted",
         "_fresh",
-        "_head_bytes",
         "_headers",
-        "_in_head",
         "_origin",
+        "_overhead",
         "_parser",
         "_paused",
         "_receiver",
         "_request",
         "_resting",
-        "_reusable",
         "_sent",
-        "_surplus",
+        "_state",
         "_transport",
         "between_chunks",
         "idle_since",
@@ -72,23 +81,20 @@ class Connection(asyncio.Protocol):
         self._origin = origin
         self._body: list[bytes] = []
         self._chunk_complete: list[bool] = []  # not empty: the last thing read of a chunk was its end
-        # The parser calls these for each event of a stream: methods of lists cost a tenth of functions of ours.
+        # The parser calls these for each event of a stream. Methods of lists cost a tenth of Python functions.
         self.on_body = self._body.append
         self.on_chunk_header = self._chunk_complete.clear
         self.on_chunk_complete = partial(self._chunk_complete.append, True)
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
-        self._request: tuple[bytes | memoryview, ...] | None = None  # until it is sent
+        self._state = _IDLE
+        self._request: tuple[bytes | memoryview, ...] = ()  # while it is unsent
         self._sent: Callable[[], object] | None = None
         self._headers: dict[bytes, bytes] = {}
-        self._in_head = True
-        self._head_bytes = 0
-        self._complete = False
-        self._answered = 0  # of the pieces of `_body`, those that came before the answer was complete
-        self._fresh = True
-        self._reusable = False
-        self._surplus = False
+        self._overhead = 0  # bytes read since the last that were a whole head, or of a body
+        self._answered = 0  # of the pieces of `_body`, those that belong to the answer and not to a second one
+        self._fresh = True  # no answer has come whole on this connection
         self._diverted = False
         self._paused = False
         self._resting = False
@@ -105,18 +111,17 @@ class Connection(asyncio.Protocol):
         post: Callable[[Connection], object] | None = None,
         sent: Callable[[], object] | None = None,
     ) -> None:
-        """Start an exchange.
+        """Begin an exchange.
 
         Arguments:
-            post: has `send` called soon; without it the request is sent at once.
-            sent: called when it has been.
+            body: in pieces.
+            post: a function that lets `send` be called soon; without it the request is sent at once.
+            sent: called when the request has been sent.
         """
-        assert self._receiver is None, "a connection serves one exchange at a time"
+        self._state = TRANSITIONS[self._state][_UNSENT]
         self._receiver = receiver
         self._headers = {}
-        self._in_head = True
-        self._head_bytes = 0
-        self._complete = False
+        self._overhead = 0
         self._sent = sent
         if len(body) == 1 and len(body[0]) < 4096:  # a copy is cheaper than a second buffer in the system call
             self._request = (head + body[0],)
@@ -129,14 +134,14 @@ class Connection(asyncio.Protocol):
 
     def send(self) -> None:
         """Send the exchange's request, unless the exchange is over."""
-        request = self._request
-        if request is None:
+        if self._state is not _UNSENT:
             return
         if self._transport is None or self._transport.is_closing():
-            # The engine went away between the connection's birth and this write.
+            # The engine closed the connection after it was made or taken, and before this write.
             self._lose(self._cut())
             return
-        self._request = None
+        self._state = _HEAD
+        request, self._request = self._request, ()
         if len(request) == 1:
             self._transport.write(request[0])
         else:
@@ -146,15 +151,17 @@ class Connection(asyncio.Protocol):
             sent()
 
     def abort(self) -> None:
-        """End the exchange now; the engine sees its connection close and frees what the request held."""
+        """End the exchange now, and call its receiver no more. The engine sees the connection close, and frees what the
+        request held."""
+        self._state = _OVER  # which may follow every state
         self._receiver = None
-        self._request = None
+        self._request = ()
         if self._transport is not None:
             self._transport.abort()
 
     def broken(self, receiver: Receiver | None, fault: Exception) -> None:
-        """The last resort: the gateway's own code failed on an exchange. Its leg fails as if its engine had, so that
-        nobody waits for an answer that will not come; the connection is not used again."""
+        """End an exchange on which the gateway's own code has failed: the last resort. Its leg fails as if its engine
+        had failed, so that nothing waits for an answer that will not come. The connection is not used again."""
         log.error("%s: the gateway failed on this engine's answer", self._origin.url, exc_info=fault)
         self.abort()
         if receiver is not None:
@@ -162,31 +169,33 @@ class Connection(asyncio.Protocol):
             self._tell_lost(receiver, BackendGarbled(why))
 
     def divert(self, protocol: asyncio.Protocol) -> None:
-        """Let another protocol have the reads of this exchange first; what is not for it, it passes on to here."""
+        """Let another protocol have the reads of this exchange. It passes on to this connection what it does not
+        handle."""
         if self._transport is not None:
             self._diverted = True
             self._transport.set_protocol(protocol)
 
     def pause(self) -> None:
-        """Stop reading, so that a slow client slows its engine and not our memory."""
+        """Stop reading, so that a slow client slows its engine and does not fill the gateway's memory."""
         self._paused = True
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
     def rest(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Do not read for `_REST` seconds: so much comes that it is cheaper taken together."""
+        """Stop reading for the time of `rests`: so much comes that it costs less when it is read together."""
         if self._transport is not None and not self._resting and not self._transport.is_closing():
             self._resting = True
             self._transport.pause_reading()
             self._origin.rests.watch(self, loop)
 
     def overdue(self, seconds: float) -> None:
-        """It has rested."""
+        """Read again after a rest."""
         self._resting = False
         if not self._paused and self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def resume(self) -> None:
+        """Read again after `pause`."""
         self._paused = False
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
@@ -198,15 +207,15 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         receiver = self._receiver
-        if receiver is None:  # bytes that nobody asked for
-            self.abort()
+        if receiver is None:  # no request was sent: these bytes say why the engine closes the connection
+            if self._transport is not None:
+                self._transport.abort()
             return
         try:
-            if self._in_head:
-                if self._request is not None:  # nor these: it says why it closes a connection that was idle
-                    self._fail(self._cut())
-                    return
-                self._head_bytes += len(data)
+            if self._state is _UNSENT:  # as above
+                self._fail(self._cut())
+                return
+            self._overhead += len(data)
             try:
                 self._parser.feed_data(data)
             except httptools.HttpParserUpgrade:
@@ -217,19 +226,25 @@ class Connection(asyncio.Protocol):
             except httptools.HttpParserError as error:
                 self._unparsable(receiver, error)
                 return
-            if self._in_head and self._head_bytes > HEAD_LIMIT:
-                self._fail(BackendGarbled(f"{self._origin.url} sent more than {HEAD_LIMIT} bytes of headers"))
+            state = self._state
+            if state is _OVER:  # the receiver has aborted the exchange in `head`
                 return
+            complete = state is _WHOLE or state is _LAST
             # The next chunk's size may have begun without the parser saying so, hence the look at the last bytes.
             self.between_chunks = data.endswith(b"\r\n") if self._chunk_complete else False
-            if self._complete:
+            if complete:
                 del self._body[self._answered :]  # of a second answer, where one was asked for
             if self._body:
                 body = self._body
                 data = body[0] if len(body) == 1 else b"".join(body)
                 body.clear()
-                receiver.data(data, self._complete)
-            if self._complete and self._receiver is receiver:
+                self._overhead = 0
+                receiver.data(data, complete)
+            elif self._overhead > HEAD_LIMIT and not complete:
+                what = "headers" if state is _HEAD else "framing without a body"
+                self._fail(BackendGarbled(f"{self._origin.url} sent more than {HEAD_LIMIT} bytes of {what}"))
+                return
+            if complete and self._receiver is receiver:
                 self._finish(receiver)
         except BackendGarbled as error:
             self._fail(error)
@@ -237,8 +252,11 @@ class Connection(asyncio.Protocol):
             self.broken(receiver, fault)
 
     def _unparsable(self, receiver: Receiver, error: httptools.HttpParserError) -> None:
-        """What was read is not HTTP from some byte on. The receiver gets what came before that byte."""
-        if self._complete:
+        """Fail the exchange: what was read is not HTTP from some byte on. The receiver gets what came before that
+        byte."""
+        if self._state is _OVER:
+            return
+        if self._state is not _BODY:
             del self._body[self._answered :]
         if good := b"".join(self._body):
             self._body.clear()
@@ -254,7 +272,8 @@ class Connection(asyncio.Protocol):
         receiver = self._receiver
         if receiver is None:
             return
-        if not self._in_head and self._parser_ends_at_close():
+        if self._state is _BODY and self._ends_with_connection():
+            self._state = _OVER
             self._receiver = None
             try:
                 receiver.end()
@@ -262,13 +281,14 @@ class Connection(asyncio.Protocol):
                 self.broken(receiver, fault)
         elif exc is None or isinstance(exc, OSError):
             self._lose(self._cut())
-        else:  # an exception of the protocol that has the reads, which is what the event loop ends a connection for
+        else:  # raised by the protocol that has the reads; the event loop ends the connection for it
             self.broken(receiver, exc)
 
     # httptools callbacks
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.lower()] = value
+        if self._state is _HEAD:  # else a trailer
+            self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -277,35 +297,35 @@ class Connection(asyncio.Protocol):
         if status < 200:  # 100 Continue and early hints: the answer is still to come
             self._headers = {}
             return
-        if self._complete:
-            return
-        self._in_head = False
-        if self._receiver is not None:
-            self._receiver.head(status, self._headers)
+        if self._state is _HEAD:
+            self._state = _BODY
+            self._overhead = 0
+            if self._receiver is not None:
+                self._receiver.head(status, self._headers)
 
     def on_message_begin(self) -> None:
-        # A second answer where one was asked for: the first is good, the connection is not.
-        self._surplus = self._complete
+        if self._state is _WHOLE:  # a second answer where one was asked for: the first is good, the connection is not
+            self._state = _LAST
 
     def on_message_complete(self) -> None:
         self._chunk_complete.clear()
-        if not self._in_head and not self._complete:
-            self._complete = True
-            self._answered = len(self._body)
+        if self._state is _BODY:
             # Only now: the parser forgets what the answer's framing was as soon as this returns.
-            self._reusable = self._parser.should_keep_alive()
+            self._state = _WHOLE if self._parser.should_keep_alive() else _LAST
+            self._answered = len(self._body)
 
     # Endings
 
-    def _parser_ends_at_close(self) -> bool:
-        """Whether the answer had neither a length nor chunks, so that the close is its end."""
+    def _ends_with_connection(self) -> bool:
+        """Whether the answer has neither a length nor chunks, so that the end of the connection is its end."""
         return b"content-length" not in self._headers and b"transfer-encoding" not in self._headers
 
     def _finish(self, receiver: Receiver) -> None:
         self._receiver = None
         self._fresh = False
         transport = self._transport
-        if self._reusable and not self._surplus and transport is not None and not transport.is_closing():
+        if self._state is _WHOLE and transport is not None and not transport.is_closing():
+            self._state = _IDLE
             if self._diverted:
                 self._diverted = False
                 transport.set_protocol(self)
@@ -335,13 +355,15 @@ class Connection(asyncio.Protocol):
             self._tell_lost(receiver, error)
 
     def _cut(self) -> BackendCut:
-        """The engine has closed the connection. One that it had kept, and closes before the first byte of an answer, it
-        most likely closes for idleness."""
-        unread, blame = self._request is not None, self._fresh or not self._in_head
+        """The error for an engine that has closed the connection. One that had kept the connection, and closes it
+        before the head of an answer is whole, is not to blame: most likely the connection was idle for too long."""
+        unread, blame = self._state is _UNSENT, self._fresh or self._state is _BODY
         return BackendCut(f"{self._origin.url} closed the connection", unread=unread, blame=blame)
 
     def _lose(self, error: BackendError) -> None:
-        self._request = None
+        """End the exchange of a connection that has ended."""
+        self._state = TRANSITIONS[self._state][_OVER]
+        self._request = ()
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             self._tell_lost(receiver, error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from pd_proxy.http.connection import Connection
+from pd_proxy.http.connection_state import ConnectionState
 from pd_proxy.http.origin import Origin
 from pd_proxy.http.receiver import Receiver
 
@@ -67,6 +68,6 @@ class Upload(Connection):
         super().connection_lost(exc)
 
     def _finish(self, receiver: Receiver) -> None:
-        if not self._whole:
-            self._reusable = False
+        if self._state is ConnectionState.WHOLE and not self._whole:
+            self._state = ConnectionState.LAST
         super()._finish(receiver)
