@@ -167,11 +167,11 @@ def sharing() -> list[str]:
         assert index.journal is not None
         journal = index.journal
         write = least(lambda journal=journal, chain=chain: journal.entered("http://engine", chain))  # type: ignore[misc]
-        reader.look()
+        reader.read()
 
         def both(journal: Journal = journal, chain: Chain = chain) -> None:
             journal.entered("http://engine", chain)
-            reader.look()
+            reader.read()
 
         rows.append(f"| {name} | {write:.1f} µs | {least(both) - write:.1f} µs | {least(reader.look):.1f} µs |")
     return rows

@@ -40,12 +40,12 @@ def accepted(listener: socket.socket) -> int:
 
 
 def test_the_newest_socket_gets_all_connections_and_what_is_left_shares_them_again() -> None:
-    listeners = [bind("127.0.0.1", 0, reuse=True, patience=60)]
+    listeners = [bind("127.0.0.1", 0, reuse=True, timeout=60)]
     port = listeners[0].socket.getsockname()[1]
     address = ("127.0.0.1", port)
     try:
         for number in (2, 3):
-            newest = bind("127.0.0.1", port, reuse=True, patience=60)
+            newest = bind("127.0.0.1", port, reuse=True, timeout=60)
             listeners.append(newest)
             assert newest.taken
             assert not newest.shared()
@@ -69,14 +69,14 @@ def test_the_newest_socket_gets_all_connections_and_what_is_left_shares_them_aga
 
 
 def test_a_socket_that_nobody_shares_listens_at_once() -> None:
-    listener = bind("127.0.0.1", 0, reuse=True, patience=60)
+    listener = bind("127.0.0.1", 0, reuse=True, timeout=60)
     with listener.socket:
         assert not listener.taken
         socket.create_connection(listener.socket.getsockname()).close()
 
 
 def test_a_vanished_client_and_one_that_reads_nothing_are_the_kernels_business_too() -> None:
-    listener = bind("127.0.0.1", 0, reuse=False, patience=7).socket
+    listener = bind("127.0.0.1", 0, reuse=False, timeout=7).socket
     with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
@@ -337,7 +337,7 @@ async def test_what_is_passed_and_is_no_listening_socket_is_said_in_one_line() -
         async with gateway("--decode", "http://127.0.0.1:9", inherit=quiet) as process:
             async with asyncio.timeout(20):
                 assert await process.process.wait() == 1
-        assert process.log[-1].endswith(" pd_proxy: file descriptor 3 (LISTEN_FDS) is no listening TCP socket\n")
+        assert process.log[-1].endswith(" pd_proxy: file descriptor 3 (LISTEN_FDS) is not a listening TCP socket\n")
         assert len([line for line in process.log if "LISTEN_FDS" in line]) == 1
 
 

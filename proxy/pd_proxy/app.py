@@ -165,7 +165,7 @@ def build(settings: Settings, connections: Connections | None = None, context: W
     load_sync = None
     if context is not None:
         peer_prefixes = PeerPrefixes(context.prefixes, context.worker, prompts.index)
-        load_sync = LoadSync(context.load_table, context.worker, fleet, admission.recheck, peer_prefixes.look)
+        load_sync = LoadSync(context.load_table, context.worker, fleet, admission.recheck, peer_prefixes.read)
         fleet.before_choice = load_sync.refresh
         admission.on_wait = load_sync.wake
     peers = None if context is None else PeerWorkers(context.directory, context.worker, context.workers)

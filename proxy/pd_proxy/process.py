@@ -34,7 +34,7 @@ from pd_proxy.http.body_memory import Bodies
 from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.server import GatewayProtocol
 from pd_proxy.runtime import garbage, heap
-from pd_proxy.runtime.signals import IGNORED, LEAVING, ignore, tell_ignored
+from pd_proxy.runtime.signals import IGNORED, LEAVING, ignore, log_ignored
 from pd_proxy.runtime.sockets import (
     BACKLOG,
     Listener,
@@ -134,8 +134,8 @@ def _work(
     for surface in (gateway.surface, gateway.inner, gateway.admin):
         if surface is not None:
             surface.make_routes()
-    garbage.settle()
-    heap.keep()
+    garbage.freeze()
+    heap.keep_free_memory()
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         try:
             runner.run(_run(gateway, kind, listeners, admin, context))
@@ -146,11 +146,11 @@ def _work(
 
 def _listeners(settings: Settings) -> list[Listener]:
     """The main socket, and that of /metrics where it has one of its own."""
-    patience = settings.timeouts.idle
+    timeout = settings.timeouts.idle
     wanted = [settings.port] + ([settings.metrics.port] if settings.metrics.port is not None else [])
-    listeners = inherited(patience)[: len(wanted)]
+    listeners = inherited(timeout)[: len(wanted)]
     return listeners + [
-        bind(settings.host, port, reuse=settings.reuse_port, patience=patience) for port in wanted[len(listeners) :]
+        bind(settings.host, port, reuse=settings.reuse_port, timeout=timeout) for port in wanted[len(listeners) :]
     ]
 
 
@@ -304,7 +304,7 @@ class _Server(uvicorn.Server):
         for number in LEAVING:
             loop.add_signal_handler(number, self._signalled, 0.0 if number == signal.SIGINT else self._shutdown.delay)
         for number in IGNORED:
-            loop.add_signal_handler(number, tell_ignored, number)
+            loop.add_signal_handler(number, log_ignored, number)
         try:
             yield
         finally:

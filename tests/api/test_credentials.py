@@ -167,7 +167,7 @@ async def test_the_admin_socket_serves_operators_without_a_key(tmp_path: Path) -
 def test_a_socket_takes_the_place_of_one_that_nobody_listens_at_and_of_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "admin.sock"
     with own_socket(path, reuse=False):
-        with pytest.raises(ListenError, match="another process does"), own_socket(path, reuse=False):
+        with pytest.raises(ListenError, match="another process listens there"), own_socket(path, reuse=False):
             pass
         with own_socket(path, reuse=True):
             successor = path.stat().st_ino
@@ -179,7 +179,7 @@ def test_a_socket_takes_the_place_of_one_that_nobody_listens_at_and_of_nothing_e
         assert successor and not path.exists()
     file = tmp_path / "file"
     file.write_text("kept")
-    with pytest.raises(ListenError, match="no socket"), own_socket(file, reuse=True):
+    with pytest.raises(ListenError, match="not a socket"), own_socket(file, reuse=True):
         pass
     assert file.read_text() == "kept"
     with pytest.raises(ListenError, match="cannot listen at"), own_socket(tmp_path / "no" / "such", reuse=False):

@@ -193,12 +193,12 @@ def test_a_leg_that_was_withdrawn_says_nothing_of_the_rate() -> None:
 def test_what_other_workers_have_outstanding_is_ahead_too() -> None:
     engine = settled()
     speeds, now = engine.speeds, engine.now
-    speeds.told_elsewhere(5000, now)
+    speeds.note_elsewhere(5000, now)
     assert speeds.ahead(now) == pytest.approx(5000 / speeds.rate)
     speeds.given(1000, now, 1000)
     assert speeds.ahead(now) == pytest.approx(5000 / speeds.rate + speeds.seconds(1000, 1000), rel=0.01)
     speeds.withdrawn(1000, now)
-    speeds.told_elsewhere(0, 0.0)
+    speeds.note_elsewhere(0, 0.0)
     assert speeds.ahead(now) == 0.0
 
 
@@ -206,17 +206,17 @@ def test_what_other_workers_have_outstanding_is_done_in_time_too() -> None:
     engine = settled()
     speeds, now = engine.speeds, engine.now
     whole = 5000 / speeds.rate
-    speeds.told_elsewhere(5000, now - 0.5 * whole)
+    speeds.note_elsewhere(5000, now - 0.5 * whole)
     assert speeds.ahead(now) == pytest.approx(0.5 * whole)
     assert speeds.ahead(now + 0.6 * whole) == 0.0
-    speeds.told_elsewhere(50_000, now)  # only the first can be partly done
+    speeds.note_elsewhere(50_000, now)  # only the first can be partly done
     assert speeds.ahead(now + 20 * whole) >= 40_000 / speeds.rate
 
 
 def test_the_engines_time_is_shared_with_what_other_workers_have_it_do() -> None:
     engine = Engine(PoolSpeeds(), 10_000.0)
     for _ in range(60):
-        engine.speeds.told_elsewhere(1000, engine.now)
+        engine.speeds.note_elsewhere(1000, engine.now)
         engine.speeds.given(1000, engine.now, 1000)
         engine.now += 0.2  # for both
         engine.speeds.answered(1000, 1000, 1000, engine.now)
@@ -226,10 +226,10 @@ def test_the_engines_time_is_shared_with_what_other_workers_have_it_do() -> None
 def test_the_time_of_other_workers_legs_that_went_before_is_theirs() -> None:
     engine = Engine(PoolSpeeds(), 10_000.0)
     for _ in range(60):
-        engine.speeds.told_elsewhere(1000, engine.now)
+        engine.speeds.note_elsewhere(1000, engine.now)
         engine.speeds.given(1000, engine.now, 1000)
         engine.now += 0.1
-        engine.speeds.told_elsewhere(0, engine.now)
+        engine.speeds.note_elsewhere(0, engine.now)
         assert engine.speeds.ahead(engine.now) == pytest.approx(0.1, rel=0.5)
         engine.now += 0.1
         engine.speeds.answered(1000, 1000, 1000, engine.now)
@@ -359,7 +359,7 @@ def test_absurd_reports_are_bounded(calls: list[tuple[str, float, float, float, 
         elif name == "handed_over":
             speeds.handed_over(one, two, now)  # type: ignore[arg-type]
         else:
-            speeds.told_elsewhere(one, now)  # type: ignore[arg-type]
+            speeds.note_elsewhere(one, now)  # type: ignore[arg-type]
     sane(speeds)
 
 
@@ -418,7 +418,7 @@ def test_gaps_with_prefills_chunks_in_them_do_not_make_an_engine_slow() -> None:
 
 def test_a_first_leg_beside_other_workers_is_counted_from_now() -> None:
     speeds = join_pool(PoolSpeeds())
-    speeds.told_elsewhere(4000, 40.0)
+    speeds.note_elsewhere(4000, 40.0)
     speeds.given(1000, 50.0, 1000)
     assert isfinite(speeds.free_at) and speeds.ahead(50.0) > 0
 

@@ -340,7 +340,7 @@ def test_a_whole_answer_says_nothing_of_how_fast_its_engine_prefills() -> None:
 
 def test_other_workers_are_told_what_is_left() -> None:
     bed, told = Bed(), list[int]()
-    bed.prefill.tell_uncached = lambda tokens, since: told.append(tokens)
+    bed.prefill.on_uncached_changed = lambda tokens, since: told.append(tokens)
     with bed.send() as sent:
         sent.prefilled(None, 0)
     with bed.send():

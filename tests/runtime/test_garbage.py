@@ -39,17 +39,17 @@ def old_knot() -> weakref.ref[Knot]:
 
 
 async def test_old_garbage_is_collected_while_few_requests_run() -> None:
-    garbage.settle()
+    garbage.freeze()
     knot = old_knot()
     gc.collect(0)
     assert knot() is not None
-    tidying = asyncio.create_task(garbage.collect_when_quiet(lambda: 99, look=0.001))
+    tidying = asyncio.create_task(garbage.collect_when_quiet(lambda: 99, interval=0.001))
     await until(lambda: knot() is None)
     tidying.cancel()
 
 
 async def test_while_many_requests_run_the_collection_waits_for_a_limited_time() -> None:
-    garbage.settle()
+    garbage.freeze()
     knot = old_knot()
     now, looks = 0.0, 0
 
@@ -58,7 +58,7 @@ async def test_while_many_requests_run_the_collection_waits_for_a_limited_time()
         looks += 1
         return 10_000
 
-    tidying = asyncio.create_task(garbage.collect_when_quiet(many, lambda: now, look=0.001))
+    tidying = asyncio.create_task(garbage.collect_when_quiet(many, lambda: now, interval=0.001))
     await until(lambda: looks > 3)
     assert knot() is not None
     now = 901.0
@@ -67,7 +67,7 @@ async def test_while_many_requests_run_the_collection_waits_for_a_limited_time()
 
 
 async def test_without_old_garbage_nothing_is_collected() -> None:
-    garbage.settle()
+    garbage.freeze()
     gc.collect()
     looks = 0
 
@@ -76,14 +76,14 @@ async def test_without_old_garbage_nothing_is_collected() -> None:
         looks += 1
         return 0
 
-    tidying = asyncio.create_task(garbage.collect_when_quiet(none, look=0.001))
+    tidying = asyncio.create_task(garbage.collect_when_quiet(none, interval=0.001))
     await asyncio.sleep(0.02)  # the test shows that nothing happens in this time
     assert not looks
     tidying.cancel()
 
 
 async def test_automatic_collections_cover_only_the_young_generations() -> None:
-    garbage.settle()
+    garbage.freeze()
     before = [generation["collections"] for generation in gc.get_stats()]
     kept = [[] for _ in range(300_000)]  # type: ignore[var-annotated]
     after = [generation["collections"] for generation in gc.get_stats()]

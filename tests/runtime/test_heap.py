@@ -12,7 +12,7 @@ _FAULTS = """
 import resource, sys
 from pd_proxy.runtime import heap
 if sys.argv[1] == "kept":
-    heap.keep()
+    heap.keep_free_memory()
 def bodies():
     held = [bytearray(b"x" * 400_000) for _ in range(8)]
     held.clear()

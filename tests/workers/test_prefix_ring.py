@@ -38,8 +38,8 @@ def test_each_worker_learns_which_prompts_the_others_sent() -> None:
     workers[1].index.enter("http://b", text)
     workers[2].index.enter("http://b", ids)
     for worker in workers:
-        worker.peers.look()
-        worker.peers.look()
+        worker.peers.read()
+        worker.peers.read()
     believed = text.tokens_of(len(text.hashes))
     for worker in workers:
         assert worker.index.cached(text) == dict.fromkeys(ENGINES, believed)
@@ -53,10 +53,10 @@ def test_each_worker_learns_to_which_rank_the_others_sent_a_prompt() -> None:
     one, other = Worker(rings, 0, names), Worker(rings, 1, names)
     chain = prompt(rings, 1)
     one.index.enter(names[1], chain)
-    other.peers.look()
+    other.peers.read()
     assert other.index.cached(chain).keys() == {names[1]}
     one.index.clear(names[1])
-    other.peers.look()
+    other.peers.read()
     assert not other.index.cached(chain)
 
 
@@ -69,14 +69,14 @@ def test_a_loss_that_one_worker_finds_is_learnt_by_all() -> None:
         one.index.settle("http://a", chain)
     again = msgspec.structs.replace(asked)
     one.index.enter("http://a", again)
-    other.peers.look()
+    other.peers.read()
     assert other.index.cached(old)
     one.index.correct("http://a", again, 0, 750)
-    other.peers.look()
+    other.peers.read()
     assert not other.index.cached(old)
     assert other.index.cached(asked)
     one.index.clear("http://a")
-    other.peers.look()
+    other.peers.read()
     assert not other.index.cached(asked)
 
 
@@ -85,15 +85,15 @@ def test_records_of_an_unknown_engine_are_ignored() -> None:
     one, other = Worker(rings, 0), Worker(rings, 1, ["http://b"])
     chains = [prompt(rings, number) for number in range(2)]
     one.index.enter("http://a", chains[0])
-    other.peers.look()
+    other.peers.read()
     assert not other.index.cached(chains[0])
     other.index.join("http://a", 1_000_000)
     one.index.enter("http://a", chains[1])
-    other.peers.look()
+    other.peers.read()
     assert set(other.index.cached(chains[1])) == {"http://a"}
     other.index.leave("http://a")
     one.index.enter("http://a", chains[1])
-    other.peers.look()
+    other.peers.read()
     assert other.index.figures(0).entries == 0
 
 
@@ -103,13 +103,13 @@ def test_a_reader_that_was_overtaken_counts_missed_records_and_goes_on() -> None
     chains = [prompt(rings, number) for number in range(40)]
     for chain in chains:
         one.index.enter("http://a", chain)
-    other.peers.look()
+    other.peers.read()
     known = [bool(other.index.cached(chain)) for chain in chains]
     assert known == sorted(known), "those that were written last"
     assert 0 < sum(known) <= 64 // (4 + len(chains[0].hashes))
     assert other.peers.lost > 0
     one.index.enter("http://a", chains[0])
-    other.peers.look()
+    other.peers.read()
     assert other.index.cached(chains[0])
 
 
@@ -121,7 +121,7 @@ def test_readers_that_keep_up_miss_nothing(cells: int) -> None:
     for number in range(200):
         chain = prompt(rings, number, chosen.randrange(600, 6000))
         one.index.enter(chosen.choice(ENGINES), chain)
-        other.peers.look()
+        other.peers.read()
         assert other.index.cached(chain) == one.index.cached(chain)
     assert other.peers.lost == 0
 
@@ -132,9 +132,9 @@ def test_many_records_are_read_in_pieces() -> None:
     chains = [prompt(rings, number, 400_000) for number in range(80)]
     for chain in chains:
         one.index.enter("http://a", chain)
-    other.peers.look()
+    other.peers.read()
     assert 20 < sum(bool(other.index.cached(chain)) for chain in chains) < 60
-    other.peers.look()
+    other.peers.read()
     assert all(other.index.cached(chain) for chain in chains)
     assert other.peers.lost == 0
 
@@ -144,7 +144,7 @@ def test_a_very_long_prompt_is_cut_to_the_size_of_a_record() -> None:
     one, other = Worker(rings, 0), Worker(rings, 1)
     chain = prompt(rings, 1, 100_000)
     one.index.enter("http://a", chain)
-    other.peers.look()
+    other.peers.read()
     assert other.index.cached(chain) == {"http://a": chain.tokens_of(16)}
 
 
@@ -159,7 +159,7 @@ def test_records_are_shared_across_a_fork() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     worker = Worker(rings, 1)
-    worker.peers.look()
+    worker.peers.read()
     assert all(worker.index.cached(chain) for chain in chains)
 
 
@@ -179,9 +179,9 @@ def test_a_reader_beside_a_writer_in_another_process_never_enters_what_was_not_s
     reader = Worker(rings, 1)
     looks = 0
     while os.waitpid(child, os.WNOHANG) == (0, 0):
-        reader.peers.look()
+        reader.peers.read()
         looks += 1
-    reader.peers.look()
+    reader.peers.read()
     assert set(reader.index._blocks.holders) <= sent
     assert reader.index.cached(chains[2999 % len(chains)])
     os.close(started)
@@ -196,18 +196,18 @@ def test_a_worker_that_died_while_it_wrote_is_wiped_and_another_goes_on() -> Non
     rings._cells[0] += 60  # it had announced a record, and written a part of it
     rings._cells[4 + rings.end(0)] = 12345
     early = Worker(rings, 1)
-    early.peers.look()
+    early.peers.read()
     assert not early.index.cached(chains[0]), "what it read may have been half of one thing and half of another"
     assert early.peers.lost > 0
     rings.wipe(0)
-    living.peers.look()
+    living.peers.read()
     assert living.index.cached(chains[0]), "the engine has it still"
     living.index.enter("http://b", chains[1])
     another = Worker(rings, 0)
-    another.peers.look()
+    another.peers.read()
     assert another.index.cached(chains[0]) and another.index.cached(chains[1])
     another.index.enter("http://a", chains[2])
-    living.peers.look()
+    living.peers.read()
     assert living.index.cached(chains[2])
     assert living.peers.lost == another.peers.lost == 0
 
@@ -220,9 +220,9 @@ def test_impossible_values_in_shared_memory_are_skipped() -> None:
         place = rings.end(0) % 64
         one.index.enter("http://a", chains[0])
         rings._cells[place + cell] = value
-        other.peers.look()
+        other.peers.read()
         assert not other.index.cached(chains[0])
         rings._cells[place + 5] = 1 << 32 | len(chains[0].hashes)
     one.index.enter("http://a", chains[3])
-    other.peers.look()
+    other.peers.read()
     assert other.index.cached(chains[3])

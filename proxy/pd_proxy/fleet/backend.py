@@ -74,8 +74,8 @@ class Backend:
         attention: set when something happened that its prober should look at now.
         most_requests, most_tokens: what may be in flight here before new requests should go elsewhere.
         on_freed: called when a lease is released, where somebody waits for room.
-        tell: called with requests and tokens in flight when these change, where there are other workers.
-        tell_uncached: likewise, with the tokens that it has yet to prefill, and since when (`Speeds.since`).
+        on_load_changed: called with requests and tokens in flight when these change, where there are other workers.
+        on_uncached_changed: likewise, with the tokens that it has yet to prefill, and since when (`Speeds.since`).
     """
 
     __slots__ = (
@@ -105,6 +105,8 @@ class Backend:
         "most_requests",
         "most_tokens",
         "on_freed",
+        "on_load_changed",
+        "on_uncached_changed",
         "open_handoffs",
         "outlier_stats",
         "rank_names",
@@ -118,8 +120,6 @@ class Backend:
         "role",
         "slow_since",
         "speeds",
-        "tell",
-        "tell_uncached",
         "told",
         "up",
         "url",
@@ -177,8 +177,8 @@ class Backend:
         self.most_requests: float = inf
         self.most_tokens: float = inf
         self.on_freed: Callable[[], object] | None = None
-        self.tell: Callable[[int, int], object] | None = None
-        self.tell_uncached: Callable[[int, float], object] | None = None
+        self.on_load_changed: Callable[[int, int], object] | None = None
+        self.on_uncached_changed: Callable[[int, float], object] | None = None
         self.attention = asyncio.Event()
         self._leases: set[Lease] = set()
 
@@ -297,8 +297,8 @@ class Lease:
         backend.inflight_requests += 1
         backend.inflight_tokens += tokens
         backend._leases.add(self)
-        if backend.tell is not None:
-            backend.tell(backend.inflight_requests, backend.inflight_tokens)
+        if backend.on_load_changed is not None:
+            backend.on_load_changed(backend.inflight_requests, backend.inflight_tokens)
         self.rank: int | None = None
         if backend.ranks:
             self._ranks = backend.ranks  # the list that is counted in, should its engine come back with another
@@ -313,8 +313,8 @@ class Lease:
         self.on_lost = None
         backend.inflight_requests -= 1
         backend.inflight_tokens -= self.tokens
-        if backend.tell is not None:
-            backend.tell(backend.inflight_requests, backend.inflight_tokens)
+        if backend.on_load_changed is not None:
+            backend.on_load_changed(backend.inflight_requests, backend.inflight_tokens)
         if self.rank is not None:
             self._ranks[self.rank] -= self.tokens
         if backend.removed:

@@ -246,7 +246,7 @@ class Speeds:
         """Uncached tokens that other workers of this gateway have outstanding here."""
         return self._elsewhere
 
-    def told_elsewhere(self, tokens: int, since: float) -> None:
+    def note_elsewhere(self, tokens: int, since: float) -> None:
         """Other workers of this gateway have prefill legs here.
 
         Arguments:

@@ -81,7 +81,7 @@ class Sent:
             self._work[rank] += believed
         now = monotonic()
         computes.speeds.given(believed, now, prompt)
-        self._tell()
+        self._publish()
         if chain.hashes:
             index.enter(self._name, chain, now)
             if decode is not None:
@@ -179,13 +179,13 @@ class Sent:
         """Nothing of the prompt is left to compute."""
         if self._work is not None:
             self._work[self._rank] -= self._believed
-        self._tell()
+        self._publish()
 
-    def _tell(self) -> None:
-        """Tell other workers what is left."""
+    def _publish(self) -> None:
+        """Write the tokens that are still to be prefilled to the load table."""
         backend = self._computes
-        if backend.tell_uncached is not None:
-            backend.tell_uncached(backend.speeds.outstanding, backend.speeds.since)
+        if backend.on_uncached_changed is not None:
+            backend.on_uncached_changed(backend.speeds.outstanding, backend.speeds.since)
 
     def __enter__(self) -> Sent:
         return self

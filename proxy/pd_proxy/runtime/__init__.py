@@ -1,1 +1,1 @@
-"""What the gateway asks of the operating system and the interpreter: sockets, signals, memory."""
+"""The gateway's use of the operating system and the interpreter: sockets, signals, memory."""

@@ -1,8 +1,8 @@
-"""When Python looks for garbage in cycles. While it looks nothing else happens, and every stream waits.
+"""Schedules Python's collections of cyclic garbage. During a collection every stream stands still.
 
-A running stream is some hundred objects: among ten thousand streams a full collection takes 200 ms. Requests leave next
-to no cycles behind, so only the young are looked through while many run, once and some ms at a time, and all there is
-when few would notice.
+A running stream holds about a hundred objects, so with ten thousand streams a full collection takes 200 ms. Requests
+leave hardly any cycles behind. So while many requests run only the youngest generation is collected, which takes some
+ms. Full collections are made while few requests run.
 """
 
 from __future__ import annotations
@@ -12,36 +12,39 @@ import gc
 from collections.abc import Callable
 from time import monotonic
 
-_YOUNG = 10_000  # objects that are there more than at the last look, until the next
-_OLD = 4  # looks at the young since a full collection that make the next one worth its while
+_YOUNG = 10_000  # new objects that lead to a collection of the youngest generation
+_OLD = 4  # collections of the youngest generation after which a full one is due
 _NEVER = 1_000_000_000
 
-_FEW = 100  # requests
-_LOOK = 10.0  # seconds
-_LONGEST = 900.0  # seconds between full collections, however many streams run
+_FEW = 100  # requests; with fewer a full collection is made
+_INTERVAL = 10.0  # seconds
+_LONGEST = 900.0  # seconds after the last full collection from which one is made however many requests run
 
 
-def settle() -> None:
-    """Everything is loaded that stays for good: no collection walks it again. From now on full collections are left to
-    `collect_when_quiet`."""
+def freeze() -> None:
+    """Exclude all present objects from collections, and leave full collections to `collect_when_quiet`.
+
+    Called once everything is loaded that lives as long as the process.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, _NEVER, _NEVER)
 
 
 async def collect_when_quiet(
-    inside: Callable[[], int], clock: Callable[[], float] = monotonic, look: float = _LOOK
+    running: Callable[[], int], clock: Callable[[], float] = monotonic, interval: float = _INTERVAL
 ) -> None:
-    """Collect all garbage now and then, for ever.
+    """Make full collections while few requests run, for ever.
 
     Arguments:
-        inside: how many requests are running.
-        look: seconds between looks at that.
+        running: returns how many requests run.
+        clock: a monotonic clock, in seconds.
+        interval: the seconds between checks.
     """
     last = clock()
     while True:
-        await asyncio.sleep(look)
+        await asyncio.sleep(interval)
         due = gc.get_count()[1] >= _OLD
-        if due and (inside() < _FEW or clock() - last > _LONGEST):
+        if due and (running() < _FEW or clock() - last > _LONGEST):
             gc.collect()
             last = clock()

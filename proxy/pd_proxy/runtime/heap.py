@@ -1,7 +1,9 @@
-"""The C library's heap, from which bodies, reads and answers of more than half a kilobyte come.
+"""Settings of the C library's heap, which holds bodies, reads and answers of more than half a kilobyte.
 
-By itself glibc gives the system back what is free at the heap's end as soon as that is some hundred kilobytes, and each
-long prompt is. The next one is paid for page by page then: the kernel has to find, clear and map them.
+By default glibc returns free memory at the end of the heap to the system as soon as that is some hundred kilobytes,
+which
+is as much as one long prompt. The next long prompt then costs page faults: the kernel has to find, clear and map each
+page again.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ _KEPT = 64 << 20
 _MAPPED = 16 << 20
 
 
-def keep() -> None:
-    """Keep up to 64 MiB that are free. Blocks of more than 16 MiB are not part of it: the system has each back at once.
-    Where there is another C library than glibc, nothing happens."""
+def keep_free_memory() -> None:
+    """Keep up to 64 MiB of free memory in the process. Blocks of more than 16 MiB are still returned to the system at
+    once. Does nothing where the C library has no `mallopt`."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MAPPED)

@@ -1,8 +1,8 @@
-"""What the process does on each signal.
+"""The signals that the process handles.
 
-TERM, INT and QUIT make it leave. HUP, USR1 and USR2 would end it at once and cut every stream, since that is what the
-system does where nobody says otherwise; logrotate, a terminal or a habit sends them. They are logged, and nothing else
-happens: settings are read once.
+SIGTERM, SIGINT and SIGQUIT make it shut down. SIGHUP, SIGUSR1 and SIGUSR2, which for example logrotate or a closed
+terminal send, end a process by default, and so would cut every stream. Here they are logged and have no other effect,
+since settings are read only at the start.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def ignore() -> None:
-    """Have the signals of `IGNORED` do nothing, until somebody handles them."""
+    """Ignore the signals of `IGNORED` until a handler is set for them."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
 
 
-def tell_ignored(number: int) -> None:
-    """Log a signal of `IGNORED`."""
+def log_ignored(number: int) -> None:
+    """Log that a signal of `IGNORED` was received."""
     name = signal.Signals(number).name
     if number == signal.SIGHUP:
         log.warning(

@@ -1,8 +1,10 @@
 """The listening sockets: opened here, shared with another gateway, or inherited from systemd.
 
-Two gateways can serve one address while the newer takes over from the older, in two ways. With `reuse_port` each has a
-listening socket of its own, and the kernel shares new connections out between them; `steer_here` gives them all to the
-newer. A socket that systemd holds is one socket for both, so that nothing is shared out and nothing can be lost.
+Two gateways can serve one address while the newer takes over from the older, in two ways:
+
+- With `reuse_port` each has a listening socket of its own, and the kernel distributes new connections between them.
+  `steer_here` directs all of them to the newer one.
+- A socket that systemd holds is the same socket for both, so no connection can be lost when the older one closes it.
 """
 
 from __future__ import annotations
@@ -18,25 +20,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BACKLOG = 4096
-_RESERVED_FILES = 128  # logs, probes, scrapers, the event loop's own, and what is held to a few backends
+_RESERVED_FILES = 128  # for logs, probes, scrapers, the event loop, and connections held to the first few backends
 _FEW_BACKENDS = 16
 _FIRST_INHERITED = 3  # sd_listen_fds(3)
-_UNSENT = 128 * 1024  # bytes that the kernel keeps for a client beyond what is on its way: with 4 MB it hides slowness
+_UNSENT = 128 * 1024  # bytes that the kernel buffers unsent for a client; with up to 4 MB a slow client is not noticed
 _SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h; Python has no name for it
 _RETURN = 0x06  # BPF_RET | BPF_K
 
 
 class ListenError(Exception):
-    """The address cannot be listened on."""
+    """The gateway cannot listen on an address."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A listening socket, or one that is about to.
+    """A socket that listens, or that is bound and will listen.
 
     Attributes:
-        inherited: it came from the process that started this one, which keeps it open.
-        taken: another process listened on its address when it was made.
+        inherited: whether it was passed by the process that started this one, which keeps it open.
+        taken: whether another process listened on its address when it was opened.
     """
 
     socket: socket.socket
@@ -49,19 +51,20 @@ class Listener:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def shared(self) -> bool:
-        """Whether others listen on its address too, who get what this one does not take."""
+        """Whether another process listens on its address too, and so accepts the connections that this one does not."""
         return self.inherited or _listening(self.socket) > 1
 
 
-def bind(host: str, port: int, *, reuse: bool, patience: float) -> Listener:
-    """A socket at an address, tuned for clients.
+def bind(host: str, port: int, *, reuse: bool, timeout: float) -> Listener:
+    """Open a socket at an address, with the options for clients' connections.
 
-    It listens at once, but for one with `reuse` where another has the address: that one only when it is told to, since
-    from then on it gets a share of the connections.
+    The socket listens at once, except where `reuse` is set and another process has the address. Then the caller makes
+    it
+    listen later, since from then on it gets a share of the connections.
 
     Arguments:
-        reuse: share the address with other processes of the same user that do so too.
-        patience: seconds after which a client that takes nothing, or has vanished, is let go.
+        reuse: share the address with other processes of the same user that share it too.
+        timeout: the seconds after which the connection of a client that reads nothing, or has vanished, is closed.
     Raises:
         ListenError
     """
@@ -76,7 +79,7 @@ def bind(host: str, port: int, *, reuse: bool, patience: float) -> Listener:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address[:2])
         taken = reuse and _taken(family, sock.getsockname()[:2])
-        tune(sock, patience)
+        tune(sock, timeout)
         if not taken:
             sock.listen(BACKLOG)
         return Listener(sock, taken=taken)
@@ -86,7 +89,7 @@ def bind(host: str, port: int, *, reuse: bool, patience: float) -> Listener:
 
 
 def unix_socket(path: Path) -> socket.socket:
-    """A socket that listens at a path; what a process that is gone has left there is replaced."""
+    """Open a Unix socket that listens at a path. Replaces the file that an ended process has left there."""
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.bind(str(path))
@@ -96,24 +99,27 @@ def unix_socket(path: Path) -> socket.socket:
 
 @contextlib.contextmanager
 def own_socket(path: Path, *, reuse: bool) -> Iterator[socket.socket]:
-    """A socket that listens at a path, to which only this process's user may connect, and whose file goes with it. What
-    a process that is gone has left there is replaced in one step, so that the path leads somewhere at any moment.
+    """Open a Unix socket that listens at a path, and remove its file at the end.
+
+    Only the user of this process may connect to it. The file of another process is replaced in one step, so that the
+    path
+    exists at any moment.
 
     Arguments:
-        reuse: take the path over from a process that listens there.
+        reuse: take the path over from a process that still listens there.
     Raises:
         ListenError
     """
     try:
         if os.path.lexists(path) and not path.is_socket():
-            raise ListenError(f"cannot listen at {path}: there is a file that is no socket")
+            raise ListenError(f"cannot listen at {path}: there is a file that is not a socket")
         if not reuse and _answers(path):
-            raise ListenError(f"cannot listen at {path}: another process does")
+            raise ListenError(f"cannot listen at {path}: another process listens there")
         new = path.with_name(f"{path.name}.{os.getpid()}")
         new.unlink(missing_ok=True)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.bind(str(new))
-        new.chmod(0o600)  # before it listens: until then nobody can connect
+        new.chmod(0o600)  # before it listens, since until then no process can connect
         sock.listen(BACKLOG)
         file = new.stat().st_ino
         new.replace(path)
@@ -123,7 +129,7 @@ def own_socket(path: Path, *, reuse: bool) -> Iterator[socket.socket]:
         yield sock
     finally:
         with contextlib.suppress(OSError):
-            if path.lstat().st_ino == file:  # else it is a successor's
+            if path.lstat().st_ino == file:  # otherwise the file is that of a process that took over
                 path.unlink()
 
 
@@ -132,13 +138,13 @@ def _answers(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
-def inherited(patience: float) -> list[Listener]:
-    """The listening sockets that systemd passes to this process (sd_listen_fds(3)); none: it passes none.
+def inherited(timeout: float) -> list[Listener]:
+    """The listening sockets that systemd has passed to this process (sd_listen_fds(3)); empty where it has passed none.
 
     Arguments:
-        patience: as of `bind`.
+        timeout: as in `bind`.
     Raises:
-        ListenError: what was passed is no listening stream socket.
+        ListenError: a file that was passed is not a listening TCP socket.
     """
     if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
         return []
@@ -151,21 +157,25 @@ def inherited(patience: float) -> list[Listener]:
         except OSError as error:
             raise ListenError(f"file descriptor {descriptor} (LISTEN_FDS): {error.strerror}") from None
         if sock.type != socket.SOCK_STREAM or sock.family == socket.AF_UNIX or not listening:
-            raise ListenError(f"file descriptor {descriptor} (LISTEN_FDS) is no listening TCP socket")
+            raise ListenError(f"file descriptor {descriptor} (LISTEN_FDS) is not a listening TCP socket")
         sock.set_inheritable(False)
-        tune(sock, patience)
+        tune(sock, timeout)
         listeners.append(Listener(sock, inherited=True))
     return listeners
 
 
-def tune(sock: socket.socket, patience: float) -> None:
-    """What the connections that a socket accepts get from it, where the system knows the option."""
+def tune(sock: socket.socket, timeout: float) -> None:
+    """Set the options that accepted connections inherit from a listening socket, where the system has the option.
+
+    Arguments:
+        timeout: as in `bind`.
+    """
     options = (
-        ("SOL_SOCKET", "SO_KEEPALIVE", 1),  # clients that vanish while their engine computes
+        ("SOL_SOCKET", "SO_KEEPALIVE", 1),  # notices clients that vanish while the engine computes
         ("IPPROTO_TCP", "TCP_KEEPIDLE", 60),
         ("IPPROTO_TCP", "TCP_KEEPINTVL", 15),
         ("IPPROTO_TCP", "TCP_KEEPCNT", 4),
-        ("IPPROTO_TCP", "TCP_USER_TIMEOUT", int(patience * 1000)),  # ... and with bytes on their way
+        ("IPPROTO_TCP", "TCP_USER_TIMEOUT", int(timeout * 1000)),  # and those that vanish with bytes in flight
         ("IPPROTO_TCP", "TCP_NOTSENT_LOWAT", _UNSENT),
     )
     for level, name, value in options:
@@ -175,11 +185,13 @@ def tune(sock: socket.socket, patience: float) -> None:
 
 
 def steer_here(sock: socket.socket) -> None:
-    """From now on connections to an address that several sockets share come to this one alone.
+    """Direct all new connections to an address that several sockets share to this socket.
 
-    It must have been the last to listen. The kernel asks a program of one instruction, "return n", for each new
-    connection; its n-th socket in the order of their listening gets it. When there is no n-th any more, because an
-    older one has closed, the kernel shares out as before. Where it knows no such program, nothing changes.
+    It must be the one that began to listen last. The kernel runs a BPF program of one instruction, "return n", for each
+    new connection, and the n-th socket in the order of listening gets the connection. Where there is no n-th socket any
+    more, because an older one was closed, the kernel distributes connections as before. Where the system does not
+    support
+    such a program, this does nothing.
     """
     program = ctypes.create_string_buffer(struct.pack("=HBBI", _RETURN, 0, 0, _listening(sock) - 1))
     with contextlib.suppress(OSError):
@@ -187,7 +199,8 @@ def steer_here(sock: socket.socket) -> None:
 
 
 def _taken(family: int, address: tuple[str, int]) -> bool:
-    """Whether another socket listens on an address: one that does not wish to share it cannot even be bound."""
+    """Whether another socket listens on an address. A probe socket that does not share the address cannot be bound
+    then."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -200,7 +213,8 @@ def _taken(family: int, address: tuple[str, int]) -> bool:
 
 
 def _listening(sock: socket.socket) -> int:
-    """How many sockets listen on the address of one that does, itself included; 1 where the system does not say."""
+    """The number of sockets that listen on a listening socket's address, itself included; 1 where the system does not
+    say."""
     table = Path("/proc/net/tcp6" if sock.family == socket.AF_INET6 else "/proc/net/tcp")
     try:
         rows = [line.split() for line in table.read_text().splitlines() if " 0A " in line]
@@ -213,7 +227,7 @@ def _listening(sock: socket.socket) -> int:
 
 
 def notify(state: str) -> None:
-    """Tell the process that started this one how it stands (sd_notify(3)), where it wants to know."""
+    """Report a state to the process that started this one (sd_notify(3)), where it has asked for that."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -222,9 +236,10 @@ def notify(state: str) -> None:
 
 
 def raise_file_limit() -> int:
-    """Allow as many open files as may be; the usual soft limit of 1024 would end at some hundred streams.
+    """Raise the soft limit of open files to the hard limit. The usual soft limit of 1024 allows only some hundred
+    streams.
 
-    Returns how many that are.
+    Returns the limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -235,9 +250,11 @@ def raise_file_limit() -> int:
 
 
 def connection_limit(files: int, backends: int = 0) -> int:
-    """How many connections of clients fit into so many open files: a stream has one, and one for each leg.
+    """How many client connections are possible with a limit of open files. A stream needs one file for its client, and
+    one for each leg.
 
     Arguments:
-        backends: engines, each of which has a connection that is held, and one for what it is asked aside.
+        files: the limit of open files.
+        backends: the number of engines; each needs one file for its sentinel connection, and one for control requests.
     """
     return max(16, (files - _RESERVED_FILES - 2 * max(0, backends - _FEW_BACKENDS)) // 3)

@@ -1,1 +1,1 @@
-"""Several processes that serve as one gateway, and what they share."""
+"""Workers: several processes that serve as one gateway, and the state that they share."""

@@ -1,4 +1,4 @@
-"""A worker's place among the workers of one gateway."""
+"""What a worker knows of the other workers of its gateway."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pd_proxy.workers.prefix_ring import PrefixRings
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """What the supervisor passes to a worker that it makes.
+    """What the supervisor passes to a worker that it forks.
 
     Attributes:
-        worker: its number, from 0.
-        workers: how many there are.
-        directory: of the workers' sockets for each other; no other user may enter it.
+        worker: the worker's number, from 0.
+        workers: how many workers there are.
+        directory: holds the sockets by which the workers reach each other; closed to other users.
         load_table: the shared memory with the load of all workers.
         prefixes: the shared memory with the prompts that each worker has sent to engines.
-        ready: the end of a pipe; the worker writes a byte to it when it accepts connections.
+        ready: the writing end of a pipe. The worker writes a byte to it once it accepts connections.
     """
 
     worker: int

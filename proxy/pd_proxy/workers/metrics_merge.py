@@ -1,7 +1,8 @@
-"""One page of metrics from those of several workers.
+"""Merges the metrics pages of several workers into one.
 
-Counters and histograms are summed, and so are gauges that count something. Of gauges that judge something the most
-cautious judgement is shown: a backend is up where every worker thinks so.
+Counters, histograms and gauges that count something are summed. Of gauges that state a condition the most cautious
+value
+is shown: a backend is up only where every worker says so.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ _MOST = {
     *("pd_proxy_backend_decode_step_ratio", "pd_proxy_backend_step_slowness", "pd_proxy_backend_prefill_wait_seconds"),
     *("python_info", "process_max_fds"),
 }
-"""Gauges of which the least, or the greatest, is shown. All others are summed."""
+"""The gauges of which the smallest value is shown, and those of which the greatest is. All others are summed."""
 
 
 def parse(page: str) -> list[Metric]:
-    """The families of a page in the Prometheus text format.
+    """Parse a page in the Prometheus text format. Returns its metric families.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the page is not in that format.
     """
     return list(text_string_to_metric_families(page))
 
 
 def merge(pages: Iterable[Iterable[Metric]]) -> list[Metric]:
-    """The families of all pages, with one sample for each set of labels, in the order of their first appearance."""
+    """Merge pages. Returns their families in order of first appearance, with one sample for each set of labels."""
     families: dict[str, Metric] = {}
     found: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], Sample]] = {}
     for page in pages:
@@ -61,22 +62,22 @@ def _join(name: str) -> Callable[[float, float], float]:
 
 
 def counts_of(page: str) -> str:
-    """What of a page stays true when its process has ended: counters and histograms, in the text format.
+    """The counters and histograms of a page, in the text format. Only these stay true when their process has ended.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the page is not in the text format.
     """
     kept = [family for family in parse(page) if family.type in ("counter", "histogram")]
     return render(family for family in kept if not family.name.startswith("process_"))
 
 
 def render(families: Iterable[Metric]) -> str:
-    """Families in the text format."""
+    """Write metric families in the text format."""
     return generate_latest(_Page(families)).decode()
 
 
 class _Page:
-    """Families as the encoder wants them."""
+    """Families as a collector, which is what prometheus_client's encoder takes."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = list(families)

@@ -1,6 +1,8 @@
-"""Requests between the workers of one gateway: for metrics, and to repeat an operator's change in all of them.
+"""HTTP requests between the workers of one gateway: to collect metrics, and to repeat an operator's change in all
+workers.
 
-Each listens on a socket of its own in a directory that no other user may enter, so these requests need no key.
+Each worker listens on a Unix socket of its own. The sockets are in a directory that is closed to other users, so these
+requests need no key.
 """
 
 from __future__ import annotations
@@ -26,40 +28,40 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 METRICS = "/metrics"
 _REPEATED = ("/instances/", "/admin/backends/")
-"""Paths of requests that change the gateway itself, and so each of its workers."""
-_control = Control(2.0)  # another worker has so many seconds to answer
-_MOST = 64 * 1024 * 1024  # bytes of its answer: metrics of a large fleet
+"""The beginnings of the paths of requests that change the gateway, and so have to change each worker."""
+_control = Control(2.0)  # seconds that another worker has to answer
+_MAX_ANSWER = 64 * 1024 * 1024  # bytes; enough for the metrics of a large fleet
 
 
 def socket_of(directory: Path, worker: int) -> Path:
-    """Where a worker listens for the others."""
+    """The path of the socket on which a worker serves the other workers."""
     return directory / f"{worker}.sock"
 
 
 def page_of(directory: Path, worker: int) -> Path:
-    """Where a worker keeps what it has shown of its metrics."""
+    """The path of the file in which a worker saves the metrics that it has shown."""
     return directory / f"{worker}.page"
 
 
 def departed_page(directory: Path) -> Path:
-    """Where the supervisor keeps the counts of workers that have died."""
+    """The path of the file in which the supervisor saves the counts of workers that have ended."""
     return directory / "departed.page"
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file, whole."""
+    """Replace a file in one step, so that a reader never sees half of it."""
     new = path.with_suffix(f".{os.getpid()}")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 
 class PeerWorkers:
-    """The other workers of this gateway.
+    """Asks the other workers of this gateway.
 
     Arguments:
-        directory: of their sockets.
-        worker: this one's number.
-        workers: how many there are.
+        directory: holds the workers' sockets.
+        worker: this worker's number.
+        workers: how many workers there are.
     """
 
     def __init__(self, directory: Path, worker: int, workers: int) -> None:
@@ -68,30 +70,34 @@ class PeerWorkers:
         self._paths = [socket_of(directory, other) for other in range(workers) if other != worker]
 
     async def metrics(self) -> list[str]:
-        """The others' metrics in the text format. One that does not answer is left out: it is starting, or gone."""
+        """The other workers' metrics, in the text format. A worker that does not answer is left out: it has not started
+        yet, or has ended."""
         answers = await asyncio.gather(*(self._ask(path, "GET", METRICS) for path in self._paths))
         return [decode_text(answer.body) for answer in answers if answer is not None and _is_good(answer)]
 
     async def not_ready(self) -> str:
-        """Why one of the others cannot serve a request, or an empty string. One that does not answer accepts none."""
+        """Why another worker cannot serve a request; empty where all can. A worker that does not answer is ignored,
+        since
+        it accepts no connections either."""
         for answer in await asyncio.gather(*(self._ask(path, "GET", "/ready") for path in self._paths)):
             if answer is not None and not _is_good(answer):
                 return str(decode_json(answer.body)["error"]["message"])
         return ""
 
     def remember(self, page: str) -> None:
-        """Keep what this worker has just shown of its metrics, so that its counts do not go back should it die."""
+        """Save the metrics that this worker has just shown, so that its counts are not lost if it dies."""
         write(page_of(self._directory, self._worker), page)
 
     def departed(self) -> str:
-        """What workers that have died had shown of theirs."""
+        """The saved metrics of workers that have died, in the text format."""
         try:
             return departed_page(self._directory).read_text(encoding="utf-8")
         except FileNotFoundError:
             return ""
 
     async def backends(self) -> list[dict[str, Any]]:
-        """The backends as one of the others knows them; none where no other answers: the gateway is just starting."""
+        """The backends as another worker knows them; an empty list where no other worker answers, as when the gateway
+        has just started."""
         for path in self._paths:
             answer = await self._ask(path, "GET", "/admin/backends")
             if answer is not None and _is_good(answer):
@@ -100,7 +106,7 @@ class PeerWorkers:
         return []
 
     async def decisions(self, limit: int, request_id: str) -> list[dict[str, Any]]:
-        """The others' last decisions (`/admin/decisions`). One that does not answer has none."""
+        """The last decisions of the other workers (`/admin/decisions`). A worker that does not answer is left out."""
         target = f"/admin/decisions?{urlencode({'limit': limit, 'request_id': request_id})}"
         answers = await asyncio.gather(*(self._ask(path, "GET", target) for path in self._paths))
         return [
@@ -111,11 +117,12 @@ class PeerWorkers:
         ]
 
     async def post(self, target: str) -> None:
-        """Send a POST to each of the others."""
+        """Send a POST without a body to each of the other workers."""
         await asyncio.gather(*(self._ask(path, "POST", target) for path in self._paths))
 
     async def drained(self, url: str) -> bool:
-        """Whether none of the others needs a backend that they drain. One that does not answer has nothing there."""
+        """Whether a draining backend is drained in all other workers. A worker that does not answer has nothing
+        there."""
         for answer in await asyncio.gather(*(self._ask(path, "GET", "/admin/backends") for path in self._paths)):
             if answer is not None and _is_good(answer):
                 for backend in decode_json(answer.body)["backends"]:
@@ -124,16 +131,17 @@ class PeerWorkers:
         return True
 
     async def forward(self, worker: int, path: str, body: bytes) -> Answer | None:
-        """Have one of the others serve a POST; None where it does not answer, or there is none of that number."""
+        """Send a POST to one of the other workers. Returns its answer; None where it does not answer or does not
+        exist."""
         other = socket_of(self._directory, worker)
         return await self._ask(other, "POST", path, body) if other in self._paths else None
 
     def is_repeated(self, method: str, path: str) -> bool:
-        """Whether a request is one that every worker is to serve."""
+        """Whether every worker has to serve this request."""
         return method == "POST" and path.startswith(_REPEATED)
 
     async def repeat(self, app: App, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Serve a request, and have the others serve it too if it was served well."""
+        """Serve a request, and send it to the other workers too where it succeeded."""
         body, status = bytearray(), 0
 
         async def received() -> Message:
@@ -146,7 +154,7 @@ class PeerWorkers:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if status < 300:
-                    await self._repeat(scope, bytes(body))  # done before the operator gets the answer
+                    await self._repeat(scope, bytes(body))  # before the operator gets the answer
             await send(message)
 
         await app(scope, received, sent)
@@ -159,7 +167,8 @@ class PeerWorkers:
     @staticmethod
     async def _ask(path: Path, method: str, target: str, body: bytes = b"") -> Answer | None:
         try:
-            answer = await _control.ask(f"http://worker{target}", method=method, body=body, socket=path, limit=_MOST)
+            url = f"http://worker{target}"
+            answer = await _control.ask(url, method=method, body=body, socket=path, limit=_MAX_ANSWER)
         except BackendError as error:
             log.debug("another worker did not answer %s %s: %s", method, target, error)
             return None

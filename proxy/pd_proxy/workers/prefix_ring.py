@@ -1,13 +1,16 @@
-"""What the workers of one gateway tell each other of the engines' prefix caches: a ring of memory for each worker.
+"""The prefix rings: a ring buffer in shared memory for each worker, by which the workers share their prefix indexes.
 
-Each worker writes what it enters into its own index, and reads what the others have written when it is about to place a
-request, so that each places as if it had sent every prompt itself. Nothing is locked: a ring has one writer, which
-announces how far it will write, writes, and then says how far it has written. A reader that was overtaken begins again
-at the oldest whole record, and has merely missed some. Each record begins with its own place, so that what is read of a
-record that was never finished, or that memory shows late, is not taken for one.
+Each worker writes to its ring what it enters into its own index, and reads the rings of the other workers before it
+places a request. So each worker knows of all prompts that the gateway has sent.
 
-Invariant: a worker that has ended is wiped by its supervisor before another takes its place. What it has entered stays:
-the engines have it still.
+Nothing is locked, since each ring has one writer. The writer first stores how far it will write, then writes the
+record,
+and then stores how far it has written. A reader that the writer has overtaken goes on at the oldest whole record, and
+only misses some records. Each record begins with its own position in the ring. So a record that was not finished, or
+whose memory is not visible yet, is not read as one.
+
+Invariant: the supervisor resets the ring of a worker that has ended before it starts its replacement. The records stay,
+since the engines still have the prompts.
 """
 
 from __future__ import annotations
@@ -23,25 +26,25 @@ from pd_proxy.prefix.chain import Chain
 from pd_proxy.prefix.index import PrefixIndex
 
 _CELL = 8  # bytes
-_CELLS = 1 << 16  # of a ring: half a megabyte, or some thousand prompts of 4,096 tokens
-_AHEAD, _END, _START = 0, 1, 2  # where a ring says how far it will write, has written, and still has
-_HEAD = 4  # cells before a ring's records
-_RECORD = 4  # cells before a record's hashes: its place; kind and length; engine; scale, or tokens
-_MOST_HASHES = 2048  # of one record: a prompt of text beyond 64 MB has no more, and of a longer one the start will do
-_MOST_READ = 1 << 13  # cells of a ring that are read at a time; the rest is read before the next request
-_TRIES = 3  # readings of one ring that a writer may spoil
+_CELLS = 1 << 16  # cells of a ring: half a megabyte, or about a thousand prompts of 4,096 tokens
+_AHEAD, _END, _START = 0, 1, 2  # header cells: the end announced, the end written, the oldest record
+_HEAD = 4  # cells of a ring's header
+_RECORD = 4  # cells of a record's header: its position; kind and length; engine; scale, or tokens
+_MAX_HASHES = 2048  # of one record; only text of more than 64 MB has more, of which the beginning is enough
+_MAX_READ = 1 << 13  # cells that are read from a ring at a time; the rest is read before the next request
+_TRIES = 3  # readings of one ring, each of which the writer may overtake
 
 _TEXT, _IDS, _TRIM = 1, 2, 3
 
 
 class PrefixRings:
-    """The rings, made before the workers are forked.
+    """The rings of all workers. The supervisor makes them before it forks the workers.
 
     Arguments:
-        workers: how many there are.
-        cells: of each ring; a power of two.
+        workers: how many workers there are.
+        cells: the size of each ring; a power of two.
     Attributes:
-        key: of the chains' hashes (`prefix/chain.py`), which all workers share.
+        key: the key of the chains' hashes (`prefix/chain.py`), the same in all workers.
     """
 
     def __init__(self, workers: int, cells: int = _CELLS) -> None:
@@ -52,9 +55,9 @@ class PrefixRings:
         self._cells = memoryview(mmap.mmap(-1, workers * self._width * _CELL)).cast("q")
 
     def write(self, worker: int, kind: int, engine: int, value: int, hashes: tuple[int, ...]) -> None:
-        """Add a record to a worker's own ring."""
+        """Append a record to a worker's own ring."""
         cells, size, head = self._cells, self.size, worker * self._width
-        hashes = hashes[: min(_MOST_HASHES, size // 4)]
+        hashes = hashes[: min(_MAX_HASHES, size // 4)]
         place, start = cells[head + _END], cells[head + _START]
         record = array("q", (place, kind << 32 | len(hashes), engine, value, *hashes))
         end = place + len(record)
@@ -72,23 +75,27 @@ class PrefixRings:
         cells[head + _END] = end
 
     def end(self, worker: int) -> int:
-        """How far a worker has written."""
+        """The position up to which a worker's ring is written."""
         return self._cells[worker * self._width + _END]
 
     def start(self, worker: int) -> int:
-        """Where the oldest record begins that a ring still has."""
+        """The position of the oldest record that a worker's ring still has."""
         return self._cells[worker * self._width + _START]
 
     def read(self, worker: int, place: int) -> tuple[int, array[int]]:
-        """Some records of a worker's ring, from a place on; and the place where they begin, which is a later one where
-        the writer has overtaken the reader."""
+        """Read records of a worker's ring from a position on.
+
+        Returns the position where they begin, which is later than `place` where the writer has overtaken the reader;
+        and
+        the records.
+        """
         cells, size, head = self._cells, self.size, worker * self._width
         first = head + _HEAD
         for _ in range(_TRIES):
             start, end = cells[head + _START], cells[head + _END]
             if not start <= place <= end:
                 place = start
-            count = min(end - place, _MOST_READ, size)
+            count = min(end - place, _MAX_READ, size)
             at = place % size
             fits = min(count, size - at)
             found = array("q", cells[first + at : first + at + fits].tobytes())
@@ -99,21 +106,21 @@ class PrefixRings:
         return cells[head + _END], array("q")
 
     def wipe(self, worker: int) -> None:
-        """A worker has ended, perhaps while it wrote."""
+        """Drop the unfinished record of a worker that may have ended while it wrote one."""
         head = worker * self._width
         self._cells[head + _AHEAD] = self._cells[head + _END]
 
 
 class PeerPrefixes:
-    """One worker's dealings with the rings: writes what its index learns, and enters what the others have written.
+    """One worker's access to the rings: writes what its index learns, and enters what the other workers have written.
 
-    A worker that takes the place of another begins with what the rings still have, that of the other among it.
+    A worker that replaces another reads all records that the rings still have, those of its predecessor included.
 
     Arguments:
-        worker: its number.
-        index: its own, whose journal this becomes.
+        worker: this worker's number.
+        index: its prefix index. This object becomes the index's journal.
     Attributes:
-        lost: cells of the rings that were overwritten before they were read.
+        lost: how many cells of the rings were overwritten before they were read.
     """
 
     def __init__(self, rings: PrefixRings, worker: int, index: PrefixIndex) -> None:
@@ -129,15 +136,17 @@ class PeerPrefixes:
         index.journal = self
 
     def entered(self, engine: str, chain: Chain) -> None:
+        """Write a chain that this worker has entered (`Journal`)."""
         scale = unpack("<q", pack("<d", chain.scale))[0]
         self._rings.write(self._worker, _IDS if chain.exact else _TEXT, self._key(engine), scale, chain.hashes)
 
     def trimmed(self, engine: str, tokens: int) -> None:
+        """Write that this worker has trimmed an engine's entries to so many tokens (`Journal`)."""
         self._rings.write(self._worker, _TRIM, self._key(engine), tokens, ())
 
-    def look(self) -> None:
-        """Enter what the others have written since the last look. Costs a step for each worker while there is
-        nothing."""
+    def read(self) -> None:
+        """Enter what the other workers have written since the last call. While they have written nothing, this costs
+        one comparison for each worker."""
         rings, places = self._rings, self._places
         for worker in range(rings.workers):
             place = places[worker]
@@ -150,7 +159,7 @@ class PeerPrefixes:
         at, count = 0, len(cells)
         while at + _RECORD <= count:
             length = _RECORD + (cells[at + 1] & 0xFFFFFFFF)
-            if cells[at] != begins + at or length > _RECORD + _MOST_HASHES:
+            if cells[at] != begins + at or length > _RECORD + _MAX_HASHES:
                 self.lost += self._rings.end(worker) - begins - at
                 self._places[worker] = self._rings.end(worker)
                 return

@@ -1,11 +1,12 @@
-"""Several processes that serve as one gateway: `workers` of the settings.
+"""The supervisor: runs several worker processes that serve as one gateway (`workers` in the settings).
 
-The supervisor opens the sockets and forks; it serves nobody itself, so nothing that a request can do ends it. All
-workers accept from the same sockets: when one dies, its streams are lost with it, but no connection that waits, and no
-stream of the others. Another takes its place at once, and later if it keeps dying.
+The supervisor opens the sockets and forks the workers. It serves no requests itself, so no request can make it fail.
+All
+workers accept connections from the same sockets. When one dies, its own streams are lost, but no connection that waits
+to be accepted and no stream of another worker. It is replaced at once, or after a delay where it had just started.
 
-A signal to leave goes to every worker, and each leaves as a gateway of one process does. A worker whose supervisor has
-gone leaves likewise: nobody would replace it.
+The supervisor passes a signal to shut down on to every worker, and each shuts down like a gateway of one process. A
+worker whose supervisor has died shuts down too, since nothing would replace it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from time import monotonic
 from types import FrameType
 
-from pd_proxy.runtime.signals import IGNORED, LEAVING, ignore, tell_ignored
+from pd_proxy.runtime.signals import IGNORED, LEAVING, ignore, log_ignored
 from pd_proxy.runtime.sockets import Listener, notify
 from pd_proxy.telemetry.logs import name_worker
 from pd_proxy.workers.context import WorkerContext
@@ -36,20 +37,20 @@ from pd_proxy.workers.prefix_ring import PrefixRings
 log = logging.getLogger("pd_proxy")
 
 _PR_SET_PDEATHSIG = 1
-_FIRST_WAIT = 0.1  # seconds before a worker that has died is replaced, unless it had lived for `_LONG`
+_FIRST_WAIT = 0.1  # seconds before the second replacement of a worker that dies soon after its start; doubled each time
 _LONGEST_WAIT = 5.0
-_LONG = 10.0
-_TICK = 0.5  # seconds between looks while nothing tells
+_STABLE = 10.0  # seconds; a worker that has lived for as long is replaced at once
+_TICK = 0.5  # seconds after which the loop goes round without a signal too
 
 
 def supervise(workers: int, listeners: list[Listener], work: Callable[[WorkerContext], int]) -> int:
     """Run workers until a signal ends them. Returns the exit status.
 
     Arguments:
-        listeners: whose sockets the workers serve.
-        work: what each does; returns its exit status.
+        listeners: the sockets that the workers serve.
+        work: runs a worker in its process, and returns its exit status.
     """
-    directory = Path(tempfile.mkdtemp(prefix="pd-proxy-"))  # for this user alone
+    directory = Path(tempfile.mkdtemp(prefix="pd-proxy-"))  # closed to other users
     try:
         return _Supervisor(workers, listeners, work, directory).run()
     finally:
@@ -61,7 +62,7 @@ _in_worker = False
 
 
 class _Supervisor:
-    """Forks workers and keeps their number."""
+    """Forks the workers, and replaces those that die."""
 
     def __init__(
         self, workers: int, listeners: list[Listener], work: Callable[[WorkerContext], int], directory: Path
@@ -72,27 +73,27 @@ class _Supervisor:
         self._directory = directory
         self._load_table = LoadTable(workers)
         self._prefixes = PrefixRings(workers)
-        self._alive: dict[int, tuple[int, float]] = {}  # process id: its number, and when it was made
+        self._alive: dict[int, tuple[int, float]] = {}  # process id: the worker's number, and when it was forked
         self._waits = [0.0] * workers
-        self._due: dict[int, float] = {}  # number: when it is to be made again
+        self._due: dict[int, float] = {}  # worker's number: when its replacement is forked
         self._ready = os.pipe()
         self._leaving = False
-        self._noted: list[int] = []  # signals that do nothing, not yet logged
+        self._unlogged: list[int] = []  # ignored signals that are not logged yet
         self._status = 0
 
     def run(self) -> int:
-        """Until all have left."""
+        """Run until all workers have ended. Returns the exit status."""
         wake, waker = os.pipe()
         os.set_blocking(waker, False)
         os.set_blocking(self._ready[0], False)
         for number in LEAVING:
             signal.signal(number, self._signalled)
         for number in IGNORED:
-            signal.signal(number, self._note)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # so that the pipe below hears of it
+            signal.signal(number, self._record_signal)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # with a handler, it writes to the pipe below
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         gc.collect()
-        gc.freeze()  # pages that no collection touches stay shared
+        gc.freeze()  # memory pages that no collection writes to stay shared with the workers
         for worker in range(self._count):
             self._start(worker)
         waiting = self._count
@@ -105,8 +106,8 @@ class _Supervisor:
                 if waiting == 0:
                     log.info("%d workers are listening on %s", self._count, self._listeners[0].url)
                     notify("READY=1")
-            while self._noted:
-                tell_ignored(self._noted.pop(0))
+            while self._unlogged:
+                log_ignored(self._unlogged.pop(0))
             self._reap()
             for worker in [worker for worker, when in self._due.items() if when <= monotonic()]:
                 if not self._leaving:
@@ -117,11 +118,11 @@ class _Supervisor:
     def _start(self, worker: int) -> None:
         process = os.fork()
         if process == 0:
-            self._become(worker)
+            self._run_worker(worker)
         self._alive[process] = worker, monotonic()
 
-    def _become(self, worker: int) -> None:
-        """Be a worker, in the process that was forked for it."""
+    def _run_worker(self, worker: int) -> None:
+        """Run a worker in the process that was forked for it. Ends the process."""
         global _in_worker
         _in_worker = True
         status = 1
@@ -131,7 +132,7 @@ class _Supervisor:
             for number in (*LEAVING, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             ignore()
-            _leave_with(os.getppid())
+            _terminate_with(os.getppid())
             os.environ.pop("NOTIFY_SOCKET", None)
             os.close(self._ready[0])
             context = WorkerContext(
@@ -144,11 +145,11 @@ class _Supervisor:
             log.exception("worker %d failed", worker)
         finally:
             sys.stdout.flush()
-            logging.shutdown()  # standard error is written by a thread, which has some lines left
-            os._exit(status)  # what the supervisor has to put in order at its end is not a worker's
+            logging.shutdown()  # standard error is written by a thread, which may have lines left
+            os._exit(status)  # skips the clean-up at exit, which is the supervisor's
 
     def _reap(self) -> None:
-        """See which workers have ended, and have those replaced that were not to."""
+        """Clean up after workers that have ended. Schedules their replacement unless the gateway shuts down."""
         while self._alive:
             process, result = os.waitpid(-1, os.WNOHANG)
             if process == 0:
@@ -159,18 +160,18 @@ class _Supervisor:
             status = os.waitstatus_to_exitcode(result)
             self._load_table.wipe(worker)
             self._prefixes.wipe(worker)
-            self._keep_counts(worker)
+            self._save_counts(worker)
             if self._leaving:
                 self._status = self._status or abs(status)
                 continue
-            wait = self._waits[worker] if monotonic() - born < _LONG else 0.0
+            wait = self._waits[worker] if monotonic() - born < _STABLE else 0.0
             self._waits[worker] = min(_LONGEST_WAIT, max(_FIRST_WAIT, 2 * wait))
             self._due[worker] = monotonic() + wait
             how = f"signal {-status}" if status < 0 else f"status {status}"
             log.error("worker %d (process %d) ended with %s; another follows in %g s", worker, process, how, wait)
 
-    def _keep_counts(self, worker: int) -> None:
-        """What a worker that has ended has counted is not to be taken back."""
+    def _save_counts(self, worker: int) -> None:
+        """Add the counts of a worker that has ended to those of all such workers, so that counters never decrease."""
         departed = departed_page(self._directory)
         page = page_of(self._directory, worker)
         try:
@@ -180,21 +181,21 @@ class _Supervisor:
         except (OSError, ValueError) as error:
             log.warning("the counts of worker %d are lost: %s", worker, error)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted.append(number)  # not logged here: a handler interrupts anything, a log line too
+    def _record_signal(self, number: int, frame: FrameType | None) -> None:
+        self._unlogged.append(number)  # logged later, since a signal handler may interrupt the logging of another line
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if not self._leaving:
             self._leaving = True
             notify("STOPPING=1")
             for listener in self._listeners:
-                listener.socket.close()  # the workers have it; nobody else shall wait in it when they are gone
+                listener.socket.close()  # the workers hold it still; when they end, no connection may wait in it
         for process in self._alive:
             os.kill(process, number)
 
 
-def _leave_with(supervisor: int) -> None:
-    """Have this process told to leave when its supervisor has gone, however that went (prctl(2), Linux alone)."""
+def _terminate_with(supervisor: int) -> None:
+    """Have the kernel send SIGTERM to this process when its supervisor ends for any reason (prctl(2); Linux only)."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != supervisor:
