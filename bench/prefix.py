@@ -173,7 +173,7 @@ def sharing() -> list[str]:
             journal.entered("http://engine", chain)
             reader.read()
 
-        rows.append(f"| {name} | {write:.1f} µs | {least(both) - write:.1f} µs | {least(reader.look):.1f} µs |")
+        rows.append(f"| {name} | {write:.1f} µs | {least(both) - write:.1f} µs | {least(reader.read):.1f} µs |")
     return rows
 
 

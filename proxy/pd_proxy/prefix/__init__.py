@@ -1,1 +1,1 @@
-"""What engines have of a prompt already: chained hashes of prompts, and an index of who holds which. No I/O."""
+"""The prefix index: prompts as chained hashes, and which engine is believed to hold which of them. No I/O."""

@@ -1,9 +1,10 @@
-"""Where the blocks of a prompt end.
+"""The sizes of a prompt's blocks.
 
-The ends depend on nothing but the distance from the prompt's start, so two prompts that begin alike have the same
-blocks as far as they are alike. Blocks grow with that distance: where much is shared already, some more or less of it
-decides nothing (an entry for 512 tokens places as well as one for 64), and a prompt of 10^6 tokens has some hundred
-blocks and not ten thousand.
+Where a block ends depends only on the distance from the prompt's start, so two prompts have the same blocks as far as
+they are equal. Blocks grow with that distance. Where two prompts share a long beginning, small differences in its
+length
+do not change the placement, so larger blocks are exact enough. And a prompt of 10^6 tokens has some hundred blocks
+instead of ten thousand.
 """
 
 from __future__ import annotations
@@ -15,26 +16,28 @@ import msgspec
 
 
 class Blocks(msgspec.Struct, frozen=True):
-    """One rule of where blocks end. The unit is a byte of text, or a token id.
+    """The layout of a prompt's blocks. The unit is a byte of text, or a token id.
 
     Attributes:
-        ends: units from the prompt's start to the end of each block.
-        sizes: units of each block.
+        ends: the units from the prompt's start to the end of each block.
+        sizes: the units of each block.
     """
 
     ends: tuple[int, ...]
     sizes: tuple[int, ...]
 
     def whole(self, units: int) -> int:
-        """How many whole blocks a prompt of so many units has."""
+        """The number of whole blocks in a prompt of so many units."""
         return bisect_right(self.ends, units)
 
 
 def growing(steps: tuple[tuple[int, int], ...]) -> Blocks:
-    """Blocks of a size up to a distance, then of the next size, and so on; there are none beyond the last distance.
+    """Make a layout in which blocks have the first size up to the first distance, then the second size, and so on.
+    There
+    are no blocks beyond the last distance.
 
     Arguments:
-        steps: pairs of a distance and a size, which divides the distances before and after it.
+        steps: pairs of a distance and a size. The size divides this distance and the one before.
     """
     sizes: list[int] = []
     start = 0
@@ -47,11 +50,12 @@ def growing(steps: tuple[tuple[int, int], ...]) -> Blocks:
 _KB, _MB = 1024, 1024 * 1024
 
 TEXT = growing(((16 * _KB, 512), (64 * _KB, _KB), (512 * _KB, 4 * _KB), (4 * _MB, 16 * _KB), (64 * _MB, 64 * _KB)))
-"""Of text, in bytes. 512 bytes are some 128 tokens: shorter prompts have nothing to be looked for. 4 MB have 416
-blocks, and text beyond 64 MB is in none."""
+"""The layout of text, in bytes. The first block is 512 bytes or about 128 tokens; shorter prompts have no block, and
+are
+not looked up. 4 MB have 416 blocks. Text beyond 64 MB is in no block."""
 
 IDS = growing(((2 * _KB, 16), (8 * _KB, 64), (32 * _KB, 256), (256 * _KB, _KB), (16 * _MB, 4 * _KB)))
-"""Of token ids. All ends are multiples of 16, vLLM's default block size, and those of the first 2,048 tokens are all
-multiples of it, so that what an engine says of its own blocks can be told exactly there."""
+"""The layout of token ids. All ends are multiples of 16, which is vLLM's default block size. Up to 2,048 tokens every
+multiple of 16 is an end, so that an engine's own blocks are blocks of the index there."""
 
 assert all(end % 16 == 0 for end in chain(IDS.ends, TEXT.ends))

@@ -1,15 +1,19 @@
-"""The prompt of a request as a chain of hashes: each stands for everything from the start to the end of its block.
+"""The prompt of a request as a chain of hashes. Each hash covers the prompt from its start to the end of one block.
 
-Engines find what they have of a prompt by hashes of its token ids, block by block. The gateway has no tokenizer, but
-two prompts whose bytes begin alike have tokens that begin alike, so it hashes the bytes of the JSON in the order in
-which a chat template has them: tools, system, messages. What else shapes the prompt or the engine's own hashes (model,
-adapter, `cache_salt`, template arguments, media) is under the first hash, and so under all. An adapter is a model by
-its name.
+Engines look up a prompt in their prefix cache by hashes of its token ids, block by block. The gateway has no tokenizer.
+But two prompts whose bytes begin alike have tokens that begin alike, so it hashes the bytes of the JSON, in the order
+in
+which a chat template writes them: tools, system, messages. All else that shapes the prompt or the engine's own hashes
+(model, adapter, `cache_salt`, template arguments, media) is hashed first, into the root, and so is part of every hash.
+An
+adapter is named as a model.
 
-Hashes are Python's own of bytes, SipHash with 64 bits: the fastest there is here, at 4 GB/s, and like all of a process
-they are under a secret that forked workers share. `PYTHONHASHSEED` may give that secret away, and engines' operators do
-set it, so each hash is of a key too, which no client knows: one that could make two prompts collide could have the
-gateway believe what is not so.
+The hash is Python's hash of bytes, which is SipHash with 64 bits and the fastest one available, at 4 GB/s. It depends
+on
+a secret of the process that forked workers share. `PYTHONHASHSEED` may reveal that secret, and engines' operators do
+set
+it. So each hash also covers a key that no client knows. A client that could make two prompts collide could make the
+gateway believe that an engine has a prompt which it does not have.
 """
 
 from __future__ import annotations
@@ -32,38 +36,39 @@ _NAMING = (
     *("mm_processor_kwargs", "media_io_kwargs", "multi_modal_data"),
     *("image_data", "video_data", "audio_data", "modalities"),
 )
-"""Members that are in the names under which an engine keeps its blocks, or that cut or fill a prompt of ids too, in
-vLLM 0.32 and SGLang 0.5.23. Prompts that differ in one of them share nothing."""
+"""Members that are part of an engine's block hashes, or that truncate or extend a prompt of ids too, in vLLM 0.32 and
+SGLang 0.5.23. Prompts that differ in one of them share no block."""
 
 _TEMPLATE = (
     *("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "add_special_tokens"),
     *("documents", "reasoning_effort", "reasoning", "thinking", "prompt_embeds", "previous_input_messages"),
 )
-"""Members that shape the whole prompt where a template writes it. Likewise."""
+"""Members that shape the whole prompt where a template writes it. Prompts that differ in one of them share no block."""
 
 _CHOICE = "tool_choice"
 _USUAL_CHOICES = (b'"auto"', b'"required"')
-"""These leave the prompt as it is; `none` may leave the tools out, and some templates name a certain one."""
+"""Values of `tool_choice` that do not change the prompt. `none` may leave the tools out, and some templates write the
+name of a chosen tool."""
 
 _IN_IDS = frozenset(_NAMING)
 _IN_TEXT = frozenset((*_NAMING, *_TEMPLATE, _CHOICE))
 _FIRST = TEXT.ends[0]
 _MODEL = frozenset({"model"})
 _BLANKS = b" \t\r\n"
-_MOST_BLANKS = 1024
+_MAX_BLANKS = 1024
 
 
 class Chain(msgspec.Struct, frozen=True, gc=False):
-    """One prompt.
+    """The chain of one prompt.
 
     Attributes:
-        hashes: of everything from the start to the end of each whole block, first block first; 64 bits each, signed.
-        tokens: of the prompt: `Body.prompt_tokens`, which is an estimate, or exact where it came as ids.
-        units: bytes of the prompt's text, or its ids.
-        scale: tokens for each unit.
-        blocks: where blocks end, in units.
-        exact: a unit is a token.
-        root: hash of what is under all others; what a conversation goes on from has the same.
+        hashes: a hash for each whole block, of the prompt from its start to the block's end; 64 bits, signed.
+        tokens: the tokens of the prompt: `Body.prompt_tokens`, an estimate; or exact where the prompt came as ids.
+        units: the bytes of the prompt's text, or the number of its ids.
+        scale: tokens per unit.
+        blocks: the layout of the blocks, in units.
+        exact: whether a unit is a token.
+        root: the hash that all others begin from. A chain can continue an earlier one only where both have the same.
     """
 
     hashes: tuple[int, ...]
@@ -76,26 +81,27 @@ class Chain(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def block_tokens(self) -> float:
-        """Tokens that the first block stands for; later ones stand for more (`blocks.py`)."""
+        """The tokens in the first block; later blocks have more (`blocks.py`)."""
         return self.blocks.sizes[0] * self.scale
 
     def tokens_of(self, count: int) -> int:
-        """Tokens in so many of the first blocks."""
+        """The tokens in the first `count` blocks."""
         return int(self.blocks.ends[count - 1] * self.scale) if count else 0
 
 
 EMPTY = Chain(hashes=(), tokens=0, units=0, scale=1.0)
-"""A prompt of which nothing can be looked for."""
+"""The chain of a request without a prompt that could be looked up."""
 
 
 def chain_of(body: Body, key: bytes, earlier: Chain | None = None) -> Chain:
-    """The chain of a request's prompt. Costs what it takes to hash its bytes, whatever is in them.
+    """The chain of a request's prompt. The cost is that of hashing its bytes, whatever they contain.
 
-    Of a batch the first prompt shares its blocks with the same prompt alone, and the others only with the same batch.
+    The first prompt of a batch shares its blocks with the same prompt in a request of its own. The others share theirs
+    only with the same batch.
 
     Arguments:
-        key: of the hashes, 16 bytes that no client knows; the same in all workers of a gateway.
-        earlier: the chain of the response that the request goes on from (`Body.follows`), where it is known.
+        key: the key of the hashes: 16 bytes that no client knows, the same in all workers of a gateway.
+        earlier: the chain of the response that the request continues (`Body.follows`), where it is known.
     """
     members = body.members
     for name in _MAINS[body.endpoint]:
@@ -121,7 +127,7 @@ def chain_of_ids(ids: Iterable[int], root: int, key: bytes) -> Chain:
 
     Arguments:
         ids: numbers of at most 32 bits.
-        root: `root_of_ids`.
+        root: as `root_of_ids` returns it.
         key: as for `chain_of`.
     Raises:
         OverflowError: an id has more than 32 bits, or is negative.
@@ -130,8 +136,8 @@ def chain_of_ids(ids: Iterable[int], root: int, key: bytes) -> Chain:
 
 
 def root_of_ids(model: str, key: bytes, cache_salt: str = "") -> int:
-    """What is under the chain of a prompt of ids that asks for nothing but a model: as `chain_of` has it of a request
-    with these members alone."""
+    """The root of the chain of a prompt of ids: the same as `chain_of` computes for a request with only these
+    members."""
     members: Members = {"model": msgspec.Raw(encode_json(model))}
     if cache_salt:
         members["cache_salt"] = msgspec.Raw(encode_json(cache_salt))
@@ -142,8 +148,8 @@ def link_ids(previous: int, ids: Iterable[int], key: bytes) -> int:
     """The hash at the end of a block of token ids.
 
     Arguments:
-        previous: the hash at the end of the block before it, or `root_of_ids`.
-        ids: all of the block's, as many as `blocks.IDS` says.
+        previous: the hash at the end of the block before, or `root_of_ids`.
+        ids: all ids of the block, as many as `blocks.IDS` says.
     Raises:
         OverflowError: an id has more than 32 bits, or is negative.
     """
@@ -151,12 +157,12 @@ def link_ids(previous: int, ids: Iterable[int], key: bytes) -> int:
 
 
 def _written(ids: Iterable[int]) -> bytes:
-    """Token ids as JSON has them, with a comma behind each."""
+    """Token ids in decimal, each with a comma behind it."""
     return "".join(f"{one}," for one in array("I", ids)).encode()
 
 
 def _link(previous: int, block: bytes, key: bytes) -> int:
-    """The hash of a block and of all before it."""
+    """The hash of a block and of all blocks before it."""
     return hash(key + _pack(previous) + block)
 
 
@@ -171,12 +177,12 @@ _MAINS: dict[Endpoint, tuple[str, ...]] = {
     "generate": ("token_ids",),
     "sglang_generate": ("text", "input_ids", "input_embeds"),
 }
-"""The member that is the prompt; of several the first that is there, as in the engine."""
+"""The member that is the prompt. Of several the first that is present counts, as in the engine."""
 _MAYBE_IDS = frozenset({"prompt", "token_ids", "input_ids"})
 
 
 def _root(members: Members, shaping: frozenset[str], kind: bytes, key: bytes) -> int:
-    """A hash of what is under all others."""
+    """The root of a chain: a hash of the members that shape the whole prompt."""
     found = shaping.intersection(members)
     if found == _MODEL:
         return hash(b"%b\0%b\0model\0%b" % (key, kind, bytes(members["model"])))  # as below
@@ -186,11 +192,12 @@ def _root(members: Members, shaping: frozenset[str], kind: bytes, key: bytes) ->
         if value == NULL or (name == _CHOICE and bytes(value) in _USUAL_CHOICES):
             continue
         parts += name.encode(), bytes(value)
-    return hash(b"\0".join(parts))  # no JSON has a zero byte
+    return hash(b"\0".join(parts))  # JSON contains no zero byte
 
 
 def _before(members: Members) -> list[bytes | msgspec.Raw]:
-    """What a template writes before the messages, each part with a mark in front that no JSON value begins with."""
+    """The members that a template writes before the messages. In front of each is a byte that no JSON value begins
+    with."""
     parts: list[bytes | msgspec.Raw] = []
     if _NAMED_BEFORE.isdisjoint(members):
         return parts
@@ -207,15 +214,16 @@ _NAMED_BEFORE = frozenset(name for name, _ in _BEFORE)
 
 
 def _opened(raw: msgspec.Raw, batch: bool) -> memoryview:
-    """A prompt without the mark that closes it, so that one that goes on has the same bytes that far; and without the
-    bracket round a batch of texts. Blanks beside them go too, up to a bound: nobody writes more."""
+    """A prompt's JSON without the character that closes it, so that a longer prompt has the same bytes that far; and
+    without the opening bracket of a batch of texts. Whitespace beside them is removed too, up to `_MAX_BLANKS`
+    bytes."""
     view = memoryview(raw)
     start, end = 0, len(view)
     if end and view[end - 1] in b'"]}':
-        tail = bytes(view[max(0, end - 1 - _MOST_BLANKS) : end - 1])
+        tail = bytes(view[max(0, end - 1 - _MAX_BLANKS) : end - 1])
         end -= 1 + len(tail) - len(tail.rstrip(_BLANKS))
     if batch and bytes(view[:1]) == b"[":
-        head = bytes(view[1 : min(end, 1 + _MOST_BLANKS)])
+        head = bytes(view[1 : min(end, 1 + _MAX_BLANKS)])
         start = 1 + len(head) - len(head.lstrip(_BLANKS))
     return view[start:end]
 
@@ -240,15 +248,15 @@ def _hash_text(said: bytes | memoryview, previous: int, first: int, start: int, 
     """The hashes of the whole blocks that end in a text.
 
     Arguments:
-        previous: stands for all that is before the text.
-        first: how many blocks end before it.
-        start: units before it.
+        previous: the hash of all that is before the text.
+        first: how many blocks end before the text.
+        start: the units before the text.
     """
     hashes = []
     at = 0
     for end in TEXT.ends[first : TEXT.whole(start + len(said))]:
         end -= start
-        previous = hash(key + _pack(previous) + said[at:end])  # `_link`, less a call
+        previous = hash(key + _pack(previous) + said[at:end])  # `_link`, without the cost of a call
         hashes.append(previous)
         at = end
     return tuple(hashes)
@@ -262,11 +270,12 @@ def _chain_of_response(
     key: bytes,
     earlier: Chain | None,
 ) -> Chain:
-    """The chain of what OpenAI's responses are asked.
+    """The chain of a request to OpenAI's Responses API.
 
-    The text between an earlier prompt and what is asked now is the engine's answer and perhaps more, which nobody sees
-    here. The id of the response stands for all of it: two requests share blocks beyond the earlier prompt only if they
-    go on from the same response.
+    The text between the earlier prompt and the new input is the engine's answer and perhaps more, which the gateway
+    does
+    not know. The id of the response is hashed in its place. So two requests share blocks beyond the earlier prompt only
+    if they continue the same response.
     """
     under = _link(root, b"".join(before), key)
     follows = body.follows.encode()
@@ -287,19 +296,19 @@ def _chain_of_response(
 
 
 _MEDIUM = b";base64,"
-_MOST_MEDIA = 1024
-_SHORT_MEDIUM = 4096  # bytes; a shorter one stays as it is
-_MEDIUM_UNITS = 4000  # bytes that stand for one: as much text as `Body.prompt_tokens` takes a medium for
+_MAX_MEDIA = 1024
+_SHORT_MEDIUM = 4096  # bytes; a shorter medium stays in the text
+_MEDIUM_UNITS = 4000  # bytes that replace a medium: as much text as `Body.prompt_tokens` counts for one
 _MEDIUM_DIGEST = 16
 
 
 def _without_media(said: bytes, key: bytes) -> bytes:
-    """A text with a digest in the place of each long medium, since an image of a megabyte is no more of a prompt than
-    some pages of text."""
+    """Replace each long medium in a text by its digest, since an image of a megabyte is no more of the prompt than some
+    pages of text."""
     parts: list[bytes | memoryview] = []
     view = memoryview(said)
     at = place = 0
-    for _ in range(_MOST_MEDIA):
+    for _ in range(_MAX_MEDIA):
         place = said.find(_MEDIUM, place)
         if place < 0:
             break
@@ -315,18 +324,19 @@ def _without_media(said: bytes, key: bytes) -> bytes:
     return b"".join((*parts, view[at:])) if parts else said
 
 
-_MOST_IDS = 4 * 1024 * 1024  # bytes of a list of ids that are looked at: more than half a million, as models have them
-_NEAR = 2048  # ids at the start of a prompt, whose blocks are an engine's own
-_OWN = 16  # ids of each of them
+_MAX_ID_BYTES = 4 * 1024 * 1024  # bytes of a list of ids that are hashed: more than half a million ids
+_NEAR = 2048  # ids at the start of a prompt, where the index has an engine's own blocks
+_OWN = 16  # ids of each of these blocks
 _OWN_BLOCK = re.compile(rb"[^,]*+," * _OWN)
-_SAMPLE = 256  # bytes that tell how long a number is likely to be
+_SAMPLE = 256  # bytes from which the mean length of a number is estimated
 
 
 def _inside_of_ids(raw: msgspec.Raw) -> bytes | None:
-    """What is between the brackets of a list of numbers, or of a list of one such list, without blanks; None where it
-    is neither. One that an engine would refuse may pass for one. Of a long one it is the beginning."""
-    said = bytes(memoryview(raw)[:_MOST_IDS])
-    if len(said) == _MOST_IDS:
+    """The text between the brackets of a list of numbers, or of a list of one such list, without whitespace; None where
+    the value is neither. Of a long list it is only the beginning. Some lists that an engine would refuse are
+    accepted."""
+    said = bytes(memoryview(raw)[:_MAX_ID_BYTES])
+    if len(said) == _MAX_ID_BYTES:
         said = said[: said.rfind(b",") + 1]
     start = said[:64].lstrip(b"[" + _BLANKS)
     depth = said[:64].count(b"[")
@@ -339,8 +349,9 @@ def _inside_of_ids(raw: msgspec.Raw) -> bytes | None:
 
 
 def _chain_of_ids(inside: bytes, root: int, key: bytes) -> Chain:
-    """The chain of a prompt of ids, in decimal with commas between. Numbers are counted by their commas: to make them
-    takes three times as long."""
+    """The chain of a prompt of ids, which are decimal with commas between. Numbers are counted by their commas, since
+    to
+    parse them takes three times as long."""
     said = inside + b","
     mean = _SAMPLE / max(1, said.count(b",", 0, _SAMPLE))
     near = _after(said, 0, _NEAR, mean) if len(said) > 2 * _NEAR else -1
@@ -373,10 +384,10 @@ def _chain_of_ids(inside: bytes, root: int, key: bytes) -> Chain:
 
 
 def _after(text: bytes, at: int, count: int, mean: float) -> int:
-    """Where so many numbers end that begin at `at`, behind the comma; -1 where there are not so many.
+    """The index behind the last of `count` numbers that begin at `at`, and its comma; -1 where there are fewer.
 
     Arguments:
-        mean: bytes that a number is likely to take.
+        mean: the bytes that a number takes on average.
     """
     place = min(len(text), at + int(count * mean))
     seen = text.count(b",", at, place)

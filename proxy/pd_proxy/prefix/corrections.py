@@ -1,15 +1,17 @@
-"""What KV events correct in the index: the stage between the engines' caches and the index.
+"""Applies KV events to the prefix index, between the engines' caches (`engine_cache.py`) and the index.
 
-Events tell of token ids. The index knows prompts by what clients send, which is text mostly, and so whatever is told of
-ids has to be carried over:
+Events are about blocks of token ids. The index has prompts in the form in which clients send them, which mostly is
+text.
+So events have to be translated:
 
-- prompts of ids are entered in the index by the very hashes that events lead to. These are passed on once a client has
-  sent such a prompt: until then nobody would look for them, and they would take the place of others.
-- prompts of text are entered by hashes of text. Where the ids of a prompt are known (its engine has reported them, or a
-  tokenizer has made them), the end of each block of its text belongs to a place among its ids, and what becomes of that
-  place becomes of the text.
+- Prompts of ids are in the index under the same hashes that events lead to. These hashes are passed on only after a
+  client has sent such a prompt. Before, no request would look them up, and they would displace other entries.
+- Prompts of text are in the index under hashes of text. Where the ids of a prompt are known (from its engine, or from a
+  tokenizer), each end of a block of text is mapped to a block of ids. What an event says of that block of ids is
+  applied
+  to the block of text.
 
-Entries made at dispatch stay what they are: events add and remove, and nothing waits for them.
+Entries are still made when a request is sent. Events only add and remove entries, and no request waits for them.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from pd_proxy.prefix.blocks import IDS
 from pd_proxy.prefix.chain import Chain, chain_of_ids, root_of_ids
 
 MOST_TEXTS = 1 << 17
-"""Ends of blocks of text whose place among ids is known: some 4,000 prompts of 16 kB that share nothing; 20 MB."""
-_MOST_KNOWN = 4096  # prompts of text that are not learnt from again
-_PATIENCE = 256  # entries that are passed on in one step
-_COUNT = 1 << 16  # above the size, which is at most 4096
+"""The most blocks of text that are mapped to blocks of ids: some 4,000 prompts of 16 kB that share nothing; 20 MB."""
+_MAX_KNOWN = 4096  # prompts of text whose ids have been learnt, and are not learnt again
+_STEP = 256  # entries that are passed on in one step
+_COUNT = 1 << 16  # one block in the upper bits of a value of `Held.sizes`; the size below is at most 4096
 
 
 class Index(Protocol):
-    """What is corrected: `PrefixIndex`."""
+    """The methods of `PrefixIndex` that are used here."""
 
     def store(self, engine: str, hashes: Sequence[int], sizes: Sequence[int]) -> None: ...
 
@@ -42,15 +44,17 @@ class Index(Protocol):
 
 
 class Held:
-    """The hashes of ids that one publisher has: an engine, or one of its data-parallel ranks, which to the index is an
-    engine of its own."""
+    """The hashes of ids that one publisher holds: an engine, or one of its data-parallel ranks, each of which is an
+    engine
+    of its own in the index."""
 
     def __init__(self, engine: str, corrections: Corrections) -> None:
         self.engine = engine
         self._corrections = corrections
-        self.sizes: dict[int, int] = {}  # how many blocks have it, and its tokens
+        self.sizes: dict[int, int] = {}  # by hash: how many of its blocks have it (times `_COUNT`), plus its tokens
 
     def stored(self, hashes: Sequence[int], sizes: Sequence[int]) -> None:
+        """Count blocks that it has stored, and pass on those that it did not hold (`Holder`)."""
         held = self.sizes
         new, of = [], []
         for hashed, size in zip(hashes, sizes, strict=True):
@@ -65,6 +69,7 @@ class Held:
             self._corrections.stored(self.engine, new, of)
 
     def removed(self, hashes: Iterable[int]) -> None:
+        """Count blocks that it has removed, and pass on those that it holds no more (`Holder`)."""
         held = self.sizes
         gone = []
         for hashed in hashes:
@@ -79,70 +84,73 @@ class Held:
             self._corrections.removed(self.engine, gone)
 
     def cleared(self) -> None:
+        """Forget all blocks, and pass that on (`Holder`)."""
         self.sizes.clear()
         self._corrections.cleared(self.engine)
 
 
 class Corrections:
-    """What events say of all engines, on its way to the index.
+    """Translates what all engines' events say into changes of the index.
 
     Arguments:
-        key: of the hashes, as for `chain_of`.
+        key: the key of the hashes, as for `chain_of`.
+        most_texts: the most blocks of text that are mapped to blocks of ids.
     Attributes:
-        ids_wanted: a client has sent a prompt of ids.
-        held: by engine.
+        ids_wanted: whether a client has sent a prompt of ids.
+        held: the hashes that each publisher holds, by its name.
     """
 
     def __init__(self, index: Index, key: bytes, *, most_texts: int = MOST_TEXTS) -> None:
         self._index = index
         self._key = key
         self._most_texts = most_texts
-        self._texts: OrderedDict[int, tuple[int, int]] = OrderedDict()  # by the ids' hash: the text's, and its tokens
-        self._known: OrderedDict[int, None] = OrderedDict()  # the last hash of each prompt that was learnt from
+        self._texts: OrderedDict[int, tuple[int, int]] = OrderedDict()  # ids' hash: the text's hash, and its tokens
+        self._known: OrderedDict[int, None] = OrderedDict()  # the last hash of each prompt whose ids were learnt
         self.ids_wanted = False
         self.held: dict[str, Held] = {}
 
     @property
     def texts(self) -> int:
-        """Ends of blocks of text whose place among ids is known."""
+        """The number of blocks of text that are mapped to blocks of ids."""
         return len(self._texts)
 
     def join(self, engine: str) -> Held:
-        """An engine is going to tell of its cache, or one of its ranks."""
+        """Add a publisher: an engine or one of its ranks, which will publish events."""
         held = self.held[engine] = Held(engine, self)
         return held
 
     def leave(self, engine: str) -> None:
-        """An engine does not tell any more; what is believed of it stays."""
+        """Remove a publisher, which publishes no more events. The index keeps its entries."""
         self.held.pop(engine, None)
 
     def want_ids(self) -> Iterator[None]:
-        """A client has sent a prompt of ids: pass on what is known of ids, step by step."""
+        """Pass on all known hashes of ids, step by step, since a client has sent a prompt of ids."""
         self.ids_wanted = True
         for engine in list(self.held):
             yield from self.restore(engine)
 
     def restore(self, engine: str) -> Iterator[None]:
-        """The index knows nothing of an engine, or not all: tell it what the engine has, step by step."""
+        """Enter all that a publisher holds into the index, step by step, since the index may have lost it."""
         held = self.held.get(engine)
         if held is None:
             return
-        newest_first = list(held.sizes)[::-1]  # the index drops the last of what it is given first
-        for start in range(0, len(newest_first), _PATIENCE):
-            still = [hashed for hashed in newest_first[start : start + _PATIENCE] if hashed in held.sizes]
+        newest_first = list(held.sizes)[::-1]  # of what the index is passed, it drops the last first
+        for start in range(0, len(newest_first), _STEP):
+            still = [hashed for hashed in newest_first[start : start + _STEP] if hashed in held.sizes]
             self.stored(engine, still, [held.sizes[hashed] % _COUNT for hashed in still])
             yield
 
     def knows(self, chain: Chain) -> bool:
-        """Whether there is nothing to be learnt from the ids of a prompt: they are its own, or are known."""
+        """Whether the ids of a prompt need not be learnt: the prompt consists of ids, or its ids are known."""
         return chain.exact or not chain.hashes or chain.hashes[-1] in self._known
 
     def learn(self, chain: Chain, ids: Iterable[int], model: str, cache_salt: str = "") -> None:
-        """The ids of a prompt of text are known.
+        """Map the blocks of a prompt of text to blocks of its ids.
 
         Arguments:
-            chain: of the text.
-            model, cache_salt: of the request.
+            chain: the chain of the text.
+            ids: the token ids of the prompt.
+            model, cache_salt: those of the request.
         Raises:
             OverflowError: an id has more than 32 bits, or is negative.
         """
@@ -150,7 +158,7 @@ class Corrections:
             return
         of_ids = chain_of_ids(ids, root_of_ids(model, self._key, cache_salt), self._key)
         self._known[chain.hashes[-1]] = None
-        if len(self._known) > _MOST_KNOWN:
+        if len(self._known) > _MAX_KNOWN:
             self._known.popitem(last=False)
         ratio = of_ids.units / chain.units
         new: list[tuple[int, int, int]] = []
@@ -175,7 +183,7 @@ class Corrections:
                     self._index.store(held.engine, [one for one, _ in known], [size for _, size in known])
 
     def stored(self, engine: str, hashes: Sequence[int], sizes: Sequence[int]) -> None:
-        """An engine has blocks of ids that it had not."""
+        """Enter blocks of ids that a publisher has newly stored."""
         if self.ids_wanted:
             self._index.store(engine, hashes, sizes)
         if self._texts:
@@ -184,7 +192,7 @@ class Corrections:
                 self._index.store(engine, [one for one, _ in known], [size for _, size in known])
 
     def removed(self, engine: str, hashes: Sequence[int]) -> None:
-        """An engine has blocks of ids no more."""
+        """Remove blocks of ids that a publisher holds no more."""
         if self.ids_wanted:
             self._index.remove(engine, hashes)
         if self._texts:
@@ -193,9 +201,9 @@ class Corrections:
                 self._index.remove(engine, known)
 
     def joined(self, engine: str) -> bool:
-        """Whether the index takes what is told of an engine."""
+        """Whether the index has the engine, and so takes changes for it."""
         return self._index.caching(engine) is not None
 
     def cleared(self, engine: str) -> None:
-        """An engine has nothing any more."""
+        """Remove everything that an engine had."""
         self._index.clear(engine)

@@ -1,4 +1,4 @@
-"""The chains of stored responses, for the requests that go on from them."""
+"""The chains of stored responses, for requests that continue them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections import OrderedDict
 from pd_proxy.prefix.chain import Chain
 
 MOST_BLOCKS = 1 << 17
-"""Of all chains that are kept: some 10 MB, or a thousand conversations of 30,000 tokens."""
+"""The bound of the blocks of all chains: some 10 MB, or a thousand conversations of 30,000 tokens."""
 
-_OWN = 8  # blocks that take as much as what a chain takes beside its blocks
+_OWN = 8  # blocks that take as much memory as a chain without its blocks
 
 
 class EarlierChains:
-    """By the names of the responses; of those that nobody goes on from the oldest are forgotten.
+    """The chains of responses by the ids of the responses. The least recently used are dropped.
 
     Arguments:
-        most_blocks: bound of the blocks of all of them.
+        most_blocks: the bound of the blocks of all chains.
     """
 
     def __init__(self, most_blocks: int = MOST_BLOCKS) -> None:
@@ -25,7 +25,7 @@ class EarlierChains:
         self._chains: OrderedDict[str, Chain] = OrderedDict()
 
     def keep(self, response: str, chain: Chain) -> None:
-        """Keep the chain of the request that a response answers."""
+        """Keep the chain of the request that was answered with a response."""
         old = self._chains.pop(response, None)
         if old is not None:
             self._blocks -= len(old.hashes) + _OWN
@@ -38,7 +38,7 @@ class EarlierChains:
             self._blocks -= len(oldest.hashes) + _OWN
 
     def find(self, response: str) -> Chain | None:
-        """The chain to go on from; None where it is not known."""
+        """The chain that belongs to a response; None where it is not known."""
         chain = self._chains.get(response)
         if chain is not None:
             self._chains.move_to_end(response)

@@ -1,11 +1,12 @@
-"""What one engine has in its prefix cache, as its KV events tell it, in the terms of the index.
+"""Follows an engine's prefix cache by its KV events, and translates its blocks into blocks of the index.
 
-An engine names its blocks by hashes of its own, and says of each which block is before it and which token ids are in
-it. From these the hashes follow that a prompt of ids has here (`chain.py`), wherever blocks of the index end within an
-engine's block. What is told of blocks reaches the index as that: stored, removed, all gone.
+An engine names its blocks by hashes of its own. For each block it publishes which block is before it and which token
+ids
+are in it. From these the gateway computes the hashes that a prompt of ids has in the index (`chain.py`), for each block
+of the index that ends within an engine's block. Then it passes on which of these are stored or removed.
 
-An engine may lie about itself, which harms nobody but itself: how much is kept is bounded, and what does not add up is
-counted and left out.
+Events of an engine affect only what is believed of that engine, even if they are false. The memory for them is bounded,
+and inconsistent events are counted and ignored.
 """
 
 from __future__ import annotations
@@ -31,47 +32,48 @@ from pd_proxy.prefix.kv_events import (
 )
 
 MOST_BLOCKS = 1 << 18
-"""Blocks that are known of one publisher: 4 M tokens in blocks of 16. Beyond that the oldest are forgotten."""
+"""The most blocks that are kept of one publisher: 4 M tokens in blocks of 16. Beyond that the oldest are dropped."""
 MOST_BYTES = 1 << 26
-"""Bytes of token ids that are kept with them, for what will follow a block that ends where none of the index does."""
+"""The most bytes of token ids that are kept of one publisher. Ids are kept behind the last end of a block of the index,
+since they are the beginning of the next one."""
 _LARGEST = 1 << 13
-"""Tokens of a block. Engines have 16 to some thousand; all of a block's ids are hashed in one step."""
-_PATIENCE = 64  # blocks that are looked at in one step
-_PATIENCE_TOKENS = 1 << 12  # tokens likewise
+"""The most tokens of a block. Engines have 16 to some thousand; all ids of a block are hashed in one step."""
+_STEP = 64  # blocks that are handled in one step
+_STEP_TOKENS = 1 << 12  # tokens that are handled in one step
 
 _WHOLE = (None, "full_attention", "mla_attention", "sink_full_attention", "unknown")
-"""Kinds of a hybrid model's caches that hold the prompt from its start. The others hold its end, or a state."""
+"""The kinds of a hybrid model's caches that hold the whole prompt. The others hold only its end, or a state."""
 _TIERS = {None: 1, "GPU": 1, "CPU": 2, "CPU_PINNED": 2, "STORAGE": 4, "DISK": 4}
 _OTHER_TIER = 8
 
 
 class Holder(Protocol):
-    """Who is told which hashes an engine has."""
+    """Receives the changes of an engine's cache, in hashes of the index."""
 
     def stored(self, hashes: Sequence[int], sizes: Sequence[int]) -> None:
-        """It has blocks that follow one another.
+        """The engine has stored blocks that follow one another.
 
         Arguments:
-            sizes: tokens of each.
+            sizes: the tokens of each block.
         """
 
     def removed(self, hashes: Iterable[int]) -> None:
-        """It has them no more."""
+        """The engine has removed blocks."""
 
     def cleared(self) -> None:
-        """It has nothing any more."""
+        """The engine has removed all blocks."""
 
 
 class _Block(msgspec.Struct, gc=False):
     """One block of an engine.
 
     Attributes:
-        end: tokens from the prompt's start to its end.
+        end: the tokens from the prompt's start to its end.
         parent: the engine's name of the block before it; None where there is none.
-        hashes: of the index's blocks that end in it.
-        tail: the token ids behind the last of these ends, as an array's bytes; all of its ids where none is in it.
-        tiers: where it is; a bit for each tier.
-        root: the hash under all others, where it begins a prompt.
+        hashes: the hashes of the index's blocks that end in it.
+        tail: the token ids behind the last of these ends, as an array's bytes; all of its ids where there is no end.
+        tiers: the tiers that hold it, a bit for each.
+        root: the root of the chain, where it begins a prompt.
     """
 
     end: int
@@ -83,17 +85,18 @@ class _Block(msgspec.Struct, gc=False):
 
 
 class EngineCache:
-    """What one publisher has said: an engine, or one of its data-parallel ranks.
+    """The cache of one publisher: an engine, or one of its data-parallel ranks.
 
     Arguments:
-        holder: is told what becomes of the blocks.
-        model_of: the name by which clients ask for a model, from an adapter's name, or from None for the base model;
-            None where that is not known.
-        key: of the hashes, as for `chain_of`.
-        counts: by what became of events and blocks: `stored`, `removed`, `cleared`, `unplaced` (its parent is not
-            known, or it depends on media), `ignored` (of another cache than the prompt's), `unknown` (kind of event),
-            `malformed`.
-        complain: is told what is wrong with events: a word, and a sentence for people.
+        holder: receives the changes.
+        model_of: returns the name by which clients ask for a model, from an adapter's name, or from None for the base
+            model; None where that is not known.
+        key: the key of the hashes, as for `chain_of`.
+        counts: counts events and blocks by what became of them: `stored`, `removed`, `cleared`, `forgotten` (there were
+            too many), `unplaced` (its parent is not known, or it depends on media), `ignored` (of another cache than
+            the
+            prompt's), `unknown` (kind of event), `malformed`.
+        on_bad_event: called with what is wrong with an event: the key in `counts`, and a description.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class EngineCache:
         model_of: Callable[[str | None], str | None],
         key: bytes,
         counts: Counter[str],
-        complain: Callable[[str, str], object] = lambda what, why: None,
+        on_bad_event: Callable[[str, str], object] = lambda what, why: None,
         *,
         most_blocks: int = MOST_BLOCKS,
         most_bytes: int = MOST_BYTES,
@@ -111,7 +114,7 @@ class EngineCache:
         self._model_of = model_of
         self._key = key
         self._counts = counts
-        self._complain = complain
+        self._on_bad_event = on_bad_event
         self._most_blocks = most_blocks
         self._most_bytes = most_bytes
         self._blocks: dict[Hash, _Block] = {}
@@ -120,11 +123,11 @@ class EngineCache:
         self._roots: dict[tuple[str, str], int] = {}
 
     def __len__(self) -> int:
-        """How many of the engine's blocks are known."""
+        """The number of the engine's blocks that are known."""
         return len(self._blocks)
 
     def apply(self, payload: bytes) -> Iterator[None]:
-        """Take a batch, step by step; between two steps all is as the events so far say.
+        """Apply a batch of events, step by step. Between two steps the state is consistent.
 
         Arguments:
             payload: the batch as it was published.
@@ -132,28 +135,28 @@ class EngineCache:
         try:
             events = read_batch(payload)
         except Undecodable as error:
-            self._wrong("malformed", f"it is no batch of KV events: {error}")
+            self._count_bad("malformed", f"not a batch of KV events: {error}")
             return
         for raw in events:
             try:
                 event = read_event(raw)
             except UnknownKind as error:
-                self._wrong("unknown", str(error))
+                self._count_bad("unknown", str(error))
             except Undecodable as error:
-                self._wrong("malformed", f"an event is not as it should be: {error}")
+                self._count_bad("malformed", f"a malformed event: {error}")
             else:
                 yield from self._apply(event)
             yield
 
     def clear(self) -> None:
-        """Nothing is cached there any more."""
+        """Forget all blocks, since the engine has cleared its cache."""
         self._blocks, self._bytes = {}, 0
         self._other_groups.clear()
         self._holder.cleared()
 
-    def _wrong(self, what: str, why: str) -> None:
+    def _count_bad(self, what: str, why: str) -> None:
         self._counts[what] += 1
-        self._complain(what, why)
+        self._on_bad_event(what, why)
 
     def _apply(self, event: Event) -> Iterator[None]:
         if isinstance(event, BlockStored):
@@ -171,16 +174,16 @@ class EngineCache:
         group = event.group_idx if isinstance(event.group_idx, int) else 0
         if event.locality == "REMOTE" or event.kv_cache_spec_kind not in _WHOLE:
             self._counts["ignored"] += count
-            if event.locality != "REMOTE" and len(self._other_groups) < _PATIENCE:
+            if event.locality != "REMOTE" and len(self._other_groups) < _STEP:
                 self._other_groups.add(group)
             return
         tier = _tier(event.medium)
         size, ids = event.block_size, event.token_ids
-        if not ids:  # of a tier whose keeper knows no more than names
+        if not ids:  # published for a tier that knows only the names of its blocks
             self._store_names(names, tier)
             return
         if not 0 < size <= _LARGEST or len(ids) != size * count:
-            self._wrong("malformed", f"{count} blocks of {size} tokens with {len(ids)} token ids are no blocks")
+            self._count_bad("malformed", f"{count} blocks of {size} tokens cannot have {len(ids)} token ids")
             return
         parent = event.parent_block_hash
         before = self._blocks.get(parent) if parent is not None else None
@@ -194,7 +197,7 @@ class EngineCache:
         yield from self._place(event, before, root, tier)
 
     def _store_names(self, names: Sequence[Hash], tier: int) -> None:
-        """Blocks that are known have been copied to a tier."""
+        """Note that known blocks have been copied to a tier."""
         for name in names:
             if (known := self._blocks.get(name)) is not None:
                 known.tiers |= tier
@@ -202,18 +205,19 @@ class EngineCache:
                 self._counts["unplaced"] += 1
 
     def _place(self, event: BlockStored, before: _Block | None, root: int, tier: int) -> Iterator[None]:
-        """Place an event's blocks behind one another, a few in one step.
+        """Add an event's blocks behind one another, a few in one step.
 
         Arguments:
-            before: the block before the first one; None where that begins a prompt, under `root`.
+            before: the block before the first one; None where the first one begins a prompt.
+            root: the root of the chain in that case.
         """
         names, count = event.block_hashes, len(event.block_hashes)
         size, ids, parent = event.block_size, event.token_ids, event.parent_block_hash
         hashes: list[int] = []
         sizes: list[int] = []
-        patience = max(1, min(_PATIENCE, _PATIENCE_TOKENS // size))
+        step = max(1, min(_STEP, _STEP_TOKENS // size))
         for number, name in enumerate(names):
-            if number % patience == patience - 1:
+            if number % step == step - 1:
                 self._holder.stored(hashes, sizes)
                 hashes, sizes = [], []
                 self._fit()
@@ -226,7 +230,7 @@ class EngineCache:
                             before, parent, root, ids[number * size : number * size + size], hashes, sizes
                         )
                 except OverflowError:
-                    self._wrong("malformed", "a token id is no number of 32 bits")
+                    self._count_bad("malformed", "a token id is not a number of 32 bits")
                     break
                 if known is None:
                     self._counts["unplaced"] += count - number
@@ -241,7 +245,7 @@ class EngineCache:
         self._fit()
 
     def _fit(self) -> None:
-        """Forget the oldest where there are too many."""
+        """Drop the oldest blocks where there are too many."""
         while len(self._blocks) > self._most_blocks or self._bytes > self._most_bytes:
             self._drop(next(iter(self._blocks)))
             self._counts["forgotten"] += 1
@@ -255,11 +259,13 @@ class EngineCache:
         hashes: list[int],
         sizes: list[int],
     ) -> _Block | None:
-        """The block that follows another, or begins a prompt; None where what is before it is not cached any more, so
-        that it cannot be found. The hashes that end in it are appended to `hashes`, and their sizes to `sizes`.
+        """Make the block that follows another, or that begins a prompt. None where a block before it is not cached any
+        more, so that no request could find it.
 
+        Arguments:
+            hashes, sizes: the hashes of the index's blocks that end in it, and their sizes, are appended to these.
         Raises:
-            OverflowError: an id is no number of 32 bits.
+            OverflowError: an id is not a number of 32 bits.
         """
         start = before.end if before is not None else 0
         end = start + len(ids)
@@ -285,13 +291,13 @@ class EngineCache:
         return _Block(end, parent, tuple(own), pending.tobytes(), 0, root)
 
     def _behind(self, block: _Block | None, root: int, place: int, size: int) -> tuple[int | None, bytes]:
-        """The hash at the last end of an index's block at or before an engine's block's end, and the ids behind it; no
-        hash where a block on the way is not cached any more, or has been stored anew behind another one.
+        """Go back from an engine's block to the last end of a block of the index. Returns the hash there, and the ids
+        behind it. The hash is None where a block on the way is not cached any more, or was stored again behind another.
 
         Arguments:
-            root: of the prompt that begins behind, where there is no block.
-            place: how many ends there are.
-            size: bytes of the ids. An engine may have blocks follow each other in a ring, which has no end.
+            root: the root of the prompt, where `block` is None.
+            place: how many blocks of the index end before.
+            size: the bytes of the ids that are expected; ends the search where an engine's blocks form a circle.
         """
         parts: list[bytes] = []
         while block is not None:
@@ -308,10 +314,10 @@ class EngineCache:
         return root, b""
 
     def _root(self, event: BlockStored) -> int | None:
-        """The hash under a prompt; None where it cannot be known."""
+        """The root of a prompt's chain; None where it cannot be known."""
         adapter = event.lora_name if isinstance(event.lora_name, str) and event.lora_name else None
         if adapter is None and event.lora_id is not None:
-            return None  # an adapter without its name
+            return None  # the adapter's name is not known
         model = self._model_of(adapter)
         keys = event.extra_keys[0] if isinstance(event.extra_keys, list) and event.extra_keys else None
         salts = [one for one in keys if one != adapter] if isinstance(keys, list) else []
@@ -326,7 +332,7 @@ class EngineCache:
         return root
 
     def _depends_on_media(self, event: BlockStored, number: int) -> bool:
-        """Whether a block's content is more than its token ids."""
+        """Whether a block depends on more than its token ids."""
         keys: Any = event.extra_keys
         if not isinstance(keys, list) or number >= len(keys) or not isinstance(keys[number], list):
             return False
@@ -347,7 +353,7 @@ class EngineCache:
                 if not block.tiers:
                     self._drop(name)
                     self._counts["removed"] += 1
-            if number % _PATIENCE == 0:
+            if number % _STEP == 0:
                 yield
 
     def _drop(self, name: Hash) -> None:

@@ -1,7 +1,7 @@
-"""What the prefix index holds of one engine, and of each request whose answer is awaited there.
+"""The state of the prefix index for one engine, and for each request that the engine has not answered yet.
 
-The entries of an engine are its blocks in the order of their last use. An entry's value is one number: the ordinal of
-its last use, whether another worker used it, and its tokens.
+An engine's entries are its blocks in the order of their last use. The value of an entry packs three things into one
+number: the ordinal of its last use, whether that was by another worker, and its tokens.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ class Caching(Enum):
     """Whether an engine has a prefix cache."""
 
     ON = "on"
-    ABSENT = "absent"  # it says so
-    BLIND = "blind"  # it never finds anything
+    ABSENT = "absent"  # the engine says that it has none
+    BLIND = "blind"  # it has found nothing several times in a row where something was believed to be cached
 
 
 class Pending(msgspec.Struct, gc=False):
-    """One request at an engine, until its answer.
+    """A request at an engine that has not answered yet.
 
     Attributes:
-        stamp: its ordinal.
-        settled: ordinals below this had been computed when it was sent.
-        depth: blocks that the engine was believed to have.
-        uses: when they had last been used: pairs of a block's number and an ordinal, the last block first; an ordinal
-            holds for the blocks before it too, down to the next pair's.
+        chain: the chain of its prompt.
+        stamp: the ordinal that its entries got.
+        settled: the engine had computed all requests of lower ordinals when this one was sent.
+        depth: how many of its blocks the engine was believed to have.
+        uses: when these were last used: pairs of a block's number and an entry's value, the last block first. A value
+            also holds for the blocks before it, down to the block of the next pair.
     """
 
     chain: Chain
@@ -47,7 +48,7 @@ class Pending(msgspec.Struct, gc=False):
     uses: list[tuple[int, int]]
 
     def last_use(self, block: int) -> int:
-        """The ordinal of a block's last use before this request."""
+        """The value that a block's entry had before this request."""
         found = 0
         for number, value in self.uses:
             if number < block:
@@ -57,18 +58,19 @@ class Pending(msgspec.Struct, gc=False):
 
 
 class EngineEntries:
-    """What the index holds of one engine.
+    """The entries of one engine, and what was learnt of its cache.
 
     Attributes:
-        capacity: tokens of its KV cache.
-        limit: how many of them, as they are estimated here, it is believed to keep prompts in.
-        part: the part of its cache that does so; running requests take the rest.
-        estimated, reported: tokens of its prompts of late, here and by itself.
-        ratio: the second for each of the first.
-        used: estimated tokens of all entries.
-        misses: answers in succession that found nothing, where something was believed.
-        pending: requests whose answers are awaited.
-        computing: ordinals of those that have not been computed yet.
+        capacity: the tokens of its KV cache.
+        limit: the estimated tokens of prompts that it is believed to keep in its prefix cache.
+        part: the part of its KV cache that keeps prompts; running requests take the rest.
+        estimated, reported: the tokens of its recent prompts, as estimated by the gateway and as reported by the
+            engine.
+        ratio: reported tokens per estimated token.
+        used: the estimated tokens of all entries.
+        misses: answers in a row that found nothing in the cache where something was believed to be there.
+        pending: the requests that it has not answered, by the `id` of their chains.
+        computing: the ordinals of those whose prompts it has not computed, likewise.
     """
 
     __slots__ = (
@@ -90,5 +92,5 @@ class EngineEntries:
         self.computing: dict[int, int] = {}
 
     def bound(self) -> None:
-        """Set the limit, by what is known of the engine."""
+        """Compute the limit anew from the capacity, the part and the ratio."""
         self.limit = int(self.capacity * self.part / self.ratio)

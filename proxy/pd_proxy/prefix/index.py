@@ -1,12 +1,15 @@
-"""What each engine is believed to have in its prefix cache.
+"""The prefix index: what each engine is believed to have in its prefix cache.
 
-A prompt is entered when it is sent to an engine, before the engine has computed it, so that a burst of one new prefix
-goes to one engine. For each engine the entries are in the order of their last use, as the engine's own cache is, and
-the oldest are dropped when they come to more tokens than that cache has. What an engine reports of its cache corrects
-this: one that finds less than was believed has dropped what it lost and all that it had used before that.
+A prompt is entered when it is sent to an engine, before the engine has computed it, so that a burst of requests with
+one
+new prefix goes to one engine. Like in the engine's own cache, the entries of an engine are in the order of their last
+use, and the oldest are dropped when they exceed the tokens that the cache holds. The engine's answers correct this:
+where
+an engine has found less of a prompt than was believed, it must have dropped the missing blocks, and so also all blocks
+that were last used before these.
 
-Invariant: of the blocks of a chain an engine holds the first few, and the last of these is dropped first; `remove` and
-`withdraw` alone may leave a gap, and what is behind a gap counts for nothing.
+Invariant: of a chain's blocks an engine holds the first ones, and the last of these is dropped first. Only `remove` and
+`withdraw` can leave a gap. Blocks behind a gap are ignored.
 """
 
 from __future__ import annotations
@@ -24,31 +27,30 @@ from pd_proxy.prefix.entries import ELSEWHERE, SHIFT, WEIGHT, Caching, EngineEnt
 from pd_proxy.prefix.table import BlockTable
 
 DEFAULT_CAPACITY = 1 << 18
-"""Tokens of the KV cache of an engine that does not say: a small one, since to believe too little costs less than to
-believe what is not so."""
+"""Tokens of the KV cache of an engine that does not report its size. The value is small, since it costs less to believe
+that too little is cached than to believe that too much is."""
 
-MOST_CAPACITY = 1 << 32  # tokens; more is not believed
+MAX_CAPACITY = 1 << 32  # tokens; an engine that reports more is believed to have this
 MOST_ENTRIES = 1 << 19
 """Entries of all engines together. 64 engines of 10^6 tokens each have as many if all prompts are short."""
 
-_MOST_PENDING = 4096  # requests at one engine whose answers are awaited; of the oldest beyond that nothing is learnt
-_MOST_BLIND = 8  # answers in succession that found nothing, where something was believed: it has no prefix cache
-_SLACK = 0.25  # of what was believed: by so much bytes may mislead about tokens before a loss is one
-_MOST_MARKS = 512  # instants that are remembered, for the age of entries
+_MAX_PENDING = 4096  # unanswered requests that are kept of one engine; the oldest are dropped, and correct nothing
+_MAX_BLIND = 8  # answers in a row that found nothing against expectation, after which an engine counts as `BLIND`
+_SLACK = 0.25  # part of what was believed that may be missing without a loss, since bytes only estimate tokens
+_MAX_MARKS = 512  # instants that are kept to compute the age of entries
 
-_MANY = 1 << 17  # estimated tokens of prompts after which it is looked at how many there really were
-_LEAST_PART = 0.25  # of an engine's cache that is believed to keep prompts, whatever it loses
-_LOSS = 0.8  # of that part is left at the most by one loss, which may have been a restart
-_SURPLUS, _FINE = (
-    1 / 16,
-    1 / 256,
-)  # of what is missing from the whole comes back when more is found than believed, or as much
-_MOST_RATIO = 4  # reported for each estimated token, and the other way round
+_MANY = 1 << 17  # estimated tokens of prompts after which the ratio of reported to estimated tokens is computed anew
+_LEAST_PART = 0.25  # the part of an engine's cache that is always believed to keep prompts
+_LOSS = 0.8  # one loss lowers the part by at most this factor, since it may have been a restart
+# The part grows back towards 1 by this share of the difference: when more is found than was believed, and when as much.
+_SURPLUS, _FINE = 1 / 16, 1 / 256
+_MAX_RATIO = 4  # the bound of reported tokens per estimated token, and of the inverse
 
 
 def rank_name(engine: str, rank: int) -> str:
-    """What one of an engine's data-parallel ranks is called in the index. Each has a cache of its own, and so is an
-    engine of its own there, where the gateway chooses the rank."""
+    """The name of a data-parallel rank in the index. Where the gateway chooses the rank, each rank is an engine of its
+    own
+    there, since each has a cache of its own."""
     return f"{engine}#{rank}"
 
 
@@ -56,25 +58,26 @@ _ON = Caching.ON
 
 
 class Journal(Protocol):
-    """What is told of changes that other workers should know of (`workers/prefix_ring.py`)."""
+    """Receives the changes of an index that other workers have to make too (`workers/prefix_ring.py`)."""
 
-    def entered(self, engine: str, chain: Chain) -> None: ...
+    def entered(self, engine: str, chain: Chain) -> None:
+        """A prompt was sent to an engine."""
 
     def trimmed(self, engine: str, tokens: int) -> None:
-        """An engine has lost what it had used least lately, but for so many tokens."""
+        """The oldest entries of an engine were dropped, until so many tokens were left."""
 
 
 class Figures(msgspec.Struct, frozen=True):
     """The index in numbers, for metrics.
 
     Attributes:
-        entries: blocks held, over all engines.
-        blocks: different ones among them.
-        bytes: of memory, estimated.
-        oldest: seconds since the entry was used that has not been used for longest; 0 where there is none.
-        evictions: entries dropped for want of room, since the start.
-        forgotten: entries dropped because an engine had lost them.
-        refused: reports that could not be true.
+        entries: the number of entries of all engines.
+        blocks: the number of different blocks among them.
+        bytes: the estimated memory.
+        oldest: the seconds since the last use of the least recently used entry; 0 where there is none.
+        evictions: the entries that were dropped because an engine or its share was full, since the start.
+        forgotten: the entries that were dropped because an engine had lost them.
+        refused: the reports of engines that could not be true.
     """
 
     entries: int
@@ -86,22 +89,23 @@ class Figures(msgspec.Struct, frozen=True):
     refused: int
 
 
-_ENTRY_BYTES = 100  # of one entry of an engine: a node and a slot of its ordered dictionary
-_BLOCK_BYTES = 90  # of one block: a slot of the table, the hash, some of the bits
+_ENTRY_BYTES = 100  # memory of an engine's entry: a node and a slot of its ordered dictionary
+_BLOCK_BYTES = 90  # memory of a block: a slot of the table, the hash, some of the bits
 
 
 class PrefixIndex:
     """The index of all engines of one gateway worker.
 
-    Engines are named by their URLs, their data-parallel ranks by `rank_name`. One that has not joined is nobody's: it
-    holds nothing, and nothing is entered.
+    Engines are named by their URLs, and their data-parallel ranks by `rank_name`. Calls for an engine that has not
+    joined
+    do nothing.
 
     Arguments:
-        most_entries: bound of the entries of all engines together, which have equal shares of it.
+        most_entries: the bound of the entries of all engines together. Each engine has an equal share of it.
     Attributes:
-        journal: is told what is entered and lost here.
-        cached: tokens of a prompt that each engine is believed to have (`BlockTable.cached`).
-        joins: how often an engine has come or gone.
+        journal: receives what is entered and dropped here.
+        cached: returns the tokens of a prompt that each engine is believed to have (`BlockTable.cached`).
+        joins: how often an engine has joined or left.
     """
 
     def __init__(self, most_entries: int = MOST_ENTRIES) -> None:
@@ -111,29 +115,29 @@ class PrefixIndex:
         self._blocks = BlockTable(most_entries)
         self.cached = self._blocks.cached
         self._engines: dict[str, EngineEntries] = {}
-        self._marks: deque[tuple[float, int]] = deque()  # instants, and the first ordinal that was given after each
+        self._marks: deque[tuple[float, int]] = deque()  # instants, and the first ordinal after each
         self._mark_step = 1.0
         self._next_mark = -inf
         self._forgotten = self._refused = 0
 
     @property
     def engines(self) -> KeysView[str]:
-        """The engines that are there."""
+        """The engines that have joined."""
         return self._engines.keys()
 
     def join(self, engine: str, capacity_tokens: int = 0, caching: bool = True) -> None:
-        """An engine is there. For one that has been there already: its capacity may be another.
+        """Add an engine, or update one that has joined already.
 
         Arguments:
-            capacity_tokens: of its KV cache; 0 where it does not say.
-            caching: it has a prefix cache.
+            capacity_tokens: the tokens of its KV cache; 0 where the engine does not report it.
+            caching: whether it has a prefix cache.
         """
         one = self._engines.get(engine)
         if one is None:
             self.joins += 1
             one = self._engines[engine] = self._blocks.add(engine)
             self._blocks.share = max(1, self._most // len(self._engines))
-        one.capacity = min(capacity_tokens, MOST_CAPACITY) if capacity_tokens > 0 else DEFAULT_CAPACITY
+        one.capacity = min(capacity_tokens, MAX_CAPACITY) if capacity_tokens > 0 else DEFAULT_CAPACITY
         one.bound()
         if not caching:
             self.disable(engine)
@@ -142,7 +146,7 @@ class PrefixIndex:
         self._blocks.fit(one)
 
     def leave(self, engine: str) -> None:
-        """An engine has gone for good."""
+        """Remove an engine with its entries."""
         one = self._engines.pop(engine, None)
         if one is not None:
             self.joins += 1
@@ -150,7 +154,7 @@ class PrefixIndex:
             self._blocks.share = max(1, self._most // max(1, len(self._engines)))
 
     def clear(self, engine: str) -> None:
-        """An engine's cache is empty: it was started anew, reset, or put to sleep."""
+        """Drop an engine's entries, since its cache is empty: it was restarted, reset, or put to sleep."""
         one = self._engines.get(engine)
         if one is not None:
             self._blocks.drop_all(one)
@@ -161,18 +165,18 @@ class PrefixIndex:
                 self.journal.trimmed(engine, 0)
 
     def disable(self, engine: str) -> None:
-        """An engine has no prefix cache. `join` takes that back."""
+        """Note that an engine has no prefix cache, until `join` says otherwise."""
         one = self._engines.get(engine)
         if one is not None:
             self._blocks.drop_all(one)
             one.caching = Caching.ABSENT
 
     def enter(self, engine: str, chain: Chain, now: float = 0.0) -> None:
-        """A prompt is sent to an engine. What comes of it is told by `correct`, `settle` or `withdraw` with this very
+        """Enter a prompt that is sent to an engine. `correct`, `settle` or `withdraw` is called later with the same
         chain.
 
         Arguments:
-            now: seconds, never going back; for the age of entries.
+            now: the time of a monotonic clock, in seconds, for the age of entries.
         """
         one = self._engines.get(engine)
         if one is None or one.caching is not _ON or not chain.hashes:
@@ -186,10 +190,10 @@ class PrefixIndex:
         uses: list[tuple[int, int]] = []
         depth = self._blocks.use(one, chain, len(chain.hashes), 0, uses)
         name = id(chain)
-        if name in pending:  # it was sent there before
+        if name in pending:  # the same request was sent there before
             del pending[name]
             computing.pop(name, None)
-        elif len(pending) >= _MOST_PENDING:
+        elif len(pending) >= _MAX_PENDING:
             oldest = next(iter(pending))
             del pending[oldest]
             computing.pop(oldest, None)
@@ -199,23 +203,24 @@ class PrefixIndex:
             self.journal.entered(engine, chain)
 
     def computed(self, engine: str, chain: Chain) -> None:
-        """An engine has computed a prompt, though its answer goes on: its first token has come.
+        """Note that an engine has computed a prompt, since its first token has come.
 
-        It is not needed where the answer ends soon after. A stream may last for minutes, and a loss of what was sent
-        since it began would not be told from what is still on its way.
+        The call may be left out where the answer ends soon after. But a stream may last for minutes. Without this call
+        a
+        prompt that the engine has lost could not be told from one that it has not computed yet.
         """
         one = self._engines.get(engine)
         if one is not None:
             one.computing.pop(id(chain), None)
 
     def entered_elsewhere(self, engine: str, chain: Chain) -> None:
-        """Another worker has sent a prompt to an engine."""
+        """Enter a prompt that another worker has sent to an engine."""
         one = self._engines.get(engine)
         if one is not None and one.caching is Caching.ON:
             self._blocks.use(one, chain, len(chain.hashes), ELSEWHERE, None)
 
     def trimmed_elsewhere(self, engine: str, tokens: int) -> None:
-        """Another worker has learnt that an engine has lost what it had used least lately, but for so many tokens."""
+        """Drop the oldest entries of an engine until so many tokens are left, as another worker has done."""
         one = self._engines.get(engine)
         if one is not None:
             before = len(one.entries)
@@ -224,13 +229,13 @@ class PrefixIndex:
             self._forgotten += before - len(one.entries)
 
     def correct(self, engine: str, chain: Chain, cached_tokens: int, prompt_tokens: int) -> None:
-        """An engine has answered, and says what it had found in its own cache.
+        """Correct the entries of an engine by its answer, which says how much of the prompt was cached.
 
-        A block that was lost tells something only if whoever had used it last was computed before this prompt was sent.
+        A missing block was lost only where the request that used it last had been computed before this prompt was sent.
 
         Arguments:
-            chain: the very one that was entered.
-            cached_tokens, prompt_tokens: as the engine reports them. What cannot be true is refused.
+            chain: the same object that was entered.
+            cached_tokens, prompt_tokens: as the engine reports them. Impossible values are counted and ignored.
         """
         one = self._engines.get(engine)
         if one is None or not chain.hashes:
@@ -242,14 +247,14 @@ class PrefixIndex:
             return
         tokens = chain.tokens
         one.estimated += tokens
-        one.reported += max(tokens // _MOST_RATIO, min(tokens * _MOST_RATIO, prompt_tokens))
+        one.reported += max(tokens // _MAX_RATIO, min(tokens * _MAX_RATIO, prompt_tokens))
         if one.estimated > _MANY:
             self._learn_size(one)
         if cached_tokens and one.caching is Caching.BLIND:
             one.caching = Caching.ON
             one.misses = 0
         found = cached_tokens / prompt_tokens * chain.units
-        if pending is None:  # sent before it was cleared, or by nobody here
+        if pending is None:  # its entries have been dropped since, or it was never entered
             if one.caching is Caching.ON:
                 self._blocks.use(one, chain, min(chain.blocks.whole(int(found)), len(chain.hashes)), 0, None)
             return
@@ -270,11 +275,11 @@ class PrefixIndex:
             self._lose(engine, one, lost >> SHIFT, nothing_found=not cached_tokens)
 
     def _lose(self, engine: str, one: EngineEntries, last_use: int, *, nothing_found: bool) -> None:
-        """An engine has lost a block: what it had used before that block's last use is lost too.
+        """Drop a lost block, and all blocks that the engine had last used before it.
 
         Arguments:
-            last_use: the ordinal of that use.
-            nothing_found: the engine found no block of the prompt at all.
+            last_use: the ordinal of the lost block's last use.
+            nothing_found: whether the engine found no block of the prompt.
         """
         before = len(one.entries)
         while one.entries and next(iter(one.entries.values())) >> SHIFT <= last_use:
@@ -284,21 +289,21 @@ class PrefixIndex:
         one.part = max(_LEAST_PART, min(one.part, max(one.part * _LOSS, kept)))
         one.bound()
         one.misses = one.misses + 1 if nothing_found else 0
-        if one.misses >= _MOST_BLIND:
+        if one.misses >= _MAX_BLIND:
             self._blocks.drop_all(one)
             one.caching = Caching.BLIND
         if self.journal is not None:
             self.journal.trimmed(engine, one.used)
 
     def settle(self, engine: str, chain: Chain) -> None:
-        """An engine has answered, and says nothing of its cache."""
+        """Note that an engine has answered without saying how much of the prompt was cached."""
         one = self._engines.get(engine)
         if one is not None:
             one.pending.pop(id(chain), None)
             one.computing.pop(id(chain), None)
 
     def withdraw(self, engine: str, chain: Chain) -> None:
-        """An engine has not computed a prompt that it was sent: what nobody else has used since is dropped."""
+        """Drop the entries of a prompt that an engine has not computed, except those that were used again since."""
         one = self._engines.get(engine)
         if one is None or (pending := one.pending.pop(id(chain), None)) is None:
             return
@@ -309,11 +314,11 @@ class PrefixIndex:
                 self._blocks.drop(one, hashed)
 
     def store(self, engine: str, hashes: Sequence[int], sizes: Sequence[int]) -> None:
-        """An engine says that it has stored blocks.
+        """Enter blocks that an engine has stored, by its KV events.
 
         Arguments:
-            hashes: of blocks that follow one another, the first one first.
-            sizes: tokens of each.
+            hashes: the hashes of blocks that follow one another, in order.
+            sizes: the tokens of each block.
         """
         one = self._engines.get(engine)
         if one is None or one.caching is Caching.ABSENT:
@@ -325,7 +330,7 @@ class PrefixIndex:
         self._blocks.fit(one)
 
     def remove(self, engine: str, hashes: Iterable[int]) -> None:
-        """An engine says that it has dropped blocks."""
+        """Drop blocks that an engine has removed, by its KV events."""
         one = self._engines.get(engine)
         if one is not None:
             for hashed in hashes:
@@ -333,7 +338,7 @@ class PrefixIndex:
                     self._blocks.drop(one, hashed)
 
     def figures(self, now: float) -> Figures:
-        """The index in numbers; costs a step for each engine."""
+        """The index in numbers. The cost grows with the number of engines."""
         engines = self._engines.values()
         entries = sum(len(one.entries) for one in engines)
         oldest = min((next(iter(one.entries.values())) >> SHIFT for one in engines if one.entries), default=0)
@@ -352,7 +357,7 @@ class PrefixIndex:
         )
 
     def tokens(self, engine: str) -> int:
-        """Tokens that an engine is believed to hold."""
+        """The estimated tokens that an engine is believed to hold."""
         one = self._engines.get(engine)
         return one.used if one is not None else 0
 
@@ -362,17 +367,18 @@ class PrefixIndex:
         return one.caching if one is not None else None
 
     def _learn_size(self, one: EngineEntries) -> None:
-        """Learn how many tokens there are in one that was estimated, since an engine's cache is full of the former.
-        What this makes too much is dropped at the next use."""
+        """Update the ratio of reported to estimated tokens, since an engine's cache is bounded by real tokens. Entries
+        that now exceed the limit are dropped at the next use."""
         one.ratio = one.reported / one.estimated
         one.bound()
         one.estimated /= 2
         one.reported /= 2
 
     def _mark(self, now: float) -> None:
-        """Remember an instant. When there are many, every second one is forgotten, and they are rarer from then on."""
+        """Keep the present instant. When there are too many, every second one is dropped, and the interval is
+        doubled."""
         self._marks.append((now, self._blocks.stamp + 1))
         self._next_mark = now + self._mark_step
-        if len(self._marks) > _MOST_MARKS:
+        if len(self._marks) > _MAX_MARKS:
             self._marks = deque([mark for number, mark in enumerate(self._marks) if number % 2 == 0])
             self._mark_step *= 2

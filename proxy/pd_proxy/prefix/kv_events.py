@@ -1,11 +1,12 @@
-"""KV events as they come: what an engine publishes about its prefix cache, decoded.
+"""Decodes KV events, which engines publish about their prefix caches.
 
 vLLM (`distributed/kv_events.py`, 0.9 to 0.32 were read) and SGLang (`disaggregation/kv_events.py`) publish msgpack
-`[time, events, data-parallel rank]`. An event is a map with `type`, or an array whose first item is the type; which of
-the two depends on the engine's version alone. Members are only ever added at the end, so that what follows `block_size`
-is looked at one by one, and whatever is not of the type it should be counts as not given.
+`[time, events, data-parallel rank]`. An event is a map with `type`, or an array whose first item is the type, depending
+on the engine's version. New members are only added at the end. Those behind `block_size` are checked one by one, and
+one
+of an unexpected type counts as absent.
 
-Nothing is believed for being well-formed: `engine_cache.py` bounds what events may do.
+A well-formed event may still be false; `engine_cache.py` bounds the effects of events.
 """
 
 from __future__ import annotations
@@ -17,28 +18,30 @@ import msgspec
 from pd_proxy.decoding import Undecodable, msgpack_decoder
 
 MOST_EVENTS = 1 << 16
-"""Events of a batch. vLLM publishes one batch a step, with an event for each request and each block that it evicted."""
+"""The most events of a batch. vLLM publishes a batch for each step, with an event for each request and evicted
+block."""
 MOST_BYTES = 1 << 19
-"""Of an event: 100,000 tokens at least, and engines tell of a step's. It is decoded in one piece, which takes some
-10 ms for so many bytes."""
+"""The most bytes of an event: at least 100,000 tokens, while an event has the tokens of one step. An event is decoded
+in
+one piece, which takes some 10 ms for so many bytes."""
 
 Hash = int | bytes
 """An engine's own name of a block: 64 bits, or the bytes of a digest."""
 
 
 class BlockStored(msgspec.Struct, gc=False):
-    """Blocks can be found in the cache from now on, one after the other.
+    """Blocks that follow one another were stored.
 
     Attributes:
-        parent_block_hash: of the block before the first; None where that begins a prompt.
-        token_ids: of all of them; empty where the engine does not know any more.
-        block_size: tokens a block.
-        medium: the tier they are in: `GPU`, `CPU` and the like; None is the first.
+        parent_block_hash: the hash of the block before the first; None where the first begins a prompt.
+        token_ids: the ids of all blocks; empty where the engine does not know them any more.
+        block_size: the tokens of a block.
+        medium: the tier that holds them: `GPU`, `CPU` and others; None is the first tier.
         extra_keys: for each block, what else its hash depends on: its adapter, `[media item, position]`, the
-            `cache_salt` (with the first block alone).
-        group_idx: which of several caches of a hybrid model.
-        kv_cache_spec_kind: of what kind that one is.
-        locality: `REMOTE`: the tier is no cache of this engine.
+            `cache_salt` (only with the first block).
+        group_idx: which cache of a hybrid model holds them.
+        kv_cache_spec_kind: the kind of that cache.
+        locality: `REMOTE` where the tier is not a cache of this engine.
     """
 
     block_hashes: list[Hash]
@@ -56,7 +59,7 @@ class BlockStored(msgspec.Struct, gc=False):
 
 
 class BlockRemoved(msgspec.Struct, gc=False):
-    """Blocks cannot be found any more in a tier."""
+    """Blocks were removed from a tier."""
 
     block_hashes: list[Hash]
     medium: Any = None
@@ -65,7 +68,7 @@ class BlockRemoved(msgspec.Struct, gc=False):
 
 
 class AllBlocksCleared(msgspec.Struct, gc=False):
-    """No block can be found any more."""
+    """All blocks were removed."""
 
 
 class _StoredMap(BlockStored, tag="BlockStored"):
@@ -116,24 +119,24 @@ _read_array_tag = msgpack_decoder(_ArrayTag)
 
 
 class UnknownKind(Undecodable):
-    """An event, as it seems, of a kind that is not known here: an engine newer than this gateway."""
+    """The event is of a kind that is not known here. The engine may be newer than this gateway."""
 
 
 def read_batch(payload: bytes) -> list[msgspec.Raw]:
-    """The events of a batch, each still encoded.
+    """Decode a batch. Returns its events, each still encoded.
 
     Raises:
-        Undecodable: it is no batch, or has more than `MOST_EVENTS` events.
+        Undecodable: it is not a batch, or has more than `MOST_EVENTS` events.
     """
     return _read_batch(payload).events
 
 
 def read_event(raw: msgspec.Raw) -> Event:
-    """One event.
+    """Decode one event.
 
     Raises:
         UnknownKind
-        Undecodable: it is of a known kind, and not as it should be; or it is no event.
+        Undecodable: it is malformed, or is not an event.
     """
     if len(memoryview(raw)) > MOST_BYTES:
         raise Undecodable(f"it has more than {MOST_BYTES} bytes")

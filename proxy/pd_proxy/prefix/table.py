@@ -1,7 +1,8 @@
-"""Which engines hold which blocks, and the order of their use.
+"""The block table: which engines hold which blocks.
 
-One table has a bit for each engine that holds a block, so a look for all engines at once costs about what a look for
-one does.
+For each block the table has one number with a bit for each engine. So a prompt is looked up for all engines at about
+the
+cost of looking it up for one.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from itertools import compress
 from pd_proxy.prefix.chain import Chain
 from pd_proxy.prefix.entries import SHIFT, WEIGHT, EngineEntries
 
-_FEW = 32  # engines that are named one by one
-_MOST_NAMED = 256  # sets of engines whose names are kept
+_FEW = 32  # engines up to which the bits of a set are read one by one
+_MAX_NAMED = 256  # sets of engines whose names are cached
 _BITS = bytes.maketrans(b"01", b"\0\1")
 
 
 class BlockTable:
-    """Blocks by their hashes, and the engines by their slots.
+    """The blocks by their hashes. Each engine has a slot, which is its bit.
 
     Attributes:
         holders: for each block the engines that hold it, a bit for each.
         urls: the engines' names by slot; empty where the slot is free.
         stamp: the ordinal of the last use of any block.
         share: the most entries that one engine may have.
-        evictions: entries dropped because an engine or its share was full.
+        evictions: the number of entries that were dropped because an engine or its share was full.
     """
 
     def __init__(self, share: int) -> None:
@@ -35,10 +36,10 @@ class BlockTable:
         self.share = share
         self.evictions = 0
         self._free: list[int] = []
-        self._named: dict[int, tuple[str, ...]] = {}  # the engines of sets of bits that were asked for of late
+        self._named: dict[int, tuple[str, ...]] = {}  # a cache of `_names`
 
     def add(self, engine: str) -> EngineEntries:
-        """A slot for an engine, without entries."""
+        """Take a slot for an engine. Returns its entries, of which there are none yet."""
         if self._free:
             slot = self._free.pop()
         else:
@@ -56,7 +57,7 @@ class BlockTable:
         self._free.append(one.slot)
 
     def cached(self, chain: Chain) -> Mapping[str, int]:
-        """Tokens of a prompt that each engine is believed to have; those that have none are absent."""
+        """The tokens of a prompt that each engine is believed to have. Engines that have none are absent."""
         table, named = self.holders, self._named
         held: dict[str, int] = {}
         hashes = chain.hashes
@@ -80,7 +81,7 @@ class BlockTable:
         return held
 
     def _names(self, mask: int) -> tuple[str, ...]:
-        """The engines of a set of bits. Prompts that begin alike have the same, request after request."""
+        """The engines of a set of bits. Cached, since requests whose prompts begin alike have the same sets."""
         urls, names = self.urls, []
         if mask.bit_count() <= _FEW:
             rest = mask
@@ -90,18 +91,21 @@ class BlockTable:
                 rest ^= 1 << slot
         else:
             names = list(compress(urls, f"{mask:b}"[::-1].encode().translate(_BITS)))
-        if len(self._named) >= _MOST_NAMED:
+        if len(self._named) >= _MAX_NAMED:
             self._named.clear()
         found = self._named[mask] = tuple(names)
         return found
 
     def use(self, one: EngineEntries, chain: Chain, count: int, flag: int, uses: list[tuple[int, int]] | None) -> int:
-        """Use the first `count` blocks of a chain, the last one first, so that it will be the first to be dropped.
+        """Enter the first `count` blocks of a chain as the most recently used ones.
+
+        The last block is entered first, and so is dropped first.
 
         Arguments:
-            uses: gets the values that there were, as `Pending` has them.
+            flag: `ELSEWHERE` where another worker uses them, else 0.
+            uses: the values that the entries had are appended to it, in the form of `Pending.uses`.
         Returns:
-            How many of the first blocks there were.
+            How many blocks the engine had from the chain's start on.
         """
         self.stamp += 1
         base = self.stamp << SHIFT | flag
@@ -136,7 +140,7 @@ class BlockTable:
         return depth
 
     def hold(self, one: EngineEntries, hashed: int, value: int) -> None:
-        """One engine holds one block."""
+        """Enter a block as the most recently used one of an engine."""
         old = one.entries.get(hashed)
         if old is None:
             self.holders[hashed] = self.holders.get(hashed, 0) | one.bit
@@ -148,7 +152,7 @@ class BlockTable:
             one.used += (value & WEIGHT) - (old & WEIGHT)
 
     def fit(self, one: EngineEntries) -> None:
-        """Drop what is more than an engine can hold, or than its share of the index."""
+        """Drop the oldest entries that exceed an engine's limit, or its share of the index."""
         before = len(one.entries)
         while one.used > one.limit or len(one.entries) > self.share:
             self.drop_oldest(one)
