@@ -1,4 +1,4 @@
-"""Tickets and a stand-in for the backends, for the parts of admission that know no clock."""
+"""Tickets, and a stand-in for the backends, for the parts of admission that have no clock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def schedule(capacity: Any = None, **settings: Any) -> Schedule:
 
 
 class Told:
-    """What tickets were told while they waited, in order."""
+    """The calls that tickets received while they waited, in order."""
 
     def __init__(self) -> None:
         self.all: list[tuple[Ticket, GatewayError | None]] = []
@@ -46,7 +46,7 @@ class Told:
 
 
 class Slots:
-    """A `Capacity` with so many places for each model; any number for others."""
+    """A `Capacity` with a number of places for each model in `places`, and unlimited places for others."""
 
     def __init__(self, places: Mapping[str, int]) -> None:
         self.places = dict(places)
@@ -61,7 +61,7 @@ class Slots:
 
 
 class Place:
-    """One place, given back once."""
+    """One place; it can be released once."""
 
     def __init__(self, slots: Slots, model: str) -> None:
         self._slots: Slots | None = slots

@@ -27,7 +27,7 @@ def enter(door: Admission, client: str = "anonymous", **more: Any) -> Ticket:
 
 
 class Runner:
-    """Requests that run until they are told to end; `order` is the order in which they began."""
+    """Requests that run until they are ended; `order` is the order in which they started."""
 
     def __init__(self, door: Admission) -> None:
         self.door = door
@@ -56,7 +56,7 @@ def empty(door: Admission) -> bool:
     )
 
 
-async def test_what_need_not_wait_makes_no_future_and_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_that_need_not_wait_makes_no_future_and_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     door, loop = admission(), asyncio.get_running_loop()
     made: list[str] = []
     for name in ("create_future", "call_later", "call_at", "call_soon", "create_task"):
@@ -67,7 +67,7 @@ async def test_what_need_not_wait_makes_no_future_and_no_timer(monkeypatch: pyte
     assert made == [] and empty(door)
 
 
-async def test_those_who_wait_start_in_order_as_others_end() -> None:
+async def test_waiting_requests_start_in_order_as_others_end() -> None:
     door = admission(requests=1)
     runner = Runner(door)
     tasks = [runner.start(name) for name in "abcd"]
@@ -94,7 +94,7 @@ async def test_a_client_that_leaves_while_it_waits_leaves_the_queue_at_once() ->
     assert await running == "ended" and waiting.cancelled() and empty(door)
 
 
-async def test_when_the_head_leaves_the_next_may_fit() -> None:
+async def test_when_the_head_of_the_queue_leaves_the_next_request_may_start() -> None:
     door = admission(tokens=100)
     runner = Runner(door)
     runner.start("a", tokens=50)
@@ -109,7 +109,7 @@ async def test_when_the_head_leaves_the_next_may_fit() -> None:
     await until(lambda: empty(door))
 
 
-async def test_who_is_let_in_and_leaves_in_the_same_moment_gives_back_what_was_kept() -> None:
+async def test_a_request_that_leaves_as_it_is_let_in_releases_its_reservation() -> None:
     capacity = Slots({"m": 1})
     door = admission(capacity)
     place = None
@@ -119,7 +119,7 @@ async def test_who_is_let_in_and_leaves_in_the_same_moment_gives_back_what_was_k
         await until(lambda: door.waiting == 1)
         place.release()
         door.recheck()
-        await asyncio.sleep(0)  # the look: b is let in, and its task has yet to hear of it
+        await asyncio.sleep(0)  # the queue is looked through: b is let in, and its task has not run yet
         assert (door.waiting, door.requests, capacity.taken["m"]) == (0, 2, 1)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
@@ -127,7 +127,7 @@ async def test_who_is_let_in_and_leaves_in_the_same_moment_gives_back_what_was_k
     assert empty(door)
 
 
-async def test_the_room_kept_for_one_is_there_when_it_starts_and_not_for_another() -> None:
+async def test_capacity_that_is_reserved_for_a_request_is_given_to_no_other() -> None:
     capacity = Slots({"m": 1})
     door = admission(capacity)
     seen = []
@@ -147,7 +147,7 @@ async def test_the_room_kept_for_one_is_there_when_it_starts_and_not_for_another
     assert seen == [1] * 20 and empty(door) and capacity.taken["m"] == 0
 
 
-async def test_a_request_waits_no_longer_than_it_may() -> None:
+async def test_a_request_waits_no_longer_than_its_timeout() -> None:
     door = admission(requests=1)
     runner = Runner(door)
     runner.start("a")
@@ -158,7 +158,7 @@ async def test_a_request_waits_no_longer_than_it_may() -> None:
     await until(lambda: empty(door))
 
 
-async def test_when_the_gate_closes_those_who_wait_are_refused_and_those_who_run_go_on() -> None:
+async def test_when_the_gate_closes_waiting_requests_are_refused_and_running_ones_go_on() -> None:
     door, gate = admission(requests=1), Gate()
     gate.on_close = door.close
     runner = Runner(door)

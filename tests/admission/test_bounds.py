@@ -1,4 +1,4 @@
-"""What holds whatever comes, in any order: bounds, order, deadlines, work, and that everything is given back once."""
+"""What holds for any events in any order: bounds, order, deadlines, work, and that everything is released once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODELS = ("m", "n")
 
 
 class Overload(RuleBasedStateMachine):
-    """Requests of four clients come, wait, start, end, leave and time out, with a clock of its own."""
+    """Requests of four clients arrive, wait, start, end, leave and time out, with a clock of its own."""
 
     @initialize(
         requests=st.integers(1, 6),
@@ -49,7 +49,7 @@ class Overload(RuleBasedStateMachine):
         self.waiting: list[Ticket] = []
         self.told: dict[Ticket, int] = {}
 
-    # What may happen
+    # Events
 
     @rule(
         who=st.integers(0, 3),
@@ -106,7 +106,7 @@ class Overload(RuleBasedStateMachine):
 
     def give_back(self, gone: Ticket) -> None:
         self.plan.leave(gone, self.now)
-        self.plan.leave(gone, self.now)  # a second time does nothing
+        self.plan.leave(gone, self.now)  # a second call does nothing
         self.plan.admit(self.now)
 
     def settle(self, one: Ticket, error: GatewayError | None) -> None:
@@ -119,12 +119,12 @@ class Overload(RuleBasedStateMachine):
         rivals = [t for t in self.waiting if t.model == one.model and t.deadline > self.now]
         assert not any(t.client is one.client and t.number < one.number for t in rivals), "first come, first served"
         assert not any(t.client.level.priority > one.client.level.priority for t in rivals)
-        if one.reservation is not None:  # its leases come in the place of what was kept for it
+        if one.reservation is not None:  # its leases replace the reservation that was kept for it
             one.reservation.release()
             one.reservation = None
         self.running[one] = self.slots.reserve(one) if self.slots else None
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def no_bound_is_exceeded(self) -> None:
@@ -144,7 +144,7 @@ class Overload(RuleBasedStateMachine):
                 assert self.slots.taken[model] == len(mine) <= self.slots.places[model]
 
     @invariant()
-    def nobody_waits_while_there_is_room_for_the_next(self) -> None:
+    def no_request_waits_while_there_is_capacity_for_the_next(self) -> None:
         requests, tokens, _, _ = self.bounds
         blocked: set[str | None] = set()
         while (following := self.plan._queue.first(blocked)) is not None:
@@ -155,7 +155,7 @@ class Overload(RuleBasedStateMachine):
             break
 
     @invariant()
-    def nobody_waits_past_its_deadline_and_everyone_is_told_once(self) -> None:
+    def no_request_waits_past_its_deadline_and_each_is_answered_once(self) -> None:
         assert all(t.deadline > self.now for t in self.waiting)
         assert set(self.told.values()) <= {1}
 

@@ -1,4 +1,4 @@
-"""Who is next."""
+"""The order in which waiting requests start."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_higher_priority_goes_first_always(arrivals: list[tuple[int, int]]) ->
     assert priorities == sorted(priorities, reverse=True)
 
 
-def test_who_was_idle_does_not_catch_up_and_who_used_what_was_free_does_not_pay() -> None:
+def test_idle_clients_do_not_catch_up_and_clients_that_used_free_capacity_are_not_charged() -> None:
     level, queue = Level(0), FairQueue()
     busy, idle = client("busy", level), client("idle", level)
     for _ in range(1000):
@@ -86,7 +86,7 @@ def test_who_was_idle_does_not_catch_up_and_who_used_what_was_free_does_not_pay(
     assert Counter(names[:10]) == {"busy": 5, "idle": 5}
 
 
-def test_who_gives_up_waiting_has_cost_its_client_nothing() -> None:
+def test_a_request_that_leaves_the_queue_is_not_charged_to_its_client() -> None:
     level, queue = Level(0), FairQueue()
     a, b = client("a", level), client("b", level)
     impatient = [ticket(a, 1000) for _ in range(50)]
@@ -107,7 +107,7 @@ def test_a_clients_queue_that_empties_and_fills_again_keeps_one_place() -> None:
     assert sorted(t.client.name for t in drain(queue)) == ["a"] + ["b"] * 5
 
 
-def test_a_request_that_claims_endless_tokens_does_not_blow_up_the_tags() -> None:
+def test_a_request_with_an_enormous_number_of_tokens_does_not_overflow_the_tags() -> None:
     level = Level(0)
     liar, other = client("liar", level), client("other", level)
     charge(ticket(liar, 10**30), start_tag(liar))
@@ -115,7 +115,7 @@ def test_a_request_that_claims_endless_tokens_does_not_blow_up_the_tags() -> Non
     assert level.virtual <= 2**20 and start_tag(other) == level.virtual
 
 
-def test_another_lane_may_go_on_while_one_is_blocked() -> None:
+def test_requests_for_other_models_go_on_while_one_model_is_blocked() -> None:
     queue, one = FairQueue(), client()
     fill(queue, first := ticket(one, model="m"), other := ticket(one, model="n"))
     assert queue.first(()) is first
@@ -123,10 +123,10 @@ def test_another_lane_may_go_on_while_one_is_blocked() -> None:
     assert queue.first({"m", "n"}) is None
 
 
-# What a newcomer may expect
+# What a new request may expect
 
 
-def test_those_ahead_are_counted_in_the_order_in_which_they_will_go() -> None:
+def test_requests_ahead_are_counted_in_the_order_in_which_they_will_start() -> None:
     level, queue = Level(0), FairQueue()
     hog, light, urgent = client("hog", level), client("light", level), client("urgent", Level(1))
     fill(queue, *(ticket(hog, 100) for _ in range(100)))
@@ -140,7 +140,7 @@ def test_those_ahead_are_counted_in_the_order_in_which_they_will_go() -> None:
 
 @settings(deadline=None)
 @given(SIZES, SIZES, WEIGHTS, st.integers(1, 1000))
-def test_the_count_of_those_ahead_is_never_more_than_all(
+def test_the_count_of_requests_ahead_never_exceeds_the_queue(
     sizes_a: list[int], sizes_b: list[int], weight: float, tokens: int
 ) -> None:
     level, queue = Level(0), FairQueue()
@@ -149,7 +149,7 @@ def test_the_count_of_those_ahead_is_never_more_than_all(
     assert len(sizes_b) <= queue.ahead(ticket(b, tokens)) <= queue.count
 
 
-def test_the_last_in_turn_is_displaced_and_not_the_newcomer_when_it_would_go_before() -> None:
+def test_a_new_request_that_would_start_before_the_last_in_turn_displaces_it() -> None:
     level, queue = Level(0), FairQueue()
     hog, light, low = client("hog", level), client("light", level), client("low", Level(-1))
     tickets = [ticket(hog, 100) for _ in range(10)]
@@ -174,7 +174,7 @@ def test_of_one_clients_requests_the_one_that_must_start_first_goes_first() -> N
     assert drain(queue) == [soon, late, hopeless]
 
 
-def test_a_targets_urgency_takes_nothing_from_other_clients() -> None:
+def test_a_request_with_an_urgent_target_does_not_pass_other_clients_requests() -> None:
     level, queue = Level(0), FairQueue()
     hasty, patient = client("hasty", level), client("patient", level)
     fill(queue, *(urgent(patient, inf) for _ in range(4)), *(urgent(hasty, float(n)) for n in range(4)))
@@ -182,7 +182,7 @@ def test_a_targets_urgency_takes_nothing_from_other_clients() -> None:
     assert order[:4].count("hasty") == 2 and order[:6].count("hasty") == 3
 
 
-def test_who_is_put_behind_goes_last_of_its_own_and_keeps_its_clients_share() -> None:
+def test_a_best_effort_request_goes_last_of_its_clients_and_keeps_its_clients_share() -> None:
     level, queue = Level(0), FairQueue()
     one, other = client("one", level), client("other", level)
     first, second, third = urgent(one, 1.0), urgent(one, 2.0), urgent(other, inf)
@@ -193,7 +193,9 @@ def test_who_is_put_behind_goes_last_of_its_own_and_keeps_its_clients_share() ->
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.booleans(), st.sampled_from("prt")), max_size=40))
-def test_the_order_holds_whoever_comes_leaves_or_is_made_best_effort(steps: list[tuple[int, int, bool, str]]) -> None:
+def test_the_order_holds_whichever_requests_arrive_leave_or_become_best_effort(
+    steps: list[tuple[int, int, bool, str]],
+) -> None:
     level, queue = Level(0), FairQueue()
     clients = [client(str(n), level) for n in range(3)]
     waiting: list[Ticket] = []

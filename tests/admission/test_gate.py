@@ -1,4 +1,4 @@
-"""The gate every request passes."""
+"""The gate that every request passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PATIENCE = 5.0
 
 
 async def request(gate: Gate, begun: asyncio.Event, end: asyncio.Event) -> str:
-    """One request's life: how it ended."""
+    """Run one request through the gate; returns how it ended."""
     task = asyncio.current_task()
     assert task is not None
     try:
@@ -30,7 +30,7 @@ async def request(gate: Gate, begun: asyncio.Event, end: asyncio.Event) -> str:
 
 
 async def begin(gate: Gate, end: asyncio.Event) -> asyncio.Task[str]:
-    """A request that is inside."""
+    """Start a request; returns once it is inside the gate."""
     begun = asyncio.Event()
     task = asyncio.create_task(request(gate, begun, end))
     async with asyncio.timeout(PATIENCE):
@@ -38,7 +38,7 @@ async def begin(gate: Gate, end: asyncio.Event) -> asyncio.Task[str]:
     return task
 
 
-async def test_it_counts_those_inside() -> None:
+async def test_the_gate_counts_the_requests_inside() -> None:
     gate, end = Gate(), asyncio.Event()
     tasks = [await begin(gate, end) for _ in range(3)]
     assert gate.inside == 3
@@ -51,14 +51,14 @@ async def test_an_empty_gate_is_empty_at_once() -> None:
     assert await Gate().empty(0.01)
 
 
-async def test_a_closed_gate_lets_nobody_in_and_says_when_to_try_again() -> None:
+async def test_a_closed_gate_refuses_requests_and_says_when_to_try_again() -> None:
     gate = Gate()
     gate.closed = True
     assert await request(gate, asyncio.Event(), asyncio.Event()) == "refused"
     assert gate.inside == 0
 
 
-async def test_a_refused_request_does_not_end_the_wait_for_those_inside() -> None:
+async def test_a_refused_request_does_not_end_the_wait_for_requests_inside() -> None:
     gate, end = Gate(), asyncio.Event()
     task = await begin(gate, end)
     gate.closed = True
@@ -90,7 +90,7 @@ async def test_waiting_for_an_empty_gate_ends_when_the_last_one_leaves() -> None
     assert await waiting
 
 
-async def test_eviction_cancels_everyone_inside_and_nobody_else() -> None:
+async def test_eviction_cancels_exactly_the_requests_inside() -> None:
     gate, end = Gate(), asyncio.Event()
     tasks = [await begin(gate, end) for _ in range(2)]
     bystander = asyncio.create_task(end.wait())

@@ -1,4 +1,4 @@
-"""Goodput under overload over time, exactly: requests, slots and a clock that are all simulated."""
+"""Goodput under overload over time, exactly: requests, slots and the clock are all simulated."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ RAMP = 60.0
 
 
 class Service:
-    """Requests that come at random at a multiple of what `SLOTS` slots can serve, and run as long as their tokens say.
+    """Requests that arrive at random at a multiple of what `SLOTS` slots can serve, and run as long as their tokens
+    say.
 
     Attributes:
         busy: slot-seconds of work done after the ramp.
-        waits: seconds that those who were let in had waited.
-        early, late: refusals at once, and out of the queue.
+        waits: seconds that admitted requests had waited.
+        early, late: refusals on arrival, and out of the queue.
     """
 
     def __init__(self, load: float, *, heavy_tail: bool, seed: int) -> None:
@@ -44,7 +45,7 @@ class Service:
         self.early, self.late = 0, 0
 
     def seconds(self) -> float:
-        """How long a request runs: evenly long, or one in a hundred for a minute and the rest shortly."""
+        """How long a request runs: all the same time, or one in a hundred for a minute and the others briefly."""
         if not self.heavy_tail:
             return self.random.uniform(0.5 * MEAN, 1.5 * MEAN)
         return 60.0 if self.random.random() < 0.01 else (MEAN - 0.6) / 0.99
@@ -93,20 +94,20 @@ class Service:
 
 @pytest.mark.parametrize("heavy_tail", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_at_five_times_capacity_every_slot_is_at_work_and_most_refusals_come_at_once(
+def test_at_five_times_capacity_every_slot_is_busy_and_most_refusals_come_on_arrival(
     seed: int, heavy_tail: bool
 ) -> None:
     service = Service(5.0, heavy_tail=heavy_tail, seed=seed)
     service.run()
     assert service.busy >= 0.99 * SLOTS * (SECONDS - RAMP)
     assert max(service.waits) < PATIENCE
-    # The queue is as long as it takes to use the timeout there is, and no longer.
+    # The queue is as long as the timeout allows, and no longer.
     assert service.most_waiting < 6 * PATIENCE * CAPACITY
     assert service.late < 0.1 * service.early
     assert (service.plan.requests, service.plan.waiting) == (0, 0)
 
 
-def test_below_capacity_nobody_is_refused() -> None:
+def test_below_capacity_no_request_is_refused() -> None:
     service = Service(0.8, heavy_tail=False, seed=1)
     service.run()
     assert (service.early, service.late) == (0, 0)

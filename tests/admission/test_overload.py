@@ -1,9 +1,9 @@
-"""Overload at five times capacity: goodput stays, memory is bounded, and nobody is kept waiting for a no.
+"""Overload at five times capacity: goodput stays, memory is bounded, and refusals come early.
 
 The engines' step time dominates: a slot serves a request in about a second, and the load is a few per cent of what the
-gateway can relay. Goodput is counted in tokens for each step of the decode engine, of answers that clients got whole
-(every request that is let in ends well here), and waits by a clock that does not run while the whole machine stalls: so
-neither says anything of what else this machine does. `test_goodput.py` holds the same promise over time, exactly.
+gateway can relay. Goodput is counted in tokens for each step of the decode engine, of answers that clients received
+whole (every admitted request ends well here), and waits are measured by a clock that does not run while the whole
+machine stalls. So neither depends on other load on this machine. `test_goodput.py` tests the same over time, exactly.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from tests.support import Running, chat, pools, until
 CHAT = "/v1/chat/completions"
 SLOTS = 8
 STEP = 0.04
-LENGTHS = (18, 24, 30, 21, 27)  # tokens; mixed, so that slots do not turn in step
+LENGTHS = (18, 24, 30, 21, 27)  # tokens; mixed, so that slots do not become free in step
 CAPACITY = SLOTS / STEP / (sum(LENGTHS) / len(LENGTHS))  # requests a second
-PATIENCE = 2.5  # seconds in the queue
+PATIENCE = 2.5  # seconds that a client waits in the queue
 QUEUE = 24
 STEPS = 100  # of each measurement
 RAMP = 25  # steps before it
-LATE = 0.5  # seconds that this machine may take to tell
+LATE = 0.5  # seconds by which this machine may delay an answer
 
 
 class Clock:
-    """Seconds in which this process was at work: a longer stall counts as 10 ms."""
+    """Seconds in which this process was running: a longer stall counts as 10 ms."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -47,7 +47,7 @@ class Clock:
 
 @dataclass
 class Seen:
-    """What clients saw.
+    """What clients received.
 
     Attributes:
         refused: seconds until each refusal.
@@ -61,7 +61,7 @@ class Seen:
 
 
 async def ask(running: Running, seen: Seen, length: int) -> None:
-    """One request on a connection of its own; a light client, so that the machine's time is the gateway's."""
+    """One request on a connection of its own, by a client that needs little CPU time."""
     before = seen.clock.now
     body = json.dumps(chat(max_tokens=length, ignore_eos=True)).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
@@ -83,7 +83,7 @@ async def ask(running: Running, seen: Seen, length: int) -> None:
 
 
 async def goodput(decode: Simulator) -> float:
-    """Tokens a step over `STEPS`, after a ramp."""
+    """Tokens for each step over `STEPS`, after a ramp."""
     stats, first = decode.engine.stats, decode.engine.stats.steps + RAMP
     await until(lambda: stats.steps >= first, PATIENCE * 10)
     steps, tokens = stats.steps, stats.generation_tokens
@@ -92,7 +92,7 @@ async def goodput(decode: Simulator) -> float:
 
 
 async def peak(running: Running, decode: Simulator, clock: Clock) -> float:
-    """Goodput with every slot full and nobody else there."""
+    """Goodput with every slot full and no other request."""
     seen, lengths = Seen(clock), itertools.cycle(LENGTHS)
     measured = asyncio.create_task(goodput(decode))
 
@@ -106,7 +106,7 @@ async def peak(running: Running, decode: Simulator, clock: Clock) -> float:
 
 
 @pytest.mark.slow
-async def test_at_five_times_capacity_goodput_stays_and_refusals_are_early_and_honest() -> None:
+async def test_at_five_times_capacity_goodput_stays_and_refusals_are_early_and_their_retry_after_is_right() -> None:
     bounds = {"decode_requests": SLOTS, "queue": QUEUE, "queue_timeout": PATIENCE}
     engine = {"step_time": STEP, "max_num_seqs": 4 * SLOTS}
     async with pools(1, 1, engine=engine, admission=bounds) as (running, _, [decode]):
@@ -132,7 +132,7 @@ async def test_at_five_times_capacity_goodput_stays_and_refusals_are_early_and_h
         assert max(seen.refused) < PATIENCE + LATE, "nobody waits past its deadline"
         early = [seconds for seconds in seen.refused if seconds < LATE]
         assert len(early) > 0.5 * len(seen.refused), "who cannot make it is told so at once"
-        # What the gateway holds is bounded by its settings while the load lasts, and gone afterwards.
+        # What the gateway holds is bounded by its settings while the load lasts, and released afterwards.
         assert most["waiting"] <= QUEUE and most["running"] <= SLOTS and most["decode"] <= SLOTS
         assert (door.requests, door.tokens, door.waiting) == (0, 0, 0)
         metrics = await running.metrics()

@@ -1,4 +1,4 @@
-"""How fast the queue empties."""
+"""The pace at which the queue empties."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pd_proxy.admission.pace import Pace
 
 
 def steady(rate: float, requests: int, start: float = 0.0) -> tuple[Pace, float]:
-    """A pace after so many requests a second, and the time by then."""
+    """A pace after a number of requests a second, and the time by then."""
     pace, now = Pace(), start
     pace.note_waiting(True, now)
     for _ in range(requests):
@@ -18,7 +18,7 @@ def steady(rate: float, requests: int, start: float = 0.0) -> tuple[Pace, float]
     return pace, now
 
 
-def test_without_enough_to_go_by_there_is_no_rate_and_the_soonest_retry() -> None:
+def test_without_enough_observations_there_is_no_rate_and_retry_after_is_the_minimum() -> None:
     pace, now = steady(1.0, 4)
     assert pace.seconds(10, now) is None
     assert pace.retry_after(1000, now) == 1
@@ -47,7 +47,7 @@ def test_time_without_a_queue_does_not_count() -> None:
     assert pace.seconds(10, now) == pytest.approx(1.0)
 
 
-def test_batches_do_not_make_it_jump() -> None:
+def test_batches_do_not_make_the_rate_jump() -> None:
     pace, now = Pace(), 0.0
     pace.note_waiting(True, now)
     for _ in range(20):  # 16 requests end together every second
@@ -58,7 +58,7 @@ def test_batches_do_not_make_it_jump() -> None:
     assert seconds == pytest.approx(1.0, rel=0.1)
 
 
-def test_it_follows_a_pool_that_shrinks() -> None:
+def test_the_rate_follows_a_pool_that_shrinks() -> None:
     pace, now = steady(100.0, 3000)
     for _ in range(200):
         now += 0.1
@@ -66,7 +66,7 @@ def test_it_follows_a_pool_that_shrinks() -> None:
     assert pace.seconds(10, now) == pytest.approx(1.0, rel=0.25)
 
 
-def test_a_queue_that_stands_still_gets_slower_and_is_forgiven_soon_after() -> None:
+def test_the_rate_falls_while_the_queue_stands_still_and_recovers_soon_after() -> None:
     pace, now = steady(10.0, 200)
     pace.note_waiting(True, now)
     for longer in (20, 100):

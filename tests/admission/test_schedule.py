@@ -21,7 +21,7 @@ def refusal(kind: type[GatewayError]) -> pytest.RaisesContext[GatewayError]:
     return pytest.raises(kind)
 
 
-def test_what_fits_starts_at_once_and_what_does_not_waits() -> None:
+def test_a_request_that_fits_starts_at_once_and_one_that_does_not_waits() -> None:
     plan, one, told = schedule(requests=2, tokens=25), client(), Told()
     first, second = ticket(one, 10), ticket(one, 10)
     plan.arrive(first)
@@ -56,7 +56,7 @@ def test_a_large_head_is_not_passed_by_small_ones_and_gets_its_turn() -> None:
     assert told.let_in == [large, small]
 
 
-def test_a_newcomer_does_not_pass_those_who_wait() -> None:
+def test_a_new_request_does_not_pass_waiting_ones() -> None:
     plan, one = schedule(tokens=10), client()
     plan.arrive(ticket(one, 8))
     plan.arrive(ticket(one, 8))
@@ -65,7 +65,7 @@ def test_a_newcomer_does_not_pass_those_who_wait() -> None:
     assert newcomer.state == "waiting"
 
 
-def test_what_could_never_fit_is_refused_with_no_time_to_come_back() -> None:
+def test_a_request_that_could_never_fit_is_refused_without_retry_after() -> None:
     for settings in ({"tokens": 100}, {"decode_tokens": 100}, {"decode_tokens": 100, "tokens": 1000}):
         plan, one = schedule(**settings), client()
         with refusal(TooManyTokens) as caught:
@@ -74,7 +74,7 @@ def test_what_could_never_fit_is_refused_with_no_time_to_come_back() -> None:
         assert (one.requests, one.tokens) == (0, 0)
 
 
-def test_a_clients_own_bounds_count_what_waits_and_answer_429() -> None:
+def test_a_clients_own_bounds_include_waiting_requests_and_lead_to_429() -> None:
     plan, one = schedule(requests=1), client(max_requests=2, max_tokens=100)
     with refusal(TooManyTokens):
         plan.arrive(ticket(one, 101))
@@ -106,7 +106,7 @@ def test_the_retry_after_of_a_client_is_the_time_until_one_of_its_own_ends() -> 
 # The queue's bounds
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+def test_a_full_queue_refuses_with_retry_after() -> None:
     plan, one = schedule(requests=1, queue=2), client()
     for _ in range(3):
         plan.arrive(ticket(one))
@@ -116,14 +116,14 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     assert (plan.waiting, one.requests) == (2, 3)
 
 
-def test_a_queue_of_no_length_refuses_what_cannot_start() -> None:
+def test_a_queue_of_length_zero_refuses_what_cannot_start() -> None:
     plan, one = schedule(requests=1, queue=0), client()
     plan.arrive(ticket(one))
     with refusal(QueueFull):
         plan.arrive(ticket(client("b", Level(1))))
 
 
-def test_the_bodies_of_those_who_wait_are_bounded() -> None:
+def test_the_bodies_of_waiting_requests_are_bounded() -> None:
     plan, one = schedule(requests=1, queue_bytes=1000), client()
     plan.arrive(ticket(one, size=10**9))
     plan.arrive(ticket(one, size=600))
@@ -132,7 +132,7 @@ def test_the_bodies_of_those_who_wait_are_bounded() -> None:
     plan.arrive(ticket(one, size=400))
 
 
-def test_one_client_cannot_keep_others_out_of_a_full_queue() -> None:
+def test_one_client_cannot_fill_the_queue_against_others() -> None:
     plan, told, level = schedule(requests=1, queue=3), Told(), Level(0)
     hog, light = client("hog", level), client("light", level)
     plan.arrive(ticket(hog))
@@ -171,7 +171,7 @@ def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> None:
     assert hurried.state == "waiting", "another key's share comes sooner"
 
 
-def test_a_queue_that_is_empty_may_be_tried_however_slow_it_was() -> None:
+def test_an_empty_queue_accepts_a_request_however_slow_it_was() -> None:
     plan, one, now = schedule(requests=1), client(), 0.0
     plan.arrive(running := ticket(one))
     told = Told()
@@ -188,7 +188,7 @@ def test_a_queue_that_is_empty_may_be_tried_however_slow_it_was() -> None:
         plan.arrive(ticket(one, now=now, timeout=5.0))
 
 
-def test_who_waits_past_its_deadline_is_told_and_never_let_in() -> None:
+def test_a_request_past_its_deadline_is_refused_and_never_let_in() -> None:
     plan, one, told = schedule(requests=1), client(), Told()
     plan.arrive(running := ticket(one))
     plan.arrive(late := told.listen(ticket(one, timeout=5.0)))
@@ -200,7 +200,7 @@ def test_who_waits_past_its_deadline_is_told_and_never_let_in() -> None:
     assert later.state == "running", "a timer that comes too late changes nothing"
 
 
-# Room on backends
+# Capacity of backends
 
 
 def test_requests_for_other_models_go_on_while_one_is_full() -> None:
@@ -221,7 +221,7 @@ def test_requests_for_other_models_go_on_while_one_is_full() -> None:
     assert capacity.taken["m"] == 0
 
 
-def test_a_head_that_has_a_backend_but_no_room_in_all_holds_up_every_lane() -> None:
+def test_a_head_without_room_under_the_total_bound_holds_up_every_model() -> None:
     capacity = Slots({"m": 5})
     plan, one, told = schedule(capacity, tokens=100), client(), Told()
     plan.arrive(ticket(one, 50))
@@ -234,7 +234,7 @@ def test_a_head_that_has_a_backend_but_no_room_in_all_holds_up_every_lane() -> N
 # Ends
 
 
-def test_leaving_gives_back_once_in_every_state() -> None:
+def test_leaving_releases_exactly_once_in_every_state() -> None:
     plan, one, told = schedule(requests=1), client(), Told()
     running, waiting = ticket(one), told.listen(ticket(one))
     plan.leave(ticket(one), 0.0)
@@ -247,7 +247,7 @@ def test_leaving_gives_back_once_in_every_state() -> None:
     assert told.all == []
 
 
-def test_all_who_wait_can_be_turned_away() -> None:
+def test_all_waiting_requests_can_be_refused() -> None:
     plan, one, told = schedule(requests=1), client(), Told()
     plan.arrive(ticket(one))
     waiting = [told.listen(ticket(one)) for _ in range(3)]
@@ -258,10 +258,10 @@ def test_all_who_wait_can_be_turned_away() -> None:
     assert (plan.waiting, plan.requests) == (0, 1)
 
 
-# Shares and pace, as the schedule keeps them
+# Shares and pace, as the schedule counts them
 
 
-def test_keys_share_by_weight_in_what_is_let_in_from_the_queue() -> None:
+def test_clients_share_by_weight_in_what_is_let_in_from_the_queue() -> None:
     plan, told, level = schedule(requests=1), Told(), Level(0)
     light, heavy = client("light", level), client("heavy", level, weight=3.0)
     plan.arrive(running := ticket(light))
@@ -276,7 +276,7 @@ def test_keys_share_by_weight_in_what_is_let_in_from_the_queue() -> None:
     assert abs(sum(t.client is heavy for t in told.let_in) - 30) <= 1
 
 
-def test_time_after_the_last_one_gave_up_waiting_is_no_slowness() -> None:
+def test_time_with_an_empty_queue_does_not_lower_the_pace() -> None:
     plan, one, told, now = schedule(requests=1), client(), Told(), 0.0
     plan.arrive(running := ticket(one))
     for _ in range(10):
@@ -294,7 +294,7 @@ def test_time_after_the_last_one_gave_up_waiting_is_no_slowness() -> None:
         assert new.state == "waiting"
 
 
-def test_who_would_get_the_first_token_late_is_refused_at_once_where_that_is_set() -> None:
+def test_a_request_that_would_miss_its_ttft_target_is_refused_at_once_where_that_is_set() -> None:
     plan, one = schedule(slo="refuse"), client(target=1.0)
     plan.arrive(ticket(one, expected=0.9))
     with refusal(TargetMissed) as caught:
@@ -303,7 +303,7 @@ def test_who_would_get_the_first_token_late_is_refused_at_once_where_that_is_set
     assert (one.requests, plan.requests, plan.waiting) == (1, 1, 0)
 
 
-def test_without_a_target_or_with_slo_off_nobody_is_late() -> None:
+def test_without_a_target_or_with_slo_off_no_request_is_late() -> None:
     hopeless = ticket(client(), expected=1e9)
     schedule(slo="refuse").arrive(hopeless)
     other = ticket(client(target=0.1), expected=1e9)
@@ -312,7 +312,7 @@ def test_without_a_target_or_with_slo_off_nobody_is_late() -> None:
     assert not (hopeless.best_effort or other.best_effort)
 
 
-def test_what_has_become_late_in_the_queue_is_refused_when_it_is_its_turn() -> None:
+def test_a_request_that_has_become_late_in_the_queue_is_refused_when_it_is_its_turn() -> None:
     plan, one, told = schedule(slo="refuse", requests=1), client(target=1.0), Told()
     running = ticket(one)
     plan.arrive(running)
@@ -326,7 +326,7 @@ def test_what_has_become_late_in_the_queue_is_refused_when_it_is_its_turn() -> N
     assert (one.requests, plan.requests, plan.waiting) == (0, 0, 0)
 
 
-def test_best_effort_goes_behind_those_that_can_meet_their_target_and_is_served() -> None:
+def test_with_best_effort_a_late_request_goes_behind_those_that_can_meet_their_target() -> None:
     plan, one, told = schedule(slo="best_effort", requests=1), client(target=1.0), Told()
     running = ticket(one)
     plan.arrive(running)
@@ -345,7 +345,7 @@ def test_best_effort_goes_behind_those_that_can_meet_their_target_and_is_served(
     assert late.best_effort and told.refused == []
 
 
-def test_a_queue_that_is_too_slow_for_the_target_is_seen_on_arrival() -> None:
+def test_a_queue_that_is_too_slow_for_the_target_leads_to_refusal_on_arrival() -> None:
     plan, one, told = schedule(slo="refuse", requests=1, queue_timeout=100.0), client(target=10.0), Told()
     now, running = 0.0, ticket(one)
     plan.arrive(running)
