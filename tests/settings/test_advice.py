@@ -1,4 +1,4 @@
-"""Settings that are allowed and probably not meant."""
+"""Settings that are valid but probably a mistake."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def warned(**values: Any) -> list[tuple[str, str]]:
         {"mixed": ["127.0.0.1:8000"], "host": "10.0.0.1", "api_keys": ["k"]},
     ],
 )
-def test_what_is_good_gets_no_warning(values: dict[str, Any]) -> None:
+def test_good_settings_get_no_warning(values: dict[str, Any]) -> None:
     assert warned(**values) == []
 
 
@@ -74,13 +74,13 @@ def test_what_is_good_gets_no_warning(values: dict[str, Any]) -> None:
         ({"mixed": ["m:1", "localhost:8000"], "host": "::1"}, "mixed.1", "where this gateway listens itself"),
     ],
 )
-def test_what_is_probably_not_meant_gets_one_warning(values: dict[str, Any], setting: str, says: str) -> None:
+def test_probable_mistakes_get_one_warning_each(values: dict[str, Any], setting: str, says: str) -> None:
     ((about, text),) = warned(**values)
     assert about == setting
     assert says in text
 
 
-def test_engines_that_register_too_seldom_are_warned_of() -> None:
+def test_a_registration_interval_that_is_too_long_gets_a_warning() -> None:
     zmq = {"registrations": "10.0.0.9:1", "expiry": 2}
     (warning,) = warned(**PAIR, connector="p2p_nccl", zmq=zmq)
     assert warning[0] == "zmq.expiry"

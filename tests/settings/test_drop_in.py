@@ -1,4 +1,4 @@
-"""The flags of the example script (vllm-ascend's load_balance_proxy_server_example.py), as its users write them."""
+"""The flags of the example script (vllm-ascend's load_balance_proxy_server_example.py), as its users type them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def translated(line: str, **flags: Any) -> tuple[dict[str, Any], list[str]]:
-    """The settings and notices that a line of the script's flags becomes."""
+    """The settings and notices that a command line of the script becomes."""
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
     drop_in.add_arguments(parser)
     notices = drop_in.translate(parser.parse_args(line.split()), flags)
@@ -55,7 +55,7 @@ def test_hosts_and_ports_become_pools_as_the_script_makes_them(
     assert pools(line) == (prefill, decode)
 
 
-def test_without_its_flags_nothing_is_set() -> None:
+def test_without_the_scripts_flags_nothing_is_set() -> None:
     assert translated("") == ({}, [])
 
 
@@ -78,7 +78,7 @@ def test_lists_of_unequal_length_are_refused_and_the_remedy_is_named(line: str, 
     assert "repeat a host for each of its ports" in str(caught.value)
 
 
-def test_they_add_to_the_gateways_own_flags() -> None:
+def test_the_scripts_flags_add_to_the_gateways_own() -> None:
     flags, _ = translated("--prefiller-ports 1", prefill="http://x:9")
     assert flags["prefill"] == "http://x:9,http://localhost:1"
 
@@ -120,7 +120,7 @@ def test_the_waiting_interval_is_the_longest_wait() -> None:
         ("--max-waiting-retries 3", "--max-waiting-retries"),
     ],
 )
-def test_a_flag_without_effect_is_told_of(line: str, flag: str) -> None:
+def test_a_flag_without_effect_gets_a_notice(line: str, flag: str) -> None:
     flags, notices = translated(line)
     assert flags == {}
     (notice,) = notices
@@ -136,6 +136,6 @@ def test_log_levels_may_be_the_scripts(given_: str, level: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["--prefiller-ports one", "--max-retries few"])
-def test_what_is_no_number_is_refused(line: str) -> None:
+def test_values_that_are_no_numbers_are_refused(line: str) -> None:
     with pytest.raises((argparse.ArgumentError, SystemExit)):
         translated(line)

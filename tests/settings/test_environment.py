@@ -1,4 +1,4 @@
-"""Variables with our prefix: settings, Kubernetes' own, and what is neither."""
+"""Variables with the prefix PD_PROXY_: settings, Kubernetes' own, and unknown ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def read(**environment: str) -> Variables:
 
 
 def service(name: str, address: str = "10.96.0.7", port: int = 8000, port_name: str = "http") -> dict[str, str]:
-    """What Kubernetes puts into a container's environment for one Service (its `pkg/kubelet/envvars`)."""
+    """The variables that Kubernetes sets in a container for one Service (its `pkg/kubelet/envvars`)."""
     prefix = name.upper().replace("-", "_")
     link = f"[{address}]" if ":" in address else address
     tcp = f"{prefix}_PORT_{port}_TCP"
@@ -38,7 +38,7 @@ SERVICES = [
 
 @pytest.mark.parametrize("address", ["10.96.0.7", "fd00::7"])
 @pytest.mark.parametrize("name", SERVICES)
-def test_what_kubernetes_makes_of_a_service_is_ignored_with_one_note(name: str, address: str) -> None:
+def test_variables_that_kubernetes_sets_for_a_service_are_ignored_with_one_note(name: str, address: str) -> None:
     environment = {**service(name, address), "PD_PROXY_LOG_LEVEL": "debug"}
     found = gather({}, None, environment)
     assert found.settings == configure({"log_level": "debug"}, None, {})
@@ -81,7 +81,7 @@ def test_the_port_may_still_be_set_in_the_file_or_by_a_flag() -> None:
         ("pd_proxy_service_host", "10.0.0.1"),
     ],
 )
-def test_what_only_looks_alike_is_an_error_as_before(name: str, value: str) -> None:
+def test_variables_that_only_look_like_kubernetes_own_are_errors(name: str, value: str) -> None:
     assert not is_service(name, value)
     with pytest.raises(ConfigurationError, match=f"{name}: no such setting"):
         configure({}, None, {name: value})
@@ -117,7 +117,7 @@ def test_a_group_may_be_one_json_variable_and_its_members_win() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "[1]", "{bad", '{"idle": 1, "idle": 2}', "[" * 100_000])
-def test_a_group_that_is_no_json_object_is_said(text: str) -> None:
+def test_a_group_that_is_no_json_object_is_an_error(text: str) -> None:
     assert read(PD_PROXY_TIMEOUTS=text).problems == [
         'PD_PROXY_TIMEOUTS: timeouts: as one variable a group is a JSON object, such as {"member": 1}'
     ]

@@ -1,4 +1,4 @@
-"""What is read of a settings file, and what is done without one."""
+"""Reading a settings file, and starting without one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_lines_are_noted_for_every_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_gateway_without_one_does_without_a_reader_of_yaml() -> None:
+def test_a_gateway_without_a_settings_file_does_not_import_yaml() -> None:
     said = "import sys, pd_proxy.cli, pd_proxy.process; pd_proxy.cli.gather({}); print('yaml' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "False\n"

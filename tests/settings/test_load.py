@@ -1,4 +1,4 @@
-"""From a file, the environment and flags to settings, and what is said when that fails."""
+"""Settings from a file, the environment and flags, and the messages where that fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Write = Callable[[str], Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes the settings file."""
+    """Write the settings file."""
 
     def write(text: str) -> Path:
         path = tmp_path / "gateway.yaml"
@@ -33,7 +33,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def wrong(flags: dict[str, Any], file: Path | None = None) -> list[str]:
-    """The lines of what is wrong, without the folder of the file."""
+    """The lines of the error message, without the folder of the file."""
     with pytest.raises(ConfigurationError) as caught:
         configure(flags, file, os.environ)
     folder = f"{file.parent}/" if file else "\0"
@@ -79,7 +79,7 @@ def test_the_environment_may_name_the_file_and_a_flag_another(
     assert configure({}, write("port: 2"), os.environ).port == 2
 
 
-def test_without_anything_the_defaults_hold() -> None:
+def test_without_any_source_the_defaults_apply() -> None:
     assert configure({}, None, {}).port == 8000
 
 
@@ -96,15 +96,15 @@ def test_a_group_may_be_one_json_variable(monkeypatch: pytest.MonkeyPatch) -> No
 # Files that cannot be read
 
 
-def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     assert wrong({}, tmp_path / "none.yaml") == ["none.yaml: No such file or directory"]
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_the_file_is_an_error(tmp_path: Path) -> None:
     assert wrong({}, tmp_path / ".." / tmp_path.name) == [f"{tmp_path.name}: Is a directory"]
 
 
-def test_bytes_are_no_file(tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "gateway.yaml"
     path.write_bytes(b"host: \xff\xfe")
     assert wrong({}, path) == ["gateway.yaml:1: it is not UTF-8 text"]
@@ -120,7 +120,7 @@ def test_bytes_are_no_file(tmp_path: Path) -> None:
         ("? [a]\n: 1", "gateway.yaml:1:3: not YAML: "),
     ],
 )
-def test_what_is_not_yaml_is_said_with_line_and_column(write: Write, text: str, line: str) -> None:
+def test_invalid_yaml_is_reported_with_line_and_column(write: Write, text: str, line: str) -> None:
     (said,) = wrong({}, write(text))
     assert said.startswith(line)
 
@@ -130,7 +130,7 @@ def test_a_file_that_is_no_mapping_is_refused(write: Write, text: str) -> None:
     assert wrong({}, write(text)) == ["gateway.yaml:1: a settings file is a mapping of names to values"]
 
 
-# What is wrong, and where
+# Wrong values and their places
 
 
 @pytest.mark.parametrize(
@@ -168,12 +168,12 @@ def test_a_file_that_is_no_mapping_is_refused(write: Write, text: str) -> None:
         ("decode: [a:1]\nmixed: [a:1]", "gateway.yaml:2: http://a:1 is listed under decode and under mixed"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_said_with_its_line(write: Write, text: str, said: str) -> None:
+def test_a_wrong_value_in_a_file_is_reported_with_its_line(write: Write, text: str, said: str) -> None:
     (line,) = wrong({}, write(text))
     assert line.startswith(said)
 
 
-def test_everything_that_is_wrong_is_said_at_once(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_errors_are_reported_at_once(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PD_PROXY_PROT", "1")
     monkeypatch.setenv("PD_PROXY_LIMITS__ANSWER", "few")
     lines = wrong({"retries": {"attempts": "0"}}, write("hots: a\ntimeouts:\n  idle: 0\n"))
@@ -186,7 +186,7 @@ def test_everything_that_is_wrong_is_said_at_once(write: Write, monkeypatch: pyt
     ]
 
 
-def test_an_unknown_variable_is_said_with_what_it_may_have_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_variable_is_reported_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PD_PROXY_TIMEOUT__PREFILL", "1")
     monkeypatch.setenv("PD_PROXY_HOTS", "1")
     assert wrong({}) == [
@@ -218,13 +218,13 @@ def test_a_variable_that_is_like_no_setting_gets_no_suggestion(monkeypatch: pyte
     assert wrong({}) == ["PD_PROXY_XYZZY: no such setting"]
 
 
-def test_a_wrong_flag_is_said_by_its_name() -> None:
+def test_a_wrong_flag_is_reported_by_its_name() -> None:
     assert wrong({"port": "99999"}) == ["flag --port: port: must be at most 65535, not '99999'"]
     (line,) = wrong({"prot": "1"})
     assert line == "flag --prot: prot: no such setting (did you mean port?)"
 
 
-def test_a_wrong_variable_is_said_by_its_name_though_the_file_has_the_setting_too(
+def test_a_wrong_variable_is_reported_by_its_name_though_the_file_has_the_setting_too(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PD_PROXY_TIMEOUTS__IDLE", "-1")
@@ -232,7 +232,7 @@ def test_a_wrong_variable_is_said_by_its_name_though_the_file_has_the_setting_to
     assert line.startswith("PD_PROXY_TIMEOUTS__IDLE: timeouts.idle: ")
 
 
-def test_a_variable_that_is_no_json_where_that_is_wanted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_must_be_json_and_is_not_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PD_PROXY_POLICY", "{bad")
     (line,) = wrong({})
     assert "policy" in line
@@ -252,11 +252,11 @@ def test_a_variable_that_is_no_json_where_that_is_wanted_is_said(monkeypatch: py
         "decode: ['http://me:424242@a:1']",
     ],
 )
-def test_what_is_wrong_with_a_secret_is_said_without_it(write: Write, text: str) -> None:
+def test_an_error_in_a_secret_is_reported_without_the_secret(write: Write, text: str) -> None:
     assert "424242" not in "\n".join(wrong({}, write(text)))
 
 
-# One thing said twice, and names with their group before them
+# One name twice, and names with their group before them
 
 
 @pytest.mark.parametrize(
@@ -272,11 +272,11 @@ def test_what_is_wrong_with_a_secret_is_said_without_it(write: Write, text: str)
         ("aliases: {a: b, a: c}", "gateway.yaml:1: aliases.a: it is set in line 1 already"),
     ],
 )
-def test_what_a_file_says_twice_is_refused_with_both_lines(write: Write, text: str, said: str) -> None:
+def test_a_setting_that_a_file_has_twice_is_refused_with_both_lines(write: Write, text: str, said: str) -> None:
     assert wrong({}, write(text)) == [said]
 
 
-def test_every_line_that_says_something_again_is_said(write: Write) -> None:
+def test_every_line_that_repeats_a_setting_is_reported(write: Write) -> None:
     assert len(wrong({}, write("port: 1\nport: 2\nport: 3\nhost: a\nhost: b"))) == 3
 
 
@@ -294,7 +294,7 @@ def test_a_name_in_a_file_may_have_its_group_before_it(write: Write, text: str) 
     assert (timeouts.idle, timeouts.connect, timeouts.prefill) == (7.0, 2.0, 300.0)
 
 
-def test_what_is_wrong_with_a_name_with_its_group_is_said_with_its_line(write: Write) -> None:
+def test_an_error_in_a_name_with_its_group_is_reported_with_its_line(write: Write) -> None:
     assert wrong({}, write("port: 1\ntimeouts.idle: no")) == [
         "gateway.yaml:2: timeouts.idle: must be a number, not false"
     ]
@@ -310,7 +310,7 @@ def test_dots_in_the_names_of_models_are_no_groups(write: Write) -> None:
     assert configure({}, write("aliases: {gpt-4.1: org/m-1.5}"), {}).aliases == {"gpt-4.1": "org/m-1.5"}
 
 
-# In plain words
+# Messages in plain words
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_dots_in_the_names_of_models_are_no_groups(write: Write) -> None:
         ("default_model: 2026-13-45", "2026-13-45 is no date and no number; put text in quotes"),
     ],
 )
-def test_what_is_wrong_is_said_in_plain_words_and_with_its_line(write: Write, text: str, said: str) -> None:
+def test_errors_are_reported_in_plain_words_with_their_line(write: Write, text: str, said: str) -> None:
     (line,) = wrong({}, write(text))
     where, _, words = line.partition(": ")
     assert where.startswith("gateway.yaml:")
@@ -386,7 +386,7 @@ def test_what_is_wrong_is_said_in_plain_words_and_with_its_line(write: Write, te
         ),
     ],
 )
-def test_bytes_that_are_no_settings_are_said_with_their_line(tmp_path: Path, content: bytes, said: str) -> None:
+def test_unreadable_content_of_a_file_is_reported_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "gateway.yaml"
     path.write_bytes(content)
     assert wrong({}, path)[0] == said
@@ -414,14 +414,14 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
         ("resume: OFF", "resume", "off"),
     ],
 )
-def test_words_may_be_in_any_case_and_off_is_a_word(write: Write, text: str, name: str, value: str) -> None:
+def test_words_may_be_in_any_case_and_off_stays_a_word(write: Write, text: str, name: str, value: str) -> None:
     assert getattr(configure({}, write(text), {}), name) == value
 
 
-# Warnings and where settings come from
+# Warnings, and the sources of settings
 
 
-def test_an_empty_file_and_a_missing_pool_are_warned_of(write: Write) -> None:
+def test_an_empty_file_and_a_missing_pool_get_warnings(write: Write) -> None:
     empty = write("")
     assert gather({}, empty, {}).warnings[0] == f"{empty}:1: it is empty, so it sets nothing"
     lacking = write("port: 1\ndecode:\n  - a:1\n")
@@ -429,13 +429,13 @@ def test_an_empty_file_and_a_missing_pool_are_warned_of(write: Write) -> None:
     assert warning.startswith(f"{lacking}:2: prefill: there is no backend, so decode computes every prompt itself")
 
 
-def test_a_warning_names_the_flag_or_variable_that_it_is_about() -> None:
+def test_a_warning_names_its_flag_or_variable() -> None:
     assert gather({"host": "0.0.0.0", "mixed": "a:1"}, None, {}).warnings[0].startswith("flag --host: host: clients ")
     environment = {"PD_PROXY_HOST": "0.0.0.0", "PD_PROXY_MIXED": "a:1"}
     assert gather({}, None, environment).warnings[0].startswith("PD_PROXY_HOST: host: clients need no key")
 
 
-def test_each_setting_is_known_with_where_it_comes_from(write: Write) -> None:
+def test_each_setting_is_known_with_its_source(write: Write) -> None:
     file = write("port: 1\nhost: 127.0.0.1\ntimeouts:\n  idle: 5\nretries.floor: 3\nclients:\n- {name: a, key: k}\n")
     environment = {"PD_PROXY_HOST": "10.0.0.1", "PD_PROXY_TIMEOUTS__CONNECT": "2"}
     assert gather({"port": "3", "log_level": "debug"}, file, environment).origins == {
@@ -449,7 +449,7 @@ def test_each_setting_is_known_with_where_it_comes_from(write: Write) -> None:
     }
 
 
-# Whatever is written
+# Any input
 
 _NAMES = st.sampled_from([*(name for name, _ in leaves()), *Settings.model_fields, "xyzzy", "<<", "", "a.b"])
 _SCALARS = st.sampled_from(
@@ -490,7 +490,7 @@ _VALUES = st.recursive(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(tree=st.dictionaries(_NAMES, _VALUES, max_size=4), noise=st.text(max_size=8), at=st.integers(0, 200))
-def test_any_file_is_settings_or_lines_that_say_what_is_wrong(
+def test_any_file_leads_to_settings_or_to_lines_of_errors(
     tmp_path: Path, tree: dict[str, Any], noise: str, at: int
 ) -> None:
     text = yaml.safe_dump(tree, allow_unicode=True)
@@ -508,7 +508,7 @@ def test_any_file_is_settings_or_lines_that_say_what_is_wrong(
 
 @settings_(derandomize=True, max_examples=settings_.default.max_examples, deadline=None)
 @given(name=st.sampled_from([name for name, _ in leaves()]), value=_SCALARS | st.text(max_size=12))
-def test_any_variable_or_flag_is_a_setting_or_a_line_that_names_it(name: str, value: str) -> None:
+def test_any_variable_or_flag_leads_to_a_setting_or_to_a_line_that_names_it(name: str, value: str) -> None:
     for flags, environment in (({}, {variable(name): value.replace("\0", "")}), (put_in(name, value), {})):
         try:
             gather(flags, None, environment)
@@ -565,14 +565,14 @@ def test_a_key_that_is_missing_between_commas_is_an_error(value: str) -> None:
         configure({"api_keys": value}, None, {})
 
 
-def test_no_keys_may_be_said() -> None:
+def test_an_empty_list_of_keys_may_be_set() -> None:
     assert configure({}, None, {}).api_keys == ()
 
 
 @pytest.mark.parametrize(
     "value", ["424242\nx", "42\u20ac42", "424242\x00", "${424242}", "$(MY_KEY)", "$MY_KEY", "<key>"]
 )
-def test_a_secret_that_no_header_can_carry_or_nobody_filled_in_is_refused_unseen(value: str) -> None:
+def test_an_invalid_or_placeholder_secret_is_refused_without_being_shown(value: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         configure({"admin_key": value}, None, {})
     assert "42" not in str(caught.value)

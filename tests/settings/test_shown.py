@@ -1,4 +1,4 @@
-"""The settings in force, as people see them."""
+"""The settings in force, as they are printed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_setting_is_shown_once_and_reads_as_the_same_settings(tmp_path: Pa
     assert len([line for line in text.splitlines() if " # " in line]) == len(leaves())
 
 
-def test_each_line_says_where_its_setting_comes_from(tmp_path: Path) -> None:
+def test_each_line_has_the_source_of_its_setting(tmp_path: Path) -> None:
     file = tmp_path / "gateway.yaml"
     file.write_text("port: 1\ntimeouts:\n  idle: 5\n")
     found = gather({"log_level": "debug"}, file, {"PD_PROXY_TIMEOUTS__CONNECT": "2"})
@@ -58,7 +58,7 @@ def test_secrets_are_masked_everywhere() -> None:
     assert json.loads(told[1])["clients"]["value"][0]["weight"] == 2
 
 
-def test_settings_that_are_not_defaults_are_told_apart() -> None:
+def test_settings_that_differ_from_their_defaults_are_listed() -> None:
     assert shown.not_defaults(Settings()) == {}
     settings = configure({"port": "8000", "host": "10.0.0.1", "timeouts": {"idle": "7"}}, None, {})
     assert shown.not_defaults(settings) == {"host": "10.0.0.1", "timeouts.idle": 7.0}

@@ -1,4 +1,4 @@
-"""What can be set, and what is refused."""
+"""The tree of settings: its values, and what it refuses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_backends_url_has_one_form(given_: str, kept: str) -> None:
 
 
 @given(HOSTS, PORTS, st.sampled_from(["", "/", "/v1", "/a/b", "/v1/"]))
-def test_a_backends_one_form_is_kept_as_it_is(host: str, port: int, path: str) -> None:
+def test_a_backends_url_in_its_one_form_stays_unchanged(host: str, port: int, path: str) -> None:
     once = backend_url(f"{host}:{port}{path}")
     assert once.startswith(f"http://{host}:{port}")
     assert backend_url(once) == once
@@ -86,7 +86,7 @@ def test_a_backends_one_form_is_kept_as_it_is(host: str, port: int, path: str) -
         ("unix:/run/engine.sock", "two slashes"),
     ],
 )
-def test_what_is_no_backends_url_is_refused(url: str, why: str) -> None:
+def test_an_invalid_backend_url_is_refused(url: str, why: str) -> None:
     with pytest.raises(ValueError, match=re.escape(why)) as caught:
         backend_url(url)
     assert "secret" not in str(caught.value)
@@ -116,7 +116,7 @@ def test_a_backend_has_one_role(pools: dict[str, list[str]], where: str) -> None
 
 
 @pytest.mark.parametrize(("one", "other"), [("http://a", "a:80"), ("https://a", "https://a:443"), ("a/x", "a:80/x/")])
-def test_a_backend_is_the_same_with_its_schemes_port_and_without(one: str, other: str) -> None:
+def test_a_backend_is_the_same_with_and_without_its_schemes_default_port(one: str, other: str) -> None:
     with pytest.raises(ValidationError, match="under prefill and under mixed"):
         build_settings({"prefill": [one], "mixed": [other]}, {})
 
@@ -194,7 +194,7 @@ def test_a_value_out_of_bounds_and_an_unknown_name_are_refused(flags: dict[str, 
         ({"admission": {"slo": "refuse"}}, "admission.slo: refuse needs targets.ttft, or a client's own"),
     ],
 )
-def test_targets_that_nothing_can_meet_are_refused(flags: dict[str, object], says: str) -> None:
+def test_impossible_targets_are_refused(flags: dict[str, object], says: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(says)):
         build_settings(flags, {})
 
@@ -211,7 +211,7 @@ def test_clients_of_api_keys_are_named_by_position_and_not_by_the_secret() -> No
     assert named == {"key-1": "one", "key-2": "two", "c": "three"}
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_immutable() -> None:
     settings = Settings()
     with pytest.raises(ValidationError):
         settings.port = 1
@@ -219,7 +219,7 @@ def test_settings_do_not_change() -> None:
         settings.timeouts.idle = 1
 
 
-def test_every_setting_says_what_it_is_and_is_found_by_its_dotted_name() -> None:
+def test_every_setting_has_a_description_and_is_found_by_its_dotted_name() -> None:
     found = dict(leaves())
     assert len(found) == len(leaves())
     assert {"port", "timeouts.prefill", "policy.decode", "metrics.port", "api_keys"} <= found.keys()
@@ -259,12 +259,12 @@ def test_aliases_are_a_mapping_in_the_file_and_pairs_as_a_variable(monkeypatch: 
         ({"pair_revisions": "never"}, "'strict' or 'any'"),
     ],
 )
-def test_names_that_lead_nowhere_are_refused(values: dict[str, object], says: str) -> None:
+def test_aliases_that_lead_nowhere_are_refused(values: dict[str, object], says: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(says)):
         build_settings(values, {})
 
 
-def test_engines_that_call_back_must_be_told_where() -> None:
+def test_engines_that_call_back_need_the_gateways_address() -> None:
     with pytest.raises(ValidationError, match=r"metaserver\.url: decode engines that speak ascend_layerwise call"):
         build_settings({"connector": "ascend_layerwise"}, {})
     group = {"name": "npu", "connector": "ascend_layerwise"}
@@ -276,17 +276,17 @@ def test_engines_that_call_back_must_be_told_where() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://0.0.0.0:8000", "[::]:8000", "ftp://here", "http://user:pw@here", "http://"])
-def test_where_engines_call_back_is_an_address(url: str) -> None:
+def test_an_invalid_callback_address_is_refused(url: str) -> None:
     with pytest.raises(ValidationError):
         build_settings({"metaserver": {"url": url}}, {})
 
 
-def test_networks_are_networks() -> None:
+def test_networks_must_be_valid() -> None:
     with pytest.raises(ValidationError, match=r"10\.0\.0\.1/8"):
         build_settings({"metaserver": {"allow": ["10.0.0.1/8"]}}, {})
 
 
-def test_an_encoder_is_nothing_else() -> None:
+def test_an_encoder_has_no_other_role() -> None:
     with pytest.raises(ValidationError, match="listed under prefill and under encode"):
         build_settings({"prefill": ["a:1"], "encode": ["a:1"]}, {})
     group = {"name": "far", "mixed": ["b:1"], "encode": ["a:1"]}
@@ -295,7 +295,7 @@ def test_an_encoder_is_nothing_else() -> None:
     assert build_settings({"groups": [group]}, {}).all_groups()[1].encode == ("http://a:1",)
 
 
-# Engines that tell the gateway something
+# Engines that send the gateway messages
 
 LMCACHE: dict[str, Any] = {
     "connector": "lmcache_pd",
@@ -306,7 +306,7 @@ LMCACHE: dict[str, Any] = {
 }
 
 
-def test_lmcache_is_told_where_notices_come_and_decode_is_written_to() -> None:
+def test_lmcache_needs_the_address_for_notifications_and_decodes_ports() -> None:
     assert build_settings(LMCACHE, {}).zmq.notices == "10.0.0.9:7500"
     assert build_settings({"connector": "lmcache_pd"}, {}).zmq.notices == "", (
         "without backends there is nothing to hear"
@@ -328,13 +328,13 @@ def test_lmcache_is_told_where_notices_come_and_decode_is_written_to() -> None:
         ),
     ],
 )
-def test_what_lmcache_lacks_is_said_at_the_start(changed: dict[str, Any], said: str) -> None:
+def test_missing_settings_of_lmcache_are_reported_at_the_start(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         build_settings({**LMCACHE, **changed}, {})
 
 
 @pytest.mark.parametrize("text", ["10.0.0.9:7500", "tcp://10.0.0.9:7500", " 0.0.0.0:1 ", "[::1]:7500"])
-def test_an_address_for_engines_is_an_ip_address_and_a_port(text: str) -> None:
+def test_the_address_for_engines_messages_is_an_ip_address_and_a_port(text: str) -> None:
     address = build_settings({"zmq": {"notices": text}}, {}).zmq.notices
     assert address == text.strip().removeprefix("tcp://")
 
@@ -343,7 +343,7 @@ def test_an_address_for_engines_is_an_ip_address_and_a_port(text: str) -> None:
     "text",
     ["7500", ":7500", "gateway:7500", "*:7500", "10.0.0.9", "10.0.0.9:0", "10.0.0.9:99999", "10.0.0.9:1/x", "a b"],
 )
-def test_no_other_address_for_engines_is_taken(text: str) -> None:
+def test_any_other_address_for_engines_messages_is_refused(text: str) -> None:
     with pytest.raises(ValidationError, match="IP address"):
         build_settings({"zmq": {"notices": text}}, {})
 
@@ -377,7 +377,7 @@ def test_networks_from_which_engines_join_are_a_list() -> None:
         ({"zmq": {**MORIIO["zmq"], "networks": ["10.0.0.0/8"]}, "connector": "nixl"}, "nixl .*do not register"),
     ],
 )
-def test_what_registering_engines_lack_is_said_at_the_start(changed: dict[str, Any], said: str) -> None:
+def test_missing_settings_of_registering_engines_are_reported_at_the_start(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         build_settings({**MORIIO, **changed}, {})
 
