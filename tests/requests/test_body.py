@@ -1,4 +1,4 @@
-"""A client's body: what is read of it, what is taken out, and that all else stays as it came."""
+"""A client's body: what is read of it, what is taken out, and that everything else stays unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def raw(body: Body, name: str) -> bytes:
     return bytes(body.members[name])
 
 
-# Bodies that are none
+# Bodies that are invalid
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,13 @@ def raw(body: Body, name: str) -> bytes:
         b"\xff\xfe{\x00}\x00",
     ],
 )
-def test_what_is_not_json_is_refused(body: bytes) -> None:
+def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest, match="not valid JSON"):
         read_body(body, "chat")
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b"1", b'"text"', b"true", b'[{"model":"a"}]'])
-def test_what_is_no_object_is_refused(body: bytes) -> None:
+def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest, match="must be a JSON object"):
         read_body(body, "chat")
 
@@ -109,7 +109,7 @@ def test_text_that_is_not_utf8_in_a_field_the_gateway_reads_is_refused(body: byt
         read_body(body, "chat")
 
 
-def test_a_number_out_of_range_in_a_nested_object_is_not_told_as_a_body_that_is_no_object() -> None:
+def test_a_number_out_of_range_in_a_nested_object_is_not_reported_as_a_body_that_is_no_object() -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_body(b'{"vllm_xargs":{"a":1e400}}', "chat")
     assert "must be a JSON object" not in str(caught.value)
@@ -118,12 +118,12 @@ def test_a_number_out_of_range_in_a_nested_object_is_not_told_as_a_body_that_is_
 # What is read
 
 
-def test_a_body_says_what_the_gateway_must_know() -> None:
+def test_the_members_that_the_gateway_needs_are_read() -> None:
     body = chat(model="m", stream=True, stream_options={"include_usage": True}, max_tokens=7, messages=[])
     assert (body.model, body.stream, body.wants_usage, body.max_tokens, body.alone) == ("m", True, True, 7, "")
 
 
-def test_what_is_not_said_has_the_engines_defaults() -> None:
+def test_missing_members_have_the_engines_defaults() -> None:
     for body in (chat(), chat(model=None, stream=None, n=None, max_tokens=None, stream_options=None)):
         assert (body.model, body.stream, body.wants_usage, body.max_tokens, body.alone) == (
             None,
@@ -153,7 +153,7 @@ def test_a_client_that_did_not_ask_for_usage_does_not_want_it(options: object, w
     assert chat(stream=True, stream_options=options).wants_usage is wants
 
 
-def test_of_a_member_that_is_there_twice_the_last_counts_and_is_the_only_one_left() -> None:
+def test_of_a_repeated_member_only_the_last_counts_and_stays() -> None:
     body = read_body(b'{"model":"a","x":1,"stream":true,"model":"b","x":2,"stream":false}', "chat")
     assert (body.model, body.stream) == ("b", False)
     assert {name: bytes(value) for name, value in body.members.items()} == {
@@ -167,7 +167,7 @@ def test_of_a_member_that_is_there_twice_the_last_counts_and_is_the_only_one_lef
 
 
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
-def test_no_client_may_speak_for_an_engine(name: str) -> None:
+def test_hand_off_members_of_clients_are_removed(name: str) -> None:
     secret = {"remote_host": "evil"}
     body = chat(messages=[], **{name: secret})
     assert set(body.members) == {"messages"}
@@ -189,14 +189,14 @@ def test_no_client_may_speak_for_an_engine(name: str) -> None:
     ],
     ids=["vllm_xargs", "extra_args", "sampling_params", "sampling_params.extra_args", "deeper"],
 )
-def test_nor_may_it_in_what_an_engine_merges_into_its_arguments(name: str, nest: Any) -> None:
+def test_hand_off_members_are_removed_from_objects_that_engines_merge_into_arguments(name: str, nest: Any) -> None:
     value = {name: {"remote_host": "evil"}, "kept": [1, {"x": None}]}
     assert b"evil" not in b"".join(bytes(v) for v in chat(**nest(value)).members.values())
     members = {k: json.loads(bytes(v)) for k, v in chat(**nest(value)).members.items()}
     assert members == nest({"kept": [1, {"x": None}]})
 
 
-def test_a_forbidden_name_in_a_text_or_a_tool_is_only_a_word() -> None:
+def test_a_forbidden_name_in_a_text_or_a_tool_stays() -> None:
     tools = [{"function": {"parameters": {"properties": {"request_id": {}, "kv_transfer_params": {}}}}}]
     messages = [{"role": "user", "content": "kv_transfer_params"}]
     body = chat(messages=messages, tools=tools, metadata={"rid": "7"})
@@ -206,11 +206,11 @@ def test_a_forbidden_name_in_a_text_or_a_tool_is_only_a_word() -> None:
 
 
 @pytest.mark.parametrize("value", ["text", 7, None, [1], True])
-def test_a_nested_member_of_another_type_is_left_for_the_engine_to_judge(value: object) -> None:
+def test_a_nested_member_of_another_type_is_left_to_the_engine(value: object) -> None:
     assert json.loads(raw(chat(vllm_xargs=value), "vllm_xargs")) == value
 
 
-# What stays
+# What stays unchanged
 
 
 ODD = [
@@ -286,7 +286,7 @@ def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
-def test_what_cannot_be_split_says_why(members: dict[str, Any], reason: str, endpoint: Endpoint) -> None:
+def test_an_unsplittable_request_has_a_reason(members: dict[str, Any], reason: str, endpoint: Endpoint) -> None:
     assert read_body(json.dumps(members).encode(), endpoint).alone == reason
 
 
@@ -312,7 +312,7 @@ def test_several_prompts_are_served_by_one_backend(prompt: bytes, reason: str) -
 
 
 @pytest.mark.parametrize("other", ["echo", "prompt_logprobs"])
-def test_several_prompts_are_the_last_reason_told_since_some_connectors_split_them(other: str) -> None:
+def test_several_prompts_are_the_last_reason_since_some_connectors_split_them(other: str) -> None:
     assert completion(prompt=["a", "b"], **{other: 1}).alone == other
 
 
@@ -320,10 +320,10 @@ def test_a_chat_has_no_prompt_list() -> None:
     assert chat(prompt=["a", "b"], messages=[]).alone == ""
 
 
-# How long a prompt is, about
+# The estimate of a prompt's length
 
 
-def test_a_prompt_is_about_a_token_for_four_bytes() -> None:
+def test_a_prompt_is_estimated_at_a_token_for_four_bytes() -> None:
     assert 200 < completion(prompt="word " * 200).prompt_tokens < 300
     assert 10_000 < chat(messages=[{"role": "user", "content": "word " * 10_000}]).prompt_tokens < 15_000
     assert completion().prompt_tokens >= 1
@@ -352,10 +352,10 @@ def test_a_longer_prompt_is_never_estimated_to_be_shorter(size: int) -> None:
     assert completion(prompt="a" * size).prompt_tokens <= completion(prompt="a" * (size + 400)).prompt_tokens
 
 
-# What engines take as well
+# Inputs that engines accept as well
 
 
-def test_a_byte_order_mark_is_passed_over() -> None:
+def test_a_byte_order_mark_is_skipped() -> None:
     body = read_body(b'\xef\xbb\xbf{"model":"m","messages":[]}', "chat")
     assert body.model == "m"
     assert set(body.members) == {"model", "messages"}
@@ -363,7 +363,7 @@ def test_a_byte_order_mark_is_passed_over() -> None:
 
 @pytest.mark.parametrize("text", [b"", b" ", b"\r\n\t ", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"])
 @pytest.mark.parametrize("kind", [bytes, bytearray])
-def test_an_empty_body_is_told_as_one(text: bytes, kind: type[bytes]) -> None:
+def test_an_empty_body_is_reported_as_empty(text: bytes, kind: type[bytes]) -> None:
     with pytest.raises(InvalidRequest, match="the request body is empty"):
         read_body(kind(text), "chat")
 
@@ -388,7 +388,7 @@ def test_an_empty_body_is_told_as_one(text: bytes, kind: type[bytes]) -> None:
         ("stream_options", {"continuous_usage_stats": "f"}, None, b'{"continuous_usage_stats":false}'),
     ],
 )
-def test_what_an_engine_takes_for_a_number_or_a_flag_is_one_from_here_on(
+def test_numbers_and_flags_that_engines_accept_in_other_forms_are_normalised(
     name: str, said: Any, read: Any, written: bytes
 ) -> None:
     body = chat(**{name: said})
@@ -399,12 +399,12 @@ def test_what_an_engine_takes_for_a_number_or_a_flag_is_one_from_here_on(
         assert body.wants_usage is (b'include_usage":true' in written)
 
 
-def test_a_flag_in_stream_options_that_is_none_is_refused() -> None:
+def test_an_invalid_flag_in_stream_options_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"`stream_options\.include_usage` must be a boolean"):
         chat(stream_options={"include_usage": "perhaps"})
 
 
-# What is small by nature
+# Members that are bounded in number
 
 
 @pytest.mark.parametrize(
@@ -421,13 +421,13 @@ def test_a_flag_in_stream_options_that_is_none_is_refused() -> None:
         ("tools", ["x" * 9_000_000]),
     ],
 )
-def test_what_is_small_by_nature_is_bounded_and_the_bound_is_told(name: str, value: Any) -> None:
+def test_members_that_are_small_by_nature_are_bounded_and_the_error_has_the_bound(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=rf"`{name}` is longer than \d+ bytes") as refused:
         chat(messages="x" * 100_000, **{name: value})
     assert refused.value.param == name
 
 
-def test_a_whole_vocabulary_is_not_too_much() -> None:
+def test_a_list_as_long_as_a_vocabulary_is_accepted() -> None:
     tokens = list(range(151_936))
     body = chat(
         vllm_xargs={"tokens": tokens}, logit_bias={str(token): -1.5 for token in tokens}, allowed_token_ids=tokens
@@ -435,13 +435,13 @@ def test_a_whole_vocabulary_is_not_too_much() -> None:
     assert json.loads(raw(body, "vllm_xargs"))["tokens"] == tokens
 
 
-def test_a_body_has_no_more_members_than_any_engine_knows_of() -> None:
+def test_the_number_of_a_bodys_members_is_bounded() -> None:
     for size in (2_000, 100_000):
         with pytest.raises(InvalidRequest, match="more than 1024 members"):
             chat(**{f"a{number}": number for number in range(size)})
 
 
-# No name of the gateway's own, wherever it is
+# Hand-off members, at any depth
 
 
 @pytest.mark.parametrize("member", ["vllm_xargs", "extra_args", "sampling_params"])
@@ -456,7 +456,7 @@ def test_hand_off_fields_in_lists_reach_no_engine(member: str, shape: str, spell
 
 
 @pytest.mark.parametrize("spelling", ["kv_transfer_params", "\\u006bv_transfer_params", "\\u006Bv_transfer_params"])
-def test_hand_off_fields_in_what_is_too_long_to_be_read_are_refused(spelling: str) -> None:
+def test_hand_off_fields_in_lists_that_are_too_long_to_be_read_are_refused(spelling: str) -> None:
     said = f'{{"vllm_xargs":{{"a":["{"x" * 70_000}",{{"{spelling}":1}}]}}}}'
     with pytest.raises(InvalidRequest, match="names in it that no client may use"):
         read_body(said.encode(), "chat")

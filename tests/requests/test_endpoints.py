@@ -1,4 +1,4 @@
-"""What the legs of each endpoint say, and why some requests go whole to one backend."""
+"""The legs of each endpoint, and why some requests go whole to one backend."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def test_messages_are_prefilled_for_one_token_without_what_shapes_output(connect
         ({"type": 5}, ""),
     ],
 )
-def test_prefill_is_not_made_to_write_one_certain_call(choice: object, why: str) -> None:
+def test_prefill_is_not_forced_to_generate_a_certain_tool_call(choice: object, why: str) -> None:
     assert body("messages", tool_choice=choice).alone == why
 
 
-def test_what_templates_may_write_into_the_prompt_stays() -> None:
+def test_members_that_templates_may_write_into_the_prompt_stay() -> None:
     more: dict[str, Any] = {"tool_choice": {"type": "any"}, "output_config": {"format": {"type": "json_schema"}}}
     assert said(plan("messages", **more).prefill_leg()).items() >= more.items()
     more = {"tool_choice": "required", "text": {"format": {"type": "json_object"}}}
@@ -115,7 +115,7 @@ def test_responses_are_prefilled_unstored_and_under_the_gateways_own_name(connec
     }
 
 
-def test_generate_has_its_bound_and_its_end_among_the_sampling_parameters() -> None:
+def test_generate_has_its_bounds_and_stops_in_the_sampling_parameters() -> None:
     sampling = {
         **{"max_tokens": 9, "min_tokens": 4, "n": 1, "temperature": 0.5, "seed": 3, "stop": ["x"], "logprobs": 2},
         **{"stop_token_ids": [5], "structured_outputs": {"json": {}}, "extra_args": {"kv_transfer_params": {}, "a": 1}},
@@ -133,7 +133,7 @@ def test_generate_has_its_bound_and_its_end_among_the_sampling_parameters() -> N
     }
 
 
-def test_what_a_connector_says_of_tokens_is_among_the_sampling_parameters_too() -> None:
+def test_a_connectors_token_bounds_are_in_the_sampling_parameters_too() -> None:
     sampling = said(plan("generate", CONNECTORS["mooncake_ascend"]).prefill_leg())["sampling_params"]
     assert sampling == {"max_tokens": 1, "min_tokens": 1, "ignore_eos": True}
 
@@ -142,7 +142,7 @@ def test_what_a_connector_says_of_tokens_is_among_the_sampling_parameters_too() 
 
 
 @pytest.mark.parametrize(("endpoint", "member"), [("messages", "content"), ("responses", "output")])
-def test_prefills_answer_is_known_by_its_own_member(endpoint: Endpoint, member: str) -> None:
+def test_prefills_answer_is_recognised_by_its_own_member(endpoint: Endpoint, member: str) -> None:
     whole = {member: [], "kv_transfer_params": PARAMS, "usage": {"input_tokens": 3, "output_tokens": 1}}
     taken, usage = plan(endpoint).take(json.dumps(whole).encode())
     assert taken is not None and json.loads(bytes(usage)) == {"input_tokens": 3, "output_tokens": 1}
@@ -166,7 +166,7 @@ def test_decode_gets_the_clients_request_and_the_handoff(endpoint: Endpoint, con
     assert members == {"model": "m", **ASKED[endpoint], **more}
 
 
-def test_what_a_client_calls_its_response_is_not_what_the_engine_is_told() -> None:
+def test_a_clients_response_id_is_not_sent_to_the_engine() -> None:
     assert said(plan("responses", request_id="mine").decode_leg(None))["request_id"] == "resp_7"
 
 
@@ -174,7 +174,7 @@ def test_what_a_client_calls_its_response_is_not_what_the_engine_is_told() -> No
 
 
 @NEW
-def test_a_release_that_engines_refuse_goes_where_they_do(endpoint: Endpoint) -> None:
+def test_a_release_that_engines_refuse_goes_to_an_endpoint_that_refuses_it_late(endpoint: Endpoint) -> None:
     leg = plan(endpoint).release_leg(handoff(), sent=True)
     assert leg is not None and leg.path == "/v1/completions"
     members = said(leg)
@@ -233,7 +233,7 @@ def test_why_a_response_is_not_split(more: dict[str, Any], why: str) -> None:
     assert body("responses", **more).alone == why
 
 
-def test_what_a_response_goes_on_from_and_whether_it_is_kept_are_read() -> None:
+def test_the_previous_response_and_the_flag_store_are_read() -> None:
     assert (body("responses").follows, body("responses").stored) == ("", True)
     read = body("responses", store=False, previous_response_id="resp_1")
     assert (read.follows, read.stored) == ("resp_1", False)

@@ -29,7 +29,7 @@ def rewritten(body: bytes, content_type: bytes = b"multipart/form-data; boundary
 
 
 def parts(body: bytes) -> list[tuple[str, str | None, bytes]]:
-    """Name, filename and content of each part, as another parser sees them."""
+    """Name, filename and content of each part, as another parser reads them."""
     message = message_from_bytes(b"content-type: multipart/form-data; boundary=own-boundary\r\n\r\n" + body)
     payload = message.get_payload()
     assert isinstance(payload, list)
@@ -61,7 +61,7 @@ def test_a_form_arrives_whole_however_it_is_cut(size: int) -> None:
     assert [name for name, _, _ in parts(out)] == ["model", "file", *["timestamp_granularities[]"] * 2]
 
 
-def test_what_is_read_is_told_as_soon_as_it_is_there() -> None:
+def test_a_field_is_reported_as_soon_as_it_has_been_read() -> None:
     form = Form(b"multipart/form-data; boundary=b", OWN)
     form.feed(part("model", b"whisper") + part("stream", b"true")[:-2])
     assert form.fields == {"model": "whisper"}
@@ -71,7 +71,7 @@ def test_what_is_read_is_told_as_soon_as_it_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
-def test_what_no_client_may_say_is_left_out(name: str) -> None:
+def test_forbidden_fields_are_left_out(name: str) -> None:
     for form in (name, f"{name}[remote_host]", f"{name}.x", f"vllm_xargs[{name}]"):
         out = rewritten(part(form, b"{}") + part("model", b"m") + b"--b--")
         assert [named for named, _, _ in parts(out)] == ["model"], form
@@ -79,7 +79,7 @@ def test_what_no_client_may_say_is_left_out(name: str) -> None:
     assert [named for named, _, _ in parts(out)] == ["model"]
 
 
-def test_nor_may_a_nested_field_say_it() -> None:
+def test_forbidden_nested_fields_are_left_out() -> None:
     out = rewritten(part("vllm_xargs", b'{"kv_transfer_params":{"a":1},"beta":2}') + b"--b--")
     assert parts(out) == [("vllm_xargs", None, b'{"beta":2}')]
     with pytest.raises(InvalidRequest, match="`vllm_xargs` is not valid JSON"):
@@ -113,7 +113,7 @@ def test_nor_may_a_nested_field_say_it() -> None:
         (part("a", b"x") * 129 + b"--b--", "more than 128 parts"),
     ],
 )
-def test_what_is_no_form_or_can_be_read_in_two_ways_is_refused(body: bytes, complaint: str) -> None:
+def test_invalid_and_ambiguous_forms_are_refused(body: bytes, complaint: str) -> None:
     with pytest.raises(InvalidRequest, match=complaint):
         rewritten(body)
 
@@ -163,7 +163,7 @@ def test_contents_are_never_changed(given_parts: list[tuple[str, bytes]]) -> Non
 
 
 @given(st.binary(max_size=400))
-def test_no_garbage_makes_it_fail_otherwise_than_by_refusing(garbage: bytes) -> None:
+def test_any_bytes_are_read_or_refused(garbage: bytes) -> None:
     for body in (garbage, b"--b\r\n" + garbage, part("a", garbage), part("model", b"m") + garbage):
         form = Form(b"multipart/form-data; boundary=b", OWN)
         try:

@@ -1,4 +1,4 @@
-"""Lists and objects taken apart value by value."""
+"""Lists and objects split value by value."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def nothing_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(values: list[bytes], blanks: list[str], brackets: bytes) -> bytes:
-    """Values in brackets, with blanks wherever there may be some."""
+    """Values in brackets, with blanks in every place where JSON allows them."""
     gap = iter(text.encode() for text in blanks * (len(values) + 2))
     inner = b",".join(next(gap) + value + next(gap) for value in values)
     return next(gap) + brackets[:1] + inner + brackets[1:] + next(gap)
@@ -73,19 +73,19 @@ def test_members_are_those_that_a_decoder_finds(items: list[tuple[str, Any]], bl
         b'{"a":' + b"[" * 100_000,
     ],
 )
-def test_what_is_no_object_is_undecodable(raw: bytes) -> None:
+def test_a_value_that_is_no_object_is_undecodable(raw: bytes) -> None:
     with pytest.raises(Undecodable):
         scan.members(raw)
 
 
 @pytest.mark.parametrize("raw", [b"[", b"[1", b"[1,", b"[1,]", b"[,]", b"[1 2]", b"[nope]", b"[[}]", b'["a]', b"[1}"])
-def test_what_is_no_list_is_undecodable(raw: bytes) -> None:
+def test_a_value_that_is_no_list_is_undecodable(raw: bytes) -> None:
     with pytest.raises(Undecodable):
         list(scan.elements(raw))
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"5", b'"[1]"', b"null", b"[]", b" [ ] "])
-def test_what_is_another_value_has_no_elements(raw: bytes) -> None:
+def test_a_value_of_another_type_has_no_elements(raw: bytes) -> None:
     assert list(scan.elements(raw)) == []
 
 
@@ -94,7 +94,7 @@ def test_of_two_members_with_one_name_the_last_is_found() -> None:
     assert bytes(scan.members(b'{"a":1,"\\u0061":2}')["a"]) == b"2"
 
 
-def test_an_object_has_no_more_members_than_are_looked_at() -> None:
+def test_an_object_with_more_members_than_the_bound_is_refused() -> None:
     for size in (10, 100_000):
         wide = b"{" + b",".join(b'"%d":0' % number for number in range(size)) + b"}"
         with pytest.raises(scan.TooMany):
@@ -102,7 +102,7 @@ def test_an_object_has_no_more_members_than_are_looked_at() -> None:
     assert len(scan.members(b'{"a":0,"b":1}', most=2)) == 2
 
 
-def test_who_has_seen_enough_pays_for_no_more() -> None:
+def test_a_reader_that_stops_early_does_not_scan_the_rest() -> None:
     wide = b"[" + b"{}," * 1_000_000 + b"{}]"
     start = process_time()
     assert len(list(islice(scan.elements(wide), 10))) == 10

@@ -1,4 +1,4 @@
-"""Numbers and flags are taken as pydantic takes them, by which engines read the same request."""
+"""Numbers and flags are read as pydantic reads them, by which engines read the same request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def engine(kind: Any, value: Any) -> Any:
 
 
 @given(VALUES)
-def test_whatever_is_said(value: Any) -> None:
+def test_any_value_is_read_as_pydantic_reads_it(value: Any) -> None:
     raw = json.dumps(value).encode()
     assert as_int(raw) == engine(int, value)
     assert as_bool(raw) is engine(bool, value)
@@ -37,6 +37,6 @@ def test_whatever_is_said(value: Any) -> None:
     "raw",
     [b"9007199254740993.0", b"1e300", b'"%b"' % (b"9" * 25), b'"\xff"', b"1" * 5000, b"[" * 100_000, b"", b"nope"],
 )
-def test_what_would_not_be_exact_or_is_no_value_is_none(raw: bytes) -> None:
+def test_inexact_and_invalid_values_are_none(raw: bytes) -> None:
     assert as_int(raw) is None
     assert as_bool(raw) is None

@@ -1,4 +1,4 @@
-"""What counts as more than text in a chat."""
+"""Which chats have more than text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def says(*parts: Any) -> list[dict[str, Any]]:
         says({"type": "tool_result", "content": "4"}),
     ],
 )
-def test_text(messages: Any) -> None:
+def test_chats_of_text_have_no_more_than_text(messages: Any) -> None:
     assert not told(messages=messages)
 
 
@@ -44,15 +44,16 @@ def test_text(messages: Any) -> None:
         says({"type": "input_audio", "input_audio": {}}),
         says({"type": "image", "source": {}}),
         says({"type": "prompt_embeds", "data": "AAAA"}),
-        says({"image_url": "http://a/b"}),  # vLLM takes a part's type from its one other member
-        says({"type": "text", "uuid": "1", "image_url": "http://a/b"}),  # and with a uuid it does so first
+        says({"image_url": "http://a/b"}),  # vLLM takes a part's type from its only other member
+        # with a uuid, vLLM does so before it looks at the type
+        says({"type": "text", "uuid": "1", "image_url": "http://a/b"}),
         says({"type": "tool_result", "content": [{"type": "image", "source": {}}]}),
         says({"type": "of next year"}),
         says({"type": 7}),
         [7, [8]],  # the engine will refuse it
     ],
 )
-def test_more_than_text(messages: Any) -> None:
+def test_chats_with_media_or_unknown_parts_have_more_than_text(messages: Any) -> None:
     assert told(messages=messages)
 
 
@@ -61,13 +62,13 @@ def test_names_in_escapes_are_read() -> None:
     assert has_media(read_members(raw))
 
 
-def test_what_has_no_messages() -> None:
+def test_bodies_without_messages_have_no_media() -> None:
     assert not told(prompt="hello")
     assert not told(prompt="hello", prompt_embeds=None)
     assert told(prompt_embeds="AAAA")
 
 
-def test_responses() -> None:
+def test_the_input_of_responses_is_read_for_media() -> None:
     assert not told(input='Say [{"type":"input_image"}]')
     assert not told(input=[{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}])
     assert not told(input=[{"type": "function_call_output", "output": "[4]"}])
@@ -76,6 +77,6 @@ def test_responses() -> None:
 
 
 @pytest.mark.parametrize(("depth", "media"), [(1, False), (2, False), (3, True), (50, True), (400, True)])
-def test_parts_in_parts_are_looked_at_as_deep_as_engines_have_them(depth: int, media: bool) -> None:
+def test_nested_parts_are_read_as_deep_as_engines_read_them(depth: int, media: bool) -> None:
     deep = b'{"messages":[{"content":' + b'[{"type":"tool_result","content":' * depth + b'"x"' + b"}]" * depth + b"}]}"
     assert has_media(read_members(deep)) is media

@@ -1,4 +1,4 @@
-"""How long an answer may be."""
+"""The bounds on an answer's length."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CASES: list[tuple[Endpoint, str]] = [
 
 
 def bounded(body: Any, endpoint: Endpoint, default: int | None, most: int | None) -> Any:
-    """The request that an engine gets."""
+    """The request that an engine receives."""
     members = read_members(json.dumps(body).encode())
     bound_output(members, endpoint, default, most)
     return {name: json.loads(bytes(value)) for name, value in members.items()}
@@ -37,18 +37,18 @@ def asking(name: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("endpoint", "name"), CASES)
-def test_more_than_may_be_is_refused_by_each_of_its_names(endpoint: Endpoint, name: str) -> None:
+def test_a_bound_above_the_limit_is_refused_under_each_of_its_names(endpoint: Endpoint, name: str) -> None:
     for value in (101, 100.5, 10**30):
         with pytest.raises(InvalidRequest, match="is above 100") as caught:
             bounded(asking(name, value), endpoint, 10, 100)
         assert caught.value.param == name.rpartition(".")[2]
-    for value in (100, 1, 0, -1):  # what is no number of tokens is the engine's to refuse
+    for value in (100, 1, 0, -1):  # the engine refuses values that are no number of tokens
         assert bounded(asking(name, value), endpoint, 10, 100) == asking(name, value)
 
 
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize(("endpoint", "name"), [case for case in CASES if case[1] != "max_completion_tokens"])
-def test_who_names_no_number_gets_the_default(endpoint: Endpoint, name: str, missing: bool) -> None:
+def test_a_request_without_a_bound_gets_the_default(endpoint: Endpoint, name: str, missing: bool) -> None:
     body = {} if missing else asking(name, None)
     rest = {} if missing else {"top_k": 1}
     nested, _, leaf = name.rpartition(".")
@@ -58,13 +58,13 @@ def test_who_names_no_number_gets_the_default(endpoint: Endpoint, name: str, mis
     assert bounded(body, endpoint, None, None) == body
 
 
-def test_of_two_names_of_one_bound_both_are_held_to_it() -> None:
+def test_both_names_of_one_bound_are_limited() -> None:
     with pytest.raises(InvalidRequest):
         bounded({"max_tokens": 1000, "max_completion_tokens": 1}, "chat", None, 100)
     assert bounded({"max_completion_tokens": 5}, "chat", 10, 100) == {"max_completion_tokens": 5}
 
 
-def test_each_of_several_prompts_is_held_to_it() -> None:
+def test_each_of_several_prompts_is_limited() -> None:
     body = {"sampling_params": [{"max_new_tokens": 5}, {}]}
     assert bounded(body, "sglang_generate", 10, 100) == {
         "sampling_params": [{"max_new_tokens": 5}, {"max_new_tokens": 10}]
@@ -73,7 +73,7 @@ def test_each_of_several_prompts_is_held_to_it() -> None:
         bounded({"sampling_params": [{}, {"max_new_tokens": 500}]}, "sglang_generate", 10, 100)
 
 
-async def test_clients_are_told_and_answers_end_there() -> None:
+async def test_clients_get_the_error_and_answers_end_at_the_limit() -> None:
     async with pools(limits={"max_tokens": 8, "default_max_tokens": 4}) as (running, [p], [d]):
         refused = await running.http.post("/v1/chat/completions", json=chat(max_tokens=9))
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"

@@ -1,4 +1,4 @@
-"""SGLang's own `/generate`: what is read of a request and of prefill's answer, and what the legs say."""
+"""SGLang's own `/generate`: what is read of a request and of prefill's answer, and the legs' bodies."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def legs(rank: int | None = None, dp: int = 1, **members: Any) -> tuple[dict[str
         ({}, 0),
     ],
 )
-def test_a_batch_is_known_by_its_list(prompt: dict[str, Any], prompts: int) -> None:
+def test_a_batch_is_recognised_by_its_list(prompt: dict[str, Any], prompts: int) -> None:
     assert body(**prompt).prompts == prompts
 
 
 @given(prompts=st.lists(st.lists(st.integers(0, 10**6), min_size=1), min_size=1), indent=st.sampled_from([None, 0, 3]))
-def test_a_batch_of_ids_is_counted_however_it_is_laid_out(prompts: list[list[int]], indent: int | None) -> None:
+def test_a_batch_of_ids_is_counted_with_any_white_space(prompts: list[list[int]], indent: int | None) -> None:
     raw = json.dumps({"input_ids": prompts}, indent=indent).encode()
     read = read_body(raw, "sglang_generate")
     assert read.prompts == len(prompts)
@@ -89,7 +89,7 @@ def test_the_bound_is_of_all_answers_together() -> None:
         ({"session_id": "s"}, "session_id"),
     ],
 )
-def test_what_cannot_be_split_is_known(members: dict[str, Any], why: str) -> None:
+def test_unsplittable_requests_are_recognised(members: dict[str, Any], why: str) -> None:
     assert body(text="a", **members).alone == why
 
 
@@ -111,14 +111,14 @@ def test_prompt_logprobs_are_wanted_with_any_of_a_batch(asked: Any, wanted: bool
         ({"model": 5}, "model"),
     ],
 )
-def test_what_the_gateway_must_read_has_the_right_type(members: dict[str, Any], param: str) -> None:
+def test_members_that_the_gateway_reads_must_have_the_right_type(members: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         body(text="a", **members)
     assert refused.value.param == param
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_both_legs_are_the_clients_body_and_one_room(stream: bool) -> None:
+def test_both_legs_have_the_clients_body_and_one_room(stream: bool) -> None:
     shaping = {"text": "é", "sampling_params": {"max_new_tokens": 3, "regex": "a"}, "return_logprob": True}
     prefill, decode = legs(**shaping, stream=stream, model="m", lora_path="l")
     room = {name: decode[name] for name in decode if name.startswith("bootstrap_")}
@@ -136,14 +136,14 @@ def test_each_prompt_of_a_batch_has_its_room_and_its_name() -> None:
         assert leg["rid"] == ["named_0", "named_1", "named_2"]
 
 
-def test_a_rank_is_told_in_the_body_where_no_header_may_be_read() -> None:
+def test_the_rank_is_in_the_body_since_engines_may_not_read_the_header() -> None:
     prefill, decode = legs(rank=1, text="a")
     assert prefill["routed_dp_rank"] == 1 and "routed_dp_rank" not in decode
     assert decode["disagg_prefill_dp_rank"] == 1 and "disagg_prefill_dp_rank" not in prefill
 
 
 @given(dp=st.integers(2, 64), data=st.data())
-def test_every_room_of_a_batch_says_the_rank(dp: int, data: st.DataObject) -> None:
+def test_every_room_of_a_batch_encodes_the_rank(dp: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, dp - 1))
     prefill, decode = legs(rank=rank, dp=dp, text=["a", "b", "c"])
     rooms = prefill["bootstrap_room"]
@@ -162,7 +162,7 @@ def answer(**meta: Any) -> dict[str, Any]:
     return {"text": "a", "meta_info": {**told, **meta}}
 
 
-def test_prefills_usage_is_that_of_all_prompts() -> None:
+def test_prefills_usage_is_the_sum_over_all_prompts() -> None:
     usage = json.loads(bytes(usage_of(json.dumps(answer()).encode(), 0)))
     assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (5, {"cached_tokens": 4})
     usage = json.loads(bytes(usage_of(json.dumps([answer(), answer(cached_tokens=0)]).encode(), 2)))
@@ -182,13 +182,13 @@ def test_prefills_usage_is_that_of_all_prompts() -> None:
         (5, 0),
     ],
 )
-def test_what_is_no_answer_of_prefills_is_not_taken_for_one(said: Any, prompts: int) -> None:
+def test_an_invalid_prefill_answer_is_rejected(said: Any, prompts: int) -> None:
     with pytest.raises(BackendGarbled):
         usage_of(json.dumps(said).encode(), prompts)
 
 
 @pytest.mark.parametrize("name", ["text", "input_ids", "input_embeds", "sampling_params", "return_logprob"])
-def test_a_batch_has_no_more_prompts_than_are_named(name: str) -> None:
+def test_the_number_of_a_batchs_prompts_is_bounded(name: str) -> None:
     each = {"text": "a", "input_ids": [1], "input_embeds": [[1]], "sampling_params": {}, "return_logprob": True}[name]
     others = {} if name in ("text", "input_ids", "input_embeds") else {"text": "a"}
     for count, good in ((4096, True), (4097, False), (20_000, False)):
