@@ -1,4 +1,4 @@
-"""What the legs say where decode calls back, and which calls are believed."""
+"""The legs' bodies where decode calls the gateway back, and which calls are accepted."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def heard(**changes: Any) -> Any:
     return LAYERWISE.read_callback(json.dumps(said).encode())
 
 
-def test_decode_is_told_whom_to_call_and_nothing_of_prefill() -> None:
+def test_decode_receives_the_callback_address_and_nothing_about_prefill() -> None:
     leg = json.loads(b"".join(plan().decode_leg(plan().handoff).body))
     assert leg["kv_transfer_params"] == {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": URL}
     assert (leg["max_tokens"], leg["stop"]) == (9, ["x"])
 
 
-def test_prefill_says_word_for_word_what_decode_has_called_back_with() -> None:
+def test_prefill_receives_decodes_callback_parameters_unchanged() -> None:
     leg = json.loads(b"".join(plan().prefill_leg(heard()).body))
     assert leg["kv_transfer_params"] == CALL
     assert (leg["max_tokens"], leg["min_tokens"], leg["stream"]) == (1, 1, False)
     assert "stop" not in leg
 
 
-def test_what_only_newer_engines_say_of_their_side_is_passed_on() -> None:
+def test_members_that_only_newer_engines_send_are_passed_on() -> None:
     params = json.loads(bytes(heard(remote_pp_size=2, remote_topology_id="t")["kv_transfer_params"]))
     assert (params["remote_pp_size"], params["remote_topology_id"]) == (2, "t")
 
@@ -81,12 +81,12 @@ def test_what_only_newer_engines_say_of_their_side_is_passed_on() -> None:
     ],
     ids=str,
 )
-def test_a_call_that_would_harm_prefill_or_say_more_is_refused(changes: dict[str, Any]) -> None:
+def test_a_call_with_harmful_or_further_members_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(HandoffInvalid):
         heard(**changes)
 
 
 @pytest.mark.parametrize("call", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 100_000])
-def test_what_is_no_call_at_all_is_refused(call: bytes) -> None:
+def test_an_invalid_call_is_refused(call: bytes) -> None:
     with pytest.raises(HandoffInvalid):
         LAYERWISE.read_callback(call)

@@ -29,21 +29,21 @@ def raw(value: object, separators: tuple[str, str] = (",", ":")) -> msgspec.Raw:
         ([[], LONG], [0, 1000]),
     ],
 )
-def test_they_are_counted_by_group(ids: object, counts: list[int]) -> None:
+def test_block_ids_are_counted_by_group(ids: object, counts: list[int]) -> None:
     assert block_counts(raw(ids)) == counts
     assert block_counts(raw(ids, (", ", ": "))) == counts
     check_blocks(raw(ids))
 
 
 @pytest.mark.parametrize("ids", [[1, 2, 3], LONG])
-def test_those_of_older_engines_are_in_no_groups(ids: object) -> None:
+def test_block_ids_of_older_engines_have_no_groups(ids: object) -> None:
     check_blocks(raw(ids))
     with pytest.raises(Undecodable):
         block_counts(raw(ids))
 
 
 @pytest.mark.parametrize("ids", [[], [[]], [[], []]])
-def test_there_must_be_one(ids: object) -> None:
+def test_an_empty_list_of_block_ids_is_refused(ids: object) -> None:
     with pytest.raises(HandoffInvalid, match="no block"):
         check_blocks(raw(ids))
 
@@ -73,7 +73,7 @@ def test_there_must_be_one(ids: object) -> None:
         [[1], [LONG]],
     ],
 )
-def test_all_else_is_refused(ids: object) -> None:
+def test_invalid_block_ids_are_refused(ids: object) -> None:
     with pytest.raises(HandoffInvalid, match="not usable"):
         check_blocks(raw(ids))
 
@@ -86,7 +86,7 @@ _odd = st.one_of(
 
 @given(st.lists(st.lists(_ids, max_size=3), max_size=3), st.lists(_odd, max_size=2), st.lists(_odd, max_size=2))
 def test_long_and_short_are_judged_alike(groups: list[list[int]], inner: list[object], outer: list[object]) -> None:
-    """A long list goes another way than a short one."""
+    """Long lists are checked by other code than short ones."""
     value = [[1000, *inner], *groups, *outer]
     long = [[*LONG, *inner], *groups, *outer]
     try:

@@ -1,4 +1,4 @@
-"""What encoders are given, what is believed of their answers, and what media are called."""
+"""The bodies for encoders, which of their answers are accepted, and the names of media."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_all_media_are_found_in_their_order_and_nothing_else_changes() -> None:
     assert json.loads(bytes(body.members["messages"]))[0] == {"role": "system", "content": "be brief"}
 
 
-def test_a_medium_is_named_by_its_content_whoever_sends_it() -> None:
+def test_a_mediums_name_depends_on_its_content_alone() -> None:
     first, _ = read_media(chat(image()), "one")
     second, _ = read_media(chat({"type": "text", "text": "."}, image()), "two")
     assert uuids(first)[0] == uuids(second)[1]
@@ -64,14 +64,14 @@ def test_a_medium_is_named_by_its_content_whoever_sends_it() -> None:
     assert len({uuids(read_media(chat(part), "one")[0])[0] for part in (image(), image(PNG + "AA"), sound())}) == 3
 
 
-def test_what_a_url_gave_is_not_found_again_by_another_request() -> None:
+def test_a_medium_behind_a_url_has_another_name_in_each_request() -> None:
     remote = image("https://example.com/cat.png")
     first, again, other = (read_media(chat(remote, remote), salt)[0] for salt in ("one", "one", "two"))
     assert uuids(first) == uuids(again)
     assert set(uuids(first)).isdisjoint(uuids(other))
 
 
-def test_names_that_clients_chose_are_taken_away() -> None:
+def test_names_that_clients_chose_are_removed() -> None:
     chosen = [image(uuid="mine"), {"type": "text", "text": "a", "uuid": "mine"}, {"type": "image_url", "uuid": "mine"}]
     body, media = read_media(chat(*chosen, sound(uuid="mine")), "s")
     assert "mine" not in bytes(body.members["messages"]).decode()
@@ -88,18 +88,18 @@ def test_the_same_medium_is_encoded_once() -> None:
     "messages",
     ["text", [], [1], [{"content": "text"}], [{"content": None}], [{"content": [{"type": 5}, 7, None]}], None],
 )
-def test_what_is_no_media_is_the_engines_to_judge(messages: Any) -> None:
+def test_parts_without_media_are_left_to_the_engine(messages: Any) -> None:
     body = read_body(json.dumps({"messages": messages}).encode(), "chat")
     assert read_media(body, "s") == (body, ())
 
 
 @pytest.mark.parametrize("content", [None, 5, [], {"url": 5}, {}])
-def test_a_medium_without_a_sound_content_is_one_all_the_same(content: Any) -> None:
+def test_a_medium_with_invalid_content_is_still_a_medium(content: Any) -> None:
     _, media = read_media(chat({"type": "image_url", "image_url": content}), "s")
     assert len(media) == 1
 
 
-def test_an_encoder_is_given_the_media_and_what_shapes_them_only() -> None:
+def test_an_encoder_receives_only_the_media_and_their_processing_options() -> None:
     kwargs = {"mm_processor_kwargs": {"size": 1}, "media_io_kwargs": {"video": {}}, "tools": [], "temperature": 0}
     body, media = read_media(chat({"type": "text", "text": "secret"}, image(), stream=True, **kwargs), "s")
     leg = encode_leg(body, media)
@@ -117,7 +117,7 @@ def answer(params: Any) -> bytes:
     return json.dumps({"choices": [], "ec_transfer_params": params}).encode()
 
 
-def test_what_encoders_say_goes_on_word_for_word() -> None:
+def test_encoders_parameters_are_passed_on_unchanged() -> None:
     members = encoded(read_encoded(answer({"k": {**HANDLE, "shape": [2, 4], "more": 1}}), 1))
     assert members is not None
     assert json.loads(bytes(members["ec_transfer_params"])) == {"k": {**HANDLE, "shape": [2, 4], "more": 1}}
@@ -149,18 +149,18 @@ def test_what_encoders_say_goes_on_word_for_word() -> None:
     ],
     ids=str,
 )
-def test_what_no_encoder_says_is_refused(params: Any) -> None:
+def test_invalid_encoder_parameters_are_refused(params: Any) -> None:
     with pytest.raises(BackendGarbled):
         read_encoded(answer(params), 1)
 
 
 @pytest.mark.parametrize("whole", [b"", b"[]", b"{", b"\xff"])
-def test_what_is_no_answer_is_refused(whole: bytes) -> None:
+def test_an_invalid_answer_is_refused(whole: bytes) -> None:
     with pytest.raises(BackendGarbled):
         read_encoded(whole, 1)
 
 
-def test_who_computes_the_prompt_is_told_where_the_media_are() -> None:
+def test_the_engine_that_computes_the_prompt_receives_the_address_of_the_embeddings() -> None:
     body, media = read_media(chat(image()), "s")
     assert isinstance(media[0], Medium)
     plan = Plan(body, CONNECTORS["nixl"])

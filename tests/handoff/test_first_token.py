@@ -1,4 +1,4 @@
-"""When prefill's token may be the client's first: decided from bytes alone."""
+"""Whether prefill's token may be the client's first is decided from bytes alone."""
 
 from __future__ import annotations
 
@@ -108,24 +108,24 @@ def test_only_a_prompt_that_leaves_room_in_its_last_block_is_safe(tokens: int) -
         (answer(choice={"message": {"content": " [THINK]"}}), "markup"),
     ],
 )
-def test_what_is_not_as_it_must_be_has_a_reason(raw: bytes, why: str) -> None:
+def test_an_answer_that_cannot_be_used_has_a_reason(raw: bytes, why: str) -> None:
     assert taken(raw) == why
 
 
-def test_so_has_what_is_not_known() -> None:
+def test_an_answer_of_an_unknown_engine_or_a_too_long_prompt_has_a_reason() -> None:
     assert taken(answer(), block_size=0) == "unknown_engine"
     assert taken(answer(), context=28) == "context"
     assert isinstance(taken(answer(), context=29), FirstToken)
     assert taken(answer(), limit=10) == "too_long"
 
 
-def test_an_answer_that_ended_is_whole_whatever_its_blocks() -> None:
+def test_an_answer_that_has_ended_is_whole_whatever_its_blocks() -> None:
     first = token(answer(32, choice={"finish_reason": "stop", "message": {"content": ""}}, kv_transfer_params=None))
     assert (first.whole, first.text, first.engine) == (True, "", "")
 
 
 def test_the_usage_of_a_whole_stream_has_no_nulls_at_any_depth() -> None:
-    """As in vLLM's own streams; in a whole answer its details have them."""
+    """As in vLLM's own streams; in a whole answer the usage's details have nulls."""
     usage: dict[str, Any] = {"prompt_tokens": 3, "total_tokens": 4, "completion_tokens": 1, "details": None}
     usage["prompt_tokens_details"] = {"cached_tokens": 0, "created_cache_tokens": None}
     first = token(answer(3, choice={"finish_reason": "stop", "message": {"content": ""}}, usage=usage))
@@ -165,7 +165,7 @@ def test_the_prefill_leg_keeps_what_decides_its_token() -> None:
     }
 
 
-def test_the_decode_leg_goes_on_behind_the_token() -> None:
+def test_the_decode_leg_continues_after_the_token() -> None:
     asked = body(min_tokens=3, stream=True)
     plan = Plan(asked, CONNECTORS["nixl"], first_token=True)
     first = token(answer(2))
@@ -195,7 +195,9 @@ def test_the_decode_leg_goes_on_behind_the_token() -> None:
         (body(max_tokens=2), "", ""),
     ],
 )
-def test_a_request_alone_says_whether_it_is_exact(asked: Body, why: str, even_inexact: str) -> None:
+def test_whether_a_request_can_be_exact_follows_from_the_request_alone(
+    asked: Body, why: str, even_inexact: str
+) -> None:
     assert inexact_because(asked, even_inexact=False) == why
     assert inexact_because(asked, even_inexact=True) == even_inexact
 
@@ -236,6 +238,6 @@ def test_two_answers_become_one() -> None:
 @pytest.mark.parametrize(
     "rest", [b"{}", b"[]", answer(choices=[{}, {}]), answer(choice={"message": None}), answer(usage=None)]
 )
-def test_what_cannot_be_joined_is_an_error(rest: bytes) -> None:
+def test_answers_that_cannot_be_joined_are_an_error(rest: bytes) -> None:
     with pytest.raises(ValueError, match=r"joined|choices"):
         joined_answer(token(answer(2)), rest, body(), dict)

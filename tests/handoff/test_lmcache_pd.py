@@ -1,4 +1,4 @@
-"""LMCache's prefill-decode mode: what the legs say."""
+"""LMCache's prefill-decode mode: the legs' bodies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plan(decode: Coordinates = DECODE, **members: Any) -> Plan:
     return Plan(read_body(json.dumps(members).encode(), "chat"), LMCACHE, rendezvous=rendezvous)
 
 
-def test_prefill_is_told_where_decodes_receiver_is() -> None:
+def test_prefill_receives_the_address_of_decodes_receiver() -> None:
     body = json.loads(b"".join(plan(messages=[], max_tokens=9).prefill_leg().body))
     assert body["kv_transfer_params"] == {
         "disagg_spec": {
@@ -33,26 +33,26 @@ def test_prefill_is_told_where_decodes_receiver_is() -> None:
     assert (body["max_tokens"], body["stream"]) == (1, False)
 
 
-def test_ports_for_queries_are_named_where_there_are_some() -> None:
+def test_query_ports_are_named_where_they_are_set() -> None:
     decode = Coordinates(host="d", init_ports=(1,), alloc_ports=(2,), query_ports=(3,))
     body = json.loads(b"".join(plan(decode, messages=[]).prefill_leg().body))
     assert body["kv_transfer_params"]["disagg_spec"]["receiver_query_port"] == [3]
 
 
 @pytest.mark.parametrize("answer", [b'{"choices":[]}', b'{"choices":[],"kv_transfer_params":{"first_tok":7}}'])
-def test_decode_is_told_nothing_and_samples_every_token_itself(answer: bytes) -> None:
+def test_decode_receives_no_parameters_and_samples_every_token_itself(answer: bytes) -> None:
     made = plan(messages=[], max_tokens=9)
     handoff, _ = made.take(answer)
     assert handoff is not None
     assert json.loads(b"".join(made.decode_leg(handoff).body)) == {"messages": [], "max_tokens": 9}
 
 
-def test_a_notice_of_each_rank_is_waited_for() -> None:
+def test_the_notification_of_each_rank_is_waited_for() -> None:
     assert plan(messages=[]).notices == 2
     assert Plan(read_body(b'{"messages":[]}', "chat"), LMCACHE).notices == 0
 
 
-def test_what_was_written_to_one_decode_engine_goes_to_no_other() -> None:
+def test_a_hand_off_to_one_decode_engine_cannot_go_to_another() -> None:
     made = plan(messages=[])
     assert not LMCACHE.traits.transferable
     assert made.handoff is not None

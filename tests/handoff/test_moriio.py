@@ -1,4 +1,4 @@
-"""MoRIIOConnector: what the legs say in its two modes, and what prefill's answer must say."""
+"""MoRIIOConnector: the legs' bodies in its two modes, and what prefill's answer must have."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def params(body: bytes) -> Any:
 
 
 @pytest.mark.parametrize("name", ["moriio_read", "moriio_write"])
-def test_prefill_is_told_of_the_decode_engine(name: str) -> None:
+def test_prefill_receives_the_decode_engines_addresses(name: str) -> None:
     leg = plan(name).prefill_leg()
     assert params(b"".join(leg.body)) == ASKED
     body = json.loads(b"".join(leg.body))
@@ -72,7 +72,7 @@ def test_prefill_is_told_of_the_decode_engine(name: str) -> None:
 
 
 @pytest.mark.parametrize(("rank", "named"), [(5, 5), (0, 0), (None, 0)])
-def test_writing_decode_is_told_of_prefill_and_its_rank_beforehand(rank: int | None, named: int) -> None:
+def test_in_write_mode_decode_receives_prefills_addresses_and_rank_beforehand(rank: int | None, named: int) -> None:
     made = plan("moriio_write", rank)
     assert made.handoff is not None
     assert params(b"".join(made.decode_leg(made.handoff).body)) == {
@@ -92,7 +92,7 @@ def test_writing_decode_is_told_of_prefill_and_its_rank_beforehand(rank: int | N
     assert made.take(answer(REPLIED))[0] is made.handoff
 
 
-def test_reading_decode_is_told_what_prefill_replied_and_its_ranks() -> None:
+def test_in_read_mode_decode_receives_prefills_reply_and_its_ranks() -> None:
     made = plan("moriio_read")
     assert made.handoff is None
     handoff, _ = made.take(answer({**REPLIED, "unknown": [1.0]}))
@@ -100,7 +100,7 @@ def test_reading_decode_is_told_what_prefill_replied_and_its_ranks() -> None:
     assert params(b"".join(made.decode_leg(handoff).body)) == {**REPLIED, "unknown": [1.0], "remote_tp_size": 4}
 
 
-def test_what_prefill_says_of_its_ranks_is_not_overruled() -> None:
+def test_ranks_in_prefills_reply_are_not_overwritten() -> None:
     handoff, _ = plan("moriio_read").take(answer({**REPLIED, "remote_tp_size": 3}))
     assert handoff is not None
     assert json.loads(bytes(handoff.members["kv_transfer_params"]))["remote_tp_size"] == 3
@@ -124,7 +124,7 @@ for harmless in ("do_remote_decode", "remote_dp_size"):
 
 
 @pytest.mark.parametrize("given_", HARMFUL.values(), ids=list(HARMFUL))
-def test_what_would_harm_a_reading_decode_engine_is_not_sent(given_: object) -> None:
+def test_in_read_mode_harmful_parameters_are_not_sent(given_: object) -> None:
     with pytest.raises(HandoffInvalid):
         plan("moriio_read").take(answer(given_))
 
@@ -135,7 +135,7 @@ def test_no_parameters_are_no_hand_off(given_: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["moriio_read", "moriio_write"])
-def test_a_hand_off_nobody_wants_is_released_by_a_request_that_decode_refuses(name: str) -> None:
+def test_an_unneeded_hand_off_is_released_by_a_request_that_decode_refuses(name: str) -> None:
     made = plan(name)
     handoff, _ = made.take(answer(REPLIED))
     assert handoff is not None
@@ -147,7 +147,7 @@ def test_a_hand_off_nobody_wants_is_released_by_a_request_that_decode_refuses(na
     assert body["kv_transfer_params"]["transfer_id"] == f"tx-{NAME}"
 
 
-def test_a_reading_decode_engine_is_given_nothing_without_a_hand_off() -> None:
+def test_in_read_mode_decode_gets_no_request_without_a_hand_off() -> None:
     assert not READ.traits.plain_decode
     assert WRITE.traits.plain_decode
     assert not READ.traits.transferable and not WRITE.traits.transferable
@@ -179,7 +179,7 @@ def test_modes_are_not_mixed(connector: Any, mode: str) -> None:
 
 
 @given(text=st.text(max_size=60) | st.from_regex(r"host:[^,]*,handshake:[^,]*,notify:[^,]*"))
-def test_an_address_is_one_or_is_refused(text: str) -> None:
+def test_an_invalid_address_is_refused(text: str) -> None:
     try:
         coordinates = WRITE.read_registration(registration(zmq_address=text)).coordinates
     except ValueError:

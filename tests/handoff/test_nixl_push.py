@@ -1,4 +1,4 @@
-"""NixlPushConnector: what the legs are told of each other, and what is remembered of a first answer."""
+"""NixlPushConnector: the parameters of both legs, and what is remembered of a first answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plan(rendezvous: Rendezvous) -> Plan:
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1])
-def test_decode_is_told_where_prefills_rank_takes_registrations(rank: int | None) -> None:
+def test_decode_receives_the_address_at_which_prefills_rank_takes_registrations(rank: int | None) -> None:
     rendezvous = PUSH.negotiate(HERE, Coordinates(), NAME, rank)
     made = plan(rendezvous)
     assert made.together
@@ -58,7 +58,7 @@ def test_decode_is_told_where_prefills_rank_takes_registrations(rank: int | None
 
 
 @pytest.mark.parametrize("ids", [(), ("",), ("", "e_dp1")])
-def test_an_engine_that_is_not_known_has_a_sequential_try(ids: tuple[str, ...]) -> None:
+def test_an_unknown_engine_has_a_sequential_try(ids: tuple[str, ...]) -> None:
     rendezvous = PUSH.negotiate(msgspec.structs.replace(HERE, engine_ids=ids), Coordinates(), NAME, 0)
     made = plan(rendezvous)
     assert made.handoff is None
@@ -68,7 +68,7 @@ def test_an_engine_that_is_not_known_has_a_sequential_try(ids: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize("missing", ["remote_engine_id", "remote_request_id", "remote_host", "remote_port", "tp_size"])
-def test_what_decode_would_die_of_is_not_sent(missing: str) -> None:
+def test_parameters_that_would_kill_decode_are_not_sent(missing: str) -> None:
     with pytest.raises(HandoffInvalid):
         plan(PUSH.negotiate(Coordinates(), Coordinates(), NAME, None)).take(answer(without(missing)))
 
@@ -77,7 +77,7 @@ def handed(**more: Any) -> Handoff:
     return Handoff({"kv_transfer_params": msgspec.Raw(json.dumps({**PARAMS, **more}).encode())})
 
 
-def test_what_a_first_answer_says_makes_the_next_try_concurrent() -> None:
+def test_the_parameters_of_a_first_answer_make_the_next_try_concurrent() -> None:
     start = Coordinates(host="url-host", port=5600)
     known = PUSH.remember(start, handed(tp_size=2, pp_size=3), None)
     assert known == Coordinates(host="127.0.0.1", port=22050, engine_ids=("8c0a1f0e",), tp=2, pp=3)
@@ -104,9 +104,9 @@ def test_of_ranks_on_several_hosts_only_the_last_is_known() -> None:
 
 
 @pytest.mark.parametrize("odd", [{"pp_size": 0}, {"pp_size": "1"}])
-def test_an_answer_that_says_no_place_is_not_remembered(odd: dict[str, Any]) -> None:
+def test_an_answer_without_an_address_is_not_remembered(odd: dict[str, Any]) -> None:
     assert PUSH.remember(HERE, handed(**odd), None) == HERE
 
 
-def test_nothing_frees_blocks_that_decode_has_not_registered_for() -> None:
+def test_blocks_that_decode_has_not_registered_for_cannot_be_released() -> None:
     assert plan(PUSH.negotiate(HERE, HERE, NAME, None)).release_leg(handed(), sent=False) is None

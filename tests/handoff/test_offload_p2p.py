@@ -1,4 +1,4 @@
-"""The P2P tier: one name on both legs, in the sub-dictionary that is named for the other side."""
+"""The P2P tier: one name on both legs, each in the sub-dictionary that is named after the other side."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ HERE = Coordinates(host="10.0.0.1", port=5710, dp=4)
 
 
 @pytest.mark.parametrize("rank", [None, 0, 3])
-def test_each_leg_is_told_the_name_and_decode_the_port_of_prefills_rank(rank: int | None) -> None:
+def test_both_legs_have_the_name_and_decode_has_the_port_of_prefills_rank(rank: int | None) -> None:
     body = read_body(b'{"prompt":"a","max_tokens":9}', "completions")
     made = Plan(body, P2P, rendezvous=P2P.negotiate(HERE, Coordinates(), NAME, rank))
-    assert (
-        not made.together
-    )  # nothing keeps decode from coming first, but it would wait for blocks that it could compute
+    assert not made.together  # decode could come first, but it would wait for blocks that it could compute
     assert said(made.prefill_leg())["kv_transfer_params"] == {"remote_decoder": {"kv_request_id": f"kv-{NAME}"}}
     handoff, _ = made.take(b'{"choices":[],"kv_transfer_params":null}')
     assert said(made.decode_leg(handoff))["kv_transfer_params"] == {

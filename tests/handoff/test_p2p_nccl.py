@@ -1,4 +1,4 @@
-"""P2pNcclConnector: the request's id is all that the legs are told."""
+"""P2pNcclConnector: the request's id is the legs' only parameter."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ P, D = Coordinates(host="10.0.0.1", port=21001), Coordinates(host="fd00::2", por
 def test_both_legs_have_one_id_with_both_addresses() -> None:
     rendezvous = P2P.negotiate(P, D, NAME, None)
     assert rendezvous.id == f"___prefill_addr_10.0.0.1:21001___decode_addr_[fd00::2]:22001_{NAME}"
-    # As the engines read it: prefill looks for decode, and decode for prefill.
+    # As the engines read it: prefill looks for decode's address, and decode for prefill's.
     assert re.search(r"___decode_addr_(.*):(\d+)", rendezvous.id).groups() == ("[fd00::2]", "22001")  # type: ignore[union-attr]
     assert re.search(r"___prefill_addr_(.*):(\d+)___", rendezvous.id).groups() == ("10.0.0.1", "21001")  # type: ignore[union-attr]
 
 
-def test_the_legs_say_nothing_else() -> None:
+def test_the_legs_have_no_other_parameters() -> None:
     made = Plan(read_body(b'{"messages":[],"max_tokens":9}', "chat"), P2P, rendezvous=P2P.negotiate(P, D, NAME, None))
     assert b"kv_transfer_params" not in b"".join(made.prefill_leg().body)
     handoff, _ = made.take(b'{"choices":[]}')
@@ -71,7 +71,7 @@ def test_an_address_that_would_spoil_the_id_is_refused(text: str) -> None:
 
 
 @given(text=st.text(max_size=40) | st.from_regex(r"[0-9A-Za-z.:\[\]_-]{1,20}:[0-9]{1,5}"))
-def test_whatever_registers_an_id_is_one_line_with_two_addresses(text: str) -> None:
+def test_whatever_address_registers_an_id_is_one_line_with_two_addresses(text: str) -> None:
     try:
         coordinates = P2P.read_registration(registration(zmq_address=text)).coordinates
     except ValueError:

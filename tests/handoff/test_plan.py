@@ -1,4 +1,4 @@
-"""What each leg says, for every connector."""
+"""The bodies of both legs, for every connector."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ ASKED = {
 EVERY = pytest.mark.parametrize("connector", CONNECTORS.values(), ids=list(CONNECTORS))
 PULLS = ["nixl", "mooncake_ascend"]
 PULL = pytest.mark.parametrize("connector", [CONNECTORS[name] for name in PULLS], ids=PULLS)
-"""Those by which prefill answers with the address of its blocks."""
+"""The connectors whose prefill answers with the address of its blocks."""
 SAMPLES = ["sglang", "tensorrt_llm"]
 ONE_TOKEN = [name for name in CONNECTORS if name not in SAMPLES]
 MAKES_ONE = pytest.mark.parametrize("connector", [CONNECTORS[name] for name in ONE_TOKEN], ids=ONE_TOKEN)
-"""Those whose prefill is to make a token that nobody sees. With the others it is the client's first."""
+"""The connectors whose prefill generates a token that is not used. With the others it is the client's first."""
 HERE = Coordinates(host="10.0.0.1", port=8998, engine_ids=("engine-0",))
 
 
@@ -69,7 +69,7 @@ CHOICE = {
     "finish_reason": "length",
     "disaggregated_params": {"ctx_request_id": 1, "disagg_request_id": 1, "first_gen_tokens": [7]},
 }
-"""With what engines need of it that hand over in their choices."""
+"""A choice with the parameters of the engines that hand over in their choices."""
 
 
 def said(leg: Leg) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def answer(params: object) -> bytes:
     return json.dumps(told).encode()
 
 
-def test_a_connector_is_found_by_the_name_it_has() -> None:
+def test_a_connector_is_registered_under_its_own_name() -> None:
     assert list(CONNECTORS) == [connector.name for connector in CONNECTORS.values()]
     assert set(CONNECTORS) == set(get_args(ConnectorName))
 
@@ -130,7 +130,7 @@ DROPPED: dict[str, Any] = {
 
 @MAKES_ONE
 @pytest.mark.parametrize("name", sorted(DROPPED))
-def test_prefill_does_without_what_shapes_or_stops_output(connector: Connector, name: str) -> None:
+def test_prefill_has_no_members_that_shape_or_stop_output(connector: Connector, name: str) -> None:
     made = plan(connector, stream=True, messages=[], **{name: DROPPED[name]})
     assert name not in said(made.prefill_leg())
     if name != "stream_options":
@@ -167,7 +167,7 @@ PROMPT: dict[str, Any] = {
 
 @EVERY
 @pytest.mark.parametrize("name", sorted(PROMPT))
-def test_what_shapes_the_prompt_is_the_same_on_both_legs(connector: Connector, name: str) -> None:
+def test_members_that_shape_the_prompt_are_the_same_on_both_legs(connector: Connector, name: str) -> None:
     made = plan(connector, **{name: PROMPT[name]})
     handoff, _ = made.take(answer(PARAMS))
     assert said(made.prefill_leg())[name] == PROMPT[name]
@@ -176,7 +176,7 @@ def test_what_shapes_the_prompt_is_the_same_on_both_legs(connector: Connector, n
 
 EDITED = {"stream", "max_tokens", "max_completion_tokens", "min_tokens", "ignore_eos", "kv_transfer_params", *DROPPED}
 OWN = {"bootstrap_host", "bootstrap_port", "bootstrap_room", "disaggregated_params", "prompt_token_ids"}
-"""What connectors say beside it."""
+"""Members that connectors add."""
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
@@ -280,7 +280,7 @@ HARMFUL: dict[str, object] = {
 
 @PULL
 @pytest.mark.parametrize("params", HARMFUL.values(), ids=list(HARMFUL))
-def test_parameters_that_would_harm_decode_are_not_sent(connector: Connector, params: object) -> None:
+def test_parameters_that_would_kill_or_block_decode_are_not_sent(connector: Connector, params: object) -> None:
     with pytest.raises(HandoffInvalid, match=r"prefill's (kv_transfer_params|remote_block_ids) ") as caught:
         plan(connector).take(answer(params))
     assert caught.value.retryable
@@ -319,14 +319,14 @@ def test_an_answer_without_the_member_is_no_hand_off(connector: Connector) -> No
 
 @EVERY
 @pytest.mark.parametrize("text", [b"", b"<html>", b"[]", b'"x"', b'{"kv_transfer_params":', b"null"])
-def test_what_is_no_answer_is_garbled(connector: Connector, text: bytes) -> None:
+def test_an_invalid_answer_is_garbled(connector: Connector, text: bytes) -> None:
     with pytest.raises(BackendGarbled, match="prefill's answer is not one"):
         plan(connector).take(text)
 
 
 @PULL
 @given(params=VALUES | st.fixed_dictionaries({}, optional=dict.fromkeys(PARAMS, VALUES)))
-def test_any_parameters_are_taken_or_refused(connector: Connector, params: object) -> None:
+def test_any_parameters_are_accepted_or_refused(connector: Connector, params: object) -> None:
     made = plan(connector)
     try:
         handoff, _ = made.take(answer(params))
@@ -340,7 +340,7 @@ def test_any_parameters_are_taken_or_refused(connector: Connector, params: objec
 
 
 @EVERY
-def test_decode_alone_says_nothing_of_a_hand_off(connector: Connector) -> None:
+def test_decode_alone_has_no_hand_off_parameters(connector: Connector) -> None:
     body = said(plan(connector, messages=[], max_tokens=9, n=3, stop=["a"]).decode_leg(None))
     assert body == {"messages": [], "max_tokens": 9, "n": 3, "stop": ["a"]}
 
@@ -382,7 +382,7 @@ def test_large_messages_go_to_both_engines_byte_for_byte(connector: Connector) -
     messages = b'[ {"role" : "user", "content":"%b\\u00e9\\/"} ]' % (b"word " * 10_000)
     made = Plan(read_body(b'{"messages":' + messages + b"}", "chat"), connector)
     for leg in (made.prefill_leg(), made.decode_leg(None)):
-        assert messages in leg.body  # a piece by itself
+        assert messages in leg.body  # a piece of its own
         assert said(leg)["messages"] == json.loads(messages)
     assert said(made.decode_leg(None)) == json.loads(b'{"messages":%b}' % messages)
 
@@ -398,8 +398,8 @@ def test_large_prompts_go_to_both_engines(connector: Connector, prompt: object) 
 
 
 @EVERY
-def test_a_long_request_without_a_prompt_is_sent_without_one(connector: Connector) -> None:
-    """The size of a prompt is that of its tools, too."""
+def test_a_long_request_without_a_prompt_is_sent_without_a_prompt(connector: Connector) -> None:
+    """The size of a prompt includes that of its tools."""
     tools = [{"type": "function", "function": {"name": "f", "description": "word " * 10_000}}]
     leg = plan(connector, tools=tools, model="m").prefill_leg()
     assert said(leg)["tools"] == tools

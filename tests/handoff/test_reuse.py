@@ -1,4 +1,4 @@
-"""Decode is given the prompt as prefill has tokenised it, wherever that is the same prompt."""
+"""Decode receives the prompt as prefill has tokenised it, wherever that is the same prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan(connector: Connector = NIXL, endpoint: Endpoint = "chat", **more: Any) 
 
 
 def answer(endpoint: Endpoint, ids: bytes = IDS) -> bytes:
-    """Prefill's, as vLLM says the ids of each endpoint."""
+    """Prefill's answer, with the ids where vLLM puts them for each endpoint."""
     params = json.dumps(PARAMS).encode()
     if endpoint == "chat":
         return b'{"choices":[{"index":0}],"prompt_token_ids":%b,"kv_transfer_params":%b}' % (ids, params)
@@ -54,7 +54,7 @@ def test_prefill_is_asked_for_the_ids(connector: Connector, endpoint: Endpoint) 
 
 
 @EVERY
-def test_chat_has_them_beside_the_hand_off(connector: Connector) -> None:
+def test_a_chat_has_the_ids_beside_the_hand_off_parameters(connector: Connector) -> None:
     body = decoded(plan(connector), answer("chat"))
     assert body["kv_transfer_params"] == {"prompt_token_ids": [7, 300, 9], **PARAMS}
     assert body["messages"] == MEMBERS["chat"]["messages"]
@@ -62,14 +62,14 @@ def test_chat_has_them_beside_the_hand_off(connector: Connector) -> None:
 
 
 @EVERY
-def test_completions_have_them_for_their_prompt(connector: Connector) -> None:
+def test_completions_have_the_ids_as_their_prompt(connector: Connector) -> None:
     body = decoded(plan(connector, "completions"), answer("completions"))
     assert body["prompt"] == [7, 300, 9]
     assert body["kv_transfer_params"] == PARAMS
 
 
 @BOTH
-def test_they_stay_the_bytes_that_they_came_as(endpoint: Endpoint) -> None:
+def test_the_ids_stay_the_bytes_that_prefill_sent(endpoint: Endpoint) -> None:
     made = plan(endpoint=endpoint)
     handoff, _ = made.take(answer(endpoint))
     assert IDS in b"".join(made.decode_leg(handoff).body)
@@ -77,19 +77,19 @@ def test_they_stay_the_bytes_that_they_came_as(endpoint: Endpoint) -> None:
 
 @BOTH
 @pytest.mark.parametrize("ids", [b"null", b"[]", b'"x"', b"{}", b"[1.5]", b'["1"]', b"[null]", b"[[1]]", b"[-1]"])
-def test_an_engine_that_says_no_ids_has_decode_tokenise(endpoint: Endpoint, ids: bytes) -> None:
+def test_without_ids_in_prefills_answer_decode_tokenises(endpoint: Endpoint, ids: bytes) -> None:
     body = decoded(plan(endpoint=endpoint), answer(endpoint, ids))
     assert body == {**MEMBERS[endpoint], "kv_transfer_params": PARAMS}
 
 
 @BOTH
-def test_an_engine_that_leaves_them_out_has_decode_tokenise(endpoint: Endpoint) -> None:
+def test_without_the_member_for_ids_in_prefills_answer_decode_tokenises(endpoint: Endpoint) -> None:
     other: Endpoint = "chat" if endpoint == "completions" else "completions"
     body = decoded(plan(endpoint=endpoint), answer(other))
     assert body == {**MEMBERS[endpoint], "kv_transfer_params": PARAMS}
 
 
-def test_a_chat_with_more_than_text_is_read_by_each_engine_itself() -> None:
+def test_a_chat_with_more_than_text_is_tokenised_by_each_engine_itself() -> None:
     parts = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
     made = plan(messages=[{"role": "user", "content": parts}])
     assert decoded(made, answer("chat"))["kv_transfer_params"] == PARAMS
@@ -101,14 +101,14 @@ def test_a_chat_of_text_parts_is_text() -> None:
 
 
 @pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]], ["x"], None])
-def test_a_completion_that_is_no_text_has_nothing_to_tokenise(prompt: Any) -> None:
+def test_a_completion_without_text_has_nothing_to_tokenise(prompt: Any) -> None:
     assert not reusable(read_body(json.dumps({"prompt": prompt}).encode(), "completions"))
     assert not reusable(read_body(b"{}", "completions"))
     assert not reusable(read_body(b'{"prompt":"x","prompt_embeds":"AAAA"}', "completions"))
 
 
 @BOTH
-def test_the_clients_own_wish_for_ids_and_all_else_stays(endpoint: Endpoint) -> None:
+def test_the_clients_own_flag_for_ids_and_all_other_members_stay(endpoint: Endpoint) -> None:
     wishes = {"return_token_ids": True, "logprobs": 2, "tools": [], "seed": 3}
     body = decoded(plan(endpoint=endpoint, **wishes), answer(endpoint))
     assert {name: body[name] for name in wishes} == wishes
@@ -124,7 +124,7 @@ def test_a_continued_answer_has_ids_of_its_own(endpoint: Endpoint) -> None:
 
 
 @BOTH
-def test_a_release_leg_has_no_use_for_them(endpoint: Endpoint) -> None:
+def test_a_release_leg_has_no_ids(endpoint: Endpoint) -> None:
     made = plan(endpoint=endpoint)
     handoff, _ = made.take(answer(endpoint))
     assert handoff is not None

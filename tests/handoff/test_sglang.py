@@ -54,7 +54,7 @@ SHAPING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_both_legs_are_the_clients_body_and_one_room(stream: bool) -> None:
+def test_both_legs_have_the_clients_body_and_one_room(stream: bool) -> None:
     prefill, decode = legs(**SHAPING, stream=stream)
     assert {name: prefill[name] for name in ROOM} == {name: decode[name] for name in ROOM}
     assert (prefill["bootstrap_host"], prefill["bootstrap_port"]) == ("10.0.0.1", 9001)
@@ -64,14 +64,14 @@ def test_both_legs_are_the_clients_body_and_one_room(stream: bool) -> None:
         assert {name: value for name, value in leg.items() if name not in ROOM} == wanted
 
 
-def test_prefills_answer_is_one_piece_whatever_the_client_wants_of_its_stream() -> None:
+def test_prefills_answer_is_in_one_piece_even_if_the_client_streams() -> None:
     prefill, decode = legs(stream=True, stream_options={"include_usage": True}, messages=[])
     assert prefill["stream"] is False and "stream_options" not in prefill
     assert decode["stream"] is True and decode["stream_options"] == {"include_usage": True}
 
 
 @given(a=st.integers(0, 2**128 - 1), b=st.integers(0, 2**128 - 1))
-def test_each_try_has_a_room_of_its_own_that_leaves_room_for_a_batch(a: int, b: int) -> None:
+def test_each_try_has_a_room_of_its_own_with_free_numbers_after_it_for_a_batch(a: int, b: int) -> None:
     rooms = [legs(f"{name:032x}")[0]["bootstrap_room"] for name in (a, b)]
     assert all(type(room) is int and 0 <= room < 2**63 - 2**24 for room in rooms)
     if a >> 64 != b >> 64 and (a >> 64) % (2**63 - 2**24) != (b >> 64) % (2**63 - 2**24):
@@ -79,7 +79,7 @@ def test_each_try_has_a_room_of_its_own_that_leaves_room_for_a_batch(a: int, b: 
 
 
 @given(name=st.integers(0, 2**128 - 1), dp=st.integers(2, 64), data=st.data())
-def test_decode_is_told_prefills_rank_and_the_room_says_it_too(name: int, dp: int, data: st.DataObject) -> None:
+def test_decode_receives_prefills_rank_which_the_room_encodes_too(name: int, dp: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, dp - 1))
     at = Coordinates(host="h", port=1, dp=dp)
     prefill, decode = legs(f"{name:032x}", rank, at, messages=[])
@@ -89,7 +89,7 @@ def test_decode_is_told_prefills_rank_and_the_room_says_it_too(name: int, dp: in
     assert 0 <= decode["bootstrap_room"] < 2**63 - 2**24 + dp
 
 
-def test_no_rank_is_told_where_there_is_but_one() -> None:
+def test_no_rank_is_named_where_there_is_only_one() -> None:
     assert "disagg_prefill_dp_rank" not in legs(messages=[])[1]
 
 
@@ -97,14 +97,14 @@ def test_an_ipv6_host_is_in_brackets() -> None:
     assert legs(at=Coordinates(host="fd00::1", port=1))[0]["bootstrap_host"] == "[fd00::1]"
 
 
-def test_several_prompts_go_as_they_are() -> None:
+def test_several_prompts_are_sent_unchanged() -> None:
     for leg in legs(endpoint="completions", prompt=["a", "b"]):
         assert leg["prompt"] == ["a", "b"]
         assert type(leg["bootstrap_room"]) is int  # a scalar: the engines count up from it
     assert SGLANG.traits.splittable == {"prompt_list"}
 
 
-# What an engine says of itself
+# What an engine reports of itself
 
 
 def info(**said: Any) -> bytes:
@@ -117,7 +117,7 @@ def test_the_port_and_the_ranks_are_learnt() -> None:
     assert SGLANG.learn(Coordinates(host="h"), info()).dp == 1
 
 
-def test_a_port_that_people_set_is_kept() -> None:
+def test_a_port_from_the_settings_is_kept() -> None:
     assert SGLANG.learn(Coordinates(host="h", port=31000), info()).port == 31000
 
 
@@ -132,6 +132,6 @@ def test_a_port_that_people_set_is_kept() -> None:
         b"<html>",
     ],
 )
-def test_what_is_no_prefill_server_is_told_apart(answer: bytes) -> None:
+def test_a_server_that_is_no_prefill_server_is_recognised(answer: bytes) -> None:
     with pytest.raises(ValueError):
         SGLANG.learn(Coordinates(), answer)

@@ -1,4 +1,4 @@
-"""Shared caches: the legs are told nothing of each other."""
+"""Shared caches: the legs have no parameters about each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BODY = b'{"prompt":"a","max_tokens":9,"stream":true,"stream_options":{"include_u
 
 
 @pytest.mark.parametrize("params", [None, {}, PARAMS, {"num_lmcache_cached_tokens": 3}])
-def test_decode_has_the_clients_own_request_whatever_prefill_says(params: object) -> None:
+def test_decode_has_the_clients_own_request_whatever_prefill_answers(params: object) -> None:
     made = Plan(read_body(BODY, "completions"), SHARED)
     prefill = said(made.prefill_leg())
     assert (prefill["max_tokens"], prefill["stream"]) == (1, False)

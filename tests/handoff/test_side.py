@@ -1,4 +1,4 @@
-"""Where a hand-off sends decode."""
+"""The address to which a hand-off sends decode."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ def handoff(**members: Any) -> Handoff:
         ({"kv_transfer_params": None}, None),
     ],
 )
-def test_a_hand_off_says_where_prefills_side_is(members: dict[str, Any], side: tuple[str, int] | None) -> None:
+def test_a_hand_off_has_the_address_of_prefills_side_channel(
+    members: dict[str, Any], side: tuple[str, int] | None
+) -> None:
     assert side_of(handoff(**members)) == side
 
 
-def test_what_is_no_json_says_nothing() -> None:
+def test_invalid_json_has_no_address() -> None:
     assert side_of(Handoff({"kv_transfer_params": msgspec.Raw(b'{"caf\xe9')})) is None

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's legs, what a context server's answer is taken for, and the signature."""
+"""TensorRT-LLM's legs, the reading of a context server's answer, and the signature."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_each_try_has_an_id_of_its_own_above_those_of_the_engines(a: int, b: int
 
 @pytest.mark.parametrize("endpoint", BODIES)
 @pytest.mark.parametrize("finish", ["length", "not_finished"])
-def test_the_generation_leg_is_told_all_that_the_context_server_said(endpoint: Endpoint, finish: str) -> None:
+def test_the_generation_leg_has_all_parameters_of_the_context_server(endpoint: Endpoint, finish: str) -> None:
     made = plan(endpoint, **BODIES[endpoint], stream=True)
     given_ = answer(endpoint, finish)
     assert TRTLLM.whole(given_) is None
@@ -116,7 +116,7 @@ def test_the_generation_leg_is_told_all_that_the_context_server_said(endpoint: E
 
 
 @pytest.mark.parametrize("endpoint", BODIES)
-def test_packed_ids_are_passed_on_as_they_are(endpoint: Endpoint) -> None:
+def test_packed_ids_are_passed_on_unchanged(endpoint: Endpoint) -> None:
     made = plan(endpoint, **BODIES[endpoint])
     packed = {"prompt_token_ids_b64": "AQAAAA==", "prompt_token_ids": None}
     leg = said(made.decode_leg(made.take(answer(endpoint, **packed))[0]))
@@ -181,12 +181,12 @@ def test_a_choice_that_does_not_say_how_it_ended_must_have_parameters() -> None:
         plan(messages=[]).take(answer(finish=None, params=None))
 
 
-# Answers that are whole
+# Answers that end in the context phase
 
 
 @pytest.mark.parametrize("endpoint", BODIES)
 @pytest.mark.parametrize("finish", ["stop", "tool_calls"])
-def test_an_answer_that_ends_with_its_first_token_is_the_clients(endpoint: Endpoint, finish: str) -> None:
+def test_an_answer_that_ends_with_its_first_token_is_sent_to_the_client(endpoint: Endpoint, finish: str) -> None:
     made = answer(endpoint, finish, {**without("ctx_request_id"), "ctx_request_id": None})
     assert plan(endpoint, **BODIES[endpoint]).take(made)[0] is None
     first = TRTLLM.whole(made)
@@ -205,7 +205,7 @@ def test_an_answer_that_ends_with_its_first_token_is_the_clients(endpoint: Endpo
     assert [c["finish_reason"] for c in deltas][-1] == finish
 
 
-def test_the_stream_of_a_whole_answer_says_all_of_its_message() -> None:
+def test_the_stream_of_a_whole_answer_has_all_of_its_message() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     message = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]}
     choice = {"index": 0, "finish_reason": "tool_calls", "message": message, "disaggregated_params": PARAMS}
@@ -217,14 +217,14 @@ def test_the_stream_of_a_whole_answer_says_all_of_its_message() -> None:
 
 
 @pytest.mark.parametrize("name", ["id", "created", "model"])
-def test_an_answer_that_no_client_could_be_given_is_garbled(name: str) -> None:
+def test_an_answer_that_cannot_be_sent_to_a_client_is_garbled(name: str) -> None:
     members = json.loads(answer(finish="stop"))
     del members[name]
     with pytest.raises(BackendGarbled, match=name):
         TRTLLM.whole(json.dumps(members).encode())
 
 
-def test_a_whole_answer_need_not_count() -> None:
+def test_a_whole_answer_may_lack_the_usage() -> None:
     first = TRTLLM.whole(answer(finish="stop", usage=None))
     assert first is not None
     assert b"".join(opening_events(first, read_body(b'{"messages":[],"stream":true}', "chat")))
@@ -234,7 +234,7 @@ def test_a_whole_answer_need_not_count() -> None:
     st.binary(max_size=40)
     | st.recursive(st.none() | st.integers(), lambda x: st.lists(x)).map(lambda v: json.dumps(v).encode())
 )
-def test_what_is_no_answer_is_none(text: bytes) -> None:
+def test_an_invalid_answer_is_none(text: bytes) -> None:
     assert TRTLLM.whole(text) is None
 
 
@@ -266,7 +266,7 @@ def signature(endpoint: str | None, state: str | None) -> bytes:
         ([], None, "eA=="),
     ],
 )
-def test_what_is_handed_over_is_signed(endpoint: Any, shown: str | None, state: str | None) -> None:
+def test_hand_off_parameters_are_signed(endpoint: Any, shown: str | None, state: str | None) -> None:
     made = header(KEY, ctx_info_endpoint=endpoint, encoded_opaque_state=state)
     assert made == b"x-trtllm-disagg-auth: " + signature(shown, state) + b"\r\n"
 
