@@ -11,13 +11,13 @@ from pd_proxy.placement.ask import Ask
 
 
 def zero() -> float:
-    """A random number that is none."""
+    """A stand-in for the random number: always 0."""
     return 0.0
 
 
 @dataclass(eq=False)
 class Engine:
-    """What a policy may look at, and nothing else."""
+    """What a policy may read, and nothing else."""
 
     url: str
     speeds: Speeds = field(default_factory=lambda: join_pool(PoolSpeeds()))
@@ -28,12 +28,12 @@ class Engine:
     factor: float = 1.0
 
     def prefills(self, tokens: int, now: float = 0.0) -> Engine:
-        """It is given a leg."""
+        """Give it a prefill leg."""
         self.speeds.given(tokens, now, tokens)
         return self.decodes(tokens)
 
     def decodes(self, tokens: int) -> Engine:
-        """It has a request of so many tokens."""
+        """Give it a request with this number of tokens."""
         self.inflight_tokens += tokens
         self.inflight_requests += 1
         return self
@@ -52,7 +52,7 @@ def learnt(
 
     Arguments:
         rates: tokens that each prefills in a second.
-        steps: seconds of each one's step with next to nothing to do; twice that with 64 sequences.
+        steps: seconds of each one's step with almost no load; twice that with 64 sequences.
     """
     found = engines(max(len(rates), len(steps)), name, pool)
     for _ in range(30):
@@ -66,5 +66,5 @@ def learnt(
 
 
 def ask(prompt: int = 1000, output: int = 500, *, random: Callable[[], float] = zero, **more: object) -> Ask:
-    """A request of so many tokens, at the time 100 where nothing else is said."""
+    """A request with these numbers of tokens, at the time 100 unless `now` is given."""
     return Ask(random, prompt_tokens=prompt, decode_tokens=prompt + output, **{"now": 100.0, **more})  # type: ignore[arg-type]

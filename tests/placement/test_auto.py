@@ -40,7 +40,7 @@ def loaded(legs: Sequence[Sequence[int]]) -> list[Engine]:
     return found
 
 
-# Where nothing is cached and all are alike
+# Nothing cached, equal engines
 
 
 @given(legs=LEGS, number=NUMBERS, prompt=st.integers(0, 2000), data=st.data())
@@ -72,8 +72,8 @@ def test_with_equal_engines_decode_goes_where_least_loaded_sends_it(
 
 
 @given(steps=st.lists(st.sampled_from([0.01, 0.02]), min_size=4, max_size=4), tokens=st.integers(0, 10**5))
-def test_what_was_learnt_of_engines_that_are_alike_changes_nothing(steps: list[float], tokens: int) -> None:
-    """The fits are the pool's: equal engines stay equal, whatever they are."""
+def test_learnt_speeds_of_equal_engines_change_nothing(steps: list[float], tokens: int) -> None:
+    """The fits are the pool's: equal engines stay equal, whatever the fits are."""
     pool = PoolSpeeds()
     two = engines(2, pool=pool)
     for step in steps:
@@ -89,7 +89,7 @@ def test_what_was_learnt_of_engines_that_are_alike_changes_nothing(steps: list[f
 # Prefill
 
 
-def test_while_no_engine_is_free_a_prompt_is_computed_where_less_is_to_compute_though_it_is_later_there() -> None:
+def test_while_no_engine_is_free_a_prompt_goes_where_less_of_it_must_be_computed_though_it_starts_later_there() -> None:
     cached = {"http://p0": 4000}
     for waits, chosen in (((22_000, 15_000), 0), ((4_500, 0), 1), ((28_000, 15_000), 1)):
         pool = learnt([10_000.0] * 2, name="p")
@@ -131,8 +131,8 @@ def test_a_cached_prefix_is_worth_waiting_for_as_long_as_computing_it_takes() ->
     assert why_first(pool[1], ask(9000, cached=cached, now=NOW)) == "earliest"
 
 
-def test_a_prefix_much_in_demand_spreads() -> None:
-    """Each request by itself would wait a little less than what it takes to compute the prefix anew."""
+def test_a_prefix_in_high_demand_spreads_over_engines() -> None:
+    """Each request by itself would wait a little less than it takes to compute the prefix again."""
     pool = learnt([10_000.0] * 3)
     cached = {pool[0].url: 12_000}
     asked = ask(12_500, cached=cached, now=NOW, ttft=2.0)
@@ -149,14 +149,14 @@ def test_a_prefix_much_in_demand_spreads() -> None:
     assert first_token(pool, ask(30_000, cached={pool[0].url: 29_500}, now=NOW, ttft=2.0)) == 0, "it costs too much"
 
 
-def test_what_has_been_done_since_is_not_waited_for() -> None:
+def test_work_that_has_been_done_meanwhile_is_not_waited_for() -> None:
     pool = learnt([10_000.0, 10_000.0])
     pool[0].prefills(10_000, NOW)
     pool[1].prefills(5_000, NOW + 0.9)
     assert first_token(pool, ask(now=NOW + 0.9)) == 0
 
 
-def test_a_slow_engine_gets_what_it_can_do_in_time() -> None:
+def test_a_slow_engine_gets_the_prompts_that_it_can_compute_in_time() -> None:
     pool = learnt([10_000.0, 5_000.0])
     taken = Counter[int]()
     for _ in range(30):
@@ -187,7 +187,7 @@ def test_an_engine_that_does_not_answer_gets_nothing() -> None:
 # Long prompts
 
 
-def test_long_prompts_queue_behind_each_other_and_short_ones_have_the_rest() -> None:
+def test_long_prompts_queue_behind_each_other_and_short_ones_use_the_other_engines() -> None:
     pool = learnt([10_000.0] * 4)
     pool[2].prefills(100_000, NOW)
     document = ask(100_000, now=NOW)
@@ -212,7 +212,7 @@ def test_a_long_prompt_that_is_mostly_cached_is_not_long() -> None:
     assert first_token(pool, ask(100_000, cached={pool[0].url: 99_000}, now=NOW)) == 0
 
 
-def test_with_nobody_busy_a_long_prompt_goes_to_the_best() -> None:
+def test_with_idle_engines_a_long_prompt_goes_to_the_best() -> None:
     pool = learnt([5_000.0, 10_000.0])
     assert first_token(pool, ask(100_000, now=NOW)) == 1
 
@@ -254,10 +254,10 @@ def test_a_whole_answer_goes_where_prompt_and_output_are_done_first() -> None:
     assert both[0] < both[1]
 
 
-# What is said of it
+# What a decision says
 
 
-def test_costs_say_what_was_compared() -> None:
+def test_the_costs_of_a_decision_are_the_compared_values() -> None:
     pool = learnt([10_000.0, 5_000.0], [0.01, 0.02])
     pool[0].prefills(5000, NOW)
     asked = ask(4000, cached={pool[1].url: 3000}, now=NOW)
@@ -274,7 +274,7 @@ def test_costs_say_what_was_compared() -> None:
 
 @pytest.mark.parametrize("role", sorted(CHOICES))
 @pytest.mark.parametrize("policy", sorted(CHOICES["prefill"]))
-def test_every_policy_takes_the_only_one(role: str, policy: str) -> None:
+def test_every_policy_chooses_the_only_engine(role: str, policy: str) -> None:
     [engine] = learnt([10_000.0], [0.01])
     engine.factor = 0.5
     assert CHOICES[role][policy]([engine], ask(random=lambda: 0.9, session=b"s", cached={engine.url: 5})) == 0

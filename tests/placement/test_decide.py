@@ -1,4 +1,4 @@
-"""Where a request goes, and the reason that is given for it."""
+"""Where a request goes, and the reason in the decision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Backend:
 
 
 def view(prefill: int = 0, decode: int = 0, mixed: int = 0, /, **configured: int) -> View[Backend]:
-    """Pools with so many backends up; configured are as many, if not said otherwise."""
+    """Pools with this many backends up; as many are configured, unless given otherwise."""
     counts = {"prefill": prefill, "decode": decode, "mixed": mixed}
     pools = {role: [Backend(f"http://{role}{n}") for n in range(count)] for role, count in counts.items()}
     return View(**pools, configured={**counts, **configured})
@@ -55,13 +55,13 @@ def test_a_request_goes_to_a_pair(local: bool) -> None:
     assert summary(decided(view(1, 1), allow_local_prefill=local)) == PAIR
 
 
-def test_a_pair_goes_before_a_mixed_backend() -> None:
+def test_a_pair_is_preferred_to_a_mixed_backend() -> None:
     assert summary(decided(view(1, 1, 1))) == PAIR
 
 
 @pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("alone", ["", "n"])
-def test_mixed_backends_without_pools_serve_everything_and_that_is_no_fallback(local: bool, alone: str) -> None:
+def test_mixed_backends_without_pools_serve_everything_without_a_fallback(local: bool, alone: str) -> None:
     decision = decided(view(0, 0, 1), alone=alone, allow_local_prefill=local)
     assert summary(decision) == ("http://mixed0", "mixed", None, "")
 
@@ -92,7 +92,7 @@ def test_without_a_prefill_backend_a_mixed_one_is_better_than_decode() -> None:
     assert summary(decision) == ("http://mixed0", "mixed", None, "no_prefill_backend")
 
 
-def test_without_a_decode_backend_the_reason_is_not_prefill() -> None:
+def test_without_a_decode_backend_the_reason_names_decode() -> None:
     decision = decided(view(1, 0, 1, decode=1))
     assert decision.decode.url == "http://mixed0"
     assert decision.fallback == "no_decode_backend"
@@ -133,12 +133,12 @@ def test_each_pool_has_its_own_policy() -> None:
     assert {summary(decision)[0] for decision in turns} == {"http://decode0"}
 
 
-def test_what_failed_a_request_before_is_avoided() -> None:
+def test_a_backend_that_failed_the_request_is_avoided() -> None:
     decision = decided(view(2, 2), avoid={"http://prefill0", "http://decode0"})
     assert summary(decision)[:3] == ("http://decode1", "decode", "http://prefill1")
 
 
-def test_what_failed_a_request_before_is_used_when_nothing_else_is_up() -> None:
+def test_a_backend_that_failed_the_request_is_used_when_no_other_is_up() -> None:
     assert summary(decided(view(1, 1), avoid={"http://prefill0", "http://decode0"})) == PAIR
 
 
@@ -191,7 +191,7 @@ def test_a_decision_is_a_pair_or_says_why_not(
 
 
 def needing(prefill: int, decode: int, mixed: int, plain: int) -> View[Backend]:
-    """A fleet of whose decode backends only the last `plain` answer without a hand-off."""
+    """A fleet in which only the last `plain` decode backends answer without a hand-off."""
     pools = view(prefill, decode, mixed)
     return View(pools.prefill, pools.decode, pools.mixed, pools.configured, plain=pools.decode[decode - plain :])
 
@@ -205,7 +205,7 @@ def test_of_the_decode_backends_only_those_that_need_no_hand_off_serve_whole_req
     assert summary(decision) == ("http://decode2", "decode", None, "n")
 
 
-def test_what_cannot_be_split_is_refused_where_every_decode_backend_needs_a_hand_off() -> None:
+def test_an_unsplittable_request_is_refused_where_every_decode_backend_needs_a_hand_off() -> None:
     with pytest.raises(InvalidRequest, match=r"`n` cannot be split.*their connector") as caught:
         decided(needing(1, 2, 0, 0), alone="n")
     assert caught.value.param == "n"

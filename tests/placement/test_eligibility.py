@@ -1,4 +1,4 @@
-"""Who may be given a request, and which rule leaves the others out."""
+"""Which backends may get a request, and which rule excludes the others."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ PLAIN = Rules(
     endpoints_everywhere=frozenset({"chat"}),
 )
 BOTH = Rules(
-    splits={"nixl": frozenset(), "meeting": frozenset({"n"}), "": frozenset()},
-    endpoints={"nixl": frozenset({"chat"}), "meeting": frozenset({"chat", "batch"}), "": frozenset()},
+    splits={"nixl": frozenset(), "rendezvous": frozenset({"n"}), "": frozenset()},
+    endpoints={"nixl": frozenset({"chat"}), "rendezvous": frozenset({"chat", "batch"}), "": frozenset()},
     plain=frozenset({"nixl", ""}),
-    negotiates=frozenset({"meeting"}),
+    negotiates=frozenset({"rendezvous"}),
     all_plain=False,
     splits_somewhere=frozenset({"n"}),
     splits_everywhere=frozenset(),
     endpoints_everywhere=frozenset({"chat"}),
 )
-"""Of two connectors, of which one cannot do without a hand-off."""
+"""Of two connectors, one of which needs a hand-off."""
 
 
 def needs(**more: Any) -> Needs[Member]:
@@ -72,7 +72,7 @@ def needs(**more: Any) -> Needs[Member]:
 
 
 class Fleet:
-    """Some members of each pool."""
+    """Members of each pool."""
 
     def __init__(self, prefill: int = 2, decode: int = 2, mixed: int = 0) -> None:
         self.pools = {
@@ -87,7 +87,7 @@ class Fleet:
         return next(one for pool in self.pools.values() for one in pool if one.url == f"http://{name}")
 
     def members(self, model: str | None = "m") -> Members[Member]:
-        """Those that are up, fit, and have the model."""
+        """The members that are up, fit, and have the model."""
         fit = {
             role: [b for b in pool if b.up and not b.draining and b.serves(model) and b.url not in self.out]
             for role, pool in self.pools.items()
@@ -111,7 +111,7 @@ def urls(pool: Sequence[Member] | None) -> list[str]:
     return [] if pool is None else [member.url.removeprefix("http://") for member in pool]
 
 
-def test_an_ordinary_request_may_go_to_everybody_who_is_up_and_nobody_is_looked_at() -> None:
+def test_an_ordinary_request_may_go_to_every_backend_that_is_up_without_a_check_of_each() -> None:
     fleet = Fleet(2, 2, 1)
     members = fleet.members()
     view = eligible(members, needs(), PLAIN).view
@@ -120,7 +120,7 @@ def test_an_ordinary_request_may_go_to_everybody_who_is_up_and_nobody_is_looked_
     assert fleet.rest() == {}
 
 
-def test_each_state_is_told_apart() -> None:
+def test_each_state_has_its_own_rule() -> None:
     fleet = Fleet(5, 1)
     fleet["prefill0"].draining = True
     fleet["prefill1"].up = False
@@ -158,7 +158,7 @@ def test_a_full_pair_is_better_than_none() -> None:
     assert urls(fleet.found().view.prefill) == ["prefill0", "prefill1"]
 
 
-def test_who_fits_nobody_of_the_other_half_is_left_out_by_pairing() -> None:
+def test_a_backend_without_a_matching_peer_is_excluded_by_the_rule_pairing() -> None:
     fleet = Fleet(3, 2)
     fleet.pairs = lambda p, d: p.url[-1] == d.url[-1] == "0"
     assert fleet.rest() == {"prefill1": "pairing", "prefill2": "pairing", "decode1": "pairing"}
@@ -173,7 +173,7 @@ def test_only_engines_with_the_same_weights_go_on_with_an_answer() -> None:
     assert fleet.rest(fits=lambda b: b is same) == {"prefill0": "weights", "decode0": "weights", "mixed0": "weights"}
 
 
-def test_a_request_that_goes_on_from_what_one_backend_has_is_for_that_one() -> None:
+def test_a_request_that_continues_state_of_one_backend_goes_to_that_backend() -> None:
     fleet = Fleet(1, 2, 1)
     found = fleet.found(pinned="http://decode1")
     assert (urls(found.view.prefill), urls(found.view.decode), urls(found.view.mixed)) == ([], ["decode1"], [])
@@ -186,9 +186,9 @@ def test_a_request_that_cannot_be_split_is_not_prefilled() -> None:
     assert fleet.rest(alone="n") == {"prefill0": "unsplit"}
 
 
-def test_what_some_connectors_can_split_goes_to_their_engines() -> None:
+def test_a_request_that_only_some_connectors_can_split_goes_to_their_engines() -> None:
     fleet = Fleet(2, 1)
-    fleet["prefill1"].connector = "meeting"
+    fleet["prefill1"].connector = "rendezvous"
     found = fleet.found(BOTH, alone="n")
     assert (urls(found.view.prefill), found.alone) == (["prefill1"], "")
     assert fleet.rest(BOTH, alone="n") == {"prefill0": "connector"}
@@ -196,13 +196,13 @@ def test_what_some_connectors_can_split_goes_to_their_engines() -> None:
     assert fleet.found(BOTH, alone="n").alone == "n"
 
 
-def test_decode_backends_that_answer_without_a_hand_off_are_told_apart() -> None:
+def test_decode_backends_that_answer_without_a_hand_off_are_recognised() -> None:
     fleet = Fleet(1, 2)
-    fleet["decode0"].connector = "meeting"
+    fleet["decode0"].connector = "rendezvous"
     assert urls(fleet.found(BOTH).view.plain) == ["decode1"]
 
 
-def test_an_endpoint_that_not_all_have_goes_to_those_that_do() -> None:
+def test_a_request_goes_only_to_backends_that_have_its_endpoint() -> None:
     fleet = Fleet(2, 2, 1)
     fleet["decode1"].kind = Kind(frozenset({CHAT, BATCH}))
     found = fleet.found(BOTH, endpoint="batch", path=BATCH)
@@ -215,10 +215,10 @@ def test_an_endpoint_that_not_all_have_goes_to_those_that_do() -> None:
     }
 
 
-def test_an_endpoint_of_one_make_goes_to_nobody_else() -> None:
+def test_an_endpoint_of_one_engine_family_goes_to_no_other() -> None:
     fleet = Fleet(2, 2, 1)
     asked = {"endpoint": "batch", "path": BATCH, "of_one_make": True}
-    fleet["prefill1"].connector = fleet["decode1"].connector = "meeting"
+    fleet["prefill1"].connector = fleet["decode1"].connector = "rendezvous"
     found = fleet.found(BOTH, **asked)
     assert (urls(found.view.prefill), urls(found.view.decode), urls(found.view.mixed)) == (
         ["prefill1"],
@@ -229,26 +229,26 @@ def test_an_endpoint_of_one_make_goes_to_nobody_else() -> None:
     assert fleet.rest(BOTH, **asked) == {"prefill0": "connector", "decode0": "endpoint", "mixed0": "endpoint"}
 
 
-def test_a_leg_that_cannot_be_told_its_rank_is_not_split_where_legs_must_find_each_other() -> None:
+def test_a_request_whose_legs_cannot_name_a_rank_is_not_split_where_legs_must_be_paired() -> None:
     fleet = Fleet(1, 1)
     fleet["prefill0"].ranks = [0, 0]
     assert fleet.found(BOTH, ranked=False).alone == ""
-    fleet["prefill0"].connector = "meeting"
+    fleet["prefill0"].connector = "rendezvous"
     assert fleet.found(BOTH, ranked=False).alone == "data_parallel"
     assert fleet.found(BOTH).alone == ""
 
 
-def test_a_request_whose_hand_offs_fail_is_given_up_on_only_where_somebody_answers_without_one() -> None:
+def test_after_failed_hand_offs_a_request_goes_without_one_only_where_a_backend_answers_without() -> None:
     fleet = Fleet(1, 1)
     assert fleet.found(given_up="handoff_failed").alone == "handoff_failed"
-    fleet["decode0"].connector = "meeting"
+    fleet["decode0"].connector = "rendezvous"
     assert fleet.found(BOTH, given_up="handoff_failed").alone == ""
     with_mixed = Fleet(1, 1, 1)
-    with_mixed["decode0"].connector = "meeting"
+    with_mixed["decode0"].connector = "rendezvous"
     assert with_mixed.found(BOTH, given_up="handoff_failed").alone == "handoff_failed"
 
 
-def test_what_has_failed_the_request_is_avoided_while_there_are_others() -> None:
+def test_backends_that_failed_the_request_are_avoided_while_there_are_others() -> None:
     fleet = Fleet(2, 2)
     assert fleet.rest(avoid=frozenset({"http://decode0"})) == {"decode0": "avoided"}
     assert fleet.rest(avoid=frozenset({"http://decode0", "http://decode1"})) == {}
@@ -261,7 +261,7 @@ def test_what_has_failed_the_request_is_avoided_while_there_are_others() -> None
             optional={
                 "up": st.booleans(),
                 "draining": st.booleans(),
-                "connector": st.sampled_from(["nixl", "meeting", ""]),
+                "connector": st.sampled_from(["nixl", "rendezvous", ""]),
                 "room": st.booleans(),
                 "models": st.sampled_from([frozenset({"m"}), frozenset({"n"})]),
                 "kind": st.sampled_from([Kind(), Kind(frozenset({CHAT, BATCH})), Kind(frozenset())]),
@@ -287,7 +287,7 @@ def test_what_has_failed_the_request_is_avoided_while_there_are_others() -> None
     bounded=st.booleans(),
     paired=st.booleans(),
 )
-def test_everybody_is_eligible_or_left_out_by_one_rule(
+def test_every_backend_is_eligible_or_excluded_by_one_rule(
     states: list[dict[str, Any]],
     out: set[str],
     asked: dict[str, Any],
@@ -316,7 +316,7 @@ def test_everybody_is_eligible_or_left_out_by_one_rule(
 
 
 @pytest.mark.parametrize("model", [None, "m"])
-def test_members_of_empty_pools_are_nobody(model: str | None) -> None:
+def test_empty_pools_have_no_eligible_members(model: str | None) -> None:
     fleet = Fleet(0, 0, 0)
     assert fleet.rest(model=model) == {}
     assert fleet.found(BOTH, model=model).view.plain == []

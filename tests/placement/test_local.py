@@ -1,4 +1,4 @@
-"""When one engine serves a request whole though there is a pair for it."""
+"""When one engine serves a request whole although a pair is available."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Fleet:
         self.busy()
 
     def busy(self, requests: int = 4) -> None:
-        """Every decode engine has some requests, so that none is idle."""
+        """Give every decode engine some requests, so that none is idle."""
         for engine in self.decode:
             for _ in range(requests):
                 engine.decodes(1000)
 
     def queue(self, tokens: int) -> None:
-        """Prefill is full: every engine has so many tokens to do."""
+        """Fill prefill: every engine has this many tokens to compute."""
         for engine in self.prefill:
             engine.prefills(tokens, NOW)
 
@@ -50,7 +50,7 @@ def prefilled_by(decision: Decision[Engine]) -> str:
     return decision.prefill.url if decision.prefill else decision.decode.url
 
 
-def test_with_nothing_waiting_prefill_prefills() -> None:
+def test_with_an_empty_queue_prefill_computes_the_prompt() -> None:
     fleet = Fleet()
     for prompt in (100, 1000, 2000, 10_000):
         assert prefilled_by(fleet.decided(ask(prompt, now=NOW, **TARGETS))) in ("http://p0", "http://p1")
@@ -72,7 +72,7 @@ def test_a_burst_spills_to_decode() -> None:
     assert fleet.decided(ask(MOST + 1, now=NOW, **TARGETS)).prefill is not None
 
 
-def test_what_would_be_late_spills_if_decode_has_it_in_time() -> None:
+def test_a_prompt_that_would_be_late_spills_to_decode_where_it_is_in_time() -> None:
     fleet = Fleet()
     fleet.queue(9000)
     assert fleet.decided(ask(MOST_SPILT, now=NOW, **TARGETS)).reason == "local_spill"
@@ -83,14 +83,14 @@ def test_what_would_be_late_spills_if_decode_has_it_in_time() -> None:
     assert close.decided(asked).prefill is not None, "it would be late there, too, and hardly sooner"
 
 
-def test_a_prompt_that_is_cached_somewhere_leaves_prefills_caches_only_for_more() -> None:
+def test_a_prompt_that_is_cached_on_another_engine_spills_only_for_a_larger_gain() -> None:
     fleet = Fleet()
     fleet.queue(2000)
     assert fleet.decided(ask(MOST, now=NOW, **TARGETS)).reason == "local_spill"
     assert fleet.decided(ask(MOST, now=NOW, cached={"http://elsewhere": 100}, **TARGETS)).prefill is not None
 
 
-def test_what_decode_prefills_already_is_waited_for() -> None:
+def test_prompts_that_decode_is_computing_count_as_waiting_time() -> None:
     fleet = Fleet()
     fleet.queue(4000)
     for engine in fleet.decode:
@@ -113,7 +113,7 @@ def test_decode_that_has_no_time_to_spare_prefills_nothing() -> None:
     fleet.queue(100_000)
     asked = ask(100, now=NOW, **TARGETS)
     assert fleet.decided(asked).prefill is None
-    for engine in fleet.decode:  # what was observed of late
+    for engine in fleet.decode:  # observed recently
         engine.speeds.gap, engine.speeds.gap_at = 0.05, NOW - 1.0
     assert fleet.decided(asked).prefill is not None
     for engine in fleet.decode:
@@ -128,18 +128,18 @@ def test_decode_that_has_no_time_to_spare_prefills_nothing() -> None:
     for engine in fleet.decode:
         engine.speeds.gap = 0.0
     assert fleet.decided(asked).prefill is None
-    fleet.busy(200)  # what is expected
+    fleet.busy(200)  # expected
     assert fleet.decided(asked).prefill is not None
 
 
-def test_an_old_observation_says_nothing() -> None:
+def test_an_old_observation_is_ignored() -> None:
     fleet = Fleet()
     [engine, _] = fleet.decode
     engine.speeds.gap, engine.speeds.gap_at = 1.0, NOW - 100.0
     assert has_time_to_spare(engine, ask(100, now=NOW, **TARGETS))
 
 
-def test_without_targets_prefill_must_have_a_queue() -> None:
+def test_without_targets_decode_prefills_only_while_prefill_has_a_queue() -> None:
     fleet = Fleet()
     fleet.queue(4_000)
     for asked in (ask(50, now=NOW), ask(50, now=NOW, ttft=2.0), ask(50, now=NOW, tpot=0.05)):
@@ -155,7 +155,7 @@ def test_without_targets_prefill_must_have_a_queue() -> None:
     assert full.decided(ask(MOST_SPILT, now=NOW)).reason == "local_spill"
 
 
-def test_while_nothing_is_known_prefill_prefills() -> None:
+def test_while_no_speeds_are_known_prefill_computes_the_prompt() -> None:
     fleet = Fleet(known=False)
     fleet.queue(100_000)
     assert fleet.decided(ask(10, now=NOW, **TARGETS)).prefill is not None
@@ -168,7 +168,7 @@ def test_only_auto_has_decode_prefill(policy: str) -> None:
     assert fleet.decided(ask(10, now=NOW, **TARGETS), prefill=policy).prefill is not None
 
 
-def test_decode_that_may_not_prefill_does_not() -> None:
+def test_decode_does_not_prefill_where_that_is_forbidden() -> None:
     fleet = Fleet()
     fleet.queue(100_000)
     asked = ask(10, now=NOW, **TARGETS)
@@ -206,8 +206,8 @@ def test_a_mixed_engine_joins_when_decode_is_full() -> None:
     assert fleet.decided(ask(5000, now=NOW, **TARGETS)).pool == "decode"
 
 
-def test_streams_bear_a_stop_once_and_not_again_and_again() -> None:
-    """By its step alone the engine would have time to spare after each."""
+def test_streams_are_paused_for_a_prefill_once_and_not_repeatedly() -> None:
+    """By its step alone the engine would have time to spare after each stop."""
     fleet = Fleet()
     [engine, _] = fleet.decode
     speeds, asked = engine.speeds, ask(2000, now=NOW, **TARGETS)

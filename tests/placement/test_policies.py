@@ -1,4 +1,4 @@
-"""Which of a pool's backends a policy takes."""
+"""Which of a pool's backends a policy chooses."""
 
 from __future__ import annotations
 
@@ -35,25 +35,27 @@ def pool(loads: list[tuple[int, int]]) -> list[Backend]:
 
 
 def drawn(*numbers: float) -> Callable[[], float]:
-    """A source of just these numbers."""
+    """A source of exactly these numbers."""
     source: Iterator[float] = iter(numbers)
     return lambda: next(source)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @given(loads=LOADS, first=NUMBERS, second=NUMBERS, turn=st.integers(0, 1000))
-def test_every_policy_takes_one_of_the_pool(
+def test_every_policy_chooses_a_backend_of_the_pool(
     policy: str, loads: list[tuple[int, int]], first: float, second: float, turn: int
 ) -> None:
     assert 0 <= POLICIES[policy](pool(loads), Ask(drawn(first, second), turn)) < len(loads)
 
 
 @given(loads=LOADS, number=NUMBERS, turn=st.integers(0, 1000))
-def test_least_loaded_takes_a_minimum(loads: list[tuple[int, int]], number: float, turn: int) -> None:
+def test_least_loaded_chooses_a_backend_with_the_least_load(
+    loads: list[tuple[int, int]], number: float, turn: int
+) -> None:
     assert loads[least_loaded(pool(loads), Ask(drawn(number), turn))] == min(loads)
 
 
-def test_what_other_workers_have_in_flight_counts_like_ones_own() -> None:
+def test_other_workers_load_counts_like_this_workers_own() -> None:
     own, elsewhere = Backend("http://a", 10, 1), Backend("http://b", 0, 0, elsewhere_tokens=11, elsewhere_requests=1)
     assert load(own) < load(elsewhere)
     assert least_loaded([elsewhere, own], Ask(lambda: 0.0)) == 1
@@ -65,7 +67,7 @@ def test_least_loaded_compares_tokens_before_requests() -> None:
 
 
 @pytest.mark.parametrize("policy", ["least_loaded", "power_of_two"])
-def test_one_in_its_slow_start_gets_its_share_of_the_load(policy: str) -> None:
+def test_a_backend_in_its_slow_start_gets_its_share_of_the_load(policy: str) -> None:
     def taken(first: tuple[int, int], second: tuple[int, int]) -> int:
         candidates = [Backend("http://slow", *first, factor=0.1), Backend("http://full", *second)]
         return POLICIES[policy](candidates, Ask(drawn(0.0, 0.0)))
@@ -77,7 +79,7 @@ def test_one_in_its_slow_start_gets_its_share_of_the_load(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["round_robin", "random"])
-def test_policies_without_loads_leave_it_out_as_often_as_its_slow_start_has_it(policy: str) -> None:
+def test_policies_without_loads_skip_a_backend_as_often_as_its_slow_start_requires(policy: str) -> None:
     candidates = [Backend("http://slow", factor=0.25), Backend("http://full")]
     for draw in range(100):
         numbers = drawn(0.0, draw / 100) if policy == "random" else drawn(draw / 100)
@@ -85,7 +87,7 @@ def test_policies_without_loads_leave_it_out_as_often_as_its_slow_start_has_it(p
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_one_in_its_slow_start_that_is_alone_takes_everything(policy: str) -> None:
+def test_a_backend_in_its_slow_start_that_is_alone_gets_everything(policy: str) -> None:
     assert POLICIES[policy]([Backend("http://slow", factor=0.1)], Ask(drawn(0.99, 0.99), 7)) == 0
 
 
@@ -97,21 +99,21 @@ def test_least_loaded_spreads_ties_evenly(count: int) -> None:
 
 
 @given(count=st.integers(1, 6), start=st.integers(0, 100))
-def test_round_robin_takes_each_in_its_turn(count: int, start: int) -> None:
+def test_round_robin_chooses_each_in_turn(count: int, start: int) -> None:
     taken = [POLICIES["round_robin"](pool([(0, 0)] * count), Ask(drawn(), start + step)) for step in range(2 * count)]
     assert taken[:count] == taken[count:]
     assert sorted(taken[:count]) == list(range(count))
 
 
 @given(count=st.integers(1, 8))
-def test_random_takes_all_alike_whatever_their_load(count: int) -> None:
+def test_random_chooses_all_equally_often_whatever_their_load(count: int) -> None:
     backends = pool([(number, number) for number in range(count)])
     taken = Counter(POLICIES["random"](backends, Ask(drawn(step / 840))) for step in range(840))
     assert taken == dict.fromkeys(range(count), 840 // count)
 
 
 @given(loads=LOADS, first=NUMBERS, second=NUMBERS)
-def test_power_of_two_never_takes_the_worse_of_its_two(
+def test_power_of_two_never_chooses_the_worse_of_its_two(
     loads: list[tuple[int, int]], first: float, second: float
 ) -> None:
     backends = pool(loads)
@@ -119,19 +121,19 @@ def test_power_of_two_never_takes_the_worse_of_its_two(
     if len(loads) > 1:
         one = int(first * len(loads))
         others = [index for index in range(len(loads)) if index != one]
-        # Whichever the second was: the one taken is among the two, and no worse than the first.
+        # Whichever the second was: the chosen one is one of the two, and no worse than the first.
         assert load(backends[taken]) <= load(backends[one])
         assert taken == one or taken in others
 
 
 @given(count=st.integers(2, 6))
-def test_power_of_two_draws_every_pair_alike_and_never_one_twice(count: int) -> None:
+def test_power_of_two_draws_every_pair_equally_often_and_never_one_backend_twice(count: int) -> None:
     steps = [step / 60 for step in range(60)]
     pairs: Counter[frozenset[int]] = Counter()
     rising, falling = pool([(n, 0) for n in range(count)]), pool([(-n, 0) for n in range(count)])
     for first in steps:
         for second in steps:
-            # The one with the smaller index is always better: it is taken; and then the other way round.
+            # The backend with the smaller index is always better and so is chosen; then the same the other way round.
             better = power_of_two(rising, Ask(drawn(first, second)))
             worse = power_of_two(falling, Ask(drawn(first, second)))
             pairs[frozenset((better, worse))] += 1
@@ -149,7 +151,7 @@ def taken_by(policy: str, backends: list[Backend], **asked: object) -> str:
     return backends[POLICIES[policy](backends, Ask(drawn(0.0, 0.0), **asked))].url  # type: ignore[arg-type]
 
 
-def test_a_session_stays_where_it_is() -> None:
+def test_a_session_stays_at_its_backend() -> None:
     backends = pool([(0, 0)] * 5)
     for session in SESSIONS:
         home = taken_by("session", backends, session=session)
@@ -207,7 +209,7 @@ def test_requests_without_a_session_go_to_the_least_loaded() -> None:
     assert POLICIES["session"](pool([(5, 1), (3, 9), (4, 0)]), Ask(drawn(0.0))) == 1
 
 
-def test_prefix_takes_the_longest_match_and_among_equals_the_least_loaded() -> None:
+def test_prefix_chooses_the_longest_match_and_among_equals_the_least_loaded() -> None:
     backends = pool([(0, 0), (50, 3), (40, 3), (10, 1)])
     cached = {backends[1].url: 900, backends[2].url: 900, backends[3].url: 800}
     assert taken_by("prefix", backends, cached=cached, prompt_tokens=1000) == backends[2].url

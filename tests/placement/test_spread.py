@@ -1,4 +1,4 @@
-"""Media over encoders."""
+"""The distribution of media over encoders."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def test_images_of_one_encoder_share_a_leg_and_nothing_else_does() -> None:
     assert legs([True, False, True], IDLE[:1]) == [("a", [0, 2]), ("a", [1])]
 
 
-def test_who_has_less_to_do_gets_more() -> None:
+def test_an_encoder_with_less_work_gets_more_media() -> None:
     assert legs([True] * 4, [Encoder("a", 25), Encoder("b")]) == [("b", [0, 1, 2]), ("a", [3])]
 
 
-def test_among_equals_it_is_not_always_the_same() -> None:
+def test_among_equal_encoders_the_choice_varies() -> None:
     assert {legs([True], IDLE, drawn)[0][0] for drawn in (0.0, 0.5)} == {"a", "b"}
 
 
-def test_who_is_in_its_slow_start_gets_less() -> None:
+def test_an_encoder_in_its_slow_start_gets_fewer_media() -> None:
     assert legs([True] * 3, [Encoder("a", factor=0.3), Encoder("b")]) == [("b", [0, 1, 2])]
 
 
