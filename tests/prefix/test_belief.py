@@ -1,4 +1,4 @@
-"""What is believed, beside a cache that works as an engine's does."""
+"""The prefix index compared with a cache that works as an engine's does."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ ROOT = root_of_ids("m", KEY)
 
 
 class Engine:
-    """A cache of blocks of 16 tokens by their chained hashes. The oldest give way, the last of a prompt first."""
+    """A cache of blocks of 16 tokens by their chained hashes. The oldest are evicted first, and of a prompt the
+    last."""
 
     def __init__(self, tokens: int) -> None:
         self.blocks = tokens // 16
         self.cache: OrderedDict[int, None] = OrderedDict()
 
     def compute(self, ids: list[int]) -> int:
-        """The tokens that it finds of a prompt; it has all of it then."""
+        """Compute a prompt; returns the tokens that were cached. All of it is cached then."""
         chained, hashed = [], 0
         for start in range(0, len(ids) - 15, 16):
             hashed = hash((hashed, *ids[start : start + 16]))
@@ -51,8 +52,8 @@ def sessions(chosen: random.Random, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("capacity", "told"), [(100_000, 100_000), (30_000, 30_000), (30_000, 60_000)])
-def test_what_is_believed_is_about_what_the_engine_finds(capacity: int, told: int) -> None:
-    """Also where it holds half as much as it says, and where it is started anew and nobody is told."""
+def test_the_believed_tokens_are_close_to_those_that_the_engine_finds(capacity: int, told: int) -> None:
+    """Also where the engine holds half of what it says, and where it is restarted without notice."""
     chosen = random.Random(capacity + told)
     engine, index = Engine(capacity), PrefixIndex()
     index.join("a", told)

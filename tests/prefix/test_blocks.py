@@ -13,13 +13,13 @@ def test_blocks_grow_with_the_distance_from_the_start() -> None:
 
 
 @pytest.mark.parametrize("blocks", [TEXT, IDS])
-def test_a_block_is_a_small_part_of_what_is_before_it_and_few_make_a_long_prompt(blocks: Blocks) -> None:
+def test_a_block_is_small_compared_with_the_prompt_before_it_and_a_long_prompt_has_few_blocks(blocks: Blocks) -> None:
     relative = [size / end for size, end in zip(blocks.sizes, blocks.ends, strict=True)]
     assert max(relative[32:]) <= 1 / 16
     assert blocks.whole(4_000_000) < 1500
     assert all(end % size == 0 for size, end in zip(blocks.sizes, blocks.ends, strict=True))
 
 
-def test_ids_have_the_engines_own_blocks_at_the_start() -> None:
+def test_prompts_of_ids_begin_with_the_engines_own_blocks() -> None:
     assert set(IDS.sizes[:128]) == {16}
     assert IDS.ends[127] == 2048

@@ -36,7 +36,7 @@ def chain(body: Mapping[str, Any], endpoint: Endpoint = "chat", earlier: Chain |
 
 
 def shared(one: Chain, other: Chain) -> int:
-    """How many of the first blocks two prompts share."""
+    """How many first blocks two prompts share."""
     count = 0
     for left, right in zip(one.hashes, other.hashes, strict=False):
         if left != right:
@@ -55,7 +55,7 @@ def test_a_conversation_shares_all_whole_blocks_with_its_earlier_turns() -> None
         assert shared(earlier, later) == len(earlier.hashes)
 
 
-def test_a_block_that_ends_with_the_last_message_is_not_spoilt_by_the_closing_bracket() -> None:
+def test_the_closing_bracket_does_not_change_a_block_that_ends_with_the_last_message() -> None:
     for size in range(400, 500):
         first = {"role": "user", "content": "x" * size}
         short, long = (chain({"messages": [first, *more]}) for more in ((), (said("user", 2000),)))
@@ -69,7 +69,7 @@ def test_blanks_before_the_closing_bracket_are_no_part_of_the_prompt() -> None:
     assert len(short.hashes) == shared(short, long) == 1
 
 
-def test_prompts_that_differ_share_what_is_before_the_difference_and_nothing_behind() -> None:
+def test_prompts_share_the_blocks_before_their_first_difference_and_none_behind_it() -> None:
     ways = [
         chain({"messages": [said("system", 5000), said("user", 5000, seed), said("user", 5000)]}) for seed in (1, 2)
     ]
@@ -95,7 +95,7 @@ def test_prompts_that_differ_share_what_is_before_the_difference_and_nothing_beh
         ("lora_path", "x"),
     ],
 )
-def test_what_shapes_the_whole_prompt_is_under_all_its_blocks(name: str, value: Any) -> None:
+def test_members_that_shape_the_whole_prompt_change_all_its_hashes(name: str, value: Any) -> None:
     body = {"model": "m", "messages": TURNS}
     assert shared(chain(body), chain({**body, name: value})) == 0
 
@@ -111,12 +111,12 @@ def test_what_shapes_the_whole_prompt_is_under_all_its_blocks(name: str, value: 
         ("cache_salt", None),
     ],
 )
-def test_what_shapes_only_the_answer_is_not(name: str, value: Any) -> None:
+def test_members_that_shape_only_the_answer_change_no_hash(name: str, value: Any) -> None:
     body = {"model": "m", "messages": TURNS}
     assert chain({**body, name: value}) == chain(body)
 
 
-def test_names_and_values_are_told_apart() -> None:
+def test_names_and_values_are_hashed_separately() -> None:
     body = {"messages": TURNS}
     ways = [
         chain({**body, "cache_salt": "a", "chat_template": "b"}),
@@ -142,12 +142,12 @@ def test_tools_and_system_come_before_the_messages() -> None:
     assert 13 <= shared(*ways) <= 14
 
 
-def test_a_prompt_of_text_shares_with_one_that_goes_on() -> None:
+def test_a_prompt_of_text_shares_its_blocks_with_a_longer_one() -> None:
     short, long = chain({"prompt": text(3000)}, "completions"), chain({"prompt": text(9000)}, "completions")
     assert shared(short, long) == len(short.hashes) == 5
 
 
-def test_the_first_prompt_of_a_batch_shares_with_the_same_prompt_alone() -> None:
+def test_the_first_prompt_of_a_batch_shares_its_blocks_with_the_same_prompt_alone() -> None:
     alone = chain({"prompt": text(3000)}, "completions")
     batch = chain({"prompt": [text(3000), text(3000, 2)]}, "completions")
     assert shared(alone, batch) == len(alone.hashes)
@@ -207,7 +207,7 @@ def test_a_list_that_is_no_prompt_of_ids_is_hashed_nevertheless(prompt: list[Any
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**32], [10**30]])
-def test_an_id_that_can_be_none_is_refused(ids: list[int]) -> None:
+def test_an_invalid_id_is_refused(ids: list[int]) -> None:
     with pytest.raises(OverflowError):
         chain_of_ids(ids, 0, KEY)
     with pytest.raises(OverflowError):
@@ -227,7 +227,7 @@ def test_members_of_other_endpoints_are_no_prompt() -> None:
     assert chain({"text": None, "input_ids": [1] * 100}, "sglang_generate").tokens == 100
 
 
-def test_tokens_are_the_bodys_estimate() -> None:
+def test_the_number_of_tokens_is_the_bodys_estimate() -> None:
     raw = read_body(msgspec.json.encode({"messages": TURNS}), "chat")
     found = chain_of(raw, KEY)
     assert found.tokens == raw.prompt_tokens
@@ -241,7 +241,7 @@ def picture(seed: int, size: int = 60_000) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
-def test_an_image_is_known_by_its_bytes_and_counts_as_some_pages() -> None:
+def test_an_image_is_hashed_by_its_bytes_and_counts_as_several_blocks() -> None:
     def ask(*images: dict[str, Any]) -> Chain:
         parts = [{"type": "text", "text": text(20_000)}, *images, {"type": "text", "text": text(4000, 9)}]
         return chain({"messages": [{"role": "user", "content": parts}]})
@@ -254,7 +254,7 @@ def test_an_image_is_known_by_its_bytes_and_counts_as_some_pages() -> None:
     assert one.tokens_of(shared(one, two)) > share + 900, "text and image"
 
 
-def test_an_image_by_its_address_is_known_by_the_address() -> None:
+def test_an_image_behind_a_url_is_hashed_by_the_url() -> None:
     def ask(url: str) -> Chain:
         parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text(4000)}]
         return chain({"messages": [{"role": "user", "content": parts}]})
@@ -268,7 +268,7 @@ def respond(text: str, follows: str = "", earlier: Chain | None = None, **more: 
     return chain({**body, "previous_response_id": follows} if follows else body, "responses", earlier)
 
 
-def test_a_response_goes_on_from_the_earlier_ones_chain() -> None:
+def test_a_response_continues_the_chain_of_the_earlier_one() -> None:
     first = respond(text(3000), instructions=text(1000))
     second = respond(text(2000, 2), "resp_1", first, instructions=text(1000))
     third = respond(text(2000, 3), "resp_2", second, instructions=text(1000))
@@ -301,8 +301,8 @@ def test_any_conversation_shares_its_beginning(contents: list[str], count: int) 
 
 
 @pytest.mark.parametrize("body", [b'{"text":[{}%b]}', b'{"text":[%b{}]}', b'{"text":"a%b"}', b'{"text":[%b]}'])
-def test_blanks_cost_no_step_each(body: bytes) -> None:
-    """A client can send megabytes of them, and nothing else runs while they are looked at."""
+def test_blanks_are_skipped_without_a_step_for_each(body: bytes) -> None:
+    """A client can send megabytes of blanks, and the event loop does nothing else meanwhile."""
     text = read_body(body % (b" " * 4_000_000), "sglang_generate")
     began = process_time()
     chain_of(text, KEY)

@@ -1,4 +1,4 @@
-"""What is told of token ids becomes what is believed of prompts of text, where the ids of such a prompt are known."""
+"""Events about token ids correct what is believed of prompts of text, where the ids of such a prompt are known."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ assert 3000 < len(TEXT) < 4000
 BLOCKS = len(TEXT) // 512
 
 
-def test_a_warm_engine_is_known_once_the_ids_of_a_prompt_are() -> None:
+def test_the_cache_of_a_warm_engine_is_known_once_the_ids_of_a_prompt_are_known() -> None:
     bed = Bed()
     bed.one.stored(*id_hashes(TEXT))
     assert bed.cached(TEXT) == {}
@@ -57,7 +57,7 @@ def test_a_warm_engine_is_known_once_the_ids_of_a_prompt_are() -> None:
     assert bed.cached(TEXT)[ONE] >= (BLOCKS - 1) * 128
 
 
-def test_what_is_stored_later_is_believed_of_the_text_as_well() -> None:
+def test_blocks_that_are_stored_later_count_for_the_text_too() -> None:
     bed = Bed()
     bed.corrections.learn(text_chain(TEXT), ids_of(TEXT), "m")
     assert bed.cached(TEXT) == {}
@@ -69,7 +69,7 @@ def test_what_is_stored_later_is_believed_of_the_text_as_well() -> None:
     assert bed.cached(TEXT)[OTHER] > half
 
 
-def test_what_an_engine_evicts_is_forgotten_of_the_text_from_there_on() -> None:
+def test_evicted_blocks_are_removed_for_the_text_from_there_on() -> None:
     bed = Bed()
     chain = text_chain(TEXT)
     bed.index.enter(ONE, chain)
@@ -95,7 +95,7 @@ def test_an_entry_made_at_dispatch_stays_until_the_engine_says_otherwise() -> No
     assert bed.cached(TEXT) == before
 
 
-def test_prompts_that_begin_alike_share_what_was_learnt() -> None:
+def test_prompts_with_the_same_beginning_share_the_learnt_ids() -> None:
     bed = Bed()
     bed.corrections.learn(text_chain(TEXT), ids_of(TEXT), "m")
     longer = TEXT + "and what then? " * 100
@@ -120,7 +120,7 @@ def test_nothing_is_learnt_of_a_prompt_of_ids_or_a_short_one() -> None:
     assert bed.corrections.texts == 0
 
 
-def test_what_is_learnt_is_bounded_and_the_oldest_goes_first() -> None:
+def test_the_learnt_ids_are_bounded_and_the_oldest_are_dropped_first() -> None:
     bed = Bed(most_texts=10)
     for number in range(20):
         text = f"{number} " + TEXT
@@ -130,7 +130,7 @@ def test_what_is_learnt_is_bounded_and_the_oldest_goes_first() -> None:
     assert bed.cached(text)
 
 
-def test_an_engine_that_left_is_told_nothing_more() -> None:
+def test_events_of_a_removed_engine_are_ignored() -> None:
     bed = Bed()
     bed.one.stored(*id_hashes(TEXT))
     bed.corrections.leave(ONE)
@@ -153,14 +153,14 @@ def test_whatever_the_ids_of_a_text_no_more_is_believed_than_the_ids_that_are_st
     bed.corrections.learn(chain, ids, "m")
     of_ids = chain_of_ids(ids, root_of_ids("m", KEY), KEY)
     bed.one.stored(of_ids.hashes, of_ids.blocks.sizes[: len(of_ids.hashes)])
-    # Tokens of a text are those of its estimate here; of its bytes no more are believed than ids stand for.
+    # The tokens of a text are estimated here; of its bytes, no more are believed cached than its stored ids stand for.
     believed = bed.index.cached(chain).get(ONE, 0) / max(1, chain.tokens)
     assert believed <= len(of_ids.hashes) * 16 / max(1, len(ids)) + 1e-9
     bed.one.removed(of_ids.hashes)
     assert bed.index.cached(chain) == {}
 
 
-def test_an_id_that_is_none_is_refused() -> None:
+def test_an_invalid_id_is_refused() -> None:
     bed = Bed()
     for ids in ([1 << 32] * 16, [-1] * 16):
         with pytest.raises(OverflowError):

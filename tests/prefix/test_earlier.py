@@ -10,7 +10,7 @@ def chain(blocks: int) -> Chain:
     return Chain(tuple(range(blocks)), blocks * 128, blocks * 512, 0.25)
 
 
-def test_a_chain_is_found_by_the_responses_name() -> None:
+def test_a_chain_is_found_by_the_responses_id() -> None:
     earlier = EarlierChains()
     one, other = chain(3), chain(4)
     earlier.keep("resp_1", one)
@@ -18,7 +18,7 @@ def test_a_chain_is_found_by_the_responses_name() -> None:
     assert (earlier.find("resp_1"), earlier.find("resp_2"), earlier.find("resp_3")) == (one, other, None)
 
 
-def test_those_that_nobody_goes_on_from_are_forgotten() -> None:
+def test_chains_that_are_not_continued_are_dropped() -> None:
     earlier = EarlierChains(most_blocks=100)
     earlier.keep("hot", chain(12))
     for number in range(50):
@@ -27,7 +27,7 @@ def test_those_that_nobody_goes_on_from_are_forgotten() -> None:
     assert [number for number in range(50) if earlier.find(f"{number}")] == [46, 47, 48, 49]
 
 
-def test_one_that_is_kept_again_counts_once_and_one_that_is_too_long_is_not_kept() -> None:
+def test_a_chain_that_is_kept_again_counts_once_and_one_that_is_too_long_is_not_kept() -> None:
     earlier = EarlierChains(most_blocks=100)
     for _ in range(20):
         earlier.keep("a", chain(12))

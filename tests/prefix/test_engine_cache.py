@@ -1,5 +1,5 @@
-"""What an engine's cache is believed to hold follows from its events: exactly, whatever sizes blocks have, and within
-bounds, whatever an engine says."""
+"""What an engine's cache is believed to hold follows from its events: exactly, whatever sizes blocks have, and
+within bounds, whatever an engine sends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODELS: dict[str | None, str | None] = {None: "m", "tuned": "tuned"}
 
 
 class Bed:
-    """One engine's cache before an index."""
+    """One engine's cache in front of an index."""
 
     def __init__(self, **bounds: int) -> None:
         self.index = PrefixIndex()
@@ -61,7 +61,7 @@ PROMPT = [number * 7919 % 100_003 for number in range(3000)]
 
 
 @pytest.mark.parametrize("size", [1, 4, 16, 24, 32, 100, 128, 1000])
-def test_what_is_stored_is_found_however_long_an_engines_blocks_are(size: int) -> None:
+def test_stored_blocks_are_found_whatever_their_size(size: int) -> None:
     bed = Bed()
     count = len(PROMPT) // size
     bed.tell(stored(list(range(count)), PROMPT[: count * size], size))
@@ -85,7 +85,7 @@ def test_blocks_may_come_one_by_one_each_with_its_parent(size: int) -> None:
     assert bed.cached(PROMPT) == 2560
 
 
-def test_prompts_that_part_share_what_is_before() -> None:
+def test_prompts_that_diverge_share_the_blocks_before() -> None:
     bed = Bed()
     other = [*PROMPT[:40], *range(500_000, 500_040)]
     bed.tell(stored([0, 1, 2, 3, 4], PROMPT[:80], 16), stored([10, 11], other[32:64], 16, 1))
@@ -114,11 +114,11 @@ def test_adapters_and_salts_share_nothing_with_the_base_model() -> None:
         stored([1], PROMPT[:16], 16, lora_name="unheard-of"),
         stored([1], PROMPT[:16], 16, extra_keys=[[["image", 3]]]),
         stored([1], PROMPT[:16], 16, extra_keys=[["one", "two"]]),
-        stored([1], PROMPT[:16], 16, 99),  # a parent that nobody has heard of
+        stored([1], PROMPT[:16], 16, 99),  # an unknown parent
         stored([1], [], 0),  # a tier that knows names only
     ],
 )
-def test_what_a_block_stands_for_may_be_unknown(event: object) -> None:
+def test_blocks_of_unknown_content_are_ignored(event: object) -> None:
     bed = Bed()
     bed.tell(event)
     assert bed.cached(PROMPT) == bed.cached(PROMPT, "unheard-of") == 0
@@ -126,7 +126,7 @@ def test_what_a_block_stands_for_may_be_unknown(event: object) -> None:
     assert not bed.complaints
 
 
-def test_behind_media_nothing_is_believed() -> None:
+def test_blocks_behind_media_are_not_believed() -> None:
     bed = Bed()
     keys = [None, [["image", 3]], None]
     bed.tell(stored([1, 2, 3], PROMPT[:48], 16, extra_keys=keys), stored([4], PROMPT[48:64], 16, 3))
@@ -166,7 +166,7 @@ def test_a_cache_that_is_cleared_has_nothing_and_begins_anew() -> None:
     assert bed.cached(PROMPT) == 0
 
 
-def test_a_block_behind_one_that_is_gone_is_found_again_when_that_is_back() -> None:
+def test_a_block_behind_an_evicted_one_is_found_again_when_that_is_stored_again() -> None:
     bed = Bed()
     bed.tell(stored([0, 1, 2], PROMPT[:48], 16), removed(1))
     assert bed.cached(PROMPT) == 16
@@ -186,7 +186,7 @@ def test_a_block_behind_one_that_is_gone_is_found_again_when_that_is_back() -> N
         5,
     ],
 )
-def test_a_lie_that_does_not_add_up_is_said_and_left_out(event: object) -> None:
+def test_an_inconsistent_event_is_reported_and_ignored(event: object) -> None:
     bed = Bed()
     bed.tell(event, stored([7], PROMPT[:16], 16))
     assert bed.cached(PROMPT) == 16
@@ -194,21 +194,21 @@ def test_a_lie_that_does_not_add_up_is_said_and_left_out(event: object) -> None:
     assert [what for what, _ in bed.complaints] == ["malformed"]
 
 
-def test_events_of_an_unknown_kind_are_counted_and_the_rest_is_taken() -> None:
+def test_events_of_an_unknown_kind_are_counted_and_the_others_are_applied() -> None:
     bed = Bed()
     bed.tell({"type": "BlockMoved", "block_hashes": [1]}, stored([7], PROMPT[:16], 16))
     assert bed.cached(PROMPT) == 16
     assert bed.counts == {"unknown": 1, "stored": 1}
 
 
-def test_a_batch_that_is_none_is_said() -> None:
+def test_an_invalid_batch_is_reported() -> None:
     bed = Bed()
     for _ in bed.cache.apply(b"\xc1"):
         pass
     assert bed.counts == {"malformed": 1}
 
 
-def test_the_oldest_is_forgotten_where_an_engine_has_more_blocks_than_can_be() -> None:
+def test_the_oldest_blocks_are_dropped_where_an_engine_reports_more_than_it_can_have() -> None:
     bed = Bed(most_blocks=100)
     for start in range(0, 1000, 10):
         ids = range(start * 16, (start + 10) * 16)
@@ -219,7 +219,7 @@ def test_the_oldest_is_forgotten_where_an_engine_has_more_blocks_than_can_be() -
     assert bed.cached(range(160)) == 0
 
 
-def test_one_event_of_more_blocks_than_can_be_is_bounded_too() -> None:
+def test_one_event_with_too_many_blocks_is_bounded_too() -> None:
     bed = Bed(most_blocks=100)
     most = 0
     for _ in bed.cache.apply(encode([1.0, [stored(list(range(2000)), range(2000), 1)]])):
@@ -228,14 +228,14 @@ def test_one_event_of_more_blocks_than_can_be_is_bounded_too() -> None:
     assert most < 200
 
 
-def test_the_ids_that_are_kept_are_bounded() -> None:
+def test_the_kept_ids_are_bounded() -> None:
     bed = Bed(most_bytes=1000)
     for number in range(100):
         bed.tell(stored([number], [number] * 15, 15))
     assert len(bed.cache) == 1000 // 60
 
 
-def test_ids_are_passed_on_once_a_client_has_sent_some() -> None:
+def test_ids_are_kept_once_a_client_has_sent_prompts_of_ids() -> None:
     bed = Bed()
     bed.corrections.ids_wanted = False
     bed.tell(stored(list(range(100)), PROMPT[:1600], 16))
@@ -245,7 +245,7 @@ def test_ids_are_passed_on_once_a_client_has_sent_some() -> None:
     assert bed.cached(PROMPT) == 1600
 
 
-# Against a plain model: a set of blocks, each with all the ids from the prompt's start.
+# Compared with a plain model: a set of blocks, each with all ids from the prompt's start.
 
 NAMES = st.integers(0, 11)
 SIZES = st.sampled_from([4, 16, 48])
@@ -260,7 +260,7 @@ SCRIPT = st.lists(
 
 
 @given(SIZES, SCRIPT)
-def test_the_index_has_what_the_events_say_and_no_more(size: int, script: list[tuple[str, Any, Any]]) -> None:
+def test_the_index_has_exactly_the_blocks_of_the_events(size: int, script: list[tuple[str, Any, Any]]) -> None:
     bed = Bed()
     truth: dict[int, tuple[int, ...]] = {}
     fresh = itertools.count(1)
@@ -287,7 +287,7 @@ def test_the_index_has_what_the_events_say_and_no_more(size: int, script: list[t
 
 
 def _whole(prompt: tuple[int, ...], truth: dict[int, tuple[int, ...]], size: int) -> bool:
-    """Whether all blocks of a prompt are cached: an engine computes what is missing before it goes on."""
+    """Whether all blocks of a prompt are cached: an engine computes the missing ones before it goes on."""
     held = set(truth.values())
     return all(prompt[:end] in held for end in range(size, len(prompt) + 1, size))
 
@@ -310,7 +310,7 @@ MESSAGES = st.lists(
 
 
 @given(MESSAGES)
-def test_whatever_an_engine_says_no_more_is_held_than_its_blocks(events: list[object]) -> None:
+def test_whatever_an_engine_sends_no_more_than_its_blocks_is_held(events: list[object]) -> None:
     bed = Bed(most_blocks=4, most_bytes=64)
     bed.tell(*events)
     assert len(bed.cache) <= 4
@@ -338,14 +338,14 @@ def test_blocks_that_follow_each_other_in_a_ring_are_left_out() -> None:
     assert bed.counts["unplaced"] > 0
 
 
-def test_a_block_of_more_tokens_than_engines_have_is_none() -> None:
+def test_a_block_with_too_many_tokens_is_ignored() -> None:
     bed = Bed()
     bed.tell(stored([1], range(20_000), 20_000))
     assert bed.counts["malformed"] == 1 and len(bed.cache) == 0
 
 
 @pytest.mark.parametrize("size", [16, 1000])
-def test_large_blocks_are_looked_at_in_more_steps(size: int) -> None:
+def test_large_blocks_are_processed_in_several_steps(size: int) -> None:
     bed = Bed()
     count = 64_000 // size
     event = stored(list(range(count)), [0] * count * size, size)
@@ -353,7 +353,7 @@ def test_large_blocks_are_looked_at_in_more_steps(size: int) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.none() | st.integers(0, 5), st.booleans()), max_size=60))
-def test_whatever_follows_whatever_every_batch_comes_to_an_end(said: list[tuple[int, int | None, bool]]) -> None:
+def test_every_batch_of_any_sequence_is_processed_to_its_end(said: list[tuple[int, int | None, bool]]) -> None:
     bed = Bed()
     for name, parent, gone in said:
         bed.tell(removed(name) if gone else stored([name], [name] * 5, 5, parent))

@@ -14,7 +14,7 @@ BLOCKS = growing(((1000, 10),))
 
 
 def prompt(*parts: str, scale: float = 1.0, exact: bool = True) -> Chain:
-    """A prompt of 10 units for each letter; what a block's hash stands for is the text up to it."""
+    """A prompt of 10 units for each letter; a block's hash stands for the text up to its end."""
     said = "".join(parts)
     hashes = tuple(int.from_bytes(blake2b(said[: end + 1].encode()).digest()[:8], "big") for end in range(len(said)))
     units = 10 * len(said)
@@ -29,7 +29,7 @@ def joined(*engines: str, capacity: int = 1000) -> PrefixIndex:
 
 
 def send(index: PrefixIndex, engine: str, chain: Chain) -> None:
-    """A prompt that is sent, and answered before the next one."""
+    """Send a prompt that is answered before the next one."""
     index.enter(engine, chain)
     index.settle(engine, chain)
 
@@ -60,7 +60,7 @@ def test_all_engines_are_looked_up_at_once(engines: int) -> None:
     assert found == {url: number % 11 * 10 for number, url in enumerate(urls) if number % 11}
 
 
-def test_what_was_not_used_for_longest_is_dropped_last_block_first() -> None:
+def test_the_least_recently_used_prompt_is_dropped_last_block_first() -> None:
     index = joined("a", capacity=100)
     send(index, "a", prompt("abcde"))
     send(index, "a", prompt("uvwxy"))
@@ -80,7 +80,7 @@ def test_a_prompt_longer_than_the_cache_leaves_its_start() -> None:
     assert index.cached(prompt("abcdefgh")) == {"a": 50}
 
 
-def test_an_engine_that_finds_less_has_lost_what_it_had_used_before() -> None:
+def test_an_engine_that_finds_less_has_lost_everything_that_it_used_before() -> None:
     index = joined("a", "b")
     for text in ("old", "abcdef", "new"):
         send(index, "a", prompt(text))
@@ -94,7 +94,7 @@ def test_an_engine_that_finds_less_has_lost_what_it_had_used_before() -> None:
     assert index.figures(0).forgotten == 3
 
 
-def test_what_was_used_together_is_lost_together() -> None:
+def test_blocks_that_were_used_together_are_lost_together() -> None:
     index = joined("a")
     send(index, "a", prompt("abcdefgh"))
     asked = prompt("abcd")
@@ -105,7 +105,7 @@ def test_what_was_used_together_is_lost_together() -> None:
 
 @pytest.mark.parametrize(("found", "left"), [(40, {"a": 30}), (30, {"a": 30}), (20, {"a": 30}), (10, {}), (0, {})])
 def test_a_loss_is_as_old_as_the_first_block_that_is_lost(found: int, left: dict[str, int]) -> None:
-    """Of what is found a block more may be there."""
+    """One more block than was found may be there."""
     index = joined("a")
     for text in ("abcdef", "new", "abc"):
         send(index, "a", prompt(text))
@@ -122,7 +122,7 @@ def test_a_prompts_tokens_are_as_they_were_estimated_last() -> None:
         assert index.tokens("a") == tokens
 
 
-def test_one_that_finds_what_was_believed_forgets_nothing() -> None:
+def test_an_engine_that_finds_what_was_believed_loses_nothing() -> None:
     index = joined("a")
     for text in ("old", "abcdef"):
         send(index, "a", prompt(text))
@@ -134,7 +134,7 @@ def test_one_that_finds_what_was_believed_forgets_nothing() -> None:
 
 
 def test_bytes_may_mislead_about_tokens() -> None:
-    """Of text it is not known where in the prompt the tokens are."""
+    """For text it is unknown where in the prompt its tokens are."""
     index = joined("a")
     for text in ("old", "abcdef"):
         send(index, "a", prompt(text))
@@ -148,7 +148,7 @@ def test_bytes_may_mislead_about_tokens() -> None:
 
 
 def test_a_burst_of_one_prefix_is_no_loss() -> None:
-    """The engine has not computed it for the first when it looks for the second."""
+    """The engine has not computed the prefix for the first request when it looks it up for the second."""
     index = joined("a")
     send(index, "a", prompt("old"))
     burst = [prompt("abcdefgh", letter) for letter in "123"]
@@ -164,7 +164,7 @@ def test_a_burst_of_one_prefix_is_no_loss() -> None:
     assert index.cached(prompt("old")) == {}, "all of them were answered before this one was sent"
 
 
-def test_what_is_computed_is_there_though_its_answer_goes_on() -> None:
+def test_a_computed_prompt_is_cached_while_its_answer_goes_on() -> None:
     index = joined("a")
     stream, old = prompt("stream"), prompt("old")
     index.enter("a", stream)
@@ -179,7 +179,7 @@ def test_what_is_computed_is_there_though_its_answer_goes_on() -> None:
 
 
 @pytest.mark.parametrize(("cached", "total"), [(-1, 80), (81, 80), (0, 0), (0, -5), (10**30, 80), (10**30, 10**29)])
-def test_reports_that_cannot_be_true_are_refused(cached: int, total: int) -> None:
+def test_impossible_reports_are_refused(cached: int, total: int) -> None:
     index = joined("a")
     send(index, "a", prompt("abcdefgh"))
     asked = prompt("abcdefgh")
@@ -223,7 +223,7 @@ def test_a_prompt_that_was_not_computed_is_withdrawn() -> None:
     assert index.cached(other) == {"a": 50}
 
 
-def test_clear_and_leave_and_disable_drop_all() -> None:
+def test_clear_leave_and_disable_drop_all_entries() -> None:
     index = joined("a", "b", "c", "d")
     for engine in "abcd":
         index.enter(engine, prompt("abc"))
@@ -245,7 +245,7 @@ def test_clear_and_leave_and_disable_drop_all() -> None:
     assert set(index.engines) == set("abcde")
 
 
-def test_a_smaller_capacity_holds_from_when_it_is_told() -> None:
+def test_a_smaller_capacity_applies_from_when_it_is_reported() -> None:
     index = joined("a", capacity=100)
     index.enter("a", prompt("abcdefgh"))
     index.join("a", 30)
@@ -256,7 +256,7 @@ def test_a_smaller_capacity_holds_from_when_it_is_told() -> None:
     assert index.tokens("a") == DEFAULT_CAPACITY // 10_000 * 10_000
 
 
-def test_a_cache_holds_less_of_text_that_has_more_tokens_than_thought() -> None:
+def test_a_cache_holds_less_text_where_it_has_more_tokens_than_estimated() -> None:
     index = joined("a", capacity=100_000)
     for number in range(400):
         chain = Chain((number,), 2_000, 10, 200.0, BLOCKS)
@@ -270,8 +270,8 @@ def test_a_cache_holds_less_of_text_that_has_more_tokens_than_thought() -> None:
     assert index.tokens("a") == 24_000 or index.tokens("a") == 26_000, "no report makes it less than a quarter"
 
 
-def test_an_engine_that_keeps_losing_is_believed_to_keep_less_until_it_finds_more() -> None:
-    """Requests that run take a part of its cache, which changes."""
+def test_an_engine_with_repeated_losses_is_believed_to_hold_less_until_it_finds_more() -> None:
+    """Running requests take a changing part of its cache."""
     index = joined("a", capacity=200)
 
     def held() -> int:
@@ -294,7 +294,7 @@ def test_an_engine_that_keeps_losing_is_believed_to_keep_less_until_it_finds_mor
     assert 150 < held() <= 200
 
 
-def test_engines_that_nobody_knows_are_nobodys() -> None:
+def test_reports_about_unknown_engines_are_ignored() -> None:
     index = PrefixIndex()
     chain = prompt("abc")
     index.enter("a", chain)
@@ -314,7 +314,7 @@ def test_engines_that_nobody_knows_are_nobodys() -> None:
 
 
 def test_entries_are_shared_among_the_engines() -> None:
-    """A flood of short prompts takes no more memory than there is for all."""
+    """A flood of short prompts takes no more memory than there is for all engines."""
     index = PrefixIndex(most_entries=100)
     for engine in "abcd":
         index.join(engine, 10**9)
@@ -326,7 +326,7 @@ def test_entries_are_shared_among_the_engines() -> None:
     assert index.cached(prompt("a49")) == {"a": 30}
 
 
-def test_an_engine_says_itself_what_it_stores_and_drops() -> None:
+def test_events_of_an_engine_add_and_remove_blocks() -> None:
     index = joined("a", "b")
     index.store("a", prompt("abcd").hashes, (10, 10, 10, 10))
     assert index.cached(prompt("abcd")) == {"a": 40}
@@ -340,8 +340,8 @@ def test_an_engine_says_itself_what_it_stores_and_drops() -> None:
     assert index.cached(prompt("abcd")) == {}
 
 
-def test_what_others_sent_is_believed_and_no_evidence_of_a_loss() -> None:
-    """It may still be on its way there."""
+def test_prompts_that_other_workers_sent_are_believed_and_are_no_evidence_of_a_loss() -> None:
+    """The prompt may still be on its way to the engine."""
     index = joined("a")
     send(index, "a", prompt("old"))
     index.entered_elsewhere("a", prompt("abcdefgh"))
@@ -352,7 +352,7 @@ def test_what_others_sent_is_believed_and_no_evidence_of_a_loss() -> None:
     assert index.cached(prompt("old")) == {"a": 30}
 
 
-def test_what_others_found_lost_is_lost_here() -> None:
+def test_a_loss_that_another_worker_found_is_applied_here() -> None:
     index = joined("a")
     for text in ("old", "abcdef", "new"):
         send(index, "a", prompt(text))
@@ -376,7 +376,7 @@ def test_the_age_of_the_oldest_entry_is_known() -> None:
     assert index.figures(5000).bytes > 0
 
 
-def test_answers_that_never_come_take_no_memory_for_ever() -> None:
+def test_requests_without_an_answer_do_not_take_memory_for_ever() -> None:
     index = joined("a")
     chains = [prompt("abc") for _ in range(5000)]
     for chain in chains:

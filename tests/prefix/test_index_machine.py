@@ -1,4 +1,4 @@
-"""Whatever happens to the index, it believes what a plain list of uses says."""
+"""For any sequence of events, the index believes what a plain list of uses says."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Use:
 
 
 class Model:
-    """One engine: its blocks, the one that was not used for longest first."""
+    """One engine: its blocks, the least recently used first."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = self.limit = capacity
@@ -51,7 +51,7 @@ class Model:
         return sum(use.size for use in self.uses)
 
     def prefix(self, text: str) -> list[Use]:
-        """What it has of a text, first block first."""
+        """The cached part of a text, first block first."""
         held = {use.text: use for use in self.uses}
         return [held[part] for part in takewhile(held.__contains__, parts(text))]
 
@@ -208,7 +208,7 @@ class IndexMachine(RuleBasedStateMachine):
             model.use(text, len(parts(text)), self.ordinal, False, self.share)
 
     @invariant()
-    def believes_what_the_list_of_uses_says(self) -> None:
+    def the_index_equals_the_list_of_uses(self) -> None:
         for text in TEXTS:
             held = {engine: model.prefix(text) for engine, model in self.model.items()}
             expected = {engine: len(uses[-1].text) for engine, uses in held.items() if uses}
@@ -217,7 +217,7 @@ class IndexMachine(RuleBasedStateMachine):
             assert self.index.tokens(engine) == model.tokens()
 
     @invariant()
-    def is_bounded_and_its_two_halves_agree(self) -> None:
+    def the_index_is_bounded_and_its_two_halves_agree(self) -> None:
         index = self.index
         held: dict[int, int] = {}
         for engine, one in index._engines.items():
@@ -236,7 +236,7 @@ TestIndex.settings = settings(max_examples=12, stateful_step_count=20)
 
 
 @pytest.mark.slow
-def test_the_same_at_length() -> None:
+def test_the_machine_with_long_runs() -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(IndexMachine, settings=settings(max_examples=400, stateful_step_count=60))

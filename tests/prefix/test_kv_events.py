@@ -1,4 +1,4 @@
-"""KV events as they come: both encodings, engines of other versions, and whatever else somebody sends."""
+"""KV events as they arrive: both encodings, engines of other versions, and any other input."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("event", [STORED, list(STORED.values())], ids=["map", "array"])
-def test_both_encodings_say_the_same(event: object) -> None:
+def test_both_encodings_decode_to_the_same_events(event: object) -> None:
     stored = only(event)
     assert isinstance(stored, BlockStored)
     assert stored.block_hashes == [2**64 - 1, b"\x01" * 32]
@@ -68,7 +68,7 @@ def test_both_encodings_say_the_same(event: object) -> None:
         ({"type": "BlockRemoved", "block_hashes": [1], "medium": None}, BlockRemoved),
         (["AllBlocksCleared"], AllBlocksCleared),
         ({"type": "AllBlocksCleared"}, AllBlocksCleared),
-        (["BlockStored", [1], None, [5], 1, 7, 8, 9, 10, 11, 12], BlockStored),  # what is optional may be anything
+        (["BlockStored", [1], None, [5], 1, 7, 8, 9, 10, 11, 12], BlockStored),  # optional members may be anything
     ],
 )
 def test_engines_of_other_versions_are_understood(event: object, kind: type) -> None:
@@ -76,7 +76,7 @@ def test_engines_of_other_versions_are_understood(event: object, kind: type) -> 
 
 
 @pytest.mark.parametrize("event", [["BlockMoved", [1]], {"type": "BlockMoved", "x": 1}])
-def test_an_unknown_kind_of_event_is_told_from_a_broken_one(event: object) -> None:
+def test_an_unknown_kind_of_event_is_distinguished_from_a_broken_one(event: object) -> None:
     with pytest.raises(UnknownKind, match="BlockMoved"):
         only(event)
 
@@ -98,26 +98,26 @@ def test_an_unknown_kind_of_event_is_told_from_a_broken_one(event: object) -> No
         {},
     ],
 )
-def test_a_broken_event_is_no_unknown_one(event: object) -> None:
+def test_a_broken_event_does_not_count_as_unknown(event: object) -> None:
     with pytest.raises(Undecodable) as caught:
         only(event)
     assert not isinstance(caught.value, UnknownKind)
 
 
 @pytest.mark.parametrize("batch", [b"", b"\x93", encode({}), encode([1.0]), encode([1.0, 5]), encode("x"), b"\xc1"])
-def test_what_is_no_batch_is_one_error(batch: bytes) -> None:
+def test_an_invalid_batch_is_one_error(batch: bytes) -> None:
     with pytest.raises(Undecodable):
         read_batch(batch)
 
 
-def test_a_batch_of_too_many_events_is_refused_before_it_is_taken_apart() -> None:
+def test_a_batch_of_too_many_events_is_refused_before_its_events_are_decoded() -> None:
     many = 1 << 22
     with pytest.raises(Undecodable, match="length"):
         read_batch(b"\x92\x01\xdd" + many.to_bytes(4, "big") + b"\x80" * many)
     assert len(read_batch(encode([1.0, [7] * MOST_EVENTS]))) == MOST_EVENTS
 
 
-def test_an_event_that_would_take_long_to_decode_is_none() -> None:
+def test_an_event_that_would_take_long_to_decode_is_refused() -> None:
     with pytest.raises(Undecodable, match="bytes"):
         only(["BlockStored", [1], None, [1] * MOST_BYTES, MOST_BYTES])
 
