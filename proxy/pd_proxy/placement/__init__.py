@@ -1,1 +1,1 @@
-"""Which backend: pure functions from what is known of the fleet to a decision that says why."""
+"""Placement: pure functions that choose the backends of a request, and give the reason."""

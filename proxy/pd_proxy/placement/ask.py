@@ -1,4 +1,4 @@
-"""What one request asks of placement."""
+"""The request as placement sees it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ class Ask(msgspec.Struct, gc=False):
     """One request as a decision sees it, with the time and the random numbers that the decision may use.
 
     Attributes:
-        random: gives a number in [0, 1).
-        turn: counts decisions, for round robin.
-        now: seconds, on the clock of the candidates' speeds.
-        prompt_tokens: its prompt.
-        decode_tokens: its prompt and the output to come, as its lease on a decode backend counts them.
-        cached: prompt tokens that engines are believed to have in their prefix caches, by URL; who is missing has none.
-            Of engines of several data-parallel ranks by the ranks' names too (`ranks.py`).
-        session: names the session that it belongs to, for the policy `session`; or empty.
+        random: returns a number in [0, 1).
+        turn: the number of decisions so far, for round robin.
+        now: the time in seconds, on the clock of the candidates' speeds.
+        prompt_tokens: the tokens of its prompt.
+        decode_tokens: the tokens of its prompt and of the expected output, as its lease on a decode backend counts
+            them.
+        cached: the prompt tokens that each engine is believed to have in its prefix cache, by URL; 0 where absent. For
+            engines with several data-parallel ranks also by the ranks' names (`ranks.py`).
+        session: the name of its session, for the policy `session`; or empty.
         ttft, tpot: the targets of its client, in seconds; None where there is none.
-        avoid: URLs of backends that failed it; chosen only where there is nobody else.
-        prefer: URL of a prefill backend to take if it may be had: an earlier try has prefilled there.
-        brief: any engine has its prompt computed in next to no time, so that only the load of each counts.
+        avoid: the URLs of backends that failed this request. They are chosen only where there are no others.
+        prefer: the URL of the prefill backend where an earlier try has prefilled; it is taken where it is eligible.
+        brief: the prompt is so short that its prefill time does not matter, and only the load of each engine counts.
     """
 
     random: Callable[[], float]
@@ -42,12 +43,13 @@ class Ask(msgspec.Struct, gc=False):
     brief: bool = False
 
     def uncached(self, url: str) -> int:
-        """Tokens of its prompt that an engine is believed to have to compute: at least the last one."""
+        """The tokens of its prompt that an engine is expected to compute: at least the last one."""
         return uncached(self.prompt_tokens, self.cached.get(url, 0))
 
 
 def uncached(prompt: int, cached: int) -> int:
-    """Tokens of a prompt that are left to compute: at least its last one, from which the answer's first is sampled."""
+    """The tokens of a prompt that are not cached: at least its last one, from which the first output token is
+    sampled."""
     if cached <= 0:
         return prompt
     return prompt - cached if cached < prompt else min(prompt, 1)

@@ -1,21 +1,27 @@
-"""The policy `auto`: the backend where the request is expected to be served soonest, by what was learnt of each.
+"""The policy `auto`: chooses the backend that is expected to serve the request soonest, by its learnt speeds.
 
-- **Prefill** (`first_token`): the earliest expected first token. That is the work before the request, less what has
-  been done of it, and its own, which is what is not cached there; both by the engine's pace. While no engine is free,
-  own work counts for more, since to compute twice what is cached elsewhere delays everybody. There are two exceptions.
-  A **long** prompt, whose own work exceeds the target for the first token, is late wherever it goes. It goes behind
-  other work as long as that does not double its time, so that long prompts queue behind each other, and engines are
-  left for the short ones. And a prefix **spreads** that is much in demand: where its engine has a queue (of half the
-  target) and another engine has none, the prompt goes to the other one if it is not much later there. By the earliest
-  first token alone the queue would stay just short enough, for ever.
-- **Decode** (`next_token`): the shortest expected step, by tokens in flight; of engines whose KV cache has room.
-- **Whole requests** (`whole_answer`): the earliest expected end, prefill and decode on one engine.
+- **Prefill** (`first_token`): the earliest expected first token. The expected time is that of the work before the
+  request
+  plus that of the request's own work, which is its tokens that are not cached there, both at the engine's pace. While
+  no
+  engine is free, the request's own work has a greater weight, since computing again what is cached elsewhere delays all
+  later requests. There are two exceptions:
 
-Where nothing is cached, nothing is known of the engines' speeds but that they are alike, and the prompt is not long,
-each is exactly `least_loaded`: the same order, the same ties, the same random number.
+  - A **long** prompt, whose own work takes longer than the target for the first token, is late on every engine. It goes
+    behind other work as long as that does not double its time. So long prompts queue behind each other, and leave other
+    engines to the short ones.
+  - A prefix in great demand **spreads**: where the engine that has it has a queue (of half the target) and another
+    engine
+    has none, the prompt goes to the other one if it is not much later there. With the earliest first token as the only
+    rule, that queue would always stay just short enough to keep the prompt there.
+- **Decode** (`next_token`): the shortest expected step, by tokens in flight, of the engines whose KV cache has room.
+- **Whole requests** (`whole_answer`): the earliest expected end, with prefill and decode on one engine.
 
-A candidate costs some 70 ns. So the first pass leaves out what can only make one dearer (slow start, a stuck leg, a
-full KV cache): where the cheapest has none of these, it is the cheapest by the full account too.
+Where nothing is cached, all engines have the same speeds, and the prompt is not long, each rule chooses exactly as
+`least_loaded` does, with the same ties and the same random number.
+
+A candidate costs some 70 ns. So the first pass leaves out what can only make a candidate more expensive: slow start, a
+stuck leg, a full KV cache. Where none of these applies to the cheapest candidate, it is also the cheapest with them.
 """
 
 from __future__ import annotations
@@ -29,16 +35,16 @@ from pd_proxy.placement.policies import POLICIES, Candidate, Choice, lightest
 LONG = 4.0
 """Seconds of own work from which a prompt is long, where its client has no target for the first token."""
 SOON = 2.0
-"""Seconds in which clients without a target are taken to want their first token."""
-DUPLICATE = 2.0  # times its own work is added where every engine has a second or more to do
-_QUEUE = 0.5  # of the target for the first token: what waits longer is a queue
-_IDLE = 0.2  # of that queue: what waits shorter is none
-_LATER = 1.5  # times the earliest first token
-_MOST_OUTPUT = 1024  # tokens; what is expected of a long answer is mostly its client's bound
+"""The target for the first token, in seconds, that is assumed for clients without one."""
+DUPLICATE = 2.0  # the request's own work is added so many times more where every engine has a second or more to do
+_QUEUE = 0.5  # part of the target for the first token; an engine with more work than that has a queue
+_IDLE = 0.2  # part of that queue's work; an engine with less has no queue
+_LATER = 1.5  # times the earliest first token; the bound for a prompt that is spread
+_MAX_OUTPUT = 1024  # tokens; with a greater bound of its client an answer is mostly shorter than that bound
 
 
 class Pool(Protocol):
-    """What the engines of a pool have in common: `proxy/pd_proxy/fleet/speeds.py`."""
+    """The speeds that the engines of a pool share: `fleet/pool_speeds.py`."""
 
     @property
     def prefills(self) -> bool: ...
@@ -50,7 +56,7 @@ class Pool(Protocol):
 
 
 class Speeds(Protocol):
-    """What was learnt of one engine: `proxy/pd_proxy/fleet/speeds.py`."""
+    """The learnt speeds of one engine: `fleet/speeds.py`."""
 
     @property
     def pool(self) -> Pool: ...
@@ -100,15 +106,18 @@ class Speeds(Protocol):
 
 
 class Learnt(Candidate, Protocol):
-    """A candidate of which speeds were learnt."""
+    """A candidate with learnt speeds."""
 
     @property
     def speeds(self) -> Speeds: ...
 
 
 def first_token(candidates: Sequence[Learnt], ask: Ask) -> int:
-    """The one with the earliest expected first token; for a long prompt see above. Prompts that are computed in next to
-    no time are counted as leases count them, since to follow each would cost more than it is worth."""
+    """The candidate with the earliest expected first token, with the exceptions above.
+
+    For very short prompts (`Ask.brief`) the work before the request is taken from the leases, since tracking such
+    prompts one by one would cost more than it improves.
+    """
     if len(candidates) == 1:
         return 0
     if ask.brief:
@@ -120,7 +129,7 @@ def first_token(candidates: Sequence[Learnt], ask: Ask) -> int:
     chosen = candidates[index]
     speeds = chosen.speeds
     if ask.cached and speeds.free_at > ask.now:
-        index = _frugal(candidates, costs, index, ask)
+        index = _avoid_duplicate_work(candidates, costs, index, ask)
         chosen = candidates[index]
         speeds = chosen.speeds
     if chosen.factor != 1.0 or ask.now > speeds.late_at:
@@ -129,23 +138,26 @@ def first_token(candidates: Sequence[Learnt], ask: Ask) -> int:
         chosen = candidates[index]
         speeds = chosen.speeds
     prompt, target = ask.prompt_tokens, LONG if ask.ttft is None else ask.ttft
-    if speeds.pace * prompt > 0.1 * target:  # attention does not make a short prompt ten times as much
+    if speeds.pace * prompt > 0.1 * target:  # the quadratic part of attention makes no short prompt ten times slower
         own = speeds.seconds(ask.uncached(chosen.url), prompt)
         if own > target:
-            return _behind(candidates, index, own, ask)
+            return _place_long(candidates, index, own, ask)
     queue = _QUEUE * (SOON if ask.ttft is None else ask.ttft)
     if ask.cached and speeds.free_at - ask.now > queue and ask.cached.get(chosen.url, 0) > 0:
         return _spread(candidates, index, ask)
     return index
 
 
-def _frugal(candidates: Sequence[Learnt], costs: Sequence[float], index: int, ask: Ask) -> int:
-    """Where a prompt goes of which something is cached, while no engine is free: work that another engine would be
-    spared then delays all that come after it, so own work counts for more the longer the shortest queue is.
+def _avoid_duplicate_work(candidates: Sequence[Learnt], costs: Sequence[float], index: int, ask: Ask) -> int:
+    """Choose for a prompt of which a part is cached somewhere, while no engine is free.
+
+    Work that another engine has cached delays all later requests. So the longer the shortest queue is, the greater is
+    the
+    weight of the request's own work.
 
     Arguments:
-        costs: `waits_and_work`.
-        index: of the least cost.
+        costs: the result of `waits_and_work`.
+        index: the index of the least cost.
     """
     now = ask.now
     waits = [left if (left := (s := c.speeds).free_at - now) > s.rest else s.rest for c in candidates]
@@ -156,7 +168,7 @@ def _frugal(candidates: Sequence[Learnt], costs: Sequence[float], index: int, as
 
 
 def why_first(prefill: Learnt, ask: Ask) -> str:
-    """Why `first_token` has taken this one, in a word."""
+    """Why `first_token` has chosen this candidate: one of `REASONS` in `decide.py`."""
     target, url, speeds = LONG if ask.ttft is None else ask.ttft, prefill.url, prefill.speeds
     if speeds.pace * ask.prompt_tokens > 0.1 * target and speeds.seconds(ask.uncached(url), ask.prompt_tokens) > target:
         return "long"
@@ -164,7 +176,7 @@ def why_first(prefill: Learnt, ask: Ask) -> str:
 
 
 def waits_and_work(candidates: Sequence[Learnt], ask: Ask) -> list[float]:
-    """The time to the first token of each, slow start and stuck legs apart."""
+    """The expected time to the first token of each candidate, without regard to slow start and stuck legs."""
     now, prompt, cached = ask.now, ask.prompt_tokens, ask.cached
     work = candidates[0].speeds.pool.work
     whole = work(prompt, prompt)
@@ -172,7 +184,7 @@ def waits_and_work(candidates: Sequence[Learnt], ask: Ask) -> list[float]:
         return [
             (left if (left := (s := c.speeds).free_at - now) > s.rest else s.rest) + s.pace * whole for c in candidates
         ]
-    own = {hit: work(uncached(prompt, hit), prompt) for hit in set(cached.values())}  # many have the same part
+    own = {hit: work(uncached(prompt, hit), prompt) for hit in set(cached.values())}  # many engines have the same part
     own[0] = whole
     get = cached.get
     return [
@@ -182,19 +194,20 @@ def waits_and_work(candidates: Sequence[Learnt], ask: Ask) -> list[float]:
 
 
 def time_to_first_token(candidate: Learnt, ask: Ask) -> float:
-    """Seconds until a candidate is expected to have prefilled the prompt; in its slow start the work before it counts
-    for more."""
+    """Seconds until a candidate is expected to have prefilled the prompt. In its slow start the work before the request
+    has a greater weight."""
     speeds = candidate.speeds
     return speeds.ahead(ask.now) / candidate.factor + speeds.seconds(ask.uncached(candidate.url), ask.prompt_tokens)
 
 
-def _behind(candidates: Sequence[Learnt], index: int, own: float, ask: Ask) -> int:
-    """Where a long prompt goes: of the candidates that have it done no later than the best one and as long again as its
-    own work, the one with most to do before it.
+def _place_long(candidates: Sequence[Learnt], index: int, own: float, ask: Ask) -> int:
+    """Choose for a long prompt: the candidate with the most work before it, of those that finish it at most `own`
+    seconds
+    later than the best candidate.
 
     Arguments:
-        index: of the one with the earliest first token, and
-        own: seconds of the prompt's own work there.
+        index: the index of the candidate with the earliest first token.
+        own: the seconds of the prompt's own work there.
     """
     costs = [time_to_first_token(candidate, ask) for candidate in candidates]
     most, now = costs[index] + own, ask.now
@@ -209,10 +222,10 @@ def _behind(candidates: Sequence[Learnt], index: int, own: float, ask: Ask) -> i
 
 
 def _spread(candidates: Sequence[Learnt], index: int, ask: Ask) -> int:
-    """Where a prompt goes whose prefix's engine has a queue.
+    """Choose for a prompt where the engine that has its prefix cached has a queue.
 
     Arguments:
-        index: of the one with the earliest first token.
+        index: the index of the candidate with the earliest first token.
     """
     now = ask.now
     shortest = _IDLE * candidates[index].speeds.ahead(now)
@@ -225,7 +238,7 @@ def _spread(candidates: Sequence[Learnt], index: int, ask: Ask) -> int:
 
 
 def next_token(candidates: Sequence[Learnt], ask: Ask) -> int:
-    """The one with the shortest expected step once it has the request, of those with room for its KV cache."""
+    """The candidate with the shortest expected step once it has the request, of those with room for its KV cache."""
     if len(candidates) == 1:
         return 0
     own = ask.decode_tokens
@@ -240,14 +253,16 @@ def next_token(candidates: Sequence[Learnt], ask: Ask) -> int:
 
 
 def expected_step(candidate: Learnt, ask: Ask) -> float:
-    """Seconds of a candidate's step once it has the request, as `next_token` compares them."""
+    """The expected seconds of a candidate's step once it has the request, as `next_token` compares them."""
     speeds = candidate.speeds
     tokens = candidate.inflight_tokens + candidate.elsewhere_tokens
     return speeds.step_base + speeds.step_token * (tokens / candidate.factor + ask.decode_tokens)
 
 
 def _with_capacity(candidates: Sequence[Learnt], ask: Ask, cost: Callable[[Learnt, Ask], float]) -> int:
-    """The cheapest of those whose KV cache has room for the request; where none has, the one that is least too full."""
+    """The cheapest candidate whose KV cache has room for the request; where none has, the one that exceeds its capacity
+    by
+    the smallest factor."""
     own = ask.decode_tokens
     fill = [
         ((c.inflight_tokens + c.elsewhere_tokens) / c.factor + own) / c.speeds.capacity if c.speeds.capacity else 1e9
@@ -261,22 +276,22 @@ def _with_capacity(candidates: Sequence[Learnt], ask: Ask, cost: Callable[[Learn
 
 
 def whole_answer(candidates: Sequence[Learnt], ask: Ask) -> int:
-    """The one that is expected to be done with the whole request first, of those with room for its KV cache."""
+    """The candidate that is expected to finish the whole request first, of those with room for its KV cache."""
     return 0 if len(candidates) == 1 else _with_capacity(candidates, ask, time_to_last_token)
 
 
 def time_to_last_token(candidate: Learnt, ask: Ask) -> float:
-    """Seconds in which a candidate is expected to have answered, prompt and output."""
+    """The seconds in which a candidate is expected to have finished the whole answer."""
     return time_to_first_token(candidate, ask) + expected_output(ask) * expected_step(candidate, ask)
 
 
 def expected_output(ask: Ask) -> int:
-    """Tokens that an answer is expected to have."""
-    return min(max(1, ask.decode_tokens - ask.prompt_tokens), _MOST_OUTPUT)
+    """The tokens that an answer is expected to have."""
+    return min(max(1, ask.decode_tokens - ask.prompt_tokens), _MAX_OUTPUT)
 
 
 def _least(candidates: Sequence[Learnt], costs: Sequence[float], ask: Ask) -> int:
-    """The index of the least cost; among equals that of the least loaded, and among those a random one."""
+    """The index of the least cost. Ties are broken by the least load, and then at random."""
     least = min(costs)
     same = costs.count(least)
     if same == 1:
@@ -290,4 +305,4 @@ CHOICES: dict[str, dict[str, Choice]] = {
     role: {**POLICIES, "auto": rule}
     for role, rule in (("prefill", first_token), ("decode", next_token), ("mixed", whole_answer))
 }
-"""Every policy by pool and name."""
+"""All policies by pool and name."""

@@ -1,7 +1,8 @@
-"""What a decision compared, spelt out for people: computed only when somebody asks.
+"""The costs that a decision compares, in readable form. Computed only on demand (`/admin/decisions`, `/admin/explain`).
 
-It reads the same candidates and the same request as the decision, so it must be called before the decision has changed
-them: before the request takes its leases.
+They are computed from the same candidates and the same request as the decision, so this must be called before the
+request
+takes its leases, which change the candidates.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from pd_proxy.placement.auto import Learnt, expected_step, time_to_first_token
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """What is expected of one candidate. Times are seconds.
+    """The expected cost of a request on one candidate. Times are in seconds.
 
     Attributes:
-        cached: tokens of the prompt that are believed to be in its prefix cache.
-        uncached: those that it would compute.
-        wait: prefill work before the request.
-        own: the request's own prefill.
-        first_token: until its prefill is done; more than both where the candidate is in its slow start.
-        rate: uncached tokens that it prefills in a second.
-        step: of its decode, with the request.
-        slowness: of its steps, over the median of its pool.
+        cached: the prompt tokens that are believed to be in its prefix cache.
+        uncached: the prompt tokens that it would compute.
+        wait: the time of the prefill work before the request.
+        own: the time of the request's own prefill.
+        first_token: the time until its prefill is done; more than `wait` plus `own` where the candidate is in slow
+            start.
+        rate: the uncached tokens that it prefills per second.
+        step: the time of its decode step, with the request.
+        slowness: the time of its steps over the median of its pool.
         factor: the share of its usual load that it may be given.
-        tokens, requests: that it has in flight, other workers' included.
+        tokens, requests: what it has in flight, other workers' included.
     """
 
     url: str
@@ -45,7 +47,7 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 def cost(candidate: Learnt, ask: Ask) -> Cost:
-    """What is expected of one candidate."""
+    """The expected cost on one candidate."""
     speeds, uncached = candidate.speeds, ask.uncached(candidate.url)
     return Cost(
         candidate.url,
@@ -64,5 +66,5 @@ def cost(candidate: Learnt, ask: Ask) -> Cost:
 
 
 def costs(candidates: Sequence[Learnt], ask: Ask) -> list[Cost]:
-    """What is expected of each of some candidates, in their order."""
+    """The expected cost on each of the candidates, in their order."""
     return [cost(candidate, ask) for candidate in candidates]

@@ -1,4 +1,4 @@
-"""From the backends that are up to a decision: a pair, a mixed backend, or decode alone, and why."""
+"""Decides which backends serve a request: a pair, a mixed backend, or a decode backend without a prefill backend."""
 
 from __future__ import annotations
 
@@ -23,24 +23,28 @@ REASONS = frozenset(
         *("local_short", "local_cached", "local_spill", "mixed_sooner", "mixed_spill"),
     }
 )
-"""What a decision says of its own reason.
+"""The reasons of decisions.
 
-The name of the policy, where it has but one rule (`auto` where one engine serves the whole request, since there is no
-pair for it). Of `auto`, for the prefill backend of a pair: `earliest` expected first token; the same, with a part of
-the prompt `cached` there; `long`: behind other long prompts. `prefilled_before`: by an earlier try of the request.
-`local_short`, `local_cached`, `local_spill`: decode prefills, since the prompt is short, since what of it is not cached
-there is short, or since prefill is much later. `mixed_sooner`, `mixed_spill`: a mixed backend takes it, since it
-prefills sooner, or since decode misses the client's target.
+- The name of the policy, where it has only one rule; also `auto` where no pair is possible and one engine serves the
+  whole request.
+- `earliest`, `cached`, `long`: how `auto` chose the prefill backend of a pair: by the earliest expected first token; by
+  the same, with a part of the prompt cached there; behind other work, since the prompt is long.
+- `prefilled_before`: an earlier try of the request has prefilled there.
+- `local_short`, `local_cached`, `local_spill`: the decode backend prefills, since the prompt is short, since the part
+  that is not cached there is short, or since prefill would be much later.
+- `mixed_sooner`, `mixed_spill`: a mixed backend serves the whole request, since it prefills sooner, or since decode
+  would
+  miss the client's target.
 """
 
 
 class View(msgspec.Struct, Generic[C], frozen=True):
-    """The fleet as one decision sees it: per role the backends that may take this request now.
+    """The fleet as one decision sees it: for each role the backends that are eligible for this request now.
 
     Attributes:
-        configured: how many backends each pool has for this request, up or not.
-        pairs: whether a prefill backend may hand over to a decode backend; None where any may to any.
-        plain: the decode backends that answer right without a hand-off; None where all do.
+        configured: the number of backends that each pool has for this request, whether up or not.
+        pairs: whether a prefill backend may hand over to a decode backend; None where every pair is possible.
+        plain: the decode backends that can answer without a hand-off; None where all can.
     """
 
     prefill: Sequence[C]
@@ -52,14 +56,14 @@ class View(msgspec.Struct, Generic[C], frozen=True):
 
 
 class Decision(msgspec.Struct, Generic[C], frozen=True):
-    """Where a request goes.
+    """The backends that a request goes to.
 
     Attributes:
         decode: the backend that answers the client.
-        pool: its pool, `decode` or `mixed`.
-        prefill: the other half of the pair, or None when `decode` computes the prompt itself.
-        fallback: why there is no hand-off though there are pools for it, or empty.
-        reason: what decided: one of `REASONS`.
+        pool: the pool of that backend: `decode`, `mixed`, or `prefill` where a prefill backend gives the whole answer.
+        prefill: the prefill backend of the pair; None where `decode` computes the prompt itself.
+        fallback: why there is no hand-off though there are pools for it; or empty.
+        reason: one of `REASONS`.
     """
 
     decode: C
@@ -70,18 +74,18 @@ class Decision(msgspec.Struct, Generic[C], frozen=True):
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """URLs of the backends that serve it."""
+        """The URLs of its backends."""
         return (self.decode.url,) if self.prefill is None else (self.prefill.url, self.decode.url)
 
 
 def roles_used(
     *, alone: bool, prefill: bool, decode: bool, mixed: bool
 ) -> tuple[Literal["prefill", "decode", "mixed"], ...]:
-    """The pools that a request goes to: a pair where it can be split and both are up, else a mixed backend, else decode
-    by itself. Empty when nothing is up that could answer.
+    """The pools that a request goes to: prefill and decode where the request can be split and both are up, else mixed,
+    else decode. Empty where no backend is up that could answer.
 
     Arguments:
-        alone: it cannot be split.
+        alone: the request cannot be split.
         prefill, decode, mixed: whether a backend of that role is up.
     """
     if not alone and decode and prefill:
@@ -92,10 +96,11 @@ def roles_used(
 
 
 def choose(candidates: Sequence[C], role: str, policy: str, ask: Ask) -> C:
-    """One of the candidates by a policy; of those to avoid only when all are. Candidates are never empty.
+    """Choose a candidate by a policy. One that is to be avoided is chosen only where all are.
 
     Arguments:
-        role: the pool whose rule it is: `auto` has one for each.
+        candidates: at least one.
+        role: the pool, since `auto` has a rule for each.
     """
     if ask.avoid:
         candidates = [c for c in candidates if c.url not in ask.avoid] or candidates
@@ -115,12 +120,14 @@ def decide(
 
     Arguments:
         alone: why the request cannot be split, or empty.
-        policies: the policy's name for each role.
-        allow_local_prefill: whether a decode backend may prefill for itself.
-        prefill_alone: a prefill backend can give the whole answer, which is one token.
+        policies: the name of the policy for each role.
+        allow_local_prefill: whether a decode backend may prefill a prompt itself.
+        prefill_alone: whether a prefill backend can give the whole answer, which is one token.
     Raises:
-        NoBackend: nothing that is up may serve it.
-        InvalidRequest: it cannot be split, and the settings forbid serving it whole on a decode backend, or none can.
+        NoBackend: no backend that is up may serve the request.
+        InvalidRequest: the request cannot be split, and the settings forbid that a decode backend serves it whole, or
+            none
+            can.
     """
     if prefill_alone and any(c.url not in ask.avoid for c in view.prefill):
         policy = policies["prefill"]
@@ -129,7 +136,7 @@ def decide(
     prefills, decodes = view.prefill, view.decode
     if view.pairs is not None:
         decodes = [d for d in decodes if any(view.pairs(p, d) for p in prefills)]
-    if prefills and decodes and not alone:  # as `roles_used` has it
+    if prefills and decodes and not alone:  # the same rule as in `roles_used`
         return _decide_pair(view, decodes, ask, policies, allow_local_prefill)
     return _decide_whole(view, ask, alone, policies, allow_local_prefill)
 
@@ -140,7 +147,8 @@ def _decide_pair(
     """Choose a pair, or one backend that is expected to serve the whole request sooner.
 
     Arguments:
-        decodes: the decode backends that a prefill backend may hand over to; not empty, as `view.prefill` is not.
+        decodes: the decode backends that a prefill backend may hand over to. Neither these nor `view.prefill` are
+            empty.
     """
     decode = choose(decodes, "decode", policies["decode"], ask)
     prefills = view.prefill
@@ -185,7 +193,7 @@ def _decide_whole(
     plain = view.decode if view.plain is None else view.plain
     if allow_local_prefill and plain:
         policy = policies["decode"]
-        # It prefills and decodes, as a mixed one does.
+        # The decode backend prefills and decodes, so the policy's rule is that of the mixed pool.
         decode = choose(plain, "mixed", policy, ask)
         return Decision(decode, "decode", None, fallback, policy)
     why = "their connector does not let them" if allow_local_prefill else "fallback: reject"
@@ -200,13 +208,13 @@ def _decide_whole(
 
 
 def _missing(view: View[C]) -> str:
-    """Why there is no pair."""
+    """The reason why there is no pair."""
     if view.prefill and view.decode:
         return "no_matching_pair"
     return "no_decode_backend" if view.prefill else "no_prefill_backend"
 
 
 def _nobody(view: View[C]) -> str:
-    """Says which pool is missing, without naming an address."""
+    """The error text where no backend can answer. It names no addresses."""
     counts = ", ".join(f"{count} {role}" for role, count in view.configured.items() if count)
     return f"no backend that could answer is up (configured: {counts or 'none'})"

@@ -1,8 +1,11 @@
-"""Who may be given a request, before any policy compares them; and for everybody else, which rule left it out.
+"""Which backends are eligible for a request, before a policy compares them; and for all others, the rule that excludes
+them.
 
-Pure functions over backends and what the request needs. `eligible` is on the path of every request: where engines are
-all alike and the request is an ordinary one, it looks at nobody. `left_out` asks the same rules backend by backend, and
-is called only for somebody who wants to know.
+These are pure functions over the backends and the needs of the request. `eligible` is called for every request. Where
+all
+engines are alike and the request is an ordinary one, it looks at no single backend. `left_out` applies the same rules
+to
+each backend, and is called only to explain a decision.
 """
 
 from __future__ import annotations
@@ -31,19 +34,25 @@ Rule = Literal[
     "pairing",
     "avoided",
 ]
-"""Why a backend may not be given a request.
+"""Why a backend is not eligible for a request.
 
-`down`, `draining`: so it is. `model`: it does not have the request's. `ejected`: by the breaker. `resting`: it has said
-that it is busy. `full`: the request would put it above its bounds. `weights`: the answer was begun by an engine with
-others. `connector`: of its hand-off protocol, prefill cannot share such a request. `endpoint`: it does not have the
-request's route. `pinned`: another backend has what the request goes on from. `unsplit`: it prefills, and the request
-is served whole. `pairing`: none of the other half of a pair fits it. `avoided`: it has failed this request, and others
-have not.
+- `down`, `draining`: the backend is in that state.
+- `model`: it does not have the request's model.
+- `ejected`: the outlier detector has ejected it.
+- `resting`: it has said that it is busy.
+- `full`: the request would exceed its bounds.
+- `weights`: the answer was begun by an engine with other weights.
+- `connector`: its hand-off protocol cannot split such a request.
+- `endpoint`: it does not have the request's route.
+- `pinned`: another backend stores the response that the request continues.
+- `unsplit`: it is a prefill backend, and the request is served whole.
+- `pairing`: no backend of the other role can be paired with it.
+- `avoided`: it has failed this request, and others have not.
 """
 
 
 class Kind(Protocol):
-    """A backend's kind."""
+    """The engine family of a backend."""
 
     @property
     def routes(self) -> frozenset[str]: ...
@@ -81,16 +90,16 @@ M = TypeVar("M", bound=Member)
 
 
 class Rules(msgspec.Struct, frozen=True):
-    """What the connectors of a gateway can do; the same for all requests.
+    """What the connectors of a gateway support; the same for all requests.
 
     Attributes:
-        splits: by connector, the reasons of `Body.alone` that are none to its engines.
-        endpoints: by connector, those whose requests are split.
-        plain: the connectors whose decode engines answer without a hand-off.
-        meets: those whose legs are told of each other, ranks included.
-        all_plain: every connector in use is plain.
-        splits_somewhere, splits_everywhere: the reasons that are none to some, to all that are in use.
-        endpoints_everywhere: those that all connectors in use split, and that all kinds of engine have.
+        splits: by connector, the reasons of `Body.alone` for which its engines can still split a request.
+        endpoints: by connector, the endpoints whose requests it splits.
+        plain: the connectors whose decode engines can answer without a hand-off.
+        negotiates: the connectors whose legs know each other's address, ranks included, before they are sent.
+        all_plain: whether all connectors in use are plain.
+        splits_somewhere, splits_everywhere: the reasons in `splits` of at least one, and of all connectors in use.
+        endpoints_everywhere: the endpoints that all connectors in use split and that all engine families have.
     """
 
     splits: Mapping[str, AbstractSet[str]]
@@ -107,15 +116,16 @@ class Needs(msgspec.Struct, Generic[M]):
     """What one request needs of backends.
 
     Attributes:
-        model: None where it names none.
-        prefill_tokens, decode_tokens: what its legs put on their backends.
-        endpoint: its name, and `path` where engines serve it.
-        of_one_make: only the engines of one make have the endpoint.
-        ranked: a leg of it can be told the data-parallel rank that it is for.
+        model: the model that it names; None where it names none.
+        prefill_tokens, decode_tokens: the tokens that its legs count on their backends.
+        endpoint: the name of its endpoint.
+        path: the path under which engines serve that endpoint.
+        of_one_make: whether only one engine family has the endpoint.
+        ranked: whether its legs can carry the data-parallel rank that they are for.
         alone: why its body cannot be split, or empty.
-        given_up: why it is not split any more after its failures, or empty.
-        pinned: URL of the only backend that can serve it, or empty.
-        fits: whether a backend may go on with its answer, where it was begun; None where it was not.
+        given_up: why it is no longer split after failures, or empty.
+        pinned: the URL of the only backend that can serve it, or empty.
+        fits: whether a backend may continue the answer that was begun; None where none was begun.
     """
 
     model: str | None
@@ -132,12 +142,12 @@ class Needs(msgspec.Struct, Generic[M]):
 
 
 class Members(msgspec.Struct, Generic[M]):
-    """The pools as they are now: who is up, fit by the breaker's word, and has the request's model.
+    """The pools as they are now: the backends that are up, not ejected, and have the request's model.
 
     Attributes:
-        configured: how many backends each pool has for the request, up or not.
-        pairs: whether a prefill backend may hand over to a decode backend; None where any may to any.
-        bounded: backends have bounds.
+        configured: the number of backends that each pool has for the request, whether up or not.
+        pairs: whether a prefill backend may hand over to a decode backend; None where every pair is possible.
+        bounded: whether backends have bounds.
     """
 
     prefill: Sequence[M]
@@ -149,11 +159,11 @@ class Members(msgspec.Struct, Generic[M]):
 
 
 class Eligible(msgspec.Struct, Generic[M], frozen=True):
-    """Who may be given a request.
+    """The backends that are eligible for a request.
 
     Attributes:
         view: the backends, for `decide`.
-        alone: why it cannot be split, or empty.
+        alone: why the request cannot be split, or empty.
     """
 
     view: View[M]
@@ -161,14 +171,17 @@ class Eligible(msgspec.Struct, Generic[M], frozen=True):
 
 
 def eligible(members: Members[M], needs: Needs[M], rules: Rules) -> Eligible[M]:
-    """Who may be given a request: for each rule those that pass it. Bounds, and kinds of engine for endpoints that
-    several have, leave nobody out where nobody would be left."""
+    """The backends that pass all rules.
+
+    Two rules do not apply where no backend would be left: the bounds of backends, and whether an engine family has an
+    endpoint that several families have.
+    """
     prefill, decode, mixed, pairs = members.prefill, members.decode, members.mixed, members.pairs
     if members.bounded:
         prefill = _with_capacity(prefill, needs.prefill_tokens)
         decode, mixed = _with_capacity(decode, needs.decode_tokens), _with_capacity(mixed, needs.decode_tokens)
         if pairs is not None and not any(pairs(p, d) for d in decode for p in prefill):
-            # Those with room may be of different groups; a full pair is better than none.
+            # Those with capacity may not form a pair; a pair that is full is better than none.
             prefill, decode = members.prefill, members.decode
     plain: Sequence[M] | None = None
     if needs.fits is not None:
@@ -186,7 +199,7 @@ def eligible(members: Members[M], needs: Needs[M], rules: Rules) -> Eligible[M]:
         if needs.of_one_make:
             decode, mixed = _of_its_make(decode, needs, rules), _of_its_make(mixed, needs, rules)
             plain = None if plain is None else _of_its_make(plain, needs, rules)
-            prefill, alone = able, needs.alone  # where no such engine prefills, it is that it is down
+            prefill, alone = able, needs.alone  # without such a prefill engine, it is a pool that is down
         else:
             decode, mixed = _offering(decode, needs.path), _offering(mixed, needs.path)
             plain = None if plain is None else _offering(plain, needs.path)
@@ -196,7 +209,7 @@ def eligible(members: Members[M], needs: Needs[M], rules: Rules) -> Eligible[M]:
         decode, mixed = [b for b in decode if b.url == url], [b for b in mixed if b.url == url]
         plain = None if plain is None else [b for b in plain if b.url == url]
     if not alone and not needs.ranked and any(b.ranks and b.connector in rules.negotiates for b in prefill):
-        alone = "data_parallel"  # its legs would not find each other, since prefill's cannot be told its rank
+        alone = "data_parallel"  # the prefill leg cannot carry its rank, so decode would ask the wrong one
     if needs.given_up and not alone and (mixed or plain is None or plain):
         alone = needs.given_up
     return Eligible(View(prefill, decode, mixed, members.configured, None if needs.pinned else pairs, plain), alone)
@@ -207,7 +220,7 @@ def _with_capacity(pool: Sequence[M], tokens: int) -> Sequence[M]:
 
 
 def _splits(backend: Member, needs: Needs[Any], rules: Rules) -> bool:
-    """Whether a prefill backend's engines share the request with decode."""
+    """Whether a prefill backend can serve the request's prefill leg."""
     connector = backend.connector
     return needs.endpoint in rules.endpoints[connector] and (not needs.alone or needs.alone in rules.splits[connector])
 
@@ -217,12 +230,12 @@ def _makes(backend: Member, needs: Needs[Any], rules: Rules) -> bool:
 
 
 def _of_its_make(pool: Sequence[M], needs: Needs[M], rules: Rules) -> Sequence[M]:
-    """Those whose engines have the request's endpoint, where no other make has it."""
+    """The backends of the one engine family that has the request's endpoint."""
     return [b for b in pool if _makes(b, needs, rules)]
 
 
 def _offering(pool: Sequence[M], path: str) -> Sequence[M]:
-    """Those whose kind has the request's endpoint; all where none has, since engines say it best."""
+    """The backends whose engine family has the request's endpoint; all where none has, so that an engine answers."""
     return [b for b in pool if b.offers(path)] or pool
 
 
@@ -235,13 +248,13 @@ def left_out(
     avoid: AbstractSet[str] = frozenset(),
     now: float = 0.0,
 ) -> list[tuple[M, Rule]]:
-    """The backends that may not be given a request, each with the first rule that left it out.
+    """The backends that are not eligible for a request, each with the first rule that excludes it.
 
     Arguments:
-        pools: all members of the prefill, decode and mixed pools, whatever their state.
+        pools: all members of the prefill, decode and mixed pools, in any state.
         members, needs, rules: as for `eligible`.
-        avoid: URLs of backends that failed the request.
-        now: seconds, on the fleet's clock.
+        avoid: the URLs of backends that failed the request.
+        now: the time in seconds, on the fleet's clock.
     """
     found = eligible(members, needs, rules)
     view = found.view
@@ -264,10 +277,10 @@ def left_out(
 def _first_rule(
     backend: M, role: str, serves: bool, members: Members[M], needs: Needs[M], rules: Rules, now: float
 ) -> Rule:
-    """The rule by which a backend is not among the eligible.
+    """The rule that excludes a backend that `eligible` has not returned.
 
     Arguments:
-        serves: it is among the members.
+        serves: whether it is in `members`.
     """
     if backend.draining:
         return "draining"
@@ -288,7 +301,7 @@ def _first_rule(
 
 
 def _last_rules(backend: M, role: str, found: Eligible[M], avoid: AbstractSet[str]) -> Rule | None:
-    """The rule by which an eligible backend is not compared with others all the same, or None."""
+    """The rule that excludes a backend that `eligible` has returned; None where the policy compares it."""
     view = found.view
     if role == "prefill" and found.alone:
         return "unsplit"

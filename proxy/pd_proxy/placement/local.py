@@ -1,26 +1,28 @@
-"""Whether a remote prefill is worth it: when one engine answers a request whole though there is a pair for it.
+"""Decides when one engine serves a whole request although a pair could: local prefill.
 
-A decode engine that prefills delays every stream it has, so this is guarded; unguarded it loses more than it gains.
+A decode engine that prefills delays all of its streams. Without the following conditions, local prefill loses more than
+it gains.
 
-- A decode engine prefills for itself when at most 2,048 tokens are not cached there, it has **time to spare**, and the
-  first token is expected **sooner by a margin**: 0.25 of the client's target for it, since a prompt that goes elsewhere
-  is missing in prefill's caches; 0.1 where nothing of it is cached anywhere. Up to 256 uncached tokens need no margin:
-  they fit into a step.
-- When prefill is so full that the request would miss its target, decode takes up to 8,192 uncached tokens if it meets
-  the target: a burst **spills**.
-- Time to spare means that the gap between tokens stays below 0.9 of the client's target (in a spill below the target).
-  That is the step to be expected with this request; the gap observed of late, where that is longer and no prefill has
-  made it so; and the prefill that the engine has done in the last seconds or has yet to do, this request's included,
-  spread over 160 tokens of its streams. What counts for a stream is its mean, so a stop of half a second may be borne
-  once and not ten times.
-- A mixed engine takes the request by the same rules without the bound on tokens, since to prefill is its work. It also
-  takes it when no decode engine meets the target for the gap and the mixed one does.
-- **Without targets** nobody has said what the streams may suffer. Then the rule is conservative: the same with 2 s for
-  the first token and 2.5 times the step of the idle engine for the gap, and with the margin of a quarter for every
-  prompt.
-  So prefill has a queue of half a second before decode prefills anything.
+- A decode engine prefills a prompt itself when at most 2,048 tokens of it are not cached there, the engine has **time
+  to
+  spare**, and the first token is expected **earlier by a margin**. The margin is 0.25 of the client's target for the
+  first token, since the prompt will then be missing in the prefill engines' caches; and 0.1 where nothing of the prompt
+  is cached anywhere. Up to 256 uncached tokens need no margin, since they fit into one step.
+- A burst **spills**: when prefill is so full that the request would miss its target, a decode engine takes up to 8,192
+  uncached tokens if it meets the target.
+- An engine has time to spare where the gap between tokens stays below 0.9 of the client's target; in a spill, below the
+  target. The gap is the expected step with this request, or the recently observed gap where that is longer and no
+  prefill has caused it. Added is the prefill time of the last seconds and of all prompts that are still to be
+  prefilled,
+  this one included, divided by 160 tokens of the engine's streams. The mean gap of a stream is what counts, so it may
+  stop for half a second once, but not ten times.
+- A mixed engine takes the request by the same rules without the bound on tokens, since prefill is its work too. It also
+  takes it when no decode engine meets the target for the gap and the mixed engine does.
+- **Without targets** it is not known which delays are acceptable, so the rule is conservative: the targets are 2 s for
+  the first token and 2.5 times the idle engine's step for the gap, and the margin is 0.25 for every prompt. So a decode
+  engine prefills only once prefill has a queue of half a second.
 
-While nothing was learnt of prefill's pace, prefill stays remote.
+Until the pace of prefill has been learnt, prefill stays remote.
 """
 
 from __future__ import annotations
@@ -37,33 +39,34 @@ from pd_proxy.placement.auto import SOON, Learnt, expected_step, time_to_first_t
 L = TypeVar("L", bound=Learnt)
 
 MOST = 2048
-"""Uncached tokens that a decode engine may prefill for itself."""
+"""The most uncached tokens that a decode engine may prefill."""
 MOST_SPILT = 8192
-"""Those that it may where the request would miss its target for the first token otherwise."""
+"""The same where the request would otherwise miss its target for the first token."""
 AT_ONCE = 0.05
-"""Seconds: a first token by then is soon enough, whoever else could give it."""
+"""Seconds; where the pair is expected to have the first token by then, no other backend is considered."""
 SHORT = 256
-"""Uncached tokens for which it need only be sooner."""
+"""The most uncached tokens for which a local prefill needs no margin."""
 SPARE = 0.9
-"""Of the target for the gap between tokens, up to which an engine has time to spare."""
+"""The part of the target for the gap between tokens up to which an engine has time to spare."""
 MARGIN = 0.25
-"""Of the target for the first token, by which a local prefill is to be sooner."""
+"""The part of the target for the first token by which a local prefill has to be earlier."""
 MARGIN_NEW = 0.1
 """The same where nothing of the prompt is cached anywhere, and the client has targets."""
 HORIZON = 160
-"""Tokens of its streams over which an engine's prefill work is spread."""
+"""The tokens of an engine's streams over which the time of its prefill work is averaged."""
 _IDLE = 2.5  # times the idle engine's step
-_CALM = 0.1  # seconds of prefill: what is less has not made a gap long
-_RECENT = 30.0  # seconds for which an observed gap says how an engine is now
-_LOOKED_AT = 4  # engines that could have the first token soonest
+_CALM = 0.1  # seconds of recent prefill up to which it has not made the observed gap longer
+_RECENT = 30.0  # seconds for which an observed gap is used
+_LOOKED_AT = 4  # engines that are compared: those with the earliest first token
 
 
 class Instead(msgspec.Struct, Generic[L], frozen=True):
-    """A backend that takes a request whole.
+    """A backend that serves a whole request instead of a pair.
 
     Attributes:
+        backend: the backend.
         pool: its pool, `decode` or `mixed`.
-        reason: why, in a word.
+        reason: one of `REASONS` in `decide.py`.
     """
 
     backend: L
@@ -72,11 +75,11 @@ class Instead(msgspec.Struct, Generic[L], frozen=True):
 
 
 def instead(prefill: L, decode: L, decodes: Sequence[L], mixed: Sequence[L], ask: Ask) -> Instead[L] | None:
-    """Who serves a request better alone than a pair does; None where the pair is to.
+    """The backend that serves the whole request better than a pair does; None where the pair is better.
 
     Arguments:
         prefill, decode: the pair.
-        decodes: the decode backends that may prefill for themselves.
+        decodes: the decode backends that may prefill.
         mixed: the mixed backends.
     """
     if not prefill.speeds.pool.prefills:
@@ -124,7 +127,7 @@ def instead(prefill: L, decode: L, decodes: Sequence[L], mixed: Sequence[L], ask
 
 
 def _most(remote: float, ask: Ask) -> int:
-    """Uncached tokens that a decode engine may prefill; 0 where none could be sooner by enough."""
+    """The most uncached tokens that a decode engine may prefill for this request; 0 where it may not prefill."""
     ttft = _ttft(ask)
     if remote > ttft:
         most = MOST_SPILT
@@ -144,7 +147,7 @@ def _ttft(ask: Ask) -> float:
 
 
 def _soonest(candidates: Sequence[L], ask: Ask) -> Sequence[L]:
-    """Those that could have the first token soonest; all of a few."""
+    """The `_LOOKED_AT` candidates with the earliest expected first token."""
     if len(candidates) <= _LOOKED_AT:
         return candidates
     costs = waits_and_work(candidates, ask)
@@ -152,8 +155,8 @@ def _soonest(candidates: Sequence[L], ask: Ask) -> Sequence[L]:
 
 
 def _own(candidate: Learnt, prefill: Learnt, uncached: int, ask: Ask) -> float:
-    """Seconds that the prompt takes on an engine that prefills for itself. Where none of its pool ever did, it is taken
-    to be as fast as the prefill engine."""
+    """The seconds that the prompt takes on an engine that prefills locally. Where no engine of its pool has ever
+    prefilled, the speed of the prefill engine is assumed."""
     speeds = candidate.speeds if candidate.speeds.pool.prefills else prefill.speeds
     return speeds.seconds(uncached, ask.prompt_tokens)
 
@@ -165,7 +168,7 @@ def _reason(uncached: int, ask: Ask) -> str:
 
 
 def _gains(local: float, remote: float, ask: Ask, uncached: int) -> bool:
-    """Whether a local prefill is sooner by so much that it is worth it."""
+    """Whether a local prefill is expected to be earlier by the required margin."""
     if uncached <= SHORT and _targeted(ask):
         return local < remote
     ttft = _ttft(ask)
@@ -173,7 +176,7 @@ def _gains(local: float, remote: float, ask: Ask, uncached: int) -> bool:
 
 
 def _margin(ask: Ask) -> float:
-    """Of the target for the first token, by which a local prefill is to be sooner."""
+    """The part of the target for the first token by which a local prefill has to be earlier."""
     return MARGIN if ask.cached or not _targeted(ask) else MARGIN_NEW
 
 
@@ -181,8 +184,8 @@ def has_time_to_spare(candidate: Learnt, ask: Ask, seconds: float = 0.0, *, late
     """Whether an engine's streams stay within their target while it prefills.
 
     Arguments:
-        seconds: of the request's own prefill.
-        late: it would miss its target otherwise.
+        seconds: the time of the request's own prefill.
+        late: whether the request would otherwise miss its target.
     """
     requests = candidate.inflight_requests + candidate.elsewhere_requests
     if not requests:

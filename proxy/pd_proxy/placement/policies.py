@@ -1,4 +1,4 @@
-"""How one backend is chosen among those of a pool. Each policy is one pure function of candidates and request."""
+"""The placement policies, which choose one backend of a pool. Each is a pure function of candidates and request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pd_proxy.placement.ask import Ask
 
 
 class Candidate(Protocol):
-    """What a policy may look at."""
+    """What a policy may read of a backend."""
 
     @property
     def url(self) -> str: ...
@@ -38,12 +38,14 @@ Choice = Callable[[Sequence[Any], Ask], int]
 """(candidates, ask) -> index of the chosen one. Candidates are never empty."""
 
 _BOUND = 1.25  # times the mean of requests in flight; Mirrokni et al. 2018 have the trade-off
-_FEWEST = 4  # requests in flight that are never too many
+_FEWEST = 4  # requests in flight that every backend may have, whatever the mean
 
 
 def load(candidate: Candidate) -> tuple[float, float]:
-    """What least-loaded compares: tokens in flight, then requests, those of this gateway's other workers included; both
-    over the candidate's factor. One request is added, so that of idle candidates those in their slow start come last.
+    """The load that `least_loaded` compares: tokens in flight, then requests, both divided by the candidate's factor.
+
+    Those of the gateway's other workers are included. One request is added, so that of idle candidates those in slow
+    start come last.
     """
     factor = candidate.factor
     tokens = candidate.inflight_tokens + candidate.elsewhere_tokens
@@ -52,19 +54,20 @@ def load(candidate: Candidate) -> tuple[float, float]:
 
 
 def _or_next(candidates: Sequence[Candidate], index: int, ask: Ask) -> int:
-    """The one at `index`; as often as its slow start has it, the next one in its stead."""
+    """The candidate at `index`; where it is in slow start, sometimes the next one instead."""
     factor = candidates[index].factor
     return index if factor == 1.0 or ask.random() < factor else (index + 1) % len(candidates)
 
 
 def least_loaded(candidates: Sequence[Candidate], ask: Ask) -> int:
-    """The one with the fewest tokens in flight; among equals a random one, so that gateways started together do not
-    all send their first requests to the same backend."""
+    """The candidate with the fewest tokens in flight. Ties are broken at random, so that gateways that start together
+    do
+    not all send their first requests to the same backend."""
     return 0 if len(candidates) == 1 else lightest(candidates, range(len(candidates)), ask)
 
 
 def lightest(candidates: Sequence[Candidate], among: Sequence[int], ask: Ask) -> int:
-    """The same of the candidates at some indices: their order is that of `load`, in two passes without a call."""
+    """The least loaded of the candidates at the indices `among`. The order is that of `load`, inlined for speed."""
     tokens = [((c := candidates[n]).inflight_tokens + c.elsewhere_tokens) / c.factor for n in among]
     least = min(tokens)
     same = tokens.count(least)
@@ -83,18 +86,19 @@ def lightest(candidates: Sequence[Candidate], among: Sequence[int], ask: Ask) ->
 
 
 def round_robin(candidates: Sequence[Candidate], ask: Ask) -> int:
-    """Each in its turn."""
+    """Each candidate in turn."""
     return _or_next(candidates, ask.turn % len(candidates), ask)
 
 
 def at_random(candidates: Sequence[Candidate], ask: Ask) -> int:
-    """Any."""
+    """A random candidate."""
     return _or_next(candidates, int(ask.random() * len(candidates)), ask)
 
 
 def power_of_two(candidates: Sequence[Candidate], ask: Ask) -> int:
-    """The less loaded of two random ones (Mitzenmacher 2001): nearly as even as least-loaded, without the herd when
-    several gateways see the same stale loads."""
+    """The less loaded of two random candidates (Mitzenmacher 2001). Nearly as even as `least_loaded`; and several
+    gateways
+    that see the same outdated loads do not all choose the same backend."""
     count = len(candidates)
     if count == 1:
         return 0
@@ -108,7 +112,7 @@ def _requests(candidates: Sequence[Candidate]) -> list[float]:
 
 
 def _bound(requests: Sequence[float]) -> float:
-    """How many requests one of these may have once it is given another."""
+    """The most requests that a candidate may have, the new one included."""
     return max(_FEWEST, ceil(_BOUND * (sum(requests) + 1) / len(requests)))
 
 
@@ -118,12 +122,16 @@ def _key(url: str) -> int:
 
 
 def session(candidates: Sequence[Candidate], ask: Ask) -> int:
-    """Always the same one for one session, as long as its load is bounded (Mirrokni, Thorup, Zadimoghaddam 2018).
+    """The same candidate for all requests of a session, within a bound on its load (consistent hashing with bounded
+    loads:
+    Mirrokni, Thorup, Zadimoghaddam 2018).
 
-    Each session has its own order of the candidates, by the hash of both (rendezvous hashing: Thaler, Ravishankar
-    1998), so that one which comes or goes moves its own sessions only. The first in this order is taken whose requests
-    in flight stay within 1.25 of the mean. Requests without a session go to the least loaded, and so do all while none
-    is within the bound, as in a slow start of all, when loads are no whole numbers.
+    Each session has its own order of the candidates, by a hash of both (rendezvous hashing: Thaler, Ravishankar 1998).
+    So
+    a backend that joins or leaves moves only its own sessions. The first candidate in this order is taken whose
+    requests
+    in flight stay within 1.25 of the mean. Requests without a session go to the least loaded candidate. So do all while
+    no candidate is within the bound, which can happen in a slow start of all, when loads are not whole numbers.
     """
     if not ask.session:
         return least_loaded(candidates, ask)
@@ -141,8 +149,9 @@ def session(candidates: Sequence[Candidate], ask: Ask) -> int:
 
 
 def prefix(candidates: Sequence[Candidate], ask: Ask) -> int:
-    """The one that is believed to have most of the prompt cached, of those whose requests in flight stay within 1.25 of
-    the mean; among equals the least loaded, which is also the rule where nothing is cached."""
+    """The candidate that is believed to have most of the prompt cached, of those whose requests in flight stay within
+    1.25
+    of the mean. Ties are broken by the least load, which is also the rule where nothing is cached."""
     cached = ask.cached
     if not cached or len(candidates) == 1:
         return least_loaded(candidates, ask)
@@ -165,4 +174,4 @@ POLICIES: dict[str, Choice] = {
     "session": session,
     "prefix": prefix,
 }
-"""Those that are the same in every pool. `auto` is not: see `auto.py`."""
+"""The policies that are the same in every pool. `auto` has a rule for each pool: see `auto.py`."""

@@ -1,10 +1,10 @@
-"""Which of an engine's data-parallel ranks gets a request, where the gateway chooses it.
+"""Chooses one of an engine's data-parallel ranks for a request, where the gateway may choose it.
 
-Ranks compute apart, and each has a prefix cache of its own. So a prompt goes to the rank that will have computed it
-first: the one with the least to prefill, what the prompt itself would add there included. While no rank is free, that
-counts for more, as in `auto.py`: to compute twice what is cached elsewhere delays everybody. On an engine that decodes
-too, a rank's tokens in flight count for what they make the steps of the answer longer. Where all that is equal, as
-where nothing is known, it is the rank with the fewest tokens in flight.
+Ranks compute separately, and each has a prefix cache of its own. So a prompt goes to the rank that is expected to have
+computed it first: the one with the least to prefill, including what the prompt would add there. While no rank is free,
+the prompt's own work has a greater weight, as in `auto.py`, since computing again what is cached elsewhere delays later
+requests. On an engine that also decodes, a rank's tokens in flight are added as the time by which they lengthen the
+answer's steps. Ties go to the rank with the fewest tokens in flight.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from pd_proxy.placement.auto import DUPLICATE, Learnt, expected_output
 
 
 class Ranked(Learnt, Protocol):
-    """An engine of several ranks."""
+    """An engine with several data-parallel ranks."""
 
     @property
     def role(self) -> str: ...
 
     @property
     def ranks(self) -> Sequence[int]:
-        """Tokens in flight on each."""
+        """The tokens in flight on each rank."""
 
     @property
     def rank_work(self) -> Sequence[int]:
-        """Tokens that each has yet to prefill."""
+        """The tokens that each rank has still to prefill."""
 
     @property
     def rank_names(self) -> Sequence[str]:
-        """What each is called in `Ask.cached`."""
+        """The name of each rank in `Ask.cached`."""
 
 
 def rank_for(engine: Ranked, ask: Ask) -> int:
-    """The rank that a prompt goes to if this engine computes it. It has ranks."""
+    """The rank that a prompt goes to if this engine computes it. The engine must have ranks."""
     prompt, get, speeds = ask.prompt_tokens, ask.cached.get, engine.speeds
     work, loads = engine.rank_work, engine.ranks
-    count = len(loads)  # the engine is as fast as its ranks together, and its step has a rank's share of the tokens
+    count = len(loads)  # an engine's pace is that of all ranks together; its step depends on one rank's tokens
     own = 1.0 + DUPLICATE * min(1.0, least * speeds.pace * count) if (least := min(work)) else 1.0
     costs = [
         given + own * (prompt - hit if (hit := get(name, 0)) < prompt else 1)
@@ -55,12 +55,13 @@ def rank_for(engine: Ranked, ask: Ask) -> int:
 
 
 def by_engine(ask: Ask, engines: Mapping[str, Ranked]) -> Mapping[str, int]:
-    """Tokens of a prompt that engines have, by URL and by ranks' names: an engine of several ranks has what that rank
-    has which would get the prompt.
+    """The tokens of a prompt that engines have cached, by URL and by ranks' names. For an engine with several ranks it
+    is
+    the value of the rank that would get the prompt.
 
     Arguments:
-        ask: `cached` is of ranks, by their names.
-        engines: those of several ranks, by their ranks' names and by URL.
+        ask: its `cached` is by ranks' names for such engines.
+        engines: the engines with several ranks, by their ranks' names and by URL.
     """
     cached = ask.cached
     found = dict(cached)

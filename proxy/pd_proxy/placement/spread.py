@@ -1,4 +1,6 @@
-"""Which encoder gets which of a request's media: each goes to the one with the least to do, the others counted in."""
+"""Distributes a request's media over the encoders. Each medium goes to the encoder with the least work, the media
+already
+distributed included."""
 
 from __future__ import annotations
 
@@ -13,14 +15,15 @@ C = TypeVar("C", bound=Candidate)
 def spread(
     images: Sequence[bool], candidates: Sequence[C], weight: int, random: Callable[[], float]
 ) -> list[tuple[C, list[int]]]:
-    """The legs to encoders: for each, its backend and the positions of its media.
+    """Distribute media over encoders. Returns the legs: for each its backend, and the positions of its media.
 
     Arguments:
-        images: for each medium whether it is an image; those of one backend share a leg, anything else has its own.
-        candidates: never empty.
-        weight: tokens that a medium puts on its backend.
+        images: for each medium, whether it is an image. Images on one backend share a leg; other media have a leg each.
+        candidates: at least one.
+        weight: the tokens that a medium counts on its backend.
+        random: returns a number in [0, 1).
     """
-    start = int(random() * len(candidates))  # among equals not always the same
+    start = int(random() * len(candidates))  # so that ties do not always go to the same encoder
     order = [*candidates[start:], *candidates[:start]]
     given = dict.fromkeys(range(len(order)), 0)
     shared: dict[int, list[int]] = {}
