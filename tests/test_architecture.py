@@ -160,11 +160,11 @@ def test_engines_are_asked_by_the_legs_client_and_the_control_planes_and_nothing
         "sock_connect",
     }
     found = {str(file.relative_to(ROOT)) for file in files if facts(file).attributes & connecting}
-    assert found == {"http/exchange.py", "http/origin.py"}
+    assert found == {"http/address.py"}
     parsing = {
         str(file.relative_to(ROOT)) for file in files if "HttpResponseParser" in file.read_text(encoding="utf-8")
     }
-    assert parsing == {"http/exchange.py", "http/connection.py"}
+    assert parsing == {"http/connection.py"}
 
 
 def test_the_simulator_shares_nothing_with_the_gateway_but_the_decoder() -> None:

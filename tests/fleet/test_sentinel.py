@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from pd_proxy.fleet.health.sentinel import Sentinel, SentinelClosed
 
+from tests.fleet.raw import answer, raw_engine
 from tests.support import pools, simulators, until
 from tests.support import running_gateway as gateway
 
@@ -40,6 +41,63 @@ async def test_an_engine_that_does_not_answer_in_time_is_not_tied_to() -> None:
         sentinel = await Sentinel.connect(d.url, b"", lambda: lost.append(True), 1)
         with pytest.raises(SentinelClosed):
             await sentinel.ask("/health", 0.05)
+        await until(lambda: lost == [True])
+        assert not sentinel.holds
+
+
+async def silent(head: bytes, writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(60)
+
+
+async def test_a_request_fails_when_its_sentinel_is_closed_and_nobody_is_told() -> None:
+    lost: list[bool] = []
+    async with raw_engine(silent) as engine:
+        sentinel = await Sentinel.connect(engine.url, b"", lambda: lost.append(True), 1)
+        asking = asyncio.create_task(sentinel.ask("/version", 60))
+        await until(lambda: bool(engine.heads))
+        sentinel.close()
+        with pytest.raises(SentinelClosed):
+            await asking
+        assert not sentinel.holds and lost == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        answer(b"x", b"content-encoding: gzip"),
+        answer(b" " * 5_000_000),
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n" + b"x: %b\r\n" % (b"y" * 1000) * 1000,
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"",
+    ],
+    ids=["encoded", "too long", "endless trailers", "no HTTP", "nothing"],
+)
+async def test_what_is_no_whole_plain_answer_ends_the_connection(said: bytes) -> None:
+    lost: list[bool] = []
+    async with raw_engine(said) as engine:
+        sentinel = await Sentinel.connect(engine.url, b"", lambda: lost.append(True), 1)
+        with pytest.raises(SentinelClosed):
+            await sentinel.ask("/version", 60)
+        await until(lambda: lost == [True])
+        assert not sentinel.holds
+
+
+async def test_bytes_that_nobody_asked_for_end_the_connection() -> None:
+    lost: list[bool] = []
+
+    async def serve(head: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b"{}"))
+        await writer.drain()
+        await answered.wait()
+        writer.write(answer(b"{}"))
+        await asyncio.sleep(60)
+
+    answered = asyncio.Event()
+    async with raw_engine(serve) as engine:
+        sentinel = await Sentinel.connect(engine.url, b"x-key: 1\r\n", lambda: lost.append(True), 1)
+        assert await sentinel.ask("/version", 60) == (200, b"{}")
+        assert b"\r\naccept-encoding: identity\r\nx-key: 1\r\n\r\n" in engine.heads[0]
+        answered.set()
         await until(lambda: lost == [True])
         assert not sentinel.holds
 

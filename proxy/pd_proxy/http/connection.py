@@ -175,6 +175,11 @@ class Connection(asyncio.Protocol):
             self._diverted = True
             self._transport.set_protocol(protocol)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the socket is open, as far as the gateway has seen."""
+        return self._transport is not None and not self._transport.is_closing()
+
     def pause(self) -> None:
         """Stop reading, so that a slow client slows its engine and does not fill the gateway's memory."""
         self._paused = True

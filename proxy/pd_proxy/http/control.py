@@ -48,6 +48,17 @@ class Answer(msgspec.Struct, frozen=True):
         return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
 
 
+def refuse_encoded(encoding: bytes) -> None:
+    """Check the content-encoding of an answer: no request accepts one, since a small answer could inflate to any size.
+
+    Raises:
+        BackendGarbled
+    """
+    encoding = encoding.strip().lower()
+    if encoding not in (b"", b"identity"):
+        raise BackendGarbled(f"its answer is encoded ({encoding[:32].decode('latin-1')!r}), which was not asked for")
+
+
 class Control:
     """Asks engines.
 
@@ -175,9 +186,7 @@ class Control:
             request = client.build_request(method, url, content=body or None, headers=headers, timeout=timeout)
             answer = await client.send(request, stream=True)
             try:
-                encoding = answer.headers.get("content-encoding", "").strip().lower()
-                if encoding not in ("", "identity"):
-                    raise BackendGarbled(f"its answer is encoded ({encoding[:32]!r}), which was not asked for")
+                refuse_encoded(answer.headers.get("content-encoding", "").encode("latin-1"))
                 if answer.status_code < 200:
                     raise BackendGarbled("it wanted to switch protocols")
                 yield answer

@@ -7,15 +7,14 @@ and giving cost the same however many are open.
 from __future__ import annotations
 
 import asyncio
-import errno
 import ssl
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from pd_proxy.errors import BackendUnreachable
+from pd_proxy.http.address import Address, connect
 from pd_proxy.http.connection import Connection
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.http.receiver import Receiver
@@ -38,14 +37,10 @@ class Origin:
     """
 
     def __init__(self, url: str, *, connect_timeout: float = 5.0) -> None:
-        parts = urlsplit(url)
         self.url = url
-        self.host = parts.hostname or ""
-        self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.prefix = parts.path.rstrip("/")
         self.connect_timeout = connect_timeout
-        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
-        self._host_header = parts.netloc.rpartition("@")[2].encode("ascii")
+        self._address = Address.of(url)
+        self._trust = ssl.create_default_context() if self._address.tls else None
         self._idle: deque[Connection] = deque()
         self._outbox: list[Connection] = []
         self._heads: dict[str, bytes] = {}  # by path: of JSON POSTs, up to the length of the body
@@ -56,22 +51,15 @@ class Origin:
         """The head of a JSON POST: `headers` are whole lines, each ending in CRLF."""
         head = self._heads.get(path)
         if head is None:
-            head = b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\ncontent-length: " % (
-                (self.prefix + path).encode("ascii"),
-                self._host_header,
-            )
+            head = self._address.head(b"POST", path) + b"content-type: application/json\r\ncontent-length: "
             if len(self._heads) < _MOST_HEADS:
                 self._heads[path] = head
         return b"%b%d\r\n%b\r\n" % (head, length, headers)
 
     def chunked_head(self, path: str, content_type: bytes, headers: bytes) -> bytes:
         """The head of a POST whose body follows in chunks."""
-        return b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: %b\r\ntransfer-encoding: chunked\r\n%b\r\n" % (
-            (self.prefix + path).encode("ascii"),
-            self._host_header,
-            content_type,
-            headers,
-        )
+        head = self._address.head(b"POST", path)
+        return b"%bcontent-type: %b\r\ntransfer-encoding: chunked\r\n%b\r\n" % (head, content_type, headers)
 
     async def send(
         self,
@@ -162,13 +150,8 @@ class Origin:
         Raises:
             BackendUnreachable
         """
-        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(patience):
-                _, connection = await loop.create_connection(lambda: kind(self), self.host, self.port, ssl=self._ssl)
-        except TimeoutError:
-            raise BackendUnreachable(f"{self.url}: no connection within {patience:.3g} s") from None
-        except OSError as error:
-            ours = error.errno in (errno.EMFILE, errno.ENFILE)  # no file left here says nothing about the backend
-            raise BackendUnreachable(f"{self.url}: {error.strerror or error}", blame=not ours) from error
+            _, connection = await connect(self._address, lambda: kind(self), patience, self._trust)
+        except BackendUnreachable as error:
+            raise BackendUnreachable(f"{self.url}: {error}", blame=error.blame) from error
         return connection

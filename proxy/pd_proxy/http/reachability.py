@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 from collections.abc import Iterator
 
 from pd_proxy.errors import BackendUnreachable
+from pd_proxy.http.address import Address, connect
 from pd_proxy.http.control import Control
-from pd_proxy.http.exchange import Wire, connect
 
 _CODES: tuple[tuple[type[BaseException], str], ...] = (
     (ssl.SSLCertVerificationError, "certificate"),
@@ -70,11 +71,9 @@ async def speaks_tls(control: Control, host: str, port: int, seconds: float) -> 
 
 
 async def _connect(control: Control, scheme: str, host: str, port: int, seconds: float) -> None:
-    wire = Wire()
     try:
-        authority = f"{f'[{host}]' if ':' in host else host}:{port}"
-        await connect(wire, f"{scheme}://{authority}", seconds, lambda: control.trust)
+        address = Address.of(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+        transport, _ = await connect(address, asyncio.Protocol, seconds, control.trust if address.tls else None)
     except ValueError as error:  # a host or a port that cannot be one
         raise BackendUnreachable(str(error)) from error
-    finally:
-        wire.close()
+    transport.abort()
