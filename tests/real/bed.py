@@ -1,5 +1,5 @@
-"""What one test run has: a pair of engines, a second decode engine where a test wants one, and the answers of a single
-engine to compare theirs with."""
+"""The engines of one test run: a pair, a second decode engine where a test needs one, and the answers of a single
+engine for comparison."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .engines import Engine
 from .questions import Answer, Api, Question, ask, body_for, prompt_of
 
 FIRST_CONNECTION_SECONDS = 90.0
-"""Decode's first connection to a prefill engine takes milliseconds as a rule, and now and then half a minute (UCX)."""
+"""Decode's first connection to a prefill engine takes milliseconds as a rule, and sometimes half a minute (UCX)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bed:
-    """The engines of a test run, and what an engine without a connector answered before it was ended."""
+    """The engines of a test run, and what an engine without a connector answered before it was stopped."""
 
     prefill: Engine
     decode: Engine
     second_decode: Engine | None
-    """For those who break what the other one must make good."""
+    """For tests that break one decode engine while the other must take over."""
     single: Mapping[Question, Answer]
 
 
 def hand_off_by_hand(prefill: Engine, decode: Engine, api: Api, body: dict[str, Any], timeout: float = 60) -> Answer:
-    """The two legs without a gateway, as vLLM's documentation describes them."""
+    """The two legs without a gateway, as in vLLM's documentation."""
     prefill_leg = {
         **body,
         "max_tokens": 1,
@@ -40,6 +40,6 @@ def hand_off_by_hand(prefill: Engine, decode: Engine, api: Api, body: dict[str, 
 
 
 def connect(prefill: Engine, decode: Engine) -> None:
-    """Let the pair make its first connection now, so that no test has to wait for it."""
+    """Make the pair's first connection now, so that no test has to wait for it."""
     body = body_for(Api.COMPLETIONS, prompt_of(40, "first"))
     hand_off_by_hand(prefill, decode, Api.COMPLETIONS, body, FIRST_CONNECTION_SECONDS)

@@ -1,5 +1,5 @@
-"""What the real tests share: one pair of engines, a second decode engine, the single engine's answers, and a gateway in
-front of the pair."""
+"""What the real tests share: one pair of engines, a second decode engine, the single engine's answers, and a gateway
+in front of the pair."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .questions import ALL_QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / os.environ.get("REAL_VENV", ".venv-vllm")
-"""As `make test-real REAL_VENV=...` has it: several checkouts can share one, which takes 2.3 GB."""
+"""The environment that `make test-real REAL_VENV=...` names: several checkouts can share one, which takes 2.3 GB."""
 VENV_PYTHON = VENV / "bin" / "python"
 MODEL = ROOT / ".cache" / "tiny-model"
 KILLERS = {
@@ -28,7 +28,7 @@ KILLERS = {
     "kills_second_decode": "ends the shared second decode engine",
     "kills_prefill": "ends the shared prefill engine",
 }
-"""Marks of the tests that end an engine all share, in the order in which they run, and what they do."""
+"""Marks of the tests that end an engine which all tests share, in the order in which they run, with their effect."""
 QUESTIONS_AT_ONCE = 8
 
 
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A start takes a minute: rather than give the tests that kill an engine one of their own, run them last."""
+    """A start takes a minute, so the tests that kill an engine run last instead of having one of their own."""
     items.sort(key=lambda item: [item.get_closest_marker(mark) is not None for mark in reversed(list(KILLERS))])
 
 
@@ -75,13 +75,13 @@ def model(venv_python: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def bed(request: pytest.FixtureRequest, venv_python: Path, model: Path, logs: Path) -> Iterator[Bed]:
-    """All engines started at once; the single one answers everything it will be compared by, and is ended."""
+    """Start all engines at once; the single one answers every question for comparison, and is then stopped."""
     # SIGTERM (a job cancelled, `timeout`) must unwind the fixtures as Ctrl-C does, or the engines outlive pytest.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     roles = [Role.PREFILL, Role.DECODE, Role.SINGLE]
     if any("second_decode" in getattr(item, "fixturenames", ()) for item in request.session.items):
         roles.append(Role.DECODE)
-    # Only the last can be paused and put to sleep, so that the gateway meets both kinds, as in the field.
+    # Only the last one can be paused and put to sleep, so that the gateway is tested with both kinds.
     dev_mode = range(3, len(roles))
     with running(venv_python, model, roles, logs, dev_mode=dev_mode) as (prefill, decode, single, *others):
         with ThreadPoolExecutor(QUESTIONS_AT_ONCE) as pool:
@@ -95,7 +95,7 @@ def bed(request: pytest.FixtureRequest, venv_python: Path, model: Path, logs: Pa
 
 @pytest.fixture(scope="session")
 def second_decode(bed: Bed) -> Engine:
-    """The other decode engine; it is started only where a test asks for it."""
+    """The other decode engine; it is started only where a test requests it."""
     assert bed.second_decode is not None
     return bed.second_decode
 

@@ -1,4 +1,4 @@
-"""Real vLLM engines on loopback: how one is started, asked for its state, and ended."""
+"""Real vLLM engines on loopback: how one is started, queried and stopped."""
 
 from __future__ import annotations
 
@@ -21,40 +21,43 @@ MAX_MODEL_LEN = 2048
 BLOCK_SIZE = 32
 """Tokens per KV block. NIXL on the CPU takes multiples of 32 only; vLLM's own default there is 128."""
 BATCHED_TOKENS = 512
-"""Longest prefill step. A longer prompt is computed in several, so that it can be aborted between two of them."""
+"""Longest prefill step. A longer prompt is computed in several steps, so that it can be aborted between two of them."""
 LEASE_SECONDS = 30
-"""How long prefill keeps blocks that nobody pulls (vLLM's default, spelt out because tests wait less than this)."""
+"""How long prefill keeps blocks that are not pulled (vLLM's default, set explicitly because tests wait less than
+this)."""
 START_SECONDS = 300.0
-"""Bound of a start: it is Python import in three processes an engine, 60 to 100 s for three engines on two cores."""
+"""Limit of a start: most of it is Python's import in three processes for each engine, 60 to 100 s for three engines
+on two cores."""
 
 COMMON_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    # Where this is set (containers often do), every start would compile thousands of modules anew: it doubles the time.
+    # Where this is set (containers often do), every start would compile thousands of modules again, which doubles its
+    # time.
     "PYTHONDONTWRITEBYTECODE": "",
-    # Loopback everywhere: torch's and UCX's choice of an interface would otherwise depend on the machine.
+    # Loopback everywhere: otherwise torch's and UCX's choice of an interface would depend on the machine.
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "UCX_NET_DEVICES": "lo",
-    # The sampler would compile C++ at the first request for log probabilities: 15 s, and a compiler to be installed.
+    # Otherwise the sampler would compile C++ at the first request for log probabilities: 15 s, and it needs a compiler.
     "TORCH_COMPILE_DISABLE": "1",
     "UCX_TLS": "sm,tcp,self",  # with tcp alone, transfers stalled for 1 to 30 s
     "NIXL_LOG_LEVEL": "WARN",
     "VLLM_ENABLE_RESPONSES_API_STORE": "1",
-    # One unpinned compute thread an engine: pinned ones would all sit on the same core.
+    # One unpinned compute thread for each engine: pinned ones would all be on the same core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
 
 
 class Role(Enum):
-    """What an engine does; the value is vLLM's `kv_role`."""
+    """The role of an engine; the value is vLLM's `kv_role`."""
 
     PREFILL = "kv_producer"
     DECODE = "kv_consumer"
     SINGLE = ""
-    """No connector at all: the reference that the pair is compared with."""
+    """No connector at all: the reference for comparison with the pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,9 @@ class Engine:
         return not any(now[name] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))
 
     def workers(self) -> list[int]:
-        """Process ids of those that compute: the API server's grandchildren, started by its engine core.
+        """Process ids of the processes that compute: the API server's grandchildren, started by its engine core.
 
-        Not found by name: the titles that vLLM gives its processes are not always seen from outside.
+        They are not found by name: the titles that vLLM gives its processes are not always visible from outside.
         """
         parents = group_members(self.pid)
         return [pid for pid, parent in parents.items() if parent in parents and parent != self.pid]
@@ -110,7 +113,7 @@ class Engine:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Stop the engine wholly: its sockets stay open, and nobody answers."""
+        """Stop the whole engine: its sockets stay open, and nothing answers."""
         self.group.signal(signal.SIGSTOP)
         try:
             yield
@@ -118,15 +121,15 @@ class Engine:
             self.group.signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL to the whole process group, as when the machine is gone."""
+        """SIGKILL to the whole process group, as when the machine fails."""
         self.group.kill()
 
     def terminate(self) -> None:
-        """SIGTERM to its first process, as Kubernetes and systemd stop it; returns at once."""
+        """SIGTERM to its first process, as Kubernetes and systemd send it; returns at once."""
         self.group.process.terminate()
 
     def start_again(self) -> None:
-        """Start it with the same command and ports when it has ended, and return when it is healthy."""
+        """Start the engine with the same command and ports after it has ended; returns when it is healthy."""
         self.group.start_again()
         wait_until(
             self.is_healthy, START_SECONDS, f"the engine at {self.url} to be healthy again, log {self.group.log}"
@@ -141,7 +144,7 @@ def group_members(group_id: int) -> dict[int, int]:
             stat = (folder / "stat").read_text()
         except OSError:  # it has ended since it was listed
             continue
-        # After the name in parentheses, which may hold anything: state, parent, process group.
+        # The fields after the name in parentheses, which may hold any character: state, parent, process group.
         parent, group = stat.rpartition(")")[2].split()[1:3]
         if int(group) == group_id:
             members[int(folder.name)] = int(parent)
@@ -164,7 +167,7 @@ def command_line(
     # float32 and no compiled graph: the same tokens from the same prompt, whichever engine computes them.
     command += ["--dtype", "float32", "--enforce-eager"]
     command += ["--enable-scale-out"]
-    # Its log names each request, and its usage says what the prefix cache had.
+    # Its log names each request, and its usage has the tokens that the prefix cache had.
     command += ["--enable-log-requests", "--enable-prompt-tokens-details"]
     if role is not Role.SINGLE:
         command += ["--kv-transfer-config", json.dumps(config(role))]
@@ -188,7 +191,7 @@ def environment(role: Role) -> dict[str, str]:
     return COMMON_ENVIRONMENT | {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-        # A variable of small_machine.py, which says why prefill needs the thread and decode must not have it.
+        # A variable of small_machine.py, which explains why prefill needs the thread and decode must not have it.
         "NIXL_PROG_THREAD": "1" if role is Role.PREFILL else "0",
     }
 
@@ -205,16 +208,16 @@ def running(
     more_arguments: Sequence[str] = (),
     dev_mode: Collection[int] = (),
 ) -> Iterator[list[Engine]]:
-    """Start one engine a role, all at once, and give them in that order when all are healthy.
+    """Start one engine for each role, all at once; yields them in that order when all are healthy.
 
-    Args:
+    Arguments:
         python: interpreter of the virtual environment that install.sh made.
         model: directory that tiny_model.py made.
-        logs: existing directory for one log an engine.
+        logs: existing directory for one log of each engine.
         config: the `--kv-transfer-config` of an engine with a role.
-        more_environment: variables beside the usual ones, or other than they.
-        more_arguments: of each engine's command line, behind the usual ones.
-        dev_mode: places in `roles` of engines that can be paused and put to sleep (VLLM_SERVER_DEV_MODE).
+        more_environment: variables that are added to the usual ones or replace them.
+        more_arguments: of each engine's command line, after the usual ones.
+        dev_mode: positions in `roles` of engines that can be paused and put to sleep (VLLM_SERVER_DEV_MODE).
 
     Raises:
         RuntimeError: an engine ended while it started; the message holds the end of its log.

@@ -39,9 +39,9 @@ class Gateway:
 
 @contextmanager
 def serving(prefill_url: str, decode_urls: str | Sequence[str], log: Path, *flags: str) -> Iterator[Gateway]:
-    """A gateway in front of one prefill engine and one or more decode engines, from ready to its end by SIGTERM.
+    """A gateway in front of one prefill engine and one or more decode engines, from readiness to its end by SIGTERM.
 
-    Args:
+    Arguments:
         flags: settings as on the command line, `--timeouts.idle 2` as two arguments.
     Raises:
         RuntimeError: it ended before it was ready.

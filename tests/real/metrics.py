@@ -1,4 +1,4 @@
-"""What a Prometheus page says, as numbers by name."""
+"""A Prometheus page as numbers by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 def series(page: str, prefix: str, *, without: Collection[str] = ()) -> dict[str, float]:
-    """Every series whose name has `prefix`, by its name without it and its labels but for those `without`.
+    """Every series whose name has `prefix`, by its name without the prefix and its labels except those in `without`.
 
     For example `{'kv_cache_usage_perc': 0.0, 'prompt_tokens_by_source_total{source="local_compute"}': 12.0}`.
     """

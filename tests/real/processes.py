@@ -1,6 +1,6 @@
-"""Processes the real tests start: each in a process group of its own, with a log, and always ended.
+"""Processes of the real tests: each in a process group of its own, with a log, and always ended.
 
-Owns the invariant that nothing outlives a test run: whoever enters `started` leaves no process behind.
+Invariant: nothing outlives a test run; a block of `started` leaves no process behind.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOGS: list[Path] = []
-"""Every log opened in this run; conftest.py names them under a failed test."""
+"""Every log that was opened in this run; conftest.py names them under a failed test."""
 
 
 def free_port() -> int:
-    """A loopback port that nothing listens on, outside the range the kernel hands out by itself.
+    """A loopback port that nothing listens on, outside the range from which the kernel chooses ports.
 
-    An engine binds its ports up to a minute after this choice, and by then its neighbours have opened a dozen random
-    ports each: a port of the kernel's own range would now and then be gone.
+    An engine binds its ports up to a minute after this choice, and by then the other engines have opened a dozen random
+    ports each: a port of the kernel's own range would sometimes be taken.
     """
     kernel_low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
@@ -34,10 +34,10 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Look every 50 ms until `condition` holds.
+    """Check every 50 ms until `condition` holds.
 
     Raises:
-        TimeoutError: it did not hold within `seconds`; the message says `what` was waited for.
+        TimeoutError: it did not hold within `seconds`; the message names `what` was waited for.
     """
     deadline = time.monotonic() + seconds
     while not condition():
@@ -69,7 +69,7 @@ class Group:
             )
 
     def start_again(self) -> None:
-        """Run the same command once more, when it has ended; its log goes on."""
+        """Run the same command again after it has ended; its log is continued."""
         assert self.process.poll() is not None, f"process {self.pid} still runs"
         self.process = self._start()
 
@@ -81,7 +81,7 @@ class Group:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def logged(self, since: int = 0) -> str:
-        """What its log has from byte `since` on."""
+        """The content of its log from byte `since` on."""
         return self.log.read_bytes()[since:].decode(errors="replace")
 
     def check_alive(self) -> None:
@@ -90,17 +90,18 @@ class Group:
             raise RuntimeError(f"exit code {self.process.returncode}; log {self.log} ends with:\n{self.log_tail()}")
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to every process of the group; one that is gone already is no error."""
+        """Send a signal to every process of the group; a group that has ended is no error."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL to the whole group, and wait until its first process is gone."""
+        """Send SIGKILL to the whole group, and wait until its first process has ended."""
         self.signal(signal.SIGKILL)
         self.process.wait(timeout=10)
 
     def stop(self, seconds: float) -> int:
-        """SIGTERM to the first process, SIGKILL to what is left of the group after `seconds`; gives the exit code."""
+        """Send SIGTERM to the first process, and SIGKILL to the rest of the group after `seconds`; returns the exit
+        code."""
         try:
             self.process.terminate()
             return self.process.wait(timeout=seconds)
@@ -112,7 +113,7 @@ class Group:
 
 @contextmanager
 def ended(group: Group, seconds: float = 5.0) -> Iterator[Group]:
-    """End `group` on the way out, whatever happened inside."""
+    """End `group` when the block is left, for any reason."""
     try:
         yield group
     finally:

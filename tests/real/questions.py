@@ -1,4 +1,4 @@
-"""What the tests ask, and how an answer is read so that two servers' answers can be compared."""
+"""The requests of the tests, and how an answer is read so that two servers' answers can be compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPT_TOKENS = (2, 3, 7, 16, 31, 32, 33, 47, 63, 64, 65, 95, 96, 97, 128, 129, 
 """Twenty lengths, around the ends of 32-token KV blocks and between them."""
 
 MAX_TOKENS = 40
-"""Longer than a block, so that decode fills blocks of its own after those it pulled."""
+"""Longer than a block, so that decode fills blocks of its own after those that it pulled."""
 
 
 class Api(Enum):
@@ -35,12 +35,12 @@ class Api(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a client makes of an answer, streamed or not."""
+    """What a client reads from an answer, streamed or not."""
 
     text: str
     finish_reason: str | None
     usage: dict[str, Any]
-    """Without what an engine's cache happened to hold (`prompt_tokens_details`)."""
+    """Without the number that depends on an engine's cache (`prompt_tokens_details`)."""
 
 
 class BrokenStreamError(Exception):
@@ -48,7 +48,8 @@ class BrokenStreamError(Exception):
 
 
 def prompt_of(tokens: int, salt: str = "") -> str:
-    """A prompt of exactly that many tokens. Another salt gives other words: no engine has their blocks in its cache."""
+    """A prompt of exactly this many tokens. Another salt leads to other words, whose blocks no engine has in its
+    cache."""
     rng = random.Random(f"{tokens} {salt}")
     return " ".join(rng.choices(WORDS, k=tokens)).capitalize()
 
@@ -66,27 +67,27 @@ def long_body(api: Api, prompt: str, length: int, **fields: Any) -> dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One greedy request; two servers that are asked the same one must answer the same."""
+    """One greedy request; two servers that get the same one must answer the same."""
 
     api: Api
     stream: bool
     tokens: int
     salt: str = ""
     length: int = 0
-    """Tokens of the answer, whatever the model says; 0: up to `MAX_TOKENS`, as it comes."""
+    """Tokens of the answer, regardless of the end-of-sequence token; 0: up to `MAX_TOKENS`, with it."""
 
     def __str__(self) -> str:
         return f"{self.api.name.lower()}-{'streamed' if self.stream else 'whole'}-{self.tokens}"
 
     def body(self) -> dict[str, Any]:
-        """The request without its `stream`. Some ask for a stop string, to see another finish reason than `length`."""
+        """The request without its `stream`. Some have a stop string, to get another finish reason than `length`."""
         if self.length:
             return long_body(self.api, prompt_of(self.tokens, self.salt), self.length)
         stop = {"stop": ["st"]} if self.tokens % 4 == 3 else {}
         return body_for(self.api, prompt_of(self.tokens, self.salt), **stop)
 
     def ask(self, url: str) -> tuple[Answer, httpx.Headers]:
-        """The answer of the server at `url`, and its headers. Raises as `ask` does."""
+        """The answer of the server at `url`, and its headers. Raises as the function `ask` does."""
         return ask(url, self.api, self.body(), stream=self.stream)
 
 
@@ -94,15 +95,16 @@ COMPARED_QUESTIONS = tuple(
     Question(api, stream, tokens) for api in Api for stream in (False, True) for tokens in PROMPT_TOKENS
 )
 UNSEEN_QUESTIONS = tuple(Question(api, stream, 180, f"unseen-{stream}") for api in Api for stream in (False, True))
-"""Each with a prompt that nothing else asks for, so that decode cannot have its KV cache from an earlier request."""
+"""Each with a prompt that no other request has, so that decode cannot have its KV cache from an earlier request."""
 
 SEVERED_TOKENS = (20, 31, 46, 47, 57, 64, 90, 110, 130, 150)
-"""Prompts that, alone or with the tokens before a cut, end at a block's edge in one API or the other, and some between.
-(A chat's prompt has seventeen tokens more.)"""
+"""Prompts that, alone or with the tokens before a cut, end at a block's edge in one API or the other, and some
+between. (A chat's prompt has seventeen tokens more.)"""
 SEVERED_QUESTIONS = tuple(Question(api, True, tokens, "severed", 40) for api in Api for tokens in SEVERED_TOKENS)
 HUNG_QUESTIONS = tuple(Question(api, True, 80, f"hung-{api.name}", 1000) for api in Api)
 KILLED_QUESTIONS = tuple(
-    Question(api, stream, tokens, "killed", 800 if stream else 400)  # streams of the first wave see the last one begin
+    # streams of the first wave still run when the last one begins
+    Question(api, stream, tokens, "killed", 800 if stream else 400)
     for stream, lengths in ((False, (70, 130)), (True, (40, 64, 90, 111, 150, 200)))
     for tokens in lengths
     for api in Api
@@ -117,7 +119,7 @@ ROUTE_QUESTIONS = tuple(
     for route, tokens in (("messages", 80), ("responses", 97), ("generate", 130))
     for way in ("whole", "streamed")
 )
-"""What is asked on other endpoints; the same words in a chat make the same prompt."""
+"""Requests on other endpoints; the same words in a chat make the same prompt."""
 
 ALL_QUESTIONS = (
     COMPARED_QUESTIONS
@@ -151,7 +153,7 @@ def ask_streamed(url: str, api: Api, body: dict[str, Any], timeout: float) -> tu
 
 @contextmanager
 def streaming(url: str, api: Api, body: dict[str, Any], timeout: float = 60) -> Iterator[httpx.Response]:
-    """A stream that has begun, with its usage asked for. Raises httpx.HTTPStatusError where it has not."""
+    """A stream that has begun, with its usage requested. Raises httpx.HTTPStatusError where it has not begun."""
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
     with httpx.stream("POST", url + api.value, json=streamed, timeout=timeout) as response:
         response.raise_for_status()
@@ -160,7 +162,7 @@ def streaming(url: str, api: Api, body: dict[str, Any], timeout: float = 60) -> 
 
 @contextmanager
 def asked(url: str, api: Api, body: dict[str, Any]) -> Iterator[socket.socket]:
-    """A request that has been sent, by a client that leaves when the block ends, whatever it has received."""
+    """A request that has been sent, by a client that disconnects when the block ends, whatever it has received."""
     content = json.dumps(body).encode()
     address = urlsplit(url)
     head = f"POST {api.value} HTTP/1.1\r\nhost: {address.netloc}\r\ncontent-type: application/json\r\n"
@@ -178,7 +180,7 @@ def as_whole_answer(api: Api, body: dict[str, Any]) -> Answer:
 
 
 def as_answer(api: Api, stream: Iterable[dict[str, Any]]) -> Answer:
-    """The answer that a client puts together from a stream's events."""
+    """The answer that a client assembles from a stream's events."""
     text, finish_reason = "", None
     usage: dict[str, Any] = {}
     for event in stream:
@@ -199,7 +201,7 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def events_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The same of lines that have been read."""
+    """The same for lines that have been read."""
     for line in lines:
         if line == "data: [DONE]":
             return

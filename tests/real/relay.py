@@ -1,8 +1,8 @@
-"""A TCP relay between the gateway and prefill, from which a test sees and times what crosses that wire.
+"""A TCP relay between the gateway and prefill, by which a test observes and times the traffic of that connection.
 
-It passes bytes on as they are. It only looks for the start of a POST (a prefill leg), and can keep the answers to those
-until a test has done something in between: that is how "the prefill engine dies between the legs" becomes a fact
-instead of a race. Runs in a thread of its own; its methods may be called from the test's.
+It passes bytes on unchanged. It only looks for the start of a POST (a prefill leg), and can hold the answers to those
+until a test has done something meanwhile. So "the prefill engine dies between the legs" happens for certain, and is no
+race. It runs in a thread of its own; its methods may be called from the test's.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 
 @dataclass(slots=True)
 class Leg:
-    """One POST: what became of it so far."""
+    """One POST and its state."""
 
     answered: bool = False
     abandoned: bool = False
-    """The gateway closed the connection before it had the whole answer."""
+    """Whether the gateway closed the connection before it had the whole answer."""
 
 
 @dataclass(slots=True)
 class Relay:
-    """The relay's address and what it has seen."""
+    """The relay's address and the legs that it has passed on."""
 
     upstream: str
     url: str = ""
@@ -42,7 +42,7 @@ class Relay:
     _connections: set[asyncio.Task[None]] = field(default_factory=set)
 
     def die_after(self, answers: int, kill: Callable[[], None]) -> None:
-        """Keep the answers to POSTs; once there are so many, `kill` upstream, close the port, and pass them on."""
+        """Hold the answers to POSTs; once there are this many, `kill` upstream, close the port, and pass them on."""
         self._hold, self._between = answers, kill
 
     async def open(self) -> None:
@@ -67,7 +67,7 @@ class Relay:
                 with closing(to_prefill):
                     await self._pass_both_ways(gateway, to_gateway, prefill, to_prefill)
             except OSError:
-                pass  # Either side is gone: the other one learns it by the close.
+                pass  # Either side has ended: the other one learns it by the close.
             finally:
                 self._connections.discard(task)
 
@@ -84,7 +84,7 @@ class Relay:
             asyncio.create_task(self._pass_answers(prefill, to_gateway, open_legs)),
         }
         try:
-            # The first direction to end ends both, as a closed socket does for an engine.
+            # The first direction that ends also ends the other, as a closed socket does at an engine.
             await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for direction in directions:

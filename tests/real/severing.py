@@ -1,9 +1,9 @@
 """TCP relays between the gateway and decode that sever a stream at an exact token, as the death of its engine does.
 
-They pass bytes on as they are, and count the tokens of each stream. Which streams are severed, and where, is a plan
-that all relays of one test share: the first stream takes the first cut, whichever engine it goes to; the leg that goes
-on elsewhere takes the second, if there is one. Legs beyond the plan pass whole. That the engine itself lives on makes a
-cut cheap; `test_decode_death.py` kills one.
+They pass bytes on unchanged, and count the tokens of each stream. Which streams are severed, and where, is a plan that
+all relays of one test share: the first stream takes the first cut, whichever engine it goes to; the leg that continues
+it elsewhere takes the second, if there is one. Legs after the end of the plan pass whole. The engine itself lives on,
+so a cut costs little; `test_decode_death.py` kills one.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 TOKENS = re.compile(rb'"token_ids":\[([\d,]+)\]')
-"""In every event of tokens, since the gateway asks for their ids; a prompt's ids have another name."""
+"""In every event with tokens, since the gateway asks for their ids; a prompt's ids have another name."""
 END_OF_EVENT = b"\n\n\r\n"
 """Each event is a chunk of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where a stream ends: behind the event with this token of the leg, and so many bytes into what follows."""
+    """Where a stream ends: after the event with this token of the leg, and this many bytes into what follows."""
 
     token: int
     into: int = 0
@@ -34,7 +34,7 @@ class Cut:
 
 @dataclass(slots=True)
 class Leg:
-    """One POST: the engine it went to, its request as sent, and what of its answer was passed on."""
+    """One POST: the engine it went to, its request as sent, and the part of its answer that was passed on."""
 
     engine: str
     request: bytearray
@@ -44,11 +44,11 @@ class Leg:
 
     @property
     def tokens(self) -> int:
-        """Tokens passed on."""
+        """Tokens that were passed on."""
         return sum(ids.count(b",") + 1 for ids in TOKENS.findall(self.answer))
 
     def take(self, data: bytes) -> bytes:
-        """What of `data` may be passed on; sets `severed` where that is the end."""
+        """The part of `data` that may be passed on; sets `severed` where that is the end."""
         before = len(self.answer)
         self.answer += data
         if self.cut is not None and (end := self._end(self.cut)) is not None:
@@ -57,7 +57,7 @@ class Leg:
         return bytes(self.answer[before:])
 
     def _end(self, cut: Cut) -> int | None:
-        """Where the cut is, once that much of the answer is here."""
+        """The position of the cut, once that much of the answer is here."""
         tokens = 0
         for found in TOKENS.finditer(self.answer):
             tokens += found[1].count(b",") + 1
@@ -88,18 +88,18 @@ class Severing:
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
 
     def plan(self, *cuts: Cut, before: Callable[[int], None] | None = None) -> None:
-        """Sever the next streams, one cut each; forget the legs that came before."""
+        """Sever the next streams, one cut for each; drop the legs from before."""
         self.legs = []
         self.before = before
         self._plan = list(cuts)
 
     def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run on the relays' thread, from another."""
+        """Run a coroutine on the relays' thread, from another thread."""
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=10)
 
     @contextmanager
     def unreachable(self) -> Iterator[None]:
-        """Nobody answers a connect, as when a network drops packets: nothing refuses it either.
+        """Let connects go unanswered, as when a network drops packets: they are not refused either.
 
         A listening socket whose queue is full does that: the kernel drops what arrives, and the other side tries again
         after 1, 3, 7 s.
@@ -145,7 +145,7 @@ class Severing:
         return leg
 
     def take_cut(self, leg: Leg) -> None:
-        """Streams alone are severed; whether a leg is one is known with its body."""
+        """Only streams are severed; whether a leg is one is known with its body."""
         if leg.cut is None and not leg.answer and self._plan and b'"stream":true' in leg.request:
             leg.cut = self._plan.pop(0)
 
@@ -156,7 +156,7 @@ class Severing:
 
 @dataclass(slots=True)
 class _Relay:
-    """One engine's."""
+    """The relay of one engine."""
 
     all: Severing
     upstream: str
@@ -171,7 +171,7 @@ class _Relay:
             try:
                 engine, to_engine = await asyncio.open_connection(address.hostname, address.port)
                 with closing(to_engine):
-                    # The first direction to end ends both, as a closed socket does for an engine.
+                    # The first direction that ends also ends the other, as a closed socket does at an engine.
                     directions = {
                         asyncio.create_task(self._pass_requests(gateway, to_engine, legs)),
                         asyncio.create_task(self._pass_answers(engine, to_gateway, legs)),
@@ -183,7 +183,7 @@ class _Relay:
                             direction.cancel()
                         await asyncio.gather(*directions, return_exceptions=True)
             except OSError:
-                pass  # Either side is gone: the other one learns it by the close.
+                pass  # Either side has ended: the other one learns it by the close.
             finally:
                 self.all._connections.discard(task)
 
@@ -196,7 +196,7 @@ class _Relay:
                 legs.append(leg)
                 await self.all.wait_before(leg)
             elif data.startswith((b"GET ", b"POST ")):
-                legs.append(None)  # a probe, or the tokenizer's help
+                legs.append(None)  # a probe, or a request of the tokenizer's help
             elif legs and (current := legs[-1]):
                 current.request += data
             if legs and (current := legs[-1]):

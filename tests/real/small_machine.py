@@ -2,12 +2,12 @@
 
 usage: VENV/bin/python small_machine.py
 
-Both libraries poll in tight loops, because in production a core per engine is cheap and a microsecond is not. Here two
-or three engines (three processes each) share two cores: their loops starve one another until handshakes time out.
-Nothing in the protocol, the KV transfer or the sampling is touched: only how long an idle thread sleeps.
+Both libraries poll in tight loops, because in production a core per engine costs little and a microsecond does not.
+Here two or three engines (three processes each) share two cores: their loops starve one another until handshakes time
+out. The protocol, the KV transfer and the sampling are not changed: only how long an idle thread sleeps.
 
-Every edit must find its text exactly once. Another version of a library therefore fails the installation
-instead of running silently unpatched.
+Every edit must find its text exactly once. So another version of a library fails the installation, instead of running
+silently without the edit.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def installed_file(module: str) -> Path:
 
 
 def apply(edit: Edit) -> None:
-    """Make one edit, or leave a file alone that has it already.
+    """Make one edit, or leave a file unchanged that has it already.
 
     Raises:
         SystemExit: the text to replace is not there exactly once.

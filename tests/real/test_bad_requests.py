@@ -73,7 +73,7 @@ def test_a_body_of_the_wrong_shape_gets_the_engines_status(bed: Bed, gateway: Ga
 
 
 def test_hand_off_parameters_of_a_client_reach_no_engine(bed: Bed, gateway: Gateway) -> None:
-    """Sent to decode as they are, these would kill it."""
+    """If they were sent to decode unchanged, they would kill it."""
     body = body_for(Api.CHAT, prompt_of(64, "forged"), kv_transfer_params={"do_remote_prefill": True})
     answer = httpx.post(gateway.url + Api.CHAT.value, json=body, timeout=60)
     assert answer.status_code in (200, 400)

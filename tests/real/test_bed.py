@@ -1,4 +1,4 @@
-"""The bed itself, without the gateway: where these fail, look at the engines and not at pd-proxy."""
+"""The test bed itself, without the gateway: failures here are about the engines and not about pd-proxy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_hand_off_by_hand_gives_the_single_engines_answer(bed: Bed, question: 
     assert answer == bed.single[question]
 
 
-def test_the_single_engine_saw_prompts_of_the_lengths_meant(bed: Bed) -> None:
+def test_the_single_engine_received_prompts_of_the_intended_lengths(bed: Bed) -> None:
     completions = [question for question in COMPARED_QUESTIONS if question.api is Api.COMPLETIONS]
     seen = {question.tokens: bed.single[question].usage["prompt_tokens"] for question in completions}
     assert seen == {tokens: tokens for tokens in PROMPT_TOKENS}

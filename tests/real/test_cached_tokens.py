@@ -17,7 +17,8 @@ pytestmark = pytest.mark.real
 
 TOKENS = 200
 IN_FULL_BLOCKS = TOKENS // BLOCK_SIZE * BLOCK_SIZE
-"""Of a completion's prompt, what a prefix cache can have. A chat's prompt has seventeen tokens more: as many blocks."""
+"""The part of a completion's prompt that a prefix cache can have. A chat's prompt has seventeen tokens more, which
+are as many blocks."""
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +47,33 @@ BOTH_WAYS = pytest.mark.parametrize(
 
 
 @BOTH_WAYS
-def test_what_only_decode_has_in_its_cache_is_not_cached(bed: Bed, client: OpenAI, api: Api, stream: bool) -> None:
+def test_tokens_that_only_decode_has_cached_are_not_reported(bed: Bed, client: OpenAI, api: Api, stream: bool) -> None:
     prompt = prompt_of(TOKENS, f"decode has it, {api.name} {stream}")
     ask(bed.decode.url, api, body_for(api, prompt), stream=False)
     assert cached_tokens(client, api, prompt, stream) == 0
 
 
 @BOTH_WAYS
-def test_what_only_prefill_has_in_its_cache_is_cached(bed: Bed, client: OpenAI, api: Api, stream: bool) -> None:
+def test_tokens_that_only_prefill_has_cached_are_reported(bed: Bed, client: OpenAI, api: Api, stream: bool) -> None:
     prompt = prompt_of(TOKENS, f"prefill has it, {api.name} {stream}")
     ask(bed.prefill.url, api, body_for(api, prompt), stream=False)
     assert cached_tokens(client, api, prompt, stream) == IN_FULL_BLOCKS
 
 
 @BOTH_WAYS
-def test_of_what_both_have_in_part_prefills_is_told(bed: Bed, client: OpenAI, api: Api, stream: bool) -> None:
-    """Prefill knows the first three blocks, decode all of them."""
+def test_where_both_have_a_part_cached_prefills_number_is_reported(
+    bed: Bed, client: OpenAI, api: Api, stream: bool
+) -> None:
+    """Prefill has the first three blocks cached, decode all of them."""
     prompt = prompt_of(TOKENS, f"both have it, {api.name} {stream}")
     known = prompt.split(" ")[: 3 * BLOCK_SIZE + 1]
     ask(bed.prefill.url, Api.COMPLETIONS, body_for(Api.COMPLETIONS, " ".join(known)), stream=False)
     ask(bed.decode.url, api, body_for(api, prompt), stream=False)
-    # A chat's prompt begins with its template, which that completion had not.
+    # A chat's prompt begins with its template, which that completion does not have.
     assert cached_tokens(client, api, prompt, stream) == (3 * BLOCK_SIZE if api is Api.COMPLETIONS else 0)
 
 
-def test_the_gateway_counts_what_it_tells(bed: Bed, gateway: Gateway, client: OpenAI) -> None:
+def test_the_gateways_metrics_count_the_reported_tokens(bed: Bed, gateway: Gateway, client: OpenAI) -> None:
     def counted() -> float:
         return gateway.metrics().get(f'tokens_total{{kind="cached",model="{MODEL_NAME}"}}', 0)
 

@@ -1,6 +1,6 @@
 """Other connectors than NixlConnector, as far as vLLM's CPU build starts them: one pair of engines each.
 
-The pair answers as the single engine did, and decode has not computed the prompts: its metrics say so.
+The pair answers as the single engine did, and decode has not computed the prompts: its metrics show it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def pair(
         push = {"kv_connector": "NixlPushConnector", "kv_role": role.value, "kv_buffer_device": "cpu"}
         return {**push, "kv_connector_extra_config": more}
 
-    # Decode is written to, so that its NIXL needs the thread as prefill's does: without it a transfer takes seconds.
+    # Decode is written to, so its NIXL needs the thread as prefill's does: without it a transfer takes seconds.
     threads = {"NIXL_PROG_THREAD": "1"}
     roles = [Role.PREFILL, Role.DECODE]
     with running(venv_python, model, roles, logs, config=config, more_environment=threads) as (prefill, decode):

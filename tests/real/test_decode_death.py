@@ -1,6 +1,6 @@
-"""A decode engine is killed while it streams: no request fails, and every answer is what it would have been.
+"""A decode engine is killed while it streams: no request fails, and every answer is the same as without the kill.
 
-Ends the second decode engine, so it runs after all others that need it.
+It ends the second decode engine, so it runs after all other tests that need it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ pytestmark = [pytest.mark.real, pytest.mark.kills_second_decode]
 
 STREAMED = [question for question in KILLED_QUESTIONS if question.stream]
 EVENLY = ("--warmup", "false", "--policy.decode", "least_loaded")
-"""So that the engine which dies has its share: `auto` gives the one that it has seen to be faster more."""
+"""So that the engine which dies has its share: `auto` sends more to the one that was faster so far."""
 WAVES = 4
 APART = 20
-"""Events that each stream of a wave has before the next wave starts, so that the engine dies at many tokens."""
+"""Events that each stream of a wave has before the next wave starts, so that the engine dies at many positions in a
+stream."""
 
 
 @dataclass(slots=True)
 class Asked:
-    """One stream: what has come of it, and where it was when the engine died."""
+    """One stream: what was received of it, and how far it was when the engine died."""
 
     question: Question
     received: list[dict[str, Any]] = field(default_factory=list)
@@ -104,7 +105,7 @@ def test_a_whole_answer_is_the_single_engines_although_an_engine_died(
 
 
 def test_streams_of_both_kinds_were_cut_at_many_places(outcome: Outcome) -> None:
-    """What makes the answers above worth something."""
+    """Without such cuts, the tests above would show nothing."""
     cut_at = {question: asked.at_the_kill for question, asked in outcome.streams.items()}
     running = [question for question, events_then in cut_at.items() if events_then < question.length * 0.9]
     assert {question.api for question in running} == set(Api)
@@ -112,7 +113,7 @@ def test_streams_of_both_kinds_were_cut_at_many_places(outcome: Outcome) -> None
     assert outcome.resumed >= 3
 
 
-def test_nothing_is_left_over_when_an_engine_has_died(bed: Bed, gateway_of_two: Gateway, outcome: Outcome) -> None:
+def test_nothing_is_left_in_flight_when_an_engine_has_died(bed: Bed, gateway_of_two: Gateway, outcome: Outcome) -> None:
     wait_until(bed.prefill.is_idle, 10, "prefill to hold no block")
     wait_until(bed.decode.is_idle, 10, "decode to hold no block")
     assert gateway_of_two.metrics()["handoffs_pending"] == 0

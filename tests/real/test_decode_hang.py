@@ -1,4 +1,5 @@
-"""A decode engine that stops moving in the middle of a stream is left, and the client gets its answer from another."""
+"""A decode engine hangs in the middle of a stream: the gateway abandons it, and the client gets its answer from
+another."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ BEFORE = 20
 
 Hang = Callable[[Engine], AbstractContextManager[None]]
 COMPUTATION: tuple[Hang, list[str], str] = (Engine.frozen, ["--timeouts.idle", "2"], "timeout")
-"""Its API server still answers probes: only the stream's silence tells."""
+"""Its API server still answers probes: only the stream's silence shows the hang."""
 ALL_OF_IT: tuple[Hang, list[str], str] = (
     Engine.suspended,
     ["--health.interval", "0.3", "--health.timeout", "0.5"],
     "lost",
 )
-"""Probes fail, and a second of the stream's silence is then enough."""
+"""Probes fail, and then a second of the stream's silence is enough."""
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,6 @@ def test_a_stream_whose_engine_hangs_goes_on_as_the_single_engines_answer(
         assert as_answer(question.api, received) == bed.single[question]
         assert [leg.engine for leg in relays.legs] == [leg.engine, *(url for url in engines if url != leg.engine)]
         assert gateway.metrics()[f'resumes_total{{reason="{reason}"}}'] == 1
-        # The engine that hung has been left, so it has nothing to do when it moves again.
+        # The gateway has closed its connection to the engine that hung, so it has nothing to do when it runs again.
         for engine in (bed.prefill, *engines.values()):
             wait_until(engine.is_idle, 10, f"the {engine.role.name.lower()} engine at {engine.url} to be idle")

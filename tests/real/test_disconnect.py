@@ -1,4 +1,4 @@
-"""A client that goes away stops the engines' work and frees their KV blocks, wherever the request was."""
+"""A client that disconnects stops the engines' work and frees their KV blocks, wherever the request was."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .relay import relaying
 pytestmark = pytest.mark.real
 
 MANY_TOKENS = 1800
-"""About six seconds of decoding: time enough to go away."""
+"""About six seconds of decoding: enough time to disconnect."""
 FREED_SECONDS = 10.0
 """Less than prefill's lease of 30 s, after which blocks are freed whatever the gateway does."""
 
@@ -62,7 +62,7 @@ def test_a_client_that_stops_waiting_for_a_whole_answer_ends_the_decoding(bed: B
 def test_a_client_that_leaves_during_prefill_ends_the_prefill(bed: Bed, logs: Path, api: Api) -> None:
     decoded = generated_tokens(bed)
     prompt = prompt_of(MAX_MODEL_LEN - 200, "abandoned")
-    assert len(prompt.split()) > 3 * BATCHED_TOKENS  # several steps: the thaw may finish one, never all
+    assert len(prompt.split()) > 3 * BATCHED_TOKENS  # several steps: after the thaw one may finish, but never all
     with (
         relaying(bed.prefill.url) as relay,
         # Without the gateway's own warm-up request the first leg is the client's.
@@ -70,7 +70,7 @@ def test_a_client_that_leaves_during_prefill_ends_the_prefill(bed: Bed, logs: Pa
             relay.url, bed.decode.url, logs / f"gateway-prefill-{api.name.lower()}.log", "--warmup", "false"
         ) as gateway,
     ):
-        # Frozen, so that prefill is computing for as long as the client needs to go away.
+        # Frozen, so that prefill is computing until the client has disconnected.
         with bed.prefill.frozen():
             with asked(gateway.url, api, {**body_for(api, prompt), "stream": True}):
                 wait_until(lambda: bool(relay.legs), 20, "the prefill leg to leave the gateway")

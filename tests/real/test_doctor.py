@@ -18,7 +18,7 @@ pytestmark = pytest.mark.real
 
 
 def doctor(*flags: str) -> tuple[int, dict[str, Any]]:
-    """Its exit status, and what it said as JSON."""
+    """Its exit status, and its report as JSON."""
     done = subprocess.run([COMMAND, "doctor", "--json", *flags], capture_output=True, text=True, timeout=180)
     return done.returncode, json.loads(done.stdout)
 

@@ -1,7 +1,7 @@
-"""The first token leaves when prefill has it, and the answer is the one that decode gives by the ordinary way.
+"""The first token is sent when prefill has it, and the answer is the one that decode gives in the ordinary way.
 
-Both ways go through the same two engines. A decode that was handed too few blocks would be dead after it; whether all
-live is looked at last. The time to the first token is printed (`-s`), and bounded.
+Both ways use the same two engines. A decode engine that was handed too few blocks would be dead afterwards; the last
+test checks that all live. The time to the first token is printed (`-s`), and bounded.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.real
 LENGTH = 24
 PROMPTS = 200
 TTFT_RATIO = 0.6
-"""What is wanted of the median time to the first token, beside the ordinary way's."""
+"""The bound on the median time to the first token, relative to the ordinary way's."""
 USAGE = {"include_usage": True}
 RUNNING_USAGE = {"include_usage": True, "continuous_usage_stats": True}
 TOOLS = [{"type": "function", "function": {"name": "weigh", "parameters": {"type": "object", "properties": {}}}}]
 EOS = 2
 CLIENT = httpx.Client(trust_env=False)
-"""One for all, since to make one takes longer than to be answered."""
+"""One client for all, since making one takes longer than a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,8 @@ def asked(url: str, api: Api, body: dict[str, Any]) -> tuple[str, float]:
 
 
 def shown(text: str) -> list[Any]:
-    """An answer event by event, without what is another in every answer; numbers to the fourth digit."""
+    """An answer event by event, without the members that differ between any two answers; numbers to the fourth
+    digit."""
     events = [event.removeprefix("data: ") for event in text.split("\n\n") if event]
     payloads = [
         json.loads(event, parse_float=lambda f: round(float(f), 3)) if event != "[DONE]" else 0 for event in events
@@ -101,7 +102,7 @@ def shown(text: str) -> list[Any]:
 
 
 def said(payloads: list[Any]) -> dict[str, Any]:
-    """All that an answer says, however many events it took: an engine that is late puts two tokens into one."""
+    """The content of an answer, however many events it took: an engine that is late puts two tokens into one event."""
     all_of: dict[str, Any] = {
         "text": "",
         "ids": [],
@@ -147,11 +148,12 @@ def ahead(bed: Bed, logs: Path) -> Iterator[Gateway]:
         yield started
 
 
-def test_it_is_the_ordinary_answer_at_every_offset_in_a_block(bed: Bed, ordinary: Gateway, ahead: Gateway) -> None:
+def test_the_answer_is_the_ordinary_one_at_every_offset_in_a_block(bed: Bed, ordinary: Gateway, ahead: Gateway) -> None:
     times: dict[str, list[float]] = {"ordinary": [], "ahead": []}
     otherwise_cut = 0
     for case in cases():
-        # A cache of its own for each way: a decode that has the prompt already pulls nothing, and would prove nothing.
+        # A cache of its own for each way: a decode engine that has the prompt already pulls nothing, and would prove
+        # nothing.
         answers, firsts = {}, {}
         exact = counts(ahead).get(EXACT, 0)
         for name, gateway in (("ordinary", ordinary), ("ahead", ahead)):
@@ -159,7 +161,7 @@ def test_it_is_the_ordinary_answer_at_every_offset_in_a_block(bed: Bed, ordinary
             text, first = asked(gateway.url, case.api, salted)
             answers[name] = shown(text)
             firsts[name] = first
-        if case.stream and counts(ahead).get(EXACT, 0) > exact:  # of the others, nobody's is early
+        if case.stream and counts(ahead).get(EXACT, 0) > exact:  # of the others, no first token is early
             for name, first in firsts.items():
                 times[name].append(first)
         assert said(answers["ahead"]) == said(answers["ordinary"]), case
@@ -195,7 +197,7 @@ def test_it_is_the_ordinary_answer_at_every_offset_in_a_block(bed: Bed, ordinary
     ],
     ids=lambda more: next(iter(more)),
 )
-def test_what_looks_at_the_tokens_alone_is_the_ordinary_answer_too(
+def test_answers_with_options_that_depend_on_the_tokens_alone_are_the_ordinary_ones_too(
     bed: Bed, ordinary: Gateway, ahead: Gateway, api: Api, stream: bool, more: dict[str, Any]
 ) -> None:
     options = {"stream": True, "stream_options": USAGE} if stream else {}
@@ -208,7 +210,7 @@ def test_what_looks_at_the_tokens_alone_is_the_ordinary_answer_too(
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("api", Api, ids=lambda api: api.name.lower())
-def test_an_answer_that_ends_at_once_needs_no_decode(
+def test_an_answer_that_ends_with_its_first_token_needs_no_decode(
     bed: Bed, ordinary: Gateway, ahead: Gateway, api: Api, stream: bool
 ) -> None:
     options = {"stream": True, "stream_options": USAGE} if stream else {}
@@ -225,7 +227,9 @@ def test_an_answer_that_ends_at_once_needs_no_decode(
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("api", Api, ids=lambda api: api.name.lower())
-def test_one_token_asks_for_no_hand_off(bed: Bed, ordinary: Gateway, ahead: Gateway, api: Api, stream: bool) -> None:
+def test_a_request_for_one_token_has_no_hand_off(
+    bed: Bed, ordinary: Gateway, ahead: Gateway, api: Api, stream: bool
+) -> None:
     scores = {"logprobs": True, "top_logprobs": 2} if api is Api.CHAT else {"logprobs": 2}
     options = {"stream": True, "stream_options": USAGE} if stream else {}
     body = body_for(api, prompt_of(64, "one"), **options, **scores, max_tokens=1)
@@ -248,13 +252,15 @@ def test_one_token_asks_for_no_hand_off(bed: Bed, ordinary: Gateway, ahead: Gate
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_is_not_exact_is_left_to_decode(ahead: Gateway, api: Api, more: dict[str, Any], why: str) -> None:
+def test_requests_that_are_not_exact_get_their_first_token_from_decode(
+    ahead: Gateway, api: Api, more: dict[str, Any], why: str
+) -> None:
     name = f'first_tokens_total{{reason="{why}",source="decode"}}'
     before = counts(ahead).get(name, 0)
     asked(ahead.url, api, body_for(api, prompt_of(54, why), **more))
     assert counts(ahead)[name] == before + 1
 
 
-def test_after_all_of_it_the_engines_live_and_hold_nothing(bed: Bed) -> None:
+def test_after_all_requests_the_engines_live_and_hold_nothing(bed: Bed) -> None:
     assert bed.prefill.is_healthy() and bed.decode.is_healthy()
     wait_until(lambda: bed.prefill.is_idle() and bed.decode.is_idle(), 10, "both engines to hold nothing")

@@ -1,4 +1,4 @@
-"""One request can be followed: from its client's id to the gateway's line, to both engines' logs, and back."""
+"""One request can be followed: from its client's id to the gateway's log line, to both engines' logs, and back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRACESTATE = "congo=t61rcWkgMzE"
 
 @pytest.fixture(scope="module")
 def wires(bed: Bed) -> Iterator[Severing]:
-    """It severs nothing here: it shows what both engines are sent."""
+    """Relays that sever nothing: they show what both engines are sent."""
     with severing(bed.prefill.url, bed.decode.url) as started:
         yield started
 
@@ -49,7 +49,7 @@ def ask_as(
 
 
 def line_of(gateway: Gateway, name: str) -> dict[str, Any]:
-    """The gateway's line about a request."""
+    """The gateway's log line about a request."""
 
     def lines() -> list[dict[str, Any]]:
         written = [json.loads(line) for line in gateway.group.logged().splitlines() if line.startswith("{")]
@@ -61,7 +61,7 @@ def line_of(gateway: Gateway, name: str) -> dict[str, Any]:
 
 
 def received(engine: Engine, since: int, leg: str) -> list[str]:
-    """The ids by which an engine's log speaks of a leg, where it says that it has received it."""
+    """The ids by which an engine's log names a leg where it says that it has received it."""
     said = re.compile(rf"Received request (\S*{re.escape(leg)}\S*): ")
     wait_until(lambda: said.search(engine.group.logged(since)) is not None, 10, f"{leg} in {engine.group.log}")
     return said.findall(engine.group.logged(since))
@@ -82,7 +82,8 @@ def test_a_clients_id_leads_to_both_engines_logs_and_back(bed: Bed, followed: Ga
     for engine in (bed.prefill, bed.decode):
         (said,) = set(received(engine, since[engine.url], leg))
         assert said.startswith(f"{prefix}-{leg}")
-        # From an engine's line back, as docs/logs.md has it: all but the last 17 characters of the leg's id.
+        # From an engine's line back to the client's id, as in docs/logs.md: all but the last 17 characters of the leg's
+        # id.
         found = re.search(rf"{prefix}-(\S+-[0-9a-f]{{16}})", said)
         assert found and found[1][:-17] == name
     assert f'"id":"{prefix}-{leg}' in answer.text
@@ -104,7 +105,7 @@ def test_a_refused_request_can_be_followed_as_well(bed: Bed, followed: Gateway) 
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_trace_goes_on_to_both_engines(wires: Severing, followed: Gateway, stream: bool) -> None:
+def test_a_trace_is_passed_on_to_both_engines(wires: Severing, followed: Gateway, stream: bool) -> None:
     wires.plan()
     name = f"traced-{stream}"
     ask_as(followed, name, Api.CHAT, stream, {"traceparent": TRACEPARENT, "tracestate": TRACESTATE})
@@ -116,7 +117,7 @@ def test_a_trace_goes_on_to_both_engines(wires: Severing, followed: Gateway, str
     assert line_of(followed, name)["trace_id"] == TRACE
 
 
-def test_what_is_no_trace_goes_to_no_engine(wires: Severing, followed: Gateway) -> None:
+def test_an_invalid_trace_is_sent_to_no_engine(wires: Severing, followed: Gateway) -> None:
     wires.plan()
     ask_as(followed, "untraced", Api.CHAT, False, {"traceparent": f"00-{'0' * 32}-00f067aa0ba902b7-01"})
     assert len(wires.legs) == 2

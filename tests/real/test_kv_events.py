@@ -1,4 +1,4 @@
-"""KV events of a real engine: what the index believes of its cache is what it reports as cached, request by request."""
+"""KV events of a real engine: the index believes cached what the engine reports as cached, request by request."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.real
 
 KEY = b"k" * 32
 BLOCKS = 80
-"""The engine's: few enough that it evicts again and again."""
+"""Blocks of the engine: so few that it evicts repeatedly."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Publishing:
 @pytest.fixture(scope="module")
 def publishing(venv_python: Path, model: Path, logs: Path) -> Iterator[Publishing]:
     ports = free_port(), free_port()
-    # vLLM binds what has a star in it and connects to the rest, so there is no saying that loopback is enough.
+    # vLLM binds addresses with a star and connects to all others, so loopback alone cannot be asked for.
     config = {
         "enable_kv_cache_events": True,
         "publisher": "zmq",
@@ -59,7 +59,7 @@ def publishing(venv_python: Path, model: Path, logs: Path) -> Iterator[Publishin
 
 
 class Believer:
-    """What is believed of the engine, from its events alone."""
+    """The belief about the engine, from its events alone."""
 
     def __init__(self, publishing: Publishing) -> None:
         self.engine = publishing.engine
@@ -80,7 +80,7 @@ class Believer:
         return self.index.cached(chain).get(self.engine.url, 0)
 
     async def ask(self, ids: list[int], salt: str = "") -> int:
-        """Have a prompt computed; returns how many of its tokens the engine says it had cached."""
+        """Have a prompt computed; returns how many of its tokens the engine reports as cached."""
         body = {"model": MODEL_NAME, "prompt": ids, "max_tokens": 1, "temperature": 0}
         if salt:
             body["cache_salt"] = salt
@@ -89,7 +89,8 @@ class Believer:
         return int(details.get("cached_tokens") or 0)
 
     async def stored(self, ids: list[int], salt: str = "") -> None:
-        """The events of a prompt's last blocks are here, and with them those of what was evicted for it."""
+        """Wait until the events of a prompt's last blocks are here, and with them those of the blocks evicted for
+        it."""
         await until(lambda: self.believed(ids, salt) == len(ids) // BLOCK_SIZE * BLOCK_SIZE)
 
     async def __aenter__(self) -> Believer:
@@ -103,7 +104,7 @@ class Believer:
         await self.http.aclose()
 
 
-async def test_what_is_believed_is_what_a_real_engine_says_it_had_cached(publishing: Publishing) -> None:
+async def test_the_believed_tokens_are_those_that_a_real_engine_reports_as_cached(publishing: Publishing) -> None:
     random = Random(5)
     beginnings = [[random.randrange(10, 700) for _ in range(BLOCK_SIZE * length)] for length in (4, 9, 16)]
     async with Believer(publishing) as it:
@@ -124,7 +125,7 @@ async def test_what_is_believed_is_what_a_real_engine_says_it_had_cached(publish
         assert it.events.batches["lost"] == 0
 
 
-async def test_a_real_engine_that_is_warm_already_is_known_by_its_replay(publishing: Publishing) -> None:
+async def test_the_cache_of_a_warm_real_engine_is_known_by_its_replay(publishing: Publishing) -> None:
     ids = [number % 600 + 20 for number in range(10 * BLOCK_SIZE)]
     async with Believer(publishing) as before:
         await before.ask(ids)
@@ -135,7 +136,7 @@ async def test_a_real_engine_that_is_warm_already_is_known_by_its_replay(publish
 
 
 async def test_a_chats_ids_make_events_count_for_its_text(publishing: Publishing) -> None:
-    """What is believed of the text rises and falls with what the engine has of its ids."""
+    """The belief about the text rises and falls with the ids that the engine has of it."""
     body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": prompt_of(1200, "a chat")}], "max_tokens": 1}
     read = read_body(json.dumps(body).encode(), "chat")
     chain = chain_of(read, KEY)
@@ -180,7 +181,7 @@ async def test_a_reset_cache_is_empty_at_once(publishing: Publishing) -> None:
             await it.http.post("/v1/completions", json={"model": MODEL_NAME, "prompt": [5] * 40, "max_tokens": 1})
             return it.events.events["cleared"] > 0
 
-        for _ in range(20):  # it is refused while blocks are held, and said with the next step
+        for _ in range(20):  # a reset is refused while blocks are held, and its event comes with the next step
             if await reset():
                 break
             await asyncio.sleep(0.1)

@@ -127,7 +127,7 @@ def log_probabilities(client: OpenAI, prompt: str, **fields: Any) -> tuple[list[
 
 
 def test_streamed_chats_have_the_engines_log_probabilities_of_every_token(bed: Bed, client: OpenAI) -> None:
-    """Of tokens that are no whole character too, whose events have no text."""
+    """Also those of tokens that are no whole character, whose events have no text."""
     silent = 0
     with OpenAI(base_url=f"{bed.prefill.url}/v1", api_key="none", max_retries=0, timeout=60) as engine:
         for number in range(12):

@@ -1,7 +1,7 @@
-"""Prefill dies between the legs: decode holds an address where nobody answers, and the client gets its answer still.
-It gets it as well where decode is lost in mid-answer then, and nobody is left to prefill what it has so far.
+"""Prefill dies between the legs: decode has an address where nothing answers, and the client still gets its answer. It
+also gets it where decode is then lost in mid-answer and no prefill engine is left to compute what it has so far.
 
-Ends the shared prefill engine, so it runs last.
+It ends the shared prefill engine, so it runs last.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.real, pytest.mark.kills_prefill]
 def gateway_of_the_dying(bed: Bed, logs: Path) -> Iterator[Gateway]:
     """A gateway whose prefill engine is killed when it has answered as many requests as there are unseen questions.
 
-    The relay keeps those answers until the engine is dead, and passes them on then.
+    The relay holds those answers until the engine is dead, and then passes them on.
     """
     log = logs / "gateway-death.log"
     # Its own warm-up request would be one of the answers that are counted.
@@ -50,13 +50,13 @@ def gateway_of_the_dying(bed: Bed, logs: Path) -> Iterator[Gateway]:
 
 @pytest.fixture(scope="module")
 def decodes(bed: Bed) -> Iterator[Severing]:
-    with severing(bed.decode.url, bed.decode.url) as started:  # two backends to a gateway
+    with severing(bed.decode.url, bed.decode.url) as started:  # two backends for a gateway
         yield started
 
 
 @pytest.fixture(scope="module")
 def gateway_of_the_severed(bed: Bed, decodes: Severing, logs: Path) -> Iterator[Gateway]:
-    """Another gateway, which knew prefill before it was killed."""
+    """Another gateway, which connected to prefill before it was killed."""
     with serving(bed.prefill.url, decodes.urls, logs / "gateway-no-prefill.log", "--warmup", "false") as started:
         yield started
 
@@ -81,7 +81,7 @@ def test_the_client_gets_the_single_engines_answer_when_prefill_dies_between_the
         assert headers.get("x-pd-proxy-fallback"), "served without a hand-off, and the header does not say so"
 
 
-def test_a_stream_that_was_served_without_a_handoff_says_so_or_had_begun_with_prefills_token(
+def test_a_stream_without_a_handoff_names_its_fallback_or_had_begun_with_prefills_token(
     answers: dict[Question, tuple[Answer, httpx.Headers]], gateway_of_the_dying: Gateway
 ) -> None:
     silent = [headers for _, headers in answers.values() if "x-pd-proxy-fallback" not in headers]
@@ -92,7 +92,7 @@ def test_a_stream_that_was_served_without_a_handoff_says_so_or_had_begun_with_pr
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_requests_are_answered_while_no_prefill_engine_is_there(
+def test_requests_are_answered_while_no_prefill_engine_is_up(
     answers: object, gateway_of_the_dying: Gateway, stream: bool
 ) -> None:
     body = body_for(Api.CHAT, prompt_of(70, f"after-{stream}"))
@@ -102,7 +102,7 @@ def test_requests_are_answered_while_no_prefill_engine_is_there(
 
 
 @pytest.mark.parametrize("question", SEVERED_QUESTIONS[:: len(SEVERED_TOKENS)], ids=str)
-def test_a_stream_goes_on_while_no_prefill_engine_is_there(
+def test_a_stream_is_continued_while_no_prefill_engine_is_up(
     bed: Bed, answers: object, decodes: Severing, gateway_of_the_severed: Gateway, question: Question
 ) -> None:
     decodes.plan(Cut(10, into=9), Cut(10))

@@ -1,4 +1,4 @@
-"""Two real prefill engines with prefix caches: sessions find in them nearly what one engine for all would have kept."""
+"""Two real prefill engines with prefix caches: sessions find in them nearly as much as in one engine for all."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ SESSIONS = 5
 TURNS = 6
 FIRST_TOKENS = 400
 TURN_TOKENS = 130
-"""Few beside what a session's engine has of it, so that no session moves for the noise of a busy machine in what is
-learnt of the engines' pace."""
+"""Few compared with what a session's engine has of it, so that no session moves because of noise in the learnt
+speeds of the engines on a busy machine."""
 ANSWER_TOKENS = 16
 CLOSE = 0.03
-"""Of all prompt tokens: by how much the engines may find less than one with an endless cache."""
+"""The share of all prompt tokens by which the engines may find less than one with an endless cache."""
 
 
 @dataclass
 class Session:
-    """A chat that goes on from its own answers."""
+    """A chat that continues from its own answers."""
 
     messages: list[dict[str, str]]
     bodies: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     cached: int = 0
-    """Prompt tokens that its answers said were cached."""
+    """Prompt tokens that its answers reported as cached."""
 
     def go_on(self, url: str, said: str) -> None:
-        """One turn more."""
+        """Send one more turn."""
         self.messages.append({"role": "user", "content": said})
         body = {"model": MODEL_NAME, "temperature": 0, "max_tokens": ANSWER_TOKENS, "messages": [*self.messages]}
         told = httpx.post(url + Api.CHAT.value, json=body, timeout=60).raise_for_status().json()
@@ -51,10 +51,11 @@ class Session:
 
 
 def hold(url: str, salt: str) -> list[Session]:
-    """Have several sessions, turn by turn. Another salt gives other words: no engine knows any of them.
+    """Run several sessions, turn by turn. Another salt leads to other words, which no engine has cached.
 
-    They begin all at once, so that both prefill engines get some. Then one goes on after the other: the tiny model
-    prefills in some milliseconds, so behind another request it would be right to compute all anew on the idle engine.
+    They begin at the same time, so that both prefill engines get some. Then one continues after the other: the tiny
+    model prefills in some milliseconds, so behind another request it would be right to compute everything again on the
+    idle engine.
     """
     systems = [prompt_of(FIRST_TOKENS, f"{salt} {number}") for number in range(SESSIONS)]
     sessions = [Session([{"role": "system", "content": system}]) for system in systems]
@@ -71,7 +72,7 @@ def in_turn(sessions: Sequence[Session]) -> list[dict[str, Any]]:
 
 
 def tokens_of(engine: Engine, body: dict[str, Any]) -> list[int]:
-    """A chat's prompt, as engines see it."""
+    """A chat's prompt, as engines tokenize it."""
     asked = {"model": MODEL_NAME, "messages": body["messages"]}
     tokens: list[int] = httpx.post(f"{engine.url}/tokenize", json=asked, timeout=60).raise_for_status().json()["tokens"]
     return tokens
@@ -102,12 +103,12 @@ def prefills(bed: Bed, venv_python: Path, model: Path, logs: Path) -> Iterator[l
 
 @dataclass
 class Held:
-    """What became of sessions with one policy.
+    """The result of sessions with one policy.
 
     Attributes:
         each: prompt tokens that each prefill engine was asked for.
         rate: the share of the prompts' tokens that prefill engines found in their caches, by their own counters.
-        ideal: what one engine with an endless cache would have found.
+        ideal: the share that one engine with an endless cache would have found.
     """
 
     sessions: list[Session]
@@ -120,7 +121,7 @@ def held(bed: Bed, prefills: Sequence[Engine], log: Path, policy: str) -> Held:
     def counted(series: str) -> list[float]:
         return [engine.metrics()[f"prefix_cache_{series}_total"] for engine in prefills]
 
-    # Nobody else computes prompts: no hand-off to try a pair out, no prefill on decode.
+    # No other prompt is computed: no hand-off to try a pair out, no prefill on decode.
     flags = ("--warmup", "false", "--fallback", "reject", "--policy.prefill", policy)
     first, second = prefills
     with serving(first.url, bed.decode.url, log, "--prefill", second.url, *flags) as gateway:
@@ -136,7 +137,7 @@ def held(bed: Bed, prefills: Sequence[Engine], log: Path, policy: str) -> Held:
     return Held(sessions, queries, sum(hits) / sum(queries), ideal(prompts))
 
 
-def test_sessions_find_what_one_engine_would_have_kept(bed: Bed, prefills: list[Engine], logs: Path) -> None:
+def test_sessions_find_cached_what_one_engine_would_have_kept(bed: Bed, prefills: list[Engine], logs: Path) -> None:
     it = held(bed, prefills, logs / "gateway-auto.log", "auto")
     assert all(it.each), "one engine has served all"
     assert it.rate >= it.ideal - CLOSE, f"{it.rate:.3f} of {it.ideal:.3f}"
@@ -150,6 +151,8 @@ def test_sessions_find_what_one_engine_would_have_kept(bed: Bed, prefills: list[
     assert [session.answers[turn] for turn in range(TURNS) for session in it.sessions] == expected
 
 
-def test_by_load_alone_they_find_much_less(bed: Bed, prefills: list[Engine], logs: Path) -> None:
+def test_with_placement_by_load_alone_sessions_find_much_less_cached(
+    bed: Bed, prefills: list[Engine], logs: Path
+) -> None:
     it = held(bed, prefills, logs / "gateway-least-loaded.log", "least_loaded")
     assert it.rate < it.ideal - 2 * CLOSE, f"{it.rate:.3f} of {it.ideal:.3f}"

@@ -1,7 +1,9 @@
-"""Blocks that prefill keeps for a decode that never comes are free again at once, and nobody reads them when they are.
+"""Blocks that prefill keeps for a decode leg that never comes are freed at once, and no engine reads them after that.
 
-Prefill would free them by itself when its lease of 30 s ends, and would count it. Decode's prefix cache is the other
-thing at stake: an engine that reads blocks which are no longer the prompt's keeps them, and answers wrongly ever after.
+Prefill would free them by itself when its lease of 30 s ends, and would count that. Decode's prefix cache is at risk
+too:
+an engine that reads blocks which are no longer the prompt's keeps them, and then answers wrong for as long as it has
+them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.real
 
 PREFILLED = 'request_success_total{finished_reason="length"}'
 RELEASED_SECONDS = 10.0
-"""It takes 0.1 s, and 1 to 4 s where the kernel has to try a connect again; an idle machine is not promised."""
+"""A release takes 0.1 s, and 1 to 4 s where the kernel has to repeat a connect; an idle machine is not assumed."""
 PROMPT = prompt_of(150, "refused elsewhere")
 TOO_MANY = MAX_MODEL_LEN * 2
 NAMED = {"model": MODEL_NAME, "messages": [{"role": "user", "content": PROMPT}]}
@@ -44,42 +46,42 @@ REFUSED_ELSEWHERE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 AFTER_EXPIRY = "nixl_num_notifications_after_expiry_total"
 NOT_HELD = "Potentially invalid KV blocks"
-"""What prefill logs, and counts as `AFTER_EXPIRY`, when it is told of blocks that it does not hold any more. It is its
-only sign that decode has read what had become another request's."""
+"""What prefill logs, and counts as `AFTER_EXPIRY`, when it is notified of blocks that it no longer holds. This is
+its only sign that decode has read blocks which were another request's by then."""
 CACHE_TOKENS = 32 * 1024
-"""What fits into 64 MiB of KV cache."""
+"""The number of tokens that fit into 64 MiB of KV cache."""
 
 JUDGED_BY_THE_HANDLER: dict[str, dict[str, Any]] = {
     "more tokens than the context holds": {"max_tokens": MAX_MODEL_LEN * 2},
     "more tokens at least than at most": {"min_tokens": 9, "max_tokens": 3},
     "a grammar that is none": {"structured_outputs": {"regex": "(("}},
 }
-"""vLLM tells prefill itself that these will not come for their blocks."""
+"""Requests for which vLLM itself notifies prefill that the blocks will not be fetched."""
 JUDGED_BEFORE_THE_HANDLER: dict[str, dict[str, Any]] = {
     "stop tokens that are no numbers": {"stop_token_ids": ["x"]},
     "log probabilities of fewer than none": {"logprobs": -3},
     "stream options without a stream": {"stream_options": {"include_usage": True}},
 }
-"""vLLM refuses these with the body's schema, and tells nobody."""
+"""Requests that vLLM refuses with the body's schema, without a notification."""
 REFUSED_BY_PREFILL: dict[str, dict[str, Any]] = {
     "a negative temperature": {"temperature": -1},
     "a share of more than all": {"top_p": 2},
     "a temperature that is no number": {"temperature": "x"},
 }
-"""Both engines would, and so there is nothing to hand over."""
+"""Requests that both engines would refuse, so that there is nothing to hand over."""
 REFUSED_BY_DECODE_ALONE = JUDGED_BY_THE_HANDLER | JUDGED_BEFORE_THE_HANDLER
 
 
 @pytest.fixture(scope="module")
 def relay(bed: Bed) -> Iterator[Severing]:
-    """It severs nothing here: it shows which legs decode was sent, and can hold them up."""
+    """Relays that sever nothing: they show which legs decode was sent, and can hold them up."""
     with severing(bed.decode.url) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def watched_gateway(bed: Bed, relay: Severing, logs: Path) -> Iterator[Gateway]:
-    # Nothing finds out that decode is unreachable while a client waits between the legs: no probe, no connect.
+    # Nothing detects that decode is unreachable while a client waits between the legs: no probe, no connect.
     # (With a first token from prefill, that engine would refuse what only decode is to refuse here.)
     flags = ["--first-token", "decode", "--warmup", "false", "--health.interval", "60", "--timeouts.connect", "30"]
     with serving(bed.prefill.url, relay.urls, logs / "gateway-release.log", *flags) as started:
@@ -90,13 +92,13 @@ def wait_until_released(bed: Bed) -> None:
     assert RELEASED_SECONDS < LEASE_SECONDS / 2
     wait_until(lambda: is_released(bed), RELEASED_SECONDS, "prefill's blocks to be free")
     wait_until(bed.decode.is_idle, RELEASED_SECONDS, "decode to be idle")
-    assert bed.prefill.metrics()["nixl_num_kv_expired_reqs_total"] == 0  # nor did those of any test before
+    assert bed.prefill.metrics()["nixl_num_kv_expired_reqs_total"] == 0  # neither did those of any earlier test
 
 
 def is_released(bed: Bed) -> bool:
-    """Whether prefill holds no block. Where it does, decode is given a reason to compute something.
+    """Whether prefill holds no block. Where it does, decode is given a request to compute.
 
-    It has no progress thread here (small_machine.py), so word for prefill now and then waits for its next step.
+    Decode has no progress thread here (small_machine.py), so its notification sometimes waits for its next step.
     """
     if bed.prefill.is_idle():
         return True
@@ -105,8 +107,9 @@ def is_released(bed: Bed) -> bool:
 
 
 def assert_prefill_was_told_once(bed: Bed, gateway: Gateway, before: dict[str, float], logged: int) -> None:
-    """Prefill has not been told of blocks that were free already, since its metrics and its log's length were those."""
-    # Its counters are those of its last step, and a hand-off that it frees is one in which it counts.
+    """Since its metrics and its log's length were read, prefill has not been notified of blocks that were free
+    already."""
+    # Its counters are those of its last step, and it counts in a step in which it frees a hand-off.
     ask(gateway.url, Api.CHAT, body_for(Api.CHAT, prompt_of(40, f"after {logged}")), stream=False)
     wait_until_released(bed)
     assert NOT_HELD not in bed.prefill.group.logged(logged)
@@ -119,7 +122,7 @@ def holds_blocks_for_decode(bed: Bed) -> bool:
 
 
 def assert_decode_knows_the_prompt_rightly(bed: Bed, question: Question) -> None:
-    """Asked directly, so that what it has in its prefix cache is what it answers from."""
+    """Asked directly, so that its answer comes from the content of its prefix cache."""
     assert question.ask(bed.decode.url)[0] == bed.single[question]
 
 
@@ -151,7 +154,7 @@ def test_a_request_that_an_engine_refuses_leaves_no_blocks_behind(
 
 
 @pytest.mark.parametrize("what", REFUSED_ELSEWHERE)
-def test_one_of_another_kind_leaves_none_behind_either(
+def test_a_refused_request_on_another_endpoint_leaves_no_blocks_behind(
     bed: Bed, relay: Severing, watched_gateway: Gateway, what: str
 ) -> None:
     before, logged = bed.prefill.metrics(), len(bed.prefill.group.log.read_bytes())
@@ -165,12 +168,12 @@ def test_one_of_another_kind_leaves_none_behind_either(
 
 
 @pytest.mark.parametrize("fault", ["more tokens at least than at most", "a grammar that is none"])
-def test_blocks_that_decode_gave_back_itself_are_read_by_nobody(
+def test_blocks_that_decode_released_itself_are_read_by_no_request(
     bed: Bed, relay: Severing, watched_gateway: Gateway, fault: str
 ) -> None:
-    """A claim that comes after that would find another request's keys and values, and decode would keep them.
+    """A request that comes after that would read another request's keys and values, and decode would keep them.
 
-    Here prefill's whole cache is used anew before the gateway's claim, if there is one, reaches decode.
+    Here prefill's whole cache is reused before the gateway's release request, if there is one, reaches decode.
     """
     api = Api.COMPLETIONS
     prompt = prompt_of(320, f"given back, {fault}")

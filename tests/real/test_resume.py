@@ -73,7 +73,7 @@ def relays(bed: Bed, second_decode: Engine) -> Iterator[Severing]:
 
 @pytest.fixture(scope="module")
 def severed_gateway(bed: Bed, relays: Severing, logs: Path) -> Iterator[Gateway]:
-    # Both backends lose streams here all the time, which no breaker and no budget should mind.
+    # Both backends lose streams here all the time, which must not lead to an ejection or use up a budget.
     # A first token from prefill would move each cut by one.
     flags = ["--first-token", "decode", "--warmup", "false", "--breaker.max-ejected", "0", "--health.interval", "0.2"]
     with serving(bed.prefill.url, relays.urls, logs / "gateway-severed.log", *flags) as started:
@@ -86,7 +86,7 @@ def streamed(gateway: Gateway, api: Api, body: dict[str, Any]) -> list[dict[str,
 
 
 def assert_one_answer(api: Api, stream: list[dict[str, Any]]) -> None:
-    """No event shows that several legs made the answer, nor what the gateway alone had asked for."""
+    """No event shows that several legs made the answer, nor members that only the gateway asked for."""
     assert len({(event["id"], event["object"], event["created"], event["model"]) for event in stream}) == 1
     choices = [choice for event in stream for choice in event["choices"]]
     assert all(choice["index"] == 0 for choice in choices)
@@ -134,7 +134,7 @@ def test_token_ids_that_the_client_asked_for_are_those_of_one_answer(
 
 
 def ids_of(api: Api, stream: list[dict[str, Any]]) -> tuple[list[list[int]], list[int]]:
-    """The prompt's ids, as often as they were given, and the answer's."""
+    """The prompt's ids, as often as they were sent, and the answer's."""
     choices = [choice for event in stream for choice in event["choices"]]
     holders = stream if api is Api.CHAT else choices
     prompts = [holder["prompt_token_ids"] for holder in holders if holder.get("prompt_token_ids")]
@@ -142,7 +142,7 @@ def ids_of(api: Api, stream: list[dict[str, Any]]) -> tuple[list[list[int]], lis
 
 
 @pytest.mark.parametrize("what", MEMORYLESS)
-def test_what_looks_at_the_tokens_alone_goes_on_exactly(
+def test_answers_with_options_that_depend_on_the_tokens_alone_are_continued_exactly(
     bed: Bed, relays: Severing, severed_gateway: Gateway, what: str
 ) -> None:
     """The undisturbed answer is the prefill engine's, which can decode as well and has lost nothing."""
@@ -155,7 +155,7 @@ def test_what_looks_at_the_tokens_alone_goes_on_exactly(
     assert_one_answer(Api.CHAT, stream)
 
 
-def test_a_chats_log_probabilities_go_on_exactly(bed: Bed, relays: Severing, severed_gateway: Gateway) -> None:
+def test_a_chats_log_probabilities_are_continued_exactly(bed: Bed, relays: Severing, severed_gateway: Gateway) -> None:
     body = long_body(Api.CHAT, prompt_of(53, "logprobs"), LENGTH, logprobs=True, top_logprobs=2)
     relays.plan(Cut(11))
     stream = streamed(severed_gateway, Api.CHAT, body)
@@ -183,13 +183,14 @@ def logprobs_of(stream: list[dict[str, Any]]) -> list[tuple[list[int], object]]:
 
 
 @pytest.mark.parametrize("why", FLAWED)
-def test_what_cannot_go_on_exactly_ends_with_an_error_that_says_why(
+def test_a_stream_that_cannot_be_continued_exactly_ends_with_an_error_that_says_why(
     relays: Severing, severed_gateway: Gateway, why: str
 ) -> None:
     api, fields = FLAWED[why]
     counter = f'resumes_refused_total{{reason="{why}"}}'
     before = severed_gateway.metrics().get(counter, 0)
-    # These streams carry no token ids, since nobody would need them; a test that asks for them has them counted.
+    # These streams carry no token ids, since no continuation would need them; a test that asks for ids has them
+    # counted.
     body = long_body(api, prompt_of(54, why), LENGTH, return_token_ids=True, **fields)
     relays.plan(Cut(12))
     received: list[dict[str, Any]] = []
@@ -200,7 +201,7 @@ def test_what_cannot_go_on_exactly_ends_with_an_error_that_says_why(
 
 
 @pytest.mark.parametrize("why", ["penalties", "seed", "structured_output"])
-def test_what_is_refused_would_have_gone_on_wrongly(second_decode: Engine, why: str) -> None:
+def test_continuations_that_the_gateway_refuses_would_have_been_wrong(second_decode: Engine, why: str) -> None:
     """By hand, without the gateway: the engine does begin anew with what it counts or draws."""
     _, fields = FLAWED[why]
     url = second_decode.url + Api.COMPLETIONS.value

@@ -1,5 +1,5 @@
-"""Anthropic's messages, OpenAI's responses and tokens in, tokens out: through both legs they say what a single engine's
-chat says to the same words, and decode has computed none of the prompt."""
+"""Anthropic's messages, OpenAI's responses and tokens in, tokens out: through both legs they have the text of a
+single engine's chat with the same words, and decode has computed none of the prompt."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RELEASED = "handoffs_abandoned_total"
 
 @pytest.fixture(scope="module")
 def all_routes(bed: Bed, logs: Path) -> Iterator[Gateway]:
-    """A gateway that serves all of them, and sends nothing by itself."""
+    """A gateway that serves all of them, and sends no requests of its own."""
     flags = ("--routes.generate", "true", "--warmup", "false")
     with serving(bed.prefill.url, bed.decode.url, logs / "routes.log", *flags) as started:
         yield started
@@ -104,7 +104,7 @@ def test_the_text_is_a_single_engines_and_decode_pulls_the_whole_prompt(
     assert after[COMPUTED] == before[COMPUTED]
 
 
-def test_what_goes_on_from_a_response_is_found_where_that_is(bed: Bed, all_routes: Gateway) -> None:
+def test_a_response_that_continues_another_goes_to_the_engine_that_has_it(bed: Bed, all_routes: Gateway) -> None:
     with openai.OpenAI(base_url=f"{all_routes.url}/v1", api_key="k", max_retries=0) as client:
         first = client.responses.create(model=MODEL_NAME, input=prompt_of(40, "kept"), max_output_tokens=8)
         second = client.responses.create(
@@ -132,7 +132,8 @@ def test_errors_have_anthropics_shape(all_routes: Gateway) -> None:
 
 
 def test_blocks_of_a_request_that_decode_refuses_are_freed_at_once(bed: Bed, all_routes: Gateway) -> None:
-    """An engine does not tell prefill of what it refuses on this endpoint: the gateway does, on another."""
+    """An engine does not notify prefill of requests that it refuses on this endpoint; the gateway releases the
+    blocks, on another."""
     named = {"model": MODEL_NAME, "messages": [{"role": "user", "content": prompt_of(300, "refused")}]}
     ids = httpx.post(f"{bed.decode.url}/tokenize", json=named).raise_for_status().json()["tokens"]
     before = sum(value for name, value in all_routes.metrics().items() if name.startswith(RELEASED))

@@ -1,7 +1,7 @@
 """A decode engine is stopped under load, as operators stop it: paused, put to sleep, restarted by SIGTERM.
 
-vLLM ends what runs with `finish_reason: "abort"` then. No client sees that: each answer is what it would have been,
-each request is one that went well, and the engine gets requests again when it is back.
+vLLM then ends running requests with `finish_reason: "abort"`. No client sees that: each answer is the same as without
+the stop, each request counts as successful, and the engine gets requests again when it is back.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.real, pytest.mark.restarts_second_decode]
 BEGUN = 20
 """Lines that each stream has (every other one is empty) before the engine is stopped."""
 MEANWHILE = [question for question in COMPARED_QUESTIONS if question.tokens in (33, 64, 97)]
-"""Asked while the engine is away."""
+"""Requests that are sent while the engine is away."""
 BACK = Question(STOPPED_QUESTIONS[0].api, stream=True, tokens=200)
 ADMIN_KEY = "operators"
 BEARER = {"authorization": f"Bearer {ADMIN_KEY}"}
@@ -47,16 +47,17 @@ ENDED_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """How an engine is stopped, and how it comes back."""
+    """How an engine is stopped, and how it is started again."""
 
     name: str
     away: Callable[[Gateway, Engine], object]
     back: Callable[[Gateway, Engine], object]
     gone: bool = False
-    """Its processes end: on a busy machine before the engine has said `abort` to all, so that some are lost."""
+    """Whether its processes end: on a busy machine before the engine has sent `abort` to all, so that some streams
+    are lost."""
     noticed: bool = False
-    """The gateway's own probes see it: where they come first, they take the engine out, and whole answers that wait
-    for their first byte are given up as lost before the engine's `abort` comes."""
+    """Whether the gateway's own probes see it: where they come first, they take the engine out of the rotation, and
+    whole answers that wait for their first byte count as lost before the engine's `abort` comes."""
 
     def __str__(self) -> str:
         return self.name
@@ -122,14 +123,14 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What clients got.
+    """The answers of clients.
 
     Attributes:
         stop: how the engine was stopped.
         running: requests that ran on the engine when it was stopped.
         meanwhile: answers while it was away.
         back: the answer of a request that only this engine could take, when it was back.
-        lines: the gateway's line of each request, by the request's id.
+        lines: the gateway's log line of each request, by the request's id.
         metrics: the gateway's, at the end.
     """
 
@@ -160,7 +161,7 @@ def outcome(request: pytest.FixtureRequest, bed: Bed, second_decode: Engine, log
     decodes = [bed.decode.url, second_decode.url]
     other = f"backends/{quote(bed.decode.url, safe='')}"
     with serving(bed.prefill.url, decodes, log, *flags) as gateway, ThreadPoolExecutor(len(STOPPED_QUESTIONS)) as pool:
-        operate(gateway, f"{other}/drain")  # so that all are on the engine that will be stopped
+        operate(gateway, f"{other}/drain")  # so that all requests are on the engine that will be stopped
         asked = {question: Asked(question) for question in STOPPED_QUESTIONS}
         running = [pool.submit(one.ask, gateway.url) for one in asked.values()]
         assert all(one.begun.wait(60) for question, one in asked.items() if question.stream)
@@ -196,13 +197,13 @@ def test_no_client_sees_abort(outcome: Outcome) -> None:
 
 
 @pytest.mark.parametrize("question", STOPPED_QUESTIONS, ids=str)
-def test_what_was_stopped_went_on_once_and_its_line_says_so(outcome: Outcome, question: Question) -> None:
+def test_each_stopped_request_was_continued_once_and_its_log_line_says_so(outcome: Outcome, question: Question) -> None:
     line = outcome.lines[outcome.running[question].id]
     assert (line["outcome"], line["status"]) == ("ok", 200)
     assert (line.get("resumes", 0), line.get("retries", 0)) == ((1, 0) if question.stream else (0, 1))
 
 
-def test_each_is_counted_as_one_that_went_well_elsewhere(outcome: Outcome) -> None:
+def test_each_stopped_request_is_counted_as_successful_elsewhere(outcome: Outcome) -> None:
     def counted(name: str) -> dict[str, float]:
         return {series: value for series, value in outcome.metrics.items() if series.startswith(name) and value}
 
@@ -228,7 +229,7 @@ def test_the_engine_gets_requests_again_when_it_is_back(bed: Bed, outcome: Outco
     assert outcome.back == bed.single[BACK]
 
 
-def test_nothing_is_left_over_when_the_engine_is_back(bed: Bed, second_decode: Engine, outcome: Outcome) -> None:
+def test_nothing_is_left_in_flight_when_the_engine_is_back(bed: Bed, second_decode: Engine, outcome: Outcome) -> None:
     assert outcome.metrics["handoffs_pending"] == 0
     for engine in (bed.prefill, bed.decode, second_decode):
         wait_until(engine.is_idle, 10, f"the {engine.role.name.lower()} engine at {engine.url} to be idle")

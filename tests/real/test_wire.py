@@ -1,6 +1,6 @@
-"""What the gateway takes for granted of vLLM's wire, asked of the engines themselves.
+"""What the gateway relies on in vLLM's wire format, checked against the engines themselves.
 
-Where these fail after an upgrade of vLLM, look at the gateway's relay and its hand-off before its users do.
+Where these tests fail after an upgrade of vLLM, the gateway's relay and its hand-off are affected.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def ids_of(stream: list[dict[str, Any]]) -> list[int]:
 
 
 def prompt_ids_of(api: Api, stream: list[dict[str, Any]]) -> list[list[int]]:
-    """The prompt's ids, as often as they are given."""
+    """The prompt's ids, as often as they are sent."""
     holders = stream if api is Api.CHAT else [choice for event in stream for choice in event["choices"]]
     return [holder["prompt_token_ids"] for holder in holders if holder.get("prompt_token_ids")]
 
@@ -81,7 +81,7 @@ def chunks_of(url: str, api: Api, body: dict[str, Any]) -> list[bytes]:
 
 @APIS
 def test_each_event_is_one_chunk_and_those_of_tokens_are_alike(bed: Bed, api: Api) -> None:
-    """The straight way through the relay compares bytes, so even the order of the members matters."""
+    """The fast path of the relay compares bytes, so even the order of the members matters."""
     body = long_body(api, prompt_of(30, "shape"), 50, return_token_ids=True)
     first, *tokens, last, usage, done = chunks_of(bed.decode.url, api, body)
     assert re.fullmatch(FIRST_EVENT[api], first)
@@ -93,7 +93,7 @@ def test_each_event_is_one_chunk_and_those_of_tokens_are_alike(bed: Bed, api: Ap
 
 
 @APIS
-def test_every_token_has_its_id_once_and_the_prompts_come_with_the_first_event(bed: Bed, api: Api) -> None:
+def test_every_token_has_its_id_once_and_the_prompts_ids_come_with_the_first_event(bed: Bed, api: Api) -> None:
     body = long_body(api, prompt_of(30, "ids"), 60)
     stream = streamed(bed.decode, api, body)
     usage = as_answer(api, stream).usage
@@ -104,7 +104,7 @@ def test_every_token_has_its_id_once_and_the_prompts_come_with_the_first_event(b
 
 @APIS
 def test_text_that_is_no_whole_character_yet_comes_with_a_later_token(bed: Bed, api: Api) -> None:
-    """Bytes that make no character are frequent in what random weights say."""
+    """Bytes that make no character are frequent in the output of random weights."""
     stream = streamed(bed.decode, api, long_body(api, prompt_of(30, "held"), 200))
     choices = [choice for event in stream for choice in event["choices"]]
     assert [choice["token_ids"] for choice in choices if choice.get("token_ids") and not text_of(api, choice)]
@@ -134,7 +134,7 @@ def test_the_token_that_ends_an_answer_has_an_id_and_no_text(bed: Bed, api: Api)
     assert as_answer(api, undisturbed).text.startswith(as_answer(api, stream).text)
 
 
-def test_a_chats_prompt_may_be_given_as_ids_on_both_legs_and_tools_do_not_matter(bed: Bed) -> None:
+def test_a_chats_prompt_may_be_sent_as_ids_on_both_legs_whatever_its_tools(bed: Bed) -> None:
     """The prompt has some of the answer behind it, as when a stream is resumed."""
     body = {**long_body(Api.CHAT, prompt_of(44, "both legs"), 40), "tools": TOOLS, "tool_choice": "none"}
     whole = streamed(bed.prefill, Api.CHAT, body)
@@ -151,8 +151,8 @@ def test_a_chats_prompt_may_be_given_as_ids_on_both_legs_and_tools_do_not_matter
 
 
 @APIS
-def test_a_decode_leg_that_the_handler_refuses_gives_the_blocks_back_unread(bed: Bed, api: Api) -> None:
-    """How the gateway releases a hand-off that nobody wants. A refusal by the body's schema would not do."""
+def test_a_decode_leg_that_the_handler_refuses_releases_the_blocks_unread(bed: Bed, api: Api) -> None:
+    """This is how the gateway releases an unneeded hand-off. A refusal by the body's schema would not release it."""
     body = body_for(api, prompt_of(160, "given back"), max_tokens=1)
     prefill_leg = {**body, "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
     prefilled = httpx.post(bed.prefill.url + api.value, json=prefill_leg, timeout=60).raise_for_status().json()
@@ -164,19 +164,20 @@ def test_a_decode_leg_that_the_handler_refuses_gives_the_blocks_back_unread(bed:
     assert not bed.prefill.is_idle()
     handler = httpx.post(bed.decode.url + api.value, json={**decode_leg, "min_tokens": 2}, timeout=60)
     assert handler.status_code == 400
-    # Any other request: without a progress thread (small_machine.py), decode now and then says it with its next step.
+    # Any other request: without a progress thread (small_machine.py), decode sometimes notifies prefill with its next
+    # step.
     ask(bed.decode.url, api, body_for(api, "Kana", max_tokens=1), stream=False)
     wait_until(bed.prefill.is_idle, 5, "prefill to free the blocks")
     assert bed.decode.metrics()[PULLED] == received
 
 
-def test_engines_tell_before_any_request_which_connector_they_speak(bed: Bed) -> None:
+def test_engines_report_their_connector_before_any_request(bed: Bed) -> None:
     marks = {name: connector.traits.fingerprints for name, connector in CONNECTORS.items()}
     for engine in (bed.prefill, bed.decode):
         assert speaker(counted(httpx.get(f"{engine.url}/metrics", timeout=10).content), marks) == "nixl"
 
 
-def test_engines_tell_their_revision(bed: Bed) -> None:
+def test_engines_report_their_revision(bed: Bed) -> None:
     told = []
     for engine in (bed.prefill, bed.decode):
         (card,) = httpx.get(f"{engine.url}/v1/models", timeout=10).json()["data"]

@@ -2,9 +2,9 @@
 
 usage: VENV/bin/python tests/real/tiny_model.py OUT_DIR
 
-600,000 parameters start in no time and fit two engines on two cores, and float32 on a CPU makes greedy output a
-function of the prompt alone, so answers of two engines can be compared to the byte. The weights come from one seed
-and are saved once: every engine must load the same file. A directory that is complete is left as it is.
+600,000 parameters start within a moment and fit two engines on two cores. float32 on a CPU makes greedy output a
+function of the prompt alone, so answers of two engines can be compared to the byte. The weights come from one seed and
+are saved once: every engine must load the same file. A directory that is complete is left unchanged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def corpus() -> list[str]:
 
 
 def save_tokenizer(out: Path) -> tuple[int, int, int]:
-    """Train and save a byte-level BPE tokenizer; gives its size, its end-of-sequence id and its padding id."""
+    """Train and save a byte-level BPE tokenizer; returns its size, its end-of-sequence id and its padding id."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,7 +87,7 @@ def save_weights(out: Path, vocab_size: int, eos: int, pad: int) -> None:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    # save_pretrained writes this file too, so only what is written last, below, means that the rest is there.
+    # save_pretrained writes this file too, so only what is written last, below, shows that the rest is complete.
     finished = out / "generation_config.json"
     if finished.exists() and json.loads(finished.read_text()).get("do_sample") is False:
         return
