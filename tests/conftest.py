@@ -1,12 +1,12 @@
-"""What all tests share: settings from nowhere but the test, property tests that repeat, and which tests are slow.
+"""What all tests share: settings that come from the test alone, property tests that repeat, and which tests are slow.
 
-**Property tests** draw the same examples each time, so that a red run is about the change at hand, and fewer of them
-where slow tests are left out. With
-PROPERTIES=random they draw new ones, from pytest's `--hypothesis-seed` (`make test-random`, which prints it).
+**Property tests** draw the same examples each time, so that a failure is about the change at hand, and fewer of them
+where slow tests are left out. With PROPERTIES=random they draw new ones, from pytest's `--hypothesis-seed` (`make
+test-random`, which prints it).
 
 **Cross products.** A test with several `parametrize` has each row of one with each row of the others. The everyday
-suite runs as many of these combinations as it takes to see every row once; the others are slow tests. Where the test is
-marked `cross_product`, it is every value of every parameter that is seen once.
+suite runs as many of these combinations as are needed to include every row once; the others are slow tests. Where the
+test is marked `cross_product`, every value of every parameter is included once instead.
 
 **Rows.** An asynchronous test of `STARTS_GATEWAYS` costs 20 to 60 ms of CPU for each of its rows, since each starts
 engines and a gateway. The everyday suite runs the first row and the last; those between are slow tests.
@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How long an example takes says nothing here but how busy the machine is.
+# How long an example takes depends on other load of the machine.
 settings.register_profile("same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.register_profile("quick", settings.get_profile("same"), max_examples=20)
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -36,29 +36,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart() -> None:
-    gc.disable()  # what is imported and collected stays
+    gc.disable()  # objects that are imported and collected stay
 
 
 def pytest_collection_finish() -> None:
-    # A full collection of garbage would look through all modules and all tests: half a second of whichever test it
-    # falls into, a hundred times in a run.
+    # A full collection of garbage would visit all modules and all tests: half a second in some test, a hundred times in
+    # a run.
     gc.freeze()
     gc.enable()
 
 
 def _unwanted(config: pytest.Config) -> set[str]:
-    """The terms of -m."""
+    """The terms of `-m`."""
     return {term.strip() for term in config.getoption("markexpr").split(" and ")}
 
 
-@pytest.hookimpl(optionalhook=True)  # for those who run pytest without xdist, to debug
+@pytest.hookimpl(optionalhook=True)  # optional, since pytest may be run without xdist, to debug
 def pytest_xdist_auto_num_workers() -> int:
     """Processes for `pytest -n auto`: one for each core that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Do not even read what -m takes nothing of: tests of real engines, and modules whose every test is slow."""
+    """Do not import modules of which `-m` selects nothing: tests of real engines, and modules whose every test is
+    slow."""
     unwanted = _unwanted(config)
     if "not real" in unwanted and collection_path == Path(__file__).parent / "real":
         return True
@@ -72,7 +73,7 @@ STARTS_GATEWAYS = ("tests/api/", "tests/contract/", "tests/flow/")
 _SLOW = re.compile(rb"^pytestmark = (\[|)pytest\.mark\.slow\b", re.MULTILINE)
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what the cross products have beyond each row, or each value, once."""
     products: dict[str, list[tuple[pytest.Item, set[tuple[str, str]]]]] = {}
@@ -98,7 +99,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _parts(item: pytest.Item) -> set[tuple[str, str]]:
-    """What one item of a cross product is made of; nothing for any other test."""
+    """The parameters of one item of a cross product; empty for any other test."""
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return set()
@@ -113,6 +114,6 @@ def _parts(item: pytest.Item) -> set[tuple[str, str]]:
     return {(",".join(names), repr([callspec.params.get(name) for name in names])) for names in tables}
 
 
-# Settings come from the environment too; a developer's own must not change what is tested.
+# Settings come from the environment too; a developer's own must not change the tests.
 for name in [name for name in os.environ if name.startswith("PD_PROXY_")]:
     del os.environ[name]

@@ -20,12 +20,12 @@ from pd_proxy.settings.tree import build_settings
 from pd_proxy_simulator import Simulator, SimulatorConfig
 
 OPERATOR = {"authorization": "Bearer operator"}
-"""With which tests do what operators may, where they set no keys themselves."""
+"""The key with which tests act as operators, where they set no keys themselves."""
 PROMPT = "The decode backend reads the cache of the prefill backend and goes on from there, token by token."
 
 
 class TestServer(uvicorn.Server):
-    """uvicorn without signal handlers, which leaves as soon as it may; `listening` is set once it accepts."""
+    """uvicorn without signal handlers and with a fast shutdown; `listening` is set once it accepts connections."""
 
     __test__ = False
 
@@ -86,12 +86,12 @@ class Running:
 
     @property
     def connections(self) -> list[GatewayProtocol]:
-        """Its clients' connections."""
+        """The connections of its clients."""
         return list(self.server.server_state.connections)  # type: ignore[arg-type]
 
     def idle(self) -> bool:
-        """Whether nothing is in flight: no request, no lease, no hand-off, no prompt that is to be computed or whose
-        answer is awaited."""
+        """Whether nothing is in flight: no request, no lease, no hand-off, and no prompt that is to be computed or
+        whose answer is awaited."""
         fleet, known = self.gateway.fleet, self.gateway.prompts.index._engines.values()
         counts = [(b.inflight_requests, b.inflight_tokens, len(b._leases), b.open_handoffs) for b in fleet]
         return (
@@ -103,8 +103,8 @@ class Running:
         )
 
     async def metrics(self) -> dict[str, float]:
-        """What /metrics has now: samples as `name{label="value",...}` with sorted labels. They are those of its
-        registry, since to write and to read the page costs more than most tests; tests of the page ask for it."""
+        """The samples of /metrics as `name{label="value",...}` with sorted labels. They are read from the registry,
+        since writing and parsing the page costs more than most tests; tests of the page itself request it."""
         found = {}
         for family in self.gateway.registry.collect():
             for sample in family.samples:
@@ -122,8 +122,9 @@ async def running_gateway(
     ready: bool = True,
     **more: Any,
 ) -> AsyncIterator[Running]:
-    """A gateway before backends. One that is down is probed often, and pairs are not warmed up; other settings as given
-    (`timeouts={"prefill": 1}`). Where no keys are set, its client is an operator (`admin_key=None`: nobody is)."""
+    """A gateway before backends. A backend that is down is probed often, and pairs are not warmed up; other settings
+    as given (`timeouts={"prefill": 1}`). Where no keys are set, its client is an operator (`admin_key=None`: no
+    client is)."""
     operated = not {"admin_key", "api_keys", "clients"} & more.keys()
     sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
     port = sock.getsockname()[1]
@@ -132,7 +133,7 @@ async def running_gateway(
         "decode": list(decode),
         "mixed": list(mixed),
         "port": 0,
-        "warmup": False,  # tests count what engines were asked
+        "warmup": False,  # tests count the requests of engines
         **({"admin_key": "operator"} if operated else {}),
         **more,
         "health": {"interval": 1.0, "timeout": 5.0, "longest_wait": 0.2, **more.get("health", {})},
@@ -183,8 +184,8 @@ async def pools(
 
 @contextmanager
 def stuck_backend() -> Iterator[str]:
-    """The URL of a backend whose listener takes no more connections, as of a host that has just lost its power:
-    connecting to it takes for ever."""
+    """The URL of a backend whose listener accepts no more connections, as a host that has just lost its power: a
+    connect to it never ends."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):
@@ -204,8 +205,8 @@ async def until(condition: Callable[[], bool], seconds: float = 30.0) -> float:
 
 
 async def soon(condition: Callable[[], bool], seconds: float) -> None:
-    """As `until`, for promises in time: a stall of the whole machine counts as 10 ms, so that only our own slowness can
-    break the promise."""
+    """As `until`, for bounds on time: a stall of the whole machine counts as 10 ms, so that only the tested code can
+    exceed the bound."""
     used = 0.0
     while not condition():
         assert used < seconds, f"the condition did not come true within {seconds} s"

@@ -23,7 +23,8 @@ PAGE = REPOSITORY / "docs" / "architecture.md"
 
 
 def the_table() -> dict[str, set[str]]:
-    """Package -> what it may import besides itself and what all may, as the table of docs/architecture.md says."""
+    """Package -> the packages it may import besides itself and the common ones, from the table of
+    docs/architecture.md."""
     section = PAGE.read_text(encoding="utf-8").partition("## Packages\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     return {row[0].strip("`"): set(re.findall(r"`([a-z_.]+)`", row[2])) for row in rows[2:]}
@@ -57,12 +58,12 @@ FORBIDDEN_WITHOUT_IO = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What the tests here ask of one file, from one look at its syntax tree.
+    """What the tests here need to know of one file, from one pass over its syntax tree.
 
     Attributes:
         imports: line and full name of every module that it imports, wherever in it.
-        attributes: every name that stands behind a dot.
-        longest: the lines of its longest function, from `def` to the last one.
+        attributes: every name after a dot.
+        longest: the lines of its longest function, from `def` to its last line.
     """
 
     imports: list[tuple[int, str]]
@@ -104,24 +105,24 @@ def _imports(file: Path, nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
                     yield node.lineno, f"{base}.{alias.name}"
 
 
-def room(file: Path) -> str:
+def package_of(file: Path) -> str:
     return file.relative_to(ROOT).with_suffix("").parts[0]
 
 
 FILES = sorted(ROOT.rglob("*.py"))
 
 
-def test_every_file_is_in_a_room() -> None:
-    assert {room(file) for file in FILES} == MAY_IMPORT.keys() | {"__init__"}
+def test_every_file_is_in_a_package_of_the_table() -> None:
+    assert {package_of(file) for file in FILES} == MAY_IMPORT.keys() | {"__init__"}
 
 
 @pytest.mark.parametrize("here", sorted(MAY_IMPORT))
-def test_a_room_imports_only_what_it_may(here: str) -> None:
+def test_a_package_imports_only_what_the_table_allows(here: str) -> None:
     allowed = {f"pd_proxy.{name}" for name in MAY_IMPORT[here] | {here, "decoding", "encoding", "transitions"}}
     wrong = [
         f"{file.relative_to(ROOT.parent)}:{line} imports {name}"
         for file in FILES
-        if room(file) == here
+        if package_of(file) == here
         for line, name in imports(file)
         if name.startswith("pd_proxy.") and not any(name == good or name.startswith(f"{good}.") for good in allowed)
     ]
@@ -129,8 +130,8 @@ def test_a_room_imports_only_what_it_may(here: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["handoff", "placement", "prefix", "requests"])
-def test_rooms_without_io_import_nothing_that_has_any(name: str) -> None:
-    files = [file for file in FILES if room(file) == name]
+def test_packages_without_io_import_nothing_that_has_io(name: str) -> None:
+    files = [file for file in FILES if package_of(file) == name]
     assert len(files) > 2
     wrong = [
         f"{file.relative_to(ROOT.parent)}:{line} imports {module}"
@@ -141,10 +142,10 @@ def test_rooms_without_io_import_nothing_that_has_any(name: str) -> None:
     assert wrong == []
 
 
-def test_engines_are_asked_by_the_legs_client_and_the_control_planes_and_nothing_else() -> None:
-    """Each bounds what an engine may do to who asks: in time, in bytes, without inflating, without redirects."""
+def test_only_the_clients_of_legs_and_of_the_control_plane_send_requests_to_engines() -> None:
+    """Each of these clients bounds what an engine can cost: in time, in bytes, without inflating, without redirects."""
     clients = {"httpx", "aiohttp", "requests", "urllib3", "urllib.request", "http.client", "httpcore"}
-    files = [file for file in FILES if file.stem != "container_health"]  # which asks the gateway
+    files = [file for file in FILES if file.stem != "container_health"]  # it asks the gateway
     found = {
         (str(file.relative_to(ROOT)), module)
         for file in files
@@ -175,7 +176,7 @@ def test_the_simulator_shares_nothing_with_the_gateway_but_the_decoder() -> None
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Imports for type checkers alone count too: the reader follows them all the same."""
+    """Imports for type checkers alone count too, since a reader follows them as well."""
     names = {
         ".".join(("pd_proxy", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
         for file in FILES
@@ -187,7 +188,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
-    """The modules that one leads to by imports; itself where they lead back."""
+    """The modules that one leads to by imports, including itself where they lead back to it."""
     found: set[str] = set()
     ahead = set(graph[start])
     while ahead:
@@ -223,7 +224,8 @@ def path_in_proxy(file: Path) -> str:
 
 
 def test_no_rule_about_functions_is_ignored_in_a_file_that_keeps_it() -> None:
-    """pyproject.toml names the files with functions that are too complex or too long; here ruff says which are."""
+    """pyproject.toml names the files with functions that are too complex or too long; ruff tells here which
+    functions are."""
     ruff = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
     limits = [
         f"lint.mccabe.max-complexity={ruff['mccabe']['max-complexity']}",
@@ -239,11 +241,11 @@ def test_no_rule_about_functions_is_ignored_in_a_file_that_keeps_it() -> None:
     assert ignored == found
 
 
-def test_outside_telemetry_only_its_records_are_known() -> None:
+def test_outside_telemetry_only_its_records_are_imported() -> None:
     wrong = [
         f"{file.relative_to(ROOT.parent)}:{line} imports {module}"
         for file in FILES
-        if room(file) not in {"telemetry", "app", "cli", "workers"}
+        if package_of(file) not in {"telemetry", "app", "cli", "workers"}
         for line, module in imports(file)
         if module.startswith("pd_proxy.telemetry.") and not module.startswith("pd_proxy.telemetry.records")
     ]

@@ -37,7 +37,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], served: list[Settings]) -> Run:
-    """Runs a command; gives exit status, output and errors."""
+    """Runs a command; returns its exit status, output and errors."""
 
     def run(*argv: object) -> tuple[int, str, str]:
         try:
@@ -53,7 +53,7 @@ def run(capsys: pytest.CaptureFixture[str], served: list[Settings]) -> Run:
 # check
 
 
-def test_check_says_what_a_good_file_holds(run: Run, tmp_path: Path) -> None:
+def test_check_of_a_good_file_prints_a_summary(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "good.yaml"
     file.write_text("prefill: [a:1, b:1]\ndecode: [c:1]\nport: 9000\nconnector: mooncake_ascend\n")
     assert run("check", file) == (
@@ -63,7 +63,7 @@ def test_check_says_what_a_good_file_holds(run: Run, tmp_path: Path) -> None:
     )
 
 
-def test_check_says_what_each_group_holds(run: Run, tmp_path: Path) -> None:
+def test_check_prints_a_summary_of_each_group(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "good.yaml"
     group = "{name: small, connector: auto, prefill: [p:1], decode: [d:1]}"
     file.write_text(f"prefill: [a:1]\ndecode: [c:1]\ngroups:\n  - {group}\n  - {{name: spare, mixed: [m:1]}}\n")
@@ -75,7 +75,7 @@ def test_check_says_what_each_group_holds(run: Run, tmp_path: Path) -> None:
     assert run("check", file) == (0, "".join(f"{file}: good. {line}\n" for line in lines), "")
 
 
-def test_check_says_in_which_line_a_group_or_an_alias_is_wrong(run: Run, tmp_path: Path) -> None:
+def test_check_reports_the_line_of_a_wrong_group_or_alias(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_text(
         "groups:\n  - name: small\n    conector: nixl\n  - name: other\n    prefill: [a:b]\naliases:\n  a: 7\n"
@@ -89,7 +89,7 @@ def test_check_says_in_which_line_a_group_or_an_alias_is_wrong(run: Run, tmp_pat
     ]
 
 
-def test_check_of_a_wrong_file_says_where_and_exits_with_2(run: Run, tmp_path: Path) -> None:
+def test_check_of_a_wrong_file_reports_the_line_and_exits_with_2(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_text("port: 9000\ntimeouts:\n  idel: 1\nlog_level: loud\n")
     status, out, err = run("check", file)
@@ -142,7 +142,7 @@ def test_every_setting_is_a_flag_in_kebab_case(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, _ in leaves() if "_" in name])
-def test_underscores_in_a_flag_are_as_good_as_hyphens(name: str) -> None:
+def test_a_flag_may_have_underscores_for_hyphens(name: str) -> None:
     given = [flags.in_kebab_case([f"--{written}=a_b", "c_d"]) for written in (name, name.replace("_", "-"))]
     assert given == [[f"--{name.replace('_', '-')}=a_b", "c_d"]] * 2
 
@@ -222,9 +222,7 @@ def test_an_unknown_or_abbreviated_flag_is_refused(run: Run, served: list[Settin
         ("--prefill a:1 --decode b:1", "pd-proxy serve --prefill"),
     ],
 )
-def test_what_is_unknown_is_said_with_what_it_may_have_meant(
-    run: Run, served: list[Settings], argv: str, meant: str
-) -> None:
+def test_an_unknown_name_is_reported_with_a_suggestion(run: Run, served: list[Settings], argv: str, meant: str) -> None:
     status, out, err = run(*argv.split())
     assert (status, out) == (2, "")
     assert f"(did you mean {meant}" in err
@@ -246,7 +244,7 @@ def test_an_address_that_is_taken_exits_with_1(
 # config
 
 
-def test_config_shows_what_is_in_force_and_where_it_comes_from(run: Run, tmp_path: Path) -> None:
+def test_config_shows_the_settings_in_force_with_their_sources(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "gateway.yaml"
     file.write_text("port: 9000\nadmin_key: hush\n")
     status, out, err = run("config", "--config", file, "--log-level", "debug", "--changed")
@@ -273,7 +271,7 @@ def test_config_of_wrong_settings_exits_with_2(run: Run) -> None:
     )
 
 
-def test_check_warns_and_is_strict_where_it_is_told_to(run: Run, tmp_path: Path) -> None:
+def test_check_prints_warnings_and_with_strict_they_are_errors(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "gateway.yaml"
     file.write_text("host: 0.0.0.0\nmixed: [a:1]\n")
     for more, expected in (([], 0), (["--strict"], 1)):
@@ -283,10 +281,10 @@ def test_check_warns_and_is_strict_where_it_is_told_to(run: Run, tmp_path: Path)
         assert err.startswith(f"pd-proxy: warning: {file}:1: host: clients need no key")
 
 
-# What is said at the start
+# Log lines at the start
 
 
-def test_the_first_line_says_the_version_and_what_is_not_default(
+def test_the_first_line_has_the_version_and_the_settings_that_are_not_defaults(
     run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PD_PROXY_ADMIN_KEY", "hush")
@@ -315,7 +313,7 @@ def test_the_first_line_says_the_version_and_what_is_not_default(
         ('--clients [{"name":"a","key":"env:A"}]', []),
     ],
 )
-def test_a_secret_that_is_typed_as_a_flag_is_warned_of_without_it(
+def test_a_secret_given_as_a_flag_gets_a_warning_without_the_secret(
     run: Run,
     served: list[Settings],
     caplog: pytest.LogCaptureFixture,
@@ -353,7 +351,7 @@ HELP = [[], ["serve"], ["check"], ["config"], ["simulate"]]
 
 
 @pytest.mark.parametrize("command", [*HELP, ["serve", "all"], *(["serve", s.title] for s in flags.sections())])
-def test_help_is_there_and_fits_a_terminal(run: Run, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_fits_a_terminal(run: Run, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     status, out, err = run(*command[:1], "--help", *command[1:])
     assert (status, err) == (0, "")
@@ -387,7 +385,7 @@ def test_each_setting_is_in_one_section() -> None:
     assert sorted(listed) == sorted(name for name, _ in leaves())
 
 
-def test_help_says_what_each_setting_is_and_its_default(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_has_the_description_and_the_default_of_each_setting(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     text = " ".join(run("serve", "--help", "all")[1].split())
     for _, field in leaves():
@@ -396,18 +394,18 @@ def test_help_says_what_each_setting_is_and_its_default(run: Run, monkeypatch: p
     assert "auto|least_loaded|prefix|session|round_robin|random|power_of_two" in text
 
 
-def test_version_is_said(run: Run) -> None:
+def test_the_version_is_printed(run: Run) -> None:
     assert run("--version") == (0, f"pd-proxy {__version__}\n", "")
 
 
 @pytest.mark.parametrize("argv", [[], ["serf"]])
-def test_no_command_or_a_wrong_one_is_refused(run: Run, argv: list[str]) -> None:
+def test_a_missing_or_wrong_command_is_refused(run: Run, argv: list[str]) -> None:
     status, _, err = run(*argv)
     assert status == 2
     assert "serve | check | config | doctor" in err
 
 
-def test_a_gateway_does_without_the_simulators_code(tmp_path: Path) -> None:
+def test_a_gateway_does_not_import_the_simulator(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("port: 1\n")
     said = (
         "import sys; from pd_proxy.cli import main; main(sys.argv[1:]); "

@@ -1,4 +1,4 @@
-"""The boundary where bytes from outside become values, and that there is no other."""
+"""The boundary where bytes from outside become values, and that no other module decodes."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("name", [name for name in BAD_JSON if "in a name" not in name])  # of members unread
-def test_whatever_is_wrong_with_json_is_one_error(name: str) -> None:
+def test_any_defect_of_json_is_one_error(name: str) -> None:
     with pytest.raises(Undecodable):
         json_decoder(Point)(BAD_JSON[name])
 
 
 @pytest.mark.parametrize("name", [name for name in BAD_JSON if name not in ("a float for an integer", "another type")])
-def test_whatever_is_wrong_with_json_of_any_type_is_one_error(name: str) -> None:
+def test_any_defect_of_json_of_any_type_is_one_error(name: str) -> None:
     with pytest.raises(Undecodable):
         decode_json(BAD_JSON[name])
 
 
 @pytest.mark.parametrize("name", ["nothing", "cut", "no JSON", "deep lists", "a number of 5,000 digits"])
-def test_whatever_pythons_json_cannot_read_is_the_same_error(name: str) -> None:
+def test_any_input_that_pythons_json_cannot_read_is_the_same_error(name: str) -> None:
     with pytest.raises(Undecodable):
         decode_python_json(BAD_JSON[name])
 
@@ -82,7 +82,7 @@ def test_text_that_cannot_be_encoded_is_the_same_error() -> None:
     ],
     ids=["nothing", "cut", "a byte that is no UTF-8", "deep", "another type", "no msgpack"],
 )
-def test_whatever_is_wrong_with_msgpack_is_one_error(raw: bytes) -> None:
+def test_any_defect_of_msgpack_is_one_error(raw: bytes) -> None:
     with pytest.raises(Undecodable):
         msgpack_decoder(Point)(raw)
     with pytest.raises(Undecodable):
@@ -97,7 +97,7 @@ def test_text_is_utf_8_or_the_same_error() -> None:
         decode_text(b"caf\xc3\xa9", "ascii")
 
 
-def test_what_is_of_another_type_can_be_told_from_what_is_not_json() -> None:
+def test_a_wrong_type_can_be_distinguished_from_invalid_json() -> None:
     with pytest.raises(WrongShape, match=r"Expected `int`, got `str` - at `\$\.x`"):
         json_decoder(Point)(b'{"x":"1"}')
     with pytest.raises(Undecodable, match="truncated") as caught:
@@ -105,7 +105,7 @@ def test_what_is_of_another_type_can_be_told_from_what_is_not_json() -> None:
     assert not isinstance(caught.value, WrongShape)
 
 
-def test_what_is_right_is_decoded() -> None:
+def test_valid_input_is_decoded() -> None:
     assert json_decoder(Point)(b'{"x":1,"name":"caf\xc3\xa9"}') == Point(1, "caf\u00e9")
     assert msgpack_decoder(Point)(b"\x81\xa1x\x05") == Point(5)
     assert decode_json(b'[1,"a",null]') == [1, "a", None]
@@ -119,13 +119,13 @@ DECODERS = {"json.loads", "json.load", "json.JSONDecoder"} | {
     f"msgspec.{form}.{name}" for form in ("json", "msgpack", "yaml", "toml") for name in ("decode", "Decoder")
 }
 MADE_HERE = {"b64encode", "encode", "generate_latest"}
-"""Functions whose bytes are the gateway's own, and ASCII or UTF-8 for certain."""
+"""Functions whose bytes are the gateway's own, and certainly ASCII or UTF-8."""
 OWN_VOCABULARY = {"pd_proxy_simulator/text.py", "pd_proxy_simulator/tokens.py"}
-"""Modules that decode the simulator's own tokens, of which some are no whole character on purpose."""
+"""Modules that decode the simulator's own tokens, some of which are no whole character on purpose."""
 
 
 def decoders(tree: ast.AST, *, text: bool = True) -> Iterator[str]:
-    """Each use of a decoder that may raise what is not `Undecodable`."""
+    """Each use of a decoder that may raise anything but `Undecodable`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("json", "msgspec", "pickle"):
             names = {alias.name for alias in node.names} & {"load", "loads", "decode", "Decoder", "json", "msgpack"}
@@ -143,7 +143,7 @@ def decoders(tree: ast.AST, *, text: bool = True) -> Iterator[str]:
 
 
 def _decodes_text(call: ast.Call) -> bool:
-    """Whether a call makes text of bytes, and fails where they are none in that encoding."""
+    """Whether a call decodes bytes as text, and fails where they are invalid in that encoding."""
     function = call.func
     given: list[Any] = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
     given += [word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)]
@@ -152,7 +152,7 @@ def _decodes_text(call: ast.Call) -> bool:
     if not isinstance(function, ast.Attribute) or function.attr != "decode":
         return False
     if len(given) < len(call.args) + len(call.keywords):
-        return False  # a method of ours, with values
+        return False  # a method of a class in this package, called with values
     source = function.value
     if isinstance(source, ast.Call):
         made = source.func.attr if isinstance(source.func, ast.Attribute) else getattr(source.func, "id", "")
@@ -172,7 +172,7 @@ def test_no_other_module_calls_a_decoder() -> None:
 
 
 def unguarded(tree: ast.Module) -> Iterator[str]:
-    """Each use of a bare decoder outside a `try` that catches all it may raise."""
+    """Each use of a bare decoder outside a `try` that catches everything it may raise."""
     bare = {
         target.id
         for node in tree.body
@@ -199,7 +199,7 @@ def unguarded(tree: ast.Module) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_whoever_uses_a_bare_decoder_catches_whatever_it_raises() -> None:
+def test_every_use_of_a_bare_decoder_catches_everything_it_raises() -> None:
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(ROOT.rglob("*.py"))}
     assert [f"{file.relative_to(ROOT)}:{use}" for file, tree in trees.items() for use in unguarded(tree)] == []
     source = "read = bare_json_decoder(int)\ntry:\n    read(x)\nexcept {}:\n    pass\n"
@@ -249,5 +249,5 @@ def test_the_check_sees_decoders_of_every_form(source: str) -> None:
         "str(error)",
     ],
 )
-def test_the_check_lets_pass_what_cannot_fail(source: str) -> None:
+def test_the_check_accepts_calls_that_cannot_fail(source: str) -> None:
     assert list(decoders(ast.parse(source))) == []

@@ -1,4 +1,4 @@
-"""Starting a gateway that engines are to tell something: what it lacks is said, and it ends."""
+"""Starting a gateway that receives messages from engines: what it lacks is reported, and it ends."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ ARGUMENTS = "['serve', '--port=0', '--connector=p2p_nccl', '--zmq.registrations=
 
 
 def started(where: str, before: str = "pass") -> subprocess.CompletedProcess[str]:
-    """What came of a gateway that listens for registrations at an address."""
+    """Start a gateway that listens for registrations at an address; returns how that ended."""
     program = f"import sys; {before}; from pd_proxy.cli import main; sys.exit(main({ARGUMENTS.format(where)}))"
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.slow
-def test_without_pyzmq_it_says_what_to_install_and_ends() -> None:
+def test_without_pyzmq_the_gateway_says_what_to_install_and_ends() -> None:
     ended = started("127.0.0.1:1", "sys.modules['zmq'] = None")
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].endswith("pip install pd-proxy[zmq]")
 
 
 @pytest.mark.slow
-def test_an_address_that_is_taken_is_named_and_ends_the_start() -> None:
+def test_a_taken_address_is_named_and_ends_the_start() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         where = f"127.0.0.1:{taken.getsockname()[1]}"
         ended = started(where)

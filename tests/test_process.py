@@ -1,4 +1,4 @@
-"""The process: how it starts, and how it leaves."""
+"""The process: how it starts, and how it stops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 class Process:
-    """A `pd-proxy serve` of its own."""
+    """A `pd-proxy serve` process."""
 
     def __init__(self, process: asyncio.subprocess.Process, url: str, log: list[str]) -> None:
         self.process = process
@@ -97,7 +97,7 @@ async def test_sigterm_lets_running_streams_finish_and_exits_0() -> None:
         assert await gateway.status() == 0
 
 
-async def test_streams_that_outlast_the_grace_are_told_so() -> None:
+async def test_streams_that_outlast_the_grace_end_with_an_error() -> None:
     async with (
         simulators("prefill", "decode", step_time=0.02) as [p, d],
         served("--prefill", p.url, "--decode", d.url, "--shutdown.grace", "0.3") as gateway,
@@ -114,7 +114,7 @@ async def test_streams_that_outlast_the_grace_are_told_so() -> None:
         await until(lambda: d.engine.running == 0)
 
 
-async def test_it_leaves_at_once_when_idle_and_on_ctrl_c() -> None:
+async def test_an_idle_gateway_stops_at_once_and_so_does_ctrl_c() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         async with served("--decode", "http://127.0.0.1:9") as gateway:
             gateway.signal(number)
@@ -134,7 +134,7 @@ async def test_metrics_can_have_a_port_of_their_own() -> None:
             assert (await http.get(f"{gateway.url}/metrics")).status_code == 404
 
 
-async def test_a_taken_port_is_said_in_one_line() -> None:
+async def test_a_taken_port_is_reported_in_one_line() -> None:
     async with served("--decode", "http://127.0.0.1:9") as gateway:
         port = gateway.url.rsplit(":", 1)[1]
         second = await asyncio.create_subprocess_exec(
@@ -147,7 +147,7 @@ async def test_a_taken_port_is_said_in_one_line() -> None:
         assert line.endswith(f" error   pd_proxy: cannot listen on 127.0.0.1:{port}: Address already in use")
 
 
-async def test_a_process_without_files_left_neither_dies_nor_spins_and_serves_again() -> None:
+async def test_a_process_without_free_files_neither_dies_nor_spins_and_serves_again() -> None:
     async with (
         simulators("prefill", "decode") as [p, d],
         served("--prefill", p.url, "--decode", d.url, "--limits.connections", "1000", files=100) as gateway,
@@ -158,7 +158,7 @@ async def test_a_process_without_files_left_neither_dies_nor_spins_and_serves_ag
         port = int(gateway.url.rsplit(":", 1)[1])
         crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
         before = cpu_seconds(gateway.process.pid)
-        await asyncio.sleep(1)  # in which it must not be busy
+        await asyncio.sleep(1)  # it must not be busy meanwhile
         assert cpu_seconds(gateway.process.pid) - before < 0.5
         for client in crowd:
             client.close()
@@ -167,7 +167,7 @@ async def test_a_process_without_files_left_neither_dies_nor_spins_and_serves_ag
             assert (await http.post(CHAT, json=chat())).status_code == 200
 
 
-async def test_idle_connections_take_neither_the_probes_nor_the_port_of_the_metrics_down() -> None:
+async def test_idle_connections_block_neither_the_probes_nor_the_port_of_the_metrics() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         metrics = free.getsockname()[1]
     async with (
@@ -182,23 +182,23 @@ async def test_idle_connections_take_neither_the_probes_nor_the_port_of_the_metr
         before = cpu_seconds(gateway.process.pid)
         pages = (f"{gateway.url}/health", f"{gateway.url}/admin/backends", f"http://127.0.0.1:{metrics}/metrics")
         for _ in range(3):
-            for page in pages:  # on new connections each, as probes are
+            for page in pages:  # each on a new connection, as probes are
                 async with httpx.AsyncClient(headers=OPERATOR, timeout=30, trust_env=False, verify=False) as http:
                     assert (await http.get(page)).status_code == 200
-        await asyncio.sleep(1)  # in which it must not be busy
+        await asyncio.sleep(1)  # it must not be busy meanwhile
         assert cpu_seconds(gateway.process.pid) - before < 1
         files = len(list(Path(f"/proc/{gateway.process.pid}/fd").iterdir()))
         assert files < 256 - 2 * 42, "none are left for the legs of streams on all the connections"
         async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as http:
             answers = [await http.post(CHAT, json=chat())]
-            while answers[-1].status_code == 503:  # until some have been idle for long enough to make room
+            while answers[-1].status_code == 503:  # until some connections have been idle for long enough to be closed
                 answers.append(await http.post(CHAT, json=chat()))
             assert answers[-1].status_code == 200
         for client in crowd:
             client.close()
 
 
-async def test_by_default_connections_end_before_files_do() -> None:
+async def test_by_default_the_limit_on_connections_is_reached_before_the_limit_on_files() -> None:
     async with (
         simulators("prefill", "decode") as [p, d],
         served("--prefill", p.url, "--decode", d.url, files=200) as gateway,
@@ -207,7 +207,7 @@ async def test_by_default_connections_end_before_files_do() -> None:
         await ready(http)
         port = int(gateway.url.rsplit(":", 1)[1])
         crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
-        # 24 may be open, and 16 beyond them are heard.
+        # 24 may be open, and 16 more are accepted.
         assert (await http.post(CHAT, json=chat())).status_code == 200
         metrics = (await http.get("/metrics")).text
         assert "pd_proxy_client_connections 40.0" in metrics
@@ -224,7 +224,7 @@ def cpu_seconds(pid: int) -> float:
 
 @asynccontextmanager
 async def unread(*flags: str) -> AsyncIterator[Process]:
-    """A gateway of whose standard error only what it says at its start is read. The pipe holds a dozen lines."""
+    """A gateway whose standard error is read only while it starts. The pipe holds a dozen lines."""
     end, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     process = await asyncio.create_subprocess_exec(
@@ -245,7 +245,7 @@ async def unread(*flags: str) -> AsyncIterator[Process]:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-async def test_a_standard_error_that_nobody_reads_stops_neither_requests_nor_the_end(workers: str) -> None:
+async def test_an_unread_standard_error_stops_neither_requests_nor_the_end_of_the_process(workers: str) -> None:
     flags = ("--access_log", "--log_level", "debug", "--workers", workers, "--shutdown.delay", "0")
     async with (
         simulators("prefill", "decode") as [p, d],
@@ -256,13 +256,14 @@ async def test_a_standard_error_that_nobody_reads_stops_neither_requests_nor_the
         for _ in range(60):
             assert (await http.post(CHAT, json=chat(max_tokens=2))).status_code == 200
         d.faults.add("status", status=500)
-        failing = [http.post(CHAT, json=chat(max_tokens=2)) for _ in range(20)]  # lines with or without an access log
+        # each writes a line, with or without an access log
+        failing = [http.post(CHAT, json=chat(max_tokens=2)) for _ in range(20)]
         assert all(answer.status_code >= 500 for answer in await asyncio.gather(*failing))
         gateway.signal(signal.SIGTERM)
         assert await gateway.status() == 0
 
 
-async def test_a_reader_of_standard_error_that_has_gone_stops_nothing() -> None:
+async def test_a_closed_standard_error_stops_nothing() -> None:
     end, writing = os.pipe()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "pd_proxy.cli", "serve", "--port", "0", "--access_log", stderr=writing,
@@ -286,7 +287,7 @@ async def test_a_reader_of_standard_error_that_has_gone_stops_nothing() -> None:
             await process.wait()
 
 
-async def test_operators_are_served_at_a_socket_of_their_own_which_goes_with_the_process(tmp_path: Path) -> None:
+async def test_operators_are_served_at_a_socket_of_their_own_which_is_removed_with_the_process(tmp_path: Path) -> None:
     path = tmp_path / "admin.sock"
     async with (
         simulators("mixed", "mixed") as [one, other],
@@ -300,7 +301,7 @@ async def test_operators_are_served_at_a_socket_of_their_own_which_goes_with_the
         change = {"type": "mixed", "instances": [other.url]}
         assert (await http.post("/instances/add", json=change)).status_code == 403
         assert (await operator.post("/instances/add", json=change)).status_code == 200
-        for _ in range(6):  # whichever worker answers
+        for _ in range(6):  # so that every worker may answer once
             async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False, verify=False) as client:
                 listed = (await client.get("/admin/backends")).json()["backends"]
                 assert [backend["url"] for backend in listed] == [one.url, other.url]
@@ -309,7 +310,7 @@ async def test_operators_are_served_at_a_socket_of_their_own_which_goes_with_the
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_where_operators_lack_something_the_log_says_so_at_the_start() -> None:
+async def test_missing_settings_for_operators_are_logged_at_the_start() -> None:
     async with served("--host", "0.0.0.0") as gateway:
         await until(lambda: any("reverse proxy" in line for line in gateway.log))
         assert any("/instances/add and what else changes the gateway is refused" in line for line in gateway.log)
@@ -318,7 +319,7 @@ async def test_where_operators_lack_something_the_log_says_so_at_the_start() -> 
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-async def test_signals_that_mean_nothing_to_it_are_logged_and_cut_no_stream(workers: str) -> None:
+async def test_ignored_signals_are_logged_and_cut_no_stream(workers: str) -> None:
     async with (
         simulators("prefill", "decode", step_time=0.02) as [p, d],
         served("--workers", workers, "--prefill", p.url, "--decode", d.url) as gateway,

@@ -29,7 +29,7 @@ COMPLETIONS = "/v1/completions"
 
 
 def accepted(listener: socket.socket) -> int:
-    """How many connections wait in a listening socket; takes them."""
+    """Accept the connections that wait in a listening socket; returns how many there were."""
     listener.setblocking(False)
     count = 0
     with contextlib.suppress(BlockingIOError):
@@ -39,7 +39,7 @@ def accepted(listener: socket.socket) -> int:
     return count
 
 
-def test_the_newest_socket_gets_all_connections_and_what_is_left_shares_them_again() -> None:
+def test_the_newest_socket_gets_all_connections_and_after_its_end_the_others_share_them() -> None:
     listeners = [bind("127.0.0.1", 0, reuse=True, timeout=60)]
     port = listeners[0].socket.getsockname()[1]
     address = ("127.0.0.1", port)
@@ -75,14 +75,14 @@ def test_a_socket_that_nobody_shares_listens_at_once() -> None:
         socket.create_connection(listener.socket.getsockname()).close()
 
 
-def test_a_vanished_client_and_one_that_reads_nothing_are_the_kernels_business_too() -> None:
+def test_the_kernel_ends_connections_of_vanished_clients_and_of_clients_that_read_nothing() -> None:
     listener = bind("127.0.0.1", 0, reuse=False, timeout=7).socket
     with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
 
 
-def test_connections_are_as_many_as_streams_find_files() -> None:
+def test_the_limit_on_connections_follows_from_the_files_that_streams_need() -> None:
     assert connection_limit(1024) == 298
     assert connection_limit(20_000) == 6624
     assert connection_limit(64) == 16
@@ -93,7 +93,7 @@ def test_connections_are_as_many_as_streams_find_files() -> None:
 
 @dataclass
 class Process:
-    """A `pd-proxy serve` of its own."""
+    """A `pd-proxy serve` process."""
 
     process: asyncio.subprocess.Process
     log: list[str] = field(default_factory=list)
@@ -158,11 +158,11 @@ async def ready(url: str) -> None:
 
 
 class Traffic:
-    """A steady stream of requests, each on a connection of its own, and clients that keep theirs.
+    """A steady stream of requests, each on a connection of its own, and clients that keep theirs open.
 
     Attributes:
-        outcomes: how requests ended: "ok", or what went wrong.
-        texts: what the streams said.
+        outcomes: how requests ended: "ok", or an error.
+        texts: the texts of the streams.
     """
 
     def __init__(self, url: str) -> None:
@@ -213,7 +213,7 @@ class Traffic:
 async def restart_under_load(
     url: str, old: Process, start_new: Callable[[], contextlib.AbstractAsyncContextManager[Process]]
 ) -> tuple[Traffic, Traffic]:
-    """Replaces `old` by a new process while requests and streams go on; returns what they met before and after."""
+    """Replaces `old` by a new process while requests and streams go on; returns their outcomes before and after."""
     await ready(url)
     traffic, after = Traffic(url), Traffic(url)
     traffic.start(kept_alive=6, pause=0.01)
@@ -304,7 +304,7 @@ def connections_to(port: int) -> int:
 
 
 @pytest.mark.slow
-async def test_a_new_process_that_could_not_serve_leaves_the_clients_where_they_are() -> None:
+async def test_a_new_process_that_cannot_serve_takes_no_clients_from_the_old_one() -> None:
     async with simulators("prefill", "decode") as [p, d]:
         flags = ["--decode", d.url, "--health.interval", "0.1", "--port"]
         async with gateway("--prefill", p.url, *flags, "0", "--reuse-port") as old:
@@ -321,7 +321,7 @@ async def test_a_new_process_that_could_not_serve_leaves_the_clients_where_they_
 
 
 @pytest.mark.slow
-async def test_without_the_setting_the_port_is_taken_for_both() -> None:
+async def test_without_the_setting_a_second_process_cannot_listen_on_the_port() -> None:
     async with gateway("--decode", "http://127.0.0.1:9", "--port", "0") as first:
         await until(first.listens, 20)
         for flag in ([], ["--reuse-port"]):
@@ -332,7 +332,7 @@ async def test_without_the_setting_the_port_is_taken_for_both() -> None:
 
 
 @pytest.mark.slow
-async def test_what_is_passed_and_is_no_listening_socket_is_said_in_one_line() -> None:
+async def test_an_inherited_file_that_is_no_listening_socket_is_reported_in_one_line() -> None:
     with socket.socket() as quiet:
         async with gateway("--decode", "http://127.0.0.1:9", inherit=quiet) as process:
             async with asyncio.timeout(20):
@@ -342,7 +342,7 @@ async def test_what_is_passed_and_is_no_listening_socket_is_said_in_one_line() -
 
 
 @pytest.mark.slow
-async def test_systemd_is_told_when_it_is_ready_and_when_it_leaves(tmp_path: Path) -> None:
+async def test_systemd_is_notified_when_the_gateway_is_ready_and_when_it_stops(tmp_path: Path) -> None:
     path = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(path)
@@ -357,7 +357,7 @@ async def test_systemd_is_told_when_it_is_ready_and_when_it_leaves(tmp_path: Pat
 
 @pytest.mark.slow
 async def test_a_client_that_still_reads_its_answer_is_waited_for() -> None:
-    """Its request ended long ago; what it has not taken yet would end with the process."""
+    """Its request ended long ago; the unread rest of its answer would be lost with the process."""
     async with (
         simulators("prefill", "decode") as [p, d],
         gateway("--prefill", p.url, "--decode", d.url, "--port", "0") as process,
@@ -377,7 +377,7 @@ async def test_a_client_that_still_reads_its_answer_is_waited_for() -> None:
                 length = int(answer.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
                 assert length > 1_000_000
                 leaving = asyncio.create_task(process.leave())
-                await asyncio.sleep(7)  # longer than what is forced at the end
+                await asyncio.sleep(7)  # longer than the forced end takes
                 while data := await loop.sock_recv(sock, 1 << 20):
                     answer += data
         assert len(answer.partition(b"\r\n\r\n")[2]) == length
