@@ -1,4 +1,4 @@
-"""The address of an engine, and connecting to it."""
+"""The address of an engine, and how a connection to it is made."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Address(msgspec.Struct, frozen=True):
     Attributes:
         tls: the URL is of https.
         prefix: the URL's path, which is put before the path of each request.
-        authority: what the host header says.
+        authority: the value of the host header.
     """
 
     host: str
@@ -35,7 +35,7 @@ class Address(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """The address that a URL has.
+        """The address in a URL.
 
         Raises:
             ValueError: its port is not a port, or its host is not a host.
@@ -53,11 +53,11 @@ class Address(msgspec.Struct, frozen=True):
 async def connect(
     address: Address, make: Callable[[], P], seconds: float, trust: ssl.SSLContext | None
 ) -> tuple[asyncio.Transport, P]:
-    """Connect.
+    """Make a connection.
 
     Arguments:
-        make: makes the protocol of the connection.
-        trust: what certificates are checked against; None for a connection without TLS.
+        make: returns the connection's protocol.
+        trust: the certificates that the engine's is checked against; None for a connection without TLS.
     Raises:
         BackendUnreachable: the connection was not made within `seconds`. The message says why, without the address.
     """

@@ -1,4 +1,4 @@
-"""An answer of an engine, in one piece."""
+"""A receiver that collects an engine's whole answer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pd_proxy.http.deadlines import Deadlines
 
 
 class Collected:
-    """A receiver that waits for the whole answer.
+    """A receiver that collects the whole answer.
 
     Arguments:
-        url: the backend, for messages.
-        limit: bytes.
-        loop: the running one, for those who know it.
+        url: of the backend, for messages.
+        limit: bytes of the body.
+        loop: the running event loop, if the caller has it at hand.
     Attributes:
-        status, headers, body: valid once `wait` has returned.
+        connection: that of the exchange, until it is over; set by whoever sends the request.
+        status, headers: valid once `wait` has returned.
     """
 
     __slots__ = ("_body", "_future", "_limit", "_size", "_url", "connection", "headers", "status")
@@ -33,10 +34,12 @@ class Collected:
         self.headers: dict[bytes, bytes] = {}
 
     async def wait(self, limit: Deadlines) -> bytes:
-        """The body.
+        """Wait for the body.
 
+        Arguments:
+            limit: how long to wait.
         Raises:
-            BackendError: the answer did not become whole, in time or at all. The exchange is over then.
+            BackendError: the answer did not become whole, or not in time. The exchange is over then.
         """
         limit.watch(self, self._future.get_loop())
         try:
@@ -52,9 +55,11 @@ class Collected:
         self.lost(error)
 
     def overdue(self, seconds: float) -> None:
+        """Called when the time limit has passed."""
         self.fail(BackendTimedOut(f"{self._url} did not answer within {seconds:g} s"))
 
     def abort(self) -> None:
+        """End the exchange, if it is not over."""
         if self.connection is not None:
             self.connection.abort()
             self.connection = None

@@ -45,7 +45,7 @@ class Owner(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """One connection to an engine, and the exchange that is on it.
+    """One connection to an engine, and the exchange on it.
 
     Attributes:
         between_chunks: the last read ended where a chunk of the chunked coding ends. The next read need not come here
@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, origin: Owner) -> None:
         self._origin = origin
         self._body: list[bytes] = []
-        self._chunk_complete: list[bool] = []  # not empty: the last thing read of a chunk was its end
+        self._chunk_complete: list[bool] = []  # not empty if the last thing that was read of a chunk is its end
         # The parser calls these for each event of a stream. Methods of lists cost a tenth of Python functions.
         self.on_body = self._body.append
         self.on_chunk_header = self._chunk_complete.clear
@@ -235,7 +235,7 @@ class Connection(asyncio.Protocol):
             if state is _OVER:  # the receiver has aborted the exchange in `head`
                 return
             complete = state is _WHOLE or state is _LAST
-            # The next chunk's size may have begun without the parser saying so, hence the look at the last bytes.
+            # The size line of the next chunk may have begun, which the parser does not tell: the last bytes show it.
             self.between_chunks = data.endswith(b"\r\n") if self._chunk_complete else False
             if complete:
                 del self._body[self._answered :]  # of a second answer, where one was asked for

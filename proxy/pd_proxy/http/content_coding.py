@@ -1,6 +1,6 @@
-"""Content codings of request bodies: gzip and deflate are taken off here, bounded in what they may become.
+"""Content codings of request bodies (RFC 9110, section 8.4): gzip and deflate are decoded, up to a limit.
 
-RFC 9110, section 8.4. Engines understand none, so that what is sent on is always plain.
+Engines decode none, so the body that they are sent is always plain.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pd_proxy.http.response import ClientResponse
 
 ACCEPTED = ("gzip", "deflate")
 _NAMES = {b"gzip": "gzip", b"x-gzip": "gzip", b"deflate": "deflate"}
-_PIECE = 256 * 1024  # bytes that are made before others have a turn; less than a millisecond's work
-_MOST_MEMBERS = 64  # of one gzip; what is written in parts has some
+_PIECE = 256 * 1024  # bytes that are decoded in one turn of the event loop; less than a millisecond's work
+_MOST_MEMBERS = 64  # of one gzip body; a body that is written in parts has several
 _GZIP = 16 + zlib.MAX_WBITS
 
 
 def coding_of(headers: dict[bytes, bytes]) -> str:
-    """The coding of a request's body; empty where it has none.
+    """The coding of a request's body; empty if it has none.
 
     Raises:
         EncodingNotSupported
@@ -40,12 +40,12 @@ def coding_of(headers: dict[bytes, bytes]) -> str:
 
 
 async def plain(body: bytes | bytearray, coding: str, limit: int, client: ClientResponse | None) -> bytearray:
-    """A body without its coding.
+    """Decode a body.
 
     Raises:
-        InvalidRequest: it is not in that coding, or not whole.
-        BodyTooLarge: it would be longer than `limit` bytes.
-        BodiesFull: there is no room for it.
+        InvalidRequest: the body is not valid in that coding, or not whole.
+        BodyTooLarge: the decoded body is longer than `limit` bytes.
+        BodiesFull: the memory for bodies is used up.
     """
     result, members = bytearray(), 0
     rest: bytes | memoryview = memoryview(body)
@@ -78,7 +78,8 @@ async def plain(body: bytes | bytearray, coding: str, limit: int, client: Client
 
 
 def _window(body: bytes | bytearray, coding: str) -> int:
-    """As zlib wants it. "deflate" is zlib's format, and what some clients send is what is inside of that alone."""
+    """The window parameter of zlib. "deflate" means zlib's format, but some clients send the raw deflate data that is
+    inside of it."""
     if coding == "gzip":
         return _GZIP
     wrapped = len(body) >= 2 and body[0] & 0x0F == 8 and (body[0] << 8 | body[1]) % 31 == 0

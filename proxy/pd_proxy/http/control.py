@@ -1,12 +1,13 @@
-"""The HTTP client of the control plane: the one way to ask an engine anything aside from a request's legs.
+"""The HTTP client of the control plane, for requests to engines that are not a leg of a client's request.
 
-Probes, models, versions, what connectors have to know of an engine, orders of operators, stored responses. An engine
-may be broken, slow or hostile, and whoever asks must not suffer for it. httpx carries the exchange, and each one is
-bounded here: in time as a whole, and in the bytes of its body; httpx bounds those of its head. No encoding is
-accepted, since a small answer could inflate to any size, and no redirect is followed, since the fleet says where
+It serves probes, pages about models and versions, what connectors have to know of an engine, operators' orders and
+stored responses. An engine may be broken, slow or hostile, and must not harm the gateway by it. So each exchange is
+bounded: in time as a whole, and in the bytes of its body; httpx bounds the bytes of its head. No content coding is
+accepted, since a small answer could inflate to any size. No redirect is followed, since only the fleet says where
 engines are.
 
-Each request has a connection of its own. Whether a new one can be made is a part of what a probe is to find out.
+This client is not built on `connection.py`, since httpx has what it needs: any method and query, Unix sockets, and a
+connection for each request, since a probe also finds out whether a new connection can be made.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ import msgspec
 from pd_proxy.errors import BackendCut, BackendError, BackendGarbled, BackendTimedOut, BackendUnreachable
 
 MOST_BODY = 4 * 1024 * 1024
-"""Bytes of an answer's body, where nothing else is said: a list of some thousand adapters, a long page of metrics."""
+"""Bytes of an answer's body, unless the caller sets another limit: enough for a list of some thousand adapters, or for
+a long page of metrics."""
 _OWN_CONNECTION = httpx.Limits(max_keepalive_connections=0)
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What an engine answered.
+    """An engine's answer.
 
     Attributes:
-        headers: names in lower case; of repeated ones the last.
-        body: empty for an answer whose body is read piece by piece.
+        headers: names in lower case; of repeated headers the last.
+        body: empty if the body is read piece by piece (`Control.stream`).
     """
 
     status: int
@@ -44,12 +46,12 @@ class Answer(msgspec.Struct, frozen=True):
 
     @property
     def type(self) -> bytes:
-        """Its media type, in lower case and without parameters."""
+        """The media type, in lower case and without parameters."""
         return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
 
 
 def refuse_encoded(encoding: bytes) -> None:
-    """Check the content-encoding of an answer: no request accepts one, since a small answer could inflate to any size.
+    """Check the content-encoding header of an answer: the gateway's requests accept none.
 
     Raises:
         BackendGarbled
@@ -60,14 +62,15 @@ def refuse_encoded(encoding: bytes) -> None:
 
 
 class Control:
-    """Asks engines.
+    """Sends requests to engines.
 
-    Certificates are those that the system trusts, as on the legs; they are loaded when the first https backend is
-    asked, since most fleets have none and they cost a gateway 2 MB and a tenth of its start.
+    Certificates are checked against those that the system trusts, as on the legs. These are loaded when the first https
+    backend is asked, since most fleets have no such backend, and they cost a gateway 2 MB and a tenth of its start.
 
     Arguments:
-        timeout: seconds that an exchange may take in all, connecting included, where nothing else is said.
-        headers: what every request carries, as whole lines, each ending in CRLF.
+        timeout: seconds that an exchange may take in all, including the time to connect, unless the caller sets another
+            limit.
+        headers: those of every request, as whole lines, each ending in CRLF.
     """
 
     def __init__(self, timeout: float, headers: bytes = b"") -> None:
@@ -77,7 +80,7 @@ class Control:
 
     @cached_property
     def trust(self) -> ssl.SSLContext:
-        """What certificates are checked against."""
+        """The certificates that those of engines are checked against."""
         return ssl.create_default_context()
 
     @cached_property
@@ -90,7 +93,7 @@ class Control:
 
     def _client(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
         headers = {b"accept-encoding": b"identity", b"connection": b"close", **self._headers}
-        # trust_env: engines are neighbours; an HTTP_PROXY variable is not meant for them.
+        # trust_env: engines are on the gateway's own network, and an HTTP_PROXY variable is not meant for them.
         return httpx.AsyncClient(transport=transport, headers=headers, follow_redirects=False, trust_env=False)
 
     async def ask(
@@ -104,16 +107,16 @@ class Control:
         limit: int = MOST_BODY,
         socket: Path | None = None,
     ) -> Answer:
-        """One exchange.
+        """Send a request and read the whole answer.
 
         Arguments:
             query: strings, numbers, and lists of them.
-            body: JSON, where there is any.
-            seconds: that it may take in all, connecting included.
+            body: JSON, or empty.
+            seconds: that the exchange may take in all, including the time to connect.
             limit: bytes of the answer's body.
-            socket: of a process of this machine, to be reached there instead of at the URL's host.
+            socket: the Unix socket of a process on this machine, which is used instead of the URL's host.
         Raises:
-            BackendUnreachable, BackendTimedOut, BackendCut, BackendGarbled: the message says why, and not of whom.
+            BackendUnreachable, BackendTimedOut, BackendCut, BackendGarbled: the message says why, without the address.
         """
         seconds = self.timeout if seconds is None else seconds
         try:
@@ -134,13 +137,13 @@ class Control:
     async def stream(
         self, url: str, *, query: Mapping[str, Any] | None = None, idle: float
     ) -> AsyncIterator[tuple[Answer, AsyncIterator[bytes]]]:
-        """An exchange whose body is of any length: its head, and the pieces of the body as they come. While they are
-        not taken, the engine waits.
+        """Send a request whose answer may be of any length; returns the head, and the pieces of the body as they come.
+        The engine waits while they are not read.
 
         Arguments:
-            idle: seconds of silence after which it is given up.
+            idle: seconds of silence after which the exchange fails.
         Raises:
-            BackendError: as `ask`; the iterator likewise.
+            BackendError: as by `ask`; also raised by the iterator.
         """
         timeout = httpx.Timeout(idle, connect=min(idle, self.timeout))
         exchange = self._exchange(url, "GET", query, b"", timeout)
@@ -170,7 +173,7 @@ class Control:
         timeout: httpx.Timeout,
         socket: Path | None = None,
     ) -> AsyncIterator[httpx.Response]:
-        """A request, and its answer up to the body.
+        """Send a request and read the head of its answer.
 
         Raises:
             BackendError
@@ -200,7 +203,7 @@ def _headers(answer: httpx.Response) -> dict[bytes, bytes]:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """httpx's errors as ours."""
+    """Translate the errors of httpx."""
     try:
         yield
     except BackendError:
@@ -212,7 +215,7 @@ def _translated() -> Iterator[None]:
     except httpx.TimeoutException as error:
         raise BackendTimedOut("it fell silent") from error
     except httpx.RemoteProtocolError as error:
-        # httpx has one error for a connection that ends too soon and for what is no HTTP.
+        # httpx has one error for a connection that ends too soon and for an answer that is not HTTP.
         if "without sending" in str(error):
             raise BackendCut("the connection ended") from error
         raise BackendGarbled(f"it did not speak HTTP: {error}") from error
@@ -223,9 +226,9 @@ def _translated() -> Iterator[None]:
 
 
 def _why(error: BaseException) -> str:
-    """What a failed connection says, in few words and without its address: the system's own error knows best."""
+    """Why a connection failed, in few words and without its address: the message of the innermost system error."""
     found, inner = error, error.__cause__
-    seen = {id(error)}  # of two exceptions, each may be the other's cause
+    seen = {id(error)}  # two exceptions may be each other's cause
     while inner is not None and id(inner) not in seen:
         seen.add(id(inner))
         if isinstance(inner, OSError):

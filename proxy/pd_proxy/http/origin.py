@@ -1,7 +1,7 @@
-"""The connections to one engine, and the requests that go out over them.
+"""The connections to one engine, and the requests that are sent over them.
 
-Invariants: a connection goes back to the idle list only after a whole answer that both sides wish to keep alive; taking
-and giving cost the same however many are open.
+Invariants: a connection returns to the idle list only after a whole answer, and only if both sides keep it alive; the
+cost of taking a connection and of giving it back does not depend on how many are open.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pd_proxy.http.connection import Connection
 from pd_proxy.http.deadlines import Deadlines
 from pd_proxy.http.receiver import Receiver
 
-# vLLM closes a connection after 5 s of idleness (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); stay clear of that moment, so that no
-# request meets a closing connection.
+# vLLM closes a connection that has been idle for 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE). The gateway stops using it before,
+# so that no request is sent on a connection that is about to close.
 KEEPALIVE = 4.0
-_REST = 0.005  # seconds
-_MOST_HEADS = 32  # paths; those of some routes have a client's words in them
+_REST = 0.005  # seconds for which a connection with very frequent reads is not read
+_MOST_HEADS = 32  # paths whose heads are kept; the paths of some routes contain values that clients choose
 
 C = TypeVar("C", bound="Connection")
 
@@ -32,8 +32,10 @@ class Origin:
     """One backend's address and its connections.
 
     Arguments:
-        url: `http://host:port`, or https; a path is put before every request's path.
+        url: `http://host:port`, or https; its path is put before the path of each request.
         connect_timeout: seconds.
+    Attributes:
+        rests: how long its connections rest (`Connection.rest`).
     """
 
     def __init__(self, url: str, *, connect_timeout: float = 5.0) -> None:
@@ -72,13 +74,14 @@ class Origin:
         check: Callable[[], object] | None = None,
         sent: Callable[[], object] | None = None,
     ) -> Connection:
-        """Send one request and return its connection; the answer goes to `receiver`.
+        """Send one request and return its connection; `receiver` gets the answer.
 
         Arguments:
             body: in pieces, which must not change before the exchange is over.
-            within: seconds after which the request must no longer be sent, where that is less than the connect timeout.
-            check: called once there is a connection; what it raises is raised, and nothing is sent.
-            sent: called when the request has gone out, soon after this returns; never, if it is aborted by then.
+            within: seconds after which the request must no longer be sent, if that is less than the connect timeout.
+            check: called once there is a connection. If it raises, its exception is raised and nothing is sent.
+            sent: called when the request has been written, soon after this returns; never called if the exchange is
+                aborted before.
         Raises:
             BackendUnreachable: no connection could be made; nothing was sent.
         """
@@ -97,8 +100,8 @@ class Origin:
         return connection
 
     def _post(self, connection: Connection) -> None:
-        """Send its request at the end of this turn of the event loop. An engine on this machine sleeps while there is
-        nothing for it, and to wake it is dear: requests that go out together wake it once."""
+        """Send the connection's request at the end of this turn of the event loop. An engine on this machine sleeps
+        while it has nothing to do, and waking it is expensive: requests that are sent together wake it once."""
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._send_all)
         self._outbox.append(connection)
@@ -109,16 +112,17 @@ class Origin:
             receiver = connection._receiver
             try:
                 connection.send()
-            except Exception as fault:  # of one request; the others are to go out
+            except Exception as fault:  # of one request; the others are sent all the same
                 connection.broken(receiver, fault)
 
     def close(self) -> None:
-        """Close what is idle; connections in use end with their exchange."""
+        """Close the idle connections; those in use end with their exchange."""
         self._closed = True
         while self._idle:
             self._idle.pop().abort()
 
     def _take(self) -> Connection | None:
+        """An idle connection that is still open, the last one given back first."""
         oldest_useful = monotonic() - KEEPALIVE
         while self._idle:
             connection = self._idle.pop()
@@ -129,23 +133,25 @@ class Origin:
         return None
 
     def give(self, connection: Connection) -> None:
-        """Take a connection back after a whole answer."""
+        """Take a connection back, after a whole answer."""
         if self._closed:
             connection.abort()
             return
         now = connection.idle_since = monotonic()
         idle = self._idle
         idle.append(connection)
-        # Those not needed sink to the left; two for one given back keeps pace with any burst.
+        # Connections that are not needed move to the left end. Closing up to two for each one that is given back
+        # removes them faster than any burst adds them.
         if now - idle[0].idle_since > KEEPALIVE:
             idle.popleft().abort()
             if now - idle[0].idle_since > KEEPALIVE:
                 idle.popleft().abort()
 
     async def connect(self, kind: Callable[[Origin], C], patience: float) -> C:
-        """A new connection.
+        """Make a new connection.
 
         Arguments:
+            kind: its class.
             patience: seconds.
         Raises:
             BackendUnreachable

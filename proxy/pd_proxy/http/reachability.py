@@ -1,4 +1,4 @@
-"""Whether something listens at an address, and why nothing came of asking it."""
+"""Whether something listens at an address, and why a connection or a request failed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _CODES: tuple[tuple[type[BaseException], str], ...] = (
     (TimeoutError, "timeout"),
     (OSError, "unreachable"),
 )
-"""What an exception says of a connection, from what says most to what says least."""
+"""The code for each exception, from the most specific one to the least."""
 
 
 def code_of(error: BaseException) -> str:
-    """Why a request came to nothing, as a code of `findings.py`: by the error, and by those that it was raised from."""
+    """Why a request failed, as a code of `findings.py`: by the error and by those that it was raised from."""
     chain = list(_chain(error))
     return next((code for kind, code in _CODES if any(isinstance(one, kind) for one in chain)), "no_http")
 
 
 def reason_of(error: BaseException) -> str:
-    """The same for people: in our words where they are known, since those of asyncio and of resolvers vary."""
+    """Why a request failed, for people. Common reasons have fixed words, since those of asyncio and resolvers vary."""
     return _WORDS.get(code_of(error)) or str(error) or type(error).__name__
 
 
@@ -39,6 +39,7 @@ _WORDS = {"refused": "connection refused", "unresolved": "no such host"}
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, its causes and contexts, and the members of groups; each once."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -53,7 +54,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 async def why_unreachable(control: Control, host: str, port: int, seconds: float) -> str:
-    """Why no connection to an address comes about, for people; empty where one does. It is closed at once."""
+    """Why a connection to an address fails, for people; empty if it does not. The connection is closed at once."""
     try:
         await _connect(control, "http", host, port, seconds)
     except BackendUnreachable as error:
@@ -62,7 +63,7 @@ async def why_unreachable(control: Control, host: str, port: int, seconds: float
 
 
 async def speaks_tls(control: Control, host: str, port: int, seconds: float) -> bool:
-    """Whether what listens there takes a TLS handshake, whatever its certificate."""
+    """Whether an address accepts a TLS handshake, whatever its certificate."""
     try:
         await _connect(control, "https", host, port, seconds)
     except BackendUnreachable as error:
@@ -74,6 +75,6 @@ async def _connect(control: Control, scheme: str, host: str, port: int, seconds:
     try:
         address = Address.of(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
         transport, _ = await connect(address, asyncio.Protocol, seconds, control.trust if address.tls else None)
-    except ValueError as error:  # a host or a port that cannot be one
+    except ValueError as error:  # the host or the port is not valid
         raise BackendUnreachable(str(error)) from error
     transport.abort()

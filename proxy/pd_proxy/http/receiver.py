@@ -1,4 +1,4 @@
-"""What an exchange with an engine does with its answer."""
+"""The interface of what receives an engine's answer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pd_proxy.errors import BackendError
 
 
 class Receiver(Protocol):
-    """What an exchange does with its answer. Calls come in this order: head, data*, then end or lost, once."""
+    """Receives one answer. Calls come in this order: `head`, `data` any number of times, `end`. Instead of any of them
+    `lost` may come, as the last call."""
 
     def head(self, status: int, headers: dict[bytes, bytes]) -> None:
-        """Status and headers (names in lower case; of repeated ones the last)."""
+        """The status and the headers: names in lower case, and of repeated headers the last."""
 
     def data(self, data: bytes, last: bool) -> None:
-        """Body bytes, without the transfer's framing. Never empty. With `last`, `end` follows at once."""
+        """Bytes of the body, without the framing of the transfer; never empty. If `last`, `end` follows at once."""
 
     def end(self) -> None:
         """The answer is whole."""
 
     def lost(self, error: BackendError) -> None:
-        """The answer will not become whole."""
+        """The exchange has failed: the answer does not become whole."""

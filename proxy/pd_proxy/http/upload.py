@@ -1,6 +1,6 @@
-"""A request whose body is sent as it comes, in chunks.
+"""A request whose body is sent in chunks while it is being received.
 
-Invariant: a connection on which the request was not sent whole is never used again, whatever its answer said.
+Invariant: a connection on which the request was not sent whole is never used again, whatever the answer was.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pd_proxy.http.receiver import Receiver
 
 
 class Upload(Connection):
-    """A new connection with such a request on it.
+    """A connection with such a request on it.
 
-    Always a new one: an idle one may be closed by the engine at any moment, and what was sent by then may be gone.
+    It is always a new connection: the engine may close an idle one at any moment, and the pieces of the body that were
+    sent by then could not be sent again.
     """
 
     __slots__ = ("_room", "_whole")
@@ -40,14 +41,14 @@ class Upload(Connection):
         return upload
 
     async def write(self, data: bytes) -> None:
-        """Send a piece of the body, never empty; returns when another may follow. After the exchange's end it does
-        nothing."""
+        """Send a piece of the body, never empty; returns when the next may be sent. It does nothing once the exchange
+        is over."""
         self._put(b"%x\r\n%b\r\n" % (len(data), data))
         if self._room is not None:
             await self._room
 
     def finish(self) -> None:
-        """The body is whole."""
+        """End the body."""
         self._put(b"0\r\n\r\n")
         self._whole = True
 
