@@ -26,7 +26,7 @@ async def test_decode_begins_only_when_the_cache_has_arrived() -> None:
         assert answer.status_code == 200
         assert d.engine.stats.pulls == 1
         assert p.engine.pulled == 1
-        notices = running.gateway.notices
+        notices = running.gateway.messages.notices
         assert notices.counts == {"taken": 1}
         assert notices.waiting == {}
 
@@ -34,7 +34,7 @@ async def test_decode_begins_only_when_the_cache_has_arrived() -> None:
 async def test_decode_waits_for_the_notification_of_every_rank() -> None:
     async with fleet(CASE, engine={"tp": 4}) as (running, [p], [d]):
         assert (await running.http.post("/v1/completions", json=completion())).status_code == 200
-        assert running.gateway.notices.counts == {"taken": 4}
+        assert running.gateway.messages.notices.counts == {"taken": 4}
         assert d.engine.stats.pulls == 1
         assert len(p.requests[0].body["kv_transfer_params"]["disagg_spec"]["receiver_init_port"]) == 4
 
@@ -83,7 +83,7 @@ async def test_without_any_notification_decode_prefills_or_the_request_fails(fal
             assert answer.status_code == 504
             assert answer.json()["error"]["code"] == "handoff_unconfirmed"
         await until(running.idle)
-        assert running.gateway.notices.waiting == {}
+        assert running.gateway.messages.notices.waiting == {}
 
 
 async def test_notifications_from_other_senders_do_not_start_decode() -> None:
@@ -98,7 +98,7 @@ async def test_notifications_from_other_senders_do_not_start_decode() -> None:
             stranger.send(b"\xc1")
             answer = await running.http.post("/v1/completions", json=completion())
             assert answer.status_code == 200
-            counts = running.gateway.notices.counts
+            counts = running.gateway.messages.notices.counts
             assert counts == {"unexpected": 3, "garbage": 2, "taken": 1}
             assert d.engine.stats.pulls == 1
         finally:

@@ -55,7 +55,7 @@ async def test_an_engine_is_in_the_rotation_when_it_has_registered(case: Case) -
 @EVERY
 async def test_an_engine_that_stops_registering_is_out_of_the_rotation_until_it_registers_again(case: Case) -> None:
     async with fleet(case, 2, 1, engine=QUICK) as (running, [first, second], _):
-        registrations = running.gateway.registrations
+        registrations = running.gateway.messages.registrations
         backends = {backend.url: backend for backend in running.gateway.fleet}
         # The first engine stops registering, while its API answers.
         for task in [task for task in first.engine._tasks if "_register" in repr(task.get_coro())]:
@@ -102,7 +102,7 @@ async def test_unknown_senders_neither_join_nor_replace_an_engine(case: Case) ->
         with sender(p.config.proxy, zmq.DEALER) as out:
             for said in evil.values():
                 out.send(msgspec.msgpack.encode(said))
-            counts = running.gateway.registrations.counts
+            counts = running.gateway.messages.registrations.counts
             await until(lambda: counts["unknown"] == 1 and counts["refused"] == 2)
         assert {backend.url: backend.coordinates for backend in running.gateway.fleet} == before
         assert (await ask(running)).status_code == 200
@@ -121,7 +121,7 @@ async def test_an_engine_of_the_other_mode_is_not_registered(ours: str, theirs: 
             simulators("decode", **wrong) as [d],
             running_gateway([p.url], [d.url], ready=False, **case.gateway([p, d])) as running,
         ):
-            counts = running.gateway.registrations.counts
+            counts = running.gateway.messages.registrations.counts
             await until(lambda: counts["taken"] > 2 and counts["refused"] > 2)
             assert not_ready(running.gateway.fleet)
             assert not d.requests

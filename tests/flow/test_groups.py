@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from pd_proxy.app import _adopt
+from pd_proxy.assembly.peers import adopt_backends
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy_simulator import Simulator
 
@@ -230,7 +230,7 @@ async def test_a_worker_that_is_started_anew_has_each_backend_in_its_group() -> 
         listed = (await running.http.get("/admin/backends")).json()["backends"]
         listed.append({**listed[-1], "url": "http://late:1"})
         fleet = Fleet(running.gateway.settings)
-        _adopt(fleet, listed)
+        adopt_backends(fleet, listed)
         assert [(b.url, b.role, b.group, b.connector) for b in fleet if b.url == "http://late:1"] == [
             ("http://late:1", listed[-1]["role"], SECOND, "mooncake")
         ]

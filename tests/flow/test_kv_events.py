@@ -34,7 +34,7 @@ class Bed:
 
     async def heard(self) -> None:
         """What the engines have published has been taken, and nothing waits to be learnt."""
-        events = self.gateway.gateway.kv_events
+        events = self.gateway.gateway.messages.kv_events
         assert events is not None
         last: dict[int, int] = {}
         for engine in self.engines:
@@ -69,7 +69,7 @@ async def bed(count: int = 3, warm: Any = None, **more: Any) -> AsyncIterator[Be
         async with running_gateway(
             mixed=[engine.url for engine in engines], kv_events=endpoints, locations=locations, **more
         ) as gateway:
-            events = gateway.gateway.kv_events
+            events = gateway.gateway.messages.kv_events
             assert events is not None
             await until(lambda: events.connected == count)
             it = Bed(gateway, engines)
@@ -105,7 +105,7 @@ async def test_what_another_gateway_had_computed_is_known() -> None:
 
 async def test_a_cache_that_somebody_else_has_reset_is_known_to_be_empty() -> None:
     async with bed(2) as it:
-        index = it.gateway.gateway.kv_events.corrections._index  # type: ignore[union-attr]
+        index = it.gateway.gateway.messages.kv_events.corrections._index  # type: ignore[union-attr]
         await it.ask(PROMPT)
         await it.heard()
         assert sum(index.tokens(engine.url) for engine in it.engines) >= 640  # type: ignore[attr-defined]
@@ -121,7 +121,7 @@ async def test_a_streams_ids_make_events_count_for_its_text() -> None:
         body = {"model": "sim", "prompt": TEXT, "max_tokens": 2, "stream": True}
         (await it.gateway.http.post("/v1/completions", json=body)).raise_for_status()
         await it.heard()
-        events = it.gateway.gateway.kv_events
+        events = it.gateway.gateway.messages.kv_events
         assert events is not None
         await until(lambda: events.events["learnt"] == 1)
         for engine in it.engines:
@@ -149,4 +149,4 @@ async def test_where_no_policy_wants_to_know_nobody_is_followed() -> None:
         Simulator() as engine,
         running_gateway(mixed=[engine.url], kv_events=endpoints, policy=policy) as gateway,
     ):
-        assert gateway.gateway.kv_events is None
+        assert gateway.gateway.messages.kv_events is None

@@ -1,0 +1,1 @@
+"""How a gateway is put together: its parts, its surfaces, and the order in which they start and stop."""
