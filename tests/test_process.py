@@ -17,61 +17,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.processes import Process, environment, ready, served
 from tests.support import OPERATOR, chat, simulators, until
 
 CHAT = "/v1/chat/completions"
 pytestmark = pytest.mark.slow
-
-
-class Process:
-    """A `pd-proxy serve` process."""
-
-    def __init__(self, process: asyncio.subprocess.Process, url: str, log: list[str]) -> None:
-        self.process = process
-        self.url = url
-        self.log = log
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    async def status(self) -> int:
-        async with asyncio.timeout(20):
-            return await self.process.wait()
-
-
-@asynccontextmanager
-async def served(*flags: str, files: int = 0) -> AsyncIterator[Process]:
-    limited = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []
-    process = await asyncio.create_subprocess_exec(
-        *limited, sys.executable, "-m", "pd_proxy.cli", "serve", "--port", "0", *flags, stderr=asyncio.subprocess.PIPE,
-        env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")},
-    )  # fmt: skip
-    log: list[str] = []
-    found = asyncio.get_running_loop().create_future()
-
-    async def read() -> None:
-        assert process.stderr is not None
-        async for line in process.stderr:
-            log.append(line.decode())
-            if (match := re.search(r"listening on (http://\S+)$", log[-1].strip())) and not found.done():
-                found.set_result(match[1])
-
-    reading = asyncio.create_task(read())
-    try:
-        async with asyncio.timeout(20):
-            url = await found
-        yield Process(process, url, log)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-        await reading
-
-
-async def ready(http: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(60):
-        while (await http.get("/ready")).status_code != 200:
-            await asyncio.sleep(0.02)
 
 
 async def test_sigterm_lets_running_streams_finish_and_exits_0() -> None:
@@ -229,14 +179,14 @@ async def unread(*flags: str) -> AsyncIterator[Process]:
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "pd_proxy.cli", "serve", "--port", "0", *flags, stderr=writing,
-        env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")},
+        env=environment(),
     )  # fmt: skip
     os.close(writing)
     try:
         said = b""
-        while (found := re.search(rb"listening on (http://\S+)\n", said)) is None:
+        while re.search(rb"listening on http://\S+\n", said) is None:
             said += await asyncio.wait_for(asyncio.to_thread(os.read, end, 4096), 20)
-        yield Process(process, found[1].decode(), [])
+        yield Process(process, said.decode().splitlines(keepends=True))
     finally:
         if process.returncode is None:
             process.kill()
@@ -267,7 +217,7 @@ async def test_a_closed_standard_error_stops_nothing() -> None:
     end, writing = os.pipe()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "pd_proxy.cli", "serve", "--port", "0", "--access_log", stderr=writing,
-        env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")},
+        env=environment(),
     )  # fmt: skip
     os.close(writing)
     try:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import re
 import signal
 import socket
-import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from pd_proxy.runtime.sockets import bind, connection_limit, steer_here
 
+from tests.processes import Process, gateway, ready
 from tests.support import chat, completion, simulators, until
 
 CHAT = "/v1/chat/completions"
@@ -91,70 +88,9 @@ def test_the_limit_on_connections_follows_from_the_files_that_streams_need() -> 
 # Two processes
 
 
-@dataclass
-class Process:
-    """A `pd-proxy serve` process."""
-
-    process: asyncio.subprocess.Process
-    log: list[str] = field(default_factory=list)
-
-    def says(self, text: str) -> bool:
-        return any(text in line for line in self.log)
-
-    def listens(self) -> bool:
-        assert self.process.returncode is None, self.log
-        return self.says("listening on http")
-
-    @property
-    def url(self) -> str:
-        [found] = re.findall(r"listening on (http://\S+)", "".join(self.log))
-        return str(found)
-
-    @property
-    def port(self) -> int:
-        return int(self.url.rsplit(":", 1)[1])
-
-    async def leave(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(20):
-            return await self.process.wait()
-
-
-@contextlib.asynccontextmanager
-async def gateway(*flags: str, inherit: socket.socket | None = None, **variables: str) -> AsyncIterator[Process]:
-    """A gateway process. With `inherit` it is started as systemd would, with that socket as file descriptor 3."""
-    command = ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", sys.executable, "-m", "pd_proxy.cli", "serve", *flags]
-    number = inherit.fileno() if inherit is not None else None
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stderr=asyncio.subprocess.PIPE,
-        pass_fds=() if number is None else (3,),
-        preexec_fn=None if number is None else lambda: os.dup2(number, 3),
-        env={k: v for k, v in os.environ.items() if not k.startswith("PD_PROXY_")}
-        | ({} if number is None else {"LISTEN_FDS": "1"})
-        | variables,
-    )
-    started = Process(process)
-
-    async def read() -> None:
-        assert process.stderr is not None
-        async for line in process.stderr:
-            started.log.append(line.decode())
-
-    reading = asyncio.create_task(read())
-    try:
-        yield started
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-        await reading
-
-
-async def ready(url: str) -> None:
-    async with httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as http, asyncio.timeout(60):
-        while (await http.get("/ready")).status_code != 200:
-            await asyncio.sleep(0.02)
+async def ready_at(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as http:
+        await ready(http)
 
 
 class Traffic:
@@ -214,7 +150,7 @@ async def restart_under_load(
     url: str, old: Process, start_new: Callable[[], contextlib.AbstractAsyncContextManager[Process]]
 ) -> tuple[Traffic, Traffic]:
     """Replaces `old` by a new process while requests and streams go on; returns their outcomes before and after."""
-    await ready(url)
+    await ready_at(url)
     traffic, after = Traffic(url), Traffic(url)
     traffic.start(kept_alive=6, pause=0.01)
     streams = [asyncio.create_task(traffic.stream(150)) for _ in range(5)]  # 3 s
@@ -280,7 +216,7 @@ async def test_connections_that_the_old_process_had_not_accepted_yet_are_served(
             ]
             first = await stack.enter_async_context(old)
             await until(first.listens, 20)
-            await ready(f"http://127.0.0.1:{port}")
+            await ready_at(f"http://127.0.0.1:{port}")
             first.process.send_signal(signal.SIGSTOP)
             http = await stack.enter_async_context(
                 httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False, verify=False)
@@ -309,7 +245,7 @@ async def test_a_new_process_that_cannot_serve_takes_no_clients_from_the_old_one
         flags = ["--decode", d.url, "--health.interval", "0.1", "--port"]
         async with gateway("--prefill", p.url, *flags, "0", "--reuse-port") as old:
             await until(old.listens, 20)
-            await ready(old.url)
+            await ready_at(old.url)
             async with gateway("--prefill", "http://127.0.0.1:9", *flags, str(old.port), "--reuse-port") as new:
                 await until(lambda: new.says("taking over once ready"), 20)
                 async with httpx.AsyncClient(base_url=old.url, trust_env=False, verify=False) as http:
@@ -363,7 +299,7 @@ async def test_a_client_that_still_reads_its_answer_is_waited_for() -> None:
         gateway("--prefill", p.url, "--decode", d.url, "--port", "0") as process,
     ):
         await until(process.listens, 20)
-        await ready(process.url)
+        await ready_at(process.url)
         body = json.dumps(chat(max_tokens=9000, ignore_eos=True, logprobs=True, top_logprobs=5)).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
         loop = asyncio.get_running_loop()

@@ -18,8 +18,8 @@ import pytest
 from pd_proxy_simulator import Simulator
 
 from tests.faults.clock import virtual_time
+from tests.processes import Process, served
 from tests.support import completion, running_gateway, simulators, until
-from tests.test_process import Process, served
 from tests.workers.test_supervisor import until_up, workers_of
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.processes import Process, ready, served
 from tests.support import OPERATOR, chat, completion, simulators, until
-from tests.test_process import Process, ready, served
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
