@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from pd_proxy.telemetry.old_names import OLD_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "proxy" / "pd_proxy"
@@ -73,3 +74,17 @@ def test_a_name_of_the_sources_is_found(word: str) -> None:
 )
 def test_a_name_that_is_not_in_the_sources_is_reported(word: str) -> None:
     assert not exists(word)
+
+
+@pytest.mark.parametrize("new", OLD_NAMES)
+def test_the_changelog_has_every_renamed_metric(new: str) -> None:
+    old = OLD_NAMES[new]
+    rows = [
+        line for line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines() if f"| `{old.name}" in line
+    ]
+    assert len(rows) == 1
+    before, after = rows[0].strip(" |").split(" | ")
+    assert re.match(rf"`{old.name}(_total)?[{{`]", before)
+    assert re.match(rf"`{new}(_total)?[{{`]", after)
+    assert [word for word in (*old.labels.values(), *old.values.values()) if word not in before] == []
+    assert [word for word in (*old.labels, *old.values) if word not in after] == []
