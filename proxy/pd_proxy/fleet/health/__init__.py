@@ -1,1 +1,1 @@
-"""Whether backends are alive, and what they say of themselves."""
+"""Health checks of backends, and what engines report about themselves."""

@@ -1,4 +1,4 @@
-"""What engines say of themselves on their own pages: models, version, hand-off protocol, coordinates, KV cache."""
+"""Reads what engines report on their own pages: models, version, hand-off protocol, coordinates, KV cache."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pd_proxy.fleet.health.profile import Profile, read_from_elsewhere, read_pro
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.traits import Traits
 
-_PATIENCE = 10.0  # seconds for an engine's configuration: vLLM looks at its whole environment for it
+_PATIENCE = 10.0  # seconds for the page of an engine's configuration: vLLM inspects its whole environment for it
 
 
 class Guide(Protocol):
-    """What a connector knows of its engines: how to recognise them, and how to read their coordinates."""
+    """The part of a connector that recognises its engines and reads their coordinates."""
 
     @property
     def traits(self) -> Traits: ...
@@ -33,12 +33,12 @@ class Guide(Protocol):
 
 
 class Discovery:
-    """Reads what engines say of themselves, and tells the fleet.
+    """Reads the pages of engines, and enters what they report in the fleet.
 
     Arguments:
         probe: fetches the pages.
         seconds: the time limit of a page.
-        guides: by connector: how to recognise its engines and to learn their coordinates.
+        guides: by connector.
     """
 
     def __init__(self, fleet: Fleet, probe: Probe, seconds: float, guides: Mapping[str, Guide]) -> None:
@@ -46,14 +46,14 @@ class Discovery:
         self._probe = probe
         self._seconds = seconds
         self._guides = guides
-        self._told: dict[Backend, Coordinates] = {}  # coordinates as the settings have them
+        self._told: dict[Backend, Coordinates] = {}  # the coordinates in the settings
 
     def forget(self, backend: Backend) -> None:
-        """A backend has left for good."""
+        """Forget a backend that has left the fleet."""
         self._told.pop(backend, None)
 
     async def profile(self, backend: Backend) -> Profile:
-        """What an engine tells of how it was started."""
+        """Read how an engine was started, as far as it reports that."""
         configuration = b""
         for page in CONFIGURATION:
             if configuration := await self._probe.page(backend.url + page, _PATIENCE):
@@ -66,25 +66,25 @@ class Discovery:
         return msgspec.structs.replace(profile, context=min(known)) if known else profile
 
     async def read_cache(self, backend: Backend) -> None:
-        """Learn how much an engine's KV cache holds. One that does not say is no worse for it."""
+        """Read how much an engine's KV cache holds. An engine that does not report it may be used all the same."""
         path = backend.kind.metrics
         if backend.role != "encode":
             metrics = await self._probe.page(backend.url + path, self._seconds) if path else b""
             self._fleet.holds(backend, read_cache(metrics))
 
     async def read_from_elsewhere(self, backend: Backend) -> int | None:
-        """How many prompt tokens an engine has taken out of others' KV caches; None where it does not say."""
+        """How many prompt tokens an engine has loaded from other engines' KV caches; None if it does not report it."""
         path = backend.kind.metrics
         return read_from_elsewhere(await self._probe.page(backend.url + path, self._seconds)) if path else None
 
     async def learn(self, backend: Backend, *, anew: bool = False) -> None:
-        """Read the model ids and the version. An engine without one of the two is no worse for it, one that cannot be
-        reached is.
+        """Read the models, the version, the hand-off protocol and the coordinates. An engine that lacks the page of
+        models or of the version may be used all the same.
 
         Arguments:
-            anew: it may be another engine than before.
+            anew: the engine may be another one than before.
         Raises:
-            ProbeFailed: it should get no requests.
+            ProbeFailed: the backend should get no requests.
         """
         backend.lacks.clear()
         models = await self.models(backend)
@@ -101,19 +101,19 @@ class Discovery:
         await self._locate(backend)
 
     async def _tell(self, backend: Backend) -> str:
-        """Which hand-off protocol an engine speaks, as far as it tells."""
-        marks = {name: guide.traits.fingerprints for name, guide in self._guides.items()}
+        """The connector of the hand-off protocol that an engine speaks; empty if that is not known."""
+        fingerprints = {name: guide.traits.fingerprints for name, guide in self._guides.items()}
         for page in CONFIGURATION:
             if known := configured(await self._probe.page(backend.url + page, _PATIENCE)):
-                return speaker(known, marks)
+                return speaker(known, fingerprints)
         if path := backend.kind.metrics:
             series = counted(await self._probe.page(backend.url + path, self._seconds))
-            if name := speaker(series, marks):
+            if name := speaker(series, fingerprints):
                 return name
         return await self._show(backend) if backend.role == "prefill" else ""
 
     async def _show(self, backend: Backend) -> str:
-        """The protocol whose page about a prefill engine's coordinates there is; empty where there is none."""
+        """The connector whose page about a prefill engine's coordinates the engine has; empty if it has none."""
         for name, guide in self._guides.items():
             coordinates = msgspec.structs.replace(
                 backend.coordinates, port=backend.coordinates.port or guide.traits.port
@@ -125,7 +125,7 @@ class Discovery:
         return ""
 
     async def models(self, backend: Backend) -> dict[str, dict[str, Any]] | None:
-        """The models that a backend serves now, or what was known of them where it does not say."""
+        """The models that a backend serves now; those that were known, if it does not report them."""
         answer = await self._probe.get(backend, "/v1/models")
         if answer.status in (401, 403):
             raise ProbeFailed(f"/v1/models answered {answer.status}: set backend_api_key", "key_refused")
@@ -135,10 +135,10 @@ class Discovery:
         return backend.models
 
     async def _locate(self, backend: Backend) -> None:
-        """Ask an engine for what its connector's legs must know of it, unless it says so by itself.
+        """Read the coordinates that the connector's legs need, unless the engine registers them by itself.
 
         Raises:
-            ProbeFailed: it did not say, so that no hand-off can come about.
+            ProbeFailed: the engine did not report them, so that no hand-off is possible.
         """
         guide = self._guides.get(backend.connector)
         if (

@@ -1,4 +1,4 @@
-"""Log lines about backends that are down, of which there may be hundreds at once."""
+"""A bounded number of log lines about backends that are down: hundreds may go down at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pd_proxy.fleet.backend import Backend
 
 log = logging.getLogger("pd_proxy.fleet")
 
-_LINES = 10  # log lines about single backends in `LINES_FOR` seconds; one more sums the others up
+_LINES = 10  # log lines about single backends in `LINES_FOR` seconds; one more line counts the others
 LINES_FOR = 5.0
 
 
 class DownLog:
-    """Logs which backends are not up: the first of many by name, of the rest only how many."""
+    """Logs which backends are not up: the first ones by name, of the others only the number."""
 
     def __init__(self) -> None:
         self._since = float("-inf")
@@ -23,7 +23,7 @@ class DownLog:
         self._untold: Counter[str] = Counter()
 
     def tell(self, backend: Backend, reason: str) -> None:
-        """A backend is not up, for another reason than before."""
+        """Log that a backend is not up, for another reason than before."""
         loop = asyncio.get_running_loop()
         if loop.time() - self._since > LINES_FOR and not self._untold:
             self._since, self._told = loop.time(), 0

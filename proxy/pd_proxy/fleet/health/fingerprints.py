@@ -1,13 +1,13 @@
-"""By what an engine's own pages show which hand-off protocol it speaks.
+"""The fingerprints by which an engine's own pages show which hand-off protocol it speaks.
 
-Each connector has fingerprints (`Traits.fingerprints`): names that an engine which speaks it uses of itself. They come
-from
+Each connector has fingerprints (`Traits.fingerprints`): names on the pages of engines that speak its protocol.
 
-- `/server_info` (`/get_server_info` on older SGLang): vLLM gives its configuration there, with its connector's name, if
-  it was started with `VLLM_SERVER_DEV_MODE=1`; SGLang says `disaggregation_mode`; TensorRT-LLM `disaggregated_params`;
-- `/metrics`: the names of the series that some of vLLM's connectors have, from the engine's start on.
+- `/server_info` (`/get_server_info` of older SGLang): vLLM reports its configuration there, with its connector's name,
+  if it was started with `VLLM_SERVER_DEV_MODE=1`; SGLang reports `disaggregation_mode`; TensorRT-LLM reports
+  `disaggregated_params`.
+- `/metrics`: some of vLLM's connectors have series of their own, which exist from the engine's start on.
 
-What was configured goes before what series hint at: NixlConnector and NixlPushConnector have the same series.
+The configuration takes precedence over the series, since NixlConnector and NixlPushConnector have the same series.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _SERIES = re.compile(rb"^(?:# TYPE )?(vllm:[a-z0-9]+_)", re.MULTILINE)
 
 
 def configured(page: bytes) -> list[str]:
-    """The marks that a page of an engine's configuration shows; empty where it is none, or says nothing of it."""
+    """The fingerprints on a page of an engine's configuration; empty if the page is none, or has no fingerprints."""
     try:
-        page_says = decode_json(page)
+        configuration = decode_json(page)
     except Undecodable:
         return []
-    if not isinstance(page_says, dict):
+    if not isinstance(configuration, dict):
         return []
-    if page_says.get("disaggregation_mode") in ("prefill", "decode"):
+    if configuration.get("disaggregation_mode") in ("prefill", "decode"):
         return ["sglang"]
-    if isinstance(page_says.get("disaggregated_params"), dict):
+    if isinstance(configuration.get("disaggregated_params"), dict):
         return ["tensorrt_llm"]
-    config = page_says.get("vllm_config")
+    config = configuration.get("vllm_config")
     return list(_vllm_connectors(config.get("kv_transfer_config") if isinstance(config, dict) else None))
 
 
 def _vllm_connectors(transfer: Any) -> Iterator[str]:
-    """The connectors of a `kv_transfer_config`; those that a MultiConnector holds instead of itself."""
+    """The connectors of a `kv_transfer_config`; of a MultiConnector the ones that it contains."""
     if not isinstance(transfer, dict):
         return
     extra = transfer.get("kv_connector_extra_config")
@@ -53,15 +53,15 @@ def _vllm_connectors(transfer: Any) -> Iterator[str]:
 
 
 def counted(page: bytes) -> list[str]:
-    """The marks that a page of metrics shows: how the names of its series begin, as `vllm:nixl_`."""
-    return sorted({mark.decode("latin-1") for mark in _SERIES.findall(page)})
+    """The fingerprints on a page of metrics: the prefixes of its series' names, such as `vllm:nixl_`."""
+    return sorted({prefix.decode("latin-1") for prefix in _SERIES.findall(page)})
 
 
-def speaker(marks: list[str], known: Mapping[str, frozenset[str]]) -> str:
-    """The connector that has some of these marks; empty where none has, or several have.
+def speaker(fingerprints: list[str], known: Mapping[str, frozenset[str]]) -> str:
+    """The connector that has some of these fingerprints; empty if none has, or several have.
 
     Arguments:
-        known: every connector's marks.
+        known: the fingerprints of each connector.
     """
-    found = [name for name, its in known.items() if not its.isdisjoint(marks)]
+    found = [name for name, its in known.items() if not its.isdisjoint(fingerprints)]
     return found[0] if len(found) == 1 else ""

@@ -1,4 +1,4 @@
-"""The identities of engines, each believed as long as a connection to its engine stays open (`sentinel.py`)."""
+"""The identities of engines, each valid while a sentinel connection to its engine is open (`sentinel.py`)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Identities:
     """Keeps a sentinel connection to each engine whose identity is wanted.
 
     Arguments:
-        control: its trust settings are those of the connections.
+        control: has the certificates that the connections trust.
         seconds: the time limit of one exchange.
-        wanted: whether the identity of a backend's engine is of use.
+        wanted: whether the identity of a backend's engine is needed.
         headers: header lines of each request.
     """
 
@@ -32,8 +32,8 @@ class Identities:
         self._sentinels: dict[Backend, Sentinel] = {}
 
     async def connect(self, backend: Backend) -> None:
-        """Learn an engine's facts, over a connection that is held for as long as they are to be believed. They are
-        unknown where that does not come about, which is no fault: its hand-offs are then those that fit any engine."""
+        """Read an engine's identity over a new sentinel connection. If that fails, the identity is not known, and the
+        engine gets only hand-offs that fit every engine."""
         self.disconnect(backend)
         kind = backend.kind
         if not self._wanted(backend) or not (kind.metrics and kind.version[0]):
@@ -48,22 +48,23 @@ class Identities:
                 lambda: self._control.trust,
             )
             self._sentinels[backend] = sentinel
-            said = [await sentinel.ask(page, seconds) for page in (kind.metrics, "/v1/models", kind.version[0])]
+            answers = [await sentinel.ask(page, seconds) for page in (kind.metrics, "/v1/models", kind.version[0])]
         except SentinelClosed as error:
-            log.debug("%s backend %s told nothing of itself: %s", backend.role, backend.url, error)
+            log.debug("%s backend %s did not report its identity: %s", backend.role, backend.url, error)
             self.disconnect(backend)
             return
-        identity = read_identity(*(body if status == 200 else b"" for status, body in said))
+        identity = read_identity(*(body if status == 200 else b"" for status, body in answers))
         if identity is None or not sentinel.holds:
             self.disconnect(backend)
         else:
             backend.learn(identity)
 
     async def keep(self, backend: Backend, *, anew: bool) -> None:
-        """Keep a sentinel from growing idle, or tie it again.
+        """Send a request over the sentinel connection, so that it does not become idle; or connect again if it has
+        ended.
 
         Arguments:
-            anew: look again where nothing could be learnt before.
+            anew: connect also if there was no sentinel connection, since the identity could not be read.
         """
         sentinel, identity = self._sentinels.get(backend), backend.identity
         if sentinel is not None and sentinel.holds and identity is not None:
@@ -75,6 +76,7 @@ class Identities:
             await self.connect(backend)
 
     def disconnect(self, backend: Backend) -> None:
+        """Close the sentinel connection; the identity is not known any more."""
         if backend.identity is not None:
             backend.learn(None)
         if sentinel := self._sentinels.pop(backend, None):

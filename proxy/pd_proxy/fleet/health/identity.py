@@ -1,7 +1,7 @@
-"""What an engine says of itself that a hand-off depends on.
+"""The identity of an engine: what it reports about itself that a hand-off depends on.
 
-A hand-off that does not fit the engines kills the one that reads it, so this is believed only while it is sure to be
-true: `tether.py` says for how long. Not known is `None`, and never a guess.
+A hand-off that does not fit the engine that reads it kills that engine. So an identity is used only while it is
+certain, which is as long as a sentinel connection is open (`sentinel.py`). One that is not known is `None`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ _BLOCK_SIZE = re.compile(rb'[{,]block_size="(\d{1,6})"')
 
 
 class EngineIdentity(msgspec.Struct, frozen=True, eq=False):
-    """One engine process.
+    """The identity of one engine process.
 
-    Two are the same only if they are one object: what was learnt again is of another process, however alike.
+    Two identities are equal only if they are one object: one that was read again may be of another process, even if all
+    values are equal.
 
     Attributes:
         block_size: tokens in a block of its KV cache.
-        version: as it says itself.
-        context: tokens that prompt and answer may have together.
+        version: as the engine reports it.
+        context: tokens that a prompt and its answer may have together.
     """
 
     block_size: int
@@ -32,7 +33,7 @@ class EngineIdentity(msgspec.Struct, frozen=True, eq=False):
     context: int
 
     def fits(self, other: EngineIdentity) -> bool:
-        """Whether what is handed over to one of them could be handed over to the other."""
+        """Whether a hand-off that was made for the other engine can be read by this one."""
         return self.block_size == other.block_size and self.version == other.version and self.context >= other.context
 
 
@@ -53,20 +54,20 @@ _read_version = json_decoder(_Version)
 
 
 def read_identity(metrics: bytes, models: bytes, version: bytes) -> EngineIdentity | None:
-    """What an engine's pages say; None where they do not say all of it."""
+    """The identity on an engine's pages; None if they lack a part of it."""
     block_size = read_block_size(metrics)
     try:
         cards, named = _read_models(models).data, _read_version(version).version
     except Undecodable:
         return None
-    context = min((card.max_model_len for card in cards if card.max_model_len), default=0)  # adapters name none
+    context = min((card.max_model_len for card in cards if card.max_model_len), default=0)  # adapters have none
     return EngineIdentity(block_size, named, context) if block_size and context > 0 and named else None
 
 
 def read_block_size(page: bytes) -> int:
-    """What a page of /metrics says; 0 where it does not, or where the engines behind it differ.
+    """The block size on a page of /metrics; 0 if the page has none, or if the engines behind it differ.
 
-    A data-parallel server shows one line for each of its engines, and any of them may get a request.
+    A data-parallel server has a line for each of its engines, and any of them may get a request.
     """
     sizes = set()
     start = page.find(_CONFIG)

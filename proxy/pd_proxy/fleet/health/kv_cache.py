@@ -1,5 +1,4 @@
-"""What an engine's metrics say of its KV cache: how much it holds, and whether prompts find each other's beginnings in
-it."""
+"""Reads from an engine's metrics how much its KV cache holds, and whether it has a prefix cache."""
 
 from __future__ import annotations
 
@@ -14,16 +13,16 @@ _CACHING = re.compile(rb'[{,]enable_prefix_caching="(True|False)"')
 _SGLANG = re.compile(
     rb"^sglang:max_total_num_tokens(?:\{[^\n}]*\})? (\d{1,12})(?:\.0*)?(?:e\+?(\d{1,2}))?\s*$", re.MULTILINE
 )
-_MOST = 1 << 40  # tokens; no engine has as many
+_MOST = 1 << 40  # tokens; no engine has room for so many
 
 
 class Cache(msgspec.Struct, frozen=True):
     """One engine's KV cache.
 
     Attributes:
-        tokens: that it has place for; 0 where it does not say.
-        caching: it has a prefix cache; None where it does not say.
-        caches: of how many data-parallel ranks the tokens are the sum.
+        tokens: that it has room for; 0 if the engine does not report it.
+        caching: whether it has a prefix cache; None if the engine does not report it.
+        caches: the number of data-parallel ranks whose tokens are added up.
     """
 
     tokens: int = 0
@@ -32,11 +31,11 @@ class Cache(msgspec.Struct, frozen=True):
 
 
 def read_cache(metrics: bytes) -> Cache:
-    """What a page of /metrics says.
+    """The KV cache on a page of /metrics.
 
-    vLLM shows a line for each data-parallel engine behind the page, and any of them may get a request: their tokens are
-    added up, and there is prefix caching where all have it. SGLang shows one for each rank, most of them of one cache:
-    the largest counts.
+    vLLM has a line for each data-parallel engine behind the page, and any of them may get a request: their tokens are
+    added up, and there is prefix caching if all have it. SGLang has a line for each rank, and most ranks share a cache:
+    the largest number counts.
     """
     tokens = 0
     said: set[bytes] = set()

@@ -1,16 +1,16 @@
-"""Mass failure: which failed health checks say nothing about the engine that was asked.
+"""Mass failure: which failed health checks are excused, since they say nothing about the engine that was asked.
 
-When most engines fail a health check at the same moment, their common cause is nearly always this side: the event loop
-or the whole host stood still, or the network between. The checks that failed then do not count. The engines are asked
-again at once, and only what fails then counts, so a real death of everything is seen one check later than the death of
-one engine.
+When most engines fail a health check at the same moment, the common cause is nearly always on the gateway's side: its
+event loop or its host stood still, or the network failed. The checks that failed then do not count. The engines are
+asked again at once, and only a check that fails then counts. So the death of all engines is seen one check later than
+the death of one.
 
-Pure: time is passed in. Two causes are told apart:
+No clock is read here: the time is passed in. There are two causes:
 
-- `late`: the event loop ran `LATE` of a check's time limit late or more while the check was under way. The answer may
-  have been there in time. This is excused again and again, `MOST_LATE` times in a row at most, so that an engine that
-  is dead leaves the rotation of a gateway that is always late as well.
-- `mass`: more than half of the backends in the rotation, at least two, fail their checks now. Excused once.
+- `late`: while the check ran, the event loop was late by at least the share `LATE` of the check's time limit, so the
+  answer may have come in time. This is excused at most `MOST_LATE` times in a row, so that a gateway that is always
+  late takes dead engines out of the rotation as well.
+- `mass`: more than half of the backends in the rotation, and at least two, fail their checks now. This is excused once.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Excuse = Literal["late", "mass"]
 EXCUSES: tuple[Excuse, ...] = ("late", "mass")
 
 LATE = 0.25
-"""Share of a check's time limit that the event loop may be late for."""
+"""The share of a check's time limit by which the event loop may be late."""
 MOST_LATE = 5
 OVERDUE = 0.5
-"""Share of a check's time limit after which a check without an answer counts as failing, beside one that has failed."""
-_KEPT = 64  # delays of the event loop; one that counts is no shorter than `_NOTABLE`
-_NOTABLE = 0.02  # seconds
+"""The share of a check's time limit after which a check without an answer counts as failing, if another has failed."""
+_KEPT = 64  # delays of the event loop that are remembered
+_NOTABLE = 0.02  # seconds; a shorter delay does not count
 
 
 class Delays:
-    """When the event loop was late, and for how long."""
+    """When the event loop was late, and by how much."""
 
     __slots__ = ("_noted",)
 
@@ -40,12 +40,12 @@ class Delays:
         self._noted: deque[tuple[float, float]] = deque(maxlen=_KEPT)
 
     def note(self, seconds: float, now: float) -> None:
-        """The event loop has been late by `seconds`, until `now`."""
+        """Note that the event loop was late by `seconds`, until `now`."""
         if seconds >= _NOTABLE:
             self._noted.append((now - seconds, now))
 
     def since(self, began: float) -> float:
-        """Seconds for which the event loop has been late after `began`."""
+        """The seconds by which the event loop was late after `began`."""
         total = 0.0
         for start, end in reversed(self._noted):
             if end <= began:
@@ -55,7 +55,7 @@ class Delays:
 
 
 class Checks:
-    """The health checks of the backends in the rotation: under way, failed, answered.
+    """The health checks of the backends in the rotation: those that run, and those that failed.
 
     Arguments:
         timeout: seconds that one check may take.
@@ -72,11 +72,11 @@ class Checks:
         self.delays = delays or Delays()
 
     def began(self, backend: Hashable, now: float) -> None:
-        """A check is sent."""
+        """Note that a check begins."""
         self._asked[backend] = now
 
     def ended(self, backend: Hashable, good: bool) -> None:
-        """A check has ended; what it says holds until the next one ends."""
+        """Note that a check has ended; its outcome holds until the next one ends."""
         self._asked.pop(backend, None)
         if good:
             self._failing.discard(backend)
@@ -84,22 +84,22 @@ class Checks:
             self._failing.add(backend)
 
     def forget(self, backend: Hashable) -> None:
-        """A backend is in the rotation no more, or has just come into it."""
+        """Forget the checks of a backend that has left the rotation, or enters it."""
         self._asked.pop(backend, None)
         self._failing.discard(backend)
 
     def fails(self, backend: Hashable, now: float) -> bool:
-        """Whether a backend's last check has failed, or the one under way is overdue."""
+        """Whether a backend's last check has failed, or the one that runs is overdue."""
         if backend in self._failing:
             return True
         asked = self._asked.get(backend)
         return asked is not None and now - asked > OVERDUE * self._timeout
 
     def excuse(self, others: Iterable[Hashable], since: float, now: float) -> Excuse | None:
-        """Why the checks of a backend that have failed since `since` do not count; None where they do.
+        """Why the checks of a backend that have failed since `since` do not count; None if they count.
 
         Arguments:
-            others: the backends that are in the rotation beside it.
+            others: the other backends in the rotation.
         """
         if self.delays.since(since) >= LATE * self._timeout:
             return "late"
@@ -111,11 +111,11 @@ class Checks:
 
 
 class Run:
-    """The checks of one backend from one that failed on, as they count against it.
+    """The failed checks of one backend in a row, as far as they count.
 
     Arguments:
-        needed: failed checks in a row that take a backend out.
-        began: when the first check was sent.
+        needed: the number of failed checks in a row that takes a backend out of the rotation.
+        began: when the first check began.
     """
 
     __slots__ = ("_began", "_failed", "_late", "_mass", "_needed", "last")
@@ -125,10 +125,10 @@ class Run:
         self._failed = self._late = 0
         self._mass = False
         self.last: Excuse | None = None
-        """Why the last failed check did not count, where it would have taken the backend out."""
+        """Why the last failed check did not count, if it would have taken the backend out of the rotation."""
 
     def failed(self, checks: Checks, others: Iterable[Hashable], now: float) -> bool:
-        """A check has failed: whether the backend is to leave the rotation."""
+        """Note that a check has failed; returns whether the backend is to leave the rotation."""
         self._failed += 1
         self.last = None
         if self._failed < self._needed:

@@ -1,4 +1,4 @@
-"""One probe of an engine: is it alive and awake? And its pages, as the control plane's client fetches them."""
+"""One probe of an engine, which asks whether it is alive and awake; and single pages of an engine."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _RESTS = {
     "is_paused": "it is paused (POST /resume to the engine ends that)",
 }
 NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError)
-"""What reading an engine's JSON may raise where it is not what such engines send."""
+"""The exceptions of reading JSON that has another shape than expected."""
 
 
 class ProbeFailed(Exception):
-    """A probe that says the backend should get no requests; the text says why, for people.
+    """The backend should get no requests; the text says why, for people.
 
     Arguments:
         code: of `findings.py`.
@@ -31,33 +31,35 @@ class ProbeFailed(Exception):
         self.code = code
 
     def finding(self, backend: Backend) -> Finding:
-        """The same of a backend, with what to do about it."""
+        """The failure as a finding about a backend, which says what to do about it."""
         return found(self.code, f"{backend.role} backend {backend.url} is not up: {self}", backend.url)
 
 
 class Probe:
-    """Asks engines whether they are well, and for single pages.
+    """Asks engines whether they are healthy, and for single pages.
 
     Arguments:
-        control: asks the engines; its timeout bounds one probe.
-        seconds: the time limit of pages that are asked for beside a probe.
+        control: sends the requests; its timeout bounds each request of a probe.
+        seconds: the time limit of a connection that is tried apart from a probe.
     """
 
     def __init__(self, control: Control, seconds: float) -> None:
         self._control = control
         self._seconds = seconds
-        self._resting: dict[Backend, set[str]] = {}  # the paths at which engines have said that they can rest
+        self._resting: dict[
+            Backend, set[str]
+        ] = {}  # the paths at which engines have said that they can be asleep or paused
 
     def forget(self, backend: Backend) -> None:
-        """A backend has left for good."""
+        """Forget a backend that has left the fleet."""
         self._resting.pop(backend, None)
 
     async def why_unreachable(self, host: str, port: int) -> str:
-        """Why no connection to an address comes about, for people; empty where one does."""
+        """Why a connection to an address fails, for people; empty if it does not."""
         return await why_unreachable(self._control, host, port, self._seconds)
 
     async def lives(self, backend: Backend) -> bool:
-        """Whether a backend may be alive. One that is slow to say so may be: the machine is busy, or this one is."""
+        """Whether a backend may be alive. One that does not answer in time may be: its host or this one may be busy."""
         try:
             await self.probe(backend)
         except ProbeFailed as failure:
@@ -65,10 +67,10 @@ class Probe:
         return True
 
     async def probe(self, backend: Backend) -> None:
-        """Ask once whether it is healthy and awake.
+        """Ask a backend once whether it is healthy and awake.
 
         Raises:
-            ProbeFailed: anything but 200 in time.
+            ProbeFailed: it is not, or did not answer in time.
         """
         path = backend.kind.health
         answer = await self.get(backend, path)
@@ -81,8 +83,8 @@ class Probe:
             raise ProbeFailed(_RESTS[member], "asleep")
 
     async def _rests(self, backend: Backend) -> str:
-        """The member by which it says that it takes no requests though it is well, or an empty string. Only engines in
-        development mode can, and only they have the routes; one without the first is not asked for the others."""
+        """The member of an answer by which a healthy engine says that it takes no requests; empty if it takes them.
+        Only engines in development mode have these routes. An engine without the first is not asked for the others."""
         for path, member in backend.kind.rests.items():
             if backend.up and path not in self._resting.get(backend, ()):
                 continue
@@ -90,7 +92,7 @@ class Probe:
                 answer = await self.get(backend, path)
             except ProbeFailed as failure:
                 if backend.up and failure.code == "timeout":
-                    break  # vLLM answers this between two steps, /health at any time: a long step is no rest
+                    break  # vLLM answers this between two steps only, and /health at any time: the step may be long
                 raise
             can = self._resting.setdefault(backend, set())
             if answer.status != 200:
@@ -103,7 +105,7 @@ class Probe:
         return ""
 
     async def page(self, url: str, seconds: float) -> bytes:
-        """A page, or nothing where it is not there."""
+        """The body of a page; empty if the engine does not have it, or does not answer in time."""
         try:
             answer = await self._control.ask(url, seconds=seconds)
         except BackendError:
@@ -111,9 +113,21 @@ class Probe:
         return answer.body if answer.status == 200 else b""
 
     async def get(self, backend: Backend, path: str) -> Answer:
+        """GET a path of a backend.
+
+        Raises:
+            ProbeFailed: there was no whole answer in time.
+        """
         return await self.fetch(backend.url + path, path)
 
     async def fetch(self, url: str, path: str) -> Answer:
+        """GET a URL.
+
+        Arguments:
+            path: what messages call it.
+        Raises:
+            ProbeFailed: there was no whole answer in time.
+        """
         try:
             return await self._control.ask(url)
         except BackendTimedOut:

@@ -1,15 +1,15 @@
-"""Active health checks: one watcher a backend, which brings it into the rotation and takes it out.
+"""Active health checks: a watcher for each backend, which brings it into the rotation and takes it out.
 
-httpx carries the probes and tenacity repeats them. The health path of a backend's kind decides, and whether it sleeps,
-as vLLM calls a sleeping engine healthy; its models and its version are learnt on the way in and now and then after.
-Probes say whether a backend is alive; whether it is any good, its requests say.
+The control plane's client sends the probes, and tenacity repeats them. A backend is up if its health path answers 200
+and it is not asleep: vLLM calls a sleeping engine healthy. Models and version are read when a backend comes up, and
+every `_RELEARN` seconds after. Probes decide whether a backend is alive; how well it works is decided by its requests
+(`fleet/outlier/`).
 
-Where most backends fail a check at the same moment, or the event loop was late, they are asked again before any is
-taken out (`mass_failure.py`).
+If most backends fail a check at the same moment, or the event loop was late, they are asked again before any is taken
+out (`mass_failure.py`).
 
-Backends that are down may be many, and then they are many at once: a rack without power, a fleet that is still to be
-started. All of them together are probed at most `_MOST_DOWN` times a second, and few of them have a log line of their
-own.
+Many backends may be down at once, as in a rack without power or a fleet that has not been started. All of them together
+are probed at most `_MOST_DOWN` times a second, and only few have a log line of their own (`down_log.py`).
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ from pd_proxy.settings.bounds import Health
 
 log = logging.getLogger("pd_proxy.fleet")
 
-_RELEARN = 15.0  # seconds; LoRA adapters come and go at run time
-_MOST_ASKED = 50  # engines a second, for models that nobody is known to have: some percent of a core
+_RELEARN = 15.0  # seconds; LoRA adapters are loaded and unloaded at run time
+_MOST_ASKED = 50  # engines a second that are asked for a model that none is known to have: some percent of a core
 _CLOSE_LOOK = 0.25  # seconds between probes of a backend whose engine is stopping
 _FIRST_WAIT = 0.1  # seconds between the first probes of a backend that is down: engines start in bursts
-_JITTER = 0.25  # share of a wait that is left to chance, lest backends that went down together are probed together
+_JITTER = 0.25  # the random share of a wait, so that backends that went down together are not probed together
 _MOST_DOWN = 20  # probes a second of all backends that are down: some percent of a core
 _BETWEEN_FAILURES = 0.2  # seconds between a failed probe and the next, of a backend that is up
 
 
 class Prober:
-    """Watches every backend of a fleet while it runs.
+    """Watches every backend of a fleet.
 
     Arguments:
-        control: asks the engines; its timeout bounds one probe.
-        on_leave: told of backends that have left the fleet.
-        reads_caches: placement wants to know what engines' KV caches hold.
-        learns_identity: whether the identity of a backend's engine is of use (`identities.py`).
-        guides: by connector: how to learn the coordinates of an engine that speaks it.
+        control: sends the probes; its timeout bounds each request.
+        on_leave: called with each backend that has left the fleet.
+        reads_caches: whether to read how much engines' KV caches hold, which placement uses.
+        learns_identity: whether the identity of a backend's engine is needed (`identities.py`).
+        guides: by connector: how to recognise its engines and to read their coordinates.
         sentinel_headers: header lines of each request over a sentinel connection.
     """
 
@@ -91,14 +91,14 @@ class Prober:
         self._rounds: set[asyncio.Task[None]] = set()
         self._next_round: asyncio.Task[None] | None = None
         self._not_before = float("-inf")  # when the next round may begin
-        self._down = 0  # backends that are being probed until they are up
+        self._down = 0  # the number of backends that are down, and probed until they are up
         self._quiet = DownLog()
         self._checks = Checks(control.timeout, fleet.delays)
         self._excused_told = float("-inf")
         self._unsubscribe: Callable[[], None] = lambda: None
 
     def start(self) -> None:
-        """Watch what is in the fleet now and whatever joins later."""
+        """Watch the backends in the fleet, and those that join it later."""
         self._unsubscribe = self._fleet.subscribe(on_join=self._join, on_leave=self._leave)
         for backend in self._fleet:
             self._join(backend)
@@ -116,7 +116,7 @@ class Prober:
 
     def _join(self, backend: Backend) -> None:
         if self._reads_caches and backend.role != "encode":
-            # Nothing is known of it yet, but other workers may have met it, and tell what they have sent there.
+            # Nothing is known of its cache yet. Other workers may use it already, and report what they have sent to it.
             self._fleet.holds(backend, Cache())
         self._watchers[backend] = asyncio.create_task(self._watch(backend), name=f"probe {backend.url}")
 
@@ -129,9 +129,10 @@ class Prober:
         self._on_leave(backend)
 
     async def ask_models(self) -> None:
-        """Ask all that are up which models they serve; returns when they have said. It is for requests that name an
-        unknown one, so it is done once for all that come together, and no faster than `_MOST_ASKED`: who comes sooner
-        waits for the next time, since what it wants may have been loaded after the last."""
+        """Ask all backends that are up which models they serve; returns when they have answered. Requests that name an
+        unknown model call it. Calls at the same time share one round of questions, and rounds are bounded by
+        `_MOST_ASKED`: a call that comes sooner waits for the next round, since its model may have been loaded after the
+        last one."""
         if self._next_round is None:
             self._next_round = asyncio.create_task(self._ask_all(), name="ask for models")
             self._rounds.add(self._next_round)
@@ -158,14 +159,14 @@ class Prober:
             try:
                 await self._until_up(backend)
                 await self._until_down(backend)
-            except Exception:  # whatever an engine may answer, its watcher must not end
+            except Exception:  # whatever an engine answers, its watcher must not end
                 log.exception("watching %s backend %s failed; it goes on", backend.role, backend.url)
                 await asyncio.sleep(self._settings.interval)
             finally:
                 self._identities.disconnect(backend)
 
     async def _until_up(self, backend: Backend) -> None:
-        """Probe until it answers, ever more slowly."""
+        """Probe a backend until it is up, at growing intervals."""
         slower = wait_exponential(multiplier=_FIRST_WAIT, max=self._settings.longest_wait)
 
         def wait(state: RetryCallState) -> float:
@@ -193,8 +194,8 @@ class Prober:
         failure = state.outcome.exception() if state.outcome else None
         reason = str(failure) if state.outcome else "not probed yet"
         if isinstance(failure, ProbeFailed) and failure.code == "refused":
-            # Streams that went on when it was taken out, as those of an engine that drains, may hang by now: a drain
-            # that is too short leaves their connections open and silent.
+            # Streams that went on when the backend was taken out, such as those of an engine that drains, may hang by
+            # now: an engine whose drain is too short leaves their connections open and silent.
             backend.give_up_waiting(reason)
         if backend.removed:
             self._fleet.forget_idle()
@@ -203,7 +204,8 @@ class Prober:
             self._quiet.tell(backend, reason)
 
     async def _until_down(self, backend: Backend) -> None:
-        """Probe at the interval, or at once when a request failed, until the probes fail or a request took it out."""
+        """Probe a backend at the interval, and at once when a request has failed. Returns when the probes fail, or a
+        request has taken it out."""
         loop = asyncio.get_running_loop()
         learnt = loop.time()
         while True:
@@ -223,14 +225,14 @@ class Prober:
                 return
             if stale := loop.time() - learnt > _RELEARN:
                 learnt = loop.time()
-            if stale or called:  # what failed may be another engine by now, with other models and coordinates
+            if stale or called:  # after a failure it may be another engine, with other models and coordinates
                 with suppress(ProbeFailed):
                     await self._discovery.learn(backend)
             await self._identities.keep(backend, anew=stale)
 
     async def _fails(self, backend: Backend) -> ProbeFailed | None:
-        """Why a backend is to leave the rotation: `health.failures` probes in a row have failed, and say something
-        about it."""
+        """Why a backend is to leave the rotation: `health.failures` probes in a row have failed that are not excused.
+        None if it stays."""
         loop, checks = asyncio.get_running_loop(), self._checks
         run = Run(self._settings.failures, loop.time())
 
@@ -261,7 +263,7 @@ class Prober:
         return None
 
     def _excuse(self, why: Excuse) -> None:
-        """Count a failed check that does not take its backend out; one line of the log tells of all at one time."""
+        """Count a failed check that does not take its backend out; one log line stands for all at the same time."""
         self._fleet.excused_checks[why] += 1
         now = asyncio.get_running_loop().time()
         if now - self._excused_told < LINES_FOR:
@@ -276,7 +278,7 @@ class Prober:
         )
 
     async def negotiate(self, backend: Backend) -> None:
-        """Ask a backend that is not up whether it is well, and for what must be known of it before its first request.
+        """Ask a backend that is not up whether it is healthy, and for what must be known before its first request.
 
         Raises:
             ProbeFailed: it should get no requests.
@@ -294,6 +296,6 @@ class Prober:
             raise
 
     def _interval(self, backend: Backend) -> float:
-        """Seconds to the next probe. One that is stopping is looked at closely: it may be gone and back in no time."""
+        """Seconds to the next probe. A backend that is stopping is probed more often: it may be back after a moment."""
         usual = self._settings.interval
         return min(usual, _CLOSE_LOOK) if self._fleet.outlier_detector.leaving(backend) else usual

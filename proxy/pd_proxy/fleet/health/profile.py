@@ -1,6 +1,7 @@
-"""What an engine tells people of how it was started.
+"""The profile of an engine: how it was started, for people.
 
-Unlike `facts.py` nothing is decided by it: it explains why a hand-off failed, and fills a line of `pd-proxy doctor`.
+Unlike the identity (`identity.py`) it decides nothing: it explains why a hand-off failed, and fills a line of
+`pd-proxy doctor`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ _EXTERNAL_HITS = re.compile(rb"^vllm:external_prefix_cache_hits_total(?:\{[^}\n]
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """One engine; what it does not tell is empty.
+    """How one engine was started; a value that it does not report is empty.
 
     Attributes:
         role: `prefill`, `decode` or `both`.
-        connectors: the marks of the connectors that it was started with (`signs.configured`).
-        block_size, context: tokens in a block of its KV cache; tokens that prompt and answer may have together.
-        tp: tensor-parallel ranks.
+        connectors: the fingerprints of the connectors that it was started with (`fingerprints.configured`).
+        block_size: tokens in a block of its KV cache.
+        context: tokens that a prompt and its answer may have together.
+        tp: the number of tensor-parallel ranks.
     """
 
     role: str = ""
@@ -43,10 +45,12 @@ class Profile(msgspec.Struct, frozen=True):
 
 
 def read_profile(configuration: bytes, metrics: bytes) -> Profile:
-    """What a page of an engine's configuration and one of its metrics say.
+    """The profile on an engine's pages.
 
     Arguments:
-        configuration: may be empty, since few engines have one: vLLM only with `VLLM_SERVER_DEV_MODE=1`.
+        configuration: the page of its configuration. It may be empty, since few engines have one: vLLM only with
+            `VLLM_SERVER_DEV_MODE=1`.
+        metrics: the page of its metrics.
     """
     said = _object(configuration)
     labels = _CACHE.search(metrics)
@@ -77,8 +81,8 @@ def read_profile(configuration: bytes, metrics: bytes) -> Profile:
 
 
 def read_from_elsewhere(metrics: bytes) -> int | None:
-    """How many prompt tokens a vLLM engine has taken out of other engines' KV caches since its start; None where it
-    does not count them."""
+    """How many prompt tokens a vLLM engine has loaded from other engines' KV caches since its start; None if it does
+    not count them."""
     for series in (_BY_SOURCE, _EXTERNAL_HITS):
         if counts := series.findall(metrics):
             return int(sum(map(float, counts)))
@@ -86,21 +90,21 @@ def read_from_elsewhere(metrics: bytes) -> int | None:
 
 
 def _object(page: bytes) -> dict[str, Any]:
-    """A page's JSON object; empty where it is none."""
+    """The JSON object of a page; empty if the page is none."""
     try:
-        says = decode_json(page)
+        value = decode_json(page)
     except Undecodable:
         return {}
-    return says if isinstance(says, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _member(page: dict[str, Any], name: str) -> dict[str, Any]:
-    """A member that is an object; empty where it is none."""
+    """A member that is an object; empty if it is none."""
     value = page.get(name)
     return value if isinstance(value, dict) else {}
 
 
 def _count(page: dict[str, Any], name: str) -> int:
-    """A member that is a number of things; 0 where it is none."""
+    """A member that is a positive number; 0 if it is none."""
     value = page.get(name)
     return value if type(value) is int and 0 < value < 1 << 53 else 0

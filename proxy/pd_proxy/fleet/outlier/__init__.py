@@ -1,1 +1,1 @@
-"""Outlier detection: backends that are alive and do badly."""
+"""Outlier detection: which backends are alive, but fail more often or are slower than others."""

@@ -1,22 +1,24 @@
-"""When a backend that is alive is no good: pure rules over standings, with the time passed in.
+"""The rules of outlier detection: when a backend that is alive is ejected, and for how long.
 
-The knobs are Envoy's outlier detection, with a third cause, slowness. A backend is ejected for
+The rules are functions of the outlier statistics; the time is passed in. The settings are those of Envoy's outlier
+detection, and slowness is a third cause. A backend is ejected for
 
-- `consecutive`: so many failures in a row;
-- `success_rate`: too small a share of good legs in the window, *relative to the rest of its pool*: where all fail
-  alike (a broken link between the pools, a model that cannot answer) the fault is not its own;
+- `consecutive`: a number of failures in a row;
+- `success_rate`: too small a share of good legs in the window, *relative to the rest of its pool*. If all backends fail
+  alike (the link between the pools is broken, the model cannot answer), the cause is not the backend;
 - `slow`: its legs take `slow_ratio` times as long as the median of its pool.
 
-Slowness is a ratio to the pool's median, of running means of logarithms. The median moves little when one of three is
-slow, where a mean would follow it; a ratio, because the usual other choice, the deviation from the median in units of
-the pool's own spread, is meaningless among three backends that are nearly equal (the spread is then next to nothing,
-and everybody an outlier). Prefill legs of all lengths are made comparable by what the whole pool takes for prompts of
-that size. It takes three backends to say who is the odd one: in a pool of two nobody is ejected for slowness, since
-with half of the capacity at stake "the other one is faster" is too little to go by. (Least-loaded placement gives a
-slow backend less all the same: what it has stays in flight for longer.)
+Slowness is the ratio of a backend's time to the pool's median, both as running means of logarithms. It is the median,
+since a mean of three backends would follow the slow one. It is a ratio, since the usual alternative, the deviation in
+units of the pool's own spread, is meaningless among three backends that are nearly equal: the spread is then nearly
+zero, and each of them is an outlier. Prefill legs of different lengths are made comparable by the time that the whole
+pool takes for prompts of that size. At least three backends are needed to call one of them slow. In a pool of two none
+is ejected for slowness, since that would take half of the capacity only because the other backend is faster.
+(Least-loaded placement sends a slow backend fewer requests anyway, since its requests are in flight for longer.)
 
-Invariants: never more than `max_ejected` of those that are up, and never the last of them. What has said itself that it
-is stopping or paused (`leaving`) is ejected without such a bound, but left with nobody else it is asked all the same.
+Invariants: at most the share `max_ejected` of the backends that are up is ejected, and never the last one. A backend
+whose engine says that it is stopping or paused (`leaving`) is ejected without that bound. If no other backend is left,
+it gets requests all the same.
 """
 
 from __future__ import annotations
@@ -31,18 +33,18 @@ from pd_proxy.settings.bounds import BreakerSettings
 
 Reason = Literal["consecutive", "success_rate", "slow", "leaving"]
 
-FEWEST = 3  # backends that must have been timed before one of them can be the odd one
-_STALE = 120.0  # seconds after which a time says nothing of how a backend is now
-_FEWEST_TOKENS = 5  # a shorter stream's pace is chance
-_USUAL_WEIGHT = 1 / 64  # of one leg in what its pool usually takes: slow, so that all are measured with one rod
-# Seconds (decode: a token) by which a slow backend is slower, at least: nobody notices less, and on fast engines a
-# ratio alone would be noise.
+FEWEST = 3  # backends that must have been timed before one of them can be called slow
+_STALE = 120.0  # seconds after which a time says nothing about a backend any more
+_FEWEST_TOKENS = 5  # the pace of a shorter stream is random
+_USUAL_WEIGHT = 1 / 64  # of one leg in its pool's usual time: small, so that all backends are compared with one value
+# The least number of seconds (decode: for each token) by which a slow backend is slower. Clients do not notice less,
+# and on fast engines a ratio alone would be noise.
 _NOTICEABLE: dict[LegName, float] = {"prefill": 0.1, "decode": 0.005, "encode": 0.1}
-_LEAST_FACTOR = 0.1  # of a backend's load when its slow start begins
+_LEAST_FACTOR = 0.1  # the share of its usual load that a backend gets when its slow start begins
 
 
 class Breaker:
-    """Judges standings."""
+    """The rules, with their settings."""
 
     def __init__(self, settings: BreakerSettings) -> None:
         self._settings = settings
@@ -54,8 +56,8 @@ class Breaker:
 
         Arguments:
             seconds: prefill: of the leg; decode: the mean for each token.
-            tokens: prefill: those computed; decode: those given.
-        Returns: whether it looks slow, so that a `verdict` is worth its price.
+            tokens: prefill: those that were computed; decode: those that were generated.
+        Returns: whether the backend may be slow, so that the cost of a `verdict` is justified.
         """
         if leg == "decode" and tokens < _FEWEST_TOKENS:
             return False
@@ -64,9 +66,9 @@ class Breaker:
         usual = self._usual.get(key, taken)
         stats.note_time(taken, usual, now)
         self._usual[key] = usual + _USUAL_WEIGHT * (taken - usual)
-        # What is usual is a mean over the pool, the slow one included: an outlier stands out less from it than from the
-        # median, but by a quarter even where three quarters of the legs are its own. A leg that nobody notices changes
-        # no verdict; the next one that is noticed asks for it.
+        # The usual time is a mean over the pool, which includes the slow backend. An outlier differs less from it than
+        # from the median, but by a quarter even if three quarters of the legs are its own. A leg that is not noticeably
+        # slow needs no verdict; the next one that is asks for it.
         return (
             stats.excess > self._log_ratio / 4
             and seconds > _NOTICEABLE[leg]
@@ -74,10 +76,10 @@ class Breaker:
         )
 
     def verdict(self, leg: LegName, stats: OutlierStats, others: Sequence[OutlierStats], now: float) -> Reason | None:
-        """Why a backend should be ejected, if it should.
+        """Why a backend should be ejected; None if it should not.
 
         Arguments:
-            others: the standings of the rest of its pool that is up, ejected or not.
+            others: the statistics of the other backends of its pool that are up, ejected or not.
         """
         if stats.consecutive >= self._settings.consecutive_failures:
             return "consecutive"
@@ -112,7 +114,7 @@ class Breaker:
         return stats.excess - middle >= self._log_ratio and stats.seconds_above(middle) >= _NOTICEABLE[leg]
 
     def may_eject(self, others: Sequence[OutlierStats], now: float) -> bool:
-        """Whether one more of a pool may be ejected.
+        """Whether one more backend of a pool may be ejected.
 
         Arguments:
             others: as for `verdict`.
@@ -122,13 +124,13 @@ class Breaker:
         return ejected < up and ejected <= self._settings.max_ejected * up
 
     def eject(self, stats: OutlierStats, reason: Reason, now: float) -> float:
-        """Eject; returns for how many seconds. Each time lasts twice as long as the one before, and every `window` of
-        seconds in the rotation takes one doubling back."""
+        """Eject a backend; returns for how many seconds. Each ejection lasts twice as long as the one before, and each
+        `window` of seconds in the rotation takes one doubling back."""
         settings = self._settings
         good_time = max(0.0, now - stats.ejected_until)
         level = max(0, stats.level - int(good_time / settings.window)) if stats.level else 0
         seconds = settings.ejection * 2.0**level
-        if seconds < settings.longest_ejection:  # else a level more would only take longer to be taken back
+        if seconds < settings.longest_ejection:  # a higher level would not last longer, but take longer to go down
             level += 1
         seconds = min(seconds, settings.longest_ejection)
         stats.begin_anew()
@@ -137,16 +139,20 @@ class Breaker:
         return seconds
 
     def factor(self, since: float, now: float) -> float:
-        """The share of its usual load that a backend may be given, from 0.1 to 1, so long after its return."""
+        """The share of its usual load that a backend gets during its slow start, from 0.1 to 1.
+
+        Arguments:
+            since: when it returned.
+        """
         duration = self._settings.slow_start
         passed = now - since
         return 1.0 if passed >= duration else max(_LEAST_FACTOR, passed / duration)
 
     def panics(self, fit: int, members: int) -> bool:
-        """Whether so few of a pool are left that its ejections must be ignored.
+        """Whether so few backends of a pool are left that its ejections are ignored (Envoy's panic threshold).
 
         Arguments:
-            fit: backends that are up and not ejected.
-            members: all of the pool that are to take requests, up or not.
+            fit: the number of backends that are up and not ejected.
+            members: the number of all backends of the pool that are to take requests, up or not.
         """
         return fit == 0 or fit < self._settings.panic_threshold * members

@@ -1,7 +1,7 @@
-"""Who may be given a request now: what the breaker decides, kept up with time.
+"""Outlier detection: applies the rules of `breaker.py` to legs' outcomes, and ends ejections when their time is over.
 
-Backends in an ejection, a slow start or a rest are watched; while there is none, a look at a pool costs nothing here.
-Nothing runs by itself: what time has changed is brought up to date whenever somebody looks.
+A backend is watched while it is ejected, in its slow start, or resting. While none is watched, a look at a pool costs
+nothing here. No task runs: what has changed with time is brought up to date when a pool is looked at.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from pd_proxy.settings.bounds import BreakerSettings
 
 log = logging.getLogger("pd_proxy.fleet")
 
-_LONGEST_REST = 10.0  # seconds; an engine's Retry-After is a guess, and is not to take it out for good
+_LONGEST_REST = 10.0  # seconds; an engine's Retry-After is a guess, and must not take it out of the rotation for long
 
 
 class OutlierDetector:
-    """Takes note of how legs went, and ejects.
+    """Notes the outcomes of legs, and ejects backends.
 
     Arguments:
-        peers: the other backends that could take a backend's requests: up, not draining, of its pool and model.
-        clock: seconds, never going back.
+        peers: returns the other backends that could take a backend's requests: up, not draining, of its pool and model.
+        clock: a monotonic clock, in seconds.
     Attributes:
-        watches: backends in an ejection, a slow start or a rest. While there are none, all that serve are fit.
-        ejections: by pool, backend, leg and reason.
+        watches: the backends that are ejected, in their slow start or resting. While there are none, all backends that
+            serve are fit.
+        ejections: the number of ejections by pool, backend, leg and reason.
     """
 
     def __init__(
@@ -42,27 +43,28 @@ class OutlierDetector:
         self.watches: set[Backend] = set()
         self.ejections: Counter[tuple[str, str, str, str]] = Counter()
 
-    # How legs went
+    # Outcomes of legs
 
     def succeeded(self, backend: Backend, leg: LegName) -> None:
+        """Note that a leg succeeded."""
         backend.outlier_stats[leg].note(True, self._clock())
 
     def failed(self, backend: Backend, leg: LegName, error: BackendError) -> None:
-        """A leg failed by the backend's fault. One that says it is busy has not failed: it rests, if it says how
-        long."""
+        """Note that a leg failed through the backend's fault. A backend that answers that it is busy has not failed: it
+        rests, if it says for how long."""
         now = self._clock()
         stats = backend.outlier_stats[leg]
         if isinstance(error, BackendBusy):
             if error.retry_after:
                 backend.resting_until = now + min(float(error.retry_after), _LONGEST_REST)
                 self.watches.add(backend)
-        elif not stats.ejected(now):  # what fails during an ejection has been paid for
+        elif not stats.ejected(now):  # failures during an ejection do not count again
             stats.note(False, now)
             self._judge(backend, leg, now, str(error))
 
     def leaves(self, backend: Backend, what: str) -> None:
-        """A backend's engine has shown that it is stopping or paused. It looks idle then, and may look healthy for as
-        long as it drains: it is ejected on its own word, whatever share of its pool is out. What runs on it may end."""
+        """Eject a backend whose engine has shown that it is stopping or paused, whatever share of its pool is ejected:
+        it looks idle, and may look healthy for as long as it drains. Requests that run on it may end."""
         now = self._clock()
         for leg in backend.legs:
             stats = backend.outlier_stats[leg]
@@ -70,12 +72,12 @@ class OutlierDetector:
                 self._eject(backend, leg, stats, "leaving", what, now)
 
     def leaving(self, backend: Backend) -> bool:
-        """Whether a backend is ejected on its own word."""
+        """Whether a backend is ejected since its engine is stopping or paused."""
         now = self._clock()
         return any(backend.outlier_stats[leg].leaving(now) for leg in backend.legs)
 
     def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None:
-        """How long a leg took; for decode: each of its tokens."""
+        """Note how long a leg took; for decode: each of its tokens."""
         now = self._clock()
         stats = backend.outlier_stats[leg]
         if not stats.ejected(now) and self._breaker.timed(backend.role, leg, stats, seconds, tokens, now):
@@ -98,14 +100,14 @@ class OutlierDetector:
             "%s backend %s is ejected for %g s (%s of its %s legs): %s",
             *(backend.role, backend.url, seconds, reason, leg, what),
         )
-        if reason == "consecutive":  # nothing gets through: those that wait there would fail too, only later
+        if reason == "consecutive":  # no request succeeds there: those that wait would only fail later
             backend.give_up_waiting("was ejected")
 
     # Coming and going
 
     def returned(self, backend: Backend) -> None:
-        """A backend has come up: what it was before is forgotten. Its load grows slowly, unless it is one of those
-        that the gateway began with: these are all alike."""
+        """Note that a backend has come up: its statistics begin anew. It has a slow start, unless the gateway started
+        with it and it comes up for the first time: such backends are all equally new."""
         now = self._clock()
         for stats in backend.outlier_stats.values():
             stats.lift(now)
@@ -115,7 +117,7 @@ class OutlierDetector:
         backend.known = True
 
     def forget(self, backend: Backend) -> None:
-        """A backend has left for good."""
+        """Forget a backend that has left the fleet."""
         self.watches.discard(backend)
         for key in [key for key in self.ejections if key[1] == backend.url]:
             del self.ejections[key]
@@ -128,7 +130,7 @@ class OutlierDetector:
     # Who is fit
 
     def refresh(self) -> float:
-        """Bring everything up to date; returns the time."""
+        """Bring all watched backends up to date; returns the time."""
         now = self._clock()
         for backend in tuple(self.watches):
             self._bring_up_to_date(backend, now)
@@ -152,12 +154,12 @@ class OutlierDetector:
             self.watches.discard(backend)
 
     def fit(self, serving: list[Backend], leg: LegName, members: Callable[[], int]) -> list[Backend]:
-        """Those of `serving` that should get a request: not ejected, unless too few would be left; of these the ones
-        that do not rest, where there are any.
+        """The backends of `serving` that should get a request: those that are not ejected, unless too few are left; of
+        these the ones that do not rest, if there are any.
 
         Arguments:
-            serving: backends that are up and could serve it.
-            members: counts all that could, were they up.
+            serving: the backends that are up and could serve the request.
+            members: returns the number of backends that could serve it, up or not.
         """
         now = self.refresh()
         fit = [backend for backend in serving if not backend.outlier_stats[leg].ejected(now)]
@@ -166,13 +168,13 @@ class OutlierDetector:
         return [backend for backend in fit if backend.resting_until <= now] or fit
 
     def panics(self, serving: Sequence[Backend], leg: LegName, members: int) -> bool:
-        """Whether ejections of these are being ignored."""
+        """Whether the ejections of these backends are ignored now."""
         now = self._clock()
         fit = sum(not backend.outlier_stats[leg].ejected(now) for backend in serving)
         return fit < len(serving) and self._breaker.panics(fit, members)
 
     def ejected_for(self, backend: Backend) -> dict[LegName, tuple[float, str]]:
-        """The legs that a backend is ejected for, with the seconds that are left, and why."""
+        """The legs that a backend is ejected for, with the seconds that are left and the reason."""
         now = self.refresh()
         return {
             leg: (stats.ejected_until - now, stats.reason)

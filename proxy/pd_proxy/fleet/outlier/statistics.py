@@ -1,7 +1,6 @@
-"""How one backend does at one kind of leg: what the breaker judges by, and what it has decided.
+"""Outlier statistics: how well one backend does one kind of leg, and whether it is ejected for it.
 
-Plain values; the time is passed in. Only the last seconds are remembered, so nothing has to be forgiven: what was bad
-long ago has left the window.
+These are plain values; the time is passed in. Only the last seconds count: old failures have left the window.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from pd_proxy.transitions import after
 LegName = Literal["prefill", "decode", "encode"]
 
 LEAVING = "leaving"
-"""The `reason` of an ejection by the engine's own word."""
-_SLICES = 10  # of a window: what is old goes in steps of a tenth of it
-_WEIGHT = 0.2  # of a new time in a running mean: about the last ten count
-_FULL_MEMORY = 5  # until there are so many, the mean is a plain one
-_LEAST_SECONDS = 1e-6  # a clock's grain; zero has no logarithm
+"""The `reason` of an ejection because the engine is stopping or paused."""
+_SLICES = 10  # of a window: old legs leave it in steps of a tenth
+_WEIGHT = 0.2  # of a new time in a running mean: about the last ten times count
+_FULL_MEMORY = 5  # with fewer times, the running mean is the arithmetic mean
+_LEAST_SECONDS = 1e-6  # the resolution of a clock; zero has no logarithm
 
 
 class Window:
@@ -35,7 +34,7 @@ class Window:
         self._scale = _SLICES / seconds
         self._slices = [[0, 0] for _ in range(_SLICES)]
         self._slot = 0
-        self._current = self._slices[0]  # that of now, up to `_until`
+        self._current = self._slices[0]  # the slice of now, until `_until`
         self._until = 1 / self._scale
         self.good = 0
         self.bad = 0
@@ -52,7 +51,7 @@ class Window:
             self.bad += 1
 
     def roll(self, now: float) -> None:
-        """Forget what is too old."""
+        """Forget the legs that are too old."""
         slot = int(now * self._scale)
         if slot <= self._slot:
             return
@@ -76,20 +75,21 @@ class Window:
 
 
 class OutlierStats:
-    """How one backend does at one kind of leg.
+    """How well one backend does one kind of leg.
 
     Arguments:
         window: seconds for which a leg's outcome counts.
     Attributes:
-        consecutive: failures since the last good leg.
-        window: good and bad legs of late.
-        samples: times noted since it last began anew.
-        excess: running mean of log(seconds / what its pool usually takes for such a leg).
+        consecutive: the number of failures since the last good leg.
+        window: the good and bad legs of the last seconds.
+        samples: the number of times that were noted since the statistics began anew.
+        excess: running mean of log(seconds / usual seconds of its pool for such a leg).
         timed_at: when the last time was noted.
-        level: how often it was ejected, less what good time took back; the time out doubles with it.
-        ejected_until: the end of the last ejection; 0 when there was none.
+        level: the number of ejections, less those that time in the rotation has taken back; the length of an ejection
+            doubles with it.
+        ejected_until: the end of the last ejection; 0 if there was none.
         fitness: `EJECTED` until the end of the ejection has been noticed (`OutlierDetector.refresh`).
-        reason: of that ejection; empty while it is fit.
+        reason: of the ejection; empty while the backend is fit.
     """
 
     __slots__ = (
@@ -114,7 +114,7 @@ class OutlierStats:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Forget how it did; how often it was ejected is kept."""
+        """Forget the outcomes and times of legs; the level of ejections is kept."""
         self.window.clear()
         self.consecutive = 0
         self.samples = 0
@@ -123,15 +123,16 @@ class OutlierStats:
         self._log_seconds = 0.0
 
     def note(self, good: bool, now: float) -> None:
-        """A leg went well, or failed."""
+        """Note that a leg succeeded or failed."""
         self.consecutive = 0 if good else self.consecutive + 1
         self.window.note(good, now)
 
     def note_time(self, taken: float, usual: float, now: float) -> None:
-        """A leg took so long (decode: for each token).
+        """Note how long a leg took (decode: for each token).
 
         Arguments:
-            taken, usual: logarithms of its seconds, and of what its pool usually takes.
+            taken: the logarithm of its seconds.
+            usual: the logarithm of the seconds that its pool usually takes.
         """
         self.samples = samples = self.samples + 1
         weight = _WEIGHT if samples > _FULL_MEMORY else 1 / samples
@@ -140,11 +141,11 @@ class OutlierStats:
         self.timed_at = now
 
     def seconds_above(self, excess: float) -> float:
-        """How much longer its legs take than those of a backend with another `excess`."""
+        """By how many seconds its legs take longer than those of a backend with another `excess`."""
         return exp(self._log_seconds) * (1 - exp(excess - self.excess))
 
     def lift(self, now: float) -> None:
-        """End an ejection, since the engine that comes up now is not the one that failed."""
+        """End an ejection because the backend has come up again: its engine is not the process that failed."""
         self.fitness = after(FITNESS, self.fitness, Event.RESTART)
         self.ejected_until = min(self.ejected_until, now)
         self.reason = ""
@@ -157,19 +158,19 @@ class OutlierStats:
         self.reason = reason
 
     def end_ejection(self) -> None:
-        """The time of an ejection is over."""
+        """End an ejection whose time is over."""
         self.fitness = after(FITNESS, self.fitness, Event.RETURN)
         self.reason = ""
 
     def ejected(self, now: float) -> bool:
-        """Whether it is ejected now."""
+        """Whether the backend is ejected now."""
         return now < self.ejected_until
 
     def leaving(self, now: float) -> bool:
-        """Whether it is out because its engine has shown that it is stopping or paused."""
+        """Whether the backend is ejected because its engine has shown that it is stopping or paused."""
         return self.reason == LEAVING and now < self.ejected_until
 
 
 def log_seconds(seconds: float) -> float:
-    """The natural logarithm of a time; times differ by factors, and one freak must not outweigh ten others."""
+    """The natural logarithm of a time: times differ by factors, and one extreme time must not outweigh ten others."""
     return log(seconds if seconds > _LEAST_SECONDS else _LEAST_SECONDS)
