@@ -1,4 +1,4 @@
-"""How a request is made again from the middle of its answer, and when that is exact.
+"""The request that continues a broken answer, and the conditions under which its text is exactly the same.
 
 The tokens so far become a part of the prompt, as ids: `prompt` for completions; for chat
 `kv_transfer_params.prompt_token_ids`, which takes the place of template and tokenizer, on both legs. Tried on real
@@ -15,18 +15,16 @@ from pd_proxy.decoding import decode_members, json_decoder
 from pd_proxy.requests.body import Body
 from pd_proxy.requests.endpoints import LAYOUTS, Endpoint, Members
 
-_SUSPECTS = frozenset(
-    {
-        *("presence_penalty", "frequency_penalty", "stop", "seed", "tools", "logprobs"),
-        *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-        *("bad_words", "repetition_detection", "logits_processors"),
-    }
+_PENALTIES = frozenset({"presence_penalty", "frequency_penalty"})
+_STRUCTURE = frozenset(
+    ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 )
-_STRUCTURE = frozenset(name for name in _SUSPECTS if name.startswith(("response", "structured", "guided")))
+_STATEFUL = ("bad_words", "repetition_detection", "logits_processors")  # each is its own reason
+_SUSPECTS = _PENALTIES | _STRUCTURE | {*_STATEFUL, "stop", "seed", "tools", "logprobs"}
 _EMPTY = (b"null", b"false", b"[]", b"{}", b'""', b"0", b"0.0")
 
 UNTRIED = "endpoint"
-"""The reason for which nothing is continued on endpoints that take no tokens of an answer."""
+"""The reason why nothing is continued on endpoints that do not take the tokens of an answer."""
 _UNTRIED = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not layout.resumable)
 
 _DIGITS = b"0123456789, \t\r\n"
@@ -35,19 +33,19 @@ _read_number = json_decoder(float)
 
 
 class Continuation(msgspec.Struct, frozen=True):
-    """Where to go on.
+    """The point from which a request continues.
 
     Attributes:
-        ids: prompt and answer so far, `1,2,3`.
-        said: how many of them are the answer's.
+        ids: the token ids of the prompt and of the answer so far, `1,2,3`.
+        said: how many of them belong to the answer.
     """
 
     ids: bytes
     said: int
 
     def apply(self, members: Members, endpoint: Endpoint) -> Members:
-        """The client's members for the rest of the answer: its bounds less what was said, and for completions its
-        prompt. Chat's prompt goes into `kv_transfer_params` (`in_params`)."""
+        """The client's members for the rest of the answer: its token bounds less the tokens so far, and for completions
+        the longer prompt. Chat's prompt goes into `kv_transfer_params` (`in_params`)."""
         rest = dict(members)
         for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
             if (raw := rest.get(name)) is not None and bytes(raw) != b"null":
@@ -55,7 +53,7 @@ class Continuation(msgspec.Struct, frozen=True):
                 rest[name] = msgspec.Raw(b"%d" % max(least, int(_read_number(raw)) - self.said))
         if endpoint == "completions":
             if "max_tokens" not in rest or bytes(rest["max_tokens"]) == b"null":
-                rest["max_tokens"] = msgspec.Raw(b"%d" % max(1, 16 - self.said))  # the engine's default
+                rest["max_tokens"] = msgspec.Raw(b"%d" % max(1, 16 - self.said))  # the engine's default is 16
             rest["prompt"] = msgspec.Raw(b"[%b]" % self.ids)
         return rest
 
@@ -74,11 +72,11 @@ def with_prompt_ids(members: Members, ids: bytes) -> Members:
 
 
 def inexact(body: Body) -> str:
-    """Why an answer to this request could not be continued exactly, or an empty string. What shows only in the answer
-    (tool calls, reasoning) is not known here.
+    """Why an answer to this request could not be continued exactly, or an empty string. Reasons that show only in the
+    answer (tool calls, reasoning) are not among them.
 
-    An engine counts the tokens so far as prompt once they are sent again: what looks at output alone, or keeps a state
-    beside the tokens, begins anew.
+    An engine counts the tokens so far as prompt once they are sent again. So whatever looks at the output alone, or
+    keeps a state beside the tokens, starts again.
     """
     if body.alone:
         return body.alone
@@ -88,41 +86,48 @@ def inexact(body: Body) -> str:
     if _SUSPECTS.isdisjoint(members):
         return ""
 
-    def given(name: str) -> bool:
-        raw = members.get(name)
-        return raw is not None and bytes(memoryview(raw)[:8]) not in _EMPTY
-
-    for name in ("presence_penalty", "frequency_penalty"):
-        if given(name):
-            return "penalties"
-    if given("stop"):
+    given = {name for name in members.keys() & _SUSPECTS if bytes(memoryview(members[name])[:8]) not in _EMPTY}
+    if given & _PENALTIES:
+        return "penalties"
+    if "stop" in given:
         return "stop"  # text is held back while it could be the beginning of a stop string
-    for name in members.keys() & _STRUCTURE:
-        if given(name) and not (name == "response_format" and b'"text"' in bytes(members[name])):
-            return "structured_output"
-    choice = members.get("tool_choice")
-    if given("tools") and choice is not None and bytes(choice) not in (b"null", b'"auto"', b'"none"'):
+    if _is_structured(members, given):
         return "structured_output"
-    if given("seed") or _is_zero_seed(members):
-        temperature = members.get("temperature")
-        if temperature is None or bytes(temperature) not in (b"0", b"0.0"):
-            return "seed"
-    for name in ("bad_words", "repetition_detection", "logits_processors"):
-        if given(name):
+    if _is_seeded(members, given):
+        return "seed"
+    for name in _STATEFUL:
+        if name in given:
             return name
-    if body.endpoint == "completions" and (given("logprobs") or bytes(members.get("logprobs", b"")) == b"0"):
+    if body.endpoint == "completions" and ("logprobs" in given or bytes(members.get("logprobs", b"")) == b"0"):
         return "logprobs"  # text_offset counts from the answer's beginning
     return ""
 
 
+def _is_structured(members: Members, given: set[str]) -> bool:
+    """Whether a grammar decides which tokens may follow."""
+    for name in given & _STRUCTURE:
+        if name != "response_format" or b'"text"' not in bytes(members[name]):
+            return True
+    choice = members.get("tool_choice")
+    return "tools" in given and choice is not None and bytes(choice) not in (b"null", b'"auto"', b'"none"')
+
+
+def _is_seeded(members: Members, given: set[str]) -> bool:
+    """Whether the tokens depend on the state of a random generator that the request seeds; 0 is a seed too."""
+    if "seed" not in given and bytes(members.get("seed", b"")) != b"0":
+        return False
+    temperature = members.get("temperature")
+    return temperature is None or bytes(temperature) not in (b"0", b"0.0")
+
+
 def has_tools(body: Body) -> bool:
-    """Whether an engine may look for tool calls in the answer."""
+    """Whether an engine may parse the answer for tool calls."""
     choice = body.members.get("tool_choice")
     return "tools" in body.members and (choice is None or bytes(choice) != b'"none"')
 
 
 def choices(body: Body) -> int:
-    """How many answers a request has; more than can be counted where it has several prompts."""
+    """How many answers a request asks for; `sys.maxsize` where it has several prompts."""
     if body.alone == "prompt_list":
         return sys.maxsize
     where = body.members
@@ -131,15 +136,11 @@ def choices(body: Body) -> int:
             where = decode_members(where.get("sampling_params", b"{}"))
         return max(1, int(_read_number(where.get("n", b"1"))))
     except (ValueError, OverflowError):
-        return 1  # the engine says what is wrong with it
-
-
-def _is_zero_seed(members: Members) -> bool:
-    return bytes(members.get("seed", b"")) == b"0"
+        return 1  # not a number; the engine's error says so
 
 
 def inner_ids(raw: msgspec.Raw) -> bytes:
-    """The ids of a JSON list without its brackets; nothing for what is no list of ids."""
+    """The ids of a JSON list, without its brackets; empty where it is not a list of ids."""
     ids = bytes(raw)
     inner = ids[1:-1] if ids.startswith(b"[") else b""
     return b"" if inner.translate(None, _DIGITS) else inner
