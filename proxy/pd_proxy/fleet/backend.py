@@ -1,8 +1,8 @@
 """One backend as the gateway knows it, and the leases on it.
 
-Invariant: `inflight_requests` and `inflight_tokens` change only in `Lease.__init__` and `Lease.release`, and a lease is
-released once whatever happens, so both are zero when nothing is in flight. `open_handoffs` likewise: the
-flow's `PendingHandoff` counts a hand-off in and out.
+Invariant: `inflight_requests` and `inflight_tokens` change only in `Lease.__init__` and `Lease.release`. Each lease is
+released exactly once, so both are zero when nothing is in flight. The same holds for `open_handoffs`, which only the
+flow's `PendingHandoff` changes.
 """
 
 from __future__ import annotations
@@ -39,43 +39,46 @@ class Backend:
     """State of one engine endpoint.
 
     Attributes:
-        kind: what sort of engine it is.
-        lacks: routes of its kind that it has said it does not have; asked again now and then, as for its models.
-        health: whether its engine is alive (`state.py`).
+        kind: the engine family, with the routes that it has.
+        lacks: routes of the family that the engine has said it does not have; forgotten when its models are read again.
+        health: whether the engine is alive (`state.py`).
         up: its health is `UP`.
-        reason: why it is not up, for people; empty when up.
-        models: its cards of /v1/models by id, or None while that is not known.
-        version: as /version says, or empty.
-        group: the name of its group: backends that may hand over to each other.
-        connector: the protocol that its side of a hand-off speaks; empty while that is not known.
-        told: the one that its engine has told of, where it was to tell; else empty.
-        coordinates: where its side of a hand-off is reached.
-        registered: its engine says, again and again, where that is; who should and does not is out of the rotation.
-        ranks: tokens in flight on each of its data-parallel ranks; empty where it has but one.
-        rank_work: tokens that each of them has yet to prefill, as far as that is kept account of (`flow/prompts.py`).
-        rank_names: what each of them is called in the prefix index.
-        identity: what is surely true of the engine that is there now; None while nothing is.
-        engine_id: what its hand-offs have called it since the facts were learnt, or empty.
-        handoff: what was last found of its hand-offs, by a warm-up or by a request.
-        handed_over: one has worked since it joined the fleet; a restart of its engine does not make that untrue.
-        reasons: its answers to chats have shown a reasoning parser at work; not forgotten, since it is no danger.
-        duty: what it is to do.
-        draining: it is given nothing new: its duty is not `SERVING`.
+        reason: why it is not up, for people; empty when it is up.
+        models: its cards of /v1/models by id; None while they are not known.
+        version: what its /version says, or empty.
+        group: the name of its group: the backends that may hand over to each other.
+        connector: the hand-off protocol that it speaks; empty while that is not known.
+        told: the connector that the engine has reported, with `connector: auto`; otherwise empty.
+        coordinates: the addresses of its side of a hand-off.
+        registered: the engine announces its coordinates periodically. Where the connector requires that, a backend that
+            does not is down.
+        ranks: tokens in flight on each of its data-parallel ranks; empty where it has one rank.
+        rank_work: tokens that each rank has yet to prefill, as far as they are counted (`flow/prompts.py`).
+        rank_names: the name of each rank in the prefix index.
+        identity: the identity of the engine that is running now; None while it is not certain.
+        engine_id: the engine id in its hand-offs since `identity` was learnt, or empty.
+        handoff: the last result of a hand-off, by a warm-up or by a request.
+        handed_over: a hand-off has worked since it joined the fleet; stays true when its engine restarts.
+        reasons: an answer to a chat has shown that a reasoning parser is on. It is never reset, since an outdated True
+            does no harm.
+        duty: what it is to do: serve, drain or leave (`state.py`).
+        draining: its duty is not `SERVING`: it gets no new requests.
         removed: its duty is `LEAVING`.
-        known: it has been up before, or has been there since the gateway's start.
+        known: it has been up before, or was added after the gateway's start.
         met: it has been up before.
-        outlier_stats: how it does at each leg.
-        factor: the share of its usual load that it may be given, in (0, 1]; below 1 after its return.
-        speeds: how fast it is, as learnt.
-        slow_since: when it returned, while `factor` is below 1.
-        resting_until: it has said that it is busy, and when to come back.
+        outlier_stats: the outlier detector's statistics, for each kind of leg.
+        factor: the share of its usual load that it may get, in (0, 1]; below 1 during slow start.
+        speeds: what has been learnt about its speed.
+        slow_since: when slow start began; None outside of it.
+        resting_until: when it may get requests again, after it has answered that it is busy.
         elsewhere_requests, elsewhere_tokens: what other workers have in flight here (`workers/load_table.py`).
-        open_handoffs: hand-offs of this prefill backend that decode has not yet begun to use.
-        attention: set when something happened that its prober should look at now.
-        most_requests, most_tokens: what may be in flight here before new requests should go elsewhere.
-        on_freed: called when a lease is released, where somebody waits for room.
-        on_load_changed: called with requests and tokens in flight when these change, where there are other workers.
-        on_uncached_changed: likewise, with the tokens that it has yet to prefill, and since when (`Speeds.since`).
+        open_handoffs: hand-offs of this prefill backend that decode has not begun to use.
+        attention: set when its prober should look at it now.
+        most_requests, most_tokens: the bounds of what may be in flight here.
+        on_freed: called when a lease is released; None where no request waits for capacity.
+        on_load_changed: called with the requests and the tokens in flight when these change; None without peer workers.
+        on_uncached_changed: called with the tokens that it has yet to prefill, and since when (`Speeds.since`), when
+            these change; None without peer workers.
     """
 
     __slots__ = (
@@ -138,26 +141,10 @@ class Backend:
         self.url = url
         self.role = role
         self.kind = kind
-        self.lacks: set[str] = set()
+        self.group = ""
         self.health = Health.UNPROBED
         self.up = False
         self.reason = "not probed yet"
-        self.models: dict[str, dict[str, Any]] | None = None
-        self.version = ""
-        self.group = ""
-        self.connector = ""
-        self.told = ""
-        self.coordinates = Coordinates()
-        self.registered = False
-        self._located: Coordinates | None = None  # what they were before something was remembered
-        self.ranks: list[int] = []
-        self.rank_work: list[int] = []
-        self.rank_names: tuple[str, ...] = ()
-        self.identity: EngineIdentity | None = None
-        self.engine_id = ""
-        self.handoff: HandoffState = NEVER
-        self.handed_over = False
-        self.reasons = False
         self.duty = Duty.SERVING
         self.draining = False
         self.removed = False
@@ -169,6 +156,31 @@ class Backend:
         self.factor = 1.0
         self.slow_since: float | None = None
         self.resting_until = 0.0
+        self.attention = asyncio.Event()
+        self._know_nothing()
+        self._carry_nothing()
+
+    def _know_nothing(self) -> None:
+        """Set the attributes that the engine's answers fill in."""
+        self.lacks: set[str] = set()
+        self.models: dict[str, dict[str, Any]] | None = None
+        self.version = ""
+        self.connector = ""
+        self.told = ""
+        self.coordinates = Coordinates()
+        self.registered = False
+        self._located: Coordinates | None = None  # the coordinates before those of `remember`
+        self.identity: EngineIdentity | None = None
+        self.engine_id = ""
+        self.handoff: HandoffState = NEVER
+        self.handed_over = False
+        self.reasons = False
+
+    def _carry_nothing(self) -> None:
+        """Set the counts of what is in flight, and their bounds."""
+        self.ranks: list[int] = []
+        self.rank_work: list[int] = []
+        self.rank_names: tuple[str, ...] = ()
         self.open_handoffs = 0
         self.inflight_requests = 0
         self.inflight_tokens = 0
@@ -179,11 +191,10 @@ class Backend:
         self.on_freed: Callable[[], object] | None = None
         self.on_load_changed: Callable[[int, int], object] | None = None
         self.on_uncached_changed: Callable[[int, float], object] | None = None
-        self.attention = asyncio.Event()
         self._leases: set[Lease] = set()
 
     def serves(self, model: str | None) -> bool:
-        """Whether a request for `model` may go here; what is not known is not held against it."""
+        """Whether a request for `model` may go here; yes where its models are not known."""
         return model is None or self.models is None or model in self.models
 
     def offers(self, route: str) -> bool:
@@ -192,7 +203,7 @@ class Backend:
 
     @property
     def drained(self) -> bool:
-        """It is draining, and nothing needs it any more: no leg runs, and no hand-off waits to be read from it."""
+        """Whether it is draining and nothing needs it any more: no leg runs, and no hand-off is still to be read."""
         busy = self.inflight_requests or self.elsewhere_requests or self.open_handoffs
         return self.draining and not busy
 
@@ -202,23 +213,23 @@ class Backend:
         return LEGS[self.role]
 
     def has_capacity(self, tokens: int) -> bool:
-        """Whether a leg of so many tokens stays within the bounds. An idle backend has room for any leg: a bound on
-        tokens is none on the length of one prompt."""
+        """Whether a leg of so many tokens stays within the bounds. An idle backend has capacity for any leg: the bound
+        on tokens does not limit the length of one prompt."""
         requests = self.inflight_requests + self.elsewhere_requests
         return not requests or (
             requests < self.most_requests and self.inflight_tokens + self.elsewhere_tokens + tokens <= self.most_tokens
         )
 
     def rank_for(self, rank: int | None) -> int:
-        """The data-parallel rank for a leg: the one that placement has chosen, or the one with the fewest tokens in
-        flight where it has chosen none, or one that is not there any more. Only of a backend with `ranks`."""
+        """The data-parallel rank for a leg: the one that placement has chosen, if it exists; otherwise the one with the
+        fewest tokens in flight. Only for backends with `ranks`."""
         ranks = self.ranks
         if rank is not None and rank < len(ranks):
             return rank
         return min(range(len(ranks)), key=ranks.__getitem__)
 
     def locate(self, coordinates: Coordinates) -> None:
-        """From now on these are its coordinates."""
+        """Set its coordinates, and as many ranks as they have."""
         self.coordinates = coordinates
         count = coordinates.dp if coordinates.dp > 1 else 0
         if len(self.ranks) != count:
@@ -226,35 +237,39 @@ class Backend:
             self.rank_names = tuple(rank_name(self.url, rank) for rank in range(count))
 
     def remember(self, coordinates: Coordinates) -> None:
-        """A hand-off has told these coordinates: they hold until `forget_location`."""
+        """Set the coordinates that a hand-off has shown; they hold until `forget_location`."""
         if self._located is None:
             self._located = self.coordinates
         self.coordinates = coordinates
 
     def forget_location(self) -> None:
-        """What answers here may be another engine by now: only what was set, or asked of the engine, still holds."""
+        """Go back to the coordinates before those of `remember`: another engine may be running here now."""
         if self._located is not None:
             self.coordinates, self._located = self._located, None
 
     def mark_up(self) -> None:
-        """Its probes succeed."""
+        """Set its health to up: a probe has succeeded."""
         self.health = after(HEALTH, self.health, Event.PROBE_OK)
         self.up = self.met = True
         self.reason = ""
 
     def set_duty(self, event: Event) -> None:
-        """An operator, or the fleet, has changed what the backend is to do."""
+        """Change its duty, as an operator or the fleet wants.
+
+        Raises:
+            ImpossibleTransition
+        """
         self.duty = after(DUTY, self.duty, event)
         self.draining = self.duty is not Duty.SERVING
         self.removed = self.duty is Duty.LEAVING
 
     def note_down(self, reason: str) -> None:
-        """A probe of a backend that is not up has failed."""
+        """Note why a probe of a backend that is not up has failed."""
         self.health = after(HEALTH, self.health, Event.PROBE_FAILED)
         self.reason = reason
 
     def mark_down(self, reason: str, event: Event = Event.PROBE_FAILED) -> None:
-        """The backend is down. Legs that wait for a first byte from it are given up."""
+        """Set its health to down, and give up the legs that wait for a first byte from it."""
         self.health = after(HEALTH, self.health, event)
         self.up = False
         self.reason = reason
@@ -263,12 +278,12 @@ class Backend:
         self.give_up_waiting(reason)
 
     def give_up_waiting(self, reason: str) -> None:
-        """Tell the legs that wait for a first byte from here that none will come, so that they can go elsewhere."""
+        """End the legs that wait for a first byte from here, so that their requests can be tried elsewhere."""
         for lease in tuple(self._leases):
             lease.lose(BackendLost(f"{self.url} {reason}"))
 
     def learn(self, identity: EngineIdentity | None) -> None:
-        """From now on these are its facts; with None, there is cause to doubt them, and its prober looks again."""
+        """Set the engine's identity. None means that it is in doubt: the prober then reads it again."""
         if identity is None and self.identity is not None:
             self.attention.set()
         self.identity = identity
@@ -279,13 +294,12 @@ class Lease:
     """The gateway's claim on a backend's capacity for one leg. A context manager; leaving it releases.
 
     Arguments:
-        tokens: what the leg will put on the backend: prompt tokens for prefill; prompt and expected output for decode.
-        rank: the backend's data-parallel rank that the leg is for, where it has several; without it the one with the
-            fewest tokens in flight.
+        tokens: the leg's load: prompt tokens for prefill; prompt and expected output for decode.
+        rank: the data-parallel rank that placement has chosen; None: the one with the fewest tokens in flight.
     Attributes:
-        on_lost: called when the backend is given up while the leg waits for its first byte; None when the leg does
-            not wish to know.
-        rank: the backend's data-parallel rank that the leg is for; None where it has but one.
+        on_lost: called with the error when the leg is given up before its first byte; None where the leg does not need
+            it.
+        rank: the data-parallel rank of the leg; None where the backend has one rank.
     """
 
     __slots__ = ("_ranks", "backend", "on_lost", "rank", "tokens")
@@ -301,11 +315,12 @@ class Lease:
             backend.on_load_changed(backend.inflight_requests, backend.inflight_tokens)
         self.rank: int | None = None
         if backend.ranks:
-            self._ranks = backend.ranks  # the list that is counted in, should its engine come back with another
+            self._ranks = backend.ranks  # kept, since the engine may return with another number of ranks
             self.rank = backend.rank_for(rank)
             self._ranks[self.rank] += tokens
 
     def release(self) -> None:
+        """Release the capacity. Does nothing when called again."""
         backend = self.backend
         if self not in backend._leases:
             return
@@ -318,11 +333,12 @@ class Lease:
         if self.rank is not None:
             self._ranks[self.rank] -= self.tokens
         if backend.removed:
-            backend.attention.set()  # its watcher forgets it when this was the last
+            backend.attention.set()  # its prober forgets it when this was the last lease
         if backend.on_freed is not None:
             backend.on_freed()
 
     def lose(self, error: BackendError) -> None:
+        """Give up the leg, where it can still be given up."""
         if self.on_lost is not None:
             self.on_lost(error)
 
