@@ -11,6 +11,8 @@ from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import read_body
 
+from tests.handoff.helpers import body_of
+
 LAYERWISE = CONNECTORS["ascend_layerwise"]
 URL = "http://10.0.0.1:8000/v1/metaserver"
 CALL: dict[str, Any] = {
@@ -41,13 +43,13 @@ def heard(**changes: Any) -> Any:
 
 
 def test_decode_receives_the_callback_address_and_nothing_about_prefill() -> None:
-    leg = json.loads(b"".join(plan().decode_leg(plan().handoff).body))
+    leg = body_of(plan().decode_leg(plan().handoff))
     assert leg["kv_transfer_params"] == {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": URL}
     assert (leg["max_tokens"], leg["stop"]) == (9, ["x"])
 
 
 def test_prefill_receives_decodes_callback_parameters_unchanged() -> None:
-    leg = json.loads(b"".join(plan().prefill_leg(heard()).body))
+    leg = body_of(plan().prefill_leg(heard()))
     assert leg["kv_transfer_params"] == CALL
     assert (leg["max_tokens"], leg["min_tokens"], leg["stream"]) == (1, 1, False)
     assert "stop" not in leg

@@ -13,6 +13,8 @@ from pd_proxy.handoff.encoder import Medium, encode_leg, encoded, read_encoded, 
 from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import Body, read_body
 
+from tests.handoff.helpers import body_of
+
 PNG = "data:image/png;base64," + base64.b64encode(b"a picture").decode()
 HANDLE = {"metadata": {"grid": [1, 2]}, "item_indices": [0], "peer_host": "e", "peer_port": 5601, "size_bytes": 8}
 
@@ -104,7 +106,7 @@ def test_an_encoder_receives_only_the_media_and_their_processing_options() -> No
     body, media = read_media(chat({"type": "text", "text": "secret"}, image(), stream=True, **kwargs), "s")
     leg = encode_leg(body, media)
     assert leg.path == "/v1/chat/completions"
-    assert json.loads(b"".join(leg.body)) == {
+    assert body_of(leg) == {
         "model": "m",
         "mm_processor_kwargs": {"size": 1},
         "media_io_kwargs": {"video": {}},
@@ -168,9 +170,7 @@ def test_the_engine_that_computes_the_prompt_receives_the_address_of_the_embeddi
     params = {"do_remote_prefill": True, "remote_block_ids": [[1]], "remote_engine_id": "e", "remote_host": "h"}
     given = {**params, "remote_request_id": "r", "remote_port": 1, "tp_size": 1}
     handoff, _ = plan.take(json.dumps({"choices": [], "kv_transfer_params": given}).encode())
-    prefill, decode, alone = (
-        json.loads(b"".join(x.body)) for x in (plan.prefill_leg(), plan.decode_leg(handoff), plan.decode_leg(None))
-    )
+    prefill, decode, alone = (body_of(x) for x in (plan.prefill_leg(), plan.decode_leg(handoff), plan.decode_leg(None)))
     assert prefill["ec_transfer_params"] == alone["ec_transfer_params"] == {"k": HANDLE}
     assert "ec_transfer_params" not in decode
     assert prefill["messages"] == decode["messages"] == alone["messages"]

@@ -13,6 +13,8 @@ from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import Body, read_body
 from pd_proxy.requests.endpoints import Endpoint
 
+from tests.handoff.helpers import body_of
+
 
 def body(endpoint: Endpoint = "chat", **members: Any) -> Body:
     asked = {"messages": [{"role": "user", "content": "x"}]} if endpoint == "chat" else {"prompt": "x"}
@@ -169,7 +171,7 @@ def test_the_decode_leg_continues_after_the_token() -> None:
     asked = body(min_tokens=3, stream=True)
     plan = Plan(asked, CONNECTORS["nixl"], first_token=True)
     first = token(answer(2))
-    leg = json.loads(b"".join(plan.behind(first).decode_leg(None).body))
+    leg = body_of(plan.behind(first).decode_leg(None))
     assert leg["kv_transfer_params"] == {"prompt_token_ids": [0, 1, 207]}
     assert (leg["max_tokens"], leg["min_tokens"]) == (8, 2)
 

@@ -11,6 +11,8 @@ from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import read_body
 
+from tests.handoff.helpers import body_of
+
 LMCACHE = CONNECTORS["lmcache_pd"]
 DECODE = Coordinates(host="10.0.0.2", init_ports=(7300, 7301), alloc_ports=(7400, 7401), tp=2)
 
@@ -21,7 +23,7 @@ def plan(decode: Coordinates = DECODE, **members: Any) -> Plan:
 
 
 def test_prefill_receives_the_address_of_decodes_receiver() -> None:
-    body = json.loads(b"".join(plan(messages=[], max_tokens=9).prefill_leg().body))
+    body = body_of(plan(messages=[], max_tokens=9).prefill_leg())
     assert body["kv_transfer_params"] == {
         "disagg_spec": {
             "req_id": "ab" * 16,
@@ -35,7 +37,7 @@ def test_prefill_receives_the_address_of_decodes_receiver() -> None:
 
 def test_query_ports_are_named_where_they_are_set() -> None:
     decode = Coordinates(host="d", init_ports=(1,), alloc_ports=(2,), query_ports=(3,))
-    body = json.loads(b"".join(plan(decode, messages=[]).prefill_leg().body))
+    body = body_of(plan(decode, messages=[]).prefill_leg())
     assert body["kv_transfer_params"]["disagg_spec"]["receiver_query_port"] == [3]
 
 
@@ -44,7 +46,7 @@ def test_decode_receives_no_parameters_and_samples_every_token_itself(answer: by
     made = plan(messages=[], max_tokens=9)
     handoff, _ = made.take(answer)
     assert handoff is not None
-    assert json.loads(b"".join(made.decode_leg(handoff).body)) == {"messages": [], "max_tokens": 9}
+    assert body_of(made.decode_leg(handoff)) == {"messages": [], "max_tokens": 9}
 
 
 def test_the_notification_of_each_rank_is_waited_for() -> None:

@@ -16,6 +16,8 @@ from pd_proxy.handoff.plan import Plan
 from pd_proxy.handoff.traits import Order
 from pd_proxy.requests.body import read_body
 
+from tests.handoff.helpers import body_of
+
 READ, WRITE = CONNECTORS["moriio_read"], CONNECTORS["moriio_write"]
 NAME = "ab" * 16
 P = Coordinates(host="10.0.0.1", port=6301, notify_port=61005, tp=4, dp=8)
@@ -67,7 +69,7 @@ def params(body: bytes) -> Any:
 def test_prefill_receives_the_decode_engines_addresses(name: str) -> None:
     leg = plan(name).prefill_leg()
     assert params(b"".join(leg.body)) == ASKED
-    body = json.loads(b"".join(leg.body))
+    body = body_of(leg)
     assert (body["max_tokens"], body["stream"], body["ignore_eos"]) == (1, False, True)
 
 
@@ -141,7 +143,7 @@ def test_an_unneeded_hand_off_is_released_by_a_request_that_decode_refuses(name:
     assert handoff is not None
     leg = made.release_leg(handoff, sent=True)
     assert leg is not None
-    body = json.loads(b"".join(leg.body))
+    body = body_of(leg)
     assert body["min_tokens"] > body["max_tokens"]
     assert body["kv_transfer_params"]["do_remote_prefill"] is True
     assert body["kv_transfer_params"]["transfer_id"] == f"tx-{NAME}"

@@ -14,7 +14,7 @@ from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import read_body
 
-from tests.handoff.test_plan import PARAMS, answer, said, without
+from tests.handoff.helpers import PARAMS, answer, body_of, without
 
 PUSH = NixlPush()
 NAME = "0f" * 16
@@ -35,14 +35,14 @@ def test_decode_receives_the_address_at_which_prefills_rank_takes_registrations(
     rendezvous = PUSH.negotiate(HERE, Coordinates(), NAME, rank)
     made = plan(rendezvous)
     assert made.together
-    asked = said(made.prefill_leg())
+    asked = body_of(made.prefill_leg())
     assert asked["kv_transfer_params"] == {
         "do_remote_decode": True,
         "do_remote_prefill": False,
         "transfer_id": f"xfer-{NAME}",
     }
     assert (asked["max_tokens"], asked["ignore_eos"], "stop" in asked) == (1, True, False)
-    told = said(made.decode_leg(made.handoff))
+    told = body_of(made.decode_leg(made.handoff))
     assert told["kv_transfer_params"] == {
         "do_remote_decode": False,
         "do_remote_prefill": True,
@@ -64,7 +64,7 @@ def test_an_unknown_engine_has_a_sequential_try(ids: tuple[str, ...]) -> None:
     assert made.handoff is None
     assert not made.together
     handoff, _ = made.take(answer({**PARAMS, "transfer_mode": "push"}))
-    assert said(made.decode_leg(handoff))["kv_transfer_params"] == {**PARAMS, "transfer_mode": "push"}
+    assert body_of(made.decode_leg(handoff))["kv_transfer_params"] == {**PARAMS, "transfer_mode": "push"}
 
 
 @pytest.mark.parametrize("missing", ["remote_engine_id", "remote_request_id", "remote_host", "remote_port", "tp_size"])

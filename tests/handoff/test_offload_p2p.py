@@ -8,7 +8,7 @@ from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import read_body
 
-from tests.handoff.test_plan import said
+from tests.handoff.helpers import body_of
 
 P2P = OffloadP2P()
 NAME = "0f" * 16
@@ -20,9 +20,9 @@ def test_both_legs_have_the_name_and_decode_has_the_port_of_prefills_rank(rank: 
     body = read_body(b'{"prompt":"a","max_tokens":9}', "completions")
     made = Plan(body, P2P, rendezvous=P2P.negotiate(HERE, Coordinates(), NAME, rank))
     assert not made.together  # decode could come first, but it would wait for blocks that it could compute
-    assert said(made.prefill_leg())["kv_transfer_params"] == {"remote_decoder": {"kv_request_id": f"kv-{NAME}"}}
+    assert body_of(made.prefill_leg())["kv_transfer_params"] == {"remote_decoder": {"kv_request_id": f"kv-{NAME}"}}
     handoff, _ = made.take(b'{"choices":[],"kv_transfer_params":null}')
-    assert said(made.decode_leg(handoff))["kv_transfer_params"] == {
+    assert body_of(made.decode_leg(handoff))["kv_transfer_params"] == {
         "remote_prefiller": {
             "kv_request_id": f"kv-{NAME}",
             "remote_host": "10.0.0.1",

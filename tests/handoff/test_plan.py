@@ -13,30 +13,13 @@ from pd_proxy.errors import BackendGarbled, HandoffInvalid
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.coordinates import Coordinates
-from pd_proxy.handoff.plan import Leg, Plan
+from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import read_body
 from pd_proxy.requests.endpoints import Endpoint
 from pd_proxy.settings.types import ConnectorName
 
-PARAMS: dict[str, Any] = {
-    "do_remote_prefill": True,
-    "do_remote_decode": False,
-    "remote_block_ids": [[33, 34]],
-    "remote_engine_id": "8c0a1f0e",
-    "remote_request_id": "cmpl-1-0-12ab34cd",
-    "remote_host": "127.0.0.1",
-    "remote_port": 22050,
-    "tp_size": 1,
-    "dcp_size": 1,
-    "pp_size": 1,
-    "remote_num_tokens": 20,
-    "remote_blocks_expiry_time": None,
-    "transfer_mode": "pull",
-    "remote_prefill_cached_tokens": 0,
-    "remote_handshake_port": 6301,
-    "remote_notify_port": 61005,
-    "transfer_id": "tx-1",
-}
+from tests.handoff.helpers import PARAMS, answer, body_of, without
+
 ASKED = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -64,24 +47,6 @@ def plan(connector: Connector, endpoint: Endpoint = "chat", **members: Any) -> P
     return Plan(read_body(json.dumps(members).encode(), endpoint), connector, rendezvous=rendezvous)
 
 
-CHOICE = {
-    "index": 0,
-    "finish_reason": "length",
-    "disaggregated_params": {"ctx_request_id": 1, "disagg_request_id": 1, "first_gen_tokens": [7]},
-}
-"""A choice with the parameters of the engines that hand over in their choices."""
-
-
-def said(leg: Leg) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(b"".join(leg.body))
-    return value
-
-
-def answer(params: object) -> bytes:
-    told = {"id": "a", "choices": [CHOICE], "usage": {"prompt_tokens": 3}, "kv_transfer_params": params}
-    return json.dumps(told).encode()
-
-
 def test_a_connector_is_registered_under_its_own_name() -> None:
     assert list(CONNECTORS) == [connector.name for connector in CONNECTORS.values()]
     assert set(CONNECTORS) == set(get_args(ConnectorName))
@@ -95,7 +60,7 @@ def test_a_connector_is_registered_under_its_own_name() -> None:
 def test_prefill_makes_one_token_without_a_stream_and_keeps_its_blocks(
     connector: Connector, endpoint: Endpoint
 ) -> None:
-    body = said(plan(connector, endpoint, model="m", stream=True, max_tokens=100).prefill_leg())
+    body = body_of(plan(connector, endpoint, model="m", stream=True, max_tokens=100).prefill_leg())
     assert body["stream"] is False
     assert body["max_tokens"] == 1
     assert body["ignore_eos"] is True
@@ -112,8 +77,8 @@ def test_prefill_goes_to_the_clients_own_path(connector: Connector) -> None:
 
 @MAKES_ONE
 def test_prefill_overrules_both_bounds_for_chat(connector: Connector) -> None:
-    assert said(plan(connector, max_completion_tokens=9).prefill_leg())["max_completion_tokens"] == 1
-    assert "max_completion_tokens" not in said(plan(connector, max_tokens=9).prefill_leg())
+    assert body_of(plan(connector, max_completion_tokens=9).prefill_leg())["max_completion_tokens"] == 1
+    assert "max_completion_tokens" not in body_of(plan(connector, max_tokens=9).prefill_leg())
 
 
 DROPPED: dict[str, Any] = {
@@ -132,16 +97,16 @@ DROPPED: dict[str, Any] = {
 @pytest.mark.parametrize("name", sorted(DROPPED))
 def test_prefill_has_no_members_that_shape_or_stop_output(connector: Connector, name: str) -> None:
     made = plan(connector, stream=True, messages=[], **{name: DROPPED[name]})
-    assert name not in said(made.prefill_leg())
+    assert name not in body_of(made.prefill_leg())
     if name != "stream_options":
-        assert said(made.decode_leg(None))[name] == DROPPED[name]
+        assert body_of(made.decode_leg(None))[name] == DROPPED[name]
 
 
 def test_min_tokens_never_exceeds_prefills_one_token() -> None:
-    assert "min_tokens" not in said(plan(CONNECTORS["nixl"], min_tokens=50).prefill_leg())
-    assert said(plan(CONNECTORS["mooncake_ascend"], min_tokens=50).prefill_leg())["min_tokens"] == 1
+    assert "min_tokens" not in body_of(plan(CONNECTORS["nixl"], min_tokens=50).prefill_leg())
+    assert body_of(plan(CONNECTORS["mooncake_ascend"], min_tokens=50).prefill_leg())["min_tokens"] == 1
     for connector in CONNECTORS.values():
-        assert said(plan(connector, min_tokens=50).decode_leg(None))["min_tokens"] == 50
+        assert body_of(plan(connector, min_tokens=50).decode_leg(None))["min_tokens"] == 50
 
 
 PROMPT: dict[str, Any] = {
@@ -170,8 +135,8 @@ PROMPT: dict[str, Any] = {
 def test_members_that_shape_the_prompt_are_the_same_on_both_legs(connector: Connector, name: str) -> None:
     made = plan(connector, **{name: PROMPT[name]})
     handoff, _ = made.take(answer(PARAMS))
-    assert said(made.prefill_leg())[name] == PROMPT[name]
-    assert said(made.decode_leg(handoff))[name] == PROMPT[name]
+    assert body_of(made.prefill_leg())[name] == PROMPT[name]
+    assert body_of(made.decode_leg(handoff))[name] == PROMPT[name]
 
 
 EDITED = {"stream", "max_tokens", "max_completion_tokens", "min_tokens", "ignore_eos", "kv_transfer_params", *DROPPED}
@@ -194,7 +159,7 @@ def test_both_legs_carry_the_same_prompt(
 ) -> None:
     made = plan(connector, **members, stream=stream, max_tokens=bound)
     handoff, _ = made.take(answer(PARAMS))
-    prefill, decode = said(made.prefill_leg()), said(made.decode_leg(handoff))
+    prefill, decode = body_of(made.prefill_leg()), body_of(made.decode_leg(handoff))
     for leg in (prefill, decode):
         assert {name: value for name, value in leg.items() if name not in EDITED | OWN} == members
     assert (decode["stream"], decode["max_tokens"]) == (stream, bound)
@@ -219,7 +184,7 @@ def test_the_hand_off_goes_to_decode_word_for_word(connector: Connector) -> None
     handoff, usage = made.take(b'{"usage":{"prompt_tokens":3},"choices":[],"kv_transfer_params":' + odd + b"}")
     leg = made.decode_leg(handoff)
     assert odd in b"".join(leg.body)
-    assert said(leg)["max_tokens"] == 5
+    assert body_of(leg)["max_tokens"] == 5
     assert bytes(usage) == b'{"prompt_tokens":3}'
 
 
@@ -234,10 +199,6 @@ def test_the_older_ascend_connector_names_no_request() -> None:
     assert plan(CONNECTORS["mooncake_ascend"]).take(answer(older))[0] is not None
     with pytest.raises(HandoffInvalid):
         plan(CONNECTORS["nixl"]).take(answer(older))
-
-
-def without(*names: str) -> dict[str, Any]:
-    return {name: value for name, value in PARAMS.items() if name not in names}
 
 
 HARMFUL: dict[str, object] = {
@@ -333,7 +294,7 @@ def test_any_parameters_are_accepted_or_refused(connector: Connector, params: ob
     except HandoffInvalid:
         return
     if handoff is not None:
-        assert said(made.decode_leg(handoff))["kv_transfer_params"] == params
+        assert body_of(made.decode_leg(handoff))["kv_transfer_params"] == params
 
 
 # The decode leg
@@ -341,7 +302,7 @@ def test_any_parameters_are_accepted_or_refused(connector: Connector, params: ob
 
 @EVERY
 def test_decode_alone_has_no_hand_off_parameters(connector: Connector) -> None:
-    body = said(plan(connector, messages=[], max_tokens=9, n=3, stop=["a"]).decode_leg(None))
+    body = body_of(plan(connector, messages=[], max_tokens=9, n=3, stop=["a"]).decode_leg(None))
     assert body == {"messages": [], "max_tokens": 9, "n": 3, "stop": ["a"]}
 
 
@@ -363,13 +324,13 @@ def test_decode_alone_has_no_hand_off_parameters(connector: Connector) -> None:
 def test_a_stream_always_closes_with_usage(connector: Connector, members: dict[str, Any], options: object) -> None:
     made = plan(connector, **members)
     for handoff in (None, made.take(answer(PARAMS))[0]):
-        assert said(made.decode_leg(handoff))["stream_options"] == options
+        assert body_of(made.decode_leg(handoff))["stream_options"] == options
 
 
 @EVERY
 @pytest.mark.parametrize("members", [{}, {"stream": False}, {"stream": None}])
 def test_an_answer_in_one_piece_has_no_stream_options(connector: Connector, members: dict[str, Any]) -> None:
-    assert "stream_options" not in said(plan(connector, **members).decode_leg(None))
+    assert "stream_options" not in body_of(plan(connector, **members).decode_leg(None))
 
 
 @EVERY
@@ -383,15 +344,15 @@ def test_large_messages_go_to_both_engines_byte_for_byte(connector: Connector) -
     made = Plan(read_body(b'{"messages":' + messages + b"}", "chat"), connector)
     for leg in (made.prefill_leg(), made.decode_leg(None)):
         assert messages in leg.body  # a piece of its own
-        assert said(leg)["messages"] == json.loads(messages)
-    assert said(made.decode_leg(None)) == json.loads(b'{"messages":%b}' % messages)
+        assert body_of(leg)["messages"] == json.loads(messages)
+    assert body_of(made.decode_leg(None)) == json.loads(b'{"messages":%b}' % messages)
 
 
 @EVERY
 @pytest.mark.parametrize("prompt", ["word " * 10_000, list(range(5_000))], ids=["text", "ids"])
 def test_large_prompts_go_to_both_engines(connector: Connector, prompt: object) -> None:
     made = plan(connector, "completions", prompt=prompt, max_tokens=5, stream=True, seed=7)
-    prefill, decode = said(made.prefill_leg()), said(made.decode_leg(None))
+    prefill, decode = body_of(made.prefill_leg()), body_of(made.decode_leg(None))
     assert prefill["prompt"] == decode["prompt"] == prompt
     assert (prefill["max_tokens"], decode["max_tokens"]) == (5 if connector.name in SAMPLES else 1, 5)
     assert prefill["seed"] == decode["seed"] == 7
@@ -402,8 +363,8 @@ def test_a_long_request_without_a_prompt_is_sent_without_a_prompt(connector: Con
     """The size of a prompt includes that of its tools."""
     tools = [{"type": "function", "function": {"name": "f", "description": "word " * 10_000}}]
     leg = plan(connector, tools=tools, model="m").prefill_leg()
-    assert said(leg)["tools"] == tools
-    assert "messages" not in said(leg)
+    assert body_of(leg)["tools"] == tools
+    assert "messages" not in body_of(leg)
 
 
 def test_a_hand_off_is_raw_bytes() -> None:

@@ -13,7 +13,7 @@ from pd_proxy.handoff.reuse import reusable
 from pd_proxy.requests.body import Endpoint, read_body
 from pd_proxy.requests.continuation import Continuation
 
-from tests.handoff.test_plan import PARAMS, said
+from tests.handoff.helpers import PARAMS, body_of
 
 NIXL = CONNECTORS["nixl"]
 TAKERS = [connector for connector in CONNECTORS.values() if connector.traits.reuses_prompt_ids]
@@ -42,15 +42,15 @@ def answer(endpoint: Endpoint, ids: bytes = IDS) -> bytes:
 
 def decoded(made: Plan, answered: bytes) -> dict[str, Any]:
     handoff, _ = made.take(answered)
-    return said(made.decode_leg(handoff))
+    return body_of(made.decode_leg(handoff))
 
 
 @EVERY
 @BOTH
 def test_prefill_is_asked_for_the_ids(connector: Connector, endpoint: Endpoint) -> None:
-    assert said(plan(connector, endpoint).prefill_leg())["return_token_ids"] is True
+    assert body_of(plan(connector, endpoint).prefill_leg())["return_token_ids"] is True
     without = Plan(read_body(json.dumps(MEMBERS[endpoint]).encode(), endpoint), connector)
-    assert "return_token_ids" not in said(without.prefill_leg())
+    assert "return_token_ids" not in body_of(without.prefill_leg())
 
 
 @EVERY
@@ -118,7 +118,7 @@ def test_the_clients_own_flag_for_ids_and_all_other_members_stay(endpoint: Endpo
 def test_a_continued_answer_has_ids_of_its_own(endpoint: Endpoint) -> None:
     body = read_body(json.dumps(MEMBERS[endpoint]).encode(), endpoint)
     made = Plan(body, NIXL, Continuation(b"7,300,9,11", 1), reuse=True)
-    assert "return_token_ids" not in said(made.prefill_leg())
+    assert "return_token_ids" not in body_of(made.prefill_leg())
     leg = decoded(made, answer(endpoint))
     assert leg.get("prompt", leg["kv_transfer_params"].get("prompt_token_ids")) == [7, 300, 9, 11]
 

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.coordinates import Coordinates
-from pd_proxy.handoff.plan import Leg, Plan
+from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import Endpoint, read_body
+
+from tests.handoff.helpers import body_of
 
 SGLANG = CONNECTORS["sglang"]
 P = Coordinates(host="10.0.0.1", port=9001)
@@ -28,12 +30,7 @@ def legs(
         rendezvous=SGLANG.negotiate(at, D, name, rank),
         token_ids=False,
     )
-    return said(plan.prefill_leg()), said(plan.decode_leg(plan.handoff))
-
-
-def said(leg: Leg) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(b"".join(leg.body))
-    return value
+    return body_of(plan.prefill_leg()), body_of(plan.decode_leg(plan.handoff))
 
 
 SHAPING: dict[str, Any] = {

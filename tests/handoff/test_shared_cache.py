@@ -10,7 +10,7 @@ from pd_proxy.handoff.connectors.shared_cache import SharedCache
 from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import read_body
 
-from tests.handoff.test_plan import PARAMS, answer, said
+from tests.handoff.helpers import PARAMS, answer, body_of
 
 SHARED = SharedCache()
 BODY = b'{"prompt":"a","max_tokens":9,"stream":true,"stream_options":{"include_usage":true}}'
@@ -19,7 +19,7 @@ BODY = b'{"prompt":"a","max_tokens":9,"stream":true,"stream_options":{"include_u
 @pytest.mark.parametrize("params", [None, {}, PARAMS, {"num_lmcache_cached_tokens": 3}])
 def test_decode_has_the_clients_own_request_whatever_prefill_answers(params: object) -> None:
     made = Plan(read_body(BODY, "completions"), SHARED)
-    prefill = said(made.prefill_leg())
+    prefill = body_of(made.prefill_leg())
     assert (prefill["max_tokens"], prefill["stream"]) == (1, False)
     assert "kv_transfer_params" not in prefill
     handoff, _ = made.take(answer(params))

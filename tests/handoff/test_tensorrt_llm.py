@@ -14,8 +14,10 @@ from pd_proxy.errors import BackendGarbled, HandoffInvalid
 from pd_proxy.handoff.connectors.registry import CONNECTORS, connectors
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.opening import opening_events, whole_answer
-from pd_proxy.handoff.plan import Leg, Plan
+from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import Endpoint, read_body
+
+from tests.handoff.helpers import body_of
 
 TRTLLM = CONNECTORS["tensorrt_llm"]
 P = Coordinates(host="10.0.0.1")
@@ -40,11 +42,6 @@ def plan(endpoint: Endpoint = "chat", name: str = "0f" * 16, key: str = "", **me
     connector = connectors(key)["tensorrt_llm"]
     rendezvous = connector.negotiate(P, P, name, None)
     return Plan(read_body(json.dumps(members).encode(), endpoint), connector, rendezvous=rendezvous)
-
-
-def said(leg: Leg) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(b"".join(leg.body))
-    return value
 
 
 def answer(endpoint: Endpoint = "chat", finish: str | None = "length", params: Any = PARAMS, **more: Any) -> bytes:
@@ -73,7 +70,7 @@ BODIES: dict[Endpoint, dict[str, Any]] = {
 @pytest.mark.parametrize("endpoint", BODIES)
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_context_leg_is_the_clients_body_in_one_piece(endpoint: Endpoint, stream: bool) -> None:
-    leg = said(plan(endpoint, **BODIES[endpoint], stream=stream, stream_options={"x": 1}).prefill_leg())
+    leg = body_of(plan(endpoint, **BODIES[endpoint], stream=stream, stream_options={"x": 1}).prefill_leg())
     params = leg.pop("disaggregated_params")
     assert leg == {**BODIES[endpoint], "stream": False}
     assert {name: params[name] for name in ("request_type", "schedule_style")} == {
@@ -85,7 +82,7 @@ def test_the_context_leg_is_the_clients_body_in_one_piece(endpoint: Endpoint, st
 @given(a=st.integers(0, 2**128 - 1), b=st.integers(0, 2**128 - 1))
 def test_each_try_has_an_id_of_its_own_above_those_of_the_engines(a: int, b: int) -> None:
     ids = [
-        said(plan(name=f"{name:032x}", messages=[]).prefill_leg())["disaggregated_params"]["disagg_request_id"]
+        body_of(plan(name=f"{name:032x}", messages=[]).prefill_leg())["disaggregated_params"]["disagg_request_id"]
         for name in (a, b)
     ]
     assert all(2**62 <= one < 2**63 for one in ids)
@@ -100,7 +97,7 @@ def test_the_generation_leg_has_all_parameters_of_the_context_server(endpoint: E
     assert TRTLLM.whole(given_) is None
     handoff, usage = made.take(given_)
     assert json.loads(bytes(usage)) == USAGE
-    leg = said(made.decode_leg(handoff))
+    leg = body_of(made.decode_leg(handoff))
     assert leg.pop("disaggregated_params") == {
         **PARAMS,
         "request_type": "generation_only",
@@ -119,7 +116,7 @@ def test_the_generation_leg_has_all_parameters_of_the_context_server(endpoint: E
 def test_packed_ids_are_passed_on_unchanged(endpoint: Endpoint) -> None:
     made = plan(endpoint, **BODIES[endpoint])
     packed = {"prompt_token_ids_b64": "AQAAAA==", "prompt_token_ids": None}
-    leg = said(made.decode_leg(made.take(answer(endpoint, **packed))[0]))
+    leg = body_of(made.decode_leg(made.take(answer(endpoint, **packed))[0]))
     assert leg["prompt_token_ids_b64"] == "AQAAAA=="
     assert "prompt_token_ids" not in leg
 
@@ -127,7 +124,7 @@ def test_packed_ids_are_passed_on_unchanged(endpoint: Endpoint) -> None:
 @pytest.mark.parametrize("endpoint", BODIES)
 def test_without_ids_the_prompt_stays(endpoint: Endpoint) -> None:
     made = plan(endpoint, **BODIES[endpoint])
-    leg = said(made.decode_leg(made.take(answer(endpoint, prompt_token_ids=None))[0]))
+    leg = body_of(made.decode_leg(made.take(answer(endpoint, prompt_token_ids=None))[0]))
     assert {name: leg[name] for name in BODIES[endpoint]} == BODIES[endpoint]
 
 

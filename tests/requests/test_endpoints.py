@@ -9,12 +9,12 @@ import pytest
 from pd_proxy.errors import InvalidRequest
 from pd_proxy.handoff.connector import Connector, Handoff
 from pd_proxy.handoff.connectors.registry import CONNECTORS
-from pd_proxy.handoff.plan import Leg, Plan
+from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import Body, read_body
 from pd_proxy.requests.continuation import inexact
 from pd_proxy.requests.endpoints import LAYOUTS, Endpoint
 
-from tests.handoff.test_plan import PARAMS, answer
+from tests.handoff.helpers import PARAMS, answer, body_of
 
 PULL = ("nixl", "mooncake_ascend")
 BOTH = pytest.mark.parametrize("connector", [CONNECTORS[name] for name in PULL], ids=PULL)
@@ -35,12 +35,6 @@ def plan(endpoint: Endpoint, connector: Connector = NIXL, **more: Any) -> Plan:
     return Plan(body(endpoint, **more), connector, answer_id="7")
 
 
-def said(leg: Leg | None) -> dict[str, Any]:
-    assert leg is not None
-    value: dict[str, Any] = json.loads(b"".join(leg.body))
-    return value
-
-
 def handoff(connector: Connector = NIXL) -> Handoff:
     taken, _ = Plan(read_body(b'{"prompt": "a"}', "completions"), connector).take(answer(PARAMS))
     assert taken is not None
@@ -56,7 +50,7 @@ def test_messages_are_prefilled_for_one_token_without_what_shapes_output(connect
     more = {"stream": True, "stop_sequences": ["x"], "top_k": 4, "metadata": {"user_id": "u"}}
     leg = plan("messages", connector, **prompt, **more).prefill_leg()
     assert leg.path == "/v1/messages"
-    members = said(leg)
+    members = body_of(leg)
     assert members.pop("kv_transfer_params")["do_remote_decode"] is True
     assert members == {
         "model": "m",
@@ -86,9 +80,9 @@ def test_prefill_is_not_forced_to_generate_a_certain_tool_call(choice: object, w
 
 def test_members_that_templates_may_write_into_the_prompt_stay() -> None:
     more: dict[str, Any] = {"tool_choice": {"type": "any"}, "output_config": {"format": {"type": "json_schema"}}}
-    assert said(plan("messages", **more).prefill_leg()).items() >= more.items()
+    assert body_of(plan("messages", **more).prefill_leg()).items() >= more.items()
     more = {"tool_choice": "required", "text": {"format": {"type": "json_object"}}}
-    assert said(plan("responses", **more).prefill_leg()).items() >= more.items()
+    assert body_of(plan("responses", **more).prefill_leg()).items() >= more.items()
 
 
 @BOTH
@@ -100,7 +94,7 @@ def test_responses_are_prefilled_unstored_and_under_the_gateways_own_name(connec
     }
     leg = plan("responses", connector, **prompt, **more).prefill_leg()
     assert leg.path == "/v1/responses"
-    members = said(leg)
+    members = body_of(leg)
     assert members.pop("kv_transfer_params")["do_remote_decode"] is True
     assert members == {
         "model": "m",
@@ -120,7 +114,7 @@ def test_generate_has_its_bounds_and_stops_in_the_sampling_parameters() -> None:
         **{"max_tokens": 9, "min_tokens": 4, "n": 1, "temperature": 0.5, "seed": 3, "stop": ["x"], "logprobs": 2},
         **{"stop_token_ids": [5], "structured_outputs": {"json": {}}, "extra_args": {"kv_transfer_params": {}, "a": 1}},
     }
-    members = said(plan("generate", sampling_params=sampling, stream=True, output_mode="text").prefill_leg())
+    members = body_of(plan("generate", sampling_params=sampling, stream=True, output_mode="text").prefill_leg())
     assert members.pop("kv_transfer_params")["do_remote_decode"] is True
     assert members == {
         "model": "m",
@@ -134,7 +128,7 @@ def test_generate_has_its_bounds_and_stops_in_the_sampling_parameters() -> None:
 
 
 def test_a_connectors_token_bounds_are_in_the_sampling_parameters_too() -> None:
-    sampling = said(plan("generate", CONNECTORS["mooncake_ascend"]).prefill_leg())["sampling_params"]
+    sampling = body_of(plan("generate", CONNECTORS["mooncake_ascend"]).prefill_leg())["sampling_params"]
     assert sampling == {"max_tokens": 1, "min_tokens": 1, "ignore_eos": True}
 
 
@@ -157,7 +151,7 @@ def test_decode_gets_the_clients_request_and_the_handoff(endpoint: Endpoint, con
     more: dict[str, Any] = {"stream": True, "priority": 0}
     leg = plan(endpoint, connector, **more).decode_leg(handoff(connector))
     assert leg.path == LAYOUTS[endpoint].path
-    members = said(leg)
+    members = body_of(leg)
     assert members.pop("kv_transfer_params") == PARAMS
     name = members.pop("request_id", None)
     assert name == ("resp_7" if endpoint == "responses" else None)
@@ -167,7 +161,7 @@ def test_decode_gets_the_clients_request_and_the_handoff(endpoint: Endpoint, con
 
 
 def test_a_clients_response_id_is_not_sent_to_the_engine() -> None:
-    assert said(plan("responses", request_id="mine").decode_leg(None))["request_id"] == "resp_7"
+    assert body_of(plan("responses", request_id="mine").decode_leg(None))["request_id"] == "resp_7"
 
 
 # Release
@@ -177,7 +171,7 @@ def test_a_clients_response_id_is_not_sent_to_the_engine() -> None:
 def test_a_release_that_engines_refuse_goes_to_an_endpoint_that_refuses_it_late(endpoint: Endpoint) -> None:
     leg = plan(endpoint).release_leg(handoff(), sent=True)
     assert leg is not None and leg.path == "/v1/completions"
-    members = said(leg)
+    members = body_of(leg)
     assert members["min_tokens"] > members["max_tokens"]
     assert (members["model"], members["kv_transfer_params"]) == ("m", PARAMS)
     assert not members.keys() & ASKED[endpoint].keys() - {"max_tokens"}
@@ -188,7 +182,7 @@ def test_a_release_that_engines_serve_has_the_same_prompt(endpoint: Endpoint) ->
     connector = CONNECTORS["mooncake_ascend"]
     leg = plan(endpoint, connector).release_leg(handoff(connector), sent=False)
     assert leg is not None and leg.path == LAYOUTS[endpoint].path
-    members = said(leg)
+    members = body_of(leg)
     prompt = LAYOUTS[endpoint].prompt[0]
     assert members[prompt] == ASKED[endpoint][prompt] and members["kv_transfer_params"] == PARAMS
     bound = members["sampling_params"] if endpoint == "generate" else members

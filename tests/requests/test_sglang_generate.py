@@ -15,6 +15,8 @@ from pd_proxy.handoff.plan import Leg, Plan
 from pd_proxy.requests.body import Body, read_body
 from pd_proxy.requests.sglang_generate import usage_of
 
+from tests.handoff.helpers import body_of
+
 SGLANG = CONNECTORS["sglang"]
 
 
@@ -24,8 +26,7 @@ def body(**members: Any) -> Body:
 
 def said(leg: Leg) -> dict[str, Any]:
     assert leg.path == "/generate"
-    value: dict[str, Any] = json.loads(b"".join(leg.body))
-    return value
+    return body_of(leg)
 
 
 def legs(rank: int | None = None, dp: int = 1, **members: Any) -> tuple[dict[str, Any], dict[str, Any]]:
