@@ -15,6 +15,18 @@ def zero() -> float:
     return 0.0
 
 
+@dataclass(frozen=True)
+class Backend:
+    """What a policy may read where no speeds are known, and nothing else."""
+
+    url: str
+    inflight_tokens: int = 0
+    inflight_requests: int = 0
+    elsewhere_tokens: int = 0
+    elsewhere_requests: int = 0
+    factor: float = 1.0
+
+
 @dataclass(eq=False)
 class Engine:
     """What a policy may read, and nothing else."""

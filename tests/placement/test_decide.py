@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,15 +11,7 @@ from pd_proxy.errors import InvalidRequest, NoBackend
 from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.decide import Decision, View, choose, decide
 
-
-@dataclass(frozen=True)
-class Backend:
-    url: str
-    inflight_tokens: int = 0
-    inflight_requests: int = 0
-    elsewhere_tokens: int = 0
-    elsewhere_requests: int = 0
-    factor: float = 1.0
+from tests.placement.support import Backend
 
 
 def view(prefill: int = 0, decode: int = 0, mixed: int = 0, /, **configured: int) -> View[Backend]:

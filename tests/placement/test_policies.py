@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -13,18 +12,7 @@ from hypothesis import strategies as st
 from pd_proxy.placement.ask import Ask
 from pd_proxy.placement.policies import POLICIES, least_loaded, load, power_of_two
 
-
-@dataclass(frozen=True)
-class Backend:
-    """What a policy may look at, and nothing else."""
-
-    url: str
-    inflight_tokens: int = 0
-    inflight_requests: int = 0
-    elsewhere_tokens: int = 0
-    elsewhere_requests: int = 0
-    factor: float = 1.0
-
+from tests.placement.support import Backend
 
 LOADS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=8)
 NUMBERS = st.floats(0, 1, exclude_max=True)
