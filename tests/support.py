@@ -11,7 +11,9 @@ from time import monotonic
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
+from pd_proxy import cli
 from pd_proxy.app import Gateway, build
 from pd_proxy.http.server import GatewayProtocol
 from pd_proxy.process import protocol, uvicorn_config
@@ -229,3 +231,13 @@ def text_of(answer: dict[str, Any]) -> str:
     """The text of the first choice of a whole answer."""
     choice = answer["choices"][0]
     return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run a `pd-proxy` command in this process; returns its exit status, output and errors."""
+    try:
+        status = cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        status = int(end.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err

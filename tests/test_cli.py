@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from pd_proxy import __version__, cli
+from pd_proxy import __version__
 from pd_proxy.process import ListenError
 from pd_proxy.settings import flags
 from pd_proxy.settings.tree import Settings, leaves
+
+from tests.support import run_command
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -37,17 +40,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], served: list[Settings]) -> Run:
-    """Runs a command; returns its exit status, output and errors."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        try:
-            status = cli.main([str(argument) for argument in argv])
-        except SystemExit as leaving:
-            status = int(leaving.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+    return partial(run_command, capsys)
 
 
 # check

@@ -5,38 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from pd_proxy.cli import main
 
-from tests.support import simulators
+from tests.support import run_command, simulators
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command; returns its exit status, output and errors."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        try:
-            status = main(argv)
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return (status, *capsys.readouterr())
-
-    return run
+    return partial(run_command, capsys)
 
 
-async def test_doctor_prints_tables_and_advice_and_its_exit_status_shows_the_findings(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+async def test_doctor_prints_tables_and_advice_and_its_exit_status_shows_the_findings(run: Run) -> None:
     async with simulators("prefill", "decode") as [p, d], simulators("prefill", side_host="127.0.0.9") as [bad]:
 
         async def doctor(*argv: str) -> tuple[int, str, str]:
-            status = await asyncio.to_thread(main, ["doctor", *argv])
-            return (status, *capsys.readouterr())
+            return await asyncio.to_thread(run, "doctor", *argv)
 
         good = ["--prefill", p.url, "--decode", d.url]
         status, out, err = await doctor(*good)
