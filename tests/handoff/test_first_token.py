@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from pd_proxy.handoff.answer import read_answer
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.first_token import FirstToken, inexact_because, read, sampled_token
 from pd_proxy.handoff.opening import joined_answer, opening_events, whole_answer
@@ -57,8 +58,15 @@ def answer(tokens: int = 20, *, blocks: int | None = None, **more: Any) -> bytes
     return json.dumps(whole, separators=(",", ":")).encode()
 
 
+@pytest.mark.parametrize("name", ["id", "created", "model"])
+def test_an_answer_that_lacks_what_clients_need_is_not_used(name: str) -> None:
+    members = json.loads(answer())
+    del members[name]
+    assert taken(json.dumps(members).encode()) == "unreadable"
+
+
 def taken(raw: bytes, asked: Body | None = None, **known: int) -> FirstToken | str:
-    return read(raw, asked or body(), **{"block_size": 16, "context": 2048, "limit": 1 << 20, **known})
+    return read(read_answer(raw), asked or body(), **{"block_size": 16, "context": 2048, "limit": 1 << 20, **known})
 
 
 def token(raw: bytes, asked: Body | None = None) -> FirstToken:
@@ -93,7 +101,7 @@ def test_only_a_prompt_that_leaves_room_in_its_last_block_is_safe(tokens: int) -
         (answer(params={"remote_block_ids": [1, 2]}), "unreadable"),
         (answer(usage=None), "unreadable"),
         (answer(choices=[]), "unreadable"),
-        (b"[]", "unreadable"),
+        (answer(choices={}), "unreadable"),
         (answer(choice={"finish_reason": "error"}), "unreadable"),
         (answer(choice={"finish_reason": "stop", "stop_reason": "recomputed", "token_ids": []}), "no_token_ids"),
         (answer(choice={"token_ids": None}), "no_token_ids"),

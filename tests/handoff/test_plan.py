@@ -181,11 +181,11 @@ def test_making_a_leg_changes_nothing_for_the_next_try(connector: Connector) -> 
 def test_the_hand_off_goes_to_decode_word_for_word(connector: Connector) -> None:
     odd = b'{ "unknown" : [1.0, "\\u00e9"], ' + json.dumps(PARAMS).encode()[1:]
     made = plan(connector, max_tokens=5)
-    handoff, usage = made.take(b'{"usage":{"prompt_tokens":3},"choices":[],"kv_transfer_params":' + odd + b"}")
+    handoff, read = made.take(b'{"usage":{"prompt_tokens":3},"choices":[],"kv_transfer_params":' + odd + b"}")
     leg = made.decode_leg(handoff)
     assert odd in b"".join(leg.body)
     assert body_of(leg)["max_tokens"] == 5
-    assert bytes(usage) == b'{"prompt_tokens":3}'
+    assert bytes(read.usage) == b'{"prompt_tokens":3}'
 
 
 @PULL
@@ -266,16 +266,16 @@ def test_nixl_needs_the_request_and_the_tensor_parallel_size(params: object) -> 
 @PULL
 @pytest.mark.parametrize("params", [None, {}])
 def test_no_parameters_are_no_hand_off(connector: Connector, params: object) -> None:
-    handoff, usage = plan(connector).take(answer(params))
+    handoff, read = plan(connector).take(answer(params))
     assert handoff is None
-    assert json.loads(bytes(usage)) == {"prompt_tokens": 3}
+    assert json.loads(bytes(read.usage)) == {"prompt_tokens": 3}
 
 
 @PULL
 def test_an_answer_without_the_member_is_no_hand_off(connector: Connector) -> None:
-    handoff, usage = plan(connector).take(b'{"choices":[]}')
+    handoff, read = plan(connector).take(b'{"choices":[]}')
     assert handoff is None
-    assert bytes(usage) == b""
+    assert bytes(read.usage) == b""
 
 
 @EVERY

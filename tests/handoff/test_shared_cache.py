@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 
 import pytest
-from pd_proxy.handoff.connector import read_answer
+from pd_proxy.handoff.answer import read_answer
 from pd_proxy.handoff.connectors.shared_cache import SharedCache
 from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import read_body

@@ -7,10 +7,12 @@ import hmac
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pd_proxy.errors import BackendGarbled, HandoffInvalid
+from pd_proxy.handoff.answer import PrefillAnswer, read_answer
 from pd_proxy.handoff.connectors.registry import CONNECTORS, connectors
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.opening import opening_events, whole_answer
@@ -94,9 +96,9 @@ def test_each_try_has_an_id_of_its_own_above_those_of_the_engines(a: int, b: int
 def test_the_generation_leg_has_all_parameters_of_the_context_server(endpoint: Endpoint, finish: str) -> None:
     made = plan(endpoint, **BODIES[endpoint], stream=True)
     given_ = answer(endpoint, finish)
-    assert TRTLLM.whole(given_) is None
-    handoff, usage = made.take(given_)
-    assert json.loads(bytes(usage)) == USAGE
+    assert TRTLLM.whole(read_answer(given_)) is None
+    handoff, read = made.take(given_)
+    assert json.loads(bytes(read.usage)) == USAGE
     leg = body_of(made.decode_leg(handoff))
     assert leg.pop("disaggregated_params") == {
         **PARAMS,
@@ -169,7 +171,7 @@ def test_ids_of_more_than_one_prompt_or_of_none_are_not_sent(ids: object) -> Non
 def test_there_is_exactly_one_choice(choices: object) -> None:
     with pytest.raises(HandoffInvalid):
         plan(messages=[]).take(answer(choices=choices))
-    assert TRTLLM.whole(answer(choices=choices)) is None
+    assert TRTLLM.whole(read_answer(answer(choices=choices))) is None
 
 
 def test_a_choice_that_does_not_say_how_it_ended_must_have_parameters() -> None:
@@ -186,7 +188,7 @@ def test_a_choice_that_does_not_say_how_it_ended_must_have_parameters() -> None:
 def test_an_answer_that_ends_with_its_first_token_is_sent_to_the_client(endpoint: Endpoint, finish: str) -> None:
     made = answer(endpoint, finish, {**without("ctx_request_id"), "ctx_request_id": None})
     assert plan(endpoint, **BODIES[endpoint]).take(made)[0] is None
-    first = TRTLLM.whole(made)
+    first = TRTLLM.whole(read_answer(made))
     assert first is not None and first.whole
     body = read_body(json.dumps(BODIES[endpoint]).encode(), endpoint)
     told = json.loads(whole_answer(first, body))
@@ -206,7 +208,7 @@ def test_the_stream_of_a_whole_answer_has_all_of_its_message() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     message = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]}
     choice = {"index": 0, "finish_reason": "tool_calls", "message": message, "disaggregated_params": PARAMS}
-    first = TRTLLM.whole(answer(choices=[choice]))
+    first = TRTLLM.whole(read_answer(answer(choices=[choice])))
     assert first is not None
     _, event, _ = opening_events(first, read_body(b'{"messages":[],"stream":true}', "chat"))
     delta = json.loads(event[6:])["choices"][0]["delta"]
@@ -218,11 +220,11 @@ def test_an_answer_that_cannot_be_sent_to_a_client_is_garbled(name: str) -> None
     members = json.loads(answer(finish="stop"))
     del members[name]
     with pytest.raises(BackendGarbled, match=name):
-        TRTLLM.whole(json.dumps(members).encode())
+        TRTLLM.whole(read_answer(json.dumps(members).encode()))
 
 
 def test_a_whole_answer_may_lack_the_usage() -> None:
-    first = TRTLLM.whole(answer(finish="stop", usage=None))
+    first = TRTLLM.whole(read_answer(answer(finish="stop", usage=None)))
     assert first is not None
     assert b"".join(opening_events(first, read_body(b'{"messages":[],"stream":true}', "chat")))
 
@@ -232,7 +234,7 @@ def test_a_whole_answer_may_lack_the_usage() -> None:
     | st.recursive(st.none() | st.integers(), lambda x: st.lists(x)).map(lambda v: json.dumps(v).encode())
 )
 def test_an_invalid_answer_is_none(text: bytes) -> None:
-    assert TRTLLM.whole(text) is None
+    assert TRTLLM.whole(PrefillAnswer(choices=msgspec.Raw(text))) is None
 
 
 # The signature

@@ -138,8 +138,8 @@ def test_a_connectors_token_bounds_are_in_the_sampling_parameters_too() -> None:
 @pytest.mark.parametrize(("endpoint", "member"), [("messages", "content"), ("responses", "output")])
 def test_prefills_answer_is_recognised_by_its_own_member(endpoint: Endpoint, member: str) -> None:
     whole = {member: [], "kv_transfer_params": PARAMS, "usage": {"input_tokens": 3, "output_tokens": 1}}
-    taken, usage = plan(endpoint).take(json.dumps(whole).encode())
-    assert taken is not None and json.loads(bytes(usage)) == {"input_tokens": 3, "output_tokens": 1}
+    taken, read = plan(endpoint).take(json.dumps(whole).encode())
+    assert taken is not None and json.loads(bytes(read.usage)) == {"input_tokens": 3, "output_tokens": 1}
 
 
 # Decode

@@ -14,6 +14,7 @@ from pd_proxy.dialects.usage import read_usage
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.flow.attempt import Attempt
 from pd_proxy.flow.request import Request
+from pd_proxy.handoff.answer import PrefillAnswer
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.handoff.first_token import inexact_because, read
 from pd_proxy.handoff.opening import opening_events, whole_answer
@@ -68,7 +69,7 @@ class FirstTokens:
             return _RESUME_OFF
         return ""
 
-    def take(self, attempt: Attempt, prefill: Backend, answer: bytes) -> None:
+    def take(self, attempt: Attempt, prefill: Backend, answer: PrefillAnswer) -> None:
         """Prefill has answered, and its hand-off is good: leave its token in `attempt`, or a reason in the record."""
         request, identities = attempt.request, attempt.identities
         assert identities is not None
@@ -124,6 +125,6 @@ class FirstTokens:
 
     def _count(self, request: Request, attempt: Attempt) -> None:
         assert attempt.first is not None
-        if usage := read_usage(attempt.first.answer.get("usage", b"")):
+        if usage := read_usage(attempt.first.answer.usage):
             request.record.prompt_tokens = usage.prompt_tokens or 0
             request.record.tokens = usage.completion_tokens or 0

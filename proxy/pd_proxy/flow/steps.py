@@ -145,8 +145,8 @@ class RequestSteps:
         record.prefill_seconds = answered - started
         request.prefill = backend.url
         try:
-            attempt.first = attempt.plan.connector.whole(answer)
-            handoff, usage = attempt.plan.take(answer)
+            handoff, read = attempt.plan.take(answer)
+            attempt.first = attempt.plan.connector.whole(read)
             self._fleet.succeeded(backend, "prefill")
         except BackendGarbled as error:
             self._fleet.failed(backend, error, "prefill")
@@ -157,7 +157,7 @@ class RequestSteps:
                 attempt.sent.prefilled(None, 0)
             self._do_without(attempt, backend, "handoff_invalid", error)
             return
-        self._note_usage(attempt, backend, usage, None if handoff is None else handoff.cached)
+        self._note_usage(attempt, backend, read.usage, None if handoff is None else handoff.cached)
         if attempt.pending is not None:  # decode's leg is under way
             attempt.pending.since = answered
             if attempt.logprobs is not None:
@@ -167,7 +167,7 @@ class RequestSteps:
             attempt.learn_location(lease, handoff)
             attempt.pending = PendingHandoff(self._fleet, backend, handoff, self._legs.bound(attempt.plan))
         if attempt.identities is not None:
-            self._first_tokens.take(attempt, backend, answer)
+            self._first_tokens.take(attempt, backend, read)
         if handoff is None and not (attempt.first is not None and attempt.first.whole):
             self._do_without(attempt, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
 

@@ -76,10 +76,10 @@ class TrialSteps:
         course, lease = self._course, attempt.prefill
         assert lease is not None
         try:
-            if attempt.plan.connector.whole(self._answer) is not None:
+            handoff, read = attempt.plan.take(self._answer)
+            if attempt.plan.connector.whole(read) is not None:
                 course.problem = "inconclusive", "prefill's answer is the whole one"
                 return False
-            handoff, _ = attempt.plan.take(self._answer)
         except BackendError:
             course.failed = "prefill"
             raise

@@ -11,9 +11,10 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.decoding import Undecodable
 from pd_proxy.encoding import ABSENT, FALSE, TRUE, encode_json
-from pd_proxy.errors import BackendGarbled, HandoffInvalid
+from pd_proxy.errors import HandoffInvalid
+from pd_proxy.handoff.answer import PrefillAnswer
 from pd_proxy.handoff.blocks import check_blocks
 from pd_proxy.handoff.coordinates import Announcement, Coordinates
 from pd_proxy.handoff.first_token import FirstToken
@@ -54,38 +55,6 @@ class Rendezvous(msgspec.Struct, frozen=True):
     handoff: Handoff | None = None
     id: str = ""
     notices: int = 0
-
-
-class PrefillAnswer(msgspec.Struct):
-    """What is read of prefill's answer."""
-
-    choices: msgspec.Raw = ABSENT
-    content: msgspec.Raw = ABSENT
-    output: msgspec.Raw = ABSENT
-    kv_transfer_params: msgspec.Raw = ABSENT
-    prompt_token_ids: msgspec.Raw = ABSENT
-    usage: msgspec.Raw = ABSENT
-    prompt_token_ids_b64: msgspec.Raw = ABSENT
-
-
-_decode_answer = json_decoder(PrefillAnswer)
-
-
-def read_answer(answer: bytes, member: str = "choices") -> PrefillAnswer:
-    """Prefill's answer.
-
-    Arguments:
-        member: without which it is none (`Layout.answer`).
-    Raises:
-        BackendGarbled: it is none.
-    """
-    try:
-        parsed = _decode_answer(answer)
-    except Undecodable as error:
-        raise BackendGarbled(f"prefill's answer is not one: {error}") from None
-    if parsed.choices is ABSENT and getattr(parsed, member) is ABSENT:
-        raise BackendGarbled(f"prefill's answer has no {member}")
-    return parsed
 
 
 class Connector:
@@ -144,7 +113,7 @@ class Connector:
         """
         raise NotImplementedError
 
-    def whole(self, answer: bytes) -> FirstToken | None:
+    def whole(self, answer: PrefillAnswer) -> FirstToken | None:
         """Prefill's answer where it is the whole answer, so that there is no decode leg; else None.
 
         Raises:

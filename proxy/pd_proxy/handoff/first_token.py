@@ -14,12 +14,14 @@ Tried on real vLLM 0.32; `docs/first-token.md` has the figures, and the table of
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, decode_members, json_decoder
-from pd_proxy.encoding import FALSE, TRUE
+from pd_proxy.decoding import Undecodable, decode_members, decode_objects, json_decoder
+from pd_proxy.encoding import ABSENT, FALSE, TRUE
+from pd_proxy.handoff.answer import PrefillAnswer
 from pd_proxy.handoff.blocks import block_counts
 from pd_proxy.requests.body import Body
 from pd_proxy.requests.continuation import UNTRIED, has_tools, inexact, inner_ids
@@ -91,21 +93,24 @@ class FirstToken(msgspec.Struct, frozen=True):
     """Prefill's answer, as the client's first token.
 
     Attributes:
-        answer: all of its members; `choice` is the first of its choices.
+        answer: what was read of it.
+        choice: the members of its one choice.
         prompt: ids of the prompt, `1,2,3`.
         token: its id; empty where the answer is whole and the engine did not say.
         text: what it says; never a part of a character.
         whole: it is all of the answer; there is nothing to go on with.
-        engine: the engine that gave it, without its data-parallel rank; empty where it gave no hand-off.
+        engine: the engine that sampled it, without its data-parallel rank; empty where there is no hand-off.
+        members: all members of the answer, where it is whole.
     """
 
-    answer: dict[str, msgspec.Raw]
-    choice: dict[str, msgspec.Raw]
+    answer: PrefillAnswer
+    choice: Members
     prompt: bytes
     token: bytes
     text: str
     whole: bool
     engine: str
+    members: Members = {}
 
 
 class _Message(msgspec.Struct):
@@ -138,13 +143,12 @@ class _Usage(msgspec.Struct):
     prompt_tokens: int
 
 
-_decode_choices = json_decoder(list[dict[str, msgspec.Raw]])
 _decode_choice = json_decoder(list[_Choice])
 _decode_params = json_decoder(_Params)
 _decode_usage = json_decoder(_Usage)
 
 
-def read(answer: bytes, body: Body, *, block_size: int, context: int, limit: int) -> FirstToken | str:
+def read(answer: PrefillAnswer, body: Body, *, block_size: int, context: int, limit: int) -> FirstToken | str:
     """The first token that prefill's answer gives, or why it gives none that may be used.
 
     Arguments:
@@ -153,15 +157,14 @@ def read(answer: bytes, body: Body, *, block_size: int, context: int, limit: int
         limit: bytes that the ids of a prompt may take.
     """
     try:
-        members = decode_members(answer)
-        raw = members["choices"]
-        choices, found = _decode_choice(raw), _decode_choices(raw)
-    except (Undecodable, KeyError):
+        choices, found = _decode_choice(answer.choices), decode_objects(answer.choices)
+    except Undecodable:
         return "unreadable"
-    if len(choices) != 1:
+    if len(choices) != 1 or answer.lacks():
         return "unreadable"
     choice = choices[0]
-    prompt = inner_ids(members.get("prompt_token_ids", choice.prompt_token_ids))
+    ids = choice.prompt_token_ids if answer.prompt_token_ids is ABSENT else answer.prompt_token_ids
+    prompt = inner_ids(ids)
     if not prompt or choice.token_ids is None or len(choice.token_ids) != 1:
         return "no_token_ids"
     if len(prompt) > limit:
@@ -181,22 +184,29 @@ def read(answer: bytes, body: Body, *, block_size: int, context: int, limit: int
     if not whole:
         if not text or "\ufffd" in text:
             return "no_text"
-        params = members.get("kv_transfer_params", msgspec.Raw(b"null"))
-        tokens = prompt.count(b",") + 1
-        if why := _unsafe(params, members, tokens, body, block_size, context):
+        try:
+            handed = _decode_params(answer.kv_transfer_params)
+            counted = _decode_usage(answer.usage).prompt_tokens
+            held = block_counts(handed.remote_block_ids)
+        except Undecodable:
+            return "unreadable"
+        if why := _unsafe(handed, held, counted, prompt.count(b",") + 1, body, block_size, context):
             return why
-        engine = _RANK.sub("", _decode_params(params).remote_engine_id)
-    return FirstToken(members, found[0], prompt, b"%d" % choice.token_ids[0], text, whole, engine)
+        engine = _RANK.sub("", handed.remote_engine_id)
+    token, members = b"%d" % choice.token_ids[0], decode_members(answer.body) if whole else {}
+    return FirstToken(answer, found[0], prompt, token, text, whole, engine, members)
 
 
-def _unsafe(params: msgspec.Raw, members: Members, tokens: int, body: Body, block_size: int, context: int) -> str:
-    """Why decode must not go on from the prompt and one token more with these blocks, or an empty string."""
-    try:
-        handed = _decode_params(params)
-        counted = _decode_usage(members["usage"]).prompt_tokens
-        held = block_counts(handed.remote_block_ids)
-    except (Undecodable, KeyError):
-        return "unreadable"
+def _unsafe(
+    handed: _Params, held: Sequence[int], counted: int, tokens: int, body: Body, block_size: int, context: int
+) -> str:
+    """Why decode must not continue from the prompt and one token more with these blocks, or an empty string.
+
+    Arguments:
+        held: blocks of each of the engine's groups of them.
+        counted: tokens of the prompt, as the usage says.
+        tokens: the same, as the ids say.
+    """
     if not block_size:
         return "unknown_engine"
     if len(held) != 1 or handed.dcp_size != 1 or handed.pp_size != 1:

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, decode_members, json_decoder
+from pd_proxy.decoding import Undecodable, decode_members, is_null, json_decoder
 from pd_proxy.dialects.strip import strip_members
-from pd_proxy.encoding import NULL, encode_json
+from pd_proxy.encoding import ABSENT, NULL, encode_json
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.requests.body import Body
 
@@ -35,14 +35,13 @@ def opening_events(first: FirstToken, body: Body) -> tuple[bytes, bytes, bytes]:
     """The events that a stream begins with: the role's (chat only, else empty), the token's, and, where the answer is
     whole, those that end it."""
     answer, wants_ids = first.answer, body.wants_token_ids
-    counts = _Counts(answer, body)
-    head = {"id": answer["id"], "object": _STREAMED[body.endpoint], "created": answer["created"]}
-    head["model"] = answer["model"]
-    last = {name: answer[name] for name in ("system_fingerprint",) if bytes(answer.get(name, NULL)) != b"null"}
+    counts = _Counts(answer.usage, body)
+    head = {"id": answer.id, "object": _STREAMED[body.endpoint], "created": answer.created, "model": answer.model}
+    last = {} if is_null(answer.system_fingerprint) else {"system_fingerprint": answer.system_fingerprint}
     role = b""
     if body.endpoint == "chat":
         more = {"prompt_token_ids": msgspec.Raw(b"[%b]" % first.prompt)} if wants_ids else {}
-        if "prompt_text" in answer:  # vLLM 0.32 has the member, engines before it have not
+        if answer.prompt_text is not ABSENT:  # vLLM 0.32 has the member, engines before it have not
             more["prompt_text"] = NULL
         role = _event({**head, "choices": _OPENING, **counts.running(0), **more})
     choice = _choice(first, body)
@@ -87,8 +86,8 @@ def _beside_text(choice: dict[str, msgspec.Raw]) -> dict[str, Any]:
 class _Counts:
     """The usage of an answer, as far as it goes."""
 
-    def __init__(self, answer: dict[str, msgspec.Raw], body: Body) -> None:
-        usage = _decode_object(answer["usage"]) if "usage" in answer else {}
+    def __init__(self, raw: msgspec.Raw, body: Body) -> None:
+        usage = {} if is_null(raw) else _decode_object(raw)
         prompt = usage.get("prompt_tokens")
         self._prompt = prompt if type(prompt) is int else 0
         self._usage = usage
@@ -127,7 +126,7 @@ def _event(members: dict[str, Any]) -> bytes:
 
 def whole_answer(first: FirstToken, body: Body) -> bytes:
     """Prefill's answer, which is all there is to say."""
-    return encode_json(strip_members(_with_ids(dict(first.answer), [dict(first.choice)], body, first)))
+    return encode_json(strip_members(_with_ids(dict(first.members), [dict(first.choice)], body, first)))
 
 
 def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) -> bytes:
@@ -158,7 +157,7 @@ def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) ->
         raise ValueError(f"it cannot be joined to its first token: {error}") from None
     for name in ("id", "created", "model"):
         if name in members:
-            members[name] = first.answer[name]
+            members[name] = getattr(first.answer, name)
     return encode_json(strip_members(_with_ids(members, [rest], body, first)))
 
 

@@ -14,7 +14,8 @@ import msgspec
 
 from pd_proxy.decoding import decode_json
 from pd_proxy.encoding import TRUE, encode_json
-from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, read_answer
+from pd_proxy.handoff.answer import PrefillAnswer, read_answer
+from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.handoff.reuse import prompt_of, with_prompt
 from pd_proxy.handoff.traits import Order
@@ -128,20 +129,20 @@ class Plan:
         """Both legs are sent at once."""
         return self.connector.traits.order in _TOGETHER and self.handoff is not None
 
-    def take(self, answer: bytes) -> tuple[Handoff | None, msgspec.Raw]:
-        """Read prefill's answer: the hand-off (None when there is none) and the answer's `usage`.
+    def take(self, answer: bytes) -> tuple[Handoff | None, PrefillAnswer]:
+        """Read prefill's answer. Returns its hand-off, or None where it has none, and what was read.
 
         Raises:
             BackendGarbled: it is not an answer.
             HandoffInvalid: what it says would harm decode.
         """
         if self._layout.of_one_make:
-            return self.handoff, usage_of(answer, self._body.prompts)
+            return self.handoff, PrefillAnswer(usage=usage_of(answer, self._body.prompts))
         parsed = read_answer(answer, self._layout.answer)
         handoff = self.handoff or self.connector.take(parsed)
         if self._reuse and handoff is not None and (ids := prompt_of(parsed, self._body)):
             handoff = msgspec.structs.replace(handoff, prompt=ids)
-        return handoff, parsed.usage
+        return handoff, parsed
 
     def decode_leg(self, handoff: Handoff | None) -> Leg:
         """The decode leg; without a hand-off the backend computes the prompt itself."""

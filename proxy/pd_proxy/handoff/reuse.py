@@ -14,7 +14,7 @@ from __future__ import annotations
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
-from pd_proxy.handoff.connector import PrefillAnswer
+from pd_proxy.handoff.answer import PrefillAnswer
 from pd_proxy.requests.body import Body
 from pd_proxy.requests.continuation import inner_ids, with_prompt_ids
 from pd_proxy.requests.endpoints import Endpoint, Members

@@ -10,12 +10,12 @@ from __future__ import annotations
 import msgspec
 
 from pd_proxy.decoding import json_decoder
+from pd_proxy.handoff.answer import PrefillAnswer
 from pd_proxy.handoff.connector import (
     ASK,
     Connector,
     Handoff,
     Name,
-    PrefillAnswer,
     PullParams,
     given_params,
     one_token,

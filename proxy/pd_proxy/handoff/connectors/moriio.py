@@ -23,13 +23,13 @@ import msgspec
 from pd_proxy.decoding import Undecodable, json_decoder, msgpack_decoder
 from pd_proxy.encoding import encode_json
 from pd_proxy.errors import HandoffInvalid
+from pd_proxy.handoff.answer import PrefillAnswer
 from pd_proxy.handoff.blocks import check_blocks
 from pd_proxy.handoff.connector import (
     Connector,
     Handoff,
     Name,
     Port,
-    PrefillAnswer,
     Rendezvous,
     given_params,
     params,

@@ -19,12 +19,12 @@ from typing import Annotated
 import msgspec
 
 from pd_proxy.decoding import Undecodable, json_decoder
+from pd_proxy.handoff.answer import PrefillAnswer
 from pd_proxy.handoff.connector import (
     Connector,
     Handoff,
     Name,
     Port,
-    PrefillAnswer,
     Rendezvous,
     given_params,
     params,

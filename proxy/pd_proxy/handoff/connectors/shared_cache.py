@@ -8,7 +8,8 @@ decode that does not come, and nothing is to be freed.
 
 from __future__ import annotations
 
-from pd_proxy.handoff.connector import Connector, Handoff, PrefillAnswer
+from pd_proxy.handoff.answer import PrefillAnswer
+from pd_proxy.handoff.connector import Connector, Handoff
 from pd_proxy.handoff.traits import Traits
 
 _PRIMED = Handoff({})

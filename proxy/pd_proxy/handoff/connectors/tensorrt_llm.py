@@ -15,10 +15,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-from pd_proxy.decoding import Undecodable, WrongShape, decode_members, json_decoder
+from pd_proxy.decoding import Undecodable, WrongShape, decode_members, decode_objects, json_decoder
 from pd_proxy.encoding import encode_json
 from pd_proxy.errors import BackendGarbled, HandoffInvalid
-from pd_proxy.handoff.connector import Connector, Handoff, PrefillAnswer, Rendezvous, in_one_piece
+from pd_proxy.handoff.answer import PrefillAnswer
+from pd_proxy.handoff.connector import Connector, Handoff, Rendezvous, in_one_piece
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.first_token import FirstToken
 from pd_proxy.handoff.traits import Traits
@@ -52,7 +53,6 @@ class _Params(msgspec.Struct):
     ctx_info_endpoint: str | list[str] | None = None
 
 
-_decode_raw_choices = json_decoder(list[Members])
 _decode_choices = json_decoder(list[_Choice])
 _decode_params = json_decoder(_Params)
 _decode_ids = json_decoder(list[int] | None)
@@ -130,26 +130,26 @@ class TensorRTLLM(Connector):
             leg["prompt" if "prompt" in members else "prompt_token_ids"] = ids
         return leg
 
-    def whole(self, answer: bytes) -> FirstToken | None:
+    def whole(self, answer: PrefillAnswer) -> FirstToken | None:
         try:
-            members = decode_members(answer)
-            checked, choices = _decode_choices(members["choices"]), _decode_raw_choices(members["choices"])
-            prompt = members.get("prompt_token_ids", msgspec.Raw(b"null"))
-            _check_ids(prompt)
-        except (Undecodable, KeyError):
+            checked = _decode_choices(answer.choices)
+            _check_ids(answer.prompt_token_ids)
+        except Undecodable:
             return None  # `take` says what is wrong
         if len(checked) != 1 or checked[0].finish_reason in (None, *_GOES_ON):
             return None
-        if missing := {"id", "created", "model"} - members.keys():
-            raise BackendGarbled(f"the context server's answer has no {sorted(missing)[0]}")
-        if not _given(members.get("usage", msgspec.Raw())):
+        if missing := answer.lacks():
+            raise BackendGarbled(f"the context server's answer has no {missing}")
+        members = decode_members(answer.body)
+        if not _given(answer.usage):
             members.pop("usage", None)
         members.pop("prompt_token_ids_b64", None)
-        choice = {name: value for name, value in choices[0].items() if name != "disaggregated_params"}
+        [raw_choice] = decode_objects(answer.choices)
+        choice = {name: value for name, value in raw_choice.items() if name != "disaggregated_params"}
         message = checked[0].message
         text = (checked[0].text if message is None else message.content) or ""
-        ids = bytes(prompt).strip(b"[]") if _given(prompt) else b""
-        return FirstToken(members, choice, ids, b"", text, whole=True, engine="")
+        ids = bytes(answer.prompt_token_ids).strip(b"[]") if _given(answer.prompt_token_ids) else b""
+        return FirstToken(answer, choice, ids, b"", text, whole=True, engine="", members=members)
 
     def _signed(self, params: _Params) -> bytes:
         """The header by which a generation server knows that what it is told is a gateway's word."""
