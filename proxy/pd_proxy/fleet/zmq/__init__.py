@@ -1,1 +1,1 @@
-"""What engines send to the gateway over ZeroMQ."""
+"""Messages that engines send to the gateway over ZeroMQ: registrations, transfer notifications and KV events."""

@@ -1,11 +1,11 @@
-"""KV events as a second source of the prefix index: who is followed, and what is learnt beside.
+"""KV events as a second source of the prefix index: which publishers are followed, and which token ids are learnt.
 
-Each worker of a gateway follows every publisher of the fleet by itself: engines publish to any number of subscribers.
+Each worker of a gateway follows all publishers of the fleet: engines publish to any number of subscribers.
 
-What events say of token ids helps prompts of text where the ids of such a prompt are known. Engines report them
-(`return_token_ids`, which the gateway asks for so that streams can be resumed); and where the settings name a tokenizer
-it makes them of completions' prompts, in a thread and after they were sent, so that no request waits for it. Chats are
-known by what is reported alone: their ids depend on the model's template.
+Events name blocks of token ids. For a prompt of text they are of use only if its token ids are known. Engines report
+them (`return_token_ids`, which the gateway asks for so that streams can be resumed). If the settings name a tokenizer,
+the gateway also encodes the prompts of completions with it, in a thread and after they were sent, so that no request
+waits for it. The ids of chats are known only if they are reported, since they depend on the model's template.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from pd_proxy.settings.tree import Settings
 
 log = logging.getLogger("pd_proxy.fleet")
 
-_LOOK = 1.0  # seconds between two looks at who is in the fleet
-_AGAIN = 5.0  # seconds until a publisher is followed again after a failure of the gateway's own
-_MOST_LESSONS = 256  # prompts that wait to be learnt from; later ones are passed over
-_LONGEST_TEXT = 1 << 18  # bytes of a prompt that is given to the tokenizer
-_CALM = 30.0  # seconds between two like words about one engine
+_LOOK = 1.0  # seconds between two looks at the backends of the fleet
+_AGAIN = 5.0  # seconds until a publisher is followed again after an error of the gateway's own
+_MOST_LESSONS = 256  # prompts that wait to be learnt from; further ones are skipped
+_LONGEST_TEXT = 1 << 18  # bytes of the longest prompt that the tokenizer encodes
+_CALM = 30.0  # seconds between two equal log lines about one engine
 
 Members = Mapping[str, msgspec.Raw]
 
@@ -49,12 +49,12 @@ _read_flag = json_decoder(bool)
 
 
 class Lesson(NamedTuple):
-    """A prompt of text whose ids are known, or can be made.
+    """A prompt of text whose token ids are known, or can be computed.
 
     Attributes:
-        ids: as engines report them, `1,2,3`; None where they are to be made of `text`.
+        ids: as engines report them, `1,2,3`; None if `text` is to be encoded.
         text: a JSON string.
-        special: the tokenizer adds its special tokens.
+        special: whether the tokenizer adds its special tokens.
     """
 
     chain: Chain
@@ -66,7 +66,7 @@ class Lesson(NamedTuple):
 
 
 class _Followed(NamedTuple):
-    """One publisher: an engine's data-parallel rank, of so many."""
+    """One publisher: a data-parallel rank of an engine that has `ranks` of them."""
 
     url: str
     rank: int
@@ -74,7 +74,7 @@ class _Followed(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the index calls it."""
+        """Its name in the index."""
         return self.url if self.ranks == 1 else rank_name(self.url, self.rank)
 
 
@@ -83,13 +83,13 @@ class KvEvents:
 
     Arguments:
         key: of the hashes, as for `chain_of`.
-        clock: seconds, never going back.
+        clock: a monotonic clock, in seconds.
     Attributes:
-        wanted: some group's engines publish them.
-        batches: how many batches there were, by what became of them: `batch`, `replayed`, `gap`, `lost`, `restart`,
-            `garbage`, `unanswered`, `failed`.
-        events: likewise of blocks and events (`EngineCache`), and of prompts that were learnt from: `learnt`, `untold`
-            (there are too many), `unlearnt` (its ids are none).
+        wanted: the settings name an endpoint for the events of some group.
+        batches: the number of batches by outcome: `batch`, `replayed`, `gap`, `lost`, `restart`, `garbage`,
+            `unanswered`, `failed`.
+        events: the number of blocks and events by outcome (`EngineCache`), and that of prompts: `learnt`, `untold`
+            (skipped, since too many were waiting), `unlearnt` (the ids are not valid).
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class KvEvents:
         self.events: Counter[str] = Counter()
 
     def start(self) -> None:
-        """Follow whoever publishes, from now on, where that is wanted and not done yet.
+        """Follow the publishers from now on, if that is wanted. It does nothing if called again.
 
         Raises:
-            CannotHear: pyzmq is missing, or the tokenizer.
+            CannotListen: pyzmq or the tokenizer is missing.
         """
         if not self.wanted or self._tasks:
             return
@@ -134,7 +134,7 @@ class KvEvents:
         ]
 
     async def close(self) -> None:
-        """Follow nobody any more."""
+        """Stop following."""
         tasks = [*self._tasks, *self._followed.values()]
         for task in tasks:
             task.cancel()
@@ -148,18 +148,18 @@ class KvEvents:
 
     @property
     def connected(self) -> int:
-        """Publishers that are heard now."""
+        """The number of publishers that are connected now."""
         return sum(follower.connected for follower in self._followers.values())
 
     def lost(self, backend: Backend) -> None:
-        """An engine's entries were dropped from the index, since it is perhaps another by now: those that it still has,
-        by its events, are entered again."""
+        """Note that an engine's entries were dropped from the index, since it may be another process by now. Those that
+        it still has, according to its events, are entered again."""
         self._to_restore.update(one.name for one in self._followed if one.url == backend.url)
 
-    # What requests tell
+    # What is learnt from requests
 
     def sent(self, chain: Chain, members: Members) -> None:
-        """A request is about to be placed.
+        """Note that a request is about to be placed.
 
         Arguments:
             members: of its body.
@@ -174,7 +174,7 @@ class KvEvents:
                 self._teach(chain, members, None, prompt, special)
 
     def reported(self, chain: Chain, members: Members, ids: bytes) -> None:
-        """An engine has said which ids a prompt has, `1,2,3`."""
+        """Note the token ids of a prompt that an engine has reported, such as `1,2,3`."""
         if ids:
             self._teach(chain, members, ids)
 
@@ -194,7 +194,7 @@ class KvEvents:
         try:
             model, salt = (_read_text(members.get(name, b'""')) for name in ("model", "cache_salt"))
         except UNDECODABLE:
-            return  # null, or none of its engine's
+            return  # they are no strings: null, or a value that the engine refuses
         self._lessons.append(Lesson(chain, model, salt, ids, text, special))
         self._taught.set()
 
@@ -204,7 +204,7 @@ class KvEvents:
         self._tasks.append(task)
 
     async def _learn(self) -> None:
-        """Learn from prompts, one after the other."""
+        """Learn from the waiting prompts, one after the other."""
         while True:
             while self._lessons:
                 lesson = self._lessons.popleft()
@@ -219,7 +219,7 @@ class KvEvents:
                         self.corrections.learn(lesson.chain, ids, lesson.model, lesson.cache_salt)
                 except UNDECODABLE:
                     self.events["unlearnt"] += 1
-                except Exception:  # of one prompt, or of a tokenizer that is none
+                except Exception:  # of one prompt, or of a tokenizer that does not work
                     self.events["unlearnt"] += 1
                     self._say(
                         "tokenizer", "learn", logging.ERROR, "the ids of a prompt could not be learnt", trace=True
@@ -230,20 +230,20 @@ class KvEvents:
             await self._taught.wait()
 
     async def _tokenized(self, lesson: Lesson) -> list[int]:
-        """Its text's ids. Takes half of a core at most."""
+        """The token ids of a prompt's text. All calls together take at most half of a core."""
         text, began = _read_text(lesson.text or b""), monotonic()
-        # Of the library's ways to encode, this one lets other threads run meanwhile.
+        # Of the library's functions that encode, this one releases the lock of the interpreter.
         encode = partial(self._tokenizer.encode_batch_fast, [text], add_special_tokens=lesson.special)
         (encoded,) = await asyncio.to_thread(encode)
         await asyncio.sleep(monotonic() - began)
         ids: list[int] = encoded.ids
         return ids
 
-    # Who is followed
+    # Which publishers are followed
 
     async def _keep_up(self) -> None:
-        """Follow whoever is in the fleet and publishes. An engine is not followed before it has said which models it
-        has, since its cache depends on that."""
+        """Follow the publishers of the backends that are in the fleet. An engine is not followed before it has reported
+        its models, since its cache depends on them."""
         while True:
             try:
                 self._look()
@@ -254,7 +254,7 @@ class KvEvents:
             await asyncio.sleep(_LOOK)
 
     def _look(self) -> None:
-        """Begin to follow who is new, and leave who has gone."""
+        """Begin to follow new publishers, and stop following those whose backend has left."""
         wanted = {
             _Followed(backend.url, rank, ranks): backend
             for backend in self._fleet
@@ -262,7 +262,7 @@ class KvEvents:
             for ranks in (max(1, backend.coordinates.dp),)
             for rank in range(ranks)
         }
-        # An engine that is out for a while says no models; it is followed on.
+        # An engine that is out of the rotation for a while has no models; it is followed further.
         present = {backend.url: max(1, backend.coordinates.dp) for backend in self._fleet}
         for one in [one for one in self._followed if present.get(one.url) != one.ranks]:
             self._unfollow(one)
@@ -271,8 +271,9 @@ class KvEvents:
                 self._follow(one, backend)
 
     async def _restore(self) -> None:
-        """Enter what engines have in an index that knows them only now, or has dropped it. One that is out for a while
-        may have restarted: it is left until its publisher is connected again, and was asked."""
+        """Enter what engines have in the index, where the index has just come to know the engine or has dropped its
+        entries. An engine that is out of the rotation may have restarted, so its entries wait until its publisher is
+        connected again, and missing batches have been requested."""
         for one, follower in list(self._followers.items()):
             name = one.name
             if name in self._to_restore and follower.settled and self.corrections.joined(name):
@@ -301,7 +302,7 @@ class KvEvents:
         self._to_restore.discard(one.name)
 
     async def _stay(self, follower: Follower, cache: EngineCache) -> None:
-        """Follow one publisher, and go on after what should not have happened."""
+        """Follow one publisher, also after an error of the gateway's own."""
         while True:
             try:
                 await follower.run()
@@ -312,7 +313,7 @@ class KvEvents:
                 await asyncio.sleep(_AGAIN)
 
     def _endpoints(self, one: _Followed, backend: Backend) -> tuple[str, str]:
-        """Where a publisher publishes, and where it is asked for what was missed."""
+        """The endpoints of a publisher: for events, and for replay."""
         group, location = self._groups[backend.group], self._locations.get(backend.url)
         host = urlsplit(backend.url).hostname or ""
         ports = (location.kv_events_port, location.kv_replay_port) if location is not None else (0, 0)
@@ -322,13 +323,13 @@ class KvEvents:
         )
         return events, replay
 
-    # Words
+    # Log lines
 
     def _complain(self, name: str, what: str, why: str) -> None:
         self._say(name, what, logging.WARNING, f"{name} publishes KV events that are left out: {why}")
 
     def _say(self, name: str, what: str, level: int, text: str, *, trace: bool = False) -> None:
-        """Say something that an engine could make us say, again and again."""
+        """Log a line that an engine could cause again and again."""
         now = self._clock()
         if now >= self._said.get((name, what), float("-inf")):
             self._said[name, what] = now + _CALM
@@ -336,10 +337,10 @@ class KvEvents:
 
 
 def load_tokenizer(path: str) -> Any:
-    """A tokenizer from its `tokenizer.json`.
+    """Load a tokenizer from its `tokenizer.json`.
 
     Raises:
-        CannotHear: the extra is not installed, or the file is none.
+        CannotListen: the extra is not installed, or the file is not a tokenizer.
     """
     try:
         library_ = importlib.import_module("tokenizers")
@@ -354,19 +355,19 @@ def load_tokenizer(path: str) -> Any:
 
 
 def model_of(backend: Backend, adapter: str | None) -> str | None:
-    """The name by which clients ask for an engine's base model, or for an adapter of it; None where it is not known.
-    Where the base model has several names it is the first."""
+    """The name that clients use for an engine's base model, or for an adapter of it; None if it is not known. If the
+    base model has several names, it is the first."""
     if adapter is not None:
         return adapter
     return next((name for name, card in (backend.models or {}).items() if not card.get("parent")), None)
 
 
 def _endpoint(template: str, host: str, port: int, rank: int) -> str:
-    """Where one rank of an engine is.
+    """The endpoint of one rank of an engine.
 
     Arguments:
-        template: of its group; empty: nowhere.
-        port: of its own, or 0.
+        template: that of its group; empty if there is no endpoint.
+        port: the engine's own port of rank 0; 0 for the template's.
     """
     if not template:
         return ""

@@ -1,15 +1,16 @@
-"""One publisher of KV events, followed over ZeroMQ: what it says reaches an `EngineCache`.
+"""Follows one publisher of KV events over ZeroMQ, and passes its batches to an `EngineCache`.
 
 An engine publishes batches with numbers that count up from 0 (`--kv-events-config` of vLLM and SGLang). ZeroMQ loses
-some when a subscriber is slow or cut off, so numbers that are missing are asked for at the engine's replay endpoint,
-where the settings name one: at first all that it still has, since an engine may be warm before the gateway starts.
-Numbers that go back are an engine that has restarted. So are numbers behind a gap where the last batch before it, asked
-for again, is another one than it was.
+batches when a subscriber is slow or disconnected. Missing batches are requested from the engine's replay endpoint, if
+the settings name one; the first time all that the engine still has, since its cache may be warm before the gateway
+starts. A number that is lower than the last one means that the engine has restarted. So does a gap, if the last batch
+before it is requested again and is not the same.
 
-Events help placement and no request waits for them, so they get a share of the event loop's time (`Turns`), whatever
-the engines send; what is not read then waits in ZeroMQ's buffers, and at last with the engine, which drops it.
+Events help placement and no request waits for them. So they get a bounded share of the event loop's time (`Turns`),
+whatever the engines send. Batches that are not read wait in ZeroMQ's buffers, and at last at the engine, which drops
+them.
 
-pyzmq is an extra of the package; it is imported where a group's settings want events, and nowhere else.
+pyzmq is an extra of the package; it is imported only if a group's settings ask for events.
 """
 
 from __future__ import annotations
@@ -27,30 +28,34 @@ from pd_proxy.fleet.zmq.listener import library
 log = logging.getLogger("pd_proxy.fleet")
 
 _LONGEST = 4 * 1024 * 1024
-"""Bytes of a part. A step of 64 k tokens has some 400 kB; libzmq cuts off a peer that sends more."""
-_WAITING = 200  # messages that libzmq keeps of each engine, of 40 kB as a rule; the engine keeps 100,000 more
+"""Bytes of a part. A step of 64 k tokens has some 400 kB; libzmq disconnects a peer that sends more."""
+_WAITING = 200  # messages of each engine that libzmq keeps, of 40 kB as a rule; the engine keeps 100,000 more
 _SHARE = 0.25  # of the event loop's time, for the events of all engines
 _TURN = 0.001  # seconds for which events are handled at a time
-_CONNECTING = 10.0  # seconds without a connection after which another socket is tried
-_ASKS = 16  # times in a row that one gap is asked about: a publisher drops answers when they are many
+_CONNECTING = 10.0  # seconds without a connection after which a new socket is tried
+_ASKS = 16  # requests in a row for one gap: a publisher drops answers when they are many
 _MOST_ANSWERS = 200_000  # batches in one answer; vLLM keeps 10,000
-_SILENCE = 5.0  # seconds without a part of the answer: nobody answers
-_PAUSE = 1.0  # seconds without a further part: it is not going to come
-_CALM = 30.0  # seconds until a publisher is asked again that has not answered, and between two like words about it
+_SILENCE = 5.0  # seconds to wait for the first batch of an answer
+_PAUSE = 1.0  # seconds to wait for each further batch
+_CALM = 30.0  # seconds until a publisher that has not answered is asked again, and between two equal log lines about it
 
 
 class Cache(Protocol):
-    """What one publisher's batches are told to."""
+    """What is known of one engine's cache by its batches."""
 
     def apply(self, payload: bytes) -> Iterator[None]:
-        """Take a batch, step by step, so that others can have their turn between two."""
+        """Apply a batch step by step, so that other work can run between two steps."""
 
     def clear(self) -> None:
-        """Its engine has restarted: it has nothing cached."""
+        """Note that the engine has restarted, and has nothing cached."""
 
 
 class Turns:
-    """Who handles events takes turns, and all of them together get a share of the event loop's time."""
+    """Turns in which events are handled, one at a time. All together take at most a share of the event loop's time.
+
+    Arguments:
+        share: of the event loop's time.
+    """
 
     def __init__(self, share: float = _SHARE) -> None:
         self._rest = 1 / share - 1
@@ -59,7 +64,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[float]:
-        """Wait for a turn; gives the time at which it should end."""
+        """Wait for a turn; yields the time at which it should end."""
         async with self._lock:
             if self._owed > _TURN:
                 await asyncio.sleep(self._owed)
@@ -71,7 +76,7 @@ class Turns:
                 self._owed += (monotonic() - began) * self._rest
 
     async def take(self, steps: Iterator[None]) -> None:
-        """Go through something step by step, in as many turns as it takes."""
+        """Go through all steps, in as many turns as they take."""
         while True:
             async with self.turn() as end:
                 for _ in steps:
@@ -85,11 +90,13 @@ class Follower:
     """Follows one publisher.
 
     Arguments:
-        name: of the engine, for people.
-        events, replay: its endpoints, as ZeroMQ has them; the second may be empty.
-        counts: by what became of batches, shared by all followers.
+        name: of the engine, for log lines.
+        events, replay: the publisher's endpoints, as ZeroMQ writes them; the second may be empty.
+        topic: of the events.
+        cache: gets the batches.
+        counts: the number of batches by outcome, shared by all followers.
     Attributes:
-        connected: whether it is heard now, or would be.
+        connected: whether the subscription is connected now.
     """
 
     def __init__(
@@ -115,27 +122,27 @@ class Follower:
         self._counts = counts
         self._clock = clock
         self._last: int | None = None  # number of the last batch that was taken
-        self._mark = 0  # what that one was
+        self._mark = 0  # the hash of that batch
         self._live: int | None = None  # number of the last batch that was published, not replayed
-        self._same = False  # the last batch that was taken was found again
-        self._unasked = False  # what it had published when it connected is still to be asked for
+        self._same = False  # the replay endpoint has sent the last batch that was taken again, unchanged
+        self._unasked = False  # the batches that were published before the connection have not been requested yet
         self._busy = asyncio.Lock()
         self._calm_until: dict[str, float] = {}
         self.connected = False
 
     @property
     def settled(self) -> bool:
-        """Whether its cache is what the publisher has said last: it is connected, and was asked for what was missed."""
+        """Whether the cache is up to date: the publisher is connected, and missing batches have been requested."""
         return self.connected and not self._busy.locked()
 
     async def run(self) -> None:
-        """Follow it until cancelled."""
+        """Follow the publisher until cancelled."""
         while True:
             await self._subscribe()
 
     async def _subscribe(self) -> None:
-        """Follow it by one socket. ZeroMQ connects that again by itself, but not to a peer that has broken the
-        protocol, as by a message that is too long: it ends when it has not been connected for a while."""
+        """Follow the publisher over one socket. ZeroMQ reconnects it, but not to a peer that has violated the protocol,
+        such as by a message that is too long: this returns when the socket has not been connected for a while."""
         zmq = self._zmq
         with self._socket(zmq.SUB) as subscription:
             subscription.setsockopt(zmq.SUBSCRIBE, self._topic)
@@ -151,7 +158,7 @@ class Follower:
                 subscription.disable_monitor()
 
     async def _listen(self, subscription: Any) -> None:
-        """Hear what is published, until it has not been connected for a while."""
+        """Read what is published, until the socket has not been connected for a while."""
         while True:
             try:
                 parts = await self._receive(subscription, _CONNECTING)
@@ -166,11 +173,11 @@ class Follower:
                 await self._hear(parts)
 
     async def _receive(self, socket: Any, seconds: float) -> list[bytes]:
-        """The next message. A message that is there already is read at once, without giving way to anybody, and that
-        takes longer than what most messages say: so it is done in a turn too.
+        """Wait for the next message. pyzmq reads a message that is there already without yielding to the event loop,
+        which takes longer than handling most messages. So it is done in a turn too.
 
         Raises:
-            TimeoutError: none came within `seconds`.
+            TimeoutError: no message came within `seconds`.
         """
         async with self._turns.turn():
             coming: asyncio.Future[list[bytes]] = socket.recv_multipart()
@@ -178,14 +185,16 @@ class Follower:
             return await coming
 
     async def _watch(self, monitor: Any) -> None:
-        """Say when the publisher is there, and when not."""
+        """Note when the publisher is connected, and when not."""
         connected = self._zmq.EVENT_HANDSHAKE_SUCCEEDED.to_bytes(2, "little")
         while True:
             event, _ = await monitor.recv_multipart()
             self.connected = event[:2] == connected
             if self.connected:
-                self._tell(logging.INFO, "connected", "the KV events of %s are heard at %s", self._name, self._events)
-                self._calm_until.pop("unanswered", None)  # it may be another process, which answers
+                self._tell(
+                    logging.INFO, "connected", "the KV events of %s are received from %s", self._name, self._events
+                )
+                self._calm_until.pop("unanswered", None)  # it may be another process, and that may answer
                 self._unasked = True
                 async with self._busy:
                     await self._look_back()
@@ -193,7 +202,7 @@ class Follower:
                 self._tell(logging.WARNING, "cut", "the KV events of %s at %s are cut off", self._name, self._events)
 
     async def _hear(self, parts: list[bytes]) -> None:
-        """A message was published."""
+        """Handle a message that was published."""
         if len(parts) != 3 or len(parts[1]) != 8:
             self._garbage("it has not the three parts that a batch has")
             return
@@ -209,13 +218,13 @@ class Follower:
             await self._take(number, parts[2])
 
     async def _restarted(self) -> None:
-        """Its numbers are another process's."""
+        """Handle a number that shows a restart: it is another process's."""
         self._forget_all()
         if self._replay and self._is_calm("unanswered"):
             await self._catch_up()
 
     async def _fill(self, number: int) -> None:
-        """Batches before this one are missing."""
+        """Request the batches that are missing before this one."""
         if self._replay and self._is_calm("unanswered"):
             await self._catch_up()
         if self._last is not None and number > self._last + 1:
@@ -231,18 +240,18 @@ class Follower:
             )
 
     async def _take(self, number: int, payload: bytes) -> None:
-        """Tell the cache, in as many turns as it takes."""
+        """Apply a batch to the cache, in as many turns as it takes."""
         steps = self._cache.apply(payload)
         try:
             await self._turns.take(steps)
-        finally:  # one that cannot be taken is not asked for again
+        finally:  # a batch that cannot be applied is not requested again
             self._last, self._mark = number, hash(payload)
             self._counts["batch"] += 1
 
     # Replay
 
     async def _look_back(self) -> None:
-        """It is connected: take what it has published before."""
+        """Request what the publisher had published before it was connected."""
         if not self._replay or not self._is_calm("unanswered"):
             return
         before, taken = self._last, self._counts["replayed"]
@@ -250,22 +259,22 @@ class Follower:
         await self._catch_up()
         nothing = self._last == before and self._counts["replayed"] == taken and not self._same
         if before is not None and nothing and self._is_calm("unanswered"):
-            # Not even the last batch that was taken: it has published fewer since it started.
+            # The answer lacks even the last batch that was taken: this process has published fewer since its start.
             self._forget_all()
             await self._catch_up()
 
     async def _catch_up(self) -> None:
-        """Ask for what has been published since the last batch that was taken, and take it."""
+        """Request all batches that were published after the last one that was taken, and take them."""
         for _ in range(_ASKS):
             before = self._last
             if await self._ask() or self._last == before:
                 return
 
     async def _ask(self) -> bool:
-        """Ask once; returns whether there is no more to be had. An answer may lack any part, its end included: a
-        publisher drops what it cannot send at once. So only one with nothing new is the last."""
+        """Request them once; returns whether there are no more. An answer may lack any batch and its end: a publisher
+        drops what it cannot send at once. So only an answer without a new batch is the last."""
         zmq = self._zmq
-        first = self._last or 0  # that one too, to see whether it is the same
+        first = self._last or 0  # including the last one that was taken, to see whether it is the same
         taken = False
         with self._socket(zmq.DEALER) as asking:
             asking.connect(self._replay)
@@ -280,19 +289,19 @@ class Follower:
                     return True
                 # An empty part, the topic (not in older engines), the number, the batch.
                 if not 3 <= len(parts) <= 4 or len(parts[-2]) != 8:
-                    self._unanswered("the answer is none")
+                    self._unanswered("the answer is not valid")
                     return True
                 number, payload = int.from_bytes(parts[-2], "big", signed=True), parts[-1]
                 if number < 0:
                     return not taken
                 if self._last is None or number == self._last + 1 or (number > self._last and not taken):
                     if self._last is not None and number > self._last + 1:
-                        self._counts["lost"] += number - self._last - 1  # they are not kept any more
+                        self._counts["lost"] += number - self._last - 1  # the publisher does not keep them any more
                     await self._take(number, payload)
                     self._counts["replayed"] += 1
                     taken = True
                 elif number > self._last:
-                    return False  # some of the answer is lost: ask for it again
+                    return False  # a part of the answer is lost: request it again
                 elif number == self._last and not taken:
                     self._same = hash(payload) == self._mark
                     if not self._same:
@@ -302,13 +311,13 @@ class Follower:
         return True
 
     def _forget_all(self) -> None:
-        """This is another process than the one whose last batch was taken."""
+        """Note that the publisher is another process than the one whose last batch was taken."""
         self._counts["restart"] += 1
         self._tell(logging.INFO, "restart", "%s has restarted, by its KV events: nothing is cached there", self._name)
         self._cache.clear()
         self._last = self._live = None
 
-    # Words
+    # Log lines
 
     def _unanswered(self, why: str) -> None:
         self._counts["unanswered"] += 1
@@ -331,7 +340,7 @@ class Follower:
         return self._clock() >= self._calm_until.get(what, 0.0)
 
     def _tell(self, level: int, what: str, text: str, *args: object) -> None:
-        """Say something that an engine could make us say, again and again."""
+        """Log a line that an engine could cause again and again."""
         if self._is_calm(what):
             self._calm_until[what] = self._clock() + _CALM
             log.log(level, text, *args)

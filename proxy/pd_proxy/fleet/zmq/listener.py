@@ -1,10 +1,10 @@
-"""A ZeroMQ socket on which engines tell the gateway something: bound, read as messages come, bounded in every way.
+"""A bound ZeroMQ socket on which engines send messages to the gateway.
 
-Nobody is authenticated on such a socket: whoever reaches it can send. So nothing is believed for having come here, and
-nothing that comes can grow: a message has few and small parts, few wait for each peer, and only some are read in one
-turn of the event loop. The socket is read by the loop itself, without a task.
+The senders are not authenticated: anything that reaches the socket can send. So a message is not trusted because it
+came here, and all that comes is bounded: a message has few and small parts, few messages wait for each peer, and only
+some are read in one turn of the event loop. The loop itself reads the socket, without a task.
 
-pyzmq is an extra of the package; it is imported where a socket is wanted, and nowhere else.
+pyzmq is an extra of the package; it is imported only if a socket is needed.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Any, Literal
 
 log = logging.getLogger("pd_proxy.fleet")
 
-_LONGEST = 1024  # bytes of a part; what engines send has some 300. libzmq cuts off a peer that sends more
-_PARTS = 4  # an identity, an empty delimiter, and the message: three at most
-_WAITING = 64  # messages that libzmq keeps of each peer
-_AT_ONCE = 64  # messages that are read in one turn of the loop
+_LONGEST = 1024  # bytes of a part; engines send some 300. libzmq disconnects a peer that sends more
+_PARTS = 4  # more than any message has: an identity, an empty delimiter and the message are three
+_WAITING = 64  # messages of each peer that libzmq keeps
+_AT_ONCE = 64  # messages that are read in one turn of the event loop
 
 
 class CannotListen(Exception):
-    """The socket cannot be had; the text says why, for people."""
+    """The gateway cannot listen; the text says why, for people."""
 
 
 def library(wanting: str = "a connector of the settings speaks ZeroMQ") -> Any:
-    """pyzmq.
+    """The module of pyzmq.
 
     Arguments:
-        wanting: what it is needed for, for people.
+        wanting: why it is needed, for people.
     Raises:
-        CannotHear: it is not installed.
+        CannotListen: it is not installed.
     """
     try:
         return importlib.import_module("zmq")
@@ -45,11 +45,11 @@ class ZmqListener:
     """One bound socket.
 
     Arguments:
-        kind: `PULL` for messages from anybody, `ROUTER` for those of peers that could be answered.
-        address: `host:port`, the host an IP address.
-        heard: called with each message, its parts without the sender's identity.
+        kind: `PULL` for engines that push, `ROUTER` for engines whose socket is a DEALER.
+        address: `host:port`; the host is an IP address.
+        heard: called with the parts of each message, without the sender's identity.
     Raises:
-        CannotHear: pyzmq is missing, or the address cannot be had.
+        CannotListen: pyzmq is not installed, or the address cannot be bound.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class ZmqListener:
             raise CannotListen(f"cannot listen for engines on {address}: {error}") from None
         self._file = self._socket.getsockopt(zmq.FD)
         self._loop.add_reader(self._file, self._read)
-        self._read()  # its descriptor tells of changes only
+        self._read()  # the descriptor becomes readable for changes only, and messages may be there already
 
     def close(self) -> None:
-        """Hear nothing any more."""
+        """Close the socket."""
         self._loop.remove_reader(self._file)
         if self._again is not None:
             self._again.cancel()
         self._context.destroy(linger=0)
 
     def _read(self) -> None:
-        """Read what is there, in several turns of the loop where it is much."""
+        """Read the messages that are there, in several turns of the event loop if they are many."""
         zmq, self._again = self._zmq, None
         for _ in range(_AT_ONCE):
             try:
@@ -92,20 +92,20 @@ class ZmqListener:
                 return
             try:
                 self._heard(parts[self._skipped :] if len(parts) <= _PARTS else ())
-            except Exception:  # of one message: those behind it would wait for the next change of the descriptor
-                log.exception("a message of an engine's could not be taken")
+            except Exception:  # of one message; the next ones would wait for another change of the descriptor
+                log.exception("a message from an engine could not be handled")
         self._again = self._loop.call_soon(self._read)
 
     def _message(self) -> list[bytes]:
-        """The parts of the next message; of one that has too many, some.
+        """The parts of the next message; the first ones, if it has too many.
 
         Raises:
-            zmq.Again: there is none.
+            zmq.Again: there is no message.
         """
         zmq, socket = self._zmq, self._socket
         parts = [socket.recv(zmq.NOBLOCK)]
         while socket.getsockopt(zmq.RCVMORE):
-            part = socket.recv(zmq.NOBLOCK)  # all of a message is there once its first part is
+            part = socket.recv(zmq.NOBLOCK)  # when the first part of a message is there, all its parts are
             if len(parts) <= _PARTS:
                 parts.append(part)
         return parts

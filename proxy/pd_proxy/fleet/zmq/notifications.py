@@ -1,11 +1,11 @@
-"""Notices by which prefill engines say that a KV cache has arrived at its decode engine.
+"""Transfer notifications: prefill engines report that a KV cache has arrived at its decode engine.
 
 LMCache's senders push one for each tensor-parallel rank, a msgpack map `{"type": "ProxyNotif", "req_id": "…"}`, before
-or after their HTTP answer. Decode that begins earlier finds memory that is set aside for the cache and not written yet,
-and answers wrong.
+or after their HTTP answer. A decode leg that begins earlier reads memory that is reserved for the cache and not written
+yet, and its answer is wrong.
 
-Nobody vouches for a notice but the id in it, which is new for each try and known to its engines alone. What nobody
-waits for (any more) is counted and forgotten.
+Only the id in a notification shows that it is genuine: it is new for each try, and known to its engines alone. A
+notification that no try waits for is counted and ignored.
 """
 
 from __future__ import annotations
@@ -37,45 +37,48 @@ _read = msgpack_decoder(ProxyNotif)
 
 
 class Expected:
-    """The notices of one try. A context manager: nobody waits for them once it is left.
+    """The notifications of one try. It is a context manager: notifications that come after its end are unexpected.
 
     Arguments:
+        name: the id in the notifications.
         missing: how many are to come.
+    Attributes:
+        missing: how many have not come yet.
     """
 
-    __slots__ = ("_done", "_name", "_notices", "missing")
+    __slots__ = ("_done", "_name", "_notifications", "missing")
 
-    def __init__(self, notices: TransferNotifications, name: str, missing: int) -> None:
-        self._notices = notices
+    def __init__(self, notifications: TransferNotifications, name: str, missing: int) -> None:
+        self._notifications = notifications
         self._name = name
         self.missing = missing
         self._done: asyncio.Future[None] | None = None
 
     def __enter__(self) -> Expected:
-        self._notices.waiting[self._name] = self
+        self._notifications.waiting[self._name] = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._notices.waiting.pop(self._name, None)
+        self._notifications.waiting.pop(self._name, None)
 
     def came(self) -> None:
-        """One of them is here."""
+        """Note that one of them has come."""
         self.missing -= 1
         if self._done is not None and self.missing <= 0 and not self._done.done():
             self._done.set_result(None)
 
     def lost(self, error: BackendError) -> None:
-        """Whoever was to send them has gone."""
+        """Let the wait fail: the engine that was to send them has failed."""
         if self._done is not None and not self._done.done():
             self._done.set_exception(error)
 
     async def all(self, seconds: float) -> bool:
-        """Wait until all of them are here; whether they came within so many seconds.
+        """Wait until all of them have come; returns whether they came within `seconds`.
 
         Raises:
-            BackendError: what was given to `lost`.
+            BackendError: the error that `lost` was called with.
         """
         if self.missing <= 0:
             return True
@@ -89,11 +92,13 @@ class Expected:
 
 
 class TransferNotifications:
-    """Who waits for notices, and the socket they come by.
+    """The notifications that tries wait for, and the socket on which they come.
 
+    Arguments:
+        address: `host:port` to listen on; empty if no notifications are expected.
     Attributes:
-        waiting: by the name that is in the notices; as many as tries are between their prefill leg's start and end.
-        counts: how many notices came: `taken`, `unexpected` or `garbage`.
+        waiting: by the id in the notifications; there are as many as tries between their prefill leg's start and end.
+        counts: the number of notifications by outcome: `taken`, `unexpected` or `garbage`.
     """
 
     def __init__(self, address: str) -> None:
@@ -103,10 +108,10 @@ class TransferNotifications:
         self.counts: Counter[str] = Counter()
 
     def start(self) -> None:
-        """Hear them, where there is an address to hear them at, and that is not done yet.
+        """Listen, if there is an address. It does nothing if called again.
 
         Raises:
-            CannotHear
+            CannotListen
         """
         if self._address and self._listener is None:
             self._listener = ZmqListener("PULL", self._address, self.listen)
@@ -117,23 +122,23 @@ class TransferNotifications:
             self._listener = None
 
     def expect(self, name: str, count: int) -> Expected:
-        """`count` notices with a name, from now on."""
+        """Expect `count` notifications with the id `name`, from the start of the returned context on."""
         return Expected(self, name, count)
 
     def listen(self, parts: Sequence[bytes]) -> None:
-        """A message has come, whoever sent it."""
+        """Handle a message, from any sender."""
         try:
             if len(parts) != 1:
-                raise Undecodable("a notice has one part")
-            notice = _read(parts[0])
+                raise Undecodable("a notification has one part")
+            notification = _read(parts[0])
         except Undecodable as error:
             self.counts["garbage"] += 1
-            log.debug("no notice: %s", error)
+            log.debug("a message that is no notification: %s", error)
             return
-        expected = self.waiting.get(notice.req_id)
+        expected = self.waiting.get(notification.req_id)
         if expected is None:
             self.counts["unexpected"] += 1
-            log.debug("a notice that nobody waits for: %r", notice.req_id)
+            log.debug("a notification that no request waits for: %r", notification.req_id)
             return
         self.counts["taken"] += 1
         expected.came()

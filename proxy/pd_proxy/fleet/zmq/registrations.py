@@ -1,10 +1,11 @@
-"""Registrations: engines tell, every few seconds, where their sides of the hand-off are.
+"""Registrations: engines report every few seconds the coordinates of their side of the hand-off.
 
-Nobody is authenticated on the socket they come by, so a registration says little: the coordinates of a backend that is
-there already, on that backend's own host. So nobody can have KV caches sent to another host, or take a backend's place.
-Where the settings name networks, engines there may also join the fleet by registering, and name hosts there.
+The senders are not authenticated, so a registration can change little: the coordinates of a backend that is in the
+fleet already, on that backend's own host. So no sender can have KV caches sent to another host, or take a backend's
+place. If the settings name networks, engines in them may also join the fleet by registering, and name hosts in them.
 
-An engine of such a connector is out of the rotation until it has registered, and again when it has not for a while.
+An engine of such a connector is out of the rotation until it has registered, and again when it has not done so for
+`zmq.expiry` seconds.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ log = logging.getLogger("pd_proxy.fleet")
 
 MOST = 1024
 """Backends that registrations may add."""
-_CALM = 1.0  # seconds between two words about what is not taken, and between two looks at who is in the fleet
+_CALM = 1.0  # seconds between two log lines about registrations, and between two looks at the addresses of the fleet
 
 Outcome = Literal["taken", "unknown", "refused", "garbage"]
-Address = tuple[str, int]
+HostPort = tuple[str, int]
 
 
 class RegistrationDecoder(Protocol):
-    """What a connector says of its engines' registrations."""
+    """The part of a connector that reads its engines' registrations."""
 
     @property
     def traits(self) -> Traits: ...
@@ -48,23 +49,23 @@ class RegistrationDecoder(Protocol):
     def read_registration(self, message: bytes) -> Announcement: ...
 
 
-class _Whose(msgspec.Struct):
-    """Whose registration it is; the rest is for its connector to read."""
+class _Sender(msgspec.Struct):
+    """The backend that a registration is about; the connector reads the rest."""
 
     http_address: Annotated[str, msgspec.Meta(max_length=300)]
 
 
-_read_whose = msgpack_decoder(_Whose)
+_read_sender = msgpack_decoder(_Sender)
 
 
 class Registrations:
-    """Who has registered, and the socket they do it by.
+    """The backends that have registered, and the socket on which they do so.
 
     Arguments:
-        heralds: by connector.
-        clock: seconds, never going back.
+        decoders: by connector.
+        clock: a monotonic clock, in seconds.
     Attributes:
-        counts: how many registrations came: `taken`, `unknown`, `refused` or `garbage`.
+        counts: the number of registrations by outcome: `taken`, `unknown`, `refused` or `garbage`.
     """
 
     def __init__(
@@ -83,15 +84,15 @@ class Registrations:
         self._sweeping: asyncio.TimerHandle | None = None
         self._until: dict[Backend, float] = {}
         self._added: set[Backend] = set()
-        self._known: dict[Address, Backend] = {}
+        self._known: dict[HostPort, Backend] = {}
         self._looked = self._spoke = float("-inf")
         self.counts: Counter[str] = Counter()
 
     def start(self) -> None:
-        """Hear them, where there is an address to hear them at, and that is not done yet.
+        """Listen, if the settings have an address. It does nothing if called again.
 
         Raises:
-            CannotHear
+            CannotListen
         """
         if self._settings.registrations and self._listener is None:
             self._listener = ZmqListener("ROUTER", self._settings.registrations, self.listen)
@@ -106,18 +107,18 @@ class Registrations:
             self._sweeping = None
 
     def forget(self, backend: Backend) -> None:
-        """A backend has left the fleet."""
+        """Forget a backend that has left the fleet."""
         self._until.pop(backend, None)
         self._added.discard(backend)
         self._known = {address: other for address, other in self._known.items() if other is not backend}
 
     def listen(self, parts: Sequence[bytes]) -> None:
-        """A message has come, whoever sent it."""
+        """Handle a message, from any sender."""
         if len(parts) != 1:
             self._not_taken("garbage", "a registration has one part")
             return
         try:
-            host, _, port = _read_whose(parts[0]).http_address.rpartition(":")
+            host, _, port = _read_sender(parts[0]).http_address.rpartition(":")
             address = (host.removeprefix("[").removesuffix("]").lower(), int(port[:5]))
         except ValueError as error:
             self._not_taken("garbage", f"no registration: {error}")
@@ -149,14 +150,18 @@ class Registrations:
         elif backend.coordinates != said.coordinates and self._may_speak():
             log.warning("%s backend %s registers with other coordinates", backend.role, backend.url)
         if backend in self._added and backend.removed and not backend.registered:
-            self._fleet.undrain(backend)  # it was about to leave, for want of this
+            self._fleet.undrain(backend)  # it was about to leave, since it had not registered
         backend.registered = True
         if backend.coordinates != said.coordinates:
             backend.locate(said.coordinates)
         self._until[backend] = self._clock() + self._settings.expiry
 
     def _check(self, backend: Backend, said: Announcement) -> None:
-        """Raise ValueError unless an engine may say that of a backend."""
+        """Check that a registration may change a backend.
+
+        Raises:
+            ValueError: it may not.
+        """
         if said.role != backend.role:
             raise ValueError(f"it says it is for {said.role}, and it is a {backend.role} backend")
         host = said.coordinates.host
@@ -181,7 +186,7 @@ class Registrations:
         return backend
 
     def _is_near(self, host: str) -> bool:
-        """Whether a host is in one of the networks of the settings; one with a name is in none."""
+        """Whether a host is an IP address in one of the networks of the settings."""
         try:
             address = ip_address(host)
         except ValueError:
@@ -189,8 +194,8 @@ class Registrations:
         networks: tuple[IPv4Network | IPv6Network, ...] = self._settings.networks
         return any(address in network for network in networks)
 
-    def _find(self, address: Address) -> Backend | None:
-        """The backend with an address."""
+    def _find(self, address: HostPort) -> Backend | None:
+        """The backend with this address; None if there is none."""
         if address not in self._known and self._clock() - self._looked >= _CALM:
             self._looked = self._clock()
             self._known = {
@@ -202,7 +207,7 @@ class Registrations:
         return self._known.get(address)
 
     def _hosts(self, backend: Backend) -> set[str]:
-        """The hosts that are a backend's own: its URL's, and the one that people have set."""
+        """A backend's own hosts: that of its URL, and that of its coordinates in the settings."""
         return {(urlsplit(backend.url).hostname or "").lower(), self._fleet.placed(backend.url).host.lower()}
 
     def _not_taken(self, outcome: Outcome, why: str) -> None:
@@ -211,7 +216,7 @@ class Registrations:
             log.warning("%s", why)
 
     def _may_speak(self) -> bool:
-        """Whether to say something that anybody could make us say, again and again."""
+        """Whether a line may be logged now that any sender could cause again and again."""
         now = self._clock()
         if now - self._spoke < _CALM:
             return False
@@ -222,8 +227,8 @@ class Registrations:
         self._sweeping = asyncio.get_running_loop().call_later(self._settings.expiry / 8, self._sweep)
 
     def _sweep(self) -> None:
-        """Take out those that have fallen silent. What they said while the event loop stood still is still to be read,
-        so that time does not count."""
+        """Take out the backends that have not registered for too long. Registrations that came while the event loop
+        stood still have not been read yet, so that time does not count."""
         late = 0.0 if self._sweeping is None else asyncio.get_running_loop().time() - self._sweeping.when()
         self._sweep_later()
         if late > self._settings.expiry / 8:
