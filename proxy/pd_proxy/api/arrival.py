@@ -1,4 +1,4 @@
-"""A request on its way in: its head and its body."""
+"""A request as it arrives: its head and its body."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}").fullmatch
 
 
 class ClientLeft(Exception):
-    """The client closed its connection before its request was whole."""
+    """The client closed its connection before its request was complete."""
 
 
 @dataclass(slots=True, eq=False)
 class Arrival:
-    """A request from its head on.
+    """A request whose head has been read.
 
     Attributes:
-        scope, receive: as ASGI has them.
-        client: what answers its client.
-        task: in which it is served.
-        headers: those of the scope.
+        scope, receive: those of ASGI.
+        client: writes the answer to the client.
+        task: the task in which the request is served.
+        headers: the headers of the scope; of repeated ones the last.
         hops: the gateways that it has come through; empty where it came from a client.
-        seconds: that it may take in all.
+        seconds: how long it may take in all.
     """
 
     scope: Scope
@@ -47,10 +47,10 @@ class Arrival:
     seconds: float = inf
 
     def cancel_when_client_leaves(self) -> None:
-        """Have the request's task cancelled when its client closes the connection.
+        """Cancel the request's task when the client closes the connection.
 
         Raises:
-            ClientLeft: it has.
+            ClientLeft: the client has closed it already.
         """
         if self.client.gone:
             raise ClientLeft
@@ -58,16 +58,16 @@ class Arrival:
 
 
 def identify(headers: dict[bytes, bytes]) -> str:
-    """The request's id: the client's own where it sent a sane one."""
+    """The request's id: the client's X-Request-Id where that is valid, else a new one."""
     name = headers.get(b"x-request-id")
     return name.decode("latin-1") if name is not None and _SANE_ID(name) else new_id()
 
 
 def introduce(record: RequestRecord, scope: Scope, headers: dict[bytes, bytes]) -> None:
-    """Note by what the request is known: its id and its trace.
+    """Set the request's id and its trace context in its record.
 
     Arguments:
-        headers: those of the scope.
+        headers: the headers of the scope.
     """
     record.request_id = identify(headers)
     if b"traceparent" in headers:
@@ -75,10 +75,10 @@ def introduce(record: RequestRecord, scope: Scope, headers: dict[bytes, bytes]) 
 
 
 def time_limit(headers: dict[bytes, bytes], most: float) -> float:
-    """Seconds that the request may take: `most`, or fewer where its x-request-timeout says so.
+    """How many seconds the request may take: `most`, or its x-request-timeout where that is shorter.
 
     Raises:
-        InvalidRequest: that is no number of seconds.
+        InvalidRequest: x-request-timeout is not a number of seconds.
     """
     value = headers.get(b"x-request-timeout")
     if value is None:
@@ -90,7 +90,7 @@ def time_limit(headers: dict[bytes, bytes], most: float) -> float:
 
 
 def check_length(headers: dict[bytes, bytes], limit: int) -> None:
-    """Refuse a body that says itself that it is too long.
+    """Refuse a body whose Content-Length is above the limit.
 
     Raises:
         BodyTooLarge
@@ -103,7 +103,7 @@ def check_length(headers: dict[bytes, bytes], limit: int) -> None:
 async def read_whole(
     client: ClientResponse | None, receive: Receive, headers: dict[bytes, bytes], limit: int, seconds: float
 ) -> bytes | bytearray:
-    """The request's body, without its content coding.
+    """Read the request's body and decode its content coding.
 
     Raises:
         BodyTooLarge, BodiesFull, EncodingNotSupported, InvalidRequest, RequestTimedOut, ClientLeft
@@ -126,8 +126,8 @@ async def read_whole(
 
 
 async def _gather(receive: Receive, limit: int) -> bytearray | None:
-    """As `DirectResponse.gather`, from any server."""
-    whole = bytearray()  # not a list: a body of single bytes would weigh fifty times its length
+    """As `DirectResponse.gather`, for any ASGI server."""
+    whole = bytearray()  # not a list, in which a body that arrives byte by byte would take fifty times its length
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":

@@ -1,4 +1,4 @@
-"""The way in, which all routes with an engine behind them share: key, limits, names, admission and the time limit."""
+"""The checks before placement, on every route that engines serve: key, limits, model names, admission, time limit."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from pd_proxy.telemetry.records import RequestRecord, Telemetry
 
 @dataclass(frozen=True, slots=True)
 class Entrance:
-    """What requests pass before they are placed. A route calls its methods in their order here.
+    """Everything that a request passes before it is placed. A route calls the methods in the order below.
 
     Attributes:
-        body_limit: bytes that a body may have.
-        body_seconds: in which it must arrive.
+        body_limit: the largest body, in bytes.
+        body_seconds: seconds in which a body must arrive.
         total: seconds that a request may take in all; infinite where there is no limit.
-        queue_timeout: seconds that it may wait in the queue.
+        queue_timeout: seconds that a request may wait in the queue.
     """
 
     gate: Gate
@@ -53,7 +53,7 @@ class Entrance:
         return exchange(self.gate, self.telemetry, record, scope, receive, send, work, shape)
 
     def check_head(self, arrival: Arrival) -> None:
-        """Check a request's head, and note its client, its hops and its time limit.
+        """Check a request's head; set its client, its hops and its time limit.
 
         Raises:
             MethodNotAllowed, LoopDetected, Unauthorized, InvalidRequest, BodyTooLarge
@@ -70,15 +70,16 @@ class Entrance:
         check_length(headers, self.body_limit)
 
     def read_body(self, arrival: Arrival) -> Coroutine[Any, Any, bytes | bytearray]:
-        """The request's body (`read_whole`)."""
+        """Read the request's body (`read_whole`)."""
         return read_whole(arrival.client, arrival.receive, arrival.headers, self.body_limit, self.body_seconds)
 
     async def model_for(self, asked: str | None, record: RequestRecord) -> str | None:
-        """The model that a request is for, as engines call it, which is noted; None where it names none and need not.
+        """Translate the model name of a request into the engines' own, and note both in its record. None where the
+        request names no model and needs none.
 
         Raises:
-            InvalidRequest: it names none, and there are several.
-            ModelNotFound: no backend has such a model.
+            InvalidRequest: it names no model, and there are several.
+            ModelNotFound: no backend has the model.
         """
         model = await self.names.meant(asked)
         if model is None or model == asked:
@@ -87,7 +88,7 @@ class Entrance:
         return model
 
     def admitted(self, arrival: Arrival, ticket: Ticket) -> Admitted:
-        """A context that is entered when the request may start, and in which it is served."""
+        """The context in which a request is served; entering it waits until the request may start."""
         ticket.timeout = min(arrival.seconds, self.queue_timeout)
         return Admitted(self.admission, arrival, ticket)
 
@@ -95,8 +96,8 @@ class Entrance:
 class Admitted:
     """The time from a request's admission to its end.
 
-    A class rather than an `@asynccontextmanager`: the event loop keeps track of each asynchronous generator, which
-    every request would pay for.
+    It is a class and not an `@asynccontextmanager`, since the event loop keeps track of every asynchronous generator,
+    which would be a cost of every request.
     """
 
     __slots__ = ("_admission", "_arrival", "_ticket", "_timeout")
@@ -111,7 +112,7 @@ class Admitted:
         """Wait until the request may start.
 
         Raises:
-            GatewayError: it may neither start nor wait, its time in the queue ran out, or it lost its place.
+            GatewayError: it may neither start nor wait, its time in the queue ran out, or its place went to another.
         """
         ticket, record = self._ticket, self._arrival.record
         try:
@@ -138,12 +139,12 @@ class Admitted:
         """End the request.
 
         Raises:
-            TotalTimedOut: it was cancelled since its time is up.
+            TotalTimedOut: the request was cancelled because its time limit ran out.
         """
         try:
             if self._timeout is not None:
                 await self._timeout.__aexit__(kind, error, trace)
-        except TimeoutError:
+        except TimeoutError:  # the limit's own: one that was raised inside is not raised again here
             seconds = self._arrival.seconds
             raise TotalTimedOut(f"the request was not finished within {seconds:g} s") from None
         finally:

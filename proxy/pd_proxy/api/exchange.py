@@ -1,4 +1,4 @@
-"""One request from its head to its end, on every route with an engine behind it; and how errors are answered."""
+"""One request from its head to its end, on every route that engines serve; and the answers to errors."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ async def exchange(
     work: Work,
     shape: ErrorShape,
 ) -> None:
-    """Serve one request: count it, answer it also where `work` fails, and record it.
+    """Serve one request: count it, answer it even where `work` fails, and record it.
 
     Arguments:
         work: reads the request and answers it. It raises a `GatewayError` where the request cannot be served;
-            `client.started` says whether a part of it was.
-        shape: the form of errors in its API.
+            `client.started` says whether the answer has begun.
+        shape: the form of errors in the request's API.
     """
-    # Taken out, since the client knows its scope: a circle would leave every request to the garbage collector.
+    # Removed, since the client refers to its scope: only the garbage collector would end a reference cycle.
     record.peer = scope.get("client")
     client: ClientResponse = scope.pop("extensions", {}).get(EXTENSION) or AsgiResponse(receive, send)
     task = asyncio.current_task()
@@ -83,29 +83,29 @@ async def exchange(
         gate.leave(task)
         client.on_gone = None
         record.end(monotonic())
-        if record.error and record.outcome in _NO_FAILURE:  # why earlier tries failed is in `retries` and `resumes`
+        if record.error and record.outcome in _NO_FAILURE:  # the errors of earlier tries are in `retries` and `resumes`
             record.error = ""
         telemetry.finished(record)
     await client.flushed()
 
 
 def _give_fault(client: ClientResponse, record: RequestRecord, shape: ErrorShape) -> None:
-    """Log the exception that is being handled, and answer with an error that says nothing of it."""
+    """Log the exception that is being handled, and answer with an error that shows nothing of it."""
     record.outcome = "client_gone" if client.gone else GatewayError.code
     record.request_id = record.request_id or new_id()
     log.exception("%s: the gateway failed on this request", record.request_id, extra=record.known_as)
     give_error(client, record, GatewayError(_OWN_FAULT), shape)
 
 
-_MOST_COMPARED = 64  # characters of a path: what it takes to compare grows with their square
+_MOST_COMPARED = 64  # characters of a path; the time to compare two grows with the square of their length
 
 
 def no_route(path: str, known: Iterable[str], listed: str = "/openapi.json") -> RouteNotFound:
-    """The error for a path that is not served here. It names the nearest that are.
+    """The error for a path that is not served here. It names the most similar paths.
 
     Arguments:
-        known: paths that clients may be told of.
-        listed: the path at which all are listed, or empty.
+        known: the paths that errors may name.
+        listed: the path of the list of all paths, or empty.
     """
     near = get_close_matches(path[:_MOST_COMPARED], known, n=3, cutoff=0.7)
     served = ", ".join(near or ("/v1/chat/completions", "/v1/completions", "/v1/models"))
@@ -114,16 +114,16 @@ def no_route(path: str, known: Iterable[str], listed: str = "/openapi.json") -> 
 
 
 def give_error(client: ClientResponse, record: RequestRecord, error: GatewayError, shape: ErrorShape) -> None:
-    """Answer with an error: as the whole answer, or as the last event of one that has begun."""
+    """Answer with an error: as the whole answer, or as the last event of a stream that has begun."""
     said = str(error)
-    # What ended it may be another thing than what the last try failed of.
+    # The error that ends the request may differ from the one that ended its last try.
     record.error = f"{said}; the last try: {record.error}" if record.error and record.error not in said else said
     record.request_id = record.request_id or new_id()
     if client.gone:
         return
     try:
         _give(client, record, error, shape)
-    except Exception:  # in place of an answer that cannot be written, one that can
+    except Exception:  # the shaped answer cannot be written: answer with a plain error
         log.exception("%s: the gateway could not answer with %s", record.request_id, error.code, extra=record.known_as)
         if client.started:
             client.cut()
@@ -150,5 +150,5 @@ def _give(client: ClientResponse, record: RequestRecord, error: GatewayError, sh
     if isinstance(error, EncodingNotSupported):
         headers.append((b"accept-encoding", ", ".join(ACCEPTED).encode("ascii")))  # RFC 9110, section 15.5.16
     if isinstance(error, BodyTooLarge | BodiesFull | EncodingNotSupported | RequestTimedOut | Draining):
-        headers.append((b"connection", b"close"))  # the rest of the body is not going to be read
+        headers.append((b"connection", b"close"))  # the rest of the body is not read
     client.respond(error.status, headers, shape.body(error))

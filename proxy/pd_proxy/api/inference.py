@@ -1,4 +1,4 @@
-"""The routes that generate, as plain ASGI: no router, no middleware, no dependency between a request and its flow."""
+"""The routes that generate, as plain ASGI: no router, middleware or dependency injection before the flow."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord
 
 EXPLAIN = b"x-pd-proxy-explain"
-"""The header by which an operator asks for the decision about a request: it names engines, so without the admin key it
-is ignored."""
+"""With this header an operator asks for the placement decision in the answer. The decision names engines, so the header
+is ignored without the admin key."""
 
 
 class Inference:
     """Serves one endpoint.
 
     Arguments:
-        stored: names responses by who has them.
+        stored: names stored responses by the backends that have them.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Inference:
         return self._entrance.serve(record, scope, receive, send, self._serve, self._shape)
 
     async def _serve(self, arrival: Arrival) -> None:
-        """Read a request, and have it answered.
+        """Read a request and answer it.
 
         Raises:
-            GatewayError: the request cannot be served; `client.started` says whether a part of it was.
+            GatewayError: the request cannot be served; `client.started` says whether the answer has begun.
         """
         entrance, record = self._entrance, arrival.record
         entrance.check_head(arrival)
@@ -99,10 +99,10 @@ class Inference:
             await self._flow.run(request)
 
     def _request(self, body: Body, arrival: Arrival) -> Request:
-        """The request of a body, with what its headers say.
+        """The request of a body and its headers.
 
         Raises:
-            ResponseNotFound: it goes on from a stored response that no backend has.
+            ResponseNotFound: it continues a stored response that no backend has.
         """
         headers = arrival.headers
         request = Request(body, arrival.client, arrival.record, hops=arrival.hops)
@@ -113,14 +113,15 @@ class Inference:
                 headers.get(b"authorization", b"")
             )
         if body.follows or body.stored:
-            self._see_to_stored(request)
+            self._bind_to_stored(request)
         return request
 
-    def _see_to_stored(self, request: Request) -> None:
-        """Send a request to the backend that has what it goes on from, and have its answer's name say who has that.
+    def _bind_to_stored(self, request: Request) -> None:
+        """Bind a request to the backend that has the response it continues; let the id of its own answer name the
+        backend that stores it.
 
         Raises:
-            ResponseNotFound: nobody has it.
+            ResponseNotFound: no backend has the response.
         """
         body = request.body
         if body.stored:
@@ -134,18 +135,18 @@ class Inference:
 
 
 def bounded(body: Body, usual: int | None, most: int | None) -> Body:
-    """A request whose answer is as long as may be.
+    """The request with a bound on the length of its answer.
 
     Arguments:
-        usual: tokens of an answer whose request does not say; `limits.default_max_tokens`.
-        most: tokens of any; `limits.max_tokens`.
+        usual: tokens of the answer where the request has no bound; `limits.default_max_tokens`.
+        most: the highest bound that a request may have; `limits.max_tokens`.
     Raises:
-        InvalidRequest: it asks for more.
+        InvalidRequest: the request's bound is higher.
     """
     applied = bound_output(body.members, body.endpoint, usual, most)
     return body if applied is None else structs.replace(body, max_tokens=applied * max(1, body.prompts))
 
 
 def not_stored(response_id: str, *, param: str) -> ResponseNotFound:
-    """The error for a stored response that nobody has."""
+    """The error for a stored response that no backend has."""
     return ResponseNotFound(f"Response with id '{response_id[:256]}' not found.", param=param)
