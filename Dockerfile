@@ -4,14 +4,14 @@
 #   docker run -p 8000:8000 pd-proxy --prefill http://p1:8000 --decode http://d1:8000
 #   docker run -v ./pd-proxy.yaml:/etc/pd-proxy.yaml:ro -p 8000:8000 pd-proxy --config /etc/pd-proxy.yaml
 #
-# The file wins over what the image says, so host: 0.0.0.0 must stand there where host does.
+# The file overrides the image's defaults: if it sets host, that must be 0.0.0.0.
 #
-# Its other commands, by naming the entry point:
+# The other commands need --entrypoint:
 #
 #   docker run --entrypoint pd-proxy -v ./pd-proxy.yaml:/etc/pd-proxy.yaml:ro pd-proxy check /etc/pd-proxy.yaml
 #   docker run --entrypoint pd-proxy -p 9000:9000 pd-proxy simulate --role decode --host 0.0.0.0 --port 9000
 #
-# docker stop waits 10 s by default and the gateway up to shutdown.grace (120 s) for running requests, so stop it with
+# docker stop waits 10 s by default, and the gateway waits up to shutdown.grace (120 s) for running requests. So stop it with
 # `docker stop -t 130`, or start it with `--stop-timeout 130`.
 
 # The version that the tests run on.
@@ -26,7 +26,7 @@ COPY proxy proxy
 # --no-build-isolation: with the setuptools that constraints.txt names, not with the newest.
 RUN pip install -c constraints.txt setuptools \
  && pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . ./proxy/pd_proxy_simulator
-# Only wheels, hence no compiler in any stage. There are wheels of everything for x86-64 and for arm64.
+# Only wheels, so no stage needs a compiler. All dependencies have wheels for x86-64 and for arm64.
 RUN python -m venv --without-pip /opt/pd-proxy \
  && pip --python /opt/pd-proxy/bin/python install --only-binary :all: -c constraints.txt \
       "$(echo /wheels/pd_proxy-*.whl)[zmq]" /wheels/pd_proxy_simulator-*.whl
@@ -36,16 +36,16 @@ LABEL org.opencontainers.image.title="pd-proxy" \
       org.opencontainers.image.description="A prefill-decode disaggregation gateway for LLM serving" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/pd-proxy /opt/pd-proxy
-# Where it listens unless a file, a variable or a flag says otherwise.
+# PD_PROXY_DEFAULTS is the address to listen on, unless a file, a variable or a flag sets another.
 ENV PATH=/opt/pd-proxy/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PD_PROXY_DEFAULTS=host=0.0.0.0,port=8000
-# A number, so that Kubernetes' runAsNonRoot can tell that it is not root.
+# A number, so that Kubernetes' runAsNonRoot can check that it is not root.
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# It finds out itself where the gateway listens.
+# The check finds the gateway's address by itself.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 \
   CMD ["python", "-m", "pd_proxy.commands.container_health"]
 ENTRYPOINT ["pd-proxy", "serve"]

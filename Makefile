@@ -1,18 +1,19 @@
-# What a developer types. Everything is installed into .venv; a second call installs only what has changed.
+# Targets for developers. Everything is installed into .venv; a second call installs only what has changed.
 
-# The interpreter for .venv; without one deploy/venv.sh finds it.
+# The interpreter for .venv (empty: deploy/venv.sh finds one).
 PYTHON ?=
 PORT ?= 8000
 ONCE ?=
-# What the engines of the demo speak: nixl, mooncake_ascend, nixl_push, sglang.
+# The connector of the demo's engines: nixl, mooncake_ascend, nixl_push, sglang.
 CONNECTOR ?= nixl
 # The version whose notes `make release-notes` prints (empty: the newest).
 VERSION ?=
-# How long `make soak` runs.
+# Seconds for which `make soak` runs.
 SECONDS ?= 300
-# The seed of the chaos in `make soak` and of the examples in `make test-random` (empty: a new one, which is printed).
+# The seed of the failures in `make soak` and of the examples in `make test-random` (empty: a new one, which is printed).
 SEED ?=
-# What `make coverage` demands, in per cent; measured 95.4. It may only rise. Not in CI: it takes nearly twice the CPU.
+# The coverage that `make coverage` requires, in per cent; measured 95.4. It may only rise. Not in CI: it takes nearly twice
+# the CPU.
 COVERAGE := 95
 # Arguments for pytest (make test, make test-all, ...) and for the bench (make bench).
 ARGS ?=
@@ -26,9 +27,9 @@ RECIPE := pyproject.toml setup.py constraints.txt deploy/venv.sh
 TYPED := proxy bench deploy
 CHECKED := $(TYPED) docs tests setup.py
 
-# tests/real/install.sh reads a PYTHON of its own: vLLM's wheels choose that version, not this file.
+# tests/real/install.sh reads another PYTHON: vLLM's wheels decide that version, not this file.
 unexport PYTHON
-# Without compiled files each process of the tests would compile all of them for itself.
+# Without compiled files, each process of the tests would compile all sources by itself.
 unexport PYTHONDONTWRITEBYTECODE
 export SEED
 .DELETE_ON_ERROR:
@@ -40,7 +41,7 @@ help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.11] [PORT=8000] [ONCE=1] [CONNECTOR=nixl] [ARGS='...']"
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 16
 
-# Without isolation the build uses the setuptools of constraints.txt, and nothing is fetched behind its back.
+# Without isolation the build uses the setuptools of constraints.txt and downloads no other.
 # Editable, so proxy/ is on the path, and with it the simulator, which is a distribution of its own.
 $(VENV)/.run: $(RECIPE)
 	@PYTHON="$(PYTHON)" deploy/venv.sh $(VENV)
@@ -54,18 +55,18 @@ $(VENV)/.develop: $(VENV)/.run
 	@$(PIP) --no-build-isolation -e '.[test,dev]'
 	@touch $@
 
-install: $(VENV)/.develop ## make .venv with all that the other targets need
+install: $(VENV)/.develop ## make .venv with everything that the other targets need
 
 demo: $(VENV)/.run ## stream a completion through the gateway and simulated pools; Ctrl-C ends it
 	@exec $(BIN)/python deploy/demo.py --port $(PORT) --connector $(CONNECTOR) $(if $(filter-out 0,$(ONCE)),--once)
 
-test: $(VENV)/.develop ## run the quick tests, of every part; the same ones with the same data each time
+test: $(VENV)/.develop ## run the quick tests, of every part, with the same data each time
 	$(PYTEST) -p no:schemathesis -m "not real and not slow" $(ARGS)
 
 test-all: $(VENV)/.develop ## run every test that needs no real vLLM
 	$(PYTEST) -m "not real" $(ARGS)
 
-# One seed for all the processes of pytest, printed first, so that what is found can be run again.
+# One seed for all processes of pytest, printed first, so that a failure can be repeated.
 test-random: $(VENV)/.develop ## run the property tests with new random examples (SEED=n repeats a run)
 	@seed=$${SEED:-$$($(BIN)/python -c 'import random; print(random.SystemRandom().randrange(1 << 32))')}; \
 	echo "random examples; to repeat them: make test-random SEED=$$seed"; \
@@ -75,10 +76,10 @@ test-real: $(VENV)/.develop ## run the tests against real vLLM engines on the CP
 	bash tests/real/install.sh $(REAL_VENV)
 	REQUIRE_REAL_VLLM=1 $(BIN)/pytest -m real tests/real $(ARGS)
 
-test-versions: ## run the quick tests under every Python from 3.11 that is found here, each in its own .venv-3.x
+test-versions: ## run the quick tests under every installed Python from 3.11, each in its own .venv-3.x
 	deploy/test_versions.sh $(ARGS)
 
-coverage: $(VENV)/.develop ## run the quick tests and say which lines of the gateway they reach; fails below COVERAGE per cent
+coverage: $(VENV)/.develop ## run the quick tests and show which lines of the gateway they reach; fails below COVERAGE per cent
 	$(PYTEST) -p no:schemathesis -m "not real and not slow" --cov --cov-report=term:skip-covered \
 	  --cov-fail-under=$(COVERAGE) $(ARGS)
 
@@ -92,16 +93,16 @@ lint: $(VENV)/.develop ## check style and format
 types: $(VENV)/.develop ## check types, strictly
 	$(BIN)/mypy --explicit-package-bases $(TYPED)
 
-bench: $(VENV)/.develop ## measure what the gateway costs beside nginx (needs gcc and nginx; ARGS=--quick for a first look)
+bench: $(VENV)/.develop ## measure the gateway's cost beside nginx (needs gcc and nginx; ARGS=--quick for a first look)
 	$(BIN)/python -m bench $(ARGS)
 
-release-notes: ## print what CHANGELOG.md says of VERSION, or of the newest one
+release-notes: ## print the section of VERSION in CHANGELOG.md, or the newest one
 	@$(or $(wildcard $(BIN)/python),python3) deploy/release_notes.py $(VERSION)
 
-constraints: ## write constraints.txt anew, with the newest versions that pyproject.toml allows
+constraints: ## write constraints.txt again, with the newest versions that pyproject.toml allows
 	PYTHON="$(PYTHON)" deploy/constraints.sh
 
-clean: ## remove all that these targets made, virtual environments included
+clean: ## remove everything that these targets made, virtual environments included
 	rm -rf $(VENV) $(VENV)-3.* $(REAL_VENV) .cache .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find proxy -name '*.egg-info' -prune -exec rm -rf {} +
 	rm -rf proxy/pd_proxy_simulator/build

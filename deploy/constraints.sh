@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Write constraints.txt anew: the newest versions that pyproject.toml allows, as they install together into an empty
+# Write constraints.txt again, with the newest versions that pyproject.toml allows and that install together into an empty
 # virtual environment.
 #
 # usage: PYTHON=python3 deploy/constraints.sh

@@ -1,7 +1,7 @@
 """The demonstration behind `make demo`: simulated pools, the gateway before them, one streamed chat completion.
 
-Stays up until Ctrl-C or SIGTERM; with --once it ends after the answer. Either way every process it started is ended.
-Nothing here is special: it runs `pd-proxy simulate` and `pd-proxy serve` as anybody would.
+It runs until Ctrl-C or SIGTERM; with --once it ends after the answer. It always ends every process that it started.
+It runs the ordinary commands `pd-proxy simulate` and `pd-proxy serve`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ POOLS = (("prefill", 2), ("decode", 2))
 QUESTION = "Why do prefill and decode run on separate engines?"
 TOKENS = 96
 START_SECONDS = 60.0  # generous: five Python processes start at once, perhaps on a small machine
-STOP_SECONDS = 10.0  # the gateway gives running requests 2 s, then says goodbye; engines leave at once
+STOP_SECONDS = 10.0  # the gateway lets running requests finish for 2 s and then exits; engines exit at once
 
 
 class DemoError(Exception):
-    """The demonstration cannot go on; the message says why and what to do."""
+    """The demonstration cannot continue; the message says why and what to do."""
 
 
 class Ended(BaseException):
-    """A signal asked for the end."""
+    """A signal that ends the demonstration was received."""
 
 
 class Processes:
-    """All that was started. Whatever happens inside the block, none of it is left after it."""
+    """The processes of the demonstration, as a context: none of them runs after its end."""
 
     def __init__(self) -> None:
         self._running: list[tuple[str, subprocess.Popen[str]]] = []
@@ -56,7 +56,7 @@ class Processes:
 
     def __exit__(self, *_: object) -> None:
         self._held = True
-        for _name, process in reversed(self._running):  # the gateway first, so that it loses no backend
+        for _name, process in reversed(self._running):  # the gateway first, so that it does not lose backends
             process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
         for name, process in reversed(self._running):
@@ -73,7 +73,7 @@ class Processes:
         Arguments:
             log: where its output goes; None for this terminal.
         """
-        # The demonstration shows the defaults: settings of the gateway that this shell exports are for another one.
+        # The demonstration shows the defaults, so settings that this shell exports for another gateway are removed.
         environment = {key: value for key, value in os.environ.items() if not key.upper().startswith("PD_PROXY_")}
         with contextlib.ExitStack() as stack, self._signals_held():
             output = stack.enter_context(log.open("w")) if log else None
@@ -98,7 +98,7 @@ class Processes:
 
     @contextlib.contextmanager
     def _signals_held(self) -> Iterator[None]:
-        """A signal between a process's start and its entry in the list would lose it."""
+        """Hold signals back: a process that is started but not listed yet would be left running."""
         self._held = True
         try:
             yield
@@ -110,7 +110,7 @@ class Processes:
     def _signalled(self, _number: int, _frame: FrameType | None) -> None:
         self._asked = True
         if not self._held:
-            self._held = True  # a second one must not cut the goodbye short
+            self._held = True  # a second signal must not interrupt the clean-up
             raise Ended
 
 
@@ -118,7 +118,7 @@ def main() -> int:
     """Run the demonstration; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000, help="the gateway's port; 0: any (default: %(default)s)")
-    parser.add_argument("--connector", default="nixl", help="what the engines hand over with (default: %(default)s)")
+    parser.add_argument("--connector", default="nixl", help="the connector of the engines (default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="end after the answer")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -134,7 +134,7 @@ def main() -> int:
 
 
 def demonstrate(processes: Processes, port: int, connector: str, logs: Path, *, once: bool) -> None:
-    """Start everything, stream one answer, and say where to go on. Raises DemoError."""
+    """Start everything, stream one answer, and print what to try next. Raises DemoError."""
     port = free_port(port)
     pools = start_engines(processes, connector, logs)
     url = start_gateway(processes, pools, connector, port)
@@ -150,7 +150,7 @@ def demonstrate(processes: Processes, port: int, connector: str, logs: Path, *, 
 
 
 def free_port(port: int) -> int:
-    """The port, or for 0 one that nobody listens on. Raises DemoError where the gateway could not listen."""
+    """The port, or a free one for 0. Raises DemoError where the gateway could not listen on it."""
     try:
         with socket.create_server((HOST, port)) as listener:
             return int(listener.getsockname()[1])
@@ -177,7 +177,7 @@ def start_engines(processes: Processes, connector: str, logs: Path) -> dict[str,
 
 
 def listening_url(name: str, log: Path, process: subprocess.Popen[str]) -> str:
-    """What the engine says it listens on. Raises DemoError."""
+    """The URL that the engine prints when it listens. Raises DemoError."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         text = log.read_text()
@@ -200,7 +200,7 @@ def start_gateway(processes: Processes, pools: dict[str, list[str]], connector: 
 
 
 def wait_until_ready(client: httpx.Client, processes: Processes) -> None:
-    """Raises DemoError."""
+    """Wait until `/ready` is 200. Raises DemoError."""
     deadline, last = time.monotonic() + START_SECONDS, "no answer"
     while time.monotonic() < deadline:
         for name, status in processes.take_ended():
@@ -217,7 +217,7 @@ def wait_until_ready(client: httpx.Client, processes: Processes) -> None:
 
 
 def stream_one(client: httpx.Client) -> None:
-    """Stream a chat completion to the terminal as it comes, and say how fast it came. Raises DemoError."""
+    """Stream a chat completion to the terminal, and print its latencies. Raises DemoError."""
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": QUESTION}],
@@ -252,7 +252,7 @@ def stream_one(client: httpx.Client) -> None:
 
 
 def handed_over(client: httpx.Client) -> str:
-    """How the answer came about, by the gateway's own metrics."""
+    """How the answer was made, by the gateway's own metrics."""
     samples = client.get("/metrics").text.splitlines()
     fallbacks = {line for line in samples if line.startswith("pd_proxy_fallbacks_total{") and not line.endswith(" 0.0")}
     if not fallbacks:
@@ -272,7 +272,7 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def where_to_go_on(url: str) -> str:
-    """What to copy and where to look."""
+    """Commands to copy, and where to find more."""
     return f"""
 Try it:
 
@@ -295,12 +295,12 @@ Documents    docs/ and README.md
 
 
 def stay(processes: Processes) -> None:
-    """Until a signal. Says which engines end meanwhile; raises DemoError where the gateway does."""
+    """Wait for a signal. Prints which engines end meanwhile. Raises DemoError where the gateway ends."""
     while True:
         for name, status in processes.take_ended():
             if name == "gateway":
                 raise DemoError(f"the gateway ended with status {status}")
-            print(f"demo: {name} ended (status {status}); the gateway goes on with the rest of its pool")
+            print(f"demo: {name} ended (status {status}); the gateway continues with the rest of its pool")
         time.sleep(0.2)
 
 

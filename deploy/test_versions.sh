@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Run the quick tests under every Python that pd-proxy supports and that is found here, each in a virtual environment of
-# its own (.venv-3.12 and so on).
+# Run the quick tests under every installed Python that pd-proxy supports, each in a virtual environment of its own
+# (.venv-3.12 and so on).
 #
 # usage: deploy/test_versions.sh [PYTEST ARGUMENT...]
 #
-# An interpreter is looked for on the PATH, then among pyenv's. A version without one is named and left out. The exit
-# status is 0 only if every version that was found is good.
+# The script looks for an interpreter on the PATH, then among pyenv's. It names a version without one and skips it. The exit
+# status is 0 only if the tests passed for every version that was found.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# Those that pyproject.toml names.
+# The versions that pyproject.toml names.
 mapfile -t versions < <(sed -nE 's/^ *"Programming Language :: Python :: (3\.[0-9]+)",$/\1/p' pyproject.toml)
 failed=()
 tried=()
@@ -16,7 +16,7 @@ tried=()
 find_python() {
     local candidate
     for candidate in $(type -ap "python$1") "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
-        # A shim of pyenv is there for every version, and works for those that are chosen.
+        # pyenv has a shim for every version, and it works only for the selected versions.
         if "$candidate" -c "import ensurepip, sys; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null; then
             echo "$candidate"
             return

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Make the virtual environment that the Makefile installs into, unless it is there and works.
+# Make the virtual environment that the Makefile installs into, unless it exists and works.
 #
 # usage: PYTHON=python3.11 deploy/venv.sh VENV
 #
-# Without PYTHON it is the python3 on the PATH; or another one there, where the first was built without optimisations (as
-# pyenv builds them unless told otherwise) and the other was not: the gateway needs an eighth less CPU with that.
+# Without PYTHON, the first python3 on the PATH is used. If that was built without optimisations (as pyenv does by default),
+# another one on the PATH that was built with them is used instead: the gateway needs an eighth less CPU with it.
 #
-# Debian and Ubuntu keep ensurepip, without which no virtual environment has pip, in a package of its own. It is
-# installed where that may be done; elsewhere the line to type is printed.
+# Debian and Ubuntu have ensurepip, which puts pip into a virtual environment, in a separate package. As root this script
+# installs that package; otherwise it prints the command.
 set -euo pipefail
 
 python=${PYTHON:-python3}
 venv=${1:?usage: $0 VENV}
-# Distributions optimise theirs in ways that CONFIG_ARGS does not tell.
+# Distributions optimise their Python in ways that CONFIG_ARGS does not show.
 readonly UNOPTIMISED='import sys, sysconfig
 how = sysconfig.get_config_var("CONFIG_ARGS")
 sys.exit(sys.base_prefix == "/usr" or not how or "--enable-optimizations" in how)'
