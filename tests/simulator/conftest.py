@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from pd_proxy_simulator import Simulator, SimulatorConfig
 
-from .helpers import Client
+from .helpers import Client, Start
 
 
 @pytest.fixture
@@ -14,9 +14,6 @@ async def client() -> AsyncIterator[Client]:
     client = Client()
     yield client
     await client.http.aclose()
-
-
-Start = Callable[..., Awaitable[Simulator]]
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
 from pd_proxy_simulator import Simulator
+
+from tests.support import simulators
 
 PROMPT = "the river runs past the old harbour and the engine waits for a signal " * 4
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -36,6 +38,16 @@ class Client:
         assert answer.status_code == 200, answer.text
         return answer.json()["kv_transfer_params"]
 
+    async def complete(
+        self, sim: Simulator, *, params: Any = None, tokens: int = 1, request_id: str | None = None, **more: Any
+    ) -> httpx.Response:
+        """A completion with a connector's `kv_transfer_params`, or a request id that holds them."""
+        body = {"model": "sim", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, **more}
+        if params is not None:
+            body["kv_transfer_params"] = params
+        headers = {} if request_id is None else {"x-request-id": request_id}
+        return await self.post(sim, "/v1/completions", body, **headers)
+
     async def events(self, sim: Simulator, path: str, body: Any) -> AsyncIterator[Any]:
         """The data of each server-sent event; "[DONE]" as text."""
         async with self.http.stream("POST", sim.url + path, json=body | {"stream": True}) as answer:
@@ -47,6 +59,22 @@ class Client:
 
     async def all_events(self, sim: Simulator, path: str, body: Any) -> list[Any]:
         return [event async for event in self.events(sim, path, body)]
+
+
+async def text_of_one(client: Client, **body: Any) -> str:
+    """The text of one engine without a connector."""
+    async with simulators("mixed") as [single]:
+        return await client.text(single, **body)
+
+
+Start = Callable[..., Awaitable[Simulator]]
+"""Starts a simulator with the given options (the fixture `start`)."""
+
+
+async def start_pair(start: Start, connector: str, **options: Any) -> tuple[Simulator, Simulator]:
+    """A prefill and a decode engine that speak a connector."""
+    options = {"connector": connector, **options}
+    return await start(role="prefill", **options), await start(role="decode", **options)
 
 
 def greedy(**body: Any) -> dict[str, Any]:

@@ -12,8 +12,7 @@ import pytest
 
 from tests.support import until
 
-from .conftest import Start
-from .helpers import Client, greedy
+from .helpers import Client, Start, greedy, start_pair
 
 ID = "00112233445566778899aabbccddeeff"
 PATH = "/v1/completions"
@@ -47,8 +46,7 @@ def prefill_leg(params: dict[str, Any], **body: Any) -> dict[str, Any]:
 
 @pytest.fixture
 async def layerwise(start: Start) -> tuple[Any, Any]:
-    options = {"connector": "ascend_layerwise", "lease": 1.0}
-    return await start(role="prefill", **options), await start(role="decode", **options)
+    return await start_pair(start, "ascend_layerwise", lease=1.0)
 
 
 async def test_decode_calls_and_prefill_pushes(layerwise: tuple[Any, Any], start: Start, client: Client) -> None:

@@ -6,8 +6,7 @@ import json
 import pytest
 from pd_proxy_simulator import Simulator, SimulatorConfig
 
-from .conftest import Start
-from .helpers import PROMPT, Client, greedy
+from .helpers import PROMPT, Client, Start, greedy
 
 
 async def test_a_batch_gives_each_sequence_a_token_a_step(start: Start, client: Client) -> None:

@@ -8,8 +8,7 @@ import msgspec
 import pytest
 from pd_proxy_simulator import Simulator
 
-from .conftest import Start
-from .helpers import PREFILL, Client, chat, greedy
+from .helpers import PREFILL, Client, Start, chat, greedy
 
 
 async def test_a_status_fault_hits_as_many_requests_as_its_count(mixed: Simulator, client: Client) -> None:

@@ -9,8 +9,7 @@ import httpx
 import pytest
 from pd_proxy_simulator import Simulator, SimulatorConfig
 
-from .conftest import Start
-from .helpers import PREFILL, PROMPT, Client, chat, greedy
+from .helpers import PREFILL, PROMPT, Client, Start, chat, greedy
 
 Pair = tuple[Simulator, Simulator]
 

@@ -13,8 +13,7 @@ from pd_proxy_simulator import Simulator
 
 from tests.support import until
 
-from .conftest import Start
-from .helpers import PROMPT, Client
+from .helpers import Client, Start, start_pair
 
 
 class Gateway:
@@ -41,8 +40,7 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 @pytest.fixture
 async def engines(start: Start, gateway: Gateway) -> tuple[Simulator, Simulator]:
-    told = {"connector": "lmcache_pd", "proxy": gateway.address}
-    return await start(role="prefill", **told), await start(role="decode", **told)
+    return await start_pair(start, "lmcache_pd", proxy=gateway.address)
 
 
 def spec(decode: Simulator, **more: Any) -> dict[str, Any]:
@@ -51,25 +49,18 @@ def spec(decode: Simulator, **more: Any) -> dict[str, Any]:
     return {"disagg_spec": {"req_id": "r1", **receiver, **more}}
 
 
-async def ask(client: Client, engine: Simulator, params: Any = None, tokens: int = 1) -> Any:
-    body = {"model": "sim", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0}
-    if params is not None:
-        body["kv_transfer_params"] = params
-    return await client.http.post(f"{engine.url}/v1/completions", json=body, timeout=60)
-
-
 async def test_decode_finds_by_its_prompt_what_prefill_wrote_and_only_once(
     engines: tuple[Simulator, Simulator], gateway: Gateway, client: Client
 ) -> None:
     p, d = engines
-    answer = await ask(client, p, {**spec(d), "ret_first_tok": True})
+    answer = await client.complete(p, params={**spec(d), "ret_first_tok": True})
     assert isinstance(answer.json()["kv_transfer_params"]["first_tok"], int)
     assert await gateway.notice() == {"type": "ProxyNotif", "req_id": "r1"}
     assert p.engine.used_blocks == 0
-    told = (await ask(client, d, tokens=12)).json()["choices"][0]["text"]
+    told = (await client.complete(d, tokens=12)).json()["choices"][0]["text"]
     assert d.engine.stats.pulls == 1
     d.engine.pool.forget()
-    assert (await ask(client, d, tokens=12)).json()["choices"][0]["text"] == told
+    assert (await client.complete(d, tokens=12)).json()["choices"][0]["text"] == told
     assert d.engine.stats.pulls == 1, "the cache was read, and is there no more"
 
 
@@ -78,18 +69,18 @@ async def test_a_decode_leg_before_the_notification_generates_another_text(
 ) -> None:
     told = {"connector": "lmcache_pd", "proxy": gateway.address}
     p, d = await start(role="prefill", transfer_rate=100.0, **told), await start(role="decode", **told)
-    right = (await ask(client, await start(), tokens=12)).json()["choices"][0]["text"]
-    await ask(client, p, spec(d))
+    right = (await client.complete(await start(), tokens=12)).json()["choices"][0]["text"]
+    await client.complete(p, params=spec(d))
     side = d.engine.side
     await until(lambda: bool(side._received))  # type: ignore[attr-defined]
-    assert (await ask(client, d, tokens=12)).json()["choices"][0]["text"] != right
+    assert (await client.complete(d, tokens=12)).json()["choices"][0]["text"] != right
 
 
 async def test_each_rank_sends_a_notification(start: Start, gateway: Gateway, client: Client) -> None:
     told = {"connector": "lmcache_pd", "proxy": gateway.address, "tp": 2}
     p, d = await start(role="prefill", **told), await start(role="decode", **told)
     ports = [d.side_port] * 2
-    await ask(client, p, spec(d, receiver_init_port=ports, receiver_alloc_port=ports))
+    await client.complete(p, params=spec(d, receiver_init_port=ports, receiver_alloc_port=ports))
     assert [await gateway.notice(), await gateway.notice()] == [{"type": "ProxyNotif", "req_id": "r1"}] * 2
 
 
@@ -100,7 +91,7 @@ async def test_a_key_that_is_missing_kills_prefill(
     p, d = engines
     params = spec(d)
     del params["disagg_spec"][name]
-    assert (await ask(client, p, params)).status_code == 500
+    assert (await client.complete(p, params=params)).status_code == 500
     assert p.engine.dead == f"KeyError: {name!r}"
 
 
@@ -109,7 +100,7 @@ async def test_no_port_for_a_rank_kills_prefill(
     engines: tuple[Simulator, Simulator], client: Client, ports: Any
 ) -> None:
     p, d = engines
-    await ask(client, p, spec(d, receiver_init_port=ports))
+    await client.complete(p, params=spec(d, receiver_init_port=ports))
     await p.wait_for(lambda: p.engine.dead is not None)
 
 
@@ -118,7 +109,7 @@ async def test_a_prefill_leg_with_a_wrong_port_is_answered_and_never_confirmed(
     engines: tuple[Simulator, Simulator], gateway: Gateway, client: Client, name: str
 ) -> None:
     p, d = engines
-    assert (await ask(client, p, spec(d, **{name: [0]}))).status_code == 200
+    assert (await client.complete(p, params=spec(d, **{name: [0]}))).status_code == 200
     await p.wait_for(lambda: p.engine.stats.failed_transfers == 1)
     assert await gateway.notice(0.05) is None
     assert p.engine.used_blocks == 0
@@ -127,13 +118,13 @@ async def test_a_prefill_leg_with_a_wrong_port_is_answered_and_never_confirmed(
 async def test_an_engine_with_other_weights_is_not_written_to(start: Start, gateway: Gateway, client: Client) -> None:
     told = {"connector": "lmcache_pd", "proxy": gateway.address}
     p, d = await start(role="prefill", **told), await start(role="decode", weights=3, **told)
-    await ask(client, p, spec(d))
+    await client.complete(p, params=spec(d))
     await p.wait_for(lambda: p.engine.stats.failed_transfers == 1)
 
 
 async def test_a_request_without_a_receiver_is_an_ordinary_one(
     engines: tuple[Simulator, Simulator], gateway: Gateway, client: Client
 ) -> None:
-    assert (await ask(client, engines[0])).status_code == 200
-    assert (await ask(client, engines[1])).status_code == 200
+    assert (await client.complete(engines[0])).status_code == 200
+    assert (await client.complete(engines[1])).status_code == 200
     assert await gateway.notice(0.05) is None

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from pd_proxy_simulator import SimulatorConfig
 
-from .conftest import Start
-from .helpers import Client, chat
+from .helpers import Client, Start, chat
 
 PATH = "/v1/chat/completions"
 CPU = {"encoder_connector": "cpu"}

@@ -10,15 +10,7 @@ import pytest
 import zmq
 from pd_proxy_simulator import Simulator
 
-from .conftest import Start
-from .helpers import PROMPT, Client
-
-
-async def ask(client: Client, engine: Simulator, params: Any = None, tokens: int = 1, **more: Any) -> Any:
-    body = {"model": "sim", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, **more}
-    if params is not None:
-        body["kv_transfer_params"] = params
-    return await client.http.post(f"{engine.url}/v1/completions", json=body, timeout=60)
+from .helpers import Client, Start, start_pair
 
 
 def peer(engine: Simulator, **more: Any) -> dict[str, Any]:
@@ -48,32 +40,33 @@ def text(answer: Any) -> str:
 
 
 async def pair(start: Start, mode: str, **more: Any) -> tuple[Simulator, Simulator]:
-    settings = {"connector": f"moriio_{mode}", "lease": 0.5, **more}
-    return await start(role="prefill", **settings), await start(role="decode", **settings)
+    return await start_pair(start, f"moriio_{mode}", **{"lease": 0.5, **more})
 
 
 async def right_text(start: Start, client: Client) -> str:
-    return text(await ask(client, await start(), tokens=12))
+    return text(await client.complete(await start(), tokens=12))
 
 
 async def test_in_read_mode_a_pair_answers_as_one_engine_does(start: Start, client: Client) -> None:
     p, d = await pair(start, "read")
-    params = (await ask(client, p, asking(d), ignore_eos=True)).json()["kv_transfer_params"]
-    assert text(await ask(client, d, params, 12)) == await right_text(start, client)
+    params = (await client.complete(p, params=asking(d), ignore_eos=True)).json()["kv_transfer_params"]
+    assert text(await client.complete(d, params=params, tokens=12)) == await right_text(start, client)
     await p.wait_for(lambda: p.engine.used_blocks == 0)
     assert d.engine.pulls == 1
 
 
 async def test_in_read_mode_decode_answers_an_ordinary_request_wrong(start: Start, client: Client) -> None:
     _, d = await pair(start, "read")
-    answer = await ask(client, d, tokens=12)
+    answer = await client.complete(d, tokens=12)
     assert answer.status_code == 200
     assert text(answer) != await right_text(start, client)
 
 
 async def test_in_write_mode_the_legs_run_concurrently_and_pair_by_the_transfer(start: Start, client: Client) -> None:
     p, d = await pair(start, "write")
-    both = await asyncio.gather(ask(client, p, asking(d), ignore_eos=True), ask(client, d, told(p), 12))
+    both = await asyncio.gather(
+        client.complete(p, params=asking(d), ignore_eos=True), client.complete(d, params=told(p), tokens=12)
+    )
     assert text(both[1]) == await right_text(start, client)
     await p.wait_for(lambda: p.engine.used_blocks == 0)
     assert d.engine.pulls == 1
@@ -81,7 +74,7 @@ async def test_in_write_mode_the_legs_run_concurrently_and_pair_by_the_transfer(
 
 async def test_in_write_mode_an_ordinary_request_is_computed(start: Start, client: Client) -> None:
     _, d = await pair(start, "write")
-    assert text(await ask(client, d, tokens=12)) == await right_text(start, client)
+    assert text(await client.complete(d, tokens=12)) == await right_text(start, client)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +91,8 @@ async def test_legs_that_do_not_pair_wait_until_their_lease_ends(
 ) -> None:
     p, d = await pair(start, "write")
     both = await asyncio.gather(
-        ask(client, p, asking(d, **asked), ignore_eos=True), ask(client, d, told(p, **said), 12)
+        client.complete(p, params=asking(d, **asked), ignore_eos=True),
+        client.complete(d, params=told(p, **said), tokens=12),
     )
     assert [answer.status_code for answer in both] == [200, 500]
     assert d.engine.pulls == 0
@@ -124,7 +118,7 @@ async def test_a_missing_parameter_kills_either_engine(
     p, d = await pair(start, mode)
     engine, params = (p, asking(d)) if leg == "prefill" else (d, told(p))
     del params[name]
-    assert (await ask(client, engine, params)).status_code == 500
+    assert (await client.complete(engine, params=params)).status_code == 500
     assert engine.engine.dead is not None
     assert engine.engine.dead.split(":")[0] in ("KeyError", "ValueError")
 
@@ -133,17 +127,17 @@ async def test_prefill_keeps_nothing_of_a_request_that_ended_with_the_end_of_seq
     start: Start, client: Client
 ) -> None:
     p, d = await pair(start, "read", eos_rate=0.999)
-    assert (await ask(client, p, asking(d))).json()["kv_transfer_params"] is None
+    assert (await client.complete(p, params=asking(d))).json()["kv_transfer_params"] is None
     assert p.engine.used_blocks == 0
 
 
 @pytest.mark.parametrize("mode", ["read", "write"])
 async def test_a_refused_decode_leg_releases_prefills_blocks(start: Start, client: Client, mode: str) -> None:
     p, d = await pair(start, mode, lease=30.0)
-    reply = (await ask(client, p, asking(d), ignore_eos=True)).json()["kv_transfer_params"]
+    reply = (await client.complete(p, params=asking(d), ignore_eos=True)).json()["kv_transfer_params"]
     assert p.engine.used_blocks > 0
     params = reply if mode == "read" else told(p)
-    assert (await ask(client, d, params, min_tokens=2)).status_code == 400
+    assert (await client.complete(d, params=params, min_tokens=2)).status_code == 400
     await p.wait_for(lambda: p.engine.used_blocks == 0)
 
 

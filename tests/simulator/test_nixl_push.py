@@ -10,7 +10,7 @@ from pd_proxy_simulator import Simulator
 
 from tests.support import simulators
 
-from .helpers import PREFILL, Client, greedy
+from .helpers import PREFILL, Client, greedy, text_of_one
 
 PATH = "/v1/completions"
 
@@ -33,11 +33,6 @@ def leg(params: dict[str, Any], **more: Any) -> dict[str, Any]:
     return greedy(kv_transfer_params=params, **more)
 
 
-async def alone(client: Client) -> str:
-    async with simulators("mixed") as [single]:
-        return await client.text(single)
-
-
 @pytest.mark.parametrize("first", ["prefill", "decode"])
 async def test_legs_with_one_id_are_paired_in_either_order(client: Client, first: str) -> None:
     async with simulators("prefill", "decode", connector="nixl_push") as [p, d]:
@@ -53,7 +48,7 @@ async def test_legs_with_one_id_are_paired_in_either_order(client: Client, first
         running.append(asyncio.create_task(legs.popitem()[1]()))
         answers = await asyncio.gather(*running)
         texts = {answer.json()["choices"][0]["text"] for answer in answers}
-        assert await alone(client) in texts
+        assert await text_of_one(client) in texts
         assert d.engine.pulls == 1
         await p.wait_for(lambda: p.engine.used_blocks == 0)
 
@@ -64,7 +59,7 @@ async def test_prefills_parameters_can_be_sent_to_decode_unchanged(client: Clien
         params = (await client.post(p, PATH, leg(PREFILL, max_tokens=1), **name)).json()["kv_transfer_params"]
         assert params["transfer_mode"] == "push"
         answer = await client.post(d, PATH, leg(params), **name)
-        assert answer.json()["choices"][0]["text"] == await alone(client)
+        assert answer.json()["choices"][0]["text"] == await text_of_one(client)
         assert d.engine.pulls == 1
 
 

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from pd_proxy_simulator import Simulator
 
-from .conftest import Start
-from .helpers import PROMPT, Client
-
-
-async def ask(client: Client, engine: Simulator, name: str | None, tokens: int = 1) -> Any:
-    body = {"model": "sim", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0}
-    headers = {} if name is None else {"x-request-id": name}
-    return await client.http.post(f"{engine.url}/v1/completions", json=body, headers=headers, timeout=60)
-
-
-async def pair(start: Start, **more: Any) -> tuple[Simulator, Simulator]:
-    settings = {"connector": "p2p_nccl", "lease": 0.3, **more}
-    return await start(role="prefill", **settings), await start(role="decode", **settings)
+from .helpers import Client, Start, start_pair
 
 
 def named(p: Simulator, d: Simulator, end: str = "0" * 32) -> str:
@@ -27,11 +13,12 @@ def named(p: Simulator, d: Simulator, end: str = "0" * 32) -> str:
 
 
 async def test_a_pair_answers_as_one_engine_does(start: Start, client: Client) -> None:
-    p, d = await pair(start)
-    assert (await ask(client, p, named(p, d))).json()["kv_transfer_params"] is None
-    answer = await ask(client, d, named(p, d), 12)
+    p, d = await start_pair(start, "p2p_nccl", lease=0.3)
+    assert (await client.complete(p, request_id=named(p, d))).json()["kv_transfer_params"] is None
+    answer = await client.complete(d, request_id=named(p, d), tokens=12)
     assert (
-        answer.json()["choices"][0]["text"] == (await ask(client, await start(), None, 12)).json()["choices"][0]["text"]
+        answer.json()["choices"][0]["text"]
+        == (await client.complete(await start(), tokens=12)).json()["choices"][0]["text"]
     )
     assert d.engine.pulls == 1
     assert p.engine.used_blocks == 0
@@ -39,21 +26,21 @@ async def test_a_pair_answers_as_one_engine_does(start: Start, client: Client) -
 
 @pytest.mark.parametrize("name", [None, "plain", "___decode_addr_x", "___prefill_addr_127.0.0.1:1_"])
 async def test_an_id_without_addresses_kills_either_engine(start: Start, client: Client, name: str | None) -> None:
-    for engine in await pair(start):
-        assert (await ask(client, engine, name)).status_code == 500
+    for engine in await start_pair(start, "p2p_nccl", lease=0.3):
+        assert (await client.complete(engine, request_id=name)).status_code == 500
         assert engine.engine.dead is not None
 
 
 async def test_a_decode_leg_with_another_id_waits_until_its_lease_ends(start: Start, client: Client) -> None:
-    p, d = await pair(start)
-    await ask(client, p, named(p, d))
-    assert (await ask(client, d, named(p, d, "1" * 32))).status_code == 500
+    p, d = await start_pair(start, "p2p_nccl", lease=0.3)
+    await client.complete(p, request_id=named(p, d))
+    assert (await client.complete(d, request_id=named(p, d, "1" * 32))).status_code == 500
     assert d.engine.pulls == 0
 
 
 async def test_kv_that_is_sent_to_an_unreachable_engine_is_freed(start: Start, client: Client) -> None:
-    p, _ = await pair(start)
+    p, _ = await start_pair(start, "p2p_nccl", lease=0.3)
     name = f"___prefill_addr_127.0.0.1:{p.side_port}___decode_addr_127.0.0.1:1_{'0' * 32}"
-    assert (await ask(client, p, name)).status_code == 200
+    assert (await client.complete(p, request_id=name)).status_code == 200
     await p.wait_for(lambda: p.engine.stats.failed_transfers == 1)
     assert p.engine.used_blocks == 0

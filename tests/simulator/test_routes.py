@@ -9,8 +9,7 @@ import httpx
 import pytest
 from pd_proxy_simulator import Simulator
 
-from .conftest import Start
-from .helpers import PREFILL, Client, chat
+from .helpers import PREFILL, Client, Start, chat
 
 TEXT = "tell me of the river"
 TOOL = {"name": "go", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}

@@ -11,8 +11,7 @@ import pytest
 from pd_proxy_simulator import Simulator, SimulatorConfig
 from pd_proxy_simulator.sidechannel import SideChannelServer, frame
 
-from .conftest import Start
-from .helpers import Client, chat, greedy
+from .helpers import Client, Start, chat, greedy
 
 
 async def test_kill_cuts_streams_and_refuses_connections(start: Start, client: Client) -> None:

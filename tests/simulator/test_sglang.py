@@ -9,15 +9,9 @@ import httpx
 import pytest
 from pd_proxy_simulator import Simulator
 
-from .conftest import Start
-from .helpers import Client, greedy
+from .helpers import Client, Start, greedy, start_pair
 
 ROOM = 5_000_000_000
-
-
-async def a_pair(start: Start, **options: Any) -> tuple[Simulator, Simulator]:
-    options = {"connector": "sglang", **options}
-    return await start(role="prefill", **options), await start(role="decode", **options)
 
 
 def met(prefill: Simulator, room: Any = ROOM, **body: Any) -> dict[str, Any]:
@@ -34,7 +28,7 @@ async def both(client: Client, p: Simulator, d: Simulator, body: dict[str, Any],
 
 
 async def test_decode_answers_whichever_leg_comes_first(start: Start, client: Client) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "sglang")
     expected = await client.text(await start(role="mixed", connector="sglang"))
     given, answer = await both(client, p, d, met(p))
     assert answer.json()["choices"][0]["text"] == expected
@@ -61,7 +55,7 @@ async def test_a_request_without_a_room_is_refused(start: Start, client: Client,
 
 @pytest.mark.parametrize("room", ["7", 1.5, True, -1, 1 << 63, [1, "2"]])
 async def test_a_room_of_another_type_is_refused(start: Start, client: Client, room: object) -> None:
-    p, _ = await a_pair(start)
+    p, _ = await start_pair(start, "sglang")
     assert (await client.post(p, "/v1/completions", met(p, room))).status_code == 400
 
 
@@ -69,7 +63,7 @@ async def test_a_room_of_another_type_is_refused(start: Start, client: Client, r
 async def test_a_leg_without_its_peer_waits_and_fails_when_its_lease_ends(
     start: Start, client: Client, role: str
 ) -> None:
-    p, d = await a_pair(start, lease=0.2)
+    p, d = await start_pair(start, "sglang", lease=0.2)
     engine = p if role == "prefill" else d
     asked = asyncio.create_task(client.post(engine, "/v1/completions", met(p)))
     await engine.wait_for(lambda: engine.engine.loading == 1)
@@ -80,14 +74,14 @@ async def test_a_leg_without_its_peer_waits_and_fails_when_its_lease_ends(
 
 
 async def test_awaiting_prefill_before_decode_is_sent_is_a_deadlock(start: Start, client: Client) -> None:
-    p, d = await a_pair(start, lease=0.2)
+    p, d = await start_pair(start, "sglang", lease=0.2)
     assert (await client.post(p, "/v1/completions", met(p))).status_code == 500
     assert (await client.post(d, "/v1/completions", met(p))).status_code == 500
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_two_live_requests_in_one_room_kill_the_scheduler(start: Start, client: Client, role: str) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "sglang")
     engine = p if role == "prefill" else d
     first = asyncio.create_task(client.post(engine, "/v1/completions", met(p)))
     await engine.wait_for(lambda: engine.engine.loading == 1)
@@ -97,14 +91,14 @@ async def test_two_live_requests_in_one_room_kill_the_scheduler(start: Start, cl
 
 
 async def test_a_room_may_be_used_again_once_it_is_free(start: Start, client: Client) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "sglang")
     for prompt in ("one " * 20, "two " * 20):
         assert [a.status_code for a in await both(client, p, d, met(p, prompt=prompt))] == [200, 200]
 
 
 @pytest.mark.parametrize("rooms", [ROOM, [ROOM + 8, ROOM + 3, ROOM]])
 async def test_each_prompt_of_a_list_has_a_room(start: Start, client: Client, rooms: object) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "sglang")
     mixed = await start(role="mixed", connector="sglang")
     prompts = ["the first " * 9, "the second " * 9, "the third " * 9]
     _, answer = await both(client, p, d, met(p, rooms, prompt=prompts))
@@ -113,13 +107,13 @@ async def test_each_prompt_of_a_list_has_a_room(start: Start, client: Client, ro
 
 
 async def test_several_choices_share_one_room_and_kill_the_engines(start: Start, client: Client) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "sglang")
     await both(client, p, d, met(p, n=2, temperature=1))
     assert p.engine.dead is not None
 
 
 async def test_the_first_token_is_the_one_that_prefill_drew(start: Start, client: Client) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "sglang")
     same, other = {}, {}
     for room, (found, decode) in enumerate([(same, {}), (other, {"seed": 4})]):
         body = met(p, ROOM + room, temperature=1, seed=3, logprobs=1)
@@ -130,7 +124,7 @@ async def test_the_first_token_is_the_one_that_prefill_drew(start: Start, client
 
 
 async def test_the_log_probabilities_of_the_first_token_come_from_prefill(start: Start, client: Client) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "sglang")
     _, right = await both(client, p, d, met(p, logprobs=1))
     d.engine.pool.forget()
     body = met(p, ROOM + 1)
@@ -140,7 +134,7 @@ async def test_the_log_probabilities_of_the_first_token_come_from_prefill(start:
 
 
 async def test_decode_without_a_host_kills_the_scheduler(start: Start, client: Client) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "sglang")
     await client.post(d, "/v1/completions", met(p) | {"bootstrap_host": None})
     assert d.engine.dead is not None
 
@@ -149,7 +143,7 @@ async def test_decode_without_a_host_kills_the_scheduler(start: Start, client: C
 async def test_a_waiting_leg_whose_client_disconnects_frees_everything_at_once(
     start: Start, client: Client, role: str
 ) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "sglang")
     engine = p if role == "prefill" else d
     asked = asyncio.create_task(client.post(engine, "/v1/completions", met(p)))
     await engine.wait_for(lambda: engine.engine.loading == 1)
@@ -160,7 +154,7 @@ async def test_a_waiting_leg_whose_client_disconnects_frees_everything_at_once(
 
 @pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
 async def test_an_engine_reports_its_role_and_its_bootstrap_port(start: Start, client: Client, path: str) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "sglang")
     told = (await client.get(p, path)).json()
     assert (told["disaggregation_mode"], told["disaggregation_bootstrap_port"]) == ("prefill", p.side_port)
     assert (await client.get(d, path)).json()["disaggregation_mode"] == "decode"

@@ -10,7 +10,7 @@ from pd_proxy_simulator import SimulatorConfig
 
 from tests.support import simulators
 
-from .helpers import PROMPT, Client
+from .helpers import PROMPT, Client, text_of_one
 
 
 @pytest.fixture
@@ -18,15 +18,10 @@ def shared(tmp_path: Path) -> dict[str, Any]:
     return {"connector": "shared_cache", "shared_path": str(tmp_path)}
 
 
-async def alone(client: Client, **body: Any) -> str:
-    async with simulators("mixed") as [single]:
-        return await client.text(single, **body)
-
-
 async def test_decode_finds_what_prefill_has_computed(client: Client, shared: dict[str, Any]) -> None:
     async with simulators("prefill", "decode", **shared) as [p, d]:
         await client.text(p, max_tokens=1)
-        assert await client.text(d) == await alone(client)
+        assert await client.text(d) == await text_of_one(client)
         assert d.engine.pulls == 1
         whole_blocks = d.engine.stats.external_hits
         assert 0 < whole_blocks < d.engine.stats.prompt_tokens
@@ -36,7 +31,7 @@ async def test_decode_finds_what_prefill_has_computed(client: Client, shared: di
 
 async def test_a_miss_is_computed(client: Client, shared: dict[str, Any]) -> None:
     async with simulators("prefill", "decode", **shared) as [_, d]:
-        assert await client.text(d) == await alone(client)
+        assert await client.text(d) == await text_of_one(client)
         assert d.engine.pulls == 0
 
 
@@ -44,7 +39,7 @@ async def test_a_cached_prefix_is_used(client: Client, shared: dict[str, Any]) -
     longer = PROMPT + "and then there was more of it than prefill has ever seen " * 3
     async with simulators("prefill", "decode", **shared) as [p, d]:
         await client.text(p, max_tokens=1)
-        assert await client.text(d, prompt=longer) == await alone(client, prompt=longer)
+        assert await client.text(d, prompt=longer) == await text_of_one(client, prompt=longer)
         assert d.engine.pulls == 1
         assert 0 < d.engine.stats.local_compute < d.engine.stats.prompt_tokens
 

@@ -8,8 +8,7 @@ import random
 import httpx
 import pytest
 
-from .conftest import Start
-from .helpers import PREFILL, Client, greedy
+from .helpers import PREFILL, Client, Start, greedy
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -10,8 +10,7 @@ import httpx
 import pytest
 from pd_proxy_simulator import Simulator
 
-from .conftest import Start
-from .helpers import PREFILL, Client, chat, greedy
+from .helpers import PREFILL, Client, Start, chat, greedy
 
 LONG = {"max_tokens": 2000}
 STEP = {"step_time": 0.002}

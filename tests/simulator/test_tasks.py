@@ -8,8 +8,7 @@ import struct
 import httpx
 import pytest
 
-from .conftest import Start
-from .helpers import Client, chat, greedy
+from .helpers import Client, Start, chat, greedy
 
 TASKS = {
     "generate": "/v1/chat/completions",

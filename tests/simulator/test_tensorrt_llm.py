@@ -10,16 +10,10 @@ from typing import Any
 import pytest
 from pd_proxy_simulator import Simulator
 
-from .conftest import Start
-from .helpers import Client, chat, greedy
+from .helpers import Client, Start, chat, greedy, start_pair
 
 ASKED = {"request_type": "context_only", "disagg_request_id": 1 << 62, "schedule_style": 0}
 PATH = "/v1/completions"
-
-
-async def a_pair(start: Start, **options: Any) -> tuple[Simulator, Simulator]:
-    options = {"connector": "tensorrt_llm", **options}
-    return await start(role="prefill", **options), await start(role="decode", **options)
 
 
 async def context(client: Client, sim: Simulator, path: str = PATH, **body: Any) -> dict[str, Any]:
@@ -36,7 +30,7 @@ def generation(told: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 async def test_a_pair_answers_as_one_server_does(start: Start, client: Client) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "tensorrt_llm")
     expected = await client.text(await start())
     told = await context(client, p)
     choice = told["choices"][0]
@@ -50,7 +44,7 @@ async def test_a_pair_answers_as_one_server_does(start: Start, client: Client) -
 
 @pytest.mark.parametrize("packed", [False, True])
 async def test_a_chat_is_continued_from_the_ids_in_its_parameters(start: Start, client: Client, packed: bool) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "tensorrt_llm")
     whole = await client.post(await start(), "/v1/chat/completions", chat())
     told = await context(client, p, "/v1/chat/completions")
     ids = told["prompt_token_ids"]
@@ -63,7 +57,7 @@ async def test_a_chat_is_continued_from_the_ids_in_its_parameters(start: Start, 
 
 
 async def test_the_first_token_is_the_one_in_the_generation_servers_parameters(start: Start, client: Client) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "tensorrt_llm")
     told = await context(client, p)
     right = await client.post(d, PATH, greedy() | generation(told))
     d.engine.pool.forget()
@@ -74,7 +68,7 @@ async def test_the_first_token_is_the_one_in_the_generation_servers_parameters(s
 
 
 async def test_an_answer_that_ends_in_the_context_phase_keeps_nothing(start: Start, client: Client) -> None:
-    p, _ = await a_pair(start)
+    p, _ = await start_pair(start, "tensorrt_llm")
     told = await context(client, p)
     token = told["choices"][0]["disaggregated_params"]["first_gen_tokens"][0]
     p.expire_handoffs()
@@ -96,14 +90,14 @@ async def test_an_answer_that_ends_in_the_context_phase_keeps_nothing(start: Sta
     ],
 )
 async def test_an_incomplete_context_request_is_refused(start: Start, client: Client, params: object) -> None:
-    p, _ = await a_pair(start)
+    p, _ = await start_pair(start, "tensorrt_llm")
     answer = await client.post(p, PATH, greedy() | {"disaggregated_params": params})
     assert (answer.status_code, answer.json()["object"]) == (400, "error")
 
 
 @pytest.mark.parametrize("more", [{"stream": True}, {"n": 2, "temperature": 1}])
 async def test_a_context_request_has_one_choice_in_one_piece(start: Start, client: Client, more: Any) -> None:
-    p, _ = await a_pair(start)
+    p, _ = await start_pair(start, "tensorrt_llm")
     assert (await client.post(p, PATH, greedy(**more) | {"disaggregated_params": ASKED})).status_code == 400
 
 
@@ -111,7 +105,7 @@ async def test_a_context_request_has_one_choice_in_one_piece(start: Start, clien
     "name", ["ctx_request_id", "disagg_request_id", "first_gen_tokens", "encoded_opaque_state", "ctx_usage"]
 )
 async def test_an_incomplete_generation_request_fails(start: Start, client: Client, name: str) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "tensorrt_llm")
     body = generation(await context(client, p))
     del body["disaggregated_params"][name]
     answer = await client.post(d, PATH, greedy() | body)
@@ -119,7 +113,7 @@ async def test_an_incomplete_generation_request_fails(start: Start, client: Clie
 
 
 async def test_kv_can_be_fetched_only_once(start: Start, client: Client) -> None:
-    p, d = await a_pair(start, lease=0.3)
+    p, d = await start_pair(start, "tensorrt_llm", lease=0.3)
     body = greedy() | generation(await context(client, p))
     assert (await client.post(d, PATH, body)).status_code == 200
     d.engine.pool.forget()
@@ -127,7 +121,7 @@ async def test_kv_can_be_fetched_only_once(start: Start, client: Client) -> None
 
 
 async def test_the_kv_of_another_prompt_gives_wrong_text(start: Start, client: Client) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "tensorrt_llm")
     other = "quite another prompt of some length " * 8
     right = await client.text(await start(), prompt=other)
     told = await context(client, p)
@@ -136,13 +130,13 @@ async def test_the_kv_of_another_prompt_gives_wrong_text(start: Start, client: C
 
 
 async def test_a_context_server_frees_kv_that_is_not_fetched(start: Start, client: Client) -> None:
-    p, _ = await a_pair(start, lease=0.1)
+    p, _ = await start_pair(start, "tensorrt_llm", lease=0.1)
     await context(client, p)
     await p.wait_for(lambda: p.engine.expired == 1 and p.engine.used_blocks == 0)
 
 
 async def test_an_ordinary_request_is_served_by_either_server(start: Start, client: Client) -> None:
-    p, d = await a_pair(start)
+    p, d = await start_pair(start, "tensorrt_llm")
     assert await asyncio.gather(client.text(p), client.text(d)) == [await client.text(await start())] * 2
 
 

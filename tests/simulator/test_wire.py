@@ -7,8 +7,7 @@ import pytest
 from pd_proxy_simulator import Simulator
 from pd_proxy_simulator.tokens import detokenize
 
-from .conftest import Start
-from .helpers import Client, chat, greedy
+from .helpers import Client, Start, chat, greedy
 
 WEATHER = {
     "type": "function",
