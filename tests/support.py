@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
@@ -231,6 +232,13 @@ def text_of(answer: dict[str, Any]) -> str:
     """The text of the first choice of a whole answer."""
     choice = answer["choices"][0]
     return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+def events_of(stream: str) -> list[dict[str, Any]]:
+    """The JSON events of a stream of server-sent events, which must have ended with `[DONE]`."""
+    payloads = [block.removeprefix("data: ") for block in stream.strip().split("\n\n")]
+    assert payloads.pop() == "[DONE]", stream[-500:]
+    return [json.loads(payload) for payload in payloads]
 
 
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

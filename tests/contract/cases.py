@@ -114,3 +114,13 @@ async def fleet(
             more = {**case.gateway(engines), **settings}
             async with running_gateway([e.url for e in p], [e.url for e in d], **more) as running:
                 yield running, p, d
+
+
+@asynccontextmanager
+async def one_engine(**connector: str) -> AsyncIterator[Running]:
+    """A gateway before one engine that serves every request whole, for the answer of an engine alone."""
+    async with (
+        simulators("mixed", **connector) as [single],
+        running_gateway(mixed=[single.url], **connector) as running,
+    ):
+        yield running

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 
-from tests.contract.cases import CASES, IDS, MOST, Case, fleet
-from tests.support import PROMPT, Running, chat, completion, running_gateway, simulators, text_of, until
+from tests.contract.cases import CASES, IDS, MOST, Case, fleet, one_engine
+from tests.support import PROMPT, Running, chat, completion, events_of, running_gateway, simulators, text_of, until
 
 pytestmark = pytest.mark.cross_product
 
@@ -27,9 +27,7 @@ def body(endpoint: str, **more: Any) -> dict[str, Any]:
 
 def streamed(text: str) -> str:
     """The text of a stream, which must have come to its end."""
-    payloads = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-    assert payloads[-1] == "[DONE]", payloads[-1]
-    choices = [c for p in payloads[:-1] for c in json.loads(p)["choices"]]
+    choices = [choice for event in events_of(text) for choice in event["choices"]]
     return "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
 
 
@@ -40,7 +38,7 @@ async def said_alone(endpoint: str, **more: Any) -> str:
     """The answer of one engine alone."""
     asked = body(endpoint, **more)
     if (key := json.dumps(asked)) not in _ALONE:
-        async with simulators("mixed") as [single], running_gateway(mixed=[single.url]) as alone:
+        async with one_engine() as alone:
             _ALONE[key] = text_of((await alone.http.post(PATHS[endpoint], json=asked)).json())
     return _ALONE[key]
 

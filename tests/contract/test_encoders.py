@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pd_proxy_simulator import Simulator
 
-from tests.contract.cases import CASES, IDS, MOST, Case
+from tests.contract.cases import CASES, IDS, MOST, Case, one_engine
 from tests.contract.test_contract import streamed
 from tests.handoff.test_encoder import PNG, image, sound
 from tests.support import Running, chat, running_gateway, simulators, text_of, until
@@ -58,7 +58,7 @@ async def fleet(
 
 
 async def said_alone(**more: Any) -> str:
-    async with simulators("mixed") as [one], running_gateway(mixed=[one.url]) as running:
+    async with one_engine() as running:
         return text_of((await running.http.post(PATH, json=ask(**more))).json())
 
 

@@ -10,8 +10,8 @@ import pytest
 from pd_proxy_simulator import Simulator
 from pd_proxy_simulator.tokens import tokenize
 
-from tests.contract.cases import CASES, fleet
-from tests.support import PROMPT, Running, running_gateway, simulators, until
+from tests.contract.cases import CASES, fleet, one_engine
+from tests.support import PROMPT, Running, events_of, running_gateway, simulators, until
 
 pytestmark = pytest.mark.cross_product
 
@@ -28,16 +28,9 @@ def body(tokens: int = 20, **more: Any) -> dict[str, Any]:
     return {**prompt, "sampling_params": {"max_new_tokens": tokens, "temperature": 0}, **more}
 
 
-def events(text: str) -> list[dict[str, Any]]:
-    """The events of a stream, which must have come to its end."""
-    payloads = [block.removeprefix("data: ") for block in text.strip().split("\n\n")]
-    assert payloads.pop() == "[DONE]"
-    return [json.loads(payload) for payload in payloads]
-
-
 def last_of_each(text: str) -> Any:
     """The last event of each answer in a stream, in the form of a whole answer."""
-    found = events(text)
+    found = events_of(text)
     assert all("error" not in event for event in found), found[-1]
     if "index" not in found[0]:
         return found[-1]
@@ -63,10 +56,7 @@ def plain(answer: Any) -> Any:
 
 async def said_alone(request: dict[str, Any]) -> Any:
     """The answer of one engine alone."""
-    async with (
-        simulators("mixed", connector="sglang") as [single],
-        running_gateway(mixed=[single.url], connector="sglang") as alone,
-    ):
+    async with one_engine(connector="sglang") as alone:
         return await ask(alone, {**request, "stream": False})
 
 
@@ -139,7 +129,7 @@ async def test_the_prompts_log_probabilities_come_from_prefill(asked: dict[str, 
 async def test_every_event_of_a_stream_has_the_prompts_log_probabilities() -> None:
     async with fleet(CASE) as (running, _, _):
         answer = await running.http.post(PATH, json=body(8, **SCORED, stream=True))
-        found = events(answer.text)
+        found = events_of(answer.text)
         assert len(found) == 8
         ids = tokenize(PROMPT)
         for event in found:
@@ -258,7 +248,7 @@ async def test_a_stream_that_breaks_ends_with_an_error(ending: str, scored: bool
             engine.faults.add("die_mid_stream", leg="decode", after_tokens=5, ending=ending)
         answer = await running.http.post(PATH, json=body(stream=True, **more))
         assert answer.status_code == 200
-        *said, error = events(answer.text)
+        *said, error = events_of(answer.text)
         assert set(error) == {"error"} and "could not be continued" in error["error"]["message"]
         assert 1 <= len(said) <= 5 and all(event["meta_info"]["finish_reason"] is None for event in said)
         metrics = await running.metrics()

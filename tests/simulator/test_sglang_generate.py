@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from pd_proxy_simulator import Simulator
 from pd_proxy_simulator.tokens import tokenize
 
-from tests.support import PROMPT, completion, simulators
+from tests.support import PROMPT, completion, events_of, simulators
 
 SAMPLING = {"max_new_tokens": 8, "temperature": 0}
 
@@ -29,12 +28,6 @@ async def ask(engine: Simulator, path: str = "/generate", **body: Any) -> httpx.
         return await http.post(path, json=body)
 
 
-def events(text: str) -> list[dict[str, Any]]:
-    payloads = [block.removeprefix("data: ") for block in text.strip().split("\n\n")]
-    assert payloads.pop() == "[DONE]"
-    return [json.loads(payload) for payload in payloads]
-
-
 async def test_it_generates_the_text_of_completions(engine: Simulator) -> None:
     expected = (await ask(engine, "/v1/completions", **completion(max_tokens=8))).json()["choices"][0]["text"]
     for prompt in ({"text": PROMPT}, {"input_ids": tokenize(PROMPT)}):
@@ -48,7 +41,7 @@ async def test_it_generates_the_text_of_completions(engine: Simulator) -> None:
 
 async def test_each_event_of_a_stream_repeats_everything_before_it(engine: Simulator) -> None:
     whole = (await ask(engine, text=PROMPT, sampling_params=SAMPLING)).json()
-    found = events((await ask(engine, text=PROMPT, sampling_params=SAMPLING, stream=True)).text)
+    found = events_of((await ask(engine, text=PROMPT, sampling_params=SAMPLING, stream=True)).text)
     assert [event["meta_info"]["completion_tokens"] for event in found] == list(range(1, 9))
     assert all(after["text"].startswith(before["text"]) for before, after in itertools.pairwise(found))
     assert [event["meta_info"]["finish_reason"] for event in found[:-1]] == [None] * 7
@@ -59,7 +52,7 @@ async def test_a_batch_is_a_list_even_of_one(engine: Simulator) -> None:
     for texts in (["alone"], ["the first", "the second"]):
         answer = (await ask(engine, text=texts, sampling_params=SAMPLING, rid="r")).json()
         assert [item["meta_info"]["id"] for item in answer] == [f"r_{n}" for n in range(len(texts))]
-        found = events((await ask(engine, text=texts, sampling_params=SAMPLING, stream=True)).text)
+        found = events_of((await ask(engine, text=texts, sampling_params=SAMPLING, stream=True)).text)
         last = {event["index"]: event["text"] for event in found}
         assert last == {n: item["text"] for n, item in enumerate(answer)}
 
@@ -111,7 +104,7 @@ async def test_wrong_types_have_the_error_shape_of_every_route(engine: Simulator
 
 async def test_an_engine_that_aborts_says_so_in_the_stream(engine: Simulator) -> None:
     engine.faults.add("error_event_first", leg="local")
-    [event] = events((await ask(engine, text="a", stream=True)).text)
+    [event] = events_of((await ask(engine, text="a", stream=True)).text)
     assert event["meta_info"]["finish_reason"]["type"] == "abort"
     assert event["meta_info"]["finish_reason"]["status_code"] == 500
 
