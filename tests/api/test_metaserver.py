@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.handoff.test_ascend_layerwise import CALL
+from tests.handoff.helpers import CALL
 from tests.support import running_gateway, simulators
 
 PATH = "/v1/metaserver"

@@ -7,9 +7,9 @@ import json
 
 from pd_proxy.fleet.backend import Lease
 
+from tests.contract.answers import text_of_one, text_of_stream
 from tests.contract.cases import CASES, fleet
-from tests.contract.test_contract import said_alone, streamed
-from tests.handoff.test_ascend_layerwise import CALL
+from tests.handoff.helpers import CALL
 from tests.support import completion, text_of, until
 
 CASE = next(case for case in CASES if case.name == "ascend_layerwise")
@@ -23,7 +23,7 @@ async def test_decode_is_asked_first_and_prefill_only_once_it_has_called() -> No
         await d.wait_for(lambda: len(d.requests) == 1)
         await asyncio.sleep(0.05)
         assert not p.requests
-        assert streamed((await asking).text) == await said_alone("completions")
+        assert text_of_stream((await asking).text) == await text_of_one("completions")
         [asked], [told] = d.requests, p.requests
         assert asked.headers["x-request-id"] == told.headers["x-request-id"]
         assert asked.body["kv_transfer_params"]["metaserver"] == f"{running.url}/v1/metaserver"
@@ -51,7 +51,7 @@ async def test_a_second_call_and_one_after_the_end_do_nothing() -> None:
 
 
 async def test_a_decode_engine_that_never_calls_is_replaced_by_another() -> None:
-    expected = await said_alone("completions")
+    expected = await text_of_one("completions")
     async with fleet(CASE, decode=2, timeouts={"first_token": 0.3}) as (running, [p], decode):
         decode[0].faults.add("hang", leg="decode")
         spare = running.gateway.fleet.find(decode[1].url, "decode")
@@ -65,7 +65,7 @@ async def test_a_decode_engine_that_never_calls_is_replaced_by_another() -> None
 
 
 async def test_a_prefill_that_is_lost_before_the_call_is_not_waited_for() -> None:
-    expected = await said_alone("completions")
+    expected = await text_of_one("completions")
     async with fleet(CASE, prefill=2) as (running, prefill, [d]):
         d.faults.add("delay_first_byte", leg="decode", delay_s=5.0, count=1)
         asking = asyncio.ensure_future(running.http.post(PATH, json=completion()))

@@ -10,44 +10,22 @@ import httpx
 import pytest
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 
-from tests.contract.cases import CASES, IDS, MOST, Case, fleet, one_engine
-from tests.support import PROMPT, Running, chat, completion, events_of, running_gateway, simulators, text_of, until
+from tests.contract.answers import PATHS, body, text_of_one, text_of_stream
+from tests.contract.cases import CASES, IDS, MOST, Case, fleet
+from tests.support import PROMPT, Running, chat, completion, running_gateway, simulators, text_of, until
 
 pytestmark = pytest.mark.cross_product
 
 EVERY = pytest.mark.parametrize("case", CASES, ids=IDS)
 BY_WAY = pytest.mark.parametrize("case", MOST, ids=IDS)
-PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 HIDDEN = ("kv_transfer_params", "disaggregated_params", "bootstrap", "remote_", "_addr_", "127.0.0.1")
-
-
-def body(endpoint: str, **more: Any) -> dict[str, Any]:
-    return chat(**more) if endpoint == "chat" else completion(**more)
-
-
-def streamed(text: str) -> str:
-    """The text of a stream, which must have come to its end."""
-    choices = [choice for event in events_of(text) for choice in event["choices"]]
-    return "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
-
-
-_ALONE: dict[str, str] = {}  # by request; the same for every connector
-
-
-async def said_alone(endpoint: str, **more: Any) -> str:
-    """The answer of one engine alone."""
-    asked = body(endpoint, **more)
-    if (key := json.dumps(asked)) not in _ALONE:
-        async with one_engine() as alone:
-            _ALONE[key] = text_of((await alone.http.post(PATHS[endpoint], json=asked)).json())
-    return _ALONE[key]
 
 
 async def said(running: Running, asked: dict[str, Any]) -> str:
     """The text of a completion."""
     answer = await running.http.post(PATHS["completions"], json=asked)
     assert answer.status_code == 200, answer.text
-    return streamed(answer.text) if asked["stream"] else text_of(answer.json())
+    return text_of_stream(answer.text) if asked["stream"] else text_of(answer.json())
 
 
 def test_every_connector_is_under_contract() -> None:
@@ -57,7 +35,7 @@ def test_every_connector_is_under_contract() -> None:
 @EVERY
 @pytest.mark.parametrize("endpoint", PATHS)
 async def test_a_pair_answers_as_one_engine_does(case: Case, endpoint: str) -> None:
-    expected = await said_alone(endpoint)
+    expected = await text_of_one(endpoint)
     async with fleet(case) as (running, [p], [d]):
         whole = await running.http.post(PATHS[endpoint], json=body(endpoint))
         assert whole.status_code == 200, whole.text
@@ -66,7 +44,7 @@ async def test_a_pair_answers_as_one_engine_does(case: Case, endpoint: str) -> N
         other = "another prompt, so that no cache helps " * 4
         request = {"messages": [{"role": "user", "content": other}]} if endpoint == "chat" else {"prompt": other}
         stream = await running.http.post(PATHS[endpoint], json=body(endpoint, **request, stream=True))
-        assert streamed(stream.text) == await said_alone(endpoint, **request)
+        assert text_of_stream(stream.text) == await text_of_one(endpoint, **request)
         for answer in (whole, stream):
             assert not any(name in answer.text for name in HIDDEN)
         assert d.engine.stats.pulls == 2, "decode has computed the prompt itself"
@@ -105,7 +83,7 @@ async def test_a_clients_hand_off_parameters_reach_no_engine(case: Case) -> None
 async def test_a_prefill_that_fails_is_tried_elsewhere_and_decode_does_not_wait_for_it(
     case: Case, stream: bool
 ) -> None:
-    expected = await said_alone("completions")
+    expected = await text_of_one("completions")
     # Some decode engines hold the memory of a transfer that never comes until its lease ends.
     async with fleet(case, prefill=2, engine={"lease": 2.0}) as (running, prefill, [d]):
         for engine in prefill:
@@ -113,7 +91,7 @@ async def test_a_prefill_that_fails_is_tried_elsewhere_and_decode_does_not_wait_
         started = asyncio.get_running_loop().time()
         answer = await running.http.post(PATHS["completions"], json=completion(stream=stream))
         assert answer.status_code == 200, answer.text
-        assert (streamed(answer.text) if stream else text_of(answer.json())) == expected
+        assert (text_of_stream(answer.text) if stream else text_of(answer.json())) == expected
         assert asyncio.get_running_loop().time() - started < 5
         await until(running.idle)
         await d.wait_for(lambda: not d.engine.running and not d.engine.waiting)
@@ -123,14 +101,14 @@ async def test_a_prefill_that_fails_is_tried_elsewhere_and_decode_does_not_wait_
 @pytest.mark.slow  # it waits for the end of leases
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_decode_that_fails_is_tried_elsewhere(case: Case, stream: bool) -> None:
-    expected = await said_alone("completions")
+    expected = await text_of_one("completions")
     async with fleet(case, decode=2, engine={"lease": 4.0}) as (running, [p], decode):
         # any of them may be chosen; the other may meet the fault when it has to release the hand-off
         for engine in decode:
             engine.faults.add("status", leg="decode", status=500, count=1)
         answer = await running.http.post(PATHS["completions"], json=completion(stream=stream))
         assert answer.status_code == 200, answer.text
-        assert (streamed(answer.text) if stream else text_of(answer.json())) == expected
+        assert (text_of_stream(answer.text) if stream else text_of(answer.json())) == expected
         await until(running.idle)
         await p.wait_for(lambda: p.engine.used_blocks == 0, 30)
 
@@ -209,7 +187,7 @@ async def test_without_prefills_number_decodes_usage_stays(case: Case, stream: b
 
 @EVERY
 async def test_without_prefill_decode_answers_alone_or_the_error_says_that_it_may_not(case: Case) -> None:
-    expected = await said_alone("completions")
+    expected = await text_of_one("completions")
     async with fleet(case, health={"interval": 0.1}) as (running, [p], [d]):
         p.kill()
         await until(lambda: not next(b for b in running.gateway.fleet if b.url == p.url).up)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from pd_proxy_simulator import Simulator
 
+from tests.contract.answers import text_of_stream
 from tests.contract.cases import CASES, IDS, MOST, Case, one_engine
-from tests.contract.test_contract import streamed
-from tests.handoff.test_encoder import PNG, image, sound
+from tests.handoff.helpers import PNG, image, sound
 from tests.support import Running, chat, running_gateway, simulators, text_of, until
 
 pytestmark = pytest.mark.cross_product
@@ -57,7 +57,7 @@ async def fleet(
                 yield running, engines[:encode], engines[encode:]
 
 
-async def said_alone(**more: Any) -> str:
+async def text_of_one(**more: Any) -> str:
     async with one_engine() as running:
         return text_of((await running.http.post(PATH, json=ask(**more))).json())
 
@@ -71,7 +71,7 @@ async def test_media_are_encoded_by_an_encoder_and_prefill_fetches_the_embedding
         for stream in (False, True):
             answer = await running.http.post(PATH, json=ask(stream=stream))
             assert answer.status_code == 200, answer.text
-            assert (streamed(answer.text) if stream else text_of(answer.json())) == await said_alone()
+            assert (text_of_stream(answer.text) if stream else text_of(answer.json())) == await text_of_one()
             assert not any(word in answer.text for word in ("ec_transfer_params", "peer_host", "uuid"))
             assert "x-pd-proxy-fallback" not in answer.headers
         assert sum(engine.engine.media.encoded for engine in encoders) == 6
@@ -90,7 +90,7 @@ async def test_media_are_encoded_by_an_encoder_and_prefill_fetches_the_embedding
 async def test_the_engine_that_computes_the_prompt_fetches_the_embeddings(role: str) -> None:
     async with fleet(roles=(role,)) as (running, encoders, [engine]):
         answer = await running.http.post(PATH, json=ask())
-        assert text_of(answer.json()) == await said_alone()
+        assert text_of(answer.json()) == await text_of_one()
         assert (engine.engine.media.fetched_from_others, engine.engine.media.encoded) == (3, 0)
         assert sum(len(one.requests) for one in encoders) >= 2
         await until(running.idle)
@@ -116,7 +116,7 @@ async def test_a_clients_encoder_parameters_reach_no_engine() -> None:
 
 @pytest.mark.parametrize("fault", ["status", "reset", "garbage", "kill", "hang"])
 async def test_an_encoder_that_fails_fails_no_request(fault: str) -> None:
-    expected = await said_alone()
+    expected = await text_of_one()
     async with fleet(timeouts={"prefill": 1.0}) as (running, [bad, good], _):
         if fault == "kill":
             bad.kill()
@@ -124,7 +124,7 @@ async def test_an_encoder_that_fails_fails_no_request(fault: str) -> None:
             bad.faults.add(fault, leg="encode")  # type: ignore[arg-type]
         answer = await running.http.post(PATH, json=ask(stream=True))
         assert answer.status_code == 200, answer.text
-        assert streamed(answer.text) == expected
+        assert text_of_stream(answer.text) == expected
         assert "x-pd-proxy-fallback" not in answer.headers
         assert good.engine.media.encoded >= 3
         retries = {name for name in await running.metrics() if name.startswith("pd_proxy_retries_total")}
@@ -137,7 +137,7 @@ async def test_each_try_has_its_media_encoded_anew() -> None:
         for engine in decode:
             engine.faults.add("status", leg="decode", status=500, count=1)
         answer = await running.http.post(PATH, json=ask())
-        assert text_of(answer.json()) == await said_alone()
+        assert text_of(answer.json()) == await text_of_one()
         assert len(p.requests) == 2 or len(p.requests) == 3
         assert e.engine.media.encoded == 3 * len(p.requests)
         assert "x-pd-proxy-fallback" not in answer.headers
@@ -148,12 +148,12 @@ async def test_an_answer_that_no_encoder_gives_counts_as_a_failure() -> None:
     async with fleet(encode=1) as (running, [e], _):
         e.faults.add("garbage", leg="encode", form="json", count=1)
         answer = await running.http.post(PATH, json=ask())
-        assert text_of(answer.json()) == await said_alone()
+        assert text_of(answer.json()) == await text_of_one()
         assert (await running.metrics())['pd_proxy_retries_total{leg="encode",reason="garbled"}'] == 1
 
 
 async def test_without_encoders_prefill_encodes_and_the_fallback_is_reported() -> None:
-    expected = await said_alone()
+    expected = await text_of_one()
     async with fleet(encode=1) as (running, [e], [p, _]):
         e.kill()
         await until(lambda: not running.gateway.fleet.pool("encode")[0].up)
@@ -165,7 +165,7 @@ async def test_without_encoders_prefill_encodes_and_the_fallback_is_reported() -
 
 
 async def test_after_two_failed_encoder_tries_prefill_encodes() -> None:
-    expected = await said_alone()
+    expected = await text_of_one()
     async with fleet(encode=1) as (running, [e], [p, _]):
         e.faults.add("status", leg="encode", status=500)
         answer = await running.http.post(PATH, json=ask())
@@ -204,7 +204,7 @@ async def test_a_lost_embedding_is_encoded_again() -> None:
         await p.wait_for(lambda: len(p.requests) == 1)
         for one in encoders:
             one.kill()
-        assert text_of((await asking).json()) == await said_alone()
+        assert text_of((await asking).json()) == await text_of_one()
         assert (p.engine.media.missed, p.engine.media.encoded) == (3, 3)
 
 

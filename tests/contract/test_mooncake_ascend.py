@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.contract.answers import PATHS, body, text_of_one, text_of_stream
 from tests.contract.cases import CASES, fleet
-from tests.contract.test_contract import PATHS, body, said_alone, streamed
 from tests.support import running_gateway, simulators, text_of, until
 
 pytestmark = pytest.mark.cross_product
@@ -25,8 +25,8 @@ async def test_a_request_that_decode_aborts_is_finished_nevertheless(endpoint: s
             engine.faults.add("recomputed", leg="decode", after_tokens=after, count=1)
         answer = await running.http.post(PATHS[endpoint], json=body(endpoint, stream=stream, ignore_eos=True))
         assert answer.status_code == 200, answer.text
-        said = streamed(answer.text) if stream else text_of(answer.json())
-        assert said == await said_alone(endpoint, ignore_eos=True)
+        said = text_of_stream(answer.text) if stream else text_of(answer.json())
+        assert said == await text_of_one(endpoint, ignore_eos=True)
         assert "recomputed" not in answer.text
         assert sum(len(engine.requests) for engine in decode) == 3
         await until(running.idle)
@@ -56,7 +56,7 @@ async def test_ranks_that_are_separate_servers_are_separate_backends() -> None:
                 text = f"{number} another prompt, so that no cache helps"
                 prompt = {"prompt": text}
                 answer = await running.http.post(PATHS["completions"], json=body("completions", **prompt))
-                assert text_of(answer.json()) == await said_alone("completions", **prompt)
+                assert text_of(answer.json()) == await text_of_one("completions", **prompt)
             assert [len(engine.requests) for engine in p] == [2, 2]
             assert sum(engine.engine.pulls for engine in d) == 4
             assert not any("x-data-parallel-rank" in r.headers for e in engines for r in e.requests)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pd_proxy_simulator import Simulator
 
+from tests.contract.answers import PATHS, body, text_of_one, text_of_stream
 from tests.contract.cases import CASES, fleet
-from tests.contract.test_contract import PATHS, body, said_alone, streamed
 from tests.support import chat, completion, running_gateway, simulators, text_of
 
 NIXL = next(case for case in CASES if case.name == "nixl")
@@ -42,8 +42,8 @@ async def test_decode_receives_the_prompt_as_prefill_tokenised_it(endpoint: str,
     async with fleet(NIXL, **DECODES) as (running, [_], [d]):
         answer = await running.http.post(PATHS[endpoint], json=body(endpoint, stream=stream))
         assert prompt_at(d) == await ids_of(endpoint)
-        said = streamed(answer.text) if stream else text_of(answer.json())
-        assert said == await said_alone(endpoint)
+        said = text_of_stream(answer.text) if stream else text_of(answer.json())
+        assert said == await text_of_one(endpoint)
         assert "token_ids" not in answer.text.replace('"token_ids":null', "").replace('"prompt_token_ids":null', "")
         assert d.engine.pulls == 1
 
@@ -52,7 +52,7 @@ async def test_decode_receives_the_prompt_as_prefill_tokenised_it(endpoint: str,
 async def test_reuse_of_token_ids_can_be_turned_off(endpoint: str) -> None:
     async with fleet(NIXL, reuse_tokens=False, resume="off", **DECODES) as (running, [p], [d]):
         answer = await running.http.post(PATHS[endpoint], json=body(endpoint))
-        assert text_of(answer.json()) == await said_alone(endpoint)
+        assert text_of(answer.json()) == await text_of_one(endpoint)
         assert prompt_at(d) is None
         assert "return_token_ids" not in p.requests[0].body
 
@@ -101,7 +101,7 @@ async def test_the_least_loaded_rank_of_each_engine_is_named_on_its_leg() -> Non
             backends["decode"].ranks[0] += 1000
             backends["decode"].ranks[1] += 500
             answer = await running.http.post(PATHS["chat"], json=chat(stream=True))
-            assert streamed(answer.text) == await said_alone("chat")
+            assert text_of_stream(answer.text) == await text_of_one("chat")
             assert p.requests[0].headers["x-data-parallel-rank"] == "1"
             assert d.requests[0].headers["x-data-parallel-rank"] == "2"
             assert backends["prefill"].ranks == [1000, 0]

@@ -9,8 +9,8 @@ import msgspec
 from pd_proxy.fleet.backend import Backend
 from pd_proxy_simulator import ReceivedRequest, Simulator
 
+from tests.contract.answers import PATHS, text_of_one
 from tests.contract.cases import CASES, fleet
-from tests.contract.test_contract import PATHS, said_alone
 from tests.support import Running, completion, running_gateway, simulators, text_of, until
 
 PUSH = next(case for case in CASES if case.name == "nixl_push")
@@ -30,7 +30,7 @@ async def asked(running: Running, number: int) -> None:
     prompt = {"prompt": f"{number}: another prompt, so that no cache helps, long enough for some blocks of sixteen"}
     answer = await running.http.post(PATH, json=completion(**prompt))
     assert answer.status_code == 200, answer.text
-    assert text_of(answer.json()) == await said_alone("completions", **prompt)
+    assert text_of(answer.json()) == await text_of_one("completions", **prompt)
     assert "x-pd-proxy-fallback" not in answer.headers
 
 

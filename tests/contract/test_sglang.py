@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pd_proxy_simulator.connectors.sglang import SGLang
 
+from tests.contract.answers import PATHS, text_of_one, text_of_stream
 from tests.contract.cases import CASES, fleet
-from tests.contract.test_contract import PATHS, said_alone, streamed
 from tests.support import chat, completion, running_gateway, simulators, text_of, until
 
 pytestmark = pytest.mark.cross_product
@@ -66,13 +66,13 @@ async def test_a_bad_request_is_a_client_error_in_openais_shape() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_several_prompts_are_split_by_their_rooms(stream: bool) -> None:
     prompts = ["the first of them " * 5, "the second of them " * 5, "the third of them " * 5]
-    expected = [await said_alone("completions", prompt=prompt) for prompt in prompts]
+    expected = [await text_of_one("completions", prompt=prompt) for prompt in prompts]
     async with fleet(CASE) as (running, [p], [d]):
         answer = await running.http.post(PATHS["completions"], json=completion(prompts, stream=stream))
         assert answer.status_code == 200
         assert "x-pd-proxy-fallback" not in answer.headers
         if stream:
-            assert len(streamed(answer.text)) == len("".join(expected))
+            assert len(text_of_stream(answer.text)) == len("".join(expected))
         else:
             assert [choice["text"] for choice in answer.json()["choices"]] == expected
         assert d.engine.pulls == 3

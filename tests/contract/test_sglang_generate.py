@@ -54,7 +54,7 @@ def plain(answer: Any) -> Any:
     return {**answer, "meta_info": meta}
 
 
-async def said_alone(request: dict[str, Any]) -> Any:
+async def answer_of_one(request: dict[str, Any]) -> Any:
     """The answer of one engine alone."""
     async with one_engine(connector="sglang") as alone:
         return await ask(alone, {**request, "stream": False})
@@ -76,7 +76,7 @@ async def at_rest(running: Running, *engines: Simulator) -> None:
 @pytest.mark.parametrize("prompt", [{"text": PROMPT}, {"input_ids": tokenize(PROMPT)}], ids=["text", "ids"])
 async def test_a_pair_answers_as_one_engine_does(prompt: dict[str, Any], stream: bool) -> None:
     request = body(**prompt, stream=stream)
-    expected = await said_alone(request)
+    expected = await answer_of_one(request)
     async with fleet(CASE) as (running, [p], [d]):
         answer = await ask(running, request)
         assert plain(answer) == plain(expected)
@@ -92,7 +92,7 @@ async def test_a_pair_answers_as_one_engine_does(prompt: dict[str, Any], stream:
 @pytest.mark.parametrize("of", [{"text": PROMPTS}, {"input_ids": [tokenize(one) for one in PROMPTS]}, {"text": ["a"]}])
 async def test_each_prompt_of_a_batch_has_a_room_of_its_own(of: dict[str, Any], stream: bool) -> None:
     request = body(**of, stream=stream)
-    expected = await said_alone(request)
+    expected = await answer_of_one(request)
     async with fleet(CASE) as (running, [p], [d]):
         assert plain(await ask(running, request)) == plain(expected)
         count = len(expected)
@@ -119,7 +119,7 @@ async def test_each_prompt_of_a_batch_has_a_room_of_its_own(of: dict[str, Any], 
 )
 async def test_the_prompts_log_probabilities_come_from_prefill(asked: dict[str, Any], stream: bool) -> None:
     request = body(8, **asked, stream=stream)
-    expected = await said_alone(request)
+    expected = await answer_of_one(request)
     async with fleet(CASE) as (running, [p], [d]):
         assert plain(await ask(running, request)) == plain(expected)
         assert d.engine.pulls == len(expected if isinstance(expected, list) else [0])
@@ -204,7 +204,7 @@ async def test_a_failure_before_the_first_token_is_tried_elsewhere(
     kind: str, options: dict[str, Any], leg: str, scored: bool, stream: bool
 ) -> None:
     request = body(8, stream=stream, **(SCORED if scored else {}))
-    expected = await said_alone(request)
+    expected = await answer_of_one(request)
     policy = {"prefill": "round_robin", "decode": "round_robin"}
     # A leg that waits for its peer is ended by the gateway, and does not time out by itself on a busy machine.
     async with fleet(CASE, 2, 2, policy=policy, engine={"handshake_timeout": 10.0}) as (running, prefill, decode):
@@ -222,7 +222,7 @@ async def test_a_failure_before_the_first_token_is_tried_elsewhere(
 @BOTH_WAYS
 @pytest.mark.parametrize("dead", ["prefill", "decode"])
 async def test_a_dead_engine_fails_no_request(dead: str, stream: bool) -> None:
-    expected = await said_alone(body())
+    expected = await answer_of_one(body())
     async with fleet(CASE, 2, 2) as (running, prefill, decode):
         (prefill if dead == "prefill" else decode)[0].kill()
         for _ in range(4):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.contract.answers import PATHS, body, text_of_one, text_of_stream
 from tests.contract.cases import CASES, fleet
-from tests.contract.test_contract import PATHS, body, said_alone, streamed
 from tests.support import chat, completion, running_gateway, simulators, text_of, until
 
 CASE = next(case for case in CASES if case.name == "tensorrt_llm")
@@ -49,7 +49,7 @@ async def test_an_answer_of_one_token_comes_from_the_context_server(endpoint: st
         assert len(p.requests) == 1 and not d.requests
         assert "disaggregated_params" not in answer.text
         if stream:
-            assert streamed(answer.text) == streamed(expected.text)
+            assert text_of_stream(answer.text) == text_of_stream(expected.text)
             assert finishes(answer.text) == finishes(expected.text) == ["stop"]
             assert usages(answer.text) == usages(expected.text) != []
         else:
@@ -76,7 +76,7 @@ def usages(text: str) -> list[int]:
 
 
 async def test_without_usable_parameters_the_generation_server_computes_the_prompt_itself() -> None:
-    expected = await said_alone("completions")
+    expected = await text_of_one("completions")
     async with fleet(CASE, engine={"lease": 0.5}) as (running, [p], [d]):
         p.faults.add("drop_handoff_params", leg="prefill")
         answer = await running.http.post(PATHS["completions"], json=completion())

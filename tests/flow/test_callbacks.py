@@ -11,7 +11,7 @@ from pd_proxy.errors import BackendGarbled, BackendLost, BackendTimedOut, CallUn
 from pd_proxy.flow.callbacks import Call, Callbacks
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 
-from tests.handoff.test_ascend_layerwise import CALL
+from tests.handoff.helpers import CALL
 
 NAME = "0123456789abcdef0123456789abcdef"
 DECODE = "http://10.0.0.2:8000"

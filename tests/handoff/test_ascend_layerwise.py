@@ -11,25 +11,10 @@ from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import read_body
 
-from tests.handoff.helpers import body_of
+from tests.handoff.helpers import CALL, body_of
 
 LAYERWISE = CONNECTORS["ascend_layerwise"]
 URL = "http://10.0.0.1:8000/v1/metaserver"
-CALL: dict[str, Any] = {
-    "token_ids": [],
-    "request_id": "cmpl-00112233445566778899aabbccddeeff-0",
-    "do_remote_prefill": False,
-    "do_remote_decode": True,
-    "remote_block_ids": [[4, 5, 6]],
-    "remote_block_size": [128],
-    "remote_engine_id": "e",
-    "remote_host": "10.0.0.9",
-    "remote_port": 5000,
-    "remote_tp_size": 2,
-    "remote_pcp_size": 1,
-    "remote_dcp_size": 1,
-    "remote_cached_tokens": 0,
-}
 
 
 def plan() -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
 
@@ -13,18 +12,9 @@ from pd_proxy.handoff.encoder import Medium, encode_leg, encoded, read_encoded, 
 from pd_proxy.handoff.plan import Plan
 from pd_proxy.requests.body import Body, read_body
 
-from tests.handoff.helpers import body_of
+from tests.handoff.helpers import PNG, body_of, image, sound
 
-PNG = "data:image/png;base64," + base64.b64encode(b"a picture").decode()
 HANDLE = {"metadata": {"grid": [1, 2]}, "item_indices": [0], "peer_host": "e", "peer_port": 5601, "size_bytes": 8}
-
-
-def image(url: str = PNG, **more: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url, "detail": "high"}, **more}
-
-
-def sound(data: str = "AAAA", **more: Any) -> dict[str, Any]:
-    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}, **more}
 
 
 def chat(*content: Any, **more: Any) -> Body:
