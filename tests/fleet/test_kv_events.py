@@ -283,7 +283,7 @@ async def test_a_failure_of_our_own_is_logged_and_it_begins_anew(
         await until(lambda: bool(engine.publisher and engine.publisher.subscriptions))
         await it.ask(engine, [7] * 100)
         await until(lambda: it.believed(engine, [7] * 100) == 96)
-        assert [r for r in caplog.records if r.levelno == logging.ERROR and "begins anew" in r.message]
+        assert [r for r in caplog.records if r.levelno == logging.ERROR and "is followed again" in r.message]
 
 
 # Prompts of text

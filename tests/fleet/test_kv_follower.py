@@ -225,7 +225,7 @@ async def test_what_is_no_batch_is_counted_and_said_once(parts: list[bytes], cap
         it.publish(0)
         await it.told(0)
         assert it.counts == {"batch": 1, "garbage": 5}
-        assert len([r for r in caplog.records if "no batch" in r.message]) == 1
+        assert len([r for r in caplog.records if "not a batch" in r.message]) == 1
 
 
 async def test_a_message_that_is_too_long_cuts_the_connection_and_the_next_is_heard(
@@ -281,7 +281,7 @@ async def test_a_replay_that_is_none_is_given_up(
         it.publish(1, 2)
         await it.told(0, 2)  # not asked again so soon
         assert it.counts["unanswered"] == 1
-        assert len([r for r in caplog.records if "cannot be asked" in r.message]) == 1
+        assert len([r for r in caplog.records if "cannot be requested" in r.message]) == 1
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 

@@ -65,7 +65,7 @@ async def test_a_silent_prefill_is_looked_at_again_when_decode_has_told() -> Non
             await until(lambda: connectors(running) == ["mooncake"] * 2)
             await until(
                 lambda: (
-                    "did not tell where" in running.gateway.fleet.pool("prefill")[0].reason
+                    "did not report where" in running.gateway.fleet.pool("prefill")[0].reason
                     or "could not be asked" in running.gateway.fleet.pool("prefill")[0].reason
                 )
             )

@@ -76,9 +76,9 @@ async def test_others_are_refused_by_name_with_what_is_accepted(coding: str, pat
         ("deflate", b'{"model":"sim"}', "not valid deflate"),
         ("gzip", gzip.compress(b'{"model":"sim"}', mtime=0)[:-4], "before the end of its gzip"),
         ("gzip", b"", "before the end of its gzip"),
-        ("deflate", zlib.compress(b"{}") + b"more", "bytes behind the end"),
+        ("deflate", zlib.compress(b"{}") + b"more", "bytes after the end"),
         ("gzip", gzip.compress(b"{}", mtime=0) + b"more", "not valid gzip"),
-        ("gzip", gzip.compress(b"", mtime=0) * 1000, "bytes behind the end"),
+        ("gzip", gzip.compress(b"", mtime=0) * 1000, "bytes after the end"),
         ("gzip", gzip.compress(b"", mtime=0), "empty"),
         ("gzip", gzip.compress(b"nope", mtime=0), "not valid JSON"),
     ],
@@ -96,7 +96,7 @@ async def test_what_a_body_becomes_is_bounded_and_counted() -> None:
         bomb = gzip.compress(b" " * 64 * 1024 * KB)
         answer = await post(running, bomb, "gzip")
         assert answer.status_code == 413
-        assert "once its gzip is taken off" in answer.json()["error"]["message"]
+        assert "once its gzip is decoded" in answer.json()["error"]["message"]
         kind: Any = running.server.config.http_protocol_class
         await soon(lambda: kind.shared.bodies.held == 0, 5)
 

@@ -55,9 +55,7 @@ async def plain(body: bytes | bytearray, coding: str, limit: int, client: Client
             piece = decoder.decompress(rest, _PIECE)
             result += piece
             if len(result) > limit:
-                raise BodyTooLarge(
-                    f"the request body exceeds the limit of {limit} bytes once its {coding} is taken off"
-                )
+                raise BodyTooLarge(f"the request body exceeds the limit of {limit} bytes once its {coding} is decoded")
             if isinstance(client, DirectResponse):
                 client.hold(len(piece))
             if decoder.eof:
@@ -66,7 +64,7 @@ async def plain(body: bytes | bytearray, coding: str, limit: int, client: Client
                     return result
                 members += 1
                 if coding != "gzip" or members > _MOST_MEMBERS:
-                    raise InvalidRequest(f"there are bytes behind the end of the request body's {coding}")
+                    raise InvalidRequest(f"the request body has bytes after the end of its {coding}")
                 decoder = zlib.decompressobj(_GZIP)  # gzip may have several members
             else:
                 rest = decoder.unconsumed_tail

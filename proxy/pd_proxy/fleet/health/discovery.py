@@ -170,4 +170,4 @@ class Discovery:
                 raise ValueError(f"status {answer.status}")
             backend.locate(guide.learn(told, answer.body))
         except NOT_AS_EXPECTED as error:
-            raise ProbeFailed(f"{url} did not tell where its KV cache is: {error}", "no_coordinates") from None
+            raise ProbeFailed(f"{url} did not report where its KV cache is: {error}", "no_coordinates") from None

@@ -150,7 +150,7 @@ class Prober:
         try:
             models = await self._discovery.models(backend)
         except ProbeFailed as failure:
-            log.info("%s backend %s did not say which models it has: %s", backend.role, backend.url, failure)
+            log.info("%s backend %s did not report its models: %s", backend.role, backend.url, failure)
         else:
             self._fleet.learnt(backend, models, backend.version)
 
@@ -160,7 +160,7 @@ class Prober:
                 await self._until_up(backend)
                 await self._until_down(backend)
             except Exception:  # whatever an engine answers, its watcher must not end
-                log.exception("watching %s backend %s failed; it goes on", backend.role, backend.url)
+                log.exception("watching %s backend %s failed; the watcher continues", backend.role, backend.url)
                 await asyncio.sleep(self._settings.interval)
             finally:
                 self._identities.disconnect(backend)

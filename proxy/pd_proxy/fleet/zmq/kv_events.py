@@ -250,7 +250,7 @@ class KvEvents:
                 await self._restore()
             except Exception:
                 self.batches["failed"] += 1
-                self._say("", "look", logging.ERROR, "looking for who publishes KV events failed", trace=True)
+                self._say("", "look", logging.ERROR, "looking for publishers of KV events failed", trace=True)
             await asyncio.sleep(_LOOK)
 
     def _look(self) -> None:
@@ -308,7 +308,7 @@ class KvEvents:
                 await follower.run()
             except Exception:
                 self.batches["failed"] += 1
-                log.exception("following KV events failed; it begins anew")
+                log.exception("following a publisher of KV events failed; it is followed again")
                 cache.clear()
                 await asyncio.sleep(_AGAIN)
 
@@ -326,7 +326,7 @@ class KvEvents:
     # Log lines
 
     def _complain(self, name: str, what: str, why: str) -> None:
-        self._say(name, what, logging.WARNING, f"{name} publishes KV events that are left out: {why}")
+        self._say(name, what, logging.WARNING, f"{name} publishes KV events that are ignored: {why}")
 
     def _say(self, name: str, what: str, level: int, text: str, *, trace: bool = False) -> None:
         """Log a line that an engine could cause again and again."""

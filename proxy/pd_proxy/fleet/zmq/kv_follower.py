@@ -199,12 +199,18 @@ class Follower:
                 async with self._busy:
                     await self._look_back()
             else:
-                self._tell(logging.WARNING, "cut", "the KV events of %s at %s are cut off", self._name, self._events)
+                self._tell(
+                    logging.WARNING,
+                    "cut",
+                    "the connection to the KV events of %s at %s has ended",
+                    self._name,
+                    self._events,
+                )
 
     async def _hear(self, parts: list[bytes]) -> None:
         """Handle a message that was published."""
         if len(parts) != 3 or len(parts[1]) != 8:
-            self._garbage("it has not the three parts that a batch has")
+            self._garbage("it does not have the three parts of a batch")
             return
         number = int.from_bytes(parts[1], "big")
         if self._live is not None and number <= self._live:
@@ -233,7 +239,7 @@ class Follower:
             self._tell(
                 logging.WARNING,
                 "lost",
-                "KV events of %s are lost (%d batches; %s): what is believed of its cache may be wrong for a while",
+                "KV events of %s are lost (%d batches; %s): the prefix index may be wrong about its cache for a while",
                 self._name,
                 number - self._last - 1,
                 why,
@@ -313,7 +319,9 @@ class Follower:
     def _forget_all(self) -> None:
         """Note that the publisher is another process than the one whose last batch was taken."""
         self._counts["restart"] += 1
-        self._tell(logging.INFO, "restart", "%s has restarted, by its KV events: nothing is cached there", self._name)
+        self._tell(
+            logging.INFO, "restart", "%s has restarted, according to its KV events: nothing is cached there", self._name
+        )
         self._cache.clear()
         self._last = self._live = None
 
@@ -325,7 +333,7 @@ class Follower:
         self._tell(
             logging.WARNING,
             "unanswered",
-            "KV events of %s cannot be asked for at %s: %s",
+            "missed KV events of %s cannot be requested at %s: %s",
             self._name,
             self._replay,
             why,
@@ -334,7 +342,9 @@ class Follower:
 
     def _garbage(self, why: str) -> None:
         self._counts["garbage"] += 1
-        self._tell(logging.WARNING, "garbage", "%s publishes what is no batch of KV events: %s", self._name, why)
+        self._tell(
+            logging.WARNING, "garbage", "%s publishes a message that is not a batch of KV events: %s", self._name, why
+        )
 
     def _is_calm(self, what: str) -> bool:
         return self._clock() >= self._calm_until.get(what, 0.0)

@@ -133,7 +133,7 @@ class TransferNotifications:
             notification = _read(parts[0])
         except Undecodable as error:
             self.counts["garbage"] += 1
-            log.debug("a message that is no notification: %s", error)
+            log.debug("a message that is not a notification: %s", error)
             return
         expected = self.waiting.get(notification.req_id)
         if expected is None:

@@ -121,7 +121,7 @@ class Registrations:
             host, _, port = _read_sender(parts[0]).http_address.rpartition(":")
             address = (host.removeprefix("[").removesuffix("]").lower(), int(port[:5]))
         except ValueError as error:
-            self._not_taken("garbage", f"no registration: {error}")
+            self._not_taken("garbage", f"a message that is not a registration: {error}")
             return
         backend = self._find(address)
         decoder = None
@@ -130,7 +130,9 @@ class Registrations:
         elif self._settings.networks:
             decoder = self._decoders.get(self._fleet.groups[self._settings.group])
         if decoder is None or not decoder.traits.registers:
-            self._not_taken("unknown", f"{address[0]}:{address[1]} registers, and is no backend that needs to")
+            self._not_taken(
+                "unknown", f"{address[0]}:{address[1]} registers, but is not a backend whose connector registers"
+            )
             return
         try:
             said = decoder.read_registration(parts[0])
@@ -139,7 +141,7 @@ class Registrations:
             else:
                 self._check(backend, said)
         except ValueError as error:
-            self._not_taken("refused", f"{address[0]}:{address[1]} registers, and is refused: {error}")
+            self._not_taken("refused", f"{address[0]}:{address[1]} registers, but is refused: {error}")
             return
         self.counts["taken"] += 1
         self._take(backend, said)
@@ -163,10 +165,12 @@ class Registrations:
             ValueError: it may not.
         """
         if said.role != backend.role:
-            raise ValueError(f"it says it is for {said.role}, and it is a {backend.role} backend")
+            raise ValueError(f"it registers for {said.role}, but is a {backend.role} backend")
         host = said.coordinates.host
         if host not in self._hosts(backend) and not self._is_near(host):
-            raise ValueError(f"its KV cache would be at {host}, which is not its own host and in none of zmq.networks")
+            raise ValueError(
+                f"its KV cache would be at {host}, which is neither its own host nor in one of zmq.networks"
+            )
 
     def _add(self, said: Announcement) -> Backend:
         """Let an engine join the fleet.
@@ -175,7 +179,7 @@ class Registrations:
             ValueError: it may not.
         """
         if not (self._is_near(said.host) and self._is_near(said.coordinates.host)):
-            raise ValueError("it is in none of zmq.networks")
+            raise ValueError("it is not in one of zmq.networks")
         if len(self._added) >= MOST:
             raise ValueError(f"{MOST} backends have been added by registrations already")
         host = f"[{said.host}]" if ":" in said.host else said.host
