@@ -27,10 +27,10 @@ def outlier_stats(count: int) -> list[OutlierStats]:
 
 
 def verdict(
-    judge: Breaker, pool: list[OutlierStats], index: int, now: float = 0.0, leg: LegName = "decode"
+    detector: Breaker, pool: list[OutlierStats], index: int, now: float = 0.0, leg: LegName = "decode"
 ) -> str | None:
     others = [stats for number, stats in enumerate(pool) if number != index]
-    return judge.verdict(leg, pool[index], others, now)
+    return detector.verdict(leg, pool[index], others, now)
 
 
 def note(stats: OutlierStats, good: int, bad: int, now: float = 0.0) -> None:
@@ -76,48 +76,48 @@ def test_a_window_forgets_within_a_slice_of_its_length(steps: list[tuple[float, 
 
 
 def test_so_many_failures_in_a_row_eject() -> None:
-    judge, pool = breaker(consecutive_failures=3), outlier_stats(2)
+    detector, pool = breaker(consecutive_failures=3), outlier_stats(2)
     note(pool[0], 0, 2)
-    assert verdict(judge, pool, 0) is None
+    assert verdict(detector, pool, 0) is None
     note(pool[0], 0, 1)
-    assert verdict(judge, pool, 0) == "consecutive"
+    assert verdict(detector, pool, 0) == "consecutive"
     note(pool[0], 1, 0)
-    assert verdict(judge, pool, 0) is None
+    assert verdict(detector, pool, 0) is None
 
 
 def test_a_small_share_of_good_legs_ejects_once_there_are_enough_to_tell() -> None:
-    judge, pool = breaker(minimum_volume=10), outlier_stats(2)
+    detector, pool = breaker(minimum_volume=10), outlier_stats(2)
     note(pool[1], 100, 0)
     note(pool[0], 5, 4)
-    assert verdict(judge, pool, 0) is None, "nine are chance"
+    assert verdict(detector, pool, 0) is None, "nine are chance"
     note(pool[0], 1, 0)
-    assert verdict(judge, pool, 0) == "success_rate"
+    assert verdict(detector, pool, 0) == "success_rate"
     note(pool[0], 11, 0)
-    assert verdict(judge, pool, 0) is None, "17 of 21 are good"
+    assert verdict(detector, pool, 0) is None, "17 of 21 are good"
 
 
 def test_bad_legs_are_forgotten_with_time() -> None:
-    judge, pool = breaker(), outlier_stats(2)
+    detector, pool = breaker(), outlier_stats(2)
     note(pool[0], 5, 9)
-    assert verdict(judge, pool, 0) == "success_rate"
-    assert verdict(judge, pool, 0, now=31.0) is None
+    assert verdict(detector, pool, 0) == "success_rate"
+    assert verdict(detector, pool, 0, now=31.0) is None
 
 
 def test_where_all_fail_alike_nobody_is_to_blame() -> None:
-    judge, pool = breaker(), outlier_stats(4)
+    detector, pool = breaker(), outlier_stats(4)
     for stats in pool:
         note(stats, 10, 10)
-    assert [verdict(judge, pool, index) for index in range(4)] == [None] * 4
+    assert [verdict(detector, pool, index) for index in range(4)] == [None] * 4
     note(pool[0], 0, 30)
     pool[0].note(True, 0.0)
-    assert verdict(judge, pool, 0) == "success_rate", "unless it is worse than the rest even so"
+    assert verdict(detector, pool, 0) == "success_rate", "unless it is worse than the rest even so"
 
 
 # Slowness
 
 
 def time(
-    judge: Breaker,
+    detector: Breaker,
     pool: list[OutlierStats],
     seconds: list[float],
     *,
@@ -128,11 +128,11 @@ def time(
     """Legs of every backend in turn; `seconds` of each."""
     for _ in range(rounds):
         for stats, taken in zip(pool, seconds, strict=True):
-            judge.timed("decode", leg, stats, taken, more.get("tokens", 100), more.get("now", 0.0))
+            detector.timed("decode", leg, stats, taken, more.get("tokens", 100), more.get("now", 0.0))
 
 
-def slow(judge: Breaker, pool: list[OutlierStats], now: float = 0.0, leg: LegName = "decode") -> list[int]:
-    return [index for index in range(len(pool)) if verdict(judge, pool, index, now, leg) == "slow"]
+def slow(detector: Breaker, pool: list[OutlierStats], now: float = 0.0, leg: LegName = "decode") -> list[int]:
+    return [index for index in range(len(pool)) if verdict(detector, pool, index, now, leg) == "slow"]
 
 
 @pytest.mark.parametrize(
@@ -149,74 +149,74 @@ def slow(judge: Breaker, pool: list[OutlierStats], now: float = 0.0, leg: LegNam
     ],
 )
 def test_the_odd_one_of_three_or_more_is_slow(seconds: list[float], odd: list[int]) -> None:
-    judge, pool = breaker(), outlier_stats(len(seconds))
-    time(judge, pool, seconds)
-    assert slow(judge, pool) == odd
+    detector, pool = breaker(), outlier_stats(len(seconds))
+    time(detector, pool, seconds)
+    assert slow(detector, pool) == odd
 
 
 def test_a_few_legs_or_one_freak_are_no_slowness() -> None:
-    judge, pool = breaker(minimum_volume=10), outlier_stats(3)
-    time(judge, pool, [0.02, 0.02, 0.2], rounds=9)
-    assert slow(judge, pool) == []
-    judge, pool = breaker(), outlier_stats(3)
-    time(judge, pool, [0.02, 0.02, 0.02])
-    judge.timed("decode", "decode", pool[2], 3.0, 100, 0.0)
-    assert slow(judge, pool) == []
+    detector, pool = breaker(minimum_volume=10), outlier_stats(3)
+    time(detector, pool, [0.02, 0.02, 0.2], rounds=9)
+    assert slow(detector, pool) == []
+    detector, pool = breaker(), outlier_stats(3)
+    time(detector, pool, [0.02, 0.02, 0.02])
+    detector.timed("decode", "decode", pool[2], 3.0, 100, 0.0)
+    assert slow(detector, pool) == []
 
 
 def test_long_prompts_do_not_make_a_prefill_backend_slow() -> None:
-    judge, pool = breaker(), outlier_stats(3)
+    detector, pool = breaker(), outlier_stats(3)
     for _ in range(20):
         for stats, long in ((pool[0], 1), (pool[1], 1), (pool[2], 9)):  # one is given most of the long ones
             for tokens, count in ((20_000, long), (200, 10 - long)):
                 for _ in range(count):
-                    judge.timed("prefill", "prefill", stats, 0.02 + tokens * 1e-4, tokens, 0.0)
-    assert slow(judge, pool, leg="prefill") == []
+                    detector.timed("prefill", "prefill", stats, 0.02 + tokens * 1e-4, tokens, 0.0)
+    assert slow(detector, pool, leg="prefill") == []
     for _ in range(20):
-        judge.timed("prefill", "prefill", pool[1], 5 * (0.02 + 200 * 1e-4), 200, 0.0)
-    assert slow(judge, pool, leg="prefill") == [1]
+        detector.timed("prefill", "prefill", pool[1], 5 * (0.02 + 200 * 1e-4), 200, 0.0)
+    assert slow(detector, pool, leg="prefill") == [1]
 
 
 def test_old_times_and_short_streams_say_nothing() -> None:
-    judge, pool = breaker(), outlier_stats(3)
-    time(judge, pool, [0.02, 0.02, 0.2])
-    assert slow(judge, pool, now=100.0) == [2]
-    judge.timed("decode", "decode", pool[2], 0.2, 100, 1000.0)
-    assert slow(judge, pool, now=1000.0) == []
-    judge, pool = breaker(), outlier_stats(3)
-    time(judge, pool, [0.02, 0.02, 0.2], tokens=4)
-    assert slow(judge, pool) == []
+    detector, pool = breaker(), outlier_stats(3)
+    time(detector, pool, [0.02, 0.02, 0.2])
+    assert slow(detector, pool, now=100.0) == [2]
+    detector.timed("decode", "decode", pool[2], 0.2, 100, 1000.0)
+    assert slow(detector, pool, now=1000.0) == []
+    detector, pool = breaker(), outlier_stats(3)
+    time(detector, pool, [0.02, 0.02, 0.2], tokens=4)
+    assert slow(detector, pool) == []
 
 
 def test_slowness_can_be_switched_off() -> None:
-    judge, pool = breaker(slow_ratio=None), outlier_stats(3)
-    time(judge, pool, [0.02, 0.02, 2.0])
-    assert slow(judge, pool) == []
+    detector, pool = breaker(slow_ratio=None), outlier_stats(3)
+    time(detector, pool, [0.02, 0.02, 2.0])
+    assert slow(detector, pool) == []
 
 
 @settings(deadline=None)  # it runs hundreds of legs
 @given(st.integers(3, 8), st.floats(4, 100), st.floats(0.01, 1))
 def test_an_outlier_always_looks_slow_enough_for_a_verdict(count: int, ratio: float, seconds: float) -> None:
-    judge, pool = breaker(), outlier_stats(count)
-    time(judge, pool, [seconds] * (count - 1) + [seconds * ratio], rounds=30)
-    assert slow(judge, pool) == [count - 1]
-    assert judge.timed("decode", "decode", pool[-1], seconds * ratio, 100, 0.0)
-    assert not judge.timed("decode", "decode", pool[0], seconds, 100, 0.0)
+    detector, pool = breaker(), outlier_stats(count)
+    time(detector, pool, [seconds] * (count - 1) + [seconds * ratio], rounds=30)
+    assert slow(detector, pool) == [count - 1]
+    assert detector.timed("decode", "decode", pool[-1], seconds * ratio, 100, 0.0)
+    assert not detector.timed("decode", "decode", pool[0], seconds, 100, 0.0)
 
 
 # How long
 
 
 def test_each_ejection_lasts_twice_as_long_up_to_a_bound_and_good_time_takes_that_back() -> None:
-    judge, stats = breaker(ejection=10, longest_ejection=60, window=30), OutlierStats(30.0)
+    detector, stats = breaker(ejection=10, longest_ejection=60, window=30), OutlierStats(30.0)
     now, lasted = 0.0, []
     for _ in range(6):
-        lasted.append(judge.eject(stats, "slow", now))
+        lasted.append(detector.eject(stats, "slow", now))
         now = stats.ejected_until
     assert lasted == [10, 20, 40, 60, 60, 60]
     now += 61  # two windows in the rotation
-    assert judge.eject(stats, "slow", now) == 20
-    assert judge.eject(stats, "slow", stats.ejected_until + 1000) == 10
+    assert detector.eject(stats, "slow", now) == 20
+    assert detector.eject(stats, "slow", stats.ejected_until + 1000) == 10
 
 
 @given(
@@ -227,11 +227,11 @@ def test_each_ejection_lasts_twice_as_long_up_to_a_bound_and_good_time_takes_tha
 def test_ejections_are_within_their_bounds_and_grow_while_there_is_no_good_time(
     pauses: list[float], first: float, longest: float
 ) -> None:
-    judge, stats = breaker(ejection=first, longest_ejection=longest), OutlierStats(30.0)
+    detector, stats = breaker(ejection=first, longest_ejection=longest), OutlierStats(30.0)
     now, before = 0.0, 0.0
     for pause in pauses:
         now = stats.ejected_until + pause
-        seconds = judge.eject(stats, "consecutive", now)
+        seconds = detector.eject(stats, "consecutive", now)
         assert min(first, longest) <= seconds <= longest
         if pause < 30:
             assert seconds >= min(before, longest)
@@ -245,11 +245,11 @@ def test_ejections_are_within_their_bounds_and_grow_while_there_is_no_good_time(
 
 @given(st.floats(0, 100), st.lists(st.floats(0, 200), min_size=2, max_size=10))
 def test_the_factor_grows_from_a_tenth_to_one(duration: float, moments: list[float]) -> None:
-    judge = breaker(slow_start=duration)
-    factors = [judge.factor(0.0, moment) for moment in sorted(moments)]
+    detector = breaker(slow_start=duration)
+    factors = [detector.factor(0.0, moment) for moment in sorted(moments)]
     assert factors == sorted(factors)
     assert all(0.1 <= factor <= 1 for factor in factors)
-    assert judge.factor(0.0, duration) == 1.0
+    assert detector.factor(0.0, duration) == 1.0
 
 
 def test_without_a_slow_start_a_backend_has_its_full_load_at_once() -> None:

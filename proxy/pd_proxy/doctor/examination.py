@@ -83,9 +83,9 @@ class _Examination:
         engines = [self._engine(backend, profile) for backend, profile in profiles.items()]
         chosen = self._choose() if self._most_pairs else []
         trials = await self._try_all(chosen)
-        self._judge_engines(profiles, trials)
+        self._check_engines(profiles, trials)
         self._findings += differences(engines)
-        self._judge_groups()
+        self._check_groups()
         return Report(
             tuple(engines),
             tuple(self._handoff(trial) for trial in trials),
@@ -170,7 +170,7 @@ class _Examination:
             models=None if backend.models is None else tuple(sorted(backend.models)),
         )
 
-    def _judge_engines(self, profiles: dict[Backend, Profile], trials: Sequence[Trial]) -> None:
+    def _check_engines(self, profiles: dict[Backend, Profile], trials: Sequence[Trial]) -> None:
         """What is wrong with each engine by itself. A role that its connector does not care about is a warning, as long
         as no hand-off has failed."""
         failed = {url for trial in trials if trial.finding is not None for url in (trial.prefill, trial.decode)}
@@ -269,7 +269,7 @@ class _Examination:
             trial.seconds,
         )
 
-    def _judge_groups(self) -> None:
+    def _check_groups(self) -> None:
         """What whole groups lack."""
         lacking = readiness(self._fleet)
         if not lacking:

@@ -31,7 +31,7 @@ from pd_proxy.errors import (
     HandoffUnconfirmed,
 )
 from pd_proxy.fleet.backend import Backend, Lease
-from pd_proxy.fleet.judge import Judge
+from pd_proxy.fleet.outcomes import OutcomeSink
 from pd_proxy.fleet.outlier.statistics import LegName
 from pd_proxy.fleet.zmq.notifications import TransferNotifications
 from pd_proxy.flow.attempt import Attempt, answering_leg
@@ -84,7 +84,7 @@ class Legs:
     def __init__(
         self,
         settings: Settings,
-        fleet: Judge,
+        fleet: OutcomeSink,
         telemetry: Telemetry,
         notices: TransferNotifications,
         hops: Hops | None = None,
@@ -403,6 +403,6 @@ class Legs:
         if attempt.pending is not None and leg == "decode":
             attempt.pending.leg_failed(error, refusal_frees=attempt.plan.refusal_frees)
         if isinstance(error, BackendRejected):
-            self._fleet.succeeded(backend, leg)  # an engine that judges requests is alive
+            self._fleet.succeeded(backend, leg)  # an engine that refuses a request is alive
         elif not isinstance(error, HandoffExpired):
             self._fleet.failed(backend, error, leg, attempt.pending.prefill if attempt.pending is not None else None)

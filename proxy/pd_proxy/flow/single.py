@@ -279,7 +279,7 @@ class Single:
         if isinstance(error, BackendLacksModel) and request.model is not None:
             self._fleet.has_lost(backend, request.model)
         if request.route.computes and isinstance(error, BackendRejected):
-            self._fleet.succeeded(backend, answering_leg(backend))  # an engine that judges requests is alive
+            self._fleet.succeeded(backend, answering_leg(backend))  # an engine that refuses a request is alive
         elif request.route.computes or isinstance(error, BackendUnreachable | BackendLost):
             self._fleet.failed(backend, error, answering_leg(backend))
 

@@ -27,9 +27,9 @@ from pd_proxy.requests.body import Body
 from pd_proxy.requests.continuation import UNTRIED, has_tools, inexact, inner_ids
 from pd_proxy.requests.endpoints import Members
 
-# Members that an engine's decode leg would judge and prefill's does not carry: a refusal after the first token would
-# be an error in the middle of an answer.
-_JUDGED = ("stream_options", "min_tokens")
+# Members of the decode leg that prefill's does not carry. An engine that refuses them after the first token would break
+# an answer in its middle.
+_CHECKED_BY_DECODE = frozenset({"stream_options", "min_tokens"})
 _NEVER = frozenset({"structured_output", "tool_calls", "stop", "media", "options", "repetition_detection", UNTRIED})
 """Reasons that no setting overrules: the text would be wrong, not only another draw."""
 
@@ -58,12 +58,9 @@ def inexact_because(body: Body, *, even_inexact: bool) -> str:
         return flaw
     if has_tools(body):
         return "tool_calls"
-    if not _JUDGED_MEMBERS.isdisjoint(body.members) and _may_be_refused(body):
+    if not _CHECKED_BY_DECODE.isdisjoint(body.members) and _may_be_refused(body):
         return "options"
     return "media" if body.media else ""
-
-
-_JUDGED_MEMBERS = frozenset(_JUDGED)
 
 
 def _may_be_refused(body: Body) -> bool:

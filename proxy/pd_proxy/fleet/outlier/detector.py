@@ -60,7 +60,7 @@ class OutlierDetector:
                 self.watches.add(backend)
         elif not stats.ejected(now):  # failures during an ejection do not count again
             stats.note(False, now)
-            self._judge(backend, leg, now, str(error))
+            self._check(backend, leg, now, str(error))
 
     def leaves(self, backend: Backend, what: str) -> None:
         """Eject a backend whose engine has shown that it is stopping or paused, whatever share of its pool is ejected:
@@ -81,9 +81,9 @@ class OutlierDetector:
         now = self._clock()
         stats = backend.outlier_stats[leg]
         if not stats.ejected(now) and self._breaker.timed(backend.role, leg, stats, seconds, tokens, now):
-            self._judge(backend, leg, now, f"slower than its pool: {seconds:.3g} s at its last {leg} leg")
+            self._check(backend, leg, now, f"slower than its pool: {seconds:.3g} s at its last {leg} leg")
 
-    def _judge(self, backend: Backend, leg: LegName, now: float, what: str) -> None:
+    def _check(self, backend: Backend, leg: LegName, now: float, what: str) -> None:
         others = [peer.outlier_stats[leg] for peer in self._peers(backend)]
         stats = backend.outlier_stats[leg]
         reason = self._breaker.verdict(leg, stats, others, now)
