@@ -167,7 +167,7 @@ class _Client(_Transport):
 async def serve(case: Case, requests: int, flags: list[str]) -> None:
     """Serve this many requests, one after the other."""
 
-    async def connect(origin: Origin, kind: type[Connection], patience: float) -> Connection:
+    async def connect(origin: Origin, kind: type[Connection], timeout: float) -> Connection:
         connection = kind(origin)
         connection.connection_made(_Engine(connection, case))
         return connection

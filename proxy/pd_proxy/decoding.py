@@ -123,8 +123,8 @@ _decode_raw = msgspec.json.Decoder(msgspec.Raw).decode
 _FOLLOWS = re.compile(r"trailing characters \(byte (\d+)\)")
 
 
-def _told_late() -> int:
-    """By how much msgspec tells too high a byte for what follows a value."""
+def _reported_late() -> int:
+    """By how many bytes msgspec reports the position of what follows a value too high."""
     try:
         _decode_raw(b"[1] 2")
     except msgspec.DecodeError as error:
@@ -133,7 +133,7 @@ def _told_late() -> int:
     raise RuntimeError("this msgspec does not say where the first of two values ends; another version does")
 
 
-_FOLLOWS_LATE = _told_late()
+_FOLLOWS_LATE = _reported_late()
 
 
 def decode_python_json(raw: bytes | str) -> Any:

@@ -3,8 +3,9 @@
 It accepts connections at once; but where another gateway serves the address, only when it is ready itself.
 
 SIGTERM and SIGQUIT: /ready turns 503 while requests are still served for `shutdown.delay`; then no new request starts,
-those that run have `shutdown.grace` to end, and the rest are told so; exit 0. SIGINT skips the delay; a second signal
-skips the grace. Where another process has the address too, new connections are left to it, and no request is refused.
+those that run have `shutdown.grace` to end, and the rest are answered with an error; exit 0. SIGINT skips the delay;
+a second signal skips the grace. Where another process has the address too, new connections are left to it, and no
+request is refused.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ _CLIENT_KEEPALIVE = 75  # seconds; longer than most clients' own, so that it is 
 _LAST_WORDS = 5.0  # seconds for evicted requests to write their last event
 _HANDSHAKES = 1.0  # seconds in which connections that began with this process, and not with the next, are accepted
 _LAST_REQUEST = 5.0  # seconds for a connection that was accepted last to say what it wants
-_INHERITED_PATIENCE = 30.0  # seconds for backends to come up; the socket's owner may be waiting for us alone
-_TICK = 0.02  # seconds between looks while nothing tells
-_TELL = 10.0  # seconds between words about what is waited for
+_INHERITED_TIMEOUT = 30.0  # seconds for backends to come up; the socket's owner may be waiting for us alone
+_TICK = 0.02  # seconds between checks where no event announces the change
+_LOG_EVERY = 10.0  # seconds between log lines about what is waited for
 _SPARED = frozenset({"/health", "/ready", "/live", "/ping", "/metrics", "/healthcheck", "/admin/"})
 _SCRAPERS = 16  # connections to the port of /metrics
 
@@ -207,7 +208,7 @@ async def _run(
         gateway,
         kind.shared,
         listeners[0],
-        _tell_ready(context, listeners[0].url),
+        _ready_notifier(context, listeners[0].url),
     )
     beside: list[uvicorn.Server] = []
     if len(listeners) > 1:
@@ -229,10 +230,10 @@ async def _run(
     await asyncio.gather(*others)
 
 
-def _tell_ready(context: WorkerContext | None, url: str) -> Callable[[], object]:
+def _ready_notifier(context: WorkerContext | None, url: str) -> Callable[[], object]:
     """How to say that connections are accepted."""
 
-    def tell() -> None:
+    def notify_ready() -> None:
         if context is None:
             log.info("listening on %s", url)
             notify("READY=1")
@@ -240,7 +241,7 @@ def _tell_ready(context: WorkerContext | None, url: str) -> Callable[[], object]
             log.debug("worker %d serves", context.worker)
             os.write(context.ready, b".")  # its supervisor says it for all
 
-    return tell
+    return notify_ready
 
 
 def uvicorn_config(app: FastAPI, kind: type[GatewayProtocol] = GatewayProtocol) -> uvicorn.Config:
@@ -318,7 +319,7 @@ class _Server(uvicorn.Server):
             log.info("another process listens on %s; taking over once ready", self._listener.url)
             await self._ready(None)
         elif self._listener.inherited:
-            await self._ready(_INHERITED_PATIENCE)
+            await self._ready(_INHERITED_TIMEOUT)
         if self.should_exit:
             return
         make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
@@ -329,15 +330,15 @@ class _Server(uvicorn.Server):
             steer_here(self._listener.socket)
         self._on_listening()  # said only now, when a signal would be heeded
 
-    async def _ready(self, patience: float | None) -> None:
+    async def _ready(self, timeout: float | None) -> None:
         """Wait until a request could be served: until then they are better off where they are."""
-        started = told = monotonic()
+        started = logged = monotonic()
         while not self.should_exit and (reason := not_ready(self._fleet)):
             now = monotonic()
-            if patience is not None and now - started > patience:
+            if timeout is not None and now - started > timeout:
                 break
-            if now - told > _TELL:
-                told = now
+            if now - logged > _LOG_EVERY:
+                logged = now
                 log.warning("not ready to serve %s yet: %s", self._listener.url, reason)
             await asyncio.sleep(_TICK)
 

@@ -87,7 +87,7 @@ async def test_engines_that_tell_nothing_are_served_without_hand_offs(connector:
         assert stream.text.rstrip().endswith("[DONE]")
         ready = await running.http.get("/ready")
         assert ready.status_code == 503
-        assert "2 told nothing" in ready.json()["error"]["message"]
+        assert "2 reported nothing" in ready.json()["error"]["message"]
         assert "set it" in ready.json()["error"]["message"]
 
 

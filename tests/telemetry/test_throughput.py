@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from pd_proxy.telemetry.logs import tell_throughput
+from pd_proxy.telemetry.logs import log_throughput
 from pd_proxy.telemetry.records import RequestRecord
 from pd_proxy.telemetry.throughput import Throughput
 
@@ -80,10 +80,10 @@ def test_a_backend_that_left_makes_no_negative_throughput() -> None:
 def test_a_quiet_gateway_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene()
     with caplog.at_level(logging.INFO, "pd_proxy"):
-        tell_throughput(scene.throughput, 0, 0)
+        log_throughput(scene.throughput, 0, 0)
         assert not caplog.records
         scene.finished()
-        tell_throughput(scene.throughput, 0, 0)
+        log_throughput(scene.throughput, 0, 0)
     (record,) = caplog.records
     assert record.message == "throughput"
     assert record.fields["requests"] == 1  # type: ignore[attr-defined]

@@ -62,7 +62,7 @@ def make_engine_clients(
             and backend.role != "encode"
             and connectors.traits(backend.connector).first_token
         ),
-        guides=connectors.by_name,
+        connectors=connectors.by_name,
         sentinel_headers=legs.authorization,
     )
     return EngineClients(legs, control, prober, warmup)

@@ -15,8 +15,8 @@ from pd_proxy.admission.gate import Gate
 from pd_proxy.assembly.parts import Parts
 from pd_proxy.assembly.peers import adopt_backends
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.readiness import tell_readiness
-from pd_proxy.telemetry.logs import tell_throughput
+from pd_proxy.fleet.readiness import log_readiness
+from pd_proxy.telemetry.logs import log_throughput
 from pd_proxy.telemetry.prometheus import PrometheusSink
 from pd_proxy.telemetry.throughput import Throughput
 
@@ -52,7 +52,7 @@ def _background(parts: Parts) -> list[Coroutine[Any, Any, None]]:
     """The coroutines that run as long as the gateway does."""
     found = [_measure_lateness(parts.metrics.prometheus, parts.fleet)]
     if parts.worker == 0:  # one worker logs for all
-        found.append(tell_readiness(parts.fleet))
+        found.append(log_readiness(parts.fleet))
     if seconds := parts.settings.throughput_interval:
         found.append(_log_throughput(parts.metrics.throughput, seconds, parts.gate, parts.admission))
     if parts.peers is not None:
@@ -76,7 +76,7 @@ async def _log_throughput(throughput: Throughput, seconds: float, gate: Gate, ad
     """Log what was served in each interval of so many seconds."""
     while True:
         await asyncio.sleep(seconds)
-        tell_throughput(throughput, gate.inside, admission.waiting)
+        log_throughput(throughput, gate.inside, admission.waiting)
 
 
 async def _measure_lateness(prometheus: PrometheusSink, fleet: Fleet) -> None:

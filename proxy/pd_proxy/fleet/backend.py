@@ -48,7 +48,7 @@ class Backend:
         version: what its /version says, or empty.
         group: the name of its group: the backends that may hand over to each other.
         connector: the hand-off protocol that it speaks; empty while that is not known.
-        told: the connector that the engine has reported, with `connector: auto`; otherwise empty.
+        reported_connector: the connector that the engine has reported, with `connector: auto`; otherwise empty.
         coordinates: the addresses of its side of a hand-off.
         registered: the engine announces its coordinates periodically. Where the connector requires that, a backend that
             does not is down.
@@ -119,11 +119,11 @@ class Backend:
         "reasons",
         "registered",
         "removed",
+        "reported_connector",
         "resting_until",
         "role",
         "slow_since",
         "speeds",
-        "told",
         "up",
         "url",
         "version",
@@ -166,7 +166,7 @@ class Backend:
         self.models: dict[str, dict[str, Any]] | None = None
         self.version = ""
         self.connector = ""
-        self.told = ""
+        self.reported_connector = ""
         self.coordinates = Coordinates()
         self.registered = False
         self._located: Coordinates | None = None  # the coordinates before those of `remember`

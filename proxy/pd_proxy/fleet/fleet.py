@@ -391,14 +391,14 @@ class Fleet:
         if backend.up:
             self.listeners.fit(backend)
 
-    def is_to_tell(self, backend: Backend) -> bool:
-        """Whether an engine is to tell which hand-off protocol it speaks."""
-        return backend.role in ("prefill", "decode") and self.protocols.found_out(backend.group)
+    def reports_connector(self, backend: Backend) -> bool:
+        """Whether the engine of a backend must report which hand-off protocol it speaks."""
+        return backend.role in ("prefill", "decode") and self.protocols.reported(backend.group)
 
-    def told(self, backend: Backend, connector: str) -> None:
-        """An engine has told which hand-off protocol it speaks; empty: it tells nothing of it."""
-        if backend.told != connector:
-            backend.told = connector
+    def connector_reported(self, backend: Backend, connector: str) -> None:
+        """An engine has reported which hand-off protocol it speaks; empty: it reports none."""
+        if backend.reported_connector != connector:
+            backend.reported_connector = connector
             self._regroup(backend.group)
 
     def _regroup(self, group: str) -> None:

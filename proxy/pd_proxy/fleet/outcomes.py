@@ -1,4 +1,4 @@
-"""Where legs report how they ended, as a seam: `Fleet` acts on the reports of requests, and those of trials are dropped."""
+"""Where legs report how they ended: `Fleet` acts on the reports of requests; the reports of trials are dropped."""
 
 from __future__ import annotations
 

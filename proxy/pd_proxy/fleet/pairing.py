@@ -1,10 +1,10 @@
 """Which prefill backend may hand over to which decode backend.
 
 A KV cache means something only to an engine of the same make: of one group, with one hand-off protocol, one version,
-and the same weights. What an engine does not tell is not held against it.
+and the same weights. What an engine does not report does not exclude it.
 
 Invariant: `uniform` says that all pairs are good for every model. It is found anew whenever a backend joins, leaves or
-has told something new, so that where engines are alike a request asks nothing here.
+has reported something new, so that where engines are alike a request costs nothing here.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class Pairing:
         self.simple = self.uniform and len({backend.group for backend in everybody}) <= 1
         bases = [base for backend in everybody if (base := _base(backend.models))]
         self.several_models = len({base["id"] for base in bases}) > 1 and len({_root(base) for base in bases}) > 1
-        self._tell(versions, revised)
+        self._log(versions, revised)
 
-    def _tell(self, versions: frozenset[str], revised: frozenset[str]) -> None:
+    def _log(self, versions: frozenset[str], revised: frozenset[str]) -> None:
         """Say once what there are several revisions of."""
         before, self._seen = self._seen, (versions, revised)
         if not self._strict or self._seen == before:

@@ -1,7 +1,7 @@
-"""Which hand-off protocol the engines of each group speak: as it is set, or, with `connector: auto`, as they tell.
+"""Which hand-off protocol the engines of each group speak: set, or, with `connector: auto`, reported by them.
 
-An engine that tells something else than the others of its group is believed: it is paired with its like only. One that
-tells nothing speaks what most of its group do, if most agree; until then it is served without hand-offs.
+An engine that reports another protocol than the others of its group is paired with its like only. One that reports
+none is taken to speak what most of its group do, if most agree; until then it is served without hand-offs.
 """
 
 from __future__ import annotations
@@ -27,45 +27,47 @@ class Protocols:
 
     def __init__(self, groups: Iterable[BackendGroup]) -> None:
         self.groups: dict[str, str] = {group.name: group.connector for group in groups}
-        self._said: dict[str, str] = {}
+        self._logged: dict[str, str] = {}
 
-    def found_out(self, group: str) -> bool:
-        """Whether the engines of a group are to tell."""
+    def reported(self, group: str) -> bool:
+        """Whether the engines of a group report their protocol, since the settings do not name it."""
         return self.groups[group] == AUTO
 
     def settle(self, group: str, members: Sequence[Backend]) -> list[Backend]:
-        """Give the members of a group their connectors, after one of them has come, left or told something.
+        """Give the members of a group their connectors, after one of them has joined, left or reported something.
 
-        Returns those of them that have another one than before.
+        Returns those whose connector has changed.
         """
-        if not self.found_out(group):
+        if not self.reported(group):
             usual = self.groups[group]
             changed = [backend for backend in members if backend.connector != usual]
         else:
-            told = Counter(backend.told for backend in members if backend.told)
-            usual = next((name for name, count in told.items() if 2 * count > told.total()), "")
-            changed = [backend for backend in members if backend.connector != (backend.told or usual)]
-            self._tell(group, told)
+            reports = Counter(backend.reported_connector for backend in members if backend.reported_connector)
+            usual = next((name for name, count in reports.items() if 2 * count > reports.total()), "")
+            changed = [backend for backend in members if backend.connector != (backend.reported_connector or usual)]
+            self._log(group, reports)
         for backend in changed:
-            backend.connector = backend.told or usual
+            backend.connector = backend.reported_connector or usual
         return changed
 
     def lacking(self, group: str, members: Sequence[Backend]) -> str:
-        """What the engines of a group have told, for people, where they were to tell and that was not enough."""
-        if not self.found_out(group) or all(backend.connector for backend in members):
+        """Why engines of a group have no connector, for people; empty where all have one."""
+        if not self.reported(group) or all(backend.connector for backend in members):
             return ""
-        told = Counter(backend.told or "nothing" for backend in members if backend.role in ("prefill", "decode"))
-        counts = ", ".join(f"{count} told {name}" for name, count in sorted(told.items()))
+        reports = Counter(
+            backend.reported_connector or "nothing" for backend in members if backend.role in ("prefill", "decode")
+        )
+        counts = ", ".join(f"{count} reported {name}" for name, count in sorted(reports.items()))
         return f"connector: auto did not find out what its engines speak ({counts}): set it"
 
-    def _tell(self, group: str, told: Counter[str]) -> None:
-        said = ", ".join(sorted(told))
-        if said == self._said.get(group, ""):
+    def _log(self, group: str, reports: Counter[str]) -> None:
+        names = ", ".join(sorted(reports))
+        if names == self._logged.get(group, ""):
             return
-        self._said[group] = said
-        if len(told) > 1:
+        self._logged[group] = names
+        if len(reports) > 1:
             log.warning(
-                "group %s: its engines speak several hand-off protocols (%s), and are paired within each", group, said
+                "group %s: its engines speak several hand-off protocols (%s), and are paired within each", group, names
             )
         else:
-            log.info("group %s: its engines speak %s", group, said or "no hand-off protocol that they tell of")
+            log.info("group %s: its engines speak %s", group, names or "no hand-off protocol that they report")

@@ -80,18 +80,18 @@ def models_without_pair(fleet: Fleet, model: str | None) -> str:
     return ""
 
 
-async def tell_readiness(fleet: Fleet) -> None:
+async def log_readiness(fleet: Fleet) -> None:
     """Log what /ready says whenever that changes, until cancelled."""
-    told: str | None = None
+    logged: str | None = None
     started = monotonic()
     while True:
         before = monotonic()
         reason = not_ready(fleet)
         now = monotonic()
-        if reason != told and (told is not None or not reason or now - started > _START):
+        if reason != logged and (logged is not None or not reason or now - started > _START):
             if reason:
                 log.warning("not ready: %s", reason)
             else:
                 log.info("ready: requests can be served")
-            told = reason
+            logged = reason
         await asyncio.sleep(max(_TICK, (now - before) / _SHARE))

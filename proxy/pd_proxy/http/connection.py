@@ -166,7 +166,7 @@ class Connection(asyncio.Protocol):
         self.abort()
         if receiver is not None:
             why = f"{self._origin.url}: the gateway failed on its answer ({type(fault).__name__})"
-            self._tell_lost(receiver, BackendGarbled(why))
+            self._report_lost(receiver, BackendGarbled(why))
 
     def divert(self, protocol: asyncio.Protocol) -> None:
         """Let another protocol have the reads of this exchange. It passes on to this connection what it does not
@@ -347,7 +347,7 @@ class Connection(asyncio.Protocol):
         except Exception as fault:
             self.broken(receiver, fault)
 
-    def _tell_lost(self, receiver: Receiver, error: BackendError) -> None:
+    def _report_lost(self, receiver: Receiver, error: BackendError) -> None:
         try:
             receiver.lost(error)
         except Exception:
@@ -357,7 +357,7 @@ class Connection(asyncio.Protocol):
         receiver = self._receiver
         self.abort()
         if receiver is not None:
-            self._tell_lost(receiver, error)
+            self._report_lost(receiver, error)
 
     def _cut(self) -> BackendCut:
         """The error for an engine that has closed the connection. One that had kept the connection, and closes it
@@ -371,4 +371,4 @@ class Connection(asyncio.Protocol):
         self._request = ()
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
-            self._tell_lost(receiver, error)
+            self._report_lost(receiver, error)

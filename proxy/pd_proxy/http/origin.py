@@ -87,8 +87,8 @@ class Origin:
         """
         connection = self._take()
         if connection is None:
-            patience = self.connect_timeout if within is None else min(within, self.connect_timeout)
-            connection = await self.connect(Connection, patience)
+            timeout = self.connect_timeout if within is None else min(within, self.connect_timeout)
+            connection = await self.connect(Connection, timeout)
         if check is not None:
             try:
                 check()
@@ -147,17 +147,17 @@ class Origin:
             if now - idle[0].idle_since > KEEPALIVE:
                 idle.popleft().abort()
 
-    async def connect(self, kind: Callable[[Origin], C], patience: float) -> C:
+    async def connect(self, kind: Callable[[Origin], C], timeout: float) -> C:
         """Make a new connection.
 
         Arguments:
             kind: its class.
-            patience: seconds.
+            timeout: seconds.
         Raises:
             BackendUnreachable
         """
         try:
-            _, connection = await connect(self._address, lambda: kind(self), patience, self._trust)
+            _, connection = await connect(self._address, lambda: kind(self), timeout, self._trust)
         except BackendUnreachable as error:
             raise BackendUnreachable(f"{self.url}: {error}", blame=error.blame) from error
         return connection

@@ -51,7 +51,7 @@ class BackendGroup(Group):
     name: str = Field(pattern=NAME, description="what logs and /admin call it; letters, digits, ._-")
     kind: KindName = Field("vllm", description="what its backends are")
     connector: ConnectorChoice = Field(
-        "nixl", description="the hand-off protocol its engines speak; auto: the one that they tell of"
+        "nixl", description="the hand-off protocol its engines speak; auto: the one that they report"
     )
     prefill: BackendUrls = Field((), description="URLs of its prefill backends")
     decode: BackendUrls = Field((), description="URLs of its decode backends")

@@ -61,7 +61,7 @@ class SettingsFields(Group, BaseSettings):
         (), description="URL of an encoder of images, audio and video, whose output the others take; may be repeated"
     )
     connector: ConnectorChoice = Field(
-        "nixl", description="the hand-off protocol the engines speak; auto: the one that they tell of"
+        "nixl", description="the hand-off protocol the engines speak; auto: the one that they report"
     )
     groups: Groups = Field(
         (), description="further fleets of backends, each with a connector of its own; no hand-off leaves its group"

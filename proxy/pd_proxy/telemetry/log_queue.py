@@ -105,7 +105,7 @@ class LogQueue(QueueHandler):
 
     # The writer's side
 
-    def _write_on(self, lines: SimpleQueue[bytes], told: int) -> None:
+    def _write_on(self, lines: SimpleQueue[bytes], reported: int) -> None:
         when = 0.0
         rest = b""  # a line that did not fit into the last piece
         while self._descriptor is not None:
@@ -124,8 +124,8 @@ class LogQueue(QueueHandler):
             written = self._write(piece)
             if not written:
                 self._refused += count
-            elif self.dropped > told and monotonic() - when > _AGAIN:
-                missing, told, when = self.dropped - told, self.dropped, monotonic()
+            elif self.dropped > reported and monotonic() - when > _AGAIN:
+                missing, reported, when = self.dropped - reported, self.dropped, monotonic()
                 self._write(self._notice(missing))
             self._done += len(piece)
             sleep(_REST if lines.empty() else 0)

@@ -45,11 +45,11 @@ class RequestLog:
             record.request_id,
             record.endpoint,
             record.outcome,
-            extra=_told(record),
+            extra=_fields(record),
         )
 
 
-def _told(record: RequestRecord) -> dict[str, Any]:
+def _fields(record: RequestRecord) -> dict[str, Any]:
     """`extra` of a request's line: the fields of a text line, and the members of a JSON line. docs/logs.md explains
     each; what is empty is left out, and of a text line zeros too."""
     members: dict[str, Any] = {
@@ -134,7 +134,7 @@ def _time(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def tell_throughput(throughput: Throughput, in_flight: int, waiting: int) -> None:
+def log_throughput(throughput: Throughput, in_flight: int, waiting: int) -> None:
     """Log what was served since the last time, if anything was."""
     fields = throughput.look(in_flight, waiting)
     if fields is not None:

@@ -300,32 +300,32 @@ def fanout(
     @router.post("/admin/reset_prefix_cache", response_model=Report)
     async def reset_prefix_cache(query: Annotated[ResetQuery, Query()]) -> Response:
         """Drop the engines' prefix caches."""
-        return _told(await engines.ask("reset_prefix_cache", query, _of_reset(query)))
+        return _response(await engines.ask("reset_prefix_cache", query, _of_reset(query)))
 
     @router.post("/admin/start_profile", response_model=Report)
     async def start_profile(query: Annotated[Which, Query()]) -> Response:
         """Start the engines' profilers, where one is configured."""
-        return _told(await engines.ask("start_profile", query))
+        return _response(await engines.ask("start_profile", query))
 
     @router.post("/admin/stop_profile", response_model=Report)
     async def stop_profile(query: Annotated[Which, Query()]) -> Response:
         """Stop them; each engine writes its profile before it answers."""
-        return _told(await engines.ask("stop_profile", query))
+        return _response(await engines.ask("stop_profile", query))
 
     @router.post("/admin/sleep", response_model=Report)
     async def sleep(query: Annotated[SleepQuery, Query()]) -> Response:
         """Put engines to sleep. Each is drained first, and gets no requests until it is awake."""
-        return _told(await engines.sleep(query))
+        return _response(await engines.sleep(query))
 
     @router.post("/admin/wake_up", response_model=Report)
     async def wake_up(query: Annotated[WakeQuery, Query()]) -> Response:
         """Wake engines. Each gets requests again when its next health check finds it awake."""
-        return _told(await engines.ask("wake_up", query, {"tags": query.tags} if query.tags else None))
+        return _response(await engines.ask("wake_up", query, {"tags": query.tags} if query.tags else None))
 
     @router.get("/admin/is_sleeping", response_model=Report)
     async def is_sleeping(query: Annotated[Which, Query()]) -> Response:
         """Ask each engine whether it sleeps."""
-        return _told(await engines.ask("is_sleeping", query))
+        return _response(await engines.ask("is_sleeping", query))
 
     _add_adapters(router, engines)
     _add_script_reset(router, fleet, engines)
@@ -340,12 +340,12 @@ def _add_adapters(router: APIRouter, engines: FanOut) -> None:
     @router.post("/v1/load_lora_adapter", response_model=Report)
     async def load_lora_adapter(query: Annotated[AdapterQuery, Query()], adapter: LoadAdapter) -> Response:
         """Load a LoRA adapter into every engine of its base model. Clients can ask for it from then on."""
-        return _told_as_one(await engines.load(query, adapter))
+        return _response_as_one(await engines.load(query, adapter))
 
     @router.post("/v1/unload_lora_adapter", response_model=Report)
     async def unload_lora_adapter(query: Annotated[AdapterQuery, Query()], adapter: UnloadAdapter) -> Response:
         """Unload a LoRA adapter from every engine that has it."""
-        return _told_as_one(await engines.unload(query, adapter))
+        return _response_as_one(await engines.unload(query, adapter))
 
 
 def _add_script_reset(router: APIRouter, fleet: Fleet, engines: FanOut) -> None:
@@ -373,16 +373,16 @@ def _of_reset(query: ResetQuery) -> dict[str, Any]:
     return query.model_dump(include={"reset_running_requests", "reset_external"}, exclude_defaults=True)
 
 
-def _told_as_one(report: Report) -> Response:
-    """As `_told`; where all engines refused alike, with their status, which is what scripts for one engine know."""
-    answer = _told(report)
+def _response_as_one(report: Report) -> Response:
+    """As `_response`; where all engines refused alike, with their status, which is what scripts for one engine know."""
+    answer = _response(report)
     [status, *others] = {outcome.status for outcome in report.backends}
     if status is not None and 400 <= status < 500 and not others:
         answer.status_code = status
     return answer
 
 
-def _told(report: Report) -> Response:
+def _response(report: Report) -> Response:
     """200 when all went well; else 502, with an error beside the report."""
     failed = sum(not outcome.ok for outcome in report.backends)
     if not failed:

@@ -18,10 +18,11 @@ from pd_proxy.fleet.health.profile import Profile, read_from_elsewhere, read_pro
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.handoff.traits import Traits
 
-_PATIENCE = 10.0  # seconds for the page of an engine's configuration: vLLM inspects its whole environment for it
+# Seconds for the page of an engine's configuration: vLLM inspects its whole environment for it.
+_CONFIGURATION_TIMEOUT = 10.0
 
 
-class Guide(Protocol):
+class CoordinatesReader(Protocol):
     """The part of a connector that recognises its engines and reads their coordinates."""
 
     @property
@@ -38,25 +39,25 @@ class Discovery:
     Arguments:
         probe: fetches the pages.
         seconds: the time limit of a page.
-        guides: by connector.
+        connectors: by name.
     """
 
-    def __init__(self, fleet: Fleet, probe: Probe, seconds: float, guides: Mapping[str, Guide]) -> None:
+    def __init__(self, fleet: Fleet, probe: Probe, seconds: float, connectors: Mapping[str, CoordinatesReader]) -> None:
         self._fleet = fleet
         self._probe = probe
         self._seconds = seconds
-        self._guides = guides
-        self._told: dict[Backend, Coordinates] = {}  # the coordinates in the settings
+        self._connectors = connectors
+        self._from_settings: dict[Backend, Coordinates] = {}  # the coordinates in the settings
 
     def forget(self, backend: Backend) -> None:
         """Forget a backend that has left the fleet."""
-        self._told.pop(backend, None)
+        self._from_settings.pop(backend, None)
 
     async def profile(self, backend: Backend) -> Profile:
         """Read how an engine was started, as far as it reports that."""
         configuration = b""
         for page in CONFIGURATION:
-            if configuration := await self._probe.page(backend.url + page, _PATIENCE):
+            if configuration := await self._probe.page(backend.url + page, _CONFIGURATION_TIMEOUT):
                 break
         path = backend.kind.metrics
         metrics = await self._probe.page(backend.url + path, self._seconds) if path else b""
@@ -96,31 +97,31 @@ class Discovery:
                 with suppress(*NOT_AS_EXPECTED):
                     version = str(decode_json(answer.body)[member])
         self._fleet.learnt(backend, models, version)
-        if self._fleet.is_to_tell(backend) and (anew or not backend.told):
-            self._fleet.told(backend, await self._tell(backend))
+        if self._fleet.reports_connector(backend) and (anew or not backend.reported_connector):
+            self._fleet.connector_reported(backend, await self._read_connector(backend))
         await self._locate(backend)
 
-    async def _tell(self, backend: Backend) -> str:
+    async def _read_connector(self, backend: Backend) -> str:
         """The connector of the hand-off protocol that an engine speaks; empty if that is not known."""
-        fingerprints = {name: guide.traits.fingerprints for name, guide in self._guides.items()}
+        fingerprints = {name: connector.traits.fingerprints for name, connector in self._connectors.items()}
         for page in CONFIGURATION:
-            if known := configured(await self._probe.page(backend.url + page, _PATIENCE)):
+            if known := configured(await self._probe.page(backend.url + page, _CONFIGURATION_TIMEOUT)):
                 return speaker(known, fingerprints)
         if path := backend.kind.metrics:
             series = counted(await self._probe.page(backend.url + path, self._seconds))
             if name := speaker(series, fingerprints):
                 return name
-        return await self._show(backend) if backend.role == "prefill" else ""
+        return await self._connector_by_page(backend) if backend.role == "prefill" else ""
 
-    async def _show(self, backend: Backend) -> str:
+    async def _connector_by_page(self, backend: Backend) -> str:
         """The connector whose page about a prefill engine's coordinates the engine has; empty if it has none."""
-        for name, guide in self._guides.items():
+        for name, connector in self._connectors.items():
             coordinates = msgspec.structs.replace(
-                backend.coordinates, port=backend.coordinates.port or guide.traits.port
+                backend.coordinates, port=backend.coordinates.port or connector.traits.port
             )
-            if url := guide.info_url(coordinates):
+            if url := connector.info_url(coordinates):
                 with suppress(*NOT_AS_EXPECTED):
-                    guide.learn(coordinates, await self._probe.page(url, self._seconds))
+                    connector.learn(coordinates, await self._probe.page(url, self._seconds))
                     return name
         return ""
 
@@ -140,22 +141,22 @@ class Discovery:
         Raises:
             ProbeFailed: the engine did not report them, so that no hand-off is possible.
         """
-        guide = self._guides.get(backend.connector)
+        connector = self._connectors.get(backend.connector)
         if (
-            guide is not None
-            and guide.traits.registers
+            connector is not None
+            and connector.traits.registers
             and backend.role in ("prefill", "decode")
             and not backend.registered
         ):
             raise ProbeFailed("its engine has not registered at zmq.registrations", "unregistered")
-        if guide is None or backend.role != "prefill":
+        if connector is None or backend.role != "prefill":
             return
-        told = self._told.setdefault(backend, backend.coordinates)
-        if not told.port:
-            told = msgspec.structs.replace(told, port=guide.traits.port)
+        from_settings = self._from_settings.setdefault(backend, backend.coordinates)
+        if not from_settings.port:
+            from_settings = msgspec.structs.replace(from_settings, port=connector.traits.port)
         if not backend.coordinates.port:
-            backend.locate(told)
-        urls = [backend.url + page for page in guide.traits.info_pages] or [guide.info_url(told)]
+            backend.locate(from_settings)
+        urls = [backend.url + page for page in connector.traits.info_pages] or [connector.info_url(from_settings)]
         if not urls[0]:
             return
         for url in urls:
@@ -168,6 +169,6 @@ class Discovery:
         try:
             if answer.status != 200:
                 raise ValueError(f"status {answer.status}")
-            backend.locate(guide.learn(told, answer.body))
+            backend.locate(connector.learn(from_settings, answer.body))
         except NOT_AS_EXPECTED as error:
             raise ProbeFailed(f"{url} did not report where its KV cache is: {error}", "no_coordinates") from None

@@ -19,23 +19,23 @@ class DownLog:
 
     def __init__(self) -> None:
         self._since = float("-inf")
-        self._told = 0
-        self._untold: Counter[str] = Counter()
+        self._logged = 0
+        self._left_out: Counter[str] = Counter()
 
-    def tell(self, backend: Backend, reason: str) -> None:
+    def report(self, backend: Backend, reason: str) -> None:
         """Log that a backend is not up, for another reason than before."""
         loop = asyncio.get_running_loop()
-        if loop.time() - self._since > LINES_FOR and not self._untold:
-            self._since, self._told = loop.time(), 0
-        if self._told < _LINES:
-            self._told += 1
+        if loop.time() - self._since > LINES_FOR and not self._left_out:
+            self._since, self._logged = loop.time(), 0
+        if self._logged < _LINES:
+            self._logged += 1
             log.warning("%s backend %s is not up: %s", backend.role, backend.url, reason)
             return
-        if not self._untold:
+        if not self._left_out:
             loop.call_at(self._since + LINES_FOR, self._sum_up)
-        self._untold[reason] += 1
+        self._left_out[reason] += 1
 
     def _sum_up(self) -> None:
-        (reason, _), number = self._untold.most_common(1)[0], self._untold.total()
-        self._untold.clear()
+        (reason, _), number = self._left_out.most_common(1)[0], self._left_out.total()
+        self._left_out.clear()
         log.warning("%d more backends are not up (GET /admin/backends), most of them: %s", number, reason)

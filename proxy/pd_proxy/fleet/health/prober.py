@@ -31,7 +31,7 @@ from tenacity import (
 
 from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
-from pd_proxy.fleet.health.discovery import Discovery, Guide
+from pd_proxy.fleet.health.discovery import CoordinatesReader, Discovery
 from pd_proxy.fleet.health.down_log import LINES_FOR, DownLog
 from pd_proxy.fleet.health.identities import Identities
 from pd_proxy.fleet.health.kv_cache import Cache
@@ -60,7 +60,7 @@ class Prober:
         on_leave: called with each backend that has left the fleet.
         reads_caches: whether to read how much engines' KV caches hold, which placement uses.
         learns_identity: whether the identity of a backend's engine is needed (`identities.py`).
-        guides: by connector: how to recognise its engines and to read their coordinates.
+        connectors: by name: how to recognise its engines and to read their coordinates.
         sentinel_headers: header lines of each request over a sentinel connection.
     """
 
@@ -73,7 +73,7 @@ class Prober:
         on_leave: Callable[[Backend], object] = lambda backend: None,
         reads_caches: bool = False,
         learns_identity: Callable[[Backend], bool] = lambda backend: False,
-        guides: Mapping[str, Guide] | None = None,
+        connectors: Mapping[str, CoordinatesReader] | None = None,
         sentinel_headers: bytes = b"",
     ) -> None:
         self._fleet = fleet
@@ -82,7 +82,7 @@ class Prober:
         self._on_leave = on_leave
         self._reads_caches = reads_caches
         self._probe = Probe(control, settings.timeout)
-        self._discovery = Discovery(fleet, self._probe, settings.timeout, guides or {})
+        self._discovery = Discovery(fleet, self._probe, settings.timeout, connectors or {})
         self._identities = Identities(control, settings.timeout, learns_identity, sentinel_headers)
         self.probe, self.lives = self._probe.probe, self._probe.lives
         self.why_unreachable = self._probe.why_unreachable
@@ -94,7 +94,7 @@ class Prober:
         self._down = 0  # the number of backends that are down, and probed until they are up
         self._quiet = DownLog()
         self._checks = Checks(control.timeout, fleet.delays)
-        self._excused_told = float("-inf")
+        self._excused_logged = float("-inf")
         self._unsubscribe: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -201,7 +201,7 @@ class Prober:
             self._fleet.forget_idle()
         if reason != backend.reason:
             backend.note_down(reason)
-            self._quiet.tell(backend, reason)
+            self._quiet.report(backend, reason)
 
     async def _until_down(self, backend: Backend) -> None:
         """Probe a backend at the interval, and at once when a request has failed. Returns when the probes fail, or a
@@ -266,9 +266,9 @@ class Prober:
         """Count a failed check that does not take its backend out; one log line stands for all at the same time."""
         self._fleet.excused_checks[why] += 1
         now = asyncio.get_running_loop().time()
-        if now - self._excused_told < LINES_FOR:
+        if now - self._excused_logged < LINES_FOR:
             return
-        self._excused_told = now
+        self._excused_logged = now
         up = [backend for backend in self._fleet if backend.up]
         failing = sum(self._checks.fails(backend, now) for backend in up)
         log.warning(

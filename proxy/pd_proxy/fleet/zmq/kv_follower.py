@@ -191,7 +191,7 @@ class Follower:
             event, _ = await monitor.recv_multipart()
             self.connected = event[:2] == connected
             if self.connected:
-                self._tell(
+                self._log(
                     logging.INFO, "connected", "the KV events of %s are received from %s", self._name, self._events
                 )
                 self._calm_until.pop("unanswered", None)  # it may be another process, and that may answer
@@ -199,7 +199,7 @@ class Follower:
                 async with self._busy:
                     await self._look_back()
             else:
-                self._tell(
+                self._log(
                     logging.WARNING,
                     "cut",
                     "the connection to the KV events of %s at %s has ended",
@@ -236,7 +236,7 @@ class Follower:
         if self._last is not None and number > self._last + 1:
             self._counts["lost"] += number - self._last - 1
             why = "the publisher does not have them any more" if self._replay else "no replay endpoint is set"
-            self._tell(
+            self._log(
                 logging.WARNING,
                 "lost",
                 "KV events of %s are lost (%d batches; %s): the prefix index may be wrong about its cache for a while",
@@ -319,7 +319,7 @@ class Follower:
     def _forget_all(self) -> None:
         """Note that the publisher is another process than the one whose last batch was taken."""
         self._counts["restart"] += 1
-        self._tell(
+        self._log(
             logging.INFO, "restart", "%s has restarted, according to its KV events: nothing is cached there", self._name
         )
         self._cache.clear()
@@ -330,7 +330,7 @@ class Follower:
     def _unanswered(self, why: str) -> None:
         self._counts["unanswered"] += 1
         self._unasked = True
-        self._tell(
+        self._log(
             logging.WARNING,
             "unanswered",
             "missed KV events of %s cannot be requested at %s: %s",
@@ -342,14 +342,14 @@ class Follower:
 
     def _garbage(self, why: str) -> None:
         self._counts["garbage"] += 1
-        self._tell(
+        self._log(
             logging.WARNING, "garbage", "%s publishes a message that is not a batch of KV events: %s", self._name, why
         )
 
     def _is_calm(self, what: str) -> bool:
         return self._clock() >= self._calm_until.get(what, 0.0)
 
-    def _tell(self, level: int, what: str, text: str, *args: object) -> None:
+    def _log(self, level: int, what: str, text: str, *args: object) -> None:
         """Log a line that an engine could cause again and again."""
         if self._is_calm(what):
             self._calm_until[what] = self._clock() + _CALM
