@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import http.server
 import json
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,9 @@ from bench import load
 from bench.cases import Case
 from bench.cost import counted
 from bench.process import BenchError, free_port, get
+from tests.bench.servers import Handler, serving
 
 ASK_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
-Handler = type[http.server.BaseHTTPRequestHandler]
 NIXL_KEYS = {
     "do_remote_prefill",
     "do_remote_decode",
@@ -62,45 +59,22 @@ def events(text: str) -> list[Any]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-class Cutting(http.server.BaseHTTPRequestHandler):
+class Cutting(Handler):
     """Answers with one token, [DONE] and a complete body: the status is good, but the answer is too short."""
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.read_body()
         body = b'data: {"choices":[{"delta":{"content":" @1"}}]}\n\ndata: [DONE]\n\n'
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        """Log nothing: pytest's output is enough."""
 
-
-class Refusing(http.server.BaseHTTPRequestHandler):
+class Refusing(Handler):
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.read_body()
         self.send_error(503)
-
-    def log_message(self, *_: object) -> None:
-        """Log nothing: pytest's output is enough."""
-
-
-class Server(http.server.ThreadingHTTPServer):
-    request_queue_size = 64  # with the default of 5 the kernel would drop connects, and the client would wait a second
-
-
-@contextlib.contextmanager
-def serving(handler: Handler) -> Iterator[int]:
-    server = Server(("127.0.0.1", free_port()), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.mark.slow
@@ -134,7 +108,7 @@ def test_an_engine_sends_a_stream_one_token_for_each_tick(program: Path, small: 
 @pytest.mark.parametrize(("answer", "status"), [(Refusing, "503"), (Cutting, "200")])
 @pytest.mark.slow
 def test_a_client_counts_refused_and_short_answers_as_bad(
-    program: Path, small: Case, answer: Handler, status: str
+    program: Path, small: Case, answer: type[Handler], status: str
 ) -> None:
     with serving(answer) as port:
         report = load.drive(program, port, small, timeout_s=10)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from threading import Thread
 from typing import ClassVar
 
 import pytest
@@ -22,22 +21,20 @@ from bench.cases import Case
 from bench.cost import counted, engine
 from bench.policies import AGAIN, Gateway, Turn
 from bench.process import BenchError
+from tests.bench.servers import Handler, serving
 
 TURN = Turn({"least_loaded": 200.0, "auto": 206.0, AGAIN: 201.0})
 
 
-class Reading(http.server.BaseHTTPRequestHandler):
+class Reading(Handler):
     """Keeps the prompts, and answers each request with an error."""
 
     prompts: ClassVar[list[str]]
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.read_body())
         self.prompts.append(body["messages"][0]["content"])
         self.send_error(503)
-
-    def log_message(self, *_: object) -> None:
-        """Log nothing: pytest's output is enough."""
 
 
 @contextmanager
@@ -45,15 +42,8 @@ def reading() -> Iterator[tuple[int, list[str]]]:
     class Keeping(Reading):
         prompts: ClassVar[list[str]] = []
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Keeping)
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server.server_address[1], Keeping.prompts
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Keeping) as port:
+        yield port, Keeping.prompts
 
 
 def prompts(program: Path, case: Case) -> list[str]:
