@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,6 +18,9 @@ from .bed import Bed, connect
 from .engines import Engine, Role, running
 from .gateway import Gateway, serving
 from .questions import ALL_QUESTIONS
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / os.environ.get("REAL_VENV", ".venv-vllm")
@@ -104,3 +108,12 @@ def second_decode(bed: Bed) -> Engine:
 def gateway(bed: Bed, logs: Path) -> Iterator[Gateway]:
     with serving(bed.prefill.url, bed.decode.url, logs / "gateway.log") as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def client(gateway: Gateway) -> Iterator[OpenAI]:
+    """The official client of the gateway, without retries."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=60) as opened:
+        yield opened

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,12 +18,6 @@ TOKENS = 200
 IN_FULL_BLOCKS = TOKENS // BLOCK_SIZE * BLOCK_SIZE
 """The part of a completion's prompt that a prefix cache can have. A chat's prompt has seventeen tokens more, which
 are as many blocks."""
-
-
-@pytest.fixture(scope="module")
-def client(gateway: Gateway) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=60) as opened:
-        yield opened
 
 
 def cached_tokens(client: OpenAI, api: Api, prompt: str, stream: bool) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from .bed import Bed
 from .engines import MODEL_NAME
-from .gateway import Gateway
 from .questions import MAX_TOKENS, Api, Question, prompt_of
 
 pytestmark = pytest.mark.real
@@ -22,12 +20,6 @@ MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": PROMPT
 PROMPTS = [prompt_of(64), prompt_of(200)]
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 3, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 """For n > 1, which vLLM refuses for greedy requests. Every choice has exactly twelve tokens."""
-
-
-@pytest.fixture(scope="module")
-def client(gateway: Gateway) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=60) as opened:
-        yield opened
 
 
 def test_the_engines_model_is_listed(client: OpenAI) -> None:
