@@ -48,39 +48,41 @@ LABELS = {
     "client": "a client's name in the settings; `key-1`, `key-2`, … for those of `api_keys`; `anonymous` without keys",
     "code": "of the error: `queue_full`, `deadline_too_close`, `queue_timeout`, `target_missed`, "
     "`rate_limit_exceeded`, `too_many_tokens` or `draining`",
-    "decision": "its reason: the name of a policy, or of `auto` one of its rules; of a local prefill also a fallback's "
-    "reason; `none` where nobody could be chosen ([explain](explain.md))",
+    "decision": "its reason: the name of a policy, or one of the rules of `auto`; for a local prefill also a "
+    "fallback's reason; `none` where no backend could be chosen ([explain](explain.md))",
     "endpoint": "`chat`, `completions`, `messages`, `responses`, `generate`, `sglang_generate`, "
     "or a one-leg route: `embeddings`, "
     "`rerank`, `score`, `pooling`, `classify`, `moderations`, `transcriptions`, `translations`, `tokenize`, "
     "`detokenize`, `count_tokens`, `render`, `batch`",
     "group": "`default`, or the name of one of `groups`",
-    "kind": "`prompt`, `cached` (of the prompt, found in prefill's cache) or `completion`",
+    "kind": "`prompt`, `cached` (tokens of the prompt that prefill had in its cache) or `completion`",
     "leg": "`prefill`, `decode` or `encode`",
     "message": "`notice`, `registration`, `kv_batch` or `kv_event`",
-    "model": "a model that some backend has named; any other is `other`",
+    "model": "a model that some backend has; any other is `other`",
     "outcome": "of a request: `ok`, `client_gone`, or the code of the error that ended it ([errors](errors.md)); of a "
     "hand-off: `released` or `left_to_expire`",
-    "pool": "`prefill`, `decode`, `mixed` or `encode`; of a decision that chose nobody `none`",
+    "pool": "`prefill`, `decode`, `mixed` or `encode`; `none` for a decision without a backend",
     "reason": "of a retry: the error's reason ([errors](errors.md)); of a fallback: `no_prefill_backend`, "
     "`no_decode_backend`, `no_matching_pair` ([models](models.md#revisions)), `no_handoff_params`, "
     "`handoff_invalid`, `prefill_failed`, `handoff_failed`, `no_encode_backend`, `encode_failed`, or the request "
     "field that keeps it from being split (`n`, `prompt_list`, `echo`, …); of an ejection: `consecutive`, "
-    "`success_rate`, `slow` ([operating](operating.md#the-breaker)); of a first token: [whose it is](first-token.md); "
-    "of an ignored health check: `mass_failure` or `gateway_delayed` ([operating](operating.md#mass-failure))",
-    "result": "of a warm-up: `ok`, or [what is wrong with the pair](findings.md); of a message: `taken`; `garbage` (it "
-    "is no such message); of a notice: `unexpected` (no request waits for it); of a registration: `unknown` (of no "
-    "backend that registers) or `refused` (its engine may not say it); of KV events: [KV events](kv-events.md#metrics)",
+    "`success_rate`, `slow`, `leaving` ([operating](operating.md#the-breaker)); of a first token: "
+    "[first token](first-token.md); of an ignored health check: `mass_failure` or `gateway_delayed` "
+    "([operating](operating.md#mass-failure))",
+    "result": "of a warm-up: `ok`, or [what is wrong with the pair](findings.md); of a message: `taken` (accepted); "
+    "`garbage` (malformed); of a notice: `unexpected` (no request waits for it); of a registration: `unknown` (it "
+    "belongs to no backend that registers) or `refused` (its engine may not send it); of KV events: "
+    "[KV events](kv-events.md#metrics)",
     "source": "`prefill` or `decode`",
     "stage": "`admission`, `encode`, `prefill`, `decode` (before the first token) or `stream` (after it)",
     "state": "`up`, `slow_start`, `ejected`, `draining` or `down`",
     "version": "the gateway's version",
 }
-"""What each label says. A label of the code that is missing here is an error, and so is one too many."""
+"""The values of each label. A label of the code that is missing here is an error, and so is one too many."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the pages, or check them; gives the exit status."""
+    """Write the pages, or check them. Returns the exit status."""
     parser = argparse.ArgumentParser(description="Write the reference pages from the code.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is stale")
     arguments = parser.parse_args(argv)
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_fresh(path: Path, text: str) -> bool:
-    """Whether a page is already what it should be."""
+    """Whether a page already has this text."""
     return path.exists() and path.read_text(encoding="utf-8") == text
 
 
@@ -120,8 +122,8 @@ def findings_page() -> str:
             NOTE,
             "# Findings\n",
             "For operators: what `pd-proxy doctor` says about engines, and what to do.\n",
-            "What [`pd-proxy doctor`](operating.md#doctor), [warm-ups](operating.md#warm-up) and `GET /admin/backends` "
-            "find wrong with engines and pairs of them, by its code, and what to do.\n",
+            "[`pd-proxy doctor`](operating.md#doctor), [warm-ups](operating.md#warm-up) and `GET /admin/backends` "
+            "report these faults of engines and pairs, by their codes.\n",
             table(("code", "meaning", "what to do"), rows),
             "For `side_channel` the advice depends on the connector:\n",
             table(("connector", "what to do"), named),
@@ -141,11 +143,11 @@ def settings_page() -> str:
         "# Settings\n",
         "For operators: every setting, with its default and the reason for it.\n",
         "A setting has one name in the file, in the environment and as a flag of `pd-proxy serve`, where hyphens stand "
-        "for its underscores. Flags win over variables, variables over the file. Unknown names are refused in all "
-        "three. `pd-proxy check FILE` says what is wrong with a file, and in which line.\n",
+        "for its underscores. Flags override variables, and variables override the file. Unknown names are refused in "
+        "all three. `pd-proxy check FILE` reports the errors of a file with their lines.\n",
         f"The file is named by `--config` or by the variable `{CONFIG_VARIABLE}`. Lists are YAML lists in the file; "
         "in a variable they are separated by commas; a flag may be repeated.\n",
-        f"`{DEFAULTS_VARIABLE}` has settings that rank below the file, `name=value` separated by commas: for images. A "
+        f"`{DEFAULTS_VARIABLE}` has settings that the file overrides, `name=value` separated by commas: for images. A "
         "secret may be `file:PATH` or `env:NAME` everywhere; an empty one is an error.\n",
         "The reasons for the defaults are in [config/pd-proxy.yaml](../config/pd-proxy.yaml).\n",
     ]
@@ -178,7 +180,7 @@ def settings_page() -> str:
 
 
 def default(field: FieldInfo) -> str:
-    """A setting's default, as a file would have it."""
+    """A setting's default, as in a settings file."""
     value = field.default
     if value is PydanticUndefined or value in (None, (), {}, ""):
         return NONE
@@ -188,7 +190,7 @@ def default(field: FieldInfo) -> str:
 
 
 def meaning(field: FieldInfo) -> str:
-    """What a setting is for, and the values it may have where they are few."""
+    """A setting's description, and its possible values where they are few."""
     text = field.description or ""
     values = choices(field.annotation)
     if values:
@@ -204,7 +206,7 @@ def choices(annotation: Any) -> tuple[str, ...]:
 
 
 def arguments_of(annotation: Any) -> set[Any]:
-    """Everything that a type is made of."""
+    """A type and all the types within it."""
     return {annotation}.union(*(arguments_of(part) for part in get_args(annotation) if not isinstance(part, str)))
 
 
@@ -234,12 +236,12 @@ def metrics_page() -> str:
             NOTE,
             "# Metrics\n",
             "For operators: every metric of the gateway, with its labels.\n",
-            "`GET /metrics` answers in Prometheus' text format, or in OpenMetrics when asked for; on the main port, or "
-            "on `metrics.port`. Times are seconds, as the client saw them. Beside these there are the usual "
-            "`process_*` and `python_info`.\n",
+            "`GET /metrics` answers in Prometheus' text format, or in OpenMetrics if requested, on the main port or "
+            "on `metrics.port`. Times are in seconds, as the client sees them. The usual `process_*` and `python_info` "
+            "are there as well.\n",
             table(("name", "type", "labels", "meaning"), rows),
             "## Labels\n",
-            "Label values stay bounded whatever clients send.\n",
+            "The number of label values stays bounded, whatever clients send.\n",
             table(("label", "values"), [(f"`{label}`", LABELS[label]) for label in used]),
             "## Old names\n",
             "These metrics were renamed in 0.4.0. Both names are shown while `metrics.old_names` is true; 0.5.0 will "
@@ -251,7 +253,7 @@ def metrics_page() -> str:
 
 
 def old_names(types: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    """What renamed metrics were called: their names, labels and label values, where these differ."""
+    """The old and the new name of each renamed metric, with the labels and label values that differ."""
     for new, old in OLD_NAMES.items():
         ending = "_total" if types[new] == "counter" else ""
         before, after = [], []
@@ -265,7 +267,7 @@ def old_names(types: Mapping[str, str]) -> Iterable[tuple[str, str]]:
 
 
 def no_backends() -> dict[str, Any]:
-    """The settings' defaults, whatever the environment says."""
+    """The settings' defaults, without those of the environment."""
     return {name: field.default for name, field in Settings.model_fields.items()}
 
 
@@ -296,20 +298,20 @@ def errors_page() -> str:
             "Anthropic's ([routes](generating-routes.md#errors)):\n",
             '```json\n{"error": {"message": "…", "type": "…", "param": null, "code": "…"}}\n```\n',
             "An answer that has not begun gets the status. A stream that has begun gets the same object as its last "
-            "event, and no `[DONE]`. Every answer has an `x-request-id`: the client's own where it sent a sane one. "
-            "Messages that name backends go to the log; a client is told what happened, not where.\n",
+            "event, and no `[DONE]`. Every answer has an `x-request-id`: the client's own, if it sent a valid one. "
+            "Messages that name backends go to the log; a client gets the cause, but no addresses.\n",
             "## Tree\n",
             f"```text\n{tree}\n```\n",
             "## Table\n",
-            "*Retried*: the gateway tries again on other backends, as long as the client has been given nothing and "
-            "tries are left (`retries.attempts`). *Reason* is the word in `pd_proxy_retries_total`.\n",
-            table(("class", "status", "type", "code", "reason", "retried", "what the client reads"), rows),
+            "*Retried*: the gateway tries again on other backends, as long as the client has got nothing and "
+            "tries are left (`retries.attempts`). *Reason* is the label in `pd_proxy_retries_total`.\n",
+            table(("class", "status", "type", "code", "reason", "retried", "message for the client"), rows),
         ]
     )
 
 
 def subclasses(kind: type[errors.GatewayError]) -> Iterable[type[errors.GatewayError]]:
-    """A class and all below it, in the order of the file."""
+    """A class and all its subclasses, in the order of the file."""
     yield kind
     for below in kind.__subclasses__():
         yield from subclasses(below)
@@ -321,7 +323,7 @@ def status_of(kind: type[errors.GatewayError]) -> str:
 
 def read_by_client(kind: type[errors.GatewayError]) -> str:
     if issubclass(kind, errors.BackendAnswered):
-        return f"the engine's own error where it is fit to pass on; else “{kind.public}”"
+        return f"the engine's own error if it may be passed on; else “{kind.public}”"
     if issubclass(kind, errors.BackendError):
         return f"“{kind.public}”"
     return "what is wrong with this request" if issubclass(kind, errors.ClientError) else "what happened"

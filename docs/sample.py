@@ -1,8 +1,8 @@
 """Write the samples of commands in the docs: `pd-proxy doctor` in operating.md, from a run against simulated engines,
-and `pd-proxy explain` in explain.md, of a decision about engines that are not there.
+and `pd-proxy explain` in explain.md, for a decision about imaginary engines.
 
 python docs/sample.py            writes them
-python docs/sample.py --check    exits 1 when what is there is not what the commands say now
+python docs/sample.py --check    exits 1 when a sample is not what the command prints now
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from pd_proxy_simulator import Simulator, SimulatorConfig  # noqa: E402
 
 PAGES = {"doctor": HERE / "operating.md", "explain": HERE / "explain.md"}
 _SAMPLE = r"(<!-- sample of %s, written by docs/sample\.py -->\n```text\n).*?(```\n)"
-_WRONG_HOST = "127.0.0.9"  # at which nobody listens
+_WRONG_HOST = "127.0.0.9"  # where nothing listens
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the samples, or check them; gives the exit status."""
+    """Write the samples, or check them. Returns the exit status."""
     parser = argparse.ArgumentParser(description="Write the samples of commands in the docs.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when one is stale")
     arguments = parser.parse_args(argv)
@@ -69,8 +69,8 @@ def with_sample(page: str, command: str, text: str) -> str:
 
 
 def explained() -> str:
-    """What explain says of two prefill engines, of which the busier one has most of the prompt, two decode engines and
-    one that is drained."""
+    """The output of explain for two prefill engines, of which the busier one has most of the prompt cached, two decode
+    engines, and a decode engine that is drained."""
     pools = {"prefill": PoolSpeeds(), "decode": PoolSpeeds()}
 
     def engine(role: Role, host: str, work: int, tokens: int) -> Backend:
@@ -100,8 +100,8 @@ def explained() -> str:
 
 
 async def sample() -> str:
-    """What doctor says of two prefill engines, one of which calls itself by a wrong address, and two decode engines,
-    one of which is dead. Their addresses are shown as those of four machines."""
+    """The output of doctor for two prefill engines, one of which has a wrong address in its hand-offs, and two decode
+    engines, one of which is dead. Their addresses are shown as those of four machines."""
     async with AsyncExitStack() as stack:
 
         async def engine(role: str, **config: Any) -> Simulator:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from pd_proxy import errors
 from pd_proxy.telemetry.old_names import OLD_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,3 +89,19 @@ def test_the_changelog_has_every_renamed_metric(new: str) -> None:
     assert re.match(rf"`{new}(_total)?[{{`]", after)
     assert [word for word in (*old.labels.values(), *old.values.values()) if word not in before] == []
     assert [word for word in (*old.labels, *old.values) if word not in after] == []
+
+
+def test_the_tree_of_errors_has_every_class_below_its_base() -> None:
+    rows = re.findall(r"^ {4}([ \u2502\u251c\u2514\u2500]*)(\w+)", errors.__doc__ or "", re.MULTILINE)
+    path: list[str] = []
+    tree = []
+    for indent, name in rows:
+        path[len(indent) // 4 :] = [name]
+        tree.append((name, path[-2] if len(path) > 1 else "Exception"))
+    classes, found = [errors.GatewayError], set()
+    while classes:
+        kind = classes.pop()
+        found.add((kind.__name__, kind.__base__.__name__ if kind.__base__ else ""))
+        classes += kind.__subclasses__()
+    assert len(tree) == len(set(tree))
+    assert set(tree) == found

@@ -20,7 +20,7 @@ class Policies(Group):
     session_header: str = Field(
         "x-session-id",
         pattern=r"^[a-z0-9_.-]{1,64}$",
-        description="header that names a request's session, for the policy session; without it its body's own names do",
+        description="header that names a request's session, for the policy session; without it members of the body do",
     )
 
     @field_validator("session_header", mode="before")
@@ -30,23 +30,24 @@ class Policies(Group):
 
 
 class Targets(Group):
-    """What clients are to get ([operating](operating.md#targets)). They guide where requests go; with `admission.slo`
-    they also decide who is let in. A client of `clients` may have its own."""
+    """The latency that clients should get ([operating](operating.md#targets)). Placement uses the targets; with
+    `admission.slo` admission does too. A client of `clients` may have its own."""
 
-    ttft: Seconds | None = Field(None, description="seconds in which a request is to have its first token")
-    tpot: Seconds | None = Field(None, description="seconds that each further token is to take, on average")
+    ttft: Seconds | None = Field(None, description="seconds within which a request should have its first token")
+    tpot: Seconds | None = Field(None, description="seconds that each further token should take, on average")
 
 
 class Timeouts(Group):
-    """Seconds. Each watches one thing, so that none of them cuts what is healthy."""
+    """Seconds. Each covers one thing, so that none of them ends a healthy request."""
 
     connect: Seconds = Field(5.0, description="TCP (and TLS) connect to a backend")
     prefill: Seconds = Field(300.0, description="the prefill leg, and each leg to an encoder; engine's queue included")
     handoff: Seconds = Field(
-        10.0, description="age at which a hand-off is no longer sent; engines keep it 30 s, then answer with wrong text"
+        10.0,
+        description="age at which a hand-off is no longer sent; nixl keeps it 30 s, then may answer with wrong text",
     )
     notice: Seconds = Field(
-        10.0, description="from prefill's answer to its notice that the KV cache has arrived, for connectors with one"
+        10.0, description="from prefill's answer to its notification that the KV cache has arrived, for lmcache_pd"
     )
     first_token: Seconds = Field(300.0, description="from the decode leg's start to its first token, for streams")
     idle: Seconds = Field(120.0, description="silence of a stream that has begun, and of a client that stops reading")
@@ -61,55 +62,59 @@ class Limits(Group):
     connections: int | None = Field(
         None,
         ge=1,
-        description="open connections of clients; more get a 503. None, and at most: a third of the files it may open",
+        description="open connections of clients; more get a 503. Default and maximum: a third of ulimit -n",
     )
     connections_per_address: int | None = Field(
-        None, ge=1, description="of these, how many one address may have; None: any, as behind a proxy all are one"
+        None,
+        ge=1,
+        description="open connections of one address. None: no bound, since behind a proxy all have one address",
     )
     request_headers: int = Field(64 * 1024, ge=1024, description="request line and headers")
-    request_body: int = Field(64 * 1024 * 1024, ge=1024, description="request body: room for images and long prompts")
+    request_body: int = Field(64 * 1024 * 1024, ge=1024, description="request body; enough for images and long prompts")
     bodies: int = Field(
         1024 * 1024 * 1024,
         ge=1024 * 1024,
-        description="request bodies held at a time, until answered; more get a 503: room for 16 of the longest, or for "
-        "20,000 (admission.requests) of 50 kB",
+        description="all request bodies in memory, each until its answer; more get a 503. Enough for 16 of the "
+        "longest, or for 20,000 (admission.requests) of 50 kB",
     )
     transcript: int = Field(
-        1024 * 1024, ge=1024, description="token ids kept of one stream so that it can be resumed; 5 to 6 bytes a token"
+        1024 * 1024,
+        ge=1024,
+        description="token ids kept for one stream so that it can be resumed; 5 to 6 bytes a token",
     )
     max_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens that a request may ask for as its answer; more are a 400. None: the engine's bound",
+        description="tokens that a request may ask for; more are a 400. None: the engine's bound",
     )
     default_max_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens of the answer to a request that names no number. None: limits.max_tokens, if set",
+        description="tokens of the answer to a request that sets no number. None: limits.max_tokens, if set",
     )
     answer: int = Field(256 * 1024 * 1024, ge=1024, description="an engine's answer that is not streamed")
 
 
 class Routes(Group):
-    """Routes that are not for everybody."""
+    """Optional routes."""
 
-    docs: bool = Field(True, description="serve /docs, a page of every route, and /openapi.json; both need no key")
+    docs: bool = Field(True, description="serve /docs, a page of all routes, and /openapi.json; both need no key")
     generate: bool = Field(
         False, description="serve /inference/v1/generate: tokens in, tokens out; engines need --enable-scale-out"
     )
 
 
 class CorsSettings(Group):
-    """Which web pages of other origins may use the gateway from a browser ([operating](operating.md#web-pages)). The
-    routes of operators and `/metrics` are for no page."""
+    """Web pages of other origins that may use the gateway from a browser ([operating](operating.md#web-pages)). No page
+    may use operators' routes and `/metrics`."""
 
     origins: Origins = Field(
-        (), description="origins whose pages may, as https://chat.example.com; * is any; none: no page may read answers"
+        (), description="origins of these pages, as https://chat.example.com; * is any; none: no page may read answers"
     )
     credentials: bool = Field(
-        False, description="pages may send cookies and the like, for what stands in front of the gateway; not with *"
+        False, description="pages may send cookies, for a login in front of the gateway; not with *"
     )
-    max_age: int = Field(600, ge=0, description="seconds for which browsers may remember what they may ask")
+    max_age: int = Field(600, ge=0, description="seconds for which browsers may keep the answer to a preflight")
 
     @model_validator(mode="after")
     def _nobody_is_anybody(self) -> CorsSettings:
@@ -119,37 +124,37 @@ class CorsSettings(Group):
 
 
 class Health(Group):
-    """Active probes of each backend, at the health path of its kind: is it alive?"""
+    """Health checks of each backend, at the health path of its kind: whether it is up."""
 
     interval: Seconds = Field(2.0, description="seconds between probes of a backend that is up")
-    timeout: Seconds = Field(2.0, description="seconds one probe may take")
-    failures: int = Field(2, ge=1, description="failed probes in a row that take a backend out")
+    timeout: Seconds = Field(2.0, description="seconds that one probe may take")
+    failures: int = Field(2, ge=1, description="failed probes in a row after which a backend is down")
     longest_wait: Seconds = Field(5.0, description="most seconds between probes of a backend that is down")
 
 
 class BreakerSettings(Group):
-    """What real requests tell: is a backend that is alive any good? Where not, it is ejected for a time. As Envoy's
-    outlier detection, with slowness as a third cause."""
+    """Ejects for a time a backend that is up but, by the outcomes of requests, does not work well. Like Envoy's outlier
+    detection, with slowness as a third cause."""
 
     consecutive_failures: int = Field(5, ge=1, description="failed legs in a row that eject a backend")
     success_rate: float = Field(
         0.8,
         ge=0,
         le=1,
-        description="share of good legs in the window, relative to the pool's, that keeps it in; 0: off",
+        description="share of successful legs in the window, relative to the pool's, below which it is ejected; 0: off",
     )
     slow_ratio: Annotated[float, Field(gt=1)] | None = Field(
-        3.0, description="a backend so many times slower than its pool's median is ejected; needs three backends"
+        3.0, description="a backend this many times slower than its pool's median is ejected; needs three backends"
     )
     window: Seconds = Field(30.0, description="seconds for which a leg's outcome counts")
-    minimum_volume: int = Field(10, ge=1, description="legs that a judgement of success rate or slowness needs")
+    minimum_volume: int = Field(10, ge=1, description="fewest legs for a decision by success rate or slowness")
     ejection: Seconds = Field(10.0, description="seconds of a first ejection; each further one lasts twice as long")
     longest_ejection: Seconds = Field(300.0, description="seconds of an ejection, at most")
     max_ejected: float = Field(
         0.5, ge=0, le=1, description="share of a pool that may be ejected; never the last; 0: off"
     )
     panic_threshold: float = Field(
-        0.3, ge=0, le=1, description="share of a pool that must be fit, lest ejections be ignored"
+        0.3, ge=0, le=1, description="share of a pool that must be fit; below it ejections are ignored"
     )
     slow_start: SecondsOrZero = Field(
         30.0, description="seconds in which a backend that returns gets its full load back"
@@ -157,28 +162,32 @@ class BreakerSettings(Group):
 
 
 class Retries(Group):
-    attempts: int = Field(4, ge=1, le=20, description="tries for a request's first token, and again for each resume's")
+    attempts: int = Field(
+        4, ge=1, le=20, description="tries for a request's first token, and again for that of each resume"
+    )
     resumes: int = Field(5, ge=0, le=100, description="times one broken stream may be continued on other backends")
     after_cut: int = Field(
         1,
         ge=0,
         le=20,
-        description="engines that a request is given after one ended while it had it; 1, lest it ends them all",
+        description="further engines for a request after one died with it; few, or the request could kill all of them",
     )
     share: float = Field(0.2, ge=0, description="retries in progress, as a share of a pool's live requests, at most")
-    floor: int = Field(10, ge=0, description="retries in progress that a pool may have however few its live requests")
+    floor: int = Field(
+        10, ge=0, description="retries in progress that a pool may always have, however few its live requests"
+    )
 
 
 class AdmissionSettings(Group):
-    """What may run at once, and who waits for it ([operating](operating.md#overload)). Tokens are estimates: those of
-    the prompt by its size, and `max_tokens`."""
+    """How many requests may run at once, and how the others wait ([operating](operating.md#overload)). Tokens are
+    estimates: those of the prompt by its size, and `max_tokens`."""
 
     requests: int | None = Field(
         20_000,
         ge=1,
-        description="requests that run at once in all; far above what one process relays, so bounds memory",
+        description="requests that run at once in total; far above what one process relays, so it bounds memory",
     )
-    tokens: int | None = Field(None, ge=1, description="tokens of the requests that run at once in all")
+    tokens: int | None = Field(None, ge=1, description="tokens of the requests that run at once in total")
     prefill_requests: int | None = Field(None, ge=1, description="prefill legs at once on each prefill backend")
     prefill_tokens: int | None = Field(
         None, ge=1, description="prompt tokens at once on each prefill backend; a longer prompt goes to an idle one"
@@ -190,26 +199,31 @@ class AdmissionSettings(Group):
         None, ge=1, description="tokens at once on each backend that answers clients: what its KV cache holds"
     )
     queue: int = Field(1000, ge=0, description="requests that may wait; 0 refuses instead")
-    queue_bytes: int = Field(256 * 1024 * 1024, ge=1, description="bytes of the bodies of those that wait")
-    queue_timeout: Seconds = Field(30.0, description="seconds a request may wait")
+    queue_bytes: int = Field(256 * 1024 * 1024, ge=1, description="bytes of the bodies of waiting requests")
+    queue_timeout: Seconds = Field(30.0, description="seconds that a request may wait")
     slo: Literal["off", "refuse", "best_effort"] = Field(
         "off",
-        description="a request that is expected to miss its targets.ttft is let in all the same, or refused, or goes "
-        "behind those of its client's that can meet theirs",
+        description="a request that is expected to miss its targets.ttft is admitted all the same, or refused, or "
+        "waits behind those of its client that can meet theirs",
     )
 
 
 class ClientSettings(Group):
     """A client with a name."""
 
-    name: str = Field(pattern=NAME, description="what metrics and logs call it; letters, digits, ._-")
-    key: Secret = Field(description="what it sends as a bearer token")
+    name: str = Field(pattern=NAME, description="its name in metrics and logs; letters, digits, ._-")
+    key: Secret = Field(description="the bearer token that it sends")
     weight: float = Field(
-        1.0, ge=0.01, le=100, description="its share of what is free, beside others of its priority that wait too"
+        1.0,
+        ge=0.01,
+        le=100,
+        description="its share of free capacity, relative to other waiting clients of its priority",
     )
     priority: int = Field(0, ge=-100, le=100, description="higher goes first, always")
-    requests: int | None = Field(None, ge=1, description="requests it may have here at once, waiting ones included")
-    tokens: int | None = Field(None, ge=1, description="tokens of these")
+    requests: int | None = Field(
+        None, ge=1, description="requests that it may have in the gateway at once, waiting ones included"
+    )
+    tokens: int | None = Field(None, ge=1, description="tokens of these requests")
     ttft: Seconds | None = Field(None, description="its own targets.ttft")
     tpot: Seconds | None = Field(None, description="its own targets.tpot")
 
@@ -221,7 +235,7 @@ class Shutdown(Group):
     """What SIGTERM does."""
 
     delay: SecondsOrZero = Field(
-        0.0, description="seconds to serve on with /ready at 503, so that load balancers see it"
+        0.0, description="seconds for which it serves with /ready at 503, so that load balancers see it"
     )
     grace: SecondsOrZero = Field(
         120.0, description="seconds for running requests to end; then their streams are closed"

@@ -22,18 +22,18 @@ DEFAULT_GROUP = "default"
 
 
 class KvEventsSettings(Group):
-    """What engines say of their prefix caches over ZeroMQ ([KV events](kv-events.md)), as vLLM's and SGLang's
-    `--kv-events-config` has them do. It corrects what the gateway believes that they have cached."""
+    """KV events, which engines publish over ZeroMQ about their prefix caches ([KV events](kv-events.md)): vLLM and
+    SGLang with `--kv-events-config`. They correct the prefix index."""
 
     endpoint: PublisherEndpoint = Field(
         "",
-        description="where each engine publishes, as `tcp://{host}:5557`, `{host}` being its URL's; data-parallel rank "
-        "n publishes n ports further on; empty: off",
+        description="where each engine publishes, as `tcp://{host}:5557` with the host of its URL; data-parallel rank "
+        "n publishes at this port plus n; empty: off",
     )
     replay: PublisherEndpoint = Field(
-        "", description="where missed events are asked for (`replay_endpoint`), likewise; empty: they stay missed"
+        "", description="where missed events are requested (`replay_endpoint`), in the same form; empty: they are lost"
     )
-    topic: str = Field("", max_length=256, description="the topic that they publish with; empty: any")
+    topic: str = Field("", max_length=256, description="the topic of the events; empty: any")
 
     @model_validator(mode="after")
     def _replays_what_is_heard(self) -> KvEventsSettings:
@@ -46,12 +46,12 @@ class KvEventsSettings(Group):
 
 class BackendGroup(Group):
     """Backends that hand over to each other, beside those of the top level: a second fleet of prefill and decode nodes,
-    with another model, or of another make."""
+    with another model or another engine."""
 
-    name: str = Field(pattern=NAME, description="what logs and /admin call it; letters, digits, ._-")
-    kind: KindName = Field("vllm", description="what its backends are")
+    name: str = Field(pattern=NAME, description="its name in logs and /admin; letters, digits, ._-")
+    kind: KindName = Field("vllm", description="the type of its engines")
     connector: ConnectorChoice = Field(
-        "nixl", description="the hand-off protocol its engines speak; auto: the one that they report"
+        "nixl", description="the hand-off protocol of its engines; auto: the one that they report"
     )
     prefill: BackendUrls = Field((), description="URLs of its prefill backends")
     decode: BackendUrls = Field((), description="URLs of its decode backends")
@@ -63,18 +63,20 @@ class BackendGroup(Group):
 
 
 class Location(Group):
-    """Where a backend's side of the hand-off is reached, for connectors that need to know. What an engine tells by
-    itself need not be here."""
+    """The address of a backend's side of the hand-off, for connectors that need it. What an engine reports by itself
+    need not be set."""
 
     backend: Annotated[str, AfterValidator(backend_url)] = Field(description="the backend's URL, as in its pool")
     host: str = Field("", description="as its peers reach it; empty: its URL's host")
     port: int = Field(
         0, ge=0, le=65535, description="of its bootstrap server, side channel or handshake; 0: the connector's default"
     )
-    notify_port: int = Field(0, ge=0, le=65535, description="where it hears of transfers, for connectors that have one")
-    init_ports: Ports = Field((), description="of a receiver that is written to: one for each tensor-parallel rank")
-    alloc_ports: Ports = Field((), description="likewise, for its memory")
-    query_ports: Ports = Field((), description="likewise, for what it has")
+    notify_port: int = Field(
+        0, ge=0, le=65535, description="its port for notifications of transfers, for connectors that have one"
+    )
+    init_ports: Ports = Field((), description="init ports of a receiver: one for each tensor-parallel rank")
+    alloc_ports: Ports = Field((), description="its allocation ports, one for each rank")
+    query_ports: Ports = Field((), description="its query ports, one for each rank")
     engine_ids: Annotated[tuple[str, ...], BeforeValidator(split_list)] = Field(
         (), description="its connector's engine id, one for each data-parallel rank"
     )
@@ -82,7 +84,7 @@ class Location(Group):
         0, ge=0, le=65535, description="where it publishes KV events; 0: the port of its group's kv_events.endpoint"
     )
     kv_replay_port: int = Field(
-        0, ge=0, le=65535, description="where missed ones are asked for; 0: the port of its group's kv_events.replay"
+        0, ge=0, le=65535, description="where missed events are requested; 0: the port of its group's kv_events.replay"
     )
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     pp: int = Field(1, ge=1, description="pipeline ranks")
@@ -101,29 +103,30 @@ Locations = Annotated[tuple[Location, ...], parsed_list('[{"backend": "…", "po
 
 
 class ZmqSettings(Group):
-    """Sockets at which engines tell the gateway something over ZeroMQ. Nobody is authenticated there: bind them to an
-    internal address ([connectors](connectors.md#zeromq))."""
+    """Sockets for messages of engines over ZeroMQ. They have no authentication: bind them to an internal address
+    ([connectors](connectors.md#zeromq))."""
 
     notices: SocketAddress = Field(
-        "", description="address to hear of KV caches that have arrived: `pd_proxy_host` and `pd_proxy_port` of LMCache"
+        "",
+        description="address for notifications that a KV cache arrived: LMCache's `pd_proxy_host` and `pd_proxy_port`",
     )
     registrations: SocketAddress = Field(
-        "", description="address to hear where engines are reached: `proxy_ip` and `proxy_ping_port` or `proxy_port`"
+        "", description="address at which engines register: their `proxy_ip` and `proxy_ping_port` or `proxy_port`"
     )
     expiry: Seconds = Field(
-        10.0, description="seconds without a registration, sent every 3 s, after which an engine is out of the rotation"
+        10.0, description="seconds after an engine's last registration until it is down; engines register every 3 s"
     )
     networks: Networks = Field(
-        (), description="where engines may be that join by registering; none: only configured backends register"
+        (), description="networks whose engines may join by registering; none: only configured backends register"
     )
     group: str = Field(DEFAULT_GROUP, description="the group that engines join by registering")
 
 
 class Metaserver(Group):
-    """Where decode engines call the gateway back, for connectors by which they do
+    """The gateway's URL for decode engines that call it back, for the connector ascend_layerwise
     ([connectors](connectors.md#ascend_layerwise))."""
 
     url: Annotated[str, AfterValidator(own_url)] | None = Field(
         None, description="this gateway as engines reach it (http://host:port); they call /v1/metaserver there"
     )
-    allow: Networks = Field((), description="networks from which engines may call; none named: any address")
+    allow: Networks = Field((), description="networks from which engines may call; none: any address")

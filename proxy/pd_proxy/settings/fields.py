@@ -49,49 +49,54 @@ class SettingsFields(Group, BaseSettings):
         False, description="let a new gateway of the same user listen beside this one, to take over from it"
     )
     workers: int = Field(
-        1, ge=1, le=64, description="processes that serve together; one relays some ten thousand tokens/s"
+        1, ge=1, le=64, description="processes that serve as one gateway; one relays some ten thousand tokens/s"
     )
     prefill: BackendUrls = Field((), description="a prefill backend's URL; may be repeated")
     decode: BackendUrls = Field((), description="a decode backend's URL; may be repeated")
     mixed: BackendUrls = Field((), description="URL of a backend that does both; may be repeated")
     kind: KindName = Field(
-        "vllm", description="what the backends are: where they say how they are, and which routes they offer"
+        "vllm",
+        description="the type of the engines, which decides their paths for health and version, and their routes",
     )
     encode: BackendUrls = Field(
-        (), description="URL of an encoder of images, audio and video, whose output the others take; may be repeated"
+        (),
+        description="URL of an encoder of images, audio and video, whose output the other engines use; may be repeated",
     )
     connector: ConnectorChoice = Field(
-        "nixl", description="the hand-off protocol the engines speak; auto: the one that they report"
+        "nixl", description="the hand-off protocol of the engines; auto: the one that they report"
     )
     groups: Groups = Field(
         (), description="further fleets of backends, each with a connector of its own; no hand-off leaves its group"
     )
     locations: Locations = Field(
-        (), description="where backends' sides of the hand-off are reached, for connectors that need to know"
+        (), description="addresses of the engines' side of the hand-off, for connectors that need them"
     )
     aliases: Aliases = Field(
-        {}, description="names by which clients may ask for a model: its alias, and the engines' own name for it"
+        {}, description="other names that clients may use for a model: the alias, and the engines' own name"
     )
-    default_model: str = Field("", description="the model of requests that name none; empty: the engines' own")
+    default_model: str = Field(
+        "", description="the model of requests that name none; empty: that of the engines, if they have only one"
+    )
     unknown_model: Literal["reject", "default"] = Field(
-        "reject", description="a request for a model that no engine has: it is a 404, or default_model serves it"
+        "reject",
+        description="a request for a model that no engine has is answered with 404, or served by default_model",
     )
     pair_revisions: Literal["strict", "any"] = Field(
-        "strict", description="pair only engines of one version and one model root, as far as they tell, or any"
+        "strict", description="pair only engines that report the same version and model root, or any"
     )
     fallback: Literal["local_prefill", "reject"] = Field(
-        "local_prefill", description="when there is no hand-off: decode prefills for itself, or it is an error"
+        "local_prefill", description="without a hand-off decode computes the prompt, or the answer is an error"
     )
     resume: Literal["exact", "best_effort", "off"] = Field(
         "exact",
-        description="a stream whose backend dies is continued: only where that is exact, wherever it can be, never",
+        description="a stream whose backend dies is continued only where that is exact, wherever possible, or never",
     )
     first_token: Literal["auto", "prefill", "decode"] = Field(
         "auto",
-        description="who gives a client its first token: prefill where it is exact, wherever it is safe, always decode",
+        description="the first token is prefill's where that is exact, wherever it is safe, or always decode's",
     )
     reuse_tokens: bool = Field(
-        True, description="decode takes the prompt's token ids from prefill instead of tokenising again, where it can"
+        True, description="decode gets the prompt's token ids from prefill where possible, instead of tokenising again"
     )
     policy: Policies = Policies()
     targets: Targets = Targets()
@@ -103,12 +108,13 @@ class SettingsFields(Group, BaseSettings):
     breaker: BreakerSettings = BreakerSettings()
     retries: Retries = Retries()
     warmup: bool = Field(
-        True, description="send a tiny request through each new pair, so that no user pays the handshake"
+        True,
+        description="send a request for one token through each new pair, so that no client waits for its handshake",
     )
     ready_by_fallback: bool = Field(
         False,
-        description="/ready is 200 though no pair has ever handed over, as long as decode serves alone (fallback); it "
-        "is 503 otherwise, where warmup tries pairs",
+        description="/ready is 200 before a pair has handed over, as long as decode can serve alone (fallback); "
+        "otherwise it is 503 until a warm-up has worked",
     )
     admission: AdmissionSettings = AdmissionSettings()
     shutdown: Shutdown = Shutdown()
@@ -118,17 +124,15 @@ class SettingsFields(Group, BaseSettings):
     kv_events: KvEventsSettings = KvEventsSettings()
     tokenizer: str = Field(
         "",
-        description="path of the model's `tokenizer.json`, by which KV events are told apart for prompts of text; "
+        description="path of the model's `tokenizer.json`, with which KV events also apply to prompts of text; "
         "needs the extra `tokenizers` ([KV events](kv-events.md#prompts-of-text))",
     )
-    api_keys: Secrets = Field((), description="keys clients must send as a bearer token; none: open")
-    clients: Clients = Field(
-        (), description="clients with names, keys, and bounds and shares of their own, beside api_keys"
-    )
+    api_keys: Secrets = Field((), description="keys, of which clients must send one as a bearer token; none: open")
+    clients: Clients = Field((), description="clients with their own names, keys, bounds and shares, beside api_keys")
     admin_key: Secret | None = Field(
         None,
-        description="key for what operators do (/admin, /instances, /reset_prefix_cache, the profiler); none: this "
-        "machine's own programs may look, and nobody may change anything but at admin_socket",
+        description="key for operators' routes (/admin, /instances, /reset_prefix_cache, the profiler); none: programs "
+        "on this machine may read, and changes are possible only at admin_socket",
     )
     admin_socket: SocketPath = Field(
         "", description="path of a unix socket, for the gateway's own user, at which operators need no key; empty: none"
@@ -137,11 +141,11 @@ class SettingsFields(Group, BaseSettings):
     handoff_key: Secret | None = Field(
         None, description="key shared with TensorRT-LLM's generation servers, with which hand-offs to them are signed"
     )
-    log_level: LogLevel = Field("info", description="what is logged")
-    log_format: Literal["text", "json"] = Field("text", description="shape of a log line")
+    log_level: LogLevel = Field("info", description="the lowest level that is logged")
+    log_format: Literal["text", "json"] = Field("text", description="the format of log lines")
     access_log: bool = Field(False, description="log a line for every request, not only for failed ones")
     throughput_interval: SecondsOrZero = Field(
-        60.0, description="seconds between lines of the log that say how much is served, while anything is; 0: none"
+        60.0, description="seconds between log lines with the throughput, while there are requests; 0: none"
     )
 
     def all_groups(self) -> list[BackendGroup]:

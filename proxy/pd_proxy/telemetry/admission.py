@@ -28,8 +28,12 @@ class AdmissionState(Protocol):
 
 QUEUE: tuple[Reading[AdmissionState], ...] = (
     gauge("pd_proxy_queue_length", "Requests in the gateway's queue.", lambda admission: admission.waiting),
-    gauge("pd_proxy_running_requests", "Requests that were let in.", lambda admission: admission.requests),
-    gauge("pd_proxy_running_tokens", "Their tokens, estimated.", lambda admission: admission.tokens),
+    gauge(
+        "pd_proxy_running_requests",
+        "Requests that were admitted and have not ended.",
+        lambda admission: admission.requests,
+    ),
+    gauge("pd_proxy_running_tokens", "Tokens of the running requests, estimated.", lambda admission: admission.tokens),
 )
 """What a scrape reads of admission."""
 
@@ -52,7 +56,7 @@ class AdmissionSink(Collector):
         )
         self._waited = self._families.histogram(
             "pd_proxy_queue_duration_seconds",
-            "How long requests waited in the gateway's queue before they were let in; 0 for those that need not wait.",
+            "Time that requests waited in the gateway's queue before they were admitted; 0 without a wait.",
             QUEUE_BOUNDS,
         ).at()
 

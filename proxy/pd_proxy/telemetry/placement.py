@@ -121,7 +121,7 @@ PLACEMENT: tuple[Reading[State], ...] = (
     ),
     gauge(
         "pd_proxy_prefix_index_entries",
-        "Blocks that engines are believed to have cached, over all engines.",
+        "Blocks in the prefix index, over all engines: those that they are expected to have cached.",
         lambda state: state.figures.entries,
     ),
     gauge("pd_proxy_prefix_index_blocks", "Different blocks among them.", lambda state: state.figures.blocks),
@@ -148,7 +148,7 @@ PLACEMENT: tuple[Reading[State], ...] = (
     ),
     gauges(
         "pd_proxy_prefix_index_tokens",
-        "Tokens of prompts that the engine is believed to have cached.",
+        "Tokens of prompts that the engine is expected to have cached.",
         POOL_BACKEND,
         lambda state: ((_labels(backend), state.index.tokens(backend.url)) for backend in state.fleet),
     ),
@@ -166,7 +166,7 @@ PLACEMENT: tuple[Reading[State], ...] = (
     ),
     gauges(
         "pd_proxy_backend_prefill_wait_seconds",
-        "Prefill work that is believed to be before a new request at the engine.",
+        "Expected prefill work before a new request at the engine.",
         POOL_BACKEND,
         lambda state: ((_labels(backend), backend.speeds.ahead(state.now)) for backend in state.fleet),
     ),
