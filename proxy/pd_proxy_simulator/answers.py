@@ -215,10 +215,10 @@ class StreamAnswer(Answer):
     def start(self) -> None:
         """Send the status line, before the engine has generated anything."""
         self.exchange.start_stream()
-        self.exchange.on_writable = self._catch_up
+        self.exchange.on_writable = self._send_backlog
         if any(fault is not None and fault.after_tokens == 0 for fault in (self._death, self._stall)):
             for sequence in self.sequences[:1]:
-                self._greet(sequence)
+                self._send_opening(sequence)
         self._stalled = self._stall is not None and self._stall.after_tokens == 0
         self.dies_now()
 
@@ -232,14 +232,14 @@ class StreamAnswer(Answer):
             waiting[0].extend(tokens)
             waiting[1].append(text)
             return
-        self._tell(sequence, tokens, text)
+        self._send_tokens(sequence, tokens, text)
 
     def on_failure(self, sequence: Sequence, error: RequestError) -> None:
         """Send an error event under status 200. A chat's role chunk has been sent before it."""
         if self.done.done():
             return
         if error.is_output:
-            self._greet(sequence)
+            self._send_opening(sequence)
         self._fail(error)
         self._abort(self.sequences)
 
@@ -273,19 +273,19 @@ class StreamAnswer(Answer):
         self.exchange.end_stream()
         self.finish()
 
-    def _catch_up(self) -> None:
+    def _send_backlog(self) -> None:
         backlog, self._backlog = self._backlog, {}
         for sequence, (tokens, texts) in backlog.items():
             if self.done.done() or self._stalled:
                 return
-            self._tell(sequence, tokens, "".join(texts))
+            self._send_tokens(sequence, tokens, "".join(texts))
 
-    def _tell(self, sequence: Sequence, tokens: list[int], text: str) -> None:
-        self._greet(sequence)
+    def _send_tokens(self, sequence: Sequence, tokens: list[int], text: str) -> None:
+        self._send_opening(sequence)
         handed = self._handed_out.get(sequence.index, 0)
         self._handed_out[sequence.index] = handed + len(tokens)
         draws = [] if sequence.draws is None else sequence.draws[handed : handed + len(tokens)]
-        self._say(sequence, tokens, draws, text)
+        self._send_delta(sequence, tokens, draws, text)
         self.tokens_seen += len(tokens)
         if self.dies_now():
             return
@@ -298,9 +298,9 @@ class StreamAnswer(Answer):
             if not self._unfinished:
                 self._end()
 
-    def _say(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
+    def _send_delta(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
         if self.request.kind == "chat":
-            self._tell_chat(sequence, tokens, draws, text)
+            self._send_chat_delta(sequence, tokens, draws, text)
         elif self.request.kind == "generate":
             first = sequence.index not in self._greeted
             self._greeted.add(sequence.index)
@@ -309,12 +309,12 @@ class StreamAnswer(Answer):
             choice = generate.stream_choice(self.request, sequence, tokens, draws, text, last=self._is_last(sequence))
             self._choice(choice, self._running_usage(sequence), extra)
         else:
-            self._tell_completion(sequence, tokens, draws, text)
+            self._send_completion_delta(sequence, tokens, draws, text)
 
     def _is_last(self, sequence: Sequence) -> bool:
         return sequence.finish_reason is not None and self._handed_out[sequence.index] == sequence.output_length
 
-    def _tell_chat(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
+    def _send_chat_delta(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
         request = self.request
         last = self._is_last(sequence)
         delta: Object | None = {"content": text}
@@ -344,7 +344,7 @@ class StreamAnswer(Answer):
         choice["token_ids"] = tokens if request.return_token_ids else None
         self._choice(choice, self._running_usage(sequence))
 
-    def _tell_completion(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
+    def _send_completion_delta(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
         request = self.request
         last = self._is_last(sequence)
         prompt = request.prompts[sequence.index // request.n]
@@ -375,7 +375,7 @@ class StreamAnswer(Answer):
         }
         self._choice(choice, self._running_usage(sequence))
 
-    def _greet(self, sequence: Sequence) -> None:
+    def _send_opening(self, sequence: Sequence) -> None:
         """Send the role chunk, once for each choice of a chat."""
         if self.request.kind != "chat" or sequence.index in self._greeted:
             return

@@ -195,16 +195,16 @@ class Engine:
             if sequence.status is Status.LOADING:
                 if self.side.stuck(sequence):
                     self._drop(sequence)
-                    self.let_go(sequence.transfer)
+                    self.release_unread(sequence.transfer)
                 else:
-                    sequence.vanished = True  # its blocks are being written to: they stay until the read ends
-                    self.side.vanished(sequence)
+                    sequence.abandoned = True  # its blocks are being written to: they stay until the read ends
+                    self.side.abandoned(sequence)
                 continue
             if sequence.transfer.keeps:
                 self.side.dropped(sequence)
             self._drop(sequence)
             if sequence.transfer.fetches and not sequence.loaded:
-                self.let_go(sequence.transfer)
+                self.release_unread(sequence.transfer)
         self._wake.set()
         self._changed()
 
@@ -214,19 +214,19 @@ class Engine:
         if sequences is None:
             sequences = self.scheduler.everything()
         for sequence in sequences:
-            if sequence.status is Status.FINISHED or sequence.vanished:
+            if sequence.status is Status.FINISHED or sequence.abandoned:
                 continue
             self.stats.finished["abort"] += 1
             text = sequence.abort()
             if sequence.status is Status.LOADING and not self.side.stuck(sequence):
-                sequence.vanished = True  # its blocks are being written to: they stay until the read ends
-                self.side.vanished(sequence)
+                sequence.abandoned = True  # its blocks are being written to: they stay until the read ends
+                self.side.abandoned(sequence)
             else:
                 if sequence.transfer.keeps:
                     self.side.dropped(sequence)
                 self._drop(sequence)
                 if sequence.transfer.fetches and not sequence.loaded:
-                    self.let_go(sequence.transfer)
+                    self.release_unread(sequence.transfer)
             if sequence.listener is not None:
                 sequence.listener.on_token(sequence, None, text)
         self._wake.set()
@@ -237,15 +237,15 @@ class Engine:
         self.frozen = frozen
         self._wake.set()
 
-    def let_go(self, transfer: Transfer) -> None:
+    def release_unread(self, transfer: Transfer) -> None:
         """Notify prefill that the KV which it keeps will not be fetched."""
         if transfer.fetches and self.dead is None:
-            self.side.let_go(transfer)
+            self.side.release_unread(transfer)
 
     def _drop(self, sequence: Sequence) -> None:
         """End a sequence in any state, and free its blocks."""
         self.scheduler.remove(sequence)
-        self._gone(sequence)
+        self._sequence_ended(sequence)
         self.scheduler.free(sequence)
 
     # Steps.
@@ -345,7 +345,7 @@ class Engine:
             if sequence.transfer.keeps:
                 self.side.dropped(sequence)
             self.scheduler.free(sequence)
-        self._gone(sequence)
+        self._sequence_ended(sequence)
 
     def _hand_off(self, sequence: Sequence) -> None:
         size = self.config.block_size
@@ -386,13 +386,13 @@ class Engine:
         sequence.status = Status.FINISHED
         self.stats.finished["error"] += 1
         self.scheduler.free(sequence)
-        self._gone(sequence)
+        self._sequence_ended(sequence)
         if sequence.listener is not None:
             sequence.listener.on_failure(sequence, internal_error())
         self._wake.set()
         self._changed()
 
-    def _gone(self, sequence: Sequence) -> None:
+    def _sequence_ended(self, sequence: Sequence) -> None:
         if sequence.transfer.leg != "local":
             self.side.ended(sequence)
 
@@ -420,11 +420,11 @@ class Engine:
             self.die(f"AssertionError: {error}")
             return
         self.side.loaded(sequence)
-        if sequence.vanished:
+        if sequence.abandoned:
             self.scheduler.loading.discard(sequence)
             sequence.status = Status.FINISHED
             self.scheduler.free(sequence)
-            self._gone(sequence)
+            self._sequence_ended(sequence)
             self._wake.set()
             self._changed()
         elif contents is not None:

@@ -46,7 +46,7 @@ async def inject_faults(
     if status is not None:
         # A 404 is the handler's refusal, after which prefill frees its blocks.
         if status.status == 404 and transfer is not None:
-            sim.engine.let_go(transfer)
+            sim.engine.release_unread(transfer)
         _answer_with_status(sim, exchange, status.status, status.retry_after)
         return True
     garbage = injected.get("garbage")

@@ -45,7 +45,7 @@ class SamplingFields(CommonFields):
     extra_args: Object | None = None
 
 
-def what_is_asked(body: Any) -> Any:
+def with_handoff_params(body: Any) -> Any:
     """A body with the hand-off's parameters where the connector looks for them. `sampling_params.extra_args` may
     hold them too, and the engine takes them from there."""
     sampling = body.get("sampling_params")

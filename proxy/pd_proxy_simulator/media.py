@@ -67,7 +67,7 @@ class Media:
             handle |= {"peer_host": config.advertised_host, "peer_port": self._engine.side_port, **size}
         return found or None
 
-    def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+    def on_message(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         """The reply to a message at the side port, if the message is about media."""
         if message["op"] != "embedding":
             return None

@@ -24,12 +24,12 @@ class NamedStream(StreamAnswer):
         self._open()
         self._fail(error)
 
-    def _greet(self, sequence: Sequence) -> None:
+    def _send_opening(self, sequence: Sequence) -> None:
         if sequence.index not in self._greeted:
             self._greeted.add(sequence.index)
             self._open()
 
-    def _say(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
+    def _send_delta(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
         if self.request.tool is None or sequence.script is None:
             if text:
                 self._text(text)
@@ -145,7 +145,7 @@ class ResponseStream(NamedStream):
     def start(self) -> None:
         """Announce the response, before the engine has begun."""
         self.exchange.start_stream()
-        self.exchange.on_writable = self._catch_up
+        self.exchange.on_writable = self._send_backlog
         self._greeted.add(0)
         self._open()
         self._stalled = self._stall is not None and self._stall.after_tokens == 0

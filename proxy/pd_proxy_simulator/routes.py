@@ -17,7 +17,7 @@ from pd_proxy_simulator.connectors.side import Transfer
 from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
 from pd_proxy_simulator.fault_injection import inject_faults
 from pd_proxy_simulator.faults import NOTHING, InjectedFaults, Leg
-from pd_proxy_simulator.generate import decode_generate, what_is_asked
+from pd_proxy_simulator.generate import decode_generate, with_handoff_params
 from pd_proxy_simulator.http import Exchange
 from pd_proxy_simulator.messages import decode_messages
 from pd_proxy_simulator.named_streams import MessageStream, ResponseStream
@@ -113,7 +113,7 @@ class Routes:
         if not self._is_allowed(exchange):
             exchange.respond(401, b'{"error":"Unauthorized"}')
             return
-        if exchange.method == "GET" and (about := self._sim.engine.side.about(path)) is not None:
+        if exchange.method == "GET" and (about := self._sim.engine.side.describe(path)) is not None:
             exchange.respond(200, encoding.to_json(about))
             return
         known = known_paths(config)
@@ -211,7 +211,7 @@ class Routes:
             await self._run(running)
         except RequestError as error:
             if error.late:
-                self._sim.engine.let_go(running.transfer)
+                self._sim.engine.release_unread(running.transfer)
             exchange.respond(error.status, encoding.to_json(self._error_body(exchange.path, error)))
         finally:
             self._note_end(exchange, received)
@@ -229,7 +229,7 @@ class Routes:
         """Compute and answer a request, unless a fault or the client ends it first. Raises RequestError."""
         sim, exchange, received = self._sim, running.exchange, running.received
         received.body = body = read_object(exchange)
-        asked = what_is_asked(body) if exchange.path == "/inference/v1/generate" else body
+        asked = with_handoff_params(body) if exchange.path == "/inference/v1/generate" else body
         encoder = sim.config.role == "encode"
         if not encoder:
             running.transfer = sim.engine.side.transfer(asked, exchange.headers)
@@ -243,7 +243,7 @@ class Routes:
         if not exchange.open:
             # The client disconnected before the request was submitted; a decode engine still notifies prefill.
             received.aborted = True
-            sim.engine.let_go(running.transfer)
+            sim.engine.release_unread(running.transfer)
         elif encoder:
             await self._encode(exchange, body)
         else:

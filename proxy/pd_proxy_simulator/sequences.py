@@ -56,6 +56,7 @@ class Sequence:
     """One sequence in one engine."""
 
     __slots__ = (
+        "abandoned",
         "arrived",
         "assembler",
         "blocks",
@@ -91,7 +92,6 @@ class Sequence:
         "stops",
         "tokens",
         "transfer",
-        "vanished",
         "written",
     )
 
@@ -143,7 +143,7 @@ class Sequence:
         self.script_tokens: list[int] = []
         self.draws: list[int] | None = [] if keep_draws else None
         self.given: tuple[int, int] | None = None  # the first token, as prefill has drawn it, and its draw
-        self.vanished = False  # its client disconnected while the KV was being fetched
+        self.abandoned = False  # its request ended while the KV was being fetched
         self.arrived = self.first_token_at = self.last_token_at = 0.0
 
     @property

@@ -79,7 +79,7 @@ class Simulator:
             engine.handoffs,
             self.faults,
             engine.side,
-            lambda message: engine.media.told(message) or engine.side.told(message),
+            lambda message: engine.media.on_message(message) or engine.side.on_message(message),
         )
 
     async def start(self) -> None:

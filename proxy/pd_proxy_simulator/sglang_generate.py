@@ -211,7 +211,9 @@ def _rid(request: GenerationRequest, sequence: Sequence) -> str:
     return f"{request.external_id}_{sequence.index}" if batch_size(request.body) else request.external_id
 
 
-def said(request: GenerationRequest, sequence: Sequence, text: str, tokens: int, weights: int, *, last: bool) -> Object:
+def partial_answer(
+    request: GenerationRequest, sequence: Sequence, text: str, tokens: int, weights: int, *, last: bool
+) -> Object:
     """One answer as far as it has come: `tokens` tokens, with `text` as the text of all of them."""
     meta: Object = {
         "id": _rid(request, sequence),
@@ -251,7 +253,7 @@ def sglang_generate_body(finished: encoding.Finished) -> Any:
     """The whole answer. For a batch, or with several choices, it is a list."""
     request = finished.request
     answers = [
-        said(request, sequence, text, sequence.output_length, finished.weights, last=True)
+        partial_answer(request, sequence, text, sequence.output_length, finished.weights, last=True)
         for sequence, text in finished.choices()
     ]
     return answers if is_several(request) else answers[0]

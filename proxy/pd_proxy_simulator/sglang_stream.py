@@ -11,7 +11,7 @@ from pd_proxy_simulator import encoding
 from pd_proxy_simulator.answers import StreamAnswer
 from pd_proxy_simulator.errors import RequestError
 from pd_proxy_simulator.sequences import Sequence
-from pd_proxy_simulator.sglang_generate import aborted, is_several, said
+from pd_proxy_simulator.sglang_generate import aborted, is_several, partial_answer
 
 
 class SGLangStream(StreamAnswer):
@@ -25,14 +25,14 @@ class SGLangStream(StreamAnswer):
         """Carry out the fault `error_event_first`: abort before any token."""
         self._fail(error)
 
-    def _greet(self, sequence: Sequence) -> None:
+    def _send_opening(self, sequence: Sequence) -> None:
         """Send nothing: this stream has no event before the first token."""
 
-    def _say(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
+    def _send_delta(self, sequence: Sequence, tokens: list[int], draws: list[int], text: str) -> None:
         index = sequence.index
         text = self._texts[index] = self._texts.get(index, "") + text
         count = self._handed_out[index]
-        event = said(self.request, sequence, text, count, self.config.weights, last=self._is_last(sequence))
+        event = partial_answer(self.request, sequence, text, count, self.config.weights, last=self._is_last(sequence))
         if is_several(self.request):
             event["index"] = index
         self.exchange.write(encoding.event(event))

@@ -84,14 +84,14 @@ class SideChannelServer(asyncio.Protocol):
             if injected.get("hang") is not None or faults.lasting("hang", "pull"):
                 return
             if message["op"] == "wait":
-                self._serving.wait(message, self._say)
+                self._serving.wait(message, self._send)
                 continue
             answer = self._serving.answer(message)
             delay = injected.get("delay_first_byte")
             if answer is not None and delay is not None:
-                asyncio.get_running_loop().call_later(delay.delay_s, self._say, answer)
+                asyncio.get_running_loop().call_later(delay.delay_s, self._send, answer)
             elif answer is not None:
-                self._say(answer)
+                self._send(answer)
 
     def _show_page(self) -> None:
         """Answer an HTTP request: the port is the connector's bootstrap server too, where it has one."""
@@ -104,7 +104,7 @@ class SideChannelServer(asyncio.Protocol):
         self._transport.write(f"HTTP/1.1 {status}\r\n{fields}\r\n\r\n".encode() + body)
         self._transport.close()
 
-    def _say(self, answer: dict[str, Any]) -> None:
+    def _send(self, answer: dict[str, Any]) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame(answer))
 
@@ -125,11 +125,11 @@ class Serving:
         handoffs: Handoffs,
         faults: Faults,
         side: Side,
-        told: Callable[[dict[str, Any]], dict[str, Any] | None],
+        on_message: Callable[[dict[str, Any]], dict[str, Any] | None],
     ) -> None:
         self.faults = faults
         self.side = side
-        self._told = told
+        self._on_message = on_message
         self._config = config
         self._engine_id = engine_id
         self._pool = pool
@@ -143,18 +143,18 @@ class Serving:
         for peer in list(self.connections):
             peer.reset()
 
-    def wait(self, message: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
+    def wait(self, message: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
         """Answer with the blocks of a hand-off by its name, without those that decode has, once the hand-off is
         pinned."""
 
         def take(blocks: list[Block]) -> None:
             wanted = blocks[message["skip"] :]
             contents = [self._pool.read(block.index, scrambled_when_free=False) for block in wanted]
-            say({"contents": contents, **self.side.sent_along(name)})
+            send({"contents": contents, **self.side.extra_reply(name)})
 
         name = message["request_id"]
         self._handoffs.when_pinned(name, take)
-        self.side.wanted(name)
+        self.side.on_wait(name)
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """The answer to one message; None for no answer."""
@@ -175,7 +175,7 @@ class Serving:
             case "done":
                 self._handoffs.done(message["request_id"], read=message["read"])
             case _:
-                return self._told(message)
+                return self._on_message(message)
         return None
 
 

@@ -139,8 +139,8 @@ async def test_sglang_backends_report_their_version() -> None:
 
 
 async def test_an_engine_that_has_only_the_older_page_is_asked_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    about = SGLang.about
-    monkeypatch.setattr(SGLang, "about", lambda side, path: None if path == "/server_info" else about(side, path))
+    about = SGLang.describe
+    monkeypatch.setattr(SGLang, "describe", lambda side, path: None if path == "/server_info" else about(side, path))
     async with fleet(CASE) as (running, [p], _):
         backend = next(b for b in running.gateway.fleet if b.url == p.url)
         assert backend.coordinates.port == p.side_port

@@ -104,7 +104,7 @@ class AscendLayerwise(Side):
         finally:
             del self._awaited[name]
 
-    def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+    def on_message(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         if message["op"] != "push":
             return None
         arrival = self._awaited.get(message["request_id"])

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pd_proxy_simulator.blocks import Content
-from pd_proxy_simulator.connectors.messages import say, sender
+from pd_proxy_simulator.connectors.messages import send, sender
 from pd_proxy_simulator.connectors.side import Side, Transfer
 from pd_proxy_simulator.sidechannel import TransferFailed
 from pd_proxy_simulator.tokens import boundary_states
@@ -107,12 +107,12 @@ class LMCachePD(Side):
         finally:
             engine.handoffs.done(str(spec["req_id"]), read=written)
         for _ in range(config.tp):
-            if self._proxy is None or not say(self._proxy, {"type": "ProxyNotif", "req_id": str(spec["req_id"])}):
+            if self._proxy is None or not send(self._proxy, {"type": "ProxyNotif", "req_id": str(spec["req_id"])}):
                 engine.stats.failed_notifications += 1
 
     # The receiver
 
-    def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+    def on_message(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         match message["op"]:
             case "alloc":
                 while len(self._received) >= _MOST:
@@ -138,7 +138,7 @@ class LMCachePD(Side):
 
         self.engine.fetch(sequence, found())
 
-    def let_go(self, transfer: Transfer) -> None:
+    def release_unread(self, transfer: Transfer) -> None:
         """Prefill is not notified: the KV stays here until its memory is needed."""
 
     def _name(self, sequence: Sequence) -> int:

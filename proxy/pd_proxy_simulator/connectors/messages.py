@@ -28,7 +28,7 @@ def sender(kind: Literal["PUSH", "DEALER"], address: str) -> Iterator[Any]:
         context.destroy(linger=0)
 
 
-def say(socket: Any, message: dict[str, Any]) -> bool:
+def send(socket: Any, message: dict[str, Any]) -> bool:
     """Send a message; returns whether the socket accepted it."""
     zmq = importlib.import_module("zmq")
     try:

@@ -68,7 +68,7 @@ class Mooncake(Side):
     def stuck(self, sequence: Sequence) -> bool:
         return self._address(sequence.transfer) is None
 
-    def let_go(self, transfer: Transfer) -> None:
+    def release_unread(self, transfer: Transfer) -> None:
         if (address := self._address(transfer)) is not None:
             (host, port), _, transfer_id = address
             self.engine.spawn(self.notify(host, port, transfer_id))

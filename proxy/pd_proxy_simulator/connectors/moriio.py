@@ -64,7 +64,7 @@ class MoRIIO(Registering):
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any] | None:
         engine = self.engine
         return {
-            **self.where_kept(sequence),
+            **self.kept_address(sequence),
             "remote_handshake_port": engine.side_port,
             "remote_notify_port": engine.side_port,
             "remote_dp_rank": 0,
@@ -75,7 +75,7 @@ class MoRIIO(Registering):
             "transfer_id": sequence.transfer.params["transfer_id"],
         }
 
-    def let_go(self, transfer: Transfer) -> None:
+    def release_unread(self, transfer: Transfer) -> None:
         params = transfer.params
         if params is None or any(params.get(name) is None for name in (*_ADDRESS, "transfer_id")):
             return
@@ -187,7 +187,7 @@ class MoRIIOWrite(MoRIIO):
         finally:
             del self._waiting[name]
 
-    def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+    def on_message(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         name = message["transfer_id"]
         match message["op"]:
             case "blocks" if message["rank"] == 0:  # a message for another rank reaches no rank that has the request

@@ -34,7 +34,7 @@ class NixlPush(Side):
 
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any]:
         return {
-            **self.where_kept(sequence),
+            **self.kept_address(sequence),
             "remote_request_id": sequence.request_id,
             "remote_port": self.engine.side_port,
             "tp_size": 1,

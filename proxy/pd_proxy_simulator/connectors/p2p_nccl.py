@@ -75,7 +75,7 @@ class P2pNccl(Registering):
 
     # Decode
 
-    def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+    def on_message(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         name = message["name"]
         contents = [(before, tokens, error) for before, tokens, error in message["contents"]]
         if (waiting := self._waiting.get(name)) is not None and not waiting.done():
@@ -108,5 +108,5 @@ class P2pNccl(Registering):
         finally:
             del self._waiting[name]
 
-    def let_go(self, transfer: Transfer) -> None:
+    def release_unread(self, transfer: Transfer) -> None:
         """Prefill is not notified: the received KV stays until its memory is needed."""

@@ -112,15 +112,15 @@ class Pull(Side):
     def stuck(self, sequence: Sequence) -> bool:
         return bool(sequence.transfer.params.missing)
 
-    def let_go(self, transfer: Transfer) -> None:
+    def release_unread(self, transfer: Transfer) -> None:
         remote: RemotePrefill = transfer.params
         if remote.missing or not remote.block_ids:
             if remote.missing and remote.block_ids:
-                self.nameless(remote.missing[0])
+                self.incomplete(remote.missing[0])
             return
         self.engine.spawn(self.notify(remote.host, remote.port, remote.request_id))
 
-    def nameless(self, missing: str) -> None:
+    def incomplete(self, missing: str) -> None:
         """Handle a hand-off that has blocks but lacks a part of its address, and is to be released unread."""
 
 
@@ -138,7 +138,7 @@ class Nixl(Pull):
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any]:
         engine = self.engine
         return {
-            **self.where_kept(sequence),
+            **self.kept_address(sequence),
             "remote_request_id": sequence.request_id,
             "remote_port": engine.side_port,
             "tp_size": 1,
@@ -153,7 +153,7 @@ class Nixl(Pull):
     def no_blocks(self) -> None:
         self.engine.die("AssertionError: num_external_tokens == 0 (pull_scheduler.py:186)")
 
-    def nameless(self, missing: str) -> None:
+    def incomplete(self, missing: str) -> None:
         self.engine.die(f"KeyError: {missing!r}")
 
     def submitted(self, sequence: Sequence) -> None:
@@ -188,7 +188,7 @@ class MooncakeAscend(Pull):
     def kept(self, sequence: Sequence, tokens: int) -> dict[str, Any]:
         engine = self.engine
         return {
-            **self.where_kept(sequence),
+            **self.kept_address(sequence),
             "remote_request_id": sequence.request_id,
             "remote_port": engine.side_port,
             "remote_pcp_size": 1,

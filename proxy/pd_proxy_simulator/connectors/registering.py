@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from pd_proxy_simulator.connectors.messages import say, sender
+from pd_proxy_simulator.connectors.messages import send, sender
 from pd_proxy_simulator.connectors.side import Side
 
 
@@ -20,7 +20,7 @@ class Registering(Side):
         engine = self.engine
         with sender("DEALER", engine.config.proxy) as socket:
             while True:
-                say(socket, self.registration())
+                send(socket, self.registration())
                 await asyncio.sleep(engine.config.register_every)
 
     def registration(self) -> dict[str, Any]:

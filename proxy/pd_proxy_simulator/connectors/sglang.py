@@ -110,7 +110,7 @@ class SGLang(Side):
     def page(self, path: str) -> bytes | None:
         return b"{}" if path == "/health" else None
 
-    def about(self, path: str) -> dict[str, Any] | None:
+    def describe(self, path: str) -> dict[str, Any] | None:
         if path not in ("/server_info", "/get_server_info"):
             return None
         role, mode = self.engine.config.role, "null"
@@ -171,14 +171,14 @@ class SGLang(Side):
     def key(self, sequence: Sequence) -> str:
         return str(self._room(sequence))
 
-    def wanted(self, name: str) -> None:
+    def on_wait(self, name: str) -> None:
         room = int(name)
         self._joined.add(room)
         if (timer := self._bootstrapping.pop(room, None)) is not None:
             timer.cancel()
             self.engine.admit(self._live[room])
 
-    def sent_along(self, name: str) -> dict[str, Any]:
+    def extra_reply(self, name: str) -> dict[str, Any]:
         sequence = self._live[int(name)]
         return {"first": [sequence.tokens[-1], sequence.draws[-1] if sequence.draws else 0]}
 
@@ -208,13 +208,13 @@ class SGLang(Side):
         try:
             return await receiving
         except asyncio.CancelledError:
-            if sequence.vanished:
+            if sequence.abandoned:
                 raise TransferFailed("aborted") from None
             raise
         finally:
             self._receiving.pop(sequence, None)
 
-    def vanished(self, sequence: Sequence) -> None:
+    def abandoned(self, sequence: Sequence) -> None:
         if (receiving := self._receiving.get(sequence)) is not None:
             receiving.cancel()
 

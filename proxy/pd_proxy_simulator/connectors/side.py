@@ -65,7 +65,7 @@ class Side:
     def start(self) -> None:
         """Called when the engine has started and its ports are known."""
 
-    def told(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+    def on_message(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         """The reply to a message at the side port that only this connector knows; None for no reply."""
         return None
 
@@ -73,7 +73,7 @@ class Side:
         """The side port's JSON for a GET of `path`; None for 404."""
         return None
 
-    def about(self, path: str) -> dict[str, Any] | None:
+    def describe(self, path: str) -> dict[str, Any] | None:
         """The API port's JSON for a GET of `path`, for engines that describe themselves there; None for 404."""
         return None
 
@@ -102,7 +102,7 @@ class Side:
         `tokens` tokens."""
         return None
 
-    def where_kept(self, sequence: Sequence) -> dict[str, Any]:
+    def kept_address(self, sequence: Sequence) -> dict[str, Any]:
         """The parameters that most of vLLM's connectors share: the engine, the host and the numbers of the blocks."""
         return {
             "do_remote_prefill": True,
@@ -115,10 +115,10 @@ class Side:
     def dropped(self, sequence: Sequence) -> None:
         """Called when a sequence whose blocks were to be kept has ended otherwise."""
 
-    def wanted(self, name: str) -> None:
+    def on_wait(self, name: str) -> None:
         """Called when decode waits for what is to be kept as `name`."""
 
-    def sent_along(self, name: str) -> dict[str, Any]:
+    def extra_reply(self, name: str) -> dict[str, Any]:
         """Further values that decode receives with the KV that it has waited for."""
         return {}
 
@@ -157,8 +157,8 @@ class Side:
     def loaded(self, sequence: Sequence) -> None:
         """Called when the fetch has ended, successfully or not."""
 
-    def vanished(self, sequence: Sequence) -> None:
-        """Called when the client disconnects while its sequence is loading. The blocks stay until the fetch ends."""
+    def abandoned(self, sequence: Sequence) -> None:
+        """Called when a request ends while its sequence is loading. The blocks stay until the fetch ends."""
 
     def ended(self, sequence: Sequence) -> None:
         """Called when a sequence has ended, in any state."""
@@ -167,7 +167,7 @@ class Side:
         """Whether a sequence that is loading waits for KV that can never come, so that its blocks can be freed."""
         return False
 
-    def let_go(self, transfer: Transfer) -> None:
+    def release_unread(self, transfer: Transfer) -> None:
         """Notify prefill, where the engine does so, that a request was refused or ended before it fetched its KV."""
 
     async def notify(self, host: str, port: int, name: str) -> None:

@@ -68,7 +68,7 @@ class TensorRTLLM(Side):
             case kind:
                 raise _bad(f"Unknown request type: {kind!r}")
 
-    def about(self, path: str) -> dict[str, Any] | None:
+    def describe(self, path: str) -> dict[str, Any] | None:
         """A context server describes how its cache is reached; a generation server answers with an empty object."""
         if path != "/server_info":
             return None
@@ -144,7 +144,7 @@ class TensorRTLLM(Side):
         wait = self.engine.peers.wait(context.host, context.port, context.engine_id, context.name, cached, tokens)
         self.engine.fetch(sequence, wait)
 
-    def let_go(self, transfer: Transfer) -> None:
+    def release_unread(self, transfer: Transfer) -> None:
         """A context server is not notified; it releases the KV when the lease ends."""
 
 
