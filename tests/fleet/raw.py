@@ -1,4 +1,4 @@
-"""An engine that answers with bytes of a test's choosing, however hostile."""
+"""An engine that answers with any bytes that a test gives it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ Serve = Callable[[bytes, asyncio.StreamWriter], Awaitable[object]]
 
 @dataclass
 class Raw:
-    """Attributes:
-    url: where it listens.
-    heads: of the requests that came.
-    sent: bytes that were taken from it.
+    """A running raw engine.
+
+    Attributes:
+        url: where it listens.
+        heads: the heads of the requests that came.
+        sent: the number of bytes that it could send; the `serve` function counts them.
     """
 
     url: str = ""
@@ -29,7 +31,7 @@ class Raw:
 
 @asynccontextmanager
 async def raw_engine(serve: Serve | bytes) -> AsyncIterator[Raw]:
-    """An engine that serves each request, on a connection of its own, with `serve(head, writer)` or these bytes."""
+    """Run an engine that serves the first request of each connection with `serve(head, writer)` or these bytes."""
     raw, tasks = Raw(), set[asyncio.Task[None]]()
 
     async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""When a backend is ejected, for how long, and who never is; with a clock that a test moves."""
+"""When a backend is ejected, for how long, and which backends never are; the tests move the clock."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def verdict(
 
 
 def note(stats: OutlierStats, good: int, bad: int, now: float = 0.0) -> None:
-    """So many good and bad legs, the bad ones never in a row while there are good ones to part them."""
+    """Note `good` and `bad` legs in turn, so that bad ones are in a row only after the good ones."""
     while good or bad:
         if bad:
             bad -= 1
@@ -47,7 +47,7 @@ def note(stats: OutlierStats, good: int, bad: int, now: float = 0.0) -> None:
 # The window
 
 
-def test_a_window_counts_what_is_young_enough() -> None:
+def test_a_window_counts_legs_that_are_not_too_old() -> None:
     window = Window(30.0)
     window.note(True, 100.0)
     window.note(False, 115.0)
@@ -75,7 +75,7 @@ def test_a_window_forgets_within_a_slice_of_its_length(steps: list[tuple[float, 
 # Failures
 
 
-def test_so_many_failures_in_a_row_eject() -> None:
+def test_a_number_of_failures_in_a_row_ejects() -> None:
     detector, pool = breaker(consecutive_failures=3), outlier_stats(2)
     note(pool[0], 0, 2)
     assert verdict(detector, pool, 0) is None
@@ -103,7 +103,7 @@ def test_bad_legs_are_forgotten_with_time() -> None:
     assert verdict(detector, pool, 0, now=31.0) is None
 
 
-def test_where_all_fail_alike_nobody_is_to_blame() -> None:
+def test_no_backend_is_ejected_if_all_fail_alike() -> None:
     detector, pool = breaker(), outlier_stats(4)
     for stats in pool:
         note(stats, 10, 10)
@@ -125,7 +125,7 @@ def time(
     leg: LegName = "decode",
     **more: Any,
 ) -> None:
-    """Legs of every backend in turn; `seconds` of each."""
+    """Note legs of all backends in turn, which take `seconds`."""
     for _ in range(rounds):
         for stats, taken in zip(pool, seconds, strict=True):
             detector.timed("decode", leg, stats, taken, more.get("tokens", 100), more.get("now", 0.0))
@@ -140,21 +140,21 @@ def slow(detector: Breaker, pool: list[OutlierStats], now: float = 0.0, leg: Leg
     [
         ([0.02, 0.02, 0.1], [2]),
         ([0.1, 0.02, 0.02, 0.02, 0.02], [0]),
-        ([0.02, 0.02, 0.05], []),  # 2.5 times: uneven load may do that
+        ([0.02, 0.02, 0.05], []),  # 2.5 times: uneven load may cause that
         ([0.02, 0.021, 0.019, 0.022], []),
-        ([0.02, 0.1], []),  # of two, nobody can say which is odd
-        ([0.0001, 0.0001, 0.002], []),  # 20 times, and nobody would notice
-        ([0.02, 0.02, 0.0001], []),  # fast is no fault
+        ([0.02, 0.1], []),  # of two backends, none can be called slow
+        ([0.0001, 0.0001, 0.002], []),  # 20 times, but not noticeable
+        ([0.02, 0.02, 0.0001], []),  # a fast backend is not ejected
         ([0.01, 0.01, 0.01, 0.1, 0.2], [3, 4]),
     ],
 )
-def test_the_odd_one_of_three_or_more_is_slow(seconds: list[float], odd: list[int]) -> None:
+def test_a_backend_that_is_slower_than_at_least_two_others_is_slow(seconds: list[float], odd: list[int]) -> None:
     detector, pool = breaker(), outlier_stats(len(seconds))
     time(detector, pool, seconds)
     assert slow(detector, pool) == odd
 
 
-def test_a_few_legs_or_one_freak_are_no_slowness() -> None:
+def test_a_few_legs_or_one_extreme_time_are_not_slowness() -> None:
     detector, pool = breaker(minimum_volume=10), outlier_stats(3)
     time(detector, pool, [0.02, 0.02, 0.2], rounds=9)
     assert slow(detector, pool) == []
@@ -167,7 +167,7 @@ def test_a_few_legs_or_one_freak_are_no_slowness() -> None:
 def test_long_prompts_do_not_make_a_prefill_backend_slow() -> None:
     detector, pool = breaker(), outlier_stats(3)
     for _ in range(20):
-        for stats, long in ((pool[0], 1), (pool[1], 1), (pool[2], 9)):  # one is given most of the long ones
+        for stats, long in ((pool[0], 1), (pool[1], 1), (pool[2], 9)):  # one backend gets most of the long prompts
             for tokens, count in ((20_000, long), (200, 10 - long)):
                 for _ in range(count):
                     detector.timed("prefill", "prefill", stats, 0.02 + tokens * 1e-4, tokens, 0.0)
@@ -177,7 +177,7 @@ def test_long_prompts_do_not_make_a_prefill_backend_slow() -> None:
     assert slow(detector, pool, leg="prefill") == [1]
 
 
-def test_old_times_and_short_streams_say_nothing() -> None:
+def test_old_times_and_short_streams_do_not_count() -> None:
     detector, pool = breaker(), outlier_stats(3)
     time(detector, pool, [0.02, 0.02, 0.2])
     assert slow(detector, pool, now=100.0) == [2]
@@ -204,7 +204,7 @@ def test_an_outlier_always_looks_slow_enough_for_a_verdict(count: int, ratio: fl
     assert not detector.timed("decode", "decode", pool[0], seconds, 100, 0.0)
 
 
-# How long
+# The length of ejections
 
 
 def test_each_ejection_lasts_twice_as_long_up_to_a_bound_and_good_time_takes_that_back() -> None:
@@ -256,7 +256,7 @@ def test_without_a_slow_start_a_backend_has_its_full_load_at_once() -> None:
     assert breaker(slow_start=0).factor(5.0, 5.0) == 1.0
 
 
-# What holds whatever happens
+# Invariants
 
 COUNT = 6
 MAX = 0.5
@@ -264,7 +264,7 @@ NUMBERS = st.integers(0, COUNT - 1)
 
 
 class AnyFleet(RuleBasedStateMachine):
-    """A pool to which anything happens, in any order."""
+    """A pool with any events in any order."""
 
     @initialize(share=st.sampled_from([0.0, 0.34, MAX, 0.9, 1.0]), panic=st.sampled_from([0.0, 0.3, 1.0]))
     def begin(self, share: float, panic: float) -> None:

@@ -1,4 +1,4 @@
-"""Kinds of backend: each is probed where it can be, and offers what it has."""
+"""Engine families: each is probed at its own paths, and offers the routes that it has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pd_proxy.settings.types import KindName
 URL = "http://engine:8000"
 MODELS = {"data": [{"id": "m"}]}
 
-# What each kind answers, path by path. A path that is not here is 404.
+# The answers of each kind by path. Other paths answer 404.
 ANSWERS: dict[KindName, dict[str, object]] = {
     "vllm": {"/health": None, "/v1/models": MODELS, "/version": {"version": "0.32.0"}},
     "sglang": {"/health": None, "/v1/models": MODELS, "/server_info": {"version": "0.5.9", "tp_size": 1}},
@@ -48,7 +48,7 @@ def test_every_kind_that_can_be_set_is_known() -> None:
 
 
 @pytest.mark.parametrize("kind", get_args(KindName))
-async def test_a_backend_is_probed_and_asked_for_its_version_where_its_kind_says_it(kind: KindName) -> None:
+async def test_a_backend_is_probed_and_asked_for_its_version_at_the_paths_of_its_kind(kind: KindName) -> None:
     async with probing(kind) as (prober, backend, router):
         await prober.probe(backend)
         await prober._discovery.learn(backend)
@@ -59,7 +59,7 @@ async def test_a_backend_is_probed_and_asked_for_its_version_where_its_kind_says
             await prober.probe(backend)
 
 
-def test_what_no_kind_offers_is_what_no_client_may_reach() -> None:
+def test_the_paths_that_no_kind_offers_are_those_that_no_client_may_reach() -> None:
     offered = {route for kind in KINDS.values() for route in kind.routes}
     operations = {path for kind in KINDS.values() for path in kind.operations.values()}
     dangerous = {"/invocations", "/collective_rpc", "/abort_requests", "/scale_elastic_ep", "/server_info", "/metrics"}

@@ -1,4 +1,4 @@
-"""What was found, in the words that operators read."""
+"""Findings: the texts that operators read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_a_finding_comes_with_its_codes_advice() -> None:
     assert found("refused", "x", advice="Do that.").advice == "Do that."
 
 
-def test_the_gravest_come_first_and_each_once() -> None:
+def test_the_most_severe_findings_come_first_and_each_once() -> None:
     note, fault = found("uncached", "x", severity="note"), found("refused", "y")
     warning = found("not_tried", "z", severity="warning")
     assert in_order([note, warning, fault, note, warning]) == [fault, warning, note]

@@ -1,4 +1,4 @@
-"""By what engines show which hand-off protocol they speak."""
+"""The fingerprints by which engines show which hand-off protocol they speak."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def vllm(connector: Any, **extra: Any) -> dict[str, Any]:
         ([], []),
     ],
 )
-def test_what_a_configuration_shows(page: Any, marks: list[str]) -> None:
+def test_fingerprints_of_a_configuration(page: Any, marks: list[str]) -> None:
     assert configured(json.dumps(page).encode()) == marks
 
 
 @pytest.mark.parametrize("page", [b"", b"<html>", b"\xff\xfe", b'{"vllm_config":', b"[" * 100_000])
-def test_what_is_no_configuration_shows_nothing(page: bytes) -> None:
+def test_a_page_that_is_no_configuration_has_no_fingerprints(page: bytes) -> None:
     assert configured(page) == []
 
 
-def test_what_series_show() -> None:
+def test_fingerprints_of_metric_series() -> None:
     page = (
         b"# HELP vllm:nixl_xfer_time_seconds Of vllm:else_what\n# TYPE vllm:nixl_xfer_time_seconds histogram\n"
         b'vllm:nixl_xfer_time_seconds_bucket{le="1"} 0.0\nvllm:num_requests_running 0.0\n'
@@ -57,7 +57,7 @@ def test_what_series_show() -> None:
     assert speaker(counted(b"vllm:num_requests_running 0.0\n"), MARKS) == ""
 
 
-def test_marks_of_several_connectors_are_none() -> None:
+def test_fingerprints_of_several_connectors_name_none() -> None:
     known = {"a": frozenset({"A"}), "b": frozenset({"B"})}
     assert speaker(["A"], known) == "a"
     assert speaker(["A", "C"], known) == "a"
@@ -65,6 +65,6 @@ def test_marks_of_several_connectors_are_none() -> None:
     assert speaker([], known) == ""
 
 
-def test_no_two_connectors_have_a_mark_in_common() -> None:
+def test_no_two_connectors_have_a_fingerprint_in_common() -> None:
     marks = [mark for its in MARKS.values() for mark in its]
     assert len(marks) == len(set(marks))

@@ -1,4 +1,4 @@
-"""What an engine's pages say of it."""
+"""The identity of an engine, read from its pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODELS = json.dumps({"object": "list", "data": [{"id": "m", "max_model_len": 204
 VERSION = b'{"version":"0.32.0"}'
 
 
-def test_all_three_pages_make_the_facts() -> None:
+def test_an_identity_is_read_from_three_pages() -> None:
     identity = read_identity(METRICS, MODELS, VERSION)
     assert identity is not None
     assert (identity.block_size, identity.version, identity.context) == (32, "0.32.0", 2048)
@@ -30,7 +30,7 @@ def test_all_three_pages_make_the_facts() -> None:
         (METRICS, b'{"data":[{"max_model_len":"long"}]}', VERSION),
     ],
 )
-def test_what_is_not_all_there_is_nothing(pages: tuple[bytes, bytes, bytes]) -> None:
+def test_pages_that_lack_a_part_are_no_identity(pages: tuple[bytes, bytes, bytes]) -> None:
     assert read_identity(*pages) is None
 
 
@@ -38,7 +38,7 @@ def test_what_is_not_all_there_is_nothing(pages: tuple[bytes, bytes, bytes]) -> 
     ("page", "size"),
     [
         (LINE % (16, 0) + LINE % (16, 1), 16),
-        (LINE % (16, 0) + LINE % (32, 1), 0),  # whichever of the two gets a request
+        (LINE % (16, 0) + LINE % (32, 1), 0),  # either of the two may get a request
         (LINE % (0, 0), 0),
         (LINE % ("None", 0), 0),
         ('vllm:cache_config_info{mamba_block_size="16"} 1.0\n', 0),
@@ -50,8 +50,8 @@ def test_a_block_size_is_that_of_every_engine_behind_the_page(page: str, size: i
     assert read_block_size(page.encode()) == size
 
 
-def test_facts_that_look_alike_are_not_the_same() -> None:
-    """What was learnt again is of a process that may be another."""
+def test_identities_with_equal_values_are_not_equal() -> None:
+    """An identity that was read again may be of another process."""
     assert EngineIdentity(16, "1", 100) != EngineIdentity(16, "1", 100)
     assert EngineIdentity(16, "1", 100).fits(EngineIdentity(16, "1", 100))
     assert not EngineIdentity(16, "1", 99).fits(EngineIdentity(16, "1", 100))

@@ -1,4 +1,4 @@
-"""What engines' metrics say of their KV caches."""
+"""The size of KV caches and prefix caching, read from engines' metrics."""
 
 from __future__ import annotations
 

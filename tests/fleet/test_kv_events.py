@@ -1,4 +1,4 @@
-"""KV events from simulated engines over real sockets: what is believed of their caches is what they have."""
+"""KV events of simulated engines over real sockets: the index believes cached what the engines have cached."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def chain(**body: Any) -> Chain:
 
 
 class Bed:
-    """Simulated engines, what is believed of them, and a client."""
+    """Simulated engines, the index of their caches, and a client."""
 
     def __init__(self, engines: list[Simulator], fleet: Fleet, events: KvEvents, index: PrefixIndex) -> None:
         self.engines = engines
@@ -47,14 +47,14 @@ class Bed:
         return self.index.cached(chain(prompt=prompt, **more)).get(engine.url, 0)
 
     async def ask(self, engine: Simulator, prompt: list[int] | str, **more: Any) -> int:
-        """Have a prompt computed; returns how many of its tokens were cached."""
+        """Let an engine compute a prompt; returns how many of its tokens were cached."""
         body = {"model": "sim", "prompt": prompt, "max_tokens": 1, **more}
         answer = (await self.http.post(f"{engine.url}/v1/completions", json=body)).raise_for_status().json()
         details = answer["usage"]["prompt_tokens_details"]
         return details["cached_tokens"] if details else 0
 
     async def heard(self, engine: Simulator) -> None:
-        """All that an engine has published has been taken."""
+        """Wait until all that an engine has published has been taken."""
         publisher = engine.publisher
         assert publisher is not None
         publisher.flush()
@@ -115,8 +115,8 @@ async def bed(
 @pytest.mark.cross_product
 @pytest.mark.parametrize("encoding", ["map", "array"])
 @pytest.mark.parametrize("hashes", ["int", "bytes"])
-async def test_what_is_believed_is_what_the_engine_says_it_had_cached(encoding: Any, hashes: Any) -> None:
-    """Request by request: prompts that begin alike, salts, and evictions, since the engine has room for few blocks."""
+async def test_the_index_believes_cached_what_the_engine_reports_as_cached(encoding: Any, hashes: Any) -> None:
+    """The prompts have common beginnings and salts, and the engine evicts blocks, since it has room for few."""
     async with bed(kv_events_encoding=encoding, kv_events_hashes=hashes, blocks=64) as it:
         (engine,) = it.engines
         asked = 0
@@ -125,7 +125,7 @@ async def test_what_is_believed_is_what_the_engine_says_it_had_cached(encoding: 
             more = {"cache_salt": "pepper"} if number % 8 == 7 else {}
             believed = it.believed(engine, prompt, **more)
             cached = await it.ask(engine, prompt, **more)
-            # Of a prompt that is cached to its end the engine computes the last block anew.
+            # Of a prompt that is cached to its end, the engine computes the last block again.
             assert cached == min(believed, (len(prompt) - 1) // 16 * 16)
             asked += bool(cached)
             await it.heard(engine)
@@ -134,16 +134,16 @@ async def test_what_is_believed_is_what_the_engine_says_it_had_cached(encoding: 
         assert not it.events.events["unplaced"] + it.events.events["malformed"] + it.events.events["unknown"]
 
 
-async def test_an_engine_that_was_warm_before_is_known() -> None:
+async def test_the_cache_of_an_engine_that_was_warm_before_is_known() -> None:
     async with bed(warm=[PROMPT]) as it:
         (engine,) = it.engines
         await it.heard(engine)
-        assert it.believed(engine, PROMPT) == 0  # until somebody sends ids
+        assert it.believed(engine, PROMPT) == 0  # until a request with token ids is sent
         it.events.sent(chain(prompt=PROMPT), {})
         await until(lambda: it.believed(engine, PROMPT) == 400)
 
 
-async def test_each_engine_is_believed_what_it_says_itself() -> None:
+async def test_the_events_of_each_engine_count_for_that_engine_only() -> None:
     async with bed(2) as it:
         one, other = it.engines
         await it.ask(one, PROMPT)
@@ -172,7 +172,7 @@ async def test_a_reset_cache_and_a_restarted_engine_have_nothing() -> None:
         assert await it.ask(engine, PROMPT) == 48
 
 
-async def test_events_that_are_lost_on_the_way_are_asked_for() -> None:
+async def test_events_that_are_lost_on_the_way_are_requested() -> None:
     async with bed() as it:
         (engine,) = it.engines
         await it.ask(engine, PROMPT[:32])
@@ -188,7 +188,7 @@ async def test_events_that_are_lost_on_the_way_are_asked_for() -> None:
         assert it.events.batches["lost"] == 0
 
 
-async def test_one_that_has_not_answered_is_asked_again_once_it_has_restarted() -> None:
+async def test_a_publisher_that_has_not_answered_is_asked_again_once_it_has_restarted() -> None:
     async with bed() as it:
         (engine,) = it.engines
         await it.ask(engine, PROMPT)
@@ -210,7 +210,7 @@ async def test_an_entry_made_at_dispatch_does_not_wait_for_events() -> None:
         assert it.believed(engine, PROMPT) == 400
 
 
-async def test_engines_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_publishers_are_followed_while_their_backend_is_in_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pd_proxy.fleet.zmq.kv_events._LOOK", 0.01)
     async with bed(2) as it:
         one, _ = it.engines
@@ -219,14 +219,14 @@ async def test_engines_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
         await until(lambda: it.events.connected == 1)
         backend = it.fleet.add(one.url, "mixed")
         await asyncio.sleep(0.03)
-        assert it.events.connected == 1  # not before it has said which models it has
+        assert it.events.connected == 1  # not before its models are known
         backend.models = {"sim": {"id": "sim"}}
         await until(lambda: it.events.connected == 2)
         await it.ask(one, PROMPT)
         await until(lambda: it.believed(one, PROMPT) == 400)
 
 
-async def test_an_index_that_hears_of_an_engine_late_gets_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_index_that_knows_an_engine_late_gets_what_the_engine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pd_proxy.fleet.zmq.kv_events._LOOK", 0.01)
     async with bed() as it:
         (engine,) = it.engines
@@ -244,7 +244,7 @@ async def test_an_index_that_hears_of_an_engine_late_gets_what_it_has(monkeypatc
         await until(lambda: it.believed(engine, PROMPT) == 400)
 
 
-async def test_an_engine_that_restarts_while_it_is_out_gets_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_restored_of_an_engine_that_restarts_while_it_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pd_proxy.fleet.zmq.kv_events._LOOK", 0.01)
     async with bed() as it:
         (engine,) = it.engines
@@ -261,7 +261,7 @@ async def test_an_engine_that_restarts_while_it_is_out_gets_nothing_back(monkeyp
         assert it.events.batches["restart"] == 1
 
 
-async def test_a_failure_of_our_own_is_logged_and_it_begins_anew(
+async def test_an_error_of_the_gateway_is_logged_and_the_publisher_followed_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("pd_proxy.fleet.zmq.kv_events._AGAIN", 0.01)
@@ -302,14 +302,14 @@ async def reported_ids(it: Bed, engine: Simulator) -> bytes:
     return ",".join(map(str, answer["choices"][0]["prompt_token_ids"])).encode()
 
 
-async def test_ids_that_an_engine_reports_make_its_events_count_for_text() -> None:
+async def test_events_count_for_prompts_of_text_whose_ids_an_engine_has_reported() -> None:
     async with bed(2) as it:
         one, other = it.engines
         sent, members = text_prompt()
         it.events.reported(sent, members, await reported_ids(it, one))
         await it.heard(one)
         await until(lambda: it.index.cached(sent).keys() == {one.url})
-        await it.ask(other, TEXT)  # by another gateway
+        await it.ask(other, TEXT)  # as another gateway would
         await it.heard(other)
         assert it.index.cached(sent).keys() == {one.url, other.url}
         (await it.http.post(f"{one.url}/reset_prefix_cache")).raise_for_status()
@@ -318,7 +318,7 @@ async def test_ids_that_an_engine_reports_make_its_events_count_for_text() -> No
 
 
 @pytest.mark.parametrize("ids", [b"1,", b"-1", b"1,x", b"4294967296", b"1.5", b"[1]", b'"'])
-async def test_ids_that_are_none_teach_nothing(ids: bytes) -> None:
+async def test_ids_that_are_not_valid_are_not_learnt(ids: bytes) -> None:
     async with bed() as it:
         sent, members = text_prompt()
         it.events.reported(sent, members, ids)
@@ -326,7 +326,7 @@ async def test_ids_that_are_none_teach_nothing(ids: bytes) -> None:
         assert it.events.corrections.texts == 0
 
 
-async def test_no_more_prompts_wait_to_be_learnt_from_than_may() -> None:
+async def test_the_number_of_prompts_that_wait_to_be_learnt_from_is_bounded() -> None:
     async with bed() as it:
         _, members = text_prompt()
         for number in range(300):
@@ -334,12 +334,12 @@ async def test_no_more_prompts_wait_to_be_learnt_from_than_may() -> None:
         assert it.events.events["untold"] == 300 - 256
         await until(lambda: it.events.events["learnt"] == 256)
         it.events.reported(chain(prompt=f"0 {TEXT}"), members, b"1,2,3")
-        assert not it.events._lessons  # it is known
+        assert not it.events._lessons  # the prompt is known
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer for which each word of the text is one token."""
+    """A tokenizer that makes each word a token."""
     words = sorted({f"{space}{word}" for word in TEXT.split() for space in ("", "\u0120")} | {"\u0120"})
     made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="the"))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -348,7 +348,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-async def test_a_tokenizer_makes_the_ids_of_a_completions_text(tokenizer: Path) -> None:
+async def test_a_tokenizer_encodes_the_text_of_a_completion(tokenizer: Path) -> None:
     async with bed(more={"tokenizer": str(tokenizer)}) as it:
         (engine,) = it.engines
         sent, members = text_prompt()
@@ -385,7 +385,7 @@ def test_extras_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         KvEvents(settings, Fleet(settings), PrefixIndex(), KEY).start()
 
 
-async def test_nothing_is_followed_where_nothing_is_set() -> None:
+async def test_nothing_is_followed_without_an_endpoint_in_the_settings() -> None:
     settings = build_settings({"mixed": ["a:1"]}, {})
     events = KvEvents(settings, Fleet(settings), PrefixIndex(), KEY)
     events.start()
@@ -393,8 +393,8 @@ async def test_nothing_is_followed_where_nothing_is_set() -> None:
     await events.close()
 
 
-async def test_what_a_rank_publishes_is_believed_of_that_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two engines stand for the ranks of one."""
+async def test_the_events_of_a_rank_count_for_that_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines act as the ranks of one."""
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(Simulator(SimulatorConfig(kv_events=0))) for _ in range(2)]
         url = engines[0].url
@@ -469,6 +469,6 @@ def test_each_rank_of_an_engine_publishes_at_a_port_of_its_own(
         {"endpoint": "tcp://{host}:5557", "replay": "tcp://{host}:5557"},
     ],
 )
-def test_endpoints_that_can_be_none_are_refused(wrong: dict[str, str]) -> None:
+def test_endpoints_that_are_not_valid_are_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="kv_events"):
         build_settings({"mixed": ["a:1"], "kv_events": wrong}, {})

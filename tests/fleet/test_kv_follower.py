@@ -1,4 +1,4 @@
-"""One publisher is followed through gaps, restarts, floods and nonsense, over real sockets."""
+"""Following one publisher over real sockets: gaps, restarts, floods and messages that are not valid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support import until
 
 
 class Notes:
-    """A cache that keeps what it is told."""
+    """A cache that keeps the batches that it gets."""
 
     def __init__(self) -> None:
         self.told: list[bytes] = []
@@ -53,14 +53,14 @@ class Bed:
         await until(lambda: self.notes.told == [b"%d" % number for number in numbers])
 
     async def restart(self) -> None:
-        """A new engine at the same ports."""
+        """Replace the engine by a new one at the same ports."""
         old = self.publisher
         old.close()
         self.publisher = Publisher("127.0.0.1", old.port, old.replay_port)
         self._subscriptions = 0
 
     async def heard(self) -> None:
-        """The follower has connected anew, and seen what there was before."""
+        """Wait until the follower has connected again, and requested what was published before."""
         await until(
             lambda: (
                 self.follower.connected
@@ -95,14 +95,14 @@ async def bed(
         made.publisher.close()
 
 
-async def test_batches_are_told_in_their_order() -> None:
+async def test_batches_are_applied_in_their_order() -> None:
     async with bed() as it:
         it.publish(*range(50))
         await it.told(*range(50))
         assert it.counts["batch"] == 50
 
 
-async def test_what_was_published_before_is_asked_for() -> None:
+async def test_what_was_published_before_is_requested() -> None:
     async with bed(start=False) as it:
         it.publish(0, 1, 2)
         task = asyncio.create_task(it.follower.run())
@@ -115,7 +115,7 @@ async def test_what_was_published_before_is_asked_for() -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_without_a_replay_endpoint_it_begins_with_what_comes() -> None:
+async def test_without_a_replay_endpoint_the_first_batch_is_the_first_that_comes() -> None:
     async with bed(start=False, replay=False) as it:
         it.publish(0, 1, 2)
         task = asyncio.create_task(it.follower.run())
@@ -141,7 +141,7 @@ async def test_a_gap_is_filled() -> None:
         assert it.counts["restart"] == 0
 
 
-async def test_a_gap_that_nobody_can_fill_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_gap_that_cannot_be_filled_is_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async with bed(replay=False) as it:
         it.publish(0)
         for number in (1, 4, 7):
@@ -152,7 +152,7 @@ async def test_a_gap_that_nobody_can_fill_is_counted_and_said_once(caplog: pytes
         assert [r.levelno for r in caplog.records if "are lost" in r.message] == [logging.WARNING]
 
 
-async def test_what_the_publisher_has_dropped_by_then_is_lost() -> None:
+async def test_batches_that_the_publisher_has_dropped_are_lost() -> None:
     async with bed(buffer=2) as it:
         it.publish(0)
         await it.told(0)
@@ -162,13 +162,13 @@ async def test_what_the_publisher_has_dropped_by_then_is_lost() -> None:
         assert it.counts["lost"] == 4
 
 
-async def test_numbers_that_go_back_are_a_restart() -> None:
+async def test_a_lower_number_is_a_restart() -> None:
     async with bed() as it:
         it.publish(0, 1, 2)
         await it.told(0, 1, 2)
         await it.restart()
         await until(lambda: not it.follower.connected)
-        it.publish(0)  # before it is connected again: only the replay has it
+        it.publish(0)  # before the follower has connected again: only the replay has it
         await it.heard()
         it.publish(1)
         await it.told(0, 1)
@@ -191,7 +191,7 @@ async def test_a_restart_that_has_published_more_than_before_is_seen_by_its_last
         await it.told(10, 11, 12, 13, 14, 15)
 
 
-async def test_a_connection_that_breaks_is_no_restart() -> None:
+async def test_a_connection_that_ends_is_not_a_restart() -> None:
     async with bed() as it:
         it.publish(0, 1)
         await it.told(0, 1)
@@ -206,7 +206,7 @@ async def test_a_connection_that_breaks_is_no_restart() -> None:
         assert it.notes.clears == 0
 
 
-async def test_only_its_topic_is_heard() -> None:
+async def test_only_its_topic_is_followed() -> None:
     async with bed(topic="kv", heard_topic="kv") as it:
         it.publish(0)
         await it.told(0)
@@ -218,7 +218,9 @@ async def test_only_its_topic_is_heard() -> None:
 
 
 @pytest.mark.parametrize("parts", [[b"only one"], [b"", b"short", b"x"], [b"", b"\0" * 8, b"x", b"y"], [b""] * 40])
-async def test_what_is_no_batch_is_counted_and_said_once(parts: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_message_that_is_not_a_batch_is_counted_and_logged_once(
+    parts: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
     async with bed() as it:
         for _ in range(5):
             it.publisher.send(*parts)
@@ -228,7 +230,7 @@ async def test_what_is_no_batch_is_counted_and_said_once(parts: list[bytes], cap
         assert len([r for r in caplog.records if "not a batch" in r.message]) == 1
 
 
-async def test_a_message_that_is_too_long_cuts_the_connection_and_the_next_is_heard(
+async def test_a_message_that_is_too_long_ends_the_connection_and_the_next_is_received(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kv_follower, "_CONNECTING", 0.5)
@@ -252,7 +254,7 @@ async def test_a_message_that_is_too_long_cuts_the_connection_and_the_next_is_he
     ],
     ids=["silence", "a short number", "one part", "many parts"],
 )
-async def test_a_replay_that_is_none_is_given_up(
+async def test_a_replay_that_is_not_valid_is_given_up(
     answers: list[list[bytes]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kv_follower, "_SILENCE", 0.05)
@@ -279,7 +281,7 @@ async def test_a_replay_that_is_none_is_given_up(
         await it.told(0)
         it.publisher.lose = 1
         it.publish(1, 2)
-        await it.told(0, 2)  # not asked again so soon
+        await it.told(0, 2)  # the publisher is not asked again so soon
         assert it.counts["unanswered"] == 1
         assert len([r for r in caplog.records if "cannot be requested" in r.message]) == 1
         task.cancel()
@@ -287,8 +289,8 @@ async def test_a_replay_that_is_none_is_given_up(
 
 
 @pytest.mark.parametrize("all_the_rest", [False, True], ids=["some", "all the rest"])
-async def test_answers_that_got_lost_are_asked_for_again(all_the_rest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A publisher's socket drops answers when they are more than it can send at once, the last one included."""
+async def test_answers_that_were_lost_are_requested_again(all_the_rest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher's socket drops answers that it cannot send at once, also the last one."""
     monkeypatch.setattr(kv_follower, "_PAUSE", 0.05)
     async with bed(start=False) as it:
         it.publish(*range(100))
@@ -335,8 +337,8 @@ async def test_older_engines_answer_without_a_topic() -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_flood_leaves_the_event_loop_to_others() -> None:
-    """What takes long is done in turns, between which others get theirs, and all of it gets done."""
+async def test_a_flood_leaves_time_for_the_rest_of_the_event_loop() -> None:
+    """Long work is done in turns, other tasks run in between, and all of it is done in the end."""
     async with bed() as it:
         it.notes.steps = 2000
         it.publish(*range(30))
@@ -346,10 +348,10 @@ async def test_a_flood_leaves_the_event_loop_to_others() -> None:
             now = asyncio.get_running_loop().time()
             latest, worst = now, max(worst, now - latest)
         assert it.notes.told == [b"%d" % number for number in range(30)]
-        assert worst < 1  # a turn is a millisecond; machines are busy
+        assert worst < 1  # a turn is a millisecond, but the machine may be busy
 
 
-async def test_turns_owe_the_loop_what_they_took() -> None:
+async def test_turns_take_only_their_share_of_the_event_loop() -> None:
     turns = Turns(0.25)
     loop = asyncio.get_running_loop()
     async with turns.turn() as end:
@@ -363,7 +365,7 @@ async def test_turns_owe_the_loop_what_they_took() -> None:
 
 
 class Flooded:
-    """A socket with a message ready whenever one is wanted, so many of them."""
+    """A socket on which a number of messages is ready at once."""
 
     def __init__(self, parts: list[bytes], count: int) -> None:
         self.left = count
@@ -378,7 +380,7 @@ class Flooded:
 
 
 @pytest.mark.parametrize("parts", [[b"nonsense"], [b"", bytes(8), b"again"]], ids=["garbage", "restarts"])
-async def test_messages_that_are_there_already_leave_the_event_loop_to_others_too(parts: list[bytes]) -> None:
+async def test_messages_that_are_there_already_leave_time_for_the_rest_of_the_event_loop(parts: list[bytes]) -> None:
     async with bed(start=False) as it:
         flooded = Flooded(parts, 30_000)
         it.follower._replay = ""

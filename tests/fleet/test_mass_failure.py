@@ -11,7 +11,7 @@ ENGINES = [f"engine{number}" for number in range(8)]
 
 
 def checks(failing: int = 0, *, of: int = len(ENGINES)) -> tuple[Checks, list[str]]:
-    """The first engine is the one in question; of the others, so many fail."""
+    """The checks of eight engines, and all of them but the first; `failing` of these others fail."""
     made, others = Checks(TIMEOUT), ENGINES[1:of]
     for number, other in enumerate(others):
         made.began(other, 0.0)
@@ -20,7 +20,7 @@ def checks(failing: int = 0, *, of: int = len(ENGINES)) -> tuple[Checks, list[st
 
 
 def rounds(made: Checks, others: list[str], *, needed: int = 2, delay: float = 0.0, most: int = 50) -> int:
-    """The failed checks after which the first engine is out, each taking its time limit."""
+    """The number of failed checks after which the first engine is taken out; each check takes its time limit."""
     run, now = Run(needed, 0.0), 0.0
     for count in range(1, most + 1):
         now += TIMEOUT
@@ -31,7 +31,7 @@ def rounds(made: Checks, others: list[str], *, needed: int = 2, delay: float = 0
 
 
 @given(needed=st.integers(1, 5), failing=st.integers(0, 7), of=st.integers(1, 8))
-def test_an_engine_is_out_after_its_checks_and_one_more_where_most_fail(needed: int, failing: int, of: int) -> None:
+def test_an_engine_is_taken_out_after_its_checks_and_one_more_if_most_fail(needed: int, failing: int, of: int) -> None:
     failing = min(failing, of - 1)
     made, others = checks(failing, of=of)
     mass = failing >= 1 and (1 + failing) * 2 > of
@@ -39,7 +39,7 @@ def test_an_engine_is_out_after_its_checks_and_one_more_where_most_fail(needed: 
 
 
 @given(needed=st.integers(1, 5), delay=st.floats(LATE * TIMEOUT, 10 * TIMEOUT))
-def test_one_that_is_dead_is_out_at_last_however_late_the_event_loop_is(needed: int, delay: float) -> None:
+def test_a_dead_engine_is_taken_out_at_last_however_late_the_event_loop_is(needed: int, delay: float) -> None:
     made, others = checks(0)
     assert rounds(made, others, needed=needed, delay=delay) == needed + MOST_LATE
 
@@ -68,7 +68,7 @@ def test_checks_that_are_overdue_fail_with_the_others() -> None:
     assert made.excuse(others, 0.0, 100.0) is None
 
 
-def test_what_a_backend_that_has_left_had_failed_is_forgotten() -> None:
+def test_the_failed_checks_of_a_backend_that_has_left_are_forgotten() -> None:
     made, _ = checks(7)
     assert made.fails(ENGINES[1], 0.0)
     made.forget(ENGINES[1])
@@ -76,7 +76,7 @@ def test_what_a_backend_that_has_left_had_failed_is_forgotten() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.02, 5), st.floats(0, 5)), max_size=30), st.floats(0, 100))
-def test_delays_are_counted_from_where_they_are_asked_for(gaps: list[tuple[float, float]], began: float) -> None:
+def test_delays_are_counted_from_a_given_time_on(gaps: list[tuple[float, float]], began: float) -> None:
     delays, now, parts = Delays(), 0.0, []
     for late, quiet in gaps:
         now += quiet + late

@@ -1,4 +1,4 @@
-"""The watcher of each backend, with its calls mocked at httpx's edge; its log lines say when to look."""
+"""The watcher of each backend. Its requests are mocked below httpx, and tests wait for its log lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUICK: dict[str, Any] = {"interval": 0.01, "timeout": 0.05, "failures": 2, "long
 
 
 class News(logging.Handler):
-    """What the fleet logs, as it happens."""
+    """The log lines of the fleet, as they come."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -40,7 +40,7 @@ class News(logging.Handler):
         self._lines.put_nowait(record.getMessage())
 
     async def of(self, words: str) -> str:
-        """The next line with these words."""
+        """Wait for the next line with these words."""
         async with asyncio.timeout(PATIENCE):
             while words not in (line := await self._lines.get()):
                 pass
@@ -62,13 +62,13 @@ def news(monkeypatch: pytest.MonkeyPatch) -> Iterator[News]:
 
 @pytest.fixture
 def engine() -> Iterator[respx.MockRouter]:
-    """An engine at URL: healthy, and with one model, unless a test says otherwise."""
+    """A healthy engine at URL with one model, which tests may change."""
     with respx.mock(base_url=URL, assert_all_called=False) as router:
         router.get("/health", name="health").respond(200)
         router.get("/v1/models", name="models").respond(200, json={"data": [{"id": "m", "max_model_len": 100}]})
         router.get("/version", name="version").respond(200, json={"version": "0.32.0"})
         router.get("/is_paused", name="is_paused").respond(200, json={"is_paused": False})
-        router.get("/is_sleeping", name="is_sleeping").respond(404)  # as an engine that is not in development mode
+        router.get("/is_sleeping", name="is_sleeping").respond(404)  # as of an engine that is not in development mode
         yield router
 
 
@@ -84,7 +84,7 @@ def backend(fleet: Fleet) -> Backend:
 
 @pytest.fixture
 async def prober(fleet: Fleet, news: News, engine: respx.MockRouter) -> AsyncIterator[Prober]:
-    """A prober that a test starts."""
+    """A prober; the test starts it."""
     prober = Prober(fleet, Settings(health=QUICK).health, Control(0.05))
     yield prober
     await prober.stop()
@@ -119,17 +119,19 @@ async def test_a_backend_that_does_not_answer_stays_down_and_says_why(
     said = await news.of("is not up")
     assert said.endswith(reason)
     assert backend.reason == reason
-    await news.of("is up")  # and it was asked again
+    await news.of("is up")  # so it was probed again
     assert backend.reason == ""
 
 
-async def test_a_fault_without_words_is_named(prober: Prober, news: News, engine: respx.MockRouter) -> None:
+async def test_an_error_without_a_message_is_logged_by_its_type(
+    prober: Prober, news: News, engine: respx.MockRouter
+) -> None:
     engine["health"].mock(side_effect=httpx.ReadError(""))
     prober.start()
     assert (await news.of("is not up")).endswith("/health could not be asked: the connection ended")
 
 
-async def test_an_engine_that_accepts_and_says_nothing_has_failed(news: News) -> None:
+async def test_an_engine_that_accepts_a_connection_and_does_not_answer_is_down(news: News) -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
@@ -176,7 +178,7 @@ async def test_a_backend_goes_down_after_as_many_failed_probes_as_are_set_and_co
     assert was_up[:3] == [True, True, False]
 
 
-async def test_a_single_failed_probe_is_none(
+async def test_a_single_failed_probe_does_not_take_a_backend_out(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
 ) -> None:
     prober.start()
@@ -197,7 +199,7 @@ async def test_a_single_failed_probe_is_none(
     assert backend.up
 
 
-async def test_a_backend_that_goes_down_tells_the_legs_that_wait_for_it(
+async def test_the_legs_that_wait_for_a_backend_fail_when_it_goes_down(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
 ) -> None:
     prober.start()
@@ -210,7 +212,7 @@ async def test_a_backend_that_goes_down_tells_the_legs_that_wait_for_it(
             assert "refused" in str(await lost)
 
 
-async def test_a_failed_request_has_its_backend_asked_at_once(news: News, engine: respx.MockRouter) -> None:
+async def test_a_failed_request_makes_its_backend_be_probed_at_once(news: News, engine: respx.MockRouter) -> None:
     patient = Settings(decode=[URL], health={**QUICK, "interval": 60.0})
     fleet = Fleet(patient)
     (backend,) = fleet.pool("decode")
@@ -241,14 +243,14 @@ async def test_waits_between_probes_grow_to_their_limit(
     assert len(waits) == 12
     assert waits[0] <= 0.001 < waits[2]
     assert max(waits) <= QUICK["longest_wait"]
-    assert min(waits[6:]) >= 0.75 * QUICK["longest_wait"]  # the rest is left to chance
+    assert min(waits[6:]) >= 0.75 * QUICK["longest_wait"]  # the rest of the wait is random
 
 
-# What is learnt on the way in
+# What is read when a backend comes up
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_an_engine_that_wants_a_key_says_which_setting_gives_it(
+async def test_an_engine_that_refuses_the_key_is_down_with_the_name_of_the_setting(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, status: int
 ) -> None:
     engine["models"].respond(status)
@@ -271,7 +273,7 @@ async def test_an_engine_that_wants_a_key_says_which_setting_gives_it(
         httpx.Response(200, json={"data": ["m"]}),
     ],
 )
-async def test_an_engine_whose_models_cannot_be_read_is_no_worse_for_it(
+async def test_an_engine_whose_models_cannot_be_read_is_up(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, models: httpx.Response
 ) -> None:
     engine["models"].mock(return_value=models)
@@ -282,7 +284,7 @@ async def test_an_engine_whose_models_cannot_be_read_is_no_worse_for_it(
     assert backend.version == ""
 
 
-async def test_models_are_learnt_anew_now_and_then(
+async def test_models_are_read_again_from_time_to_time(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prober_module, "_RELEARN", 0.0)
@@ -300,11 +302,11 @@ async def test_models_are_learnt_anew_now_and_then(
         await learnt.wait()
         assert set(backend.models or {}) == {"m", "lora"}
         learnt.clear()
-        await learnt.wait()  # the round after: the first has been taken in
+        await learnt.wait()  # the second round: the answers of the first have been handled
     assert backend.version == "0.33.0"
 
 
-# Coming and going
+# Backends that join and leave
 
 
 async def test_a_backend_that_joins_is_watched_and_one_that_leaves_is_not(news: News, engine: respx.MockRouter) -> None:
@@ -323,7 +325,7 @@ async def test_a_backend_that_joins_is_watched_and_one_that_leaves_is_not(news: 
     await prober.stop()
 
 
-async def test_what_other_workers_send_to_a_backend_counts_before_it_was_met(engine: respx.MockRouter) -> None:
+async def test_what_other_workers_send_to_a_backend_counts_before_it_is_up(engine: respx.MockRouter) -> None:
     engine["health"].respond(503)
     fleet = Fleet(Settings(health=QUICK, prefill=[URL]))
     told: list[tuple[str, Cache]] = []
@@ -372,7 +374,7 @@ async def test_stopping_ends_every_watcher(prober: Prober, news: News, fleet: Fl
     assert not fleet.listeners
 
 
-async def test_a_watcher_outlives_an_answer_that_nobody_expected(
+async def test_a_watcher_survives_an_answer_of_any_shape(
     fleet: Fleet, backend: Backend, news: News, engine: respx.MockRouter
 ) -> None:
     engine["models"].respond(200, text="[" * 100_000)
@@ -398,7 +400,7 @@ async def test_an_engine_that_sleeps_is_down_until_it_is_awake(
     await news.of("is up")
 
 
-async def test_an_engine_that_falls_asleep_by_another_hand_is_taken_out(
+async def test_an_engine_that_was_put_to_sleep_by_others_is_taken_out(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
 ) -> None:
     engine["is_sleeping"].respond(200, json={"is_sleeping": False})
@@ -423,7 +425,7 @@ async def test_an_engine_that_is_paused_though_it_says_that_it_does_not_sleep_is
 async def test_an_engine_that_is_too_busy_to_say_whether_it_sleeps_stays_up(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
 ) -> None:
-    """vLLM answers that between two steps; one that takes long is no reason to cut what runs there."""
+    """vLLM answers this between two steps only; a long step is no reason to end the requests that run there."""
     engine["is_sleeping"].respond(200, json={"is_sleeping": False})
     prober.start()
     await news.of("is up")
@@ -437,7 +439,7 @@ async def test_an_engine_that_is_too_busy_to_say_whether_it_sleeps_stays_up(
     assert "it is asleep" in await news.of("is out")
 
 
-async def test_an_engine_that_does_not_say_whether_it_sleeps_any_more_stays_down(
+async def test_an_engine_that_stops_reporting_whether_it_sleeps_stays_down(
     prober: Prober, news: News, backend: Backend, engine: respx.MockRouter
 ) -> None:
     engine["is_sleeping"].mock(side_effect=httpx.ReadTimeout)
@@ -461,7 +463,7 @@ async def test_an_engine_that_cannot_sleep_is_asked_once_for_each_time_it_comes_
     assert engine["is_sleeping"].call_count == 1
 
 
-async def test_what_a_backend_said_it_lacks_is_asked_again_with_its_models(
+async def test_routes_that_a_backend_lacked_are_tried_again_when_its_models_are_read(
     prober: Prober, news: News, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prober.start()
@@ -477,7 +479,7 @@ async def test_what_a_backend_said_it_lacks_is_asked_again_with_its_models(
 # Broken and hostile engines, and many of them
 
 
-async def test_an_engine_whose_health_trickles_for_ever_is_not_up(news: News) -> None:
+async def test_an_engine_whose_health_answer_never_ends_is_not_up(news: News) -> None:
     async def trickle(head: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
         while not writer.is_closing():
@@ -503,7 +505,7 @@ async def test_an_engine_whose_answers_inflate_is_not_up(news: News) -> None:
         await prober.stop()
 
 
-async def test_of_many_backends_that_are_down_few_have_a_line_of_their_own(
+async def test_of_many_backends_that_are_down_only_few_have_a_log_line_each(
     news: News, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(down_log, "LINES_FOR", 0.3)
@@ -542,15 +544,15 @@ async def test_backends_that_are_down_are_probed_no_faster_together_than_a_bound
         while len(slept) < 400:
             await sleep(0.001)
     await prober.stop()
-    assert min(slept[201:400]) >= 0.75 * 200 / 100  # 201 backends, each again after two seconds or so
+    assert min(slept[201:400]) >= 0.75 * 200 / 100  # 201 backends, each probed again after some two seconds
 
 
-# All at once
+# Mass failure
 
 
 @pytest.fixture
 async def many(news: News, engine: respx.MockRouter) -> AsyncIterator[tuple[Fleet, Prober]]:
-    """Eight engines that are up, each with its health at `engine["N"]`."""
+    """Eight engines that are up; `engine["N"]` is the health path of each."""
     urls = [f"{URL}/{number}" for number in range(8)]
     for number in range(8):
         engine.get(f"/{number}/health", name=str(number)).respond(200)
@@ -619,7 +621,7 @@ async def test_a_real_death_of_all_is_seen_one_check_later(
     assert min(asked.values()) >= QUICK["failures"]
 
 
-async def test_one_of_many_that_dies_is_out_as_soon_as_ever(
+async def test_one_of_many_engines_that_dies_is_taken_out_without_a_delay(
     many: tuple[Fleet, Prober], news: News, engine: respx.MockRouter
 ) -> None:
     fleet, _ = many
@@ -637,7 +639,7 @@ async def test_one_of_many_that_dies_is_out_as_soon_as_ever(
     assert not fleet.excused_checks.total()
 
 
-async def test_checks_that_fail_while_the_event_loop_stands_still_count_for_nothing(
+async def test_checks_that_fail_while_the_event_loop_stands_still_do_not_count(
     prober: Prober, news: News, engine: respx.MockRouter, fleet: Fleet, backend: Backend
 ) -> None:
     prober.start()

@@ -1,4 +1,4 @@
-"""What engines tell of how they were started."""
+"""The profile of an engine: how it was started."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def vllm(role: str, **config: Any) -> bytes:
     return json.dumps({"vllm_config": {"kv_transfer_config": transfer, **config}}).encode()
 
 
-def test_vllm_tells_its_role_in_development_mode() -> None:
+def test_vllm_reports_its_role_in_development_mode() -> None:
     page = vllm("kv_producer", parallel_config={"tensor_parallel_size": 4}, model_config={"max_model_len": 8192})
     profile = read_profile(page, CACHE % b"True")
     assert profile == Profile("prefill", ("NixlConnector",), 32, 8192, True, 4)
@@ -24,12 +24,12 @@ def test_vllm_tells_its_role_in_development_mode() -> None:
     assert read_profile(vllm("kv_both"), b"").role == "both"
 
 
-def test_its_metrics_alone_tell_of_its_cache() -> None:
+def test_vllms_metrics_alone_report_its_cache() -> None:
     assert read_profile(b"", CACHE % b"False") == Profile(block_size=32, prefix_caching=False)
     assert read_profile(b"", b"") == Profile()
 
 
-def test_sglang_tells_its_role_always() -> None:
+def test_sglang_always_reports_its_role() -> None:
     page = {"disaggregation_mode": "decode", "tp_size": 2, "page_size": 64, "context_length": None}
     assert read_profile(json.dumps(page).encode(), b"") == Profile("decode", ("sglang",), 64, 0, None, 2)
     assert read_profile(b'{"disaggregation_mode":"null","disable_radix_cache":true}', b"") == Profile(
@@ -52,7 +52,7 @@ def test_sglang_tells_its_role_always() -> None:
         b'{"vllm_config":{"model_config":{"max_model_len":1e400}}}',
     ],
 )
-def test_what_is_not_as_expected_tells_nothing(page: bytes) -> None:
+def test_a_page_of_another_shape_is_an_empty_profile(page: bytes) -> None:
     profile = read_profile(page, b"")
     assert (profile.role, profile.tp, profile.context) == ("", 0, 0)
 
@@ -75,7 +75,5 @@ def test_what_is_not_as_expected_tells_nothing(page: bytes) -> None:
         (b"", None),
     ],
 )
-def test_tokens_that_came_from_elsewhere_are_counted_over_all_engines_of_a_server(
-    page: bytes, tokens: int | None
-) -> None:
+def test_tokens_from_other_engines_are_added_up_over_all_engines_of_a_server(page: bytes, tokens: int | None) -> None:
     assert read_from_elsewhere(page) == tokens

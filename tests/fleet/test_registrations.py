@@ -1,4 +1,4 @@
-"""Registrations: what they may say, of whom, for how long; and what a hostile sender can do (nothing)."""
+"""Registrations: what they may change, of which backends, for how long; and that hostile senders do no harm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.handoff.coordinates import Coordinates
 from pd_proxy.settings.tree import build_settings
 
-from tests.fleet.test_notifications import address, sender
+from tests.fleet.zmq_peers import address, sender
 from tests.support import until
 
 P, D = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
@@ -34,7 +34,7 @@ class Clock:
 
 
 class Table:
-    """Registrations of a fleet of one prefill and one decode backend."""
+    """The registrations of a fleet with one prefill and one decode backend."""
 
     def __init__(self, connector: str = "moriio_write", where: str = "127.0.0.1:1", **settings: Any) -> None:
         zmq_settings = {"registrations": where, **settings.pop("zmq", {})}
@@ -61,7 +61,7 @@ class Table:
 
 
 def registered(**said: Any) -> bytes:
-    """A registration of the prefill engine in write mode, but for what is said otherwise; None leaves out."""
+    """A registration of the prefill engine in write mode, with other members as given; None removes a member."""
     members: dict[str, Any] = {
         "type": "P",
         "http_address": "10.0.0.1:8000",
@@ -74,7 +74,7 @@ def registered(**said: Any) -> bytes:
     return msgspec.msgpack.encode({name: value for name, value in members.items() if value is not None})
 
 
-async def test_a_registration_tells_a_backends_coordinates() -> None:
+async def test_a_registration_sets_a_backends_coordinates() -> None:
     table = Table()
     assert not table.prefill.registered
     table.listen()
@@ -86,14 +86,14 @@ async def test_a_registration_tells_a_backends_coordinates() -> None:
     assert table.counts == {"taken": 2}
 
 
-async def test_an_engine_that_has_restarted_is_believed_with_its_new_ports() -> None:
+async def test_an_engine_that_has_restarted_registers_its_new_ports() -> None:
     table = Table()
     table.listen()
     table.listen(zmq_address="host:10.0.0.1,handshake:6400,notify:6500")
     assert (table.prefill.coordinates.port, table.prefill.coordinates.notify_port) == (6400, 6500)
 
 
-async def test_an_engine_is_not_silent_for_a_time_in_which_the_event_loop_stood_still() -> None:
+async def test_the_time_in_which_the_event_loop_stood_still_is_not_silence_of_an_engine() -> None:
     table = Table()
     table.listen()
     table.fleet.bring_in(table.prefill)
@@ -155,7 +155,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("said", REFUSED.values(), ids=list(REFUSED))
-async def test_what_an_engine_may_not_say_is_refused(said: dict[str, Any]) -> None:
+async def test_a_registration_that_is_not_allowed_is_refused(said: dict[str, Any]) -> None:
     table = Table()
     table.listen(**said)
     assert table.counts == {"refused": 1}
@@ -194,7 +194,7 @@ GARBAGE: dict[str, list[bytes]] = {
 
 
 @pytest.mark.parametrize("parts", GARBAGE.values(), ids=list(GARBAGE))
-async def test_what_is_no_registration_is_counted_and_forgotten(parts: list[bytes]) -> None:
+async def test_a_message_that_is_not_a_registration_is_counted_and_ignored(parts: list[bytes]) -> None:
     table = Table()
     table.registrations.listen(parts)
     assert table.counts == {"garbage": 1}
@@ -212,7 +212,7 @@ MEMBERS = ("type", "http_address", "zmq_address", "dp_size", "tp_size", "transfe
     parts=st.lists(st.binary(max_size=60), max_size=3),
     said=st.fixed_dictionaries({}, optional=dict.fromkeys(MEMBERS, VALUES)),
 )
-def test_nothing_that_comes_raises_or_lets_anybody_in(parts: list[bytes], said: dict[str, Any]) -> None:
+def test_no_message_raises_or_adds_a_backend(parts: list[bytes], said: dict[str, Any]) -> None:
     for connector in ("moriio_write", "moriio_read", "p2p_nccl"):
         table = Table(connector)
         table.registrations.listen(parts)
@@ -223,7 +223,7 @@ def test_nothing_that_comes_raises_or_lets_anybody_in(parts: list[bytes], said: 
             assert backend.coordinates.host in ("10.0.0.1", "10.0.0.2")
 
 
-async def test_who_is_not_configured_is_unknown() -> None:
+async def test_an_engine_that_is_not_in_the_settings_is_unknown() -> None:
     table = Table()
     table.listen(http_address="10.6.6.6:8000", zmq_address="host:10.6.6.6,handshake:1,notify:2")
     table.listen(http_address="10.0.0.1:8001")
@@ -231,14 +231,14 @@ async def test_who_is_not_configured_is_unknown() -> None:
     assert table.urls() == [P, D]
 
 
-async def test_a_backend_whose_connector_does_not_register_is_none_to_registrations() -> None:
+async def test_a_backend_whose_connector_does_not_register_is_unknown() -> None:
     other = [{"name": "more", "connector": "nixl", "prefill": ["10.0.1.1:8000"], "decode": ["10.0.1.2:8000"]}]
     table = Table(groups=other)
     table.listen(http_address="10.0.1.1:8000")
     assert table.counts == {"unknown": 1}
 
 
-async def test_a_host_that_people_have_set_is_a_backends_own() -> None:
+async def test_the_host_of_the_coordinates_in_the_settings_is_a_backends_own() -> None:
     url = "http://prefill-0.pool:8000"
     table = Table(prefill=[url], locations=[{"backend": url, "host": "10.0.0.1"}])
     table.listen()
@@ -252,7 +252,7 @@ async def test_a_host_in_the_networks_may_hold_the_kv_cache_of_a_backend() -> No
     assert table.prefill.coordinates.host == "10.9.0.1"
 
 
-# Joining
+# Engines that join
 
 
 JOINED = {"http_address": "10.0.7.1:8000", "zmq_address": "host:10.0.7.1,handshake:6301,notify:61005"}
@@ -304,14 +304,14 @@ async def test_what_an_operator_drains_stays_drained() -> None:
         {**JOINED, "http_address": "10.0.7.1:0"},
     ],
 )
-async def test_nobody_else_joins(said: dict[str, Any]) -> None:
+async def test_no_other_engine_joins(said: dict[str, Any]) -> None:
     table = Table(zmq={"networks": ["10.0.7.0/24"]})
     table.listen(**said)
     assert table.counts == {"refused": 1}
     assert table.urls() == [P, D]
 
 
-async def test_only_so_many_join(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_engines_that_join_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "MOST", 3)
     table = Table(zmq={"networks": ["10.0.7.0/24"]})
     for number in range(1, 10):
@@ -341,7 +341,7 @@ async def test_registrations_come_over_zeromq() -> None:
         await until(lambda: table.prefill.registered)
 
 
-async def test_a_message_of_any_size_or_shape_harms_nobody() -> None:
+async def test_a_message_of_any_size_or_shape_does_no_harm() -> None:
     with listening() as (table, where):
         with sender(where, zmq.DEALER) as hostile:
             hostile.send(b"x" * 50_000_000)
@@ -356,7 +356,7 @@ async def test_a_message_of_any_size_or_shape_harms_nobody() -> None:
             await until(lambda: table.prefill.registered)
 
 
-async def test_a_flood_leaves_the_loop_its_turns_and_others_their_say() -> None:
+async def test_a_flood_leaves_the_event_loop_its_turns_and_other_engines_can_register() -> None:
     with listening() as (table, where), sender(where, zmq.DEALER) as hostile, sender(where, zmq.DEALER) as out:
         for number in range(20_000):
             hostile.send(registered(http_address=f"10.6.6.6:{number % 60_000 + 1}"))
@@ -369,7 +369,7 @@ async def test_a_flood_leaves_the_loop_its_turns_and_others_their_say() -> None:
         assert len(table.registrations._known) <= 2
 
 
-async def test_a_flood_is_not_a_flood_of_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_flood_does_not_cause_a_flood_of_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     table = Table()
     for number in range(1000):
         table.listen(http_address=f"10.6.6.6:{number + 1}")

@@ -1,4 +1,4 @@
-"""A connection to an engine that says at once when the engine has gone."""
+"""The sentinel connection to an engine, which ends as soon as the engine has gone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import pools, simulators, until
 from tests.support import running_gateway as gateway
 
 
-async def test_it_asks_again_and_again_over_one_connection() -> None:
+async def test_all_requests_of_a_sentinel_use_one_connection() -> None:
     async with simulators("decode") as [d]:
         sentinel = await Sentinel.connect(d.url, b"", lambda: None, 1)
         for _ in range(3):
@@ -24,7 +24,7 @@ async def test_it_asks_again_and_again_over_one_connection() -> None:
         await until(lambda: not d.connections)
 
 
-async def test_who_holds_it_is_told_when_the_engine_dies() -> None:
+async def test_the_owner_is_called_when_the_engine_dies() -> None:
     lost: list[bool] = []
     async with simulators("decode") as [d]:
         sentinel = await Sentinel.connect(d.url, b"", lambda: lost.append(True), 1)
@@ -34,7 +34,7 @@ async def test_who_holds_it_is_told_when_the_engine_dies() -> None:
             await sentinel.ask("/version", 1)
 
 
-async def test_an_engine_that_does_not_answer_in_time_is_not_tied_to() -> None:
+async def test_an_engine_that_does_not_answer_in_time_ends_the_connection() -> None:
     lost: list[bool] = []
     async with simulators("decode") as [d]:
         d.faults.add("hang", leg="health")
@@ -49,7 +49,7 @@ async def silent(head: bytes, writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(60)
 
 
-async def test_a_request_fails_when_its_sentinel_is_closed_and_nobody_is_told() -> None:
+async def test_closing_a_sentinel_fails_its_request_and_does_not_call_the_owner() -> None:
     lost: list[bool] = []
     async with raw_engine(silent) as engine:
         sentinel = await Sentinel.connect(engine.url, b"", lambda: lost.append(True), 1)
@@ -72,7 +72,7 @@ async def test_a_request_fails_when_its_sentinel_is_closed_and_nobody_is_told() 
     ],
     ids=["encoded", "too long", "endless trailers", "no HTTP", "nothing"],
 )
-async def test_what_is_no_whole_plain_answer_ends_the_connection(said: bytes) -> None:
+async def test_an_answer_that_is_not_whole_and_plain_ends_the_connection(said: bytes) -> None:
     lost: list[bool] = []
     async with raw_engine(said) as engine:
         sentinel = await Sentinel.connect(engine.url, b"", lambda: lost.append(True), 1)
@@ -82,7 +82,7 @@ async def test_what_is_no_whole_plain_answer_ends_the_connection(said: bytes) ->
         assert not sentinel.holds
 
 
-async def test_bytes_that_nobody_asked_for_end_the_connection() -> None:
+async def test_an_answer_without_a_request_ends_the_connection() -> None:
     lost: list[bool] = []
 
     async def serve(head: bytes, writer: asyncio.StreamWriter) -> None:
@@ -102,14 +102,14 @@ async def test_bytes_that_nobody_asked_for_end_the_connection() -> None:
         assert not sentinel.holds
 
 
-async def test_nobody_there_is_broken() -> None:
+async def test_an_engine_that_is_not_there_raises() -> None:
     async with simulators("decode") as [d]:
         url = d.url
     with pytest.raises(SentinelClosed):
         await Sentinel.connect(url, b"", lambda: None, 1)
 
 
-async def test_facts_are_known_when_a_backend_comes_up_and_gone_when_it_goes() -> None:
+async def test_an_identity_is_known_from_when_a_backend_comes_up_until_its_engine_dies() -> None:
     async with pools(1, 1) as (running, _, [d]):
         backends = list(running.gateway.fleet)
         assert all(backend.identity is not None and backend.identity.block_size == 16 for backend in backends)
@@ -118,8 +118,8 @@ async def test_facts_are_known_when_a_backend_comes_up_and_gone_when_it_goes() -
         await until(lambda: decode.identity is None)
 
 
-async def test_an_engine_that_comes_back_within_a_moment_is_another_one() -> None:
-    """No health check has seen that it was away, and its block size is another."""
+async def test_an_engine_that_restarts_within_a_moment_has_another_identity() -> None:
+    """No health check has seen that it was away, and its block size may be another."""
     async with simulators("decode") as [d], gateway(decode=[d.url], health={"interval": 60.0}) as running:
         [decode] = running.gateway.fleet.pool("decode")
         before = decode.identity
@@ -129,7 +129,7 @@ async def test_an_engine_that_comes_back_within_a_moment_is_another_one() -> Non
         await until(lambda: decode.identity is not None)
 
 
-async def test_an_idle_connection_that_the_engine_closes_is_tied_again() -> None:
+async def test_a_sentinel_connects_again_when_the_engine_has_closed_an_idle_connection() -> None:
     async with (
         simulators("decode", keep_alive=0.1) as [d],
         gateway(decode=[d.url], health={"interval": 5.0}) as running,
@@ -141,7 +141,7 @@ async def test_an_idle_connection_that_the_engine_closes_is_tied_again() -> None
         assert decode.up
 
 
-async def test_doubt_lasts_until_the_engine_has_been_asked_again() -> None:
+async def test_an_identity_that_was_dropped_is_read_again() -> None:
     async with simulators("decode") as [d], gateway(decode=[d.url]) as running:
         [decode] = running.gateway.fleet.pool("decode")
         decode.learn(None)
@@ -149,7 +149,7 @@ async def test_doubt_lasts_until_the_engine_has_been_asked_again() -> None:
         await until(lambda: decode.identity is not None)
 
 
-async def test_a_failed_leg_is_cause_to_look_again() -> None:
+async def test_a_failed_leg_makes_the_identity_be_read_again() -> None:
     async with pools(1, 1) as (running, _, [d]):
         [decode] = running.gateway.fleet.pool("decode")
         before = decode.identity

@@ -1,4 +1,4 @@
-"""An engine and a client whose every word a test writes, on real sockets; and receivers that only write down."""
+"""An engine on real sockets whose bytes a test writes; and transports, receivers and clients that only record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pd_proxy.errors import BackendError
 from pd_proxy.http.response import FlowControl, Headers
 
 PATIENCE = 5.0
-"""Seconds after which a test that waits has failed; never waited for when it passes."""
+"""Seconds after which a test that waits fails; a test that passes never waits so long."""
 
 
 class Peer:
@@ -45,7 +45,7 @@ class Peer:
 
 
 class Engine:
-    """A listening socket; `accept` gives its connections in turn."""
+    """A listening socket; `accept` returns its connections in turn."""
 
     def __init__(self) -> None:
         self._accepted: asyncio.Queue[Peer] = asyncio.Queue()
@@ -75,7 +75,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Connections that no test has taken yet."""
+        """The number of connections that the test has not taken yet."""
         return self._accepted.qsize()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -85,7 +85,7 @@ class Engine:
 
 
 class FakeTransport(asyncio.Transport):
-    """A transport that goes nowhere."""
+    """A transport without a socket."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,11 +122,11 @@ class FakeTransport(asyncio.Transport):
 
 
 class Recorder:
-    """A receiver that writes down what it is told.
+    """A receiver that records its calls.
 
     Attributes:
         carried: the body bytes of each call.
-        ending: "end", "lost" or nothing yet.
+        endings: `end`, `lost` or nothing yet.
     """
 
     def __init__(self) -> None:
@@ -168,14 +168,14 @@ class Recorder:
         self.body += data
 
     async def ended(self) -> str:
-        """Wait for the end; returns its kind."""
+        """Wait for the end of the exchange; returns `end` or `lost`."""
         async with asyncio.timeout(PATIENCE):
             await self._ended.wait()
         return self.endings[0]
 
 
 class RecordingClient:
-    """A client that writes down what it is given, in chunks of another's framing if it speaks them."""
+    """A client that records what it gets; if `speaks_chunks`, it takes data that is framed as chunks already."""
 
     def __init__(self, speaks_chunks: bool = True) -> None:
         self.speaks_chunks = speaks_chunks

@@ -1,4 +1,4 @@
-"""The HTTP/1.1 client against an engine whose every byte is written here."""
+"""The HTTP/1.1 client against an engine whose bytes the tests write."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ async def origin(engine: Engine) -> AsyncIterator[Origin]:
 
 
 async def ask(origin: Origin, body: bytes = b"{}", headers: bytes = b"") -> Recorder:
-    """Send one request and return who waits for its answer."""
+    """Send one request; returns the receiver of its answer."""
     recorder = Recorder()
     await origin.send("/v1/completions", headers, (body,), recorder)
     return recorder
 
 
 async def answer(engine: Engine, origin: Origin, said: bytes, close: bool = True) -> Recorder:
-    """What a new connection's first request hears when the engine says just this."""
+    """The receiver of a first request that the engine answers with these bytes."""
     recorder = await ask(origin)
     peer = await engine.accept()
     await peer.request()
@@ -83,7 +83,7 @@ async def test_a_path_in_the_backends_url_stands_before_every_path(engine: Engin
     origin.close()
 
 
-# Connections and their reuse
+# Reuse of connections
 
 
 async def test_a_connection_is_kept_for_the_next_request(engine: Engine, origin: Origin) -> None:
@@ -127,7 +127,7 @@ async def test_a_connection_that_the_engine_will_not_keep_is_closed(
     await (await engine.accept()).request()
 
 
-async def test_a_kept_connection_that_closes_as_a_request_arrives_is_nobodys_fault(
+async def test_a_kept_connection_that_closes_as_a_request_arrives_is_not_the_engines_fault(
     engine: Engine, origin: Origin
 ) -> None:
     await answer(engine, origin, OK, close=False)
@@ -152,7 +152,9 @@ async def test_a_kept_connection_that_closes_within_an_answer_is_the_engines_fau
     assert recorder.error.blame
 
 
-async def test_a_new_connection_that_closes_without_a_word_is_the_engines_fault(engine: Engine, origin: Origin) -> None:
+async def test_a_new_connection_that_closes_without_an_answer_is_the_engines_fault(
+    engine: Engine, origin: Origin
+) -> None:
     recorder = await answer(engine, origin, b"")
     assert isinstance(recorder.error, BackendCut)
     assert recorder.error.blame
@@ -180,7 +182,7 @@ async def test_a_connection_idle_for_too_long_is_not_used(
     assert await engine.peers[0].left()
 
 
-async def test_bytes_that_nobody_asked_for_end_an_idle_connection(engine: Engine, origin: Origin) -> None:
+async def test_an_answer_without_a_request_ends_an_idle_connection(engine: Engine, origin: Origin) -> None:
     await answer(engine, origin, OK, close=False)
     engine.peers[0].say(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
     assert await engine.peers[0].left()
@@ -199,7 +201,7 @@ async def test_closing_an_origin_closes_idle_connections_now_and_busy_ones_after
     assert await peer.left()
 
 
-async def test_abort_closes_the_engines_socket_and_says_no_more(engine: Engine, origin: Origin) -> None:
+async def test_abort_closes_the_connection_and_ends_the_calls_of_the_receiver(engine: Engine, origin: Origin) -> None:
     recorder = Recorder()
     connection = await origin.send("/", b"", (b"{}",), recorder)
     peer = await engine.accept()
@@ -210,10 +212,10 @@ async def test_abort_closes_the_engines_socket_and_says_no_more(engine: Engine, 
     assert recorder.endings == []
 
 
-# No connection
+# Connections that cannot be made
 
 
-async def test_a_refused_connection_is_an_unreachable_backend_that_read_nothing() -> None:
+async def test_a_refused_connection_is_an_unreachable_backend_that_has_read_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(BackendUnreachable, match=f"http://127.0.0.1:{port}: ") as caught:
@@ -235,7 +237,7 @@ async def test_a_connection_that_is_not_made_in_time_is_an_unreachable_backend(
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         fillers = []
-        for _ in range(4):  # more than its queue holds, so that the next waits
+        for _ in range(4):  # more than its queue holds, so that the next one waits
             filler = socket.socket()
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
@@ -268,14 +270,18 @@ async def test_a_connection_that_is_not_made_in_time_is_an_unreachable_backend(
         ),
     ],
 )
-async def test_an_answer_is_heard_whole(engine: Engine, origin: Origin, said: bytes, status: int, body: bytes) -> None:
+async def test_an_answer_is_received_whole(
+    engine: Engine, origin: Origin, said: bytes, status: int, body: bytes
+) -> None:
     recorder = await answer(engine, origin, said)
     assert recorder.endings == ["end"]
     assert recorder.heads == 1
     assert (recorder.status, recorder.body) == (status, body)
 
 
-async def test_header_names_are_in_lower_case_and_of_two_the_last_counts(engine: Engine, origin: Origin) -> None:
+async def test_header_names_are_in_lower_case_and_of_repeated_ones_the_last_counts(
+    engine: Engine, origin: Origin
+) -> None:
     recorder = await answer(engine, origin, b"HTTP/1.1 200 OK\r\nX-A: 1\r\nX-a: 2\r\nContent-Length: 0\r\n\r\n")
     assert recorder.headers == {b"x-a": b"2", b"content-length": b"0"}
 
@@ -311,7 +317,9 @@ async def test_an_answer_that_ends_too_early_is_cut(engine: Engine, origin: Orig
         b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n",
     ],
 )
-async def test_what_is_no_http_is_garbled_and_ends_the_connection(engine: Engine, origin: Origin, said: bytes) -> None:
+async def test_an_answer_that_is_not_http_is_garbled_and_ends_the_connection(
+    engine: Engine, origin: Origin, said: bytes
+) -> None:
     recorder = await answer(engine, origin, said, close=False)
     assert recorder.endings == ["lost"]
     assert type(recorder.error) is BackendGarbled
@@ -366,7 +374,7 @@ async def test_a_collected_answer_over_its_limit_is_garbled(engine: Engine, orig
     assert await peer.left()
 
 
-async def test_a_collected_answer_of_just_its_limit_is_good(engine: Engine, origin: Origin) -> None:
+async def test_a_collected_answer_of_exactly_its_limit_is_good(engine: Engine, origin: Origin) -> None:
     collected = Collected(engine.url, limit=100)
     collected.connection = await origin.send("/", b"", (b"{}",), collected)
     (await engine.accept()).say(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n" + b"x" * 100)
@@ -395,11 +403,11 @@ async def test_a_collected_answer_can_be_failed_from_outside(engine: Engine, ori
     assert await peer.left()
 
 
-# Requests that go out together
+# Requests that are sent together
 
 
 async def posted(count: int = 1) -> tuple[Origin, list[FakeTransport], list[Recorder], list[Connection]]:
-    """Requests that were begun in this turn of the loop."""
+    """Requests that begin in this turn of the event loop."""
     origin = Origin("http://engine:80")
     connections = [Connection(origin) for _ in range(count)]
     transports = [FakeTransport() for _ in connections]
@@ -408,7 +416,7 @@ async def posted(count: int = 1) -> tuple[Origin, list[FakeTransport], list[Reco
         connection.idle_since = monotonic()
         origin.give(connection)
     recorders = [await ask(origin, b"%d" % number) for number in range(count)]
-    connections.reverse()  # the last given is the first taken
+    connections.reverse()  # the last connection that was given back is taken first
     transports.reverse()
     return origin, transports, recorders, connections
 
@@ -448,7 +456,7 @@ async def test_a_connection_that_ends_before_its_request_is_sent_leaves_it_unrea
 
 
 def asked() -> tuple[Recorder, Connection, Origin]:
-    """A connection that waits for an answer, and who waits for it."""
+    """A connection that waits for an answer, with the receiver and the origin."""
     origin = Origin("http://engine:80")
     connection = Connection(origin)
     connection.connection_made(FakeTransport())
@@ -458,7 +466,7 @@ def asked() -> tuple[Recorder, Connection, Origin]:
 
 
 def heard(reads: list[bytes]) -> tuple[Recorder, Connection, Origin]:
-    """What a receiver is told when a connection reads just these pieces."""
+    """A connection that has read just these pieces, with the receiver and the origin."""
     recorder, connection, origin = asked()
     for read in reads:
         connection.data_received(read)
@@ -525,7 +533,7 @@ def test_a_chunk_of_the_wrong_length_is_garbled(wrong: bytes) -> None:
 
 
 @pytest.mark.parametrize("bad", [b"zz\r\n", b"3\r\nyes!\r\n"])
-def test_what_came_before_the_bad_is_told_before_the_end(bad: bytes) -> None:
+def test_the_receiver_gets_the_bytes_before_an_error_of_the_framing(bad: bytes) -> None:
     recorder, connection, _ = heard([HEAD + b"1\r\n.\r\n", b"2\r\nok\r\n" + bad])
     assert recorder.body.startswith(b".ok")
     assert recorder.endings == ["lost"]
@@ -533,7 +541,7 @@ def test_what_came_before_the_bad_is_told_before_the_end(bad: bytes) -> None:
     assert connection._transport is not None and connection._transport.is_closing()
 
 
-def test_who_ends_the_exchange_on_hearing_the_good_is_not_told_of_the_bad() -> None:
+def test_a_receiver_that_aborts_on_these_bytes_does_not_get_the_error() -> None:
     recorder, connection, _ = asked()
 
     class Leaving(Recorder):
@@ -569,11 +577,11 @@ def test_the_last_body_bytes_are_known_to_be_the_last() -> None:
     assert recorder.last
 
 
-# Between chunks: what may leave the parser out of account, and when
+# Between chunks: which reads another protocol may take without the parser
 
 
 class Diverted(asyncio.Protocol):
-    """Takes what it is told to take, and passes on the rest."""
+    """A protocol that takes some reads, and passes the others on."""
 
     def __init__(self, connection: Connection, *takes: bytes) -> None:
         self.connection = connection
@@ -593,7 +601,7 @@ class Diverted(asyncio.Protocol):
 
 
 def reader(connection: Connection) -> asyncio.Protocol:
-    """Who has the reads of a connection now."""
+    """The protocol that gets the reads of a connection now."""
     transport = connection._transport
     assert isinstance(transport, FakeTransport)
     protocol = transport.protocol or connection
@@ -606,14 +614,14 @@ SIZE_LINES = [b"%x\r\n", b"%X\r\n", b"00%x\r\n", b"%x;name=value\r\n", b'%x;a="b
 
 @st.composite
 def coded(draw: st.DrawFn) -> tuple[list[bytes], list[bytes]]:
-    """Chunks with their framing, and what they carry."""
+    """Chunks with their framing, and the data in them."""
     parts = draw(st.lists(st.binary(min_size=1, max_size=30) | st.sampled_from(PARTS), min_size=1, max_size=6))
     lines = [draw(st.sampled_from(SIZE_LINES)) % len(part) for part in parts]
     return [line + part + b"\r\n" for line, part in zip(lines, parts, strict=True)], parts
 
 
 @given(coded(), st.lists(st.integers(0, 300), max_size=12))
-def test_between_chunks_is_said_only_where_a_chunk_ends(
+def test_between_chunks_is_true_only_where_a_chunk_ends(
     answer: tuple[list[bytes], list[bytes]], cuts: list[int]
 ) -> None:
     chunks, _ = answer
@@ -627,14 +635,14 @@ def test_between_chunks_is_said_only_where_a_chunk_ends(
         if connection.between_chunks:
             assert stop in ends
         elif stop in ends:
-            # It may be missed only where the read began within the chunk's last line end.
+            # It may be missed only if the read began within the chunk's last line end.
             assert stop - start == 1
     connection.data_received(b"0\r\n\r\n")
     assert not connection.between_chunks
 
 
 @given(coded(), st.data())
-def test_a_whole_chunk_between_chunks_that_goes_another_way_changes_nothing_for_the_rest(
+def test_a_whole_chunk_between_chunks_that_the_parser_does_not_see_changes_nothing_for_the_rest(
     answer: tuple[list[bytes], list[bytes]], data: st.DataObject
 ) -> None:
     chunks, parts = answer
@@ -642,7 +650,7 @@ def test_a_whole_chunk_between_chunks_that_goes_another_way_changes_nothing_for_
     recorder, connection, origin = heard([HEAD])
     for chunk, part in zip(chunks, parts, strict=True):
         if connection.between_chunks and data.draw(st.booleans()):
-            continue  # somebody else took it
+            continue  # another protocol has taken it
         at = data.draw(st.integers(0, len(chunk)))
         for read in filter(None, (chunk[:at], chunk[at:])):
             connection.data_received(read)
@@ -661,7 +669,7 @@ def test_a_whole_chunk_between_chunks_that_goes_another_way_changes_nothing_for_
         [HEAD + b"3\r\nyes\r"],
         [HEAD + b"3\r\nyes\r\n2"],
         [HEAD + b"3\r\nyes\r\n2\r\n"],
-        [HEAD + b"3\r\nyes\r\n2\r\n\r\n"],  # a chunk that carries the line end, and not yet its own
+        [HEAD + b"3\r\nyes\r\n2\r\n\r\n"],  # a chunk whose data is a line end, without its own line end
         [HEAD + b"3\r\nyes\r\n", b"2\r\n"],
         [HEAD + b"3\r\nyes\r\n", b"2", b"\r\n"],
         [HEAD + b"3\r\nyes\r\n", b"2;a", b"=b\r\n"],
@@ -674,7 +682,7 @@ def test_a_whole_chunk_between_chunks_that_goes_another_way_changes_nothing_for_
         [b"HTTP/1.1 100 Continue\r\n\r\n"],
     ],
 )
-def test_everywhere_else_nothing_is_said_to_be_between_chunks(reads: list[bytes]) -> None:
+def test_between_chunks_is_false_everywhere_else(reads: list[bytes]) -> None:
     _, connection, _ = heard(reads)
     assert not connection.between_chunks
 
@@ -692,7 +700,7 @@ def test_a_next_answer_begins_outside_chunks() -> None:
 
 
 @pytest.mark.parametrize("framing", [[b"3\r\n", b"yes\r\n"], [b"3\r\nyes", b"\r\n"], [b"3\r\nyes\r", b"\n"]])
-def test_a_read_that_is_only_framing_is_not_told(framing: list[bytes]) -> None:
+def test_a_read_that_is_only_framing_does_not_call_the_receiver(framing: list[bytes]) -> None:
     recorder, connection, _ = heard([HEAD + b"1\r\n.\r\n", *framing])
     assert recorder.carried == [b".", b"yes"]
     assert connection.between_chunks is framing[1].endswith(b"\r\n")
@@ -700,7 +708,7 @@ def test_a_read_that_is_only_framing_is_not_told(framing: list[bytes]) -> None:
     assert connection.between_chunks
 
 
-def test_a_diverted_connection_is_its_own_again_after_the_exchange_and_serves_again() -> None:
+def test_a_diverted_connection_gets_its_reads_again_after_the_exchange_and_serves_again() -> None:
     recorder, connection, origin = heard([HEAD + b"1\r\n.\r\n"])
     other = Diverted(connection, b"3\r\nyes\r\n")
     connection.divert(other)
@@ -719,8 +727,8 @@ def test_a_diverted_connection_is_its_own_again_after_the_exchange_and_serves_ag
     assert other.taken == [b"3\r\nyes\r\n"]
 
 
-def test_the_protocol_is_restored_before_the_end_is_told() -> None:
-    """Who is told the end may begin the next exchange at once."""
+def test_the_protocol_is_restored_before_the_receiver_gets_the_end() -> None:
+    """The receiver may begin the next exchange at once."""
     _, connection, origin = asked()
     readers = []
 
@@ -750,7 +758,7 @@ def test_a_diverted_connection_that_the_engine_will_not_keep_is_closed() -> None
     assert origin._take() is None
 
 
-async def test_a_diverted_connection_that_breaks_is_lost_once(engine: Engine, origin: Origin) -> None:
+async def test_a_diverted_connection_that_ends_is_lost_once(engine: Engine, origin: Origin) -> None:
     recorder = Recorder()
     connection = await origin.send("/", b"", (b"{}",), recorder)
     other = Diverted(connection)
@@ -785,7 +793,7 @@ async def test_a_diverted_connection_serves_again_on_its_socket(engine: Engine, 
     assert engine.waiting == 0
 
 
-def test_a_connection_that_is_gone_cannot_be_diverted() -> None:
+def test_diverting_a_connection_that_has_ended_does_nothing() -> None:
     recorder, connection, _ = heard([HEAD])
     connection.connection_lost(None)
     connection.divert(Diverted(connection))
@@ -802,12 +810,12 @@ def test_pausing_stops_the_reads_and_the_end_of_an_exchange_resumes_them(body: b
     connection.resume()
     assert transport.reading
     connection.pause()
-    connection.data_received(b"0\r\n\r\n")  # was on its way already
+    connection.data_received(b"0\r\n\r\n")  # it was on its way already
     assert recorder.endings == ["end"]
     assert transport.reading
 
 
-def test_a_connection_that_died_between_its_birth_and_the_request_has_read_nothing() -> None:
+def test_a_connection_that_ended_between_its_making_and_the_request_has_read_nothing() -> None:
     connection = Connection(Origin("http://engine:80"))
     transport = FakeTransport()
     connection.connection_made(transport)

@@ -1,4 +1,4 @@
-"""The states of a connection to an engine: the table, and that a connection goes along it whatever happens."""
+"""The states of a connection to an engine: the table, and that each event moves a connection along it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REQUEST = b"POST / HTTP/1.1\r\n\r\n"
 
 
 class Checked:
-    """A connection whose every assignment of a state is looked up in the table."""
+    """A connection that looks up each assignment of a state in the table."""
 
     seen: list[tuple[ConnectionState, ConnectionState]]
 
@@ -47,7 +47,7 @@ class CheckedUpload(Checked, Upload):
 
 
 class Leaving(Recorder):
-    """A receiver that aborts its exchange when it is told the head."""
+    """A receiver that aborts its exchange when it gets the head."""
 
     connection: Connection
 
@@ -57,7 +57,7 @@ class Leaving(Recorder):
 
 
 class Bed:
-    """One connection on a transport that goes nowhere, and the receivers of its exchanges."""
+    """One connection on a transport without a socket, and the receivers of its exchanges."""
 
     def __init__(self, kind: type[CheckedConnection | CheckedUpload] = CheckedConnection) -> None:
         self.origin = Origin("http://engine:80")
@@ -68,7 +68,7 @@ class Bed:
         self.lost = False
 
     def do(self, step: str) -> None:
-        """One step, if it can happen now."""
+        """Do one step, if it can happen now."""
         if step in READS:
             protocol = self.transport.protocol or self.connection
             assert isinstance(protocol, asyncio.Protocol)
@@ -174,7 +174,7 @@ def test_an_upload_that_was_not_sent_whole_is_the_last_exchange_of_its_connectio
 
 
 def test_bytes_that_come_before_the_first_exchange_leave_its_request_unread() -> None:
-    """The engine may speak between the turn in which the connection is made and the one in which it is used."""
+    """The engine may send them between the turn in which the connection is made and the one in which it is used."""
     bed = Bed()
     bed.do("no HTTP")
     bed.do("begins")
@@ -193,7 +193,7 @@ def test_whatever_happens_moves_a_connection_along_the_table(
     with faults() as found:
         for step in ["begins", *steps]:
             if bed.lost and step in READS:
-                continue  # a connection that has ended brings nothing
+                continue  # nothing is read from a connection that has ended
             bed.do(step)
             assert bed.connection.now not in (WHOLE, LAST), "they pass within one read"
             assert (bed.connection._receiver is None) is (bed.connection.now in (IDLE, OVER))

@@ -44,7 +44,7 @@ async def post(running: Running, body: bytes, coding: str, path: str = CHAT) -> 
         ("", bytes),
     ],
 )
-async def test_what_can_be_taken_off_is(coding: str, pack: Any) -> None:
+async def test_known_codings_are_decoded(coding: str, pack: Any) -> None:
     async with pools() as (running, [p], [d]):
         answer = await post(running, pack(json.dumps(chat()).encode()), coding)
         assert answer.status_code == 200, answer.text
@@ -56,7 +56,7 @@ async def test_what_can_be_taken_off_is(coding: str, pack: Any) -> None:
 
 @pytest.mark.parametrize("coding", ["br", "zstd", "compress", "gzip, br", "gzip, gzip", "aes128gcm", "\x01", "x" * 500])
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/embeddings", "/v1/audio/transcriptions"])
-async def test_others_are_refused_by_name_with_what_is_accepted(coding: str, path: str) -> None:
+async def test_other_codings_are_refused_with_their_name_and_those_that_are_accepted(coding: str, path: str) -> None:
     async with pools() as (running, [p], _):
         answer = await post(running, b"\x00\xff", coding, path)
         if coding == "\x01":
@@ -83,14 +83,14 @@ async def test_others_are_refused_by_name_with_what_is_accepted(coding: str, pat
         ("gzip", gzip.compress(b"nope", mtime=0), "not valid JSON"),
     ],
 )
-async def test_what_is_not_in_its_coding_is_refused(coding: str, body: bytes, hint: str) -> None:
+async def test_a_body_that_is_not_valid_in_its_coding_is_refused(coding: str, body: bytes, hint: str) -> None:
     async with pools() as (running, _, _):
         answer = await post(running, body, coding)
         assert answer.status_code == 400
         assert hint in answer.json()["error"]["message"]
 
 
-async def test_what_a_body_becomes_is_bounded_and_counted() -> None:
+async def test_a_decoded_body_is_bounded_and_counted() -> None:
     limits = {"request_body": 1024 * KB, "bodies": 8192 * KB}
     async with pools(limits=limits) as (running, _, _):
         bomb = gzip.compress(b" " * 64 * 1024 * KB)
@@ -109,7 +109,7 @@ async def test_a_form_is_not_decoded() -> None:
         assert "form" in answer.json()["error"]["message"]
 
 
-async def test_the_coding_is_taken_off_once_where_a_route_is_looked_for() -> None:
+async def test_a_body_is_decoded_once_if_its_route_is_looked_up() -> None:
     async with pools() as (running, _, _):
         answer = await post(running, gzip.compress(json.dumps(chat()).encode()), "gzip", "/invocations")
         assert answer.status_code == 200, answer.text

@@ -1,4 +1,4 @@
-"""The control plane's client: what it asks, what it trusts, and what no engine can do to it."""
+"""The control plane's client: its requests, the certificates that it trusts, and its bounds for hostile engines."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.support import until
     [
         answer(b'{"a":1}'),
         b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\n{"a\r\n4\r\n":1}\r\n0\r\n\r\n',
-        b'HTTP/1.1 200 OK\r\n\r\n{"a":1}',  # the connection's end is the answer's
+        b'HTTP/1.1 200 OK\r\n\r\n{"a":1}',  # the end of the connection is the end of the answer
         b"HTTP/1.1 100 Continue\r\n\r\n" + answer(b'{"a":1}'),
         answer(b'{"a":1}', b"content-encoding: identity"),
     ],
     ids=["length", "chunks", "until the end", "after a 100", "identity"],
 )
-async def test_an_answer_is_read_whole_however_it_is_framed(said: bytes) -> None:
+async def test_an_answer_is_read_whole_with_every_framing(said: bytes) -> None:
     async with raw_engine(said) as engine:
         got = await Control(5.0).ask(engine.url + "/v1/models?of=this", query={"level": 2})
         assert (got.status, got.body) == (200, b'{"a":1}')
@@ -37,14 +37,14 @@ async def test_an_answer_is_read_whole_however_it_is_framed(said: bytes) -> None
     assert b"\r\naccept-encoding: identity\r\n" in head.lower()
 
 
-async def test_backends_are_shown_their_key() -> None:
+async def test_requests_carry_the_key_of_the_backends() -> None:
     async with raw_engine(answer()) as engine:
         await Control(5.0, b"authorization: Bearer k\r\n").ask(engine.url)
         assert engine.heads[0].startswith(b"GET / HTTP/1.1\r\n")
         assert b"\r\nauthorization: Bearer k\r\n" in engine.heads[0].lower().replace(b"bearer k", b"Bearer k")
 
 
-async def test_no_proxy_of_the_environment_comes_between(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     async with raw_engine(answer()) as engine:
         assert (await Control(5.0).ask(engine.url)).status == 200
@@ -78,11 +78,11 @@ async def test_certificates_are_loaded_with_the_first_https_backend_and_kept(mon
     assert context.verify_mode == ssl.CERT_REQUIRED and context.check_hostname
 
 
-# What no engine can do
+# Hostile engines
 
 
 async def trickle(head: bytes, writer: asyncio.StreamWriter) -> None:
-    """A body of which a byte comes now and then, for ever."""
+    """A body that comes byte by byte and never ends."""
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
     while not writer.is_closing():
         writer.write(b" ")
@@ -148,7 +148,7 @@ async def test_an_exchange_is_bounded_in_bytes(start: bytes, piece: bytes, reaso
         raws.append(engine)
         with pytest.raises(BackendGarbled, match=reason):
             await Control(30.0).ask(engine.url + "/health", limit=100_000)
-        # What has been sent by then is what socket buffers hold beside the limit, and no more follows.
+        # By then the engine has sent the limit and what socket buffers hold, and it sends no more.
         assert engine.sent < 16 * 1024 * 1024
 
 
@@ -177,14 +177,14 @@ async def test_an_encoded_answer_is_refused_and_not_inflated(encoding: bytes) ->
         (b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n", BackendGarbled),
     ],
 )
-async def test_what_is_no_whole_answer_is_an_error(said: bytes, error: type[BackendError]) -> None:
+async def test_an_answer_that_is_not_whole_is_an_error(said: bytes, error: type[BackendError]) -> None:
     async with raw_engine(said) as engine:
         with pytest.raises(error):
             await Control(5.0).ask(engine.url)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "[::1]:1", "no.such.host.invalid:1"])
-async def test_nobody_there_is_unreachable(host: str) -> None:
+async def test_an_address_where_nothing_listens_is_unreachable(host: str) -> None:
     with pytest.raises(BackendUnreachable):
         await Control(10.0).ask(f"http://{host}")
     with pytest.raises(BackendUnreachable):

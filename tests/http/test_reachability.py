@@ -1,4 +1,4 @@
-"""Why nothing came of asking an address."""
+"""Why a connection or a request failed."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def raised(error: BaseException, cause: BaseException | None = None) -> BaseExce
         (ValueError("not HTTP"), "no_http"),
     ],
 )
-def test_the_error_that_says_most_counts_wherever_in_the_chain(error: BaseException, code: str) -> None:
+def test_the_most_specific_error_counts_wherever_it_is_in_the_chain(error: BaseException, code: str) -> None:
     assert code_of(error) == code
 
 
-def test_a_chain_that_bites_its_tail_ends() -> None:
+def test_a_chain_of_causes_that_is_a_circle_ends() -> None:
     one, other = ValueError(), ValueError()
     one.__cause__, other.__cause__ = other, one
     assert code_of(one) == "no_http"
 
 
-async def test_an_address_is_reachable_or_it_is_said_why_not() -> None:
+async def test_an_address_is_reachable_or_there_is_a_reason_why_not() -> None:
     server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     assert await why_unreachable(CONTROL, "127.0.0.1", port, 5) == ""
@@ -61,7 +61,7 @@ async def test_an_address_is_reachable_or_it_is_said_why_not() -> None:
         assert "within 0.05 s" in await why_unreachable(CONTROL, "127.0.0.1", int(url.rpartition(":")[2]), 0.05)
 
 
-async def test_a_plain_server_speaks_no_tls() -> None:
+async def test_a_plain_server_does_not_speak_tls() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")

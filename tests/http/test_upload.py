@@ -1,4 +1,4 @@
-"""A request whose body is sent as it comes."""
+"""A request whose body is sent while it is being received."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def begin(origin: Origin) -> tuple[Upload, Recorder]:
     ), recorder
 
 
-async def test_the_body_comes_in_chunks_as_it_is_written(engine: Engine, origin: Origin) -> None:
+async def test_the_body_is_sent_in_chunks_as_it_is_written(engine: Engine, origin: Origin) -> None:
     upload, recorder = await begin(origin)
     peer = await engine.accept()
     head = await peer.reader.readuntil(b"\r\n\r\n")
@@ -50,7 +50,7 @@ async def test_the_body_comes_in_chunks_as_it_is_written(engine: Engine, origin:
     assert (await recorder.ended(), recorder.body) == ("end", b"ok")
 
 
-async def test_a_connection_is_used_again_after_a_whole_request_only(engine: Engine, origin: Origin) -> None:
+async def test_a_connection_is_used_again_only_after_a_whole_request(engine: Engine, origin: Origin) -> None:
     upload, recorder = await begin(origin)
     peer = await engine.accept()
     upload.finish()
@@ -65,11 +65,11 @@ async def test_a_connection_is_used_again_after_a_whole_request_only(engine: Eng
     peer.say(OK)
     assert (await recorder.ended(), recorder.body) == ("end", b"ok")
     assert await peer.left(), "half a request has been sent on it"
-    await early.write(b"more")  # goes nowhere
+    await early.write(b"more")  # it is not sent
     early.finish()
 
 
-async def test_every_upload_has_a_connection_of_its_own_making(engine: Engine, origin: Origin) -> None:
+async def test_every_upload_makes_a_new_connection(engine: Engine, origin: Origin) -> None:
     first = Recorder()
     connection = await origin.send("/y", b"", (b"{}",), first)
     (await engine.accept()).say(OK)
@@ -79,7 +79,7 @@ async def test_every_upload_has_a_connection_of_its_own_making(engine: Engine, o
     upload.abort()
 
 
-async def test_a_writer_waits_for_an_engine_that_does_not_read_and_is_let_go_when_it_leaves(
+async def test_a_writer_waits_for_an_engine_that_does_not_read_until_its_connection_ends(
     engine: Engine, origin: Origin
 ) -> None:
     upload, recorder = await begin(origin)
