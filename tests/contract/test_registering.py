@@ -17,7 +17,7 @@ from pd_proxy.fleet.zmq.listener import CannotListen
 from pd_proxy.settings.tree import build_settings
 
 from tests.contract.cases import CASES, Case, fleet
-from tests.fleet.test_notifications import sender
+from tests.fleet.zmq_peers import sender
 from tests.support import completion, running_gateway, simulators, text_of, until
 
 pytestmark = pytest.mark.cross_product
