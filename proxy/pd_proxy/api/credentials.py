@@ -1,4 +1,4 @@
-"""Who may ask: clients by their keys, operators by the admin key."""
+"""Authentication: clients by their keys, operators by the admin key."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pd_proxy.errors import Forbidden, Unauthorized
 from pd_proxy.settings.tree import Settings
 
 _READING = frozenset({"GET", "HEAD"})
-"""Methods by which an operator looks and changes nothing."""
+"""Methods that read and change nothing."""
 
 _LOCAL_PEERS = frozenset({"127.0.0.1", "::1", "::ffff:127.0.0.1"})
-"""Addresses from which this machine's own programs connect. Not all of 127.0.0.0/8: a service mesh's sidecar passes
-other machines' connections on from 127.0.0.6."""
+"""Addresses from which this machine's own programs connect. Not all of 127.0.0.0/8: a service mesh's sidecar forwards
+other machines' connections from 127.0.0.6."""
 
 _FORWARDED = re.compile(
     rb".*forward.*|via|.*proxy.*|.*(real|client|remote|connecting|original)[-_]?(ip|addr|host|for|url|uri).*"
     rb"|x-(host|scheme|original|rewrite)\b.*|cf-.*|cdn-.*|.*-cdn-.*|.*envoy.*|x-amz.*|x-azure-.*|x-appengine-.*"
     rb"|fastly-.*|fly-.*|x-vercel-.*|akamai-.*|x-arr-.*|tailscale-.*"
 ).fullmatch
-"""Headers by which proxies say that they pass somebody else's request on."""
+"""Headers that proxies add to the requests that they forward."""
 
 
 class Credentials:
-    """Checks keys: a bearer token, or for clients Anthropic's `x-api-key`. They are kept and compared as digests, in
+    """Checks keys: a bearer token, or for clients Anthropic's `x-api-key`. Keys are kept as digests, and compared in
     constant time."""
 
     def __init__(self, settings: Settings) -> None:
@@ -38,11 +38,13 @@ class Credentials:
         self._admin = [(_digest(key.get_secret_value().encode()), "admin")] if key else []
 
     def check_client(self, authorization: bytes, api_key: bytes = b"") -> str:
-        """The client's name; raises `Unauthorized` unless a header holds a client's key, or there are none.
+        """The name of the client whose key a header holds; `anonymous` where no client keys are set.
 
         Arguments:
-            authorization: that header.
-            api_key: `x-api-key`.
+            authorization: the Authorization header.
+            api_key: the x-api-key header.
+        Raises:
+            Unauthorized: keys are set, and no header holds one.
         """
         if not self._clients:
             return ANONYMOUS
@@ -51,16 +53,16 @@ class Credentials:
         raise Unauthorized("this gateway wants an API key: Authorization: Bearer <key>, or x-api-key: <key>")
 
     def has_admin_key(self, authorization: bytes) -> bool:
-        """Whether a request has the admin key; never where none is set.
+        """Whether a request has the admin key; False where none is set.
 
         Arguments:
-            authorization: that header.
+            authorization: the Authorization header.
         """
         return bool(self._admin) and bool(_whose(authorization, self._admin))
 
     def check_operator(self, scope: Mapping[str, Any]) -> None:
-        """Raise unless a request is an operator's: it has the admin key. Where no key is set this machine's own
-        programs may look, and nobody may change anything ([operating](../../docs/operating.md#security)).
+        """Raise unless a request comes from an operator, with the admin key. Where no admin key is set, programs on
+        this machine may read, and no request may change anything ([operating](../../docs/operating.md#security)).
 
         Arguments:
             scope: the request's ASGI scope.
@@ -79,7 +81,7 @@ class Credentials:
 
 
 class AtSocket(Credentials):
-    """For `admin_socket`: the file's permissions have let the client in, so it is an operator."""
+    """Credentials at `admin_socket`: whoever may open the socket's file is an operator."""
 
     def __init__(self) -> None:
         pass
@@ -88,13 +90,17 @@ class AtSocket(Credentials):
         return ANONYMOUS
 
     def check_operator(self, scope: Mapping[str, Any]) -> None:
-        """Raise where a proxy or a browser has been let in, and others by it."""
+        """Raise where the request was forwarded by a proxy or sent by a web page.
+
+        Raises:
+            Forbidden
+        """
         if why := _passed_on(scope["headers"]):
             raise Forbidden(f"only this machine's own programs may use admin_socket: {why}")
 
 
 class Trusted(Credentials):
-    """Accepts every request: for what only the gateway's own workers can reach."""
+    """Accepts every request, on a socket that only the gateway's own workers can reach."""
 
     def __init__(self) -> None:
         pass
@@ -114,20 +120,20 @@ def _digest(key: bytes) -> bytes:
 
 
 def _whose(authorization: bytes, digests: list[tuple[bytes, str]]) -> str:
-    """The name beside the key that the header holds, or an empty string."""
+    """The name that belongs to the key in the header, or an empty string."""
     scheme, _, token = authorization.partition(b" ")
     if scheme.lower() != b"bearer":
         return ""
     digest = _digest(token.strip())
     found = ""
-    for known, name in digests:  # all of them, so that the time taken tells nothing
+    for known, name in digests:  # always all of them, so that the time does not depend on which one matches
         if hmac.compare_digest(digest, known):
             found = found or name
     return found
 
 
 def _not_local(scope: Mapping[str, Any]) -> str:
-    """Why a request may be another machine's though no header says so, or an empty string."""
+    """Why a request may come from another machine, by its connection and its Host; empty where it cannot."""
     peer: Sequence[object] | None = scope["client"]
     if peer is None or str(peer[0]) not in _LOCAL_PEERS:
         return "the connection is not this machine's"
@@ -135,12 +141,12 @@ def _not_local(scope: Mapping[str, Any]) -> str:
         return "it came as HTTP/1.0, as proxies pass requests on"
     hosts = [value for name, value in scope["headers"] if name == b"host"]
     if len(hosts) != 1 or not _names_loopback(hosts[0].decode("latin-1")):
-        return "its Host is no loopback address"  # a name that somebody's DNS lets lead here (DNS rebinding)
+        return "its Host is no loopback address"  # but a name that DNS resolves to this machine (DNS rebinding)
     return ""
 
 
 def _passed_on(headers: list[tuple[bytes, bytes]]) -> str:
-    """Why a request is a proxy's or a browser's page's, as its headers say, or an empty string."""
+    """Why the headers say that a proxy forwarded the request or a web page sent it; empty where they do not."""
     for name, value in headers:
         if name == b"origin" or (name == b"sec-fetch-site" and value.strip().lower() != b"none"):
             return "a web page has sent it"
@@ -150,7 +156,7 @@ def _passed_on(headers: list[tuple[bytes, bytes]]) -> str:
 
 
 def _names_loopback(host: str) -> bool:
-    """Whether a Host header names this machine as only its own programs do."""
+    """Whether a Host header is `localhost` or a loopback address."""
     name = re.sub(r":[0-9]+\Z", "", host.strip())
     if name.lower() == "localhost":
         return True

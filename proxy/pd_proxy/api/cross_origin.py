@@ -1,8 +1,8 @@
-"""Cross-origin requests (CORS): what web pages of other origins may ask and read, by `cors` of the settings.
+"""Cross-origin requests (CORS): what web pages of other origins may request and read, by the settings' `cors`.
 
-As the Fetch standard has it (https://fetch.spec.whatwg.org/#http-cors-protocol). A preflight is answered here, without
-a key, since browsers send none with it. Every other answer, whole, streamed or an error, gets the headers that let the
-page read it. Where no origin is allowed nothing of this is in any request's way.
+This follows the Fetch standard (https://fetch.spec.whatwg.org/#http-cors-protocol). A preflight is answered here,
+without a key, since browsers send none with it. Every other answer, whole, streamed or an error, gets the headers that
+let the page read it. Where no origin is allowed, requests do not pass this module.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pd_proxy.settings.bounds import CorsSettings
 Headers = list[tuple[bytes, bytes]]
 
 EXPOSED = b"x-request-id, x-pd-proxy-fallback, retry-after"
-"""The headers of answers, beside the few that any page may read, that are of use to a page."""
+"""The headers of answers that a page may read, besides those that every page may."""
 
 _METHODS = b"GET, HEAD, POST"
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+([ \t]*,[ \t]*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*").fullmatch
-_MOST_NAMES = 2048  # bytes of the names of headers that a page wants to send
+_MOST_NAMES = 2048  # bytes of the header names that a preflight asks for
 
 
 class CrossOrigin:
-    """Answers preflights and marks answers."""
+    """Answers preflights, and adds the CORS headers to other answers."""
 
     def __init__(self, settings: CorsSettings) -> None:
         self._any = "*" in settings.origins
@@ -35,7 +35,7 @@ class CrossOrigin:
         self._max_age = b"%d" % settings.max_age
 
     def around(self, app: ASGIApp) -> ASGIApp:
-        """An application as pages of other origins may use it."""
+        """Wrap an application so that pages of other origins can use it."""
 
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
             asked = {name: value for name, value in scope["headers"] if name in _ASKED}
@@ -48,7 +48,7 @@ class CrossOrigin:
         return serve
 
     def _allowed(self, origin: bytes) -> Headers:
-        """What lets an origin read an answer; nothing where it may not."""
+        """The headers that allow an origin to read an answer; none where it may not."""
         if self._any:
             return [(b"access-control-allow-origin", b"*")]
         if origin in self._origins:
@@ -56,7 +56,8 @@ class CrossOrigin:
         return []
 
     def _answered(self, origin: bytes | None) -> Headers:
-        """The headers of an ordinary answer. It depends on the origin, so that caches must know, one without too."""
+        """The headers of an ordinary answer. `vary` tells caches that the answer depends on the request's origin; a
+        request without an origin gets it too."""
         headers: Headers = [] if self._any else [(b"vary", b"Origin")]
         if origin is not None and (allowed := self._allowed(origin)):
             headers += [*allowed, (b"access-control-expose-headers", EXPOSED)]
@@ -68,7 +69,7 @@ class CrossOrigin:
         if allowed := self._allowed(origin):
             headers += [*allowed, (b"access-control-allow-methods", _METHODS)]
             if len(wanted) <= _MOST_NAMES and _HEADER_NAMES(wanted):
-                # By name: `*` would not stand for Authorization.
+                # By name, since `*` does not cover Authorization.
                 headers.append((b"access-control-allow-headers", wanted))
             headers.append((b"access-control-max-age", self._max_age))
         return headers
@@ -78,7 +79,7 @@ _ASKED = frozenset({b"origin", b"access-control-request-method", b"access-contro
 
 
 def _marked(scope: Scope, send: Send, headers: Headers) -> Send:
-    """A `send` whose answer has these headers too, and so has what is written past it by our own server's client."""
+    """A `send` that adds headers to the answer. A `DirectResponse`, which does not use `send`, gets the headers too."""
     client = scope.get("extensions", {}).get(EXTENSION)
     if isinstance(client, DirectResponse):
         client.add_headers(headers)

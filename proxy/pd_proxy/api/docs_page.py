@@ -1,4 +1,4 @@
-"""/docs: the OpenAPI document as a page to read. It is whole as it is served: it has no script and fetches nothing."""
+"""/docs: the OpenAPI document as an HTML page. The page has no script and loads nothing else."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-"""Headers of the page, by which a browser lets it do nothing else either."""
+"""Headers of the page, with which a browser forbids it to run scripts or load anything."""
 
 _ORDER = ("inference", "models", "responses", "service", "probes", "metrics", "administration", "engines")
 
 
 def render(document: Schema) -> str:
-    """The page of a document.
+    """The HTML page of an OpenAPI document.
 
     Arguments:
-        document: as OpenAPI 3.1 has it; each operation has one tag.
+        document: an OpenAPI 3.1 document in which each operation has one tag.
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for path, item in document["paths"].items():

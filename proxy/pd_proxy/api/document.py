@@ -1,7 +1,7 @@
-"""The gateway's OpenAPI document: what FastAPI knows of its routes, the engines' routes beside them, and every error.
+"""The gateway's OpenAPI document: FastAPI's description of its routes, the engines' routes, and every error.
 
-Which errors an operation can end with is said once, here, by their classes; statuses and codes are those of
-`errors.py`.
+This file lists, by their classes, the errors that each operation can end with. Their statuses and codes are those of
+`errors/`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OF_TAG: dict[str, Kinds] = {
     "administration": (*_OPERATOR, *_BODY),
     "engines": (*_OPERATOR, errors.FanOutFailed),
 }
-"""What the operations of a router can end with, besides what can happen anywhere."""
+"""The errors of a router's operations, besides `_ANYWHERE`."""
 
 _INFERENCE: Kinds = (
     *_BODY,
@@ -90,7 +90,7 @@ _HEADERS = [
         "name": "x-request-id",
         "in": "header",
         "required": False,
-        "description": "comes back with the answer, and is in the log",
+        "description": "the request's id, which is returned with the answer and written to the log",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
     },
     {
@@ -107,7 +107,7 @@ _SUMMARIES = {
     "/v1/messages": "Anthropic's messages",
     "/v1/responses": "OpenAI's responses",
     "/inference/v1/generate": "vLLM's tokens in, tokens out",
-    "/generate": "SGLang's own",
+    "/generate": "SGLang's generate",
     "/v1/chat/completions/batch": "vLLM's chat completions of several conversations",
     "/v1/chat/completions/render": "A chat's prompt as token ids",
     "/v1/completions/render": "Prompts as token ids",
@@ -126,15 +126,15 @@ _STREAMED = tuple(layout.path for layout in LAYOUTS.values())
 
 
 def complete(schema: Schema, engine_routes: Iterable[str]) -> Schema:
-    """FastAPI's document with what it does not know. Changes it in place.
+    """Complete FastAPI's document, in place, with the engines' routes and all errors.
 
     Arguments:
-        engine_routes: paths that are served beside FastAPI's router.
+        engine_routes: the paths that are not served by FastAPI's router.
     """
     components = schema.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
-    for ours in ("HTTPValidationError", "ValidationError"):  # we answer 400, in the one shape of all our errors
-        schemas.pop(ours, None)
+    for unused in ("HTTPValidationError", "ValidationError"):  # the gateway answers 400, in the shape of all its errors
+        schemas.pop(unused, None)
     schemas["Error"] = _ERROR
     components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for path in schema["paths"].values():
@@ -191,7 +191,7 @@ def _inference(route: str) -> Schema:
 
 
 def _responses(kinds: Kinds) -> Schema:
-    """The answers that errors of some kinds make, by status."""
+    """The error answers of some kinds of error, by status."""
     codes: defaultdict[int, list[str]] = defaultdict(list)
     for kind in kinds:
         codes[kind.status].append(f"`{kind.code}`")

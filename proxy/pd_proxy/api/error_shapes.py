@@ -1,4 +1,4 @@
-"""The gateway's errors in the words of each API: as a whole answer, and as the last event of a stream."""
+"""The form of the gateway's errors in each API: as a whole answer, and as the last event of a stream."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _ANTHROPIC_TYPES = {
 
 
 class ErrorShape(msgspec.Struct, frozen=True):
-    """One API's way to say that something failed.
+    """The form of errors in one API.
 
     Attributes:
-        body: a whole answer.
-        event: the last event of a stream. Its second argument is the number of the last event that the client was
-            given, where this API numbers them.
+        body: makes the body of a whole answer.
+        event: makes the last event of a stream. Its second argument is the number of the last event that the client was
+            sent, where the API numbers events.
     """
 
     body: Callable[[GatewayError], bytes]
@@ -46,7 +46,7 @@ def _anthropic_event(error: GatewayError, sequence: int) -> bytes:
 
 
 def _openai_body(error: GatewayError) -> bytes:
-    return error.body()  # an engine's own words, where it is one of those
+    return error.body()  # for an error of an engine, the engine's own body
 
 
 def _openai_event(error: GatewayError, sequence: int) -> bytes:
@@ -54,7 +54,7 @@ def _openai_event(error: GatewayError, sequence: int) -> bytes:
 
 
 def _responses_event(error: GatewayError, sequence: int) -> bytes:
-    """OpenAI's `error` event. Beside what its reference lists it has `error`, by which clients know to raise."""
+    """OpenAI's `error` event. Besides the documented members it has `error`, by which OpenAI's client recognises it."""
     detail = {"code": error.code, "message": error.public_message, "param": error.param}
     members = {
         "type": "error",
@@ -66,7 +66,7 @@ def _responses_event(error: GatewayError, sequence: int) -> bytes:
 
 
 def _sglang_event(error: GatewayError, sequence: int) -> bytes:
-    """As OpenAI's, which has all of SGLang's own in it. Its clients read up to the word that ends every stream."""
+    """OpenAI's event, which has all members of SGLang's own. `[DONE]` follows, since SGLang's clients read up to it."""
     return error.event() + b"data: [DONE]\n\n"
 
 

@@ -1,7 +1,7 @@
-"""/invocations: SageMaker's one route, by which it is the body's shape that says what is wanted.
+"""/invocations: SageMaker's only route, where the members of the body decide which route of the gateway serves it.
 
-Where it leads is a route of clients like any other: with its keys, its bounds and its errors, and nothing that engines
-serve beside these can be reached by it.
+The request is then served as if it had come to that route, with the same keys, limits and errors. No other path of an
+engine can be reached through it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pd_proxy.settings.tree import Settings
 
 PATH = "/invocations"
 
-# In vLLM's order: of the routes whose members a body has, the first that is offered here.
+# In vLLM's order. A body is for the first route whose members it has and that some engine here offers.
 _SHAPES: tuple[tuple[frozenset[str], tuple[str, ...]], ...] = (
     (frozenset({"messages"}), ("/v1/chat/completions",)),
     (frozenset({"prompt"}), ("/v1/completions",)),
@@ -35,11 +35,11 @@ _SHAPES: tuple[tuple[frozenset[str], tuple[str, ...]], ...] = (
 
 
 class Invocations:
-    """Serves the route.
+    """Serves /invocations.
 
     Arguments:
-        apps: the routes of clients.
-        offered: the routes that some engine has, as far as is known.
+        apps: the applications of the routes that engines serve, by path.
+        offered: returns the paths that some engine has, as far as is known.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Invocations:
             self._credentials.check_client(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
             check_length(headers, self._limit)
             body = await read_whole(client, receive, headers, self._limit, self._seconds)
-            path = self._meant(read_members(bytes(body)).keys())
+            path = self._route(read_members(bytes(body)).keys())
         except ClientLeft:
             return
         except GatewayError as error:
@@ -76,14 +76,15 @@ class Invocations:
             client.put_back(body)
         else:
             receive = _again(bytes(body), receive)
-        plain = [header for header in scope["headers"] if header[0] != b"content-encoding"]  # which is off by now
+        # The body has been decoded.
+        plain = [header for header in scope["headers"] if header[0] != b"content-encoding"]
         await self._apps[path]({**scope, "path": path, "headers": plain}, receive, send)
 
-    def _meant(self, members: AbstractSet[str]) -> str:
-        """The route that a body with these members is for.
+    def _route(self, members: AbstractSet[str]) -> str:
+        """The route for a body with these members.
 
         Raises:
-            InvalidRequest: it is for none.
+            InvalidRequest: no route has such bodies.
         """
         shaped = [path for needs, paths in _SHAPES if needs <= members for path in paths if path in self._apps]
         offered = self._offered()
@@ -94,7 +95,7 @@ class Invocations:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that begins with a body that has been read."""
+    """A `receive` whose first message is a body that has been read already."""
     pieces: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def receive_again() -> Message:

@@ -1,7 +1,7 @@
-"""/v1/metaserver: where decode engines call back, for connectors by which they do. Engines come here, not clients.
+"""/v1/metaserver: the route that decode engines call during a hand-off, with connectors that use callbacks.
 
-A call is answered at once; what it leads to is the waiting try's. It needs no key, since engines send none: who can
-name a try by its id has it from the gateway, and `metaserver.allow` says from where.
+A call is answered at once, and wakes the try that waits for it. Calls need no key, since engines send none. A caller
+has to know the id of a try, which only the gateway hands out, and `metaserver.allow` restricts the callers' addresses.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def metaserver(
     """The route.
 
     Arguments:
-        allow: networks from which engines may call; none: any address.
-        peers: the other workers of this gateway; a call for one of their tries is passed on.
+        allow: networks from which engines may call; empty: any address.
+        peers: the other workers of this gateway; a call for a try of theirs is forwarded.
     """
     router = APIRouter(tags=["engines"])
 
@@ -42,7 +42,7 @@ def metaserver(
 
     @router.post(PATH, response_model=None)
     async def call(request: Request) -> dict[str, str] | Response:
-        """A decode engine has memory for a request, and says where."""
+        """Callback of a decode engine that has allocated KV cache blocks for a request: it reports where they are."""
         host = request.client.host if request.client is not None else ""
         if allow and not may_call(host):
             log.warning("%s may not call back: it is in none of metaserver.allow", host)

@@ -1,4 +1,4 @@
-"""The routes for people and machines that run the gateway: probes, models, metrics, and the script's own endpoints."""
+"""The routes for running a gateway: probes, models, versions, load, metrics, and the example script's own routes."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ class Instances(BaseModel):
 
 
 def probes(fleet: Fleet, gate: Gate, peers: PeerWorkers | None = None) -> APIRouter:
-    """/health: the process is alive. /ready: it could serve a request now, whichever worker gets it."""
+    """The routes of the probes. /health: the process is alive. /ready: every worker could serve a request now."""
     router = APIRouter(tags=["probes"])
 
     @router.get("/health")
     async def health() -> dict[str, str]:
-        """Alive, whatever the backends do."""
+        """200 while the process is alive, whatever the state of the backends."""
         return {"status": "alive"}
 
     @router.get("/ping")
     @router.post("/ping")
     async def ping() -> dict[str, str]:
-        """As /health, for SageMaker."""
+        """The same as /health, for SageMaker."""
         return {"status": "alive"}
 
     @router.get("/ready")
     async def ready() -> dict[str, Any]:
-        """200 when one prefill and one decode backend that match are up and have handed over, or one mixed is up; else
-        503 with the reason. Of several groups one has to be ready; `groups` says what the others lack."""
+        """200 when a prefill and a decode backend that match are up and have completed a hand-off, or a mixed backend
+        is up; else 503 with the reason. Of several groups, one has to be ready; `groups` shows what the others lack."""
         if gate.draining:
             raise NoBackend("the gateway is shutting down", retry_after=1)
         reason = not_ready(fleet)
@@ -71,7 +71,7 @@ def probes(fleet: Fleet, gate: Gate, peers: PeerWorkers | None = None) -> APIRou
 
     @router.get("/healthcheck")
     async def healthcheck() -> dict[str, Any]:
-        """As the example script answers it: counts, and always 200."""
+        """The example script's health check: the sizes of the pools, and always 200."""
         return {
             "status": "ok",
             "prefill_instances": len(fleet.pool("prefill")),
@@ -83,7 +83,7 @@ def probes(fleet: Fleet, gate: Gate, peers: PeerWorkers | None = None) -> APIRou
 
 
 class Engines(BaseModel):
-    """Backends of one pool, kind and version."""
+    """How many backends of one pool, kind and version there are."""
 
     role: Role
     kind: str
@@ -99,7 +99,7 @@ class Versions(BaseModel):
 
 
 class PoolLoad(BaseModel):
-    """One pool: its backends, those that are up, and what is in flight there."""
+    """One pool: how many backends it has, how many are up, and what is in flight there."""
 
     backends: int
     up: int
@@ -108,7 +108,7 @@ class PoolLoad(BaseModel):
 
 
 class Load(BaseModel):
-    """The answer of /load. `server_load` is vLLM's: requests that have begun and not ended."""
+    """The answer of /load. `server_load` is vLLM's name for the requests in progress."""
 
     server_load: int
     waiting: int
@@ -116,7 +116,7 @@ class Load(BaseModel):
 
 
 def client(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
-    """What lets only clients through."""
+    """A dependency that admits only clients."""
 
     async def check(request: Request) -> None:
         headers = request.headers
@@ -128,12 +128,12 @@ def client(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
 
 
 def service(fleet: Fleet, gate: Gate, admission: Admission, credentials: Credentials) -> APIRouter:
-    """/version and /load, as of one engine: of the gateway with all that is behind it, without its addresses."""
+    """The routes /version and /load, which engines have too. They cover all backends, and show no addresses."""
     router = APIRouter(tags=["service"], dependencies=[Depends(client(credentials))])
 
     @router.get("/version")
     async def version() -> Versions:
-        """The gateway's version, and those of the engines behind it."""
+        """The version of the gateway, and the versions of its engines."""
         counted = Counter((backend.role, backend.kind.name, backend.version) for backend in fleet)
         engines = [
             Engines(role=role, kind=kind, version=named, count=count) for (role, kind, named), count in counted.items()
@@ -142,7 +142,7 @@ def service(fleet: Fleet, gate: Gate, admission: Admission, credentials: Credent
 
     @router.get("/load")
     async def load() -> Load:
-        """How much there is to do now, in all and in each pool. Tokens are estimates."""
+        """The load now, in total and of each pool. Tokens are estimates."""
         pools = {
             role: PoolLoad(
                 backends=len(pool),
@@ -159,12 +159,12 @@ def service(fleet: Fleet, gate: Gate, admission: Admission, credentials: Credent
 
 
 def models(fleet: Fleet, names: Names, credentials: Credentials) -> APIRouter:
-    """/v1/models, from what the backends say, and the aliases."""
+    """The route /v1/models: the models of the backends, and the aliases."""
     router = APIRouter(tags=["models"], dependencies=[Depends(client(credentials))])
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """Every model that can be asked for."""
+        """Every model that clients can use."""
         if cards := names.cards():
             return {"object": "list", "data": cards}
         raise NoBackend(
@@ -174,14 +174,14 @@ def models(fleet: Fleet, names: Names, credentials: Credentials) -> APIRouter:
 
     @router.get("/v1/models/{model:path}")
     async def one_model(model: str) -> dict[str, Any]:
-        """One of them."""
+        """One model."""
         return await names.card(model)
 
     return router
 
 
-class _Page:
-    """What several workers have to show, as encoders want it."""
+class _MergedMetrics:
+    """The metrics of several workers, in the form that the encoders take."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
@@ -193,16 +193,17 @@ class _Page:
 def metrics(
     registry: CollectorRegistry, peers: PeerWorkers | None = None, *, remembers: Callable[[str], None] | None = None
 ) -> APIRouter:
-    """/metrics, as Prometheus text or, when asked for, OpenMetrics; of all workers, where there are several.
+    """The route /metrics: Prometheus's text format or, where the client accepts it, OpenMetrics. With several workers
+    it shows the metrics of all.
 
     Arguments:
-        remembers: is told what this worker has shown.
+        remembers: called with the page that this worker has shown.
     """
     router = APIRouter(tags=["metrics"])
 
     @router.get("/metrics", response_class=Response)
     async def scrape(request: Request) -> Response:
-        """What the gateway saw."""
+        """The gateway's metrics."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         shown: Any = registry
         if remembers is not None:
@@ -211,14 +212,14 @@ def metrics(
             pages = [*await peers.metrics(), peers.departed()]
             own = generate_latest(registry).decode()
             peers.remember(own)
-            shown = _Page(merge(map(parse, [own, *pages])))
+            shown = _MergedMetrics(merge(map(parse, [own, *pages])))
         return Response(encode(shown), headers={"content-type": content_type})
 
     return router
 
 
 def operator(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
-    """What lets only operators through."""
+    """A dependency that admits only operators."""
 
     async def check(request: Request) -> None:
         credentials.check_operator(request.scope)
@@ -227,14 +228,14 @@ def operator(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
 
 
 def administration(fleet: Fleet, credentials: Credentials) -> APIRouter:
-    """What changes the pools: by the admin key, or at the admin socket."""
+    """The routes that change the pools, for operators."""
 
     router = APIRouter(tags=["administration"], dependencies=[Depends(operator(credentials))])
 
     @router.post("/instances/add")
     async def add(change: Instances) -> dict[str, Any]:
-        """Add backends, to the group that is named or to the default one. Each joins the rotation when its first health
-        check passes."""
+        """Add backends to the named group, or to the default group. Each gets requests as soon as its first health
+        check has passed."""
         given = _urls(change)
         if change.group not in fleet.groups:
             known = ", ".join(fleet.groups)
@@ -248,7 +249,7 @@ def administration(fleet: Fleet, credentials: Credentials) -> APIRouter:
 
     @router.post("/instances/remove")
     async def remove(change: Instances) -> dict[str, Any]:
-        """Drain backends, then forget them. What they are doing is finished; nothing new goes there."""
+        """Drain backends, then remove them. They get no new requests, and those that they have are finished."""
         given = _urls(change)
         missing = [url for url in given if fleet.find(url, change.type) is None]
         if missing:
@@ -263,7 +264,7 @@ def administration(fleet: Fleet, credentials: Credentials) -> APIRouter:
 
 
 def _membership(fleet: Fleet, message: str) -> dict[str, Any]:
-    """The answer of the example script: its message, and the pools."""
+    """The example script's answer: a message, and the pools."""
     return {
         "message": message,
         "current_prefill_instances": [_short(b.url) for b in fleet.pool("prefill") if not b.removed],
@@ -272,7 +273,7 @@ def _membership(fleet: Fleet, message: str) -> dict[str, Any]:
 
 
 def _urls(change: Instances) -> list[str]:
-    """The instances that are named, each as a URL in its one form."""
+    """The normalised URLs of the named instances."""
     given = [change.instances] if isinstance(change.instances, str) else change.instances
     try:
         return [backend_url(instance) for instance in given]
@@ -281,7 +282,7 @@ def _urls(change: Instances) -> list[str]:
 
 
 def _other_place(fleet: Fleet, url: str, role: Role, group: str) -> str:
-    """The role and group that a backend has already, where these are others; else empty."""
+    """The role and group that a backend has already, where they differ from these; else empty."""
     found = next((b for b in fleet if b.url == url and (b.role, b.group) != (role, group)), None)
     if found is None:
         return ""

@@ -1,6 +1,6 @@
-"""Stored responses: asked for, and cancelled, at the backend that has them.
+"""Stored responses: retrieved and cancelled at the backend that has them.
 
-These are not generation: one upstream request, nothing to retry elsewhere, since nobody else has the response.
+Each is one request to one backend, without retries, since no other backend has the response.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from pd_proxy.settings.tree import Settings
 
 _PATH = LAYOUTS["responses"].path
 ABSENT = frozenset({f"{_PATH}/compact", f"{_PATH}/input_tokens"})
-"""What OpenAI's API has beside stored responses, and no engine: no `POST` to a response of that name."""
-_MOST_REFUSAL = 64 * 1024  # bytes that are read of one, where events were asked for
+"""Paths of OpenAI's API that no engine has. They are not the names of stored responses."""
+_MOST_REFUSAL = 64 * 1024  # bytes of an error answer that are read where a stream was asked for
 
 
 class _Holders:
-    """Asks the backends that have responses."""
+    """Sends requests to the backends that have stored responses."""
 
     def __init__(
         self, settings: Settings, fleet: Fleet, stored: StoredResponses, credentials: Credentials, control: Control
@@ -48,7 +48,7 @@ class _Holders:
         self._control = control
 
     def holder(self, request: Request, response_id: str) -> str:
-        """URL of the backend that has a response.
+        """The URL of the backend that has a response. Checks the client's key.
 
         Raises:
             Unauthorized, ResponseNotFound, NoBackend
@@ -65,7 +65,7 @@ class _Holders:
         return url
 
     async def whole(self, url: str, method: str, path: str, query: dict[str, str | int]) -> Response:
-        """The backend's whole answer."""
+        """The backend's answer in one piece."""
         try:
             answer = await self._control.ask(
                 url + path, method=method, query=query, seconds=self._idle, limit=self._limit
@@ -109,7 +109,7 @@ class _Holders:
 def responses(
     settings: Settings, fleet: Fleet, stored: StoredResponses, credentials: Credentials, control: Control
 ) -> APIRouter:
-    """`GET /v1/responses/{id}`, streamed or not, and `POST /v1/responses/{id}/cancel`."""
+    """The routes `GET /v1/responses/{id}`, streamed or not, and `POST /v1/responses/{id}/cancel`."""
     router = APIRouter(tags=["responses"])
     holders = _Holders(settings, fleet, stored, credentials, control)
 
@@ -132,7 +132,7 @@ def responses(
 
     @router.post(_PATH + "/{response_id}/cancel", response_class=Response)
     async def cancel(request: Request, response_id: str) -> Response:
-        """End a response that runs in the background."""
+        """Cancel a response that runs in the background."""
         url = holders.holder(request, response_id)
         return await holders.whole(url, "POST", f"{_PATH}/{response_id}/cancel", {})
 
@@ -140,10 +140,10 @@ def responses(
 
 
 def _good(url: str, answer: Answer) -> Answer:
-    """A backend's answer, where its status is 200.
+    """A backend's answer, whose status has to be 200.
 
     Raises:
-        BackendError: it is another.
+        BackendError: the status is another.
     """
     if answer.status != 200:
         raise engine_error(url, answer.status, dict(answer.headers), answer.body)
@@ -151,7 +151,7 @@ def _good(url: str, answer: Answer) -> Answer:
 
 
 async def _relayed(url: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Events for the client. A stream that breaks ends with an error."""
+    """The events for the client. Where the backend's stream breaks, the last one is an error event."""
     reader = events.EventReader()
     sequence = -1
     done = False
@@ -173,5 +173,5 @@ async def _relayed(url: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[byte
 
 
 def _named(url: str, error: BackendError) -> BackendError:
-    """An error of the control plane's client, which does not say of whom it speaks."""
+    """An error of `Control`, with the backend's URL, which its message lacks."""
     return type(error)(f"{url}: {error}")

@@ -1,7 +1,7 @@
-"""The requests of the engines' routes, for the OpenAPI document: what clients send most, and what the gateway reads.
+"""The request bodies of the engines' routes, for the OpenAPI document: the usual members, and those the gateway reads.
 
-Engines take more members than these, and different ones; what the gateway does not know it passes on. So every schema
-is open, and none has a bound that is the engine's to keep.
+Engines take more members than these, and different ones; the gateway forwards members that it does not know. So every
+schema allows additional members, and none has a bound that the engine checks.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _STREAM = {"stream": _of(["boolean", "null"], "Answer with server-sent events.")
 _OPTIONS = {
     "stream_options": {
         "type": ["object", "null"],
-        "description": "Of streams.",
+        "description": "Options of streams.",
         "properties": {
-            "include_usage": _of("boolean", "An event with the usage at the end."),
-            "continuous_usage_stats": _of("boolean", "vLLM's: usage with every event."),
+            "include_usage": _of("boolean", "Send an event with the usage at the end."),
+            "continuous_usage_stats": _of("boolean", "vLLM's: send the usage with every event."),
         },
         "additionalProperties": True,
     }
 }
 _SAMPLING = {
-    "temperature": _of(["number", "null"], "0 takes the likeliest token each time."),
-    "top_p": _of(["number", "null"], "The share of probability that tokens are drawn from."),
-    "seed": _of(["integer", "null"], "Of the draws."),
+    "temperature": _of(["number", "null"], "The sampling temperature; 0 always takes the likeliest token."),
+    "top_p": _of(["number", "null"], "Sample only from the likeliest tokens, up to this share of probability."),
+    "seed": _of(["integer", "null"], "The seed of the sampling."),
     "stop": {
         "description": "Texts at which the answer ends.",
         "anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}],
     },
 }
-_SEVERAL = {"n": _of(["integer", "null"], "Answers. More than one are not split between prefill and decode.")}
-_LEAST = {"min_tokens": _of(["integer", "null"], "vLLM's: tokens of the answer, at least.")}
-_IDS = {"return_token_ids": _of(["boolean", "null"], "vLLM's: the token ids of prompt and answer.")}
+_SEVERAL = {"n": _of(["integer", "null"], "The number of answers. Requests for several are not split between engines.")}
+_LEAST = {"min_tokens": _of(["integer", "null"], "vLLM's: the least number of tokens of the answer.")}
+_IDS = {"return_token_ids": _of(["boolean", "null"], "vLLM's: return the token ids of prompt and answer.")}
 _CHAT_MESSAGE = {
     "type": "object",
     "properties": {
@@ -71,8 +71,8 @@ _TOOLS = {
     },
 }
 _LOGPROBS = {
-    "logprobs": _of(["boolean", "null"], "Log probabilities of the answer's tokens."),
-    "top_logprobs": _of(["integer", "null"], "... and of so many others at each place."),
+    "logprobs": _of(["boolean", "null"], "Return the log probabilities of the answer's tokens."),
+    "top_logprobs": _of(["integer", "null"], "Return those of so many alternatives at each position too."),
 }
 _ASK = [{"role": "user", "content": "What does a decode node do?"}]
 _INPUT = {
@@ -103,8 +103,8 @@ _CHAT = (
     _MODEL,
     {"messages": _list(_CHAT_MESSAGE, "The conversation so far.")},
     {
-        "max_completion_tokens": _of(["integer", "null"], "Tokens of the answer, at most."),
-        "max_tokens": _of(["integer", "null"], "The same by its older name."),
+        "max_completion_tokens": _of(["integer", "null"], "The most tokens that the answer may have."),
+        "max_tokens": _of(["integer", "null"], "The older name of `max_completion_tokens`."),
     },
     _STREAM,
     _OPTIONS,
@@ -120,15 +120,15 @@ _COMPLETION = (
     _MODEL,
     {
         "prompt": _INPUT,
-        "max_tokens": _of(["integer", "null"], "Tokens of the answer, at most; 16 where it is not said."),
+        "max_tokens": _of(["integer", "null"], "The most tokens that the answer may have; 16 by default."),
     },
     _STREAM,
     _OPTIONS,
     _SAMPLING,
     _SEVERAL,
     {
-        "logprobs": _of(["integer", "null"], "Log probabilities of so many tokens at each place."),
-        "echo": _of(["boolean", "null"], "The prompt too. Not split between prefill and decode."),
+        "logprobs": _of(["integer", "null"], "Return the log probabilities of so many tokens at each position."),
+        "echo": _of(["boolean", "null"], "Return the prompt too. Such requests are not split between engines."),
     },
     _LEAST,
     _IDS,
@@ -137,12 +137,12 @@ _MESSAGES = (
     _MODEL,
     {
         "messages": _list(_CHAT_MESSAGE, "The conversation so far."),
-        "max_tokens": _of("integer", "Tokens of the answer, at most."),
-        "system": {"description": "What stands before it.", "anyOf": [_TEXT, {"type": "array"}]},
+        "max_tokens": _of("integer", "The most tokens that the answer may have."),
+        "system": {"description": "The system prompt.", "anyOf": [_TEXT, {"type": "array"}]},
         "stop_sequences": _list(_TEXT, "Texts at which the answer ends."),
         "temperature": _SAMPLING["temperature"],
         "top_p": _SAMPLING["top_p"],
-        "top_k": _of(["integer", "null"], "Tokens that are drawn from."),
+        "top_k": _of(["integer", "null"], "Sample only from so many of the likeliest tokens."),
     },
     _STREAM,
     _TOOLS,
@@ -151,11 +151,11 @@ _RESPONSE = (
     _MODEL,
     {
         "input": {"description": "Text, or items.", "anyOf": [_TEXT, {"type": "array"}]},
-        "instructions": _of(["string", "null"], "What stands before it."),
-        "max_output_tokens": _of(["integer", "null"], "Tokens of the answer, at most."),
-        "previous_response_id": _of(["string", "null"], "The stored response that it goes on from."),
-        "store": _of(["boolean", "null"], "Whether the engine keeps the answer."),
-        "background": _of(["boolean", "null"], "Answer at once, and go on."),
+        "instructions": _of(["string", "null"], "The system prompt."),
+        "max_output_tokens": _of(["integer", "null"], "The most tokens that the answer may have."),
+        "previous_response_id": _of(["string", "null"], "The id of the stored response that this request continues."),
+        "store": _of(["boolean", "null"], "Store the answer at the engine."),
+        "background": _of(["boolean", "null"], "Return at once, and generate the answer in the background."),
         "temperature": _SAMPLING["temperature"],
         "top_p": _SAMPLING["top_p"],
     },
@@ -167,15 +167,15 @@ _EMBED = (
     {
         "input": _INPUT,
         "encoding_format": _of("string", "`float`, `base64`, or vLLM's `bytes`."),
-        "dimensions": _of(["integer", "null"], "Of each vector, where the model can."),
+        "dimensions": _of(["integer", "null"], "The length of each vector, where the model supports a choice."),
     },
 )
 _RERANK = (
     _MODEL,
     {
-        "query": {"description": "What is looked for."},
-        "documents": {"type": "array", "items": {}, "description": "What is ranked."},
-        "top_n": _of(["integer", "null"], "Documents that are wanted."),
+        "query": {"description": "The query that the documents are ranked by."},
+        "documents": {"type": "array", "items": {}, "description": "The documents to rank."},
+        "top_n": _of(["integer", "null"], "The number of documents to return."),
     },
 )
 _SCORE = (
@@ -198,7 +198,7 @@ _BODIES: dict[str, Schema] = {
         {"model": "my-model", "messages": [_ASK, _ASK], "max_completion_tokens": 64},
         ("messages",),
         *_CHAT,
-        {"messages": _list(_list(_CHAT_MESSAGE, "One conversation."), "Conversations, each answered by itself.")},
+        {"messages": _list(_list(_CHAT_MESSAGE, "One conversation."), "Conversations; each gets its own answer.")},
     ),
     "/v1/completions": _body(_COMPLETION_EXAMPLE, ("prompt",), *_COMPLETION),
     "/v1/completions/render": _body(_COMPLETION_EXAMPLE, ("prompt",), *_COMPLETION),
@@ -215,8 +215,11 @@ _BODIES: dict[str, Schema] = {
             "token_ids": _list(_WHOLE, "The prompt."),
             "sampling_params": _of(
                 "object",
-                "As vLLM's SamplingParams.",
-                properties={"max_tokens": _of(["integer", "null"], "Tokens of the answer, at most."), **_SEVERAL},
+                "vLLM's SamplingParams.",
+                properties={
+                    "max_tokens": _of(["integer", "null"], "The most tokens that the answer may have."),
+                    **_SEVERAL,
+                },
                 additionalProperties=True,
             ),
         },
@@ -229,9 +232,9 @@ _BODIES: dict[str, Schema] = {
         (),
         {
             "text": {"description": "The prompt, or several.", "anyOf": [_TEXT, {"type": "array", "items": _TEXT}]},
-            "input_ids": {"type": "array", "description": "The prompt as token ids, in place of `text`."},
+            "input_ids": {"type": "array", "description": "The prompt as token ids, instead of `text`."},
             "sampling_params": {
-                "description": "SGLang's, `max_new_tokens` among them; a list for several prompts.",
+                "description": "SGLang's sampling parameters, with `max_new_tokens`; a list for several prompts.",
                 "anyOf": [{"type": "object", "additionalProperties": True}, {"type": "array"}],
             },
         },
@@ -250,13 +253,16 @@ _BODIES: dict[str, Schema] = {
         {"model": "my-model", "prompt": "A decode node"},
         (),
         _MODEL,
-        {"prompt": _of("string", "A text."), "messages": _list(_CHAT_MESSAGE, "Or a conversation.")},
+        {
+            "prompt": _of("string", "A text."),
+            "messages": _list(_CHAT_MESSAGE, "A conversation, instead of `prompt`."),
+        },
     ),
     "/detokenize": _body(
         {"model": "my-model", "tokens": [9906, 1917]}, ("tokens",), _MODEL, {"tokens": _list(_WHOLE, "Token ids.")}
     ),
     "/invocations": _body(
-        _CHAT_EXAMPLE, (), _MODEL, {"messages": _of("array", "A chat's; other members lead elsewhere.")}
+        _CHAT_EXAMPLE, (), _MODEL, {"messages": _of("array", "A chat; other members choose other routes.")}
     ),
 }
 
@@ -267,17 +273,17 @@ _FORM: Schema = {
         **_MODEL,
         "file": _of("string", "The audio.", format="binary"),
         "stream": _of("boolean", "Answer with server-sent events."),
-        "language": _of("string", "Of the audio, as `en`."),
-        "prompt": _of("string", "What came before."),
+        "language": _of("string", "The language of the audio, such as `en`."),
+        "prompt": _of("string", "The text before the audio."),
         "response_format": _of("string", "`json`, `text`, `srt`, `verbose_json` or `vtt`."),
-        "temperature": _of("number", "0 takes the likeliest token each time."),
+        "temperature": _of("number", "The sampling temperature; 0 always takes the likeliest token."),
     },
     "additionalProperties": True,
 }
 
 
 def request_content(route: str) -> Schema:
-    """What a route takes, as OpenAPI's `content` of a request body."""
+    """The request body of a route, as OpenAPI's `content`."""
     if route in ROUTES and ROUTES[route].form:
         return {"multipart/form-data": {"schema": _FORM}}
     return {"application/json": {"schema": _BODIES[route]}}

@@ -1,4 +1,4 @@
-"""The one-leg routes, as plain ASGI: no router and no middleware between a request and its flow."""
+"""The one-leg routes, as plain ASGI: no router or middleware before the flow."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord
 
 KEPT = 1024 * 1024
-"""Bytes of a form that are kept so that it can be sent to another backend, and in which its model is looked for before
-a backend is chosen."""
+"""Bytes of a form that are kept, so that it can be sent to another backend. The form's model has to stand in them to be
+known before a backend is chosen."""
 
 _BYTES_PER_TOKEN = 4  # of English text
 _BYTES_PER_AUDIO_TOKEN = 500  # 50 tokens a second; compressed audio has 16 kB in one, plain audio 32
-_USUAL_AUDIO = 64 * 1024  # bytes, of a form that does not say its length
+_USUAL_AUDIO = 64 * 1024  # bytes; the estimate for a form without Content-Length
 
-_BATCH = "/v1/chat/completions/batch"  # the only one that generates as much as it is asked for
+_BATCH = "/v1/chat/completions/batch"  # the only route here whose requests bound their output
 
 
 class SingleRoute:
     """Serves one route.
 
     Arguments:
-        paths: all that the gateway serves, for the error about a route that no backend here offers.
+        paths: returns all paths of the gateway, for the error about a route that no backend offers.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class SingleRoute:
         return self._entrance.serve(record, scope, receive, send, self._serve, self._shape)
 
     async def _serve(self, arrival: Arrival) -> None:
-        """Read a request, and have it answered.
+        """Read a request and answer it.
 
         Raises:
-            GatewayError: the request cannot be served; `client.started` says whether a part of it was.
+            GatewayError: the request cannot be served; `client.started` says whether the answer has begun.
         """
         entrance = self._entrance
         if self._path not in self._fleet.routes():
@@ -96,7 +96,7 @@ class SingleRoute:
             await self._flow.run(request)
 
     async def _read_json(self, arrival: Arrival) -> tuple[SingleRequest, int]:
-        """The request of a JSON body, and the bytes that are held of it while it waits."""
+        """Read a request with a JSON body. Returns it, and how many bytes of it are held while it waits."""
         record = arrival.record
         raw = await self._entrance.read_body(arrival)
         members = read_members(raw)
@@ -112,7 +112,8 @@ class SingleRoute:
         return SingleRequest(self._path, arrival.client, record, encode_json(members), model, tokens), size
 
     async def _read_form(self, arrival: Arrival) -> tuple[SingleRequest, int]:
-        """The request of a multipart form whose model is known, and the bytes that are held of it while it waits."""
+        """Read a request with a multipart form, up to its model. Returns it, and how many bytes of it are held while it
+        waits."""
         entrance, headers, record = self._entrance, arrival.headers, arrival.record
         if coding := coding_of(headers):
             raise EncodingNotSupported(f"a form is sent on as it comes; it may not be encoded with {coding}")
@@ -131,12 +132,14 @@ class SingleRoute:
 
 
 class ClientForm:
-    """A multipart form as it comes from the client, as the engine is to get it (`flow.single.Source`).
+    """A client's multipart form, which is sent to the engine while it arrives (`flow.single.Source`).
 
     Arguments:
-        limit: bytes that it may have.
-        seconds: for which the client may be waited for in all. What the engine's slowness takes does not count.
+        limit: the longest form, in bytes.
+        seconds: how long the gateway waits for the client in total. Time spent waiting for the engine does not count.
         aliases: other names of models, and the engines' own.
+    Attributes:
+        kept: the form so far; None once it is longer than may be kept.
     """
 
     def __init__(self, arrival: Arrival, limit: int, seconds: float, aliases: Mapping[str, str]) -> None:
@@ -163,13 +166,13 @@ class ClientForm:
         return self._ended
 
     async def until_named(self) -> None:
-        """Read until the model is known, or the form is whole, or as much is here as may be kept."""
+        """Read until the model is known, the form is complete, or as much has been read as may be kept."""
         assert self.kept is not None
         while self.model is None and not self._ended and len(self.kept) < KEPT:
             await self.more()
 
     async def more(self) -> bytes:
-        """The next piece, which may be empty. Safe to be cancelled: what has been taken is in `kept`.
+        """Read the next piece, which may be empty. It may be cancelled: what has been read is in `kept`.
 
         Raises:
             BodyTooLarge, RequestTimedOut, InvalidRequest, ClientLeft, BodiesFull
@@ -202,5 +205,5 @@ class ClientForm:
             else:
                 self.kept = None
         if self.kept is None and client is not None:
-            client.let_go(client.held)  # what comes from here on is sent on at once
+            client.let_go(client.held)  # from here on each piece is sent to the engine at once
         return piece

@@ -1,4 +1,4 @@
-"""The whole HTTP surface as one ASGI application: FastAPI, with the hot routes taken off before its router."""
+"""A whole HTTP surface as one ASGI application: FastAPI, with the hot routes served before its router."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class Surface(FastAPI):
     """FastAPI for everything but the hot routes, which are found by one dictionary lookup.
 
     Arguments:
-        hot: path -> ASGI application, which bounds the bodies that it reads. Our own server finds them by itself, in
-            `direct`.
-        offered: the paths of engines that there are here now; of `hot`, people are told of these.
-        rare: applications as `hot`, but for requests that need their whole scope.
+        hot: the ASGI applications of the hot routes, by path. They bound the bodies that they read. The gateway's own
+            server calls them directly, by the attribute `direct`.
+        offered: returns the paths that some engine has; errors and lists name these of `hot` and `rare` only.
+        rare: applications as in `hot`, for requests that need their whole scope.
         routers: makes the other routes, whose bodies are bounded here. It is called by `make_routes`.
         body_seconds: seconds in which such a body must arrive.
-        peers: the gateway's other workers, who are to serve what changes it too.
-        cross_origin: what web pages of other origins may do; None: nothing.
-        hops: says which requests come from the gateway itself.
-        docs: serve the OpenAPI document, and a page to read it.
-        bodies: bytes of a body that some paths take; others take 1 MiB.
+        peers: the other workers of the gateway, which repeat every request that changes the gateway.
+        cross_origin: the permissions of web pages of other origins; None: they have none.
+        hops: recognises requests that this gateway has sent.
+        docs: serve the OpenAPI document, and a page that shows it.
+        bodies: the longest body of some paths, in bytes; on other paths it is 1 MiB.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Surface(FastAPI):
             lifespan=lifespan,
             redirect_slashes=False,
             openapi_url="/openapi.json" if docs else None,
-            docs_url=None,  # FastAPI's pages have their scripts from elsewhere
+            docs_url=None,  # FastAPI's pages load their scripts from other hosts
             redoc_url=None,
         )
         if docs:
@@ -104,13 +104,13 @@ class Surface(FastAPI):
         self.add_exception_handler(Exception, _unexpected)
 
     def make_routes(self) -> None:
-        """Make the routes that are not hot, where that is not done yet: the first request for one of them does it too.
-        FastAPI takes about half a millisecond for each, so a process that serves calls this before it listens."""
+        """Make the routes that are not hot, unless they exist. FastAPI takes about half a millisecond for each, so a
+        process that serves calls this before it listens; otherwise the first request for such a route does."""
         if self._routers is None:
             return
         routers, self._routers = self._routers(), None
         for router in routers:
-            # Including it would make each of its routes a second time, and nothing of ours would be put into them.
+            # `include_router` would make each route a second time, and add nothing to it.
             self.router.routes += router.routes
 
     @property
@@ -132,7 +132,7 @@ class Surface(FastAPI):
             await super().__call__(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request that is for the router."""
+        """Serve a request with FastAPI's router."""
         self.make_routes()
         if scope["method"] == "HEAD":
             scope, send = {**scope, "method": "GET"}, _without_body(send)
@@ -152,7 +152,7 @@ class Surface(FastAPI):
             await super().__call__(scope, receive, send)
 
     def _is_closed(self, scope: Scope) -> bool:
-        """Whether a request is for what web pages may never use."""
+        """Whether web pages of other origins may never use the route of a request."""
         return scope["path"].startswith(_CLOSED) or any(
             isinstance(route, APIRoute)
             and not _FOR_NO_PAGE.isdisjoint(route.tags)
@@ -161,14 +161,14 @@ class Surface(FastAPI):
         )
 
     def paths(self) -> list[str]:
-        """The paths that clients may be told of when they ask for another: not those of operators."""
+        """The paths that an error about an unknown path may name: all but those for operators."""
         if self._own_paths is None:
             operations = {path: next(iter(item.values())) for path, item in self.openapi()["paths"].items()}
             self._own_paths = {path for path, one in operations.items() if not _OF_OPERATORS & set(one["tags"])}
         return sorted(self._own_paths - (self._hot.keys() - self._offered()))
 
     def allowed(self, scope: Scope) -> str:
-        """The methods that a path takes, as in an Allow header."""
+        """The methods of a path, in the form of an Allow header."""
         methods: set[str] = set()
         for route in self.routes:
             if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
@@ -185,18 +185,18 @@ class Surface(FastAPI):
 
 _OF_OPERATORS = {"administration", "engines"}
 _FOR_NO_PAGE = _OF_OPERATORS | {"metrics"}
-_CLOSED = ("/admin", "/instances")  # what is not there, too
+_CLOSED = ("/admin", "/instances")  # also where such a path does not exist
 
 
 def _without_slash(scope: Scope) -> Scope:
-    """A path means the same with a slash at its end. A redirect would lose the key, or the body, of many a client."""
+    """Remove the slash at the end of a path. A redirect would do the same, but many clients then omit key or body."""
     path = scope["path"].rstrip("/") or "/"
     raw: bytes | None = scope.get("raw_path")
     return {**scope, "path": path, "raw_path": (raw.rstrip(b"/") or b"/") if raw is not None else None}
 
 
 def _without_body(send: Send) -> Send:
-    """A `send` for the answer to HEAD, which is that to GET without its body."""
+    """A `send` for the answer to HEAD: the answer to GET without its body."""
 
     async def send_head(message: Message) -> None:
         if message["type"] == "http.response.body":
@@ -206,11 +206,11 @@ def _without_body(send: Send) -> Send:
     return send_head
 
 
-_MOST_BODY = 1024 * 1024  # bytes; the longest list of backends is far below
+_MOST_BODY = 1024 * 1024  # bytes; much longer than any list of backends
 
 
 def _bounded(receive: Receive, seconds: float, most: int) -> Receive:
-    """A `receive` that ends a body which is too long or too slow. FastAPI reads bodies before it checks keys."""
+    """A `receive` that raises where a body is too long or too slow. FastAPI reads bodies before it checks keys."""
     taken = 0
     end = monotonic() + seconds
 
@@ -230,7 +230,7 @@ def _bounded(receive: Receive, seconds: float, most: int) -> Receive:
 
 
 def _with_request_id(send: Send) -> Send:
-    """A `send` that gives the answer an id."""
+    """A `send` that adds an X-Request-Id to the answer."""
 
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -251,7 +251,7 @@ def answer(error: GatewayError) -> Response:
 
 
 async def _docs(request: Request) -> Response:
-    """The page, which is made when it is first asked for."""
+    """The page of the OpenAPI document. It is made at the first request."""
     app = request.app
     if app.page is None:
         app.page = page.render(app.openapi())

@@ -1,8 +1,8 @@
-"""/admin/backends: what is known of each backend, and draining.
+"""/admin/backends: the state of each backend, and draining.
 
-A backend's id is its host and port (`10.0.0.1:8000`), which is all there is to most URLs. Where there is more (https, a
-path, brackets around an address) the id is the host and a short hash of the URL. Both depend on the URL alone, so an id
-is the same in every gateway and after every restart. Wherever an id is wanted, the URL itself will do, percent-encoded.
+A backend's id is its host and port (`10.0.0.1:8000`), where its URL has nothing else. Otherwise (https, a path, an
+IPv6 address) the id is the host and a short hash of the URL. Both depend on the URL alone, so an id is the same in
+every gateway and after every restart. The percent-encoded URL is accepted in the place of an id.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pd_proxy.fleet.backend import Backend
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.settings.addresses import backend_url
 
-_HASH_LENGTH = 8  # hexadecimal digits: among thousands of backends of one host two alike are not to be expected
+_HASH_LENGTH = 8  # hexadecimal digits: enough for thousands of backends of one host
 
 
 def backend_id(url: str) -> str:
-    """A backend's id, from its URL in its one form. Safe as a segment of a path."""
+    """The id of a backend, from its normalised URL. Safe as a segment of a path."""
     plain = url.removeprefix("http://")
     if re.fullmatch(r"[a-z0-9.-]+(:[0-9]+)?", plain):
         return plain
@@ -38,7 +38,7 @@ def backend_id(url: str) -> str:
 
 
 def find_backend(fleet: Fleet, name: str) -> Backend:
-    """A backend by its id or its URL.
+    """The backend with an id or URL.
 
     Raises:
         BackendNotFound: there is none.
@@ -56,7 +56,7 @@ def find_backend(fleet: Fleet, name: str) -> Backend:
 
 
 def handoff_shown(backend: Backend) -> dict[str, Any]:
-    """What was last found of a backend's hand-offs."""
+    """The last result of a backend's hand-offs, for the routes' answers."""
     last = backend.handoff
     return {
         "state": last.state,
@@ -70,12 +70,12 @@ def handoff_shown(backend: Backend) -> dict[str, Any]:
 
 
 def time_of_day(at: float, precision: str = "seconds") -> str:
-    """A moment of `time.monotonic` for people."""
+    """A time of `time.monotonic` as date and time (ISO 8601, UTC)."""
     return (datetime.now(UTC) - timedelta(seconds=monotonic() - at)).isoformat(timespec=precision)
 
 
 class _Name(Convertor[str]):
-    """A backend's name in a path. What is done to it comes behind, and is no part of it."""
+    """A backend's id or URL in a path; `/drain` and `/undrain` at the end are not part of it."""
 
     regex = r"(?:(?!/(?:un)?drain$).)+"
 
@@ -90,7 +90,7 @@ register_url_convertor("backend", _Name())
 
 
 def shown(fleet: Fleet, backend: Backend) -> dict[str, Any]:
-    """A backend as the routes answer it."""
+    """The description of a backend in the routes' answers."""
     return {
         "id": backend_id(backend.url),
         "role": backend.role,
@@ -124,26 +124,26 @@ def backends(fleet: Fleet, credentials: Credentials) -> APIRouter:
 
     @router.get("")
     async def list_backends() -> dict[str, Any]:
-        """Every backend, with what it is doing. `handoff` is what was last found of its hand-offs. `ejected` has the
-        seconds that are left; `slow_start` is the share of its usual load that a backend gets after its return."""
+        """Every backend and its state. `handoff` is the last result of its hand-offs. `ejected` has the seconds that an
+        ejection still lasts; `slow_start` is the share of its usual load that a backend gets after its return."""
         return {"backends": [shown(fleet, backend) for backend in fleet]}
 
     @router.get("/{name:backend}")
     async def one_backend(name: str) -> dict[str, Any]:
-        """One of them."""
+        """One backend and its state."""
         return shown(fleet, find_backend(fleet, name))
 
     @router.post("/{name:backend}/drain")
     async def drain(name: str) -> dict[str, Any]:
-        """Give it nothing new. What it has is finished; `drained` in the answer, and in the list, says when nothing
-        needs it any more: no leg runs there, and decode has read all that prefill handed over."""
+        """Send a backend no new requests; those that it has are finished. `drained` turns true when nothing needs the
+        backend any more: no leg runs there, and decode has read all hand-offs of it."""
         backend = find_backend(fleet, name)
         fleet.drain(backend)
         return shown(fleet, backend)
 
     @router.post("/{name:backend}/undrain")
     async def undrain(name: str) -> dict[str, Any]:
-        """Give it requests again."""
+        """Send a backend requests again."""
         backend = find_backend(fleet, name)
         fleet.undrain(backend)
         return shown(fleet, backend)

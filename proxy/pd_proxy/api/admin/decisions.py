@@ -1,4 +1,4 @@
-"""/admin/decisions: why the last requests went where they went; /admin/explain: where one would go now."""
+"""/admin/decisions: the last placement decisions and their reasons; /admin/explain: the decision for a given body."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Explain = Callable[[Placed], dict[str, Any]]
 
 
 class DecisionsQuery(BaseModel):
-    """Which decisions."""
+    """The decisions to list."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -41,7 +41,7 @@ class DecisionsQuery(BaseModel):
 
 
 class ExplainQuery(BaseModel):
-    """For whom, and at which route."""
+    """The client and the route of the request to explain."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,7 +50,7 @@ class ExplainQuery(BaseModel):
 
 
 def onlooker(credentials: Credentials) -> Callable[[Request], Awaitable[None]]:
-    """What lets those through who may look: a POST that changes nothing is a look."""
+    """A dependency that admits operators who may read: explaining is a POST, but changes nothing."""
 
     async def check(request: Request) -> None:
         credentials.check_operator({**request.scope, "method": "GET"})
@@ -63,14 +63,14 @@ def decisions(
     credentials: Credentials,
     peers: PeerWorkers | None = None,
 ) -> APIRouter:
-    """The last decisions, for operators; of all workers, where there are several."""
+    """The route of the last decisions, for operators. With several workers it shows those of all."""
     router = APIRouter(tags=["administration"], dependencies=[Depends(operator(credentials))])
 
     @router.get("/admin/decisions")
     async def list_decisions(query: Annotated[DecisionsQuery, Query()]) -> dict[str, Any]:
-        """The last decisions of placement, the latest first: of each who was chosen and why, what was expected of the
-        candidates, who was left out by which rule, and what became of the request. Where `complete` is false it has
-        the costs of the chosen ones only."""
+        """The last decisions of placement, the latest first. Each names the chosen backends and the reason, the
+        estimates for all candidates, the backends that were excluded with the rule that excluded them, and the outcome
+        of the request. Where `complete` is false, it has the estimates of the chosen backends only."""
         found = [_dated(one) for one in noted.last(query.limit, query.request_id)]
         if peers is not None:
             found += await peers.decisions(query.limit, query.request_id)
@@ -88,11 +88,11 @@ def explanation(
     names: Names,
     credentials: Credentials,
 ) -> APIRouter:
-    """Where a request would go, for operators.
+    """The route that explains where a request would go, for operators.
 
     Arguments:
-        explain: decides about a request, and sends it nowhere.
-        stored: names responses by who has them.
+        explain: decides about a request without sending it.
+        stored: names stored responses by the backends that have them.
     """
     router = APIRouter(tags=["administration"], dependencies=[Depends(onlooker(credentials))])
     usual, most = settings.limits.default_max_tokens, settings.limits.max_tokens
@@ -100,8 +100,9 @@ def explanation(
 
     @router.post(EXPLAIN_PATH)
     async def explain_body(request: Request, query: Annotated[ExplainQuery, Query()]) -> dict[str, Any]:
-        """What would be decided now for a request with this body. It is sent to no engine, and counted nowhere. The
-        queue is not looked at: it is as if it had been let in. Ties and random policies fall as they may."""
+        """The decision that a request with this body would get now. The request is not sent to an engine and is not
+        counted. The queue is left out: the request counts as admitted. Ties and random policies may be decided
+        differently for the real request."""
         body = bounded(read_body(await request.body(), query.endpoint), usual, most)
         model = await names.meant(body.model)
         if model is not None and model != body.model:
@@ -119,7 +120,7 @@ def explanation(
 
 
 def _dated(decision: dict[str, Any]) -> dict[str, Any]:
-    """A decision with its time as people have it."""
+    """A decision with date and time in the place of the monotonic time."""
     return {**decision, "at": time_of_day(decision["at"], "milliseconds")}
 
 
@@ -128,4 +129,4 @@ async def _nothing() -> MutableMapping[str, Any]:
 
 
 async def _nowhere(message: MutableMapping[str, Any]) -> None:
-    """Nothing is said to a client that is not there."""
+    """Discard the message: no client waits for an answer."""
