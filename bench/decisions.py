@@ -74,7 +74,7 @@ def decision(prefill: Sequence[Backend], decode: Sequence[Backend], policy: str,
             sizes,
         )
         found = eligible(members, needs, RULES)
-        return decide(found.view, ask, alone=found.alone, policies=policies, allow_local_prefill=True)
+        return decide(found.view, ask, unsplittable=found.unsplittable, policies=policies, allow_local_prefill=True)
 
     return decided
 

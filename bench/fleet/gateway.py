@@ -142,7 +142,9 @@ class Gateway:
             ask.cached = by_engine(ask, self._ranked)
         needs: Needs[Backend] = Needs(None, tokens, ask.decode_tokens, "chat", "/v1/chat/completions")
         found = eligible(self._members, needs, RULES)
-        decision = decide(found.view, ask, alone=found.alone, policies=self._policies, allow_local_prefill=True)
+        decision = decide(
+            found.view, ask, unsplittable=found.unsplittable, policies=self._policies, allow_local_prefill=True
+        )
         self.reasons[decision.reason] = self.reasons.get(decision.reason, 0) + 1
         decode, prefill = decision.decode, decision.prefill
         computes = prefill or decode

@@ -66,7 +66,7 @@ def placed(prefill: int = 3, decode: int = 3, **more: Any) -> tuple[View[Backend
         pool("prefill", prefill), pool("decode", decode), (), {"prefill": prefill, "decode": decode, "mixed": 0}
     )
     asked = ask(**more)
-    return view, asked, decide(view, asked, alone="", policies=AUTO, allow_local_prefill=True)
+    return view, asked, decide(view, asked, unsplittable="", policies=AUTO, allow_local_prefill=True)
 
 
 def test_what_was_expected_of_the_chosen_engines_is_told_as_it_was_then() -> None:

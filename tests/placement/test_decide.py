@@ -23,10 +23,10 @@ def view(prefill: int = 0, decode: int = 0, mixed: int = 0, /, **configured: int
 
 def decided(fleet: View[Backend], **options: Any) -> Decision[Backend]:
     arguments: dict[str, Any] = {
-        "alone": "",
+        "unsplittable": "",
         "policies": dict.fromkeys(("prefill", "decode", "mixed"), "least_loaded"),
         "allow_local_prefill": True,
-        "prefill_alone": False,
+        "prefill_answers": False,
     }
     asked = {name: value for name, value in options.items() if name not in arguments}
     ask = Ask(**{"random": lambda: 0.0, **asked})
@@ -51,25 +51,25 @@ def test_a_pair_is_preferred_to_a_mixed_backend() -> None:
 
 
 @pytest.mark.parametrize("local", [True, False])
-@pytest.mark.parametrize("alone", ["", "n"])
-def test_mixed_backends_without_pools_serve_everything_without_a_fallback(local: bool, alone: str) -> None:
-    decision = decided(view(0, 0, 1), alone=alone, allow_local_prefill=local)
+@pytest.mark.parametrize("unsplittable", ["", "n"])
+def test_mixed_backends_without_pools_serve_everything_without_a_fallback(local: bool, unsplittable: str) -> None:
+    decision = decided(view(0, 0, 1), unsplittable=unsplittable, allow_local_prefill=local)
     assert summary(decision) == ("http://mixed0", "mixed", None, "")
 
 
 @pytest.mark.parametrize("local", [True, False])
 def test_a_request_that_cannot_be_split_goes_to_a_mixed_backend_first(local: bool) -> None:
-    decision = decided(view(1, 1, 1), alone="prompt_list", allow_local_prefill=local)
+    decision = decided(view(1, 1, 1), unsplittable="prompt_list", allow_local_prefill=local)
     assert summary(decision) == ("http://mixed0", "mixed", None, "prompt_list")
 
 
 def test_a_request_that_cannot_be_split_goes_to_decode_whole() -> None:
-    assert summary(decided(view(1, 1), alone="echo")) == ("http://decode0", "decode", None, "echo")
+    assert summary(decided(view(1, 1), unsplittable="echo")) == ("http://decode0", "decode", None, "echo")
 
 
 def test_a_request_that_cannot_be_split_is_refused_where_decode_may_not_prefill() -> None:
     with pytest.raises(InvalidRequest, match=r"`n` cannot be split.*fallback: reject") as caught:
-        decided(view(1, 1), alone="n", allow_local_prefill=False)
+        decided(view(1, 1), unsplittable="n", allow_local_prefill=False)
     assert caught.value.param == "n"
 
 
@@ -106,12 +106,12 @@ def test_without_a_prefill_backend_nothing_is_served_where_decode_may_not_prefil
     ],
 )
 @pytest.mark.parametrize("local", [True, False])
-@pytest.mark.parametrize("alone", ["", "n"])
+@pytest.mark.parametrize("unsplittable", ["", "n"])
 def test_when_nothing_that_could_answer_is_up_the_error_counts_the_pools_and_names_no_address(
-    fleet: View[Backend], says: str, local: bool, alone: str
+    fleet: View[Backend], says: str, local: bool, unsplittable: str
 ) -> None:
     with pytest.raises(NoBackend) as caught:
-        decided(fleet, allow_local_prefill=local, alone=alone)
+        decided(fleet, allow_local_prefill=local, unsplittable=unsplittable)
     assert says in str(caught.value)
     assert "http" not in str(caught.value)
     assert caught.value.retry_after == 1
@@ -153,23 +153,23 @@ def test_an_avoided_backend_is_chosen_only_when_all_are(
 @given(
     counts=st.tuples(*[st.integers(0, 2)] * 3),
     down=st.tuples(*[st.integers(0, 2)] * 3),
-    alone=st.sampled_from(["", "n"]),
+    unsplittable=st.sampled_from(["", "n"]),
     local=st.booleans(),
 )
 def test_a_decision_is_a_pair_or_says_why_not(
-    counts: tuple[int, int, int], down: tuple[int, int, int], alone: str, local: bool
+    counts: tuple[int, int, int], down: tuple[int, int, int], unsplittable: str, local: bool
 ) -> None:
     configured = {role: up + off for role, up, off in zip(("prefill", "decode", "mixed"), counts, down, strict=True)}
     fleet = view(*counts)
     fleet = View(fleet.prefill, fleet.decode, fleet.mixed, configured)
     try:
-        decision = decided(fleet, alone=alone, allow_local_prefill=local)
+        decision = decided(fleet, unsplittable=unsplittable, allow_local_prefill=local)
     except NoBackend:
         assert not counts[2]
         assert not counts[1] or not local
         return
     except InvalidRequest:
-        assert alone
+        assert unsplittable
         assert not local
         return
     only_mixed = not configured["prefill"] and not configured["decode"]
@@ -192,15 +192,15 @@ def test_a_decode_backend_that_needs_a_hand_off_serves_pairs() -> None:
 
 
 def test_of_the_decode_backends_only_those_that_need_no_hand_off_serve_whole_requests() -> None:
-    decision = decided(needing(1, 3, 0, 1), alone="n")
+    decision = decided(needing(1, 3, 0, 1), unsplittable="n")
     assert summary(decision) == ("http://decode2", "decode", None, "n")
 
 
 def test_an_unsplittable_request_is_refused_where_every_decode_backend_needs_a_hand_off() -> None:
     with pytest.raises(InvalidRequest, match=r"`n` cannot be split.*their connector") as caught:
-        decided(needing(1, 2, 0, 0), alone="n")
+        decided(needing(1, 2, 0, 0), unsplittable="n")
     assert caught.value.param == "n"
-    assert summary(decided(needing(1, 2, 1, 0), alone="n")) == ("http://mixed0", "mixed", None, "n")
+    assert summary(decided(needing(1, 2, 1, 0), unsplittable="n")) == ("http://mixed0", "mixed", None, "n")
 
 
 def test_without_prefill_nothing_is_served_where_every_decode_backend_needs_a_hand_off() -> None:

@@ -162,8 +162,8 @@ def test_a_backend_without_a_matching_peer_is_excluded_by_the_rule_pairing() -> 
     fleet = Fleet(3, 2)
     fleet.pairs = lambda p, d: p.url[-1] == d.url[-1] == "0"
     assert fleet.rest() == {"prefill1": "pairing", "prefill2": "pairing", "decode1": "pairing"}
-    assert fleet.rest(alone="n")["prefill0"] == "unsplit"
-    assert "decode1" not in fleet.rest(alone="n"), "it needs no pair then"
+    assert fleet.rest(unsplittable="n")["prefill0"] == "unsplit"
+    assert "decode1" not in fleet.rest(unsplittable="n"), "it needs no pair then"
 
 
 def test_only_engines_with_the_same_weights_go_on_with_an_answer() -> None:
@@ -182,18 +182,18 @@ def test_a_request_that_continues_state_of_one_backend_goes_to_that_backend() ->
 
 def test_a_request_that_cannot_be_split_is_not_prefilled() -> None:
     fleet = Fleet(1, 1, 1)
-    assert fleet.found(alone="n").alone == "n"
-    assert fleet.rest(alone="n") == {"prefill0": "unsplit"}
+    assert fleet.found(unsplittable="n").unsplittable == "n"
+    assert fleet.rest(unsplittable="n") == {"prefill0": "unsplit"}
 
 
 def test_a_request_that_only_some_connectors_can_split_goes_to_their_engines() -> None:
     fleet = Fleet(2, 1)
     fleet["prefill1"].connector = "rendezvous"
-    found = fleet.found(BOTH, alone="n")
-    assert (urls(found.view.prefill), found.alone) == (["prefill1"], "")
-    assert fleet.rest(BOTH, alone="n") == {"prefill0": "connector"}
+    found = fleet.found(BOTH, unsplittable="n")
+    assert (urls(found.view.prefill), found.unsplittable) == (["prefill1"], "")
+    assert fleet.rest(BOTH, unsplittable="n") == {"prefill0": "connector"}
     fleet["prefill1"].connector = "nixl"
-    assert fleet.found(BOTH, alone="n").alone == "n"
+    assert fleet.found(BOTH, unsplittable="n").unsplittable == "n"
 
 
 def test_decode_backends_that_answer_without_a_hand_off_are_recognised() -> None:
@@ -206,7 +206,7 @@ def test_a_request_goes_only_to_backends_that_have_its_endpoint() -> None:
     fleet = Fleet(2, 2, 1)
     fleet["decode1"].kind = Kind(frozenset({CHAT, BATCH}))
     found = fleet.found(BOTH, endpoint="batch", path=BATCH)
-    assert (urls(found.view.decode), found.alone) == (["decode1"], "endpoint")
+    assert (urls(found.view.decode), found.unsplittable) == (["decode1"], "endpoint")
     assert urls(found.view.mixed) == ["mixed0"], "nobody has it, so engines are to say so"
     assert fleet.rest(BOTH, endpoint="batch", path=BATCH) == {
         "prefill0": "unsplit",
@@ -225,27 +225,27 @@ def test_an_endpoint_of_one_engine_family_goes_to_no_other() -> None:
         ["decode1"],
         [],
     )
-    assert (found.alone, urls(found.view.plain)) == ("", [])
+    assert (found.unsplittable, urls(found.view.plain)) == ("", [])
     assert fleet.rest(BOTH, **asked) == {"prefill0": "connector", "decode0": "endpoint", "mixed0": "endpoint"}
 
 
 def test_a_request_whose_legs_cannot_name_a_rank_is_not_split_where_legs_must_be_paired() -> None:
     fleet = Fleet(1, 1)
     fleet["prefill0"].ranks = [0, 0]
-    assert fleet.found(BOTH, ranked=False).alone == ""
+    assert fleet.found(BOTH, ranked=False).unsplittable == ""
     fleet["prefill0"].connector = "rendezvous"
-    assert fleet.found(BOTH, ranked=False).alone == "data_parallel"
-    assert fleet.found(BOTH).alone == ""
+    assert fleet.found(BOTH, ranked=False).unsplittable == "data_parallel"
+    assert fleet.found(BOTH).unsplittable == ""
 
 
 def test_after_failed_hand_offs_a_request_goes_without_one_only_where_a_backend_answers_without() -> None:
     fleet = Fleet(1, 1)
-    assert fleet.found(given_up="handoff_failed").alone == "handoff_failed"
+    assert fleet.found(given_up="handoff_failed").unsplittable == "handoff_failed"
     fleet["decode0"].connector = "rendezvous"
-    assert fleet.found(BOTH, given_up="handoff_failed").alone == ""
+    assert fleet.found(BOTH, given_up="handoff_failed").unsplittable == ""
     with_mixed = Fleet(1, 1, 1)
     with_mixed["decode0"].connector = "rendezvous"
-    assert with_mixed.found(BOTH, given_up="handoff_failed").alone == "handoff_failed"
+    assert with_mixed.found(BOTH, given_up="handoff_failed").unsplittable == "handoff_failed"
 
 
 def test_backends_that_failed_the_request_are_avoided_while_there_are_others() -> None:
@@ -275,7 +275,7 @@ def test_backends_that_failed_the_request_are_avoided_while_there_are_others() -
     asked=st.fixed_dictionaries(
         {},
         optional={
-            "alone": st.sampled_from(["", "n", "echo"]),
+            "unsplittable": st.sampled_from(["", "n", "echo"]),
             "pinned": st.sampled_from(["", "http://decode0", "http://mixed0"]),
             "model": st.sampled_from([None, "m"]),
             "given_up": st.sampled_from(["", "prefill_failed"]),

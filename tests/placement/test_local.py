@@ -40,7 +40,7 @@ class Fleet:
     def decided(self, asked: Any, *, local: bool = True, **more: Any) -> Decision[Engine]:
         pools = {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
         view = View(**pools, configured={role: len(pool) for role, pool in pools.items()}, plain=self.plain)
-        decision = decide(view, asked, alone="", policies={**AUTO, **more}, allow_local_prefill=local)
+        decision = decide(view, asked, unsplittable="", policies={**AUTO, **more}, allow_local_prefill=local)
         assert decision.reason in REASONS
         assert decision.fallback == "", "it is no fallback"
         return decision

@@ -120,12 +120,12 @@ def test_a_number_out_of_range_in_a_nested_object_is_not_reported_as_a_body_that
 
 def test_the_members_that_the_gateway_needs_are_read() -> None:
     body = chat(model="m", stream=True, stream_options={"include_usage": True}, max_tokens=7, messages=[])
-    assert (body.model, body.stream, body.wants_usage, body.max_tokens, body.alone) == ("m", True, True, 7, "")
+    assert (body.model, body.stream, body.wants_usage, body.max_tokens, body.unsplittable) == ("m", True, True, 7, "")
 
 
 def test_missing_members_have_the_engines_defaults() -> None:
     for body in (chat(), chat(model=None, stream=None, n=None, max_tokens=None, stream_options=None)):
-        assert (body.model, body.stream, body.wants_usage, body.max_tokens, body.alone) == (
+        assert (body.model, body.stream, body.wants_usage, body.max_tokens, body.unsplittable) == (
             None,
             False,
             False,
@@ -287,7 +287,7 @@ def test_any_bytes_are_read_or_refused(body: bytes) -> None:
 )
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_an_unsplittable_request_has_a_reason(members: dict[str, Any], reason: str, endpoint: Endpoint) -> None:
-    assert read_body(json.dumps(members).encode(), endpoint).alone == reason
+    assert read_body(json.dumps(members).encode(), endpoint).unsplittable == reason
 
 
 @pytest.mark.parametrize(
@@ -308,16 +308,16 @@ def test_an_unsplittable_request_has_a_reason(members: dict[str, Any], reason: s
     ],
 )
 def test_several_prompts_are_served_by_one_backend(prompt: bytes, reason: str) -> None:
-    assert read_body(b'{"prompt":' + prompt + b"}", "completions").alone == reason
+    assert read_body(b'{"prompt":' + prompt + b"}", "completions").unsplittable == reason
 
 
 @pytest.mark.parametrize("other", ["echo", "prompt_logprobs"])
 def test_several_prompts_are_the_last_reason_since_some_connectors_split_them(other: str) -> None:
-    assert completion(prompt=["a", "b"], **{other: 1}).alone == other
+    assert completion(prompt=["a", "b"], **{other: 1}).unsplittable == other
 
 
 def test_a_chat_has_no_prompt_list() -> None:
-    assert chat(prompt=["a", "b"], messages=[]).alone == ""
+    assert chat(prompt=["a", "b"], messages=[]).unsplittable == ""
 
 
 # The estimate of a prompt's length

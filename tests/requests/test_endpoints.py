@@ -75,7 +75,7 @@ def test_messages_are_prefilled_for_one_token_without_what_shapes_output(connect
     ],
 )
 def test_prefill_is_not_forced_to_generate_a_certain_tool_call(choice: object, why: str) -> None:
-    assert body("messages", tool_choice=choice).alone == why
+    assert body("messages", tool_choice=choice).unsplittable == why
 
 
 def test_members_that_templates_may_write_into_the_prompt_stay() -> None:
@@ -201,7 +201,7 @@ def test_nothing_is_continued_on_endpoints_that_take_no_tokens_of_an_answer(endp
 @NEW
 def test_the_bound_and_the_size_of_the_prompt_are_read(endpoint: Endpoint) -> None:
     read = body(endpoint)
-    assert (read.max_tokens, read.model, read.alone, read.stream) == (9, "m", "", False)
+    assert (read.max_tokens, read.model, read.unsplittable, read.stream) == (9, "m", "", False)
     assert read.wants_usage is (endpoint != "generate")
     long = {"messages": [{"role": "user", "content": "word " * 900}], "input": "word " * 900, "token_ids": [7] * 1100}
     prompt = LAYOUTS[endpoint].prompt[0]
@@ -224,7 +224,7 @@ def test_the_bound_and_the_size_of_the_prompt_are_read(endpoint: Endpoint) -> No
     ],
 )
 def test_why_a_response_is_not_split(more: dict[str, Any], why: str) -> None:
-    assert body("responses", **more).alone == why
+    assert body("responses", **more).unsplittable == why
 
 
 def test_the_previous_response_and_the_flag_store_are_read() -> None:
@@ -268,4 +268,4 @@ def test_a_member_of_the_wrong_type_is_refused_by_its_name(
     ],
 )
 def test_why_a_generate_request_is_not_split(sampling: dict[str, Any], why: str) -> None:
-    assert body("generate", sampling_params=sampling).alone == why
+    assert body("generate", sampling_params=sampling).unsplittable == why

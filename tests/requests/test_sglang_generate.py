@@ -91,7 +91,7 @@ def test_the_bound_is_of_all_answers_together() -> None:
     ],
 )
 def test_unsplittable_requests_are_recognised(members: dict[str, Any], why: str) -> None:
-    assert body(text="a", **members).alone == why
+    assert body(text="a", **members).unsplittable == why
 
 
 @pytest.mark.parametrize(

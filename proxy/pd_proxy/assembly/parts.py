@@ -64,7 +64,7 @@ def make_parts(settings: Settings, connections: Connections, context: WorkerCont
     worker = 0 if context is None else context.worker
     fleet = Fleet(settings)
     connectors = make_connectors(settings)
-    fleet.answers_alone = connectors.plain_decode
+    fleet.answers_without_handoff = connectors.plain_decode
     gate, admission = make_admission(settings, fleet)
     prefix_key = token_bytes(32) if context is None else context.prefixes.key
     placement = make_placement(settings, fleet, connectors, prefix_key)

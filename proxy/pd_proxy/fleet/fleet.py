@@ -54,7 +54,7 @@ class Fleet:
         messages: how many messages of engines came over ZeroMQ, by kind, and by what became of them.
         warmups: how many warm-ups there were, by the code of what was found (`findings.py`), or `ok`.
         pairs_are_tried: by warm-ups, so that a group is not ready before a hand-off of it has worked.
-        answers_alone: the connectors whose decode engines answer a request without a hand-off right.
+        answers_without_handoff: the connectors whose decode engines answer a request without a hand-off right.
         speeds: what the engines of a pool and group have in common, by both.
         delays: of the event loop.
         excused_checks: how many failed health checks did not count, by why (`mass_failure.py`).
@@ -83,7 +83,7 @@ class Fleet:
         self.handoffs_pending = 0
         self.messages: dict[str, Mapping[str, int]] = {}
         self.warmups: Counter[str] = Counter(ok=0)
-        self.answers_alone: frozenset[str] = frozenset()
+        self.answers_without_handoff: frozenset[str] = frozenset()
         self.pairs_are_tried = False
         self.ready_by_fallback = settings.ready_by_fallback and settings.fallback == "local_prefill"
         self.before_choice: Callable[[], object] | None = None

@@ -54,7 +54,7 @@ def _missing_handoff(fleet: Fleet, prefills: list[Backend], decodes: list[Backen
     """What these lack to have handed over ever; whoever reaches the port may read it, so it names no address."""
     if not fleet.pairs_are_tried:
         return ""
-    if fleet.ready_by_fallback and any(decode.connector in fleet.answers_alone for decode in decodes):
+    if fleet.ready_by_fallback and any(decode.connector in fleet.answers_without_handoff for decode in decodes):
         return ""
     proven = [backend for backend in prefills if backend.handed_over]
     readers = [backend for backend in decodes if backend.handed_over]

@@ -46,7 +46,7 @@ class FleetCapacity:
             return True  # what mixed backends do does not matter then
         capacities = {"prefill": prefill, "decode": decode, "mixed": has_capacity("mixed", model, tokens)}
         used = roles_used(
-            alone=not ticket.split, **{role: capacity is not None for role, capacity in capacities.items()}
+            unsplittable=not ticket.split, **{role: capacity is not None for role, capacity in capacities.items()}
         )
         return all(capacities[role] for role in used)
 
@@ -65,7 +65,7 @@ class FleetCapacity:
                 decode = min((decode for _, decode in paired), key=load)
                 found["decode"] = [decode]
                 found["prefill"] = [prefill for prefill, other in paired if other is decode]
-        used = roles_used(alone=not ticket.split, **{role: bool(backends) for role, backends in found.items()})
+        used = roles_used(unsplittable=not ticket.split, **{role: bool(backends) for role, backends in found.items()})
         return Reserved(
             [Lease(min(found[role], key=load), ticket.prefill_tokens if role == "prefill" else tokens) for role in used]
         )

@@ -119,7 +119,9 @@ class Placing:
 
     def may_split(self, body: Body) -> bool:
         """Whether prefill and decode backends of some group can share a request."""
-        return body.endpoint in self._endpoints and (not body.alone or body.alone in self._rules.splits_somewhere)
+        return body.endpoint in self._endpoints and (
+            not body.unsplittable or body.unsplittable in self._rules.splits_somewhere
+        )
 
     def decide(self, request: Request) -> Decision[Backend]:
         """Place one try, and write down what was decided.
@@ -176,10 +178,10 @@ class Placing:
             return decide(
                 found.view,
                 ask,
-                alone=found.alone,
+                unsplittable=found.unsplittable,
                 policies=self._policies,
                 allow_local_prefill=self._local_prefill,
-                prefill_alone=body.max_tokens is not None
+                prefill_answers=body.max_tokens is not None
                 and self._first_tokens.is_prefills(body.max_tokens)
                 and not body.stored,
             )
@@ -227,7 +229,7 @@ class Placing:
         """The backends that may be given a request now."""
         body, fleet = request.body, self._fleet
         if (
-            self._ordinary.get(body.endpoint) == body.alone
+            self._ordinary.get(body.endpoint) == body.unsplittable
             and fleet.pairing.simple
             and not fleet.bounded
             and not request.affinity
@@ -309,7 +311,7 @@ class Placing:
         """When a new request would have its first token if it were sent now; 0 where no backend could compute it."""
         found, ask = self.eligible(request), self.ask(request)
         view = found.view
-        computing = () if found.alone else view.prefill
+        computing = () if found.unsplittable else view.prefill
         candidates = [*computing, *view.mixed] or view.decode
         return min((time_to_first_token(candidate, ask) for candidate in candidates), default=0.0)
 
@@ -336,7 +338,7 @@ class Placing:
             layout.path,
             of_one_make=layout.of_one_make,
             ranked=layout.ranked,
-            alone=body.alone,
+            unsplittable=body.unsplittable,
             given_up=self._given_up_handoff(request) if request.record.retries else "",
             pinned=request.affinity,
             fits=partial(continues, request) if request.continuation is not None else None,

@@ -29,12 +29,15 @@ class Resumption:
     def prepare(self, request: Request) -> None:
         """Before a stream's first try: is it one that could be resumed, and are token ids needed for that?"""
         reason = "off" if self._mode == "off" else inexact(request.body)
-        hopeless = reason and (self._mode != "best_effort" or reason in (request.body.alone, UNTRIED))
+        hopeless = reason and (self._mode != "best_effort" or reason in (request.body.unsplittable, UNTRIED))
         request.token_ids = not hopeless
         # An engine's parser for tool calls may hold back a part of a token's text.
         with_text = not hopeless and has_tools(request.body)
         request.transcript = Transcript(
-            reason, limit=self._limit, with_text=with_text, choices=choices(request.body) if request.body.alone else 1
+            reason,
+            limit=self._limit,
+            with_text=with_text,
+            choices=choices(request.body) if request.body.unsplittable else 1,
         )
 
     def disable(self, request: Request) -> None:

@@ -54,7 +54,7 @@ def inexact_because(body: Body, *, even_inexact: bool) -> str:
     flaw = inexact(body)
     if flaw == "logprobs" and not body.stream:
         flaw = ""  # the two answers' are joined (`opening.py`)
-    if flaw and not (even_inexact and flaw not in _NEVER and flaw != body.alone):
+    if flaw and not (even_inexact and flaw not in _NEVER and flaw != body.unsplittable):
         return flaw
     if has_tools(body):
         return "tool_calls"

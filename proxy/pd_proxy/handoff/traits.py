@@ -40,7 +40,7 @@ class Traits:
         plain_decode: a decode engine answers a request without a hand-off correctly, from the prompt alone.
         plain_prefill: a prefill engine does so.
         endpoints: the endpoints whose requests are split between prefill and decode. Others are served by one engine.
-        splittable: the reasons of `Body.alone` that do not hold here: the engines pair every part of such a request.
+        splittable: the reasons of `Body.unsplittable` for which these engines can split a request all the same.
         transferable: a hand-off that no decode engine has read may go to another one than it was made for.
         own_request_ids: the legs' X-Request-Id has a form of its own, so no part of it can come from the client.
         pairs_by_id: the engines pair the legs by their request ids. Where such an id names the decode engine (a stored

@@ -79,16 +79,16 @@ class Decision(msgspec.Struct, Generic[C], frozen=True):
 
 
 def roles_used(
-    *, alone: bool, prefill: bool, decode: bool, mixed: bool
+    *, unsplittable: bool, prefill: bool, decode: bool, mixed: bool
 ) -> tuple[Literal["prefill", "decode", "mixed"], ...]:
     """The pools that a request goes to: prefill and decode where the request can be split and both are up, else mixed,
     else decode. Empty where no backend is up that could answer.
 
     Arguments:
-        alone: the request cannot be split.
+        unsplittable: the request cannot be split.
         prefill, decode, mixed: whether a backend of that role is up.
     """
-    if not alone and decode and prefill:
+    if not unsplittable and decode and prefill:
         return ("prefill", "decode")
     if mixed:
         return ("mixed",)
@@ -111,34 +111,34 @@ def decide(
     view: View[C],
     ask: Ask,
     *,
-    alone: str,
+    unsplittable: str,
     policies: Mapping[str, str],
     allow_local_prefill: bool,
-    prefill_alone: bool = False,
+    prefill_answers: bool = False,
 ) -> Decision[C]:
     """Choose the backends for one try.
 
     Arguments:
-        alone: why the request cannot be split, or empty.
+        unsplittable: why the request cannot be split, or empty.
         policies: the name of the policy for each role.
         allow_local_prefill: whether a decode backend may prefill a prompt itself.
-        prefill_alone: whether a prefill backend can give the whole answer, which is one token.
+        prefill_answers: whether a prefill backend can give the whole answer, which is one token.
     Raises:
         NoBackend: no backend that is up may serve the request.
         InvalidRequest: the request cannot be split, and the settings forbid that a decode backend serves it whole, or
             none
             can.
     """
-    if prefill_alone and any(c.url not in ask.avoid for c in view.prefill):
+    if prefill_answers and any(c.url not in ask.avoid for c in view.prefill):
         policy = policies["prefill"]
         chosen = choose(view.prefill, "prefill", policy, ask)
         return Decision(chosen, "prefill", None, "", policy)
     prefills, decodes = view.prefill, view.decode
     if view.pairs is not None:
         decodes = [d for d in decodes if any(view.pairs(p, d) for p in prefills)]
-    if prefills and decodes and not alone:  # the same rule as in `roles_used`
+    if prefills and decodes and not unsplittable:  # the same rule as in `roles_used`
         return _decide_pair(view, decodes, ask, policies, allow_local_prefill)
-    return _decide_whole(view, ask, alone, policies, allow_local_prefill)
+    return _decide_whole(view, ask, unsplittable, policies, allow_local_prefill)
 
 
 def _decide_pair(
@@ -174,7 +174,7 @@ def _decide_pair(
 
 
 def _decide_whole(
-    view: View[C], ask: Ask, alone: str, policies: Mapping[str, str], allow_local_prefill: bool
+    view: View[C], ask: Ask, unsplittable: str, policies: Mapping[str, str], allow_local_prefill: bool
 ) -> Decision[C]:
     """Choose one backend for a request for which there is no pair.
 
@@ -182,9 +182,9 @@ def _decide_whole(
         NoBackend: as `decide`.
         InvalidRequest: as `decide`.
     """
-    used = roles_used(alone=bool(alone), prefill=False, decode=bool(view.decode), mixed=bool(view.mixed))
+    used = roles_used(unsplittable=bool(unsplittable), prefill=False, decode=bool(view.decode), mixed=bool(view.mixed))
     split_configured = view.configured["prefill"] > 0 or view.configured["decode"] > 0
-    fallback = alone or _missing(view) if split_configured else ""
+    fallback = unsplittable or _missing(view) if split_configured else ""
     if "mixed" in used:
         policy = policies["mixed"]
         return Decision(choose(view.mixed, "mixed", policy, ask), "mixed", None, fallback, policy)
@@ -197,11 +197,11 @@ def _decide_whole(
         decode = choose(plain, "mixed", policy, ask)
         return Decision(decode, "decode", None, fallback, policy)
     why = "their connector does not let them" if allow_local_prefill else "fallback: reject"
-    if alone:
+    if unsplittable:
         raise InvalidRequest(
-            f"`{alone}` cannot be split between prefill and decode, and this gateway's decode backends do not prefill "
-            f"({why})",
-            param=alone,
+            f"`{unsplittable}` cannot be split between prefill and decode, and this gateway's decode backends do not "
+            f"prefill ({why})",
+            param=unsplittable,
         )
     lacking = "prefill backend is up" if not view.prefill else "prefill backend that is up matches a decode backend"
     raise NoBackend(f"no {lacking}, and decode backends may not prefill ({why})", retry_after=1)

@@ -93,7 +93,7 @@ class Rules(msgspec.Struct, frozen=True):
     """What the connectors of a gateway support; the same for all requests.
 
     Attributes:
-        splits: by connector, the reasons of `Body.alone` for which its engines can still split a request.
+        splits: by connector, the reasons of `Body.unsplittable` for which its engines can still split a request.
         endpoints: by connector, the endpoints whose requests it splits.
         plain: the connectors whose decode engines can answer without a hand-off.
         negotiates: the connectors whose legs know each other's address, ranks included, before they are sent.
@@ -122,7 +122,7 @@ class Needs(msgspec.Struct, Generic[M]):
         path: the path under which engines serve that endpoint.
         of_one_make: whether only one engine family has the endpoint.
         ranked: whether its legs can carry the data-parallel rank that they are for.
-        alone: why its body cannot be split, or empty.
+        unsplittable: why its body cannot be split, or empty.
         given_up: why it is no longer split after failures, or empty.
         pinned: the URL of the only backend that can serve it, or empty.
         fits: whether a backend may continue the answer that was begun; None where none was begun.
@@ -135,7 +135,7 @@ class Needs(msgspec.Struct, Generic[M]):
     path: str
     of_one_make: bool = False
     ranked: bool = True
-    alone: str = ""
+    unsplittable: str = ""
     given_up: str = ""
     pinned: str = ""
     fits: Callable[[M], bool] | None = None
@@ -163,11 +163,11 @@ class Eligible(msgspec.Struct, Generic[M], frozen=True):
 
     Attributes:
         view: the backends, for `decide`.
-        alone: why the request cannot be split, or empty.
+        unsplittable: why the request cannot be split, or empty.
     """
 
     view: View[M]
-    alone: str
+    unsplittable: str
 
 
 def eligible(members: Members[M], needs: Needs[M], rules: Rules) -> Eligible[M]:
@@ -189,17 +189,17 @@ def eligible(members: Members[M], needs: Needs[M], rules: Rules) -> Eligible[M]:
         prefill, decode, mixed = ([b for b in pool if fits(b)] for pool in (prefill, decode, mixed))
     if not rules.all_plain:
         plain = [b for b in decode if b.connector in rules.plain]
-    alone = needs.alone
-    if alone in rules.splits_somewhere or needs.endpoint not in rules.endpoints_everywhere:
+    unsplittable = needs.unsplittable
+    if unsplittable in rules.splits_somewhere or needs.endpoint not in rules.endpoints_everywhere:
         able = [b for b in prefill if _splits(b, needs, rules)]
-        if able or alone in rules.splits_everywhere:
-            prefill, alone = able, ""
+        if able or unsplittable in rules.splits_everywhere:
+            prefill, unsplittable = able, ""
         else:
-            alone = alone or "endpoint"
+            unsplittable = unsplittable or "endpoint"
         if needs.of_one_make:
             decode, mixed = _of_its_make(decode, needs, rules), _of_its_make(mixed, needs, rules)
             plain = None if plain is None else _of_its_make(plain, needs, rules)
-            prefill, alone = able, needs.alone  # without such a prefill engine, it is a pool that is down
+            prefill, unsplittable = able, needs.unsplittable  # without such a prefill engine, it is a pool that is down
         else:
             decode, mixed = _offering(decode, needs.path), _offering(mixed, needs.path)
             plain = None if plain is None else _offering(plain, needs.path)
@@ -208,11 +208,13 @@ def eligible(members: Members[M], needs: Needs[M], rules: Rules) -> Eligible[M]:
         prefill = ()
         decode, mixed = [b for b in decode if b.url == url], [b for b in mixed if b.url == url]
         plain = None if plain is None else [b for b in plain if b.url == url]
-    if not alone and not needs.ranked and any(b.ranks and b.connector in rules.negotiates for b in prefill):
-        alone = "data_parallel"  # the prefill leg cannot carry its rank, so decode would ask the wrong one
-    if needs.given_up and not alone and (mixed or plain is None or plain):
-        alone = needs.given_up
-    return Eligible(View(prefill, decode, mixed, members.configured, None if needs.pinned else pairs, plain), alone)
+    if not unsplittable and not needs.ranked and any(b.ranks and b.connector in rules.negotiates for b in prefill):
+        unsplittable = "data_parallel"  # the prefill leg cannot carry its rank, so decode would ask the wrong one
+    if needs.given_up and not unsplittable and (mixed or plain is None or plain):
+        unsplittable = needs.given_up
+    return Eligible(
+        View(prefill, decode, mixed, members.configured, None if needs.pinned else pairs, plain), unsplittable
+    )
 
 
 def _with_capacity(pool: Sequence[M], tokens: int) -> Sequence[M]:
@@ -222,7 +224,9 @@ def _with_capacity(pool: Sequence[M], tokens: int) -> Sequence[M]:
 def _splits(backend: Member, needs: Needs[Any], rules: Rules) -> bool:
     """Whether a prefill backend can serve the request's prefill leg."""
     connector = backend.connector
-    return needs.endpoint in rules.endpoints[connector] and (not needs.alone or needs.alone in rules.splits[connector])
+    return needs.endpoint in rules.endpoints[connector] and (
+        not needs.unsplittable or needs.unsplittable in rules.splits[connector]
+    )
 
 
 def _makes(backend: Member, needs: Needs[Any], rules: Rules) -> bool:
@@ -303,10 +307,10 @@ def _first_rule(
 def _last_rules(backend: M, role: str, found: Eligible[M], avoid: AbstractSet[str]) -> Rule | None:
     """The rule that excludes a backend that `eligible` has returned; None where the policy compares it."""
     view = found.view
-    if role == "prefill" and found.alone:
+    if role == "prefill" and found.unsplittable:
         return "unsplit"
     pairs = view.pairs
-    if pairs is not None and not found.alone:
+    if pairs is not None and not found.unsplittable:
         if role == "prefill" and not any(pairs(backend, other) for other in view.decode):
             return "pairing"
         if role == "decode" and view.prefill and not any(pairs(other, backend) for other in view.prefill):

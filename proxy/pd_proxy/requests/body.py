@@ -41,7 +41,7 @@ class Body(msgspec.Struct, frozen=True):
         wants_token_ids: the client asked for `return_token_ids`.
         max_tokens: the completion's bound, or None where the engine's default holds.
         prompt_tokens: an estimate from the size of the prompt, for placement.
-        alone: why prefill and decode cannot share this request, or empty. Such a request goes to one backend whole.
+        unsplittable: why prefill and decode cannot share the request, so that one backend serves it; or empty.
         follows: id of the stored response that it goes on from, or empty; only the backend that has that can serve it.
         stored: the engine may keep the answer, to be asked for by its id.
         prompts: how many a batch has, each of which is answered by itself; 0 where there is no batch.
@@ -57,7 +57,7 @@ class Body(msgspec.Struct, frozen=True):
     wants_token_ids: bool
     max_tokens: int | None
     prompt_tokens: int
-    alone: str
+    unsplittable: str
     follows: str = ""
     stored: bool = False
     prompts: int = 0
@@ -77,7 +77,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
     read = {name: _read(members, name) for name in layout.reads if name in members}
     if endpoint == "sglang_generate":  # which shares no words with the others
         return _read_sglang(members, read)
-    max_tokens, alone = _READERS[endpoint](members, read)
+    max_tokens, unsplittable = _READERS[endpoint](members, read)
     media = has_media(members)
     return Body(
         endpoint=endpoint,
@@ -88,7 +88,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
         wants_token_ids=bool(read.get("return_token_ids")),
         max_tokens=max_tokens,
         prompt_tokens=_estimate_tokens(members, endpoint, layout.prompt, media),
-        alone=alone,
+        unsplittable=unsplittable,
         follows=read.get("previous_response_id") or "",
         stored=endpoint == "responses" and read.get("store") is not False,
         media=media,
@@ -141,7 +141,7 @@ def _read_sglang(members: Members, read: Mapping[str, Any]) -> Body:
         wants_token_ids=False,
         max_tokens=asked.max_tokens,
         prompt_tokens=asked.prompt_tokens,
-        alone=asked.alone,
+        unsplittable=asked.unsplittable,
         prompts=asked.prompts,
         prompt_logprobs=asked.prompt_logprobs,
     )

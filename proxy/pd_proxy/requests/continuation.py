@@ -78,8 +78,8 @@ def inexact(body: Body) -> str:
     An engine counts the tokens so far as prompt once they are sent again. So whatever looks at the output alone, or
     keeps a state beside the tokens, starts again.
     """
-    if body.alone:
-        return body.alone
+    if body.unsplittable:
+        return body.unsplittable
     if body.endpoint in _UNTRIED:
         return UNTRIED
     members = body.members
@@ -128,7 +128,7 @@ def has_tools(body: Body) -> bool:
 
 def choices(body: Body) -> int:
     """How many answers a request asks for; `sys.maxsize` where it has several prompts."""
-    if body.alone == "prompt_list":
+    if body.unsplittable == "prompt_list":
         return sys.maxsize
     where = body.members
     try:

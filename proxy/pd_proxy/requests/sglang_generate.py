@@ -49,14 +49,14 @@ class Asked(msgspec.Struct, frozen=True):
         prompts: how many a batch has; 0 for a single prompt.
         prompt_tokens: of all of them, estimated.
         max_tokens: the bound of all answers together.
-        alone: why prefill and decode cannot share it, or empty.
+        unsplittable: why prefill and decode cannot share it, or empty.
         prompt_logprobs: the answer has log probabilities of the prompt, which only prefill knows.
     """
 
     prompts: int
     prompt_tokens: int
     max_tokens: int
-    alone: str
+    unsplittable: str
     prompt_logprobs: bool
 
 
@@ -99,12 +99,12 @@ def read(members: Members) -> Asked:
         prompts=prompts,
         prompt_tokens=prompt_tokens,
         max_tokens=sum(bounds) if len(bounds) > 1 else bounds[0] * max(1, prompts),
-        alone=_why_alone(members, each),
+        unsplittable=_why_unsplittable(members, each),
         prompt_logprobs=any(flags) if isinstance(flags, list) else bool(flags),
     )
 
 
-def _why_alone(members: Members, sampling: list[_Sampling]) -> str:
+def _why_unsplittable(members: Members, sampling: list[_Sampling]) -> str:
     """Why a request cannot be split: the choices of a prompt would share its room, and a session is in one engine."""
     if any(one.n not in (None, 1) for one in sampling):
         return "n"
