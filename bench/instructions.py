@@ -188,7 +188,7 @@ async def serve(case: Case, requests: int, flags: list[str]) -> None:
     gateway = build(build_settings(given, {}))
     for backend in gateway.fleet:
         backend.models = {"m": {"id": "m"}}  # as its first probe would have found
-        gateway.fleet.holds(backend, Cache(tokens=1 << 20, caching=True))
+        gateway.fleet.set_cache(backend, Cache(tokens=1 << 20, caching=True))
         gateway.fleet.bring_in(backend)
     Origin.connect = connect  # type: ignore[method-assign, assignment]
     config = uvicorn_config(gateway.surface)

@@ -92,7 +92,7 @@ def explained() -> str:
     cached = {prefills[0].url: 11_264}
     ask = Ask(lambda: 0.0, now=100.0, prompt_tokens=12_000, decode_tokens=12_512, cached=cached, ttft=2.0, tpot=0.05)
     policies = {"prefill": "auto", "decode": "auto", "mixed": "auto"}
-    decision = decide(view, ask, alone="", policies=policies, allow_local_prefill=True)
+    decision = decide(view, ask, unsplittable="", policies=policies, allow_local_prefill=True)
     body = read_body(b'{"model":"llama","messages":[]}', "chat")
     request = Request(body, AsgiResponse(None, None), RequestRecord("chat", model="llama"))  # type: ignore[arg-type]
     full = in_full(view, ask, [(drained, "draining")], decision.chosen)

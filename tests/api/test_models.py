@@ -203,14 +203,14 @@ async def test_requests_for_models_that_do_not_exist_hardly_disturb_the_engines(
         asked: list[float] = []
         models = running.gateway.fleet.pool("decode")[0]
         loop = asyncio.get_running_loop()
-        learnt = running.gateway.fleet.learnt
+        learnt = running.gateway.fleet.set_models
 
         def note(backend: Any, cards: Any, version: str) -> None:
             if backend is models:
                 asked.append(loop.time())
             learnt(backend, cards, version)
 
-        running.gateway.fleet.learnt = note  # type: ignore[method-assign]
+        running.gateway.fleet.set_models = note  # type: ignore[method-assign]
         for _ in range(2):
             answers = await asyncio.gather(
                 *(running.http.post("/v1/completions", json=completion(model=f"none-{n}")) for n in range(20))

@@ -36,22 +36,22 @@ def test_what_is_not_known_is_not_held_against_a_pair() -> None:
     made, prefill, decode = fleet()
     assert made.pairing.uniform
     assert made.pairing.pairs(prefill, decode, "m")
-    made.learnt(prefill, cards(BASE), "1.0")
+    made.set_models(prefill, cards(BASE), "1.0")
     assert made.pairing.uniform
     assert made.pairing.pairs(prefill, decode, "m")
-    made.learnt(decode, cards(card("m", None)), "")
+    made.set_models(decode, cards(card("m", None)), "")
     assert made.pairing.uniform
     assert made.pairing.pairs(prefill, decode, "m")
 
 
 def test_engines_of_two_versions_are_no_pair() -> None:
     made, prefill, decode = fleet()
-    made.learnt(prefill, cards(BASE), "1.0")
-    made.learnt(decode, cards(BASE), "1.1")
+    made.set_models(prefill, cards(BASE), "1.0")
+    made.set_models(decode, cards(BASE), "1.1")
     assert not made.pairing.uniform
     assert made.pairing.why_not(prefill, decode, "m") == "version"
     assert "versions" in not_ready(made)
-    made.learnt(prefill, cards(BASE), "1.1")
+    made.set_models(prefill, cards(BASE), "1.1")
     assert made.pairing.uniform
     assert not_ready(made) == ""
 
@@ -59,8 +59,8 @@ def test_engines_of_two_versions_are_no_pair() -> None:
 def test_a_model_loaded_from_two_places_is_no_pair_and_another_beside_it_is() -> None:
     made, prefill, decode = fleet()
     other = card("other", "/models/other")
-    made.learnt(prefill, cards(BASE, other), "1.0")
-    made.learnt(decode, cards(card("m", "/models/m-2"), other), "1.0")
+    made.set_models(prefill, cards(BASE, other), "1.0")
+    made.set_models(decode, cards(card("m", "/models/m-2"), other), "1.0")
     assert not made.pairing.uniform
     assert made.pairing.why_not(prefill, decode, "m") == "root"
     assert made.pairing.pairs(prefill, decode, "other")
@@ -93,8 +93,8 @@ def test_a_request_that_names_no_model_means_the_one_that_is_no_adapter() -> Non
 def test_the_setting_pairs_all_revisions_but_never_groups() -> None:
     made, prefill, decode = fleet(pair_revisions="any", groups=[{"name": "g", "decode": ["e:1"]}])
     elsewhere = made.pool("decode")[1]
-    made.learnt(prefill, cards(BASE), "1.0")
-    made.learnt(decode, cards(card("m", "/models/m-2")), "1.1")
+    made.set_models(prefill, cards(BASE), "1.0")
+    made.set_models(decode, cards(card("m", "/models/m-2")), "1.1")
     assert made.pairing.pairs(prefill, decode, "m")
     assert made.pairing.why_not(prefill, elsewhere, "m") == "group"
 
@@ -102,10 +102,10 @@ def test_the_setting_pairs_all_revisions_but_never_groups() -> None:
 def test_the_flag_follows_who_comes_and_goes() -> None:
     made, prefill, decode = fleet()
     for backend in (prefill, decode):
-        made.learnt(backend, cards(BASE), "1.0")
+        made.set_models(backend, cards(BASE), "1.0")
     new = made.add("http://d:2", "decode")
     assert made.pairing.uniform, "nothing is known of it"
-    made.learnt(new, cards(BASE), "1.1")
+    made.set_models(new, cards(BASE), "1.1")
     assert not made.pairing.uniform
     made.remove("http://d:2", "decode")
     assert made.pairing.uniform
@@ -114,17 +114,17 @@ def test_the_flag_follows_who_comes_and_goes() -> None:
 def test_mixed_backends_of_another_revision_make_no_difference_to_pairs() -> None:
     made, prefill, decode = fleet(mixed=["x:1"])
     for backend in (prefill, decode):
-        made.learnt(backend, cards(BASE), "1.0")
-    made.learnt(made.pool("mixed")[0], cards(BASE), "1.1")
+        made.set_models(backend, cards(BASE), "1.0")
+    made.set_models(made.pool("mixed")[0], cards(BASE), "1.1")
     assert made.pairing.uniform
 
 
 def test_several_revisions_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     made, prefill, decode = fleet()
     with caplog.at_level(logging.WARNING, "pd_proxy.fleet"):
-        made.learnt(prefill, cards(BASE), "1.0")
-        made.learnt(decode, cards(card("m", "/models/m-2")), "1.1")
-        made.learnt(decode, cards(card("m", "/models/m-2"), card("lora", "/a", "m")), "1.1")
+        made.set_models(prefill, cards(BASE), "1.0")
+        made.set_models(decode, cards(card("m", "/models/m-2")), "1.1")
+        made.set_models(decode, cards(card("m", "/models/m-2"), card("lora", "/a", "m")), "1.1")
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "engines of versions 1.0, 1.1",
         "model m has more than one root",
@@ -134,21 +134,21 @@ def test_several_revisions_are_told_once(caplog: pytest.LogCaptureFixture) -> No
 def test_a_request_has_to_name_its_model_where_backends_have_several() -> None:
     made, prefill, decode = fleet(mixed=["x:1"])
     mixed = made.pool("mixed")[0]
-    made.learnt(prefill, cards(BASE, card("lora", "/a", "m")), "")
-    made.learnt(decode, cards(BASE), "")
+    made.set_models(prefill, cards(BASE, card("lora", "/a", "m")), "")
+    made.set_models(decode, cards(BASE), "")
     assert not made.pairing.several_models, "an adapter is no model of its own"
-    made.learnt(mixed, cards(card("m", "/models/m-2")), "")
+    made.set_models(mixed, cards(card("m", "/models/m-2")), "")
     assert not made.pairing.several_models, "another revision is the same model by name"
-    made.learnt(mixed, cards(card("second", "/models/m")), "")
+    made.set_models(mixed, cards(card("second", "/models/m")), "")
     assert not made.pairing.several_models, "another name is the same model by root"
-    made.learnt(mixed, cards(card("second", "/models/second")), "")
+    made.set_models(mixed, cards(card("second", "/models/second")), "")
     assert made.pairing.several_models
 
 
 def test_a_group_is_not_ready_where_its_backends_have_no_model_in_common() -> None:
     made, prefill, decode = fleet()
-    made.learnt(prefill, cards(BASE), "")
-    made.learnt(decode, cards(card("n", "/models/n")), "")
+    made.set_models(prefill, cards(BASE), "")
+    made.set_models(decode, cards(card("n", "/models/n")), "")
     assert (
         not_ready(made) == "its prefill and decode backends have no model in common (prefill serves m; decode serves n)"
     )

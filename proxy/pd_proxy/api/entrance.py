@@ -81,7 +81,7 @@ class Entrance:
             InvalidRequest: it names no model, and there are several.
             ModelNotFound: no backend has the model.
         """
-        model = await self.names.meant(asked)
+        model = await self.names.resolve(asked)
         if model is None or model == asked:
             return asked
         record.alias, record.model = asked or "", model

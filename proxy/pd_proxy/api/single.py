@@ -127,7 +127,7 @@ class SingleRoute:
         if model is not None:
             record.model = model
             if not self._fleet.knows(model):
-                await entrance.names.known(model)
+                await entrance.names.require(model)
         return SingleRequest(self._path, arrival.client, record, form, model, tokens), min(size, KEPT)
 
 

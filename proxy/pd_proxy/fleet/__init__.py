@@ -1,1 +1,1 @@
-"""What is known of the backends: pools, leases, health. The only room with mutable state about them."""
+"""The backends: pools, leases, health, outlier detection. The only package with mutable state about them."""

@@ -1,9 +1,9 @@
-"""Kinds of backend: where each says how it is, what it offers to clients, and what it lets operators do.
+"""The engine families: for each its health check, the routes for clients, and the operations for operators.
 
-Plain data. A route that is on no list of a gateway's backends does not exist there, so that nothing else an engine
-happens to serve (vLLM's `/collective_rpc`, for one) can be reached through the gateway. That a route
-is on the list does not mean that each engine has it: which of vLLM's exist depends on the model, and an engine that has
-one not says so when it is asked (`Backend.lacks`).
+Plain data. A route that no engine family of a gateway's backends lists does not exist in that gateway. So nothing else
+that an engine serves, such as vLLM's `/collective_rpc`, can be reached through the gateway. A listed route need not
+exist
+in each engine: which routes vLLM has depends on the model. An engine that lacks one answers 404 (`Backend.lacks`).
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ _TOKENS = ("/tokenize", "/detokenize")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of backend.
+    """An engine family.
 
     Attributes:
+        name: its name in the settings (`kind`).
         health: the path that answers 200 while the backend can take requests.
         metrics: the path of its Prometheus metrics, or empty.
-        version: the path that names its version, and the member of the answer that does; empty where there is none.
-        routes: paths of its that clients may use.
-        operations: what operators may have it do, with the path for that; `POST`, but for `is_sleeping`.
-        rests: the paths that say whether it is asleep or paused while its health is good, and the member that does.
+        version: the path whose answer has its version, and the member that is it; empty where there is none.
+        routes: the paths that clients may use.
+        operations: the operations for operators, and the path of each; all are `POST` but `is_sleeping`.
+        rests: the paths whose answers say whether it is asleep or paused while its health check succeeds, and the
+            member
+            that says so.
     """
 
     name: KindName
@@ -88,7 +91,7 @@ KINDS: dict[KindName, Kind] = {
             },
             rests={"/is_sleeping": "is_sleeping", "/is_paused": "is_paused"},
         ),
-        # It can release its memory too, but not say whether it has: nobody could tell that it must get no requests.
+        # It can release its memory too, but does not report that it has, so it would still be sent requests.
         Kind(
             "sglang",
             health="/health",
@@ -115,7 +118,7 @@ KINDS: dict[KindName, Kind] = {
         Kind(
             "tensorrt_llm",
             health="/health",
-            metrics="/prometheus/metrics",  # its /metrics is JSON, and emptied by reading it
+            metrics="/prometheus/metrics",  # its /metrics is JSON, and reading it clears it
             version=("/version", "version"),
             routes=frozenset({*_GENERATE, "/v1/responses"}),
         ),
@@ -129,7 +132,7 @@ KINDS: dict[KindName, Kind] = {
         ),
         Kind(
             "openai",
-            health="/v1/models",  # all that OpenAI's API has to ask whether it lives
+            health="/v1/models",  # OpenAI's API has no health check
             routes=frozenset(
                 {
                     *_GENERATE,

@@ -1,7 +1,7 @@
-"""What was found wrong with an engine, or with a pair of them, and what to do about it.
+"""Findings: what is wrong with an engine or with a pair, and what to do about it.
 
-Probes, warm-ups and `pd-proxy doctor` find the same things and say them in the same words: each code has its advice
-here, and nowhere else. Findings are for operators: they name addresses.
+Probes, warm-ups and `pd-proxy doctor` report the same findings with the same texts. The advice for each code is only
+here. Findings are for operators, and so contain addresses.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ SEVERITIES: tuple[Severity, ...] = ("fault", "warning", "note")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was found.
+    """One finding.
 
     Attributes:
-        code: one word for metrics and programs, a key of `ADVICE`.
-        severity: `fault`: an engine or a pair does not do what the settings say; `warning`: it works, and less well
-            than it could; `note`: worth knowing.
-        backends: URLs of those that it is about; of a pair, prefill's first.
-        what: what was found, for people.
+        code: a word for metrics and programs; a key of `ADVICE`.
+        severity: `fault`: an engine or a pair does not work as the settings say; `warning`: it works, but not as well
+            as
+            it could; `note`: information.
+        backends: the URLs of the backends in question; of a pair, prefill's first.
+        what: a description.
         advice: what to do, in one or two sentences.
     """
 
@@ -36,13 +37,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class HandoffState:
-    """The last that was found of a backend's hand-offs.
+    """The result of a backend's last hand-off.
 
     Attributes:
-        state: of the last one; `never` as long as none has been tried.
-        peer: URL of the other backend of that one, or empty.
-        at: when, as `time.monotonic`; 0 for never.
-        finding: why it failed; where it did not, what is odd about its engine all the same, or None.
+        state: the result; `never` while none has been tried.
+        peer: the URL of the other backend, or empty.
+        at: when it was, by `time.monotonic`; 0 for never.
+        finding: why it failed; where it worked, a finding about the engine that was made with it, or None.
     """
 
     state: Literal["ok", "failed", "never"] = "never"
@@ -57,7 +58,7 @@ ADVICE: dict[str, str] = {
     # of one engine
     "refused": "Start the engine, or correct its host and port in the settings.",
     "unresolved": "Correct the host's name in the settings, or make this machine's resolver know it.",
-    "unreachable": "Correct the address in the settings, or open the way from this machine to that one.",
+    "unreachable": "Correct the address in the settings, or the route from this machine to that one.",
     "timeout": "Correct the address, open the firewall between this machine and that one, or wait until the engine has "
     "loaded its model. An engine that is only slow needs a longer health.timeout.",
     "speaks_tls": "Write the backend's URL with https://.",
@@ -119,7 +120,7 @@ SIDE_ADVICE = {
     "address that decode's machine reaches.",
     "mooncake_ascend": "Have prefill call itself by an address that decode's machine reaches, and open its kv_port.",
 }
-"""`side_channel`, where the connector has names for it."""
+"""The advice for `side_channel`, by connector, where the connector has settings for it."""
 
 MEANING: dict[str, str] = {
     "refused": "nothing listens at its address",
@@ -160,18 +161,18 @@ MEANING: dict[str, str] = {
     "side_unreachable": "a hand-off works, and its address cannot be reached from this machine",
     "nothing_to_serve": "the settings name too few backends",
 }
-"""What each code means. `/ready` says it of a pair to whoever reaches the port, so it names nobody."""
+"""What each code means. `/ready` shows these texts to everybody who reaches the port, so they contain no addresses."""
 
 
 def found(code: str, what: str, *backends: str, severity: Severity = "fault", advice: str | None = None) -> Finding:
-    """A finding with its code's advice.
+    """Make a finding with its code's advice.
 
     Arguments:
-        advice: instead of that.
+        advice: replaces the code's advice.
     """
     return Finding(code, severity, backends, what, ADVICE[code] if advice is None else advice)
 
 
 def in_order(findings: Sequence[Finding]) -> list[Finding]:
-    """The gravest first, otherwise in the order in which they were found; each once."""
+    """The findings by severity, without duplicates. Those of one severity stay in their order."""
     return sorted(dict.fromkeys(findings), key=lambda finding: SEVERITIES.index(finding.severity))

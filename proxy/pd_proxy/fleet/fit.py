@@ -1,7 +1,8 @@
-"""Fits of what is observed to what is expected: least squares over three features, and a robust mean.
+"""Two online estimators: least squares over three features, and a robust mean.
 
-Both decay, so that what is new counts for more, and single observations move them little. One observation counts as at
-most twice or half of what was expected (Huber 1964), until several in a row agree that it is more.
+In both the weight of observations decays with their age, and a single observation has little influence. An observation
+is
+clipped to between half and twice the expected value (Huber 1964), until several in a row lie beyond on the same side.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 FIT_MEMORY = 256  # observations
 _RIDGE = 0.1  # the prior's weight, in observations
 FREQUENT = 8  # observations between two solutions of a fit
-_FEW = 2.0  # full legs (streams): until then anything is believed
+_FEW = 2.0  # observations before which a mean is not clipped
 
 
 class Fit:
-    """Least squares of `y` over three features: decayed, weighted by relative error, without negative coefficients.
+    """Least squares over three features: decayed, weighted by relative error, without negative coefficients.
 
     Arguments:
-        scales: what a coefficient may be, by order of magnitude.
-        prior: what it is until seen, in these units.
+        scales: the order of magnitude of each coefficient.
+        prior: the coefficients before any observation, in units of `scales`.
     Attributes:
-        coefficients: of the features.
-        seen: observations so far.
+        coefficients: the coefficients of the features.
+        seen: the number of observations.
     """
 
     __slots__ = ("_a", "_b", "_prior", "_scales", "coefficients", "seen")
@@ -33,9 +34,15 @@ class Fit:
         self.seen = 0
 
     def note(self, x: float, y: float, z: float, value: float, expected: float, every: int = FREQUENT) -> bool:
-        """One observation: `value` where the features were so, and by the present fit `expected`.
+        """Add an observation.
 
-        Returns whether the fit was solved anew, as it is for one observation of `every`.
+        Arguments:
+            x, y, z: the features.
+            value: the observed value.
+            expected: the value by the present coefficients.
+            every: solve the fit anew after so many observations.
+        Returns:
+            Whether the fit was solved anew.
         """
         weight = 1.0 / expected
         sx, sy, sz = self._scales
@@ -63,7 +70,7 @@ class Fit:
         matrix = [[a00 + _RIDGE, a01, a02], [a01, a11 + _RIDGE, a12], [a02, a12, a22 + _RIDGE]]
         right = [b + _RIDGE * p for b, p in zip(self._b, self._prior, strict=True)]
         kept = [0, 1, 2]
-        while kept:  # the most negative one is taken for zero, and the others solved again
+        while kept:  # the most negative coefficient is set to zero, and the others are solved again
             found = _solved([[matrix[i][j] for j in kept] for i in kept], [right[i] for i in kept])
             least = min(range(len(kept)), key=found.__getitem__)
             if found[least] >= 0:
@@ -91,11 +98,12 @@ def _solved(matrix: list[list[float]], right: list[float]) -> list[float]:
 
 
 class Mean:
-    """A decayed mean of observed over expected, which single observations move little.
+    """A decayed mean that follows the ratio of observed to expected values, and on which one observation has little
+    effect.
 
     Attributes:
         value: the mean.
-        seen: observations that it rests on; small ones count in part.
+        seen: the number of observations; short ones count in part.
     """
 
     __slots__ = ("_beyond", "_memory", "seen", "value")
@@ -104,18 +112,18 @@ class Mean:
         self.value = value
         self.seen = 0.0
         self._memory = memory
-        self._beyond = 0  # observations in a row that were much more (or, negative, much less) than expected
+        self._beyond = 0  # observations in a row far above the expected value (positive), or far below it (negative)
 
     def note(self, ratio: float, share: float = 1.0, gain: float = 0.0) -> None:
-        """One observation.
+        """Add an observation.
 
         Arguments:
-            ratio: observed over what `value` had one expect.
-            share: of a full observation, in (0, 1].
-            gain: its weight in the mean, at least.
+            ratio: the observed value over the one that `value` predicts.
+            share: its part of a full observation, in (0, 1].
+            gain: the least weight that it has in the mean.
         """
         seen = self.seen if self.seen < self._memory else self._memory
-        own = 2.0 * share / (seen + 2.0 * share)  # the later half counts for three quarters
+        own = 2.0 * share / (seen + 2.0 * share)  # the later half of the observations has three quarters of the weight
         if own > gain:
             gain = own
         self.seen = seen + share
@@ -125,17 +133,17 @@ class Mean:
             return
         bound = 2.0 ** (1 + min(abs(self._beyond), 5)) if seen >= _FEW else 64.0
         self._beyond = max(0, self._beyond) + 1 if ratio > 2.0 else min(0, self._beyond) - 1
-        if abs(self._beyond) > 2:  # it is another engine than it was
+        if abs(self._beyond) > 2:  # the value has changed, so it is learnt anew
             gain, self.seen = max(gain, 0.5 * share), min(self.seen, _FEW)
-        # In logarithms: steps up and down are of one size.
+        # The step is taken in logarithms, so that steps up and down have the same size.
         self.value *= min(bound, max(1.0 / bound, ratio)) ** gain
 
     def begin(self, value: float, seen: float) -> None:
-        """Begin anew."""
+        """Restart from a value that counts as `seen` observations."""
         self.value, self.seen, self._beyond = value, seen, 0
 
     def bound(self, least: float, greatest: float) -> float:
-        """Keep the value within bounds; returns it."""
+        """Clip the value to bounds, and return it."""
         value = self.value
         if not least <= value <= greatest:
             self.value = value = least if value < least else greatest

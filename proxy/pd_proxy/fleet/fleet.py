@@ -1,4 +1,4 @@
-"""The pools: who is in them, who is up, and what real requests say about that."""
+"""The fleet: the pools with their backends, which of these are up, and what requests and probes report about them."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ from pd_proxy.settings.tree import Settings
 
 log = logging.getLogger("pd_proxy.fleet")
 
-_LOOK_BACK = 10.0  # seconds: twice a connection's time limit
-_STOOD_STILL = 1.0  # seconds of the event loop's delay after which a connection's time limit says nothing
+_LOOK_BACK = 10.0  # seconds; twice the time limit for connecting
+_STOOD_STILL = 1.0  # seconds of event loop delay from which an exceeded time limit for connecting proves nothing
 
 State = Literal["down", "draining", "ejected", "slow_start", "up"]
 
 
 class Fleet:
-    """All backends by role, and what is known of them together.
+    """All backends by role, and the state that they share.
 
     Arguments:
-        clock: seconds, never going back.
+        clock: a monotonic clock, in seconds.
     Attributes:
-        sizes: how many backends each pool has, up or not.
-        outlier_detector: which backends are fit.
-        succeeded: is told of a backend's leg that ended well.
+        sizes: the number of backends in each pool, whether up or not.
+        outlier_detector: decides which backends are fit.
+        succeeded: called with a backend and a leg that ended well.
         budgets: the pools' retry budgets.
         bounded: whether backends have bounds.
-        pairing: who may hand over to whom.
-        groups: the names of the groups, and the connector of each.
-        messages: how many messages of engines came over ZeroMQ, by kind, and by what became of them.
-        warmups: how many warm-ups there were, by the code of what was found (`findings.py`), or `ok`.
-        pairs_are_tried: by warm-ups, so that a group is not ready before a hand-off of it has worked.
-        answers_without_handoff: the connectors whose decode engines answer a request without a hand-off right.
-        speeds: what the engines of a pool and group have in common, by both.
-        delays: of the event loop.
-        excused_checks: how many failed health checks did not count, by why (`mass_failure.py`).
-        listeners: who is called when something of this changes (`subscribe`).
-        protocols: which hand-off protocol each group speaks.
-        ready_by_fallback: a group is ready though no hand-off of it has worked, where its decode serves alone.
-        before_choice: called before backends are told apart by their load, where there are other workers.
+        pairing: decides which prefill backends may hand over to which decode backends.
+        groups: the connector of each group, by its name.
+        messages: the number of messages that engines sent over ZeroMQ, by kind and by what became of them.
+        warmups: the number of warm-ups by the code of what was found (`findings.py`), or `ok`.
+        pairs_are_tried: whether warm-ups try pairs, so that a group is ready only after a hand-off has worked.
+        answers_without_handoff: the connectors whose decode engines can answer a request without a hand-off.
+        speeds: the shared speeds of the engines of a pool and group, by both.
+        delays: the delays of the event loop.
+        excused_checks: the number of failed health checks that did not count, by reason (`mass_failure.py`).
+        listeners: the callbacks for changes of the fleet (`subscribe`).
+        protocols: the hand-off protocol of each group.
+        ready_by_fallback: whether a group is ready before a hand-off has worked, where decode can serve without one.
+        before_choice: called before backends are compared by their load, where there are other workers.
     """
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = monotonic) -> None:
@@ -97,23 +97,23 @@ class Fleet:
         for group in settings.all_groups():
             for role in ROLES:
                 for url in getattr(group, role):
-                    self.add(url, role, group.name).known = False  # all of them are as fresh as the gateway
+                    self.add(url, role, group.name).known = False  # no slow start: all begin with the gateway
 
     def __iter__(self) -> Iterator[Backend]:
         for pool in self._pools.values():
             yield from pool
 
     def pool(self, role: Role) -> list[Backend]:
-        """The members of a pool, up or not."""
+        """The members of a pool, whether up or not."""
         return self._pools[role]
 
     def candidates(self, role: Role, model: str | None, tokens: int | None = None) -> list[Backend]:
-        """The members of a pool that may be given a request for `model` now; a mixed one takes it whole.
+        """The members of a pool that may be given a request for `model` now.
 
         Arguments:
-            tokens: of the leg; members that it would put above their bounds are left out, as long as others have room.
-                Where none has, admission lets nobody new in; what is already in, and tries again, goes to a full one
-                rather than nowhere.
+            tokens: the tokens of the leg. Members whose bounds it would exceed are left out, where others have
+                capacity.
+                Where none has, admission admits no new request, and a request that tries again goes to a full backend.
         """
         if not self._pools[role]:
             return []
@@ -127,7 +127,7 @@ class Fleet:
         return [b for b in found if b.has_capacity(tokens)] or found
 
     def serving(self, role: Role, model: str | None) -> list[Backend]:
-        """Those that are up and take requests for `model`, fit or not."""
+        """The members of a pool that are up and take requests for `model`, whether fit or not."""
         return [
             b
             for b in self._pools[role]
@@ -135,11 +135,11 @@ class Fleet:
         ]
 
     def members(self, role: Role, model: str | None) -> int:
-        """How many of a pool are to take requests for `model`, up or not."""
+        """The number of members of a pool that take requests for `model`, whether up or not."""
         return sum(not b.draining and b.serves(model) for b in self._pools[role])
 
     def _peers(self, backend: Backend) -> list[Backend]:
-        """The others that could take a backend's requests: of its pool, up, and with a model of its own."""
+        """The other backends of a pool and group that are up and have one of this backend's models."""
         models = backend.models
         return [
             b
@@ -147,24 +147,26 @@ class Fleet:
             if b is not backend
             and b.up
             and not b.draining
-            and b.group == backend.group  # another group's hardware may be another
+            and b.group == backend.group  # other groups may have other hardware
             and (models is None or b.models is None or not models.keys().isdisjoint(b.models))
         ]
 
     def configured(self, model: str | None) -> Mapping[str, int]:
-        """How many backends of each role are meant for requests for `model`, up or not. Within one group these are all
-        of them."""
+        """The number of backends of each role that take requests for `model`, up or not; with one group, of all."""
         if len(self.groups) == 1:
             return self.sizes
         return {role: sum(b.serves(model) for b in pool) for role, pool in self._pools.items()}
 
     def pairer(self, model: str | None) -> Callable[[Backend, Backend], bool] | None:
-        """Whether a prefill backend may hand over to a decode backend for `model`; None where any may to any."""
+        """A function that says whether a prefill backend may hand over to a decode backend for `model`; None where
+        every
+        pair is possible."""
         return None if self.pairing.uniform else partial(self.pairing.pairs, model=model)
 
     def has_capacity(self, role: Role, model: str | None, tokens: int) -> bool | None:
-        """Whether a candidate for `model` has room for a leg of so many tokens; None when there is no candidate. As
-        `candidates`, but ends with the first that has."""
+        """Whether a candidate for `model` has capacity for a leg of so many tokens; None where there is no candidate.
+        Like
+        `candidates`, but stops at the first one that has."""
         if self.outlier_detector.watches:
             fit = self.candidates(role, model)
             return any(b.has_capacity(tokens) for b in fit) if fit else None
@@ -179,8 +181,8 @@ class Fleet:
         return found
 
     def watch_capacity(self, on_capacity: Callable[[], object]) -> None:
-        """Have `on_room` called whenever a request that found no room may find some: a lease was released, or a pool
-        has changed."""
+        """Have `on_capacity` called whenever there may be new capacity: when a lease was released, or a pool
+        changed."""
         self._on_capacity = on_capacity
         for backend in self:
             backend.on_freed = on_capacity
@@ -190,7 +192,7 @@ class Fleet:
             self._on_capacity()
 
     def knows(self, model: str) -> bool:
-        """Whether any backend that answers clients serves `model`, or may."""
+        """Whether a backend that answers clients serves `model`, or has not listed its models."""
         for pool in (self._pools["decode"], self._pools["mixed"]):
             for backend in pool:
                 if backend.models is None or model in backend.models:
@@ -198,7 +200,7 @@ class Fleet:
         return False
 
     def names(self, model: str) -> bool:
-        """Whether some backend has named `model`."""
+        """Whether a backend has listed `model`."""
         for pool in self._pools.values():
             for backend in pool:
                 if backend.models is not None and model in backend.models:
@@ -206,13 +208,14 @@ class Fleet:
         return False
 
     def routes(self) -> frozenset[str]:
-        """The engines' routes that there are here, by the kinds of the backends."""
+        """The routes of all engine families of the backends."""
         kinds = {backend.kind.name: backend.kind for backend in self}
         return frozenset().union(*(kind.routes for kind in (kinds or self._kinds).values()))
 
     def model_cards(self) -> list[dict[str, Any]]:
-        """The models a client can ask for, as /v1/models shows them: those of the backends that answer clients. The
-        context is as long as the shortest backend's, prefill's included."""
+        """The models of the backends that answer clients, as /v1/models shows them. The context length is the shortest
+        of
+        all backends, prefill included."""
         cards: dict[str, dict[str, Any]] = {}
         for backend in (*self._pools["decode"], *self._pools["mixed"], *self._pools["prefill"]):
             for model, card in (backend.models or {}).items():
@@ -225,7 +228,7 @@ class Fleet:
         return list(cards.values())
 
     def state(self, backend: Backend) -> State:
-        """What a backend is to new requests, in one word."""
+        """The state of a backend for new requests."""
         if backend.draining:
             return "draining"
         if not backend.up:
@@ -237,18 +240,19 @@ class Fleet:
     # Membership
 
     def find(self, url: str, role: Role) -> Backend | None:
+        """The backend with this URL and role, or None."""
         return next((b for b in self._pools[role] if b.url == url), None)
 
     def add(self, url: str, role: Role, group: str = DEFAULT_GROUP) -> Backend:
-        """Add a backend to a group, or take one back that was about to leave."""
+        """Add a backend to a group. One that is there but draining or leaving serves again."""
         if backend := self.find(url, role):
             self.undrain(backend)
             return backend
         speeds = join_pool(self.speeds.setdefault((role, group), PoolSpeeds()))
         backend = Backend(url, role, kind=self._kinds[group], window=self._window, speeds=speeds)
         backend.group = group
-        backend.locate(self.placed(url))
-        backend.known = True  # the others have been at it for longer
+        backend.locate(self.configured_coordinates(url))
+        backend.known = True  # it needs a slow start, since the others have warm caches
         if role != "encode":
             bounds = self._prefill_bounds if role == "prefill" else self._decode_bounds
             backend.most_requests, backend.most_tokens = bounds
@@ -259,8 +263,8 @@ class Fleet:
         self.listeners.join(backend)
         return backend
 
-    def placed(self, url: str) -> Coordinates:
-        """A backend's coordinates, as far as the settings tell."""
+    def configured_coordinates(self, url: str) -> Coordinates:
+        """A backend's coordinates by the settings."""
         host, location = urlsplit(url).hostname or "", self._locations.get(url)
         if location is None:
             return Coordinates(host=host)
@@ -270,26 +274,25 @@ class Fleet:
         )
 
     def drain(self, backend: Backend) -> None:
-        """Give a backend nothing new. What it has ends in its own time."""
+        """Send a backend no new requests. Those that it has go on to their end."""
         if not backend.draining:
             log.info("%s backend %s is draining", backend.role, backend.url)
         backend.set_duty(Event.DRAIN)
         self._capacity_changed()
 
     def undrain(self, backend: Backend) -> None:
-        """Give a backend requests again, also one that was about to leave."""
+        """Send a draining or leaving backend requests again."""
         if backend.draining:
-            log.info("%s backend %s is draining no more", backend.role, backend.url)
+            log.info("%s backend %s is no longer draining", backend.role, backend.url)
         backend.set_duty(Event.UNDRAIN)
         backend.attention.set()  # it may have been put to sleep meanwhile
         self._capacity_changed()
         self._fits(backend)
 
     def remove(self, url: str, role: Role) -> bool:
-        """Drain a backend and then forget it: when its last leg has ended, and nobody may still read a hand-off
-        from it.
+        """Drain a backend, and remove it once its last leg has ended and no pending hand-off can be read from it.
 
-        Returns whether it was there.
+        Returns whether there was such a backend.
         """
         backend = self.find(url, role)
         if backend is None:
@@ -300,7 +303,7 @@ class Fleet:
         return True
 
     def forget_idle(self) -> None:
-        """Forget removed backends that are drained. Called after removals and by the prober."""
+        """Remove the backends that are leaving and drained. Called after removals and by the prober."""
         for pool in self._pools.values():
             for backend in [b for b in pool if b.removed and b.drained]:
                 pool.remove(backend)
@@ -312,22 +315,25 @@ class Fleet:
                 log.info("%s backend %s has left", backend.role, backend.url)
                 self.listeners.leave(backend)
 
-    # What real requests tell
+    # Results of requests
 
     def failed(self, backend: Backend, error: BackendError, leg: LegName, handoff_from: Backend | None = None) -> None:
-        """A leg failed. A backend that cannot be reached is dead, until its prober says otherwise, unless the event
-        loop stood still; one whose engine is leaving is ejected at once; failures of other kinds are the breaker's to
-        judge.
+        """Handle the failure of a leg.
+
+        A backend that cannot be reached is marked down until its prober finds it up, unless the event loop stood still.
+        A
+        backend whose engine says that it is leaving is ejected at once. All other failures go to the outlier detector.
 
         Arguments:
-            handoff_from: the prefill backend whose hand-off a decode leg came with. Where that one is gone, it is to
-                blame for a decode engine that could not read it; where it seems up, its prober should look.
+            handoff_from: the prefill backend of the hand-off that a decode leg came with. Where it is down, the failure
+                is not counted against the decode backend, which could not read the KV cache. Where it seems up, its
+                prober checks it.
         """
         if not error.blame or not backend.up:
             return
         if isinstance(error, BackendUnreachable):
             if self.delays.since(self._clock() - _LOOK_BACK) >= _STOOD_STILL:
-                backend.attention.set()  # all that were connecting may have failed alike: its prober finds out
+                backend.attention.set()  # the delay may have caused the failure, so its prober decides
             else:
                 self.take_out(backend, f"failed a request: {error}", Event.UNREACHABLE)
             return
@@ -341,22 +347,22 @@ class Fleet:
             handoff_from.attention.set()
             handoff_from.learn(None)
         self.outlier_detector.failed(backend, leg, error)
-        if not isinstance(error, BackendBusy):  # who says that is alive
+        if not isinstance(error, BackendBusy):  # an engine that says that it is busy is alive
             backend.attention.set()
-            backend.learn(None)  # what failed may be another engine by now
+            backend.learn(None)  # the engine may have been restarted as another one
 
     def timed(self, backend: Backend, leg: LegName, seconds: float, tokens: int) -> None:
-        """How long a good leg took.
+        """Note how long a successful leg took.
 
         Arguments:
-            seconds: prefill: of the whole leg; decode: the mean for each token of a stream.
-            tokens: prefill: those it computed, without cached ones; decode: those it gave.
+            seconds: for prefill the time of the whole leg; for decode the mean time for each token of a stream.
+            tokens: for prefill the tokens that were computed, without cached ones; for decode those of the output.
         """
-        if self.sizes[backend.role] >= FEWEST:  # of two, nobody can say which is the odd one
+        if self.sizes[backend.role] >= FEWEST:  # of two backends, neither can be called the outlier
             self.outlier_detector.timed(backend, leg, seconds, tokens)
 
     def paced(self, backend: Backend, seconds: float) -> None:
-        """A stream's tokens have come so many seconds apart of late, and its client has kept up."""
+        """Note the recent mean gap between the tokens of a stream whose client has read as fast as they came."""
         backend.speeds.stepped(
             seconds,
             backend.inflight_requests + backend.elsewhere_requests,
@@ -364,22 +370,22 @@ class Fleet:
             self._clock(),
         )
 
-    # What probes tell
+    # Results of probes
 
-    def holds(self, backend: Backend, cache: Cache) -> None:
-        """An engine has said what its KV cache holds."""
+    def set_cache(self, backend: Backend, cache: Cache) -> None:
+        """Note what an engine reports of its KV cache."""
         backend.speeds.capacity = cache.tokens or inf
         self.listeners.cache(backend, cache)
 
     def lost_cache(self, backend: Backend) -> None:
-        """An engine's prefix cache is empty: it has been reset, or the engine may be another by now."""
+        """Note that an engine's prefix cache is empty: it was reset, or the engine may have been restarted."""
         self.listeners.lost_cache(backend)
 
-    def learnt(self, backend: Backend, models: dict[str, dict[str, Any]] | None, version: str) -> None:
-        """An engine has said which models it serves, and which version it is.
+    def set_models(self, backend: Backend, models: dict[str, dict[str, Any]] | None, version: str) -> None:
+        """Note the models and the version that an engine reports.
 
         Arguments:
-            models: its cards by id; None where it did not say.
+            models: its model cards by id; None where it did not list any.
         """
         if (models, version) != (backend.models, backend.version):
             backend.models, backend.version = models, version
@@ -402,24 +408,24 @@ class Fleet:
             self._regroup(backend.group)
 
     def _regroup(self, group: str) -> None:
-        """A group has changed: what its members speak, and who pairs with whom."""
+        """Find the connectors and the possible pairs of a group anew, since a member has changed."""
         for backend in self.protocols.settle(group, [b for b in self if b.group == group]):
-            if backend.up and backend.role == "prefill":  # before it hands over, it is to be asked for its coordinates
-                reason = f"is looked at again: it speaks {backend.connector or 'nothing that is known'}"
+            if backend.up and backend.role == "prefill":  # its coordinates have to be asked for before it hands over
+                reason = f"is probed again: it speaks {backend.connector or 'no known hand-off protocol'}"
                 self.take_out(backend, reason, Event.CONNECTOR_CHANGED)
         self.pairing.refresh(self)
 
-    def has_lost(self, backend: Backend, model: str) -> None:
-        """An engine has refused a request for a model that it was known to have, as an adapter that was unloaded."""
+    def lost_model(self, backend: Backend, model: str) -> None:
+        """Note that an engine has refused a request for a model that it had, such as an adapter that was unloaded."""
         if backend.models is not None and model in backend.models:
             log.info("%s backend %s does not have %s any more", backend.role, backend.url, model)
-            self.learnt(
+            self.set_models(
                 backend, {name: card for name, card in backend.models.items() if name != model}, backend.version
             )
-        backend.attention.set()  # its prober asks what it has
+        backend.attention.set()  # its prober asks for its models again
 
     def take_out(self, backend: Backend, reason: str, event: Event = Event.PROBE_FAILED) -> None:
-        """Mark a backend down; its prober brings it back."""
+        """Mark a backend down. Its prober marks it up again."""
         if backend.up:
             log.warning("%s backend %s is out: %s", backend.role, backend.url, reason)
             backend.speeds.left(self._clock())
@@ -436,7 +442,7 @@ class Fleet:
         backend.mark_up()
         self.outlier_detector.returned(backend)
         backend.speeds.returned(self._clock())
-        if returns:  # another worker may have sent prompts to one that is new here
+        if returns:  # not for a new one, to which other workers may have sent prompts already
             self.lost_cache(backend)
         self._capacity_changed()
         self.listeners.up(backend)

@@ -1,4 +1,4 @@
-"""Who is called when the fleet changes."""
+"""Callbacks for changes of the fleet."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ OnBackend = Callable[[Backend], object]
 
 
 class Callbacks(TypedDict, total=False):
-    """What a listener wants to know.
+    """The callbacks of one listener, each for one kind of change.
 
     Attributes:
-        on_join: a backend has joined the fleet.
-        on_leave: a backend has left it for good.
+        on_join: a backend was added to the fleet.
+        on_leave: a backend was removed from it.
         on_up: a backend has come up.
-        on_fit: a backend that is up may pair with others than before.
-        on_cache: an engine has said what its KV cache holds.
-        on_lost_cache: nothing is in an engine's prefix cache.
+        on_fit: the possible pairs of a backend that is up may have changed.
+        on_cache: an engine has reported what its KV cache holds.
+        on_lost_cache: an engine's prefix cache is empty.
     """
 
     on_join: OnBackend
@@ -41,7 +41,7 @@ class Listeners:
         return len(self._all)
 
     def subscribe(self, **callbacks: Unpack[Callbacks]) -> Callable[[], None]:
-        """Have these called from now on. Returns a function that ends the subscription."""
+        """Add callbacks. Returns a function that removes them."""
         self._all.append(callbacks)
 
         def unsubscribe() -> None:

@@ -1,8 +1,9 @@
-"""Which model a request means: by its own name, by an alias, or by the setting that stands in for none.
+"""Finds the model that a request is for: by its name, by an alias, or by the setting `default_model`.
 
-What a client calls a model is translated here, once, on the way in; everything behind speaks of the engines' own
-names, in metrics and in the answers too. The answer of an engine is not rewritten: its `model` is the one that served,
-as OpenAI's answers to an alias of theirs name the model behind it.
+A client's name of a model is translated once, when the request comes in. All other parts of the gateway, metrics
+included, use the engines' own names. Answers are not rewritten: their `model` is the one that served the request, just
+as
+OpenAI's answers to a request for an alias name the model behind it.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from pd_proxy.errors import InvalidRequest, ModelNotFound
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.settings.tree import Settings
 
-_MOST_NAMED = 8  # models that an error names
-_MOST_NAMES = 100  # ... of which the nearest are looked for
-_MOST_COMPARED = 64  # characters of a name: what it takes to compare grows with their square
-_MOST_SHOWN = 256  # characters of a name
+_MAX_NAMED = 8  # models that an error names
+_MAX_NAMES = 100  # models among which the most similar names are searched
+_MAX_COMPARED = 64  # characters of a name that are compared; the cost grows with their square
+_MAX_SHOWN = 256  # characters of a name that an error shows
 
 
 class Names:
-    """Translates names.
+    """Translates clients' names of models into the engines' names.
 
     Arguments:
-        ask: asks the engines which models they have; it returns when they have said.
+        ask: asks the engines which models they have, and returns when they have answered.
     Attributes:
-        aliases: other names of models, and the engines' own.
-        any: there are aliases, or a default: names have to be looked at.
+        aliases: the engines' names of models by alias.
+        any: whether there are aliases or a default, so that names have to be translated.
     """
 
     def __init__(self, settings: Settings, fleet: Fleet, ask: Callable[[], Awaitable[object]]) -> None:
@@ -39,12 +40,12 @@ class Names:
         self._ask = ask
         self.any = bool(self.aliases or self._default)
 
-    async def meant(self, asked: str | None) -> str | None:
-        """The model that a request for `asked` is for, as engines call it; None where it names none and need not.
+    async def resolve(self, asked: str | None) -> str | None:
+        """The engines' name of the model that a request for `asked` is for; None where the request may leave it out.
 
         Raises:
-            InvalidRequest: it names none, and there are several.
-            ModelNotFound: nobody has such a model.
+            InvalidRequest: the request names no model, and there are several.
+            ModelNotFound: no backend has the model.
         """
         if asked is None:
             if not self._default and self._fleet.pairing.several_models:
@@ -55,17 +56,17 @@ class Names:
             return model
         return await self._find(model)
 
-    async def known(self, model: str) -> None:
-        """See that somebody has a model, by its own name.
+    async def require(self, model: str) -> None:
+        """Check that a backend has a model of this name.
 
         Raises:
-            ModelNotFound: nobody has.
+            ModelNotFound: no backend has it.
         """
-        if await self._find(model) != model:  # what stands in has another name, and this one is on its way already
+        if await self._find(model) != model:  # the default cannot replace it, since the request's body stays as it is
             raise self.not_found(model)
 
     async def _find(self, model: str) -> str:
-        """A model that no engine is known to have: it may have been loaded a moment ago, as adapters are."""
+        """Ask the engines for a model that none is known to have, since adapters may have been loaded just now."""
         await self._ask()
         if self._fleet.knows(model) or self._fleet.names(model):
             return model
@@ -74,8 +75,8 @@ class Names:
         raise self.not_found(model)
 
     def cards(self) -> list[dict[str, Any]]:
-        """The models a client can ask for, as /v1/models shows them. An alias has the root of the model that it stands
-        for, which is its parent. It is shown as long as that model is."""
+        """The models that clients can ask for, aliases included, as /v1/models shows them. An alias has its model as
+        parent, and the root of that model. It is shown while that model is."""
         cards = {card["id"]: card for card in self._fleet.model_cards()}
         aliased = {
             alias: {**cards[model], "id": alias, "root": cards[model].get("root") or model, "parent": model}
@@ -85,10 +86,10 @@ class Names:
         return list({**cards, **aliased}.values())
 
     async def card(self, model: str) -> dict[str, Any]:
-        """One of them.
+        """The card of one model.
 
         Raises:
-            ModelNotFound: nobody has it.
+            ModelNotFound: no backend has it.
         """
         for attempt in ("known", "asked"):
             if found := next((card for card in self.cards() if card["id"] == model), None):
@@ -98,10 +99,10 @@ class Names:
         raise self.not_found(model)
 
     def not_found(self, model: str) -> ModelNotFound:
-        """The error for a model that nobody has. It names those that there are, the nearest first."""
-        there = sorted(card["id"][:_MOST_SHOWN] for card in self.cards())
-        near = get_close_matches(model[:_MOST_COMPARED], there[:_MOST_NAMES], n=3) if len(there) > _MOST_NAMED else []
-        named = [*near, *(name for name in there if name not in near)][:_MOST_NAMED]
+        """The error for a model that no backend has. It names the existing models, those with similar names first."""
+        there = sorted(card["id"][:_MAX_SHOWN] for card in self.cards())
+        near = get_close_matches(model[:_MAX_COMPARED], there[:_MAX_NAMES], n=3) if len(there) > _MAX_NAMED else []
+        named = [*near, *(name for name in there if name not in near)][:_MAX_NAMED]
         more = f" and {len(there) - len(named)} more (GET /v1/models)" if len(there) > len(named) else ""
         served = f" This gateway serves {', '.join(f'`{name}`' for name in named)}{more}." if named else ""
-        return ModelNotFound(f"The model `{model[:_MOST_SHOWN]}` does not exist.{served}", param="model")
+        return ModelNotFound(f"The model `{model[:_MAX_SHOWN]}` does not exist.{served}", param="model")

@@ -1,10 +1,10 @@
-"""Which prefill backend may hand over to which decode backend.
+"""Decides which prefill backends may hand over to which decode backends.
 
-A KV cache means something only to an engine of the same make: of one group, with one hand-off protocol, one version,
-and the same weights. What an engine does not report does not exclude it.
+An engine can use a KV cache only of an engine that is like it: of the same group, with the same hand-off protocol,
+version and weights. A version or weights that an engine does not report are taken to match.
 
-Invariant: `uniform` says that all pairs are good for every model. It is found anew whenever a backend joins, leaves or
-has reported something new, so that where engines are alike a request costs nothing here.
+Invariant: `uniform` says whether all pairs are possible for every model. It is computed anew whenever a backend joins,
+leaves or reports something new. So where engines are alike, a request needs no check of its pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger("pd_proxy.fleet")
 
 Cards = Mapping[str, Mapping[str, Any]]
 _UNKNOWN = ("", "")
-_MOST_NAMES = 3  # models that a message names of one pool
+_MOST_NAMES = 3  # models of one pool that a message names
 _LONGEST_NAME = 100  # characters
 _LIKELIEST = {
     "group": "its prefill and decode backends are of different groups",
@@ -28,18 +28,18 @@ _LIKELIEST = {
     "root": "its prefill and decode backends have loaded different revisions of their model (pair_revisions)",
     "version": "its prefill and decode backends run different versions of the engine (pair_revisions)",
 }
-"""What keeps two backends apart, from what says least to what says most."""
+"""Why two backends cannot be paired, from the least to the most specific reason."""
 
 
 class Pairing:
-    """The rules, and what they say of the fleet as a whole.
+    """The rules for pairs, and their result for the whole fleet.
 
     Arguments:
-        revisions: `strict` pairs only engines of one version and one model root; `any` leaves that out.
+        revisions: `strict` pairs only engines of one version and one model root; `any` does not compare these.
     Attributes:
-        uniform: any prefill backend may hand over to any decode backend.
-        simple: and all backends are of one group.
-        several_models: the backends have different models, so that a request must say which it means.
+        uniform: whether any prefill backend may hand over to any decode backend.
+        simple: whether, in addition, all backends are of one group.
+        several_models: whether the backends have different models, so that a request must name its model.
     """
 
     def __init__(self, revisions: Literal["strict", "any"]) -> None:
@@ -49,7 +49,7 @@ class Pairing:
         self.several_models = False
 
     def why_not(self, prefill: Backend, decode: Backend, model: str | None) -> str:
-        """Why one may not hand over to the other for requests for `model`, or an empty string."""
+        """Why `prefill` may not hand over to `decode` in requests for `model`; empty where it may."""
         if prefill.group != decode.group:
             return "group"
         if prefill.connector != decode.connector or not prefill.connector:
@@ -61,12 +61,13 @@ class Pairing:
         return "" if same_weights(prefill.models, decode.models, model) else "root"
 
     def pairs(self, prefill: Backend, decode: Backend, model: str | None) -> bool:
-        """Whether one may hand over to the other."""
+        """Whether `prefill` may hand over to `decode` in requests for `model`."""
         return not self.why_not(prefill, decode, model)
 
     def why_none(self, prefills: Sequence[Backend], decodes: Sequence[Backend]) -> str:
-        """Why none of these may hand over to any of those, for people; an empty string where some may. All are of one
-        group."""
+        """A sentence on why no prefill backend may hand over to any decode backend; empty where one may. All backends
+        are
+        of one group."""
         reasons = set()
         for prefill in prefills:
             for decode in decodes:
@@ -81,8 +82,8 @@ class Pairing:
         return _LIKELIEST[likeliest] + served
 
     def refresh(self, backends: Iterable[Backend]) -> None:
-        """Look at the fleet as it is now."""
-        everybody = [backend for backend in backends if backend.role != "encode"]  # which hand over something else
+        """Compute the attributes anew from the fleet as it is now."""
+        everybody = [backend for backend in backends if backend.role != "encode"]  # encoders hand over no KV cache
         split = [backend for backend in everybody if backend.role in ("prefill", "decode")]
         versions = frozenset(backend.version for backend in split if backend.version)
         revised = frozenset(_revised(split))
@@ -92,10 +93,10 @@ class Pairing:
         self.simple = self.uniform and len({backend.group for backend in everybody}) <= 1
         bases = [base for backend in everybody if (base := _base(backend.models))]
         self.several_models = len({base["id"] for base in bases}) > 1 and len({_root(base) for base in bases}) > 1
-        self._log(versions, revised)
+        self._log_revisions(versions, revised)
 
-    def _log(self, versions: frozenset[str], revised: frozenset[str]) -> None:
-        """Say once what there are several revisions of."""
+    def _log_revisions(self, versions: frozenset[str], revised: frozenset[str]) -> None:
+        """Log once of which engines or models there are several revisions."""
         before, self._seen = self._seen, (versions, revised)
         if not self._strict or self._seen == before:
             return
@@ -107,7 +108,7 @@ class Pairing:
 
 
 def models_apart(prefills: Sequence[Backend], decodes: Sequence[Backend]) -> str:
-    """Which models these and those serve, for people, where they have none in common; else an empty string."""
+    """A text on which models the prefill and the decode backends serve, where they have none in common; else empty."""
     sides = []
     for backends in (prefills, decodes):
         if not backends or any(backend.models is None for backend in backends):
@@ -125,15 +126,20 @@ def _listed(models: set[str]) -> str:
 
 
 def same_weights(one: Cards | None, other: Cards | None, model: str | None) -> bool:
-    """Whether `model` is the same to two engines that list these cards: loaded from one place, and for an adapter so is
-    the model below it. With None it is the one that each takes for a request that names none."""
+    """Whether two engines have the same weights of a model, by their model cards: loaded from one place, and for an
+    adapter
+    also with the same base model.
+
+    Arguments:
+        model: None stands for the model that an engine uses for a request that names none.
+    """
     if not one or not other:
         return True
     return all(a == b or not a or not b for a, b in zip(_roots(one, model), _roots(other, model), strict=True))
 
 
 def _roots(cards: Cards, model: str | None) -> tuple[str, str]:
-    """Where a model was loaded from, and the one that it adapts; empty where that is not known."""
+    """The root of a model, and that of the model which it adapts; empty where that is not known."""
     card = _base(cards) if model is None else cards.get(model)
     if not card:
         return _UNKNOWN
@@ -147,14 +153,14 @@ def _root(card: Mapping[str, Any] | None) -> str:
 
 
 def _common(prefill: Backend, decode: Backend) -> list[str | None]:
-    """The models that both serve, as far as is known."""
+    """The models that both serve; None where one of the two has not listed its models."""
     if prefill.models is None or decode.models is None:
         return [None]
     return [model for model in decode.models if model in prefill.models]
 
 
 def _base(cards: Cards | None) -> Mapping[str, Any] | None:
-    """The model of an engine, none of its adapters: what it takes for a request that names none."""
+    """The base model of an engine, which it uses for a request that names none."""
     return next((card for card in (cards or {}).values() if not card.get("parent")), None)
 
 

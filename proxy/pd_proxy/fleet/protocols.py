@@ -1,7 +1,8 @@
-"""Which hand-off protocol the engines of each group speak: set, or, with `connector: auto`, reported by them.
+"""The hand-off protocol of each group's engines: the one in the settings, or with `connector: auto` the reported one.
 
-An engine that reports another protocol than the others of its group is paired with its like only. One that reports
-none is taken to speak what most of its group do, if most agree; until then it is served without hand-offs.
+An engine that reports another protocol than the rest of its group is paired only with engines of its own protocol. An
+engine that reports none gets the protocol of more than half of those in its group that report one. Where there is no
+such majority, it gets no hand-offs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Protocols:
     """The groups' connectors.
 
     Attributes:
-        groups: every group's connector, or `auto`.
+        groups: the connector of each group, or `auto`.
     """
 
     def __init__(self, groups: Iterable[BackendGroup]) -> None:

@@ -1,4 +1,4 @@
-"""Whether requests can be served as the settings mean them to be, and what is missing where not."""
+"""Readiness: whether requests can be served as the settings say, and what is missing where they cannot."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pd_proxy.fleet.pairing import models_apart
 
 log = logging.getLogger("pd_proxy.fleet")
 
-_TICK = 0.2  # seconds between looks
-_SHARE = 0.01  # of the event loop's time, at most: of hundreds of engines that do not match every pair is looked at
-_START = 1.0  # seconds in which a fleet that is not ready yet is not worth a line
+_TICK = 0.2  # seconds between checks
+_SHARE = 0.01  # the most of the event loop's time that checks may take; with hundreds of engines there are many pairs
+_START = 1.0  # seconds after the start in which nothing is logged while the fleet is not ready
 
 
 def not_ready(fleet: Fleet) -> str:
-    """Why the fleet cannot serve a request, or an empty string when some group can."""
+    """Why the fleet cannot serve a request; empty where a group can."""
     lacking = readiness(fleet)
     if not lacking:
         return "no backend is configured"
@@ -31,7 +31,7 @@ def not_ready(fleet: Fleet) -> str:
 
 
 def readiness(fleet: Fleet) -> dict[str, str]:
-    """For each group that has backends: what it lacks to serve requests as it is meant to, or an empty string."""
+    """What each group with backends lacks to serve requests as the settings say; empty where it lacks nothing."""
     return {name: _missing(fleet, name) for name in fleet.groups if any(b.group == name for b in fleet)}
 
 
@@ -51,7 +51,8 @@ def _missing(fleet: Fleet, group: str) -> str:
 
 
 def _missing_handoff(fleet: Fleet, prefills: list[Backend], decodes: list[Backend]) -> str:
-    """What these lack to have handed over ever; whoever reaches the port may read it, so it names no address."""
+    """Why no hand-off between these backends is known to work; empty where one is. It contains no addresses, since
+    everybody who reaches the port may read it."""
     if not fleet.pairs_are_tried:
         return ""
     if fleet.ready_by_fallback and any(decode.connector in fleet.answers_without_handoff for decode in decodes):
@@ -68,8 +69,8 @@ def _missing_handoff(fleet: Fleet, prefills: list[Backend], decodes: list[Backen
 
 
 def models_without_pair(fleet: Fleet, model: str | None) -> str:
-    """Which models a group's prefill and decode backends that are up serve, for people, where they have none in
-    common and one of the two is that of a request; else an empty string."""
+    """A text on the models of a group whose prefill and decode backends have none in common, where one of them serves
+    `model`; else empty."""
     for name in fleet.groups:
         prefills, decodes = (
             [b for b in fleet.pool(role) if b.group == name and b.up and not b.draining]

@@ -1,7 +1,8 @@
-"""Retry budgets: retries may be a share of a pool's live requests, as Envoy's, so that they never amplify an overload.
+"""Retry budgets, as in Envoy: a pool's retries are bounded by a share of its live requests, so that they never amplify
+an overload.
 
-When engines fail because there is too much to do, retries are more to do. A bound on the tries of one request does not
-help, as four tries of every request are four times the load; a bound on the pool's retries in progress does.
+Where engines fail under overload, retries add load. A bound on the tries of each request does not prevent that, since
+four tries of every request are four times the load. A bound on the pool's retries in progress does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pd_proxy.settings.bounds import Retries
 
 
 class Permit:
-    """Leave for one retry. A context manager; leaving it gives the permit back, once."""
+    """The permission for one retry. A context manager that releases the permission at its end."""
 
     __slots__ = ("_budget", "_released", "role")
 
@@ -27,6 +28,7 @@ class Permit:
         budget.in_progress[role] += 1
 
     def release(self) -> None:
+        """Release the permission. Further calls do nothing."""
         if not self._released:
             self._released = True
             self._budget.in_progress[self.role] -= 1
@@ -44,10 +46,10 @@ class Budgets:
     """The retry budget of each pool.
 
     Arguments:
-        pool: gives the members of a pool, whose leases are its live requests.
+        pool: returns the members of a pool, whose leases are its live requests.
     Attributes:
-        in_progress: permits that are out, by pool. Changed by `Permit` alone.
-        refusals: permits refused, by pool.
+        in_progress: the number of permits in use, by pool. Changed only by `Permit`.
+        refusals: the number of refused permits, by pool.
     """
 
     def __init__(self, settings: Retries, pool: Callable[[Role], Iterable[Backend]]) -> None:
@@ -57,20 +59,20 @@ class Budgets:
         self.refusals: Counter[str] = Counter()
 
     def take(self, role: Role) -> Permit | None:
-        """Leave for one retry on a pool; None when `retries.share` of its live requests, or `retries.floor`, are
-        retries already. Held until the retry begins to answer, or has failed."""
+        """Take a permit for a retry on a pool; None where `retries.share` of its live requests, or `retries.floor`, are
+        retries already. The caller holds it until the retry begins to answer or has failed."""
         if self.in_progress[role] + 1 <= self.limit(role):
             return Permit(self, role)
         self.refusals[role] += 1
         return None
 
     def limit(self, role: Role) -> float:
-        """How many retries a pool may have in progress now."""
+        """The number of retries that a pool may have in progress now."""
         live = sum(backend.inflight_requests for backend in self._pool(role))
         return max(self._settings.floor, self._settings.share * live)
 
 
 def amplifies(error: BackendError) -> bool:
-    """Whether a retry after this failure may amplify an overload, and so needs a permit. A backend that has died, or is
-    about to, took its load with it: its requests, perhaps half of the pool's, are only moved."""
+    """Whether a retry after this failure may amplify an overload, and so needs a permit. The requests of a backend that
+    has died or is leaving need none: they replace load that is gone, and may be half of the pool's requests."""
     return not (error.leaves or isinstance(error, BackendUnreachable | BackendLost | BackendCut))

@@ -1,20 +1,21 @@
-"""How fast engines are: learnt from their legs, and what a new leg may expect of them.
+"""The speeds of engines: learnt from their legs, and used to predict the time of a new leg.
 
-Plain values; the time is passed in. What is kept of an engine has a fixed size, but for one number for each prefill leg
-that it has now.
+Plain values; the time is passed in. The memory for an engine is fixed, except for two numbers for each outstanding leg.
 
-**Prefill.** A leg of `u` uncached tokens that end a prompt of `p` costs `u + leg_tokens + u·(p - u/2)/growth` tokens of
-work: `leg_tokens` is what any leg costs, and the last term is attention, which grows with the tokens before. An engine
-does one token of work in `pace` seconds of busy time. The shape (`leg_tokens`, `growth`) is the pool's, the pace the
-engine's.
+**Prefill.** A leg that computes the last `u` tokens of a prompt of `p` costs `u + leg_tokens + u·(p - u/2)/growth`
+tokens
+of work: `leg_tokens` is the fixed cost of a leg, and the last term is attention, which grows with the tokens before. An
+engine does one token of work in `pace` seconds of busy time. `leg_tokens` and `growth` are learnt for the pool, and the
+pace for each engine.
 
-**Decode.** A step, so the gap between two tokens of a stream, takes `factor · (a + b·sequences + c·tokens held)`: one
-fit for the pool, and a factor for each engine.
+**Decode.** A step, which is the gap between two tokens of a stream, takes `factor · (a + b·sequences + c·tokens held)`.
+`a`, `b` and `c` are learnt for the pool, and the factor for each engine.
 
-Both fits are least squares over relative errors, with old observations decayed, no coefficient below zero, and a weak
-pull to a prior, so that what has not been seen to vary stays as it was thought. A pace and a factor are decayed means
-of observed over expected. One observation counts as at most twice or half of what was expected (Huber 1964), until
-several in a row agree that it is more: a freak moves little, a change is followed within some legs.
+Both fits are least squares over relative errors, with decaying weights, no negative coefficients, and a weak prior, so
+that coefficients which the observations do not determine stay near it. A pace and a factor are decayed means of
+observed
+over expected values. An observation is clipped to between half and twice the expected value (Huber 1964), until several
+in a row lie beyond. So an outlier has little effect, and a change is followed within a few legs.
 """
 
 from __future__ import annotations
@@ -26,32 +27,32 @@ from pd_proxy.fleet.fit import Mean
 from pd_proxy.fleet.pool_speeds import CHUNK, FIRST_PACE, PoolSpeeds
 
 MOST_TOKENS = 100_000_000
-"""Tokens of a prompt, or held by an engine; what says more is wrong."""
+"""The most tokens of a prompt, or held by an engine. Greater numbers are clipped."""
 _MOST_SEQUENCES = 100_000
-_MOST_SECONDS = 3600.0  # of a leg, a token or a hand-off
+_MOST_SECONDS = 3600.0  # for a leg, a token or a hand-off
 _SLOWEST_PACE, _FASTEST_PACE = 1.0, 1e-8
 _LEAST_FACTOR, _GREATEST_FACTOR = 1e-4, 1e4
-_FULL_LEG = 512  # tokens: a shorter leg says less of the pace
-_MEMORY = 24.0  # full legs
-_BUSY_MEMORY = 15.0  # seconds of busy time; whichever is shorter
-_MOST_GAIN = 0.2  # of one leg, however long
-_STEP_MEMORY = 16.0  # streams
-_INHERITED = 2.0  # what the pool's median is worth, in full legs (streams)
-_OVERDUE = 0.5  # seconds beyond twice of what a leg should take, after which it is taken for stuck
-_FORGOTTEN = 120.0  # seconds out of the rotation, after which an engine is a new one
-_SILENT = 900.0  # seconds without an answer after which what is outstanding is not
-_ALIKE = 0.08  # of the pool's median factor, by which an engine of the same speed may be off
-_GAP_WEIGHT = 0.25
-_WINDOW = 8.0  # seconds over which prefill's share of an engine that decodes is counted
-_MIXED = 1.0  # seconds after a prefill in which gaps have its chunks in them
-_GAP_HOLDS = 30.0  # seconds for which an observed gap says how an engine is now
-_HANDOFF_PAUSE = 0.05  # seconds between two hand-offs that are looked at: they say much the same
-_OBSERVED = 0.01  # seconds of busy time that one observation of the pace has at least: of less a clock says little
-_ALONE = 0.25  # of what a leg should take: if it is answered sooner, it was computed with the one before
+_FULL_LEG = 512  # tokens from which a leg is a full observation of the pace
+_MEMORY = 24.0  # the memory of a pace, in full legs; or `_BUSY_MEMORY`, where that is shorter
+_BUSY_MEMORY = 15.0  # seconds of busy time
+_MOST_GAIN = 0.2  # the greatest weight of one leg in the mean, whatever its length
+_STEP_MEMORY = 16.0  # the memory of a factor, in streams
+_INHERITED = 2.0  # the number of observations as which the pool's median counts for a new engine
+_OVERDUE = 0.5  # seconds beyond twice the expected time after which a leg is considered stuck
+_FORGOTTEN = 120.0  # seconds down after which an engine counts as a new one
+_SILENT = 900.0  # seconds that the first leg is overdue after which outstanding work is no longer counted
+_ALIKE = 0.08  # part of the pool's median factor by which an engine may differ and count as equally fast
+_GAP_WEIGHT = 0.25  # the weight of a new gap in the mean gap
+_WINDOW = 8.0  # seconds; the time constant of the recent prefill work of an engine that decodes
+_MIXED = 1.0  # seconds after a prefill in which gaps may contain its chunks
+_GAP_HOLDS = 30.0  # seconds for which an observed gap is used
+_HANDOFF_PAUSE = 0.05  # seconds between two observed hand-offs; those between would add little
+_OBSERVED = 0.01  # seconds of busy time that an observation of the pace has at least, since clocks are not exact
+_ALONE = 0.25  # part of the expected time; a leg answered sooner was computed together with the one before
 
 
 def join_pool(pool: PoolSpeeds) -> Speeds:
-    """The speeds of an engine that joins a pool: at first the pool's median."""
+    """Make the speeds of an engine that joins a pool. They begin with the pool's median."""
     speeds = Speeds(pool)
     pool.add(speeds)
     speeds.begin()
@@ -59,20 +60,21 @@ def join_pool(pool: PoolSpeeds) -> Speeds:
 
 
 class Speeds:
-    """How fast one engine is. Made by `join_pool`.
+    """The speeds of one engine. Made by `join_pool`.
 
     Attributes:
-        pool: its pool's.
-        pace: seconds of busy time for one token of work.
-        factor: its step's time over what the pool's fit says.
-        free_at: when it will have done what is outstanding, at its pace.
-        rest: seconds of work that surely remain, since only the first leg can be partly done: a new leg waits for about
-            `max(free_at - now, rest)`.
-        late_at: when the first of them, unanswered by then, is taken to be stuck; `inf` where there is none.
-        step_base, step_token: its step's time without a request, and what a token in flight adds to it, in seconds.
-        capacity: tokens that its KV cache holds; `inf` while that is not known.
-        gap: seconds between two tokens, of late; 0 until one was observed.
-        gap_at: when it was last observed.
+        pool: the speeds of its pool.
+        pace: the seconds of busy time for one token of work.
+        factor: the time of its steps over the time by the pool's fit.
+        free_at: when it is expected to have finished its outstanding legs.
+        rest: the seconds of work that certainly remain, since only the first leg can be partly done. A new leg waits
+            for
+            about `max(free_at - now, rest)`.
+        late_at: when the first outstanding leg is considered stuck; `inf` where there is none.
+        step_base, step_token: the seconds of its step without requests, and the seconds that a token in flight adds.
+        capacity: the tokens that its KV cache holds; `inf` while that is not known.
+        gap: the recent seconds between two tokens of a stream; 0 until one was observed.
+        gap_at: when a gap was last observed.
     """
 
     __slots__ = (
@@ -108,13 +110,13 @@ class Speeds:
 
     def __init__(self, pool: PoolSpeeds) -> None:
         self.pool = pool
-        self._given: deque[tuple[int, int]] = deque()  # uncached tokens and work of each leg that it has, in order
-        self._work = 0  # of these, the sum
+        self._given: deque[tuple[int, int]] = deque()  # uncached tokens and work of each outstanding leg, in order
+        self._work = 0  # the sum of their work
         self._elsewhere = 0
         self._elsewhere_since = 0.0
-        self._next_handoff = 0.0  # when one is looked at again
-        self._since = -inf  # busy time was counted up to here
-        self._legs = 0  # legs that were computed together, so that they are one observation
+        self._next_handoff = 0.0  # when the next one is observed
+        self._since = -inf  # the time up to which busy time has been counted
+        self._legs = 0  # legs of the present observation: those that were computed together
         self._tokens = 0.0
         self._tokens_before = 0.0
         self._work_done = 0.0
@@ -135,17 +137,17 @@ class Speeds:
     # Prefill
 
     def given(self, uncached: int, now: float, prompt: int = 0) -> None:
-        """A prefill leg was dispatched.
+        """Note that a prefill leg was sent.
 
         Arguments:
-            uncached: tokens of its prompt that it is believed to have to compute.
-            prompt: its length in tokens; what is less than `uncached` is as long as that.
+            uncached: the tokens of its prompt that the engine is expected to compute.
+            prompt: the tokens of its prompt; at least `uncached` is assumed.
         """
         if not 0 <= uncached <= prompt <= MOST_TOKENS:
             uncached, prompt = _tokens(uncached), max(_tokens(uncached), _tokens(prompt))
         given = self._given
         work = self.pool.work(uncached, prompt)
-        if self.gap:  # it decodes, too
+        if self.gap:  # it decodes as well
             self._disturbed = self._disturbed * exp(min(0.0, self._disturbed_at - now) / _WINDOW) + work * self.pace
             self._disturbed_at = now
         if not given:
@@ -156,17 +158,17 @@ class Speeds:
             self._plan()
             return
         seconds = work * self.pace
-        self.free_at = now + seconds  # as `_plan` has it of one leg alone
+        self.free_at = now + seconds  # the same as `_plan` computes for a single leg
         self.rest = 0.0
         self.late_at = now + 2.0 * seconds + _OVERDUE
 
     def answered(self, believed: int, computed: int, prompt: int, now: float) -> None:
-        """A prefill leg ended well.
+        """Note that a prefill leg has succeeded.
 
         Arguments:
-            believed: what `given` was told.
-            computed: tokens that the engine did compute, by its own word; `believed` where it says nothing.
-            prompt: the prompt's length in tokens.
+            believed: the `uncached` that was passed when it was sent.
+            computed: the tokens that the engine reports to have computed; `believed` where it reports nothing.
+            prompt: the tokens of the prompt.
         """
         given, passed = self._given, 0.0
         if given:
@@ -201,7 +203,7 @@ class Speeds:
             self.late_at = inf
 
     def withdrawn(self, believed: int, now: float) -> None:
-        """A prefill leg failed, or was cancelled: it is not outstanding any more, and says nothing of the pace."""
+        """Note that a prefill leg has failed or was cancelled. It is no observation of the pace."""
         first = self._given[0][0] if self._given else None
         self._taken(believed)
         if first == _tokens(believed):
@@ -209,18 +211,18 @@ class Speeds:
         self._plan()
 
     def _taken(self, believed: int) -> None:
-        """A leg is not outstanding any more. Mostly it is the first."""
+        """Remove a leg from the outstanding ones. Mostly it is the first."""
         given, believed = self._given, _tokens(believed)
         for index, (uncached, work) in enumerate(given):
             if uncached == believed:
                 self._work -= work
                 del given[index]
                 return
-        if given:  # it was told wrong; better one too few than one for ever
+        if given:  # no leg has this number; removing another one keeps the count from growing for ever
             self._work -= given.popleft()[1]
 
     def _learn(self) -> None:
-        """What was computed together is one observation of the pace, and so are some legs that took next to no time."""
+        """Learn the pace from the legs since the last call, which were computed together or took very little time."""
         work, seconds, legs = self._work_done, self._seconds, self._legs
         tokens, before = self._tokens, self._tokens_before
         self._legs = 0
@@ -243,32 +245,31 @@ class Speeds:
 
     @property
     def elsewhere_uncached(self) -> int:
-        """Uncached tokens that other workers of this gateway have outstanding here."""
+        """The uncached tokens of the outstanding legs of other workers."""
         return self._elsewhere
 
     def note_elsewhere(self, tokens: int, since: float) -> None:
-        """Other workers of this gateway have prefill legs here.
+        """Set the outstanding prefill legs of other workers.
 
         Arguments:
-            tokens: uncached ones of these legs; 0 where they have none any more.
-            since: their `since`, the latest where they are several.
+            tokens: the uncached tokens of these legs; 0 where they have none.
+            since: their `since`; the latest of several workers.
         """
         if tokens != self._elsewhere or since != self._elsewhere_since:
             if tokens < self._elsewhere and since > self._since and self._given:
-                self._since = since  # until then the engine has computed a leg of theirs
+                self._since = since  # before that, the engine has computed a leg of another worker
             self._elsewhere = _tokens(tokens)
             self._elsewhere_since = since
             self._plan()
 
     @property
     def since(self) -> float:
-        """Since when the first of this worker's outstanding legs has been computed, as far as is known; where it has
-        none, when the last one ended."""
+        """When this worker's first outstanding leg began to be computed; without one, when the last leg ended."""
         return self._since
 
     @property
     def outstanding(self) -> int:
-        """Uncached tokens that this worker has outstanding here."""
+        """The uncached tokens of this worker's outstanding legs."""
         return sum(uncached for uncached, _ in self._given)
 
     @property
@@ -278,13 +279,13 @@ class Speeds:
 
     @property
     def rate(self) -> float:
-        """Uncached tokens that it prefills in a second, of a prompt that is not long."""
+        """The uncached tokens that it prefills per second, of a prompt that is not long."""
         return 1.0 / self.pace
 
     def ahead(self, now: float) -> float:
-        """Seconds of prefill work before a new leg.
+        """The seconds of prefill work before a new leg.
 
-        A leg that takes much longer than it should is taken to last for as long again as it is late.
+        A leg that is late is expected to take as long again as it is late.
         """
         left = max(self.free_at - now, self.rest)
         late = now - self.late_at
@@ -293,26 +294,26 @@ class Speeds:
         return left + late if late < _SILENT else 0.0
 
     def disturbed(self, now: float) -> float:
-        """Seconds of prefill that its streams have waited for, or will, in about the last 8 s."""
+        """The seconds of prefill that delay its streams: of the last 8 s or outstanding, whichever are more."""
         ahead = self.ahead(now)
         lately = self._disturbed * exp(min(0.0, self._disturbed_at - now) / _WINDOW) if self._disturbed else 0.0
         return ahead if ahead > lately else lately
 
     def seconds(self, uncached: int, prompt: int) -> float:
-        """Seconds of a leg's own work.
+        """The seconds of a leg's own work.
 
         Arguments:
-            uncached, prompt: tokens to compute, and in all.
+            uncached, prompt: the tokens to compute, and all tokens of the prompt.
         """
         return self.pool.work(uncached, prompt) * self.pace
 
     def refresh(self) -> None:
-        """The pool's fits have moved: find anew what decisions read."""
+        """Compute the attributes that decisions read anew, since the pool's fits have changed."""
         self._expect_step(self.factor)
         self._plan()
 
     def _plan(self) -> None:
-        """Find anew when it will have done what is outstanding."""
+        """Compute `free_at`, `rest` and `late_at` anew."""
         pace, given = self.pace, self._given
         work = self._work + self._elsewhere
         if not work:
@@ -328,12 +329,12 @@ class Speeds:
     # Decode
 
     def stepped(self, seconds: float, sequences: int, kv_tokens: int, now: float) -> None:
-        """A mean gap between two tokens was observed, of a stream whose client read as fast as it came.
+        """Note the mean gap between two tokens of a stream whose client has read as fast as they came.
 
         Arguments:
             seconds: the gap.
-            sequences: requests that the engine had then.
-            kv_tokens: tokens that they held, as `inflight_tokens` counts them.
+            sequences: the requests that the engine had then.
+            kv_tokens: the tokens that these held, as `inflight_tokens` counts them.
         """
         if not 0.0 < seconds <= _MOST_SECONDS:
             return
@@ -349,7 +350,7 @@ class Speeds:
         if not self._given and now - self._since > _MIXED:
             self._undisturbed_at = now
         elif known and now - self._undisturbed_at < _GAP_HOLDS:
-            return  # the gap has prefill's chunks in it, which are counted apart
+            return  # the gap contains prefill work, which `disturbed` counts
         if not known and self.pool.steps:
             self._factor.seen = _INHERITED
         self._factor.note(seconds / (expected * self.factor))
@@ -362,8 +363,9 @@ class Speeds:
         self._expect_step(factor)
 
     def _expect_step(self, factor: float) -> None:
-        """Find anew what decisions read of its step. Engines whose factors differ by a few per cent are alike: to send
-        more to the one that chance made the faster ends where steps are at their target."""
+        """Compute `step_base` and `step_token` anew. Engines whose factors differ by a few per cent count as equally
+        fast.
+        Otherwise an engine that is faster by chance would be sent requests until its steps reach their target."""
         pool = self.pool
         if abs(factor - pool.usual_factor) <= _ALIKE * pool.usual_factor:
             factor = pool.usual_factor
@@ -376,7 +378,7 @@ class Speeds:
         return self._factor.seen > 0.0
 
     def step(self, sequences: int, kv_tokens: int) -> float:
-        """Seconds that a step is expected to take.
+        """The expected seconds of a step.
 
         Arguments:
             sequences, kv_tokens: as for `stepped`.
@@ -385,23 +387,24 @@ class Speeds:
 
     @property
     def slowness(self) -> float:
-        """Its step's time over that of its pool's median engine."""
+        """The time of its steps over that of the pool's median engine."""
         return self.factor / self.pool.factor
 
     def handed_over(self, seconds: float, tokens: int, now: float) -> None:
-        """A hand-off to it took so long, from prefill's answer to decode's first token, for a prompt of `tokens`."""
+        """Note the time of a hand-off to it, from prefill's answer to decode's first token, for a prompt of
+        `tokens`."""
         if 0.0 < seconds <= _MOST_SECONDS and now >= self._next_handoff:
             self._next_handoff = now + _HANDOFF_PAUSE
             self.pool.handed_over(_tokens(tokens), seconds)
 
     def handoff(self, tokens: int) -> float:
-        """Seconds that a hand-off is expected to take; 0 until one was seen."""
+        """The expected seconds of a hand-off; 0 until one was observed."""
         return self.pool.handoff(tokens)
 
     # Coming and going
 
     def begin(self) -> None:
-        """Nothing is known of it but its pool."""
+        """Forget all observations, and take the values of the pool."""
         self._pace.begin(self.pool.pace, 0.0)
         self._factor.begin(self.pool.factor, 0.0)
         self.pace, self.factor = self._pace.value, self._factor.value
@@ -409,29 +412,29 @@ class Speeds:
         self._forget_legs()
 
     def follow_pace(self, pace: float) -> None:
-        """Nothing is known of its pace; the pool's median is such."""
+        """Take the pool's median pace, since no pace of its own was observed."""
         self._pace.begin(pace, 0.0)
         self.pace = pace
 
     def follow_factor(self, factor: float) -> None:
-        """Likewise for its factor."""
+        """Take the pool's median factor, since no factor of its own was observed."""
         self._factor.begin(factor, 0.0)
         self.factor = factor
 
     def left(self, now: float) -> None:
-        """It is out of the rotation: what it had is lost."""
+        """Forget its outstanding legs, since the engine is down."""
         self._left_at = now
         self._forget_legs()
 
     def returned(self, now: float) -> None:
-        """It is back. After a short outage it is taken to be as it was; after a longer one it may be another engine."""
+        """Note that it is up again. After a long outage it may be another engine, so its observations are forgotten."""
         away = 0.0 if self._left_at is None else now - self._left_at
         self._left_at = None
         if away > _FORGOTTEN:
             self.begin()
             return
         for mean in (self._pace, self._factor):
-            mean.seen = min(mean.seen, _INHERITED)  # it may have changed, so new observations count for more
+            mean.seen = min(mean.seen, _INHERITED)  # the engine may have changed, so new observations get more weight
 
     def _forget_legs(self) -> None:
         self._given.clear()
@@ -442,5 +445,5 @@ class Speeds:
 
 
 def _tokens(count: int) -> int:
-    """A count within bounds."""
+    """A count of tokens, clipped to its bounds."""
     return int(count) if 0 <= count <= MOST_TOKENS else MOST_TOKENS if count > 0 else 0

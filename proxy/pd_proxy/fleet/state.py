@@ -1,9 +1,10 @@
-"""The states of a backend, and what leads from one to another.
+"""The states of a backend, and the transitions between them.
 
-A backend has three kinds of state, since each changes without the others: its health, as probes and requests find it;
-its duty, as operators set it; and for each leg its fitness, as the outlier detector decides. It may be given a request
-when its health is `UP`, its duty is `SERVING`, and it is `FIT` for the leg, or so few are fit that ejections are
-ignored. `docs/states.svg` is drawn from these tables.
+A backend has three independent states: its health, which probes and requests determine; its duty, which operators set;
+and its fitness for each kind of leg, which the outlier detector decides. A backend may be given a request when its
+health
+is `UP`, its duty is `SERVING`, and it is `FIT` for the leg. Its fitness is ignored where too few backends are fit.
+`docs/states.svg` is drawn from these tables.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Duty(Enum):
 
     SERVING = "serving"
     DRAINING = "draining"
-    """It ends what it has and is given nothing new."""
+    """It finishes its requests and gets no new ones."""
     LEAVING = "leaving"
-    """It is draining, and forgotten when nothing needs it any more."""
+    """It is draining, and is removed when it is drained."""
     GONE = "gone"
 
 

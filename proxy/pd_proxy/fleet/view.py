@@ -11,7 +11,7 @@ from pd_proxy.fleet.readiness import not_ready, readiness
 
 
 class FleetView:
-    """What metrics show of a fleet. It holds nothing of its own."""
+    """The values of a fleet that metrics show. It has no state of its own."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -25,11 +25,11 @@ class FleetView:
         return self._fleet.handoffs_pending
 
     def states(self) -> list[tuple[Backend, State]]:
-        """Every backend with its state."""
+        """All backends with their states."""
         return [(backend, self._fleet.state(backend)) for backend in self._fleet]
 
     def panicking(self) -> list[tuple[Role, bool]]:
-        """Every pool, and whether so few of it are fit that its ejections are ignored."""
+        """All pools, and for each whether so few of its backends are fit that ejections are ignored."""
         fleet = self._fleet
         return [
             (role, fleet.outlier_detector.panics(fleet.serving(role, None), LEGS[role][-1], fleet.members(role, None)))
@@ -48,7 +48,7 @@ class FleetView:
 
     @property
     def excused_checks(self) -> Counter[str]:
-        """Failed health checks that did not count, by why."""
+        """The number of failed health checks that did not count, by reason."""
         return self._fleet.excused_checks
 
     @property
@@ -62,11 +62,11 @@ class FleetView:
         return self._fleet.warmups
 
     def names(self, model: str) -> bool:
-        """Whether some backend has named a model."""
+        """Whether a backend has listed a model."""
         return self._fleet.names(model)
 
     def not_ready(self) -> str:
-        """Why the fleet cannot serve a request; empty when it can."""
+        """Why the fleet cannot serve a request; empty where it can."""
         return not_ready(self._fleet)
 
     def readiness(self) -> dict[str, str]:

@@ -277,7 +277,7 @@ class Single:
         request.cuts = self._suspicion.noted(request.cuts, answering_leg(backend), backend, error)
         request.record.error = str(error)
         if isinstance(error, BackendLacksModel) and request.model is not None:
-            self._fleet.has_lost(backend, request.model)
+            self._fleet.lost_model(backend, request.model)
         if request.route.computes and isinstance(error, BackendRejected):
             self._fleet.succeeded(backend, answering_leg(backend))  # an engine that refuses a request is alive
         elif request.route.computes or isinstance(error, BackendUnreachable | BackendLost):

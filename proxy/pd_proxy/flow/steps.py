@@ -263,7 +263,7 @@ class RequestSteps:
         request.failed_pool = backend.role
         request.record.error = str(error)
         if isinstance(error, BackendLacksModel) and request.body.model is not None:
-            self._fleet.has_lost(backend, request.body.model)
+            self._fleet.lost_model(backend, request.body.model)
 
 
 async def _run_out(prefilling: asyncio.Task[None], lease: Lease, sent: Sent | None) -> None:

@@ -104,7 +104,7 @@ def explanation(
         counted. The queue is left out: the request counts as admitted. Ties and random policies may be decided
         differently for the real request."""
         body = bounded(read_body(await request.body(), query.endpoint), usual, most)
-        model = await names.meant(body.model)
+        model = await names.resolve(body.model)
         if model is not None and model != body.model:
             body = renamed(body, model)
         record = RequestRecord(query.endpoint, model=body.model or "", client=query.client, stream=body.stream)

@@ -71,7 +71,7 @@ class Discovery:
         path = backend.kind.metrics
         if backend.role != "encode":
             metrics = await self._probe.page(backend.url + path, self._seconds) if path else b""
-            self._fleet.holds(backend, read_cache(metrics))
+            self._fleet.set_cache(backend, read_cache(metrics))
 
     async def read_from_elsewhere(self, backend: Backend) -> int | None:
         """How many prompt tokens an engine has loaded from other engines' KV caches; None if it does not report it."""
@@ -96,7 +96,7 @@ class Discovery:
             if answer.status == 200:
                 with suppress(*NOT_AS_EXPECTED):
                     version = str(decode_json(answer.body)[member])
-        self._fleet.learnt(backend, models, version)
+        self._fleet.set_models(backend, models, version)
         if self._fleet.reports_connector(backend) and (anew or not backend.reported_connector):
             self._fleet.connector_reported(backend, await self._read_connector(backend))
         await self._locate(backend)

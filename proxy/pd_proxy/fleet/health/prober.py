@@ -117,7 +117,7 @@ class Prober:
     def _join(self, backend: Backend) -> None:
         if self._reads_caches and backend.role != "encode":
             # Nothing is known of its cache yet. Other workers may use it already, and report what they have sent to it.
-            self._fleet.holds(backend, Cache())
+            self._fleet.set_cache(backend, Cache())
         self._watchers[backend] = asyncio.create_task(self._watch(backend), name=f"probe {backend.url}")
 
     def _leave(self, backend: Backend) -> None:
@@ -152,7 +152,7 @@ class Prober:
         except ProbeFailed as failure:
             log.info("%s backend %s did not report its models: %s", backend.role, backend.url, failure)
         else:
-            self._fleet.learnt(backend, models, backend.version)
+            self._fleet.set_models(backend, models, backend.version)
 
     async def _watch(self, backend: Backend) -> None:
         while True:

@@ -212,7 +212,10 @@ class Registrations:
 
     def _hosts(self, backend: Backend) -> set[str]:
         """A backend's own hosts: that of its URL, and that of its coordinates in the settings."""
-        return {(urlsplit(backend.url).hostname or "").lower(), self._fleet.placed(backend.url).host.lower()}
+        return {
+            (urlsplit(backend.url).hostname or "").lower(),
+            self._fleet.configured_coordinates(backend.url).host.lower(),
+        }
 
     def _not_taken(self, outcome: Outcome, why: str) -> None:
         self.counts[outcome] += 1
