@@ -25,7 +25,7 @@ from pd_proxy.doctor.examination import examine  # noqa: E402 - the checkout's o
 from pd_proxy.fleet.backend import Backend, Lease, Role  # noqa: E402
 from pd_proxy.fleet.pool_speeds import PoolSpeeds  # noqa: E402
 from pd_proxy.fleet.speeds import join_pool  # noqa: E402
-from pd_proxy.flow.decisions import Decisions, in_full  # noqa: E402
+from pd_proxy.flow.decisions import Decisions, explanation_of  # noqa: E402
 from pd_proxy.flow.request import Request  # noqa: E402
 from pd_proxy.http.response import AsgiResponse  # noqa: E402
 from pd_proxy.placement.ask import Ask  # noqa: E402
@@ -95,8 +95,8 @@ def explained() -> str:
     decision = decide(view, ask, unsplittable="", policies=policies, allow_local_prefill=True)
     body = read_body(b'{"model":"llama","messages":[]}', "chat")
     request = Request(body, AsgiResponse(None, None), RequestRecord("chat", model="llama"))  # type: ignore[arg-type]
-    full = in_full(view, ask, [(drained, "draining")], decision.chosen)
-    return as_text(Decisions().would(request, ask, decision, full))
+    full = explanation_of(view, ask, [(drained, "draining")], decision.chosen)
+    return as_text(Decisions().preview(request, ask, decision, full))
 
 
 async def sample() -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pd_proxy.fleet.backend import Backend, Lease, Role
 from pd_proxy.fleet.pool_speeds import PoolSpeeds
 from pd_proxy.fleet.speeds import join_pool
-from pd_proxy.flow.decisions import MOST_CANDIDATES, MOST_HEADER, Decisions, Full, header, in_full
+from pd_proxy.flow.decisions import MOST_CANDIDATES, MOST_HEADER, Decisions, Explanation, explanation_of, header
 from pd_proxy.flow.request import Request
 from pd_proxy.http.response import AsgiResponse
 from pd_proxy.placement.ask import Ask
@@ -78,10 +78,10 @@ def test_what_was_expected_of_the_chosen_engines_is_told_as_it_was_then() -> Non
     for backend in (*view.prefill, *view.decode):  # what comes later changes nothing of it
         Lease(backend, 50_000)
         backend.speeds.given(90_000, NOW, 90_000)
-    [told] = decisions.last(10)
-    assert not told["complete"]
-    assert [one["role"] for one in told["candidates"]] == ["prefill", "decode"]
-    for one in told["candidates"]:
+    [shown] = decisions.last(10)
+    assert not shown["complete"]
+    assert [one["role"] for one in shown["candidates"]] == ["prefill", "decode"]
+    for one in shown["candidates"]:
         it = expected[one["url"]]
         assert one["chosen"]
         assert (one["cached"], one["uncached"], one["tokens"], one["requests"]) == (
@@ -89,23 +89,27 @@ def test_what_was_expected_of_the_chosen_engines_is_told_as_it_was_then() -> Non
         )
         for name in ("wait", "own", "first_token", "step", "slowness"):
             assert one[name] == pytest.approx(getattr(it, name), rel=1e-2, abs=1e-4), name
-    assert (told["pool"], told["prefill"], told["decode"]) == ("decode", decision.prefill.url, decision.decode.url)
-    assert told["reason"] == decision.reason
-    assert told["targets"] == {"ttft": 1.0, "tpot": 0.05}
+    assert (shown["pool"], shown["prefill"], shown["decode"]) == (
+        "decode",
+        decision.prefill.url,
+        decision.decode.url,
+    )
+    assert shown["reason"] == decision.reason
+    assert shown["targets"] == {"ttft": 1.0, "tpot": 0.05}
 
 
 def test_a_decision_in_full_has_all_candidates_and_who_was_left_out() -> None:
     decisions = Decisions(clock=Clock())
     view, asked, decision = placed()
     gone = Backend("http://gone:8000", "decode")
-    full = in_full(view, asked, [(gone, "down")], _chosen(decision), MOST_CANDIDATES)
+    full = explanation_of(view, asked, [(gone, "down")], _chosen(decision), MOST_CANDIDATES)
     decisions.note(request(), asked, decision, full)
-    [told] = decisions.last(1)
-    assert told["complete"]
-    assert len(told["candidates"]) == 6
-    assert sorted(one["url"] for one in told["candidates"] if one["chosen"]) == sorted(_chosen(decision))
-    assert told["left_out"] == [{"url": "http://gone:8000", "role": "decode", "rule": "down"}]
-    assert told["left_out_by"] == {"down": 1}
+    [shown] = decisions.last(1)
+    assert shown["complete"]
+    assert len(shown["candidates"]) == 6
+    assert sorted(one["url"] for one in shown["candidates"] if one["chosen"]) == sorted(_chosen(decision))
+    assert shown["left_out"] == [{"url": "http://gone:8000", "role": "decode", "rule": "down"}]
+    assert shown["left_out_by"] == {"down": 1}
 
 
 def _chosen(decision: Decision[Backend]) -> tuple[str, ...]:
@@ -116,7 +120,7 @@ def test_of_a_large_fleet_the_best_candidates_and_the_chosen_one_are_kept() -> N
     view, asked, _ = placed(40, 40)
     worst = view.decode[-1]
     left = [(Backend(f"http://down{number}:8000", "decode"), "down") for number in range(100)]
-    full = in_full(view, asked, left, (worst.url,), MOST_CANDIDATES)
+    full = explanation_of(view, asked, left, (worst.url,), MOST_CANDIDATES)
     for role in ("prefill", "decode"):
         kept = [one for its, one in full.candidates if its == role]
         assert len(kept) == MOST_CANDIDATES
@@ -127,7 +131,7 @@ def test_of_a_large_fleet_the_best_candidates_and_the_chosen_one_are_kept() -> N
     assert full.of == {"prefill": 40, "decode": 40, "mixed": 0}
     assert len(full.left_out) == 2 * MOST_CANDIDATES
     assert full.rules == {"down": 100}
-    whole = in_full(view, asked, left, (), None)
+    whole = explanation_of(view, asked, left, (), None)
     assert (len(whole.candidates), len(whole.left_out)) == (80, 100)
 
 
@@ -167,15 +171,15 @@ def test_what_became_of_a_request_stands_beside_what_was_expected() -> None:
     _, asked, decision = placed()
     made = request()
     decisions.note(made, asked, decision)
-    [told] = decisions.last(1)
-    assert told["outcome"]["outcome"] is None  # it runs
+    [shown] = decisions.last(1)
+    assert shown["outcome"]["outcome"] is None  # it runs
     record = made.record
     record.outcome, record.status, record.prompt_tokens, record.cached_tokens = "ok", 200, 3100, 1000
     record.prefill_seconds = 0.25
-    [told] = decisions.last(1)
-    assert told["outcome"]["outcome"] == "ok"
-    assert (told["outcome"]["prompt_tokens"], told["outcome"]["cached_tokens"]) == (3100, 1000)
-    assert told["outcome"]["prefill_seconds"] == 0.25
+    [shown] = decisions.last(1)
+    assert shown["outcome"]["outcome"] == "ok"
+    assert (shown["outcome"]["prompt_tokens"], shown["outcome"]["cached_tokens"]) == (3100, 1000)
+    assert shown["outcome"]["prefill_seconds"] == 0.25
     record.tries = 2  # it was placed again: how it went says nothing of the first try
     assert decisions.last(1)[0]["outcome"] is None
 
@@ -184,10 +188,10 @@ def test_that_nobody_could_be_chosen_is_a_decision_too() -> None:
     decisions = Decisions(clock=Clock())
     down = Backend("http://decode0:8000", "decode")
     view: View[Backend] = View((), (), (), {"prefill": 0, "decode": 1, "mixed": 0})
-    decisions.nobody(request(), ask(), "nothing is up", in_full(view, ask(), [(down, "down")], ()))
-    [told] = decisions.last(1)
-    assert (told["error"], told["pool"], told["decode"], told["reason"]) == ("nothing is up", None, None, None)
-    assert told["left_out_by"] == {"down": 1}
+    decisions.note_none(request(), ask(), "nothing is up", explanation_of(view, ask(), [(down, "down")], ()))
+    [shown] = decisions.last(1)
+    assert (shown["error"], shown["pool"], shown["decode"], shown["reason"]) == ("nothing is up", None, None, None)
+    assert shown["left_out_by"] == {"down": 1}
     assert decisions.counts == {("none", "none"): 1}
 
 
@@ -228,22 +232,22 @@ def test_a_header_is_ascii_on_one_line_and_never_too_long(count: int, left: int,
     value = header(shown)
     assert len(value) <= MOST_HEADER
     assert all(0x20 <= byte < 0x7F for byte in value)
-    told = json.loads(value)
+    shown = json.loads(value)
     if error is None and len(name) < 200 and count:
-        assert candidates[-1] in told["candidates"]
-        assert count + left - len(told["candidates"]) - len(told["left_out"]) == told.get("omitted", 0)
+        assert candidates[-1] in shown["candidates"]
+        assert count + left - len(shown["candidates"]) - len(shown["left_out"]) == shown.get("omitted", 0)
 
 
 def test_what_is_infinite_is_null_since_json_has_no_word_for_it() -> None:
     decisions = Decisions(clock=Clock())
     view, asked, decision = placed(1, 1)
     view.decode[0].speeds.step_base = inf
-    full = in_full(view, asked, (), ())
-    assert isinstance(full, Full)
+    full = explanation_of(view, asked, (), ())
+    assert isinstance(full, Explanation)
     decisions.note(request(), asked, decision, full)
-    [told] = decisions.last(1)
-    assert [one["step"] for one in told["candidates"] if one["role"] == "decode"] == [None]
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    [shown] = decisions.last(1)
+    assert [one["step"] for one in shown["candidates"] if one["role"] == "decode"] == [None]
+    assert json.loads(json.dumps(shown, allow_nan=False)) == shown
 
 
 def test_only_a_request_that_is_to_be_explained_gets_the_header() -> None:
@@ -253,6 +257,6 @@ def test_only_a_request_that_is_to_be_explained_gets_the_header() -> None:
     for one in (plain, explained):
         decisions.note(one, asked, decision)
     assert not any(name == b"x-pd-proxy-decision" for name, _ in plain.headers())
-    told = json.loads(dict(explained.headers())[b"x-pd-proxy-decision"])
-    assert told["decode"] == decision.decode.url
-    assert told["request_id"] == "explained"
+    shown = json.loads(dict(explained.headers())[b"x-pd-proxy-decision"])
+    assert shown["decode"] == decision.decode.url
+    assert shown["request_id"] == "explained"

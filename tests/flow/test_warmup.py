@@ -95,7 +95,7 @@ async def test_what_waits_for_its_turn_is_left_out_once_a_real_request_was_there
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(warmup, "_AT_ONCE", 1)
-    monkeypatch.setattr(trial, "PATIENCE", 0.5)
+    monkeypatch.setattr(trial, "TIMEOUT", 0.5)
     async with simulators("prefill", "decode", "decode") as [p, *decode]:
         p.faults.add("hang", leg="prefill", count=1)
         urls = [engine.url for engine in decode]

@@ -65,7 +65,8 @@ class _Examination:
         callbacks = Callbacks(settings.metaserver.url)
         self._trials = Trials(settings, self._fleet, self._connectors, self._notices, callbacks, ports=True)
         control = Control(settings.health.timeout, self._trials.authorization)
-        self._trials.witness = self._prober = Prober(self._fleet, settings.health, control, connectors=self._connectors)
+        self._prober = Prober(self._fleet, settings.health, control, connectors=self._connectors)
+        self._trials.inspector = self._prober
         self._backends = list(self._fleet)
         self._failures: dict[Backend, ProbeFailed] = {}
         self._findings: list[Finding] = []

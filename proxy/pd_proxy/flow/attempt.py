@@ -118,8 +118,8 @@ class Attempt(msgspec.Struct):
         cached = usage.cached_tokens if self.pending is None else self.counts.cached or 0
         record.cached_tokens = cached if cached < prompt else prompt
         if self.sent is not None and self.pending is None:
-            told = usage.prompt_tokens_details
-            self.sent.counted(None if said or told is None else told.cached_tokens, counted)
+            details = usage.prompt_tokens_details
+            self.sent.counted(None if said or details is None else details.cached_tokens, counted)
 
     def note_stream(self, relay: StreamRelay, said: int) -> None:
         """Keep in the record what a decode leg has streamed, whether it ended well or not.

@@ -47,7 +47,7 @@ _LONGEST_NAME = 64  # characters of what a client has named
 LeftOut = Sequence[tuple[Backend, str]]
 
 
-class Seen(msgspec.Struct, frozen=True, gc=False):
+class Snapshot(msgspec.Struct, frozen=True, gc=False):
     """What a decision knew of an engine that it chose, as numbers; `cost` makes sense of them.
 
     Attributes:
@@ -92,10 +92,10 @@ class Seen(msgspec.Struct, frozen=True, gc=False):
         )
 
 
-def seen(backend: Backend, ask: Ask) -> Seen:
+def snapshot(backend: Backend, ask: Ask) -> Snapshot:
     """What is known of an engine now."""
     speeds, url = backend.speeds, backend.url
-    return Seen(
+    return Snapshot(
         url,
         ask.cached.get(url, 0),
         speeds.ahead(ask.now),
@@ -110,7 +110,7 @@ def seen(backend: Backend, ask: Ask) -> Seen:
     )
 
 
-class Full(msgspec.Struct, frozen=True, gc=False):
+class Explanation(msgspec.Struct, frozen=True, gc=False):
     """All that a decision looked at.
 
     Attributes:
@@ -126,7 +126,9 @@ class Full(msgspec.Struct, frozen=True, gc=False):
     rules: Mapping[str, int]
 
 
-def in_full(view: View[Backend], ask: Ask, left_out: LeftOut, chosen: Sequence[str], most: int | None = None) -> Full:
+def explanation_of(
+    view: View[Backend], ask: Ask, left_out: LeftOut, chosen: Sequence[str], most: int | None = None
+) -> Explanation:
     """All that a decision looks at. To be called before its request takes its leases.
 
     Arguments:
@@ -141,11 +143,11 @@ def in_full(view: View[Backend], ask: Ask, left_out: LeftOut, chosen: Sequence[s
             kept = nsmallest(most, pool, key=lambda one: (one.url not in chosen, time_to_first_token(one, ask)))
         candidates += [(role, one) for one in costs(kept, ask)]
     rules = Counter(rule for _, rule in left_out)
-    told = left_out if most is None else left_out[: 2 * most]
-    return Full(
+    listed = left_out if most is None else left_out[: 2 * most]
+    return Explanation(
         tuple(candidates),
         {role: len(pool) for role, pool in pools.items()},
-        tuple((backend.url, backend.role, rule) for backend, rule in told),
+        tuple((backend.url, backend.role, rule) for backend, rule in listed),
         rules,
     )
 
@@ -171,12 +173,12 @@ class Decided(msgspec.Struct, frozen=True, gc=False):
     ttft: float | None
     tpot: float | None
     pool: str = ""
-    prefill: Seen | None = None
-    decode: Seen | None = None
+    prefill: Snapshot | None = None
+    decode: Snapshot | None = None
     reason: str = ""
     fallback: str = ""
     error: str = ""
-    full: Full | None = None
+    full: Explanation | None = None
     chosen: tuple[str, str] = ("", "")
 
 
@@ -203,7 +205,7 @@ class Decisions:
         """Whether a decision is to be noted in full."""
         return request.explain or now >= self._next
 
-    def note(self, request: Request, ask: Ask, decision: Decision[Backend], full: Full | None = None) -> None:
+    def note(self, request: Request, ask: Ask, decision: Decision[Backend], full: Explanation | None = None) -> None:
         """A try was placed. Called once it stands in the request's record, and before it takes its leases."""
         pool, reason = decision.pool, decision.reason
         self.counts[pool, reason] += 1
@@ -217,12 +219,14 @@ class Decisions:
         if request.explain:
             request.explained = header(self.shown(decided))
 
-    def nobody(self, request: Request, ask: Ask, error: str, full: Full | None = None) -> None:
+    def note_none(self, request: Request, ask: Ask, error: str, full: Explanation | None = None) -> None:
         """Nobody could be given a try."""
         self.counts["none", "none"] += 1
         self._ring.append(_undecided(request.record, ask, error, full))
 
-    def would(self, request: Request, ask: Ask, decision: Decision[Backend] | str, full: Full) -> dict[str, Any]:
+    def preview(
+        self, request: Request, ask: Ask, decision: Decision[Backend] | str, full: Explanation
+    ) -> dict[str, Any]:
         """What would be decided about a request, as JSON has it. It is not noted.
 
         Arguments:
@@ -291,7 +295,7 @@ class Decisions:
 
 
 def _decided(
-    record: RequestRecord, nth: int, ask: Ask, decision: Decision[Backend], full: Full | None, closely: bool
+    record: RequestRecord, nth: int, ask: Ask, decision: Decision[Backend], full: Explanation | None, closely: bool
 ) -> Decided:
     prefill, decode = decision.prefill, decision.decode
     return Decided(
@@ -303,8 +307,8 @@ def _decided(
         ask.ttft,
         ask.tpot,
         decision.pool,
-        seen(prefill, ask) if closely and prefill is not None else None,
-        seen(decode, ask) if closely else None,
+        snapshot(prefill, ask) if closely and prefill is not None else None,
+        snapshot(decode, ask) if closely else None,
         decision.reason,
         record.fallback,  # which may say more than the decision's own
         "",
@@ -313,7 +317,7 @@ def _decided(
     )
 
 
-def _undecided(record: RequestRecord, ask: Ask, error: str, full: Full | None) -> Decided:
+def _undecided(record: RequestRecord, ask: Ask, error: str, full: Explanation | None) -> Decided:
     return Decided(
         ask.now,
         record,

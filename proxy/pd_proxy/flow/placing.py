@@ -24,7 +24,7 @@ from pd_proxy.fleet.engine_families import KINDS, Kind
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.pairing import same_weights
 from pd_proxy.fleet.readiness import models_without_pair
-from pd_proxy.flow.decisions import MOST_CANDIDATES, Decisions, Full, in_full
+from pd_proxy.flow.decisions import MOST_CANDIDATES, Decisions, Explanation, explanation_of
 from pd_proxy.flow.first_token import FirstTokens
 from pd_proxy.flow.prompts import Prompts, Sent
 from pd_proxy.flow.request import Request
@@ -38,7 +38,7 @@ from pd_proxy.requests.body import Body
 from pd_proxy.requests.endpoints import LAYOUTS
 from pd_proxy.settings.tree import Settings
 
-_SAYS_NOTHING = {
+_UNRELATED_TO_HANDOFF = {
     kind.reason
     for kind in (
         BackendBusy,
@@ -136,7 +136,7 @@ class Placing:
         try:
             decision = self._choose(request, found, ask)
         except NoBackend as error:
-            self._note_nobody(request, found, ask, error)
+            self._note_none(request, found, ask, error)
             if isinstance(request.error, BackendBusy | BackendLacksModel):
                 raise request.error from None
             error.__cause__ = request.error
@@ -146,7 +146,7 @@ class Placing:
         record.fallback = self._fallback(decision, request.body) if decision.fallback else ""
         if decisions.due(request, ask.now):
             began = monotonic()
-            full = self._in_full(request, found, ask, decision, MOST_CANDIDATES)
+            full = self._explanation(request, found, ask, decision, MOST_CANDIDATES)
             decisions.note(request, ask, decision, full)
             decisions.explained(began)
         else:
@@ -161,10 +161,10 @@ class Placing:
         try:
             decision = self._choose(request, found, ask)
         except (NoBackend, InvalidRequest) as error:
-            return self.decisions.would(request, ask, str(error), self._in_full(request, found, ask, None, None))
+            return self.decisions.preview(request, ask, str(error), self._explanation(request, found, ask, None, None))
         request.record.fallback = self._fallback(decision, request.body)
-        full = self._in_full(request, found, ask, decision, None)
-        return self.decisions.would(request, ask, decision, full)
+        full = self._explanation(request, found, ask, decision, None)
+        return self.decisions.preview(request, ask, decision, full)
 
     def _choose(self, request: Request, found: Eligible[Backend], ask: Ask) -> Decision[Backend]:
         """Decide.
@@ -196,22 +196,22 @@ class Placing:
             return "no_matching_pair"  # they are up, and serve other models
         return decision.fallback
 
-    def _in_full(
+    def _explanation(
         self,
         request: Request,
         found: Eligible[Backend],
         ask: Ask,
         decision: Decision[Backend] | None,
         most: int | None,
-    ) -> Full:
+    ) -> Explanation:
         """All that a decision looks at, and which backends were left out."""
         chosen = () if decision is None else decision.chosen
         pools = {role: self._fleet.pool(role) for role in ("prefill", "decode", "mixed")}
         members, needs = self._members(request), self._needs(request)
         rest = left_out(pools, members, needs, self._rules, avoid=ask.avoid, now=ask.now)
-        return in_full(found.view, ask, rest, chosen, most)
+        return explanation_of(found.view, ask, rest, chosen, most)
 
-    def _note_nobody(
+    def _note_none(
         self,
         request: Request,
         found: Eligible[Backend],
@@ -220,8 +220,8 @@ class Placing:
     ) -> None:
         full, began = None, monotonic()
         if due := self.decisions.due(request, ask.now):
-            full = self._in_full(request, found, ask, None, MOST_CANDIDATES)
-        self.decisions.nobody(request, ask, str(error), full)
+            full = self._explanation(request, found, ask, None, MOST_CANDIDATES)
+        self.decisions.note_none(request, ask, str(error), full)
         if due:
             self.decisions.explained(began)
 
@@ -348,7 +348,7 @@ class Placing:
         """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
         pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
         retries = request.record.retries
-        failed = [leg for leg, reason in retries if reason not in _SAYS_NOTHING and leg != "encode"]
+        failed = [leg for leg, reason in retries if reason not in _UNRELATED_TO_HANDOFF and leg != "encode"]
         if len(failed) < 2 or not (request.record.prefill and request.record.decode and self._local_prefill):
             return ""
         return "prefill_failed" if failed[-1] == "prefill" else "handoff_failed"

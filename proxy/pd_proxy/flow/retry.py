@@ -135,7 +135,7 @@ class Retries:
         Raises:
             BackendsKilled: so many engines have ended while they had the request that no other is given it.
         """
-        if job.cuts is None or not (ended := await self._suspicion.deadly(job.cuts)):
+        if job.cuts is None or not (ended := await self._suspicion.engines_ended(job.cuts)):
             return
         killed = BackendsKilled(f"{len(ended)} engines ended while they had this request: {', '.join(ended)}")
         job.record.error = str(killed)

@@ -274,7 +274,7 @@ class Single:
         backend = request.backend
         assert backend is not None
         request.avoid.add(backend.url)
-        request.cuts = self._suspicion.noted(request.cuts, answering_leg(backend), backend, error)
+        request.cuts = self._suspicion.note(request.cuts, answering_leg(backend), backend, error)
         request.record.error = str(error)
         if isinstance(error, BackendLacksModel) and request.model is not None:
             self._fleet.lost_model(backend, request.model)

@@ -258,7 +258,7 @@ class RequestSteps:
     def failed(self, request: Request, backend: Backend, leg: str, error: BackendError) -> None:
         """A leg failed: remember which backend to avoid, and what the log of another try is to say of it."""
         request.avoid.add(backend.url)
-        request.cuts = self._suspicion.noted(request.cuts, leg, backend, error, request.gained)
+        request.cuts = self._suspicion.note(request.cuts, leg, backend, error, request.gained)
         request.failed = (leg, error.reason)
         request.failed_pool = backend.role
         request.record.error = str(error)

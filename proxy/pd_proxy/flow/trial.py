@@ -1,8 +1,8 @@
-"""One request for one token through a pair of backends: does the KV cache of the one get to the other?
+"""A trial: one request for one token that shows whether the KV cache of a prefill backend reaches a decode backend.
 
-It is no client's request: it is in no metric of clients' requests, and its outcome counts neither for nor against a
-backend. It does hold leases, since it is work for the engines, and a backend that is draining must wait for it.
-Warm-ups and `pd-proxy doctor` are made of it.
+A trial is not counted as a client's request, and its outcome does not change the health of a backend. It holds leases,
+since it is work for the engines, and since a backend that drains must wait for it. Warm-ups and `pd-proxy doctor` run
+trials.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pd_proxy.flow.discard import DiscardingClient, DiscardingTelemetry
 from pd_proxy.flow.legs import Legs
 from pd_proxy.flow.orders import Orders
 from pd_proxy.flow.request import Request, new_id
-from pd_proxy.flow.trial_steps import PATIENCE, Course, TrialSteps
+from pd_proxy.flow.trial_steps import TIMEOUT, Progress, TrialSteps
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.requests.body import read_body
 from pd_proxy.settings.tree import Settings
@@ -39,16 +39,16 @@ from pd_proxy.telemetry.records import RequestRecord
 log = logging.getLogger("pd_proxy.flow")
 
 _PROMPTS = 3
-_LOOKS = (0.0, 0.1, 0.4)  # seconds before looks at decode's count: an engine may count after it has answered
+_WAITS = (0.0, 0.1, 0.4)  # seconds before decode's count is read: an engine may count after it has answered
 # Longer than a block of any engine (16 tokens on GPUs, 128 on Ascend), so that there is something to transfer. An id
-# goes before it, so that no engine has it in its prefix cache and can do without the other.
+# precedes it, so that no engine has the prompt in its prefix cache.
 _PROMPT = "The decode backend reads the cache of the prefill backend and goes on from there. " * 12
 
 T = TypeVar("T")
 
 
-class Witness(Protocol):
-    """Asks engines what they say of themselves: the `Prober`."""
+class Inspector(Protocol):
+    """Reads what engines report about themselves: the `Prober`."""
 
     async def profile(self, backend: Backend) -> Profile: ...
 
@@ -63,12 +63,12 @@ class Trial:
 
     Attributes:
         prefill, decode: URLs.
-        finding: what is wrong; None where the KV cache was handed over, as far as the engines tell.
-        side: host and port of prefill's side of the hand-off, where it says them.
-        unreachable: why these cannot be connected to from here; empty where they can, or that was not tried.
+        finding: what is wrong; None where the KV cache was handed over, as far as the engines report.
+        side: host and port of prefill's side of the hand-off, where it reports them.
+        unreachable: why they cannot be connected to from here; empty where they can, or where it was not tried.
         seconds: how long it took.
         at: when it ended, as `time.monotonic`.
-        warnings: what is odd about either engine, though they hand over.
+        warnings: what is wrong with either engine though they hand over.
     """
 
     prefill: str
@@ -85,11 +85,10 @@ class Trials:
     """Runs trials.
 
     Arguments:
-        ports: whether to look each time if prefill's side of the hand-off can be connected to from here; else only
-            where it failed.
+        ports: try each time to connect to prefill's side of the hand-off; else only after a failed trial.
     Attributes:
-        witness: asks engines what they say of themselves; None: they are not asked.
-        authorization: what every request to an engine carries, as whole lines.
+        inspector: reads what engines report about themselves; None: it is not read.
+        authorization: the header line with the engines' key, which every request to an engine carries; or empty.
     """
 
     def __init__(
@@ -109,15 +108,15 @@ class Trials:
         self.authorization = self._legs.authorization
         self._ports = ports
         self._profiles: dict[Backend, Profile] = {}
-        self._reads: set[Backend] = set()  # those that have been seen to read what they are handed over
-        self.witness: Witness | None = None
+        self._reads: set[Backend] = set()  # decode backends that have been observed to read a hand-off
+        self.inspector: Inspector | None = None
 
     def close(self) -> None:
         """Close idle connections."""
         self._legs.close()
 
     def forget(self, backend: Backend) -> None:
-        """A backend has left."""
+        """A backend has left the fleet."""
         self.suspect(backend)
         self._legs.forget(backend)
 
@@ -132,56 +131,58 @@ class Trials:
             return Trial(prefill.url, decode.url, misfit, at=monotonic())
         before = await self._count(decode)
         began = monotonic()
-        course, error = await self._attempt(prefill, decode)
+        progress, error = await self._attempt(prefill, decode)
         seconds = monotonic() - began
-        if error is None and course.problem is None and before is not None:
-            await self._see_read(decode, before, course)
+        if error is None and progress.problem is None and before is not None:
+            await self._see_read(decode, before, progress)
         missed: tuple[Finding, ...] = ()
-        if course.problem is not None and self._connectors[decode.connector].traits.may_miss:
-            missed = (found(course.problem[0], _missed(prefill, decode), prefill.url, decode.url, severity="warning"),)
-            course.problem = None
-        failed = error is not None or course.problem is not None
+        if progress.problem is not None and self._connectors[decode.connector].traits.may_miss:
+            missed = (
+                found(progress.problem[0], _missed(prefill, decode), prefill.url, decode.url, severity="warning"),
+            )
+            progress.problem = None
+        failed = error is not None or progress.problem is not None
         unreachable = ""
-        if self.witness is not None and course.side is not None and (self._ports or failed):
-            unreachable = await self.witness.why_unreachable(*course.side)
+        if self.inspector is not None and progress.side is not None and (self._ports or failed):
+            unreachable = await self.inspector.why_unreachable(*progress.side)
         return Trial(
             prefill.url,
             decode.url,
-            await self._explain(prefill, decode, course, error, unreachable) if failed else None,
-            course.side,
+            await self._explain(prefill, decode, progress, error, unreachable) if failed else None,
+            progress.side,
             unreachable,
             seconds,
             monotonic(),
             () if failed else (*missed, *await self._oddities(prefill, decode)),
         )
 
-    async def _attempt(self, prefill: Backend, decode: Backend) -> tuple[Course, BaseException | None]:
-        """How far a hand-off came, and the error that ended it, if one did. A prompt at which prefill's answer is whole
-        says nothing of the pair, so others are tried."""
+    async def _attempt(self, prefill: Backend, decode: Backend) -> tuple[Progress, BaseException | None]:
+        """How far a hand-off came, and the error that ended it, if any. Where prefill's answer to the prompt is the
+        whole answer, it shows nothing about the pair, and another prompt is tried."""
         error: BaseException | None = None
         for _ in range(_PROMPTS):
-            course = Course()
+            progress = Progress()
             try:
-                async with asyncio.timeout(PATIENCE):
-                    await self._hand_over(prefill, decode, course)
+                async with asyncio.timeout(TIMEOUT):
+                    await self._hand_over(prefill, decode, progress)
             except* (GatewayError, TimeoutError) as errors:
                 error = _first(errors)
-            if error is not None or course.problem is None or course.problem[0] != "inconclusive":
+            if error is not None or progress.problem is None or progress.problem[0] != "inconclusive":
                 break
-        return course, error
+        return progress, error
 
-    # What engines say of themselves
+    # What engines report about themselves
 
     async def profile(self, backend: Backend) -> Profile:
-        """What an engine tells of how it was started; it is asked once."""
+        """How an engine was started, as far as it reports that. It is asked once."""
         if backend not in self._profiles:
-            self._profiles[backend] = Profile() if self.witness is None else await self.witness.profile(backend)
+            self._profiles[backend] = Profile() if self.inspector is None else await self.inspector.profile(backend)
         return self._profiles[backend]
 
     async def _known_misfit(self, prefill: Backend, decode: Backend) -> Finding | None:
-        """What is known to be wrong with a pair before it is tried: an engine that is sent what it does not speak, or
-        the other role's leg, may leave it unanswered, or die of it."""
-        if self.witness is None:
+        """What is known to be wrong with a pair before it is tried. An engine that gets parameters of another protocol,
+        or a leg of the other role, may not answer, or may crash."""
+        if self.inspector is None:
             return None
         for backend in (prefill, decode):
             profile = await self.profile(backend)
@@ -193,39 +194,39 @@ class Trials:
         return None
 
     async def _oddities(self, prefill: Backend, decode: Backend) -> tuple[Finding, ...]:
-        """What is odd about engines that hand over all the same."""
-        if self.witness is None:
+        """What is wrong with engines that hand over all the same."""
+        if self.inspector is None:
             return ()
-        told = [wrong_role(backend, await self.profile(backend)) for backend in (prefill, decode)]
-        return tuple(tolerated(finding) for finding in told if finding is not None)
+        wrong_roles = [wrong_role(backend, await self.profile(backend)) for backend in (prefill, decode)]
+        return tuple(tolerated(finding) for finding in wrong_roles if finding is not None)
 
     async def _count(self, decode: Backend) -> int | None:
-        """What decode has read from others before the trial, where that is to be compared; else None."""
-        if self.witness is None or decode in self._reads:
+        """How many tokens decode has loaded from other engines before the trial; None where that is not compared."""
+        if self.inspector is None or decode in self._reads:
             return None
-        return await self.witness.read_from_elsewhere(decode)
+        return await self.inspector.read_from_elsewhere(decode)
 
-    async def _see_read(self, decode: Backend, before: int, course: Course) -> None:
-        """See that decode has read what it was handed over: an engine without a connector takes no notice of a
-        hand-off, computes the prompt itself, and answers as well."""
-        assert self.witness is not None
-        for wait in _LOOKS:
+    async def _see_read(self, decode: Backend, before: int, progress: Progress) -> None:
+        """Check that decode has read what it was handed over. An engine without a connector ignores a hand-off,
+        computes the prompt itself, and answers correctly."""
+        assert self.inspector is not None
+        for wait in _WAITS:
             await asyncio.sleep(wait)  # 0 as well: an engine of a test is in this event loop
-            count = await self.witness.read_from_elsewhere(decode)
+            count = await self.inspector.read_from_elsewhere(decode)
             if count is None or count < before:
-                return  # it does not say, or it is another engine by now
+                return  # it does not report that, or it is another engine by now
             if count > before:
                 self._reads.add(decode)
                 return
-        course.problem = "not_read", "it computed the prompt by itself, and counts no token that came from elsewhere"
+        progress.problem = "not_read", "it computed the prompt by itself, and counts no token that came from elsewhere"
 
     # The legs
 
-    async def _hand_over(self, prefill: Backend, decode: Backend, course: Course) -> None:
+    async def _hand_over(self, prefill: Backend, decode: Backend, progress: Progress) -> None:
         """Both legs of a request for one token.
 
         Raises:
-            GatewayError: it did not get through.
+            GatewayError: a leg failed.
         """
         members = {"prompt": f"{new_id()} {_PROMPT}", "max_tokens": 1, "temperature": 0}
         if model := model_of(prefill, decode):
@@ -236,7 +237,7 @@ class Trials:
         connector = self._connectors[decode.connector]
         with Lease(decode, request.decode_tokens) as lease, Lease(prefill, request.prefill_tokens) as prefill_lease:
             attempt = new_attempt(request, connector, prefill_lease, lease, callbacks=self._callbacks)
-            steps = TrialSteps(self._fleet, self._legs, course)
+            steps = TrialSteps(self._fleet, self._legs, progress)
             try:
                 await Orders(steps, self._callbacks).of(attempt).run(attempt)
             finally:
@@ -245,25 +246,25 @@ class Trials:
     # What it means
 
     async def _explain(
-        self, prefill: Backend, decode: Backend, course: Course, error: BaseException | None, unreachable: str
+        self, prefill: Backend, decode: Backend, progress: Progress, error: BaseException | None, unreachable: str
     ) -> Finding:
-        """What is wrong with a pair, after a trial that failed: with `error`, or with the course's problem."""
+        """What is wrong with a pair, after a trial that failed: with `error`, or with the problem in `progress`."""
         pair = _named(prefill, decode)
         if error is None:
-            assert course.problem is not None
-            code, text = course.problem
+            assert progress.problem is not None
+            code, text = progress.problem
         elif isinstance(error, HandoffInvalid):
             code, text = "invalid_params", str(error)
-        elif not course.failed:
+        elif not progress.failed:
             code = "stalled"
-            text = f"{'decode' if 'prefill' in course.answered else 'prefill'} did not answer within {PATIENCE:g} s"
+            text = f"{'decode' if 'prefill' in progress.answered else 'prefill'} did not answer within {TIMEOUT:g} s"
         else:
-            code, text = f"{course.failed}_failed", str(error)
-        for backend in (prefill, decode) if code != "inconclusive" and self.witness is not None else ():
+            code, text = f"{progress.failed}_failed", str(error)
+        for backend in (prefill, decode) if code != "inconclusive" and self.inspector is not None else ():
             if wrong := wrong_role(backend, await self.profile(backend)):
                 return found(wrong.code, f"{pair}: {wrong.what} ({text})", prefill.url, decode.url)
-        if course.side is not None and code in ("decode_failed", "stalled", "not_read"):
-            host, port = course.side
+        if progress.side is not None and code in ("decode_failed", "stalled", "not_read"):
+            host, port = progress.side
             away = _is_loopback(host) and not _is_loopback(urlsplit(prefill.url).hostname or "")
             where = f"the hand-off sends decode to {host}:{port}"
             if away:
@@ -293,14 +294,14 @@ def usable(backend: Backend) -> bool:
 
 
 def model_of(prefill: Backend, decode: Backend) -> str | None:
-    """A model that both serve; empty where neither has named one, None where they have none in common."""
+    """A model that both serve; empty where neither reports models, None where they have none in common."""
     if prefill.models is None or decode.models is None:
         return next(iter(prefill.models or decode.models or {}), "")
     return next((model for model in decode.models if model in prefill.models), None)
 
 
 def wrong_role(backend: Backend, profile: Profile) -> Finding | None:
-    """What is wrong with the role that an engine tells of, if anything is."""
+    """What is wrong with the role that an engine reports, or None."""
     if profile.role not in ("prefill", "decode") or backend.role not in ("prefill", "decode"):
         return None
     if profile.role == backend.role:
@@ -315,17 +316,18 @@ def tolerated(finding: Finding) -> Finding:
 
 
 def wrong_connector(backend: Backend, profile: Profile, connectors: Mapping[str, Connector]) -> Finding | None:
-    """What is wrong with the connector that an engine tells of, if anything is."""
-    marks = {
-        mark
+    """What is wrong with the connector that an engine reports, or None."""
+    others = {
+        fingerprint
         for name, connector in connectors.items()
         if name != backend.connector
-        for mark in connector.traits.fingerprints
+        for fingerprint in connector.traits.fingerprints
     }
-    own, told = connectors[backend.connector].traits.fingerprints, ", ".join(profile.connectors)
-    if not own.isdisjoint(profile.connectors) or marks.isdisjoint(profile.connectors):
+    own = connectors[backend.connector].traits.fingerprints
+    if not own.isdisjoint(profile.connectors) or others.isdisjoint(profile.connectors):
         return None  # a connector that is not known here may be one that wraps the right one
-    what = f"{backend.url} was started with {told}, which is not what connector: {backend.connector} means"
+    spoken = ", ".join(profile.connectors)
+    what = f"{backend.url} was started with {spoken}, which is not what connector: {backend.connector} means"
     return found("wrong_connector", what, backend.url)
 
 

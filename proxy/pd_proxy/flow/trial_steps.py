@@ -1,4 +1,4 @@
-"""What a trial does for each of its legs, and how far it came."""
+"""What a trial does for each of its legs, and how far it has come."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from pd_proxy.handoff.side import side_of
 
 log = logging.getLogger("pd_proxy.flow")
 
-PATIENCE = 45.0  # seconds for one pair; a handshake that fails takes vLLM 5, one on a busy machine was seen to take 30
+TIMEOUT = 45.0  # seconds for one pair: vLLM takes 5 for a handshake that fails, and has taken 30 on a busy machine
 
 T = TypeVar("T")
 
 
-class Course:
+class Progress:
     """How far a trial has come.
 
     Attributes:
         failed: the leg that failed first, or empty.
-        answered: the legs that were answered.
-        problem: what is wrong though no leg failed: a code, and a text.
+        answered: the legs that got an answer.
+        problem: what is wrong though no leg failed: a code and a text.
     """
 
     __slots__ = ("answered", "failed", "problem", "side")
@@ -43,7 +43,7 @@ class Course:
         self.problem: tuple[str, str] | None = None
 
     async def leg(self, name: str, work: Awaitable[T]) -> T:
-        """Run a leg, and write down how it went."""
+        """Run a leg, and note its outcome."""
         try:
             result = await work
         except GatewayError:
@@ -56,16 +56,16 @@ class Course:
 class TrialSteps:
     """The steps of a trial (`orders.Steps`)."""
 
-    def __init__(self, fleet: Fleet, legs: Legs, course: Course) -> None:
+    def __init__(self, fleet: Fleet, legs: Legs, progress: Progress) -> None:
         self._fleet = fleet
         self._legs = legs
-        self._course = course
+        self._progress = progress
         self._answer = b""
 
     async def prefill(self, attempt: Attempt) -> None:
         """Run the prefill leg, and keep its answer."""
         assert attempt.prefill is not None
-        self._answer = await self._course.leg("prefill", self._legs.prefill(attempt, attempt.prefill))
+        self._answer = await self._progress.leg("prefill", self._legs.prefill(attempt, attempt.prefill))
 
     def hand_over(self, attempt: Attempt) -> bool:
         """Read prefill's answer. Returns whether there is a hand-off to try.
@@ -73,19 +73,19 @@ class TrialSteps:
         Raises:
             BackendError: the answer is none, or its hand-off cannot be used.
         """
-        course, lease = self._course, attempt.prefill
+        progress, lease = self._progress, attempt.prefill
         assert lease is not None
         try:
             handoff, read = attempt.plan.take(self._answer)
             if attempt.plan.connector.whole(read) is not None:
-                course.problem = "inconclusive", "prefill's answer is the whole one"
+                progress.problem = "inconclusive", "prefill's answer is the whole one"
                 return False
         except BackendError:
-            course.failed = "prefill"
+            progress.failed = "prefill"
             raise
         lease.release()
         if handoff is None:
-            course.problem = "no_params", "its answer has no hand-off parameters"
+            progress.problem = "no_params", "its answer has no hand-off parameters"
             return False
         attempt.learn_location(lease, handoff)
         self._pend(attempt, lease, handoff)
@@ -93,7 +93,7 @@ class TrialSteps:
 
     async def decode(self, attempt: Attempt) -> None:
         """Run the decode leg."""
-        await self._course.leg("decode", self._legs.decode_whole(attempt, attempt.lease))
+        await self._progress.leg("decode", self._legs.decode_whole(attempt, attempt.lease))
 
     def begin_both(self, attempt: Attempt) -> None:
         """Both legs are about to be sent: count the hand-off."""
@@ -101,11 +101,11 @@ class TrialSteps:
         self._pend(attempt, attempt.prefill, attempt.plan.handoff)
 
     async def wait_for_call(self, attempt: Attempt, call: Call) -> None:
-        """Wait until decode's engine has called back, and keep what it said."""
-        attempt.callback = await self._course.leg("decode", call.wait(PATIENCE))
+        """Wait until decode's engine has called back, and keep the members of its call."""
+        attempt.callback = await self._progress.leg("decode", call.wait(TIMEOUT))
 
     def both_failed(self, attempt: Attempt) -> None:
-        """A trial says nothing against a backend."""
+        """A trial does not change what is known of a backend."""
 
     async def finish_prefill(self, attempt: Attempt, prefilling: asyncio.Task[None], *, decoded: bool) -> None:
         """Decode's leg has ended. Where that went well, prefill's must end well too."""
@@ -129,5 +129,5 @@ class TrialSteps:
             pending.settle()
 
     def _pend(self, attempt: Attempt, prefill: Lease, handoff: Handoff) -> None:
-        self._course.side = side_of(handoff)
+        self._progress.side = side_of(handoff)
         attempt.pending = PendingHandoff(self._fleet, prefill.backend, handoff, self._legs.bound(attempt.plan))

@@ -1,14 +1,15 @@
-"""One tiny request through each new pair: no user pays for the engines' first handshake, and it is known whether the
-pair can hand over at all.
+"""Sends one small request through each new pair of backends.
 
-When a backend comes up, it is paired with those of the other role that are up: with eight of them at most, and four
-requests run at a time in all. So a fleet of 50 and 50 that starts at once sees some 800 requests of one token in a row
-of fours, and not 2,500 together; pairs beyond the eight are warmed by their first real request, as is any pair that one
-reaches before its turn. No request waits for it. `/ready` does, until a first pair of its group has handed over.
+It saves clients the time of the engines' first handshake, and shows whether the pair can hand over at all.
 
-A pair that fails is tried again, ever more slowly: without end while one of the two has never handed over, as its
-engine may be cold, or about to be mended; else a few times. What came of it is kept with both backends. It is logged as
-a warning where it is news of one of them: a fleet whose every pair fails for one reason makes a line for each backend.
+A backend that comes up is paired with at most eight backends of the other role, and at most four such requests run at a
+time. A fleet of 50 and 50 that starts at once so gets some 800 requests of one token, four at a time, instead of 2,500
+together. All other pairs are warmed up by their first real request. No client's request waits for a warm-up, but
+`/ready` answers 503 until the first pair of a group has handed over.
+
+A pair that fails is tried again at growing intervals: without end while one of its backends has never handed over, as
+its engine may still be starting or be repaired; else a few times. Both backends keep the result. It is logged as a
+warning where it is new for one of them, so a fleet whose pairs all fail for one reason logs one line for each backend.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ from pd_proxy.fleet.findings import NEVER, Finding, HandoffState
 from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.fleet.zmq.notifications import TransferNotifications
 from pd_proxy.flow.callbacks import Callbacks
-from pd_proxy.flow.trial import Trial, Trials, Witness, model_of, usable
+from pd_proxy.flow.trial import Inspector, Trial, Trials, model_of, usable
 from pd_proxy.handoff.connector import Connector
 from pd_proxy.settings.tree import Settings
 from pd_proxy.telemetry.records import RequestRecord
 
 log = logging.getLogger("pd_proxy.flow")
 
-_PEERS = 8  # pairs for each newcomer: enough that the least-loaded of a pool is mostly one of them
+_PEERS = 8  # pairs of each new backend: enough that the least loaded backend of a pool is mostly among them
 _AT_ONCE = 4
-_FIRST_WAIT = 1.0  # seconds before a pair that failed is tried again; each further time twice as long
+_FIRST_WAIT = 1.0  # seconds before a pair that failed is tried again; doubled each time
 _LONGEST_WAIT = 60.0
-_TRIES = 5  # of a pair whose backends have both handed over, though not to each other
+_TRIES = 5  # of a pair whose backends have both handed over, but not to each other
 
 Pair = tuple[str, str]
 
 
 class Warmup:
-    """Warms pairs up while it runs. A sink of request records, by which it hears of pairs that are warm already."""
+    """Warms up pairs while it runs. It is a sink of request records, which show the pairs that are warm already."""
 
     def __init__(
         self,
@@ -57,27 +58,29 @@ class Warmup:
         self._fleet = fleet
         self._trials = Trials(settings, fleet, connectors, notices, callbacks)
         self._warm: set[Pair] = set()
-        self._waiting: dict[Pair, tuple[Backend, Backend]] = {}  # of newcomers
-        self._due: dict[Pair, tuple[Backend, Backend]] = {}  # to be tried again
+        self._waiting: dict[Pair, tuple[Backend, Backend]] = {}  # of new backends
+        self._due: dict[Pair, tuple[Backend, Backend]] = {}  # to be tried again now
         self._timers: dict[Pair, asyncio.TimerHandle] = {}
         self._tries: Counter[Pair] = Counter()
-        self._warned: set[tuple[str, str]] = set()  # backends, and the codes of what was logged of them
+        self._warned: set[tuple[str, str]] = (
+            set()
+        )  # URLs of backends, and the codes of the findings that were logged for them
         self._workers: set[asyncio.Task[None]] = set()
         self._unsubscribe: Callable[[], None] = lambda: None
 
-    def start(self, witness: Witness | None = None) -> None:
-        """Warm up whatever comes up from now on.
+    def start(self, inspector: Inspector | None = None) -> None:
+        """Warm up the backends that come up from now on.
 
         Arguments:
-            witness: is asked what engines say of themselves, for better reasons.
+            inspector: reads how engines were started, for more exact findings.
         """
-        self._trials.witness = witness
+        self._trials.inspector = inspector
         if self._on:
-            self._unsubscribe = self._fleet.subscribe(on_up=self._came_up, on_fit=self._enlist)
+            self._unsubscribe = self._fleet.subscribe(on_up=self._came_up, on_fit=self._queue_pairs)
             self._fleet.pairs_are_tried = True
 
     async def stop(self) -> None:
-        """End what is running."""
+        """Cancel everything that runs."""
         self._unsubscribe()
         self._waiting.clear()
         self._due.clear()
@@ -93,8 +96,8 @@ class Warmup:
         self._trials.close()
 
     def forget(self, backend: Backend) -> None:
-        """A backend has left."""
-        self._cool(backend)
+        """A backend has left the fleet."""
+        self._forget_pairs(backend)
         self._trials.forget(backend)
 
     def finished(self, record: RequestRecord) -> None:
@@ -111,11 +114,11 @@ class Warmup:
             return
         ignored = decode.handoff.finding
         if ignored is not None and ignored.code == "not_read" and ignored.severity == "fault":
-            return  # such an engine answers as well without the hand-off
+            return  # such an engine ignores hand-offs, and answers without them too
         self._worked(prefill, decode, monotonic())
 
-    def _cool(self, backend: Backend) -> None:
-        """Another engine may be at a backend's address: no pair with it has handed over."""
+    def _forget_pairs(self, backend: Backend) -> None:
+        """Forget the pairs of a backend: another engine may be at its address now."""
         known = {other.url for other in self._fleet}
 
         def gone(pair: Pair) -> bool:
@@ -130,31 +133,31 @@ class Warmup:
         self._trials.suspect(backend)
 
     def _came_up(self, backend: Backend) -> None:
-        self._cool(backend)
+        self._forget_pairs(backend)
         backend.handoff = NEVER
-        self._enlist(backend)
+        self._queue_pairs(backend)
 
-    def _enlist(self, backend: Backend) -> None:
-        """Have pairs of a backend tried that have not been."""
+    def _queue_pairs(self, backend: Backend) -> None:
+        """Queue the pairs of a backend that have not been tried."""
         if backend.role in ("mixed", "encode") or not usable(backend):
             return
         own = self._fleet.pool(backend.role)
         pool = self._fleet.pool("decode" if backend.role == "prefill" else "prefill")
         others = [b for b in pool if usable(b) and b.group == backend.group]
-        first = own.index(backend) * _PEERS  # newcomers that come together spread over their peers
+        first = own.index(backend) * _PEERS  # so that backends that come up together get different peers
         for number in range(min(_PEERS, len(others))):
             other = others[(first + number) % len(others)]
             prefill, decode = (backend, other) if backend.role == "prefill" else (other, backend)
             pair = prefill.url, decode.url
             if pair not in self._warm and pair not in self._tries and self._may_pair(prefill, decode):
                 self._waiting[pair] = (prefill, decode)
-        self._hire()
+        self._start_workers()
 
     def _may_pair(self, prefill: Backend, decode: Backend) -> bool:
         model = model_of(prefill, decode)
         return model is not None and self._fleet.pairing.pairs(prefill, decode, model or None)
 
-    def _hire(self) -> None:
+    def _start_workers(self) -> None:
         for _ in range(min(_AT_ONCE - len(self._workers), len(self._waiting) + len(self._due))):
             worker = asyncio.create_task(self._work(), name="warm-up")
             self._workers.add(worker)
@@ -235,4 +238,4 @@ class Warmup:
         self._timers.pop(pair, None)
         if pair not in self._warm:
             self._due[pair] = (prefill, decode)
-            self._hire()
+            self._start_workers()
