@@ -118,4 +118,4 @@ def table(program: Path, contender: Contender) -> Table:
         for one in (measure(program, contender, workers) for workers in WORKERS)
     ]
     columns = ("workers", "streams", "tokens/s", "delay p50 / p99 / p99.9 / latest, ms", "CPU a token", "KiB each")
-    return Table("A crowd of streams", columns, rows)
+    return Table("Delay of tokens among many streams", columns, rows)

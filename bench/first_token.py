@@ -132,15 +132,16 @@ def render(rows: Sequence[str], requests: int) -> str:
 {requests} requests a row, at random at a share of the {CAPACITY:.1f} a second that decode can serve: {PROMPT} tokens in
 (give or take 200), {ANSWER} out. Two prefill engines of 35,000 tokens a second, two decode engines with {SLOTS}
 sequences in a batch and a step of {STEP * 1000:.0f} ms; KV moves at 70,000 tokens a second. Simulated engines in
-virtual time: queues and transfers are theirs, the gateway's own time is nothing. Seconds.
+virtual time: queues and transfers are simulated, the gateway's own time is zero. Seconds.
 
 | load | first token from | mean TTFT | p99 TTFT | mean gap to the second | p99 gap | mean of the whole answer |
 | --- | --- | --- | --- | --- | --- | --- |
 """
     tail = """
-TTFT no longer holds what a request waits for decode. That is the gap now, and the whole answer takes as long as it did;
-`pd_proxy_handoff_gap_seconds` shows it, so that a slow hand-off does not hide behind a good TTFT. One prompt in sixteen
-fills its last block, and has its first token from decode all the same: of those the p99 is made.
+With the first token from prefill, TTFT does not include the wait for decode. That wait is the gap to the second token,
+and the whole answer takes as long as before; `pd_proxy_handoff_gap_seconds` measures it, so that a good TTFT does not
+hide a slow hand-off. One prompt in sixteen fills its last block and nevertheless has its first token from decode: the
+p99 is that of these prompts.
 """
     return head + "".join(f"{row}\n" for row in rows) + tail
 

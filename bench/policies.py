@@ -266,17 +266,17 @@ def markdown(rows: Sequence[tuple[str, ...]], starts: int, turns: int) -> str:
     return f"""\
 <!-- Written by `python -m bench.policies --write`. Do not edit; run it again. -->
 
-# What the policy `auto` costs beside `least_loaded`
+# What the policy `auto` costs compared with `least_loaded`
 
 CPU time of the gateway's process, user and kernel, for a request of 1 kB with a streamed answer of two tokens, over
 loopback sockets, at {ENGINES} engines of each pool. There are {many} streams at once where engines prefill at once, and
-{more} where they prefill one prompt after the other, each in {leg_ms} ms. In the former case `auto` seldom looks for a
-prompt in caches, since every engine computes it in less than 5 ms; in the latter it looks for each. The mock engines
-do not report cached tokens. Budget: {BUDGET - 1:.0%} more than `least_loaded`.
+{more} where they prefill one prompt after the other, each in {leg_ms} ms. In the former case `auto` seldom looks a
+prompt up in the prefix index, since every engine computes it in less than 5 ms; in the latter it looks each up. The mock
+engines do not report cached tokens. Budget: {BUDGET - 1:.0%} more than `least_loaded`.
 
 Three gateways run at once on one core: two with `least_loaded` for all pools, one with `auto`. In a turn each has two
 short rounds of load, in mirrored order, and its CPU time is divided by that of the first gateway in the same turn. The
-second `least_loaded` shows what this measure cannot tell apart. Each case has {starts} starts of the gateways with
+second `least_loaded` shows how far two equal gateways differ. Each case has {starts} starts of the gateways with
 {turns} turns each. Figures are medians, and their intervals are by bootstrap over starts and turns.
 
 - machine: {os.cpu_count()} cores, {machine.cpu_model()}, Linux {platform.release()}

@@ -155,17 +155,17 @@ def markdown(summaries: Sequence[Summary], command: str, seeds: Sequence[int]) -
     where = "; ".join(f"{name} ({WHY[name]})" if name in WHY else name for name in short) if short else "none"
     return f"""# Placement in virtual time
 
-`{command}` printed this. A fleet's engines are simulated (`bench/fleet/`), and the gateway's own placement, prefix
-index and learnt speeds are driven as they are, beside other gateways' rules in our words and an oracle that knows exact
-caches, queues, present speeds and the length of answers. {requests:,} requests over all runs.
+This page is the output of `{command}`. A fleet's engines are simulated (`bench/fleet/`). The gateway's own placement,
+prefix index and learnt speeds run unchanged. They are compared with other gateways' rules, written anew, and with an
+oracle that knows exact caches, queues, present speeds and the length of answers. {requests:,} requests over all runs.
 
 Seeds: {", ".join(map(str, seeds))}. Thresholds were tuned on {", ".join(map(str, TUNING))} only; {
         ", ".join(map(str, HELD_OUT))
     } are held out. Goodput is the share of requests inside both their targets, for the time to the first token
-and for the mean time between tokens. The oracle is greedy, and the best of its variants on each trace: no upper bound.
+and for the mean time between tokens. The oracle is greedy, so it is no upper bound; the best of its variants is taken on each trace.
 
-Wanted on every kind: `auto` at least {WANTED} of the oracle's goodput, and no other policy better by more than a point.
-Not so on: {where}.
+Target on every kind: `auto` has at least {WANTED} of the oracle's goodput, and no other policy is better by more than a
+point. Missed on: {where}.
 
 {verdict_table(summaries)}
 
@@ -179,13 +179,13 @@ Not so on: {where}.
 
 ## Kinds
 
-Four prefill and four decode engines where nothing else is said.
+Four prefill and four decode engines unless stated otherwise.
 
 {kinds}
 
 ## What the model leaves out
 
 One network for all pulls of KV cache, expert imbalance, ranks that wait for each other, speculative decoding, failures
-of hand-offs, slow clients. Caches are looked at in blocks of 128 tokens. A decode engine's steps between two changes of
-its batch are taken as a continuum. Other gateways' rules are given exact and immediate knowledge.
+of hand-offs, slow clients. Caches are simulated in blocks of 128 tokens. A decode engine's steps between two changes of
+its batch are treated as continuous. Other gateways' rules get exact and immediate information.
 """
