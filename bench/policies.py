@@ -271,8 +271,8 @@ def markdown(rows: Sequence[tuple[str, ...]], starts: int, turns: int) -> str:
 CPU time of the gateway's process, user and kernel, for a request of 1 kB with a streamed answer of two tokens, over
 loopback sockets, at {ENGINES} engines of each pool. There are {many} streams at once where engines prefill at once, and
 {more} where they prefill one prompt after the other, each in {leg_ms} ms. In the former case `auto` seldom looks a
-prompt up in the prefix index, since every engine computes it in less than 5 ms; in the latter it looks each up. The mock
-engines do not report cached tokens. Budget: {BUDGET - 1:.0%} more than `least_loaded`.
+prompt up in the prefix index, since every engine computes it in less than 5 ms; in the latter it looks each up. The
+mock engines do not report cached tokens. Budget: {BUDGET - 1:.0%} more than `least_loaded`.
 
 Three gateways run at once on one core: two with `least_loaded` for all pools, one with `auto`. In a turn each has two
 short rounds of load, in mirrored order, and its CPU time is divided by that of the first gateway in the same turn. The

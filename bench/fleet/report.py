@@ -105,7 +105,7 @@ def goodput_table(summaries: Sequence[Summary]) -> str:
 
 def verdict_table(summaries: Sequence[Summary]) -> str:
     """The targets, and whether they are met."""
-    rows = [["kind", "auto", "oracle", "auto/oracle", "best other", "its goodput", "as wanted"]]
+    rows = [["kind", "auto", "oracle", "auto/oracle", "best other", "its goodput", "on target"]]
     for one in summaries:
         goodput, other = one.goodput, one.best_other
         rows.append(
@@ -162,7 +162,8 @@ oracle that knows exact caches, queues, present speeds and the length of answers
 Seeds: {", ".join(map(str, seeds))}. Thresholds were tuned on {", ".join(map(str, TUNING))} only; {
         ", ".join(map(str, HELD_OUT))
     } are held out. Goodput is the share of requests inside both their targets, for the time to the first token
-and for the mean time between tokens. The oracle is greedy, so it is no upper bound; the best of its variants is taken on each trace.
+and for the mean time between tokens. The oracle is greedy, so it is no upper bound; the best of its
+variants is taken on each trace.
 
 Target on every kind: `auto` has at least {WANTED} of the oracle's goodput, and no other policy is better by more than a
 point. Missed on: {where}.
