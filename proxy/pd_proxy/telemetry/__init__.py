@@ -1,1 +1,1 @@
-"""Sinks for what the gateway saw: Prometheus and logs. `records.py` is the part that other packages may use."""
+"""Sinks for the records of requests: Prometheus and logs. `records.py` is the part that other packages may use."""

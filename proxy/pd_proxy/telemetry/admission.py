@@ -1,6 +1,6 @@
-"""What admission shows to a scrape: the requests that run, wait and are refused, and for how long they waited.
+"""The metrics of admission: requests that run, wait and are refused, and the time that they waited.
 
-Labels stay bounded: reasons are the gateway's own words, clients are those of the settings.
+The labels are bounded: reasons are a fixed set, and clients are those of the settings.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUEUE: tuple[Reading[AdmissionState], ...] = (
 
 
 class AdmissionSink(Collector):
-    """Takes from the records what concerns admission, and shows it with admission's own gauges."""
+    """Counts what the records say about admission, and shows it with admission's gauges."""
 
     def __init__(self, admission: AdmissionState) -> None:
         self._admission = admission

@@ -1,6 +1,6 @@
-"""The kinds of metric that sinks are made of: counters and histograms that requests change, and readings of state.
+"""The kinds of metric that sinks consist of: counters and histograms of requests, and readings of other state.
 
-Each metric is declared once, with its name, text and labels; a sink's list of metrics is what a scrape walks.
+Each metric is declared once, with its name, text and labels. A scrape collects the metrics in the order of declaration.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ POOL_BACKEND = ("pool", "backend")
 Source = TypeVar("Source")
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
-"""Label values with the value that they have."""
+"""Label values, each with the value of the metric."""
 
 
 class Histogram:
     """Distributions by label values.
 
     Arguments:
-        admits: whether a new set of label values is to be shown; what is observed under others is lost.
+        admits: whether a new set of label values may be shown; observations with other label values are discarded.
     """
 
     __slots__ = ("_admits", "_bounds", "_children", "_help", "_labels", "_name")
@@ -58,16 +58,16 @@ class Histogram:
         return child
 
     def fold(self) -> None:
-        """Count the observations that wait in its distributions."""
+        """Count the observations that its distributions have buffered."""
         for child in self._children.values():
             child.fold()
 
     def observed(self) -> int:
-        """Observations so far, of all label values that are shown."""
+        """The number of observations so far, over all label values that are shown."""
         return sum(sum(child.counts) for child in self._children.values())
 
     def forget(self, label: str, value: str) -> None:
-        """Drop the series that have a label value, once nothing will be observed under it."""
+        """Drop the series with a label value. Call it when no more observations with that value follow."""
         if label in self._labels:
             place = self._labels.index(label)
             for values in [values for values in self._children if values[place] == value]:
@@ -77,7 +77,7 @@ class Histogram:
         family = HistogramMetricFamily(self._name, self._help, labels=self._labels)
         for values, child in self._children.items():
             if values and not any(child.counts):
-                continue  # a backend that never did this has no series of it
+                continue  # a backend without observations has no series
             buckets, total = [], 0
             for bound, count in zip((*self._bounds, float("inf")), child.counts, strict=True):
                 total += count
@@ -102,7 +102,7 @@ class Count:
 
 
 class Families:
-    """A sink's histograms and counters, in the order in which they are declared, which is that of a scrape."""
+    """A sink's histograms and counters, in the order in which they are declared and shown."""
 
     def __init__(self) -> None:
         self._histograms: list[Histogram] = []
@@ -128,12 +128,12 @@ class Families:
         return made
 
     def fold(self) -> None:
-        """Count the observations that wait in the histograms."""
+        """Count the observations that the histograms have buffered."""
         for histogram in self._histograms:
             histogram.fold()
 
     def forget(self, label: str, value: str) -> None:
-        """Drop the histograms' series that have a label value."""
+        """Drop the histograms' series with a label value."""
         for histogram in self._histograms:
             histogram.forget(label, value)
 
@@ -146,11 +146,11 @@ class Families:
 
 @dataclass(frozen=True, slots=True)
 class Reading(Generic[Source]):
-    """A metric whose samples are read from the state of something when they are scraped.
+    """A metric whose samples are read from a source at each scrape.
 
     Attributes:
-        name: for a counter, without its `_total`.
-        read: the samples, from that state.
+        name: the metric's name; for a counter without `_total`.
+        read: returns the samples of a source.
     """
 
     make: Callable[[str, str, tuple[str, ...], Samples], Metric]
@@ -164,7 +164,7 @@ class Reading(Generic[Source]):
 
 
 def gauge(name: str, text: str, read: Callable[[Source], float]) -> Reading[Source]:
-    """A reading of one number that may fall."""
+    """A reading of one number that may rise and fall."""
     return Reading(_gauge, name, text, (), lambda source: (((), float(read(source))),))
 
 
@@ -174,7 +174,7 @@ def counter(name: str, text: str, read: Callable[[Source], float]) -> Reading[So
 
 
 def gauges(name: str, text: str, labels: tuple[str, ...], read: Callable[[Source], Samples]) -> Reading[Source]:
-    """A reading of numbers that may fall, by labels."""
+    """A reading of numbers that may rise and fall, by labels."""
     return Reading(_gauge, name, text, labels, read)
 
 
@@ -184,7 +184,7 @@ def counters(name: str, text: str, labels: tuple[str, ...], read: Callable[[Sour
 
 
 def collect(readings: Iterable[Reading[Source]], source: Source) -> Iterator[Metric]:
-    """All of them, in their order."""
+    """The metrics of several readings, in their order."""
     return (reading.collect(source) for reading in readings)
 
 

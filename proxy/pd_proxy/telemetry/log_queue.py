@@ -1,7 +1,7 @@
-"""Log lines on their way to standard error: a bounded queue, and the thread that writes it.
+"""Writes log lines to standard error: a bounded queue, and a thread that writes its lines.
 
-Whoever reads standard error may be slow, stopped or gone. The event loop, signal handlers and the end of the process
-wait for none of these: what does not fit into the queue is dropped and counted.
+The reader of standard error may be slow, stopped or gone. The event loop, signal handlers and the end of the process
+never wait for it: lines that do not fit into the queue are dropped and counted.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from time import monotonic, sleep
 from weakref import WeakSet
 
 LIMIT = 4 * 1024 * 1024
-"""Bytes of lines that may wait: some ten thousand lines, a second of the busiest gateway's."""
+"""Bytes of lines that may wait: about ten thousand lines, which the busiest gateway writes in a second."""
 
 _ATOMIC = 4096  # bytes that Linux writes to a pipe in one piece (PIPE_BUF): lines of several workers do not mix
-_REST = 0.005  # seconds between two writes, so that a busy event loop is not asked for the interpreter at each line
-_AGAIN = 1.0  # seconds between two lines that say how many were dropped
-_LAST_WORDS = 2.0  # seconds for what waits at the end of the process, as long as somebody reads it
-_NO_READER = 0.3  # seconds without progress after which nobody does
+_REST = 0.005  # seconds between two writes, so that the thread does not take the interpreter lock for each line
+_AGAIN = 1.0  # seconds between two lines that report how many were dropped
+_LAST_WORDS = 2.0  # seconds to write the waiting lines at the end of the process, while they are read
+_NO_READER = 0.3  # seconds without progress after which standard error counts as not read
 
 _live: WeakSet[LogQueue] = WeakSet()
 
 
 class LogQueue(QueueHandler):
-    """A handler that never waits. Its lines are made by the caller, and written by a thread.
+    """A logging handler that never waits. The caller formats the lines, and a thread writes them.
 
-    The thread starts with the first line, in each process: a fork has none of its parent's threads.
+    The thread starts with the first line, in each process, since a fork has none of its parent's threads.
 
     Arguments:
-        descriptor: of the file that lines are written to; None where there is none, and all are dropped.
+        descriptor: of the file to write to; None where there is no file: all lines are dropped then.
         limit: bytes of lines that may wait.
     Attributes:
         dropped: lines that were not written, since the queue was full or the file refused them.
@@ -51,7 +51,7 @@ class LogQueue(QueueHandler):
         _live.add(self)
 
     def _begin(self) -> None:
-        """Nothing waits, and there is no thread."""
+        """Set the state of an empty queue without a thread."""
         self.queue = SimpleQueue()
         self._thread: Thread | None = None
         # One counter for each side, so that no lock is needed: a lock could be held at a fork, or by an interrupted
@@ -76,7 +76,7 @@ class LogQueue(QueueHandler):
             self._full += 1
             return
         if self._thread is None:
-            # What is dropped from here on is told of, though the thread may have its first turn much later.
+            # The thread may run much later, but it reports every line that is dropped from here on.
             arguments = (self.queue, self.dropped)
             self._thread = Thread(target=self._write_on, args=arguments, name="log-writer", daemon=True)
             self._thread.start()
@@ -84,10 +84,10 @@ class LogQueue(QueueHandler):
         self.queue.put(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        self._full += 1  # logging's own would write to standard error, and wait for its reader
+        self._full += 1  # logging's own handler would write to standard error, and wait for its reader
 
     def flush(self) -> None:
-        """Wait until all lines are written, as long as somebody reads them and no longer than two seconds."""
+        """Wait until all lines are written, at most two seconds, and only while standard error is read."""
         end = monotonic() + _LAST_WORDS
         done, since = self._done, monotonic()
         while self._done < self._put and (now := monotonic()) < end:
@@ -98,7 +98,7 @@ class LogQueue(QueueHandler):
             sleep(_REST)
 
     def close(self) -> None:
-        """Write no more; what is not written yet is lost."""
+        """Stop writing. Lines that are still waiting are lost."""
         self._descriptor = None
         self.queue.put(b"")  # the writer may wait for a line
         super().close()
@@ -131,18 +131,18 @@ class LogQueue(QueueHandler):
             sleep(_REST if lines.empty() else 0)
 
     def _write(self, piece: bytes) -> bool:
-        """Write all of it; whether that went well."""
+        """Write a piece. Returns whether all of it was written."""
         left = memoryview(piece)
         while left:
             if (descriptor := self._descriptor) is None:
                 return False
             try:
                 left = left[os.write(descriptor, left) :]
-            except BlockingIOError:  # somebody who has it too has made it so
+            except BlockingIOError:  # another process that shares the file has made it non-blocking
                 writable = select.poll()
                 writable.register(descriptor, select.POLLOUT)
                 writable.poll()
-            except OSError:  # its reader has gone, its disk is full
+            except OSError:  # the reader has gone, or the disk is full
                 return False
         return True
 
@@ -153,13 +153,13 @@ class LogQueue(QueueHandler):
 
 
 def lines_dropped() -> int:
-    """Lines that this process has dropped."""
+    """The number of lines that this process has dropped."""
     return sum(queue.dropped for queue in _live)
 
 
 def standard_error() -> int | None:
-    """Its descriptor. None where the process has none: then another file, a client's socket maybe, may have its
-    number."""
+    """The descriptor of standard error. None where the process has no standard error: descriptor 2 may then be another
+    file, such as a client's socket."""
     if sys.stderr is None:
         return None
     try:

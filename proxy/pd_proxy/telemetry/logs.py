@@ -1,6 +1,6 @@
-"""The log sink: a line for each request that failed, or for every one when asked; and the shape of all log lines.
+"""The log sink: a line for each request that failed, or for every request where that is set; the format of log lines.
 
-Nothing that a client wrote (prompts, keys, headers) is logged, apart from its own sane x-request-id.
+Nothing that a client wrote (prompts, keys, headers) is logged, except a valid x-request-id.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ log_python = logging.getLogger("pd_proxy.python")
 
 
 class RequestLog:
-    """Writes what became of requests.
+    """Logs how requests ended.
 
     Arguments:
-        every: a line for good ones as well.
+        every: log successful requests as well.
     """
 
     def __init__(self, every: bool) -> None:
         self._every = every
 
     def finished(self, record: RequestRecord) -> None:
-        # What clients do wrong is theirs to read; a line for each would let them fill the log.
-        # What was refused under overload is told by admission, once for many, lest the log be the next to be full.
+        # Clients read their own mistakes in the answers; a line for each would let clients fill the log. Admission logs
+        # refusals under overload, with one line for many requests.
         failed = record.outcome not in ("ok", "client_gone") and not 400 <= record.status < 500 and not record.refused
         if not (failed or self._every or record.fallback or record.retries or record.resumes):
             return
@@ -50,8 +50,8 @@ class RequestLog:
 
 
 def _fields(record: RequestRecord) -> dict[str, Any]:
-    """`extra` of a request's line: the fields of a text line, and the members of a JSON line. docs/logs.md explains
-    each; what is empty is left out, and of a text line zeros too."""
+    """`extra` of a request's log line: the fields of a text line, and the members of a JSON line. docs/logs.md explains
+    each. Empty values are left out; text lines leave out zeros too."""
     members: dict[str, Any] = {
         "id": record.request_id,
         "route": record.endpoint,
@@ -98,7 +98,7 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 class TextFormatter(logging.Formatter):
-    """time level logger: message name=value ..."""
+    """Formats a record as text: time level logger: message name=value ..."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = f"{_time(record)} {record.levelname.lower():7} {record.name}: {record.getMessage()}"
@@ -110,7 +110,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """Formats a record as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -126,7 +126,7 @@ class JsonFormatter(logging.Formatter):
             line["trace"] = self.formatException(record.exc_info)
         try:
             return msgspec.json.encode(line).decode()
-        except UnicodeEncodeError:  # half of a surrogate pair: no UTF-8 has it
+        except UnicodeEncodeError:  # an unpaired surrogate, which UTF-8 cannot encode
             return json.dumps(line)
 
 
@@ -135,7 +135,7 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def log_throughput(throughput: Throughput, in_flight: int, waiting: int) -> None:
-    """Log what was served since the last time, if anything was."""
+    """Log what was served since the last call, if there was anything."""
     fields = throughput.look(in_flight, waiting)
     if fields is not None:
         logging.getLogger("pd_proxy").info("throughput", extra={"fields": fields})
@@ -145,14 +145,14 @@ _worker: int | None = None
 
 
 def name_worker(number: int) -> None:
-    """Have this process's JSON lines say which of several workers it is."""
+    """Add the number of this worker to the JSON lines of this process."""
     global _worker
     _worker = number
 
 
 def set_up_logging(level: str, shape: str) -> None:
-    """Send all logs to standard error in one shape, by a thread of their own (`log_queue.py`). uvicorn and httpx only
-    speak up when something is wrong. What Python would write to standard error itself becomes a line as well."""
+    """Send all logs to standard error in one format, through `log_queue.py`. uvicorn and httpx log warnings and errors
+    only. Messages that Python itself would write to standard error become log lines as well."""
     handler = LogQueue(JsonFormatter() if shape == "json" else TextFormatter(), standard_error())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error", "httpx", "httpcore", "asyncio"):

@@ -1,6 +1,6 @@
-"""Metrics that were renamed in 0.4.0, under the names that they had before, for one release.
+"""The old names of metrics that were renamed in 0.4.0, which remain for one release.
 
-`metrics.old_names` says whether they are shown. To end the transition, delete this file and what uses it.
+They are shown where `metrics.old_names` is on. To end the transition, delete this file and its uses.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from prometheus_client.registry import Collector
 
 @dataclass(frozen=True, slots=True)
 class OldName:
-    """How a metric was shown before it was renamed.
+    """A metric's name, labels and label values before it was renamed.
 
     Attributes:
-        name: for a counter, without its `_total`.
+        name: the old name; for a counter without `_total`.
         labels: new label -> old label, where they differ.
         values: new label value -> old label value, where they differ.
     """
@@ -42,11 +42,11 @@ OLD_NAMES = {
     "pd_proxy_prefix_index_invalidations": OldName("pd_proxy_prefix_index_forgotten"),
     "pd_proxy_backend_decode_step_ratio": OldName("pd_proxy_backend_step_slowness"),
 }
-"""By the metric's name of today."""
+"""The old names, by the new name of the metric."""
 
 
 class WithOldNames(Collector):
-    """Shows a collector's metrics, and the renamed ones of them under their old names too."""
+    """Shows a collector's metrics, and the renamed ones under their old names too."""
 
     def __init__(self, collector: Collector) -> None:
         self._collector = collector

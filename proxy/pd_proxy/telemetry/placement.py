@@ -1,6 +1,6 @@
-"""What placement shows to a scrape: decisions by reason, what was expected of caches and what was found, learnt speeds.
+"""The metrics of placement: decisions by reason, expected and actual prefix cache hits, learnt speeds.
 
-Labels stay bounded: reasons are the gateway's own words, backends are those that are configured.
+The labels are bounded: reasons are a fixed set, and backends are those of the fleet.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class Decisions(Protocol):
 
     @property
     def counts(self) -> Mapping[tuple[str, str], int]:
-        """By the pool that answers and the reason."""
+        """All decisions, by the pool that answers and the reason."""
 
     @property
     def local(self) -> Mapping[tuple[str, str], int]:
-        """Those by which a backend prefills for itself, by pool and reason."""
+        """Decisions that have one backend prefill and decode, by pool and reason."""
 
 
 class Figures(Protocol):
-    """The prefix index in numbers."""
+    """What a scrape reads of the prefix index, at one moment."""
 
     @property
     def entries(self) -> int: ...
@@ -72,7 +72,7 @@ class Speeds(Protocol):
 
 
 class Learnt(Protocol):
-    """A backend with what was learnt of it."""
+    """What a scrape reads of a backend: its learnt speeds."""
 
     @property
     def role(self) -> str: ...
@@ -84,7 +84,7 @@ class Learnt(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a scrape reads, at one moment."""
+    """Everything that a scrape reads of placement, at one moment."""
 
     decisions: Decisions
     index: Index
@@ -179,10 +179,10 @@ def _labels(backend: Learnt) -> tuple[str, str]:
 
 
 class PlacementSink(Collector):
-    """Shows placement's own state.
+    """Shows the state of placement.
 
     Arguments:
-        fleet: the backends that there are.
+        fleet: the backends.
     """
 
     def __init__(

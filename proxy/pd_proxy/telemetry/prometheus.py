@@ -1,7 +1,7 @@
 """The Prometheus sink: counters and histograms as plain dictionaries, read when they are scraped.
 
-Label values stay bounded whatever clients send: endpoints, reasons and stages are the gateway's own words, backends
-are those that are configured, and a model that no backend has named is counted as `other`.
+Label values are bounded whatever clients send: endpoints, reasons and stages are fixed sets, backends are those of the
+fleet, and a model that no backend has is counted as `other`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pd_proxy.telemetry.records import (
 
 
 class _Labels(NamedTuple):
-    """Where requests of one endpoint, model and outcome are counted."""
+    """The counters of requests of one endpoint, model and outcome."""
 
     request: tuple[str, str, str]
     duration: Distribution
@@ -43,7 +43,7 @@ class _Labels(NamedTuple):
 
 
 class _BackendTimes(NamedTuple):
-    """The distributions of one backend in one pool, found with one look."""
+    """The distributions of one backend in one pool, kept together so that one lookup finds them."""
 
     ttft: Distribution
     tpot: Distribution
@@ -52,10 +52,10 @@ class _BackendTimes(NamedTuple):
 
 
 class _Histograms:
-    """Durations of requests.
+    """The histograms of requests' durations.
 
     Arguments:
-        in_fleet: whether a pool and a backend may have series.
+        in_fleet: whether a pool and backend, as label values, may have series.
     """
 
     __slots__ = ("duration", "handoff", "handoff_gap", "itl", "loop_delay", "prefill", "resume_gap", "tpot", "ttft")
@@ -109,7 +109,7 @@ class _Histograms:
 
 
 class _Counts:
-    """Counts of requests, and of what happened to them."""
+    """The counters of requests, and of events in their lives."""
 
     __slots__ = (
         "abandoned",
@@ -151,15 +151,15 @@ class _Counts:
 
 
 class PrometheusSink(Collector):
-    """Takes the flow's records and shows them, with the fleet's state, to a scrape.
+    """Counts the records of requests, and shows the counts with the state of the fleet.
 
     Arguments:
-        fleet, connections: whose state is read at each scrape.
+        fleet, connections: their state is read at each scrape.
     """
 
     def __init__(self, fleet: FleetState, connections: ConnectionState) -> None:
         def in_fleet(values: tuple[str, ...]) -> bool:
-            # A request may end after its backend has left, and must not bring the series back.
+            # A request may end after its backend has left, and must not create the series again.
             return any(backend.url == values[1] for backend in fleet)
 
         self._fleet = fleet
@@ -170,7 +170,7 @@ class PrometheusSink(Collector):
         self._loop = self._histograms.loop_delay.at()
         self._backends: dict[tuple[str, str], _BackendTimes] = {}
         self._labels: dict[tuple[str, str, str], _Labels] = {}
-        self._noted = 0  # requests whose durations wait to be counted
+        self._noted = 0  # requests whose durations are buffered
 
     # Telemetry
 
@@ -178,7 +178,7 @@ class PrometheusSink(Collector):
         return self._histograms.itl.at(pool, backend)
 
     def tokens_streamed(self) -> int:
-        """Tokens that streams have been given, their first ones apart, of the backends that are there."""
+        """The number of tokens in streams, without each stream's first one, of the backends in the fleet."""
         return self._histograms.itl.observed()
 
     def handoff_released(self, claimed: bool) -> None:
@@ -223,16 +223,16 @@ class PrometheusSink(Collector):
             self._histograms.duration.at(record.endpoint, record.outcome),
             *((model, kind) for kind in ("prompt", "cached", "completion")),
         )
-        if named:  # what clients make up is not kept
+        if named:  # names that clients invent are not kept
             self._labels[record.endpoint, model, record.outcome] = labels
         return labels
 
     def _times(self, record: RequestRecord) -> None:
-        """Note how long a request that was placed took, under the backends of its last try."""
+        """Record the durations of a request that was placed, for the backends of its last try."""
         first, tpot = record.first_token, record.tpot
         ttft = None if first is None else first - record.started
-        # A prefill backend that gave the whole answer did both, as a mixed one does: without it, those who count each
-        # request once would miss such requests.
+        # A prefill backend that gave the whole answer counts as a mixed one: it did both legs, and each request has to
+        # be counted once by the backend that decoded it.
         alone = not record.decode
         decode = self._of_backend("mixed" if alone else record.decode_pool, record.prefill if alone else record.decode)
         if record.handoff_gap is not None:
@@ -260,15 +260,15 @@ class PrometheusSink(Collector):
         return found
 
     def loop_late(self, seconds: float) -> None:
-        """Note how late the event loop was."""
+        """Record how late the event loop was."""
         self._loop.observe(seconds)
 
     def forget(self, backend: str) -> None:
-        """A backend has left for good: its series end, so that labels stay bounded as backends come and go."""
+        """Drop the series of a backend that has left for good, so that the labels stay bounded."""
         self._families.forget("backend", backend)
         for key in [key for key in self._backends if key[1] == backend]:
             del self._backends[key]
-        self._labels.clear()  # a model may have left with it
+        self._labels.clear()  # its models may not be served any more
 
     # Collector
 
@@ -287,7 +287,7 @@ class PrometheusSink(Collector):
 
 
 def registry(*sinks: Collector, old_names: bool = False) -> CollectorRegistry:
-    """A registry of its own, so that two gateways in one process do not share counts.
+    """A new registry with these sinks. It is not the global one, so that two gateways in a process share no counts.
 
     Arguments:
         old_names: show renamed metrics under their old names too.

@@ -1,7 +1,4 @@
-"""What a scrape reads of the fleet and of the clients' connections.
-
-Nothing is counted here: each metric is read from the state of its owner.
-"""
+"""The metrics of the fleet and of the clients' connections. Each is read from the state of its owner at each scrape."""
 
 from __future__ import annotations
 
@@ -52,34 +49,34 @@ class FleetState(Protocol):
 
     @property
     def ejections(self) -> Mapping[tuple[str, str, str, str], int]:
-        """By pool, backend, leg and reason."""
+        """Ejections, by pool, backend, leg and reason."""
 
     @property
     def budget_refusals(self) -> Mapping[str, int]:
-        """By pool."""
+        """Retries that the budget refused, by pool."""
 
     @property
     def excused_checks(self) -> Mapping[str, int]:
-        """Failed health checks that did not count, by why."""
+        """Failed health checks that did not count, by reason."""
 
     @property
     def messages(self) -> Mapping[str, Mapping[str, int]]:
-        """Of engines over ZeroMQ, by kind and by what became of them."""
+        """Messages of engines over ZeroMQ, by kind and by how they were handled."""
 
     @property
     def warmups(self) -> Mapping[str, int]:
-        """By what came of them."""
+        """Warm-ups, by result."""
 
     def names(self, model: str) -> bool: ...
 
     def not_ready(self) -> str: ...
 
     def readiness(self) -> Mapping[str, str]:
-        """What each group lacks."""
+        """What each group lacks to be ready; empty where it is ready."""
 
 
 class BodyState(Protocol):
-    """What a scrape shows of requests' bodies."""
+    """What a scrape reads of request bodies."""
 
     @property
     def held(self) -> int: ...
@@ -92,7 +89,7 @@ class BodyState(Protocol):
 
 
 class ConnectionState(Protocol):
-    """What a scrape shows of the clients' connections."""
+    """What a scrape reads of the clients' connections."""
 
     @property
     def open(self) -> int: ...
@@ -108,7 +105,7 @@ class ConnectionState(Protocol):
 
 
 _WHY_IGNORED: Mapping[str, str] = {"mass": "mass_failure", "late": "gateway_delayed"}
-"""The words of `Fleet.excused_checks`, in the metric."""
+"""Reasons of `Fleet.excused_checks` -> label values of the metric."""
 
 FLEET: tuple[Reading[FleetState], ...] = (
     gauges(

@@ -1,6 +1,6 @@
-"""What the other packages report to telemetry, and nothing about where it goes.
+"""The records that other packages hand to telemetry, independent of the sinks that take them.
 
-A `Distribution` is a histogram that sinks read when they are scraped; to observe a value is to put it into a list.
+A `Distribution` is a histogram that sinks read when they are scraped. Observing a value only appends it to a list.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger("pd_proxy.telemetry")
 # Upper bounds in seconds. LLM serving spans five decades: a cached prompt answers in 10 ms, a 100k-token prompt behind
 # a queue in minutes. Three buckets a decade (1, 2.5, 5) keep a quantile within a factor of about 1.6.
 TTFT_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, 600.0)
-# A token's time is 5 to 100 ms on most hardware: finer there, since 20 % is what tuning argues about.
+# A token takes 5 to 100 ms on most hardware. The buckets are finer there, since tuning is about differences of 20 %.
 ITL_BOUNDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05),
     *(0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
@@ -31,16 +31,17 @@ HANDOFF_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 QUEUE_BOUNDS = (0.001, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
 LOOP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
-BATCH = 256  # values that wait to be counted, at most: 8 kB for each distribution
+BATCH = 256  # values that a distribution buffers at most: 8 kB
 
 
 class Distribution:
-    """A histogram: `counts[i]` observations at most `bounds[i]` (and above the last), and their sum.
+    """A histogram: `counts[i]` is the number of values up to `bounds[i]`, the last one of those above all bounds.
 
-    Values wait in a list until there are some, or somebody reads: sorted, they are counted in one pass.
+    Values are buffered in a list until it is full or the histogram is read. Then they are sorted and counted in one
+    pass.
 
     Attributes:
-        note: as `observe`, for whoever calls `fold` now and then: it does not look how many values wait.
+        note: as `observe`, but does not check how full the buffer is; its caller has to call `fold` from time to time.
     """
 
     __slots__ = ("_counts", "_fresh", "_sum", "bounds", "note")
@@ -59,13 +60,13 @@ class Distribution:
             self.fold()
 
     def observe_all(self, values: list[float]) -> None:
-        """Several at once."""
+        """Observe several values."""
         self._fresh += values
         if len(self._fresh) > BATCH:
             self.fold()
 
     def observe_none(self, times: int) -> None:
-        """0, so many times."""
+        """Observe 0, so many times."""
         self._counts[0] += times
 
     @property
@@ -79,7 +80,7 @@ class Distribution:
         return self._sum
 
     def fold(self) -> None:
-        """Count what waits."""
+        """Count the buffered values."""
         values = sorted(self._fresh)
         self._fresh.clear()
         before = 0
@@ -92,28 +93,28 @@ class Distribution:
 
 
 class Stage(Enum):
-    """Where a request is in its life."""
+    """The stage of a request's life."""
 
     QUEUED = auto()
-    """Not placed yet: its key and its body are checked, or it waits in admission's queue."""
+    """Not placed yet: its key and body are checked, or it waits in admission's queue."""
     PLACED = auto()
     """The backends of a try are chosen."""
     ENCODING = auto()
-    """Its media are at encoders."""
+    """Encode backends compute the embeddings of its media."""
     PREFILLING = auto()
-    """Its prefill leg runs; with a concurrent order, decode's as well."""
+    """Its prefill leg runs; with a concurrent order, its decode leg runs as well."""
     HANDED_OVER = auto()
-    """Prefill has answered, and decode's leg is to get its KV cache."""
+    """Prefill has answered, and the decode leg has not returned a token yet."""
     DECODING = auto()
-    """Its answering leg runs without a hand-off, and the client has no token yet."""
+    """The leg that answers runs without a hand-off, and the client has no token yet."""
     STREAMING = auto()
     """The client has a part of the answer."""
     RESUMING = auto()
-    """The stream broke, and another try is to continue it."""
+    """The stream broke, and another try continues it."""
     DONE = auto()
-    """It ended, with an answer or without."""
+    """The request has ended, with an answer or without."""
 
-    __hash__ = object.__hash__  # that of `Enum` is a call of Python's, several times for each request
+    __hash__ = object.__hash__  # `Enum.__hash__` is a Python function, and would be called several times a request
 
 
 TRANSITIONS = table(
@@ -146,38 +147,38 @@ _WHERE = {
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One client request from its first byte to its end. Times are seconds; those of events are `time.monotonic`.
+    """One client request from its first byte to its end. Durations are seconds; times of events are `time.monotonic`.
 
     Attributes:
-        model: as engines call it.
-        alias: what the client called it, where that is another name.
+        model: the engines' name of the model.
+        alias: the client's name of the model, where that is another one.
         outcome: `ok`, `client_gone`, or the `code` of the error that ended it.
-        stage: where the request is in its life; changed by `reach` alone.
+        stage: the stage of its life; only `reach` changes it.
         stage_before: the stage before the last try's placement, or before the end.
         prefill, decode: URLs of the backends of the last try; `mixed` or local decode leaves prefill empty.
             An answer that prefill gave alone leaves decode empty.
         decode_pool: `decode` or `mixed`; `prefill` for an answer that prefill gave alone.
         tries: how often the request was placed.
-        leg: the X-Request-Id of the last try's legs, which begins with the request's own where the connector allows.
-        answer: what the engine was told to call its answer, where its API does not look at X-Request-Id; else empty.
+        leg: the X-Request-Id of the last try's legs, which begins with the request's own id where the connector allows.
+        answer: the id that the engine was asked to give its answer, where its API ignores X-Request-Id; else empty.
         peer: address and port of the client's connection; None where it has none.
-        trace: headers of the client's trace context, as whole lines for the legs; empty where it sent none.
-        client: whose key it came with, by name; empty when it came with none that is known.
-        admitted: it was let in.
-        queued_seconds: how long it waited in the queue for that, or before it was refused or left.
-        refused: the code of the error with which admission turned it away, or empty.
-        best_effort: it could not meet its target any more, and went behind those that could.
+        trace: the client's trace context, as header lines for the legs; empty where it sent none.
+        client: the name of the client whose key the request has; empty where it has no known key.
+        admitted: admission let it start.
+        queued_seconds: how long it waited in the queue, until it was admitted or refused, or the client left.
+        refused: the code of the error with which admission refused it, or empty.
+        best_effort: it could no longer meet its target, and was queued behind requests that could.
         retries: (leg, reason) of every try that failed and was followed by another.
-        first_token_from: whose first token the client got, `prefill` or `decode`, of a pair; else empty.
-        first_token_reason: why; the words are those of `docs/first-token.md`.
-        second_token: when the token behind prefill's came, which was decode's first.
-        handoff_gap: seconds between those two, unless the stream broke there.
-        resumes: why the stream broke, for every time it was continued on other backends.
-        resume_gaps: seconds between the last token before and the first one after, for each of them.
+        first_token_from: `prefill` or `decode`, by which engine of the pair the client's first token came; else empty.
+        first_token_reason: the reason for that, in the words of `docs/first-token.md`.
+        second_token: when decode's first token came, where the client's first one was prefill's.
+        handoff_gap: seconds between these two tokens; None where the stream broke between them.
+        resumes: the reason why the stream broke, for each time that it was continued on other backends.
+        resume_gaps: for each of these times, seconds between the last token before and the first one after.
         not_resumed: why a broken stream could not be continued, or empty.
         fallback: why the request was served without a hand-off, or empty.
-        sequence: the number of the last event that the client was given, where its API numbers them; else -1.
-        tokens: completion tokens, as the engine counted them; where it did not say, token events as the relay did.
+        sequence: the number of the last event that the client was sent, where its API numbers events; else -1.
+        tokens: completion tokens by the engine's count; where it reported none, the number of token events.
     """
 
     endpoint: str
@@ -225,48 +226,48 @@ class RequestRecord:
 
     @property
     def trace_id(self) -> str:
-        """Of the client's trace, or an empty string."""
+        """The id of the client's trace, or an empty string."""
         return self.trace[16:48].decode("latin-1")
 
     @property
     def known_as(self) -> dict[str, Any]:
-        """`extra` of a log line about this request: by what it is known to its client and to the engines."""
+        """`extra` of a log line about this request: the ids by which its client and the engines know it."""
         return self.known_by(self.leg)
 
     def known_by(self, leg: str) -> dict[str, Any]:
-        """The same of one that is about legs of an earlier try."""
+        """As `known_as`, for a log line about the legs of an earlier try."""
         names = {"id": self.request_id, "route": self.endpoint, "leg": leg, "answer": self.answer}
         names["trace_id"] = self.trace_id
         members = {name: value for name, value in names.items() if value}
         return {"fields": {name: members[name] for name in ("leg", "answer") if name in members}, "members": members}
 
     def reach(self, stage: Stage) -> None:
-        """The request is at another stage of its life; `placed` and `end` say so for theirs.
+        """Change the stage. `placed` and `end` call it for the stages PLACED and DONE.
 
         Raises:
-            ImpossibleTransition: that stage cannot follow.
+            ImpossibleTransition: the stage cannot follow the present one.
         """
         self.stage = TRANSITIONS[self.stage][stage]
 
     @property
     def where(self) -> str:
-        """The word of logs and metrics for the stage: `admission`, `encode`, `prefill`, `decode` (before the first
-        token), `stream` (after it). Until another try has begun, and after the end, it is that of the stage before."""
+        """The stage in the words of logs and metrics: `admission`, `encode`, `prefill`, `decode` (before the first
+        token), `stream` (after it). While the request is PLACED, and after its end, it is the stage before."""
         stage = self.stage
         return _WHERE[self.stage_before if stage is Stage.PLACED or stage is Stage.DONE else stage]
 
     def end(self, now: float) -> None:
-        """The request has ended, with an answer or without."""
+        """End the request, with an answer or without."""
         self.ended = now
         if self.stage is not Stage.PLACED:
             self.stage_before = self.stage
         self.reach(Stage.DONE)
 
     def placed(self, pool: str, backend: str, prefill: str = "") -> None:
-        """A try begins: where it goes, and nothing of what the tries before it took.
+        """Begin a try: set its backends, and drop the durations and counts of the tries before it.
 
         Arguments:
-            pool, backend: of the one that answers.
+            pool, backend: the backend that answers, and its pool.
             prefill: the backend that computes the prompt for it, or empty.
         """
         self.tries += 1
@@ -285,14 +286,17 @@ class RequestRecord:
 
     @property
     def ttft(self) -> float | None:
-        """Time to first token as the client saw it."""
+        """The time to first token, as the client saw it."""
         return None if self.first_token is None else self.first_token - self.started
 
     @property
     def tpot(self) -> float | None:
-        """(last token - first token) / (tokens - 1), for streams of two tokens or more: decode's pace. Where the first
-        was prefill's, it is counted from decode's own first: what lies between is `handoff_gap`. The last counts from
-        when it was read, and the first from when it was passed on: of one read it is the later of the two."""
+        """(last token - first token) / (tokens - 1), for streams of two tokens or more: decode's time per token. Where
+        the first token was prefill's, decode's first one takes its place, and the time between is `handoff_gap`.
+
+        The last token counts from when it was read, and the first from when it was sent. Where one read brought both,
+        the latter is later, and the result is 0.
+        """
         first, last, tokens = self.first_token, self.last_token, self.tokens
         if self.second_token is not None:
             first, tokens = self.second_token, tokens - 1
@@ -302,8 +306,7 @@ class RequestRecord:
 class PrefixCounts:
     """Prompt tokens that were expected in prefix caches, and those that engines reported to have found there.
 
-    Only answers that say what was cached are counted, both for what was expected and for what was found: a ratio of the
-    two says how good the index is.
+    Both count only answers that report cached tokens. Their ratio shows how good the prefix index is.
     """
 
     __slots__ = ("cached", "expected")
@@ -313,10 +316,10 @@ class PrefixCounts:
         self.cached: Counter[tuple[str, str]] = Counter()
 
     def note(self, pool: str, backend: str, expected: int, cached: int) -> None:
-        """An engine has said what it found of a prompt.
+        """Count one prompt whose engine has reported the tokens that it found cached.
 
         Arguments:
-            pool, backend: that computed it.
+            pool, backend: the backend that computed the prompt, and its pool.
             expected, cached: tokens.
         """
         key = (pool, backend)
@@ -324,31 +327,35 @@ class PrefixCounts:
         self.cached[key] += cached
 
     def forget(self, backend: str) -> None:
-        """A backend has left for good."""
+        """Drop the counts of a backend that has left for good."""
         for counter in (self.expected, self.cached):
             for key in [key for key in counter if key[1] == backend]:
                 del counter[key]
 
 
 class Sink(Protocol):
-    """Takes what became of requests."""
+    """Takes the records of requests."""
 
     def finished(self, record: RequestRecord) -> None:
-        """A request ended. Must not raise."""
+        """Take the record of a request that has ended. Must not raise."""
 
 
 class Telemetry(Sink, Protocol):
-    """The hook that the flow holds."""
+    """What the flow and the relay need of telemetry."""
 
     def gaps(self, pool: str, backend: str) -> Distribution:
-        """Where the relay notes the gaps between the tokens of a backend's streams."""
+        """The distribution of the gaps between the tokens of a backend's streams."""
 
     def handoff_released(self, claimed: bool) -> None:
-        """A hand-off that nobody wanted was claimed, so that prefill's blocks are free; or it could not be."""
+        """Count a hand-off that no request needs any more.
+
+        Arguments:
+            claimed: prefill's blocks were freed; else they are left to expire.
+        """
 
 
 class Sinks:
-    """Several sinks as one `Telemetry`: the first keeps the gaps."""
+    """Several sinks as one `Telemetry`. The first one keeps the gaps and counts the released hand-offs."""
 
     def __init__(self, first: Telemetry, *others: Sink) -> None:
         self.gaps = first.gaps
@@ -359,5 +366,5 @@ class Sinks:
         for finished in self._finished:
             try:
                 finished(record)
-            except Exception:  # the request is over, and the other sinks are to know of it
+            except Exception:  # the other sinks still need the record
                 log.exception("%s: a sink failed on this request's record", record.request_id, extra=record.known_as)

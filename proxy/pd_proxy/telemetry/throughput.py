@@ -1,4 +1,4 @@
-"""The throughput sink: what was served since the last look, for a line of the log."""
+"""The throughput sink: what was served in an interval, for the log's throughput line."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from time import monotonic
 
 from pd_proxy.telemetry.records import RequestRecord
 
-_TTFTS = 4096  # latest times to first token that quantiles are taken of: 128 kB
+_TTFTS = 4096  # the latest times to first token, of which quantiles are computed; 128 kB
 
 
 class Throughput:
-    """Counts between two looks.
+    """Counts what is served between two calls of `look`.
 
     Arguments:
-        streamed: tokens that streams have been given so far, their first ones apart; counted while streams are open, so
-            that a long one does not show only at its end.
+        streamed: returns the number of tokens in streams so far, without each stream's first one. It counts open
+            streams too, so that a long stream does not appear all at once at its end.
     """
 
     def __init__(self, streamed: Callable[[], int], clock: Callable[[], float] = monotonic) -> None:
@@ -44,13 +44,13 @@ class Throughput:
             self._tokens += record.tokens
 
     def look(self, in_flight: int, waiting: int) -> dict[str, float] | None:
-        """What there was since the last look; None where there was nothing.
+        """The figures since the last call; None where nothing was served and nothing is in flight.
 
         Arguments:
-            in_flight, waiting: requests that are here now, and those of them in the queue.
+            in_flight, waiting: how many requests are in the gateway now, and how many of them in the queue.
         """
         seconds = max(self._clock() - self._since, 1e-9)
-        # A backend that has left takes what was counted of it along.
+        # The count of a backend is dropped when it leaves, so the total may fall.
         tokens = self._tokens + max(0, self._streamed() - self._before)
         if not (self._requests or tokens or in_flight):
             self._begin()
