@@ -1,13 +1,12 @@
-"""The last decisions of placement, which answer why a request went where it went.
+"""Keeps the last decisions of placement, to explain why a request was sent to its backends.
 
-Every decision is noted in brief: where the request goes and the reason, and, of at most a thousand a second, what was
-known then of the engines that were chosen, as plain numbers. What is expected of them is computed from these when
-an operator asks. The record of the request is kept with it, so the outcome of the request can be shown beside what was
-expected.
+Every decision is noted in brief: the backends and the reason. For at most a thousand decisions a second the state of
+the chosen engines is kept as well, as plain numbers, from which their costs are computed when an operator asks. The
+record of the request is kept with the decision, so that its outcome can be shown beside the expected costs.
 
-A decision in full has every candidate's costs, and which backends were left out by which rule. That takes as long as
-some hundred decisions, so it is done where an operator has asked for it (`x-pd-proxy-explain`), and otherwise for one
-decision as soon as 400 times the time of the last one has passed: 0.25 % of a core at most. A gateway with little to do
+A full explanation has the costs of every candidate, and which backends were left out by which rule. It takes as long as
+some hundred decisions. So it is made where an operator has asked for it (`x-pd-proxy-explain`), and otherwise only when
+400 times the duration of the last one has passed, which is 0.25 % of a core at most. A gateway with little load
 explains every request in full.
 
 Memory: 1,000 decisions, each with at most 16 candidates of a pool and 32 that were left out; some 10 MB at most.
@@ -35,25 +34,26 @@ from pd_proxy.placement.decide import Decision, View
 from pd_proxy.telemetry.records import RequestRecord
 
 MOST = 1000
-"""Decisions that are kept."""
+"""The number of decisions that are kept."""
 MOST_HEADER = 4096
-"""Bytes of a decision in a response header: proxies take 8 kB of headers in all."""
+"""The most bytes of a decision in a response header: proxies accept 8 kB of headers in total."""
 MOST_CANDIDATES = 16
-"""Candidates of one pool that are kept with a decision: those with the earliest first token, and the chosen one."""
-_SHARE = 400.0  # times what an explanation took, until the next one without an operator's request
-_LOOK = 0.001  # seconds from one look at the engines that were chosen to the next: it takes half a microsecond of each
-_LONGEST_NAME = 64  # characters of what a client has named
+"""The most candidates of one pool that are kept with a decision: those with the earliest first token, and the
+chosen."""
+_SHARE = 400.0  # times the duration of an explanation that must pass before the next one nobody has asked for
+_SNAPSHOT_INTERVAL = 0.001  # seconds between snapshots of chosen engines: each takes half a microsecond
+_LONGEST_NAME = 64  # characters of a model's name, which a client may choose
 
 LeftOut = Sequence[tuple[Backend, str]]
 
 
 class Snapshot(msgspec.Struct, frozen=True, gc=False):
-    """What a decision knew of an engine that it chose, as numbers; `cost` makes sense of them.
+    """The state of an engine when a decision chose it, as numbers. `cost` computes its costs from them.
 
     Attributes:
-        wait: seconds of prefill work before the request.
-        slow: its steps' time over what the pool's fit says.
-        pool: what its pool had learnt.
+        wait: seconds of prefill work ahead of the request.
+        slow: the time of its steps, relative to the fit of its pool.
+        pool: the speeds that were learnt for its pool.
     """
 
     url: str
@@ -69,10 +69,10 @@ class Snapshot(msgspec.Struct, frozen=True, gc=False):
     pool: PoolSpeeds
 
     def cost(self, prompt: int, decode_tokens: int) -> Cost:
-        """What `placement.costs.cost` said of it then, as long as the pool's fits are what they were.
+        """What `placement.costs.cost` returned then, as long as the fits of the pool have not changed.
 
         Arguments:
-            prompt, decode_tokens: of the request.
+            prompt, decode_tokens: tokens of the request.
         """
         own_tokens = uncached(prompt, self.cached)
         own = self.pool.work(own_tokens, prompt) * self.pace
@@ -93,7 +93,7 @@ class Snapshot(msgspec.Struct, frozen=True, gc=False):
 
 
 def snapshot(backend: Backend, ask: Ask) -> Snapshot:
-    """What is known of an engine now."""
+    """The state of an engine now."""
     speeds, url = backend.speeds, backend.url
     return Snapshot(
         url,
@@ -111,13 +111,13 @@ def snapshot(backend: Backend, ask: Ask) -> Snapshot:
 
 
 class Explanation(msgspec.Struct, frozen=True, gc=False):
-    """All that a decision looked at.
+    """Everything that a decision took into account.
 
     Attributes:
-        candidates: role and costs of each that is kept.
-        of: how many there were of each role.
-        left_out: URL, role and rule of each that is kept.
-        rules: how many each rule left out.
+        candidates: role and costs of each candidate that is kept.
+        of: the number of candidates of each role.
+        left_out: URL, role and rule of each backend that was left out and is kept.
+        rules: how many backends each rule left out.
     """
 
     candidates: tuple[tuple[str, Cost], ...]
@@ -129,11 +129,11 @@ class Explanation(msgspec.Struct, frozen=True, gc=False):
 def explanation_of(
     view: View[Backend], ask: Ask, left_out: LeftOut, chosen: Sequence[str], most: int | None = None
 ) -> Explanation:
-    """All that a decision looks at. To be called before its request takes its leases.
+    """Everything that a decision takes into account. Must be called before its request takes its leases.
 
     Arguments:
-        chosen: URLs of the backends that were chosen, which are kept in any case.
-        most: candidates of a pool, and twice as many that were left out; None: all.
+        chosen: URLs of the backends that were chosen, which are always kept.
+        most: how many candidates of a pool are kept, and twice as many backends that were left out; None: all.
     """
     candidates: list[tuple[str, Cost]] = []
     pools = {"prefill": view.prefill, "decode": view.decode, "mixed": view.mixed}
@@ -153,16 +153,17 @@ def explanation_of(
 
 
 class Decided(msgspec.Struct, frozen=True, gc=False):
-    """One decision. What is empty where no backend could be chosen: `prefill`, `decode`, `reason`.
+    """One decision. Where no backend could be chosen, `prefill`, `decode` and `reason` are empty.
 
     Attributes:
         at: `time.monotonic`.
-        record: of the request, as it is when it is looked at.
-        nth: which try of it.
-        prompt, decode_tokens, ttft, tpot: of its `Ask`.
+        record: of the request; it may have changed since.
+        nth: the number of the try.
+        prompt, decode_tokens, ttft, tpot: of the request's `Ask`.
         error: why no backend was chosen, or empty.
-        full: None in a brief one.
-        chosen: URLs of the backends that were chosen: prefill's or an empty one, and the one that answers.
+        full: the explanation; None where there is none.
+        chosen: URLs of the backends that were chosen: the prefill backend's or an empty string, and the URL of the
+            backend that answers.
     """
 
     at: float
@@ -186,8 +187,8 @@ class Decisions:
     """The last decisions of one worker.
 
     Attributes:
-        counts: how many there were, by the pool that answers and the reason; of those without anybody, by `none`.
-        local: how many requests one backend prefills and answers, where a pair was configured, by pool and reason.
+        counts: decisions, by the pool that answers and the reason; both are `none` where no backend was chosen.
+        local: requests that one backend prefills and answers though a pair was configured, by pool and reason.
     """
 
     def __init__(self, most: int = MOST, clock: Callable[[], float] = monotonic) -> None:
@@ -202,16 +203,16 @@ class Decisions:
         return len(self._ring)
 
     def due(self, request: Request, now: float) -> bool:
-        """Whether a decision is to be noted in full."""
+        """Whether a decision needs an explanation."""
         return request.explain or now >= self._next
 
     def note(self, request: Request, ask: Ask, decision: Decision[Backend], full: Explanation | None = None) -> None:
-        """A try was placed. Called once it stands in the request's record, and before it takes its leases."""
+        """Note that a try was placed. Called after the request's record has it, and before it takes its leases."""
         pool, reason = decision.pool, decision.reason
         self.counts[pool, reason] += 1
         if decision.prefill is None and pool != "prefill" and (decision.fallback or reason in _INSTEAD):
             self.local[pool, decision.fallback or reason] += 1
-        closely = full is not None or request.explain or ask.now >= self._looked + _LOOK
+        closely = full is not None or request.explain or ask.now >= self._looked + _SNAPSHOT_INTERVAL
         if closely:
             self._looked = ask.now
         decided = _decided(request.record, request.record.tries, ask, decision, full, closely)
@@ -220,17 +221,17 @@ class Decisions:
             request.explained = header(self.shown(decided))
 
     def note_none(self, request: Request, ask: Ask, error: str, full: Explanation | None = None) -> None:
-        """Nobody could be given a try."""
+        """Note that no backend could be chosen for a try."""
         self.counts["none", "none"] += 1
         self._ring.append(_undecided(request.record, ask, error, full))
 
     def preview(
         self, request: Request, ask: Ask, decision: Decision[Backend] | str, full: Explanation
     ) -> dict[str, Any]:
-        """What would be decided about a request, as JSON has it. It is not noted.
+        """The decision about a request, as values for JSON. It is not noted.
 
         Arguments:
-            decision: or why there is none.
+            decision: the decision, or why there is none.
         """
         record = request.record
         if isinstance(decision, str):
@@ -238,7 +239,7 @@ class Decisions:
         return self.shown(_decided(record, 1, ask, decision, full, True))
 
     def explained(self, since: float) -> None:
-        """An explanation that was begun at `since` is done."""
+        """Note that an explanation that began at `since` has ended."""
         now = self._clock()
         self._next = max(self._next, now + _SHARE * (now - since))
 
@@ -258,7 +259,7 @@ class Decisions:
         return found
 
     def shown(self, one: Decided) -> dict[str, Any]:
-        """A decision as JSON has it, but for `at`, which is of `time.monotonic`."""
+        """A decision as values for JSON. Its `at` is still that of `time.monotonic`."""
         record, full = one.record, one.full
         if full is not None:
             candidates = [{"role": role, **_shown(cost, one.chosen)} for role, cost in full.candidates]
@@ -310,7 +311,7 @@ def _decided(
         snapshot(prefill, ask) if closely and prefill is not None else None,
         snapshot(decode, ask) if closely else None,
         decision.reason,
-        record.fallback,  # which may say more than the decision's own
+        record.fallback,  # which may be more exact than the decision's own
         "",
         full,
         ("" if prefill is None else prefill.url, decode.url),
@@ -335,7 +336,7 @@ _INSTEAD = frozenset({"local_short", "local_cached", "local_spill", "mixed_soone
 
 
 def _shown(cost: Cost, chosen: Sequence[str]) -> dict[str, Any]:
-    """Costs as JSON has them: times in seconds, to a tenth of a millisecond and steps to a microsecond."""
+    """Costs as values for JSON: times in seconds, to a tenth of a millisecond, and steps to a microsecond."""
     return {
         "url": cost.url,
         "chosen": cost.url in chosen,
@@ -358,7 +359,7 @@ def _rounded(value: float, digits: int) -> float | None:
 
 
 def _outcome(record: RequestRecord) -> dict[str, Any]:
-    """What became of a request, as far as that is known; `outcome` is null while it runs."""
+    """The outcome of a request, as far as it is known. `outcome` is null while it runs."""
     return {
         "outcome": record.outcome or None,
         "status": record.status or None,
@@ -375,8 +376,10 @@ _DUMP = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
 
 
 def header(shown: Mapping[str, Any]) -> bytes:
-    """A decision as the value of a response header: JSON on one line, in ASCII, of at most `MOST_HEADER` bytes. What
-    is too much is left out, candidates that were not chosen first, and counted in `omitted`."""
+    """A decision as the value of a response header: JSON on one line, in ASCII, of at most `MOST_HEADER` bytes.
+
+    Candidates and backends that do not fit are left out, those that were not chosen first, and counted in `omitted`.
+    """
     brief = {name: value for name, value in shown.items() if value is not None and name not in ("outcome", "at")}
     candidates = sorted(brief.pop("candidates", ()), key=lambda one: not one["chosen"])
     left_out = list(brief.pop("left_out", ()))

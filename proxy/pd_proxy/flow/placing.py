@@ -1,4 +1,5 @@
-"""Chooses the backends of each try: passes what is known of fleet, request and prompt to placement's pure functions."""
+"""Chooses the backends of each try: passes the state of fleet, request and prompt to the pure functions of
+placement."""
 
 from __future__ import annotations
 
@@ -51,16 +52,14 @@ _UNRELATED_TO_HANDOFF = {
         HandoffExpired,
     )
 }
-_BRIEF = 512  # tokens of a prompt, at most, that is not looked for where engines are fast
-_WORTH_LOOKING = (
-    0.005  # seconds to compute a prompt, from which the prefix index is asked for it: less is soon done anywhere
-)
-_UNKNOWN_PACE = 0.001  # seconds for a token, until one has prefilled: then every prompt is looked for
-_FOLLOWED = 8  # of so many such prompts one is followed all the same, so that it is known how fast engines are
-_PACED = 0.25  # seconds for which the slowest engine is taken to be as slow
+_BRIEF = 512  # tokens: up to here the prefix index is not asked for a prompt, if the engines are fast
+_WORTH_LOOKING = 0.005  # seconds: a prompt that takes less to compute is not looked for in the prefix index
+_UNKNOWN_PACE = 0.001  # seconds a token, until an engine has prefilled; at this pace every prompt is looked for
+_FOLLOWED = 8  # one in so many of these prompts is followed all the same, to measure the speed of the engines
+_PACED = 0.25  # seconds for which the pace of the slowest engine is kept
 _LEARNING = frozenset({"auto"})
 _LOOKING = frozenset({"auto", "prefix"})
-"""The policies that want to know what engines have in their caches."""
+"""The policies that use what engines have in their prefix caches."""
 
 
 class Placing:
@@ -69,13 +68,13 @@ class Placing:
     Arguments:
         connectors: the protocols that engines speak, by name.
         in_use: the connectors that the fleet may speak.
-        prompts: which engines have which prompts in their caches.
-        random: a number in [0, 1), for ties and random policies.
+        prompts: which engines have which prompts in their prefix caches.
+        random: returns a number in [0, 1), for ties and random policies.
     Attributes:
         decisions: the last decisions.
-        learns: a policy or a target needs to know how fast engines are.
-        looks: a policy or a target needs to know what engines have in their caches.
-        wants_sessions: a policy needs to know which session a request belongs to.
+        learns: a policy or a target uses the speed of the engines.
+        looks: a policy or a target uses what engines have in their prefix caches.
+        wants_sessions: a policy uses the session that a request belongs to.
     """
 
     def __init__(
@@ -118,16 +117,17 @@ class Placing:
         }
 
     def may_split(self, body: Body) -> bool:
-        """Whether prefill and decode backends of some group can share a request."""
+        """Whether the backends of some group can split a request between prefill and decode."""
         return body.endpoint in self._endpoints and (
             not body.unsplittable or body.unsplittable in self._rules.splits_somewhere
         )
 
     def decide(self, request: Request) -> Decision[Backend]:
-        """Place one try, and write down what was decided.
+        """Place one try, and note the decision.
 
         Raises:
-            NoBackend: nothing is up; or, after a failed try, that try's own error where it says more.
+            NoBackend: no backend is up.
+            BackendBusy, BackendLacksModel: no backend is up; the error of the last try, which is more exact.
         """
         record, decisions = request.record, self.decisions
         found = self.eligible(request)
@@ -154,8 +154,7 @@ class Placing:
         return decision
 
     def explain(self, request: Request) -> dict[str, Any]:
-        """What would be decided about a request now, for people; nothing of it is noted, and the request is sent
-        nowhere."""
+        """The decision that a request would get now, for people. It is not noted, and the request is not sent."""
         found = self.eligible(request)
         ask = self.ask(request)
         try:
@@ -170,7 +169,7 @@ class Placing:
         """Decide.
 
         Raises:
-            NoBackend: nothing is up.
+            NoBackend: no backend is up.
             InvalidRequest: the request cannot be split, and the settings forbid serving it whole.
         """
         body = request.body
@@ -193,7 +192,7 @@ class Placing:
     def _fallback(self, decision: Decision[Backend], body: Body) -> str:
         """Why there is no hand-off though there are pools for it, or an empty string."""
         if decision.fallback == "no_prefill_backend" and models_without_pair(self._fleet, body.model):
-            return "no_matching_pair"  # they are up, and serve other models
+            return "no_matching_pair"  # prefill backends are up, but serve other models
         return decision.fallback
 
     def _explanation(
@@ -204,7 +203,7 @@ class Placing:
         decision: Decision[Backend] | None,
         most: int | None,
     ) -> Explanation:
-        """All that a decision looks at, and which backends were left out."""
+        """Everything that a decision takes into account, and the backends that were left out."""
         chosen = () if decision is None else decision.chosen
         pools = {role: self._fleet.pool(role) for role in ("prefill", "decode", "mixed")}
         members, needs = self._members(request), self._needs(request)
@@ -226,7 +225,7 @@ class Placing:
             self.decisions.explained(began)
 
     def eligible(self, request: Request) -> Eligible[Backend]:
-        """The backends that may be given a request now."""
+        """The backends that may get a request now."""
         body, fleet = request.body, self._fleet
         if (
             self._ordinary.get(body.endpoint) == body.unsplittable
@@ -235,7 +234,7 @@ class Placing:
             and not request.affinity
             and not request.record.retries
             and request.continuation is None
-        ):  # whoever is up is eligible; nothing else would be found below
+        ):  # every backend that is up is eligible, so the rules below need not be asked
             candidates, model = fleet.candidates, body.model
             pools = candidates("prefill", model), candidates("decode", model), candidates("mixed", model)
             return Eligible(View(*pools, fleet.sizes), "")
@@ -273,10 +272,10 @@ class Placing:
         return ask
 
     def rank(self, request: Request, computes: Backend) -> int | None:
-        """The data-parallel rank that computes the prompt of a request that was placed; None for the least loaded.
+        """The data-parallel rank for the prompt of a request that was placed; None for the least loaded.
 
         Arguments:
-            computes: its backend, which has several.
+            computes: the backend that computes the prompt. It has several ranks.
         """
         if not self.looks or not LAYOUTS[request.body.endpoint].ranked:
             return None
@@ -284,7 +283,7 @@ class Placing:
         return rank_for(computes, request.ask)
 
     def sent(self, request: Request, decode: Lease, prefill: Lease | None) -> Sent | None:
-        """A try sends its prompt to where it was placed; None where no policy learns from that."""
+        """Note that a try sends its prompt to its backends. Returns None where no policy uses that."""
         ask = request.ask
         if ask is None or ask.brief or not (self.learns or self.looks):
             return None
@@ -302,13 +301,13 @@ class Placing:
             self._prompts.stored(request.record.answer, request)
 
     def other_decode(self, request: Request, candidates: Sequence[Backend]) -> Backend:
-        """One of some decode backends, for a hand-off that another did not read."""
+        """Choose one of these decode backends for a hand-off that another has not read."""
         ask = self.ask(request)
         self._turn += 1
         return choose(candidates, "decode", self._policies["decode"], ask)
 
     def seconds_to_first_token(self, request: Request) -> float:
-        """When a new request would have its first token if it were sent now; 0 where no backend could compute it."""
+        """Seconds to the first token of a request that is sent now; 0 where no backend could compute it."""
         found, ask = self.eligible(request), self.ask(request)
         view = found.view
         computing = () if found.unsplittable else view.prefill
@@ -345,8 +344,9 @@ class Placing:
         )
 
     def _given_up_handoff(self, request: Request) -> str:
-        """Why this request should no longer be split: two tries of it under a hand-off have failed, so the prefill
-        pool or the link between the pools is the likely culprit. An engine that is busy or gone is none."""
+        """Why this request is no longer split, or an empty string. After two failed tries with a hand-off the prefill
+        pool or the link between the pools is the likely cause; failures of engines that are busy or gone do not
+        count."""
         retries = request.record.retries
         failed = [leg for leg, reason in retries if reason not in _UNRELATED_TO_HANDOFF and leg != "encode"]
         if len(failed) < 2 or not (request.record.prefill and request.record.decode and self._local_prefill):
@@ -355,18 +355,18 @@ class Placing:
 
 
 def continues(request: Request, backend: Backend) -> bool:
-    """Whether a backend may go on with an answer which another began: it has the same weights, and so the same
-    tokenizer."""
+    """Whether a backend may continue an answer that another backend began: it must have the same weights, and so the
+    same tokenizer."""
     return same_weights(request.cards, backend.models, request.body.model)
 
 
 def _rules(connectors: Mapping[str, Connector], in_use: Sequence[Connector], kinds: Sequence[Kind]) -> Rules:
-    """What the connectors can do.
+    """What the connectors support.
 
     Arguments:
-        connectors: all that there are, by name.
-        in_use: those that engines here may speak.
-        kinds: of these engines.
+        connectors: all connectors, by name.
+        in_use: the connectors of the fleet.
+        kinds: the engine families of the fleet.
     """
     splits = frozenset[str]().union(*(connector.traits.splittable for connector in in_use))
     endpoints = frozenset[str]().union(*(connector.traits.endpoints for connector in in_use))

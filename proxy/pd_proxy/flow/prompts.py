@@ -1,5 +1,7 @@
-"""What engines are believed to have of requests' prompts: a prompt is entered in the index (`prefix/`) when it is sent,
-and corrected by what its engine answers, which also says how fast that is (`fleet/speeds.py`).
+"""Keeps track of which engines are believed to have which prompts in their prefix caches.
+
+A prompt is entered in the index (`prefix/`) when it is sent, and corrected by its engine's answer. The answer also
+shows how fast the engine is (`fleet/speeds.py`).
 """
 
 from __future__ import annotations
@@ -20,24 +22,25 @@ from pd_proxy.prefix.index import PrefixIndex
 from pd_proxy.requests.endpoints import LAYOUTS
 from pd_proxy.telemetry.records import PrefixCounts
 
-_MOST_TOKENS = 4  # times what was estimated from a prompt's bytes: a token has at least one of them
+_MOST_TOKENS = 4  # times the estimate from the bytes of a prompt: a token has at least one byte
 _TEMPLATE = 1024  # tokens that a chat template may add to a prompt
-_SHORTEST = 16  # tokens: the smallest block of an engine that is known of
+_SHORTEST = 16  # tokens: the smallest block of any known engine
 
 
 class Sent:
-    """One try's prompt at its engines, until they have answered. A context manager: what is left by then was not
-    computed, as far as is known.
+    """The prompt of one try at its engines, until they have answered. A context manager: a prompt that is not answered
+    by the end counts as not computed.
 
     Arguments:
         computes: the backend that prefills.
-        decode: the backend that reads what it hands over; None where one does both.
+        decode: the backend that gets the hand-off; None where one backend does both.
         believed: tokens that `computes` is expected to compute.
-        counts: of what was expected and found in caches.
-        most: tokens that the prompt may have. An engine that reports more is not believed: it would be taken for a fast
-            one, and get the others' requests.
-        rank, decode_rank: of `computes` and of `decode`, to which it is sent; None where there is but one.
-        ranked: the legs name the rank. Otherwise the engine chooses one, and the gateway does not know which.
+        counts: prompt tokens that were expected and found in caches.
+        most: the most tokens that the prompt can have. A larger count from an engine is not used, since the engine
+        would
+            look fast and get more requests than the others.
+        rank, decode_rank: the ranks of `computes` and of `decode` that get it; None where there is only one.
+        ranked: the legs name the rank. Otherwise the engine chooses one that the gateway does not know.
     """
 
     __slots__ = (
@@ -77,7 +80,7 @@ class Sent:
         if rank is not None and ranked:
             self._rank = rank
             self._name = computes.rank_names[rank]
-            self._work = computes.rank_work  # this very list, should the engine come back with another
+            self._work = computes.rank_work  # kept, since the backend has a new list after its engine has restarted
             self._work[rank] += believed
         now = monotonic()
         computes.speeds.given(believed, now, prompt)
@@ -91,7 +94,7 @@ class Sent:
     def prefilled(self, cached: int | None, prompt: int) -> None:
         """The prefill leg has answered.
 
-        Arguments: as of `counted`.
+        Arguments: as for `counted`.
         """
         if not self._answered:
             whole = prompt if 0 < prompt <= self._most else self._prompt
@@ -99,8 +102,8 @@ class Sent:
         self.counted(cached, prompt)
 
     def first_token(self) -> None:
-        """The leg that answers the client has its first token, so its engine has the prompt. An engine that computed it
-        says at the end of its answer what was cached."""
+        """The leg that answers the client has its first token, so its engine has the prompt. An engine that computed
+        the prompt reports at the end of its answer how much was cached."""
         if not self._answered:
             self._answer(self._believed, self._prompt)
         decode, self._decode = self._decode, None
@@ -108,8 +111,8 @@ class Sent:
             self._index.settle(self._decode_name, self._chain)
 
     def ended(self) -> None:
-        """The leg that answers the client has ended well, in one piece: if its engine computed the prompt, it is not
-        known how long that alone took."""
+        """The leg that answers the client has ended well, in one piece. If its engine computed the prompt, the time for
+        the prompt alone is not known."""
         if not self._answered:
             self._answered = True
             self._computes.speeds.withdrawn(self._believed, monotonic())
@@ -118,11 +121,11 @@ class Sent:
         self.counted(None, 0)
 
     def counted(self, cached: int | None, prompt: int) -> None:
-        """The engine that computed the prompt has said what it had in its cache.
+        """The engine that computed the prompt has reported how much of it was cached.
 
         Arguments:
-            cached: tokens; None where it does not say.
-            prompt: tokens of the prompt, as it has counted them; 0 where it does not say.
+            cached: tokens; None where it reports none.
+            prompt: tokens of the prompt, as the engine has counted them; 0 where it reports none.
         """
         if self._settled:
             return
@@ -130,10 +133,10 @@ class Sent:
         if not self._chain.hashes:
             return
         if prompt > self._most:
-            self._index.correct(self._computes.url, self._chain, 0, 0)  # which counts it as refused
+            self._index.correct(self._computes.url, self._chain, 0, 0)  # the index counts it as refused
         elif cached is not None and prompt:
             computes, own = self._computes, self._prompt
-            # Estimated tokens become the engine's, which counts the same prompt.
+            # Estimated tokens are converted to the engine's count of the same prompt.
             expected = (own - self._believed) * prompt // own if own else 0
             self._counts.note(computes.role, computes.url, expected, min(cached, prompt))
             self._index.correct(self._name, self._chain, cached, prompt)
@@ -141,7 +144,7 @@ class Sent:
             self._index.settle(self._name, self._chain)
 
     def goes_to(self, other: Backend, rank: int | None = None) -> None:
-        """The hand-off goes to another backend, and there to one of its ranks."""
+        """The hand-off is sent to another backend, and there to one of its ranks."""
         if self._decode is not None and self._chain.hashes:
             self._index.withdraw(self._decode_name, self._chain)
             self._decode_name = self._name_of(other, rank)
@@ -149,7 +152,7 @@ class Sent:
         self._decode = other
 
     def runs_on(self) -> None:
-        """The prefill leg runs on without its request, until `over`: it is still work for its engine."""
+        """The prefill leg continues without its request, until `over`: it is still work for its engine."""
         self._runs_on = True
 
     def over(self) -> None:
@@ -176,13 +179,13 @@ class Sent:
         self._done()
 
     def _done(self) -> None:
-        """Nothing of the prompt is left to compute."""
+        """The prompt is no longer work for its engine."""
         if self._work is not None:
             self._work[self._rank] -= self._believed
         self._publish()
 
     def _publish(self) -> None:
-        """Write the tokens that are still to be prefilled to the load table."""
+        """Write the tokens that are still to be prefilled into the load table."""
         backend = self._computes
         if backend.on_uncached_changed is not None:
             backend.on_uncached_changed(backend.speeds.outstanding, backend.speeds.since)
@@ -200,16 +203,16 @@ class Sent:
 
 
 class Prompts:
-    """Prompts and the engines that have them.
+    """Prompts, and the engines that have them in their caches.
 
     Arguments:
-        index: what they are believed to have.
-        key: of the chains' hashes, which a gateway's workers share.
+        index: what engines are believed to have.
+        key: the key of the chains' hashes, which the workers of a gateway share.
     Attributes:
-        counts: prompt tokens that were expected in caches, and those that were found.
-        events: what engines publish of their caches, where they do.
-        ranked: the engines of several data-parallel ranks, by their ranks' names and by URL. To the index each rank is
-            an engine of its own, and the engine itself one more, for requests of which engines cannot be told the rank.
+        counts: prompt tokens that were expected in caches, and those that were found there.
+        events: the KV events of engines that publish them.
+        ranked: the engines with several data-parallel ranks, by the names of their ranks and by URL. In the index each
+            rank is an engine of its own. The engine itself is one more, for requests whose legs cannot name a rank.
     """
 
     def __init__(self, index: PrefixIndex, key: bytes) -> None:
@@ -242,12 +245,13 @@ class Prompts:
         """A try of a request sends its prompt to an engine.
 
         Arguments:
-            ask: by which the try was placed.
-            decode: on the backend that is handed the prompt; None where `computes` does both.
+            ask: what the try was placed by.
+            computes: the lease on the backend that computes the prompt.
+            decode: the lease on the backend that gets the hand-off; None where `computes` does both.
         """
         backend, prompt, most = computes.backend, ask.prompt_tokens, MOST_TOKENS
         believed = ask.uncached(backend.url)
-        if not request.body.media and not request.body.follows:  # else there is more than its bytes tell of
+        if not request.body.media and not request.body.follows:  # otherwise the prompt is longer than its bytes show
             most = _MOST_TOKENS * prompt + _TEMPLATE
         other, rank = (None, None) if decode is None else (decode.backend, decode.rank)
         return Sent(
@@ -265,19 +269,19 @@ class Prompts:
         )
 
     def ended(self, request: Request) -> None:
-        """A request has ended, well or not. Its engine's answer may have had the prompt's ids."""
+        """A request has ended, well or not. The answer of its engine may have the ids of the prompt."""
         if self.events is not None and request.chain is not None and request.transcript is not None:
             self.events.reported(request.chain, request.body.members, request.transcript.prompt)
 
     def stored(self, response_id: str, request: Request) -> None:
-        """An engine keeps a response, which others may go on from."""
+        """An engine has stored a response, which later requests may continue."""
         if request.chain is not None and request.chain.hashes:
             self._earlier.keep(response_id, request.chain)
 
     # What the fleet reports
 
     def learnt(self, backend: Backend, cache: Cache) -> None:
-        """An engine has said how large its KV cache is, and whether it finds prefixes in it."""
+        """An engine has reported the size of its KV cache, and whether it caches prefixes."""
         url, names, caching = backend.url, backend.rank_names, cache.caching is not False
         self.index.join(url, cache.tokens, caching)
         if names != self._rank_names.get(url, ()):
