@@ -33,6 +33,7 @@ from pd_proxy.fleet.readiness import not_ready
 from pd_proxy.fleet.zmq.listener import CannotListen
 from pd_proxy.http.body_memory import Bodies
 from pd_proxy.http.client_connections import Connections
+from pd_proxy.http.inbound import Reading
 from pd_proxy.http.server import GatewayProtocol
 from pd_proxy.runtime import garbage, heap
 from pd_proxy.runtime.signals import IGNORED, LEAVING, ignore, log_ignored
@@ -378,7 +379,9 @@ class _Server(uvicorn.Server):
         end = monotonic() + self._shutdown.grace
         if not gate.closed:
             await asyncio.sleep(_TICK)
-            await self._none(lambda connection: connection.awaited, min(_LAST_REQUEST, self._shutdown.grace))
+            await self._none(
+                lambda connection: connection.reading is Reading.HEAD, min(_LAST_REQUEST, self._shutdown.grace)
+            )
         if not await gate.empty(max(0.0, end - monotonic())):
             log.warning("%d request(s) did not end within %g s and are cut", gate.inside, self._shutdown.grace)
             gate.evict()

@@ -389,7 +389,7 @@ async def test_a_client_that_does_not_read_its_events_slows_the_engine() -> None
     async with engine_that(serve) as url, running_gateway(mixed=[url], kind="openai") as running:
         async with running.http.stream("POST", PATH, data=FIELDS, files={"file": b"x"}) as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
-            await until(lambda: any(connection.flow.write_paused for connection in running.connections))
+            await until(lambda: any(not connection.writable for connection in running.connections))
             [backend] = running.gateway.fleet
             assert backend.inflight_requests == 1
             stream = answer.aiter_raw()

@@ -81,7 +81,7 @@ async def test_a_fault_in_a_stream_that_has_begun_is_an_error_event(path: str, m
         raise Fault
 
     async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url]) as running:
-        monkeypatch.setattr("pd_proxy.http.direct.DirectResponse.end", lambda client, data=b"": None)
+        monkeypatch.setattr("pd_proxy.http.server_exchange.ServerExchange.end", lambda client, data=b"": None)
         monkeypatch.setattr(Legs, "decode_stream", fails_at_the_end)
         async with running.http.stream("POST", path, json={**ROUTES[path], "stream": True}) as answer:
             assert answer.status_code == 200

@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import uvicorn
-from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import EXTENSION, Receive, Scope, Send
 from pd_proxy.http.server import GatewayProtocol
+from pd_proxy.http.server_exchange import ServerExchange
 
 from .helpers import PATIENCE
 
 TEXT = (b"content-type", b"text/plain")
-App = Callable[[Scope, DirectResponse, Receive], Awaitable[None]]
+App = Callable[[Scope, ServerExchange, Receive], Awaitable[None]]
 
 
 class WatchedFlow:
@@ -72,7 +72,7 @@ class Server:
             return await reader.read()
 
 
-async def hello(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+async def hello(scope: Scope, client: ServerExchange, receive: Receive) -> None:
     """Answers with the request's method, path and body."""
     body = client.body
     if body is None:
@@ -84,7 +84,7 @@ async def hello(scope: Scope, client: DirectResponse, receive: Receive) -> None:
     client.respond(200, [TEXT], f"{scope['method']} {scope['path']} ".encode() + body)
 
 
-async def stream(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+async def stream(scope: Scope, client: ServerExchange, receive: Receive) -> None:
     """Answers in three pieces, the middle one in an engine's own framing."""
     client.start(200, [TEXT])
     assert client.chunks() is None  # the head is not out yet

@@ -12,11 +12,12 @@ from time import monotonic
 
 import pytest
 from pd_proxy.http import client_connections as connections
-from pd_proxy.http import inbound
+from pd_proxy.http import server as server_module
 from pd_proxy.http.client_connections import Connections
-from pd_proxy.http.direct import DirectResponse
+from pd_proxy.http.inbound import Reading
 from pd_proxy.http.response import Receive, Scope, Send
 from pd_proxy.http.server import GatewayProtocol
+from pd_proxy.http.server_exchange import ServerExchange
 
 from tests.support import until
 
@@ -33,7 +34,7 @@ class Bodies:
     def __init__(self) -> None:
         self.whole: list[bytes] = []
 
-    async def __call__(self, scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def __call__(self, scope: Scope, client: ServerExchange, receive: Receive) -> None:
         body = client.body
         if body is None:
             body = bytearray()
@@ -192,7 +193,7 @@ GARBAGE = [
 async def test_good_requests_before_a_bad_one_in_one_read_are_answered_first(
     server: Server, garbage: bytes, status: int, count: int, app: App
 ) -> None:
-    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         for _ in range(5):
             await asyncio.sleep(0)
         await app(scope, client, receive)
@@ -214,10 +215,10 @@ async def test_what_follows_a_bad_request_is_not_heard(server: Server) -> None:
 async def test_a_bad_request_behind_a_running_one_is_not_answered_in_its_place(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbound, "_LINGER", 0.05)
+    monkeypatch.setattr(server_module, "_LINGER", 0.05)
     waiting, gone = asyncio.Event(), asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.on_gone = gone.set
         waiting.set()
         await gone.wait()
@@ -234,7 +235,7 @@ async def test_a_bad_request_behind_a_running_one_is_not_answered_in_its_place(
 async def test_a_running_request_has_a_moment_to_end_when_a_bad_one_follows(server: Server) -> None:
     waiting, go_on = asyncio.Event(), asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         waiting.set()
         await go_on.wait()
         await hello(scope, client, receive)
@@ -245,7 +246,7 @@ async def test_a_running_request_has_a_moment_to_end_when_a_bad_one_follows(serv
         await waiting.wait()
         [connection] = server.connections
         writer.write(b"garbage\r\n\r\n")
-        await until(lambda: connection.deaf)
+        await until(lambda: connection.reading is Reading.NOTHING)
         go_on.set()
         answer = await reader.read()
     assert answer.startswith(b"HTTP/1.1 200") and b"HTTP/1.1 400" in answer
@@ -254,7 +255,7 @@ async def test_a_running_request_has_a_moment_to_end_when_a_bad_one_follows(serv
 async def test_trailers_are_no_headers(server: Server) -> None:
     headers: list[tuple[bytes, bytes]] = []
 
-    async def look(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def look(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         headers.extend(scope["headers"])
         await hello(scope, client, receive)
 
@@ -345,10 +346,10 @@ async def test_a_large_body_in_ordinary_chunks_is_whole(server: Server) -> None:
 async def test_of_a_thousand_requests_sent_ahead_the_first_are_answered_and_no_more_are_held(server: Server) -> None:
     held = 0
 
-    async def count(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def count(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         nonlocal held
         [connection] = server.connections
-        held = max(held, len(connection.clients))
+        held = max(held, len(connection.waiting) + (connection.active is not None))
         await hello(scope, client, receive)
 
     server.app = count
@@ -364,7 +365,7 @@ async def test_of_a_thousand_requests_sent_ahead_the_first_are_answered_and_no_m
 async def test_a_body_that_goes_on_after_its_answer_ends_the_connection(server: Server) -> None:
     """Here `GET` is answered before its body; a client that dribbles one would stay for ever."""
 
-    async def early(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def early(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.respond(200, [TEXT], b"early")
 
     server.app = early
@@ -398,7 +399,7 @@ class Plain(Server):
         await plain(scope, receive, send)
 
 
-async def large(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+async def large(scope: Scope, client: ServerExchange, receive: Receive) -> None:
     client.respond(200, [TEXT], b"x" * 8_000_000)
 
 
@@ -427,12 +428,12 @@ async def test_who_leaves_the_last_bytes_of_an_answer_unread_is_cut_too(
     monkeypatch.setattr(GatewayProtocol, "write_seconds", 0.2)
     paused = asyncio.Event()
 
-    async def little_more(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def little_more(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.start(200, [TEXT])
         [connection] = server.connections
         while not connection.unsent:
             client.write(b"x" * 10_000)
-        assert not connection.flow.write_paused
+        assert connection.writable
         client.end()
         paused.set()
 
@@ -499,11 +500,11 @@ async def test_a_request_that_waits_behind_unread_answers_ends_with_its_client(s
         await until(lambda: len(server.seen) == 1)
         await asyncio.get_running_loop().sock_sendall(sock, request("/2"))
         [connection] = server.connections
-        await until(lambda: len(connection.pipeline) == 1)
+        await until(lambda: len(connection.waiting) == 1)
     await until(lambda: not server.connections)
     assert server.seen == ["/1"]
-    assert not connection.pipeline
-    assert not connection.clients
+    assert not connection.waiting
+    assert connection.active is None
 
 
 # Too many connections
@@ -595,7 +596,7 @@ async def test_a_connection_with_a_request_under_way_makes_no_room(
     monkeypatch.setattr(connections, "_IDLE", 0.0)
     release = asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         if scope["path"] == "/slow":
             await release.wait()
         client.respond(200, [TEXT], b"ok")
@@ -629,7 +630,7 @@ async def test_when_the_gateway_leaves_each_answer_is_the_last_of_its_connection
 ) -> None:
     running, go_on = asyncio.Event(), asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         if scope["path"] == "/slow":
             client.start(200, [TEXT])
             client.write(b"begun ")
@@ -660,7 +661,7 @@ async def test_an_idle_connection_is_closed_but_not_one_whose_request_is_here(se
         writer.write(request("/1"))
         await reader.readuntil(b"GET /1 ")
         sock = writer.get_extra_info("socket")
-        [connection] = [c for c in server.connections if c.cycle is not None]
+        [connection] = [c for c in server.connections if c.reading is Reading.BETWEEN]
         # Written past the event loop, so that the server has not read it yet.
         socket.socket.send(socket.socket(fileno=socket.dup(sock.fileno())), request("/2"))
         for each in server.connections:
@@ -669,5 +670,5 @@ async def test_an_idle_connection_is_closed_but_not_one_whose_request_is_here(se
         connection.close_if_idle()
         assert await reader.read() == b""
         [new] = server.connections
-        assert new.awaited
+        assert new.reading is Reading.HEAD
         assert not fresh.at_eof()

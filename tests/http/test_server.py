@@ -1,6 +1,6 @@
 """The client's side of the relay: a real uvicorn server with our protocol, and raw sockets as its clients.
 
-These tests also hold the names of uvicorn's internals that `proxy/pd_proxy/http/server.py` rests on.
+What of uvicorn they rest on is in `test_uvicorn_contract.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import httpx
 import pytest
 from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.deadlines import Deadlines
-from pd_proxy.http.direct import DirectResponse
+from pd_proxy.http.inbound import Reading
 from pd_proxy.http.response import EXTENSION, AsgiResponse, Receive, Scope, Send
 from pd_proxy.http.server import GatewayProtocol
+from pd_proxy.http.server_exchange import ServerExchange
 
 from tests.support import soon, until
 
@@ -59,7 +60,7 @@ async def test_a_client_that_wants_to_close_is_told_so_and_closed(server: Server
 
 
 async def test_an_application_can_close_the_connection(server: Server) -> None:
-    async def closing(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def closing(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.respond(413, [(b"connection", b"close")], b"no")
 
     server.app = closing
@@ -96,7 +97,7 @@ async def test_an_answer_to_head_has_no_body(server: Server) -> None:
 
 
 async def test_a_large_answer_is_whole(server: Server) -> None:
-    async def large(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def large(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.respond(200, [TEXT], b"x" * 3_000_000)
 
     server.app = large
@@ -126,7 +127,7 @@ async def test_a_client_that_waits_for_leave_to_send_gets_it(server: Server) -> 
 
 
 async def test_a_request_refused_before_its_body_is_there_still_hears_why(server: Server) -> None:
-    async def refuse(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def refuse(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         assert client.body is None
         client.respond(413, [(b"connection", b"close")], b"too large")
 
@@ -144,7 +145,7 @@ async def test_a_request_refused_before_its_body_is_there_still_hears_why(server
 async def test_a_stream_is_chunked_and_its_head_goes_out_with_the_first_piece(server: Server) -> None:
     released = asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.start(200, [TEXT])
         assert client.started
         client.write(b"one")
@@ -170,7 +171,7 @@ async def test_a_stream_with_an_engines_chunks_in_it_is_read_by_httpx(server: Se
 
 
 async def test_an_empty_stream_is_a_whole_answer(server: Server) -> None:
-    async def empty(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def empty(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.start(200, [])
         client.end()
 
@@ -180,7 +181,7 @@ async def test_an_empty_stream_is_a_whole_answer(server: Server) -> None:
 
 
 async def test_a_stream_that_is_cut_is_not_taken_for_whole(server: Server) -> None:
-    async def cutting(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def cutting(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.start(200, [])
         client.write(b"half")
         client.cut()
@@ -195,7 +196,7 @@ async def test_a_client_that_leaves_is_noticed_at_once(server: Server) -> None:
     streaming, gone, flow = asyncio.Event(), asyncio.Event(), WatchedFlow()
     state: list[bool] = []
 
-    async def endless(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def endless(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.on_gone = gone.set
         client.flow = flow
         client.start(200, [])
@@ -221,7 +222,7 @@ async def test_a_client_that_leaves_is_noticed_at_once(server: Server) -> None:
 async def test_a_client_that_leaves_before_its_answer_is_noticed_at_once(server: Server) -> None:
     waiting, gone = asyncio.Event(), asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.on_gone = gone.set
         waiting.set()
         await gone.wait()
@@ -238,7 +239,7 @@ async def test_a_client_that_leaves_before_its_answer_is_noticed_at_once(server:
 async def test_the_end_of_an_answer_is_no_departure(server: Server) -> None:
     departures: list[str] = []
 
-    async def quick(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def quick(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.on_gone = lambda: departures.append(scope["path"])
         client.respond(200, [], b"")
 
@@ -252,7 +253,7 @@ async def test_the_end_of_an_answer_is_no_departure(server: Server) -> None:
 async def test_a_client_that_does_not_read_pauses_the_flow_until_it_reads_again(server: Server) -> None:
     flow, written, done = WatchedFlow(), 0, asyncio.Event()
 
-    async def flood(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def flood(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         nonlocal written
         client.start(200, [])
         client.flow = flow
@@ -280,7 +281,7 @@ async def test_a_client_that_does_not_read_pauses_the_flow_until_it_reads_again(
 async def test_a_flow_that_comes_while_the_socket_is_full_is_paused_at_once(server: Server) -> None:
     first, second = WatchedFlow(), WatchedFlow()
 
-    async def two(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def two(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.flow = first
         client.start(200, [])
         while not first.paused.is_set():
@@ -304,7 +305,7 @@ async def test_a_flow_that_comes_while_the_socket_is_full_is_paused_at_once(serv
 async def test_a_client_that_never_reads_can_be_cut(server: Server) -> None:
     flow, gone = WatchedFlow(), asyncio.Event()
 
-    async def flood(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def flood(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.on_gone = gone.set
         client.start(200, [])
         client.flow = flow
@@ -339,8 +340,7 @@ async def test_requests_that_went_through_plain_asgi_leave_no_client_behind(serv
             length = int(parts(await reader.readuntil(b"\r\n\r\n"))[1]["content-length"])
             await reader.readexactly(length)
         (connection,) = server.connections
-        assert connection.clients == set()
-        assert connection.streaming is None
+        assert connection.active is None
 
 
 # Requests that never reach the application
@@ -385,7 +385,7 @@ async def test_headers_pipelined_behind_a_running_request_are_bounded_too(
     monkeypatch.setattr(GatewayProtocol, "header_limit", 2000)
     waiting, gone = asyncio.Event(), asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.on_gone = gone.set
         waiting.set()
         await gone.wait()
@@ -446,7 +446,7 @@ async def test_a_request_that_begins_before_the_last_answer_has_its_own_time(
     monkeypatch.setattr(Connections, "idle", lambda *_: Deadlines(0.02))  # for connections without a request
     asked, released = asyncio.Event(), asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         asked.set()
         await released.wait()
         await hello(scope, client, receive)
@@ -457,7 +457,7 @@ async def test_a_request_that_begins_before_the_last_answer_has_its_own_time(
         await asked.wait()
         (connection,) = server.connections
         writer.write(request()[:-2])
-        await until(lambda: connection.awaited)
+        await until(lambda: connection.reading is Reading.HEAD)
         released.set()
         await reader.readuntil(b"GET / ")
         status, detail = error(await reader.read())
@@ -478,7 +478,7 @@ async def test_an_idle_connection_and_a_slow_answer_are_no_slow_headers(
     monkeypatch.setattr(GatewayProtocol, "header_seconds", 0.02)
     released = asyncio.Event()
 
-    async def slow(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         await released.wait()
         await hello(scope, client, receive)
 
@@ -501,7 +501,7 @@ async def test_an_idle_connection_and_a_slow_answer_are_no_slow_headers(
 async def test_garbage_behind_a_stream_does_not_land_in_it(server: Server) -> None:
     streaming, gone = asyncio.Event(), asyncio.Event()
 
-    async def endless(scope: Scope, client: DirectResponse, receive: Receive) -> None:
+    async def endless(scope: Scope, client: ServerExchange, receive: Receive) -> None:
         client.on_gone = gone.set
         client.start(200, [])
         client.write(b"one")

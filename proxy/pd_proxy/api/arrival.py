@@ -12,8 +12,8 @@ from pd_proxy.api.trace_context import trace_context
 from pd_proxy.errors import BodyTooLarge, InvalidRequest, RequestTimedOut
 from pd_proxy.flow.request import new_id
 from pd_proxy.http.content_coding import coding_of, plain
-from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import AsgiResponse, ClientResponse, Receive, Scope
+from pd_proxy.http.server_exchange import ServerExchange
 from pd_proxy.telemetry.records import RequestRecord
 
 _SECONDS = re.compile(rb"\d{1,6}(\.\d{1,3})?").fullmatch
@@ -109,11 +109,11 @@ async def read_whole(
         BodyTooLarge, BodiesFull, EncodingNotSupported, InvalidRequest, RequestTimedOut, ClientLeft
     """
     coding = coding_of(headers) if b"content-encoding" in headers else ""
-    body: bytes | bytearray | None = client.body if isinstance(client, DirectResponse) else None
+    body: bytes | bytearray | None = client.body if isinstance(client, ServerExchange) else None
     if body is None:
         try:
             async with asyncio.timeout(seconds):
-                body = await (client.gather(limit) if isinstance(client, DirectResponse) else _gather(receive, limit))
+                body = await (client.gather(limit) if isinstance(client, ServerExchange) else _gather(receive, limit))
         except TimeoutError:
             raise RequestTimedOut(f"the request body did not arrive within {seconds:g} s") from None
         if body is None:
@@ -126,7 +126,7 @@ async def read_whole(
 
 
 async def _gather(receive: Receive, limit: int) -> bytearray | None:
-    """As `DirectResponse.gather`, for any ASGI server."""
+    """As `ServerExchange.gather`, for any ASGI server."""
     whole = bytearray()  # not a list, in which a body that arrives byte by byte would take fifty times its length
     while True:
         message = await receive()

@@ -11,8 +11,8 @@ import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import EXTENSION
+from pd_proxy.http.server_exchange import ServerExchange
 from pd_proxy.settings.bounds import CorsSettings
 
 Headers = list[tuple[bytes, bytes]]
@@ -79,9 +79,9 @@ _ASKED = frozenset({b"origin", b"access-control-request-method", b"access-contro
 
 
 def _marked(scope: Scope, send: Send, headers: Headers) -> Send:
-    """A `send` that adds headers to the answer. A `DirectResponse`, which does not use `send`, gets the headers too."""
+    """A `send` that adds headers to the answer. A `ServerExchange`, which does not use `send`, gets the headers too."""
     client = scope.get("extensions", {}).get(EXTENSION)
-    if isinstance(client, DirectResponse):
+    if isinstance(client, ServerExchange):
         client.add_headers(headers)
         return send
 

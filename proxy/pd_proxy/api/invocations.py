@@ -15,8 +15,8 @@ from pd_proxy.api.arrival import ClientLeft, check_length, identify, read_whole
 from pd_proxy.api.credentials import Credentials
 from pd_proxy.api.surface import answer
 from pd_proxy.errors import GatewayError, InvalidRequest, MethodNotAllowed
-from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import EXTENSION
+from pd_proxy.http.server_exchange import ServerExchange
 from pd_proxy.requests.members import read_members
 from pd_proxy.settings.tree import Settings
 
@@ -56,7 +56,7 @@ class Invocations:
         self._offered = offered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client: DirectResponse | None = scope.get("extensions", {}).get(EXTENSION)
+        client: ServerExchange | None = scope.get("extensions", {}).get(EXTENSION)
         try:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"{PATH} takes POST", allow="POST")

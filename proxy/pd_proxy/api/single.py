@@ -21,8 +21,8 @@ from pd_proxy.fleet.fleet import Fleet
 from pd_proxy.flow.single import Single
 from pd_proxy.flow.single_request import ROUTES, SingleRequest
 from pd_proxy.http.content_coding import coding_of
-from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import AsgiResponse, Receive, Scope, Send
+from pd_proxy.http.server_exchange import ServerExchange
 from pd_proxy.requests.body import read_model
 from pd_proxy.requests.form import Form
 from pd_proxy.requests.members import read_members
@@ -186,7 +186,7 @@ class ClientForm:
         self._left -= monotonic() - asked
         if message["type"] == "http.disconnect":
             raise ClientLeft
-        client = self._client if isinstance(self._client, DirectResponse) else None
+        client = self._client if isinstance(self._client, ServerExchange) else None
         if client is not None and client.refusal is not None:
             raise client.refusal
         data = message.get("body", b"")

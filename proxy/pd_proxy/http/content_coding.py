@@ -9,8 +9,8 @@ import asyncio
 import zlib
 
 from pd_proxy.errors import BodyTooLarge, EncodingNotSupported, InvalidRequest
-from pd_proxy.http.direct import DirectResponse
 from pd_proxy.http.response import ClientResponse
+from pd_proxy.http.server_exchange import ServerExchange
 
 ACCEPTED = ("gzip", "deflate")
 _NAMES = {b"gzip": "gzip", b"x-gzip": "gzip", b"deflate": "deflate"}
@@ -56,7 +56,7 @@ async def plain(body: bytes | bytearray, coding: str, limit: int, client: Client
             result += piece
             if len(result) > limit:
                 raise BodyTooLarge(f"the request body exceeds the limit of {limit} bytes once its {coding} is decoded")
-            if isinstance(client, DirectResponse):
+            if isinstance(client, ServerExchange):
                 client.hold(len(piece))
             if decoder.eof:
                 rest = decoder.unused_data

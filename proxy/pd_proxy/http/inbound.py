@@ -1,28 +1,28 @@
-"""What a client sends: uvicorn's httptools protocol, bounded against slow and hostile clients.
+"""What a client sends: the parsing of requests, bounded against slow and hostile clients.
 
 Headers are bounded in bytes, number and time; so are the requests that a client sends ahead, and the framing around a
-body. What could be read in two ways is refused. A request that is refused here is answered in OpenAI's shape, and the
-application never sees it, or never its whole body.
+body. A request that two readers could understand in two ways is refused. A refusal is answered in OpenAI's shape, and
+the application sees nothing of such a request, or never its whole body.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import suppress
-from random import getrandbits
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from enum import Enum
+from typing import ClassVar
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pd_proxy.errors import GatewayError, HeadersTooLarge, InvalidRequest, RequestTimedOut, VersionNotSupported
 from pd_proxy.http.client_connections import Connections
-from pd_proxy.http.direct import DirectResponse
+from pd_proxy.http.response import Scope
+from pd_proxy.http.server_exchange import App, ServerExchange
 
-# Seconds for which what a client still sends is read and thrown away after its request was refused. Closing at once
-# would reset the connection, and the answer would be lost with it.
-_LINGER = 2.0
+Waiting = tuple[ServerExchange, App, Scope]
+"""A request, what is to serve it, and with which scope."""
+
 _MOST_HEADERS = 256  # lines; engines and proxies take about 100
 # Requests that wait behind a running one. Each costs some kB, and one read may bring thousands; clients send none.
 _MOST_AHEAD = 16
@@ -35,9 +35,30 @@ _known_hosts: set[bytes] = set()
 """Values of Host that have been found valid: clients send few, and each again and again."""
 _VERSIONS = "this gateway speaks HTTP/1.1 and HTTP/1.0"
 _OTHER_VERSION = "Invalid HTTP version"  # the parser's words
+_TOO_MUCH_FRAMING = f"more than {_MOST_FRAMING} bytes of chunk sizes, extensions and trailers"
 
 
-class Inbound(HttpToolsProtocol):
+class Reading(Enum):
+    """What is read next from a client's connection."""
+
+    HEAD = "head"
+    """The head of a request. It has begun to come, or the connection is new; the limits on headers apply."""
+
+    BODY = "body"
+    """The body of the request whose head came last."""
+
+    BETWEEN = "between"
+    """The next request, of which nothing has come."""
+
+    NOTHING = "nothing"
+    """Nothing that the client still sends is parsed."""
+
+
+# A member of an enum is found by a function in Python; a global is not.
+_HEAD, _BODY, _BETWEEN, _NOTHING = Reading
+
+
+class Inbound(asyncio.Protocol, ABC):
     """One client connection's requests.
 
     Class attributes are set once, in a subclass, before the server listens:
@@ -46,76 +67,92 @@ class Inbound(HttpToolsProtocol):
             new connection.
         shared: what all connections have in common.
     Attributes:
-        awaited: a request is on its way: it has begun to come, or the connection is new.
-        clients: of the requests whose answers are not complete.
-        deaf: nothing that the client still sends is heard.
-        version: of HTTP, of the request whose head was read last.
+        reading: what is read next.
+        url, headers, version, expects_continue: of the request whose head was read last.
+        waiting: requests that have begun to come behind the one that is being answered, oldest first.
     """
 
-    # What uvicorn keeps of a connection fits into a dictionary that shares its keys with those of all others; with
-    # ours beside it each would have keys of its own, a kB of them.
     __slots__ = (
-        "_framing",
-        "_header_bytes",
-        "_headers_wait",
         "_hosts",
-        "_in_message",
-        "_lingering",
-        "_offered",
+        "_is_timed",
+        "_offers_upgrade",
+        "_overhead",
         "_read_size",
         "_refusal",
-        "_timed",
-        "awaited",
-        "clients",
-        "deaf",
+        "expects_continue",
+        "headers",
+        "headers_deadlines",
+        "loop",
+        "parser",
+        "reading",
+        "transport",
+        "url",
         "version",
+        "waiting",
     )
 
     header_limit: ClassVar[int] = 64 * 1024
     header_seconds: ClassVar[float] = 30.0
     shared: ClassVar[Connections] = Connections()
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.clients: set[DirectResponse] = set()
-        self.deaf = False
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.transport: asyncio.Transport = None  # type: ignore[assignment]
+        self.reading = _HEAD
+        self.waiting: list[Waiting] = []
+        self.url = b""
+        self.headers: list[tuple[bytes, bytes]] = []
         self.version = ""
-        self._offered = False  # the request at hand asks for another protocol
-        self._in_message = False  # between a request's headers and its end
-        self._refusal: GatewayError | None = None  # of what has just been read, or still to be answered with
+        self.expects_continue = False
+        self._offers_upgrade = False  # the request at hand asks for another protocol
         self._hosts = 0  # Host headers of the request at hand
         self._read_size = 0
-        self._framing = 0
-        self._header_bytes = 0
-        self._headers_wait = self.shared.headers(self.header_seconds)
-        self._timed = False  # the limit on headers runs
-        self.awaited = False
-        self._lingering: asyncio.TimerHandle | None = None
+        self._overhead = 0  # bytes of the head, or of what is around the body
+        self._is_timed = False  # the limit on the time of headers runs
+        self._refusal: GatewayError | None = None  # of what has just been read, or still to be answered with
+        self.headers_deadlines = self.shared.headers(self.header_seconds)
+        self._new_parser()
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._expect_headers()
-        self._time_headers()
+    def _new_parser(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        # Requests behind one that closes are parsed, so that they can be refused or ignored as such.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._headers_wait.forget(self)
-        if self._lingering is not None:
-            self._lingering.cancel()
-        super().connection_lost(exc)
+    @abstractmethod
+    def request_begun(self) -> None:
+        """The head of a request is whole."""
+
+    @abstractmethod
+    def request_whole(self) -> None:
+        """All of a request has come."""
+
+    @abstractmethod
+    def data_comes(self) -> bool:
+        """Bytes have come; whether no answer is under way."""
+
+    @abstractmethod
+    def end_after_waiting(self) -> None:
+        """Close the connection when the requests that have begun to come are answered."""
+
+    @abstractmethod
+    def refuse_request(self, error: GatewayError, *, at_leisure: bool = True) -> None:
+        """Answer a request that the application sees nothing of, or never whole, and close the connection. Those before
+        it are answered first, as answers come in order.
+
+        Arguments:
+            at_leisure: those before it have all the time they need; else a short one.
+        """
+
+    # What comes
 
     def data_received(self, data: bytes) -> None:
-        # As uvicorn's, which would write a line to the log for each of a hostile client's requests.
-        if self.deaf:
+        if self.reading is _NOTHING:
             return
-        self._unset_keepalive_if_required()
-        alone = not self.clients
+        at_leisure = self.data_comes()
         self._read_size = len(data)
-        if self._in_message:
-            self._framing += len(data)
-        else:
-            if not self.awaited:
-                self._expect_headers()
-            self._header_bytes += len(data)
+        if self.reading is _BETWEEN:
+            self.expect_head()
+        self._overhead += len(data)
         while data:
             try:
                 self.parser.feed_data(data)
@@ -128,83 +165,67 @@ class Inbound(HttpToolsProtocol):
                     if str(error) == _OTHER_VERSION
                     else InvalidRequest("the request is not valid HTTP/1.1")
                 )
-                self._refuse(refusal, at_leisure=alone)
+                self.refuse_request(refusal, at_leisure=at_leisure)
                 return
-        if not self.awaited:
-            if self._framing > _MOST_FRAMING:
-                self._refuse(InvalidRequest(f"more than {_MOST_FRAMING} bytes of chunk sizes, extensions and trailers"))
-            return
-        if not self._timed:  # they have not come in one read, as nearly all do
-            self._time_headers()
-        if self._header_bytes > self.header_limit:
-            self._refuse(HeadersTooLarge(f"request line and headers exceed {self.header_limit} bytes"))
-        elif self._framing > _MOST_FRAMING:
-            self._refuse(InvalidRequest(f"more than {_MOST_FRAMING} bytes of chunk sizes, extensions and trailers"))
+        if self.reading is _HEAD:
+            if not self._is_timed:  # it has not come in one read, as nearly all do
+                self.time_head()
+            if self._overhead > self.header_limit:
+                self.refuse_request(self._too_large())
+        elif self._overhead > _MOST_FRAMING and self.reading is _BODY:
+            self.refuse_request(InvalidRequest(_TOO_MUCH_FRAMING))
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= _MOST_AHEAD:
+        if len(self.waiting) >= _MOST_AHEAD or self.reading is _NOTHING:
             # Those before it are answered, and the last of them closes the connection; clients send the rest again.
-            self.cycle.keep_alive = False
-            self._stop_listening()
+            self.end_after_waiting()
+            self.stop_reading()
             raise _Unheard
         self.url = b""
         self.headers = []
         self._hosts = 0
-        self.expect_100_continue = False
-        if not self.awaited:  # behind another request, in the same read
-            self._expect_headers()
+        self.expects_continue = False
+        if self.reading is not _HEAD:  # behind another request, in the same read
+            self.expect_head()
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_message:
-            return  # a trailer: no header, lest it passes what is in front of us and looks at headers alone
+        if self.reading is not _HEAD:
+            return  # a trailer: no header, lest it passes what is in front of the gateway and looks at headers alone
         name = name.lower()
         if name == b"host":
             self._hosts += 1
             if value not in _known_hosts:
                 self._check_host(value)
         elif name == b"expect":
-            self.expect_100_continue = value.lower() == b"100-continue"
+            self.expects_continue = value.lower() == b"100-continue"
         elif name == b"transfer-encoding" and (value.lower() != b"chunked" or self.parser.get_http_version() != "1.1"):
-            self._refusal = InvalidRequest("of all transfer codings only chunked, in HTTP/1.1, is understood")
-            raise self._refusal
+            self._refuse_head(InvalidRequest("of all transfer codings only chunked, in HTTP/1.1, is understood"))
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        if self.parser.should_upgrade():
-            if self.parser.get_method() == b"CONNECT":
-                self._refusal = InvalidRequest("this is no forward proxy")
-                raise self._refusal
-            self._offered = True
+        parser = self.parser
+        if parser.should_upgrade():
+            if parser.get_method() == b"CONNECT":
+                self._refuse_head(InvalidRequest("this is no forward proxy"))
+            self._offers_upgrade = True
             return
-        self.version = self.parser.get_http_version()
+        self.version = parser.get_http_version()
         if self._hosts != 1 or self.version != "1.1":
             self._check_version_and_host()
-        if len(self.headers) > _MOST_HEADERS or self._header_bytes + self._read_size > self.header_limit:
+        if len(self.headers) > _MOST_HEADERS or self._overhead + self._read_size > self.header_limit:
             self._check_header_size()
-        self.begin_request()
-        self._in_message = True
-        self._expect_nothing()
-        self._header_bytes = 0
-        self._framing = 0
-
-    def begin_request(self) -> None:
-        """The head of a request is whole: make its scope and its cycle, and start its application."""
-        url, headers, expected = self.url, self.headers, self.expect_100_continue
-        super().on_message_begin()  # uvicorn makes the scope before it knows what goes into it
-        self.url = url
-        self.headers += headers
-        self.expect_100_continue = expected
-        super().on_headers_complete()
+        self.request_begun()
+        self._head_came(_BODY)
 
     def on_message_complete(self) -> None:
-        if self._offered:
+        if self._offers_upgrade:
             return
-        self._in_message = False
-        self._framing = 0
-        cycle = self.cycle
-        if not cycle.response_complete:  # as uvicorn's from here
-            cycle.more_body = False
-            cycle.message_event.set()
+        if self.reading is _BODY:
+            self.reading = _BETWEEN
+        self.request_whole()
 
     def _decline_upgrade(self) -> bytes:
         """The head of a request that offered another protocol, without the offer.
@@ -218,15 +239,20 @@ class Inbound(HttpToolsProtocol):
                 value = b"close" if b"close" in value.lower() else b"keep-alive"
             if name not in (b"upgrade", b"http2-settings"):
                 head += b"%b: %b\r\n" % (name, value)
-        self._offered = False
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self._offers_upgrade = False
+        self._new_parser()
         return head + b"\r\n"
+
+    # Bounds on a head
+
+    def _refuse_head(self, error: GatewayError) -> None:
+        """End the parser's work. `data_received` answers with `error`."""
+        self._refusal = error
+        raise error
 
     def _check_host(self, value: bytes) -> None:
         if not _VALID_HOST(value):
-            self._refusal = InvalidRequest("the Host header is no host and port")
-            raise self._refusal
+            self._refuse_head(InvalidRequest("the Host header is no host and port"))
         if len(_known_hosts) < _MOST_KNOWN and len(value) < 300:
             _known_hosts.add(value)
 
@@ -234,102 +260,51 @@ class Inbound(HttpToolsProtocol):
         """RFC 9112, sections 2.3 and 3.2."""
         version = self.version
         if version not in ("1.1", "1.0"):
-            self._refusal = VersionNotSupported(_VERSIONS)
+            self._refuse_head(VersionNotSupported(_VERSIONS))
         elif self._hosts > 1:
-            self._refusal = InvalidRequest("the request has more than one Host header")
+            self._refuse_head(InvalidRequest("the request has more than one Host header"))
         elif self._hosts == 0 and version == "1.1":
-            self._refusal = InvalidRequest("the request has no Host header")
-        if self._refusal is not None:
-            raise self._refusal
+            self._refuse_head(InvalidRequest("the request has no Host header"))
 
     def _check_header_size(self) -> None:
         if len(self.headers) > _MOST_HEADERS:
-            self._refusal = HeadersTooLarge(f"more than {_MOST_HEADERS} headers")
+            self._refuse_head(HeadersTooLarge(f"more than {_MOST_HEADERS} headers"))
         elif len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self.header_limit:
-            self._refusal = HeadersTooLarge(f"request line and headers exceed {self.header_limit} bytes")
-        if self._refusal is not None:
-            raise self._refusal
+            self._refuse_head(self._too_large())
 
-    def _expect_headers(self) -> None:
+    def _too_large(self) -> HeadersTooLarge:
+        return HeadersTooLarge(f"request line and headers exceed {self.header_limit} bytes")
+
+    def expect_head(self) -> None:
         """The bounds on headers apply from now until they are complete."""
-        self.awaited = True
-        self._header_bytes = 0
+        self.reading = _HEAD
+        self._overhead = 0
 
-    def _time_headers(self) -> None:
-        self._timed = True
-        self._headers_wait.watch(self, self.loop)
+    def time_head(self) -> None:
+        """The time in which the head must come begins."""
+        self._is_timed = True
+        self.headers_deadlines.watch(self, self.loop)
 
-    def _expect_nothing(self) -> None:
-        self.awaited = False
-        if self._timed:
-            self._timed = False
-            self._headers_wait.forget(self)
+    def _head_came(self, then: Reading) -> None:
+        self.reading = then
+        self._overhead = 0
+        if self._is_timed:
+            self._is_timed = False
+            self.headers_deadlines.forget(self)
+
+    def stop_reading(self) -> None:
+        """Parse nothing that still comes."""
+        self._head_came(_NOTHING)
 
     def overdue(self, seconds: float) -> None:
-        """Headers are late."""
+        """A head is late."""
         if self.transport.is_closing():
             return
-        if self._header_bytes == 0:
+        if self._overhead == 0:
             self.transport.close()  # a connection that never asked for anything gets no answer
         else:
-            self._refuse(RequestTimedOut(f"headers did not arrive within {seconds:g} s"))
-
-    # Refusing
-
-    def _refuse(self, error: GatewayError, *, at_leisure: bool = True) -> None:
-        """Answer a request that the application will never see, or never whole, and close. Those before it are answered
-        first, as answers come in order.
-
-        Arguments:
-            at_leisure: those before it have all the time they need; else a short one.
-        """
-        if self.transport.is_closing() or self.deaf:
-            return
-        if self._in_message and self.pipeline and self.pipeline[0][0] is self.cycle:
-            del self.pipeline[0]  # its body will never be whole
-            for client in [client for client in self.clients if client._cycle is self.cycle]:
-                self.clients.discard(client)
-                client.release()
-        if self._in_message and len(self.clients) == 1:
-            [client] = self.clients
-            if client._cycle is self.cycle and not client.started:  # it waits for a body that will never be whole
-                self.clients.clear()
-                client.left()
-        if self.clients:
-            self._refusal = error
-            self._stop_listening()
-            self.flow.pause_reading()
-            if not at_leisure:
-                self.loop.call_later(_LINGER, self.transport.close)
-            return
-        self._answer_refused(error)
-
-    def _answer_refused(self, error: GatewayError) -> None:
-        body = error.body()
-        lines = [b"%b: %b\r\n" % header for header in (*answer_headers(), (b"connection", b"close"))]
-        self.transport.write(
-            b"%b%bcontent-length: %d\r\n\r\n%b" % (STATUS_LINE[error.status], b"".join(lines), len(body), body)
-        )
-        self.linger()
-
-    def linger(self) -> None:
-        """Close once the client has heard the answer: it has closed its side, or had its time."""
-        if self._lingering is None and not self.transport.is_closing():
-            self._lingering = self.loop.call_later(_LINGER, self.transport.abort)
-            self._stop_listening()
-            self.flow.resume_reading()
-            if self.transport.can_write_eof():
-                with suppress(OSError):  # the client has gone, unseen while nothing was read from it
-                    self.transport.write_eof()
-
-    def _stop_listening(self) -> None:
-        self.deaf = True
-        self._expect_nothing()
+            self.refuse_request(RequestTimedOut(f"headers did not arrive within {seconds:g} s"))
 
 
 class _Unheard(Exception):
     """A request that came too far ahead of its answer."""
-
-
-def answer_headers() -> list[tuple[bytes, bytes]]:
-    return [(b"content-type", b"application/json"), (b"x-request-id", b"%032x" % getrandbits(128))]

@@ -1,6 +1,6 @@
 """The client's end of the relay: one answer on its way to the client's socket.
 
-`DirectResponse` writes to the transport that `server.GatewayProtocol` holds; `AsgiResponse` does the same through a
+`ServerExchange` writes to the transport that `server.GatewayProtocol` holds; `AsgiResponse` does the same through a
 plain ASGI `send`, for any other server.
 """
 
