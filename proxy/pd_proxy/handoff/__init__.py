@@ -1,1 +1,2 @@
-"""The P/D protocol without I/O: what each leg's body is, given the client's body and prefill's answer."""
+"""The protocol between prefill and decode, without I/O: makes each leg's body from the client's body and prefill's
+answer."""

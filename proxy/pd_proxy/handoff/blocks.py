@@ -1,4 +1,4 @@
-"""The block ids of a hand-off: where on prefill's engine the KV cache of a prompt lies."""
+"""The block ids of a hand-off, which say where the prefill engine has the KV cache of a prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _decode_flat = json_decoder(list[BlockId])  # engines before 0.2x
 
 
 def check_blocks(ids: msgspec.Raw) -> None:
-    """Raise `HandoffInvalid` unless `ids` names at least one block, in either of the two shapes engines use."""
+    """Check that `ids` names at least one block, in one of the two forms that engines use.
+
+    Raises:
+        HandoffInvalid: it does not.
+    """
     try:
         some = any(block_counts(ids))
     except Undecodable:
@@ -31,10 +35,10 @@ def check_blocks(ids: msgspec.Raw) -> None:
 
 
 def block_counts(ids: msgspec.Raw) -> list[int]:
-    """How many blocks a hand-off has of each KV cache group.
+    """The number of blocks of a hand-off in each KV cache group.
 
     Raises:
-        Undecodable: `ids` is no list of lists of block ids.
+        Undecodable: `ids` is not a list of lists of block ids.
     """
     if (groups := _groups(bytes(ids))) is not None:
         return [group.count(b",") + 1 if group else 0 for group in groups]
@@ -42,8 +46,10 @@ def block_counts(ids: msgspec.Raw) -> list[int]:
 
 
 def _groups(ids: bytes) -> list[bytes] | None:
-    """The inside of each list in a list of lists of numbers, where the whole is long and has no spaces: the blocks of a
-    long prompt are thousands, and to make a number of each takes five times as long. None where it is not like that."""
+    """The text of each inner list in a long list of lists of numbers without spaces; None where `ids` is not like that.
+
+    A long prompt has thousands of blocks, and decoding each number takes five times as long.
+    """
     if len(ids) < _LONG or not ids.startswith(b"[[") or ids.translate(None, b"0123456789,[]"):
         return None
     groups = ids[2:-2].split(b"],[")

@@ -1,6 +1,6 @@
-"""Where an engine's side of a hand-off is reached, beside its HTTP port.
+"""The addresses and ids of an engine's side of a hand-off.
 
-Set by people, or learnt from the engine itself; each connector says which of it it needs.
+They are set by operators or learnt from the engine. Each connector needs some of them.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import msgspec
 
 
 class Coordinates(msgspec.Struct, frozen=True):
-    """An engine's coordinates. What is not known, or has no meaning for the connector, is empty.
+    """An engine's coordinates. Values that are not known, or that the connector does not use, are empty.
 
     Attributes:
-        host: as its peers name it: a name or an address, IPv6 without brackets.
-        port: of the service by which the connector begins: bootstrap server, side channel, handshake.
-        notify_port: where it hears of transfers, for connectors that have one.
-        init_ports, alloc_ports, query_ports: those of a receiver that is written to; one for each tensor-parallel rank.
-        engine_ids: its connector's id, one for each data-parallel rank.
-        tp, pp, dp: how many tensor-parallel, pipeline and data-parallel ranks it has.
+        host: the host by which other engines reach it: a name or an address, IPv6 without brackets.
+        port: the port with which the connector begins: that of a bootstrap server, a side channel or a handshake.
+        notify_port: the port at which it receives notifications of transfers, for connectors that have them.
+        init_ports, alloc_ports, query_ports: the ports of a receiver, one for each tensor-parallel rank.
+        engine_ids: the ids that its connector has, one for each data-parallel rank.
+        tp, pp, dp: the number of its tensor-parallel, pipeline-parallel and data-parallel ranks.
     """
 
     host: str = ""
@@ -41,10 +41,12 @@ class Coordinates(msgspec.Struct, frozen=True):
 
 
 class Announcement(msgspec.Struct, frozen=True):
-    """What an engine says of itself when it registers.
+    """What an engine announces when it registers.
 
     Attributes:
-        host, port: of its API, by which it is known as a backend.
+        role: the role in which it was started.
+        host, port: the address of its API, by which its backend is found.
+        coordinates: the coordinates of its side of a hand-off.
     """
 
     role: Literal["prefill", "decode"]

@@ -1,9 +1,9 @@
-"""The encoder stage: images, audio and video are encoded by engines of their own, before prefill (vLLM's ECConnector).
+"""The encoder stage: separate engines encode images, audio and video before prefill (vLLM's ECConnector).
 
-An encoder gets the media parts of a chat and nothing else. It answers with what the engine that computes the prompt
-needs to fetch them: `ec_transfer_params`, by the key under which each was stored. All legs name a part alike, by a
-`uuid` that is made here: engines cache media under it, so one that a client chose could show it another client's, or
-give others its own.
+An encoder gets only the media parts of a chat. It answers with `ec_transfer_params`, which contain for each key under
+which it has stored a medium what the engine that computes the prompt needs to fetch it. In all legs a part has the same
+`uuid`, which is made here. Engines cache media under it. With a `uuid` of its own choice a client could get another
+client's media, or make others get its own.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pd_proxy.requests.json_scan import TooMany, elements
 from pd_proxy.requests.json_scan import members as members_of
 
 TOKENS = 1000
-"""What a medium is taken to weigh on an encoder, as `body.py` counts it in a prompt."""
+"""The tokens that a medium counts on an encoder, as in `requests/body.py`."""
 
 _KINDS = ("image_url", "audio_url", "input_audio", "video_url")
 _ALONG = ("model", "mm_processor_kwargs", "media_io_kwargs", "priority", "session_id")
-"""Members of the client's that shape what an encoder makes of its media, or when."""
+"""Members of the client's request that change how or when an encoder encodes its media."""
 _MOST = 2048
-"""Messages and parts that are looked through, and more where they are long: one more for each of `_BYTES_EACH`."""
+"""The most messages and parts of a chat; one more is allowed for each `_BYTES_EACH` bytes."""
 _BYTES_EACH = 4096
-_USUAL_MEMBERS = 16  # of a message or a part; with more it counts for several
+_USUAL_MEMBERS = 16  # members of a message or a part; one with more counts as several
 
 _decode_text = json_decoder(str)
 
@@ -42,8 +42,8 @@ class Medium(msgspec.Struct, frozen=True):
     """One image, recording or video of a request.
 
     Attributes:
-        part: of the content, with its `uuid`.
-        image: encoders take several of these at a time.
+        part: the part of the message's content, with its `uuid`.
+        image: whether it is an image, of which an encoder takes several in one request.
     """
 
     part: msgspec.Raw
@@ -55,7 +55,7 @@ class _Url(msgspec.Struct):
 
 
 class _Handle(msgspec.Struct):
-    """What an encoder says of one medium, as far as its types matter. Each connector has its own way to it."""
+    """What an encoder answers for one medium: the members whose types are checked. Each connector uses some of them."""
 
     metadata: dict[str, msgspec.Raw] = {}
     item_indices: list[Annotated[int, msgspec.Meta(ge=0)]] = []
@@ -72,16 +72,19 @@ class _Encoded(msgspec.Struct):
 _decode_url = json_decoder(str | _Url)
 _decode_encoded = json_decoder(_Encoded)
 _decode_handle = json_decoder(_Handle)
-_RESERVED = ("ec_items", "consumer_zmq")  # by which encoders are told to push, in the place of a key
+_RESERVED = ("ec_items", "consumer_zmq")  # not keys: these make an encoder push
 
 
 def read_media(body: Body, salt: str) -> tuple[Body, tuple[Medium, ...]]:
-    """A chat with its media marked, and each of them once.
+    """Find the media of a chat. Returns the body with a `uuid` in each, and each different medium once.
 
     Arguments:
-        salt: unique to the request. A URL may give something else tomorrow, so what it gave is not found again by it.
+        salt: unique to the request. It is part of the key of a medium that is given by URL, since the URL may lead to
+            other content later.
     Raises:
-        InvalidRequest: there is more in it than is looked through. As it is it may not be sent on.
+        InvalidRequest: the chat has too many messages and parts. It is refused, since unread parts could have a `uuid`
+            of
+            the client.
     """
     raw = body.members.get("messages")
     said = b"" if raw is None else bytes(raw)
@@ -90,7 +93,7 @@ def read_media(body: Body, salt: str) -> tuple[Body, tuple[Medium, ...]]:
     try:
         messages = [marks.message(message) for message in elements(said)]
     except Undecodable:
-        return body, ()  # the engine's to judge
+        return body, ()  # malformed, which the engine reports
     except TooMany:
         raise InvalidRequest(
             f"`messages` has more than {most} messages and parts, too many to look for media in", param="messages"
@@ -102,10 +105,10 @@ def read_media(body: Body, salt: str) -> tuple[Body, tuple[Medium, ...]]:
 
 
 class _Marks:
-    """The media of one chat, found message by message.
+    """Marks the media of one chat with their keys, message by message.
 
     Attributes:
-        media: by their keys.
+        media: the media by their keys.
     """
 
     def __init__(self, salt: str, most: int) -> None:
@@ -114,7 +117,7 @@ class _Marks:
         self._left = most
 
     def message(self, raw: memoryview) -> bytes | memoryview:
-        """A message with its parts marked."""
+        """A message with a `uuid` in each of its media."""
         message = self._members(raw)
         content = message.get("content")
         if content is None or bytes(memoryview(content)[:1]) != b"[":
@@ -124,7 +127,7 @@ class _Marks:
         return encode_json(message)
 
     def _part(self, raw: memoryview) -> bytes | memoryview:
-        """A part of a content with the `uuid` that all legs give it; without any where it is no medium."""
+        """A part of a content with the `uuid` that it has in all legs; without one where it is not a medium."""
         if bytes(raw[:1]) != b"{":
             self._spend(1)
             return raw
@@ -157,7 +160,7 @@ class _Marks:
 
 
 def _url(content: bytes) -> str:
-    """The URL of a medium's content; empty where it has none, which is the engine's to judge."""
+    """The URL of a medium; empty where it has none, which the engine reports."""
     try:
         said = _decode_url(content)
     except Undecodable:
@@ -166,18 +169,18 @@ def _url(content: bytes) -> str:
 
 
 def encode_leg(body: Body, media: Sequence[Medium]) -> Leg:
-    """The leg that has some media encoded. An encoder never samples, so nothing bounds its answer."""
+    """The leg that has some media encoded. An encoder does not sample, so the leg has no bound of tokens."""
     messages = [{"role": "user", "content": [medium.part for medium in media]}]
     members = {name: body.members[name] for name in _ALONG if name in body.members}
     return Leg(LAYOUTS["chat"].path, (encode_json({**members, "messages": messages, "stream": FALSE}),))
 
 
 def read_encoded(answer: bytes, count: int) -> dict[str, msgspec.Raw]:
-    """What an encoder says of `count` media, by their keys and word for word. Empty where the way to them is a storage
-    that both engines know.
+    """What an encoder's answer says of `count` media, by their keys and unchanged. Empty where the engines share a
+    storage.
 
     Raises:
-        BackendGarbled: it is not what encoders say. Sent on, it could make the engine that reads it connect anywhere.
+        BackendGarbled: it is not an encoder's answer. Passed on, it could make an engine connect to any address.
     """
     try:
         handles = _decode_encoded(answer).ec_transfer_params or {}
@@ -195,5 +198,5 @@ def read_encoded(answer: bytes, count: int) -> dict[str, msgspec.Raw]:
 
 
 def encoded(handles: dict[str, msgspec.Raw]) -> Members | None:
-    """The members by which the engine that computes the prompt is told of all media."""
+    """The members with which the leg that computes the prompt names all media; None where there are none."""
     return {"ec_transfer_params": msgspec.Raw(encode_json(handles))} if handles else None

@@ -1,12 +1,15 @@
-"""Decode takes the prompt as prefill has tokenised it.
+"""Passes the prompt's token ids from prefill to decode, so that the prompt is tokenised once.
 
-Else both engines apply the chat template and the tokenizer to the same messages. That costs the time of a long prompt
-twice; and where they come to different tokens (a template that writes the time, another revision of it) decode reads
-the KV cache of another prompt, which is wrong text without an error.
+Otherwise both engines apply the chat template and the tokenizer to the same messages. For a long prompt this takes
+twice
+the time. And where the results differ (a template that writes the time, or another revision of it), decode reads the KV
+cache of another prompt, and answers with wrong text and without an error.
 
-Prefill says the ids when it is asked for `return_token_ids`; decode takes them as `kv_transfer_params.prompt_token_ids`
-(chat: in place of template and tokenizer only; tools are checked and parsed as ever) or as `prompt` (completions).
-Engines that say none, or know no such parameter, tokenise as before. The ids stay the bytes that they came as.
+Prefill returns the ids when it is asked for `return_token_ids`. Decode takes them as
+`kv_transfer_params.prompt_token_ids`
+for chat, where they replace only template and tokenizer, and as `prompt` for completions. Engines that return no ids,
+or
+do not know these parameters, tokenise as before. The ids are passed on as the bytes that prefill returned.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ _decode_choices = json_decoder(list[_Choice])
 
 
 def reusable(body: Body) -> bool:
-    """Whether the request's prompt is one that engines tokenise."""
+    """Whether the request's prompt is one that engines would tokenise."""
     if body.endpoint == "chat":
         return True
     if body.endpoint != "completions":
@@ -39,8 +42,7 @@ def reusable(body: Body) -> bool:
 
 
 def prompt_of(answer: PrefillAnswer, body: Body) -> bytes:
-    """The ids of the prompt that prefill's answer gives, `1,2,3`; nothing where it gives none, or where there is more
-    than text in the prompt."""
+    """The ids of the prompt in prefill's answer, `1,2,3`; empty where it has none, or where the prompt has media."""
     raw = answer.prompt_token_ids
     if body.endpoint == "completions":
         try:

@@ -1,6 +1,6 @@
-"""Where decode's engine goes to fetch what a hand-off names, for connectors that say it in the clear.
+"""The address at which decode's engine fetches the KV cache of a hand-off, for connectors whose parameters contain it.
 
-Only for people: `doctor` looks whether somebody listens there, and explains by it why a hand-off failed.
+Used only for diagnosis: `doctor` checks whether the address can be reached, to explain why a hand-off failed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PORTS = ("remote_port", "remote_handshake_port")
 
 
 def side_of(handoff: Handoff) -> tuple[str, int] | None:
-    """Host and port of prefill's side; None where the hand-off does not say, or says it within something opaque."""
+    """Host and port of prefill's side; None where the hand-off does not contain them in readable form."""
     members = handoff.members
     if "bootstrap_host" in members:
         try:

@@ -1,1 +1,1 @@
-"""What clients ask: bodies, forms and endpoints, without I/O."""
+"""Clients' requests: bodies, forms and endpoints, without I/O."""

@@ -1,8 +1,9 @@
-"""A client's request body: read once, at its top level only, and rid of what no client may say to an engine.
+"""A client's request body: read once, only at its top level, and without the members that clients may not send to
+engines.
 
-Members stay the raw bytes they came as (`msgspec.Raw`), so that a 400 kB prompt is neither decoded nor encoded again,
-and fields the gateway does not know pass through untouched. The body is always written anew from its members, never
-spliced: of two members with one name only the last exists from here on.
+Members stay raw bytes (`msgspec.Raw`). So a prompt of 400 kB is neither decoded nor encoded again, and members that the
+gateway does not know pass unchanged. The body is always written anew from its members, so of two members with one name
+only the last is kept.
 """
 
 from __future__ import annotations
@@ -28,25 +29,26 @@ from pd_proxy.requests.unsplittable import (
     why_unsplittable,
 )
 
-_MOST_MEDIA = 1024  # media in a prompt that are counted
+_MAX_MEDIA = 1024  # media of a prompt that are counted
 
 
 class Body(msgspec.Struct, frozen=True):
-    """What the gateway reads of a request; `members` is what the engine gets.
+    """A request as the gateway reads it. `members` is what the engine gets.
 
     Attributes:
-        stream: the client wants events.
-        wants_usage: the client gets the engine's usage event: it asked (`stream_options.include_usage`), or this
-            endpoint's streams have one in any case.
+        stream: the client asked for a stream of events.
+        wants_usage: the client gets the engine's usage event: it asked for it (`stream_options.include_usage`), or this
+            endpoint's streams always have one.
         wants_token_ids: the client asked for `return_token_ids`.
-        max_tokens: the completion's bound, or None where the engine's default holds.
-        prompt_tokens: an estimate from the size of the prompt, for placement.
+        max_tokens: the bound of the answer's tokens; None where the engine's default holds.
+        prompt_tokens: the prompt's tokens, estimated from its size, for placement.
         unsplittable: why prefill and decode cannot share the request, so that one backend serves it; or empty.
-        follows: id of the stored response that it goes on from, or empty; only the backend that has that can serve it.
-        stored: the engine may keep the answer, to be asked for by its id.
-        prompts: how many a batch has, each of which is answered by itself; 0 where there is no batch.
-        prompt_logprobs: the answer has log probabilities of the prompt that only prefill can say.
-        media: its prompt is more than text: engines ignore a prompt's ids then.
+        follows: the id of the stored response that it continues, or empty. Only the backend that stores it can serve
+            it.
+        stored: the engine may keep the answer, which clients can then get by its id.
+        prompts: the number of prompts in a batch, each of which gets an answer; 0 where there is no batch.
+        prompt_logprobs: the answer has log probabilities of the prompt, which only prefill can compute.
+        media: its prompt has more than text. Engines then ignore token ids of the prompt.
     """
 
     endpoint: Endpoint
@@ -69,13 +71,14 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
     """Read a request body.
 
     Raises:
-        InvalidRequest: not JSON, not an object, or a field that the gateway must understand has the wrong type.
-            All else is left for the engine to judge.
+        InvalidRequest: the body is not a JSON object, or a member that the gateway reads has the wrong type. All else
+            is
+            left to the engine.
     """
     members = read_members(raw)
     layout = LAYOUTS[endpoint]
     read = {name: _read(members, name) for name in layout.reads if name in members}
-    if endpoint == "sglang_generate":  # which shares no words with the others
+    if endpoint == "sglang_generate":  # it has no member names in common with the others
         return _read_sglang(members, read)
     max_tokens, unsplittable = _READERS[endpoint](members, read)
     media = has_media(members)
@@ -96,7 +99,9 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
 
 
 def _read_chat(members: Members, read: Mapping[str, Any]) -> tuple[int | None, str]:
-    """The completion's bound, and why the request cannot be split, or empty; likewise the next ones."""
+    """The bound of the answer's tokens; and why the request cannot be split, or empty. The next functions return the
+    same
+    for the other endpoints."""
     max_tokens = read.get("max_completion_tokens") or read.get("max_tokens")
     return max_tokens, why_unsplittable(members, "chat", read.get("n"))
 
@@ -130,7 +135,7 @@ _READERS: dict[Endpoint, Callable[[Members, Mapping[str, Any]], tuple[int | None
 
 
 def _read_sglang(members: Members, read: Mapping[str, Any]) -> Body:
-    """The same of SGLang's own endpoint, which shares no words with the others."""
+    """Read a body of SGLang's own endpoint."""
     asked = sglang_generate.read(members)
     return Body(
         endpoint="sglang_generate",
@@ -148,17 +153,17 @@ def _read_sglang(members: Members, read: Mapping[str, Any]) -> Body:
 
 
 def renamed(body: Body, model: str) -> Body:
-    """A body that asks for another model."""
+    """The same body with another model."""
     return msgspec.structs.replace(
         body, model=model, members={**body.members, "model": msgspec.Raw(encode_json(model))}
     )
 
 
 def read_model(members: Members) -> str | None:
-    """The model that is asked for, or None where none is named.
+    """The model that a request names, or None.
 
     Raises:
-        InvalidRequest: it is no string.
+        InvalidRequest: it is not a string.
     """
     return _read(members, "model") if "model" in members else None
 
@@ -186,11 +191,12 @@ _LENIENT = {bool: as_bool, int: as_int}
 
 
 def _read(members: Members, name: str) -> Any:
-    """A member's value, of the type that it must have, or None for null. What an engine would take for such a value is
-    written as one from here on.
+    """A member's value, which has the type in `_KINDS`, or None for null. A value of another type that engines convert
+    is
+    converted here too, and replaced in `members`.
 
     Raises:
-        InvalidRequest: it is none.
+        InvalidRequest: the value has another type.
     """
     kind = _KINDS[name]
     try:
@@ -207,7 +213,7 @@ def _read_flags(members: Members, options: dict[str, Any] | None) -> bool:
     """Whether `stream_options` ask for usage.
 
     Raises:
-        InvalidRequest: a flag among them is none.
+        InvalidRequest: a flag in them is not a boolean.
     """
     if options is None:
         return False
@@ -225,7 +231,7 @@ def _read_flags(members: Members, options: dict[str, Any] | None) -> bool:
 _FLAGS = ("include_usage", "continuous_usage_stats")
 
 
-# Four bytes of English text make about a token; a base64 image of any size makes some hundreds to a thousand.
+# Four bytes of English text are about a token. A base64 image of any size is some hundred to a thousand tokens.
 _BYTES_PER_TOKEN = 4
 _TOKENS_PER_MEDIUM = 1000
 _MEDIUM = b";base64,"
@@ -247,7 +253,7 @@ def _estimate_tokens(members: Members, endpoint: Endpoint, parts: tuple[str, ...
         return size // _BYTES_PER_TOKEN + 1
     said = bytes(raw)
     count = encoded = place = 0
-    while count < _MOST_MEDIA and (place := said.find(_MEDIUM, place)) >= 0:
+    while count < _MAX_MEDIA and (place := said.find(_MEDIUM, place)) >= 0:
         place += len(_MEDIUM)
         end = said.find(b'"', place)
         count, encoded, place = count + 1, encoded + end - place, end

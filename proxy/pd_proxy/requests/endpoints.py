@@ -1,8 +1,9 @@
-"""The endpoints by which engines generate, and how the body of each is laid out.
+"""The endpoints that generate, and the layout of the request body of each.
 
-Connectors speak of one request for one token in the words of OpenAI's chat (`max_tokens`, `ignore_eos`, `min_tokens`);
-what these are called elsewhere is said here, so that no connector knows of endpoints and no endpoint of connectors.
-Field names as in vLLM 0.32.
+Connectors write a leg of one token with the member names of OpenAI's chat (`max_tokens`, `ignore_eos`, `min_tokens`).
+This
+module translates them for the other endpoints, so connectors and endpoints are independent of each other. Member names
+are those of vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ _ONE = msgspec.Raw(b"1")
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """One endpoint.
+    """The layout of one endpoint.
 
     Attributes:
-        path: where engines serve it, and the gateway too.
-        reads: members whose values the gateway must know, in the order in which a wrong one is told.
-        prompt: members that make up the prompt, the main one first.
-        answer: the member of a whole answer without which it is none.
-        resumable: a broken stream may be continued, and prefill's token may be the client's first.
-        asks_usage: `stream_options.include_usage` brings usage; without it the stream has its own.
+        path: the path at which engines and the gateway serve it.
+        reads: the members whose values the gateway reads, in the order in which errors are reported.
+        prompt: the members that make up the prompt, the main one first.
+        answer: the member that every complete answer has.
+        resumable: whether a broken stream may be resumed, and prefill's token may be the client's first.
+        asks_usage: whether streams have usage only with `stream_options.include_usage`; otherwise they always have it.
         id_member: the member that names the request, for engines that do not read X-Request-Id here; or empty.
-        id_prefix: what such a name begins with.
-        ranked: a leg can be told the data-parallel rank that it is for.
-        of_one_make: only the engines of one make have it, whose connector says so; they do not know of models.
-        own_words: turns the members of a leg of one token from chat's words into this endpoint's; None where these are
-            the same.
+        id_prefix: the beginning of such a name.
+        ranked: whether a leg can carry the data-parallel rank that it is for.
+        of_one_make: whether only one engine family has it, as its connector says. Its requests need not name a model.
+        own_words: translates the members of a leg of one token from chat's names into those of this endpoint; None
+            where
+            the names are the same.
     """
 
     path: str
@@ -54,13 +56,13 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 def _messages_leg(leg: Members) -> Members:
-    """Anthropic's. It has no `ignore_eos` and no `min_tokens`, and engines ignore both."""
+    """Translate for Anthropic's messages, which have neither `ignore_eos` nor `min_tokens`."""
     drops = ("stop_sequences", "ignore_eos", "min_tokens", "metadata")
     return {name: value for name, value in leg.items() if name not in drops}
 
 
 def _responses_leg(leg: Members) -> Members:
-    """OpenAI's responses. Nothing of it is stored, so that the client's answer alone has its name."""
+    """Translate for OpenAI's responses. The leg's answer is not stored, so that only the client's answer has its id."""
     drops = ("max_tokens", "min_tokens", "include", "metadata", "max_tool_calls", "enable_response_messages")
     members = {name: value for name, value in leg.items() if name not in drops}
     members["max_output_tokens"] = _ONE
@@ -69,7 +71,7 @@ def _responses_leg(leg: Members) -> Members:
 
 
 def _generate_leg(leg: Members) -> Members:
-    """vLLM's tokens in, tokens out: all that is about sampling is in `sampling_params`."""
+    """Translate for vLLM's `/inference/v1/generate`, whose members for sampling are in `sampling_params`."""
     members = dict(leg)
     given = _object(members.get("sampling_params"))
     sampling = {name: value for name, value in given.items() if name not in _SAMPLING_DROPPED}
@@ -87,11 +89,12 @@ _SAMPLING_DROPPED = frozenset(
         *("logprobs", "logprob_token_ids", "flat_logprobs", "structured_outputs"),
     }
 )
-"""What the prefill leg of `/inference/v1/generate` does without, as `connector.py` says for the others."""
+"""The sampling members that the prefill leg of `/inference/v1/generate` does not need (`_DROPPED` in
+`connector.py`)."""
 
 
 def _object(raw: msgspec.Raw | None) -> dict[str, msgspec.Raw]:
-    """The members of an object; none of what is no object."""
+    """The members of an object; empty where the value is not an object."""
     try:
         return _decode_object(raw) if raw is not None else {}
     except Undecodable:
@@ -150,4 +153,4 @@ LAYOUTS: dict[Endpoint, Layout] = {
 }
 
 COMMON = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not layout.of_one_make)
-"""The endpoints that more than one make of engine has."""
+"""The endpoints that more than one engine family has."""

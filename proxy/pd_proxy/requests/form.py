@@ -1,11 +1,13 @@
-"""A client's multipart form on its way to an engine: read as it comes, and written anew part by part.
+"""A client's multipart form: read while it arrives, and written anew for the engine part by part.
 
-The form an engine gets is the gateway's own: its own boundary, and of each part a header that is written from what was
-understood of the client's. So the engine cannot read another field in it than was seen here, whatever the client sent,
-and what no client may say to an engine (`body.FORBIDDEN`) is left out as it is of JSON. The contents of parts pass as
-they are, and no part is ever held whole but for the few small fields that are read.
+The engine gets a form that the gateway writes: with a boundary of its own, and with a header of each part that is
+written
+from what was read of the client's header. So an engine cannot read another field in it than the gateway has, whatever
+the
+client sent. Fields that clients may not send to engines (`members.FORBIDDEN`) are left out, as in JSON. The contents of
+parts pass unchanged. Only the few small fields that the gateway reads are held in memory as a whole.
 
-RFC 7578, as clients write it: names and filenames in quotes, with RFC 2231's `filename*` understood.
+The format is RFC 7578 as clients write it: names and filenames in quotes, and RFC 2231's `filename*` is understood.
 """
 
 from __future__ import annotations
@@ -29,24 +31,25 @@ _CONTENT_TYPE = re.compile(rb"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+(?:\s*;
 _PLAIN_ENCODINGS = (b"7bit", b"8bit", b"binary")
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
-_MOST_PARTS = 128
-_MOST_HEAD = 8 * 1024  # bytes of one part's header
-_MOST_READ = 64 * 1024  # bytes of a field that is read here
+_MAX_PARTS = 128
+_MAX_HEAD = 8 * 1024  # bytes of one part's header
+_MAX_READ = 64 * 1024  # bytes of a field that the gateway reads
 
 
 class Form:
-    """One form.
+    """Translates one form.
 
     Arguments:
-        content_type: the request's.
-        boundary: of the form that the engine gets; nobody can have guessed it.
-        aliases: other names of models, and the engines' own.
+        content_type: the content type of the client's request.
+        boundary: the boundary of the form that the engine gets. It must be random, so that no content can contain it.
+        wanted: the fields that the gateway reads.
+        aliases: the engines' names of models by alias.
     Attributes:
-        content_type: of that form.
-        fields: the values of those of `wanted` that have come; every one comes once.
-        whole: the form's end has come.
+        content_type: the content type of the engine's form.
+        fields: the values of the fields in `wanted` that have arrived. Each may occur once.
+        whole: the form has ended.
     Raises:
-        InvalidRequest: no form is announced; or, from `feed` and `end`, what comes is none.
+        InvalidRequest: the content type is not that of a form; or, from `feed` and `end`, the form is malformed.
     """
 
     def __init__(
@@ -71,13 +74,13 @@ class Form:
         self._stage: Literal["preamble", "delimiter", "head", "content"] = "preamble"
         self._parts = 0
         self._name = ""
-        self._read: bytearray | None = None  # the content of a part that is read before it is sent
-        self._passes = True  # this part is sent
+        self._read: bytearray | None = None  # the content of a part that the gateway reads
+        self._passes = True  # whether the present part is sent to the engine
 
     def feed(self, data: bytes | bytearray) -> bytes:
-        """Take some bytes of the client's form; returns those for the engine that they have brought."""
+        """Read some bytes of the client's form. Returns the bytes of the engine's form that result."""
         if self.whole:
-            return b""  # an epilogue, which means nothing
+            return b""  # an epilogue, which has no meaning
         out: list[bytes] = []
         self._rest += data
         while not self.whole and self._step(out):
@@ -85,12 +88,12 @@ class Form:
         return b"".join(out)
 
     def end(self) -> None:
-        """The client's body has ended."""
+        """Check that the form is complete, since the client's body has ended."""
         if not self.whole:
             raise InvalidRequest("the form ends before its last boundary")
 
     def _step(self, out: list[bytes]) -> bool:
-        """Go on by one element of the form; whether there was enough of it."""
+        """Read the next element of the form. Returns False where it has not arrived completely."""
         match self._stage:
             case "preamble":
                 return self._preamble()
@@ -124,17 +127,17 @@ class Form:
             del self._rest[:2]
             self._stage = "head"
             self._parts += 1
-            if self._parts > _MOST_PARTS:
-                raise InvalidRequest(f"the form has more than {_MOST_PARTS} parts")
+            if self._parts > _MAX_PARTS:
+                raise InvalidRequest(f"the form has more than {_MAX_PARTS} parts")
         else:
             raise InvalidRequest("a boundary of the form is followed by neither a line's end nor --")
         return True
 
     def _head(self, out: list[bytes]) -> bool:
-        end = self._rest.find(b"\r\n\r\n", 0, _MOST_HEAD)
+        end = self._rest.find(b"\r\n\r\n", 0, _MAX_HEAD)
         if end < 0:
-            if len(self._rest) > _MOST_HEAD:
-                raise InvalidRequest(f"a part's header in the form exceeds {_MOST_HEAD} bytes")
+            if len(self._rest) > _MAX_HEAD:
+                raise InvalidRequest(f"a part's header in the form exceeds {_MAX_HEAD} bytes")
             return False
         head = bytes(self._rest[:end])
         del self._rest[: end + 4]
@@ -145,7 +148,7 @@ class Form:
     def _begin_part(self, head: bytes, out: list[bytes]) -> None:
         name, filename, content_type = _read_head(head)
         self._name = name
-        self._passes = FORBIDDEN.isdisjoint(re.split(r"[.\[\]]+", name))  # some read `a[b]` and `a.b` as b of a
+        self._passes = FORBIDDEN.isdisjoint(re.split(r"[.\[\]]+", name))  # `a[b]` and `a.b` may be read as member b
         self._read = None
         if name in self._wanted or name in NESTED:
             if filename is not None:
@@ -179,8 +182,8 @@ class Form:
     def _take(self, content: bytes, out: list[bytes]) -> None:
         if self._read is not None:
             self._read += content
-            if len(self._read) > _MOST_READ:
-                raise InvalidRequest(f"`{self._name}` exceeds {_MOST_READ} bytes", param=self._name)
+            if len(self._read) > _MAX_READ:
+                raise InvalidRequest(f"`{self._name}` exceeds {_MAX_READ} bytes", param=self._name)
         elif self._passes:
             out.append(content)
 
@@ -204,10 +207,10 @@ class Form:
 
 
 def _read_head(head: bytes) -> tuple[str, bytes | None, bytes]:
-    """A part's name, its filename as it may stand in quotes (None where it is no file), and its content type.
+    """A part's name, its filename quoted for a header (None where it is not a file), and its content type.
 
     Raises:
-        InvalidRequest: it can be read in no way, or in two.
+        InvalidRequest: the header is malformed or ambiguous.
     """
     headers: dict[bytes, bytes] = {}
     for line in head.split(b"\r\n"):
@@ -243,7 +246,7 @@ def _parameters(text: bytes) -> dict[bytes, bytes]:
 
 
 def _filename(values: dict[bytes, bytes]) -> bytes | None:
-    """As browsers quote it: of the characters that would end the quotes or the line nothing is left."""
+    """A part's filename, quoted as browsers do: no character is left that could end the quotes or the line."""
     name = values.get(b"filename")
     charset, quote, extended = values.get(b"filename*", b"").partition(b"'")
     if quote and charset.lower() == b"utf-8":

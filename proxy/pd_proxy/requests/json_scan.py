@@ -1,7 +1,8 @@
-"""JSON from outside, taken apart one value at a time: a list or an object of any width costs no more than is looked at.
+"""Reads JSON from outside value by value, so that a list or an object of any length costs only what is read of it.
 
-A decoder makes an object of each element, hundreds of bytes for two of the text's. Here the values stay the bytes that
-they came as, and the caller stops when it has seen enough. Values are passed over at the decoder's own speed.
+A decoder makes a Python object of each element: hundreds of bytes for two bytes of text. Here values stay raw bytes,
+and
+the caller can stop at any value. Values are skipped at the speed of the decoder.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from pd_proxy.decoding import UNDECODABLE, Undecodable, bare_json_decoder, decod
 from pd_proxy.requests.endpoints import Members
 
 MOST_MEMBERS = 1024
-"""Members of one object. Requests have some twenty, and engines know of some hundred."""
+"""The most members of an object. Requests have about twenty, and engines know about a hundred."""
 
-_SHORT = 64 * 1024  # bytes below which an object or a list is decoded at once, whatever its shape
-_FEW = 64
+_SHORT = 64 * 1024  # bytes up to which an object is decoded in one step
+_FEW = 64  # colons up to which a longer object is decoded in one step too
 
 _decode_short = bare_json_decoder(Members)
 _decode_text = json_decoder(str)
@@ -29,7 +30,7 @@ _SCALAR = re.compile(rb'(?:"[ !#-\[\]-~]{0,128}"|-?(?:0|[1-9][0-9]{0,17})|true|f
 
 
 class TooMany(Exception):
-    """A list or an object has more in it than is looked at."""
+    """A list or an object has more elements than the bound."""
 
 
 def members(raw: bytes | bytearray, most: int = MOST_MEMBERS) -> Members:
@@ -37,19 +38,19 @@ def members(raw: bytes | bytearray, most: int = MOST_MEMBERS) -> Members:
 
     Raises:
         TooMany: there are more than `most`.
-        Undecodable: it is not JSON, or no object.
+        Undecodable: the text is not JSON, or not an object.
     """
     if len(raw) <= _SHORT or has_few(raw, b":", _FEW):
         try:
             found = _decode_short(raw)
         except UNDECODABLE:
-            found = decode_members(raw)  # which says what is wrong
+            found = decode_members(raw)  # its error says what is wrong
         if len(found) > most:
             raise TooMany
         return found
     start = _blank(raw, 0)
     if raw[start : start + 1] != b"{":
-        return decode_members(raw)  # which says what is wrong
+        return decode_members(raw)  # its error says what is wrong
     view = memoryview(raw)
     found = {}
     place = _blank(raw, start + 1)
@@ -72,10 +73,10 @@ def members(raw: bytes | bytearray, most: int = MOST_MEMBERS) -> Members:
 
 
 def elements(raw: bytes | bytearray | memoryview) -> Iterator[memoryview]:
-    """The elements of a list, one after the other; none of what is no list.
+    """The elements of a list, one after the other; nothing where the value is not a list.
 
     Raises:
-        Undecodable: it is not JSON.
+        Undecodable: the text is not JSON.
     """
     place = _blank(raw, 0)
     if bytes(raw[place : place + 1]) != b"[":
@@ -98,7 +99,7 @@ def elements(raw: bytes | bytearray | memoryview) -> Iterator[memoryview]:
 
 
 def has_few(raw: bytes | bytearray, mark: bytes, most: int) -> bool:
-    """Whether a byte is found at most so many times. Of a text with few of them this costs a search for each."""
+    """Whether a byte occurs at most `most` times. The cost is at most that of `most` + 1 searches."""
     place = -1
     for _ in range(most + 1):
         place = raw.find(mark, place + 1)
@@ -114,7 +115,7 @@ def _blank(raw: bytes | bytearray | memoryview, place: int) -> int:
 
 
 def _end_of(raw: bytes | bytearray | memoryview, view: memoryview, start: int) -> int:
-    """Where the value ends that begins at `start`."""
+    """The index behind the value that begins at `start`."""
     scalar = _SCALAR.match(raw, start)
     return start + json_extent(view[start:]) if scalar is None else scalar.end()
 

@@ -1,7 +1,8 @@
-"""Numbers and flags as engines take them: the lax mode of pydantic, by which vLLM reads its requests.
+"""Converts numbers and flags as engines do: by the lax mode of pydantic, with which vLLM reads requests.
 
-A client that says `16.0`, `"16"` or `"true"` is served by an engine, so it is by the gateway too. What is lax there and
-would not be exact, such as a number beyond 2⁵³ with a point in it, is refused.
+Engines accept `16.0`, `"16"` or `"true"`, so the gateway does too. Conversions that could be inexact are refused, such
+as
+that of a number beyond 2⁵³ with a decimal point.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _WORDS = {
 
 
 def as_int(raw: bytes) -> int | None:
-    """The integer that a JSON value is taken for; None where it is none."""
+    """The integer that a JSON value is converted to; None where it cannot be."""
     value = _value(raw)
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < _EXACT else None
@@ -32,7 +33,7 @@ def as_int(raw: bytes) -> int | None:
 
 
 def as_bool(raw: bytes) -> bool | None:
-    """The flag that a JSON value is taken for; None where it is none."""
+    """The boolean that a JSON value is converted to; None where it cannot be."""
     value = _value(raw)
     if isinstance(value, str):
         return _WORDS.get(value.lower())

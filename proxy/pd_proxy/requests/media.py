@@ -1,7 +1,9 @@
-"""Whether a prompt is more than text: images, sound and the like, which its token ids do not tell.
+"""Finds out whether a prompt has media, such as images or sound, which its token ids do not show.
 
-Names of parts as in vLLM 0.32, `renderers/chat_utils.py`, in Anthropic's messages and in OpenAI's responses. What is
-not known to be text is taken for more: nothing clever is done with such a prompt then, and no harm.
+The names of parts are those of vLLM 0.32 (`renderers/chat_utils.py`), Anthropic's messages and OpenAI's responses. A
+part
+that is not known to be text counts as a medium. This is safe, since for a prompt with media the gateway only leaves out
+optimisations.
 """
 
 from __future__ import annotations
@@ -32,21 +34,21 @@ _Text = Literal[
 ]
 
 _MOST = 2048
-"""Messages and parts that are looked at one by one, where there may be many in few bytes."""
-_FEW = 256
-_BYTES_EACH = 256  # of text for each message or part, from which they may all be decoded at once
-_LONG = 1024 * 1024  # bytes of parts in a part that are not looked into: each level takes as much again
-_DEEPEST = 2  # a result of a tool has parts of its own; nothing goes deeper
+"""The most messages and parts that are read one by one, where there may be many in few bytes."""
+_FEW = 256  # objects up to which a prompt is decoded in one step
+_BYTES_EACH = 256  # bytes of text for each object from which a prompt is decoded in one step too
+_LONG = 1024 * 1024  # bytes of nested parts from which they are not read, since each level has to be read again
+_DEEPEST = 2  # levels of parts; the result of a tool has parts of its own, and nothing is nested deeper
 
 
 class _Message(msgspec.Struct, gc=False):
     content: msgspec.Raw = ABSENT
-    output: msgspec.Raw = ABSENT  # of a function, among the items of responses
+    output: msgspec.Raw = ABSENT  # of a function call, in the input of a response
 
 
 class _TextPart(msgspec.Struct, gc=False):
     type: _Text
-    uuid: None = None  # with one, a part may be a medium whatever its type says
+    uuid: None = None  # with a uuid, a part may be a medium whatever its type is
     content: msgspec.Raw = ABSENT
 
 
@@ -59,23 +61,23 @@ _decode_part = json_decoder(_TextPart)
 
 
 def has_media(members: Members) -> bool:
-    """Whether there is more than text in what a request says."""
+    """Whether the prompt of a request has media."""
     messages = members.get("messages") or members.get("input")
     if messages is None:
         return members.get("prompt_embeds", NULL) != NULL
     said = bytes(messages)
-    if said.startswith(b'"') or said.find(b"[", 1) < 0:  # a text; or no list in the list, so that nothing has parts
+    if said.startswith(b'"') or said.find(b"[", 1) < 0:  # text, or no inner lists
         return False
     if said == b"null":
         return False
     try:
         return _Look().finds_more(said)
     except Undecodable:
-        return True  # the engine says what is wrong with them
+        return True  # malformed, which the engine reports
 
 
 class _Look:
-    """One look at a prompt, which ends when it has seen so much that no person can have written it."""
+    """Reads one prompt, and stops at `_MOST` messages and parts, which no ordinary prompt has."""
 
     def __init__(self) -> None:
         self._seen = 0
@@ -88,7 +90,7 @@ class _Look:
             return any(self._is_more(item.content) or self._is_more(item.output) for item in found)
         for element in elements(messages):
             if len(element) > _LONG and _is_nested(element):
-                return True  # as its parts would show, each level of which is passed over twice
+                return True  # not read, since each level of parts would be read twice
             item = _decode_message(element)
             if self._is_enough() or self._is_more(item.content) or self._is_more(item.output):
                 return True
@@ -100,11 +102,11 @@ class _Look:
         if depth > _DEEPEST or (depth > 1 and len(memoryview(content)) > _LONG):
             return True
         if self._sparse:
-            with suppress(WrongShape):  # there is a medium, or a bare string
+            with suppress(WrongShape):  # there may be a medium, or a bare string
                 parts = _decode_parts(content)
                 return any(self._is_more(part.content, depth + 1) for part in parts)
         if depth > 1:
-            return True  # each level is passed over twice here, and only Anthropic's messages have a second
+            return True  # not read, since each level would be read twice; only Anthropic's messages have a second
         for element in elements(memoryview(content)):
             if self._is_enough():
                 return True
@@ -118,11 +120,12 @@ class _Look:
 
 
 def _is_nested(message: memoryview | bytes) -> bool:
-    """Whether there is a list of parts within another. Within a string the quotes of such a name have backslashes."""
+    """Whether there is a list of parts within another one. Inside a string, the quotes of `"content"` would be
+    escaped."""
     first = _PARTS.search(message)
     return first is not None and _PARTS.search(message, first.end()) is not None
 
 
 def _is_sparse(said: bytes) -> bool:
-    """Whether there can be few objects in a text, for its length."""
+    """Whether a text has few objects for its length."""
     return has_few(said, b"{", _FEW) or said.count(b"{") <= len(said) // _BYTES_EACH

@@ -1,4 +1,5 @@
-"""The members of a request body: read at the top level, bounded, and rid of what no client may say to an engine."""
+"""The members of a request body: read at the top level, bounded, and without those that clients may not send to
+engines."""
 
 from __future__ import annotations
 
@@ -36,40 +37,40 @@ FORBIDDEN = frozenset(
         "disaggregated_params",
     }
 )
-"""Members by which engines find each other's memory. A client that could set them could make an engine connect
-wherever it likes, read another user's KV cache, or die."""
+"""Members by which engines find each other's memory. A client that could set them could make an engine connect to any
+address, read another user's KV cache, or crash."""
 
 NESTED = ("vllm_xargs", "extra_args", "sampling_params")
-"""Members that an engine merges into its own arguments; the same names are taken out inside them."""
+"""Members that an engine merges into its own arguments. The forbidden names are removed inside them too."""
 
 _STRIPPED = FORBIDDEN.union(NESTED)
 
 _KB, _MB = 1024, 1024 * 1024
 _MOST_BYTES = {
-    # A word, a number or a few flags, which the gateway reads.
+    # A name, a number or a few flags, which the gateway reads.
     **dict.fromkeys(("model", "previous_response_id", "stream", "stream_options", "store", "background"), 8 * _KB),
     **dict.fromkeys(("n", "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"), 8 * _KB),
     **dict.fromkeys(("return_token_ids", "truncation"), 8 * _KB),
-    # OpenAI takes 16 pairs of 64 and 512 characters, and 4 stop strings; engines take more of them.
+    # OpenAI accepts 16 pairs of 64 and 512 characters, and 4 stop strings; engines accept more.
     **dict.fromkeys(("metadata", "stop", "stop_sequences", "tool_choice", "return_logprob"), 256 * _KB),
-    # There may be a whole vocabulary in them: 256,000 tokens of 7 bytes, or of 14 with a number for each.
+    # They may contain a whole vocabulary: 256,000 tokens of 7 bytes, or of 14 bytes with a number for each.
     **dict.fromkeys(("stop_token_ids", "allowed_token_ids", "bad_words", *NESTED), 4 * _MB),
     **dict.fromkeys(("logit_bias", "tools", "response_format", "structured_outputs"), 8 * _MB),
 }
-"""Bytes of the members that are small by nature. All others are bounded by `limits.request_body` alone."""
+"""The most bytes of members that are short by nature. All others are bounded only by `limits.request_body`."""
 
-_LONG = 64 * _KB  # bytes of a body from which the sizes of its members are looked at
-_MOST_STRIPPED = 64 * _KB  # bytes of one of the `NESTED` members that is read to be rid of a name
+_LONG = 64 * _KB  # bytes of a body from which the sizes of its members are checked
+_MOST_STRIPPED = 64 * _KB  # bytes of a member in `NESTED` up to which forbidden names are removed from it
 _BOM = b"\xef\xbb\xbf"
 
 
 def read_members(raw: bytes | bytearray) -> Members:
-    """The members of a JSON request, rid of what no client may say to an engine.
+    """The members of a JSON request without the forbidden ones.
 
     Raises:
-        InvalidRequest: not JSON, or not an object.
+        InvalidRequest: the body is not a JSON object, or exceeds a bound.
     """
-    if raw.startswith(_BOM):  # no JSON text may begin with one, but Windows' editors write it and engines take it
+    if raw.startswith(_BOM):  # not allowed in JSON, but editors on Windows write it and engines accept it
         raw = raw[len(_BOM) :]
     try:
         members = scan.members(raw)
@@ -93,10 +94,10 @@ def read_members(raw: bytes | bytearray) -> Members:
 
 
 def check_sizes(members: Members) -> None:
-    """Refuse what is too long for what it is.
+    """Check the lengths of the members that are short by nature.
 
     Raises:
-        InvalidRequest
+        InvalidRequest: one is too long.
     """
     for name, value in members.items():
         most = _MOST_BYTES.get(name)
@@ -106,14 +107,14 @@ def check_sizes(members: Members) -> None:
 
 _WORDS = tuple(map(str.encode, sorted(FORBIDDEN)))
 _LETTER_ESCAPED = re.compile(rb"\\u00(?:5f|6[1-9a-f]|7[0-9a])", re.IGNORECASE)
-"""An escaped letter or underscore, of which the forbidden names are made. No encoder escapes these."""
+"""An escaped letter or underscore. The forbidden names consist of these, and no encoder escapes them."""
 
 
 def strip_nested(name: str, raw: bytes | bytearray | msgspec.Raw) -> bytes | msgspec.Raw:
-    """The value of one of the `NESTED` members without the forbidden names in it, at any depth.
+    """The value of a member in `NESTED` without the forbidden names, at any depth.
 
     Raises:
-        InvalidRequest: it is not JSON; or there is such a name in it, and it is too long to be rid of that.
+        InvalidRequest: the value is not JSON; or it contains a forbidden name and is too long to remove it.
     """
     text = bytes(raw)
     if len(text) > _MOST_STRIPPED and not any(word in text for word in _WORDS) and not _LETTER_ESCAPED.search(text):
@@ -134,7 +135,7 @@ def strip_nested(name: str, raw: bytes | bytearray | msgspec.Raw) -> bytes | msg
 
 
 def _stripped(value: Any) -> Any:
-    """A nested value without the forbidden names."""
+    """A decoded value without the forbidden names."""
     if isinstance(value, dict):
         return {
             key: _stripped(item) if isinstance(item, dict | list) else item

@@ -1,7 +1,8 @@
-"""How many tokens an answer may have, by the settings of the gateway and in the words of each endpoint.
+"""Applies the gateway's bounds of output tokens to a request, with the member names of each endpoint.
 
-A request that asks for more than may be is refused, and the error says how many there are: an answer that was cut short
-without a word would look like a whole one. One that names no number gets the default, which its `finish_reason` tells.
+A request that asks for more than the bound is refused with an error that names the bound. If its bound were lowered
+instead, a shortened answer would look like a complete one. A request that names no number gets the default, and the
+`finish_reason` of its answer shows when that was reached.
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ _NAMES: Mapping[Endpoint, tuple[str, ...]] = {
     "generate": ("max_tokens",),
     "sglang_generate": ("max_new_tokens",),
 }
-"""What each endpoint calls the bound; the first is the one that is set where there is none."""
+"""The members that bound an answer, by endpoint. The first is set where a request has none."""
 
 _NESTED = "sampling_params"
 _IN_SAMPLING = frozenset({"generate", "sglang_generate"})
 
 
 def bound_output(members: Members, endpoint: Endpoint, default: int | None, most: int | None) -> int | None:
-    """Hold a request to the bounds. Changes `members` where it names no number.
+    """Apply the bounds to a request. Sets the default in `members` where the request names no number.
 
     Arguments:
-        default: tokens of the answer to a request that names no number; None: `most`, or the engine's own.
-        most: tokens that may be asked for; None: any number.
+        default: the tokens for a request that names no number; None: `most`, or where that is None the engine's
+            default.
+        most: the most tokens that a request may ask for; None: any number.
     Returns:
-        The default, where it was applied.
+        The default where it was applied, else None.
     Raises:
-        InvalidRequest: it asks for more.
+        InvalidRequest: the request asks for more than `most`.
     """
     if default is None:
         default = most
@@ -57,7 +59,7 @@ def bound_output(members: Members, endpoint: Endpoint, default: int | None, most
             return next(filter(None, applied), None)
         sampling = {} if raw is None or bytes(raw) == b"null" else _decode_object(raw)
     except Undecodable:
-        return None  # the engine says what is wrong with it
+        return None  # malformed, which the engine reports
     one = _bound(sampling, names, default, most)
     if one is not None:
         members[_NESTED] = msgspec.Raw(encode_json(sampling))

@@ -1,7 +1,10 @@
-"""SGLang's own `/generate`: what the gateway reads of a request, and of prefill's answer to it.
+"""Reads requests to SGLang's own `/generate`, and prefill's answers to them.
 
-A request has one prompt, or a batch of them: a list, even of one, whose answer is a list too. What is about sampling is
-in `sampling_params`, once for all prompts or once for each. Field names as in SGLang 0.5.23 (`io_struct.py`).
+A request has one prompt or a batch. A batch is a list, even of one prompt, and its answer is a list too. The members
+for
+sampling are in `sampling_params`, which is one object for all prompts or a list with one for each. Member names are
+those
+of SGLang 0.5.23 (`io_struct.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ from pd_proxy.requests.json_scan import elements
 
 DROPPED = frozenset(
     {
-        "background",  # a client that leaves would not end it
-        "http_worker_ipc",  # where the engine's own processes hear each other
+        "background",  # such a request would go on after its client has disconnected
+        "http_worker_ipc",  # an address for the engine's own processes
         "encoder_urls",
         "need_wait_for_mm_inputs",
         "num_items_assigned",
-        "kv_router_hint",  # names another engine, to be read from
+        "kv_router_hint",  # names another engine to read from
         "external_trace_header",
         "received_time",
         "log_metrics",
@@ -32,11 +35,12 @@ DROPPED = frozenset(
         "custom_labels",
     }
 )
-"""Members that this endpoint takes from anybody, and that are between engines or the operator's: beside those of
-`body.FORBIDDEN`, which are of every endpoint."""
+"""Members that this endpoint accepts from every client, though they are meant for engines or operators. They are
+removed,
+as those of `members.FORBIDDEN` are for every endpoint."""
 
 MOST_PROMPTS = 4096
-"""Prompts of one batch. Each is named by the gateway, and answered by itself."""
+"""The most prompts of a batch. Each has an id of its own from the gateway, and an answer of its own."""
 
 _DEFAULT_TOKENS = 128
 _BYTES_PER_TOKEN = 4
@@ -46,10 +50,10 @@ class Asked(msgspec.Struct, frozen=True):
     """What the gateway reads of a request.
 
     Attributes:
-        prompts: how many a batch has; 0 for a single prompt.
-        prompt_tokens: of all of them, estimated.
-        max_tokens: the bound of all answers together.
-        unsplittable: why prefill and decode cannot share it, or empty.
+        prompts: the number of prompts of a batch; 0 for a single prompt.
+        prompt_tokens: the estimated tokens of all prompts.
+        max_tokens: the bound of the tokens of all answers together.
+        unsplittable: why prefill and decode cannot share the request, or empty.
         prompt_logprobs: the answer has log probabilities of the prompt, which only prefill knows.
     """
 
@@ -71,10 +75,10 @@ _decode_flag = json_decoder(bool | list[bool] | None)
 
 
 def read(members: Members) -> Asked:
-    """What a request asks; takes out what no client may say here.
+    """Read a request, and remove the members in `DROPPED`.
 
     Raises:
-        InvalidRequest: a field that the gateway must understand has the wrong type.
+        InvalidRequest: a member that the gateway reads has the wrong type.
     """
     for name in DROPPED.intersection(members):
         del members[name]
@@ -105,7 +109,9 @@ def read(members: Members) -> Asked:
 
 
 def _why_unsplittable(members: Members, sampling: list[_Sampling]) -> str:
-    """Why a request cannot be split: the choices of a prompt would share its room, and a session is in one engine."""
+    """Why a request cannot be split, or empty. Several choices of a prompt would have the same bootstrap room, and a
+    session
+    is stored in one engine."""
     if any(one.n not in (None, 1) for one in sampling):
         return "n"
     if any(one.beam_width not in (None, 1) for one in sampling):
@@ -117,9 +123,9 @@ def _why_unsplittable(members: Members, sampling: list[_Sampling]) -> str:
 
 
 def _read_prompts(members: Members) -> tuple[int, int]:
-    """How many prompts a batch has, 0 for a single one; and an estimate of their tokens.
+    """The number of prompts of a batch, 0 for a single prompt; and an estimate of their tokens.
 
-    The first of the three that is there decides, as in the engine. What is none of what they may be is its to refuse.
+    Of the three members the first that is present is used, as in the engine. The engine reports values of a wrong type.
     """
     for name in ("text", "input_ids", "input_embeds"):
         raw = bytes(members.get(name, NULL))
@@ -130,7 +136,7 @@ def _read_prompts(members: Members) -> tuple[int, int]:
     if name == "text":
         prompts = _length(name, raw) if raw.startswith(b"[") else 0
         return prompts, len(raw) // _BYTES_PER_TOKEN + 1
-    # Lists of numbers for each token, or of tokens for each prompt: what begins with one bracket more is a batch.
+    # A single prompt is a list of ids, or a list of embeddings, which are lists. A batch has one more level of lists.
     depth = 2 if name == "input_ids" else 3
     opening = bytes(raw[:256].translate(None, b" \t\r\n"))
     prompts = _length(name, raw) if opening.startswith(b"[" * depth) else 0
@@ -138,10 +144,10 @@ def _read_prompts(members: Members) -> tuple[int, int]:
 
 
 def _length(name: str, raw: bytes) -> int:
-    """How many elements a list has; 0 where it is none.
+    """The number of elements of a list; 0 where the value is not a list.
 
     Raises:
-        InvalidRequest: too many.
+        InvalidRequest: there are more than `MOST_PROMPTS`.
     """
     try:
         count = sum(1 for _ in islice(elements(raw), MOST_PROMPTS + 1))

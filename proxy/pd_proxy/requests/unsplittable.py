@@ -1,4 +1,4 @@
-"""Why a request cannot be split between a prefill and a decode backend."""
+"""Finds out why a request cannot be split between a prefill and a decode backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pd_proxy.errors import InvalidRequest
 from pd_proxy.requests import json_scan as scan
 from pd_proxy.requests.endpoints import Endpoint, Members
 
-_MOST_TOOLS = 4096  # tools that are looked at
+_MAX_TOOLS = 4096  # tools that are read
 
 
 class _Sampling(msgspec.Struct):
@@ -25,7 +25,7 @@ _decode_sampling = json_decoder(_Sampling)
 
 
 def read_sampling(members: Members) -> tuple[int | None, int | None]:
-    """`max_tokens` and `n` of `sampling_params`, which is where `/inference/v1/generate` has them."""
+    """`max_tokens` and `n` of a request to `/inference/v1/generate`, which has them in `sampling_params`."""
     if "sampling_params" not in members:
         return None, None
     try:
@@ -54,11 +54,12 @@ _NO_PART = frozenset(_WHOLE)
 
 
 def why_unsplittable(members: Members, endpoint: Endpoint, n: int | None) -> str:
-    """Why a request cannot be split between a prefill and a decode backend, or an empty string.
+    """Why a request cannot be split between a prefill and a decode backend, or empty.
 
-    With several choices or prompts the engine reports one hand-off for all of them, so decode would answer most of
-    them from the wrong KV cache; prompt logprobs and echo make decode compute the whole prompt itself; truncation
-    depends on `max_tokens`, which differs between the legs.
+    - With several choices or prompts the engine reports one hand-off for all, so decode would answer most of them from
+      the wrong KV cache.
+    - With prompt logprobs or echo, decode computes the whole prompt itself.
+    - Truncation depends on `max_tokens`, which differs between the legs.
     """
     if n is not None and n != 1:
         return "n"
@@ -67,7 +68,7 @@ def why_unsplittable(members: Members, endpoint: Endpoint, n: int | None) -> str
             if name in members and bytes(members[name]) not in (b"null", b"false"):
                 return name
     if endpoint == "completions" and _is_list_of_prompts(members.get("prompt")):
-        return "prompt_list"  # the last, since to some connectors it is none (`Traits.splittable`)
+        return "prompt_list"  # last, since some connectors can split these (`Traits.splittable`)
     return ""
 
 
@@ -81,9 +82,11 @@ _decode_certain_tool = json_decoder(_CertainTool)
 def why_message_unsplittable(members: Members) -> str:
     """The same for Anthropic's messages.
 
-    Of a request for one certain call an engine takes whatever it writes for the call's arguments, and refuses it where
-    they are no JSON, as prefill's one token is none. To ask prefill for something else is no way out: there are
-    templates that write the choice into the prompt.
+    Where a request demands a certain tool, the engine parses all output as the arguments of the call, and fails where
+    they
+    are not JSON, as prefill's one token is not. The prefill leg cannot leave `tool_choice` out, since some templates
+    write
+    it into the prompt.
     """
     try:
         _decode_certain_tool(members.get("tool_choice", b"null"))
@@ -93,7 +96,7 @@ def why_message_unsplittable(members: Members) -> str:
 
 
 class _Tool(msgspec.Struct, gc=False):
-    type: Literal["function", "custom", "namespace"] = "function"  # the kinds that a client calls by itself
+    type: Literal["function", "custom", "namespace"] = "function"  # the kinds of tools that clients call
 
 
 _decode_tool = json_decoder(_Tool)
@@ -102,21 +105,23 @@ _decode_tool = json_decoder(_Tool)
 def why_response_unsplittable(members: Members, read: Mapping[str, Any]) -> str:
     """The same for OpenAI's responses.
 
-    What one goes on from is in a single backend. One in the background outlives the answer, so that nobody would see
-    its hand-off fail. Tools that the engine calls by itself make it generate several times, each time with the
-    parameters of the one hand-off. Truncation depends on the bound, which differs between the legs.
+    - The earlier response that a request continues is stored in one backend.
+    - A request in the background goes on after its answer, so a failure of its hand-off would not be noticed.
+    - With tools that the engine calls itself it generates several times, each time with the parameters of the one
+      hand-off.
+    - Truncation depends on the bound of tokens, which differs between the legs.
     """
     for name in ("previous_response_id", "background"):
         if read.get(name):
             return name
     if bytes(members.get("truncation", b"")) == b'"auto"':
         return "truncation"
-    tools = islice(scan.elements(bytes(members.get("tools", b"null"))), _MOST_TOOLS + 1)
+    tools = islice(scan.elements(bytes(members.get("tools", b"null"))), _MAX_TOOLS + 1)
     try:
         count = len([_decode_tool(tool) for tool in tools])
-    except Undecodable:  # which may be no tool at all: the one engine says what is wrong with it
+    except Undecodable:  # a built-in tool; or malformed, which the engine reports
         return "builtin_tools"
-    return "builtin_tools" if count > _MOST_TOOLS else ""
+    return "builtin_tools" if count > _MAX_TOOLS else ""
 
 
 def _is_list_of_prompts(prompt: msgspec.Raw | None) -> bool:
