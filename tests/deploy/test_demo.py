@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+
+from bench.process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 90.0
@@ -24,15 +25,6 @@ pytestmark = [
         not Path(sys.executable).with_name("pd-proxy").exists(), reason="pd-proxy is not installed beside this Python"
     ),
 ]
-
-
-def free_port() -> int:
-    """A port that none of the demo's engines has been given before: the kernel hands out higher ones."""
-    with socket.socket() as sock:
-        while True:
-            with suppress(OSError):
-                sock.bind(("127.0.0.1", random.randrange(10_000, 32_000)))
-                return int(sock.getsockname()[1])
 
 
 @contextmanager
