@@ -26,8 +26,8 @@ def schedule(capacity: Any = None, **settings: Any) -> Schedule:
     return Schedule(AdmissionSettings(**settings), capacity)
 
 
-class Told:
-    """The calls that tickets received while they waited, in order."""
+class Decisions:
+    """The decisions about waiting tickets, in order."""
 
     def __init__(self) -> None:
         self.all: list[tuple[Ticket, GatewayError | None]] = []

@@ -14,7 +14,7 @@ from pd_proxy.errors import (
     TooManyTokens,
 )
 
-from tests.admission.helpers import Slots, Told, client, schedule, ticket
+from tests.admission.helpers import Decisions, Slots, client, schedule, ticket
 
 
 def refusal(kind: type[GatewayError]) -> pytest.RaisesContext[GatewayError]:
@@ -22,38 +22,38 @@ def refusal(kind: type[GatewayError]) -> pytest.RaisesContext[GatewayError]:
 
 
 def test_a_request_that_fits_starts_at_once_and_one_that_does_not_waits() -> None:
-    plan, one, told = schedule(requests=2, tokens=25), client(), Told()
+    plan, one, decisions = schedule(requests=2, tokens=25), client(), Decisions()
     first, second = ticket(one, 10), ticket(one, 10)
     plan.arrive(first)
     plan.arrive(second)
     assert (first.state, second.state, plan.requests, plan.tokens) == ("running", "running", 2, 20)
-    third = told.listen(ticket(one, 1))
+    third = decisions.listen(ticket(one, 1))
     plan.arrive(third)
     assert (third.state, plan.waiting) == ("waiting", 1)
     plan.admit(1.0)
-    assert told.all == []
+    assert decisions.all == []
     plan.leave(first, 2.0)
     plan.admit(2.0)
-    assert told.let_in == [third] and plan.requests == 2 and plan.tokens == 11
+    assert decisions.let_in == [third] and plan.requests == 2 and plan.tokens == 11
 
 
 def test_a_large_head_is_not_passed_by_small_ones_and_gets_its_turn() -> None:
-    plan, one, told = schedule(tokens=100), client(), Told()
+    plan, one, decisions = schedule(tokens=100), client(), Decisions()
     other = client("other", one.level)
     running = [ticket(other, 20) for _ in range(5)]
     for each in running:
         plan.arrive(each)
-    large = told.listen(ticket(one, 90))
-    small = told.listen(ticket(one, 1))
+    large = decisions.listen(ticket(one, 90))
+    small = decisions.listen(ticket(one, 1))
     plan.arrive(large)
     plan.arrive(small)
     for each in running[:4]:
         plan.leave(each, 1.0)
         plan.admit(1.0)
-    assert told.let_in == [], "there was capacity for the small one all the time"
+    assert decisions.let_in == [], "there was capacity for the small one all the time"
     plan.leave(running[4], 1.0)
     plan.admit(1.0)
-    assert told.let_in == [large, small]
+    assert decisions.let_in == [large, small]
 
 
 def test_a_new_request_does_not_pass_waiting_ones() -> None:
@@ -133,16 +133,16 @@ def test_the_bodies_of_waiting_requests_are_bounded() -> None:
 
 
 def test_one_client_cannot_fill_the_queue_against_others() -> None:
-    plan, told, level = schedule(requests=1, queue=3), Told(), Level(0)
+    plan, decisions, level = schedule(requests=1, queue=3), Decisions(), Level(0)
     hog, light = client("hog", level), client("light", level)
     plan.arrive(ticket(hog))
-    hogs = [told.listen(ticket(hog)) for _ in range(3)]
+    hogs = [decisions.listen(ticket(hog)) for _ in range(3)]
     for each in hogs:
         plan.arrive(each)
-    welcome = told.listen(ticket(light))
+    welcome = decisions.listen(ticket(light))
     plan.arrive(welcome)
     assert welcome.state == "waiting" and plan.waiting == 3
-    assert told.refused == [(hogs[-1], "queue_full")]
+    assert decisions.refused == [(hogs[-1], "queue_full")]
     assert (hog.requests, hogs[-1].state) == (3, "gone")
 
 
@@ -152,14 +152,14 @@ def test_one_client_cannot_fill_the_queue_against_others() -> None:
 def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> None:
     plan, one, now = schedule(requests=1, queue=1000), client(), 0.0
     plan.arrive(running := ticket(one))
-    told = Told()
+    decisions = Decisions()
     for _ in range(40):
-        plan.arrive(told.listen(ticket(one, timeout=1000.0)))
+        plan.arrive(decisions.listen(ticket(one, timeout=1000.0)))
     for _ in range(20):  # one a second
         now += 1.0
         plan.leave(running, now)
         plan.admit(now)
-        running = told.let_in[-1]
+        running = decisions.let_in[-1]
     assert plan.waiting == 20
     with refusal(DeadlineTooClose) as caught:
         plan.arrive(ticket(one, now=now, timeout=20.9))
@@ -174,14 +174,14 @@ def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> None:
 def test_an_empty_queue_accepts_a_request_however_slow_it_was() -> None:
     plan, one, now = schedule(requests=1), client(), 0.0
     plan.arrive(running := ticket(one))
-    told = Told()
+    decisions = Decisions()
     for _ in range(6):
-        plan.arrive(told.listen(ticket(one, timeout=1e6)))
+        plan.arrive(decisions.listen(ticket(one, timeout=1e6)))
     for _ in range(6):
         now += 9.0
         plan.leave(running, now)
         plan.admit(now)
-        running = told.let_in[-1]
+        running = decisions.let_in[-1]
     plan.arrive(alone := ticket(one, now=now, timeout=5.0))
     assert alone.state == "waiting"
     with refusal(DeadlineTooClose):
@@ -189,13 +189,13 @@ def test_an_empty_queue_accepts_a_request_however_slow_it_was() -> None:
 
 
 def test_a_request_past_its_deadline_is_refused_and_never_let_in() -> None:
-    plan, one, told = schedule(requests=1), client(), Told()
+    plan, one, decisions = schedule(requests=1), client(), Decisions()
     plan.arrive(running := ticket(one))
-    plan.arrive(late := told.listen(ticket(one, timeout=5.0)))
-    plan.arrive(later := told.listen(ticket(one, timeout=9.0)))
+    plan.arrive(late := decisions.listen(ticket(one, timeout=5.0)))
+    plan.arrive(later := decisions.listen(ticket(one, timeout=9.0)))
     plan.leave(running, 5.0)
     plan.admit(5.0)
-    assert told.refused == [(late, "queue_timeout")] and told.let_in == [later]
+    assert decisions.refused == [(late, "queue_timeout")] and decisions.let_in == [later]
     plan.expire(later, 9.0)
     assert later.state == "running", "a timer that comes too late changes nothing"
 
@@ -205,16 +205,16 @@ def test_a_request_past_its_deadline_is_refused_and_never_let_in() -> None:
 
 def test_requests_for_other_models_go_on_while_one_is_full() -> None:
     capacity = Slots({"m": 1})
-    plan, one, told = schedule(capacity), client(), Told()
+    plan, one, decisions = schedule(capacity), client(), Decisions()
     plan.arrive(first := ticket(one))
     place = capacity.reserve(first)
-    plan.arrive(blocked := told.listen(ticket(one)))
-    plan.arrive(other := told.listen(ticket(one, model="n")))
+    plan.arrive(blocked := decisions.listen(ticket(one)))
+    plan.arrive(other := decisions.listen(ticket(one, model="n")))
     plan.admit(0.0)
-    assert told.let_in == [other] and blocked.state == "waiting"
+    assert decisions.let_in == [other] and blocked.state == "waiting"
     place.release()
     plan.admit(0.0)
-    assert told.let_in == [other, blocked]
+    assert decisions.let_in == [other, blocked]
     assert capacity.taken["m"] == 1, "the capacity is kept for it until it takes it"
     plan.leave(blocked, 1.0)
     plan.leave(blocked, 1.0)
@@ -223,20 +223,20 @@ def test_requests_for_other_models_go_on_while_one_is_full() -> None:
 
 def test_a_head_without_room_under_the_total_bound_holds_up_every_model() -> None:
     capacity = Slots({"m": 5})
-    plan, one, told = schedule(capacity, tokens=100), client(), Told()
+    plan, one, decisions = schedule(capacity, tokens=100), client(), Decisions()
     plan.arrive(ticket(one, 50))
-    plan.arrive(told.listen(ticket(one, 90)))
-    plan.arrive(told.listen(ticket(one, 10, model="n")))
+    plan.arrive(decisions.listen(ticket(one, 90)))
+    plan.arrive(decisions.listen(ticket(one, 10, model="n")))
     plan.admit(0.0)
-    assert told.all == []
+    assert decisions.all == []
 
 
 # Ends
 
 
 def test_leaving_releases_exactly_once_in_every_state() -> None:
-    plan, one, told = schedule(requests=1), client(), Told()
-    running, waiting = ticket(one), told.listen(ticket(one))
+    plan, one, decisions = schedule(requests=1), client(), Decisions()
+    running, waiting = ticket(one), decisions.listen(ticket(one))
     plan.leave(ticket(one), 0.0)
     plan.arrive(running)
     plan.arrive(waiting)
@@ -244,17 +244,17 @@ def test_leaving_releases_exactly_once_in_every_state() -> None:
         plan.leave(waiting, 1.0)
         plan.leave(running, 1.0)
     assert (plan.requests, plan.tokens, plan.waiting, one.requests, one.tokens) == (0, 0, 0, 0, 0)
-    assert told.all == []
+    assert decisions.all == []
 
 
 def test_all_waiting_requests_can_be_refused() -> None:
-    plan, one, told = schedule(requests=1), client(), Told()
+    plan, one, decisions = schedule(requests=1), client(), Decisions()
     plan.arrive(ticket(one))
-    waiting = [told.listen(ticket(one)) for _ in range(3)]
+    waiting = [decisions.listen(ticket(one)) for _ in range(3)]
     for each in waiting:
         plan.arrive(each)
     plan.refuse_all(lambda: Draining("leaving"), 1.0)
-    assert told.refused == [(each, "draining") for each in waiting]
+    assert decisions.refused == [(each, "draining") for each in waiting]
     assert (plan.waiting, plan.requests) == (0, 1)
 
 
@@ -262,30 +262,30 @@ def test_all_waiting_requests_can_be_refused() -> None:
 
 
 def test_clients_share_by_weight_in_what_is_let_in_from_the_queue() -> None:
-    plan, told, level = schedule(requests=1), Told(), Level(0)
+    plan, decisions, level = schedule(requests=1), Decisions(), Level(0)
     light, heavy = client("light", level), client("heavy", level, weight=3.0)
     plan.arrive(running := ticket(light))
     for _ in range(40):
-        plan.arrive(told.listen(ticket(light)))
+        plan.arrive(decisions.listen(ticket(light)))
     for _ in range(40):
-        plan.arrive(told.listen(ticket(heavy)))
+        plan.arrive(decisions.listen(ticket(heavy)))
     for _ in range(40):
         plan.leave(running, 1.0)
         plan.admit(1.0)
-        running = told.let_in[-1]
-    assert abs(sum(t.client is heavy for t in told.let_in) - 30) <= 1
+        running = decisions.let_in[-1]
+    assert abs(sum(t.client is heavy for t in decisions.let_in) - 30) <= 1
 
 
 def test_time_with_an_empty_queue_does_not_lower_the_pace() -> None:
-    plan, one, told, now = schedule(requests=1), client(), Told(), 0.0
+    plan, one, decisions, now = schedule(requests=1), client(), Decisions(), 0.0
     plan.arrive(running := ticket(one))
     for _ in range(10):
-        plan.arrive(told.listen(ticket(one)))
+        plan.arrive(decisions.listen(ticket(one)))
     for _ in range(9):  # one a second
         now += 1.0
         plan.leave(running, now)
         plan.admit(now)
-        running = told.let_in[-1]
+        running = decisions.let_in[-1]
     [last] = plan._queue
     plan.leave(last, now)
     now += 1000.0
@@ -313,25 +313,25 @@ def test_without_a_target_or_with_slo_off_no_request_is_late() -> None:
 
 
 def test_a_request_that_has_become_late_in_the_queue_is_refused_when_it_is_its_turn() -> None:
-    plan, one, told = schedule(slo="refuse", requests=1), client(target=1.0), Told()
+    plan, one, decisions = schedule(slo="refuse", requests=1), client(target=1.0), Decisions()
     running = ticket(one)
     plan.arrive(running)
-    late, fresh = told.listen(ticket(one, expected=0.5)), told.listen(ticket(one, now=0.6, expected=0.1))
+    late, fresh = decisions.listen(ticket(one, expected=0.5)), decisions.listen(ticket(one, now=0.6, expected=0.1))
     plan.arrive(late)
     plan.arrive(fresh)
     plan.leave(running, 0.7)
     plan.admit(0.7)
-    assert told.refused == [(late, "target_missed")] and told.let_in == [fresh]
+    assert decisions.refused == [(late, "target_missed")] and decisions.let_in == [fresh]
     plan.leave(fresh, 1.0)
     assert (one.requests, plan.requests, plan.waiting) == (0, 0, 0)
 
 
 def test_with_best_effort_a_late_request_goes_behind_those_that_can_meet_their_target() -> None:
-    plan, one, told = schedule(slo="best_effort", requests=1), client(target=1.0), Told()
+    plan, one, decisions = schedule(slo="best_effort", requests=1), client(target=1.0), Decisions()
     running = ticket(one)
     plan.arrive(running)
-    hopeless, late = told.listen(ticket(one, expected=5.0)), told.listen(ticket(one, expected=0.5))
-    fresh = told.listen(ticket(one, now=0.6, expected=0.1))
+    hopeless, late = decisions.listen(ticket(one, expected=5.0)), decisions.listen(ticket(one, expected=0.5))
+    fresh = decisions.listen(ticket(one, now=0.6, expected=0.1))
     for each in (hopeless, late, fresh):
         plan.arrive(each)
     assert hopeless.best_effort
@@ -340,17 +340,17 @@ def test_with_best_effort_a_late_request_goes_behind_those_that_can_meet_their_t
     for expected in (fresh, hopeless, late):
         plan.leave(served, now)
         plan.admit(now)
-        assert told.let_in[-1] is expected
+        assert decisions.let_in[-1] is expected
         served, now = expected, now + 1
-    assert late.best_effort and told.refused == []
+    assert late.best_effort and decisions.refused == []
 
 
 def test_a_queue_that_is_too_slow_for_the_target_leads_to_refusal_on_arrival() -> None:
-    plan, one, told = schedule(slo="refuse", requests=1, queue_timeout=100.0), client(target=10.0), Told()
+    plan, one, decisions = schedule(slo="refuse", requests=1, queue_timeout=100.0), client(target=10.0), Decisions()
     now, running = 0.0, ticket(one)
     plan.arrive(running)
     for _ in range(6):  # one leaves the queue every 4 s
-        waiting = told.listen(ticket(one, now=now, timeout=100.0))
+        waiting = decisions.listen(ticket(one, now=now, timeout=100.0))
         plan.arrive(waiting)
         now += 4.0
         plan.leave(running, now)

@@ -21,7 +21,7 @@ BY_WAY = pytest.mark.parametrize("case", MOST, ids=IDS)
 HIDDEN = ("kv_transfer_params", "disaggregated_params", "bootstrap", "remote_", "_addr_", "127.0.0.1")
 
 
-async def said(running: Running, asked: dict[str, Any]) -> str:
+async def text_from(running: Running, asked: dict[str, Any]) -> str:
     """The text of a completion."""
     answer = await running.http.post(PATHS["completions"], json=asked)
     assert answer.status_code == 200, answer.text
@@ -120,11 +120,11 @@ async def test_dead_backends_among_live_ones_fail_no_request(case: Case) -> None
     # (docs/connectors.md).
     asked = [completion(f"{n} {PROMPT}", stream=bool(n % 2)) for n in range(20)]
     async with simulators("mixed") as [single], running_gateway(mixed=[single.url]) as alone:
-        expected = [await said(alone, each) for each in asked]
+        expected = [await text_from(alone, each) for each in asked]
     async with fleet(case, prefill=2, decode=2) as (running, prefill, decode):
         prefill[0].kill()
         decode[1].kill()
-        assert await asyncio.gather(*(said(running, each) for each in asked)) == expected
+        assert await asyncio.gather(*(text_from(running, each) for each in asked)) == expected
         await until(running.idle)
 
 

@@ -27,7 +27,7 @@ def text(size: int, seed: int = 0) -> str:
     return "".join(chosen.choice(WORDS) for _ in range(size // 12))[:size]
 
 
-def said(role: str, size: int, seed: int = 0) -> dict[str, Any]:
+def message(role: str, size: int, seed: int = 0) -> dict[str, Any]:
     return {"role": role, "content": text(size, seed)}
 
 
@@ -45,7 +45,7 @@ def shared(one: Chain, other: Chain) -> int:
     return count
 
 
-TURNS = [said("system", 2000, 1), said("user", 3000, 2), said("assistant", 2500, 3), said("user", 900, 4)]
+TURNS = [message("system", 2000, 1), message("user", 3000, 2), message("assistant", 2500, 3), message("user", 900, 4)]
 
 
 def test_a_conversation_shares_all_whole_blocks_with_its_earlier_turns() -> None:
@@ -58,7 +58,7 @@ def test_a_conversation_shares_all_whole_blocks_with_its_earlier_turns() -> None
 def test_the_closing_bracket_does_not_change_a_block_that_ends_with_the_last_message() -> None:
     for size in range(400, 500):
         first = {"role": "user", "content": "x" * size}
-        short, long = (chain({"messages": [first, *more]}) for more in ((), (said("user", 2000),)))
+        short, long = (chain({"messages": [first, *more]}) for more in ((), (message("user", 2000),)))
         assert shared(short, long) == len(short.hashes) == (short.units >= 512)
 
 
@@ -71,7 +71,8 @@ def test_blanks_before_the_closing_bracket_are_no_part_of_the_prompt() -> None:
 
 def test_prompts_share_the_blocks_before_their_first_difference_and_none_behind_it() -> None:
     ways = [
-        chain({"messages": [said("system", 5000), said("user", 5000, seed), said("user", 5000)]}) for seed in (1, 2)
+        chain({"messages": [message("system", 5000), message("user", 5000, seed), message("user", 5000)]})
+        for seed in (1, 2)
     ]
     assert 9 <= shared(*ways) <= 10
     assert set(ways[0].hashes[10:]).isdisjoint(ways[1].hashes)
@@ -136,7 +137,7 @@ def test_another_key_makes_other_hashes() -> None:
 def test_tools_and_system_come_before_the_messages() -> None:
     tools = [{"name": "f", "description": text(4000)}]
     ways = [
-        chain({"tools": tools, "system": text(3000), "messages": [said("user", 3000, seed)]}, "messages")
+        chain({"tools": tools, "system": text(3000), "messages": [message("user", 3000, seed)]}, "messages")
         for seed in (1, 2)
     ]
     assert 13 <= shared(*ways) <= 14

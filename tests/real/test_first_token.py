@@ -101,7 +101,7 @@ def shown(text: str) -> list[Any]:
     return payloads
 
 
-def said(payloads: list[Any]) -> dict[str, Any]:
+def content_of(payloads: list[Any]) -> dict[str, Any]:
     """The content of an answer, however many events it took: an engine that is late puts two tokens into one event."""
     all_of: dict[str, Any] = {
         "text": "",
@@ -164,7 +164,7 @@ def test_the_answer_is_the_ordinary_one_at_every_offset_in_a_block(bed: Bed, ord
         if case.stream and counts(ahead).get(EXACT, 0) > exact:  # of the others, no first token is early
             for name, first in firsts.items():
                 times[name].append(first)
-        assert said(answers["ahead"]) == said(answers["ordinary"]), case
+        assert content_of(answers["ahead"]) == content_of(answers["ordinary"]), case
         otherwise_cut += answers["ahead"] != answers["ordinary"]
     seen = counts(ahead)
     print(f"\nfirst tokens: {seen}; {otherwise_cut} streams were cut into other events")
@@ -205,7 +205,7 @@ def test_answers_with_options_that_depend_on_the_tokens_alone_are_the_ordinary_o
     answers = [
         shown(asked(gateway.url, api, {**body, "cache_salt": gateway.url[-5:]})[0]) for gateway in (ordinary, ahead)
     ]
-    assert said(answers[0]) == said(answers[1])
+    assert content_of(answers[0]) == content_of(answers[1])
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -53,19 +53,19 @@ CACHE_TOKENS = 32 * 1024
 
 JUDGED_BY_THE_HANDLER: dict[str, dict[str, Any]] = {
     "more tokens than the context holds": {"max_tokens": MAX_MODEL_LEN * 2},
-    "more tokens at least than at most": {"min_tokens": 9, "max_tokens": 3},
-    "a grammar that is none": {"structured_outputs": {"regex": "(("}},
+    "min_tokens above max_tokens": {"min_tokens": 9, "max_tokens": 3},
+    "an invalid grammar": {"structured_outputs": {"regex": "(("}},
 }
 """Requests for which vLLM itself notifies prefill that the blocks will not be fetched."""
 JUDGED_BEFORE_THE_HANDLER: dict[str, dict[str, Any]] = {
     "stop tokens that are no numbers": {"stop_token_ids": ["x"]},
-    "log probabilities of fewer than none": {"logprobs": -3},
+    "a negative number of log probabilities": {"logprobs": -3},
     "stream options without a stream": {"stream_options": {"include_usage": True}},
 }
 """Requests that vLLM refuses with the body's schema, without a notification."""
 REFUSED_BY_PREFILL: dict[str, dict[str, Any]] = {
     "a negative temperature": {"temperature": -1},
-    "a share of more than all": {"top_p": 2},
+    "top_p above 1": {"top_p": 2},
     "a temperature that is no number": {"temperature": "x"},
 }
 """Requests that both engines would refuse, so that there is nothing to hand over."""
@@ -167,7 +167,7 @@ def test_a_refused_request_on_another_endpoint_leaves_no_blocks_behind(
     assert_prefill_was_told_once(bed, watched_gateway, before, logged)
 
 
-@pytest.mark.parametrize("fault", ["more tokens at least than at most", "a grammar that is none"])
+@pytest.mark.parametrize("fault", ["min_tokens above max_tokens", "an invalid grammar"])
 def test_blocks_that_decode_released_itself_are_read_by_no_request(
     bed: Bed, relay: Severing, watched_gateway: Gateway, fault: str
 ) -> None:

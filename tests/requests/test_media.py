@@ -10,11 +10,11 @@ from pd_proxy.requests.media import has_media
 from pd_proxy.requests.members import read_members
 
 
-def told(**members: Any) -> bool:
+def has_more_than_text(**members: Any) -> bool:
     return has_media(read_members(msgspec.json.encode(members)))
 
 
-def says(*parts: Any) -> list[dict[str, Any]]:
+def messages_with(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": list(parts)}]
 
 
@@ -27,34 +27,38 @@ def says(*parts: Any) -> list[dict[str, Any]]:
         [{"role": "user", "content": 'I say "type":"image_url" and [{"type":"image"}]'}],
         [{"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}],
         [{"role": "assistant"}],
-        says({"type": "text", "text": "Hello"}, "there"),
-        says({"type": "thinking", "thinking": "hm"}, {"type": "tool_use", "id": "1", "input": {"type": "image"}}),
-        says({"type": "tool_result", "content": [{"type": "text", "text": "4"}]}),
-        says({"type": "tool_result", "content": "4"}),
+        messages_with({"type": "text", "text": "Hello"}, "there"),
+        messages_with(
+            {"type": "thinking", "thinking": "hm"}, {"type": "tool_use", "id": "1", "input": {"type": "image"}}
+        ),
+        messages_with({"type": "tool_result", "content": [{"type": "text", "text": "4"}]}),
+        messages_with({"type": "tool_result", "content": "4"}),
     ],
 )
 def test_chats_of_text_have_no_more_than_text(messages: Any) -> None:
-    assert not told(messages=messages)
+    assert not has_more_than_text(messages=messages)
 
 
 @pytest.mark.parametrize(
     "messages",
     [
-        says({"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "http://a/b"}}),
-        says({"type": "input_audio", "input_audio": {}}),
-        says({"type": "image", "source": {}}),
-        says({"type": "prompt_embeds", "data": "AAAA"}),
-        says({"image_url": "http://a/b"}),  # vLLM takes a part's type from its only other member
+        messages_with(
+            {"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "http://a/b"}}
+        ),
+        messages_with({"type": "input_audio", "input_audio": {}}),
+        messages_with({"type": "image", "source": {}}),
+        messages_with({"type": "prompt_embeds", "data": "AAAA"}),
+        messages_with({"image_url": "http://a/b"}),  # vLLM takes a part's type from its only other member
         # with a uuid, vLLM does so before it looks at the type
-        says({"type": "text", "uuid": "1", "image_url": "http://a/b"}),
-        says({"type": "tool_result", "content": [{"type": "image", "source": {}}]}),
-        says({"type": "of next year"}),
-        says({"type": 7}),
+        messages_with({"type": "text", "uuid": "1", "image_url": "http://a/b"}),
+        messages_with({"type": "tool_result", "content": [{"type": "image", "source": {}}]}),
+        messages_with({"type": "of next year"}),
+        messages_with({"type": 7}),
         [7, [8]],  # the engine will refuse it
     ],
 )
 def test_chats_with_media_or_unknown_parts_have_more_than_text(messages: Any) -> None:
-    assert told(messages=messages)
+    assert has_more_than_text(messages=messages)
 
 
 def test_names_in_escapes_are_read() -> None:
@@ -63,17 +67,17 @@ def test_names_in_escapes_are_read() -> None:
 
 
 def test_bodies_without_messages_have_no_media() -> None:
-    assert not told(prompt="hello")
-    assert not told(prompt="hello", prompt_embeds=None)
-    assert told(prompt_embeds="AAAA")
+    assert not has_more_than_text(prompt="hello")
+    assert not has_more_than_text(prompt="hello", prompt_embeds=None)
+    assert has_more_than_text(prompt_embeds="AAAA")
 
 
 def test_the_input_of_responses_is_read_for_media() -> None:
-    assert not told(input='Say [{"type":"input_image"}]')
-    assert not told(input=[{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}])
-    assert not told(input=[{"type": "function_call_output", "output": "[4]"}])
-    assert told(input=[{"role": "user", "content": [{"type": "input_image", "image_url": "http://a/b"}]}])
-    assert told(input=[{"type": "function_call_output", "output": [{"type": "input_file"}]}])
+    assert not has_more_than_text(input='Say [{"type":"input_image"}]')
+    assert not has_more_than_text(input=[{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}])
+    assert not has_more_than_text(input=[{"type": "function_call_output", "output": "[4]"}])
+    assert has_more_than_text(input=[{"role": "user", "content": [{"type": "input_image", "image_url": "http://a/b"}]}])
+    assert has_more_than_text(input=[{"type": "function_call_output", "output": [{"type": "input_file"}]}])
 
 
 @pytest.mark.parametrize(("depth", "media"), [(1, False), (2, False), (3, True), (50, True), (400, True)])

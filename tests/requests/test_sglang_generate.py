@@ -24,7 +24,7 @@ def body(**members: Any) -> Body:
     return read_body(json.dumps(members).encode(), "sglang_generate")
 
 
-def said(leg: Leg) -> dict[str, Any]:
+def generate_body(leg: Leg) -> dict[str, Any]:
     assert leg.path == "/generate"
     return body_of(leg)
 
@@ -36,7 +36,7 @@ def legs(rank: int | None = None, dp: int = 1, **members: Any) -> tuple[dict[str
     if read.prompts:
         rendezvous = SGLANG.per_prompt(rendezvous, read.prompts, dp)
     plan = Plan(read, SGLANG, rendezvous=rendezvous, answer_id="named")
-    return said(plan.prefill_leg()), said(plan.decode_leg(plan.handoff))
+    return generate_body(plan.prefill_leg()), generate_body(plan.decode_leg(plan.handoff))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ async def post(url: str, path: str, body: Any) -> httpx.Response:
         return await http.post(url + path, json=body)
 
 
-async def said(url: str, **more: Any) -> str:
+async def text_from(url: str, **more: Any) -> str:
     answer = await post(url, "/v1/completions", completion(**more))
     assert answer.status_code == 200, answer.text
     return text_of(answer.json())
@@ -31,9 +31,9 @@ async def handed_over(prefill: str, decode: str, model: str, other: str = "") ->
 
 async def test_an_adapter_generates_another_text_than_its_model_and_the_same_on_every_engine() -> None:
     async with simulators("mixed", "mixed", adapters=("a", "b")) as [one, two]:
-        texts = [await said(one.url, model=model) for model in ("sim", "a", "b")]
+        texts = [await text_from(one.url, model=model) for model in ("sim", "a", "b")]
         assert len(set(texts)) == 3
-        assert [await said(two.url, model=model) for model in ("sim", "a", "b")] == texts
+        assert [await text_from(two.url, model=model) for model in ("sim", "a", "b")] == texts
 
 
 async def test_adapters_are_loaded_and_unloaded() -> None:
@@ -42,7 +42,7 @@ async def test_adapters_are_loaded_and_unloaded() -> None:
         body = {"lora_name": "a", "lora_path": "/adapters/a"}
         assert (await post(engine.url, "/v1/load_lora_adapter", body)).status_code == 200
         assert (await post(engine.url, "/v1/load_lora_adapter", body)).status_code == 400
-        assert await said(engine.url, model="a")
+        assert await text_from(engine.url, model="a")
         async with httpx.AsyncClient(trust_env=False, verify=False) as http:
             cards = (await http.get(f"{engine.url}/v1/models")).json()["data"]
         assert [(card["id"], card["root"], card["parent"]) for card in cards] == [
@@ -58,7 +58,7 @@ async def test_adapters_are_loaded_and_unloaded() -> None:
 
 async def test_the_kv_cache_of_one_model_is_wrong_for_another() -> None:
     async with simulators("prefill", "decode", adapters=("a",)) as [p, d]:
-        right = await said(d.url, model="a", cache_salt="apart")
+        right = await text_from(d.url, model="a", cache_salt="apart")
         assert text_of((await handed_over(p.url, d.url, "a")).json()) == right
     async with simulators("prefill", "decode", adapters=("a",)) as [p, d]:
         assert text_of((await handed_over(p.url, d.url, "sim", "a")).json()) != right

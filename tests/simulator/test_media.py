@@ -18,12 +18,12 @@ def part(name: str = "cat", **more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:{name}"}, "uuid": f"key-{name}", **more}
 
 
-def asking(*parts: Any, **more: Any) -> dict[str, Any]:
+def with_parts(*parts: Any, **more: Any) -> dict[str, Any]:
     return chat(**more) | {"messages": [{"role": "user", "content": [{"type": "text", "text": "what?"}, *parts]}]}
 
 
-async def said(client: Client, sim: Any, *parts: Any, **more: Any) -> str:
-    answer = await client.post(sim, PATH, asking(*parts, **more))
+async def text_from(client: Client, sim: Any, *parts: Any, **more: Any) -> str:
+    answer = await client.post(sim, PATH, with_parts(*parts, **more))
     assert answer.status_code == 200, answer.text
     text: str = answer.json()["choices"][0]["message"]["content"]
     return text
@@ -41,8 +41,8 @@ async def test_an_embedding_is_fetched_by_its_key(start: Start, client: Client) 
     encoder, engine = await start(role="encode", **CPU), await start(**CPU)
     params = await handles(client, encoder, part("cat"), part("dog"), part("cat"))
     assert {key: handle["item_indices"] for key, handle in params.items()} == {"key-cat": [0, 2], "key-dog": [1]}
-    expected = await said(client, await start(), part("cat"))
-    assert await said(client, engine, part("cat"), ec_transfer_params=params) == expected
+    expected = await text_from(client, await start(), part("cat"))
+    assert await text_from(client, engine, part("cat"), ec_transfer_params=params) == expected
     assert (engine.engine.media.encoded, engine.engine.media.fetched_from_others) == (0, 1)
 
 
@@ -50,14 +50,14 @@ async def test_a_shared_folder_needs_no_parameters(start: Start, client: Client,
     shared = {"encoder_connector": "example", "encoder_storage": str(tmp_path)}
     encoder, engine = await start(role="encode", **shared), await start(**shared)
     await handles(client, encoder, part())
-    assert await said(client, engine, part()) == await said(client, await start(), part())
+    assert await text_from(client, engine, part()) == await text_from(client, await start(), part())
     assert (engine.engine.media.encoded, engine.engine.media.fetched_from_others) == (0, 1)
 
 
 async def test_another_medium_under_the_same_key_leads_to_another_text(start: Start, client: Client) -> None:
     encoder, engine = await start(role="encode", **CPU), await start(**CPU)
     params = await handles(client, encoder, part("dog", uuid="key"))
-    assert await said(client, engine, part("cat", uuid="key"), ec_transfer_params=params) != await said(
+    assert await text_from(client, engine, part("cat", uuid="key"), ec_transfer_params=params) != await text_from(
         client, await start(), part("cat")
     )
 
@@ -66,9 +66,9 @@ async def test_processing_options_are_a_part_of_the_key(start: Start, client: Cl
     encoder, engine = await start(role="encode", **CPU), await start(**CPU)
     params = await handles(client, encoder, part(), mm_processor_kwargs={"size": 1})
     assert list(params) != ["key-cat"]
-    await said(client, engine, part(), ec_transfer_params=params)
+    await text_from(client, engine, part(), ec_transfer_params=params)
     assert engine.engine.media.missed == 1
-    await said(client, engine, part(), ec_transfer_params=params, mm_processor_kwargs={"size": 1})
+    await text_from(client, engine, part(), ec_transfer_params=params, mm_processor_kwargs={"size": 1})
     assert engine.engine.media.fetched_from_others == 1
 
 
@@ -78,28 +78,30 @@ async def test_a_missing_embedding_is_made_here_and_fails_where_only_its_name_ca
     encoder, engine = await start(role="encode", **CPU), await start(**CPU)
     params = await handles(client, encoder, part())
     encoder.kill()
-    assert await said(client, engine, part(), ec_transfer_params=params) == await said(client, await start(), part())
+    assert await text_from(client, engine, part(), ec_transfer_params=params) == await text_from(
+        client, await start(), part()
+    )
     assert (engine.engine.media.missed, engine.engine.media.encoded) == (1, 1)
     reference = {"type": "image_embeds", "image_embeds": {"grid": [1, 4, 4]}, "uuid": "key-cat"}
-    assert (await client.post(engine, PATH, asking(reference, ec_transfer_params=params))).status_code == 500
+    assert (await client.post(engine, PATH, with_parts(reference, ec_transfer_params=params))).status_code == 500
 
 
 @pytest.mark.parametrize("handle", [{"peer_host": "h"}, {"peer_host": "h", "peer_port": "1", "size_bytes": 1}, []])
 async def test_a_broken_handle_kills_the_engine(start: Start, client: Client, handle: Any) -> None:
     engine = await start(**CPU)
-    answer = await client.post(engine, PATH, asking(part(), ec_transfer_params={"key-cat": handle}))
+    answer = await client.post(engine, PATH, with_parts(part(), ec_transfer_params={"key-cat": handle}))
     assert answer.status_code == 500
     assert engine.engine.dead
 
 
 async def test_handles_that_are_no_object_are_refused(start: Start, client: Client) -> None:
     engine = await start(**CPU)
-    assert (await client.post(engine, PATH, asking(part(), ec_transfer_params=[1]))).status_code == 400
+    assert (await client.post(engine, PATH, with_parts(part(), ec_transfer_params=[1]))).status_code == 400
 
 
 async def test_an_encoder_refuses_a_medium_without_content(start: Start, client: Client) -> None:
     encoder = await start(role="encode", **CPU)
-    assert (await client.post(encoder, PATH, asking(part(image_url=None)))).status_code == 400
+    assert (await client.post(encoder, PATH, with_parts(part(image_url=None)))).status_code == 400
 
 
 @pytest.mark.parametrize(

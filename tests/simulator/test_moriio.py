@@ -27,11 +27,11 @@ def peer(engine: Simulator, **more: Any) -> dict[str, Any]:
     }
 
 
-def asking(decode: Simulator, **more: Any) -> dict[str, Any]:
+def prefill_params(decode: Simulator, **more: Any) -> dict[str, Any]:
     return {"do_remote_decode": True, "do_remote_prefill": False, **peer(decode, **more)}
 
 
-def told(prefill: Simulator, **more: Any) -> dict[str, Any]:
+def decode_params(prefill: Simulator, **more: Any) -> dict[str, Any]:
     return {"do_remote_decode": False, "do_remote_prefill": True, "remote_dp_rank": 0, **peer(prefill, **more)}
 
 
@@ -49,7 +49,7 @@ async def right_text(start: Start, client: Client) -> str:
 
 async def test_in_read_mode_a_pair_answers_as_one_engine_does(start: Start, client: Client) -> None:
     p, d = await pair(start, "read")
-    params = (await client.complete(p, params=asking(d), ignore_eos=True)).json()["kv_transfer_params"]
+    params = (await client.complete(p, params=prefill_params(d), ignore_eos=True)).json()["kv_transfer_params"]
     assert text(await client.complete(d, params=params, tokens=12)) == await right_text(start, client)
     await p.wait_for(lambda: p.engine.used_blocks == 0)
     assert d.engine.pulls == 1
@@ -65,7 +65,8 @@ async def test_in_read_mode_decode_answers_an_ordinary_request_wrong(start: Star
 async def test_in_write_mode_the_legs_run_concurrently_and_pair_by_the_transfer(start: Start, client: Client) -> None:
     p, d = await pair(start, "write")
     both = await asyncio.gather(
-        client.complete(p, params=asking(d), ignore_eos=True), client.complete(d, params=told(p), tokens=12)
+        client.complete(p, params=prefill_params(d), ignore_eos=True),
+        client.complete(d, params=decode_params(p), tokens=12),
     )
     assert text(both[1]) == await right_text(start, client)
     await p.wait_for(lambda: p.engine.used_blocks == 0)
@@ -91,8 +92,8 @@ async def test_legs_that_do_not_pair_wait_until_their_lease_ends(
 ) -> None:
     p, d = await pair(start, "write")
     both = await asyncio.gather(
-        client.complete(p, params=asking(d, **asked), ignore_eos=True),
-        client.complete(d, params=told(p, **said), tokens=12),
+        client.complete(p, params=prefill_params(d, **asked), ignore_eos=True),
+        client.complete(d, params=decode_params(p, **said), tokens=12),
     )
     assert [answer.status_code for answer in both] == [200, 500]
     assert d.engine.pulls == 0
@@ -116,7 +117,7 @@ async def test_a_missing_parameter_kills_either_engine(
     start: Start, client: Client, mode: str, leg: str, name: str
 ) -> None:
     p, d = await pair(start, mode)
-    engine, params = (p, asking(d)) if leg == "prefill" else (d, told(p))
+    engine, params = (p, prefill_params(d)) if leg == "prefill" else (d, decode_params(p))
     del params[name]
     assert (await client.complete(engine, params=params)).status_code == 500
     assert engine.engine.dead is not None
@@ -127,16 +128,16 @@ async def test_prefill_keeps_nothing_of_a_request_that_ended_with_the_end_of_seq
     start: Start, client: Client
 ) -> None:
     p, d = await pair(start, "read", eos_rate=0.999)
-    assert (await client.complete(p, params=asking(d))).json()["kv_transfer_params"] is None
+    assert (await client.complete(p, params=prefill_params(d))).json()["kv_transfer_params"] is None
     assert p.engine.used_blocks == 0
 
 
 @pytest.mark.parametrize("mode", ["read", "write"])
 async def test_a_refused_decode_leg_releases_prefills_blocks(start: Start, client: Client, mode: str) -> None:
     p, d = await pair(start, mode, lease=30.0)
-    reply = (await client.complete(p, params=asking(d), ignore_eos=True)).json()["kv_transfer_params"]
+    reply = (await client.complete(p, params=prefill_params(d), ignore_eos=True)).json()["kv_transfer_params"]
     assert p.engine.used_blocks > 0
-    params = reply if mode == "read" else told(p)
+    params = reply if mode == "read" else decode_params(p)
     assert (await client.complete(d, params=params, min_tokens=2)).status_code == 400
     await p.wait_for(lambda: p.engine.used_blocks == 0)
 

@@ -15,7 +15,7 @@ from .helpers import PREFILL, Client, greedy, text_of_one
 PATH = "/v1/completions"
 
 
-def told(p: Simulator, **more: Any) -> dict[str, Any]:
+def decode_params(p: Simulator, **more: Any) -> dict[str, Any]:
     """The parameters of a decode leg that is sent together with its prefill leg."""
     return {
         "do_remote_prefill": True,
@@ -38,7 +38,7 @@ async def test_legs_with_one_id_are_paired_in_either_order(client: Client, first
     async with simulators("prefill", "decode", connector="nixl_push") as [p, d]:
         legs = {
             "prefill": lambda: client.post(p, PATH, leg(PREFILL, max_tokens=1), **{"x-request-id": "one"}),
-            "decode": lambda: client.post(d, PATH, leg(told(p)), **{"x-request-id": "one"}),
+            "decode": lambda: client.post(d, PATH, leg(decode_params(p)), **{"x-request-id": "one"}),
         }
         running = [asyncio.create_task(legs.pop(first)())]
         if first == "decode":
@@ -66,7 +66,7 @@ async def test_prefills_parameters_can_be_sent_to_decode_unchanged(client: Clien
 async def test_legs_with_two_ids_are_never_paired(client: Client) -> None:
     async with simulators("prefill", "decode", connector="nixl_push", lease=0.3) as [p, d]:
         await client.post(p, PATH, leg(PREFILL, max_tokens=1), **{"x-request-id": "one"})
-        answer = await client.post(d, PATH, leg(told(p)), **{"x-request-id": "two"})
+        answer = await client.post(d, PATH, leg(decode_params(p)), **{"x-request-id": "two"})
         assert answer.status_code == 500
         await p.wait_for(lambda: p.engine.expired == 1)
 
@@ -74,7 +74,7 @@ async def test_legs_with_two_ids_are_never_paired(client: Client) -> None:
 @pytest.mark.parametrize("missing", ["remote_engine_id", "remote_host", "remote_port", "tp_size", "remote_request_id"])
 async def test_a_missing_member_kills_the_engine(client: Client, missing: str) -> None:
     async with simulators("prefill", "decode", connector="nixl_push") as [p, d]:
-        params = told(p)
+        params = decode_params(p)
         del params[missing]
         answer = await client.post(d, PATH, leg(params))
         assert answer.status_code == 500
@@ -83,7 +83,7 @@ async def test_a_missing_member_kills_the_engine(client: Client, missing: str) -
 
 async def test_decode_does_not_register_at_another_engine_at_the_same_address(client: Client) -> None:
     async with simulators("prefill", "decode", connector="nixl_push") as [p, d]:
-        answer = await client.post(d, PATH, leg(told(p, remote_engine_id="another")))
+        answer = await client.post(d, PATH, leg(decode_params(p, remote_engine_id="another")))
         assert answer.status_code == 500
         assert d.engine.dead is None
 

@@ -25,7 +25,7 @@ async def prefilled(client: Client, p: Simulator, params: dict[str, Any]) -> dic
     return found
 
 
-async def said(client: Client, d: Simulator, params: dict[str, Any]) -> str:
+async def text_from(client: Client, d: Simulator, params: dict[str, Any]) -> str:
     answer = await client.post(d, PATH, greedy(kv_transfer_params=params))
     assert answer.status_code == 200, answer.text
     return str(answer.json()["choices"][0]["text"])
@@ -35,7 +35,7 @@ async def test_blocks_are_fetched_by_their_name_and_prefill_answers_without_para
     async with simulators("prefill", "decode", connector="offload_p2p") as [p, d]:
         answer = await prefilled(client, p, {"remote_decoder": {"kv_request_id": "kv-1"}})
         assert answer["kv_transfer_params"] is None
-        assert await said(client, d, source(p)) == await text_of_one(client)
+        assert await text_from(client, d, source(p)) == await text_of_one(client)
         assert d.engine.pulls == 1
         await p.wait_for(lambda: p.engine.used_blocks == 0)
 
@@ -47,7 +47,7 @@ async def test_blocks_that_cannot_be_fetched_are_computed(client: Client, wrong:
         params = source(p, "kv-2" if wrong == "name" else "kv-1")
         if wrong == "gone":
             p.kill()
-        assert await said(client, d, params) == await text_of_one(client)
+        assert await text_from(client, d, params) == await text_of_one(client)
         assert d.engine.pulls == 0
 
 
@@ -56,7 +56,7 @@ async def test_an_incomplete_source_is_ignored(client: Client, missing: str) -> 
     async with simulators("prefill", "decode", connector="offload_p2p") as [p, d]:
         params = source(p)
         del params["remote_prefiller"][missing]
-        assert await said(client, d, params) == await text_of_one(client)
+        assert await text_from(client, d, params) == await text_of_one(client)
         assert d.requests[0].leg == "local"
 
 
