@@ -33,15 +33,15 @@ class Attempt(msgspec.Struct):
     Attributes:
         id: the X-Request-Id of both its legs.
         alias: the id that clients see instead, where `id` names engines' addresses; else empty.
-        pending: the hand-off between its legs; None before prefill's answer, and where decode computes the prompt.
+        pending: the hand-off between its legs; None before prefill's answer, and if decode computes the prompt.
         identities: of the prefill and the decode engine, where the client may get prefill's token as its first.
-        lease: on the backend that answers the client.
-        prefill: on the backend that computes the prompt for it, where there is one.
-        first: that token, once prefill has answered and it is to be used.
+        lease: the lease on the backend that answers the client.
+        prefill: the lease on the prefill backend, where there is one.
+        first: prefill's token, once prefill has answered and the token is used.
         rest: the plan for what follows that token.
         counts: the prompt's tokens and the cached ones, from prefill's answer.
-        runs_out: its prefill leg, where that runs to its end in the background.
-        callback: the members of the prefill leg that decode's engine has called back with.
+        runs_out: its prefill leg, if that runs to its end in the background.
+        callback: the members of the prefill leg from the call of decode's engine.
         logprobs: log probabilities of the prompts from prefill's answer, where the client asked for them and decode's
             answer has none.
         sent: its prompt at its engines, where placement learns from that.
@@ -67,7 +67,7 @@ class Attempt(msgspec.Struct):
 
     @property
     def identity(self) -> dict[str, msgspec.Raw] | None:
-        """The members that replace those of its answer's events, where these must not be shown to clients."""
+        """Members that replace those of the answer's events, where clients must not see these."""
         if not self.alias:
             return None
         kind = "chatcmpl" if self.request.body.endpoint == "chat" else "cmpl"
@@ -77,7 +77,7 @@ class Attempt(msgspec.Struct):
         return (self.rest or self.plan).decode_leg(None if self.pending is None else self.pending.handoff)
 
     def release_leg(self) -> Leg | None:
-        """A leg that frees prefill's blocks of a hand-off that no engine reads; None where there is no safe one."""
+        """A leg that frees prefill's blocks of a hand-off that no engine reads; None where no such leg is safe."""
         pending = self.pending
         if pending is None or pending.use is HandoffUse.READING:
             return None
@@ -89,7 +89,7 @@ class Attempt(msgspec.Struct):
         return (self.rest or self.plan).continuation
 
     def goes_to(self, decode: Backend) -> None:
-        """Its hand-off goes to another decode backend than it was made for."""
+        """Its hand-off is sent to another decode backend than it was made for."""
         if self.request.stored is not None:
             self.plan.answer_id = _answer_id(self.request, decode)
             self.request.record.answer = LAYOUTS[self.request.body.endpoint].id_prefix + self.plan.answer_id
@@ -137,7 +137,7 @@ class Attempt(msgspec.Struct):
             self.note_usage(usage, said)
 
     def kv_cache_arrived(self, lease: Lease) -> None:
-        """Decode's first token is here, so its engine has the KV cache."""
+        """Decode's first token has arrived, so its engine has the KV cache."""
         sent = self.sent
         if (pending := self.pending) is not None:
             now = monotonic()
@@ -163,7 +163,7 @@ class Attempt(msgspec.Struct):
         request.begin_stream(now)
 
     def learn_location(self, prefill: Lease, handoff: Handoff) -> None:
-        """Keep what prefill's answer says of its engine's coordinates, where the next try's legs need it beforehand."""
+        """Keep the coordinates in prefill's answer, if the legs of the next try need them beforehand."""
         plan = self.plan
         if not plan.connector.traits.negotiates or plan.handoff is not None:
             return
@@ -173,10 +173,10 @@ class Attempt(msgspec.Struct):
             backend.remember(located)
 
     def check(self) -> None:
-        """Check the decode engine, with a connection at hand, just before the leg is written to it.
+        """Check the decode engine just before the leg is written to its connection.
 
         Raises:
-            HandoffExpired: the engine may be another than the one that prefill's first token was used for.
+            HandoffExpired: the engine may not be the one that prefill's first token was used for.
         """
         if not self.decode_is_as_known():
             raise HandoffExpired("the decode engine may not be the one that it was", unread=True, blame=False)
@@ -196,10 +196,10 @@ def new_attempt(
     """A try on a pair, or on one backend.
 
     Arguments:
-        prefill: for the prefill leg, where there is one.
-        lease: for the leg that answers the client.
+        prefill: the lease for the prefill leg, where there is one.
+        lease: the lease for the leg that answers the client.
         token_ids: ask decode for the ids of the tokens.
-        callbacks: where engines call back, for the connectors that have them do so.
+        callbacks: receives the calls of decode engines, for the connectors whose engines call back.
         reuse: decode may take the prompt's ids from prefill.
     """
     record, decode, rendezvous = request.record, lease.backend, None
@@ -229,12 +229,12 @@ def new_attempt(
 
 
 def _answer_id(request: Request, decode: Backend) -> str:
-    """The id of an answer of `decode`'s. Clients see it, so it is not the id of the legs."""
+    """The id of an answer of `decode`. Clients see it, so it differs from the id of the legs."""
     if request.stored is None:
         return leg_id(request.record.request_id)
     return request.stored.name(new_id(), decode.url, request.record.client)
 
 
 def answering_leg(backend: Backend) -> LegName:
-    """What a leg that answers the client is to a backend. A prefill backend answers requests for one token."""
+    """The kind of a leg that answers the client, by its backend. A prefill backend answers requests for one token."""
     return "prefill" if backend.role == "prefill" else "decode"

@@ -40,7 +40,7 @@ MOST_HEADER = 4096
 MOST_CANDIDATES = 16
 """The most candidates of one pool that are kept with a decision: those with the earliest first token, and the
 chosen."""
-_SHARE = 400.0  # times the duration of an explanation that must pass before the next one nobody has asked for
+_SHARE = 400.0  # times the duration of an explanation before the next one that no operator has asked for
 _SNAPSHOT_INTERVAL = 0.001  # seconds between snapshots of chosen engines: each takes half a microsecond
 _LONGEST_NAME = 64  # characters of a model's name, which a client may choose
 

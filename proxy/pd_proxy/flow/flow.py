@@ -1,8 +1,8 @@
-"""Serves requests with two legs: place, lease, run the legs, and try elsewhere when that fails.
+"""Serves requests with two legs: places them, takes leases, runs the legs, and tries other backends after a failure.
 
-Until the client has been given a byte, any failure of a backend leads to another try, on other backends first; after
-that, to one that goes on where the answer broke off (`resume.py`). Each try is whole: its leases and connections
-are gone when it ends. Nothing here touches a count by hand.
+Until the client has been sent a byte, a failure of a backend leads to another try, on other backends first. After that
+it leads to a try that continues the answer where it broke off (`resume.py`). When a try ends, its leases are released
+and its connections closed or back in their pool.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Flow:
 
     Arguments:
         connectors: the protocols that engines speak, by name.
-        placing: says where tries go.
-        first_tokens: says which engine's first token a client gets.
+        placing: chooses the backends of each try.
+        first_tokens: decides which engine's first token a client gets.
         random: returns a number in [0, 1), for ties.
-        callbacks: where decode engines call back, for the connectors that have them do so.
-        suspicion: says which requests must not go to another engine.
+        callbacks: receives the calls of decode engines, for the connectors whose engines call back.
+        suspicion: decides which requests must not go to another engine.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Flow:
         """Serve a request: the client has its whole answer when this returns.
 
         Raises:
-            GatewayError: it has not; when `request.client.started`, it has a part of it.
+            GatewayError: the client has no answer; or a part of it, where `request.client.started`.
         """
         if request.body.stream:
             self.resumption.prepare(request)
@@ -112,7 +112,7 @@ class Flow:
         """
         request.live = False
         request.gained = 0
-        if tries == 1 and not request.client.started:  # without a coroutine more, since most requests need no other
+        if tries == 1 and not request.client.started:  # one coroutine fewer, as most requests need no second try
             return self._try(request, self._placing.decide(request))
         return self._try_again(request, tries)
 
@@ -120,11 +120,11 @@ class Flow:
         return await self._try(request, await self._place(request, tries))
 
     async def resume(self, request: Request, error: BackendError) -> bool:
-        """A try failed after its client was given a part of the answer. Returns True where the answer is whole all the
-        same, and False where the next try is to continue it.
+        """A try failed after the client was sent a part of the answer. Returns True if the answer is whole all the
+        same, and False if the next try is to continue it.
 
         Raises:
-            GatewayError: it cannot be continued.
+            GatewayError: the answer cannot be continued.
         """
         assert request.transcript is not None
         request.transcript.verify()
@@ -136,10 +136,10 @@ class Flow:
         return False
 
     async def _find_resume_point(self, request: Request) -> str:
-        """Find where a broken answer may be continued (`resume_point.py`), with the help of any engine that is up: all
-        of them have the same tokenizer.
+        """Find where a broken answer may be continued (`resume_point.py`). Any engine that is up may be asked, since
+        all engines with the same weights have the same tokenizer.
 
-        Returns why there is none, or an empty string.
+        Returns why there is no such place, or an empty string.
         """
         transcript, model = request.transcript, request.body.model
         if transcript is None or not transcript.continuable:
@@ -157,10 +157,10 @@ class Flow:
         return "held_text" if transcript.text is not None else "merged_tokens"
 
     async def _place(self, request: Request, tries: int) -> Decision[Backend]:
-        """Where the next try goes; waits where it can only go to what has just failed.
+        """Choose the backends of the next try. Waits first if only a backend that has just failed is left.
 
         Raises:
-            NoBackend: nothing is up. A stream that has begun waits for something to come up, some tries long.
+            NoBackend: no backend is up. A stream that has begun waits for one, until its tries are used up.
         """
         while True:
             try:
@@ -173,14 +173,14 @@ class Flow:
                 if tries == 1 or request.avoid.isdisjoint(_urls(decision)):
                     return decision
                 if isinstance(request.error, BackendBusy) and not request.client.started:
-                    raise request.error  # to ask the same busy engine again is of no use
+                    raise request.error  # the same engine would still be busy
                 await asyncio.sleep(backoff(tries))
                 return decision
             await asyncio.sleep(LONGEST_BACKOFF)
             tries += 1
 
     async def _try(self, request: Request, decision: Decision[Backend]) -> bool:
-        """One try on one pair (or one backend). Decode's place is taken before prefill starts."""
+        """Run one try on a pair, or on one backend. The lease on decode is taken before prefill starts."""
         prefill, decode = decision.prefill, decision.decode
         request.cards_of_try = decode.models
         connector = self._connectors[decode.connector]
@@ -221,12 +221,12 @@ class Flow:
         return True
 
     async def close(self) -> None:
-        """Wait for what runs in the background. What fails from now on is not tried again."""
+        """Wait for what runs in the background. What fails from now on is not retried."""
         await self._releases.close()
 
 
 class _Tries:
-    """A request, as the loop of tries sees it (`retry.Job`)."""
+    """A request with two legs, as a `retry.Job`."""
 
     __slots__ = ("_flow", "_request")
     waits_for_permit = True
@@ -286,7 +286,7 @@ _NOBODY = nullcontext(None)
 
 
 def _lease(prefill: Backend | None, request: Request, rank: int | None) -> AbstractContextManager[Lease | None]:
-    """The lease for the prefill leg, where there is to be one."""
+    """The lease for the prefill leg; nothing where there is none."""
     return _NOBODY if prefill is None else Lease(prefill, request.prefill_tokens, rank)
 
 

@@ -1,7 +1,7 @@
-"""The legs of one try: sending them, waiting for their answers, and reporting the outcome to the fleet.
+"""Sends the legs of a try, waits for their answers, and reports their outcomes to the fleet.
 
-Whatever ends a leg (an answer, an error, a client that left), its connection is closed or back in its pool, and its
-lease released, before the function returns.
+Before a function returns, the connection of its leg is closed or back in its pool, and its lease is released, however
+the leg has ended: with an answer, with an error, or because the client has left.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ _NO_LIMIT = Deadlines(None)
 
 
 def _on_first_token(attempt: Attempt, lease: Lease, relay: StreamRelay) -> None:
-    """Decode's first token is here, so decode has the KV cache."""
+    """Decode's first token has arrived, so decode has the KV cache."""
     attempt.kv_cache_arrived(lease)
-    lease.on_lost = relay.suspect  # from here on the stream itself knows best whether it is alive
+    lease.on_lost = relay.suspect  # from here on the stream is checked itself
 
 
 _REASONS = re.compile(rb'"reasoning(?:_content)?":"[^"]')
@@ -74,10 +74,10 @@ class Legs:
 
     Arguments:
         fleet: gets the outcome of each leg.
-        notices: the notifications by which prefill engines say that a KV cache has arrived.
+        notices: the notifications of prefill engines that a KV cache has arrived.
     Attributes:
-        authorization: the header with the engines' key, as a whole line; or empty.
-        headers: what every leg of a client's request carries, as whole lines.
+        authorization: the header line with the engines' key; or empty.
+        headers: the header lines of every leg of a client's request.
         hops: recognises requests that have come back to this gateway.
     """
 
@@ -106,10 +106,10 @@ class Legs:
         self.headers = self._identity + self.hops.line
 
     def headers_after(self, hops: bytes) -> bytes:
-        """The headers of a leg, as whole lines.
+        """The header lines of a leg.
 
         Arguments:
-            hops: the gateways that its request has come through.
+            hops: the gateways that its request has passed through.
         """
         return self._identity + self.hops.onward(hops) if hops else self.headers
 
@@ -131,7 +131,7 @@ class Legs:
         return origin
 
     async def prefill(self, attempt: Attempt, lease: Lease) -> bytes:
-        """Run the prefill leg. Returns the engine's answer, once the notifications have come that its connector sends.
+        """Run the prefill leg. Returns the engine's answer, after the notifications of its connector, if it sends any.
 
         Raises:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
@@ -142,7 +142,7 @@ class Legs:
             answer = await self._collect(attempt, lease, "prefill", leg, self._prefill_limit)
             self._check_abort(attempt, lease, answer)
             return answer
-        with self._notices.expect(attempt.id, count) as expected:  # they may come before the answer
+        with self._notices.expect(attempt.id, count) as expected:  # they may arrive before the answer
             answer = await self._collect(attempt, lease, "prefill", leg, self._prefill_limit)
             self._check_abort(attempt, lease, answer)
             lease.on_lost = expected.lost
@@ -169,10 +169,10 @@ class Legs:
             raise ended
 
     async def encode(self, attempt: Attempt, lease: Lease, leg: Leg, number: int) -> bytes:
-        """Run one of a try's legs to encoders. Returns the engine's answer.
+        """Run one leg to an encoder. Returns the engine's answer.
 
         Arguments:
-            number: of the leg, which has an id of its own.
+            number: the number of the leg, which is a part of its id.
         Raises:
             BackendError: it did not end in a 200 within `timeouts.prefill`.
         """
@@ -180,7 +180,7 @@ class Legs:
         return await self._collect(child, lease, "encode", leg, self._prefill_limit)
 
     async def decode_whole(self, attempt: Attempt, lease: Lease) -> None:
-        """Run the decode leg of a request that wants its answer in one piece, and answer the client."""
+        """Run the decode leg of a request whose answer is not streamed, and answer the client."""
         request, record, backend = attempt.request, attempt.request.record, lease.backend
         leg = answering_leg(backend)
         answer = await self._collect(attempt, lease, leg, attempt.decode_leg(), _NO_LIMIT)
@@ -204,10 +204,10 @@ class Legs:
     async def _whole_answer(self, attempt: Attempt, url: str, answer: bytes) -> tuple[bytes, bytes, msgspec.Raw]:
         """Read decode's answer in one piece.
 
-        Returns the whole answer, what the client gets of it, and its usage.
+        Returns the whole answer, the answer as the client gets it, and its usage.
 
         Raises:
-            BackendError: it is an error under status 200, or no answer.
+            BackendError: it is an error under status 200, or not an answer.
         """
         request = attempt.request
         usage = DIALECTS[request.body.endpoint].whole(url, answer).usage
@@ -233,7 +233,7 @@ class Legs:
             raise BackendGarbled(f"{url} answered 200 with what cannot be given on: {error}") from None
 
     async def decode_stream(self, attempt: Attempt, lease: Lease) -> None:
-        """Run the decode leg of a request that wants events. Returns when the client has all of them."""
+        """Run the decode leg of a request whose answer is streamed. Returns when the client has all events."""
         request, backend = attempt.request, lease.backend
         assert request.transcript is not None
         leg, continuation = answering_leg(backend), attempt.continuation
@@ -288,10 +288,10 @@ class Legs:
         )
 
     async def release(self, attempt: Attempt, lease: Lease, leg: Leg) -> None:
-        """Send a leg that has prefill free its blocks. Whether the engine serves or refuses it, they are free then.
+        """Send a leg that makes prefill free its blocks. They are free once the engine has served or refused it.
 
         Raises:
-            BackendError: neither; the blocks stay pinned until the engines' lease on them ends.
+            BackendError: it did neither; the blocks stay reserved until the engines' lease on them ends.
         """
         url = lease.backend.url
         receiver = Collected(url, limit=_MOST_ASIDE, loop=self._loop)
@@ -301,10 +301,10 @@ class Legs:
             raise engine_error(url, receiver.status, receiver.headers, answer)
 
     async def detokenize(self, backend: Backend, model: str | None, ids: bytes) -> str:
-        """The text of some tokens, as `backend` writes them.
+        """The text of some tokens, from the tokenizer of `backend`.
 
         Raises:
-            BackendError: it did not answer, or not with a text.
+            BackendError: the engine did not answer with a text.
         """
         named = {} if model is None else {"model": model}
         body = msgspec.json.encode({**named, "tokens": msgspec.Raw(b"[%b]" % ids)})
@@ -335,7 +335,7 @@ class Legs:
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
-        """The running loop. It is asked for once, since Python makes a system call of it."""
+        """The running loop. It is looked up once, since Python makes a system call for it."""
         if self._running_loop is None:
             self._running_loop = asyncio.get_running_loop()
         return self._running_loop
@@ -346,7 +346,7 @@ class Legs:
         """Send a leg.
 
         Arguments:
-            reads: the engine is to read what was handed over.
+            reads: the engine is to read the blocks of the hand-off.
         """
         request, pending = attempt.request, attempt.pending
         headers = b"".join(
@@ -379,8 +379,8 @@ class Legs:
         """Seconds of age at which a hand-off is no longer sent."""
         connector = plan.connector
         if plan.together or connector.traits.lease == inf:
-            return inf  # it is known before prefill's answer; it refers to nothing that prefill keeps
-        # Whatever was set: not in the second half of the lease.
+            return inf  # known before prefill's answer, so it refers to no blocks that prefill keeps
+        # Never in the second half of the lease, whatever was set.
         return min(self._timeouts.handoff, connector.traits.lease / 2)
 
     @staticmethod
@@ -398,7 +398,7 @@ class Legs:
         return left
 
     def _report(self, attempt: Attempt, lease: Lease, leg: LegName, error: BackendError) -> None:
-        """Tell the pending hand-off and the fleet that a leg has failed."""
+        """Report the failure of a leg to its pending hand-off and to the fleet."""
         backend = lease.backend
         if attempt.pending is not None and leg == "decode":
             attempt.pending.leg_failed(error, refusal_frees=attempt.plan.refusal_frees)

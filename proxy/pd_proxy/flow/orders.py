@@ -1,7 +1,7 @@
-"""The orders in which the legs of one try are run: decode's alone, one after the other, or both at once.
+"""The orders in which the legs of one try are run: one leg alone, one after the other, or both at once.
 
-An order says when each leg begins, and what the failure of one does to the other. What is done for each leg is in the
-`Steps` that it is given: requests (`steps.py`) and trials (`trial_steps.py`) have their own.
+An order decides when each leg begins, and what the failure of one leg does to the other. The `Steps` do the work of
+each leg: requests (`steps.py`) and trials (`trial_steps.py`) have their own.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Steps(Protocol):
         """Both legs are about to be sent: count the hand-off, which is known already."""
 
     async def wait_for_call(self, attempt: Attempt, call: Call) -> None:
-        """Wait until decode's engine has called back, and keep what it said."""
+        """Wait until decode's engine has called back, and keep the members of its call."""
 
     def both_failed(self, attempt: Attempt) -> None:
         """A try whose legs were sent at once has failed."""
 
     async def finish_prefill(self, attempt: Attempt, prefilling: asyncio.Task[None], *, decoded: bool) -> None:
-        """Decode's leg has ended: end the prefill leg, or have it run to its end.
+        """Decode's leg has ended: end the prefill leg, or let it run to its end.
 
         Arguments:
             decoded: decode's leg ended well.
@@ -52,7 +52,7 @@ class LegOrder(Protocol):
         """Run the legs of a try.
 
         Raises:
-            BackendError: one failed, and the client does not have its whole answer.
+            BackendError: a leg failed, and the client does not have its whole answer.
         """
 
 
@@ -69,8 +69,8 @@ class Alone:
 
 
 class Sequential:
-    """Decode's leg follows prefill's answer. `Order.NOTIFIED` is this as well: the prefill leg ends there with the
-    notifications that the KV cache has arrived (`Legs.prefill`)."""
+    """Decode's leg follows prefill's answer. This is also the order of `Order.NOTIFIED`, whose prefill leg ends with
+    the notifications that the KV cache has arrived (`Legs.prefill`)."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
@@ -86,8 +86,8 @@ class Sequential:
 
 
 class Concurrent:
-    """Both legs are sent at once. Decode would wait for the KV cache of a prefill that has failed, so its leg is ended
-    then. Once it answers it has the cache, and what becomes of prefill does not matter to the client."""
+    """Both legs are sent at once. If prefill fails, decode's leg is ended, since it would wait for the KV cache. Once
+    decode answers it has the cache, and a later failure of prefill does not matter."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
@@ -96,10 +96,10 @@ class Concurrent:
         await self.run_with(attempt, self._steps.prefill(attempt))
 
     async def run_with(self, attempt: Attempt, prefill: Coroutine[Any, Any, None]) -> None:
-        """The same, with a prefill leg that may wait for something.
+        """Run the legs of a try, with a prefill leg that may wait before it is sent.
 
         Arguments:
-            prefill: runs that leg.
+            prefill: runs the prefill leg.
         """
         request, steps = attempt.request, self._steps
         steps.begin_both(attempt)
@@ -142,8 +142,8 @@ class Orders:
     """One of each order.
 
     Arguments:
-        steps: what the legs do.
-        callbacks: where engines call back.
+        steps: do the work of each leg.
+        callbacks: receives the calls of decode engines.
     """
 
     def __init__(self, steps: Steps, callbacks: Callbacks) -> None:
@@ -153,8 +153,8 @@ class Orders:
         self._called_back = CalledBack(steps, callbacks)
 
     def of(self, attempt: Attempt) -> LegOrder:
-        """The order of a try's legs. Without a hand-off that is known beforehand it is sequential, whatever the
-        connector's."""
+        """The order of a try's legs. If the hand-off is not known beforehand, it is sequential, whatever order the
+        connector has."""
         if attempt.prefill is None:
             return self._alone
         if not attempt.plan.together:

@@ -1,8 +1,8 @@
 """The loop of tries, for every kind of route: try, and try again elsewhere while that is allowed.
 
 A try that failed is followed by another while its error is retryable, `retries.attempts` are left, the retry budget has
-a permit, and the request has not ended so many engines that no other is to get it (`suspicion.py`). What a try is, and
-what happens when one fails that had begun to answer, is the `Job`'s.
+a permit, and the request has not ended too many engines (`suspicion.py`). The `Job` runs the tries, and decides what
+happens when a try fails that had begun to answer.
 
 The permit comes from the budget of the pool whose backend failed, since its engines are the ones that may be
 overloaded; it is taken before the next try is placed, and given back when that try begins to answer or has failed.
@@ -29,15 +29,15 @@ LONGEST_BACKOFF = 1.0
 
 
 class Job(Protocol):
-    """One request, as the loop of tries sees it.
+    """One request, as the loop of tries uses it.
 
     Attributes:
-        cuts: the engines that may have died with the request, where there are any.
+        cuts: the engines that may have died with the request, or None.
         size: bytes of its body.
-        answering: the present try has given the client something.
+        answering: the client has been sent something of the present try.
         failed_pool: the pool of the backend that failed in the last try.
-        repeatable: it could be sent once more.
-        waits_for_permit: where the retry budget is used up it waits, and each wait counts as a try; else it ends.
+        repeatable: it can be sent once more.
+        waits_for_permit: it waits where the retry budget is used up, and each wait counts as a try; otherwise it ends.
     """
 
     @property
@@ -56,8 +56,8 @@ class Job(Protocol):
     def waits_for_permit(self) -> bool: ...
 
     def attempt(self, tries: int) -> Awaitable[bool]:
-        """Place and run try number `tries`. Returns whether the client has its answer; where not, the next is the same
-        try once more.
+        """Place and run try number `tries`. Returns whether the client has its answer; if not, the same try is run
+        again.
 
         Raises:
             BackendError: the try failed.
@@ -67,8 +67,8 @@ class Job(Protocol):
         """A try has failed."""
 
     async def resume(self, error: BackendError) -> bool:
-        """A try failed that had begun to answer. Returns True where the answer is whole all the same, and False where
-        the next try is to continue it.
+        """A try failed that had begun to answer. Returns True if the answer is whole all the same, and False if the
+        next try is to continue it.
 
         Raises:
             GatewayError: it cannot be continued.
@@ -84,15 +84,15 @@ class Job(Protocol):
         """No try follows: the error that ends the request."""
 
     def killed(self, error: BackendsKilled) -> None:
-        """No try follows, since the request ends engines."""
+        """No try follows, since the request has ended too many engines."""
 
 
 class Retries:
     """Runs tries.
 
     Arguments:
-        attempts: tries of one request, at most.
-        suspicion: says which requests no other engine is given.
+        attempts: the most tries of one request.
+        suspicion: decides which requests must not go to another engine.
     """
 
     def __init__(self, attempts: int, fleet: Fleet, suspicion: Suspicion) -> None:
@@ -104,7 +104,7 @@ class Retries:
         """Try until the client has its answer.
 
         Raises:
-            GatewayError: it has not, or only a part of it.
+            GatewayError: the client has no answer, or only a part of it.
         """
         tries = 0
         while True:
@@ -130,10 +130,10 @@ class Retries:
                 job.note_retry(error)
 
     async def spare_engines(self, job: Job, error: BackendError) -> None:
-        """After a try that failed with `error`.
+        """Check, after a try that failed with `error`, how many engines the request has ended.
 
         Raises:
-            BackendsKilled: so many engines have ended while they had the request that no other is given it.
+            BackendsKilled: too many engines have ended while they had the request.
         """
         if job.cuts is None or not (ended := await self._suspicion.engines_ended(job.cuts)):
             return
@@ -149,7 +149,7 @@ class Retries:
         Returns the number of tries so far.
 
         Raises:
-            BackendError: `error`, where there is none and the job does not wait, or has no tries left.
+            BackendError: `error`, where no permit is left and the job does not wait, or has no tries left.
         """
         if not amplifies(error):
             return tries

@@ -1,4 +1,4 @@
-"""What is done for the legs of a request's try: its accounts with the fleet, and what prefill's answer leads to."""
+"""The steps of a request's try: what is done before and after each leg, and how prefill's answer is used."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class RequestSteps:
     """The steps of requests (`orders.Steps`).
 
     Arguments:
-        first_tokens: says whose first token the client gets.
-        suspicion: says which engines may have died with a request.
+        first_tokens: decides which engine's first token the client gets.
+        suspicion: decides which engines may have died with a request.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class RequestSteps:
             attempt.logprobs = PromptLogprobs(asyncio.get_running_loop(), limit)
 
     async def wait_for_call(self, attempt: Attempt, call: Call) -> None:
-        """Wait until decode's engine has called back, and keep what it said.
+        """Wait until decode's engine has called back, and keep the members of its call.
 
         Raises:
-            BackendError: it did not, or prefill's engine was lost meanwhile.
+            BackendError: it did not call, or prefill's engine was lost meanwhile.
         """
         lease, decode = attempt.prefill, attempt.lease.backend
         assert lease is not None
@@ -94,13 +94,15 @@ class RequestSteps:
             raise
 
     def both_failed(self, attempt: Attempt) -> None:
-        """Legs that were sent at once have failed: prefill's engine may be another one by now."""
+        """Legs that were sent at once have failed. Prefill's coordinates are read again, since its engine may be
+        another one by now."""
+
         assert attempt.prefill is not None
         attempt.prefill.backend.forget_location()
 
     async def finish_prefill(self, attempt: Attempt, prefilling: asyncio.Task[None], *, decoded: bool) -> None:
-        """Decode's leg has ended. A prefill leg that still runs is ended, unless decode has answered by its KV cache or
-        the connector forbids to cancel it; then it runs to its end in the background."""
+        """Decode's leg has ended. A prefill leg that still runs is ended too, unless decode has answered or the
+        connector forbids to cancel it; then it runs to its end in the background."""
         lease, traits = attempt.prefill, attempt.plan.connector.traits
         assert lease is not None
         unsent = traits.called_back and attempt.callback is None
@@ -111,18 +113,18 @@ class RequestSteps:
             return
         await end(prefilling)
         if not went_well(prefilling) and attempt.pending is not None:
-            attempt.pending.settle()  # prefill keeps nothing
+            attempt.pending.settle()  # prefill keeps no blocks
 
     def hand_over(self, attempt: Attempt) -> bool:
-        """Give the client prefill's first token, where it is to be used. Returns whether more is to come."""
+        """Send the client prefill's first token, if it is used. Returns whether decode's leg is to be sent."""
         return attempt.first is None or not self._first_tokens.give(attempt)
 
     async def prefill(self, attempt: Attempt) -> None:
-        """Run the prefill leg. Leaves its hand-off in `attempt`, or none where prefill gave none and decode may compute
-        the prompt. The lease on prefill's backend is released when that has answered.
+        """Run the prefill leg, and keep its hand-off in `attempt`. There is none where prefill has sent none and decode
+        may compute the prompt. The lease on prefill's backend is released when it has answered.
 
         Raises:
-            BackendError: the leg failed; or there is no usable hand-off, and the settings forbid to go without.
+            BackendError: the leg failed; or there is no usable hand-off, and the settings do not allow to do without.
         """
         request, lease = attempt.request, attempt.prefill
         assert lease is not None
@@ -172,10 +174,10 @@ class RequestSteps:
             self._do_without(attempt, backend, "no_handoff_params", HandoffInvalid("no kv_transfer_params"))
 
     def _note_usage(self, attempt: Attempt, backend: Backend, usage: msgspec.Raw, cached: int | None) -> None:
-        """Keep what prefill's answer says of the prompt's tokens.
+        """Keep the token counts of prefill's answer.
 
         Arguments:
-            cached: how many of them were cached, as its hand-off says.
+            cached: the number of cached tokens in its hand-off; None where it has none.
         """
         request, record = attempt.request, attempt.request.record
         counted = read_usage(usage)
@@ -184,14 +186,14 @@ class RequestSteps:
         if counted is not None:
             record.prompt_tokens = attempt.prompt_tokens(counted)
         if attempt.sent is not None:
-            resumes = request.continuation is not None  # what was said is in the prompt then
+            resumes = request.continuation is not None  # the prompt then has a part of the answer
             attempt.sent.prefilled(None if resumes else attempt.counts.cached, record.prompt_tokens)
         computed = max(1, request.prefill_tokens - record.cached_tokens)
         self._fleet.timed(backend, "prefill", record.prefill_seconds or 0.0, computed)
 
     def _do_without(self, attempt: Attempt, backend: Backend, reason: str, error: HandoffInvalid) -> None:
-        """Let decode compute the prompt for want of a hand-off, or raise `error` where the settings forbid that, or the
-        connector."""
+        """Let decode compute the prompt without a hand-off, or raise `error` if the settings or the connector do not
+        allow that."""
         record = attempt.request.record
         log.warning(
             "%s: prefill backend %s gave no usable hand-off: %s",
@@ -206,7 +208,8 @@ class RequestSteps:
         attempt.request.record.fallback = reason
 
     async def decode(self, attempt: Attempt) -> None:
-        """Run the decode leg. If the engine surely never read it, the same hand-off goes to another decode backend."""
+        """Run the decode leg. If the engine surely never read it, the same hand-off is sent to another decode
+        backend."""
         request, lease, backend = attempt.request, attempt.lease, attempt.lease.backend
         try:
             if request.body.stream:
@@ -217,7 +220,9 @@ class RequestSteps:
             self.failed(request, backend, answering_leg(backend), error)
             blames_prefill = isinstance(error, BackendFailed | BackendTimedOut) and not error.leaves
             if attempt.pending is not None and blames_prefill:
-                request.avoid.add(attempt.pending.prefill.url)  # decode lives; perhaps it could not read from there
+                request.avoid.add(
+                    attempt.pending.prefill.url
+                )  # decode is alive, so it may have failed to read from prefill
             other = self._other_decode(attempt) if error.unread else None
             if other is None:
                 raise
@@ -235,7 +240,8 @@ class RequestSteps:
             await self.decode(attempt)
 
     def _other_decode(self, attempt: Attempt) -> Backend | None:
-        """A decode backend that has not failed this request, and that the hand-off surely fits."""
+        """Another decode backend for the hand-off: one that has not failed this request, and whose engine surely
+        fits."""
         request, identities = attempt.request, attempt.identities if attempt.first is not None else None
         connector = attempt.plan.connector
         if attempt.pending is None or not connector.traits.transferable:
@@ -256,7 +262,7 @@ class RequestSteps:
         return self._placing.other_decode(request, fresh)
 
     def failed(self, request: Request, backend: Backend, leg: str, error: BackendError) -> None:
-        """A leg failed: remember which backend to avoid, and what the log of another try is to say of it."""
+        """A leg failed: note the backend to avoid, and the reason for the log and the record."""
         request.avoid.add(backend.url)
         request.cuts = self._suspicion.note(request.cuts, leg, backend, error, request.gained)
         request.failed = (leg, error.reason)
@@ -267,7 +273,7 @@ class RequestSteps:
 
 
 async def _run_out(prefilling: asyncio.Task[None], lease: Lease, sent: Sent | None) -> None:
-    """Have a prefill leg run to its end without its request. It holds a lease, since it is work for its engine."""
+    """Let a prefill leg run to its end without its request. It holds a lease, since it is work for its engine."""
     with Lease(lease.backend, lease.tokens, lease.rank):
         await asyncio.wait((prefilling,))
     await end(prefilling)
