@@ -134,21 +134,21 @@ WHOLE = {
 REASONS = {
     "a": "it needs an answer, and there is no connection yet",
     "b": "no engine is asked anything between the legs",
-    "c": "it is a thing of prefill's answer",
+    "c": "the fault is in prefill's answer",
     "d": "the status has been sent by then",
     "e": "the lease begins with prefill's answer",
-    "f": "decode has the hand-off by then and renews its lease. Should the lease end all the same, no engine says so "
-    "and nobody could tell: the answer is a 200 with wrong text. The gateway's part is never to send a hand-off late",
-    "g": "it is said in the body, which comes after the headers",
+    "f": "decode has the hand-off by then and renews its lease. If the lease ends all the same, no engine "
+    "reports it: the answer is a 200 with wrong text. The gateway prevents that only by never sending a hand-off late",
+    "g": "the fault is in the body, which comes after the headers",
     "h": "a request that has ended is neither preempted nor aborted",
-    "i": "an answer in one piece has no tokens one by one: its head and its body go out after the last",
-    "j": "nothing is left to be slow with",
+    "i": "an answer in one piece does not send tokens one by one: its head and its body are sent after the last token",
+    "j": "no step is left to be slow",
     "k": "the same moment as in another column",
     "l": "decode has read the blocks by then, and there is no lease any more",
-    "m": "connections are taken by the engine's kernel, however slow the engine is",
-    "n": "only a decode leg that cannot be sent in time can meet it: before connect",
-    "o": "the head of an answer in one piece says how long it is: the column before",
-    "p": "its kernel takes the leg all the same: the next column",
+    "m": "the engine's kernel accepts connections, however slow the engine is",
+    "n": "only a decode leg that cannot be sent in time is affected: before connect",
+    "o": "the head of an answer in one piece has its length: see the column before",
+    "p": "the engine's kernel accepts the leg all the same: see the next column",
 }
 
 
