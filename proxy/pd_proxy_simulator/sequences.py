@@ -208,10 +208,10 @@ class Sequence:
             return self.stops.flush() if self.stops is not None else ""
         text = self.assembler.push(token)
         if self.stops is not None:
-            text, met = self.stops.push(text, armed=generated > sampling.min_tokens)
-            if met is not None:
+            text, found = self.stops.push(text, armed=generated > sampling.min_tokens)
+            if found is not None:
                 self.finish_reason = "stop"
-                self.stop_reason = met
+                self.stop_reason = found
             elif self.finish_reason is not None:
                 text += self.stops.flush()
         return text

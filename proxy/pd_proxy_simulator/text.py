@@ -65,9 +65,9 @@ class StopStrings:
         shown = len(self._seen)
         if armed:
             ends = [(window.find(stop), stop) for stop in self._stops]
-            met = min(((at, stop) for at, stop in ends if at >= 0 and at + len(stop) > shown), default=None)
-            if met is not None:
-                at, stop = met
+            found = min(((at, stop) for at, stop in ends if at >= 0 and at + len(stop) > shown), default=None)
+            if found is not None:
+                at, stop = found
                 end = at + len(stop) if self._include else at
                 return window[shown : max(end, shown)], stop
         keep = 0 if self._include else self._longest - 1

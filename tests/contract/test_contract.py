@@ -103,7 +103,7 @@ async def test_a_prefill_that_fails_is_tried_elsewhere_and_decode_does_not_wait_
 async def test_a_decode_that_fails_is_tried_elsewhere(case: Case, stream: bool) -> None:
     expected = await text_of_one("completions")
     async with fleet(case, decode=2, engine={"lease": 4.0}) as (running, [p], decode):
-        # any of them may be chosen; the other may meet the fault when it has to release the hand-off
+        # any of them may be chosen; the other may get the fault when it has to release the hand-off
         for engine in decode:
             engine.faults.add("status", leg="decode", status=500, count=1)
         answer = await running.http.post(PATHS["completions"], json=completion(stream=stream))

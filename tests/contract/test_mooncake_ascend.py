@@ -67,7 +67,7 @@ async def test_an_unread_hand_off_of_a_stored_response_is_prefilled_again_since_
 ):
     async with fleet(ASCEND, decode=2, policy={"decode": "round_robin"}) as (running, [p], decode):
         decode[0].faults.add("status", leg="decode", status=429, count=1)  # busy: it has not read the hand-off
-        for _ in range(2):  # one of them meets the fault
+        for _ in range(2):  # one of them gets the fault
             asked = {"model": "sim", "input": "tell me of the river " * 8, "max_output_tokens": 8, "store": True}
             answer = await running.http.post("/v1/responses", json=asked)
             assert answer.status_code == 200, answer.text

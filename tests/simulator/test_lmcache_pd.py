@@ -24,7 +24,7 @@ class Gateway:
         self.socket = self.context.socket(zmq.PULL)
         self.address = f"127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
 
-    async def notice(self, seconds: float = 2.0) -> Any:
+    async def notification(self, seconds: float = 2.0) -> Any:
         """The next notification; None when none comes."""
         if not await asyncio.to_thread(self.socket.poll, int(seconds * 1000)):
             return None
@@ -55,7 +55,7 @@ async def test_decode_finds_by_its_prompt_what_prefill_wrote_and_only_once(
     p, d = engines
     answer = await client.complete(p, params={**spec(d), "ret_first_tok": True})
     assert isinstance(answer.json()["kv_transfer_params"]["first_tok"], int)
-    assert await gateway.notice() == {"type": "ProxyNotif", "req_id": "r1"}
+    assert await gateway.notification() == {"type": "ProxyNotif", "req_id": "r1"}
     assert p.engine.used_blocks == 0
     told = (await client.complete(d, tokens=12)).json()["choices"][0]["text"]
     assert d.engine.stats.pulls == 1
@@ -81,7 +81,7 @@ async def test_each_rank_sends_a_notification(start: Start, gateway: Gateway, cl
     p, d = await start(role="prefill", **told), await start(role="decode", **told)
     ports = [d.side_port] * 2
     await client.complete(p, params=spec(d, receiver_init_port=ports, receiver_alloc_port=ports))
-    assert [await gateway.notice(), await gateway.notice()] == [{"type": "ProxyNotif", "req_id": "r1"}] * 2
+    assert [await gateway.notification(), await gateway.notification()] == [{"type": "ProxyNotif", "req_id": "r1"}] * 2
 
 
 @pytest.mark.parametrize("name", ["req_id", "receiver_host", "receiver_init_port", "receiver_alloc_port"])
@@ -111,7 +111,7 @@ async def test_a_prefill_leg_with_a_wrong_port_is_answered_and_never_confirmed(
     p, d = engines
     assert (await client.complete(p, params=spec(d, **{name: [0]}))).status_code == 200
     await p.wait_for(lambda: p.engine.stats.failed_transfers == 1)
-    assert await gateway.notice(0.05) is None
+    assert await gateway.notification(0.05) is None
     assert p.engine.used_blocks == 0
 
 
@@ -127,4 +127,4 @@ async def test_a_request_without_a_receiver_is_an_ordinary_one(
 ) -> None:
     assert (await client.complete(engines[0])).status_code == 200
     assert (await client.complete(engines[1])).status_code == 200
-    assert await gateway.notice(0.05) is None
+    assert await gateway.notification(0.05) is None
