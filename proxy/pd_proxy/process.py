@@ -1,11 +1,13 @@
-"""The process: signals, and the order in which a gateway arrives and leaves.
+"""The process: signals, and the order in which a gateway starts and shuts down.
 
-It accepts connections at once; but where another gateway serves the address, only when it is ready itself.
+A gateway accepts connections at once, except where another gateway serves the address: then only when it is ready.
 
-SIGTERM and SIGQUIT: /ready turns 503 while requests are still served for `shutdown.delay`; then no new request starts,
-those that run have `shutdown.grace` to end, and the rest are answered with an error; exit 0. SIGINT skips the delay;
-a second signal skips the grace. Where another process has the address too, new connections are left to it, and no
-request is refused.
+SIGTERM and SIGQUIT shut it down in this order: /ready turns 503 while requests are still served for `shutdown.delay`;
+no
+new request starts, and those that run have `shutdown.grace` to end; the rest are answered with an error; the process
+exits
+with 0. SIGINT skips the delay, and a second signal skips the grace. Where another process has the address too, new
+connections are left to it, and no request is refused.
 """
 
 from __future__ import annotations
@@ -59,11 +61,11 @@ __all__ = ["ListenError", "protocol", "serve", "uvicorn_config"]
 
 log = logging.getLogger("pd_proxy")
 
-_CLIENT_KEEPALIVE = 75  # seconds; longer than most clients' own, so that it is they who close
-_LAST_WORDS = 5.0  # seconds for evicted requests to write their last event
-_HANDSHAKES = 1.0  # seconds in which connections that began with this process, and not with the next, are accepted
-_LAST_REQUEST = 5.0  # seconds for a connection that was accepted last to say what it wants
-_INHERITED_TIMEOUT = 30.0  # seconds for backends to come up; the socket's owner may be waiting for us alone
+_CLIENT_KEEPALIVE = 75  # seconds; longer than most clients' own limits, so that clients close idle connections
+_LAST_WORDS = 5.0  # seconds for cancelled requests to write their last event
+_HANDSHAKES = 1.0  # seconds in which connections are still accepted whose handshake began with this process
+_LAST_REQUEST = 5.0  # seconds for the connections that were accepted last to send their request
+_INHERITED_TIMEOUT = 30.0  # seconds for backends to come up; until then no process may be accepting connections
 _TICK = 0.02  # seconds between checks where no event announces the change
 _LOG_EVERY = 10.0  # seconds between log lines about what is waited for
 _SPARED = frozenset({"/health", "/ready", "/live", "/ping", "/metrics", "/healthcheck", "/admin/"})
@@ -96,7 +98,7 @@ def serve(settings: Settings) -> int:
 
 
 def _warn_of_operators(settings: Settings) -> None:
-    """Say what operators cannot do, where they might want to."""
+    """Log which administration requests are refused by these settings."""
     if settings.admin_key is not None:
         return
     if not _is_loopback(settings.host):
@@ -105,10 +107,10 @@ def _warn_of_operators(settings: Settings) -> None:
             "others off as these; set admin_key where there is one"
         )
     if not settings.admin_socket:
-        # Users of the example script may know it otherwise.
+        # In vLLM's example proxy /instances/add needs no key, so its users may expect that it works.
         log.log(
             logging.INFO if _has_backends(settings) else logging.WARNING,
-            "neither admin_key nor admin_socket is set: /instances/add and what else changes the gateway is refused",
+            "neither admin_key nor admin_socket is set: requests that change the gateway (/instances/add) are refused",
         )
 
 
@@ -130,7 +132,7 @@ def _work(
     admin: socket.socket | None,
     context: WorkerContext | None,
 ) -> int:
-    """Be a gateway, or one worker of it."""
+    """Run a gateway, or one worker of it. Returns the exit status."""
     kind = protocol(settings if context is None else settings.share(context.workers), files)
     gateway = build(settings, kind.shared, context)
     for surface in (gateway.surface, gateway.inner, gateway.admin):
@@ -147,7 +149,7 @@ def _work(
 
 
 def _listeners(settings: Settings) -> list[Listener]:
-    """The main socket, and that of /metrics where it has one of its own."""
+    """The main socket, and the one for /metrics where that has a port of its own."""
     timeout = settings.timeouts.idle
     wanted = [settings.port] + ([settings.metrics.port] if settings.metrics.port is not None else [])
     listeners = inherited(timeout)[: len(wanted)]
@@ -186,7 +188,8 @@ def _backends(settings: Settings) -> int:
 
 
 def _apart(kind: type[GatewayProtocol]) -> type[GatewayProtocol]:
-    """The protocol of a server whose connections are counted apart, so that clients' cannot take their place."""
+    """The same protocol with a connection limit of its own, so that clients cannot use up the connections of
+    scrapers."""
 
     class Apart(kind):  # type: ignore[misc, valid-type]
         __slots__ = ()
@@ -232,7 +235,7 @@ async def _run(
 
 
 def _ready_notifier(context: WorkerContext | None, url: str) -> Callable[[], object]:
-    """How to say that connections are accepted."""
+    """Make the function that reports that connections are accepted."""
 
     def notify_ready() -> None:
         if context is None:
@@ -240,7 +243,7 @@ def _ready_notifier(context: WorkerContext | None, url: str) -> Callable[[], obj
             notify("READY=1")
         else:
             log.debug("worker %d serves", context.worker)
-            os.write(context.ready, b".")  # its supervisor says it for all
+            os.write(context.ready, b".")  # the supervisor reports it for all workers
 
     return notify_ready
 
@@ -263,7 +266,7 @@ def uvicorn_config(app: FastAPI, kind: type[GatewayProtocol] = GatewayProtocol) 
 
 
 class _SideServer(uvicorn.Server):
-    """A server beside the main one, to which it leaves signals."""
+    """A server beside the main one, which handles the signals."""
 
     def __init__(self, config: uvicorn.Config, sock: socket.socket, *, taken: bool = False) -> None:
         super().__init__(config)
@@ -281,7 +284,7 @@ class _SideServer(uvicorn.Server):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with our way of arriving and leaving."""
+    """uvicorn's server, with the gateway's order of starting and shutting down."""
 
     def __init__(
         self,
@@ -312,15 +315,15 @@ class _Server(uvicorn.Server):
         finally:
             for number in (*LEAVING, *IGNORED):
                 loop.remove_signal_handler(number)
-            ignore()  # what is left to do is not to be cut off either
+            ignore()  # so that these signals do not end the process before it has shut down
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=[])  # the lifespan alone: health checks begin
+        await super().startup(sockets=[])  # only the lifespan, which starts the health checks
         if self._listener.taken:
             log.info("another process listens on %s; taking over once ready", self._listener.url)
-            await self._ready(None)
+            await self._wait_ready(None)
         elif self._listener.inherited:
-            await self._ready(_INHERITED_TIMEOUT)
+            await self._wait_ready(_INHERITED_TIMEOUT)
         if self.should_exit:
             return
         make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
@@ -329,10 +332,10 @@ class _Server(uvicorn.Server):
         self.servers.append(await loop.create_server(connection, sock=self._listener.socket, backlog=BACKLOG))
         if self._listener.taken:
             steer_here(self._listener.socket)
-        self._on_listening()  # said only now, when a signal would be heeded
+        self._on_listening()  # last, since the report means that signals are handled too
 
-    async def _ready(self, timeout: float | None) -> None:
-        """Wait until a request could be served: until then they are better off where they are."""
+    async def _wait_ready(self, timeout: float | None) -> None:
+        """Wait until a request could be served. Until then connections are left to the other process."""
         started = logged = monotonic()
         while not self.should_exit and (reason := not_ready(self._fleet)):
             now = monotonic()
@@ -362,7 +365,7 @@ class _Server(uvicorn.Server):
         for connection in self._connections:
             connection.leave()
         if self._listener.inherited:
-            self._stop_accepting()  # the socket stays open elsewhere, and what is queued in it with it
+            self._stop_accepting()  # its owner keeps the socket open, so connections that wait in it are not lost
         await asyncio.sleep(max(delay, _HANDSHAKES) if succeeded else delay)
         if succeeded:
             self._stop_accepting()
@@ -370,26 +373,26 @@ class _Server(uvicorn.Server):
             gate.closed = True
         for connection in self._connections:
             connection.close_if_idle()
-        await self._empty()
+        await self._wait_empty()
         self.should_exit = True
 
-    async def _empty(self) -> None:
-        """Wait for the requests that run and for clients that still read; cut what outlasts the grace."""
+    async def _wait_empty(self) -> None:
+        """Wait for the requests that run and for clients that still read. Cancel what has not ended after the grace."""
         gate = self._gate
         end = monotonic() + self._shutdown.grace
         if not gate.closed:
             await asyncio.sleep(_TICK)
-            await self._none(
+            await self._wait_none(
                 lambda connection: connection.reading is Reading.HEAD, min(_LAST_REQUEST, self._shutdown.grace)
             )
-        if not await gate.empty(max(0.0, end - monotonic())):
+        if not await gate.wait_empty(max(0.0, end - monotonic())):
             log.warning("%d request(s) did not end within %g s and are cut", gate.inside, self._shutdown.grace)
             gate.evict()
-            await gate.empty(_LAST_WORDS)
-        await self._none(lambda connection: connection.unsent, end - monotonic())
+            await gate.wait_empty(_LAST_WORDS)
+        await self._wait_none(lambda connection: connection.unsent, end - monotonic())
 
-    async def _none(self, what: Callable[[GatewayProtocol], object], seconds: float) -> None:
-        """Wait until no connection is like that any more, at most so many seconds."""
+    async def _wait_none(self, what: Callable[[GatewayProtocol], object], seconds: float) -> None:
+        """Wait until `what` is true of no connection, at most so many seconds."""
         end = monotonic() + seconds
         while monotonic() < end:
             if not any(map(what, self._connections)):
@@ -408,7 +411,7 @@ class _Server(uvicorn.Server):
 def _new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop
-    except ImportError:  # not built for this platform; everything works, slower
+    except ImportError:  # not built for this platform; without it everything works, but slower
         return asyncio.new_event_loop()
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     return loop

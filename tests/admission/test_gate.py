@@ -48,7 +48,7 @@ async def test_the_gate_counts_the_requests_inside() -> None:
 
 
 async def test_an_empty_gate_is_empty_at_once() -> None:
-    assert await Gate().empty(0.01)
+    assert await Gate().wait_empty(0.01)
 
 
 async def test_a_closed_gate_refuses_requests_and_says_when_to_try_again() -> None:
@@ -64,10 +64,10 @@ async def test_a_refused_request_does_not_end_the_wait_for_requests_inside() -> 
     gate.closed = True
     assert await request(gate, asyncio.Event(), asyncio.Event()) == "refused"
     assert gate.inside == 1
-    assert not await gate.empty(0.01)
+    assert not await gate.wait_empty(0.01)
     end.set()
     assert await task == "ended"
-    assert await gate.empty(0.01)
+    assert await gate.wait_empty(0.01)
 
 
 async def test_a_draining_gate_still_lets_requests_in() -> None:
@@ -82,7 +82,7 @@ async def test_a_draining_gate_still_lets_requests_in() -> None:
 async def test_waiting_for_an_empty_gate_ends_when_the_last_one_leaves() -> None:
     gate, first, second = Gate(), asyncio.Event(), asyncio.Event()
     tasks = [await begin(gate, first), await begin(gate, second)]
-    waiting = asyncio.create_task(gate.empty(PATIENCE))
+    waiting = asyncio.create_task(gate.wait_empty(PATIENCE))
     first.set()
     await tasks[0]
     assert not waiting.done()

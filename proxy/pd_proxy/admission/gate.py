@@ -60,7 +60,7 @@ class Gate:
         if not self._tasks:
             self._empty.set()
 
-    async def empty(self, seconds: float) -> bool:
+    async def wait_empty(self, seconds: float) -> bool:
         """Wait until no request is left, at most `seconds`. Returns whether none is."""
         try:
             async with asyncio.timeout(seconds):
