@@ -1,7 +1,7 @@
-"""The tries whose prefill leg waits until decode's engine has called the gateway back.
+"""Matches the calls of decode engines to the tries whose prefill leg waits for them.
 
-A call is for one try, which it names by the id that the gateway made for it and that no other could guess; it is taken
-once. A try that has ended, or has been called already, is not known here any more.
+A call names its try by the id that the gateway made for it, which cannot be guessed. Each try takes one call. A try
+that has ended, or that has been called, is no longer known here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pd_proxy.requests.endpoints import Members
 
 PATH = "/v1/metaserver"
 
-# An engine's external id: its route's prefix, the leg's X-Request-Id, the number of the prompt. Some leave the random
-# end there by which vLLM tells requests of one id apart.
+# An engine's external id: the prefix of its route, the leg's X-Request-Id, and the number of the prompt. Some engines
+# keep the random suffix by which vLLM distinguishes requests with one id.
 _ID = re.compile(r"(?:chatcmpl-([0-9a-f]{32})|cmpl-([0-9a-f]{32})-0)(?:-[0-9a-f]{8})?")
 
 
@@ -40,13 +40,13 @@ _read = json_decoder(_Named)
 
 
 def _name(request_id: str) -> str:
-    """The id of a try, from an engine's for its request; empty where it is none of ours."""
+    """The id of a try, from the engine's id of its request; empty where it is not one of this gateway's."""
     named = _ID.fullmatch(request_id)
     return "" if named is None else named[1] or named[2]
 
 
 class Call:
-    """A try that waits to be called. A context manager; once it is left, no call is taken for the try."""
+    """A try that waits for a call. A context manager; after it is left, no call is taken for the try."""
 
     def __init__(self, callbacks: Callbacks, name: str, connector: Connector, decode: str) -> None:
         self._callbacks = callbacks
@@ -59,7 +59,7 @@ class Call:
         """Take the body of the engine's call.
 
         Raises:
-            HandoffInvalid: it cannot be used. The try ends with that error.
+            HandoffInvalid: the call cannot be used. The try fails.
         """
         try:
             heard = self._connector.read_callback(body)
@@ -75,7 +75,7 @@ class Call:
             self._heard.set_exception(error)
 
     async def wait(self, seconds: float) -> Members:
-        """Wait for the call. Returns the members that it has for the prefill leg.
+        """Wait for the call. Returns its members for the prefill leg.
 
         Raises:
             BackendError: no usable call came within `seconds`.
@@ -97,7 +97,7 @@ class Call:
     ) -> None:
         self._callbacks.waiting.pop(self._name, None)
         if self._heard.done() and not self._heard.cancelled():
-            self._heard.exception()  # marks it as retrieved, where the wait was given up
+            self._heard.exception()  # the exception is retrieved, since the wait may have been given up
         else:
             self._heard.cancel()
 
@@ -106,11 +106,11 @@ class Callbacks:
     """The tries that wait for a call.
 
     Arguments:
-        home: this gateway's URL, as engines reach it; None where no connector uses callbacks.
-        worker: this process's number among those of the gateway. Each id names its own, since a call comes to any.
+        home: the URL at which engines reach this gateway; None where no connector uses callbacks.
+        worker: the number of this worker process. Each id has it, since a call may arrive at any worker.
     Attributes:
-        url: the one that engines call.
-        waiting: by the id of the try.
+        url: the URL that engines call.
+        waiting: the calls that are expected, by the id of their try.
     """
 
     def __init__(self, home: str | None, worker: int = 0) -> None:
@@ -119,11 +119,11 @@ class Callbacks:
         self._worker = worker
 
     def name(self) -> str:
-        """An id for a try that no other could guess, however many ids it has seen."""
+        """An id for a try. It cannot be guessed, however many other ids are known."""
         return f"{self._worker:02x}{secrets.token_hex(15)}"
 
     def elsewhere(self, body: bytes) -> int | None:
-        """The number of the worker whose try an engine's call is for, where that is another."""
+        """The number of the worker that a call is for; None where it is for this one, or cannot be read."""
         try:
             name = _name(_read(body).request_id)
         except Undecodable:
@@ -132,14 +132,14 @@ class Callbacks:
         return None if worker == self._worker else worker
 
     def expect(self, name: str, connector: Connector, decode: str) -> Call:
-        """A call for the try `name`, from its decode backend."""
+        """Expect a call from the decode backend of the try `name`."""
         return Call(self, name, connector, decode)
 
     def called(self, body: bytes) -> None:
         """An engine has called.
 
         Raises:
-            InvalidRequest: it is no such call.
+            InvalidRequest: the body is not such a call.
             CallUnexpected: no try waits for it.
         """
         try:

@@ -1,4 +1,4 @@
-"""What admission asks about the backends: whether those that a request would go to have capacity for it."""
+"""Answers admission's question whether the backends that a request could use have capacity for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pd_proxy.placement.policies import load
 
 
 class Reserved:
-    """Capacity that is kept for a request which has been let in, until it takes leases of its own."""
+    """Capacity that is reserved for an admitted request, until it takes its own leases."""
 
     __slots__ = ("_leases",)
 
@@ -25,14 +25,14 @@ class Reserved:
 
 
 class FleetCapacity:
-    """The backends' bounds, as admission asks about them."""
+    """The capacity of the fleet, for admission."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
     def has(self, ticket: Ticket) -> bool:
-        """Whether in each pool that the request would use some backend has capacity; where not any two backends make a
-        pair, whether some pair has it. Also true when there is no such pool: the flow will say so."""
+        """Whether some backend has capacity in each pool that the request would use; where only certain backends may be
+        paired, whether some pair has it. True if there is no such pool: the flow then raises the error."""
         has_capacity, model, tokens = self._fleet.has_capacity, ticket.model, ticket.tokens
         decode = has_capacity("decode", model, tokens)
         prefill = has_capacity("prefill", model, ticket.prefill_tokens) if ticket.split else None
@@ -43,7 +43,7 @@ class FleetCapacity:
                 return False
             prefill = None
         if decode and prefill:
-            return True  # what mixed backends do does not matter then
+            return True  # mixed backends are then not needed
         capacities = {"prefill": prefill, "decode": decode, "mixed": has_capacity("mixed", model, tokens)}
         used = roles_used(
             unsplittable=not ticket.split, **{role: capacity is not None for role, capacity in capacities.items()}
@@ -71,7 +71,7 @@ class FleetCapacity:
         )
 
     def _pairs(self, ticket: Ticket, *, with_capacity: bool) -> Iterator[tuple[Backend, Backend]]:
-        """The pairs that the request may go to; all of them, or those of two that have capacity for it."""
+        """The pairs that the request may use: all of them, or only those that have capacity for it."""
         model, pairs = ticket.model, self._fleet.pairing.pairs
         prefills, decodes = self._fleet.candidates("prefill", model), self._fleet.candidates("decode", model)
         if with_capacity:

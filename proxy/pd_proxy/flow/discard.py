@@ -1,4 +1,4 @@
-"""A client and a telemetry that discard what they get: for legs that belong to no request of a client's."""
+"""A client and a telemetry that discard everything: for legs that belong to no client's request."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The encoder stage of a try: all media at once, over the encoders that are up, before its other legs are sent.
+"""The encoder stage of a try: its media are spread over the encoders that are up, before its other legs are sent.
 
-Each leg holds its lease while it runs. The first one that fails ends the others, and with them the try.
+The legs to encoders run at once, and each holds a lease while it runs. The first one that fails ends the others and the
+try.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pd_proxy.telemetry.records import Stage
 
 log = logging.getLogger("pd_proxy.flow")
 
-_ENOUGH = 2  # failed tries after which the prompt's own engine may encode
+_ENOUGH = 2  # failed tries after which the engine that computes the prompt may encode
 
 Handles = dict[str, msgspec.Raw]
 
@@ -33,8 +34,8 @@ class Encoders:
     """Sends media to encoders.
 
     Arguments:
-        random: a number in [0, 1), for ties.
-        failed: called with each leg that failed.
+        random: returns a number in [0, 1), for ties.
+        failed: called for each leg that has failed.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Encoders:
         self._may_go_without = settings.fallback == "local_prefill"
 
     def media(self, request: Request) -> tuple[Medium, ...]:
-        """The media of a request. Its own parts get keys, by which all its legs name them."""
+        """The media of a request. They get keys by which all legs of the request name them."""
         if request.media is None:
             request.media = ()
             if request.body.endpoint == "chat" and request.body.media:
@@ -60,7 +61,7 @@ class Encoders:
         return request.media
 
     async def encode(self, attempt: Attempt, media: Sequence[Medium], group: str) -> None:
-        """Have `media` encoded by encoders of `group`, and put into the try's plan where the results are. Where no
+        """Encode `media` on the encoders of `group`, and note in the plan of the try where the results are. If no
         encoder works, and the settings allow it, the engine that computes the prompt encodes them itself.
 
         Raises:
@@ -97,7 +98,7 @@ class Encoders:
         attempt.plan.encoded = encoded(handles)
 
     async def _leg(self, attempt: Attempt, backend: Backend, media: Sequence[Medium], number: int) -> Handles:
-        """Run one leg. Returns where its encoder has put its media."""
+        """Run one leg. Returns where its encoder has stored the results."""
         try:
             with Lease(backend, TOKENS * len(media)) as lease:
                 leg = encode_leg(attempt.request.body, media)

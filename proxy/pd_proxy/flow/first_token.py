@@ -1,8 +1,8 @@
-"""Which engine's first token a client gets: prefill's, which has sampled one, or decode's, once it has the KV cache.
+"""Decides which engine's first token a client gets: prefill's, or decode's, once it has the KV cache.
 
-Before anything is sent it is decided whether prefill's could be used, and only then is prefill asked for it: a request
-for which it could not costs no more than it did. What prefill answers, and what both engines are known to be, decide
-whether it is used. What cannot be used is no failure; decode samples the token again.
+Whether prefill's token could be used is decided before anything is sent, and prefill is asked for it only then. So
+other requests cost no more. Whether it is used is decided by prefill's answer and by what is known of both engines. A
+token that cannot be used is not a failure: decode samples it again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _RESUME_OFF = "resume_off"
 
 
 class FirstTokens:
-    """The rules by which prefill's token is used, and the part of the answer that it makes.
+    """The rules by which prefill's token is used, and the part of the answer that it becomes.
 
     Arguments:
-        connectors: those that the backends' groups speak.
+        connectors: the connectors of the groups.
     """
 
     def __init__(self, settings: Settings, connectors: Sequence[Connector]) -> None:
@@ -41,11 +41,11 @@ class FirstTokens:
         )
 
     def is_prefills(self, max_tokens: int) -> bool:
-        """Whether a prefill backend answers a request whole, whatever else it says: it is for one token, or none."""
+        """Whether a prefill backend can answer a request by itself, since the request asks for at most one token."""
         return max_tokens <= 1 and self._takes_whole
 
     def consider(self, request: Request, prefill: Backend, decode: Backend, connector: Connector) -> str:
-        """Why this pair's first token is to be decode's, or an empty string. The reason is kept in the record."""
+        """Why the first token of this try must be decode's, or an empty string. The record keeps the reason."""
         if request.continuation is not None:
             return "resumed"  # the client has its first token
         why = self._why_not(request, prefill, decode) if connector.traits.first_token else "connector"
@@ -64,13 +64,13 @@ class FirstTokens:
             return "reasoning"
         if why := inexact_because(body, even_inexact=self._forced):
             return why
-        # Once the client has the token, only a resume can make good what befalls the rest.
+        # Once the client has the token, a failure of the rest can only be mended by a resume.
         if request.transcript is not None and request.transcript.inexact == "off" and not self._forced:
             return _RESUME_OFF
         return ""
 
     def take(self, attempt: Attempt, prefill: Backend, answer: PrefillAnswer) -> None:
-        """Prefill has answered, and its hand-off is good: leave its token in `attempt`, or a reason in the record."""
+        """Prefill has answered with a usable hand-off: keep its token in `attempt`, or a reason in the record."""
         request, identities = attempt.request, attempt.identities
         assert identities is not None
         known = identities[0] is prefill.identity and attempt.decode_is_as_known()
@@ -89,14 +89,14 @@ class FirstTokens:
         attempt.first, attempt.rest = first, attempt.plan.behind(first)
 
     def give(self, attempt: Attempt) -> bool:
-        """Send the client prefill's token, unless its answer is one piece of which more is to come. Returns whether the
-        client has its whole answer."""
+        """Send the client prefill's token, unless its answer is not streamed and decode is still to answer. Returns
+        whether the client has its whole answer."""
         first, request = attempt.first, attempt.request
         assert first is not None
         record, client, body = request.record, request.client, request.body
         if first.whole:
             self._count(request, attempt)
-            record.decode, record.decode_pool = "", "prefill"  # it is not asked
+            record.decode, record.decode_pool = "", "prefill"  # decode gets no leg
         elif not body.stream:
             record.first_token_from, record.first_token_reason = "prefill", self._exactness(body)
             return False

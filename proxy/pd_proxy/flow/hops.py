@@ -1,8 +1,8 @@
-"""Which gateways a request has come through, so that one whose backends lead back to itself does not go round for ever.
+"""Detects requests that loop: a gateway whose backends lead back to itself would pass them on without end.
 
-Each leg, and whatever else an engine is asked, carries the ids of the gateways that sent it on, in a header of ours: a
-`Via` (RFC 9110) is rewritten and merged by what lies between. A gateway behind a gateway is fine, so a request is
-refused only where it has come back, or has come through `MOST` of them.
+Every request to an engine carries the ids of the gateways that have forwarded it, in a header of its own, since proxies
+rewrite and merge `Via` (RFC 9110). A gateway behind a gateway is allowed. So a request is refused only if it has come
+back to this gateway, or has passed through `MOST` gateways.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ from pd_proxy.transitions import ImpossibleTransition
 
 
 class HandoffUse(Enum):
-    """What decode has made of a hand-off."""
+    """How far decode has used a hand-off."""
 
     UNUSED = auto()
     """No decode engine has read it."""
     READING = auto()
-    """A leg that refers to it was sent, and its blocks may be read now. Prefill frees blocks that were read, so nothing
-    else may read them: it would find those of another request there, with nothing to show it."""
+    """A leg that refers to it was sent, and its blocks may be read now. Prefill frees blocks that were read, so no
+    other leg may read them: it could read the blocks of another request without an error."""
     REFUSED = auto()
     """A decode leg that refers to it was answered with an error."""
     SETTLED = auto()
@@ -52,7 +52,7 @@ class PendingHandoff:
     Attributes:
         prefill: the backend that has its blocks.
         since: when prefill answered, as `time.monotonic`; before its answer, when the hand-off was made.
-        use: what decode has made of it.
+        use: how far decode has used it.
     """
 
     __slots__ = ("_fleet", "bound", "handoff", "prefill", "since", "use")
@@ -69,7 +69,7 @@ class PendingHandoff:
 
     def sent(self) -> None:
         """A leg that refers to it was written to its connection."""
-        if self.use is not _SETTLED:  # prefill may have failed while the leg waited to be written
+        if self.use is not _SETTLED:  # prefill may have failed while the leg was waiting to be written
             self._becomes(_READING)
 
     def leg_failed(self, error: BackendError, *, refusal_frees: bool) -> None:
@@ -89,7 +89,7 @@ class PendingHandoff:
             self._becomes(_UNUSED)
 
     def settle(self) -> None:
-        """Nobody needs it any more. It is counted no longer."""
+        """It is not needed any more. It is counted no longer."""
         if self.use is not _SETTLED:
             self._becomes(_SETTLED)
             self._fleet.handoffs_pending -= 1

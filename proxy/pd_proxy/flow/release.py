@@ -1,4 +1,4 @@
-"""Freeing prefill's blocks of hand-offs that decode did not read, in the background."""
+"""Frees prefill's blocks of hand-offs that decode has not read, in the background."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _TRIES = 5  # within 0.8 s
 
 
 class Releases:
-    """Releases what tries leave behind.
+    """Releases the hand-offs that tries have not used.
 
     Arguments:
-        suspicion: says which engines may have died with a request.
+        suspicion: knows which engines may have died with a request.
     """
 
     def __init__(self, fleet: Fleet, legs: Legs, telemetry: Telemetry, suspicion: Suspicion) -> None:
@@ -40,14 +40,14 @@ class Releases:
         self._closing = False
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something that outlives its request; `close` waits for it."""
+        """Run work that may last longer than its request. `close` waits for it."""
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
 
     def put_away(self, attempt: Attempt) -> None:
-        """A try has ended: free the blocks of a hand-off that it did not use, in the background."""
+        """Free the blocks of a hand-off that a try has not used, in the background. Called when the try has ended."""
         pending = attempt.pending
         if pending is None or pending.use is HandoffUse.SETTLED:
             return
@@ -60,10 +60,10 @@ class Releases:
         self.in_background(self._release(attempt, pending, leg, attempt.request.record.decode))
 
     async def _release(self, attempt: Attempt, pending: PendingHandoff, leg: Leg, decode: str) -> None:
-        """Send a leg until an engine has read it, at most `_TRIES` times. A second reader would do harm.
+        """Send a leg until an engine has read it, at most `_TRIES` times. It must not be read twice.
 
         Arguments:
-            decode: URL of the backend that was to have the hand-off, which is asked before others.
+            decode: URL of the backend that the hand-off was made for. It is tried before others.
         """
         released = False
         avoid = set(attempt.request.avoid)
@@ -72,7 +72,7 @@ class Releases:
         try:
             cuts = attempt.request.cuts
             if cuts is not None and await self._suspicion.any_dead([backend for backend, _ in cuts.get("decode", ())]):
-                return  # the leg has the request's prompt, which no other engine is to meet for this
+                return  # the leg has the prompt of the request, which may end another engine
             for tries in range(1, _TRIES + 1):
                 if tries > 1:
                     if self._closing:
@@ -100,13 +100,13 @@ class Releases:
             pending.settle()
 
     async def close(self) -> None:
-        """Wait for what runs in the background. What fails from now on is not tried again."""
+        """Wait for what runs in the background. What fails from now on is not retried."""
         self._closing = True
         while self._background:
             await asyncio.wait(self._background)
 
 
 def readers(fleet: Fleet, pending: PendingHandoff, decodes: list[Backend], model: str | None) -> list[Backend]:
-    """The decode backends, of those given, that may read a hand-off."""
+    """Those of these decode backends that may read a hand-off."""
     pairs = fleet.pairer(model)
     return decodes if pairs is None else [decode for decode in decodes if pairs(pending.prefill, decode)]

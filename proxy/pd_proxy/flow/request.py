@@ -1,4 +1,4 @@
-"""What one request carries through its life."""
+"""The state of one request with two legs."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ EVENT_STREAM = (
 )
 JSON = (b"content-type", b"application/json")
 
-# What a completion is taken to add to a decode backend's load when the client set no bound. It only has to be right
-# for the average of many requests; short chat answers and long reasoning ones meet somewhere here.
+# The load in tokens that a completion adds to a decode backend if the client sets no bound. It needs to be right only
+# for the average of many requests, which lies between short chat answers and long reasoning.
 EXPECTED_OUTPUT = 512
 
 
 class Request(msgspec.Struct):
-    """A client's request on its way.
+    """A client's request.
 
     Attributes:
-        transcript: what a stream's client has been given; None for an answer in one piece.
+        transcript: the part of a stream that the client has; None for an answer in one piece.
         token_ids: engines are asked for token ids, so that the stream can be resumed.
-        continuation: where the next try goes on, once a part of the answer has been given.
-        cards: the models, as /v1/models lists them, of the engine that began an answer which was broken off.
+        continuation: where the next try continues, once the client has a part of the answer.
+        cards: the models, as /v1/models lists them, of the engine that began an answer that was broken off.
         cards_of_try: the same of the engine that answers the present try.
-        live: the client has something of the present try's answer.
+        live: the client has been sent something of the present try's answer.
         permit: of the retry budget, for a try that could amplify an overload.
         resumes: how often the answer was continued on other backends.
         prefill: URL of the prefill backend that has this prompt in its prefix cache, or empty.
-        affinity: URL of the only backend that can serve it, since it has the response that the request continues; or
+        affinity: URL of the only backend that can serve it, since that has the response which the request continues; or
             empty.
-        stored: gives the answer its name, when the client may ask for it later.
-        avoid: URLs of backends that failed it.
+        stored: names the answer, if the client may ask for it later.
+        avoid: URLs of backends that have failed it.
         error: why the last try failed.
-        cuts: the engines that may have died with it, where there are any.
-        gained: tokens that the present try's decode leg has given.
-        hops: the gateways that it has come through (`hops.py`); empty where it came from a client.
+        cuts: the engines that may have died with it, or None.
+        gained: tokens that the present try's decode leg has produced.
+        hops: the gateways that it has passed through (`hops.py`); empty where it came from a client.
         failed: the leg that failed last and the reason, for `note_retry`.
         failed_pool: the pool of the backend that failed last.
-        prefill_tokens: what the prefill leg puts on its backend.
-        decode_tokens: what the decode leg puts on its backend: the prompt's KV cache and the output to come.
-        session: names the session that it belongs to; empty where that is not known.
-        chain: of its prompt, once placement has needed it.
+        prefill_tokens: the load of its prefill leg.
+        decode_tokens: the load of its decode leg: the KV cache of the prompt, and the expected output.
+        session: the name of its session; empty where it is not known.
+        chain: the chain of its prompt, once placement has needed it.
         ask: what its last try asked of placement.
         media: its images, audio and video, once they have been looked for; empty where it has none.
-        explain: the answer is to have a header that says why the request goes where it goes.
+        explain: the answer is to have a header that explains the decision.
         explained: the value of that header.
     """
 
@@ -103,12 +103,13 @@ class Request(msgspec.Struct):
         self.decode_tokens = self.body.prompt_tokens + max(0, self.body.max_tokens or EXPECTED_OUTPUT)
 
     def reach(self, stage: Stage) -> None:
-        """A leg is at a stage of the request's life. A stream that has begun stays one, whatever its legs do."""
+        """A leg has reached a stage. A stream that has begun keeps its stage, whatever its legs do."""
         if not self.client.started:
             self.record.reach(stage)
 
     def begin_stream(self, now: float) -> None:
-        """The present try has a token for the client: start the answer's stream, unless another try has started it."""
+        """The present try has a token for the client: start the answer's stream, unless an earlier try has started
+        it."""
         self.live = True
         self.give_permit_back()
         record = self.record
@@ -120,7 +121,7 @@ class Request(msgspec.Struct):
             self.client.start(200, self.headers(*EVENT_STREAM))
 
     def respond(self, answer: bytes) -> None:
-        """Give the client its answer, in one piece."""
+        """Send the client its answer, in one piece."""
         self.record.status = 200
         self.client.respond(200, self.headers(JSON), answer)
 
@@ -148,11 +149,11 @@ _LONGEST = 64  # characters of a client's id in those of its legs: some protocol
 
 
 def leg_id(request_id: str) -> str:
-    """An id for the legs of one try, or for one leg, by which they are found from their request's.
+    """An id for the legs of one try, or for one leg. It begins with the id of their request.
 
-    Its end makes it unique: several requests of a client's may have one id, and engines pair and abort legs by it. It
-    is longer than the eight digits that vLLM adds and takes off again. Connectors look for addresses between three
-    underscores, so a client's id must not have them.
+    Its end makes it unique: a client may give several requests one id, and engines pair and abort legs by it. The end
+    is longer than the eight digits that vLLM appends and removes again. Connectors look for addresses between three
+    underscores, so the part from the client's id must not have them.
     """
     if not request_id:
         return new_id()
@@ -161,5 +162,5 @@ def leg_id(request_id: str) -> str:
 
 
 def new_id() -> str:
-    """An id of the gateway's own. Never a client's: engines pair and abort legs by it."""
+    """An id that the gateway makes itself. It is never a client's, since engines pair and abort legs by it."""
     return f"{getrandbits(128):032x}"

@@ -1,7 +1,7 @@
-"""What follows when a stream broke after its client had a part of the answer.
+"""Resumes streams that broke after the client had received a part of the answer.
 
-Where only its closing events are missing, the gateway sends these. Else another pair continues from the last token that
-the client has; or the stream ends with an error that says why it cannot be continued.
+If only the closing events are missing, the gateway sends them. Otherwise another pair continues from the last token
+that the client has, or the stream ends with an error that says why it cannot be continued.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Resumption:
         self._limit = settings.limits.transcript
 
     def prepare(self, request: Request) -> None:
-        """Before a stream's first try: is it one that could be resumed, and are token ids needed for that?"""
+        """Decide before a stream's first try whether it could be resumed, and whether that needs token ids."""
         reason = "off" if self._mode == "off" else inexact(request.body)
         hopeless = reason and (self._mode != "best_effort" or reason in (request.body.unsplittable, UNTRIED))
         request.token_ids = not hopeless
@@ -41,13 +41,13 @@ class Resumption:
         )
 
     def disable(self, request: Request) -> None:
-        """Do without resuming: the engines of this try cannot continue from token ids."""
+        """Disable resuming for a request, since the engines of its try cannot continue from token ids."""
         request.token_ids = False
         if request.transcript is not None:
             request.transcript.mark_inexact("connector")
 
     def complete(self, request: Request) -> bool:
-        """End an answer of which the client has every token already. Returns whether it was one."""
+        """End an answer if the client has every token of it. Returns whether it has."""
         transcript, body = request.transcript, request.body
         assert transcript is not None
         if transcript.finished:
@@ -110,7 +110,7 @@ class Resumption:
         if request.body.media:
             return "media"
         if transcript.dropped and (request.body.wants_token_ids or "logprobs" in request.body.members):
-            no_resume_point = "merged_tokens"  # their ids, or their logprobs, would be given twice
+            no_resume_point = "merged_tokens"  # their ids, or their logprobs, would be sent twice
         if no_resume_point and self._mode != "best_effort":
             return no_resume_point
         if request.resumes >= self._most:

@@ -1,9 +1,9 @@
-"""The resume point of a broken answer, where the ids alone do not give it: a tokenizer is asked.
+"""Finds the resume point of a broken answer with the help of a tokenizer, where the token ids alone do not show it.
 
-An engine that answers under load puts several tokens into one event, and the last of them may be half a character; a
-parser for tool calls holds back what could be the beginning of one, which may be a part of a token. In both cases the
-client has less text than the ids stand for. Going on behind them would lose the rest, so tokens are dropped from the
-end until ids and text agree; they are generated again.
+An engine under load puts several tokens into one event, and the last of them may be a part of a character. A parser for
+tool calls holds text back that could begin a tool call, which may be a part of a token. In both cases the client has
+less text than the ids stand for, and the rest would be lost if the answer were continued behind them. So tokens are
+dropped from the end until ids and text agree. They are generated again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ async def find_resume_point(transcript: Transcript, detokenize: Detokenize) -> s
     Returns why there is no such place (`merged_tokens`, `held_text`), or an empty string.
 
     Raises:
-        BackendError: the text was not to be had.
+        BackendError: the engine did not detokenize.
     """
     if transcript.text is not None:
         return await _by_text(transcript, transcript.text, detokenize)

@@ -1,7 +1,7 @@
-"""One-leg routes: a request that makes no hand-off goes to one backend that can serve it, or to another if that fails.
+"""Serves the one-leg routes: a request without a hand-off goes to one backend, and to another if that fails.
 
-Until the client has been given a byte, a failure leads to another try as long as the request is still here to be sent
-again. Whatever ends a try, its lease is released and its connection closed or back in its pool.
+Until the client has been sent a byte, a failure leads to another try, as long as the whole request is kept. When a try
+ends, its lease is released and its connection closed or back in its pool.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Single:
     """Serves one-leg requests over a fleet.
 
     Arguments:
-        legs: whose connections it uses.
-        random: a number in [0, 1), for ties and random policies.
-        suspicion: says which requests no other engine is given.
+        legs: has the connections.
+        random: returns a number in [0, 1), for ties and random policies.
+        suspicion: decides which requests must not go to another engine.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Single:
         """Serve a request: the client has its whole answer when this returns.
 
         Raises:
-            GatewayError: it has not; when `request.client.started`, it has a part of it.
+            GatewayError: the client has no answer; or a part of it, where `request.client.started`.
         """
         try:
             await self._retries.run(_Tries(self, request))
@@ -92,11 +92,11 @@ class Single:
             request.give_permit_back()
 
     async def attempt(self, request: SingleRequest, tries: int) -> bool:
-        """Place and run one try of a request. Returns False where the backend has no such route.
+        """Place and run one try of a request. Returns False if the backend has no such route.
 
         Raises:
-            BackendError: it failed.
-            NoBackend: the backend has no such route, and said so when the request could not be sent again.
+            BackendError: the try failed.
+            NoBackend: the backend has no such route, and the request cannot be sent again.
         """
         backend = request.backend = self._place(request)
         if request.retried is not None:
@@ -113,11 +113,12 @@ class Single:
         return False
 
     def _place(self, request: SingleRequest) -> Backend:
-        """Where the next try goes: the best pool's that has not failed the request; else the best that has.
+        """Choose the backend of the next try: from the best pool that has one which has not failed the request; if none
+        has, from the best pool.
 
         Raises:
-            NoBackend, RouteNotFound: no backend that is up could serve it; no backend at all has the route.
-            BackendError: the last try's, where it says more.
+            NoBackend, RouteNotFound: no backend that is up can serve it; no backend at all has the route.
+            BackendError: no backend is left; the error of the last try.
         """
         found = [
             [b for b in self._fleet.candidates(role, request.model, request.tokens) if b.offers(request.path)]
@@ -138,7 +139,7 @@ class Single:
         return backend
 
     def _nobody(self, request: SingleRequest) -> NoBackend | RouteNotFound:
-        """Why no backend could serve a request."""
+        """The error for a request that no backend can serve."""
         serving = [b for b in self._fleet if b.serves(request.model)]
         if serving and not any(b.offers(request.path) for b in serving):
             whose = "no engine here" if request.model is None else f"no engine that serves {request.model[:256]!r}"
@@ -146,17 +147,15 @@ class Single:
         return NoBackend(f"no backend that offers {request.path} is up", retry_after=1)
 
     async def _try(self, request: SingleRequest, backend: Backend, lease: Lease) -> bool:
-        """One try on one backend.
-
-        Returns False where it has no such route.
+        """Run one try on one backend. Returns False if it has no such route.
 
         Raises:
-            BackendError: it failed.
+            BackendError: the try failed.
         """
         body = request.body
 
         def begin() -> None:
-            lease.on_lost = None  # from here on the stream itself knows best whether it is alive
+            lease.on_lost = None  # from here on the stream is checked itself
             request.begin_stream()
 
         passthrough = Passthrough(
@@ -200,7 +199,7 @@ class Single:
         return b"x-request-id: %b\r\n%b%b" % (record.leg.encode("ascii"), own, record.trace)
 
     def _answer(self, request: SingleRequest, passthrough: Passthrough) -> None:
-        """End the client's stream, or give it the engine's answer in one piece."""
+        """End the client's stream, or send it the engine's answer in one piece."""
         record = request.record
         if passthrough.streamed:
             request.client.end()
@@ -216,7 +215,7 @@ class Single:
     async def _send_on(
         self, request: SingleRequest, source: Source, backend: Backend, upload: Upload, passthrough: Passthrough
     ) -> None:
-        """Send a form as it comes, and wait for the answer, which may come before the form's end."""
+        """Send a form as it arrives, and wait for the answer, which may come before the end of the form."""
         pump = asyncio.create_task(self._pump(request, source, backend, upload))
         try:
             await asyncio.wait((pump, passthrough.answered), return_when=asyncio.FIRST_COMPLETED)
@@ -228,14 +227,14 @@ class Single:
             pump.cancel()
             await asyncio.wait((pump,))
             if not pump.cancelled():
-                pump.exception()  # it has been seen, or the answer matters more
+                pump.exception()  # it has been raised, or the answer matters more
 
     async def _pump(self, request: SingleRequest, source: Source, backend: Backend, upload: Upload) -> None:
-        """Send a form as it comes.
+        """Send a form as it arrives.
 
         Raises:
             BackendTimedOut: the engine does not read.
-            GatewayError: the client's doing.
+            GatewayError: the client's form is wrong, or the client has left.
         """
         piece: bytes = bytes(source.kept or b"")
         while True:
@@ -254,10 +253,10 @@ class Single:
         upload.finish()
 
     def _check_late_model(self, model: str, backend: Backend) -> None:
-        """A form's model, known only when a backend had been chosen.
+        """Check the model of a form, which became known after the backend had been chosen.
 
         Raises:
-            ModelNotFound, InvalidRequest: that backend does not serve it.
+            ModelNotFound, InvalidRequest: the backend does not serve it.
         """
         if backend.serves(model):
             return
@@ -270,7 +269,7 @@ class Single:
         await self._retries.spare_engines(job, error)
 
     def failed(self, request: SingleRequest, error: BackendError) -> None:
-        """A try of a request has failed: remember that, and tell the fleet."""
+        """A try of a request has failed: note that, and report it to the fleet."""
         backend = request.backend
         assert backend is not None
         request.avoid.add(backend.url)
@@ -285,7 +284,7 @@ class Single:
 
 
 class _Tries:
-    """A one-leg request, as the loop of tries sees it (`retry.Job`)."""
+    """A one-leg request, as a `retry.Job`."""
 
     __slots__ = ("_request", "_single")
     waits_for_permit = False
@@ -321,7 +320,7 @@ class _Tries:
     def failed(self, error: BackendError) -> None:
         request = self._request
         request.give_permit_back()
-        if error is not request.error:  # it is, where no backend was left for the next try
+        if error is not request.error:  # it is the same where no backend was left for the next try
             request.error = error
             self._single.failed(request, error)
 
@@ -348,8 +347,8 @@ class _Tries:
 
 
 def _lacks_route(status: int, body: bytes) -> bool:
-    """Whether an engine's refusal is of the route and not of the request. That of a model, which is a 404 too, has a
-    message that names it."""
+    """Whether an engine has refused the route and not the request. A refusal of the model is a 404 too, but has a
+    message that names the model."""
     if status in (405, 501):
         return True
     if status != 404:

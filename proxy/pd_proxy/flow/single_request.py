@@ -1,4 +1,4 @@
-"""One-leg routes, and what one request to them carries through its life."""
+"""The one-leg routes, and the state of one request to them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pd_proxy.flow.suspicion import Cuts
 from pd_proxy.http.response import ClientResponse
 from pd_proxy.telemetry.records import RequestRecord, Stage
 
-# Prompts without a decode phase are prefill's business, where they hold up no stream; so is tokenising, which prefill's
-# API servers do all day, while those of decode have every token of every stream to write.
+# Prompts without a decode phase go to prefill, where they delay no stream. So does tokenising: prefill's API servers
+# tokenise every prompt anyway, while those of decode write every token of every stream.
 _PREFILL_LIKE: tuple[Role, ...] = ("mixed", "prefill", "decode")
-# What generates text is decode's.
+# Routes that generate text go to decode.
 _DECODE_LIKE: tuple[Role, ...] = ("mixed", "decode", "prefill")
 
 
@@ -29,9 +29,9 @@ class Route:
     Attributes:
         endpoint: its name in metrics.
         roles: the pools that may serve it, the best first.
-        computes: the model runs for it. The outcomes of the others are not reported to the outlier detector: an engine
-            that only tokenises well would look healthy.
-        form: the request is a multipart form, and sent on as it comes.
+        computes: the model runs for it. The outcomes of other routes are not reported to the outlier detector, since an
+            engine that can still tokenise would look healthy.
+        form: the request is a multipart form, which is sent on as it arrives.
     """
 
     endpoint: str
@@ -64,13 +64,13 @@ ROUTES: dict[str, Route] = {
 
 
 class Source(Protocol):
-    """A request body that is still coming.
+    """A request body that is still arriving.
 
     Attributes:
-        content_type: of what the engine gets.
-        kept: all that has come so far, as long as it is short enough to be sent again; else None.
-        model: the model that it asks for, once that has come.
-        whole: it has all come.
+        content_type: of the body that the engine gets.
+        kept: everything that has arrived, as long as it is short enough to be sent again; else None.
+        model: the model that it asks for, once it has arrived.
+        whole: all of it has arrived.
     """
 
     @property
@@ -83,29 +83,29 @@ class Source(Protocol):
     def whole(self) -> bool: ...
 
     async def more(self) -> bytes:
-        """The next piece, which may be empty. Only while it is not whole.
+        """The next piece, which may be empty. Must not be called once the body is whole.
 
         Raises:
-            GatewayError, or what the surface uses for a client that has left.
+            GatewayError, or the exception of the HTTP surface for a client that has left.
         """
 
 
 class SingleRequest(msgspec.Struct):
-    """A client's request on its way.
+    """A client's request.
 
     Attributes:
-        path: the route, here and at the engine.
-        body: JSON, or a form that is still coming.
-        model: None where the request names none, or has not yet.
-        tokens: what it puts on its backend, estimated.
-        avoid: URLs of backends that failed it.
-        cuts: the engines that may have died with it, where there are any.
-        hops: the gateways that it has come through; empty where it came from a client.
-        backend: of the last try.
+        path: the route, at the gateway and at the engine.
+        body: JSON, or a form that is still arriving.
+        model: None where the request names none, or where it has not arrived.
+        tokens: the estimated load of its leg.
+        avoid: URLs of backends that have failed it.
+        cuts: the engines that may have died with it, or None.
+        hops: the gateways that it has passed through; empty where it came from a client.
+        backend: the backend of the last try.
         error: why the last try failed.
-        permit: leave for the present try, where it is a retry that could amplify an overload.
+        permit: of the retry budget, for a try that could amplify an overload.
         retried: the leg that failed last and the reason, until the next try is placed.
-        unplaceable: nothing is up that the next try could go to.
+        unplaceable: no backend is up for the next try.
     """
 
     path: str
@@ -129,7 +129,7 @@ class SingleRequest(msgspec.Struct):
 
     @property
     def again(self) -> bool:
-        """Whether it could be sent once more."""
+        """Whether it can be sent once more."""
         return isinstance(self.body, bytes) or self.body.kept is not None
 
     def begin_stream(self) -> None:

@@ -1,8 +1,8 @@
-"""Which backend has which stored response: engines keep their answers, and only the one that answered can be asked.
+"""Finds the backend that has a stored response: an engine keeps its own answers, and only that engine can return them.
 
-The gateway names each response, and the name says where it is: behind what makes it unique stands a hash, under a key
-that no client knows, of that, of the backend's URL and of the client's name. So nothing is remembered, and nothing
-forgotten: a gateway with the key finds the backend by trying all that there are. For another client than its own a
+The gateway names each response, and the backend follows from the name. After a unique part the name has a hash, with a
+key that no client knows, of that part, of the backend's URL and of the client's name. So the gateway need not remember
+anything: a gateway with the key finds the backend by trying every backend's URL. For another client than its own a
 response does not exist.
 """
 
@@ -21,24 +21,24 @@ class StoredResponses:
     """The names of stored responses.
 
     Arguments:
-        key: the secret of all gateways that are to find each other's.
+        key: the secret that all gateways have which are to find each other's responses.
     """
 
     def __init__(self, key: bytes) -> None:
         self._key = hashlib.sha256(key).digest()
 
     def name(self, unique: str, url: str, client: str) -> str:
-        """What a response is called, less its prefix.
+        """The name of a response, without its prefix.
 
         Arguments:
             unique: 32 hexadecimal digits.
-            url: of the backend that has it.
-            client: whose it is.
+            url: the URL of the backend that has it.
+            client: the name of its client.
         """
         return unique + self._tag(unique, url, client)
 
     def holder(self, response_id: str, client: str, urls: Iterable[str]) -> str:
-        """Which of these backends has a response of `client`'s; empty where none has."""
+        """The URL of the backend that has a response of `client`; empty where none has."""
         found = _NAME(response_id)
         if found is None:
             return ""
