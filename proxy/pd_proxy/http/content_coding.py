@@ -25,16 +25,16 @@ def coding_of(headers: dict[bytes, bytes]) -> str:
     Raises:
         EncodingNotSupported
     """
-    said = headers.get(b"content-encoding")
-    if said is None:
+    header = headers.get(b"content-encoding")
+    if header is None:
         return ""
-    named = [name for name in (part.strip().lower() for part in said.split(b",")) if name not in (b"", b"identity")]
+    named = [name for name in (part.strip().lower() for part in header.split(b",")) if name not in (b"", b"identity")]
     if not named:
         return ""
     if len(named) > 1 or named[0] not in _NAMES:
-        told = said.decode("latin-1")[:64]
+        shown = header.decode("latin-1")[:64]
         raise EncodingNotSupported(
-            f"the content-encoding {told!r} of the request body is not supported; {', '.join(ACCEPTED)} and none are"
+            f"the content-encoding {shown!r} of the request body is not supported; use {', '.join(ACCEPTED)} or none"
         )
     return _NAMES[named[0]]
 

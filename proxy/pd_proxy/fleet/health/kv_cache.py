@@ -38,18 +38,18 @@ def read_cache(metrics: bytes) -> Cache:
     the largest number counts.
     """
     tokens = 0
-    said: set[bytes] = set()
+    flags: set[bytes] = set()
     lines = _VLLM.findall(metrics)
     for labels in lines:
         size, count = _BLOCK_SIZE.search(labels), _BLOCKS.search(labels)
         if size is not None and count is not None:
             tokens += int(size[1]) * int(count[1])
         caching = _CACHING.search(labels)
-        said.add(caching[1] if caching is not None else b"")
-    if not said:
+        flags.add(caching[1] if caching is not None else b"")
+    if not flags:
         tokens = max((int(digits) * 10 ** int(power or 0) for digits, power in _SGLANG.findall(metrics)), default=0)
     return Cache(
         tokens=tokens if tokens <= _MOST else 0,
-        caching=False if b"False" in said else True if said == {b"True"} else None,
+        caching=False if b"False" in flags else True if flags == {b"True"} else None,
         caches=max(1, len(lines)),
     )

@@ -46,9 +46,7 @@ class Probe:
     def __init__(self, control: Control, seconds: float) -> None:
         self._control = control
         self._seconds = seconds
-        self._resting: dict[
-            Backend, set[str]
-        ] = {}  # the paths at which engines have said that they can be asleep or paused
+        self._resting: dict[Backend, set[str]] = {}  # the paths at which engines answer whether they are asleep
 
     def forget(self, backend: Backend) -> None:
         """Forget a backend that has left the fleet."""

@@ -52,7 +52,7 @@ def read_profile(configuration: bytes, metrics: bytes) -> Profile:
             `VLLM_SERVER_DEV_MODE=1`.
         metrics: the page of its metrics.
     """
-    said = _object(configuration)
+    report = _object(configuration)
     labels = _CACHE.search(metrics)
     caching = _CACHING.search(labels[0]) if labels else None
     profile = Profile(
@@ -60,17 +60,17 @@ def read_profile(configuration: bytes, metrics: bytes) -> Profile:
         block_size=read_block_size(metrics),
         prefix_caching=None if caching is None else caching[1] == b"True",
     )
-    if "disaggregation_mode" in said:  # SGLang's
-        mode = said["disaggregation_mode"]
+    if "disaggregation_mode" in report:  # SGLang's
+        mode = report["disaggregation_mode"]
         return msgspec.structs.replace(
             profile,
             role=mode if mode in ("prefill", "decode") else "both",
-            block_size=_count(said, "page_size") or profile.block_size,
-            context=_count(said, "context_length"),
-            tp=_count(said, "tp_size"),
-            prefix_caching=not said["disable_radix_cache"] if "disable_radix_cache" in said else None,
+            block_size=_count(report, "page_size") or profile.block_size,
+            context=_count(report, "context_length"),
+            tp=_count(report, "tp_size"),
+            prefix_caching=not report["disable_radix_cache"] if "disable_radix_cache" in report else None,
         )
-    config = _member(said, "vllm_config")
+    config = _member(report, "vllm_config")
     role = _member(config, "kv_transfer_config").get("kv_role")
     return msgspec.structs.replace(
         profile,

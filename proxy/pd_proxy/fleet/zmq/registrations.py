@@ -135,58 +135,58 @@ class Registrations:
             )
             return
         try:
-            said = decoder.read_registration(parts[0])
+            announcement = decoder.read_registration(parts[0])
             if backend is None:
-                backend = self._add(said)
+                backend = self._add(announcement)
             else:
-                self._check(backend, said)
+                self._check(backend, announcement)
         except ValueError as error:
             self._not_taken("refused", f"{address[0]}:{address[1]} registers, but is refused: {error}")
             return
         self.counts["taken"] += 1
-        self._take(backend, said)
+        self._take(backend, announcement)
 
-    def _take(self, backend: Backend, said: Announcement) -> None:
+    def _take(self, backend: Backend, announcement: Announcement) -> None:
         if not backend.registered:
             log.info("%s backend %s has registered", backend.role, backend.url)
-        elif backend.coordinates != said.coordinates and self._may_speak():
+        elif backend.coordinates != announcement.coordinates and self._may_speak():
             log.warning("%s backend %s registers with other coordinates", backend.role, backend.url)
         if backend in self._added and backend.removed and not backend.registered:
             self._fleet.undrain(backend)  # it was about to leave, since it had not registered
         backend.registered = True
-        if backend.coordinates != said.coordinates:
-            backend.locate(said.coordinates)
+        if backend.coordinates != announcement.coordinates:
+            backend.locate(announcement.coordinates)
         self._until[backend] = self._clock() + self._settings.expiry
 
-    def _check(self, backend: Backend, said: Announcement) -> None:
+    def _check(self, backend: Backend, announcement: Announcement) -> None:
         """Check that a registration may change a backend.
 
         Raises:
             ValueError: it may not.
         """
-        if said.role != backend.role:
-            raise ValueError(f"it registers for {said.role}, but is a {backend.role} backend")
-        host = said.coordinates.host
+        if announcement.role != backend.role:
+            raise ValueError(f"it registers for {announcement.role}, but is a {backend.role} backend")
+        host = announcement.coordinates.host
         if host not in self._hosts(backend) and not self._is_near(host):
             raise ValueError(
                 f"its KV cache would be at {host}, which is neither its own host nor in one of zmq.networks"
             )
 
-    def _add(self, said: Announcement) -> Backend:
+    def _add(self, announcement: Announcement) -> Backend:
         """Let an engine join the fleet.
 
         Raises:
             ValueError: it may not.
         """
-        if not (self._is_near(said.host) and self._is_near(said.coordinates.host)):
+        if not (self._is_near(announcement.host) and self._is_near(announcement.coordinates.host)):
             raise ValueError("it is not in one of zmq.networks")
         if len(self._added) >= MOST:
             raise ValueError(f"{MOST} backends have been added by registrations already")
-        host = f"[{said.host}]" if ":" in said.host else said.host
-        backend = self._fleet.add(f"http://{host}:{said.port}", said.role, self._settings.group)
+        host = f"[{announcement.host}]" if ":" in announcement.host else announcement.host
+        backend = self._fleet.add(f"http://{host}:{announcement.port}", announcement.role, self._settings.group)
         log.info("%s backend %s has joined by registering", backend.role, backend.url)
         self._added.add(backend)
-        self._known[said.host, said.port] = backend
+        self._known[announcement.host, announcement.port] = backend
         return backend
 
     def _is_near(self, host: str) -> bool:
