@@ -39,7 +39,7 @@ async def let_go(running: Running, *held: asyncio.Task[httpx.Response]) -> None:
     assert all((client.requests, client.tokens) == (0, 0) for client in door.clients.values())
 
 
-async def test_what_waits_is_served_when_there_is_room_and_metrics_show_it() -> None:
+async def test_a_queued_request_is_served_once_there_is_capacity_and_metrics_show_the_wait() -> None:
     async with pools(engine={"step_time": 0.01}, admission={"requests": 1}) as (running, _, _):
         held = await hold(running)
         waiting = ask(running)
@@ -57,7 +57,7 @@ async def test_what_waits_is_served_when_there_is_room_and_metrics_show_it() -> 
         assert metrics["pd_proxy_queue_duration_seconds_sum"] > 0
 
 
-async def test_a_client_that_leaves_while_queued_leaves_the_queue_and_no_engine_hears_of_it() -> None:
+async def test_a_queued_request_whose_client_leaves_is_sent_to_no_engine() -> None:
     async with pools(engine={"step_time": 0.01}, admission={"requests": 1}) as (running, [p], _):
         held = await hold(running)
         waiting = ask(running)
@@ -91,7 +91,7 @@ async def test_above_its_own_bounds_a_client_gets_429_and_others_are_served() ->
         await let_go(running, held)
 
 
-async def test_the_services_own_bounds_answer_503() -> None:
+async def test_above_the_bounds_of_the_gateway_the_answer_is_503() -> None:
     async with pools(engine={"step_time": 0.01}, admission={"requests": 1, "queue": 1, "queue_timeout": 0.2}) as (
         running,
         _,
@@ -110,14 +110,14 @@ async def test_the_services_own_bounds_answer_503() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "0", "-1", "1e3", "nan", "inf", "soon", "1.", "1234567", "0.0", "٣"])
-async def test_a_timeout_that_is_none_is_refused(value: str) -> None:
+async def test_an_invalid_x_request_timeout_is_refused(value: str) -> None:
     async with pools() as (running, _, _):
         answer = await running.http.post(CHAT, json=chat(), headers={b"x-request-timeout": value.encode()})
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_request"
         assert answer.headers["x-request-id"]
 
 
-async def test_a_clients_own_timeout_bounds_its_wait_and_its_answer() -> None:
+async def test_a_clients_own_timeout_bounds_both_the_wait_and_the_answer() -> None:
     async with pools(engine={"step_time": 0.01}, admission={"requests": 1}) as (running, _, _):
         patient = {"x-request-timeout": "30"}
         hurried = {"x-request-timeout": "0.2"}
@@ -131,7 +131,7 @@ async def test_a_clients_own_timeout_bounds_its_wait_and_its_answer() -> None:
 
 
 @pytest.mark.slow
-async def test_a_pool_holds_what_its_backends_hold_together_and_no_backend_more_than_its_own() -> None:
+async def test_the_bounds_of_a_pools_backends_add_up_and_each_backend_keeps_its_own() -> None:
     bounds = {"decode_requests": 3, "prefill_requests": 2}
     settings: dict[str, Any] = {"admission": bounds, "policy": {"decode": "round_robin", "prefill": "random"}}
     async with pools(2, 2, engine={"step_time": 0.005, "prefill_rate": 5000.0}, **settings) as (running, _, _):
@@ -151,7 +151,7 @@ async def test_a_pool_holds_what_its_backends_hold_together_and_no_backend_more_
         await let_go(running)
 
 
-async def test_when_a_backend_dies_what_was_let_in_goes_on_above_the_other_ones_bound() -> None:
+async def test_when_a_backend_dies_its_admitted_requests_may_exceed_the_others_bound() -> None:
     async with pools(1, 2, engine={"step_time": 0.01}, admission={"decode_requests": 4}) as (running, _, [d1, d2]):
         held = [await hold(running) for _ in range(8)]
         await until(lambda: d1.engine.running == d2.engine.running == 4)
@@ -170,7 +170,7 @@ async def test_when_a_backend_dies_what_was_let_in_goes_on_above_the_other_ones_
         await let_go(running, *held)
 
 
-async def test_when_every_backend_dies_those_who_wait_are_told_at_once() -> None:
+async def test_when_every_backend_dies_queued_requests_are_answered_at_once() -> None:
     async with pools(1, 1, engine={"step_time": 0.01}, admission={"decode_requests": 1}) as (running, [p], [d]):
         held = await hold(running)
         waiting = [ask(running) for _ in range(3)]

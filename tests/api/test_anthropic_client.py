@@ -20,12 +20,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("anthropic")]
 
 @pytest.fixture(autouse=True)
 def client_library() -> None:
-    """It takes a second to import: that is for the process that runs these tests, and not for all that collect them."""
+    """Import the client here: it takes a second, which only the process that runs these tests should spend."""
     globals()["anthropic"] = import_module("anthropic")
 
 
 MESSAGES: Any = [{"role": "user", "content": PROMPT}]
-GREEDY = {"temperature": 0}  # the newest client knows it no more; engines do
+GREEDY = {"temperature": 0}  # an argument that the newest client no longer has, and engines do
 WEATHER: Any = {
     "name": "weather",
     "description": "the weather in a city",
@@ -120,7 +120,7 @@ async def test_tools_are_called_whole_and_streamed(choice: Any) -> None:
         assert "input_json" in kinds
         [streamed] = final.content
         assert streamed.type == "tool_use" and streamed.input == call.input
-        # One certain call is not asked of prefill: a token of it is no JSON, for which engines refuse the request.
+        # Prefill is not asked for the forced call: its one token is not valid JSON, and engines refuse such requests.
         legs = [] if choice["type"] == "tool" else ["prefill", "prefill"]
         assert [request.leg for request in p.requests] == legs
         assert d.requests[-1].body["tool_choice"] == choice
@@ -132,12 +132,12 @@ async def test_tools_are_called_whole_and_streamed(choice: Any) -> None:
         answer = await client.messages.create(
             model="sim", max_tokens=8, messages=result, tools=[WEATHER], extra_body=GREEDY
         )
-        # Its prompt has the call's id, which is new each time: its text is too, and may be none.
+        # The prompt has the call's id, which is new each time. So the text is new too, and may be empty.
         assert [part.type for part in answer.content] == ["text"]
         assert running.idle()
 
 
-async def test_thinking_has_its_budget_on_decode_alone_judged_by_the_clients_bound() -> None:
+async def test_the_thinking_budget_goes_to_decode_only_and_is_checked_against_the_clients_bound() -> None:
     async with clients() as (client, _, [p], [d]):
         answer = await client.messages.create(
             model="sim", max_tokens=2000, messages=MESSAGES, thinking={"type": "enabled", "budget_tokens": 1500}
@@ -150,7 +150,7 @@ async def test_thinking_has_its_budget_on_decode_alone_judged_by_the_clients_bou
             )
 
 
-async def test_errors_are_the_clients_own_exceptions() -> None:
+async def test_errors_become_the_client_librarys_exceptions() -> None:
     async with clients(api_keys=["secret"]) as (client, running, [p], [d]):
         await client.messages.create(model="sim", max_tokens=2, messages=MESSAGES)
         with pytest.raises(anthropic.NotFoundError, match="does not exist") as missing:
@@ -176,20 +176,20 @@ async def test_errors_are_the_clients_own_exceptions() -> None:
         assert "overloaded_error" in str(nobody.value.body)
 
 
-async def test_a_bearer_token_will_do_too() -> None:
+async def test_a_bearer_token_is_accepted_too() -> None:
     async with clients(auth_token="secret", api_keys=["secret"]) as (client, running, _, _):
         assert (await client.messages.create(model="sim", max_tokens=2, messages=MESSAGES)).content
         metrics = await running.metrics()
         assert metrics['pd_proxy_requests_total{endpoint="messages",model="sim",outcome="ok"}'] == 1
 
 
-async def test_decode_that_dies_in_mid_stream_raises_in_the_client() -> None:
+async def test_a_decode_engine_that_dies_mid_stream_raises_an_exception_in_the_client() -> None:
     async with clients() as (client, running, _, [d]):
         d.faults.add("die_mid_stream", leg="decode", after_tokens=4, ending="reset")
         pieces = []
         with pytest.raises(anthropic.APIStatusError, match="could not be continued"):
             async with client.messages.stream(model="sim", max_tokens=24, messages=MESSAGES) as stream:
                 async for text in stream.text_stream:
-                    pieces.append(text)  # noqa: PERF401 - those before the error count too
+                    pieces.append(text)  # noqa: PERF401 - the pieces before the error count too
         assert 1 <= len(pieces) <= 4
         await until(running.idle)

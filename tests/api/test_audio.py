@@ -1,4 +1,4 @@
-"""Transcriptions: forms that are sent on as they come, and answers in one piece or as events."""
+"""Transcriptions: forms that are forwarded while they arrive, and answers in one piece or as events."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ Engine = Callable[[asyncio.StreamReader, asyncio.StreamWriter, bytes], Awaitable
 
 @asynccontextmanager
 async def engine_that(serve: Engine) -> AsyncIterator[str]:
-    """The URL of a healthy engine that does with a form what `serve` does, given its head."""
+    """The URL of a healthy engine that calls `serve` with the head of each form."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -112,7 +112,7 @@ async def test_the_openai_client_gets_transcriptions_in_every_form() -> None:
         assert running.idle()
 
 
-async def test_a_form_reaches_the_engine_while_it_is_still_coming() -> None:
+async def test_a_form_is_sent_to_the_engine_while_it_arrives() -> None:
     async with mixed() as (running, [engine]), sending(running) as (reader, writer):
         writer.write(chunk(part("model", b"sim") + part("file", b"x" * 300_000, '; filename="f"')[:-2]))
         await until(lambda: any(connection.received >= 300_000 for connection in engine.connections))
@@ -126,8 +126,9 @@ async def test_a_form_reaches_the_engine_while_it_is_still_coming() -> None:
         assert running.idle()
 
 
-async def test_an_engine_that_does_not_read_slows_its_client_and_fills_no_memory() -> None:
-    """While nothing is read from the client its leaving is not seen, until the engine reads or `timeouts.idle` ends."""
+async def test_an_engine_that_does_not_read_stops_the_upload_and_memory_stays_bounded() -> None:
+    """While the gateway does not read from the client, it notices that the client has left only when the engine reads
+    again or `timeouts.idle` ends."""
     stuck = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
@@ -152,7 +153,7 @@ async def test_an_engine_that_does_not_read_slows_its_client_and_fills_no_memory
         stuck.set()
 
 
-async def test_an_engine_that_never_reads_is_given_up() -> None:
+async def test_a_leg_whose_engine_never_reads_ends_with_a_timeout() -> None:
     stuck = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
@@ -168,7 +169,7 @@ async def test_an_engine_that_never_reads_is_given_up() -> None:
         stuck.set()
 
 
-async def test_a_form_that_is_short_is_sent_again_and_one_that_is_long_is_not() -> None:
+async def test_a_short_form_is_sent_to_another_backend_and_a_long_one_is_not() -> None:
     async with mixed(2) as (running, engines):
         for engine in engines:
             engine.faults.add("status", status=500, leg="local", count=1)
@@ -186,7 +187,7 @@ async def test_a_form_that_is_short_is_sent_again_and_one_that_is_long_is_not() 
         assert running.idle()
 
 
-async def test_a_dead_backend_takes_no_form_with_it() -> None:
+async def test_a_form_for_a_dead_backend_goes_to_another() -> None:
     async with mixed(2, health={"interval": 60.0}) as (running, [one, other]):
         one.kill()
         long = part("file", b"x" * (2 * KEPT), '; filename="f"')
@@ -195,7 +196,7 @@ async def test_a_dead_backend_takes_no_form_with_it() -> None:
         assert len(other.requests) == 4
 
 
-async def test_an_engine_that_dies_in_the_middle_of_a_long_form_is_told_of() -> None:
+async def test_when_an_engine_dies_during_a_long_form_the_client_gets_the_error() -> None:
     async with mixed(health={"interval": 60.0}) as (running, [engine]), sending(running) as (reader, writer):
         writer.write(chunk(part("model", b"sim") + part("file", b"x" * (2 * KEPT), '; filename="f"')[:-2]))
         await until(lambda: any(connection.received >= 2 * KEPT for connection in engine.connections))
@@ -209,7 +210,7 @@ LONG = part("file", b"x" * (2 * KEPT), '; filename="f"')
 
 
 @pytest.mark.parametrize("size", [1000, 2 * KEPT])
-async def test_the_model_may_come_behind_the_file(size: int) -> None:
+async def test_the_model_may_follow_the_file_in_the_form(size: int) -> None:
     async with mixed() as (running, [engine]):
         file = part("file", b"x" * size, '; filename="f"')
         answer = await running.http.post(PATH, **form(file, part("model", b"sim")))
@@ -223,7 +224,7 @@ async def test_the_model_may_come_behind_the_file(size: int) -> None:
         assert running.idle()
 
 
-async def test_a_model_that_comes_late_and_is_another_backends_is_asked_for_earlier() -> None:
+async def test_the_model_of_another_backend_has_to_stand_before_a_long_file() -> None:
     async with (
         simulators("mixed", task="any", model="a") as [one],
         simulators("mixed", task="any", model="b") as [other],
@@ -245,7 +246,7 @@ async def test_a_model_that_comes_late_and_is_another_backends_is_asked_for_earl
         assert all(request.body["model"] == [b"a"] for request in one.requests)
 
 
-async def test_what_no_client_may_say_is_no_field_of_the_form() -> None:
+async def test_fields_that_clients_may_not_set_are_removed_from_the_form() -> None:
     async with mixed() as (running, [engine]):
         fields = [part(name, b"x") for name in ("kv_transfer_params", "rid", "kv_transfer_params[remote_host]")]
         xargs = part("vllm_xargs", b'{"rid":1,"a":2}')
@@ -266,7 +267,7 @@ async def test_what_no_client_may_say_is_no_field_of_the_form() -> None:
         (form(part("model", b"sim"), part("model", b"other")), "`model` is in the form twice"),
     ],
 )
-async def test_garbage_is_refused(request_: dict[str, Any], complaint: str) -> None:
+async def test_an_invalid_form_is_refused(request_: dict[str, Any], complaint: str) -> None:
     async with mixed() as (running, [engine]):
         answer = await running.http.post(PATH, **request_)
         assert answer.status_code == 400 and complaint in answer.json()["error"]["message"]
@@ -274,7 +275,7 @@ async def test_garbage_is_refused(request_: dict[str, Any], complaint: str) -> N
         assert running.idle()
 
 
-async def test_a_form_without_a_model_goes_to_any_engine_and_one_without_a_file_is_the_engines_to_refuse() -> None:
+async def test_a_form_without_a_model_goes_to_any_engine_and_engines_refuse_one_without_a_file() -> None:
     async with mixed() as (running, [engine]):
         assert (await running.http.post(PATH, files=FILES)).status_code == 200
         answer = await running.http.post(PATH, **form(part("model", b"sim")))
@@ -297,7 +298,7 @@ async def test_a_form_that_is_too_long_ends_its_leg() -> None:
         assert not engine.requests
 
 
-async def test_a_form_that_comes_too_slowly_is_given_up() -> None:
+async def test_a_form_that_arrives_too_slowly_ends_with_an_error() -> None:
     async with mixed(timeouts={"request_body": 0.3}) as (running, [engine]), sending(running) as (reader, writer):
         writer.write(chunk(part("model", b"sim") + part("file", b"x", '; filename="f"')[:-2]))
         status, said = await answer_of(reader)
@@ -306,7 +307,7 @@ async def test_a_form_that_comes_too_slowly_is_given_up() -> None:
         assert not engine.requests
 
 
-async def test_a_client_that_leaves_in_the_middle_of_its_form_ends_its_leg_at_once() -> None:
+async def test_a_client_that_leaves_during_its_form_ends_its_leg_at_once() -> None:
     async with mixed() as (running, [engine]):
         async with sending(running) as (_, writer):
             writer.write(chunk(part("model", b"sim") + part("file", b"x" * 1000, '; filename="f"')[:-2]))
@@ -318,7 +319,7 @@ async def test_a_client_that_leaves_in_the_middle_of_its_form_ends_its_leg_at_on
         assert not engine.requests
 
 
-async def test_an_engine_that_answers_before_the_forms_end_is_heard() -> None:
+async def test_the_answer_of_an_engine_before_the_end_of_the_form_is_passed_on() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
         body = b'{"error":{"message":"no room for it","type":"BadRequestError","param":null,"code":400}}'
         writer.write(
@@ -344,7 +345,7 @@ async def events_of(running: Running) -> tuple[int, list[bytes]]:
         return answer.status_code, [event.removeprefix(b"data: ") for event in body.split(b"\n\n") if event]
 
 
-async def test_an_error_event_before_all_others_is_tried_again() -> None:
+async def test_an_error_event_as_the_first_event_is_retried() -> None:
     async with mixed(2) as (running, engines):
         engines[0].faults.add("error_event_first", count=1)
         engines[1].faults.add("error_event_first", count=1)
@@ -400,7 +401,7 @@ async def test_a_client_that_does_not_read_its_events_slows_the_engine() -> None
         await soon(running.idle, 0.5)
 
 
-async def test_what_an_event_says_of_a_hand_off_does_not_reach_the_client() -> None:
+async def test_hand_off_fields_in_an_event_do_not_reach_the_client() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
         await reader.readuntil(b"\r\n0\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
@@ -415,7 +416,7 @@ async def test_what_an_event_says_of_a_hand_off_does_not_reach_the_client() -> N
 
 
 @pytest.mark.parametrize("kind", ["text/html", "application/xml", ""])
-async def test_what_no_engine_would_answer_is_not_passed_on(kind: str) -> None:
+async def test_an_invalid_answer_of_an_engine_is_not_passed_on(kind: str) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
         await reader.readuntil(b"\r\n0\r\n\r\n")
         writer.write(f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\nconnection: close\r\n\r\n<html>10.0.0.1".encode())

@@ -1,4 +1,4 @@
-"""/admin/backends: who is there, and draining."""
+"""/admin/backends: the list of backends, and draining."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CHAT = "/v1/chat/completions"
         ("http://[fe80::1]:8000", "fe80-1-f4d6c6de"),
     ],
 )
-def test_a_backends_id_is_its_host_and_port_or_has_a_hash_where_that_is_not_all(url: str, name: str) -> None:
+def test_a_backends_id_is_its_host_and_port_and_other_urls_have_a_hash(url: str, name: str) -> None:
     assert backend_id(url) == name
     assert quote(name, safe=":") == name
 
 
-async def test_the_list_says_what_is_known_of_each_backend() -> None:
+async def test_the_list_shows_the_state_of_each_backend() -> None:
     async with pools(1, 2) as (running, [p], [d, _]):
         listed = (await running.http.get("/admin/backends")).json()["backends"]
         assert [one["role"] for one in listed] == ["prefill", "decode", "decode"]
@@ -69,7 +69,7 @@ async def test_the_list_says_what_is_known_of_each_backend() -> None:
 
 
 @pytest.mark.parametrize("named_by", ["id", "url"])
-async def test_a_drained_backend_gets_nothing_new_until_it_is_undrained(named_by: str) -> None:
+async def test_a_drained_backend_gets_no_new_requests_until_it_is_undrained(named_by: str) -> None:
     async with pools(1, 2) as (running, _, [d, other]):
         name = backend_id(d.url) if named_by == "id" else quote(d.url, safe="")
         answer = await running.http.post(f"/admin/backends/{name}/drain")
@@ -91,7 +91,7 @@ async def test_a_drained_backend_gets_nothing_new_until_it_is_undrained(named_by
         assert d.served > served
 
 
-async def test_a_draining_backend_finishes_what_it_has() -> None:
+async def test_a_draining_backend_finishes_its_requests() -> None:
     async with pools(1, 1, engine={"step_time": 0.01}) as (running, _, [d]):
         request = asyncio.create_task(running.http.post(CHAT, json=chat(max_tokens=30, ignore_eos=True)))
         await until(lambda: d.engine.running == 1)
@@ -155,7 +155,7 @@ async def test_an_unknown_backend_is_a_404_in_the_usual_shape() -> None:
             assert "GET /admin/backends lists them" in error["message"]
 
 
-async def test_only_operators_may_look_and_drain() -> None:
+async def test_only_operators_may_list_and_drain_backends() -> None:
     async with running_gateway(["http://127.0.0.1:9"], admin_key="secret", ready=False) as running:
         for method, path in (
             ("GET", "/admin/backends"),

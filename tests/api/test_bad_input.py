@@ -1,4 +1,4 @@
-"""Bad input: a clear error in OpenAI's shape, and nothing left behind."""
+"""Invalid requests: each gets a clear error in OpenAI's form, and nothing remains in flight."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def is_error(answer: Any, code: str) -> bool:
         (b'{"model": "sim", "stream_options": 3, "messages": []}', "stream_options"),
     ],
 )
-async def test_a_body_that_the_gateway_must_understand_and_cannot_is_400(body: bytes, hint: str) -> None:
+async def test_a_body_that_the_gateway_cannot_read_is_400(body: bytes, hint: str) -> None:
     async with pools() as (running, [p], [d]):
         answer = await running.http.post(CHAT, content=body)
         assert answer.status_code == 400
@@ -68,7 +68,7 @@ async def test_a_body_that_the_gateway_must_understand_and_cannot_is_400(body: b
         assert not [r for e in (p, d) for r in e.requests if r.path == CHAT]
 
 
-async def test_routes_methods_and_models_that_are_not_there() -> None:
+async def test_unknown_routes_methods_and_models_have_their_own_errors() -> None:
     async with pools() as (running, _, _):
         unknown = await running.http.post("/v1/nothing", json={})
         assert unknown.status_code == 404 and is_error(unknown.json(), "unknown_route")
@@ -84,7 +84,7 @@ async def test_routes_methods_and_models_that_are_not_there() -> None:
         assert one.status_code == 404 and is_error(one.json(), "model_not_found")
 
 
-async def test_a_body_over_the_limit_is_413_whether_or_not_it_says_its_length() -> None:
+async def test_a_body_over_the_limit_is_413_with_or_without_a_content_length() -> None:
     async with pools(limits={"request_body": 2000}) as (running, _, _):
         large = json.dumps(chat("x" * 3000)).encode()
         answer = await running.http.post(CHAT, content=large)
@@ -119,7 +119,7 @@ async def test_bytes_that_are_not_http_are_400() -> None:
         assert status == 400 and is_error(answer, "invalid_request")
 
 
-async def test_a_body_that_comes_a_byte_at_a_time_is_408() -> None:
+async def test_a_body_that_arrives_byte_by_byte_is_408() -> None:
     async with pools(timeouts={"request_body": 0.3}) as (running, _, _):
         body = json.dumps(chat()).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
@@ -129,7 +129,7 @@ async def test_a_body_that_comes_a_byte_at_a_time_is_408() -> None:
             writer.write(head)
             for byte in body:
                 writer.write(bytes([byte]))
-                await asyncio.sleep(0.02)  # the client's slowness is the point
+                await asyncio.sleep(0.02)  # the client has to be slow here
 
         dripping = asyncio.create_task(drip())
         async with asyncio.timeout(5):
@@ -140,7 +140,7 @@ async def test_a_body_that_comes_a_byte_at_a_time_is_408() -> None:
         await until(running.idle)
 
 
-async def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing() -> None:
+async def test_nothing_is_left_of_a_client_that_leaves_during_its_body() -> None:
     async with pools() as (running, _, _):
         _, writer = await asyncio.open_connection("127.0.0.1", running.port)
         writer.write(post(json.dumps(chat()).encode())[:-20])

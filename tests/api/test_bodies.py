@@ -1,4 +1,4 @@
-"""Bodies under way: bounded in sum, whatever route they are for, and free again whatever becomes of their requests."""
+"""Request bodies in memory: bounded in total on all routes, and freed however their requests end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], dic
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/embeddings", "/tokenize"])
-async def test_half_uploads_are_refused_once_there_is_no_room_and_small_requests_are_served(path: str) -> None:
+async def test_stalled_uploads_are_refused_when_memory_is_full_and_small_requests_are_served(path: str) -> None:
     async with pools(limits=LIMITS) as (running, _, _):
         held = _shared(running)
         uploads = [await half(running, path, 900_000) for _ in range(6)]
@@ -69,7 +69,7 @@ async def test_half_uploads_are_refused_once_there_is_no_room_and_small_requests
         await soon(lambda: held.held == 0, 5)
 
 
-async def test_nothing_is_held_of_requests_that_are_answered() -> None:
+async def test_the_memory_of_answered_requests_is_free_again() -> None:
     async with pools(limits=LIMITS) as (running, _, _):
         held = _shared(running)
         for _ in range(8):
@@ -81,7 +81,7 @@ async def test_nothing_is_held_of_requests_that_are_answered() -> None:
         assert held.refused == {"full": 0, "stalled": 0}
 
 
-async def test_a_form_holds_no_more_than_is_kept_of_it() -> None:
+async def test_a_form_holds_only_the_bytes_that_are_kept_for_retries() -> None:
     limits = {"request_body": 16 * MB, "bodies": 16 * MB}
     async with pools(limits=limits) as (running, _, _):
         held = _shared(running)

@@ -1,4 +1,4 @@
-"""Who is an operator: with a key, without one, and at the admin socket."""
+"""Who counts as an operator: with an admin key, without one, and at the admin socket."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def credentials(**settings: Any) -> Credentials:
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "post"])
 @pytest.mark.parametrize("settings", [{}, {"api_keys": "k"}])
-def test_without_an_admin_key_nobody_changes_anything(method: str, settings: dict[str, Any]) -> None:
+def test_without_an_admin_key_no_request_may_change_anything(method: str, settings: dict[str, Any]) -> None:
     with pytest.raises(Forbidden, match="no admin_key is set") as caught:
         credentials(**settings).check_operator(scope(method, authorization="Bearer k"))
     assert "admin_socket" in str(caught.value)
@@ -53,7 +53,7 @@ def test_without_an_admin_key_nobody_changes_anything(method: str, settings: dic
     "host",
     [HOST, "localhost", "LocalHost:8000", "127.0.0.1", "127.8.9.1:1", "[::1]", "[::1]:8000", "[::ffff:127.0.0.1]:80"],
 )
-def test_without_an_admin_key_this_machines_own_programs_may_look(method: str, client: Any, host: str) -> None:
+def test_without_an_admin_key_programs_on_this_machine_may_read(method: str, client: Any, host: str) -> None:
     credentials().check_operator(scope(method, host=host, client=client))
     credentials().check_operator(scope(method, host=host, client=client, sec_fetch_site="none", accept="*/*"))
 
@@ -91,12 +91,12 @@ def test_without_an_admin_key_this_machines_own_programs_may_look(method: str, c
         {**scope(), "headers": [(b"host", b"localhost"), (b"host", b"localhost")]},
     ],
 )
-def test_without_an_admin_key_whoever_may_be_another_is_refused(asked: Any) -> None:
+def test_without_an_admin_key_requests_that_may_come_from_another_machine_are_refused(asked: Any) -> None:
     with pytest.raises(Forbidden, match="set admin_key"):
         credentials().check_operator(asked)
 
 
-def test_with_an_admin_key_it_alone_decides() -> None:
+def test_where_an_admin_key_is_set_only_the_key_counts() -> None:
     checks = credentials(admin_key="secret")
     checks.check_operator(scope("POST", host="gateway", client=("10.0.0.1", 1), authorization="Bearer secret"))
     for said in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"x_api_key": "secret"}):
@@ -105,13 +105,13 @@ def test_with_an_admin_key_it_alone_decides() -> None:
 
 
 @pytest.mark.parametrize("said", [{"origin": "null"}, {"sec_fetch_site": "cross-site"}, {"x_forwarded_for": "1.1.1.1"}])
-def test_at_the_socket_only_what_comes_from_elsewhere_is_refused(said: dict[str, str]) -> None:
+def test_at_the_socket_only_forwarded_requests_and_web_pages_are_refused(said: dict[str, str]) -> None:
     AtSocket().check_operator(scope("POST", host="anything", client=None))
     with pytest.raises(GatewayError):
         AtSocket().check_operator(scope("POST", client=None, **said))
 
 
-async def test_every_route_of_operators_is_guarded() -> None:
+async def test_every_route_for_operators_checks_credentials() -> None:
     async with running_gateway(["http://127.0.0.1:9"], admin_key=None, ready=False) as running:
         for path in CHANGES:
             answer = await running.http.post(path)
@@ -120,15 +120,15 @@ async def test_every_route_of_operators_is_guarded() -> None:
             assert (await running.http.get(path)).status_code in (200, 502), path
             for headers in ({"host": "evil.example"}, {"origin": "http://evil.example"}, {"via": "1.1 nginx"}):
                 assert (await running.http.get(path, headers=headers)).status_code == 403, (path, headers)
-        guarded = {*CHANGES, *LOOKS, "/admin/explain"}  # a POST that looks: test_decisions.py
-        for route in running.gateway.surface.routes:  # one that is added later is on neither list
+        guarded = {*CHANGES, *LOOKS, "/admin/explain"}  # a POST that changes nothing: test_decisions.py
+        for route in running.gateway.surface.routes:  # a route that is added later is on neither list
             named = getattr(route, "path", "").replace("{name:backend}", "127.0.0.1:9")
             tags = getattr(route, "tags", [])
             assert named in guarded or not {"administration", "engines"} & set(tags) or named == "/v1/metaserver", named
 
 
 async def test_a_web_page_cannot_change_the_gateway() -> None:
-    """What a browser sends without asking first: a simple request (https://fetch.spec.whatwg.org/#simple-header)."""
+    """A browser sends a simple request without a preflight (https://fetch.spec.whatwg.org/#simple-header)."""
     async with pools(admin_key=None) as (running, [p], _):
         before = list(p.operations)
         page = {"content-type": "text/plain", "origin": "https://evil.example", "sec-fetch-site": "cross-site"}
@@ -164,7 +164,7 @@ async def test_the_admin_socket_serves_operators_without_a_key(tmp_path: Path) -
         assert not path.exists()
 
 
-def test_a_socket_takes_the_place_of_one_that_nobody_listens_at_and_of_nothing_else(tmp_path: Path) -> None:
+def test_a_socket_replaces_one_without_a_listener_and_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "admin.sock"
     with own_socket(path, reuse=False):
         with pytest.raises(ListenError, match="another process listens there"), own_socket(path, reuse=False):
@@ -187,7 +187,7 @@ def test_a_socket_takes_the_place_of_one_that_nobody_listens_at_and_of_nothing_e
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_an_older_sockets_file_is_left_to_its_successor(tmp_path: Path) -> None:
+def test_a_process_that_ends_does_not_remove_its_successors_socket(tmp_path: Path) -> None:
     path = tmp_path / "admin.sock"
     older, newer = own_socket(path, reuse=True), own_socket(path, reuse=True)
     older.__enter__()

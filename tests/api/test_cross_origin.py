@@ -1,4 +1,4 @@
-"""CORS: what a page of another origin may ask and read."""
+"""CORS: what pages of other origins may request and read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLOSED = (
 
 
 def asks(origin: str, method: str = "POST", headers: str = "authorization,content-type") -> dict[str, str]:
-    """A preflight's headers."""
+    """The headers of a preflight."""
     return {
         "origin": origin,
         "access-control-request-method": method,
@@ -45,7 +45,7 @@ def varies(answer: httpx.Response) -> set[str]:
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-async def test_a_preflight_needs_no_key_on_any_route_of_clients(slash: str) -> None:
+async def test_a_preflight_needs_no_key_on_any_route_for_clients(slash: str) -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False, api_keys="k", **CORS) as running:
         for path in ROUTES:
             answer = await running.http.options(path + slash, headers=asks(PAGE))
@@ -60,7 +60,7 @@ async def test_a_preflight_needs_no_key_on_any_route_of_clients(slash: str) -> N
         assert not running.gateway.gate.inside
 
 
-async def test_a_preflight_of_another_origin_is_allowed_nothing() -> None:
+async def test_a_preflight_of_an_unknown_origin_gets_no_permissions() -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False, **CORS) as running:
         for origin in (
             OTHER,
@@ -75,7 +75,7 @@ async def test_a_preflight_of_another_origin_is_allowed_nothing() -> None:
             assert of_cors(answer) == {} and "origin" in varies(answer), origin
 
 
-async def test_what_is_no_preflight_is_an_ordinary_request() -> None:
+async def test_an_options_request_that_is_no_preflight_is_an_ordinary_request() -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False, **CORS) as running:
         for headers in ({}, {"origin": PAGE}, {"access-control-request-method": "POST"}):
             for path, allow in ((CHAT, "POST"), ("/health", "GET, HEAD")):
@@ -84,13 +84,13 @@ async def test_what_is_no_preflight_is_an_ordinary_request() -> None:
 
 
 @pytest.mark.parametrize("names", ["x" * 3000, "a b", "bad\x01", "a,,b", ",", "authorization; x"])
-async def test_names_of_headers_that_are_none_are_not_said_back(names: str) -> None:
+async def test_invalid_header_names_are_not_echoed(names: str) -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False, **ANY) as running:
         answer = await running.http.options(CHAT, headers=asks(PAGE, headers=names))
         assert "access-control-allow-headers" not in answer.headers or answer.status_code == 400
 
 
-async def test_whole_answers_streams_and_errors_can_be_read_by_the_page() -> None:
+async def test_pages_may_read_whole_answers_streams_and_errors() -> None:
     async with pools(**CORS) as (running, _, _):
         http = running.http
         for origin, allowed in ((PAGE, True), ("http://localhost:3000", True), (OTHER, False)):
@@ -120,7 +120,7 @@ async def test_whole_answers_streams_and_errors_can_be_read_by_the_page() -> Non
         assert '"finish_reason":"length"' in answers[1].text and answers[1].text.endswith("[DONE]\n\n")
 
 
-async def test_refusals_of_keys_can_be_read_too_and_caches_are_told_without_an_origin() -> None:
+async def test_pages_may_read_refusals_of_keys_and_vary_is_sent_without_an_origin_too() -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False, api_keys="k", **CORS) as running:
         for path in (CHAT, "/v1/embeddings"):
             answer = await running.http.post(path, json=chat(), headers={"origin": PAGE})
@@ -130,7 +130,7 @@ async def test_refusals_of_keys_can_be_read_too_and_caches_are_told_without_an_o
 
 
 @pytest.mark.parametrize("settings", [CORS, ANY], ids=["listed", "any"])
-async def test_operators_routes_are_for_no_page(settings: dict[str, Any]) -> None:
+async def test_no_page_may_use_the_routes_for_operators(settings: dict[str, Any]) -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False, **settings) as running:
         for path in CLOSED:
             for method, headers in (
@@ -143,7 +143,7 @@ async def test_operators_routes_are_for_no_page(settings: dict[str, Any]) -> Non
                 assert method != "OPTIONS" or answer.status_code in (404, 405)
 
 
-async def test_any_origin_may_be_allowed_and_then_without_credentials() -> None:
+async def test_with_any_origin_allowed_credentials_are_not() -> None:
     async with pools(**ANY) as (running, _, _):
         for origin in (PAGE, OTHER, "null"):
             answer = await running.http.post(CHAT, json=chat(), headers={"origin": origin})
@@ -155,7 +155,7 @@ async def test_any_origin_may_be_allowed_and_then_without_credentials() -> None:
             assert of_cors(await running.http.options(CHAT, headers=asks(origin)))["access-control-allow-origin"] == "*"
 
 
-async def test_credentials_are_for_origins_by_name() -> None:
+async def test_credentials_are_allowed_for_named_origins_only() -> None:
     cors = {"cors": {"origins": [PAGE], "credentials": True, "max_age": 5}}
     async with running_gateway(["http://127.0.0.1:9"], ready=False, **cors) as running:
         for answer in (
@@ -182,7 +182,7 @@ async def test_by_default_no_page_may_read_anything() -> None:
         assert answer.status_code == 405
 
 
-async def test_under_another_server_it_is_the_same() -> None:
+async def test_another_asgi_server_gives_the_same_answers() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"y")]})
         await send({"type": "http.response.body", "body": b"{}"})
@@ -205,7 +205,7 @@ async def test_under_another_server_it_is_the_same() -> None:
         ("", ()),
     ],
 )
-def test_origins_are_read_as_browsers_write_them(given: str, read: tuple[str, ...]) -> None:
+def test_origins_in_the_settings_are_normalised_to_the_browsers_form(given: str, read: tuple[str, ...]) -> None:
     assert configure({"cors": {"origins": given}}, None, {}).cors.origins == read
 
 
@@ -213,6 +213,6 @@ def test_origins_are_read_as_browsers_write_them(given: str, read: tuple[str, ..
     "origin",
     ["chat.example.com", "https://x/", "https://x/path", "https://*.x", "null", "https://u@x", "https://", "x y"],
 )
-def test_what_is_no_origin_is_refused(origin: str) -> None:
+def test_an_invalid_origin_in_the_settings_is_refused(origin: str) -> None:
     with pytest.raises(ConfigurationError, match="an origin is scheme"):
         configure({"cors": {"origins": json.loads(json.dumps(origin))}}, None, {})

@@ -1,4 +1,4 @@
-"""Why requests went where they went: /admin/decisions, x-pd-proxy-explain, /admin/explain and `pd-proxy explain`."""
+"""Placement decisions: /admin/decisions, x-pd-proxy-explain, /admin/explain and `pd-proxy explain`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ async def told(running: Running, **query: Any) -> list[dict[str, Any]]:
     return found
 
 
-async def test_a_request_is_told_with_its_candidates_costs_reason_and_what_became_of_it() -> None:
+async def test_a_decision_shows_candidates_costs_reason_and_the_outcome_of_its_request() -> None:
     async with pools(2, 2) as (running, prefills, decodes):
         urls = {engine.url for engine in (*prefills, *decodes)}
         for name in ("first", "second"):
             answer = await running.http.post(CHAT, json=chat(LONG), headers={"x-request-id": name})
             assert answer.status_code == 200
         [first] = await told(running, request_id="first")
-        assert first["complete"]  # there is nothing else to do
+        assert first["complete"]  # the gateway is idle
         age = datetime.now(UTC) - datetime.fromisoformat(first["at"])
         assert timedelta(0) <= age < timedelta(minutes=1)
         assert {one["url"] for one in first["candidates"]} == urls
@@ -44,14 +44,14 @@ async def test_a_request_is_told_with_its_candidates_costs_reason_and_what_becam
         assert first["outcome"]["outcome"] == "ok"
         [second, _] = (await told(running))[:2]
         assert second["request_id"] == "second"
-        assert second["prefill"] == first["prefill"]  # it has the prompt
+        assert second["prefill"] == first["prefill"]  # it has cached the prompt
         [chosen] = [one for one in second["candidates"] if one["url"] == second["prefill"]]
         assert chosen["cached"] > 0.5 * second["prompt_tokens"]
         assert second["reason"] == "cached"
         assert len(await told(running, limit=1)) == 1
 
 
-async def test_who_was_left_out_is_told_with_the_rule() -> None:
+async def test_excluded_backends_are_shown_with_the_rule_that_excluded_them() -> None:
     async with pools(1, 3) as (running, _, [drained, dead, there]):
         name = drained.url.removeprefix("http://")
         assert (await running.http.post(f"/admin/backends/{name}/drain")).status_code == 200
@@ -69,7 +69,7 @@ def _backend(running: Running, url: str) -> Any:
     return next(one for one in running.gateway.fleet if one.url == url)
 
 
-async def test_that_nobody_was_there_is_told_too() -> None:
+async def test_a_decision_without_any_candidate_is_shown_too() -> None:
     async with pools(1, 1) as (running, _, [d]):
         d.faults.add("refuse")
         await until(lambda: not _backend(running, d.url).up)
@@ -94,7 +94,7 @@ async def test_each_try_is_a_decision() -> None:
         assert tries[0]["decode"] != tries[1]["decode"]
 
 
-# With a request
+# x-pd-proxy-explain: a decision with the answer of its request
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -123,7 +123,7 @@ async def test_the_admin_key_gets_the_decision_with_the_answer(stream: bool) -> 
         {"authorization": "Bearer operator", "x-api-key": "client"},
     ],
 )
-async def test_without_the_admin_key_nothing_is_told(headers: dict[str, str]) -> None:
+async def test_without_the_admin_key_the_answer_has_no_decision(headers: dict[str, str]) -> None:
     async with pools(1, 1, **KEYS) as (running, [p], [d]):
         answer = await running.http.post(CHAT, json=chat(), headers=headers)
         assert answer.status_code == 200
@@ -133,20 +133,20 @@ async def test_without_the_admin_key_nothing_is_told(headers: dict[str, str]) ->
         assert d.url not in said
 
 
-async def test_where_no_admin_key_is_set_nobody_is_told_with_a_request() -> None:
+async def test_where_no_admin_key_is_set_no_answer_has_a_decision() -> None:
     async with pools(1, 1, admin_key=None) as (running, _, _):
         answer = await running.http.post(CHAT, json=chat(), headers={"x-pd-proxy-explain": "1"})
         assert answer.status_code == 200
         assert DECISION not in answer.headers
 
 
-async def test_a_failed_admin_key_does_not_let_a_client_in() -> None:
+async def test_the_admin_key_is_not_a_clients_key() -> None:
     async with pools(1, 1, **KEYS) as (running, _, _):
         headers = {"authorization": "Bearer operator", "x-pd-proxy-explain": "1"}
         assert (await running.http.post(CHAT, json=chat(), headers=headers)).status_code == 401
 
 
-# Without one
+# /admin/explain: a decision without a request
 
 
 async def explained(running: Running, body: Any, **query: str) -> dict[str, Any]:
@@ -156,7 +156,7 @@ async def explained(running: Running, body: Any, **query: str) -> dict[str, Any]
     return found
 
 
-async def test_what_would_be_decided_is_told_and_changes_nothing() -> None:
+async def test_explaining_a_body_returns_its_decision_and_changes_nothing() -> None:
     async with pools(2, 2) as (running, prefills, decodes):
         engines = [*prefills, *decodes]
         await running.http.post(CHAT, json=chat(LONG))
@@ -175,13 +175,13 @@ async def test_what_would_be_decided_is_told_and_changes_nothing() -> None:
             assert {k: v for k, v in after.items() if k.startswith(name)} == {
                 k: v for k, v in metrics.items() if k.startswith(name)
             }, name
-        # and the request itself goes there
+        # the request itself goes there too
         headers = {"x-pd-proxy-explain": "1"}
         answer = await running.http.post(CHAT, json=chat(LONG, max_tokens=77), headers=headers)
         assert json.loads(answer.headers[DECISION])["prefill"] == decision["prefill"]
 
 
-async def test_a_session_named_by_a_header_is_explained_where_it_goes() -> None:
+async def test_a_session_from_a_header_counts_in_the_explained_decision() -> None:
     async with pools(4, 1, policy={"prefill": "session"}) as (running, _, _):
         for name in (b"a", b"b", b"c", b"\xff\xfe" * 1000):
             headers = [(b"x-session-id", name), (b"x-pd-proxy-explain", b"1")]
@@ -190,7 +190,7 @@ async def test_a_session_named_by_a_header_is_explained_where_it_goes() -> None:
             assert json.loads(real.headers[DECISION])["prefill"] == answer.json()["prefill"]
 
 
-async def test_what_answers_are_bounded_to_is_explained_too() -> None:
+async def test_the_bound_on_answers_counts_in_the_explained_decision() -> None:
     async with pools(1, 1, limits={"default_max_tokens": 30, "max_tokens": 100}) as (running, _, _):
         asked = chat()
         del asked["max_tokens"]
@@ -208,7 +208,7 @@ async def test_a_decision_is_explained_for_any_route() -> None:
         assert {one["rule"] for one in decision["left_out"] if one["role"] == "prefill"} == {"unsplit"}
 
 
-async def test_that_nobody_could_serve_it_is_a_decision() -> None:
+async def test_that_no_backend_can_serve_a_request_is_a_decision() -> None:
     async with pools(1, 1) as (running, [p], [d]):
         for engine in (p, d):
             engine.faults.add("refuse")
@@ -225,18 +225,18 @@ async def test_that_nobody_could_serve_it_is_a_decision() -> None:
         (b"[]", "", 400),
         (b"{}", "?endpoint=embeddings", 400),
         (b"{}", "?what=else", 400),
-        (b'{"model":"sim","messages":"none"}', "", 200),  # what engines would judge
+        (b'{"model":"sim","messages":"none"}', "", 200),  # engines would refuse it, the gateway does not
         (b'{"model":"other","messages":[]}', "", 404),
         (b'{"model":"sim","input":"x","previous_response_id":"resp_unknown"}', "?endpoint=responses", 404),
     ],
 )
-async def test_what_cannot_be_decided_about_is_refused(body: bytes, query: str, status: int) -> None:
+async def test_a_body_without_a_possible_decision_is_refused(body: bytes, query: str, status: int) -> None:
     async with pools(1, 1) as (running, _, _):
         answer = await running.http.post(f"/admin/explain{query}", content=body)
         assert answer.status_code == status, answer.text
 
 
-async def test_a_body_may_be_as_long_as_a_request_and_no_longer() -> None:
+async def test_the_longest_body_to_explain_is_that_of_a_request() -> None:
     async with pools(1, 1, limits={"request_body": 3_000_000}) as (running, _, _):
         decision = await explained(running, chat("x" * 2_000_000))
         assert decision["prompt_tokens"] > 100_000
@@ -245,13 +245,13 @@ async def test_a_body_may_be_as_long_as_a_request_and_no_longer() -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/admin/decisions"), ("POST", "/admin/explain")])
-async def test_both_are_for_operators(method: str, path: str) -> None:
+async def test_decisions_and_explanations_are_for_operators(method: str, path: str) -> None:
     async with pools(1, 1, **KEYS) as (running, _, _):
         for headers in ({}, {"authorization": "Bearer client"}, {"x-api-key": "client"}):
             answer = await running.http.request(method, path, json=chat(), headers=headers)
             assert answer.status_code == 401
         assert (await running.http.request(method, path, json=chat(), headers=OPERATOR)).status_code == 200
-    async with pools(1, 1, admin_key=None) as (running, _, _):  # this machine's own programs may look
+    async with pools(1, 1, admin_key=None) as (running, _, _):  # programs on this machine may read
         assert (await running.http.request(method, path, json=chat())).status_code == 200
         answer = await running.http.request(method, path, json=chat(), headers={"origin": "http://page"})
         assert answer.status_code == 403
@@ -263,11 +263,11 @@ async def test_bad_parameters_are_refused(query: str) -> None:
         assert (await running.http.get(f"/admin/decisions?{query}")).status_code == 400
 
 
-# The command
+# `pd-proxy explain`
 
 
 async def command(*argv: str) -> int:
-    """`pd-proxy explain`, in a thread: it has an event loop of its own."""
+    """Run `pd-proxy explain` in a thread, since it has an event loop of its own."""
     return await asyncio.to_thread(cli.main, ["explain", *argv])
 
 
@@ -303,7 +303,7 @@ async def test_the_command_prints_where_a_request_would_go(
         assert json.loads(capsys.readouterr().out)["decode"] == d.url
 
 
-async def test_the_command_ends_with_1_where_nobody_could_serve_it(
+async def test_the_command_exits_with_1_where_no_backend_can_serve_the_request(
     body: str, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with pools(1, 1, **KEYS) as (running, [p], [d]):
@@ -323,7 +323,7 @@ async def test_the_key_may_be_in_the_environment(body: str, monkeypatch: pytest.
         assert await command("--request", body, "--url", running.url.removeprefix("http://")) == 0
 
 
-async def test_the_command_says_why_the_gateway_could_not_be_asked(
+async def test_the_command_reports_why_it_could_not_ask_the_gateway(
     body: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def said(*argv: str) -> str:
@@ -353,7 +353,7 @@ async def test_the_command_says_why_the_gateway_could_not_be_asked(
     assert "could not be asked: " in await said("--request", body, "--url", gone)
 
 
-async def test_the_command_asks_at_the_admin_socket(
+async def test_the_command_can_use_the_admin_socket(
     body: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "admin.sock"
@@ -375,7 +375,7 @@ async def test_the_command_asks_at_the_admin_socket(
 # Metrics
 
 
-async def test_metrics_tell_what_was_expected_of_caches_and_what_was_found() -> None:
+async def test_metrics_show_expected_and_actual_cache_hits() -> None:
     async with pools(1, 1) as (running, [p], _):
         for _ in range(2):
             assert (await running.http.post(CHAT, json=chat(LONG))).status_code == 200

@@ -1,4 +1,4 @@
-"""/docs, and the requests in the OpenAPI document."""
+"""/docs, and the request bodies in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOCUMENT = build(Settings()).surface.openapi()
 
 
 class Page(HTMLParser):
-    """What a browser would see in a page."""
+    """The texts and the loaded addresses of an HTML page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/docs/"])
-async def test_the_page_fetches_nothing_and_runs_nothing(path: str) -> None:
+async def test_the_page_loads_nothing_and_has_no_scripts(path: str) -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False) as running:
         answer = await running.http.get(path)
         assert answer.status_code == 200 and answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -55,7 +55,7 @@ async def test_the_page_fetches_nothing_and_runs_nothing(path: str) -> None:
         assert (await running.http.head(path)).status_code == 200
 
 
-async def test_it_shows_every_route_that_the_document_has() -> None:
+async def test_the_page_shows_every_route_of_the_document() -> None:
     page = Page(render(DOCUMENT))
     for path, item in DOCUMENT["paths"].items():
         assert path in page.text
@@ -66,7 +66,7 @@ async def test_it_shows_every_route_that_the_document_has() -> None:
     assert "instances" in page.text
 
 
-def test_what_the_document_says_is_text_and_never_markup() -> None:
+def test_texts_of_the_document_are_escaped() -> None:
     evil = "<script>alert(1)</script>\"'&"
     operation: dict[str, Any] = {
         **{"tags": [evil], "summary": evil, "description": evil},
@@ -80,7 +80,7 @@ def test_what_the_document_says_is_text_and_never_markup() -> None:
     assert HEADERS["content-security-policy"]
 
 
-async def test_both_can_be_taken_away() -> None:
+async def test_page_and_document_can_be_disabled() -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False, routes={"docs": False}) as running:
         for path in ("/docs", "/redoc", "/openapi.json", "/no/such"):
             answer = await running.http.get(path)
@@ -89,7 +89,7 @@ async def test_both_can_be_taken_away() -> None:
 
 
 @pytest.mark.parametrize("endpoint", LAYOUTS)
-def test_the_request_of_a_route_has_what_the_gateway_reads_and_an_example_that_it_takes(endpoint: Any) -> None:
+def test_the_schema_of_a_route_has_the_members_that_the_gateway_reads_and_a_valid_example(endpoint: Any) -> None:
     layout = LAYOUTS[endpoint]
     if layout.path not in DOCUMENT["paths"]:
         layout_paths = {"/generate", "/inference/v1/generate"}
@@ -105,7 +105,7 @@ def test_the_request_of_a_route_has_what_the_gateway_reads_and_an_example_that_i
         assert read_body(json.dumps(example).encode(), endpoint).model == "my-model"
 
 
-async def test_the_examples_are_answered() -> None:
+async def test_the_examples_are_requests_that_succeed() -> None:
     async with pools(unknown_model="default", default_model="sim") as (running, _, _):
         document = (await running.http.get("/openapi.json")).json()
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/tokenize"):

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what is in it, and that it is served. test_document_held.py holds every answer to it."""
+"""The OpenAPI document: its contents and its route. test_document_held.py checks every answer against it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support import running_gateway, simulators
 DOCUMENT = build(Settings()).surface.openapi()
 
 
-async def test_the_engines_routes_are_in_the_document_and_what_is_in_it_is_served() -> None:
+async def test_the_document_has_the_engines_routes_and_all_its_routes_are_served() -> None:
     async with (
         simulators("prefill", "decode") as [p, d],
         simulators("mixed", task="any") as [mixed],
@@ -28,7 +28,7 @@ async def test_the_engines_routes_are_in_the_document_and_what_is_in_it_is_serve
             assert (answer.status_code, path) == (405 if there else 404, path)
 
 
-def test_every_one_leg_route_is_offered_by_some_kind() -> None:
+def test_every_one_leg_route_is_offered_by_some_engine_family() -> None:
     assert ROUTES.keys() <= {route for kind in KINDS.values() for route in kind.routes}
 
 

@@ -1,5 +1,5 @@
-"""The gateway held to its OpenAPI document: schemathesis makes requests from it, good and bad ones, and looks whether
-each answer is one that the document has."""
+"""Checks the gateway against its OpenAPI document: schemathesis makes valid and invalid requests from it, and checks
+that the document has each answer."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Service:
         self._thread.join(10)
 
     def restore(self) -> None:
-        """As it was at the start, whatever operators did."""
+        """Restore the state at the start, whatever the operations changed."""
         asyncio.run_coroutine_threadsafe(self._restore(), self._loop).result(10)
 
     async def _restore(self) -> None:
@@ -99,9 +99,9 @@ schema = schemathesis.openapi.from_dict(DOCUMENT)
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],
 )
-def test_every_answer_is_one_that_the_document_has(case: Any, service: Service) -> None:
+def test_every_answer_conforms_to_the_document(case: Any, service: Service) -> None:
     if case.operation.path == "/instances/add" and isinstance(case.body, dict) and "instances" in case.body:
-        case.body["instances"] = "127.0.0.1:9"  # what is added is probed; names that are made up are not looked up
+        case.body["instances"] = "127.0.0.1:9"  # added backends are probed; invented names must not be looked up in DNS
     answer = case.call(base_url=service.running.url, timeout=20)
     case.validate_response(answer, checks=CHECKS)
     if answer.status_code >= 500:

@@ -1,4 +1,4 @@
-"""What operators have the engines do."""
+"""Operations that an operator starts on several engines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def outcomes(answer: Any) -> list[tuple[str, str, bool, int | None]]:
 
 
 @pytest.mark.parametrize("operation", ["reset_prefix_cache", "start_profile", "stop_profile"])
-async def test_every_engine_is_asked_and_reported_on(operation: str) -> None:
+async def test_every_engine_is_called_and_reported(operation: str) -> None:
     async with pools(1, 2) as (running, [p], [d, d2]):
         answer = await running.http.post(f"/admin/{operation}")
         assert (answer.status_code, answer.json()["operation"]) == (200, operation)
@@ -34,7 +34,7 @@ async def test_every_engine_is_asked_and_reported_on(operation: str) -> None:
         assert all(engine.operations[-1] == (f"/{operation}", "") for engine in (p, d, d2))
 
 
-async def test_some_can_be_meant_by_role_or_by_name() -> None:
+async def test_backends_can_be_chosen_by_role_or_by_name() -> None:
     async with pools(1, 2) as (running, [p], [d, d2]):
         answer = await running.http.post("/admin/start_profile?role=decode")
         assert len(outcomes(answer)) == 2 and d.profiling and d2.profiling and not p.profiling
@@ -46,7 +46,7 @@ async def test_some_can_be_meant_by_role_or_by_name() -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "backend_not_found"), query
 
 
-async def test_a_dead_engine_is_reported_and_the_others_are_asked_all_the_same() -> None:
+async def test_a_dead_engine_is_reported_and_the_others_are_called() -> None:
     async with pools(1, 1) as (running, [p], [d]):
         p.kill()
         answer = await running.http.post("/admin/reset_prefix_cache")
@@ -58,7 +58,7 @@ async def test_a_dead_engine_is_reported_and_the_others_are_asked_all_the_same()
         assert "could not be asked" in answer.json()["backends"][0]["error"]
 
 
-async def test_an_engine_that_has_it_not_is_reported() -> None:
+async def test_an_engine_without_the_operation_is_reported() -> None:
     async with mixed(engine={"dev_mode": False, "profiler": False}) as (running, _):
         answer = await running.http.post("/admin/start_profile")
         assert (answer.status_code, outcomes(answer)[0][2:]) == (502, (False, 404))
@@ -80,7 +80,7 @@ async def test_an_engine_that_has_it_not_is_reported() -> None:
         ("/admin/wake_up", ""),
     ],
 )
-async def test_the_parameters_that_engines_know_are_passed_on(path: str, sent: str) -> None:
+async def test_the_parameters_of_vllm_are_passed_on(path: str, sent: str) -> None:
     async with mixed() as (running, [engine]):
         assert (await running.http.post(path)).status_code == 200
         assert [query for asked, query in engine.operations if asked in path.partition("?")[0]] == [sent]
@@ -108,7 +108,7 @@ async def test_any_other_parameter_is_refused(path: str) -> None:
         assert engine.operations == before
 
 
-async def test_the_paths_of_the_example_script_are_kept() -> None:
+async def test_the_paths_of_the_example_script_exist() -> None:
     async with pools(1, 1) as (running, [p], [d]):
         answer = await running.http.post("/reset_prefix_cache")
         assert (answer.status_code, answer.content) == (200, b"")
@@ -121,7 +121,7 @@ async def test_the_paths_of_the_example_script_are_kept() -> None:
         assert (answer.status_code, answer.json()["failed"]) == (500, [d.url])
 
 
-async def test_only_operators_may_do_it() -> None:
+async def test_only_operators_may_use_these_routes() -> None:
     async with running_gateway(["http://127.0.0.1:9"], admin_key="secret", ready=False) as running:
         for method, path in (
             *(("POST", f"/admin/{name}") for name in ("reset_prefix_cache", "start_profile", "stop_profile")),
@@ -132,7 +132,7 @@ async def test_only_operators_may_do_it() -> None:
             assert (await running.http.request(method, path)).status_code == 401, path
 
 
-async def test_a_backend_that_is_put_to_sleep_gets_nothing_until_it_is_woken() -> None:
+async def test_a_backend_that_is_asleep_gets_no_requests_until_it_is_woken() -> None:
     async with mixed(2) as (running, [one, other]):
         answer = await running.http.post(f"/admin/sleep?backend={backend_id(one.url)}")
         assert answer.status_code == 200 and one.asleep and not other.asleep
@@ -151,7 +151,7 @@ async def test_a_backend_that_is_put_to_sleep_gets_nothing_until_it_is_woken() -
         assert (await running.http.post(CHAT, json=chat())).status_code == 200
 
 
-async def test_an_engine_that_slept_before_the_gateway_came_gets_nothing() -> None:
+async def test_an_engine_that_slept_before_the_gateway_started_gets_no_requests() -> None:
     async with simulators("mixed") as [engine]:
         engine.asleep = True
         async with running_gateway(mixed=[engine.url], ready=False) as running:
@@ -162,7 +162,7 @@ async def test_an_engine_that_slept_before_the_gateway_came_gets_nothing() -> No
             await until(lambda: backend.up)
 
 
-async def test_what_runs_on_a_backend_ends_before_it_sleeps() -> None:
+async def test_the_requests_of_a_backend_end_before_it_sleeps() -> None:
     async with mixed(engine={"step_time": 0.01}) as (running, [engine]):
         request = asyncio.create_task(running.http.post(CHAT, json=chat(max_tokens=30, ignore_eos=True)))
         await until(lambda: engine.engine.running == 1)
@@ -172,7 +172,7 @@ async def test_what_runs_on_a_backend_ends_before_it_sleeps() -> None:
         assert engine.asleep
 
 
-async def test_a_backend_that_is_needed_is_not_put_to_sleep_unless_forced() -> None:
+async def test_a_backend_in_use_is_not_put_to_sleep_unless_forced() -> None:
     async with mixed() as (running, [engine]):
         engine.faults.add("hang", leg="local")
         request = asyncio.create_task(running.http.post(CHAT, json=chat()))
@@ -189,7 +189,7 @@ async def test_a_backend_that_is_needed_is_not_put_to_sleep_unless_forced() -> N
         request.cancel()
 
 
-async def test_a_backend_that_was_draining_goes_on_draining() -> None:
+async def test_a_backend_that_was_draining_stays_draining() -> None:
     async with mixed() as (running, _):
         [backend] = running.gateway.fleet
         running.gateway.fleet.drain(backend)
@@ -200,7 +200,7 @@ async def test_a_backend_that_was_draining_goes_on_draining() -> None:
 
 
 class OtherWorkers:
-    """The gateway's other workers, as the calls see them: the backend is needed there for a while."""
+    """Stands in for the gateway's other workers, which need the backend for a while."""
 
     def __init__(self, looks: int) -> None:
         self.told: list[str] = []
@@ -250,7 +250,7 @@ async def test_an_adapter_is_loaded_into_both_legs_engines_and_served_at_once() 
         assert len(prefill) == len(decode) == 2
 
 
-async def test_what_all_engines_refuse_alike_has_their_status() -> None:
+async def test_a_refusal_of_all_engines_keeps_their_status() -> None:
     async with pools() as (running, [p], _):
         assert (await running.http.post(LOAD, json={**ADAPTER, "lora_name": "sim"})).status_code == 400
         answer = await running.http.post(UNLOAD, json={"lora_name": "tuned"})
@@ -267,7 +267,7 @@ async def test_what_all_engines_refuse_alike_has_their_status() -> None:
     "body",
     [{}, [], {"lora_name": "a"}, {**ADAPTER, "lora_name": ""}, {**ADAPTER, "lora_path": 1}, {**ADAPTER, "other": 1}],
 )
-async def test_a_load_that_is_none_reaches_no_engine(body: Any) -> None:
+async def test_an_invalid_load_request_reaches_no_engine(body: Any) -> None:
     async with pools() as (running, _, _):
         answer = await running.http.post(LOAD, json=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
@@ -292,7 +292,7 @@ async def test_an_adapter_goes_to_the_engines_of_its_base_model() -> None:
         assert len(one.adapters.cards()) == len(two.adapters.cards()) == 1
 
 
-async def test_adapters_are_operators_business_and_not_clients() -> None:
+async def test_only_operators_may_load_adapters() -> None:
     async with running_gateway(["http://127.0.0.1:9"], api_keys="client", ready=False) as running:
         for path in (LOAD, UNLOAD):
             answer = await running.http.post(path, json=ADAPTER, headers={"authorization": "Bearer client"})

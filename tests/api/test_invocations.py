@@ -1,4 +1,4 @@
-"""/invocations: SageMaker's one route."""
+"""/invocations: SageMaker's only route."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ PATH = "/invocations"
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", chat()), ("/v1/completions", completion())])
-async def test_what_generates_is_split_as_at_its_own_route(path: str, body: dict[str, Any], stream: bool) -> None:
+async def test_requests_that_generate_are_split_as_on_their_own_routes(
+    path: str, body: dict[str, Any], stream: bool
+) -> None:
     async with pools() as (running, [p], [d]):
         answer = await running.http.post(PATH, json={**body, "stream": stream})
         assert answer.status_code == 200 and ("[DONE]" in answer.text) == stream
@@ -28,21 +30,21 @@ async def test_what_generates_is_split_as_at_its_own_route(path: str, body: dict
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/score", "/v1/rerank"])
-async def test_other_shapes_lead_to_their_routes(path: str) -> None:
+async def test_bodies_of_other_routes_are_served_by_these(path: str) -> None:
     async with mixed() as (running, [engine]):
         answer = await running.http.post(PATH, json=BODIES[path])
         assert answer.status_code == 200
         assert [r.path for r in engine.requests] == [path]
 
 
-async def test_a_shape_of_several_routes_leads_to_one_that_there_is() -> None:
+async def test_a_body_of_several_routes_goes_to_one_that_an_engine_offers() -> None:
     async with mixed(engine={"task": "classify"}) as (running, [engine]):
         assert (await running.http.post(PATH, json=BODIES["/classify"])).status_code == 404
         assert (await running.http.post(PATH, json=BODIES["/classify"])).status_code == 200
         assert [r.path for r in engine.requests] == ["/classify"]
 
 
-async def test_it_has_the_bounds_and_errors_of_clients_routes() -> None:
+async def test_limits_and_errors_are_those_of_other_routes() -> None:
     async with pools(api_keys="k", limits={"request_body": 2000}) as (running, [p], _):
         key = {"authorization": "Bearer k"}
 
@@ -66,14 +68,14 @@ async def test_it_has_the_bounds_and_errors_of_clients_routes() -> None:
         assert (await running.http.post(PATH, json=chat(), headers=key)).status_code == 200
 
 
-async def test_no_client_can_say_more_there_than_elsewhere() -> None:
+async def test_members_that_clients_may_not_set_are_removed_here_too() -> None:
     async with pools() as (running, [p], [d]):
         body = chat(kv_transfer_params={"remote_host": "10.9.9.9"}, request_id="x")
         assert (await running.http.post(PATH, json=body)).status_code == 200
         assert all("10.9.9.9" not in str(r.body) for r in (*p.requests, *d.requests))
 
 
-async def test_under_another_server_it_is_the_same() -> None:
+async def test_another_asgi_server_gives_the_same_answers() -> None:
     async with pools() as (running, _, _):
         transport = httpx.ASGITransport(app=running.gateway.surface)
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=20) as http:

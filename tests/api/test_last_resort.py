@@ -1,4 +1,5 @@
-"""Whatever escapes from the gateway's own code: the client is told in its API's shape, and so are log and metrics."""
+"""Exceptions that escape from the gateway's own code: the client gets an error in its API's form, and the log and the
+metrics have it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ ROUTES: dict[str, dict[str, Any]] = {
 
 
 class Fault(Exception):
-    """What the code of no room expects."""
+    """An exception that no package catches."""
 
 
 def fails(*arguments: object, **named: object) -> Any:
@@ -32,7 +33,7 @@ def fails(*arguments: object, **named: object) -> Any:
 
 
 async def check_all(running: Running, endpoint_errors: int) -> None:
-    """Nothing is left behind, and the faults were counted by what they were."""
+    """Check that nothing is in flight, and that the faults were counted as internal errors."""
     await until(running.idle)
     metrics = await running.metrics()
     counted = {name: value for name, value in metrics.items() if name.startswith("pd_proxy_requests_total")}
@@ -41,7 +42,7 @@ async def check_all(running: Running, endpoint_errors: int) -> None:
 
 
 @pytest.mark.parametrize("place", [(Placing, "decide"), (Legs, "_send"), (Plan, "take")])
-async def test_a_fault_anywhere_on_the_way_is_a_shaped_500(
+async def test_a_fault_in_any_part_is_a_500_in_the_apis_form(
     place: tuple[type, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with pools(1, 1) as (running, _, _):
@@ -63,7 +64,7 @@ async def test_a_fault_anywhere_on_the_way_is_a_shaped_500(
         await check_all(running, 4)
 
 
-async def test_a_fault_on_a_one_leg_route_is_a_shaped_500(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_on_a_one_leg_route_is_a_500_in_the_apis_form(monkeypatch: pytest.MonkeyPatch) -> None:
     async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url]) as running:
         monkeypatch.setattr(Single, "_try", fails)
         answer = await running.http.post("/v1/embeddings", json=ROUTES["/v1/embeddings"])
@@ -94,7 +95,7 @@ async def test_a_fault_in_a_stream_that_has_begun_is_an_error_event(path: str, m
         await check_all(running, 1)
 
 
-async def test_an_error_that_cannot_be_written_is_one_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_that_cannot_be_written_is_replaced_by_a_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url]) as running:
         monkeypatch.setattr("pd_proxy.api.exchange._give", fails)
         answer = await running.http.post("/v1/chat/completions", content=b"no JSON")
@@ -103,7 +104,7 @@ async def test_an_error_that_cannot_be_written_is_one_that_can(monkeypatch: pyte
         assert answer.headers["x-request-id"]
 
 
-def test_a_sink_that_fails_costs_the_others_nothing() -> None:
+def test_a_sink_that_fails_does_not_disturb_the_others() -> None:
     heard = []
 
     class Sink:
@@ -117,7 +118,7 @@ def test_a_sink_that_fails_costs_the_others_nothing() -> None:
     assert len(heard) == 2
 
 
-async def test_a_request_that_fails_before_it_has_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_that_fails_before_it_has_an_id_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url]) as running:
         monkeypatch.setattr("pd_proxy.api.exchange.introduce", fails)
         answer = await running.http.post("/v1/chat/completions", json=chat())

@@ -1,4 +1,4 @@
-"""Models by their own names and by others, and adapters that come and go while the gateway runs."""
+"""Models by name and by alias, and adapters that are loaded and unloaded while the gateway runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support import PROMPT, Running, chat, completion, pools, running_gate
 
 LORA = "tuned"
 PATIENT = {"interval": 30.0}
-"""Probes so rare that nothing is learnt by chance."""
+"""Probes so rare that no test learns anything from one."""
 
 
 @asynccontextmanager
@@ -49,7 +49,7 @@ def said(answer: Any) -> str:
     return str(answer.choices[0].message.content)
 
 
-async def test_an_alias_is_answered_by_the_model_that_it_stands_for() -> None:
+async def test_a_request_for_an_alias_is_served_by_its_model() -> None:
     async with pools(aliases={"gpt-4": "sim"}) as (running, [p], [d]), client_of(running) as client:
         messages: Any = [{"role": "user", "content": PROMPT}]
         plain = await client.chat.completions.create(model="sim", messages=messages, max_tokens=12, temperature=0)
@@ -63,7 +63,7 @@ async def test_an_alias_is_answered_by_the_model_that_it_stands_for() -> None:
         assert not any("gpt-4" in name for name in metrics), "one model has one series, whatever it is called"
 
 
-async def test_an_alias_is_listed_with_the_model_that_it_stands_for() -> None:
+async def test_an_alias_is_listed_with_its_model() -> None:
     aliases = {"gpt-4": "sim", "o3": LORA, "gone": "no-such-model"}
     engine = {"adapters": (LORA,), "root": "/models/sim"}
     async with pools(aliases=aliases, engine=engine) as (running, _, _), client_of(running) as client:
@@ -79,7 +79,7 @@ async def test_an_alias_is_listed_with_the_model_that_it_stands_for() -> None:
             await client.completions.create(model="gone", prompt="x")
 
 
-async def test_an_alias_goes_before_a_model_of_the_same_name() -> None:
+async def test_an_alias_takes_precedence_over_a_model_of_the_same_name() -> None:
     async with pools(aliases={"sim": LORA}, engine={"adapters": (LORA,)}) as (running, _, [d]):
         assert (await running.http.post("/v1/completions", json=completion())).status_code == 200
         assert d.requests[-1].body["model"] == LORA
@@ -96,7 +96,7 @@ async def test_a_request_without_a_model_gets_the_default_one() -> None:
         assert [request.body["model"] for engine in (p, d) for request in engine.requests] == [LORA] * 4
 
 
-async def test_without_a_default_a_request_must_say_which_of_several_models_it_means() -> None:
+async def test_without_a_default_a_request_has_to_name_one_of_several_models() -> None:
     body = {"prompt": PROMPT, "max_tokens": 4}
     async with simulators("mixed", model="alpha") as [a], simulators("mixed", model="beta") as [b]:
         async with running_gateway(mixed=[a.url]) as running:
@@ -130,7 +130,7 @@ async def test_an_adapter_is_served_as_soon_as_engines_have_it() -> None:
         assert LORA in {card.id for card in (await client.models.list()).data}
 
 
-async def test_a_card_that_is_asked_for_is_looked_for_too() -> None:
+async def test_asking_for_the_card_of_an_unknown_model_asks_the_engines() -> None:
     async with pools(health=PATIENT) as (running, [p], [d]), client_of(running) as client:
         await load(p, d)
         card = (await client.models.retrieve(LORA)).model_dump()
@@ -146,7 +146,7 @@ async def test_an_adapter_that_only_decode_has_is_prefilled_there() -> None:
         assert not p.requests
 
 
-async def test_an_adapter_that_only_prefill_has_is_on_its_way_and_may_be_asked_for_again() -> None:
+async def test_a_request_for_an_adapter_that_only_prefill_has_may_be_repeated_later() -> None:
     async with pools(health=PATIENT) as (running, [p], [d]):
         await load(p)
         answer = await running.http.post("/v1/completions", json=completion(model=LORA))
@@ -184,7 +184,7 @@ async def test_an_adapter_that_one_engine_has_lost_is_served_by_another(stream: 
         await until(running.idle)
 
 
-async def test_an_adapter_that_nobody_has_any_more_is_the_engines_404() -> None:
+async def test_an_adapter_that_no_engine_has_any_more_is_the_engines_404() -> None:
     async with pools(engine={"adapters": (LORA,)}, health=PATIENT) as (running, [p], [d]):
         await unload(p, d)
         answer = await running.http.post("/v1/chat/completions", json=chat(model=LORA))
@@ -195,10 +195,10 @@ async def test_an_adapter_that_nobody_has_any_more_is_the_engines_404() -> None:
         assert again.json()["error"]["code"] == "model_not_found"
 
 
-async def test_requests_for_models_that_do_not_exist_hardly_disturb_the_engines(
+async def test_requests_for_unknown_models_rarely_cause_questions_to_engines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pd_proxy.fleet.health.prober._MOST_ASKED", 4)  # two engines: a round each half second
+    monkeypatch.setattr("pd_proxy.fleet.health.prober._MOST_ASKED", 4)  # with two engines: one round each half second
     async with pools(health=PATIENT) as (running, _, [d]):
         asked: list[float] = []
         models = running.gateway.fleet.pool("decode")[0]
@@ -216,13 +216,13 @@ async def test_requests_for_models_that_do_not_exist_hardly_disturb_the_engines(
                 *(running.http.post("/v1/completions", json=completion(model=f"none-{n}")) for n in range(20))
             )
             assert {answer.status_code for answer in answers} == {404}
-        # Once for all that came together; on a busy machine they come in more rounds than two.
+        # One round for all requests that came together. On a busy machine they come in more than two rounds.
         assert len(asked) >= 2
         assert min(later - earlier for earlier, later in itertools.pairwise(asked)) > 0.4
         assert not d.requests
 
 
-async def test_a_client_that_leaves_while_engines_are_asked_takes_nobody_with_it(
+async def test_a_client_that_leaves_while_engines_are_asked_cancels_no_other_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pd_proxy.fleet.health.prober._MOST_ASKED", 2)

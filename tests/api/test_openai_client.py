@@ -1,4 +1,4 @@
-"""The official client against the gateway and simulated pools: what a user of `base_url` sees."""
+"""OpenAI's official client against the gateway and simulated pools."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ async def test_models_are_listed_and_found() -> None:
         assert (await client.models.retrieve("sim")).id == "sim"
 
 
-async def test_errors_are_the_clients_own_exceptions() -> None:
+async def test_errors_become_the_client_librarys_exceptions() -> None:
     async with clients(resume="off") as (client, running, p, d):
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             await client.chat.completions.create(model="other", messages=MESSAGES)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Probes, models, metrics and the example script's own endpoints."""
+"""Probes, models, versions, load, metrics and the example script's own routes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def test_readiness_follows_the_backends() -> None:
         assert (await running.http.get("/ready")).status_code == 200
 
 
-async def test_instances_come_and_go_as_with_the_script() -> None:
+async def test_instances_are_added_and_removed_as_with_the_example_script() -> None:
     async with pools(1, 1) as (running, _, [d]), simulators("decode", "prefill") as [d2, p2]:
         fleet = running.gateway.fleet
         added = await running.http.post(
@@ -63,7 +63,7 @@ async def test_instances_come_and_go_as_with_the_script() -> None:
         assert f'pd_proxy_backend_up{{backend="{d.url}",pool="decode"}}' not in metrics
 
 
-async def test_a_removed_backend_finishes_what_it_has() -> None:
+async def test_a_removed_backend_finishes_its_requests() -> None:
     async with pools(1, 2, engine={"step_time": 0.01}) as (running, _, decode):
         request = asyncio.create_task(running.http.post(CHAT, json=chat(max_tokens=50, ignore_eos=True)))
         await until(lambda: any(d.engine.running for d in decode))
@@ -73,7 +73,7 @@ async def test_a_removed_backend_finishes_what_it_has() -> None:
         await until(lambda: len(running.gateway.fleet.pool("decode")) == 1)
 
 
-async def test_bad_changes_of_membership_are_400_and_change_nothing() -> None:
+async def test_invalid_changes_of_the_pools_are_400_and_change_nothing() -> None:
     async with pools() as (running, [p], [d]):
         for path, body in (
             ("/instances/add", {"type": "other", "instances": ["h:1"]}),
@@ -114,7 +114,7 @@ async def test_reset_prefix_cache_reaches_every_backend_and_names_those_that_fai
         assert answer.json()["failed"] == [decode[0].url]
 
 
-async def test_metrics_come_as_text_and_as_openmetrics() -> None:
+async def test_metrics_are_served_as_text_and_as_openmetrics() -> None:
     async with pools(first_token="decode") as (running, [p], [d]):
         await running.http.post(CHAT, json=chat(stream=True))
         text = await running.http.get("/metrics")
@@ -147,7 +147,7 @@ async def test_metrics_come_as_text_and_as_openmetrics() -> None:
         assert opened.text.endswith("# EOF\n")
 
 
-async def test_what_tests_read_of_metrics_is_what_the_page_says() -> None:
+async def test_the_metrics_that_tests_read_equal_those_of_the_page() -> None:
     async with pools() as (running, _, _):
         assert (await running.http.post("/v1/chat/completions", json=chat())).status_code == 200
         await until(running.idle)
@@ -167,7 +167,7 @@ async def test_what_tests_read_of_metrics_is_what_the_page_says() -> None:
         assert f'pd_proxy_requests_total{{endpoint="chat",model="sim",outcome="ok"}} {counted}' in page
 
 
-async def test_labels_stay_bounded_whatever_clients_send() -> None:
+async def test_labels_are_bounded_whatever_clients_send() -> None:
     async with pools() as (running, _, _):
         for n in range(50):
             await running.http.post(CHAT, json=chat(model=f"model-{n}"))
@@ -178,7 +178,7 @@ async def test_labels_stay_bounded_whatever_clients_send() -> None:
         }
 
 
-async def test_the_version_is_told_with_those_of_the_engines_and_without_their_addresses() -> None:
+async def test_version_shows_gateway_and_engines_without_addresses() -> None:
     async with pools(1, 2) as (running, [p], _):
         answer = await running.http.get("/version")
         assert answer.json() == {
@@ -191,7 +191,7 @@ async def test_the_version_is_told_with_those_of_the_engines_and_without_their_a
         assert str(p.port) not in answer.text
 
 
-async def test_the_load_is_the_fleets() -> None:
+async def test_load_shows_the_requests_and_tokens_of_the_fleet() -> None:
     async with pools(1, 2) as (running, [p], _):
         assert (await running.http.get("/load")).json() == {
             "server_load": 0,
@@ -230,7 +230,7 @@ async def test_a_model_may_have_slashes_in_its_name() -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-async def test_a_nim_is_served_where_it_says_that_it_is_ready() -> None:
+async def test_a_nim_is_probed_on_its_own_routes() -> None:
     async with (
         simulators("mixed", surface="nim") as [engine],
         running_gateway(mixed=[engine.url], kind="nim") as running,

@@ -1,4 +1,4 @@
-"""OpenAI's official client for responses, against the gateway and simulated pools: made, streamed, kept, asked for."""
+"""OpenAI's official client and responses, against the gateway and simulated pools: new, streamed, stored, retrieved."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_instructions_formats_and_tools() -> None:
         assert running.idle()
 
 
-async def test_what_goes_on_from_a_response_goes_whole_to_the_backend_that_has_it() -> None:
+async def test_a_request_that_continues_a_response_goes_whole_to_the_backend_that_has_it() -> None:
     async with clients(2, 3) as (client, running, p, decode):
         for _ in range(4):
             first = await client.responses.create(**ASKED)
@@ -118,7 +118,7 @@ async def test_what_goes_on_from_a_response_goes_whole_to_the_backend_that_has_i
         assert running.idle()
 
 
-async def test_a_response_that_nobody_has_is_not_found() -> None:
+async def test_a_response_that_no_backend_has_is_not_found() -> None:
     async with clients() as (client, running, _, [d]):
         kept = await client.responses.create(**ASKED)
         assert (await client.responses.retrieve(kept.id)).id == kept.id
@@ -136,13 +136,13 @@ async def test_a_response_that_nobody_has_is_not_found() -> None:
             await client.responses.retrieve(unkept.id)
         await d.restart()
         await until(lambda: all(backend.up for backend in running.gateway.fleet))
-        with pytest.raises(openai.NotFoundError, match="not found"):  # the engine says so
+        with pytest.raises(openai.NotFoundError, match="not found"):  # the engine's own error
             await client.responses.retrieve(kept.id)
         answer = await running.http.delete(f"/v1/responses/{kept.id}")
         assert answer.status_code == 405
 
 
-async def test_a_gateway_beside_the_one_that_made_it_finds_a_response() -> None:
+async def test_another_gateway_of_the_same_operator_finds_a_response() -> None:
     async with (
         clients(1, 2, admin_key="s") as (client, _, [p], decode),
         running_gateway([p.url], [d.url for d in reversed(decode)], admin_key="s") as beside,
@@ -153,7 +153,7 @@ async def test_a_gateway_beside_the_one_that_made_it_finds_a_response() -> None:
             assert (await other.responses.retrieve(made.id)).output_text == made.output_text
 
 
-async def test_a_response_of_a_backend_that_is_down_is_there_again_when_that_is() -> None:
+async def test_a_response_is_available_again_when_its_backend_is_up_again() -> None:
     async with clients(health={"timeout": 0.5}) as (client, running, _, [d]):
         made = await client.responses.create(**ASKED)
         [backend] = running.gateway.fleet.pool("decode")
@@ -167,7 +167,7 @@ async def test_a_response_of_a_backend_that_is_down_is_there_again_when_that_is(
         assert (await client.responses.retrieve(made.id)).id == made.id
 
 
-async def test_a_response_is_its_clients_own() -> None:
+async def test_a_response_can_be_read_by_its_own_client_only() -> None:
     named = [{"name": "a", "key": "a"}, {"name": "b", "key": "b"}]
     async with clients(clients=named) as (client, running, _, _):
         mine = await client.responses.create(**ASKED)
@@ -182,7 +182,7 @@ async def test_a_response_is_its_clients_own() -> None:
         assert running.idle()
 
 
-async def test_a_response_in_the_background_is_asked_for_until_it_is_there() -> None:
+async def test_a_background_response_can_be_polled_until_it_is_complete() -> None:
     async with clients(2, 2, engine={"step_time": 0.005}) as (client, _, p, decode):
         whole = await client.responses.create(**ASKED)
         queued = await client.responses.create(**ASKED, background=True)
@@ -190,7 +190,7 @@ async def test_a_response_in_the_background_is_asked_for_until_it_is_there() -> 
         await asyncio.gather(*(engine.wait_for(lambda e=engine: e.engine.running == 0) for engine in decode))  # type: ignore[misc]
         done = await client.responses.retrieve(queued.id)
         assert (done.status, done.output_text) == ("incomplete", whole.output_text)
-        assert sum(len(engine.requests) for engine in p) == 1  # the first one alone was split
+        assert sum(len(engine.requests) for engine in p) == 1  # only the first request was split
         running_one = await client.responses.create(**{**ASKED, "max_output_tokens": 4000}, background=True)
         assert (await client.responses.cancel(running_one.id)).status == "cancelled"
         await asyncio.gather(*(engine.wait_for(lambda e=engine: e.engine.running == 0) for engine in decode))  # type: ignore[misc]
@@ -198,7 +198,7 @@ async def test_a_response_in_the_background_is_asked_for_until_it_is_there() -> 
             await client.responses.cancel(whole.id)
 
 
-async def test_a_stream_in_the_background_can_be_taken_up_again() -> None:
+async def test_the_stream_of_a_background_response_can_be_continued() -> None:
     async with clients(engine={"step_time": 0.005}) as (client, running, _, [d]):
         seen = []
         stream = await client.responses.create(**ASKED, background=True, stream=True)
@@ -217,7 +217,7 @@ async def test_a_stream_in_the_background_can_be_taken_up_again() -> None:
         assert said == (await client.responses.retrieve(response_id)).output_text
 
 
-async def test_a_retrieved_stream_that_breaks_ends_with_an_error_and_hides_what_stays_inside() -> None:
+async def test_a_retrieved_stream_that_breaks_ends_with_an_error_and_shows_no_internals() -> None:
     async with clients(engine={"step_time": 0.01}) as (client, _, _, [d]):
         stream = await client.responses.create(**ASKED, background=True, stream=True)
         async for _ in stream:
@@ -241,25 +241,25 @@ async def test_a_retrieved_stream_that_breaks_ends_with_an_error_and_hides_what_
         ({"background": True}, "background"),
     ],
 )
-async def test_what_cannot_be_split_goes_to_one_backend_whole(more: dict[str, Any], why: str) -> None:
+async def test_unsplittable_requests_go_to_one_backend(more: dict[str, Any], why: str) -> None:
     async with clients() as (client, _, [p], [d]):
         answer = await client.responses.with_raw_response.create(**ASKED, **more)
         assert answer.headers["x-pd-proxy-fallback"] == why
         assert not p.requests and [request.leg for request in d.requests] == ["local"]
 
 
-async def test_decode_that_dies_in_mid_stream_raises_in_the_client() -> None:
+async def test_a_decode_engine_that_dies_mid_stream_raises_an_exception_in_the_client() -> None:
     async with clients() as (client, running, _, [d]):
         d.faults.add("die_mid_stream", leg="decode", after_tokens=4, ending="reset")
         kinds = []
         with pytest.raises(openai.APIError, match="could not be continued"):
             async for event in await client.responses.create(**ASKED, stream=True):
-                kinds.append(event.type)  # noqa: PERF401 - those before the error count too
+                kinds.append(event.type)  # noqa: PERF401 - the events before the error count too
         assert 1 <= kinds.count("response.output_text.delta") <= 4
         await until(running.idle)
 
 
-async def test_errors_are_the_clients_own_exceptions() -> None:
+async def test_errors_become_the_client_librarys_exceptions() -> None:
     async with clients() as (client, running, _, _):
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             await client.responses.create(**{**ASKED, "model": "other"})

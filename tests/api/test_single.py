@@ -1,4 +1,4 @@
-"""One-leg routes: the pool that can serve them, retries, what is stripped, and what is told to whom."""
+"""One-leg routes: their pools, retries, removed fields, errors and metrics."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_the_openai_client_gets_embeddings_and_moderations() -> None:
         assert running.idle()
 
 
-async def test_embeddings_as_bytes_come_with_what_they_are_read_by() -> None:
+async def test_embeddings_as_bytes_have_the_header_that_describes_them() -> None:
     async with mixed() as (running, _):
         answer = await running.http.post(EMBEDDINGS, json={**INPUT, "encoding_format": "bytes"})
         assert answer.headers["content-type"] == "application/octet-stream"
@@ -111,14 +111,14 @@ async def test_every_route_is_served_in_one_leg_and_counted(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", OFFERED)
-async def test_every_route_refuses_what_it_cannot_use(path: str) -> None:
+async def test_every_route_refuses_invalid_requests(path: str) -> None:
     async with mixed(api_keys="k", limits={"request_body": 2000}) as (running, [engine]):
         key = {"authorization": "Bearer k"}
 
         async def refused(status: int, code: str, **request: Any) -> None:
             answer = await running.http.request(**{"method": "POST", "url": path, "headers": key, **request})
             error = answer.json()["error"]
-            if path.startswith("/v1/messages/"):  # Anthropic's shape, which has no code
+            if path.startswith("/v1/messages/"):  # Anthropic's form of errors has no code
                 assert (answer.status_code, answer.json()["type"]) == (status, "error"), answer.text
                 assert set(error) == {"type", "message"}
             else:
@@ -136,7 +136,7 @@ async def test_every_route_refuses_what_it_cannot_use(path: str) -> None:
         assert running.idle()
 
 
-async def test_what_no_client_may_say_is_not_said_and_what_no_client_may_read_is_not_read() -> None:
+async def test_hand_off_fields_are_removed_from_requests_and_from_answers() -> None:
     said = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -171,7 +171,7 @@ async def test_what_no_client_may_say_is_not_said_and_what_no_client_may_read_is
             assert b"authorization: Bearer theirs" in head and b"parallel" not in head
 
 
-async def test_a_backend_that_has_no_such_route_is_remembered_and_another_is_asked() -> None:
+async def test_a_backend_without_the_route_is_remembered_and_another_one_serves() -> None:
     async with (
         simulators("mixed", task="generate") as [chats],
         simulators("mixed", task="embed") as [embeds],
@@ -186,7 +186,7 @@ async def test_a_backend_that_has_no_such_route_is_remembered_and_another_is_ask
         assert running.idle()
 
 
-async def test_where_nobody_has_the_route_the_404_says_so() -> None:
+async def test_where_no_engine_has_the_route_the_404_says_so() -> None:
     async with pools() as (running, [p], [d]):
         for _ in range(2):
             answer = await running.http.post(EMBEDDINGS, json=INPUT)
@@ -197,7 +197,7 @@ async def test_where_nobody_has_the_route_the_404_says_so() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/moderations", "/collective_rpc", "/sleep", "/v1/embedding", "/generate"])
-async def test_what_no_kind_here_offers_is_a_404_that_names_the_nearest(path: str) -> None:
+async def test_a_route_of_no_engine_family_here_is_a_404_that_names_similar_routes(path: str) -> None:
     async with mixed() as (running, [engine]):
         answer = await running.http.post(path, json=INPUT)
         error = answer.json()["error"]
@@ -220,7 +220,7 @@ async def test_what_no_kind_here_offers_is_a_404_that_names_the_nearest(path: st
         ("/v1/audio/transcriptions", ("prefill",), "prefill"),
     ],
 )
-async def test_a_route_goes_to_the_pool_that_it_disturbs_least(path: str, roles: tuple[str, ...], role: str) -> None:
+async def test_each_route_goes_to_the_pool_that_fits_its_work(path: str, roles: tuple[str, ...], role: str) -> None:
     async with simulators(*roles, task="any") as engines:
         urls = {role: [engine.url] for role, engine in zip(roles, engines, strict=True)}
         async with running_gateway(**urls) as running:
@@ -256,23 +256,25 @@ async def retries(running: Running) -> dict[str, float]:
     ],
     ids=str,
 )
-async def test_a_failure_before_the_first_byte_is_tried_again_elsewhere(fault: dict[str, Any], reason: str) -> None:
+async def test_a_failure_before_the_first_byte_is_retried_on_another_backend(
+    fault: dict[str, Any], reason: str
+) -> None:
     async with mixed(2, timeouts={"prefill": 0.4}) as (running, engines):
         for engine in engines:
             engine.faults.add(leg="local", count=1, **fault)
-        # The first try fails; the second is on the other, which fails too; the third is good.
+        # The first try fails, the second one fails on the other backend, and the third one succeeds.
         answer = await running.http.post(EMBEDDINGS, json=INPUT)
         assert answer.status_code == 200, answer.text
         assert await retries(running) == {f'pd_proxy_retries_total{{leg="decode",reason="{reason}"}}': 2}
         assert running.idle()
 
 
-async def test_a_dead_backend_is_passed_over_and_out() -> None:
+async def test_a_dead_backend_is_avoided_and_marked_down() -> None:
     async with mixed(2, health={"interval": 60.0}) as (running, [one, other]):
         one.kill()
         dead, _ = running.gateway.fleet
         sent = 0
-        while dead.up and sent < 100:  # between two that are as good as each other it is by chance who is asked
+        while dead.up and sent < 100:  # placement chooses at random between equal backends
             assert (await running.http.post(EMBEDDINGS, json=INPUT)).status_code == 200
             sent += 1
         assert len(other.requests) == sent
@@ -285,14 +287,14 @@ async def test_a_dead_backend_is_passed_over_and_out() -> None:
         assert answer.headers["retry-after"] == "1"
 
 
-async def test_the_engines_own_refusal_is_given_on() -> None:
+async def test_the_engines_own_refusal_is_passed_on() -> None:
     async with mixed(2) as (running, engines):
         answer = await running.http.post(EMBEDDINGS, json={**INPUT, "dimensions": 0})
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "BadRequestError")
         assert sum(len(engine.requests) for engine in engines) == 1
 
 
-async def test_the_breaker_hears_of_what_the_model_computed_and_not_of_what_was_only_tokenised() -> None:
+async def test_the_outlier_detector_counts_requests_that_the_model_computes_only() -> None:
     settings = {"breaker": {"consecutive_failures": 3}, "retries": {"attempts": 1}}
     async with mixed(2, **settings) as (running, [bad, _]):
         backend = running.gateway.fleet.pool("mixed")[0]
@@ -316,7 +318,7 @@ async def test_a_client_that_leaves_ends_its_leg_at_once() -> None:
         assert (await running.metrics())['pd_proxy_client_disconnects_total{stage="decode"}'] == 1
 
 
-async def test_a_request_may_set_its_own_time() -> None:
+async def test_a_request_may_set_its_own_time_limit() -> None:
     async with mixed() as (running, [engine]):
         engine.faults.add("hang", leg="local")
         answer = await running.http.post(EMBEDDINGS, json=INPUT, headers={"x-request-timeout": "0.2"})
@@ -337,7 +339,7 @@ async def test_admission_counts_one_leg_requests_like_all_others() -> None:
         assert running.idle()
 
 
-async def test_one_leg_routes_take_aliases_too() -> None:
+async def test_one_leg_routes_accept_aliases() -> None:
     async with mixed(aliases={"embedder": "sim"}) as (running, [engine]):
         answer = await running.http.post(EMBEDDINGS, json={**INPUT, "model": "embedder"})
         assert answer.status_code == 200, answer.text

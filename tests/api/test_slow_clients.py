@@ -1,5 +1,5 @@
-"""Slow and hostile clients before a whole gateway: the engines hear nothing they should not, others go on, and nothing
-is left behind."""
+"""Slow and hostile clients of a whole gateway: engines get no wrong requests, other clients are served, nothing stays
+in flight."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATIENCE = 10.0
 
 @contextlib.asynccontextmanager
 async def reluctant(running: Running) -> AsyncIterator[socket.socket]:
-    """A client whose own buffer is small, so that what it does not read stays with the gateway."""
+    """A client with a small receive buffer, so that data that it does not read stays in the gateway."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setblocking(False)
@@ -44,7 +44,7 @@ async def everything(sock: socket.socket) -> bytes:
 
 
 def text_of_stream(answer: bytes) -> str:
-    """The text of a chunked stream of events, which must be whole."""
+    """The text of a chunked stream of events, which has to be complete."""
     body, text = answer.partition(b"\r\n\r\n")[2], b""
     while True:
         size, _, body = body.partition(b"\r\n")
@@ -58,14 +58,14 @@ def text_of_stream(answer: bytes) -> str:
 
 
 @pytest.mark.slow
-async def test_who_reads_slowly_stops_its_own_stream_and_no_other_and_gets_every_byte() -> None:
+async def test_a_slow_reader_stops_its_own_stream_only_and_gets_every_byte() -> None:
     async with pools() as (running, _, [d]), reluctant(running) as sock:
         long = chat(stream=True, max_tokens=6_000, ignore_eos=True)
         whole = (await running.http.post(CHAT, json=long | {"stream": False})).json()["choices"][0]["message"]
         await ask(sock, long, "connection: close")
         await until(lambda: any(not c.writable for c in running.connections), PATIENCE)
         [slow] = [c for c in running.connections if not c.writable]
-        # What a read brings at once is written before the pause is heeded, so one read may be on top of the mark.
+        # All data of one read is written before the pause takes effect, so one read may exceed the mark.
         assert slow.unsent <= 64 * 1024 + 256 * 1024
         held = slow.unsent
         started = monotonic()
@@ -79,13 +79,13 @@ async def test_who_reads_slowly_stops_its_own_stream_and_no_other_and_gets_every
         await until(running.idle)
 
 
-async def test_what_is_held_for_a_stream_that_nobody_reads_is_bounded() -> None:
+async def test_the_memory_of_a_stream_that_is_not_read_is_bounded() -> None:
     async with pools(timeouts={"idle": 60}) as (running, _, [d]), reluctant(running) as sock:
         await ask(sock, chat(stream=True, max_tokens=30_000, ignore_eos=True, logprobs=True, top_logprobs=5))
         await until(lambda: any(not c.writable for c in running.connections), PATIENCE)
         [slow] = [c for c in running.connections if not c.writable]
         before = -1
-        while before != slow.unsent:  # the last of what the engine's side had on its way
+        while before != slow.unsent:  # the last data that was on its way from the engine
             before = slow.unsent
             await asyncio.sleep(0.1)
         assert 0 < before <= 64 * 1024 + 256 * 1024
@@ -96,7 +96,7 @@ async def test_what_is_held_for_a_stream_that_nobody_reads_is_bounded() -> None:
 @pytest.mark.parametrize(
     "path", ["/metrics", "/v1/models", "/nothing", "/openapi.json"], ids=["metrics", "models", "error", "openapi"]
 )
-async def test_who_asks_and_asks_and_never_reads_is_cut_on_every_route(path: str) -> None:
+async def test_a_client_that_sends_requests_and_never_reads_is_cut_off_on_every_route(path: str) -> None:
     async with pools(timeouts={"idle": 3}) as (running, _, _), reluctant(running) as sock:
         loop = asyncio.get_running_loop()
         await until(lambda: len(running.connections) == 1)
@@ -108,18 +108,18 @@ async def test_who_asks_and_asks_and_never_reads_is_cut_on_every_route(path: str
                 while mine in running.connections:
                     await loop.sock_sendall(sock, f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
                     sent += 1
-                    # One after the other, until the answers no longer go out.
+                    # One request after the other, until the answers are no longer sent.
                     while mine in running.connections and state.total_requests < sent and not most:
                         most = max(most, mine.unsent)
                         await asyncio.sleep(0)
                     most = max(most, mine.unsent)
         assert 0 < most < 256 * 1024, "the mark, and one answer on top of it"
-        await until(lambda: not mine.is_answering)  # the sender may hear of the cut first
+        await until(lambda: not mine.is_answering)  # the client may notice the end of the connection first
         assert (await running.http.get("/health")).status_code == 200
 
 
 @pytest.mark.slow
-async def test_who_never_reads_an_answer_of_megabytes_is_cut_and_costs_no_engine() -> None:
+async def test_a_client_that_never_reads_a_long_answer_is_cut_off_and_blames_no_engine() -> None:
     async with pools(timeouts={"idle": 0.4}) as (running, [p], [d]), reluctant(running) as sock:
         await ask(sock, chat(max_tokens=9000, ignore_eos=True, logprobs=True, top_logprobs=5))
         await until(lambda: any(c.unsent > 500_000 for c in running.connections), 30)
@@ -129,7 +129,7 @@ async def test_who_never_reads_an_answer_of_megabytes_is_cut_and_costs_no_engine
         assert d.engine.running == 0
 
 
-async def test_the_body_of_any_route_is_bounded_before_anybody_asks_for_a_key() -> None:
+async def test_the_body_of_every_route_is_bounded_before_the_key_is_checked() -> None:
     async with pools(timeouts={"request_body": 0.3}, admin_key="k") as (running, _, _):
         answer = await running.http.post("/instances/add", content=b"x" * 2_000_000)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
@@ -142,7 +142,7 @@ async def test_the_body_of_any_route_is_bounded_before_anybody_asks_for_a_key() 
         writer.close()
 
 
-async def test_who_has_no_key_is_told_so_before_its_body_and_cannot_go_on_sending() -> None:
+async def test_a_client_without_a_key_is_refused_before_its_body_is_read() -> None:
     async with pools(api_keys=["k"]) as (running, _, _):
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 60000000\r\n\r\n{{".encode())
@@ -176,7 +176,7 @@ SMUGGLED = json.dumps(chat("smuggled")).encode()
         b"transfer-encoding: chunked\r\n\r\n1;x\n\r\n0\r\n\r\n",
     ],
 )
-async def test_what_hides_behind_a_request_of_two_meanings_reaches_no_engine(said: bytes) -> None:
+async def test_a_request_that_is_smuggled_in_an_ambiguous_one_reaches_no_engine(said: bytes) -> None:
     async with pools() as (running, p, d):
         head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\n".encode()
         hidden = head + b"content-length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED
@@ -191,7 +191,7 @@ async def test_what_hides_behind_a_request_of_two_meanings_reaches_no_engine(sai
         assert not [r for e in (*p, *d) for r in e.requests if r.path == CHAT]
 
 
-async def test_a_thousand_requests_sent_ahead_are_not_a_thousand_requests_to_the_engines() -> None:
+async def test_of_a_thousand_pipelined_requests_only_a_few_reach_the_engines() -> None:
     async with pools() as (running, _, [d]):
         body = json.dumps(completion(max_tokens=2)).encode()
         one = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body

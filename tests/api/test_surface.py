@@ -1,4 +1,4 @@
-"""What holds of every route: slashes, methods, and what is said where there is none."""
+"""Rules for all routes: slashes, methods, and the errors about unknown paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POSTS = ("/v1/chat/completions", "/v1/completions", "/tokenize")
 
 
 @pytest.mark.parametrize("slashes", ["/", "//"])
-async def test_a_slash_at_the_end_changes_nothing_anywhere(slashes: str) -> None:
+async def test_a_slash_at_the_end_of_a_path_changes_nothing(slashes: str) -> None:
     async with pools() as (running, [p], _):
         for path in GETS:
             plain, slashed = await running.http.get(path), await running.http.get(path + slashes)
@@ -42,11 +42,11 @@ async def test_head_is_answered_as_get_without_a_body() -> None:
         for path in POSTS:
             answer = await running.http.head(path)
             assert (answer.status_code, answer.headers["allow"], answer.content) == (405, "POST", b""), path
-        # The connection is still good: no body has been left in it.
+        # The connection can still be used: no body was left in it.
         assert (await running.http.get("/health")).json() == {"status": "alive"}
 
 
-async def test_head_tells_operators_no_more_than_get() -> None:
+async def test_head_checks_credentials_as_get_does() -> None:
     async with running_gateway(["http://127.0.0.1:9"], admin_key="secret", ready=False) as running:
         assert (await running.http.head("/admin/backends")).status_code == 401
         assert (await running.http.head("/ready")).status_code == 503
@@ -73,7 +73,7 @@ OTHER_METHODS = [
 ]
 
 
-async def test_another_method_is_a_405_that_names_those_there_are() -> None:
+async def test_another_method_is_a_405_with_the_methods_of_the_path() -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False) as running:
         for path, allow in OTHER_METHODS:
             for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"} - set(allow.split(", ")):
@@ -89,7 +89,7 @@ async def test_ping_is_for_sagemaker() -> None:
 
 
 @pytest.mark.parametrize("name", ["compact", "input_tokens"])
-async def test_what_openai_has_beside_stored_responses_and_engines_have_not_is_a_404(name: str) -> None:
+async def test_paths_of_openais_responses_that_no_engine_has_are_a_404(name: str) -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False) as running:
         answer = await running.http.post(f"/v1/responses/{name}", json={"model": "sim", "input": "x"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_route")
@@ -103,7 +103,7 @@ async def served(running: Running, path: str) -> str:
     return message.partition("this gateway serves ")[2]
 
 
-async def test_a_404_names_the_nearest_routes_and_none_of_operators() -> None:
+async def test_a_404_names_similar_routes_and_none_for_operators() -> None:
     async with running_gateway(["http://127.0.0.1:9"], ready=False) as running:
         assert "/v1/chat/completions" in await served(running, "/v1/chat/completion")
         assert "/v1/chat/completions" in await served(running, "/chat/completions")
@@ -114,7 +114,7 @@ async def test_a_404_names_the_nearest_routes_and_none_of_operators() -> None:
             assert "GET /openapi.json" in said and len(said) < 250
 
 
-async def test_an_unknown_model_names_those_that_there_are() -> None:
+async def test_the_error_about_an_unknown_model_names_the_known_models() -> None:
     async with pools(aliases={"gpt-4": "sim"}) as (running, _, _):
         for answer in (
             await running.http.post("/v1/chat/completions", json=chat(model="simm")),
@@ -129,7 +129,7 @@ async def test_an_unknown_model_names_those_that_there_are() -> None:
             }
 
 
-async def test_of_many_models_the_nearest_are_named() -> None:
+async def test_of_many_models_the_error_names_the_most_similar() -> None:
     names = [f"tenant-{number:03}/model" for number in range(300)]
     async with (
         simulators("mixed", adapters=[*names, "zebra-7b"]) as [engine],

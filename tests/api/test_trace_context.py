@@ -1,4 +1,4 @@
-"""The trace context of a request: what is valid by W3C's grammar goes on to the engines, and nothing else."""
+"""The trace context of a request: headers that are valid by W3C's grammar are forwarded to the engines, others not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def context(parent: bytes, *states: bytes) -> bytes:
         (b"cc-%b-%b-02-" % (TRACE, SPAN), b"00-%b-%b-00" % (TRACE, SPAN)),
     ],
 )
-def test_a_valid_parent_goes_on_in_the_version_that_is_known(given: bytes, passed: bytes) -> None:
+def test_a_valid_traceparent_is_forwarded_in_version_00(given: bytes, passed: bytes) -> None:
     assert context(given) == b"traceparent: %b\r\n" % passed
 
 
@@ -53,15 +53,15 @@ def test_a_valid_parent_goes_on_in_the_version_that_is_known(given: bytes, passe
         b"00 %b %b 01" % (TRACE, SPAN),
     ],
 )
-def test_what_is_no_parent_is_dropped_and_the_state_with_it(given: bytes) -> None:
+def test_an_invalid_traceparent_is_dropped_together_with_the_tracestate(given: bytes) -> None:
     assert context(given, b"a=1") == b""
 
 
-def test_two_parents_are_none() -> None:
+def test_two_traceparents_count_as_none() -> None:
     assert trace_context([(b"traceparent", PARENT), (b"traceparent", PARENT)]) == b""
 
 
-def test_a_state_without_a_parent_is_none() -> None:
+def test_a_tracestate_without_a_traceparent_is_dropped() -> None:
     assert trace_context([(b"tracestate", b"a=1")]) == b""
 
 
@@ -79,7 +79,7 @@ def test_a_state_without_a_parent_is_none() -> None:
         ((b"a=" + b"x" * 256,), b"a=" + b"x" * 256),
     ],
 )
-def test_a_valid_state_goes_on(given: tuple[bytes, ...], passed: bytes) -> None:
+def test_a_valid_tracestate_is_forwarded(given: tuple[bytes, ...], passed: bytes) -> None:
     assert context(PARENT, *given) == b"traceparent: %b\r\ntracestate: %b\r\n" % (PARENT, passed)
 
 
@@ -106,11 +106,11 @@ def test_a_valid_state_goes_on(given: tuple[bytes, ...], passed: bytes) -> None:
         b"a=1\r\nauthorization: Bearer x",
     ],
 )
-def test_what_is_no_state_is_dropped_and_the_parent_stays(given: bytes) -> None:
+def test_an_invalid_tracestate_is_dropped_and_the_traceparent_stays(given: bytes) -> None:
     assert context(PARENT, given) == b"traceparent: %b\r\n" % PARENT
 
 
-def test_of_a_state_that_is_too_long_long_members_go_first_and_then_the_last() -> None:
+def test_a_tracestate_that_is_too_long_loses_long_members_first_and_then_the_last_ones() -> None:
     short = [b"k%d=%b" % (number, b"v" * 40) for number in range(9)]
     given = [*short[:4], b"long=" + b"v" * 200, *short[4:], b"longer=" + b"v" * 200]
     passed = context(PARENT, b",".join(given)).split(b"tracestate: ")[1].strip().split(b",")

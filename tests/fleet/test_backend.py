@@ -1,4 +1,4 @@
-"""Leases, and what a backend that goes down tells them."""
+"""Leases, and the end of the legs that wait for a backend that goes down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def counts(backend: Backend) -> tuple[int, int]:
     return backend.inflight_requests, backend.inflight_tokens
 
 
-def test_a_lease_is_counted_from_its_making_to_its_release() -> None:
+def test_a_lease_counts_from_its_creation_to_its_release() -> None:
     backend = Backend(URL, "decode")
     with Lease(backend, 100):
         assert counts(backend) == (1, 100)
@@ -28,7 +28,7 @@ def test_a_lease_is_counted_from_its_making_to_its_release() -> None:
     assert counts(backend) == (0, 0)
 
 
-def test_a_lease_is_released_once_however_often_it_is_asked_to() -> None:
+def test_releasing_a_lease_again_does_nothing() -> None:
     backend = Backend(URL, "decode")
     other = Lease(backend, 5)
     with Lease(backend, 100) as lease:
@@ -48,7 +48,7 @@ def test_a_lease_is_released_when_its_leg_fails() -> None:
 
 
 @given(st.lists(st.integers(0, 1000), max_size=10), st.randoms())
-def test_counts_are_back_at_zero_in_whatever_order_leases_end(tokens: list[int], random: object) -> None:
+def test_counts_return_to_zero_in_whatever_order_leases_end(tokens: list[int], random: object) -> None:
     backend = Backend(URL, "decode")
     leases = [Lease(backend, number) for number in tokens]
     assert counts(backend) == (len(tokens), sum(tokens))
@@ -61,7 +61,7 @@ def test_counts_are_back_at_zero_in_whatever_order_leases_end(tokens: list[int],
     assert counts(backend) == (0, 0)
 
 
-def test_a_backend_that_goes_down_tells_the_leases_that_wish_to_know() -> None:
+def test_a_backend_that_goes_down_calls_on_lost_of_its_leases() -> None:
     backend = Backend(URL, "decode")
     backend.mark_up()
     told: list[BackendError] = []
@@ -75,13 +75,13 @@ def test_a_backend_that_goes_down_tells_the_leases_that_wish_to_know() -> None:
     (error,) = told
     assert isinstance(error, BackendLost)
     assert str(error) == f"{URL} /health answered 503"
-    assert counts(backend) == (2, 2)  # to be told is not to be released
+    assert counts(backend) == (2, 2)  # `on_lost` does not release the lease
     streaming.release()
     waiting.release()
     assert counts(backend) == (0, 0)
 
 
-def test_a_lease_may_be_released_by_what_it_is_told() -> None:
+def test_a_lease_may_be_released_in_its_on_lost() -> None:
     backend = Backend(URL, "decode")
     leases = [Lease(backend, 1) for _ in range(3)]
     for lease in leases:
@@ -90,7 +90,7 @@ def test_a_lease_may_be_released_by_what_it_is_told() -> None:
     assert counts(backend) == (0, 0)
 
 
-def test_other_backends_leases_are_not_told() -> None:
+def test_on_lost_of_other_backends_leases_is_not_called() -> None:
     one, two = Backend(URL, "decode"), Backend("http://c:80", "decode")
     lease = Lease(two, 1)
     lease.on_lost = lambda error: pytest.fail("told")
@@ -98,14 +98,14 @@ def test_other_backends_leases_are_not_told() -> None:
     lease.release()
 
 
-def test_a_backend_begins_down_and_says_why_until_it_is_up() -> None:
+def test_a_backend_begins_down_and_has_a_reason_until_it_is_up() -> None:
     backend = Backend(URL, "decode")
     assert (backend.up, backend.reason) == (False, "not probed yet")
     backend.mark_up()
     assert (backend.up, backend.reason) == (True, "")
 
 
-def test_a_backend_is_drained_when_no_leg_runs_and_no_hand_off_waits() -> None:
+def test_a_backend_is_drained_when_no_leg_runs_and_no_hand_off_is_open() -> None:
     backend = Backend(URL, "prefill")
     assert not backend.drained
     backend.draining = True
@@ -118,7 +118,7 @@ def test_a_backend_is_drained_when_no_leg_runs_and_no_hand_off_waits() -> None:
     assert backend.drained
 
 
-def test_the_last_lease_of_a_removed_backend_wakes_its_watcher() -> None:
+def test_the_last_lease_of_a_removed_backend_wakes_its_prober() -> None:
     backend = Backend(URL, "decode")
     Lease(backend, 1).release()
     assert not backend.attention.is_set()
@@ -139,7 +139,7 @@ def test_the_last_lease_of_a_removed_backend_wakes_its_watcher() -> None:
         ({"m": {}}, None, True),
     ],
 )
-def test_what_is_not_known_of_its_models_is_not_held_against_a_backend(
+def test_a_backend_with_unknown_models_serves_every_model(
     models: dict[str, dict[str, object]] | None, asked: str | None, serves: bool
 ) -> None:
     backend = Backend(URL, "decode")
@@ -147,7 +147,7 @@ def test_what_is_not_known_of_its_models_is_not_held_against_a_backend(
     assert backend.serves(asked) is serves
 
 
-def test_what_a_hand_off_told_of_coordinates_holds_until_there_is_cause_to_doubt_it() -> None:
+def test_coordinates_from_a_hand_off_hold_until_the_backend_goes_down() -> None:
     backend = Backend(URL, "prefill")
     configured = Coordinates(host="a", port=1)
     backend.locate(configured)
@@ -163,11 +163,11 @@ def test_what_a_hand_off_told_of_coordinates_holds_until_there_is_cause_to_doubt
     assert backend.coordinates == configured
 
 
-def test_a_lease_is_on_the_rank_that_is_named_or_else_on_the_least_loaded() -> None:
+def test_a_lease_is_on_the_named_rank_or_else_on_the_least_loaded_one() -> None:
     backend = Backend(URL, "decode")
     backend.locate(Coordinates(dp=3))
     assert backend.rank_names == (f"{URL}#0", f"{URL}#1", f"{URL}#2")
-    leases = [Lease(backend, 10, rank) for rank in (1, None, 1, 9)]  # an engine may have come back with fewer
+    leases = [Lease(backend, 10, rank) for rank in (1, None, 1, 9)]  # an engine may have returned with fewer ranks
     assert [lease.rank for lease in leases] == [1, 0, 1, 2]
     assert backend.ranks == [10, 20, 10]
     for lease in leases:
@@ -175,7 +175,7 @@ def test_a_lease_is_on_the_rank_that_is_named_or_else_on_the_least_loaded() -> N
     assert backend.ranks == [0, 0, 0]
 
 
-def test_an_engine_that_comes_back_with_other_ranks_begins_with_nothing_on_them() -> None:
+def test_an_engine_that_returns_with_other_ranks_begins_with_none_of_them_loaded() -> None:
     backend = Backend(URL, "decode")
     backend.locate(Coordinates(dp=3))
     lease = Lease(backend, 10, 2)

@@ -194,7 +194,7 @@ def test_a_release_that_engines_serve_has_the_same_prompt(endpoint: Endpoint) ->
 
 
 @NEW
-def test_nothing_is_continued_on_endpoints_that_take_no_tokens_of_an_answer(endpoint: Endpoint) -> None:
+def test_answers_of_endpoints_that_take_no_token_ids_are_not_continued(endpoint: Endpoint) -> None:
     assert inexact(body(endpoint)) == "endpoint"
 
 

@@ -1,4 +1,4 @@
-"""The queue of log lines: whoever reads standard error may be slow, stopped or gone."""
+"""The queue of log lines, while the reader of standard error is slow, stopped or gone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Pipe:
             os.close(end)
 
     def read(self) -> bytes:
-        """All that has been written. Nothing can be written any more."""
+        """All data that was written. Ends the writing."""
         found = b""
         self.close(self.writing)
         while piece := os.read(self.end, 65536):
@@ -47,7 +47,7 @@ class Pipe:
         return found
 
     def put_away(self) -> None:
-        self.close(self.end)  # who waits for its reader waits no more
+        self.close(self.end)  # a thread that waits for its reader ends
         for queue in self._queues:
             queue.close()
             if queue._thread is not None:
@@ -67,8 +67,8 @@ def line(text: str, *args: Any) -> logging.LogRecord:
 
 
 def written(queue: LogQueue) -> None:
-    """Wait until all that was put into a queue is dealt with. `flush` gives up sooner, as a process that ends must, and
-    on a busy machine its reader may not have had its turn by then."""
+    """Wait until all lines of a queue are written or dropped. `flush` gives up sooner, as a process that ends has to,
+    and on a busy machine the reader may not have run by then."""
     end = monotonic() + 30
     while queue._done < queue._put:
         assert monotonic() < end, "the queue's lines are not written"
@@ -89,7 +89,7 @@ class Reader(threading.Thread):
             self.found += piece
 
     def lines(self) -> list[str]:
-        """All that has been written. Nothing can be written any more."""
+        """All data that was written. Ends the writing."""
         self.pipe.close(self.pipe.writing)
         self.join(20)
         assert not self.is_alive()
@@ -106,12 +106,12 @@ def test_lines_are_written_in_order(pipe: Pipe) -> None:
     assert queue.dropped == 0
 
 
-def test_a_flush_waits_for_what_can_be_written(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_queue, "_NO_READER", 30.0)  # however long this machine stands still
+def test_a_flush_waits_for_lines_that_can_be_written(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_queue, "_NO_READER", 30.0)  # longer than any stall of this machine
     monkeypatch.setattr(log_queue, "_LAST_WORDS", 30.0)
     queue = pipe.queue()
     queue.handle(line("x"))
-    queue.flush()  # the pipe takes it
+    queue.flush()  # the pipe has room for it
     assert queue._done == queue._put
     assert pipe.read() == b"x\n"
 
@@ -128,7 +128,7 @@ def test_a_line_longer_than_a_pipe_is_written_whole(pipe: Pipe) -> None:
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
 @pytest.mark.slow
-def test_ten_thousand_request_lines_a_second_into_a_pipe_that_nobody_reads_hold_up_nothing(
+def test_ten_thousand_lines_a_second_into_an_unread_pipe_delay_nothing(
     pipe: Pipe, formatter: logging.Formatter
 ) -> None:
     queue = pipe.queue(formatter, limit=LIMIT // 2)
@@ -168,15 +168,15 @@ def test_ten_thousand_request_lines_a_second_into_a_pipe_that_nobody_reads_hold_
     assert not ending.is_alive(), "the process could not end"
 
 
-def test_what_waits_is_bounded_in_bytes_and_a_late_reader_gets_it_with_a_word_of_what_is_missing(
+def test_waiting_lines_are_bounded_in_bytes_and_a_late_reader_learns_how_many_were_dropped(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_queue, "_AGAIN", 0.0)  # the writer may have a turn while lines are being dropped
+    monkeypatch.setattr(log_queue, "_AGAIN", 0.0)  # the writer may run while lines are being dropped
     queue = pipe.queue(limit=200_000)
     for number in range(1000):
         queue.handle(line("%04d " + "x" * 994, number))
     kept = 1000 - queue.dropped
-    assert 200 <= kept <= 300  # the queue's, and what the pipe itself holds
+    assert 200 <= kept <= 300  # the lines of the queue, and those that the pipe itself holds
     reader = Reader(pipe)
     written(queue)
     queue.handle(line("and on it goes"))
@@ -190,7 +190,7 @@ def test_what_waits_is_bounded_in_bytes_and_a_late_reader_gets_it_with_a_word_of
     assert lines[-1] == "and on it goes"
 
 
-def test_a_reader_that_has_gone_is_no_error(pipe: Pipe) -> None:
+def test_a_reader_that_has_gone_raises_no_error(pipe: Pipe) -> None:
     queue = pipe.queue()
     pipe.close(pipe.end)
     for _ in range(10):
@@ -208,7 +208,7 @@ def test_without_a_standard_error_nothing_is_written_anywhere(monkeypatch: pytes
     assert queue.dropped == 1
 
 
-def test_a_pipe_that_somebody_has_made_non_blocking_loses_nothing(pipe: Pipe) -> None:
+def test_a_pipe_in_non_blocking_mode_loses_nothing(pipe: Pipe) -> None:
     os.set_blocking(pipe.writing, False)
     queue = pipe.queue()
     for number in range(200):
@@ -218,7 +218,7 @@ def test_a_pipe_that_somebody_has_made_non_blocking_loses_nothing(pipe: Pipe) ->
     assert [int(text[:3]) for text in reader.lines()] == list(range(200))
 
 
-def test_a_line_that_cannot_be_made_is_counted_and_raises_nothing(
+def test_a_line_that_cannot_be_formatted_is_counted_and_raises_nothing(
     pipe: Pipe, capfd: pytest.CaptureFixture[str]
 ) -> None:
     queue = pipe.queue()
@@ -238,7 +238,7 @@ def test_a_json_line_holds_any_text(pipe: Pipe) -> None:
     assert b"is no character" in pipe.read()
 
 
-def test_a_fork_writes_its_own_lines_and_none_of_its_parent(pipe: Pipe) -> None:
+def test_a_fork_writes_its_own_lines_and_none_of_its_parents(pipe: Pipe) -> None:
     queue = pipe.queue()
     for number in range(100):
         queue.handle(line("%02d parent " + "x" * 1000, number))  # more than the pipe holds: some wait
@@ -257,7 +257,7 @@ def test_a_fork_writes_its_own_lines_and_none_of_its_parent(pipe: Pipe) -> None:
     assert [int(text[:2]) for text in lines if "parent" in text] == list(range(100))
 
 
-def test_a_queue_that_was_full_before_a_fork_is_empty_behind_it(pipe: Pipe) -> None:
+def test_a_queue_that_was_full_before_a_fork_is_empty_in_the_child(pipe: Pipe) -> None:
     queue = pipe.queue(limit=10_000)
     for _ in range(200):
         queue.handle(line("x" * 1000))

@@ -1,4 +1,4 @@
-"""Log lines: their shapes, and what is worth one."""
+"""Log lines: their formats, and which requests have one."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def record(message: str = "hello", level: int = logging.INFO, **fields: Any) -> 
 
 
 def finished(caplog: pytest.LogCaptureFixture, every: bool = False, **fields: Any) -> list[logging.LogRecord]:
-    """The lines that a request is worth."""
+    """The log lines of a request."""
     caplog.clear()
     caplog.set_level(logging.DEBUG, "pd_proxy.request")
     RequestLog(every).finished(RequestRecord(**{**GOOD, **fields}))
     return caplog.records
 
 
-# Shapes
+# Formats
 
 
 def test_a_text_line_is_time_level_logger_message_and_fields() -> None:
@@ -79,7 +79,7 @@ def test_no_field_can_forge_a_line(value: str) -> None:
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
-def test_an_exception_brings_its_trace(formatter: logging.Formatter) -> None:
+def test_a_line_about_an_exception_has_its_traceback(formatter: logging.Formatter) -> None:
     made = record()
     try:
         raise ZeroDivisionError("by zero")
@@ -92,7 +92,7 @@ def test_an_exception_brings_its_trace(formatter: logging.Formatter) -> None:
         assert "by zero" in json.loads(line)["trace"]
 
 
-# What is worth a line
+# Which requests have a line
 
 
 @pytest.mark.parametrize("outcome", ["backend_failed", "no_backend", "total_timeout", "draining", "internal_error"])
@@ -105,7 +105,7 @@ def test_a_request_that_failed_is_a_warning(caplog: pytest.LogCaptureFixture, ou
 @pytest.mark.parametrize(
     "fields", [{}, {"outcome": "client_gone", "status": 0}, {"outcome": "invalid_request", "status": 400}]
 )
-def test_good_requests_those_that_were_left_and_clients_mistakes_are_silent_unless_asked_for(
+def test_successes_disconnects_and_clients_mistakes_are_logged_only_where_that_is_set(
     caplog: pytest.LogCaptureFixture, fields: dict[str, Any]
 ) -> None:
     assert finished(caplog, **fields) == []
@@ -114,14 +114,14 @@ def test_good_requests_those_that_were_left_and_clients_mistakes_are_silent_unle
 
 
 @pytest.mark.parametrize("fields", [{"fallback": "no_handoff_params"}, {"retries": [("prefill", "cut")]}])
-def test_a_good_request_that_went_another_way_is_worth_a_line(
+def test_a_success_after_a_retry_resume_or_fallback_is_logged(
     caplog: pytest.LogCaptureFixture, fields: dict[str, Any]
 ) -> None:
     (line,) = finished(caplog, **fields)
     assert line.levelno == logging.INFO
 
 
-def test_a_line_has_the_numbers_and_leaves_out_what_is_empty(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_text_line_has_the_figures_and_no_empty_values(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = finished(caplog, every=True, retries=[("decode", "cut"), ("decode", "cut")])
     assert line.fields == {  # type: ignore[attr-defined]
         "status": 200,
@@ -136,7 +136,7 @@ def test_a_line_has_the_numbers_and_leaves_out_what_is_empty(caplog: pytest.LogC
     }
 
 
-def test_a_json_line_says_also_what_is_not_or_none(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_json_line_has_false_and_zero_values_too(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = finished(caplog, every=True)
     told = json.loads(JsonFormatter().format(line))
     named = {name: told.get(name) for name in ("id", "route", "outcome", "stream", "retries", "cached_tokens", "error")}
@@ -169,12 +169,12 @@ def test_every_member_of_a_requests_line_is_documented(caplog: pytest.LogCapture
     assert line.members["address"] == "192.0.2.1:7"  # type: ignore[attr-defined]
 
 
-def test_a_worker_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_json_line_has_the_number_of_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pd_proxy.telemetry.logs._worker", 0)
     assert json.loads(JsonFormatter().format(record()))["worker"] == 0
 
 
-def test_an_endless_model_name_does_not_make_an_endless_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_model_name_is_shortened_in_the_line(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = finished(caplog, every=True, model="m" * 100_000)
     assert len(TextFormatter().format(line)) < 1000
 
@@ -185,12 +185,12 @@ def test_a_line_holds_nothing_but_the_record(caplog: pytest.LogCaptureFixture) -
     assert re.sub(r"\S+=\S+|2\S+Z", "", text).split() == ["info", "pd_proxy.request:", "abc", "chat", "ok"]
 
 
-# Setting up
+# The set-up of logging
 
 
 @pytest.fixture
 def untouched() -> Iterator[None]:
-    """Puts the loggers and Python's hooks back."""
+    """Restores the loggers and Python's hooks after the test."""
     hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
     names = ["", "uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "httpcore", "asyncio"]
     loggers = [logging.getLogger(name) for name in names]
@@ -206,7 +206,7 @@ def untouched() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("shape", "formatter"), [("text", TextFormatter), ("json", JsonFormatter)])
-def test_all_logs_go_to_standard_error_in_one_shape(
+def test_all_logs_go_to_standard_error_in_one_format(
     untouched: None, capfd: pytest.CaptureFixture[str], shape: str, formatter: type[logging.Formatter]
 ) -> None:
     set_up_logging("info", shape)
@@ -221,7 +221,7 @@ def test_all_logs_go_to_standard_error_in_one_shape(
     assert type(handler.formatter) is formatter
 
 
-def test_libraries_speak_up_only_when_something_is_wrong(untouched: None, capfd: pytest.CaptureFixture[str]) -> None:
+def test_libraries_log_warnings_and_errors_only(untouched: None, capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("debug", "text")
     for name in ("httpx", "httpcore", "asyncio", "uvicorn.error"):
         logging.getLogger(name).info("GET http://engine/?key=secret")
@@ -230,7 +230,7 @@ def test_libraries_speak_up_only_when_something_is_wrong(untouched: None, capfd:
     assert capfd.readouterr().err == ""
 
 
-def test_what_python_would_write_to_standard_error_becomes_lines(
+def test_messages_that_python_writes_to_standard_error_become_log_lines(
     untouched: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Bad:
@@ -255,7 +255,7 @@ def test_what_python_would_write_to_standard_error_becomes_lines(
     assert len(lines) == 4
 
 
-def test_what_overload_refuses_makes_no_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+def test_refusals_under_overload_have_no_lines_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
     refused = {"status": 503, "outcome": "queue_full", "refused": "queue_full", "stage": Stage.QUEUED}
     assert finished(caplog, **refused) == []
     [line] = finished(caplog, every=True, client="batch", queued_seconds=0.5, **refused)

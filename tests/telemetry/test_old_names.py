@@ -1,4 +1,4 @@
-"""Metrics that were renamed, under both names."""
+"""Renamed metrics, under both names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PREFILL, DECODE = "http://prefill0:8000", "http://decode0:8000"
 
 
 def scrape(*, old_names: bool) -> CollectorRegistry:
-    """Of a gateway in which each renamed metric has a sample."""
+    """The metrics of a gateway in which each renamed metric has a sample."""
     settings = Settings(prefill=[PREFILL], decode=[DECODE])
     fleet = Fleet(settings)
     fleet.handoffs_pending = 3
@@ -102,21 +102,21 @@ def test_without_the_old_names_only_the_new_ones_are_shown() -> None:
 
 
 @pytest.mark.parametrize("new", sorted(OLD_NAMES))
-def test_workers_metrics_are_merged_alike_under_both_names(new: str) -> None:
-    """A gauge that is not a sum must not become one under its old name."""
+def test_workers_metrics_are_merged_in_the_same_way_under_both_names(new: str) -> None:
+    """A gauge that is not summed over workers must not be summed under its old name."""
     names = (new, OLD_NAMES[new].name)
     pages = [[GaugeMetricFamily(name, "Text.", value=value) for name in names] for value in (1.0, 2.0)]
     merged = [family.samples[0].value for family in merge(pages)]
     assert merged[0] == merged[1]
 
 
-def test_the_text_says_which_name_to_use() -> None:
+def test_the_help_text_of_an_old_name_says_which_name_to_use() -> None:
     text = generate_latest(scrape(old_names=True)).decode()
     assert "# HELP pd_proxy_handoffs_in_limbo Deprecated: use pd_proxy_handoffs_pending. " in text
 
 
 @pytest.mark.parametrize(("more", "shown"), [({}, True), ({"metrics": {"old_names": False}}, False)])
-async def test_the_setting_says_whether_the_old_names_are_shown(more: dict[str, object], shown: bool) -> None:
+async def test_a_setting_decides_whether_the_old_names_are_shown(more: dict[str, object], shown: bool) -> None:
     async with pools(**more) as (running, _, _):
         metrics = await running.metrics()
     assert metrics["pd_proxy_handoffs_pending"] == 0

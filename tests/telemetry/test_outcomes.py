@@ -1,4 +1,4 @@
-"""The record of a request, and with it the access line, for every kind of outcome: one table."""
+"""The record and the log line of a request, for every kind of outcome, as one table."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Outcome:
     """One kind of outcome.
 
     Attributes:
-        name: of the test.
-        expected: members of the line; those of `places` say which pool's URL they are.
-        faults: what is made to go wrong.
+        name: the name of the test.
+        expected: members of the log line; those in `places` name the pool whose URL they have.
+        faults: the faults of the engines.
         leave: where the client leaves: a leg whose engine hangs, or `stream`.
     """
 
@@ -80,7 +80,7 @@ def no_handoff(p: list[Simulator], d: list[Simulator]) -> None:
 
 OK = {"outcome": "ok", "status": 200, "error": None, "tokens": 20}
 GONE = {"outcome": "client_gone", "error": None}
-SLOW = {"first_token": "decode"}  # who gives the first token is another test's
+SLOW = {"first_token": "decode"}  # other tests are about the source of the first token
 OUTCOMES = [
     Outcome("whole", {**OK, "stage": "decode", "stream": False, "tries": 1, "retries": 0, "resumes": 0}),
     Outcome("streamed", {**OK, "stage": "stream", "stream": True, "tries": 1}, {"stream": True}),
@@ -161,7 +161,7 @@ async def ask_and_leave(running: Running, body: dict[str, Any], engines: list[Si
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES, ids=lambda outcome: outcome.name)
-async def test_every_member_of_the_line_is_right(outcome: Outcome, caplog: pytest.LogCaptureFixture) -> None:
+async def test_every_member_of_the_log_line_is_correct(outcome: Outcome, caplog: pytest.LogCaptureFixture) -> None:
     settings = {**SLOW, **({"first_token": "auto"} if "one token" in outcome.name else {}), **outcome.settings}
     async with pools(*outcome.size, access_log=True, engine={"eos_rate": 0.0}, **settings) as (running, p, d):
         caplog.set_level(logging.INFO, "pd_proxy.request")

@@ -1,4 +1,4 @@
-"""What placement shows to a scrape."""
+"""The metrics of placement."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOW = 500.0
 
 
 class Scene:
-    """A sink with all that it reads."""
+    """A sink, and everything that it reads."""
 
     def __init__(self) -> None:
         pools = {"prefill": PoolSpeeds(), "decode": PoolSpeeds()}
@@ -62,7 +62,7 @@ def test_decisions_are_shown_by_pool_and_reason(scene: Scene) -> None:
     assert values["pd_proxy_local_prefills_total", "local_short", "decode"] == 2
 
 
-def test_what_caches_were_expected_to_have_stands_beside_what_they_had(scene: Scene) -> None:
+def test_expected_and_actual_cache_hits_are_shown(scene: Scene) -> None:
     scene.found.note("prefill", "http://p:1", 800, 1000)
     scene.found.note("prefill", "http://p:1", 100, 0)
     values = scene.values()
@@ -72,7 +72,7 @@ def test_what_caches_were_expected_to_have_stands_beside_what_they_had(scene: Sc
     assert ("pd_proxy_prefix_cached_tokens_total", "http://p:1", "prefill") not in scene.values()
 
 
-def test_the_index_is_shown_in_numbers(scene: Scene) -> None:
+def test_the_figures_of_the_prefix_index_are_shown(scene: Scene) -> None:
     empty = scene.values()
     assert empty["pd_proxy_prefix_index_entries",] == empty["pd_proxy_prefix_index_oldest_seconds",] == 0
     text = "The same long prompt. " * 400
@@ -89,7 +89,7 @@ def test_the_index_is_shown_in_numbers(scene: Scene) -> None:
     assert values["pd_proxy_prefix_reports_refused_total",] == 0
 
 
-def test_speeds_are_shown_once_they_were_learnt(scene: Scene) -> None:
+def test_speeds_are_shown_once_they_are_learnt(scene: Scene) -> None:
     before = scene.values()
     assert ("pd_proxy_backend_prefill_tokens_per_second", "http://p:1", "prefill") not in before
     assert ("pd_proxy_backend_decode_step_ratio", "http://d:1", "decode") not in before

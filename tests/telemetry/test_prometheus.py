@@ -1,4 +1,4 @@
-"""What a scrape shows."""
+"""The metrics of the Prometheus sink."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ class Scene:
         self.registry = registry(self.sink)
 
     def finish(self, **fields: Any) -> None:
-        """One request through the pair, unless said otherwise."""
+        """Finish one request; by default one that a pair has served."""
         self.sink.finished(RequestRecord(**{**GOOD, **fields}))
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
 
     def series(self, name: str) -> list[dict[str, str]]:
-        """The labels of every sample of a name."""
+        """The labels of all samples of a metric."""
         return [s.labels for family in self.registry.collect() for s in family.samples if s.name == name]
 
 
@@ -120,7 +120,7 @@ def scene() -> Scene:
 
 
 def fill(scene: Scene) -> None:
-    """Everything that can happen, once."""
+    """Record one of everything that the sink counts."""
     scene.fleet.outlier_detector.ejections["decode", DECODE, "decode", "slow"] += 1
     scene.fleet.budgets.refusals["decode"] += 1
     scene.fleet.messages["notice"] = {"taken": 1}
@@ -134,7 +134,7 @@ def fill(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("shape", ["text", "openmetrics"])
-def test_every_metric_is_there_with_its_labels(scene: Scene, shape: str) -> None:
+def test_every_metric_is_shown_with_its_labels(scene: Scene, shape: str) -> None:
     fill(scene)
     if shape == "text":
         families = list(parse_text(exposition.generate_latest(scene.registry).decode()))
@@ -155,21 +155,21 @@ def test_a_counters_samples_end_in_total(scene: Scene) -> None:
     assert "pd_proxy_requests_total{" in exposition.generate_latest(scene.registry).decode()
 
 
-def test_names_and_types_are_there_before_the_first_request(scene: Scene) -> None:
+def test_names_and_types_are_shown_before_the_first_request(scene: Scene) -> None:
     text = exposition.generate_latest(scene.registry).decode()
     for name, (kind, _) in NAMES.items():
         assert f"# TYPE {name}{'_total' if kind == 'counter' else ''} {kind}\n" in text
 
 
-def test_the_process_is_shown_too(scene: Scene) -> None:
+def test_the_metrics_of_the_process_are_shown_too(scene: Scene) -> None:
     assert scene.value("process_start_time_seconds") is not None
     assert scene.value("pd_proxy_build_info", version=__version__) == 1.0
 
 
-# What a request adds
+# What a request counts
 
 
-def test_a_good_request_is_counted_everywhere(scene: Scene) -> None:
+def test_a_successful_request_is_counted_in_all_its_metrics(scene: Scene) -> None:
     scene.finish()
     pair = {"pool": "decode", "backend": DECODE}
     first = {"pool": "prefill", "backend": PREFILL}
@@ -206,7 +206,7 @@ def test_a_request_that_decode_prefilled_itself_is_no_time_to_first_token_of_the
     assert scene.value("pd_proxy_fallbacks_total", reason="no_handoff_params") == 1.0
 
 
-def test_a_fallback_that_ended_in_an_error_served_nobody(scene: Scene) -> None:
+def test_a_fallback_that_ended_with_an_error_is_not_counted(scene: Scene) -> None:
     scene.finish(status=502, outcome="backend_failed", fallback="no_prefill_backend")
     assert scene.series("pd_proxy_fallbacks_total") == []
 
@@ -226,12 +226,12 @@ def test_every_failed_try_is_counted_by_leg_and_reason(scene: Scene) -> None:
         (Stage.STREAMING, "stream"),
     ],
 )
-def test_a_client_that_left_is_counted_by_where_its_request_was(scene: Scene, stage: Stage, word: str) -> None:
+def test_a_client_that_left_is_counted_by_the_stage_of_its_request(scene: Scene, stage: Stage, word: str) -> None:
     scene.finish(outcome="client_gone", stage=stage)
     assert scene.value("pd_proxy_client_disconnects_total", stage=word) == 1.0
 
 
-def test_a_request_without_tokens_has_no_times_of_them(scene: Scene) -> None:
+def test_a_request_without_tokens_has_no_token_times(scene: Scene) -> None:
     scene.finish(
         outcome="backend_failed", status=502, first_token=None, last_token=None, tokens=0, handoff_seconds=None
     )
@@ -252,7 +252,7 @@ def test_time_per_output_token_is_the_mean_gap(
     assert RequestRecord("chat", first_token=first, last_token=last, tokens=tokens).tpot == tpot
 
 
-# Labels stay bounded
+# Bounded labels
 
 
 @given(model=st.text(max_size=30).filter(lambda model: model != "m"))
@@ -270,7 +270,7 @@ def test_before_models_are_known_any_model_is_counted_as_other(scene: Scene) -> 
     assert scene.series("pd_proxy_requests_total") == [{"endpoint": "chat", "model": "other", "outcome": "ok"}]
 
 
-def test_a_backend_that_left_for_good_leaves_no_series(scene: Scene) -> None:
+def test_a_backend_that_has_left_has_no_series(scene: Scene) -> None:
     fill(scene)
     scene.fleet.remove(DECODE, "decode")
     scene.sink.forget(DECODE)
@@ -278,7 +278,7 @@ def test_a_backend_that_left_for_good_leaves_no_series(scene: Scene) -> None:
     assert PREFILL in exposition.generate_latest(scene.registry).decode()
 
 
-def test_a_request_that_ends_after_its_prefill_backend_left_brings_no_series_back(scene: Scene) -> None:
+def test_a_request_that_ends_after_its_prefill_backend_left_creates_no_series(scene: Scene) -> None:
     scene.fleet.remove(PREFILL, "prefill")  # its leg had ended long before; the stream went on
     scene.sink.forget(PREFILL)
     scene.finish()
@@ -289,7 +289,7 @@ def test_a_request_that_ends_after_its_prefill_backend_left_brings_no_series_bac
 
 
 @given(st.lists(st.floats(0, 1000), min_size=1, max_size=300))
-def test_buckets_count_what_is_at_most_their_bound(values: list[float]) -> None:
+def test_buckets_count_values_up_to_their_bound(values: list[float]) -> None:
     histogram = Histogram("h", "text", ("l",), TTFT_BOUNDS)
     for value in values:
         histogram.at("x").observe(value)
@@ -300,7 +300,7 @@ def test_buckets_count_what_is_at_most_their_bound(values: list[float]) -> None:
     assert samples["h_sum", None] == pytest.approx(sum(values))
 
 
-def test_what_was_never_observed_has_no_series() -> None:
+def test_a_backend_without_observations_has_no_series() -> None:
     histogram = Histogram("h", "text", ("l",), TTFT_BOUNDS)
     histogram.at("x")
     assert histogram.collect().samples == []
@@ -311,7 +311,7 @@ def test_a_distribution_is_the_same_one_for_the_same_labels(scene: Scene) -> Non
     assert scene.sink.gaps("decode", DECODE) is not scene.sink.gaps("mixed", DECODE)
 
 
-def test_what_the_relay_notes_is_what_a_scrape_shows(scene: Scene) -> None:
+def test_gaps_that_the_relay_notes_are_shown(scene: Scene) -> None:
     gaps: Distribution = scene.sink.gaps("decode", DECODE)
     gaps.observe(0.02)
     gaps.counts[0] += 1
@@ -324,7 +324,7 @@ def test_what_the_relay_notes_is_what_a_scrape_shows(scene: Scene) -> None:
 # Gauges
 
 
-def test_gauges_are_the_fleets_state_now(scene: Scene) -> None:
+def test_gauges_show_the_present_state_of_the_fleet(scene: Scene) -> None:
     decode = scene.fleet.pool("decode")[0]
     labels = {"pool": "decode", "backend": DECODE}
     assert scene.value("pd_proxy_backend_up", **labels) == 0.0
@@ -384,7 +384,7 @@ def test_two_gateways_in_one_process_do_not_share_counts() -> None:
     assert two.series("pd_proxy_requests_total") == []
 
 
-def test_several_sinks_are_told_alike_and_the_first_keeps_the_gaps(scene: Scene) -> None:
+def test_all_sinks_get_each_record_and_the_first_keeps_the_gaps(scene: Scene) -> None:
     told: list[tuple[str, RequestRecord]] = []
 
     class Other:

@@ -1,4 +1,4 @@
-"""Distributions and what a request's record says of its times."""
+"""Distributions, and the durations in a request's record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BOUNDS = (0.25, 0.5, 1.0)
 SECONDS = st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.75, 1.0, 1.5, 9.0]) | st.floats(0, 10)
 
 
-def test_a_value_counts_where_it_is_at_most_the_bound() -> None:
+def test_a_value_counts_in_the_first_bucket_whose_bound_it_does_not_exceed() -> None:
     seen = Distribution(BOUNDS)
     for value in (0.0, 0.25, 0.26, 0.5, 1.0, 1.01):
         seen.observe(value)
@@ -27,7 +27,7 @@ def test_no_values_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("many", [1, 2, 3, 4, 10])
-def test_values_on_a_bound_count_below_it_however_many_there_are(many: int) -> None:
+def test_values_on_a_bound_count_in_its_bucket_however_many_there_are(many: int) -> None:
     for place, bound in enumerate(BOUNDS):
         seen = Distribution(BOUNDS)
         seen.observe_all([bound] * many)
@@ -38,7 +38,7 @@ def test_values_on_a_bound_count_below_it_however_many_there_are(many: int) -> N
 @pytest.mark.parametrize("bounds", [BOUNDS, ITL_BOUNDS, (0.5,)])
 @settings(deadline=None)
 @given(batches=st.lists(st.lists(SECONDS, max_size=400), max_size=4))
-def test_several_at_once_are_as_each_alone(bounds: tuple[float, ...], batches: list[list[float]]) -> None:
+def test_several_values_at_once_count_as_each_alone(bounds: tuple[float, ...], batches: list[list[float]]) -> None:
     together, alone = Distribution(bounds), Distribution(bounds)
     for batch in batches:
         for value in batch:
@@ -48,14 +48,14 @@ def test_several_at_once_are_as_each_alone(bounds: tuple[float, ...], batches: l
     assert together.sum == pytest.approx(alone.sum)
 
 
-def test_a_record_without_tokens_has_no_times_of_any() -> None:
+def test_a_record_without_tokens_has_no_token_times() -> None:
     record = RequestRecord(endpoint="chat", started=10.0)
     assert record.ttft is None
     assert record.tpot is None
 
 
 @pytest.mark.parametrize(("tokens", "tpot"), [(0, None), (1, None), (2, 2.0), (5, 0.5)])
-def test_the_time_of_a_token_is_over_the_gaps_between_tokens(tokens: int, tpot: float | None) -> None:
+def test_the_time_per_token_is_the_mean_of_the_gaps(tokens: int, tpot: float | None) -> None:
     record = RequestRecord(endpoint="chat", started=10.0, first_token=11.0, last_token=13.0, tokens=tokens)
     assert record.ttft == 1.0
     assert record.tpot == tpot

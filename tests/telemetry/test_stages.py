@@ -13,7 +13,7 @@ WORDS = {"admission", "encode", "prefill", "decode", "stream"}
 
 
 @given(st.lists(st.sampled_from(Stage)))
-def test_a_request_goes_along_the_table_and_stays_where_it_is_otherwise(stages: list[Stage]) -> None:
+def test_transitions_of_the_table_are_made_and_all_others_raise(stages: list[Stage]) -> None:
     record = RequestRecord("chat")
     for stage in stages:
         before = record.stage, record.where
@@ -28,7 +28,7 @@ def test_a_request_goes_along_the_table_and_stays_where_it_is_otherwise(stages: 
 
 
 @given(st.lists(st.sampled_from([stage for stage in Stage if stage is not Stage.DONE])))
-def test_where_a_request_ended_is_where_it_was_before(stages: list[Stage]) -> None:
+def test_the_stage_shown_of_an_ended_request_is_the_one_before_its_end(stages: list[Stage]) -> None:
     record = RequestRecord("chat")
     for stage in stages:
         before = record.where
@@ -45,7 +45,7 @@ def test_where_a_request_ended_is_where_it_was_before(stages: list[Stage]) -> No
 
 
 @given(st.lists(st.sampled_from(Stage)), st.sampled_from(["prefill", "decode", "mixed"]))
-def test_another_try_of_a_stream_that_broke_is_no_new_request(stages: list[Stage], pool: str) -> None:
+def test_another_try_of_a_broken_stream_keeps_the_request_resuming(stages: list[Stage], pool: str) -> None:
     record = RequestRecord("chat")
     for stage in stages:
         if stage in TRANSITIONS[record.stage]:

@@ -1,4 +1,4 @@
-"""What was served since the last look."""
+"""The throughput between two looks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support import completion, pools, until
 
 
 class Scene:
-    """A sink with a clock and a count of streamed tokens that are moved by hand."""
+    """A sink whose clock and count of streamed tokens the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -34,7 +34,7 @@ class Scene:
         )
 
 
-def test_a_look_counts_what_came_since_the_one_before() -> None:
+def test_a_look_counts_what_was_served_since_the_last_one() -> None:
     scene = Scene()
     for ttft in (0.1, 0.2, 0.3, 0.4):
         scene.finished(ttft=ttft)
@@ -58,7 +58,7 @@ def test_a_look_counts_what_came_since_the_one_before() -> None:
     assert scene.throughput.look(0, 0) is None
 
 
-def test_a_stream_that_goes_on_shows_its_tokens_before_it_ends() -> None:
+def test_the_tokens_of_an_open_stream_are_counted_before_it_ends() -> None:
     scene = Scene()
     scene.streamed += 600
     scene.now += 60
@@ -67,7 +67,7 @@ def test_a_stream_that_goes_on_shows_its_tokens_before_it_ends() -> None:
     assert (found["requests"], found["in_flight"], found["tokens_per_second"]) == (0, 1, 10.0)
 
 
-def test_a_backend_that_left_makes_no_negative_throughput() -> None:
+def test_a_backend_that_left_causes_no_negative_throughput() -> None:
     scene = Scene()
     scene.finished(ttft=None)
     scene.streamed -= 900
@@ -77,7 +77,7 @@ def test_a_backend_that_left_makes_no_negative_throughput() -> None:
     assert found["tokens_per_second"] == 0
 
 
-def test_a_quiet_gateway_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_idle_gateway_logs_no_throughput(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene()
     with caplog.at_level(logging.INFO, "pd_proxy"):
         log_throughput(scene.throughput, 0, 0)
@@ -89,7 +89,7 @@ def test_a_quiet_gateway_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert record.fields["requests"] == 1  # type: ignore[attr-defined]
 
 
-async def test_a_gateway_tells_its_throughput_while_it_serves(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_gateway_logs_its_throughput_while_it_serves(caplog: pytest.LogCaptureFixture) -> None:
     def told() -> list[dict[str, float]]:
         fields = [record.fields for record in caplog.records if record.message == "throughput"]  # type: ignore[attr-defined]
         return [found for found in fields if found["requests"]]
