@@ -1,14 +1,16 @@
-"""When the token that prefill has sampled may be the client's first, and what it is.
+"""Decides whether the token that prefill has sampled may be the client's first token, and reads it.
 
-Prefill samples a token that every gateway throws away, and decode samples it again once it has the KV cache. Given to
-the client at once it is the same token, and decode goes on behind it: a continuation (`continuation.py`) whose prompt
-is longer by one token than what prefill has in its blocks. Two questions are kept apart here:
+Prefill samples a token that is usually discarded, and decode samples it again once it has the KV cache. If the client
+gets prefill's token at once, decode continues behind it: a continuation (`continuation.py`) whose prompt is one token
+longer than the blocks of prefill. Two questions are separate:
 
-- Is it *exact*: is the answer that of one engine? `inexact_because`, from the request alone, before anything is sent.
-- Is it *safe*: decode reads blocks of another engine by number, and one that needs more of them than there are dies.
-  `read`, from prefill's answer, and from what is known of both engines.
+- Is it *exact*: is the answer the same as from one engine? `inexact_because` decides this from the request alone,
+before
+  anything is sent.
+- Is it *safe*: decode reads the blocks of another engine by number, and crashes if it needs more blocks than there are.
+  `read` decides this from prefill's answer and from what is known of both engines.
 
-Tried on real vLLM 0.32; `docs/first-token.md` has the figures, and the table of the reasons below.
+Tried on real vLLM 0.32; `docs/first-token.md` has the figures, and explains the reasons below.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ from pd_proxy.requests.endpoints import Members
 # an answer in its middle.
 _CHECKED_BY_DECODE = frozenset({"stream_options", "min_tokens"})
 _NEVER = frozenset({"structured_output", "tool_calls", "stop", "media", "options", "repetition_detection", UNTRIED})
-"""Reasons that no setting overrules: the text would be wrong, not only another draw."""
+"""Reasons that no setting overrules: the text would be wrong, not only another sample."""
 
 _MARKUP = ("<", "[", "\u25c1")
-"""How tags begin that parsers of reasoning take out of a stream. One alone, an answer in one piece shows as text."""
+"""How tags begin that reasoning parsers take out of a stream. In a whole answer of one token, such a tag would be
+shown as text."""
 
 _ONE = msgspec.Raw(b"1")
 _RANK = re.compile(r"_dp\d+$")
@@ -47,13 +50,13 @@ def inexact_because(body: Body, *, even_inexact: bool) -> str:
     """Why the first token of this request should be decode's, or an empty string.
 
     Arguments:
-        even_inexact: only what would be wrong counts, not what would be another draw than one engine's.
+        even_inexact: only reasons count for which the text would be wrong, not only another sample.
     """
     if body.max_tokens is not None and body.max_tokens <= 1:
         return "one_token"
     flaw = inexact(body)
     if flaw == "logprobs" and not body.stream:
-        flaw = ""  # the two answers' are joined (`opening.py`)
+        flaw = ""  # those of both answers are joined (`opening.py`)
     if flaw and not (even_inexact and flaw not in _NEVER and flaw != body.unsplittable):
         return flaw
     if has_tools(body):
@@ -81,7 +84,7 @@ def sampled_token(members: Members) -> Members:
     if "max_completion_tokens" in leg:  # for chat it wins over max_tokens
         leg["max_completion_tokens"] = _ONE
     if (least := members.get("min_tokens")) is not None and _read_count(least):
-        leg["min_tokens"] = _ONE  # that one may not be the end
+        leg["min_tokens"] = _ONE  # so that this token does not end the answer
     leg["return_token_ids"] = TRUE
     return leg
 
@@ -93,9 +96,9 @@ class FirstToken(msgspec.Struct, frozen=True):
         answer: what was read of it.
         choice: the members of its one choice.
         prompt: ids of the prompt, `1,2,3`.
-        token: its id; empty where the answer is whole and the engine did not say.
-        text: what it says; never a part of a character.
-        whole: it is all of the answer; there is nothing to go on with.
+        token: its id; empty where the answer is whole and has no ids.
+        text: its text; never a part of a character.
+        whole: it is the whole answer, so that decode is not needed.
         engine: the engine that sampled it, without its data-parallel rank; empty where there is no hand-off.
         members: all members of the answer, where it is whole.
     """
@@ -127,7 +130,7 @@ class _Choice(msgspec.Struct):
 
 
 class _Params(msgspec.Struct):
-    """What tells the blocks of a hand-off; the connector has checked the rest."""
+    """The members of a hand-off that describe its blocks. The connector has checked the rest."""
 
     remote_block_ids: msgspec.Raw
     remote_engine_id: str
@@ -146,12 +149,12 @@ _decode_usage = json_decoder(_Usage)
 
 
 def read(answer: PrefillAnswer, body: Body, *, block_size: int, context: int, limit: int) -> FirstToken | str:
-    """The first token that prefill's answer gives, or why it gives none that may be used.
+    """The first token in prefill's answer, or the reason why it must not be used.
 
     Arguments:
-        block_size: of both engines, in tokens; 0 where it is not known or not the same.
-        context: tokens that prompt and answer may have together on the decode engine.
-        limit: bytes that the ids of a prompt may take.
+        block_size: of both engines, in tokens; 0 where it is not known or differs.
+        context: the most tokens of prompt and answer together on the decode engine.
+        limit: the most bytes of the prompt's ids.
     """
     try:
         choices, found = _decode_choice(answer.choices), decode_objects(answer.choices)
@@ -207,12 +210,12 @@ def _unsafe(
     if not block_size:
         return "unknown_engine"
     if len(held) != 1 or handed.dcp_size != 1 or handed.pp_size != 1:
-        return "unlike_blocks"  # their size is not the one that was learnt
+        return "unlike_blocks"  # their size differs from the one that was learnt
     blocks = -(-tokens // block_size)
     if held[0] != blocks or handed.remote_num_tokens not in (None, tokens) or counted != tokens:
         return "unlike_blocks"
     if tokens % block_size == 0:
-        return "full_blocks"  # one token more would need one block more than there is: the decode engine would die
+        return "full_blocks"  # one token more would need a block that does not exist: the decode engine would crash
     if tokens + (body.max_tokens or 2) > context:
         return "context"  # decode would refuse it
     return ""

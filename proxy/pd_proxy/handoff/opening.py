@@ -1,7 +1,7 @@
-"""What a client is given of prefill's answer: the events that open a stream, a whole answer, or the beginning of one.
+"""Turns prefill's answer into the client's: the events that open a stream, a whole answer, or the beginning of one.
 
-Events are written as vLLM 0.32 writes them, member by member, and as decode would have written them: a client cannot
-tell from an answer who gave its first token.
+Events are written member by member as vLLM 0.32 writes them, and as decode would have written them. So an answer does
+not show which engine sampled its first token.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Merge = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def opening_events(first: FirstToken, body: Body) -> tuple[bytes, bytes, bytes]:
-    """The events that a stream begins with: the role's (chat only, else empty), the token's, and, where the answer is
-    whole, those that end it."""
+    """The events that begin a stream: the event with the role (for chat; else empty), the event with the token, and, if
+    the answer is whole, the events that end it."""
     answer, wants_ids = first.answer, body.wants_token_ids
     counts = _Counts(answer.usage, body)
     head = {"id": answer.id, "object": _STREAMED[body.endpoint], "created": answer.created, "model": answer.model}
@@ -41,7 +41,7 @@ def opening_events(first: FirstToken, body: Body) -> tuple[bytes, bytes, bytes]:
     role = b""
     if body.endpoint == "chat":
         more = {"prompt_token_ids": msgspec.Raw(b"[%b]" % first.prompt)} if wants_ids else {}
-        if answer.prompt_text is not ABSENT:  # vLLM 0.32 has the member, engines before it have not
+        if answer.prompt_text is not ABSENT:  # vLLM 0.32 has the member, older versions do not
             more["prompt_text"] = NULL
         role = _event({**head, "choices": _OPENING, **counts.running(0), **more})
     choice = _choice(first, body)
@@ -75,7 +75,7 @@ def _choice(first: FirstToken, body: Body) -> dict[str, Any]:
 
 
 def _beside_text(choice: dict[str, msgspec.Raw]) -> dict[str, Any]:
-    """What the message of a whole answer says beside its content, as a delta says it."""
+    """The members of a whole answer's message beside its content, in the form of a delta."""
     message = _decode_object(choice["message"])
     said = {name: message[name] for name in ("reasoning", "reasoning_content") if message.get(name)}
     if calls := message.get("tool_calls"):
@@ -84,28 +84,28 @@ def _beside_text(choice: dict[str, msgspec.Raw]) -> dict[str, Any]:
 
 
 class _Counts:
-    """The usage of an answer, as far as it goes."""
+    """The usage of an answer: while it is streamed, and at its end."""
 
     def __init__(self, raw: msgspec.Raw, body: Body) -> None:
         usage = {} if is_null(raw) else _decode_object(raw)
         prompt = usage.get("prompt_tokens")
         self._prompt = prompt if type(prompt) is int else 0
         self._usage = usage
-        # vLLM 0.32 shows this one in the events of chats even where it is null.
+        # vLLM 0.32 sends this member in the events of chats even if it is null.
         self._more = ("completion_tokens_details",) if body.endpoint == "chat" else ()
         options = body.members.get("stream_options")
         always = options is not None and (_decode_object(options) if bytes(options) != b"null" else {})
         self._always = bool(body.wants_usage and always and always.get("continuous_usage_stats"))
 
     def running(self, said: int) -> dict[str, Any]:
-        """The member of an event in the middle, where the client wants it in each."""
+        """The usage member of an event before the end, if the client asks for it in every event."""
         if not self._always:
             return {}
         counts = {"prompt_tokens": self._prompt, "total_tokens": self._prompt + said, "completion_tokens": said}
         return {"usage": {**counts, **{name: None for name in self._more if name in self._usage}}}
 
     def total(self) -> dict[str, Any]:
-        """The member of the event at the end: without what is null, as in streams."""
+        """The usage of the last event. It has no members that are null, as in vLLM's streams."""
         return _without_nulls(self._usage)
 
 
@@ -125,15 +125,15 @@ def _event(members: dict[str, Any]) -> bytes:
 
 
 def whole_answer(first: FirstToken, body: Body) -> bytes:
-    """Prefill's answer, which is all there is to say."""
+    """Prefill's answer, where it is the whole answer."""
     return encode_json(strip_members(_with_ids(dict(first.members), [dict(first.choice)], body, first)))
 
 
 def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) -> bytes:
-    """Decode's answer behind the first token, as one.
+    """The first token and decode's answer, joined to one answer.
 
     Raises:
-        ValueError: it is none that could be joined.
+        ValueError: decode's answer cannot be joined to the token.
     """
     try:
         members = decode_members(answer)
@@ -164,7 +164,7 @@ def joined_answer(first: FirstToken, answer: bytes, body: Body, merge: Merge) ->
 def _with_ids(
     members: dict[str, msgspec.Raw], choices: list[dict[str, msgspec.Raw]], body: Body, first: FirstToken
 ) -> dict[str, msgspec.Raw]:
-    """The ids of prompt and answer as the client asked for them; the prompt is the one that was asked for."""
+    """Set or remove the ids of prompt and answer, as the client has asked. The ids are those of the client's prompt."""
     prompt = msgspec.Raw(b"[%b]" % first.prompt) if body.wants_token_ids else NULL
     for choice in choices:
         if "token_ids" in choice and not body.wants_token_ids:
@@ -178,11 +178,11 @@ def _with_ids(
 
 
 def _joined_logprobs(first: msgspec.Raw, rest: msgspec.Raw) -> dict[str, list[Any]]:
-    """One object of log probabilities; each of its members is a list with an entry a token."""
+    """The log probabilities of both answers in one object. Each member is a list with an entry for each token."""
     before, after = _decode_columns(first), _decode_columns(rest)
     if before is None or after is None:
         raise ValueError("one of two answers lacks its log probabilities")
-    if "text_offset" in after:  # it counts from the answer's beginning, in what the tokens say by themselves
+    if "text_offset" in after:  # it counts from the beginning of the answer, in the text of the tokens
         shift = sum(map(len, before["tokens"]))
         after["text_offset"] = [offset + shift for offset in after["text_offset"]]
     return {name: before.get(name, []) + values for name, values in after.items()}

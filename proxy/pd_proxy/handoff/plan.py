@@ -1,9 +1,9 @@
-"""The order of the legs and what each of them says, for one try of one request.
+"""The bodies of both legs of one try, and the hand-off between them.
 
-There are two orders, and each connector has one of them. Sequential: prefill answers, and then decode is told of its
-KV cache, by that answer or by what the legs agreed on beforehand. Concurrent: both legs are sent at once, since prefill
-waits for decode, or decode is to wait for prefill; what they are told of each other is known before. To a plan the two
-are the same but for one thing: whether the hand-off is there before prefill's answer.
+There are two orders of legs, and each connector has one of them. Sequential: prefill answers, and then decode gets the
+address of its KV cache, from that answer or from what was agreed on beforehand. Concurrent: both legs are sent at once,
+since prefill waits for decode, or decode waits for prefill; their parameters are known beforehand. For a plan the
+orders differ only in whether the hand-off is known before prefill's answer.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 
 class Leg(msgspec.Struct, frozen=True):
-    """One upstream request: its path, its body, and headers beside the usual ones, as whole lines. The body comes in
-    pieces: a long prompt is one by itself, and not copied."""
+    """One request to an engine: its path, its body, and the header lines that other legs do not have. The body is in
+    pieces: a long prompt is a piece by itself, so that it is not copied."""
 
     path: str
     body: tuple[bytes | memoryview, ...]
@@ -44,19 +44,19 @@ class Plan:
     """Prefill, then or meanwhile decode with the KV cache's address; or decode alone.
 
     Arguments:
-        body: the client's.
-        connector: the protocol both backends speak.
-        continuation: where to go on, when a part of the answer has been given.
-        rendezvous: what the legs are told of each other, where the connector negotiates.
+        body: the body of the client's request.
+        connector: the protocol that both backends speak.
+        continuation: where to continue, if the client has a part of the answer.
+        rendezvous: the parameters of both legs, if the connector negotiates.
         token_ids: ask decode for the ids of the tokens, so that the answer can be continued.
-        first_token: have prefill sample the client's first token.
-        answer_id: what engines are to call their answer, less its prefix, where they are told.
-        reuse: have decode take the prompt's ids from prefill's answer.
+        first_token: let prefill sample the client's first token.
+        answer_id: the id of the answer, without its prefix, for the APIs whose requests set it.
+        reuse: let decode take the prompt's ids from prefill's answer.
     Attributes:
-        continuation: where its decode leg goes on.
-        handoff: the hand-off, where it is known before prefill's answer.
-        notices: how many notices of prefill must be here before decode may begin.
-        encoded: what the engine that computes the prompt is told of media that were encoded elsewhere (`encoder.py`).
+        continuation: where its decode leg continues.
+        handoff: the hand-off, if it is known before prefill's answer.
+        notices: how many notifications of prefill must have arrived before decode may begin.
+        encoded: members that tell the engine which computes the prompt where encoded media are (`encoder.py`).
     """
 
     __slots__ = (
@@ -104,7 +104,7 @@ class Plan:
         """The prefill leg.
 
         Arguments:
-            heard: what decode's engine has called back with, where it does.
+            heard: the members from the call of decode's engine, if it calls back.
         """
         members = self.connector.prefill(self._members, self._body.endpoint, token=self._first_token)
         if self._rendezvous is not None:
@@ -120,7 +120,7 @@ class Plan:
         return self._leg(members)
 
     def behind(self, first: FirstToken) -> Plan:
-        """The plan for what comes behind the token that prefill has given."""
+        """The plan for the rest of the answer, after prefill's token."""
         continuation = Continuation(b"%b,%b" % (first.prompt, first.token), 1)
         return Plan(self._body, self.connector, continuation, rendezvous=self._rendezvous, token_ids=self._token_ids)
 
@@ -134,7 +134,7 @@ class Plan:
 
         Raises:
             BackendGarbled: it is not an answer.
-            HandoffInvalid: what it says would harm decode.
+            HandoffInvalid: its hand-off would harm decode.
         """
         if self._layout.of_one_make:
             return self.handoff, PrefillAnswer(usage=usage_of(answer, self._body.prompts))
@@ -159,27 +159,27 @@ class Plan:
         if self._token_ids:
             members["return_token_ids"] = TRUE
         if self._body.stream and not self._body.wants_usage:
-            # The engine's own count is the only right one (a chunk may hold several tokens); the relay takes the
-            # extra event out again.
+            # Only the engine's own count is right, since a chunk may have several tokens. The relay takes the extra
+            # event out again.
             members["stream_options"] = _with_usage(members.get("stream_options"))
         return self._leg(members, headers)
 
     @property
     def refusal_frees(self) -> bool:
-        """Whether decode's handler, where it refuses the leg, has prefill free the blocks: with connectors whose
-        release is such a refusal, on the endpoints whose handler does so."""
+        """Whether decode's handler makes prefill free the blocks when it refuses the leg. That is so for connectors
+        whose release is such a refusal, on the endpoints whose handler does this."""
         return self.connector.traits.release_by_refusal and self._body.endpoint in _FREEING
 
     def release_leg(self, handoff: Handoff, *, sent: bool) -> Leg | None:
-        """A decode leg that has prefill free the blocks of a hand-off nobody wants; None where there is no safe one.
+        """A decode leg that makes prefill free the blocks of a hand-off that is not used; None where none is safe.
 
         Arguments:
-            sent: a decode engine has had it, and has answered with an error.
+            sent: a decode engine has received the hand-off, and has answered with an error.
         """
         members, own_words = self._members, self._layout.own_words
         if own_words is not None and self.connector.traits.release_by_refusal:
-            # Here an engine would not refuse it, but serve it. The name of the blocks is all that matters, so another
-            # endpoint will do.
+            # On this endpoint an engine would serve the leg instead of refusing it. Only the name of the blocks
+            # matters, so another endpoint is used.
             members = {"prompt": _SOME, **{name: members[name] for name in ("model",) if name in members}}
             released = self.connector.release(members, handoff, sent=sent)
             path = LAYOUTS["completions"].path
@@ -209,7 +209,7 @@ class Plan:
 
 
 def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
-    """The client's stream options and `include_usage`; without it `continuous_usage_stats` had no effect either."""
+    """The client's stream options with `include_usage`, and without `continuous_usage_stats`, which had no effect."""
     if options is None:
         return _WITH_USAGE
     members: dict[str, Any] = decode_json(options) or {}

@@ -1,1 +1,1 @@
-"""Bytes: the HTTP/1.1 client for the legs and the path from an engine's socket to the client's. Knows no pools."""
+"""The path of an answer's bytes from the engine's socket to the client's. Knows no pools, connectors or APIs."""

@@ -55,10 +55,10 @@ def _not_armed(data: bytes) -> None:
 
 
 class PatternReader(Protocol):
-    """What knows the events of a stream (`AnswerReader`)."""
+    """Knows the form of a stream's events (`AnswerReader`)."""
 
     def pattern(self, sample: bytes) -> TokenPattern | None:
-        """What an ordinary token event shows of those that are like it; None where it shows nothing."""
+        """The pattern of the token events that are like a sample; None where they cannot be recognised by it."""
 
 
 class FastPath(asyncio.Protocol):
@@ -69,10 +69,10 @@ class FastPath(asyncio.Protocol):
 
     Arguments:
         connection: gets every read that is not an ordinary token event, and all other calls of the transport.
-        gaps: where the seconds between tokens are noted, some tokens at a time.
-        transcript: where the ids of tokens are noted, if their events have ids that the client must not see.
+        gaps: takes the seconds between tokens, some tokens at a time.
+        transcript: takes the ids of tokens, if their events have ids that the client must not see.
         reader: finds the pattern of the stream's token events from a sample.
-        pace: called now and then with the seconds that a token has taken of late; None if nobody wants to know.
+        pace: called now and then with the seconds that a token has taken lately; None if it is not needed.
     Attributes:
         armed: `arm` has been called.
     """
@@ -153,11 +153,11 @@ class FastPath(asyncio.Protocol):
         self._clear = True
 
     def block(self) -> None:
-        """Let the next read not pass."""
+        """Do not let the next read pass."""
         self._clear = False
 
     def forget_pace(self) -> None:
-        """Stop to report the pace: it says nothing about the engine any more."""
+        """Stop reporting the pace, since it no longer shows the pace of the engine."""
         self._pace = None
 
     def learn(self, sample: bytes) -> None:
@@ -169,8 +169,8 @@ class FastPath(asyncio.Protocol):
         self._sample = sample
 
     def data_received(self, data: bytes) -> None:
-        # A chunk is `size CRLF event CRLF`; an event is `prefix text behind`, where `behind` equals the pattern's but
-        # for the digits. An event without text is not ordinary: the transcript must know of it.
+        # A chunk is `size CRLF event CRLF`; an event is `prefix text behind`, where `behind` equals that of the pattern
+        # except for the digits. An event without text is not ordinary, since the transcript must note it.
         head = _CHUNK_HEADS[len(data)]
         start = len(head)
         text = start + self._prefix_length
@@ -197,7 +197,7 @@ class FastPath(asyncio.Protocol):
                 if self._texts is not None:
                     self._texts.append(said)
                 self._write(
-                    # Put together at once: a large event is copied once and not four times.
+                    # Joined in one step, so that a large event is copied once and not four times.
                     b"%x\r\n%b%b%b%b" % (self._around + len(said) + len(tail), self._head, said, self._shown, tail)
                 )
             times = self._times

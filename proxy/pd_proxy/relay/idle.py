@@ -1,7 +1,7 @@
-"""Time limits on the silence of a stream's engine and of its client.
+"""Time limits for the silence of a stream's engine and of its client.
 
-A stream costs one timer for each idle period, not one for each token. Time for which the client has kept the engine
-waiting does not count as the engine's silence.
+A stream needs one timer for each idle period, not one for each token. Time in which the client kept the engine waiting
+does not count as silence of the engine.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Protocol
 from pd_proxy.errors import BackendError
 
 _SUSPECTED = 1.0  # seconds of silence after which the stream of a suspected backend fails
-_GAPS = 4  # as many usual gaps between tokens, if they are longer: a slow stream moves too
-_LATE = 0.25  # share of this time by which the event loop may be late; if it is later, the time is waited for again
-_LOOKS = 5  # times that it is waited for, at most
+_GAPS = 4  # times the usual gap between tokens, if that is longer, since a slow stream is not dead
+_LATE = 0.25  # share of this time by which the event loop may be late; if it is later, the wait is repeated
+_CHECKS = 5  # the most times that it waits
 
 
 class Watched(Protocol):
@@ -65,7 +65,7 @@ class IdleWatch:
             self._timer = self._loop.call_later(self._seconds, self.check)
 
     def stop(self) -> None:
-        """Stop to watch: the stream is over."""
+        """Stop watching: the stream is over."""
         self._stream = None
         if self._timer is not None:
             self._timer.cancel()
@@ -80,11 +80,11 @@ class IdleWatch:
         self.last_read = monotonic()
 
     def suspect(self, error: BackendError) -> None:
-        """Check a stream whose backend fails its health checks. One that still moves goes on; one that is silent from
-        now on fails with `error`, after `_SUSPECTED` seconds or `_GAPS` times its usual gap between tokens.
+        """Check a stream whose backend fails its health checks. If it is silent from now on, it fails with `error`
+        after `_SUSPECTED` seconds, or after `_GAPS` times its usual gap between tokens. Otherwise it goes on.
 
-        Silence before the call does not count: if the gateway itself stood still, it read nothing in that time. Neither
-        does the silence of a time in which the event loop was late."""
+        Silence before the call does not count, since the gateway itself may have been stopped and have read nothing.
+        Neither does a time in which the event loop was late."""
         stream = self._stream
         if self.paused_since is not None or stream is None:
             return  # the client keeps the engine waiting
@@ -94,23 +94,23 @@ class IdleWatch:
         seconds = max(_SUSPECTED, _GAPS * stream.usual_gap())
         if self._seconds is not None:
             seconds = min(seconds, self._seconds)
-        looks = 0
+        checks = 0
 
-        def look(due: float) -> None:
-            nonlocal looks
-            looks += 1
+        def check_again(due: float) -> None:
+            nonlocal checks
+            checks += 1
             if self._last_sign(stream) != sign or self.paused_since is not None:
                 self._suspected = -1.0
                 if self._seconds is not None:
                     self.check()
-            elif loop.time() - due > _LATE * seconds and looks < _LOOKS:
+            elif loop.time() - due > _LATE * seconds and checks < _CHECKS:
                 wait()
             else:
                 stream.fail(error)
 
         def wait() -> None:
             due = loop.time() + seconds
-            self._timer = loop.call_at(due, look, due)
+            self._timer = loop.call_at(due, check_again, due)
 
         if self._timer is not None:
             self._timer.cancel()
@@ -118,8 +118,8 @@ class IdleWatch:
         wait()
 
     def check(self) -> None:
-        """End the stream if it has been silent for too long; else check again at the earliest time at which it may
-        be."""
+        """End the stream if it has been silent for too long; otherwise set the timer for the earliest time at which it
+        could be."""
         stream = self._stream
         if stream is None or self._seconds is None:
             return
@@ -133,5 +133,5 @@ class IdleWatch:
             stream.engine_is_silent(self._seconds)
 
     def _last_sign(self, stream: Watched) -> float:
-        """Time of the last sign of the engine."""
+        """The time of the engine's last token or read."""
         return max(self.last_read, stream.last_token())

@@ -1,8 +1,8 @@
-"""An engine's answer to the client as it is: events as they come, everything else in one piece.
+"""Passes an engine's answer on to the client as it is: events as they arrive, every other answer in one piece.
 
-For the routes whose answers the gateway neither counts nor continues. It guarantees that a client gets whole events,
-that an error under status 200 is an error, that nothing of a hand-off is sent, and that an answer in one piece is sent
-only when it is whole, so that until then another engine may be asked.
+It serves the routes whose answers the gateway neither counts nor continues. It guarantees that a client gets whole
+events, that an error under status 200 is reported as an error, that no part of a hand-off is sent, and that an answer
+in one piece is sent only when it is whole, so that another engine can be tried until then.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pd_proxy.http.response import ClientResponse
 
 EVENTS = b"text/event-stream"
 _JSON = b"application/json"
-# The types with which engines answer these routes: subtitles, embeddings as bytes. HTML, for one, comes from another
-# proxy.
+# The content types with which engines answer these routes, with subtitles and embeddings as bytes. HTML, for example,
+# would come from another proxy.
 _TYPES = frozenset({_JSON, EVENTS, b"text/plain", b"text/vtt", b"application/x-subrip", b"application/octet-stream"})
 _PASSED = (b"content-type", b"metadata")  # the latter describes the embeddings in an octet-stream
 _ERROR = b'{"error":'
@@ -43,7 +43,7 @@ class _Event(msgspec.Struct):
 
 
 class _Object(msgspec.Struct):
-    """What is read of the top level of an answer; the rest of it is checked to be JSON."""
+    """What is read of the top level of an answer. The rest is only checked to be JSON."""
 
     usage: msgspec.Raw = ABSENT
     error: msgspec.Raw = ABSENT
@@ -55,16 +55,16 @@ _decode_object = json_decoder(_Object)
 
 
 class Passthrough:
-    """The receiver of such an answer, and the client's flow control over it.
+    """The receiver of such an answer, and the flow control of its client.
 
     Arguments:
         url: the backend, for messages.
         begin: starts the client's stream; called before its first event.
         limit: bytes of an answer that does not come in events.
-        first: time limit from `sent` to the answer's first byte.
-        idle: time limit between two reads of events; for other answers, from the head to the end.
+        first: the time limit from `sent` to the answer's first byte.
+        idle: the time limit between two reads of events; for other answers, from the head to the end.
     Attributes:
-        connection: that of the request, once it is being sent; its sender sets it.
+        connection: the connection of the request, once it is being sent. The sender sets it.
         status, headers: of the answer.
         answered: done when the answer is whole or has failed.
     """
@@ -113,7 +113,7 @@ class Passthrough:
         """An answer in one piece, as the client gets it, and its usage.
 
         Raises:
-            BackendError: the answer is an error, or not JSON where it should be.
+            BackendError: the answer is an error, or is not JSON though its type says so.
         """
         if self._type != _JSON:
             return self.body, ABSENT

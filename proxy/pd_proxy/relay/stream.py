@@ -1,10 +1,10 @@
-"""The relay of a streamed answer: from the engine's socket to the client's.
+"""Relays a streamed answer from the engine's socket to the client's.
 
-Everything is held until the first event with something for the client to read, since the engine may still answer with
-an error under status 200 (vLLM does when the KV cache cannot be loaded: a role chunk, then an error event). Until then
-the request can be tried elsewhere. Tokens without anything to read (a stop string or a parser holds their text back)
-wait as well. From that event on each read from the engine is one write to the client: ordinary token events take the
-fast path (`fast_path.py`), and all others are read one by one by the reader of the answer's dialect.
+Events are held until the first one that has content for the client, since the engine may still report an error under
+status 200 (vLLM does when the KV cache cannot be loaded: a role chunk, then an error event). Until then the request can
+be tried elsewhere. Tokens without content are held too: a stop string or a parser holds their text back. From the first
+content on, each read from the engine is one write to the client. Ordinary token events take the fast path
+(`fast_path.py`); the reader of the answer's dialect reads all others one by one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _HELD_LIMIT = 64 * 1024 * 1024  # the ids of a prompt of a million tokens are 7 
 _ERROR_BODY_LIMIT = 1024 * 1024
 _WAITING_LIMIT = 1024 * 1024  # bytes of events that wait; more are left in the engine
 _MANY = 4  # tokens in one read
-# Seconds for which tokens without content are held: an engine that hides minutes of reasoning must not look dead.
+# Seconds for which tokens without content are held, so that an engine that hides minutes of reasoning does not look
+# dead.
 _LONGEST_HOLD = 5.0
 
 # Members of an enum cost more to look up than names of a module.
@@ -46,20 +47,19 @@ class StreamRelay:
 
     Arguments:
         url: the backend, for messages.
-        client: where the events go.
+        client: gets the events.
         reader: reads the events, in the answer's dialect.
-        transcript: where it is written down what the client is given.
-        gaps: where the seconds between tokens are noted.
-        begin: called once, with this relay, just before the first bytes are sent; it starts the client's answer.
-        on_first_token: called once, with this relay, when the engine's first token is here, whether or not it has
-            anything to read.
-        pace: called now and then with the seconds that a token takes the engine.
+        transcript: keeps what the client has been sent.
+        gaps: takes the seconds between tokens.
+        begin: called once, with this relay, just before the first bytes are sent. It starts the client's answer.
+        on_first_token: called once, with this relay, when the engine's first token has arrived, with or without
+        content. pace: called now and then with the seconds that the engine takes for a token.
         idle: seconds without a byte after which the stream counts as dead, or None.
         loop: the running event loop, where it is known.
     Attributes:
         first_token: `time.monotonic` of the read that brought the first content; None before.
         headers: of the engine's answer.
-        throttled: the client has been slow, so the pace of the stream says nothing about the engine.
+        throttled: the client has been slow, so the pace of the stream does not show the pace of the engine.
     """
 
     __slots__ = (
@@ -252,7 +252,7 @@ class StreamRelay:
     def end(self) -> None:
         self._connection = None
         if self._waiting:
-            self._ended = True  # whether the answer is whole is seen when they are read
+            self._ended = True  # whether the answer is whole is known once they are read
         elif self._phase is _CLOSING:
             self._conclude(None)
         elif self._reader.done:  # a whole stream without a token is not an answer
@@ -274,7 +274,7 @@ class StreamRelay:
 
     def _pass_on(self, block: bytes, last: bool) -> None:
         """Send whole events to the client, the last ones together with the end of its answer. They are held until one
-        of them has something to read."""
+        of them has content."""
         now = monotonic()
         fast_path, idle, reader = self._fast_path, self._idle_watch, self._reader
         assert fast_path is not None and idle is not None
@@ -288,10 +288,10 @@ class StreamRelay:
             fast_path.count(count, now)
         if self._phase is _HOLDING:
             if self._future.done():
-                return  # the flow has given it up in this turn of the event loop, and tries another backend
+                return  # the flow has ended the leg in this turn of the event loop, and tries another backend
             if count and self._begun is None:
                 self._note_first_token(now, last)
-            if reader.failure is not None:  # the client has nothing yet: the request can be tried elsewhere
+            if reader.failure is not None:  # the client has been sent nothing, so the request can be tried elsewhere
                 reader.rewind()
                 self.fail(reader.failure)
                 return
@@ -306,7 +306,7 @@ class StreamRelay:
             self._connection.rest(self._loop)
 
     def _keep_waiting(self, block: bytes) -> None:
-        """Keep events until they can be read. A failure of the engine among them is seen at once."""
+        """Keep events until they can be read. A failure of the engine among them is noticed at once."""
         self._reader.check(block)
         if self._reader.failure is not None:
             return
@@ -339,14 +339,14 @@ class StreamRelay:
             self.fail(BackendGarbled(f"{self._url} sent {_HELD_LIMIT} bytes without a token"))
 
     def _go_live(self, now: float) -> None:
-        """Begin the client's answer: from now on it is sent what the engine sends."""
+        """Begin the client's answer: from now on the client gets what the engine sends."""
         self._phase = TRANSITIONS[self._phase][_LIVE]
         self.first_token = now
         self._reader.go_live()
         self._begin(self)
 
     def _note_first_token(self, now: float, last: bool) -> None:
-        """The first token is here: its time limit ends, and that for silence begins."""
+        """The first token has arrived: its time limit ends, and the limit for silence begins."""
         self._begun = now
         if self._deadlines is not None:
             self._deadlines.forget(self)
@@ -358,8 +358,8 @@ class StreamRelay:
 
     def _write(self, block: bytes, last: bool, tokens: int) -> None:
         reader = self._reader
-        # A last event without tokens waits for the end of the engine's answer, which follows, so that both are one
-        # write.
+        # A last event without tokens waits for the end of the engine's answer, which follows at once, so that both are
+        # one write.
         if self._unsent:
             block, self._unsent = self._unsent + block, b""
         if reader.done:
@@ -373,7 +373,7 @@ class StreamRelay:
             self.fail(reader.failure)
 
     def _open_fast_path(self) -> None:
-        """Let the next read take the fast path if no chunk and no event is half read."""
+        """Let the next read take the fast path, unless a chunk or an event has been read in part."""
         connection, fast_path, reader = self._connection, self._fast_path, self._reader
         if connection is None or fast_path is None or self._client.gone:
             return
@@ -393,8 +393,8 @@ class StreamRelay:
     # Endings
 
     def _conclude(self, error: BackendError | None) -> None:
-        """End after the engine's last event: the answer is whole if it has a reason why it ended, else it failed; with
-        `error`, if there is one."""
+        """End after the engine's last event. The answer is whole if it has a `finish_reason`; otherwise it has failed,
+        with `error` if there is one."""
         if self._transcript.finished:
             self._client.end(self._unsent + self._reader.ending())
             self._finish(None)
@@ -437,4 +437,4 @@ class StreamRelay:
         self.fail(BackendTimedOut(f"{self._url} sent nothing for {seconds:g} s"))
 
     def client_is_silent(self) -> None:
-        self._client.cut()  # while it reads nothing, it holds memory of the engine
+        self._client.cut()  # as long as it reads nothing, it occupies memory of the engine
