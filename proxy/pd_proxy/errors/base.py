@@ -1,4 +1,4 @@
-"""What all errors of the gateway have in common."""
+"""The base class of all errors of the gateway."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import msgspec
 
 
 class GatewayError(Exception):
-    """An error with its answer.
+    """An error, and the answer that a client gets for it.
 
     Arguments:
         message: what happened, to what, and what to do about it.
-        param: the request field at fault, where there is one.
+        param: the request's member that is wrong, where there is one.
         retry_after: seconds after which the client may try again.
     """
 
@@ -28,11 +28,11 @@ class GatewayError(Exception):
 
     @property
     def public_message(self) -> str:
-        """What a client is told."""
+        """The message for the client."""
         return str(self)
 
     def detail(self) -> dict[str, dict[str, str | None]]:
-        """What happened, in OpenAI's shape."""
+        """The error as an object, in OpenAI's format."""
         return {"error": {"message": self.public_message, "type": self.type, "param": self.param, "code": self.code}}
 
     def body(self) -> bytes:
@@ -40,5 +40,5 @@ class GatewayError(Exception):
         return msgspec.json.encode(self.detail())
 
     def event(self) -> bytes:
-        """The same as the last event of a stream that had begun."""
+        """The last event of a stream that had begun."""
         return b"data: " + self.body() + b"\n\n"

@@ -1,4 +1,4 @@
-"""Errors of requests that no engine has failed: the client's to mend, or the gateway's own bounds and state."""
+"""Errors that no engine has caused: errors of the client's request, and errors from the gateway's bounds and state."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class ClientError(GatewayError):
 
 
 class InvalidRequest(ClientError):
-    """The body is not JSON, not an object, or a field the gateway must read has the wrong type."""
+    """The body is not a JSON object, or a member that the gateway reads has the wrong type."""
 
 
 class TooManyTokens(ClientError):
-    """By its size alone the request is above a bound of admission, so that no wait would help."""
+    """The request alone exceeds a bound of admission, so waiting would not help."""
 
     code = "too_many_tokens"
 
@@ -51,14 +51,14 @@ class BackendNotFound(ClientError):
 
 
 class ResponseNotFound(ClientError):
-    """No backend has a stored response of this client's by that id."""
+    """No backend has stored a response of this client with that id."""
 
     status = 404
     code = "response_not_found"
 
 
 class CallUnexpected(ClientError):
-    """An engine has called back for a request that does not wait for it, or not any more."""
+    """An engine has called back, and no request waits for that call, or no longer."""
 
     status = 404
     code = "call_unexpected"
@@ -86,14 +86,14 @@ class BodyTooLarge(ClientError):
 
 
 class EncodingNotSupported(ClientError):
-    """The body has a content-encoding that is not taken off here."""
+    """The body has a content-encoding that the gateway cannot decode."""
 
     status = 415
     code = "encoding_not_supported"
 
 
 class RateLimited(ClientError):
-    """The client has as much in the gateway as its settings allow it."""
+    """The client has reached the bound of its requests or tokens in the gateway."""
 
     status = 429
     type = "rate_limit_error"
@@ -106,7 +106,7 @@ class HeadersTooLarge(ClientError):
 
 
 class VersionNotSupported(ClientError):
-    """The request is in another version of HTTP than 1.1 or 1.0."""
+    """The request's version of HTTP is neither 1.1 nor 1.0."""
 
     status = 505
     code = "http_version_not_supported"
@@ -125,13 +125,13 @@ class NoBackend(Unavailable):
 
 
 class TooManyConnections(Unavailable):
-    """`limits.connections` are open already."""
+    """As many connections as `limits.connections` are open."""
 
     code = "too_many_connections"
 
 
 class BodiesFull(Unavailable):
-    """`limits.bodies` are held already."""
+    """The bodies of running requests take up `limits.bodies`."""
 
     code = "bodies_full"
 
@@ -143,31 +143,31 @@ class Draining(Unavailable):
 
 
 class QueueFull(Unavailable):
-    """The bounds of admission are reached, and so is the length of the queue."""
+    """The bounds of admission are reached, and the queue is full."""
 
     code = "queue_full"
 
 
 class DeadlineTooClose(Unavailable):
-    """The queue empties too slowly for the request's deadline; it is told so at once."""
+    """The queue empties too slowly for the request's deadline, so it is refused at once."""
 
     code = "deadline_too_close"
 
 
 class TargetMissed(Unavailable):
-    """The request would get its first token later than its target has it (`admission.slo: refuse`)."""
+    """The request would get its first token later than its target (`admission.slo: refuse`)."""
 
     code = "target_missed"
 
 
 class QueueTimedOut(Unavailable):
-    """The request's deadline came while it waited."""
+    """The request's deadline passed while it waited in the queue."""
 
     code = "queue_timeout"
 
 
 class TotalTimedOut(GatewayError):
-    """`timeouts.total`, or the client's own `x-request-timeout`, ran out."""
+    """The time limit of the request expired: `timeouts.total`, or the client's `x-request-timeout`."""
 
     status = 504
     type = "timeout"
@@ -175,7 +175,7 @@ class TotalTimedOut(GatewayError):
 
 
 class LoopDetected(GatewayError):
-    """The request has come back to this gateway, or has come through too many of them."""
+    """The request has come back to this gateway, or has passed through too many gateways."""
 
     status = 508
     type = "loop_detected"
@@ -183,7 +183,7 @@ class LoopDetected(GatewayError):
 
 
 class FanOutFailed(GatewayError):
-    """What an operator wanted of several backends did not go well on all of them; the answer says on which."""
+    """An operator's request to several backends failed on some. The answer says on which."""
 
     status = 502
     type = "backend_error"

@@ -1,4 +1,4 @@
-"""Errors of legs: what an engine, or the way to it, has failed at."""
+"""Errors of legs: failures of an engine, or of the connection to it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ class BackendError(GatewayError):
     """One leg failed.
 
     Attributes:
-        reason: one short word for metrics and logs.
-        unread: True when the engine surely never read the request, so that a hand-off it carried is still good.
-        blame: False when the failure says nothing about the backend's health (a kept-alive connection that the
-            engine closed as the request was on its way).
-        leaves: True when the engine has shown that it is stopping or paused: it gets no new requests for a while.
+        reason: a word for metrics and logs.
+        public: the message for clients, which contains no address.
+        unread: True when the engine certainly has not read the request, so that the hand-off in it can still be used.
+        blame: False when the failure says nothing about the backend's health, as when the engine closed a kept-alive
+            connection while the request was in flight.
+        leaves: True when the engine has shown that it is stopping or paused. It gets no new requests for a while.
     """
 
     status = 502
@@ -72,7 +73,7 @@ class BackendLost(BackendError):
 
 
 class BackendsKilled(BackendError):
-    """As many engines have ended while they worked on the request as `retries.after_cut` allows, and one more."""
+    """More engines have died while they worked on the request than `retries.after_cut` allows."""
 
     retryable = False
     code = "request_kills_engines"
@@ -81,7 +82,8 @@ class BackendsKilled(BackendError):
 
 
 class BackendPreempted(BackendError):
-    """`stop_reason: recomputed`: the engine ran out of KV blocks and wants the request to be made again."""
+    """The engine ran out of KV blocks and dropped the request (`stop_reason: recomputed`), which has to be sent
+    again."""
 
     code = "backend_preempted"
     reason = "recomputed"
@@ -92,8 +94,9 @@ class BackendPreempted(BackendError):
 
 
 class BackendAborted(BackendError):
-    """The engine ended a request before its time and called that an answer, status 200: `finish_reason: "abort"`. So
-    engines do that are stopped (SIGTERM), paused, put to sleep or scaled."""
+    """The engine ended the answer early, with status 200 and `finish_reason: "abort"`. Engines do so when they are
+    stopped
+    (SIGTERM), paused, put to sleep or scaled."""
 
     code = "backend_aborted"
     reason = "aborted"
@@ -102,7 +105,7 @@ class BackendAborted(BackendError):
 
 
 class BackendAnswered(BackendError):
-    """The engine answered with an error status; its own body is kept and given to the client."""
+    """The engine answered with an error status. The client gets the engine's own body."""
 
     def __init__(
         self,
@@ -135,7 +138,7 @@ class BackendFailed(BackendAnswered):
 
 
 class BackendStopping(BackendFailed):
-    """The engine has been told to stop, ends what it has, and refuses whatever comes."""
+    """The engine is stopping: it finishes its requests, and refuses new ones."""
 
     code = "backend_stopping"
     reason = "stopping"
@@ -150,9 +153,12 @@ class BackendBusy(BackendAnswered):
 
 
 class BackendRejected(BackendAnswered):
-    """Attributes:
-    handled: it was the engine's handler that refused, and not what checks a body before it. vLLM's has freed what
-        prefill holds for the request then.
+    """The engine refused the request as wrong.
+
+    Attributes:
+        handled: the engine's request handler has refused it, and not the validation of the body before. vLLM's handler
+            has
+            then freed what prefill holds for the request.
     """
 
     handled: bool = False
@@ -190,7 +196,7 @@ class HandoffUnconfirmed(BackendError):
 
 
 class StreamInterrupted(BackendError):
-    """The engine failed after a part of its answer had been given, and nobody could go on from there.
+    """The engine failed after the client had got a part of the answer, and no other engine could continue it.
 
     Arguments:
         why: the reason, one of those in docs/resume.md.

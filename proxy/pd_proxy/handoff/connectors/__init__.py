@@ -1,1 +1,1 @@
-"""The connectors: one hand-off protocol a file, and the registry of them."""
+"""The connectors, with one file for each hand-off protocol, and their registry."""

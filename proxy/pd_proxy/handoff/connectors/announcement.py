@@ -1,7 +1,8 @@
-"""What registrations of engines have in common: one msgpack map, every member of which is bounded and checked.
+"""The common part of engines' registrations: a msgpack map in which every member is bounded and checked.
 
-`{"type": "P" | "D", "http_address": "host:port", "zmq_address": "…", …}`, sent every three seconds. What is in it comes
-from whoever could reach the socket, and what passes here goes into bodies and headers of legs.
+`{"type": "P" | "D", "http_address": "host:port", "zmq_address": "…", …}`, sent every three seconds. Anybody who can
+reach
+the socket can send one, and its values become part of legs' bodies and headers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ROLES: dict[str, Literal["prefill", "decode"]] = {"P": "prefill", "D": "decode"}
 
 
 class Registration(msgspec.Struct):
-    """What every connector's engines say; each has a subclass for the rest."""
+    """The members that all connectors have. A connector with more members has a subclass."""
 
     type: Literal["P", "D"]
     http_address: Annotated[str, msgspec.Meta(max_length=300)]
@@ -29,10 +30,10 @@ Ranks = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
 def host_of(text: str) -> str:
-    """A host: a name, or an address; IPv6 with or without brackets.
+    """Read a host: a name or an address; IPv6 with or without brackets.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is neither.
     """
     if _NAME.fullmatch(text):
         return text.lower()
@@ -42,21 +43,21 @@ def host_of(text: str) -> str:
 
 
 def port_of(text: str) -> int:
-    """A port.
+    """Read a port.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a port.
     """
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536):
-        raise ValueError(f"{text[:20]!r} is no port")
+        raise ValueError(f"{text[:20]!r} is not a port")
     return int(text)
 
 
 def address_of(text: str) -> tuple[str, int]:
-    """Host and port of `host:port`.
+    """Read `host:port`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text has another form.
     """
     host, _, port = text.rpartition(":")
     return host_of(host), port_of(port)

@@ -1,14 +1,15 @@
-"""vllm-ascend's MooncakeLayerwiseConnector: decode goes first, and prefill pushes to it, layer by layer.
+"""vllm-ascend's MooncakeLayerwiseConnector: the decode leg is sent first, and prefill pushes the KV cache layer by
+layer.
 
-Decode's engine queues the request, gives it blocks, and then posts them and its own coordinates to the `metaserver`
-that its leg names: the gateway. The prefill leg says the same, and prefill writes into those blocks as it computes.
-From `mooncake_layerwise_connector.py` and its example proxy:
+Decode's engine queues the request, allocates blocks, and posts these and its own coordinates to the `metaserver` in its
+leg, which is the gateway. The prefill leg carries the content of that call, and prefill writes into the blocks while it
+computes. From `mooncake_layerwise_connector.py` and its example proxy:
 
-- The two engines know a request by its external id, so both legs have one X-Request-Id and one path.
-- Prefill's scheduler reads `remote_cached_tokens` without a default: an engine that lacks it dies.
-- Decode keeps the blocks of a request that was aborted while it waits until prefill says that it is done (vLLM's
-  scheduler frees them no sooner, since they may still be written to). Hence a prefill leg that was sent runs out.
-- Decode posts a second time when the first post did not get through; there is nothing more in it.
+- Both engines identify a request by its external id, so both legs have the same X-Request-Id and path.
+- Prefill's scheduler reads `remote_cached_tokens` without a default: without it the engine dies.
+- Where a request is aborted while decode waits, decode keeps its blocks until prefill reports that it is done, since
+  prefill may still write to them. So a prefill leg that was sent is not cancelled.
+- Decode posts again when the first post has failed. The second call has the same content.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _Size = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class _Call(msgspec.Struct):
-    """What decode's engine says of itself: what every prefill engine needs of it, and the types of what some do."""
+    """The call of decode's engine: the members that all prefill engines need, and the types of those that some need."""
 
     request_id: Name
     do_remote_decode: bool
@@ -57,9 +58,9 @@ class AscendLayerwise(Connector):
 
     traits = Traits(
         name="ascend_layerwise",
-        endpoints=frozenset({"chat", "completions", "messages"}),  # others' ids have a form that no call is known by
+        endpoints=frozenset({"chat", "completions", "messages"}),  # for the others the call's id has another form
         order=Order.CALLED_BACK,
-        own_request_ids=True,  # what engines call back with is nothing that a client could guess
+        own_request_ids=True,  # so that clients cannot guess the ids with which engines call back
         prefill_cancellable=False,
     )
 
@@ -78,7 +79,7 @@ class AscendLayerwise(Connector):
         if not said.do_remote_decode or said.do_remote_prefill:
             raise HandoffInvalid("decode's call back does not ask for a remote decode")
         check_blocks(said.remote_block_ids)
-        # What only newer engines know of begins alike; anything else might say more than where the blocks are.
+        # Members that newer engines have added begin with `remote_`. Others might be more than the blocks' addresses.
         foreign = [name for name in members if name not in _Call.__struct_fields__ and not name.startswith("remote_")]
         if foreign:
             raise HandoffInvalid(f"decode's call back says more than where its blocks are: {foreign[0][:64]!r}")

@@ -1,13 +1,14 @@
 """LMCache's prefill-decode mode (LMCacheConnectorV1 with `enable_pd`): prefill writes to a decode engine.
 
-Decode is chosen first, and its receiver's address is in prefill's leg (`disagg_spec`). When prefill's ranks have
-written all chunks, each pushes a notice to the gateway; only then may decode begin, which finds the cache by the prompt
-and is told nothing. From LMCache 0.5, `integration/vllm` and `storage_backend/pd_backend*.py`:
+Decode is chosen first, and the address of its receiver is in prefill's leg (`disagg_spec`). When prefill's ranks have
+written all chunks, each sends a notification to the gateway. Only then may the decode leg begin. It carries no
+parameters, since decode finds the KV cache by the prompt. From LMCache 0.5, `integration/vllm` and
+`storage_backend/pd_backend*.py`:
 
-- A receiver knows a chunk's key from the moment its memory is set aside: a decode leg before the notice reads memory
-  that is not written yet, and answers wrong.
-- A key that is missing in `disagg_spec`, or a port for each of prefill's ranks, kills prefill's scheduler or worker.
-- A cache that was written to one decode engine is on no other.
+- A receiver has the key of a chunk as soon as its memory is allocated. A decode leg before the notification would read
+  memory that is not written yet, and give a wrong answer.
+- A missing key in `disagg_spec`, or fewer ports than prefill's ranks, kills prefill's scheduler or worker.
+- A KV cache that was written to one decode engine is on no other.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class LMCachePD(Connector):
         name="lmcache_pd",
         order=Order.NOTIFIED,
         negotiates=True,
-        plain_prefill=False,  # a sender knows nobody to write to
+        plain_prefill=False,  # a sender without a receiver has nowhere to write
         transferable=False,
     )
 
@@ -39,5 +40,5 @@ class LMCachePD(Connector):
         }
         if decode.query_ports:
             receiver["receiver_query_port"] = decode.query_ports
-        # Prefill's token is not asked for (`ret_first_tok`): decode samples it again, with the client's settings.
+        # Prefill's token is not requested (`ret_first_tok`): decode samples it again, with the client's parameters.
         return Rendezvous(params({"disagg_spec": receiver}), Handoff({}), notices=len(decode.init_ports))

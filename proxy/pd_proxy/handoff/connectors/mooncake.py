@@ -1,11 +1,13 @@
-"""vLLM's MooncakeConnector: prefill pushes to a decode engine that has asked it to, so both legs are sent at once.
+"""vLLM's MooncakeConnector: prefill pushes to a decode engine that has requested it, so both legs are sent at once.
 
-Decode asks prefill's bootstrap server for the way to its workers, and then those for the blocks of a `transfer_id`,
-which is all that pairs the legs; prefill's answer says nothing. From vLLM 0.32, `mooncake_connector.py`:
+Decode gets the addresses of prefill's workers from prefill's bootstrap server, and requests the blocks of a
+`transfer_id`
+from them. Only that id pairs the legs. Prefill's answer contains nothing of the hand-off. From vLLM 0.32,
+`mooncake_connector.py`:
 
 - Prefill keeps blocks only of a request that ended because of its length, hence no stop and `ignore_eos`.
-- A prefill request that is aborted before it was scheduled breaks a step of its connector, hence it runs out.
-- Decode is not told of a prefill that failed: the flow ends its leg.
+- Aborting a prefill request before it was scheduled breaks a step of the connector, so a prefill leg is not cancelled.
+- Decode does not learn that prefill has failed, so the flow ends the decode leg.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pd_proxy.requests.endpoints import Members
 
 
 class _Worker(msgspec.Struct):
-    """What the bootstrap server says of one data-parallel rank; it also has the addresses of the workers."""
+    """The bootstrap server's entry for a data-parallel rank, which also has the addresses of its workers."""
 
     engine_id: Name
 

@@ -1,8 +1,10 @@
 """vllm-ascend's MooncakeConnectorV1 (pull), the connector of its Qwen3-235B tutorial on Atlas A3.
 
-As `nixl.py` on the wire, with three differences (vllm-ascend, `mooncake_connector.py`): prefill keeps the blocks only
-if its request ended because of its length, hence `min_tokens`; both legs must carry the same X-Request-Id, since
-versions before `remote_request_id` pair by it; the blocks stay for 480 s.
+The protocol is that of `nixl.py`, with three differences (vllm-ascend, `mooncake_connector.py`):
+
+- Prefill keeps the blocks only if its request ended because of its length, hence `min_tokens`.
+- Both legs must carry the same X-Request-Id, since versions without `remote_request_id` pair the legs by it.
+- Prefill keeps the blocks for 480 s.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ class MooncakeAscend(Connector):
         fingerprints=frozenset({"MooncakeConnectorV1", "MooncakeHybridConnector"}),
         pairs_by_id=True,  # before remote_request_id
         lease=480.0,  # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
-        # `first_token` stays off: it keeps no blocks of a request that ended by itself; the rest has not been tried.
-        # `release_by_refusal` too: its release is served, since decode reads the blocks, so the prompt must be theirs.
+        # `first_token` is off: prefill keeps no blocks of a request that ended by itself, and the rest was not tried.
+        # `release_by_refusal` is off: decode serves the leg of `release` and reads the blocks, so it needs the prompt.
     )
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
@@ -54,5 +56,6 @@ class MooncakeAscend(Connector):
         return None if params is None else pulled(params, _required)
 
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
-        # Decode reads the blocks for one token, and prefill frees what was read. One that was sent may be free already.
+        # Decode reads the blocks for one token, and prefill then frees them. Those of a sent hand-off may be free
+        # already.
         return None if sent else {**one_token(members), **handoff.members}

@@ -1,16 +1,19 @@
 """vLLM's MoRIIOConnector (AMD), in its two modes: decode reads from prefill, or prefill writes to decode.
 
-Engines register with their ports (`registers`), and each leg names the other engine by `remote_host`,
-`remote_handshake_port` and `remote_notify_port`, so that nothing has to be read out of a request's id. From vLLM 0.32,
-`moriio_connector.py` and `moriio_common.py`:
+Engines register with their ports (`registers`). Each leg names the other engine by `remote_host`,
+`remote_handshake_port`
+and `remote_notify_port`, so engines need not read these from a request's id. From vLLM 0.32, `moriio_connector.py` and
+`moriio_common.py`:
 
-- `transfer_id` pairs the legs. A leg without it, or without the other's address, kills the engine's scheduler; so does
-  one without `remote_block_ids` and `remote_engine_id`, which may be null. That holds for prefill's leg in both modes.
+- `transfer_id` pairs the legs. A leg without it, or without the other engine's address, kills the engine's scheduler.
+  So
+  does a leg without `remote_block_ids` and `remote_engine_id`, which may be null. This holds for prefill's leg in both
+  modes.
 - Prefill keeps blocks only of a request that ended because of its length, for 60 s.
-- In read mode a decode engine takes every request for one with a hand-off, and answers one without from memory that was
+- In read mode a decode engine treats every request as one with a hand-off. It answers one without from memory that was
   never written.
-- In write mode decode notifies the rank of prefill that it is told; another than the one that has the request waits.
-- Both modes are one protocol to neither engine: one that writes cannot serve one that reads.
+- In write mode decode notifies the prefill rank that its leg names. If another rank has the request, that one waits.
+- An engine in one mode cannot hand over to an engine in the other.
 """
 
 from __future__ import annotations
@@ -54,16 +57,16 @@ _COMMON = Traits(
     negotiates=True,
     registers=True,
     lease=60.0,  # defer_timeout
-    transferable=False,  # prefill is told which decode engine it is for
+    transferable=False,  # prefill's leg names the decode engine
     release_by_refusal=True,
 )
 
 
 class MoRIIO(Connector):
-    """What the two modes have in common.
+    """The common part of the two modes.
 
     Attributes:
-        mode: as engines register it.
+        mode: the mode in engines' registrations.
     """
 
     mode: ClassVar[Literal["READ", "WRITE"]]
@@ -91,13 +94,13 @@ class MoRIIO(Connector):
 
     @staticmethod
     def _asked(decode: Coordinates, transfer: str) -> Members:
-        """What prefill is told."""
+        """The parameters of prefill's leg."""
         asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer, **_peer(decode)}
         return params(asked)
 
 
 def _peer(coordinates: Coordinates) -> dict[str, Any]:
-    """The other engine, as each leg names it."""
+    """The members by which a leg names the other engine."""
     return {
         "remote_engine_id": None,
         "remote_block_ids": None,
@@ -129,7 +132,7 @@ class MoRIIOWrite(MoRIIO):
 
 
 class MoRIIOReadParams(msgspec.Struct):
-    """What decode needs of prefill's parameters; they may hold more, which is passed on."""
+    """The members of prefill's parameters that decode needs. Others are passed on."""
 
     do_remote_prefill: bool
     remote_block_ids: msgspec.Raw

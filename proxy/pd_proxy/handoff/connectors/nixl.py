@@ -1,7 +1,7 @@
-"""vLLM's NixlConnector in pull mode: prefill answers with its blocks' address, decode reads them by RDMA.
+"""vLLM's NixlConnector in pull mode: prefill answers with the address of its blocks, and decode reads them by RDMA.
 
-Fields as in vLLM 0.32, `nixl/pull_scheduler.py`. Decode's scheduler trusts them: without block ids its engine dies
-on an assertion, without one of the others the request waits for ever, so all are demanded here.
+Member names are those of vLLM 0.32, `nixl/pull_scheduler.py`. Decode's scheduler does not check them: without block ids
+the engine dies on an assertion, and without one of the others the request waits for ever. So all are required here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pd_proxy.requests.endpoints import Endpoint, Members
 
 
 class NixlParams(PullParams):
-    """What decode needs of prefill's parameters; they may hold more, which is passed on."""
+    """The members of prefill's parameters that decode needs. Others are passed on."""
 
     remote_request_id: Name
     tp_size: Annotated[int, msgspec.Meta(ge=1)]
@@ -45,9 +45,9 @@ class Nixl(Connector):
         name="nixl",
         lease=30.0,  # kv_lease_duration
         fingerprints=frozenset({"NixlConnector", "NixlPullConnector", "vllm:nixl_"}),
-        first_token=True,  # it keeps the blocks however prefill's request ended, and reads them by position
+        first_token=True,  # prefill keeps the blocks however its request ended, and decode reads them by position
         release_by_refusal=True,
-        any_role=True,  # of the two legs' parameters alone it knows which it is
+        any_role=True,  # an engine finds its role in the parameters of the leg
         reuses_prompt_ids=True,
         port=5600,  # VLLM_NIXL_SIDE_CHANNEL_PORT
     )

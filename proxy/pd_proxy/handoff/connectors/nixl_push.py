@@ -1,15 +1,18 @@
-"""vLLM's NixlPushConnector: prefill writes into blocks that decode has registered with it, so both legs go out at once.
+"""vLLM's NixlPushConnector: prefill writes into blocks that decode has registered with it, so both legs are sent at
+once.
 
-Decode registers with an engine that it must be told of: id, side channel, ranks. Where the settings do not say them,
-the first try of a prefill engine is sequential, since its answer does (`remember`). From vLLM 0.32,
-`nixl/push_scheduler.py` and `push_worker.py`:
+To register, decode needs the id, the side channel and the ranks of the prefill engine. Where the settings do not
+contain
+them, the first try with a prefill engine is sequential, since prefill's answer contains them (`remember`). From vLLM
+0.32, `nixl/push_scheduler.py` and `push_worker.py`:
 
-- Legs are paired by their request ids, less a random suffix, hence one X-Request-Id; in newer engines by `transfer_id`.
-- Decode's scheduler indexes what it is told: a missing member ends the engine.
-- Decode is not told of a prefill that failed: the flow ends its leg. Its blocks are given back only when prefill has
-  written to them, so a prefill leg that nobody wants any more runs out.
-- A decode leg that ends before it has registered tells prefill nothing; the blocks stay until the lease ends, and no
-  leg frees them.
+- Legs are paired by their request ids without a random suffix, so both have one X-Request-Id; in newer engines by
+  `transfer_id`.
+- Decode's scheduler reads the parameters without defaults: a missing member kills the engine.
+- Decode does not learn that prefill has failed, so the flow ends the decode leg. Decode frees its blocks only after
+  prefill has written to them, so a prefill leg that is no longer needed is not cancelled.
+- Where a decode leg ends before it has registered, prefill does not learn of it. Prefill's blocks stay until the lease
+  ends, and no leg can free them.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class _Place(msgspec.Struct):
-    """What prefill's answer says of its engine's rank."""
+    """The coordinates of the prefill engine's rank in its answer."""
 
     remote_engine_id: Name
     remote_host: Name
@@ -92,10 +95,10 @@ class NixlPush(Connector):
         try:
             place = _read_place(handoff.members["kv_transfer_params"])
         except Undecodable:
-            return coordinates  # it serves this request, and no other
+            return coordinates  # these parameters can be used for this request only
         at = rank or 0
         host, port = place.remote_host, place.remote_port - at
-        # Ranks of one engine on several hosts: only the last one's place is known then.
+        # Where an engine's ranks are on several hosts, only the rank that answered last is known.
         known = coordinates.engine_ids if (coordinates.host, coordinates.port) == (host, port) else ()
         ids = [*known, *[""] * (at + 1 - len(known))]
         ids[at] = place.remote_engine_id

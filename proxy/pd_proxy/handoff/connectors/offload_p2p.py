@@ -1,11 +1,14 @@
-"""The P2P tier of vLLM's OffloadingConnector: prefill parks its blocks in CPU memory under a name that both legs are
-told, and decode fetches them by it. Nothing comes back in prefill's answer. From vLLM 0.32, `kv_offload/tiering/p2p`:
+"""The P2P tier of vLLM's OffloadingConnector: prefill stores its blocks in CPU memory under a name that both legs
+carry,
+and decode fetches them by that name. Prefill's answer contains nothing of the hand-off. From vLLM 0.32,
+`kv_offload/tiering/p2p`:
 
-- The sub-dictionaries are named for the *other* side: prefill is told of its `remote_decoder`.
-- What is not fetched within 60 s (`unbound_store_timeout_s`) is dropped, and a later fetch is refused at once.
-- Decode finds blocks by the hash of their tokens: what it does not get it computes, so nothing can be wrong; but it
-  waits up to 30 s for an engine that is gone.
-- There is no leg that frees what nobody will fetch.
+- The members are named after the *other* side: the prefill leg has `remote_decoder`.
+- Blocks that are not fetched within 60 s (`unbound_store_timeout_s`) are dropped, and a later fetch is refused at once.
+- Decode finds blocks by the hash of their tokens, and computes those that it does not get, so its answer cannot be
+  wrong.
+  But it waits up to 30 s for a prefill engine that has died.
+- No leg can free blocks that will not be fetched.
 """
 
 from __future__ import annotations

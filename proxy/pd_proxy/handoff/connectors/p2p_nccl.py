@@ -1,9 +1,10 @@
-"""P2pNcclConnector of older vLLM (gone from 0.32): prefill sends its KV cache where the request's id says.
+"""P2pNcclConnector of older vLLM (removed in 0.32): prefill sends its KV cache to the address in the request's id.
 
-Engines register with the address of their ZeroMQ socket (`registers`). Both legs carry one X-Request-Id, and nothing
-else of the connector's: `___prefill_addr_<P>___decode_addr_<D>_<32 hex digits>`. Each engine takes the other's address
-out of it, so a request without such an id, to either of them, kills the engine or waits for ever. It pairs by the whole
-id: engines must not change it (`VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1` where the version would).
+Engines register with the address of their ZeroMQ socket (`registers`). Both legs carry the same X-Request-Id and no
+other
+parameters: `___prefill_addr_<P>___decode_addr_<D>_<32 hex digits>`. Each engine reads the other's address from it. So a
+request without such an id kills the engine or waits for ever, on either side. The legs are paired by the whole id, so
+engines must not change it (`VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1` for versions that would).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class P2pNccl(Connector):
         own_request_ids=True,
         endpoints=frozenset(
             {"chat", "completions"}
-        ),  # those whose answers' ids can be given to clients (`Rendezvous.id`)
+        ),  # those in whose answers the id can be replaced for clients (`Rendezvous.id`)
     )
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:

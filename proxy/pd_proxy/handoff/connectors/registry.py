@@ -1,4 +1,4 @@
-"""The connectors by the names that settings use. A new one is a file beside this and a line here."""
+"""The connectors by their names in the settings. A new connector has a file of its own and a line here."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ CONNECTORS = {connector.name: connector for connector in _ALL}
 
 
 def connectors(handoff_key: str) -> dict[str, Connector]:
-    """The same, for engines that want a hand-off signed with a key that they share with the gateway."""
+    """The connectors for a gateway whose engines require hand-offs that are signed with a shared key."""
     return {**CONNECTORS, TensorRTLLM.traits.name: TensorRTLLM(handoff_key)}

@@ -1,14 +1,18 @@
-"""SGLang: the legs meet in a room of prefill's bootstrap server, so both are sent at once.
+"""SGLang: the legs are paired by a room of prefill's bootstrap server, so both are sent at once.
 
-Prefill holds a request back until decode has come to its room; then it computes the prompt, samples the first token and
-pushes both. So the two legs are the client's body, whole: what shapes the first token must be on prefill's, and every
-prompt of a list finds its own room, since both engines count up from the one they are told. From SGLang 0.5.23:
+Prefill waits until decode has joined the room. Then it computes the prompt, samples the first token, and pushes the KV
+cache and the token. So both legs have the client's whole body: all that shapes the first token must be in prefill's
+leg.
+The prompts of a list have rooms of their own, since both engines count up from the room in their legs. From SGLang
+0.5.23:
 
 - An engine in one of the two roles answers 400 to a request without a room.
-- Two live requests with one room take a scheduler down, hence a new room for each try, far from all others. With `n`
-  above 1 the engines put the choices of a prompt into one room themselves, so that no such request may come to them.
-- Prefill's and decode's rank must be of one mind: decode is told prefill's, and the room's number says it too, for
-  engines that ask nothing else.
+- Two live requests with one room crash a scheduler, so each try has a new room, far from all others. With `n` above 1
+  the
+  engines put all choices of a prompt into one room, so they must not get such requests.
+- Both engines must agree on prefill's rank: the decode leg carries it, and the room's number contains it too, for
+  engines
+  that read only the room.
 """
 
 from __future__ import annotations
@@ -26,12 +30,13 @@ from pd_proxy.handoff.traits import Order, Traits
 from pd_proxy.requests.endpoints import Endpoint, Members
 
 _FREE = 1 << 32
-"""Rooms that are left free above the one that is told: more than the prompts that a body holds, times any number of
-ranks."""
+"""The number of rooms above the one in the legs that are left free. It is more than the prompts that a body can have,
+times
+any number of ranks."""
 
 
 class _ServerInfo(msgspec.Struct):
-    """What an engine says of itself."""
+    """An engine's page with its settings, as far as it is read."""
 
     disaggregation_mode: str
     disaggregation_bootstrap_port: Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -54,7 +59,7 @@ class SGLang(Connector):
         plain_prefill=False,
         endpoints=frozenset({"chat", "completions", "sglang_generate"}),
         splittable=frozenset({"prompt_list"}),
-        info_pages=("/server_info", "/get_server_info"),  # the older name, which newer engines complain of
+        info_pages=("/server_info", "/get_server_info"),  # newer engines log a warning for the older name
     )
 
     def prefill(self, members: Members, endpoint: Endpoint, *, token: bool = False) -> Members:
@@ -73,11 +78,11 @@ class SGLang(Connector):
         if rank is None:
             return Rendezvous(where, Handoff(where))
         said = msgspec.Raw(b"%d" % rank)
-        # By a header the rank is not told on every endpoint.
+        # Not every endpoint reads the rank from a header.
         return Rendezvous({**where, "routed_dp_rank": said}, Handoff({**where, "disagg_prefill_dp_rank": said}))
 
     def per_prompt(self, rendezvous: Rendezvous, prompts: int, ranks: int) -> Rendezvous:
-        assert rendezvous.handoff is not None  # both are sent at once
+        assert rendezvous.handoff is not None  # the order is concurrent, so the hand-off is known
         room = int(bytes(rendezvous.prefill["bootstrap_room"]))
         each = {
             "bootstrap_host": _list([rendezvous.prefill["bootstrap_host"]] * prompts),

@@ -1,9 +1,10 @@
 """Engines that share a cache of KV blocks: LMCache (a server, or a store that all reach), MooncakeStoreConnector,
 ExampleConnector, HF3FSKVConnector, FlexKVConnectorV1.
 
-Prefill leaves its blocks there under the hash of their tokens, and decode looks for them: the legs are told nothing of
-each other. A miss is no failure: decode computes the prompt then, and nothing can be wrong. So nothing is held for a
-decode that does not come, and nothing is to be freed.
+Prefill stores its blocks there under the hash of their tokens, and decode looks them up, so the legs carry no
+parameters.
+A miss is not a failure: decode computes the prompt, and its answer cannot be wrong. Prefill keeps nothing for a decode
+leg that does not come, so nothing has to be freed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""TensorRT-LLM, context first: the context server computes the prompt and the first token, and answers with what the
-generation server needs to fetch and go on (`disaggregated_params`, within the answer's one choice).
+"""TensorRT-LLM, context first: the context server computes the prompt and the first token. It answers with what the
+generation server needs to fetch the KV cache and continue (`disaggregated_params`, in the answer's only choice).
 
-The context leg is the client's body, whole: its engine stops behind the context phase by itself, and the token that it
-samples is the client's first. An answer that ends there for another reason than its length is all there is to say
-(`whole`). Names as in `tensorrt_llm/serve/openai_disagg_service.py`.
+The context leg has the client's whole body. Its engine stops after the context phase by itself, and the token that it
+samples is the client's first. Where the answer ended for another reason than its length, it is the whole answer
+(`whole`). Names are those of `tensorrt_llm/serve/openai_disagg_service.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pd_proxy.requests.endpoints import Endpoint, Members
 
 _GOES_ON = ("length", "not_finished")
 _CONTEXT_FIRST = 0
-_LEAST_ID = 1 << 62  # far above the numbers that engines give their requests themselves
+_LEAST_ID = 1 << 62  # far above the ids that engines assign themselves
 
 
 class _Message(msgspec.Struct):
@@ -35,7 +35,7 @@ class _Message(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
-    """What is read of the choice of a context server's answer."""
+    """The choice of a context server's answer, as far as it is read."""
 
     finish_reason: str | None = None
     message: _Message | None = None
@@ -44,7 +44,7 @@ class _Choice(msgspec.Struct):
 
 
 class _Params(msgspec.Struct):
-    """What a generation server cannot do without; the rest is given on as it came."""
+    """The parameters that a generation server requires. Others are passed on unchanged."""
 
     ctx_request_id: int
     disagg_request_id: int
@@ -63,14 +63,14 @@ class TensorRTLLM(Connector):
     """trtllm-serve's context and generation servers.
 
     Arguments:
-        key: signs what is handed over, where the generation servers ask for that; else empty.
+        key: the key that signs hand-offs, where the generation servers require a signature; else empty.
     """
 
     traits = Traits(
         name="tensorrt_llm",
         fingerprints=frozenset({"tensorrt_llm"}),
         negotiates=True,
-        lease=60.0,  # kv_transfer_timeout_ms where engines have one by default; older ones keep the blocks without end
+        lease=60.0,  # the default of kv_transfer_timeout_ms; older engines have none and keep the blocks for ever
         resumable=False,
         plain_prefill=False,
         endpoints=frozenset({"chat", "completions"}),
@@ -126,7 +126,7 @@ class TensorRTLLM(Connector):
         own = dict(handoff.members)
         ids = own.pop("prompt_token_ids", None)
         leg = {**members, **own}
-        if ids is not None:  # the prompt as the context server had it
+        if ids is not None:  # the prompt as the context server tokenised it
             leg["prompt" if "prompt" in members else "prompt_token_ids"] = ids
         return leg
 
@@ -135,7 +135,7 @@ class TensorRTLLM(Connector):
             checked = _decode_choices(answer.choices)
             _check_ids(answer.prompt_token_ids)
         except Undecodable:
-            return None  # `take` says what is wrong
+            return None  # `take` reports the error
         if len(checked) != 1 or checked[0].finish_reason in (None, *_GOES_ON):
             return None
         if missing := answer.lacks():
@@ -152,7 +152,8 @@ class TensorRTLLM(Connector):
         return FirstToken(answer, choice, ids, b"", text, whole=True, engine="", members=members)
 
     def _signed(self, params: _Params) -> bytes:
-        """The header by which a generation server knows that what it is told is a gateway's word."""
+        """The header with the signature, by which a generation server verifies that the parameters come from a
+        gateway."""
         if not self._key or params.encoded_opaque_state is params.ctx_info_endpoint is None:
             return b""
         endpoint: Any = params.ctx_info_endpoint
@@ -170,8 +171,11 @@ def _given(raw: msgspec.Raw) -> bool:
 
 
 def _check_ids(raw: msgspec.Raw) -> None:
-    """Raise `WrongShape` unless these are the ids of one prompt, or nothing. Completions have them within
-    a list of prompts."""
+    """Check that these are the ids of one prompt, or absent. Completions have them in a list with one element.
+
+    Raises:
+        WrongShape: they are neither.
+    """
     if not _given(raw):
         return
     try:
