@@ -224,9 +224,10 @@ async def test_a_refused_connection_is_an_unreachable_backend_that_has_read_noth
     assert caught.value.blame
 
 
-async def test_a_name_that_does_not_resolve_is_an_unreachable_backend() -> None:
-    with pytest.raises(BackendUnreachable):
-        await ask(Origin("http://no-such-host.invalid:80"))
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b"], ids=["no such host", "no valid name"])
+async def test_a_name_that_does_not_resolve_is_an_unreachable_backend(host: str) -> None:
+    with pytest.raises(BackendUnreachable, match=host):
+        await ask(Origin(f"http://{host}:80"))
 
 
 @pytest.mark.parametrize(("connect_timeout", "within"), [(0.02, None), (30.0, 0.02)])
