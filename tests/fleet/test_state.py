@@ -51,7 +51,7 @@ def test_what_others_read_of_a_backend_follows_from_its_states(events: list[Any]
         assert bool(backend.reason) is not backend.up
         assert backend.draining is (backend.duty in (Duty.DRAINING, Duty.LEAVING))
         assert backend.removed is (backend.duty is Duty.LEAVING)
-        assert backend.met is was_up
+        assert backend.was_up is was_up
 
 
 def test_a_backend_that_is_gone_does_not_come_back() -> None:

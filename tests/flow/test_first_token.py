@@ -383,7 +383,7 @@ async def test_engines_with_unlike_blocks_are_left_alone(monkeypatch: pytest.Mon
 
 async def test_chats_of_engines_that_have_reasoned_are_left_alone() -> None:
     async with pools() as (running, _, _):
-        running.gateway.fleet.pool("decode")[0].reasons = True
+        running.gateway.fleet.pool("decode")[0].has_reasoning = True
         await says(running, CHAT, chat(stream=True))
         await says(running, COMPLETIONS, completion(stream=True))
         assert await counted(running) == {("decode", "reasoning"): 1, ("prefill", "exact"): 1}

@@ -59,13 +59,14 @@ class Backend:
         engine_id: the engine id in its hand-offs since `identity` was learnt, or empty.
         handoff: the last result of a hand-off, by a warm-up or by a request.
         handed_over: a hand-off has worked since it joined the fleet; stays true when its engine restarts.
-        reasons: an answer to a chat has shown that a reasoning parser is on. It is never reset, since an outdated True
-            does no harm.
+        has_reasoning: an answer to a chat has shown that a reasoning parser is on. It is never reset, since an outdated
+            True does no harm.
         duty: what it is to do: serve, drain or leave (`state.py`).
         draining: its duty is not `SERVING`: it gets no new requests.
         removed: its duty is `LEAVING`.
-        known: it has been up before, or was added after the gateway's start.
-        met: it has been up before.
+        needs_slow_start: whether a slow start follows when it comes up: it has been up before, or was added after the
+            gateway's start.
+        was_up: it has been up before.
         outlier_stats: the outlier detector's statistics, for each kind of leg.
         factor: the share of its usual load that it may get, in (0, 1]; below 1 during slow start.
         speeds: what has been learnt about its speed.
@@ -96,17 +97,17 @@ class Backend:
         "group",
         "handed_over",
         "handoff",
+        "has_reasoning",
         "health",
         "identity",
         "inflight_requests",
         "inflight_tokens",
         "kind",
-        "known",
         "lacks",
-        "met",
         "models",
         "most_requests",
         "most_tokens",
+        "needs_slow_start",
         "on_freed",
         "on_load_changed",
         "on_uncached_changed",
@@ -116,7 +117,6 @@ class Backend:
         "rank_work",
         "ranks",
         "reason",
-        "reasons",
         "registered",
         "removed",
         "reported_connector",
@@ -127,6 +127,7 @@ class Backend:
         "up",
         "url",
         "version",
+        "was_up",
     )
 
     def __init__(
@@ -148,8 +149,8 @@ class Backend:
         self.duty = Duty.SERVING
         self.draining = False
         self.removed = False
-        self.known = False
-        self.met = False
+        self.needs_slow_start = False
+        self.was_up = False
         legs: tuple[LegName, ...] = ("encode",) if role == "encode" else ("prefill", "decode")
         self.outlier_stats: dict[LegName, OutlierStats] = {leg: OutlierStats(window) for leg in legs}
         self.speeds = speeds or join_pool(PoolSpeeds())
@@ -174,7 +175,7 @@ class Backend:
         self.engine_id = ""
         self.handoff: HandoffState = NEVER
         self.handed_over = False
-        self.reasons = False
+        self.has_reasoning = False
 
     def _carry_nothing(self) -> None:
         """Set the counts of what is in flight, and their bounds."""
@@ -250,7 +251,7 @@ class Backend:
     def mark_up(self) -> None:
         """Set its health to up: a probe has succeeded."""
         self.health = after(HEALTH, self.health, Event.PROBE_OK)
-        self.up = self.met = True
+        self.up = self.was_up = True
         self.reason = ""
 
     def set_duty(self, event: Event) -> None:

@@ -97,7 +97,9 @@ class Fleet:
         for group in settings.all_groups():
             for role in ROLES:
                 for url in getattr(group, role):
-                    self.add(url, role, group.name).known = False  # no slow start: all begin with the gateway
+                    self.add(
+                        url, role, group.name
+                    ).needs_slow_start = False  # no slow start: all begin with the gateway
 
     def __iter__(self) -> Iterator[Backend]:
         for pool in self._pools.values():
@@ -252,7 +254,7 @@ class Fleet:
         backend = Backend(url, role, kind=self._kinds[group], window=self._window, speeds=speeds)
         backend.group = group
         backend.locate(self.configured_coordinates(url))
-        backend.known = True  # it needs a slow start, since the others have warm caches
+        backend.needs_slow_start = True  # it needs a slow start, since the others have warm caches
         if role != "encode":
             bounds = self._prefill_bounds if role == "prefill" else self._decode_bounds
             backend.most_requests, backend.most_tokens = bounds
@@ -438,7 +440,7 @@ class Fleet:
         if backend.up:
             return
         log.info("%s backend %s is up", backend.role, backend.url)
-        returns = backend.met
+        returns = backend.was_up
         backend.mark_up()
         self.outlier_detector.returned(backend)
         backend.speeds.returned(self._clock())

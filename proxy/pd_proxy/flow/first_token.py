@@ -60,7 +60,7 @@ class FirstTokens:
         if ours.block_size != theirs.block_size or ours.version != theirs.version:
             return "unlike_engines"
         body = request.body
-        if body.endpoint == "chat" and (prefill.reasons or decode.reasons):
+        if body.endpoint == "chat" and (prefill.has_reasoning or decode.has_reasoning):
             return "reasoning"
         if why := inexact_because(body, even_inexact=self._forced):
             return why
@@ -78,7 +78,7 @@ class FirstTokens:
         first = read(answer, request.body, block_size=block_size, context=context, limit=self._limit)
         if isinstance(first, str):
             if first == "reasoning":
-                prefill.reasons = True
+                prefill.has_reasoning = True
             request.record.first_token_reason = first
             return
         if first.engine and prefill.engine_id not in ("", first.engine):

@@ -190,8 +190,8 @@ class Legs:
             self._report(attempt, lease, leg, error)
             raise
         self._fleet.succeeded(backend, leg)
-        if not backend.reasons and request.body.endpoint == "chat" and _REASONS.search(answer):
-            backend.reasons = True
+        if not backend.has_reasoning and request.body.endpoint == "chat" and _REASONS.search(answer):
+            backend.has_reasoning = True
         if usage := read_usage(usage_given):
             attempt.note_usage(usage, said=0)
             record.tokens = usage.completion_tokens or 0
@@ -256,7 +256,7 @@ class Legs:
             attempt.note_stream(relay, edit.earlier_tokens)
         self._fleet.succeeded(backend, leg)
         if request.transcript.inexact == "reasoning":
-            backend.reasons = True
+            backend.has_reasoning = True
         record = request.record
         undisturbed = leg == "decode" and request.continuation is None and not relay.throttled
         if undisturbed and (tpot := record.tpot) is not None:

@@ -112,9 +112,9 @@ class OutlierDetector:
         for stats in backend.outlier_stats.values():
             stats.lift(now)
         backend.resting_until = 0.0
-        if backend.known:
+        if backend.needs_slow_start:
             self._start_slowly(backend, now, now)
-        backend.known = True
+        backend.needs_slow_start = True
 
     def forget(self, backend: Backend) -> None:
         """Forget a backend that has left the fleet."""
