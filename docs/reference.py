@@ -141,7 +141,7 @@ def settings_page() -> str:
     parts = [
         NOTE,
         "# Settings\n",
-        "For operators: every setting, with its default and the reason for it.\n",
+        "For operators: every setting, with its names, default and meaning.\n",
         "A setting has one name in the file, in the environment and as a flag of `pd-proxy serve`, where hyphens stand "
         "for its underscores. Flags override variables, and variables override the file. Unknown names are refused in "
         "all three. `pd-proxy check FILE` reports the errors of a file with their lines.\n",

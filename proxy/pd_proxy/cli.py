@@ -116,7 +116,7 @@ def _add_doctor(commands: Any, *, wanted: bool) -> None:
     """It is loaded only where it is `wanted`, since it is most of a gateway."""
     doctor = commands.add_parser(
         "doctor",
-        help="ask every engine what it is, hand over between them, and say what to mend",
+        help="ask every engine what it is, hand over between them, and print how to correct each fault",
         description="Ask every engine of the settings what it is, try hand-offs between them, and say what is wrong "
         "and what to do. Exits with 0 when all is well, 1 when all works and something could be better, 2 when an "
         f"engine or a pair does not work or the settings are wrong. {_ABOUT}",
