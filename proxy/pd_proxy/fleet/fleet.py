@@ -97,9 +97,8 @@ class Fleet:
         for group in settings.all_groups():
             for role in ROLES:
                 for url in getattr(group, role):
-                    self.add(
-                        url, role, group.name
-                    ).needs_slow_start = False  # no slow start: all begin with the gateway
+                    backend = self.add(url, role, group.name)
+                    backend.needs_slow_start = False  # all of them begin with the gateway
 
     def __iter__(self) -> Iterator[Backend]:
         for pool in self._pools.values():
