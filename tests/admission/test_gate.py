@@ -8,7 +8,7 @@ import pytest
 from pd_proxy.admission.gate import Gate
 from pd_proxy.errors import Draining
 
-PATIENCE = 5.0
+TIMEOUT = 5.0
 
 
 async def request(gate: Gate, begun: asyncio.Event, end: asyncio.Event) -> str:
@@ -33,7 +33,7 @@ async def begin(gate: Gate, end: asyncio.Event) -> asyncio.Task[str]:
     """Start a request; returns once it is inside the gate."""
     begun = asyncio.Event()
     task = asyncio.create_task(request(gate, begun, end))
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         await begun.wait()
     return task
 
@@ -82,7 +82,7 @@ async def test_a_draining_gate_still_lets_requests_in() -> None:
 async def test_waiting_for_an_empty_gate_ends_when_the_last_one_leaves() -> None:
     gate, first, second = Gate(), asyncio.Event(), asyncio.Event()
     tasks = [await begin(gate, first), await begin(gate, second)]
-    waiting = asyncio.create_task(gate.wait_empty(PATIENCE))
+    waiting = asyncio.create_task(gate.wait_empty(TIMEOUT))
     first.set()
     await tasks[0]
     assert not waiting.done()

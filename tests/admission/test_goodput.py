@@ -16,7 +16,7 @@ from tests.admission.helpers import client, schedule, ticket
 SLOTS = 20
 MEAN = 2.0  # seconds that a request runs
 CAPACITY = SLOTS / MEAN
-PATIENCE = 10.0
+TIMEOUT = 10.0
 SECONDS = 300.0
 RAMP = 60.0
 
@@ -69,7 +69,7 @@ class Service:
         heapq.heappush(self.events, (when, next(self.numbers), ticket))
 
     def arrive(self, now: float) -> None:
-        new = ticket(self.client, now=now, timeout=PATIENCE)
+        new = ticket(self.client, now=now, timeout=TIMEOUT)
         new.on_decision = lambda error: self.settled(new, error)
         try:
             self.plan.arrive(new)
@@ -100,9 +100,9 @@ def test_at_five_times_capacity_every_slot_is_busy_and_most_refusals_come_on_arr
     service = Service(5.0, heavy_tail=heavy_tail, seed=seed)
     service.run()
     assert service.busy >= 0.99 * SLOTS * (SECONDS - RAMP)
-    assert max(service.waits) < PATIENCE
+    assert max(service.waits) < TIMEOUT
     # The queue is as long as the timeout allows, and no longer.
-    assert service.most_waiting < 6 * PATIENCE * CAPACITY
+    assert service.most_waiting < 6 * TIMEOUT * CAPACITY
     assert service.late < 0.1 * service.early
     assert (service.plan.requests, service.plan.waiting) == (0, 0)
 

@@ -25,7 +25,7 @@ SLOTS = 8
 STEP = 0.04
 LENGTHS = (18, 24, 30, 21, 27)  # tokens; mixed, so that slots do not become free in step
 CAPACITY = SLOTS / STEP / (sum(LENGTHS) / len(LENGTHS))  # requests a second
-PATIENCE = 2.5  # seconds that a client waits in the queue
+TIMEOUT = 2.5  # seconds that a client waits in the queue
 QUEUE = 24
 STEPS = 100  # of each measurement
 RAMP = 25  # steps before it
@@ -85,9 +85,9 @@ async def ask(running: Running, seen: Seen, length: int) -> None:
 async def goodput(decode: Simulator) -> float:
     """Tokens for each step over `STEPS`, after a ramp."""
     stats, first = decode.engine.stats, decode.engine.stats.steps + RAMP
-    await until(lambda: stats.steps >= first, PATIENCE * 10)
+    await until(lambda: stats.steps >= first, TIMEOUT * 10)
     steps, tokens = stats.steps, stats.generation_tokens
-    await until(lambda: stats.steps >= first + STEPS, PATIENCE * 10)
+    await until(lambda: stats.steps >= first + STEPS, TIMEOUT * 10)
     return (stats.generation_tokens - tokens) / (stats.steps - steps)
 
 
@@ -107,7 +107,7 @@ async def peak(running: Running, decode: Simulator, clock: Clock) -> float:
 
 @pytest.mark.slow
 async def test_at_five_times_capacity_goodput_stays_and_refusals_are_early_and_their_retry_after_is_right() -> None:
-    bounds = {"decode_requests": SLOTS, "queue": QUEUE, "queue_timeout": PATIENCE}
+    bounds = {"decode_requests": SLOTS, "queue": QUEUE, "queue_timeout": TIMEOUT}
     engine = {"step_time": STEP, "max_num_seqs": 4 * SLOTS}
     async with pools(1, 1, engine=engine, admission=bounds) as (running, _, [decode]):
         door, [backend] = running.gateway.admission, running.gateway.fleet.pool("decode")
@@ -129,7 +129,7 @@ async def test_at_five_times_capacity_goodput_stays_and_refusals_are_early_and_t
         assert len(seen.refused) > 0.5 * len(tasks), "at five times capacity four of five cannot be served"
         assert seen.codes.keys() <= {"queue_full", "deadline_too_close", "queue_timeout"}
         assert seen.retry_after <= set(range(1, 61))
-        assert max(seen.refused) < PATIENCE + LATE, "nobody waits past its deadline"
+        assert max(seen.refused) < TIMEOUT + LATE, "nobody waits past its deadline"
         early = [seconds for seconds in seen.refused if seconds < LATE]
         assert len(early) > 0.5 * len(seen.refused), "who cannot make it is told so at once"
         # What the gateway holds is bounded by its settings while the load lasts, and released afterwards.

@@ -16,7 +16,7 @@ import pytest
 from tests.support import Running, chat, completion, pools, until
 
 CHAT = "/v1/chat/completions"
-PATIENCE = 10.0
+TIMEOUT = 10.0
 
 
 @contextlib.asynccontextmanager
@@ -63,7 +63,7 @@ async def test_a_slow_reader_stops_its_own_stream_only_and_gets_every_byte() -> 
         long = chat(stream=True, max_tokens=6_000, ignore_eos=True)
         whole = (await running.http.post(CHAT, json=long | {"stream": False})).json()["choices"][0]["message"]
         await ask(sock, long, "connection: close")
-        await until(lambda: any(not c.writable for c in running.connections), PATIENCE)
+        await until(lambda: any(not c.writable for c in running.connections), TIMEOUT)
         [slow] = [c for c in running.connections if not c.writable]
         # All data of one read is written before the pause takes effect, so one read may exceed the mark.
         assert slow.unsent <= 64 * 1024 + 256 * 1024
@@ -72,7 +72,7 @@ async def test_a_slow_reader_stops_its_own_stream_only_and_gets_every_byte() -> 
         for _ in range(20):
             answer = await running.http.post("/v1/completions", json=completion(max_tokens=50))
             assert answer.status_code == 200
-        assert monotonic() - started < PATIENCE
+        assert monotonic() - started < TIMEOUT
         assert slow.unsent == held, "nothing more is taken from the engine meanwhile"
         assert d.engine.running <= 1
         assert text_of_stream(await everything(sock)) == whole["content"]
@@ -82,7 +82,7 @@ async def test_a_slow_reader_stops_its_own_stream_only_and_gets_every_byte() -> 
 async def test_the_memory_of_a_stream_that_is_not_read_is_bounded() -> None:
     async with pools(timeouts={"idle": 60}) as (running, _, [d]), reluctant(running) as sock:
         await ask(sock, chat(stream=True, max_tokens=30_000, ignore_eos=True, logprobs=True, top_logprobs=5))
-        await until(lambda: any(not c.writable for c in running.connections), PATIENCE)
+        await until(lambda: any(not c.writable for c in running.connections), TIMEOUT)
         [slow] = [c for c in running.connections if not c.writable]
         before = -1
         while before != slow.unsent:  # the last data that was on its way from the engine
@@ -124,7 +124,7 @@ async def test_a_client_that_never_reads_a_long_answer_is_cut_off_and_blames_no_
         await ask(sock, chat(max_tokens=9000, ignore_eos=True, logprobs=True, top_logprobs=5))
         await until(lambda: any(c.unsent > 500_000 for c in running.connections), 30)
         assert running.idle(), "its leases have gone with its answer"
-        await until(lambda: not any(c.unsent for c in running.connections), PATIENCE)
+        await until(lambda: not any(c.unsent for c in running.connections), TIMEOUT)
         assert p.engine.stranded_blocks == 0
         assert d.engine.running == 0
 

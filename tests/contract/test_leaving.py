@@ -13,7 +13,7 @@ import pytest
 from tests.contract.cases import CASES, Case, fleet
 from tests.support import Running, chat, until
 
-_PATIENCE = (0.0, 0.003, 0.01, 0.03, 0.1, 10.0)  # seconds until a client disconnects
+_TIMEOUT = (0.0, 0.003, 0.01, 0.03, 0.1, 10.0)  # seconds until a client disconnects
 
 
 async def ask(running: Running, random: Random, topic: int) -> None:
@@ -27,7 +27,7 @@ async def ask(running: Running, random: Random, topic: int) -> None:
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n"
     writer.write(head.encode() + data)
     with suppress(TimeoutError):
-        async with asyncio.timeout(random.choice(_PATIENCE)):
+        async with asyncio.timeout(random.choice(_TIMEOUT)):
             await reader.read()
     writer.close()
 

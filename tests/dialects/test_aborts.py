@@ -1,4 +1,4 @@
-"""Streams that an engine ends before their time and calls answered: no client sees that word, or the text beside it."""
+"""Streams that an engine aborts under status 200: no client sees the reason, or the text in the same event."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_whole_answer_of_which_one_choice_was_given_up_is_none(word: Any) -> N
 
 
 @pytest.mark.parametrize("raw", [b"", b"null", b"[]", b"{}", b"5", b'[{"finish_reason":"stop"}]', b"[5]", b"[{}]"])
-def test_all_else_is_for_others_to_judge(raw: bytes) -> None:
+def test_other_reasons_are_not_aborts(raw: bytes) -> None:
     assert abort_in(msgspec.Raw(raw)) is None
 
 
@@ -258,7 +258,7 @@ async def test_opening_events_wait_for_something_to_read(
     stream.running.cancel()
 
 
-async def test_what_was_handed_over_is_decodes_once_a_token_has_come_whatever_follows() -> None:
+async def test_a_hand_off_is_settled_by_the_first_token_whatever_follows() -> None:
     """A leg that claims the blocks again would find another request's in them."""
     for reads in ([FIRST + EMPTY], [ROLE, chat({"content": ""}), EMPTY], [ROLE + chat({"content": ""}) + EMPTY]):
         stream = await opened(finished=False)

@@ -1,4 +1,4 @@
-"""Prefill's counts in the usage of decode's answer, in each API's words."""
+"""Prefill's counts in the usage of decode's answer, with the names of each API."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def turns(cached: int, **told: Any) -> dict[str, Any]:
         (None, None, {"input_tokens": 1, "cache_read_input_tokens": 63}, {"input_tokens": 64}),
     ],
 )  # fmt: skip
-def test_counts_are_told_in_each_apis_words(
+def test_counts_have_the_names_of_each_api(
     cached: int | None, written: int | None, usage: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     answer = {"id": "a", "usage": usage, "choices": []}
@@ -61,12 +61,12 @@ def test_counts_are_told_in_each_apis_words(
     "payload",
     [b"", b"{", b"[]", b"{}", b'{"usage":null}', b'{"usage":5}', b'{"usage":[]}', b'{"usage":{"a":1}}', b"\xff"],
 )
-def test_what_has_no_usage_stays_as_it_is(payload: bytes) -> None:
+def test_an_answer_without_usage_is_not_changed(payload: bytes) -> None:
     assert CacheCounts(7, 57).into(payload) is payload
     assert CacheCounts(7, 57).into(payload, "response") is payload
 
 
-def test_what_is_right_already_is_not_written_again() -> None:
+def test_counts_that_are_right_are_not_written_again() -> None:
     payload = b'{"usage": {"prompt_tokens": 64, "prompt_tokens_details": {"cached_tokens": 7}}}'
     assert CacheCounts(7).into(payload) is payload
 
@@ -108,7 +108,7 @@ def test_without_a_usage_the_hand_offs_number_is_known() -> None:
         ({"input_tokens": 64, "output_tokens": 5}, {"input_tokens": 64, "output_tokens": 5}),
     ],
 )
-def test_what_only_the_hand_off_says_is_not_told_where_engines_tell_clients_nothing(
+def test_counts_from_the_hand_off_alone_are_not_shown_where_engines_show_none(
     usage: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     told = CacheCounts(7, private=True).into(json.dumps({"usage": usage}).encode())

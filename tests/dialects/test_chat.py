@@ -1,4 +1,4 @@
-"""Chat's reader by itself, without a relay around it."""
+"""The reader of chat by itself, without a relay."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_prompts_ids_are_taken_out_of_an_event_of_any_form(form: bytes) -> N
     assert b"token_ids" not in shown and b'"content":"a"' in shown
 
 
-def test_reading_done_is_the_end_and_what_follows_it_is_still_read() -> None:
+def test_reading_done_is_the_end_and_later_events_are_still_read() -> None:
     reader = CHAT.reader(URL, HIDE, Transcript(), drop_usage=True)
     shown, count = reader.read(b"data: [DONE]\n\n" + b"data: %b\n\n" % PAYLOAD, True, NoPath())
     assert reader.done and count == 1 and shown

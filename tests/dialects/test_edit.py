@@ -137,7 +137,7 @@ def test_ids_are_hidden_and_all_else_is_as_it_was(write: Any, ids: Any, token: s
 
 
 @pytest.mark.parametrize("token", ["x", "", "é", "token_ids", "kv_transfer_params"])
-def test_what_is_compact_stays_compact_to_the_byte(token: str) -> None:
+def test_compact_json_stays_the_same_to_the_byte(token: str) -> None:
     for value in (chat_event(token, [5]), text_event(token, [5, 6]), text_event(token, [5], [1, 2])):
         assert shown(compact(value), HIDE) == compact(without(value, "token_ids", "prompt_token_ids"))
 
@@ -209,13 +209,13 @@ def test_a_member_that_the_engine_does_not_give_is_not_added() -> None:
     assert members(shown(said, Edit(identity=SAME))) == {"id": "chatcmpl-0", "choices": []}
 
 
-def test_the_ids_of_a_later_leg_are_shown_to_who_asked_but_not_its_prompts() -> None:
+def test_a_client_that_asked_gets_the_ids_of_a_later_leg_but_not_its_prompts() -> None:
     result = members(shown(compact(text_event("x", [5], [1, 2, 3, 4])), Edit(identity=SAME, earlier_tokens=2)))
     assert result["choices"][0]["token_ids"] == [5]
     assert result["choices"][0]["prompt_token_ids"] is None
 
 
-def test_the_ids_of_a_later_leg_are_hidden_from_who_did_not_ask() -> None:
+def test_a_client_that_did_not_ask_gets_no_ids_of_a_later_leg() -> None:
     value = text_event("x", [5], [1, 2, 3, 4])
     result = members(shown(compact(value), Edit(hide_ids=True, identity=SAME, earlier_tokens=2)))
     assert result == {**without(value, "token_ids", "prompt_token_ids"), "id": "chatcmpl-0", "created": 1}
@@ -259,7 +259,7 @@ def test_details_without_more_cached_tokens_than_prompt_stay(details: Any) -> No
     assert merged == {"prompt_tokens": 10, "completion_tokens": 8, "prompt_tokens_details": details}
 
 
-def test_merging_leaves_what_it_was_given() -> None:
+def test_merging_does_not_change_its_argument() -> None:
     usage = {"prompt_tokens": 13, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 12}}
     before = copy.deepcopy(usage)
     Edit(identity=SAME, earlier_tokens=3).merge(usage)
@@ -267,7 +267,7 @@ def test_merging_leaves_what_it_was_given() -> None:
 
 
 @pytest.mark.parametrize("said", [b"data: {nope\n\n", b"data: [1]\n\n", b'data: {"choices":5}\n\n'])
-def test_what_is_no_answer_and_would_be_edited_is_an_error(said: bytes) -> None:
+def test_an_event_that_cannot_be_edited_is_an_error(said: bytes) -> None:
     assert shown(said, HIDE) == said
     with pytest.raises(Undecodable):
         shown(said, Edit(identity=SAME, earlier_tokens=3))

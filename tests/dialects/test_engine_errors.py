@@ -1,4 +1,4 @@
-"""The errors of engines, in all the shapes that they come in."""
+"""The errors of engines, in all their shapes."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_the_engines_url_is_for_the_log_only(status: int) -> None:
     [(b"7", 7), (b"0", 1), (b"", 1), (b"1.5", 1), (b"-3", 1), (b"Fri, 31 Dec 1999 23:59:59 GMT", 1), (b"9" * 20, 3600)],
 )
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_engine_says_when_to_come_back(status: int, value: bytes, seconds: int) -> None:
+def test_a_busy_engine_has_a_retry_after(status: int, value: bytes, seconds: int) -> None:
     headers = {b"retry-after": value} if value else {}
     assert engine_error(URL, status, headers, b"").retry_after == seconds
 

@@ -1,4 +1,4 @@
-"""The log probabilities of prompts: prefill's before decode's, whatever is in them."""
+"""The log probabilities of prompts: prefill's are put before decode's, whatever they contain."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_an_answer_for_other_prompts_is_none(decode: Any, loop: asyncio.Ab
         logprobs.into({"meta_info": msgspec.Raw(b"{}")}, 2)
 
 
-async def test_what_is_kept_is_bounded(loop: asyncio.AbstractEventLoop) -> None:
+async def test_the_kept_lists_are_bounded(loop: asyncio.AbstractEventLoop) -> None:
     answer = encoded({"meta_info": {NAMES[0]: [[-0.5, 1, None]] * 10, "hidden_states": [0] * 1000}})
     PromptLogprobs(loop, 200).take(answer)
     logprobs = PromptLogprobs(loop, 100)

@@ -83,7 +83,7 @@ async def test_however_it_is_cut_the_client_gets_the_same_bytes(
 
 
 @EVERY
-async def test_nothing_is_said_before_the_first_token(dialect: Dialect, events: list[bytes]) -> None:
+async def test_nothing_is_sent_before_the_first_token(dialect: Dialect, events: list[bytes]) -> None:
     stream = await opened(dialect=dialect, finished=False)
     stream.read(*events[:2], PING)
     assert not stream.client.started and not stream.relay.live
@@ -100,7 +100,7 @@ async def test_an_answer_without_a_token_is_one() -> None:
     assert stream.client.body == CREATED + COMPLETED
 
 
-async def test_what_follows_the_last_event_goes_with_it() -> None:
+async def test_bytes_after_the_last_event_are_sent_with_it() -> None:
     tail = b"data: [DONE]\n\n"
     stream = await relayed(*MESSAGE, tail, dialect=MESSAGES, finished=False)
     assert stream.client.body == b"".join(MESSAGE) + tail
@@ -128,7 +128,7 @@ FAILURES = [
 
 @pytest.mark.parametrize(("dialect", "failure", "events"), FAILURES)
 @pytest.mark.parametrize("seen", [0, 2, 3])
-async def test_an_error_of_the_engines_is_told_to_the_flow_and_not_to_the_client(
+async def test_an_error_of_the_engine_is_raised_to_the_flow_and_not_sent_to_the_client(
     dialect: Dialect, failure: bytes, events: list[bytes], seen: int
 ) -> None:
     stream, error = await broken(dialect, *events[:seen], failure, end=False)
@@ -143,7 +143,7 @@ async def test_a_refusal_keeps_its_status() -> None:
 
 
 @pytest.mark.parametrize("garbage", [b'event: x\ndata: {"type": "mess\n\n', b"data: 5\n\n", b'data: {"type": 5}\n\n'])
-async def test_what_is_no_event_is_not_passed_on(garbage: bytes) -> None:
+async def test_data_that_is_not_an_event_is_not_passed_on(garbage: bytes) -> None:
     stream, error = await broken(MESSAGES, *MESSAGE[:3], garbage, end=False)
     assert isinstance(error, BackendGarbled) and stream.client.body == b"".join(MESSAGE[:3])
 
@@ -154,7 +154,7 @@ async def test_an_engine_that_wants_the_request_again_is_not_believed() -> None:
     assert isinstance(error, BackendPreempted)
 
 
-async def test_what_names_the_engines_addresses_stays_inside() -> None:
+async def test_the_engines_addresses_are_not_shown() -> None:
     hidden: dict[str, Any] = {"kv_transfer_params": PARAMS, "ec_transfer_params": {"peer_host": "10.0.0.8"}}
     start = named("message_start", message={"id": "m", **hidden}, **hidden)
     stream = await relayed(start, *MESSAGE[1:], dialect=MESSAGES, finished=False)

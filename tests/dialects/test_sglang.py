@@ -80,7 +80,7 @@ async def test_the_usage_of_a_batch_is_that_of_all() -> None:
         ([b"data: {\n\n"], 0),
     ],
 )
-async def test_what_is_no_whole_answer_is_none(events: list[bytes], prompts: int) -> None:
+async def test_a_stream_that_is_not_a_whole_answer_is_an_error(events: list[bytes], prompts: int) -> None:
     _, error = await failed(*events, prompts=prompts)
     assert isinstance(error, BackendGarbled)
 
@@ -127,13 +127,13 @@ async def test_an_abort_without_a_status_is_its_engines_failure() -> None:
     assert stream.client.body == said("a", 1)
 
 
-async def test_what_names_engines_is_taken_out() -> None:
+async def test_members_that_name_engines_are_taken_out() -> None:
     evil = event({"text": "a", "meta_info": {"finish_reason": None}, "kv_transfer_params": {"remote_host": "10.0.0.7"}})
     stream = await relayed(evil, *ANSWER, dialect=SGLANG, finished=False)
     assert b"10.0.0.7" not in stream.client.body and stream.client.body.endswith(b"".join(ANSWER))
 
 
-def test_a_whole_answer_tells_its_usage() -> None:
+def test_a_whole_answer_has_its_usage() -> None:
     one = ANSWER[1].removeprefix(b"data: ")
     assert json.loads(bytes(SGLANG.decode_whole(one).usage))["completion_tokens"] == 2
     assert json.loads(bytes(SGLANG.decode_whole(b"[%b,%b]" % (one, one)).usage))["completion_tokens"] == 4
@@ -182,13 +182,13 @@ async def test_nothing_goes_out_before_prefills_are_here(early: int) -> None:
 
 
 @pytest.mark.parametrize("last", [said("", 0, ABORT), event({"error": {"message": "x", "code": 500}}), event({})])
-async def test_an_engine_that_fails_meanwhile_is_heard_at_once(last: bytes) -> None:
+async def test_an_engine_that_fails_meanwhile_is_noticed_at_once(last: bytes) -> None:
     stream, _ = await scored(SCORED[0], last)
     error = await stream.outcome()
     assert isinstance(error, BackendFailed | BackendGarbled) and not stream.client.started
 
 
-async def test_a_connection_that_breaks_meanwhile_is_heard_at_once() -> None:
+async def test_a_connection_that_breaks_meanwhile_is_noticed_at_once() -> None:
     stream, logprobs = await scored(SCORED[0])
     stream.connection.connection_lost(None)
     assert isinstance(await stream.outcome(), BackendError)
@@ -197,7 +197,7 @@ async def test_a_connection_that_breaks_meanwhile_is_heard_at_once() -> None:
     assert not stream.client.started
 
 
-async def test_an_engine_that_says_much_meanwhile_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_sends_much_meanwhile_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay_stream, "_WAITING_LIMIT", 100)
     stream, logprobs = await scored(*SCORED[:1])
     assert not stream.transport.reading

@@ -1,4 +1,4 @@
-"""Where events end, whatever way their bytes arrive."""
+"""Where events end, however their bytes arrive."""
 
 from __future__ import annotations
 

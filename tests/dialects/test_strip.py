@@ -1,4 +1,4 @@
-"""What engines say of a hand-off, and no client sees."""
+"""The members of a hand-off that no client may see."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_hand_off_is_taken_out_however_its_name_is_spelled(name: bytes, form
     assert b"remote_host" not in shown
 
 
-def test_what_may_carry_a_hand_off_and_is_no_json_is_not_given_on() -> None:
+def test_data_that_may_have_a_hand_off_and_is_not_json_is_not_passed_on() -> None:
     with pytest.raises(Undecodable):
         strip_handoff(b'{"kv_transfer_params":{"remote_host":"10.0.0.1"},"a":')
     with pytest.raises(Undecodable):

@@ -1,4 +1,4 @@
-"""Answers in one piece, and what is none."""
+"""Answers in one piece, and bodies that are not answers."""
 
 from __future__ import annotations
 

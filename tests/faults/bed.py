@@ -1,4 +1,4 @@
-"""The bed on which faults are tried: two prefill and two decode simulators, a gateway before them, a client.
+"""The test bed for faults: two prefill and two decode simulators, a gateway before them, and a client.
 
 A cell asks one request. Its pair is always the first backend of each pool (`steered`), so that a fault put there is
 met; the second ones stay good. Everything runs in one event loop in virtual time (`clock.py`), over real sockets.
@@ -29,7 +29,7 @@ LEASE = 8.0
 """Seconds for which the simulators keep a hand-off that nobody reads."""
 SOON = 2.0
 """Seconds in which all that a request held is free again, unless the engines' lease must end."""
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds after which a client gives up: no cell takes that long."""
 
 ENGINE = {
@@ -166,13 +166,13 @@ def _unchunk(body: bytes) -> tuple[bytes, bool]:
 
 
 async def ask(port: int, endpoint: str, body: dict[str, Any]) -> Heard:
-    """Ask once, on a connection of its own. A client that waits in vain gives up after `PATIENCE`."""
+    """Ask once, on a connection of its own. A client that waits in vain gives up after `TIMEOUT`."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body).encode()
     head = f"POST {PATHS[endpoint]} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n"
     writer.write(head.encode() + data)
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             return read_answer(await reader.read(-1))
     except TimeoutError:
         return Heard(flaws=["no end"])

@@ -1,4 +1,4 @@
-"""What is to come of every cell, as data.
+"""The expected result of every cell, as data.
 
 A cell reads `ok 2P 2D`: the client's answer equals that of a fault-free run, and two prefill and two decode legs
 reached an engine (a request without a fault costs 1P 1D). Other letters: `1L`, a decode leg that computed the prompt

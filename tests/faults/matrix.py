@@ -1,4 +1,4 @@
-"""Running the cells, and what came of each."""
+"""Runs the cells, and collects the result of each."""
 
 from __future__ import annotations
 

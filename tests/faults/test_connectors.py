@@ -1,4 +1,4 @@
-"""The fault matrix for every other connector: not what it costs, but that nobody notices.
+"""The fault matrix for every other connector: not its cost, but that no client notices a fault.
 
 A client is given what `expected.py` says for `nixl`; what its engines cannot do is said by properties of the connector.
 Nothing is left, on the gateway or on the engines, once the engines' leases have ended.

@@ -32,7 +32,7 @@ CELLS = [
 def results(request: pytest.FixtureRequest) -> dict[Cell, Result]:
     """What came of the cells that this session asks for."""
     ours = [item for item in request.session.items if item.path == request.path]
-    if any(item.name == test_the_document_is_what_the_run_gave.__name__ for item in ours):
+    if any(item.name == test_the_document_is_the_result_of_the_run.__name__ for item in ours):
         return run(CELLS)
     return run([item.callspec.params["cell"] for item in ours if hasattr(item, "callspec")])
 
@@ -51,7 +51,7 @@ def test_every_cell_is_run_or_has_a_reason() -> None:
     assert given == set(REASONS)
 
 
-def test_the_document_is_what_the_run_gave(results: dict[Cell, Result]) -> None:
+def test_the_document_is_the_result_of_the_run(results: dict[Cell, Result]) -> None:
     text = render({cell: result.outcome for cell, result in results.items()})
     if os.environ.get(WRITE):
         FILE.write_text(text, encoding="utf-8")

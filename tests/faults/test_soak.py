@@ -1,4 +1,4 @@
-"""Chaos for some seconds: engines are killed, stopped, paused and restarted at random under load, and nobody notices.
+"""Chaos for some seconds: engines are killed, stopped, paused and restarted at random under load; no client notices.
 
 The load has the tutorial's shape, scaled to a test machine: streams of some dozens of tokens with prompts of a few
 hundred bytes, chat and completions, streamed and whole. At any time one backend of each pool is healthy. SOAK_SECONDS

@@ -25,7 +25,7 @@ from pd_proxy.settings.tree import Settings
 from tests.fleet.raw import answer, raw_engine
 
 URL = "http://decode0:8000"
-PATIENCE = 5.0
+TIMEOUT = 5.0
 QUICK: dict[str, Any] = {"interval": 0.01, "timeout": 0.05, "failures": 2, "longest_wait": 0.01}
 
 
@@ -41,7 +41,7 @@ class News(logging.Handler):
 
     async def of(self, words: str) -> str:
         """Wait for the next line with these words."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while words not in (line := await self._lines.get()):
                 pass
             return line
@@ -194,7 +194,7 @@ async def test_a_single_failed_probe_does_not_take_a_backend_out(
         return httpx.Response(status or 200)
 
     engine["health"].mock(side_effect=answer)
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         await done.wait()
     assert backend.up
 
@@ -208,7 +208,7 @@ async def test_the_legs_that_wait_for_a_backend_fail_when_it_goes_down(
     with Lease(backend, 1) as lease:
         lease.on_lost = lost.set_result
         engine["health"].mock(side_effect=httpx.ConnectError("refused"))
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             assert "refused" in str(await lost)
 
 
@@ -298,7 +298,7 @@ async def test_models_are_read_again_from_time_to_time(
         return httpx.Response(200, json={"version": "0.33.0"})
 
     engine["version"].mock(side_effect=version)
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         await learnt.wait()
         assert set(backend.models or {}) == {"m", "lora"}
         learnt.clear()
@@ -319,7 +319,7 @@ async def test_a_backend_that_joins_is_watched_and_one_that_leaves_is_not(news: 
     watcher = prober._watchers[backend]
     fleet.remove(URL, "decode")
     assert left == [backend]
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         await asyncio.wait([watcher])
     assert watcher.cancelled()
     await prober.stop()
@@ -431,7 +431,7 @@ async def test_an_engine_that_is_too_busy_to_say_whether_it_sleeps_stays_up(
     await news.of("is up")
     engine["is_sleeping"].mock(side_effect=httpx.ReadTimeout)
     asked = engine["is_sleeping"].call_count
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while engine["is_sleeping"].call_count < asked + 5 * int(QUICK["failures"]):
             await asyncio.sleep(0.001)
     assert backend.up
@@ -457,7 +457,7 @@ async def test_an_engine_that_cannot_sleep_is_asked_once_for_each_time_it_comes_
     prober.start()
     await news.of("is up")
     learnt = engine["models"].call_count
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while engine["models"].call_count < learnt + 3:
             await asyncio.sleep(0.001)
     assert engine["is_sleeping"].call_count == 1
@@ -471,7 +471,7 @@ async def test_routes_that_a_backend_lacked_are_tried_again_when_its_models_are_
     monkeypatch.setattr(prober_module, "_RELEARN", 0.0)
     backend.lacks.add("/v1/embeddings")
     assert not backend.offers("/v1/embeddings")
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not backend.offers("/v1/embeddings"):
             await asyncio.sleep(0.001)
 
@@ -540,7 +540,7 @@ async def test_backends_that_are_down_are_probed_no_faster_together_than_a_bound
         engine.get(f"/{number}/health").respond(503)
     prober = Prober(fleet, Settings(health=QUICK).health, Control(0.05))
     prober.start()
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while len(slept) < 400:
             await sleep(0.001)
     await prober.stop()
@@ -588,7 +588,7 @@ async def test_engines_that_miss_their_checks_together_are_asked_again(
         engine[str(number)].mock(side_effect=health(number))
     line = await news.of("asked again before any is taken out")
     assert "of 8 backends failed at the same time" in line
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while min(failed.values()) <= QUICK["failures"] + 1:
             await asyncio.sleep(0.001)
     assert all(backend.up for backend in fleet)
@@ -657,7 +657,7 @@ async def test_checks_that_fail_while_the_event_loop_stands_still_do_not_count(
 
     engine["health"].mock(side_effect=health)
     assert "while this gateway's event loop stood still" in await news.of("asked again")
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while asked < 6:
             await asyncio.sleep(0.001)
     assert backend.up

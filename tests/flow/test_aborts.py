@@ -1,4 +1,5 @@
-"""An engine that is stopped, paused or put to sleep ends what runs with `abort` and status 200: no client sees it."""
+"""An engine that is stopped, paused or put to sleep ends its requests with `abort` and status 200: no client sees
+it."""
 
 from __future__ import annotations
 
@@ -171,7 +172,7 @@ async def test_an_engine_that_has_been_started_anew_is_used_at_once() -> None:
         await until(lambda: running.gateway.fleet.state(one) in ("up", "slow_start"))
 
 
-async def test_one_that_drains_refuses_and_gets_nothing_more_while_what_it_has_ends() -> None:
+async def test_an_engine_that_drains_gets_no_more_requests_while_its_own_end() -> None:
     async with pools(1, 2, engine={**ENGINE, "shutdown_timeout": 30.0}, policy={"decode": "least_loaded"}) as (
         running,
         _,
@@ -212,7 +213,7 @@ async def test_tokens_in_while_it_drains_are_answered_with_abort_and_go_elsewher
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_what_hangs_when_the_drain_has_run_out_goes_elsewhere(stream: bool) -> None:
+async def test_a_request_that_hangs_after_the_drain_goes_elsewhere(stream: bool) -> None:
     """No last chunk, no end: only that nobody listens there any more tells it."""
     async with pools(1, 2, engine={**ENGINE, "step_time": 0.01, "shutdown_timeout": 0.1}) as (running, _, d):
         body = {
@@ -261,7 +262,7 @@ async def test_a_paused_engine_is_left_alone_until_it_goes_on() -> None:
         await until(lambda: running.gateway.fleet.state(one) in ("up", "slow_start"))
 
 
-async def test_who_waits_for_a_paused_engine_is_served_elsewhere() -> None:
+async def test_a_request_that_waits_for_a_paused_engine_is_served_elsewhere() -> None:
     """It takes requests, and answers none."""
     async with pools(1, 2, engine=ENGINE) as (running, _, d):
         for engine in d[:1]:

@@ -1,4 +1,4 @@
-"""The ordinary path: what a client gets through a pair is what one engine would have said."""
+"""The ordinary path: the answer of a pair is that of one engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def streamed_text(found: list[Any], index: int = 0) -> str:
 
 @pytest.mark.parametrize("connector", ["nixl", "mooncake_ascend"])
 @pytest.mark.parametrize("endpoint", PATHS)
-async def test_a_pair_says_what_one_engine_would_say(endpoint: str, connector: str) -> None:
+async def test_the_answer_of_a_pair_is_that_of_one_engine(endpoint: str, connector: str) -> None:
     async with (
         simulators("mixed") as [single],
         pools(engine={"connector": connector}, connector=connector) as (running, [p], [d]),
@@ -52,7 +52,7 @@ async def test_a_pair_says_what_one_engine_would_say(endpoint: str, connector: s
         assert running.idle()
 
 
-async def test_the_closing_usage_event_is_shown_only_to_who_asked_for_it() -> None:
+async def test_only_a_client_that_asked_for_it_gets_the_closing_usage_event() -> None:
     async with pools() as (running, _, _):
         plain = await events(running, PATHS["chat"], chat())
         asked = await events(running, PATHS["chat"], chat(stream_options={"include_usage": True}))

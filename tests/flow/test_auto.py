@@ -1,4 +1,4 @@
-"""`connector: auto`: engines tell which hand-off protocol they speak."""
+"""`connector: auto`: engines report which hand-off protocol they speak."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def ask(running: Running, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("connector", ["nixl", "mooncake", "mooncake_ascend"])
-async def test_engines_that_tell_their_configuration_are_believed(connector: str) -> None:
+async def test_the_reported_configuration_of_engines_is_used(connector: str) -> None:
     async with simulators("prefill", "decode", connector=connector) as [p, d]:
         places = [{"backend": p.url, "port": p.side_port}]
         async with running_gateway([p.url], [d.url], connector="auto", locations=places) as running:
@@ -55,7 +55,7 @@ async def test_mooncake_is_known_by_prefills_bootstrap_page_and_decode_speaks_th
             assert d.engine.stats.pulls == 1
 
 
-async def test_a_silent_prefill_is_looked_at_again_when_decode_has_told() -> None:
+async def test_a_prefill_that_reports_nothing_is_probed_again_after_decodes_report() -> None:
     async with simulators("prefill", connector="mooncake", dev_mode=False) as [p]:
         places = [{"backend": p.url, "port": 1}]  # nobody there yet
         async with (
@@ -73,7 +73,7 @@ async def test_a_silent_prefill_is_looked_at_again_when_decode_has_told() -> Non
 
 
 @pytest.mark.parametrize("connector", ["none", "mooncake_ascend"])
-async def test_engines_that_tell_nothing_are_served_without_hand_offs(connector: str) -> None:
+async def test_engines_that_report_nothing_are_served_without_hand_offs(connector: str) -> None:
     async with (
         simulators("prefill", "decode", connector=connector, dev_mode=False) as [p, d],
         running_gateway([p.url], [d.url], connector="auto") as running,
@@ -91,7 +91,7 @@ async def test_engines_that_tell_nothing_are_served_without_hand_offs(connector:
         assert "set it" in ready.json()["error"]["message"]
 
 
-async def test_engines_that_tell_different_things_are_no_pair(caplog: pytest.LogCaptureFixture) -> None:
+async def test_engines_that_report_different_protocols_are_no_pair(caplog: pytest.LogCaptureFixture) -> None:
     async with (
         simulators("prefill", connector="nixl", dev_mode=False) as [p],
         simulators("decode", connector="mooncake_ascend") as [d],
@@ -132,7 +132,7 @@ async def test_groups_find_out_each_for_itself() -> None:
                 assert decode.engine.stats.pulls == 1
 
 
-async def test_an_engine_that_comes_back_as_another_is_known_for_what_it_is() -> None:
+async def test_an_engine_that_comes_back_as_another_is_recognised() -> None:
     async with (
         simulators("prefill", "decode") as [p, d],
         running_gateway([p.url], [d.url], connector="auto") as running,
@@ -149,7 +149,7 @@ async def test_an_engine_that_comes_back_as_another_is_known_for_what_it_is() ->
 
 
 @pytest.mark.parametrize("connector", ["sglang", "tensorrt_llm"])
-async def test_engines_of_other_makes_tell_too(connector: str) -> None:
+async def test_engines_of_other_families_report_too(connector: str) -> None:
     case = next(case for case in CASES if case.name == connector)
     async with fleet(case, connector="auto") as (running, _, [d]):
         await until(lambda: connectors(running) == [connector] * 2)

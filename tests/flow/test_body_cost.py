@@ -1,4 +1,4 @@
-"""What a body costs depends on its bytes, whatever its shape: time of the event loop, and memory.
+"""The cost of a body, in time of the event loop and in memory, depends on its size and not on its shape.
 
 A gateway on real sockets, with engines and clients in other threads. What is counted is the CPU time of the event
 loop's thread from a body's first byte to the answer, the least of a few runs, against that of a body which is one

@@ -1,4 +1,4 @@
-"""Backends that are alive and no good: they are left out, and come back; over real requests."""
+"""Backends that are alive but fail: the breaker ejects them, and they come back; over real requests."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ async def test_the_slower_of_two_is_kept() -> None:
         assert not running.gateway.fleet.outlier_detector.ejections
 
 
-async def test_when_nobody_else_is_left_an_ejected_one_is_asked_again() -> None:
+async def test_when_no_other_backend_is_left_an_ejected_one_is_used() -> None:
     breaker = {"consecutive_failures": 2, "ejection": 300}
     async with pools(1, 2, policy=TURNS, breaker=breaker) as (running, _, [bad, other]):
         fault = bad.faults.add("status", status=500, leg="decode")
@@ -131,7 +131,7 @@ async def test_when_nobody_else_is_left_an_ejected_one_is_asked_again() -> None:
         assert (await running.metrics())['pd_proxy_pool_panic{pool="decode"}'] == 1
 
 
-async def test_a_busy_one_that_says_when_to_come_back_is_left_alone_till_then() -> None:
+async def test_a_busy_backend_with_a_retry_after_is_left_alone_till_then() -> None:
     async with pools(1, 2, policy=TURNS) as (running, _, [busy, other]):
         busy.faults.add("status", status=429, leg="decode", retry_after=60)
         await good(running, 8)
@@ -144,7 +144,7 @@ async def test_a_busy_one_that_says_when_to_come_back_is_left_alone_till_then() 
         assert fault.hits == 2, "when all are busy all are asked"
 
 
-async def test_requests_that_an_engine_refuses_say_nothing_against_it() -> None:
+async def test_refused_requests_do_not_count_against_an_engine() -> None:
     async with pools(2, 2, breaker={"consecutive_failures": 1}) as (running, _, _):
         for _ in range(6):
             answer = await running.http.post(CHAT, json={"model": "sim", "messages": "not a list"})

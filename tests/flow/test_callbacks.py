@@ -1,4 +1,4 @@
-"""Tries that wait to be called: by whom they can be, and how the waiting ends."""
+"""Tries that wait for a call: which calls they take, and how the wait ends."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_names_cannot_be_guessed_from_others() -> None:
     assert {len(name) for name in names} == {32}
 
 
-def test_a_name_says_whose_it_is_among_several_workers() -> None:
+def test_a_name_identifies_its_worker() -> None:
     ours, theirs = Callbacks("http://a", 3), Callbacks("http://a", 63)
     for name in (ours.name(), theirs.name()):
         assert ours.elsewhere(body(f"chatcmpl-{name}")) == (63 if name.startswith("3f") else None)
@@ -57,7 +57,7 @@ async def test_a_try_is_named_as_engines_name_it(request_id: str) -> None:
 @pytest.mark.parametrize(
     "request_id", [NAME, f"chatcmpl-{NAME[:-1]}0", f"cmpl-{NAME}-1", f"cmpl-{NAME}", f"x-chatcmpl-{NAME}", ""]
 )
-async def test_nobody_else_is_called(request_id: str) -> None:
+async def test_no_other_try_takes_the_call(request_id: str) -> None:
     waiting = callbacks()
     with expect(waiting) as call:
         with pytest.raises(CallUnexpected):
@@ -80,7 +80,7 @@ async def test_a_call_is_taken_once_and_none_after_the_end() -> None:
 
 
 @pytest.mark.parametrize("garbage", [b"", b"[]", b"{}", b'{"request_id": 1}', b"\xff", b"[" * 100_000])
-async def test_what_is_no_call_is_refused_and_ends_nothing(garbage: bytes) -> None:
+async def test_a_body_that_is_not_a_call_is_refused_and_ends_no_try(garbage: bytes) -> None:
     waiting = callbacks()
     with expect(waiting) as call:
         with pytest.raises(InvalidRequest):

@@ -1,4 +1,4 @@
-"""Whether the backends have capacity, and what is kept of it."""
+"""Whether the backends have capacity, and how it is reserved."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_mixed_backends_count_where_no_pair_is_up_or_the_request_cannot_be_split
 
 
 @pytest.mark.parametrize("split", [True, False])
-def test_where_nobody_is_up_it_is_not_room_that_is_missing(split: bool) -> None:
+def test_where_no_backend_is_up_it_is_not_capacity_that_is_missing(split: bool) -> None:
     made = fleet(1, 1, 1, decode_requests=1, prefill_requests=1)
     for backend in made:
         backend.mark_down("for the test")
@@ -123,7 +123,7 @@ def test_full_backends_are_no_candidates_while_others_have_room() -> None:
             assert made.candidates("decode", "m", 50) == [first, second, third], "for those that are in already"
 
 
-def test_whoever_waits_for_room_hears_of_every_change() -> None:
+def test_requests_that_wait_for_capacity_are_notified_of_every_change() -> None:
     made = fleet(0, 1, decode_requests=1)
     heard: list[int] = []
     made.watch_capacity(lambda: heard.append(1))

@@ -1,4 +1,4 @@
-"""Decisions as they are kept and told, without a gateway round them."""
+"""How decisions are kept and shown, without a gateway."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def placed(prefill: int = 3, decode: int = 3, **more: Any) -> tuple[View[Backend
     return view, asked, decide(view, asked, unsplittable="", policies=AUTO, allow_local_prefill=True)
 
 
-def test_what_was_expected_of_the_chosen_engines_is_told_as_it_was_then() -> None:
+def test_the_costs_of_the_chosen_engines_are_those_of_the_decision() -> None:
     decisions = Decisions(clock=Clock())
     view, asked, decision = placed(cached={"http://prefill1:8000": 1024, "http://decode0:8000": 512})
     assert decision.prefill is not None
@@ -98,7 +98,7 @@ def test_what_was_expected_of_the_chosen_engines_is_told_as_it_was_then() -> Non
     assert shown["targets"] == {"ttft": 1.0, "tpot": 0.05}
 
 
-def test_a_decision_in_full_has_all_candidates_and_who_was_left_out() -> None:
+def test_an_explanation_has_all_candidates_and_the_backends_that_were_left_out() -> None:
     decisions = Decisions(clock=Clock())
     view, asked, decision = placed()
     gone = Backend("http://gone:8000", "decode")
@@ -135,7 +135,7 @@ def test_of_a_large_fleet_the_best_candidates_and_the_chosen_one_are_kept() -> N
     assert (len(whole.candidates), len(whole.left_out)) == (80, 100)
 
 
-def test_the_last_thousand_are_kept_and_told_latest_first() -> None:
+def test_the_last_thousand_are_kept_and_shown_latest_first() -> None:
     decisions = Decisions(most=5, clock=Clock())
     _, asked, decision = placed(1, 1)
     for number in range(12):
@@ -148,7 +148,7 @@ def test_the_last_thousand_are_kept_and_told_latest_first() -> None:
     assert decisions.counts["decode", decision.reason] == 12  # all of them are counted
 
 
-def test_explanations_that_nobody_asks_for_take_a_small_share_of_the_time() -> None:
+def test_explanations_without_a_request_take_a_small_share_of_the_time() -> None:
     clock = Clock()
     decisions = Decisions(clock=clock)
     spent = 0.0
@@ -166,7 +166,7 @@ def test_explanations_that_nobody_asks_for_take_a_small_share_of_the_time() -> N
 _PLAIN = request()
 
 
-def test_what_became_of_a_request_stands_beside_what_was_expected() -> None:
+def test_the_outcome_of_a_request_stands_beside_the_expected_costs() -> None:
     decisions = Decisions(clock=Clock())
     _, asked, decision = placed()
     made = request()
@@ -184,7 +184,7 @@ def test_what_became_of_a_request_stands_beside_what_was_expected() -> None:
     assert decisions.last(1)[0]["outcome"] is None
 
 
-def test_that_nobody_could_be_chosen_is_a_decision_too() -> None:
+def test_that_no_backend_could_be_chosen_is_a_decision_too() -> None:
     decisions = Decisions(clock=Clock())
     down = Backend("http://decode0:8000", "decode")
     view: View[Backend] = View((), (), (), {"prefill": 0, "decode": 1, "mixed": 0})
@@ -238,7 +238,7 @@ def test_a_header_is_ascii_on_one_line_and_never_too_long(count: int, left: int,
         assert count + left - len(shown["candidates"]) - len(shown["left_out"]) == shown.get("omitted", 0)
 
 
-def test_what_is_infinite_is_null_since_json_has_no_word_for_it() -> None:
+def test_infinity_is_null_since_json_has_none() -> None:
     decisions = Decisions(clock=Clock())
     view, asked, decision = placed(1, 1)
     view.decode[0].speeds.step_base = inf

@@ -1,4 +1,4 @@
-"""A client that leaves, at every stage: the engines hear of it within 0.2 s, and no count stays behind."""
+"""A client that leaves, at every stage: its legs are ended within 0.2 s, and no count stays behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import Running, chat, pools, running_gateway, simulators, soo
 
 CHAT = "/v1/chat/completions"
 SOON = 0.2  # seconds
-PATIENCE = 5.0  # how long a loaded machine may take to bring a request to its stage
+TIMEOUT = 5.0  # how long a loaded machine may take to bring a request to its stage
 
 
 class RawClient:
@@ -71,7 +71,7 @@ async def left(running: Running, engines: list[Simulator], stage: str) -> None:
 async def test_in_the_middle_of_its_own_body(reset: bool) -> None:
     async with pools() as (running, p, d), RawClient(running.port) as client:
         client.send(chat(), cut=10)
-        await until(lambda: running.gateway.gate.inside == 1, PATIENCE)
+        await until(lambda: running.gateway.gate.inside == 1, TIMEOUT)
         client.leave(reset=reset)
         await left(running, [*p, *d], "admission")
         assert not [r for e in (*p, *d) for r in e.requests if r.path == CHAT]
@@ -82,7 +82,7 @@ async def test_in_the_middle_of_its_own_body(reset: bool) -> None:
 async def test_while_prefill_runs(stream: bool, reset: bool) -> None:
     async with pools(engine={"prefill_rate": 5.0}) as (running, [p], [d]), RawClient(running.port) as client:
         client.send(chat(stream=stream))
-        await until(lambda: p.engine.running == 1, PATIENCE)
+        await until(lambda: p.engine.running == 1, TIMEOUT)
         client.leave(reset=reset)
         await left(running, [p, d], "prefill")
         assert p.engine.stranded_blocks == 0
@@ -93,8 +93,8 @@ async def test_while_decode_has_not_answered(stream: bool) -> None:
     async with pools() as (running, [p], [d]), RawClient(running.port) as client:
         d.faults.add("hang", leg="decode")
         client.send(chat(stream=stream))
-        await until(lambda: running.gateway.fleet.handoffs_pending == 1 and len(d.requests) > 0, PATIENCE)
-        await until(lambda: any(r.path == CHAT for r in d.requests), PATIENCE)
+        await until(lambda: running.gateway.fleet.handoffs_pending == 1 and len(d.requests) > 0, TIMEOUT)
+        await until(lambda: any(r.path == CHAT for r in d.requests), TIMEOUT)
         client.leave()
         await left(running, [p, d], "stream" if stream else "decode")  # a stream has its first token from prefill
 
@@ -112,7 +112,7 @@ async def test_in_the_middle_of_its_stream(reset: bool) -> None:
 async def test_while_decode_computes_a_whole_answer() -> None:
     async with pools(engine={"step_time": 0.02}) as (running, [p], [d]), RawClient(running.port) as client:
         client.send(chat(max_tokens=5000, ignore_eos=True))
-        await until(lambda: d.engine.running == 1, PATIENCE)
+        await until(lambda: d.engine.running == 1, TIMEOUT)
         client.leave()
         await left(running, [p, d], "decode")
 
@@ -129,10 +129,10 @@ async def test_while_the_gateway_connects_to_decode() -> None:
             fleet.bring_in(fleet.pool("decode")[0])
             async with RawClient(running.port) as client:
                 client.send(chat())
-                await until(lambda: fleet.handoffs_pending == 1, PATIENCE)
+                await until(lambda: fleet.handoffs_pending == 1, TIMEOUT)
                 client.leave()
                 await soon(lambda: not running.gateway.gate.inside, SOON)
-                await until(running.idle, 5 * connect + PATIENCE)  # after some attempts to have the hand-off claimed
+                await until(running.idle, 5 * connect + TIMEOUT)  # after some attempts to have the hand-off claimed
 
 
 async def test_before_decodes_leg_has_gone_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ async def test_before_decodes_leg_has_gone_out(monkeypatch: pytest.MonkeyPatch) 
 
         monkeypatch.setattr(Origin, "_post", hold)
         client.send(chat(stream=True))
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await begun.wait()
         client.leave()
         await p.wait_for(lambda: p.engine.stranded_blocks == 0)  # long before the lease's end
@@ -161,7 +161,7 @@ async def test_while_a_failed_try_waits_for_the_next() -> None:
     async with pools(retries={"attempts": 20}) as (running, [p], [d]), RawClient(running.port) as client:
         d.faults.add("status", status=500)
         client.send(chat())
-        await until(lambda: len([r for r in d.requests if r.path == CHAT]) >= 3, PATIENCE)
+        await until(lambda: len([r for r in d.requests if r.path == CHAT]) >= 3, TIMEOUT)
         client.leave()
         await soon(quiet(running, [p, d]), SOON)
 
@@ -202,5 +202,5 @@ async def test_one_that_stops_reading_slows_its_engine_and_is_let_go_in_the_end(
             await loop.sock_sendall(
                 sock, f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
             )
-            await until(lambda: running.gateway.gate.inside == 1, PATIENCE)
+            await until(lambda: running.gateway.gate.inside == 1, TIMEOUT)
             await until(quiet(running, [p, d]))

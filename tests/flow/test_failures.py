@@ -1,4 +1,4 @@
-"""Backends that die, refuse, hang, babble: what the client gets, and what is left behind (nothing)."""
+"""Backends that die, refuse, hang or send garbage: what the client gets, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ async def test_a_prefill_engine_killed_between_the_legs_costs_the_client_nothing
         await until(running.idle)
 
 
-async def test_without_prefill_decode_prefills_for_itself_and_says_so() -> None:
+async def test_without_prefill_decode_prefills_for_itself_and_the_answer_says_so() -> None:
     async with pools(1, 1) as (running, [p], _):
         expected = text_of((await running.http.post(CHAT, json=chat())).json())
         p.kill()
@@ -146,7 +146,7 @@ async def test_without_prefill_decode_prefills_for_itself_and_says_so() -> None:
         assert (await running.metrics())['pd_proxy_fallbacks_total{reason="no_prefill_backend"}'] == 1
 
 
-async def test_without_prefill_and_with_fallback_reject_the_client_is_told() -> None:
+async def test_without_prefill_and_with_fallback_reject_the_client_gets_an_error() -> None:
     async with pools(1, 1, fallback="reject") as (running, [p], _):
         p.kill()
         answer = await running.http.post(CHAT, json=chat())

@@ -1,4 +1,4 @@
-"""A client has its first token as soon as prefill has it, and cannot tell from its answer."""
+"""A client gets its first token as soon as prefill has sampled it, and the answer does not show it."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ async def test_one_token_stays_one_when_it_is_split_after_all(
     ],
     ids=lambda value: value if isinstance(value, str) and not value.startswith("/") else "",
 )
-async def test_what_is_not_known_to_be_exact_is_left_to_decode(
+async def test_a_first_token_that_is_not_surely_exact_is_decodes(
     path: str, more: dict[str, Any], why: str, stream: bool
 ) -> None:
     if "stream_options" in more and not stream:
@@ -300,7 +300,7 @@ async def test_what_is_not_known_to_be_exact_is_left_to_decode(
 
 
 @pytest.mark.parametrize("more", [{"n": 2, "temperature": 1}, {"echo": True}], ids=str)
-async def test_what_is_given_to_one_backend_whole_has_no_first_token_to_be_asked_for(more: dict[str, Any]) -> None:
+async def test_a_request_that_one_backend_serves_asks_for_no_first_token(more: dict[str, Any]) -> None:
     async with pools() as (running, _, _):
         assert (await running.http.post(COMPLETIONS, json=completion(**more))).status_code == 200
         assert await counted(running) == {}
@@ -321,7 +321,7 @@ async def test_half_a_character_is_left_to_decode(stream: bool) -> None:
         assert seen["prefill", "exact"] >= 10
 
 
-async def test_a_setting_gives_what_is_another_draw_but_nothing_that_is_wrong() -> None:
+async def test_a_setting_allows_another_sample_but_no_wrong_text() -> None:
     async with pools(first_token="prefill") as (running, [p], [d]):
         await says(running, CHAT, chat(seed=3, temperature=1, stream=True))
         await says(running, CHAT, chat(presence_penalty=1))

@@ -1,4 +1,4 @@
-"""One request can be followed: from its client's id to the gateway's lines, to its engines' logs, and back."""
+"""One request can be followed from its client's id to the gateway's log lines, to the engines' logs, and back."""
 
 from __future__ import annotations
 

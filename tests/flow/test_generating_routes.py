@@ -1,4 +1,4 @@
-"""Anthropic's messages, OpenAI's responses and tokens in, tokens out, through both legs: as chat, in other words."""
+"""Anthropic's messages, OpenAI's responses, and tokens in, tokens out: they pass through both legs, as chat does."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ FORBIDDEN = {
 
 @EVERY
 @BOTH_WAYS
-async def test_what_no_client_may_say_reaches_no_engine_at_any_depth(route: Route, stream: bool) -> None:
+async def test_members_that_no_client_may_send_reach_no_engine_at_any_depth(route: Route, stream: bool) -> None:
     nested = {"extra_args": {**FORBIDDEN, "deeper": FORBIDDEN}, "vllm_xargs": FORBIDDEN}
     body = route.body(4, stream=stream, **FORBIDDEN, vllm_xargs={**FORBIDDEN, "kept": 1})
     if route is GENERATE:
@@ -334,7 +334,7 @@ async def test_errors_have_the_apis_own_shape(route: Route) -> None:
 
 
 @EVERY
-async def test_what_the_engine_refuses_is_told_in_the_apis_shape_and_frees_the_blocks(route: Route) -> None:
+async def test_a_refusal_of_the_engine_has_the_apis_shape_and_frees_the_blocks(route: Route) -> None:
     async with gateway() as (running, [p], [d]):
         d.faults.add("status", leg="decode", status=404, count=1)
         answer = await running.http.post(route.path, json=route.body())
@@ -429,7 +429,7 @@ async def test_a_route_that_not_every_kind_of_backend_has_goes_to_those_that_hav
             assert (len(vllm.requests), len(other.requests)) == (8, 0)
 
 
-async def test_a_route_that_no_kind_has_is_for_the_engine_to_judge() -> None:
+async def test_a_route_that_no_kind_has_is_left_to_the_engine() -> None:
     async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url], kind="openai") as running:
         assert (await running.http.post(MESSAGES.path, json=MESSAGES.body(4))).status_code == 200
         assert len(engine.requests) == 1

@@ -134,7 +134,7 @@ async def test_prefill_of_one_group_and_decode_of_another_make_no_pair() -> None
         )
 
 
-async def test_with_local_prefill_forbidden_no_pair_is_an_error_that_says_so() -> None:
+async def test_without_local_prefill_a_missing_pair_is_an_error_that_says_so() -> None:
     async with two_fleets({}, {"connector": "mooncake"}, fallback="reject") as (running, first, second):
         await took_out(running, first[0])
         await took_out(running, second[1])

@@ -1,4 +1,4 @@
-"""A gateway whose backends lead back to itself sends nothing round for ever; a gateway behind a gateway is fine."""
+"""A gateway whose backends lead back to itself refuses looping requests; a gateway behind a gateway works."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_workers_of_one_gateway_are_one() -> None:
     Hops("/tmp/pd-proxy-2").passed(passed(Hops("/tmp/pd-proxy-1")))
 
 
-async def test_a_gateway_that_is_its_own_backend_is_not_up_and_says_why() -> None:
+async def test_a_gateway_that_is_its_own_backend_is_not_up_and_reports_why() -> None:
     async with simulators("mixed") as [engine], running_gateway(mixed=[engine.url]) as running:
         itself = running.gateway.fleet.add(running.url, "mixed")
         await until(lambda: "this gateway itself" in itself.reason)

@@ -1,4 +1,4 @@
-"""A gateway whose engines publish KV events knows what is in their caches without having put it there."""
+"""A gateway whose engines publish KV events knows the content of their caches, even of prompts that others sent."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def test_an_engine_that_was_warm_before_the_gateway_started_gets_the_promp
         assert [engine.served for engine in it.engines] == [*served[:-1], served[-1] + 1]
 
 
-async def test_what_another_gateway_had_computed_is_known() -> None:
+async def test_a_prompt_that_another_gateway_sent_is_known() -> None:
     async with bed() as it:
         await it.ask([77] * 400)
         await it.ask_itself(it.engines[1], PROMPT)
@@ -133,7 +133,7 @@ async def test_a_streams_ids_make_events_count_for_its_text() -> None:
         assert it.engines[2].served == served + 1
 
 
-async def test_metrics_tell_what_became_of_events() -> None:
+async def test_metrics_count_the_outcomes_of_events() -> None:
     async with bed(1) as it:
         await it.ask(PROMPT)
         await it.heard()
@@ -142,7 +142,7 @@ async def test_metrics_tell_what_became_of_events() -> None:
         assert metrics['pd_proxy_engine_messages_total{message="kv_batch",result="batch"}'] >= 1
 
 
-async def test_where_no_policy_wants_to_know_nobody_is_followed() -> None:
+async def test_without_a_policy_that_uses_them_no_events_are_followed() -> None:
     policy = dict.fromkeys(("prefill", "decode", "mixed"), "least_loaded")
     endpoints = {"endpoint": "tcp://{host}:5557"}
     async with (

@@ -1,4 +1,4 @@
-"""Streams with logprobs: an entry for each token, whoever gave it and whether or not it was a whole character."""
+"""Streams with logprobs have an entry for each token, whichever engine sampled it, and even for parts of characters."""
 
 from __future__ import annotations
 

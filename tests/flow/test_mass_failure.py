@@ -1,4 +1,4 @@
-"""Eight engines that miss their health checks at once since this process stands still, and eight that are dead."""
+"""Eight engines that miss their health checks at once because the gateway stands still, and eight that are dead."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def taken_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return reasons
 
 
-async def test_nobody_leaves_the_rotation_and_no_stream_ends_when_the_gateway_stands_still(
+async def test_no_backend_is_taken_out_and_no_stream_ends_when_the_gateway_stands_still(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, taken_out: list[str]
 ) -> None:
     under_way = 0

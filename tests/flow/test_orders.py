@@ -90,7 +90,7 @@ async def test_in_sequence_decode_follows_prefills_answer() -> None:
     assert steps.done == ["prefill", "prefill answered", "decode", "decode answered"]
 
 
-async def test_in_sequence_decode_is_not_asked_for_what_prefill_has_answered_whole() -> None:
+async def test_in_sequence_decode_gets_no_leg_if_prefill_has_the_whole_answer() -> None:
     steps = Steps()
     steps.whole = True
     await Sequential(steps).run(attempt())

@@ -54,7 +54,7 @@ def test_every_step_is_one_of_the_table_and_it_is_counted_until_it_is_settled(
 
 
 @pytest.mark.parametrize(("use", "following"), [(use, other) for use in HandoffUse for other in HandoffUse])
-def test_what_the_table_does_not_have_raises(use: HandoffUse, following: HandoffUse) -> None:
+def test_a_transition_that_the_table_lacks_raises(use: HandoffUse, following: HandoffUse) -> None:
     _, _, handoff = pending()
     handoff.use = use
     with nullcontext() if following in TRANSITIONS[use] else pytest.raises(ImpossibleTransition):

@@ -1,4 +1,4 @@
-"""A request that engines die of ends few of them; those that were with it by chance do not end with it."""
+"""A request that ends engines ends few of them; requests that ran there by chance do not end with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What engines are believed to have of prompts, and where requests go by it."""
+"""Which prompts engines are believed to have in their caches, and where requests go because of that."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def test_a_prompt_is_entered_when_it_is_sent() -> None:
         assert bed.outstanding == 160
 
 
-def test_what_was_not_answered_is_withdrawn() -> None:
+def test_a_prompt_that_was_not_answered_is_withdrawn() -> None:
     bed = Bed()
     with bed.send():
         pass
@@ -293,7 +293,7 @@ def test_what_was_not_answered_is_withdrawn() -> None:
     assert bed.outstanding == 0
 
 
-def test_what_was_answered_stays_and_decode_has_what_it_has_read() -> None:
+def test_a_prompt_that_was_answered_stays_and_decode_has_it_too() -> None:
     bed = Bed()
     with bed.send() as sent:
         sent.prefilled(0, 160)
@@ -329,7 +329,7 @@ def test_an_engine_that_does_both_is_timed_by_its_first_token() -> None:
     assert bed.believed == {"http://p": 160}
 
 
-def test_a_whole_answer_says_nothing_of_how_fast_its_engine_prefills() -> None:
+def test_a_whole_answer_does_not_show_how_fast_its_engine_prefills() -> None:
     bed = Bed()
     with bed.send(alone=True) as sent:
         sent.ended()
@@ -338,7 +338,7 @@ def test_a_whole_answer_says_nothing_of_how_fast_its_engine_prefills() -> None:
     assert bed.believed == {"http://p": 160}
 
 
-def test_other_workers_are_told_what_is_left() -> None:
+def test_the_load_table_has_the_tokens_that_are_left_to_prefill() -> None:
     bed, told = Bed(), list[int]()
     bed.prefill.on_uncached_changed = lambda tokens, since: told.append(tokens)
     with bed.send() as sent:
@@ -368,7 +368,7 @@ def test_a_prefill_that_runs_on_and_fails_is_withdrawn() -> None:
     assert bed.outstanding == 0 and bed.believed == {}
 
 
-def test_what_is_told_of_a_request_that_is_over_takes_no_other_requests_work_away() -> None:
+def test_reports_after_the_end_of_a_request_do_not_change_the_work_of_others() -> None:
     bed = Bed()
     with bed.send() as sent:
         pass
@@ -394,7 +394,7 @@ def test_an_engine_that_reports_prompts_longer_than_their_bytes_is_not_believed_
     assert told.told == [(160, 160)] * 3
 
 
-def test_what_was_cached_counts_where_the_length_of_the_prompt_is_not_told() -> None:
+def test_cached_tokens_count_though_the_length_of_the_prompt_is_not_reported() -> None:
     bed, told = Bed(), Told()
     bed.prefill.speeds = told
     with bed.send() as sent:
@@ -412,7 +412,7 @@ def of_ranks() -> Bed:
 
 
 @pytest.mark.parametrize("way", ["answered", "first_token", "ended", "withdrawn", "over"])
-def test_what_a_rank_has_yet_to_prefill_is_counted_until_it_has(way: str) -> None:
+def test_the_prefill_work_of_a_rank_is_counted_until_it_is_done(way: str) -> None:
     bed = of_ranks()
     work = bed.prefill.rank_work
     with bed.send(rank=1, decode_rank=0) as sent:

@@ -1,4 +1,4 @@
-"""What decode refuses: prefill's blocks are freed once, whoever frees them."""
+"""Hand-offs that decode refuses: prefill's blocks are freed exactly once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATHS = {"/v1/chat/completions": chat, "/v1/completions": completion}
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", PATHS)
-async def test_no_leg_releases_what_decodes_handler_has_had_freed(path: str, stream: bool) -> None:
+async def test_no_leg_releases_blocks_that_a_refusal_of_decodes_handler_has_freed(path: str, stream: bool) -> None:
     async with pools(engine={"max_model_len": 256}) as (running, [p], [d]):
         body = PATHS[path](max_tokens=5000, stream=stream)
         answer = await running.http.post(path, json=body)
@@ -26,7 +26,7 @@ async def test_no_leg_releases_what_decodes_handler_has_had_freed(path: str, str
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_a_leg_releases_what_was_refused_before_the_handler(path: str) -> None:
+async def test_a_leg_releases_a_hand_off_that_was_refused_before_the_handler(path: str) -> None:
     async with pools() as (running, [p], [d]):
         # On the prefill leg it does not stand, and the decode engine's own check of bodies refuses it.
         answer = await running.http.post(path, json=PATHS[path](stop=5))
@@ -61,13 +61,13 @@ def _json(text: str | None) -> str:
         (400, b"nonsense", False),
     ],
 )
-def test_who_has_refused_is_told_from_the_answer(status: int, body: bytes, handled: bool) -> None:
+def test_the_answer_shows_whether_the_handler_has_refused(status: int, body: bytes, handled: bool) -> None:
     error: Any = engine_error("http://d:1", status, {}, body)
     assert error.handled is handled
 
 
 @pytest.mark.parametrize("body", [b"", b"busy", b'{"error":"scaling"}', b"<html>", refusal("Service Unavailable")])
 @pytest.mark.parametrize("status", [429, 503])
-def test_who_is_busy_says_when_to_come_back(status: int, body: bytes) -> None:
+def test_a_busy_engines_error_has_a_retry_after(status: int, body: bytes) -> None:
     assert engine_error("http://d:1", status, {}, body).retry_after == 1
     assert engine_error("http://d:1", status, {b"retry-after": b"7"}, body).retry_after == 7

@@ -1,4 +1,4 @@
-"""A stream whose backend dies is continued elsewhere, and its client cannot tell."""
+"""A stream whose backend dies is continued elsewhere, and the client gets the same answer."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ async def test_the_client_that_asked_for_token_ids_gets_each_once() -> None:
     ],
     ids=["max_completion_tokens", "min_tokens", "logprobs", "running usage", "repetition_penalty"],
 )
-async def test_what_else_the_request_says_holds_for_the_whole_answer(more: dict[str, Any]) -> None:
+async def test_other_members_of_the_request_hold_for_the_whole_answer(more: dict[str, Any]) -> None:
     async with pools(1, 2) as (running, _, d):
         body = {key: value for key, value in body_of(CHAT, **more).items() if value is not None}
         whole = await ask(running, CHAT, body)
@@ -176,7 +176,7 @@ async def test_what_else_the_request_says_holds_for_the_whole_answer(more: dict[
         (COMPLETIONS, {"logprobs": 1}, "logprobs"),
     ],
 )
-async def test_what_could_not_be_continued_exactly_ends_with_an_error_that_says_why(
+async def test_a_stream_that_cannot_be_continued_exactly_ends_with_an_error_that_says_why(
     path: str, more: dict[str, Any], why: str
 ) -> None:
     async with pools(1, 2) as (running, p, d):
@@ -193,7 +193,7 @@ async def test_what_could_not_be_continued_exactly_ends_with_an_error_that_says_
         await settled(running, [*p, *d])
 
 
-async def test_best_effort_continues_what_is_not_exact() -> None:
+async def test_best_effort_continues_inexact_streams() -> None:
     async with pools(1, 2, resume="best_effort") as (running, _, d):
         body = body_of(CHAT, stop=["zebra"])
         whole = await ask(running, CHAT, body)
@@ -246,7 +246,7 @@ async def test_a_stream_waits_a_little_for_a_backend_to_come_back() -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_a_hand_off_that_nobody_will_use_is_claimed(path: str) -> None:
+async def test_a_hand_off_that_is_not_used_is_released(path: str) -> None:
     async with pools(1, 1, first_token="decode") as (running, [p], [d]):
         d.faults.add("status", leg="decode", status=400, count=1)
         answer = await running.http.post(path, json=body_of(path))
@@ -257,7 +257,7 @@ async def test_a_hand_off_that_nobody_will_use_is_claimed(path: str) -> None:
         assert p.engine.expired == 0
 
 
-async def test_what_frees_a_hand_off_is_sent_again_where_nobody_read_it() -> None:
+async def test_a_release_that_no_engine_has_read_is_sent_again() -> None:
     """Decode is busy for a moment longer than the request waits: the blocks do not wait for their lease to end."""
     async with pools(1, 1, retries={"attempts": 1}, first_token="decode") as (running, [p], [d]):
         d.faults.add("status", leg="decode", status=429, count=3)

@@ -93,7 +93,7 @@ async def test_the_last_error_is_raised_when_all_tries_are_used_up() -> None:
 @pytest.mark.parametrize(
     "job", [Job(BackendRejected("no", status=400)), Job(BackendTimedOut("slow"), repeatable=False)]
 )
-async def test_what_cannot_be_tried_again_is_not(job: Job) -> None:
+async def test_a_failure_that_is_not_retryable_ends_the_request(job: Job) -> None:
     with pytest.raises(BackendError):
         await retries().run(job)
     assert (job.tries, job.retries) == ([1], 0)
@@ -118,7 +118,7 @@ async def test_without_a_permit_it_ends_when_all_tries_are_used_up(slept: list[f
     assert (job.tries, slept) == ([1], [0.05])
 
 
-async def test_what_does_not_wait_ends_without_a_permit(slept: list[float]) -> None:
+async def test_a_job_that_does_not_wait_ends_without_a_permit(slept: list[float]) -> None:
     job = Job(BackendTimedOut("slow"), waits=False)
     with pytest.raises(BackendTimedOut):
         await retries(None).run(job)

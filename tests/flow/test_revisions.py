@@ -49,7 +49,7 @@ async def test_pairs_are_made_within_a_revision(new: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("new", UPGRADES)
-async def test_half_of_an_upgraded_pair_serves_by_itself_and_says_why(new: dict[str, Any]) -> None:
+async def test_half_of_an_upgraded_pair_serves_by_itself_and_the_answer_says_why(new: dict[str, Any]) -> None:
     async with upgraded(new) as (running, old, fresh):
         expected = text_of((await running.http.post("/v1/completions", json=completion())).json())
         old[0].kill()
@@ -78,7 +78,7 @@ async def test_the_setting_lets_revisions_be_mixed() -> None:
         assert [request.leg for request in p.requests][:1] == ["prefill"], "the pair was made"
 
 
-async def test_an_engine_that_was_upgraded_in_its_place_is_known_for_what_it_is() -> None:
+async def test_an_engine_that_was_upgraded_in_its_place_is_recognised() -> None:
     async with simulators("prefill", "decode") as [p, d], running_gateway([p.url], [d.url]) as running:
         port, side_port = d.port, d.side_port
         d.kill()

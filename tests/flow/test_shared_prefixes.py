@@ -1,4 +1,4 @@
-"""Traffic whose prompts share prefixes, at engines with prefix caches: what placement by caches is worth."""
+"""Prompts that share prefixes, at engines with prefix caches: the effect of placement by caches."""
 
 from __future__ import annotations
 

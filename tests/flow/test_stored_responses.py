@@ -1,4 +1,4 @@
-"""The names of stored responses say who has them."""
+"""The name of a stored response shows which backend has it."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def test_a_gateway_with_the_same_key_finds_it_and_another_does_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "resp_", f"resp_{UNIQUE}", f"resp_{UNIQUE}{'0' * 16}", "resp_" + "é" * 48])
-def test_what_the_gateway_has_not_named_is_nowhere(name: str) -> None:
+def test_a_name_that_is_not_the_gateways_has_no_holder(name: str) -> None:
     assert StoredResponses(b"key").holder(name, "me", URLS) == ""

@@ -1,4 +1,4 @@
-"""Engines whose answers cannot be decoded, and clients whose requests cannot: everybody gets an answer, at once."""
+"""Answers of engines and requests of clients that cannot be decoded: each gets an error at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New pairs are warmed up behind the users' backs."""
+"""New pairs are warmed up without a client's request."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ async def test_no_request_waits_for_a_warm_up_and_one_that_hands_over_makes_the_
         assert (await running.http.get("/ready")).status_code == 200
 
 
-async def test_what_waits_for_its_turn_is_left_out_once_a_real_request_was_there(
+async def test_a_pair_that_waits_is_skipped_after_a_real_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(warmup, "_AT_ONCE", 1)
@@ -108,7 +108,7 @@ async def test_what_waits_for_its_turn_is_left_out_once_a_real_request_was_there
             assert warmed(p) == 1, "both pairs had served a user before the second one's turn came"
 
 
-async def test_a_warm_up_that_fails_is_held_against_nobody() -> None:
+async def test_a_warm_up_that_fails_does_not_change_the_health_of_a_backend() -> None:
     breaker = {"consecutive_failures": 1}
     async with simulators("prefill", "decode", "decode") as [p, *decode]:
         for engine in decode:
@@ -166,7 +166,9 @@ async def ready(running: Running) -> str:
     return "" if answer.status_code == 200 else str(answer.json()["error"]["message"])
 
 
-async def test_a_pair_that_cannot_hand_over_is_not_ready_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_pair_that_cannot_hand_over_is_not_ready_and_the_reason_is_shown(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Prefill calls itself by an address at which nobody listens: VLLM_NIXL_SIDE_CHANNEL_HOST is wrong."""
     async with simulators("prefill", side_host="127.0.0.9") as [p], simulators("decode") as [d]:
         with caplog.at_level(logging.INFO, "pd_proxy.flow"):
@@ -225,7 +227,7 @@ async def test_engines_that_speak_something_else_never_become_ready(
         assert await ready(running), "an answer that decode made alone is no hand-off"
 
 
-async def test_a_decode_engine_that_computes_what_it_cannot_fetch_hands_nothing_over() -> None:
+async def test_a_decode_engine_that_computes_the_prompt_itself_fails_the_trial() -> None:
     """`kv_load_failure_policy: recompute`: every answer is a 200."""
     async with unlike({"side_host": "127.0.0.9"}, {"load_failure_policy": "recompute"}) as (running, _, _):
         await until(lambda: handoffs(running) == [("failed", False)] * 2)
@@ -293,7 +295,7 @@ async def test_engines_that_are_mended_become_ready_by_their_restart(monkeypatch
         assert not await ready(running)
 
 
-async def test_who_has_handed_over_once_is_ready_again_by_its_health_alone() -> None:
+async def test_a_pair_that_has_handed_over_once_is_ready_again_by_its_health_alone() -> None:
     async with pools(1, 1, warmup=True) as (running, _, [d]):
         await until(lambda: handoffs(running) == [("ok", True)] * 2)
         d.kill()
@@ -305,7 +307,7 @@ async def test_who_has_handed_over_once_is_ready_again_by_its_health_alone() -> 
         assert not await ready(running)
 
 
-async def test_one_pair_that_works_is_enough_and_the_others_are_told_of() -> None:
+async def test_one_pair_that_works_is_enough_and_the_others_are_logged() -> None:
     async with (
         simulators("prefill", "decode") as [p, d],
         simulators("prefill", side_host="127.0.0.9") as [bad],
@@ -355,7 +357,7 @@ async def test_a_pair_that_may_be_one_only_later_is_tried_then(monkeypatch: pyte
                 assert not await ready(running)
 
 
-async def test_who_was_draining_when_it_came_up_is_tried_once_it_drains_no_more() -> None:
+async def test_a_backend_that_came_up_draining_is_tried_when_it_stops_draining() -> None:
     async with (
         simulators("prefill", "decode") as [p, d],
         running_gateway([p.url], [d.url], ready=False, warmup=True) as running,
@@ -369,7 +371,7 @@ async def test_who_was_draining_when_it_came_up_is_tried_once_it_drains_no_more(
         await until(lambda: handoffs(running) == [("ok", True)] * 2)
 
 
-async def test_a_defect_of_ours_does_not_end_warm_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_defect_of_the_gateway_does_not_end_warm_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmup, "_FIRST_WAIT", 0.05)
     hand_over, failed = trial.Trials._hand_over, []
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from pd_proxy.errors import BackendError
 from pd_proxy.http.response import FlowControl, Headers
 
-PATIENCE = 5.0
+TIMEOUT = 5.0
 """Seconds after which a test that waits fails; a test that passes never waits so long."""
 
 
@@ -24,7 +24,7 @@ class Peer:
 
     async def request(self) -> bytes:
         """Read one request; returns head and body as they came."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
             return head + await self.reader.readexactly(length)
@@ -37,7 +37,7 @@ class Peer:
 
     async def left(self) -> bool:
         """Wait until the gateway has closed this connection."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             with suppress(ConnectionError):
                 while await self.reader.read(65536):
                     pass
@@ -70,7 +70,7 @@ class Engine:
         return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def accept(self) -> Peer:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             return await self._accepted.get()
 
     @property
@@ -169,7 +169,7 @@ class Recorder:
 
     async def ended(self) -> str:
         """Wait for the end of the exchange; returns `end` or `lost`."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await self._ended.wait()
         return self.endings[0]
 

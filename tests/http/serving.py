@@ -14,7 +14,7 @@ from pd_proxy.http.response import EXTENSION, Receive, Scope, Send
 from pd_proxy.http.server import GatewayProtocol
 from pd_proxy.http.server_exchange import ServerExchange
 
-from .helpers import PATIENCE
+from .helpers import TIMEOUT
 
 TEXT = (b"content-type", b"text/plain")
 App = Callable[[Scope, ServerExchange, Receive], Awaitable[None]]
@@ -59,7 +59,7 @@ class Server:
     async def connect(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 yield reader, writer
         finally:
             writer.transport.abort()

@@ -21,7 +21,7 @@ from pd_proxy.http.server_exchange import ServerExchange
 
 from tests.support import until
 
-from .helpers import PATIENCE
+from .helpers import TIMEOUT
 from .serving import TEXT, App, Server, error, hello, parts, reluctant, request, stream
 
 POST = b"POST / HTTP/1.1\r\nhost: gateway\r\n"
@@ -134,7 +134,7 @@ async def test_chunks_that_can_be_read_in_two_ways_are_400(server: Server, body:
     async with server.connect() as (reader, writer):
         if split:
             writer.write(CHUNKED)
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 while not server.seen:
                     await asyncio.sleep(0)
             writer.write(body)

@@ -22,7 +22,7 @@ from pd_proxy.http.server_exchange import ServerExchange
 
 from tests.support import soon, until
 
-from .helpers import PATIENCE
+from .helpers import TIMEOUT
 from .serving import TEXT, Server, WatchedFlow, error, hello, parts, reluctant, request, stream
 
 # Whole answers
@@ -267,7 +267,7 @@ async def test_a_client_that_does_not_read_pauses_the_flow_until_it_reads_again(
     server.app = flood
     loop = asyncio.get_running_loop()
     with reluctant(server.port) as sock:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await loop.sock_sendall(sock, request("/", "connection: close"))
             await flow.paused.wait()
             assert not flow.resumed.is_set()
@@ -294,7 +294,7 @@ async def test_a_flow_that_comes_while_the_socket_is_full_is_paused_at_once(serv
     server.app = two
     loop = asyncio.get_running_loop()
     with reluctant(server.port) as sock:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await loop.sock_sendall(sock, request("/", "connection: close"))
             await first.paused.wait()
             while await loop.sock_recv(sock, 1 << 20):
@@ -316,7 +316,7 @@ async def test_a_client_that_never_reads_can_be_cut(server: Server) -> None:
 
     server.app = flood
     with reluctant(server.port) as sock:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await asyncio.get_running_loop().sock_sendall(sock, request())
             await gone.wait()
 
@@ -584,7 +584,7 @@ async def test_asgi_pauses_the_flow_while_sends_wait_and_resumes_it_after() -> N
     assert flow.paused.is_set()
     assert not flow.resumed.is_set()
     asgi.open.set()
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         await flow.resumed.wait()
     client.end()
     await client.flushed()
@@ -614,7 +614,7 @@ async def test_asgi_tells_of_a_client_that_left() -> None:
     client.watch()
     client.start(200, [])
     asgi.said.put_nowait({"type": "http.disconnect"})
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         await gone.wait()
     assert client.gone
     assert flow.stopped.is_set()

@@ -10,7 +10,7 @@ from pd_proxy.errors import BackendCut, BackendUnreachable
 from pd_proxy.http.origin import Origin
 from pd_proxy.http.upload import Upload
 
-from .helpers import PATIENCE, Engine, Recorder
+from .helpers import TIMEOUT, Engine, Recorder
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -94,12 +94,12 @@ async def test_a_writer_waits_for_an_engine_that_does_not_read_until_its_connect
             written += 100_000
 
     writing = asyncio.create_task(write())
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while upload._room is None or not written:
             await asyncio.sleep(0.001)
     assert written < 30_000_000
     peer.writer.transport.abort()
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         await writing
     assert isinstance(recorder.error, BackendCut)
 

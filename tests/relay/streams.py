@@ -20,7 +20,7 @@ from pd_proxy.relay.stream import StreamRelay
 from pd_proxy.relay.transcript import Transcript
 from pd_proxy.telemetry.records import ITL_BOUNDS, Distribution
 
-from tests.http.helpers import PATIENCE, FakeTransport, RecordingClient
+from tests.http.helpers import TIMEOUT, FakeTransport, RecordingClient
 
 URL = "http://engine:80"
 DONE = b"data: [DONE]\n\n"
@@ -180,7 +180,7 @@ class Stream:
     async def outcome(self) -> BackendError | None:
         """How it ended."""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 await self.running
         except BackendError as error:
             return error

@@ -13,7 +13,7 @@ from pd_proxy.errors import (
 from pd_proxy.relay import idle as relay_idle
 from pd_proxy.telemetry.records import ITL_BOUNDS
 
-from tests.http.helpers import PATIENCE
+from tests.http.helpers import TIMEOUT
 
 from .streams import (
     DONE,
@@ -128,7 +128,7 @@ async def test_a_client_that_stops_reading_is_cut() -> None:
 
 
 @pytest.mark.parametrize("slow", [False, True])
-async def test_a_slow_clients_stream_tells_no_pace(slow: bool) -> None:
+async def test_a_slow_clients_stream_reports_no_pace(slow: bool) -> None:
     paces: list[float] = []
     stream = await opened(pace=paces.append)
     stream.read(FIRST)
@@ -142,7 +142,7 @@ async def test_a_slow_clients_stream_tells_no_pace(slow: bool) -> None:
 
 
 async def test_a_paused_stream_goes_on_where_it_stopped() -> None:
-    stream = await opened(idle=PATIENCE)
+    stream = await opened(idle=TIMEOUT)
     stream.read(FIRST)
     stream.relay.pause()
     assert not stream.transport.reading

@@ -1,4 +1,4 @@
-"""Whatever a receiver raises, its leg fails: nobody waits for an answer that will not come."""
+"""Whatever a receiver raises, its leg fails: no request waits for an answer that will not come."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def begun(receiver: Recorder, origin: Origin | None = None) -> tuple[Connection,
 
 
 @pytest.mark.parametrize("where", ["head", "data", "end"])
-def test_what_a_receiver_raises_fails_its_leg(where: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_of_a_receiver_fails_its_leg(where: str, caplog: pytest.LogCaptureFixture) -> None:
     receiver = Faulty(where)
     connection, transport = begun(receiver)
     with caplog.at_level(logging.ERROR):
@@ -79,7 +79,7 @@ def test_what_a_receiver_raises_fails_its_leg(where: str, caplog: pytest.LogCapt
     assert isinstance(line.exc_info[1], Fault), "the traceback shows where it came from"
 
 
-def test_what_a_receiver_raises_at_an_end_by_closing_fails_its_leg() -> None:
+def test_an_exception_of_a_receiver_at_an_end_by_closing_fails_its_leg() -> None:
     receiver = Faulty("end")
     connection, _ = begun(receiver)
     connection.data_received(UNTIL_CLOSED)
@@ -88,7 +88,7 @@ def test_what_a_receiver_raises_at_an_end_by_closing_fails_its_leg() -> None:
 
 
 @pytest.mark.parametrize("ending", ["garbage", "closed"])
-def test_a_receiver_that_cannot_even_be_told_of_its_loss_harms_nobody_else(
+def test_a_receiver_that_raises_when_its_leg_is_lost_harms_no_other(
     ending: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     connection, transport = begun(Faulty("lost"))
@@ -188,7 +188,7 @@ async def test_a_fault_in_the_relay_ends_the_stream(place: str, monkeypatch: pyt
     assert stream.transport.aborted
 
 
-async def test_a_stream_is_not_resumed_after_a_fault_since_nobody_knows_what_the_client_has(
+async def test_a_stream_is_not_resumed_after_a_fault_since_it_is_not_known_what_the_client_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stream = await opened(edit=HIDE, finished=False)

@@ -1,4 +1,4 @@
-"""An engine's whole answer on its way to the client."""
+"""An engine's answer that is passed through to the client."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def test_an_answer_in_one_piece_is_whole_before_it_is_anything() -> None:
         (b'{"x":1,"error":"text"}', BackendFailed),
     ],
 )
-async def test_what_is_no_answer_is_an_error(body: bytes, error: type[BackendError]) -> None:
+async def test_a_body_that_is_not_an_answer_is_an_error(body: bytes, error: type[BackendError]) -> None:
     made = await answered(body) if body else await answered()
     with pytest.raises(error):
         made.whole()
@@ -89,7 +89,7 @@ async def test_a_hand_off_is_taken_out() -> None:
     assert made.whole()[0] == b'{"a":1}'
 
 
-async def test_bytes_are_given_on_with_the_headers_that_tell_what_they_are() -> None:
+async def test_bytes_are_passed_on_with_the_headers_that_describe_them() -> None:
     headers = {b"content-type": b"application/octet-stream", b"metadata": b"{}", b"server": b"uvicorn"}
     made = await answered(b"\x00{not json", headers=headers)
     assert made.whole()[0] == b"\x00{not json"
@@ -129,7 +129,7 @@ async def test_events_that_end_in_the_middle_or_before_they_began_are_cut(rest: 
         await made.answered
 
 
-async def test_an_error_event_is_an_error_and_what_came_before_it_is_given() -> None:
+async def test_an_error_event_is_an_error_and_the_events_before_it_are_sent() -> None:
     made, client, connection = passing()
     made.head(200, EVENTS)
     made.data(b'data: 1\n\ndata: {"error":{"message":"m","code":500}}\n\ndata: [DONE]\n\n', False)
@@ -227,7 +227,7 @@ async def test_an_answer_in_one_piece_that_trickles_is_given_up() -> None:
 
 @pytest.mark.parametrize("status", [200, 500])
 @pytest.mark.parametrize("kind", [b"application/json", b"application/octet-stream", b"text/event-stream"])
-async def test_an_answer_in_an_encoding_that_nobody_asked_for_is_none(kind: bytes, status: int) -> None:
+async def test_an_answer_in_an_encoding_that_was_not_asked_for_is_an_error(kind: bytes, status: int) -> None:
     made, client, _ = passing()
     made.head(status, {b"content-type": kind, b"content-encoding": b"gzip"})
     with pytest.raises(BackendGarbled, match="encoding"):

@@ -16,7 +16,7 @@ from pd_proxy.errors import (
     BackendRejected,
 )
 
-from tests.http.helpers import PATIENCE
+from tests.http.helpers import TIMEOUT
 
 from .streams import (
     COUNTS,
@@ -183,7 +183,7 @@ async def test_an_error_after_tokens_comes_after_those_tokens(reads: list[bytes]
     ("code", "kind"),
     [(400, BackendRejected), (429, BackendBusy), (503, BackendBusy), (500, BackendFailed), ("oops", BackendFailed)],
 )
-async def test_an_error_event_is_the_error_its_code_says(code: object, kind: type[BackendError]) -> None:
+async def test_an_error_event_is_the_error_of_its_code(code: object, kind: type[BackendError]) -> None:
     stream = await opened()
     stream.read(ROLE, event({"error": {"message": "no", "type": "T", "code": code}}))
     error = await stream.outcome()
@@ -277,7 +277,7 @@ async def test_tokens_are_counted_and_their_gaps_noted() -> None:
     stream = await relayed(ROLE, FIRST, SECOND, PING, SECOND + THIRD, END, USAGE, DONE)
     assert stream.relay.given()[0] == 5
     assert sum(stream.gaps.counts) == 4  # four gaps between five tokens
-    assert stream.gaps.sum < PATIENCE
+    assert stream.gaps.sum < TIMEOUT
     assert stream.relay.first_token is not None
     assert stream.relay.first_token <= stream.relay.given()[1]
 

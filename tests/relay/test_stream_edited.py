@@ -1,4 +1,4 @@
-"""Streams in which events are changed on their way, and what is written down of them for another engine to go on."""
+"""Streams whose events are changed on the way, and what the transcript keeps of them for a resume."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ WORDS = [
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("make", [said, text])
 @pytest.mark.parametrize("edit", [HIDE, Edit()])
-async def test_a_text_is_a_text_whatever_it_says(word: str, make: Callable[..., Value], edit: Edit) -> None:
+async def test_a_text_is_only_text_whatever_its_content(word: str, make: Callable[..., Value], edit: Edit) -> None:
     opening = [role(), said("a", [5])] if make is said else [text("a", [5], PROMPT)]
     values = [*opening, make("b", [6]), make(word, [7]), make("c", [8]), make(word, [9]), make(word, [10])]
     for reads in ([event(value) for value in values], [as_is(values)]):
@@ -315,7 +315,7 @@ async def test_a_token_without_text_goes_out_at_once_where_nothing_can_be_contin
 
 
 @pytest.mark.parametrize("edit", [HIDE, Edit()])
-async def test_an_empty_delta_is_dropped_when_only_ids_had_to_say_it(edit: Edit) -> None:
+async def test_an_empty_delta_that_exists_only_for_its_ids_is_dropped(edit: Edit) -> None:
     values = [role(), said("a", [5]), chat({}, [6]), said("b", [7]), chat({}, [8]), CHAT_END]
     stream = await relayed(*map(event, values), DONE, edit=edit)
     kept = [value for value in values if value["choices"][0]["delta"] != {} or value is CHAT_END]
@@ -388,7 +388,7 @@ async def test_a_later_leg_has_the_first_ones_identity_and_no_second_role() -> N
     assert stream.transcript.finished
 
 
-async def test_a_later_leg_shows_its_ids_to_who_asked_and_not_its_prompts() -> None:
+async def test_a_later_leg_shows_its_own_ids_but_not_its_prompts_to_a_client_that_asked() -> None:
     same = identity(id="cmpl-0", created=1)
     values = [text("a", [5], [*PROMPT, 1, 2, 3]), text("b", [6])]
     stream = await relayed(
@@ -409,7 +409,7 @@ async def test_a_role_that_comes_with_text_is_not_dropped() -> None:
 
 
 @pytest.mark.parametrize("drop", [True, False])
-async def test_the_usage_of_a_later_leg_is_told_as_the_answers_and_kept_as_the_legs(drop: bool) -> None:
+async def test_the_usage_of_a_later_leg_is_shown_as_the_answers_and_kept_as_the_legs(drop: bool) -> None:
     usage = event({"id": "chatcmpl-1", "choices": [], "usage": COUNTS})
     stream = await relayed(*map(event, CHAT), usage, DONE, edit=LATER, transcript=continued(), drop_usage=drop)
     *_, last = stream.client.body.removesuffix(b"\n\n" + DONE).split(b"\n\n")
@@ -671,7 +671,7 @@ def test_an_answer_cut_anywhere_and_continued_from_its_cut_is_the_answer(
     assert transcript.truncate() == b",".join([prompt, *(b"%d" % number for number in ids_up_to_the_last_text(values))])
 
 
-async def test_what_is_learnt_is_learnt_from_the_engines_own_events() -> None:
+async def test_patterns_are_learnt_from_the_engines_own_events() -> None:
     """An edited one would let none of the engine's pass."""
     stream = await opened(edit=HIDE)
     stream.read(*map(event, CHAT))

@@ -1,4 +1,4 @@
-"""Which of a stream's reads the parser sees."""
+"""Which reads of a stream are parsed."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ async def test_an_error_after_tokens_of_the_fast_path_comes_after_them() -> None
     assert stream.client.body == FIRST + SECOND + THIRD
 
 
-async def test_a_client_that_speaks_no_chunks_is_given_what_was_parsed() -> None:
+async def test_a_client_without_chunked_coding_gets_parsed_events() -> None:
     stream = await opened(chunks=False)
     assert stream.parsed(FIRST, SECOND, THIRD) == [FIRST, SECOND, THIRD]
     assert stream.protocol is stream.connection

@@ -1,4 +1,4 @@
-"""Streams however their bytes are split, and many events in one read."""
+"""Streams whose bytes are split at any place, and many events in one read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pd_proxy.errors import (
     BackendLost,
 )
 
-from tests.http.helpers import PATIENCE
+from tests.http.helpers import TIMEOUT
 
 from .streams import (
     DONE,
@@ -145,7 +145,7 @@ async def flooded() -> Stream:
 
 async def rested(stream: Stream) -> None:
     """Wait until its connection has rested."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while stream.connection._resting:
             await asyncio.sleep(0)
 

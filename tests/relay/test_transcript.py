@@ -1,4 +1,4 @@
-"""What is written down of an answer, and where it may be cut."""
+"""What a transcript keeps of an answer, and where the answer may be continued."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_tokens_noted_after_a_cut_come_behind_it() -> None:
     assert transcript.truncate() == b"1,2,3,5,6,7"
 
 
-def test_fresh_ids_have_text_and_come_behind_what_was_noted_before_them() -> None:
+def test_fresh_ids_have_text_and_follow_the_ids_noted_before() -> None:
     transcript = opened()
     transcript.note(b"5", None)
     transcript.fresh += [b"6", b"7"]
@@ -234,7 +234,7 @@ def test_a_reason_in_the_request_stays() -> None:
     assert transcript.continuable
 
 
-def test_what_was_fresh_when_nothing_was_left_does_not_come_back() -> None:
+def test_fresh_ids_are_dropped_with_the_rest() -> None:
     transcript = opened()
     transcript.fresh += [b"5", b"6"]
     transcript.mark_inexact("no_token_ids")
