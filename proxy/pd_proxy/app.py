@@ -29,8 +29,8 @@ class Gateway(msgspec.Struct, frozen=True):
         inner: the ASGI application for the other workers, where there are any.
         admin: the ASGI application for operators at `admin_socket`, where that is set.
         registry: what /metrics shows, of this worker alone.
-        messages: receives what engines send by themselves.
-        prompts: what engines hold of prompts, as far as is known.
+        messages: receives the messages of engines.
+        prompts: the prefix index, and the prompts that are in flight.
         placing: decides where requests go.
         peers: the other workers of this gateway, where there are any.
     """
@@ -59,11 +59,11 @@ class Gateway(msgspec.Struct, frozen=True):
 
 
 def build(settings: Settings, connections: Connections | None = None, context: WorkerContext | None = None) -> Gateway:
-    """A gateway that does nothing until its surface's lifespan begins.
+    """Make a gateway. It does nothing until the lifespan of its surface begins.
 
     Arguments:
-        connections: of its server, to be shown by /metrics.
-        context: its place among several workers.
+        connections: the connections of its server, which /metrics shows.
+        context: the place of this worker among the workers; None where there is one process.
     """
     if context is not None:
         settings = settings.share(context.workers)

@@ -1,4 +1,4 @@
-"""The connectors of a gateway, and what follows from those that its groups of backends use."""
+"""The connectors of a gateway, and the properties of those that its groups of backends use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pd_proxy.settings.tree import Settings
 
 
 class Connectors(msgspec.Struct, frozen=True):
-    """Every connector, and the names of those that the settings give to groups of backends.
+    """Every connector, and the names of those that groups of backends use.
 
     Attributes:
         by_name: every connector, also those that no group uses.
@@ -55,7 +55,7 @@ class Connectors(msgspec.Struct, frozen=True):
 
 
 def make_connectors(settings: Settings) -> Connectors:
-    """The connectors, with the key that some of them sign hand-offs with."""
+    """Make the connectors, with the key for those that sign hand-offs."""
     key = settings.handoff_key
     return Connectors(
         connectors("" if key is None else key.get_secret_value()),

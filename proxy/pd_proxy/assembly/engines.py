@@ -1,4 +1,4 @@
-"""What asks engines: for the legs of requests, for their health, and to try pairs of them."""
+"""The parts that send requests to engines: the legs of requests, health checks and warm-ups."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_engine_clients(
     peers: Peers | None,
     hops: Hops,
 ) -> EngineClients:
-    """The clients, with what is done when a backend leaves."""
+    """Make these parts, and have all parts forget a backend that leaves."""
     legs = Legs(settings, fleet, metrics.telemetry, messages.notices, hops)
     control = Control(settings.health.timeout, legs.authorization + hops.line)
     prober = Prober(
@@ -76,7 +76,7 @@ def _forgetting(
     warmup: Warmup,
     peers: Peers | None,
 ) -> Callable[[Backend], None]:
-    """What is done when a backend leaves for good: each part drops what it holds about that backend."""
+    """The function to call when a backend has left for good. Each part then drops what it holds about that backend."""
 
     def forget(backend: Backend) -> None:
         if peers is not None:

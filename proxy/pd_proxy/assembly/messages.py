@@ -1,4 +1,4 @@
-"""What receives the messages that engines send by themselves, over ZeroMQ."""
+"""The receivers of the messages that engines send over ZeroMQ."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class EngineMessages(msgspec.Struct, frozen=True):
 
 
 def make_messages(settings: Settings, fleet: Fleet, connectors: Connectors, placement: Placement) -> EngineMessages:
-    """The receivers, whose counts the fleet shows in its metrics. KV events correct the prefix index."""
+    """Make the receivers. The fleet's metrics show their counts, and KV events correct the prefix index."""
     notices = TransferNotifications(settings.zmq.notices)
     registrations = Registrations(fleet, settings.zmq, connectors.by_name)
     counts: dict[str, Mapping[str, int]] = {"notice": notices.counts, "registration": registrations.counts}

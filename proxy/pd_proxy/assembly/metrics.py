@@ -1,4 +1,4 @@
-"""What records requests, and what /metrics shows."""
+"""The sinks that take the records of requests, and the registry of /metrics."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Metrics(msgspec.Struct, frozen=True):
 def make_metrics(
     settings: Settings, fleet: Fleet, admission: Admission, connections: Connections, placement: Placement, *more: Sink
 ) -> Metrics:
-    """The sinks, and the registry of those that /metrics shows.
+    """Make the sinks, and the registry with those that /metrics shows.
 
     Arguments:
         more: other parts that take the records of requests.

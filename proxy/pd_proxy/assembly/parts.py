@@ -1,4 +1,4 @@
-"""What a gateway consists of, and how the parts are connected. No logic."""
+"""The parts of a gateway, and how they are connected. No logic."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Parts(msgspec.Struct, frozen=True):
         worker: the number of this process among the workers of the gateway, from 0.
         connectors: the protocols of hand-offs.
         placement: decides where requests go.
-        messages: receives what engines send by themselves.
+        messages: receives the messages of engines.
         peers: connects this worker with the others; None where there is one process.
         callbacks: the tries that wait for a call of an engine.
         metrics: takes the records of requests.
-        engines: asks engines.
+        engines: sends requests to engines.
         service: serves the requests of clients.
     """
 
@@ -55,11 +55,11 @@ class Parts(msgspec.Struct, frozen=True):
 
 
 def make_parts(settings: Settings, connections: Connections, context: WorkerContext | None) -> Parts:
-    """The parts of one gateway, or of one of its workers.
+    """Make the parts of a gateway, or of one of its workers.
 
     Arguments:
-        connections: of its server, to be shown by /metrics.
-        context: its place among several workers.
+        connections: the connections of its server, which /metrics shows.
+        context: the place of this worker among the workers; None where there is one process.
     """
     worker = 0 if context is None else context.worker
     fleet = Fleet(settings)

@@ -1,4 +1,4 @@
-"""What a worker shares with the other workers of its gateway."""
+"""The parts that connect a worker with the other workers of its gateway."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pd_proxy.workers.prefix_ring import PeerPrefixes
 
 
 class Peers(msgspec.Struct, frozen=True):
-    """The parts of a worker that are connected with other workers.
+    """The parts that connect a worker with the other workers.
 
     Attributes:
         load_sync: keeps the load of this worker and of the others in step, in shared memory.
@@ -28,7 +28,7 @@ class Peers(msgspec.Struct, frozen=True):
 
 
 def make_peers(context: WorkerContext, fleet: Fleet, admission: Admission, index: PrefixIndex) -> Peers:
-    """The parts, with the fleet and admission connected to the shared load."""
+    """Make these parts, and connect the fleet and admission with the shared load."""
     prefixes = PeerPrefixes(context.prefixes, context.worker, index)
     load_sync = LoadSync(context.load_table, context.worker, fleet, admission.recheck, prefixes.read)
     fleet.before_choice = load_sync.refresh

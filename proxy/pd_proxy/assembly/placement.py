@@ -1,4 +1,4 @@
-"""What decides where requests go, with what it has learnt of engines' prefix caches."""
+"""The parts that decide where requests go, with the prefix index."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Placement(msgspec.Struct, frozen=True):
 
 
 def make_placement(settings: Settings, fleet: Fleet, connectors: Connectors, prefix_key: bytes) -> Placement:
-    """The parts of placement. Where a policy reads prefix caches, the prefix index follows the fleet's reports."""
+    """Make these parts. Where a policy reads the prefix index, it follows the engines' reports on their caches."""
     prompts = Prompts(PrefixIndex(), prefix_key)
     in_use = connectors.in_use
     first_tokens = FirstTokens(settings, in_use)

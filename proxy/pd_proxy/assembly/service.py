@@ -1,4 +1,4 @@
-"""What serves the requests of clients, from their entrance to their answer."""
+"""The parts that serve the requests of clients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pd_proxy.workers.context import WorkerContext
 
 
 class Service(msgspec.Struct, frozen=True):
-    """The parts that clients' requests pass.
+    """The parts that clients' requests pass, from the entrance to the answer.
 
     Attributes:
         credentials: checks keys.
@@ -51,7 +51,7 @@ class Service(msgspec.Struct, frozen=True):
 
 
 def make_admission(settings: Settings, fleet: Fleet) -> tuple[Gate, Admission]:
-    """The gate and admission. Admission looks at the backends' capacity where that is bounded."""
+    """Make the gate and admission. Admission checks the capacity of the backends where that is bounded."""
     gate = Gate()
     admission = Admission(settings, FleetCapacity(fleet) if fleet.bounded else None)
     gate.on_close = admission.close
@@ -72,7 +72,7 @@ def make_service(
     callbacks: Callbacks,
     context: WorkerContext | None,
 ) -> Service:
-    """The parts that clients' requests pass."""
+    """Make these parts."""
     legs = engines.legs
     suspicion = Suspicion(settings.retries.after_cut, engines.prober.lives)
     flow = Flow(

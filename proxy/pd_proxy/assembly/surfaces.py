@@ -28,7 +28,7 @@ from pd_proxy.workers.peers import PeerWorkers
 
 
 def client_surface(parts: Parts) -> Surface:
-    """The surface for clients, whose lifespan is the gateway's."""
+    """The surface for clients. Its lifespan starts and stops the gateway."""
     settings, fleet, service = parts.settings, parts.fleet, parts.service
     hot = _hot_routes(parts, lambda: surface.paths())
     invoked = invocations.Invocations(
@@ -75,7 +75,7 @@ def _hot_routes(parts: Parts, paths: Callable[[], list[str]]) -> dict[str, ASGIA
     """The routes that engines serve, by their paths.
 
     Arguments:
-        paths: all that the surface serves, for errors.
+        paths: returns all paths of the surface, for errors about unknown routes.
     """
     settings, fleet, service = parts.settings, parts.fleet, parts.service
     entrance, placing = service.entrance, parts.placement.placing
@@ -148,5 +148,5 @@ def _workers(parts: Parts) -> PeerWorkers | None:
 
 
 def _body_limits(settings: Settings) -> dict[str, int]:
-    """Bytes of a body on paths that take longer ones than the other routes of operators."""
+    """The paths whose bodies may be longer than those of other operators' routes, with the limit in bytes."""
     return {EXPLAIN_PATH: settings.limits.request_body}
