@@ -98,7 +98,7 @@ def test_a_mounted_file_has_precedence_over_the_images_defaults(tmp_path: Path) 
     settings = configure({}, file, final_environment())
     assert (settings.host, settings.port) == ("127.0.0.1", 9000)
     (warning, *_) = gather({"mixed": "a:1"}, file, final_environment()).warnings
-    assert warning == f"{file}:1: host: nobody outside this container reaches 127.0.0.1; it needs 0.0.0.0"
+    assert warning == f"{file}:1: host: 127.0.0.1 cannot be reached from outside of this container; set 0.0.0.0"
     assert not [name for name in final_environment() if name.removeprefix("PD_PROXY_") in ("HOST", "PORT")]
 
 

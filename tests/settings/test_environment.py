@@ -119,7 +119,7 @@ def test_a_group_may_be_one_json_variable_and_its_members_win() -> None:
 @pytest.mark.parametrize("text", ["", "5", "[1]", "{bad", '{"idle": 1, "idle": 2}', "[" * 100_000])
 def test_a_group_that_is_no_json_object_is_an_error(text: str) -> None:
     assert read(PD_PROXY_TIMEOUTS=text).problems == [
-        'PD_PROXY_TIMEOUTS: timeouts: as one variable a group is a JSON object, such as {"member": 1}'
+        'PD_PROXY_TIMEOUTS: timeouts: as a variable, a group must be a JSON object, such as {"member": 1}'
     ]
 
 

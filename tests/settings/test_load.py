@@ -186,7 +186,7 @@ def test_clients_may_be_json_in_a_variable_and_in_a_flag(monkeypatch: pytest.Mon
     ]
     monkeypatch.setenv("PD_PROXY_CLIENTS", '[{"name": 424242')
     assert wrong({}) == [
-        'PD_PROXY_CLIENTS: clients: as a variable or a flag this is a JSON list: [{"name": "…", "key": "…"}]'
+        'PD_PROXY_CLIENTS: clients: as a variable or a flag this must be a JSON list: [{"name": "…", "key": "…"}]'
     ]
     assert wrong({"clients": "[1"})[0].startswith("flag --clients: clients: ")
 

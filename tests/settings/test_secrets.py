@@ -30,7 +30,7 @@ from tests.settings.helpers import Write, wrong
 def test_an_empty_secret_is_an_error_wherever_it_stands(write: Write, text: str) -> None:
     (line,) = wrong({}, write(text))
     assert line.startswith("gateway.yaml:1: ")
-    assert "an empty secret is none" in line
+    assert "a secret must not be empty" in line
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ def test_an_empty_secret_is_an_error_wherever_it_stands(write: Write, text: str)
 )
 @pytest.mark.parametrize("value", ["", " ", "\t"])
 def test_a_variable_for_keys_that_is_set_but_empty_is_an_error(name: str, value: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"{name}: .*an empty secret is none"):
+    with pytest.raises(ConfigurationError, match=f"{name}: .*a secret must not be empty"):
         configure({}, None, {name: value})
 
 
 @pytest.mark.parametrize("value", ["a,", ",a", "a,,b", "a, ,b"])
 def test_a_key_that_is_missing_between_commas_is_an_error(value: str) -> None:
-    with pytest.raises(ConfigurationError, match="PD_PROXY_API_KEYS: api_keys: an empty secret"):
+    with pytest.raises(ConfigurationError, match="PD_PROXY_API_KEYS: api_keys: a secret must not be empty"):
         configure({}, None, {"PD_PROXY_API_KEYS": value})
-    with pytest.raises(ConfigurationError, match="flag --api-keys: api_keys: an empty secret"):
+    with pytest.raises(ConfigurationError, match="flag --api-keys: api_keys: a secret must not be empty"):
         configure({"api_keys": value}, None, {})
 
 
@@ -90,5 +90,5 @@ def test_a_reference_that_leads_nowhere_is_an_error(name: str, reference: str) -
 def test_an_empty_file_of_keys_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("\n \n")
     for name in ("api_keys", "admin_key"):
-        with pytest.raises(ConfigurationError, match="is empty or not there"):
+        with pytest.raises(ConfigurationError, match="is empty or does not exist"):
             configure({name: f"file:{tmp_path}/keys"}, None, {})

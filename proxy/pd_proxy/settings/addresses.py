@@ -20,15 +20,15 @@ _ROUTE = re.compile(r"/(v\d+/(chat/)?(completions|models|messages|responses|embe
 
 
 def backend_url(value: str) -> str:
-    """A backend's URL in its one form: scheme and host in lower case, explicit port kept, no trailing slash."""
+    """A backend's URL in normal form: scheme and host in lower case, an explicit port kept, no trailing slash."""
     text = value.strip()
-    shown = repr(value.rpartition("@")[2].partition("?")[0])  # what stands before or behind may be a secret
+    shown = repr(value.rpartition("@")[2].partition("?")[0])  # the parts before and behind may contain a secret
     if "://" not in text:
         if _SCHEME.match(text):
-            raise ValueError(f"{shown}: two slashes stand behind the scheme and its colon, as in http://host:port")
+            raise ValueError(f"{shown}: the scheme must be followed by a colon and two slashes, as in http://host:port")
         text = f"http://{text}"
     if not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError(f"{shown}: a backend's URL is plain ASCII without spaces (an international host in punycode)")
+        raise ValueError(f"{shown}: a backend's URL must be ASCII without spaces (an international host in punycode)")
     parts = urlsplit(text)
     if parts.scheme.lower() not in ("http", "https"):
         raise ValueError(f"{shown}: a backend is http://host:port or https://host:port")
@@ -47,27 +47,31 @@ def backend_url(value: str) -> str:
     if parts.netloc.endswith(":"):
         raise ValueError(f"{parts.hostname}: a colon without a port")
     check_host(parts.hostname, bracketed="[" in parts.netloc)
-    path = parts.path.rstrip("/").removesuffix("/v1")  # a base_url pasted from a client's settings
+    path = parts.path.rstrip("/").removesuffix("/v1")  # as in a base_url copied from a client's settings
     if _ROUTE.fullmatch(path):
         raise ValueError(f"{shown}: {path} is one of an engine's routes; a backend's URL ends before it")
     if "//" in parts.path.rstrip("/") + "/":
-        raise ValueError(f"{shown}: there is an empty part in its path")
+        raise ValueError(f"{shown}: its path has an empty segment")
     return f"{parts.scheme.lower()}://{parts.netloc.lower()}{path}"
 
 
 def check_host(host: str, *, bracketed: bool = False) -> None:
-    """Raise unless it is a name or an address."""
+    """Check that a host is a name or an address.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if bracketed or re.fullmatch(r"[0-9.]+", host):
         try:
             ip_address(host.partition("%")[0])
         except ValueError:
-            raise ValueError(f"{host} is no IP address") from None
+            raise ValueError(f"{host} is not an IP address") from None
     elif not _HOST.fullmatch(host) or ".." in host:
-        raise ValueError(f"{host!r} is no name of a host")
+        raise ValueError(f"{host!r} is not a host name")
 
 
 def split_list(value: object) -> object:
-    """Lists may come as one string (environment, flags): comma-separated."""
+    """Split a list that is given as one string with commas, as in the environment and in flags."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
@@ -86,7 +90,8 @@ BackendUrls = Annotated[tuple[Annotated[str, AfterValidator(backend_url)], ...],
 
 
 def _publisher(value: str) -> str:
-    """A ZeroMQ endpoint of each engine: `tcp://{host}:5557`, where `{host}` stands for the host of the engine's URL."""
+    """Check the ZeroMQ endpoint of engines: `tcp://{host}:5557`, where `{host}` stands for the host of each engine's
+    URL."""
     text = value.strip()
     if not text:
         return ""
@@ -97,7 +102,7 @@ def _publisher(value: str) -> str:
     except ValueError:
         good = False
     if not good or "*" in text:
-        raise ValueError(f"{value!r}: this is tcp://{{host}}:PORT, where {{host}} stands for each engine's own")
+        raise ValueError(f"{value!r}: must be tcp://{{host}}:PORT, where {{host}} stands for each engine's host")
     return text
 
 
@@ -105,7 +110,7 @@ PublisherEndpoint = Annotated[str, AfterValidator(_publisher)]
 
 
 def _origin(value: str) -> str:
-    """An origin in the form in which browsers send it."""
+    """An origin in the form that browsers send."""
     text = value.strip().lower()
     if text == "*":
         return text
@@ -121,7 +126,7 @@ Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeV
 
 
 def _socket_address(value: str) -> str:
-    """`host:port` of a socket to bind; a host is an IP address, IPv6 in brackets."""
+    """Check `host:port` of a socket to bind. The host is an IP address, IPv6 in brackets."""
     text = value.strip().removeprefix("tcp://")
     if not text:
         return ""
@@ -132,7 +137,7 @@ def _socket_address(value: str) -> str:
     except ValueError:
         good = False
     if not good:
-        raise ValueError(f"{value!r}: this is an IP address of this machine and a port, as 10.0.0.9:7500")
+        raise ValueError(f"{value!r}: must be an IP address of this machine and a port, such as 10.0.0.9:7500")
     return text
 
 
@@ -140,8 +145,8 @@ SocketAddress = Annotated[str, AfterValidator(_socket_address)]
 
 
 def _socket_path(value: str) -> str:
-    """A path at which a unix socket can be made. The kernel's limit is 107 bytes, and while the socket is made its name
-    is longer by a process id."""
+    """Check the path of a Unix socket. The kernel's limit is 107 bytes, and the path has a process id appended at
+    first."""
     text = value.strip()
     if len(os.fsencode(text)) > 95 or "\0" in text:
         raise ValueError(f"{value[:128]!r}: the path of a unix socket has at most 95 bytes")
@@ -152,19 +157,21 @@ SocketPath = Annotated[str, AfterValidator(_socket_path)]
 
 
 def own_url(value: str) -> str:
+    """Check a URL of the gateway that engines call."""
     url = backend_url(value)
     host = urlsplit(url).hostname or ""
     if host == "0.0.0.0" or host == "::":  # noqa: S104 - refused
-        raise ValueError(f"{host} is no address that an engine could call; name one of this host's own")
+        raise ValueError(f"{host} is not an address that engines can call; name an address of this machine")
     return url
 
 
 def listening_host(value: str) -> str:
+    """Check a host to listen on."""
     text = value.strip()
     if text == "*":
         raise ValueError("all addresses are 0.0.0.0, or :: for IPv6")
     if "://" in text or "/" in text or re.fullmatch(r"[^:]*:\d*|\[.*\]:\d*", text):
-        raise ValueError(f"{value!r}: a host alone, without scheme and port")
+        raise ValueError(f"{value!r}: must be only a host, without scheme and port")
     host = text.removeprefix("[").removesuffix("]")
     if not host:
         raise ValueError("must not be empty; all addresses are 0.0.0.0")
@@ -173,7 +180,7 @@ def listening_host(value: str) -> str:
 
 
 def with_port(url: str) -> str:
-    """A backend's URL with its port, also where that is the scheme's own: `http://a` is `http://a:80`."""
+    """A backend's URL with its port, also where that is the scheme's default: `http://a` becomes `http://a:80`."""
     parts = urlsplit(url)
     return url if parts.port else urlunsplit(parts._replace(netloc=f"{parts.netloc}:{_PORTS[parts.scheme]}"))
 
@@ -182,5 +189,5 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether one port cannot be bound at both addresses."""
+    """Whether the same port cannot be bound at both addresses."""
     return one == other or not {"0.0.0.0", "::"}.isdisjoint((one, other))  # noqa: S104 - compared

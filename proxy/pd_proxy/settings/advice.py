@@ -1,4 +1,4 @@
-"""Settings that are allowed and probably not meant: each is a warning at the start and in `pd-proxy check`."""
+"""Warnings about settings that are allowed but probably not intended. Shown at the start and by `pd-proxy check`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pd_proxy.settings.engines import DEFAULT_GROUP, BackendGroup
 from pd_proxy.settings.tree import Settings
 
 _OWN_CONNECTOR = {"sglang": "sglang", "tensorrt_llm": "tensorrt_llm"}
-"""The kinds of backend that speak one connector, which nobody else speaks."""
+"""The engine families that have one connector, which no other family has."""
 _REGISTRATION_PERIOD = 3.0  # seconds between an engine's registrations
 
 
@@ -22,7 +22,8 @@ class Advice:
     """One warning.
 
     Attributes:
-        setting: what it is about: a dotted name, with the number of an item where it is a list.
+        setting: the dotted name of the setting in question, with the number of an item where it is a list.
+        text: the warning.
     """
 
     setting: str
@@ -30,7 +31,7 @@ class Advice:
 
 
 def advise(settings: Settings) -> list[Advice]:
-    """What an operator should look at."""
+    """All warnings about these settings."""
     found = [*_open(settings), *_timeouts(settings), *_events(settings), *_itself(settings)]
     for position, group in enumerate(settings.all_groups(), -1):
         found += _pools(settings, group, "" if position < 0 else f"groups.{position}.")
@@ -73,18 +74,18 @@ def _timeouts(settings: Settings) -> Iterator[Advice]:
 
 
 def _events(settings: Settings) -> Iterator[Advice]:
-    """KV events that nobody needs, and a tokenizer without them."""
+    """Warn of KV events that no policy uses, and of a tokenizer without KV events."""
     publishing = [group for group in settings.all_groups() if group.kv_events.endpoint]
     policies = {settings.policy.prefill, settings.policy.decode, settings.policy.mixed}
     if publishing and policies.isdisjoint(("auto", "prefix")) and settings.admission.slo == "off":
         setting = "kv_events.endpoint" if settings.kv_events.endpoint else "groups"
-        yield Advice(setting, f"{setting}: no policy looks at what engines have cached, so nobody follows KV events")
+        yield Advice(setting, f"{setting}: no policy uses what engines have cached, so KV events are not followed")
     if settings.tokenizer and not publishing:
-        yield Advice("tokenizer", "tokenizer: it is for KV events alone, and no engine publishes any")
+        yield Advice("tokenizer", "tokenizer: it is used only for KV events, and no engine publishes any")
 
 
 def _itself(settings: Settings) -> Iterator[Advice]:
-    """A backend at the gateway's own address."""
+    """Warn of a backend at the gateway's own address."""
     for position, group in enumerate(settings.all_groups(), -1):
         for role in ("prefill", "decode", "mixed", "encode"):
             for item, url in enumerate(getattr(group, role)):
@@ -94,7 +95,7 @@ def _itself(settings: Settings) -> Iterator[Advice]:
                 same = host == settings.host or (is_loopback(host) and (everywhere or is_loopback(settings.host)))
                 if settings.port and parts.port == settings.port and same:
                     prefix = "" if position < 0 else f"groups.{position}."
-                    yield Advice(f"{prefix}{role}.{item}", f"{role}: {url} is where this gateway listens itself")
+                    yield Advice(f"{prefix}{role}.{item}", f"{role}: {url} is the address of this gateway itself")
 
 
 def _pools(settings: Settings, group: BackendGroup, prefix: str) -> Iterator[Advice]:
@@ -103,7 +104,7 @@ def _pools(settings: Settings, group: BackendGroup, prefix: str) -> Iterator[Adv
     pools = [role for role in ("prefill", "decode", "mixed") if getattr(group, role)]
     alone = "prefill" if pools == ["prefill"] else "decode" if pools == ["decode"] else ""
     if joined:
-        pass  # what is missing joins later
+        pass  # backends may register later
     elif alone == "prefill":
         yield Advice(
             f"{prefix}prefill",
@@ -117,7 +118,7 @@ def _pools(settings: Settings, group: BackendGroup, prefix: str) -> Iterator[Adv
         )
         yield Advice(f"{prefix}decode", f"prefill: there is no backend{named}, {what}")
     elif group.encode and not pools:
-        yield Advice(f"{prefix}encode", f"encode: nobody{named} takes what encoders make")
+        yield Advice(f"{prefix}encode", f"encode: no backend{named} uses the encoders' output")
     elif not pools and (group.name != DEFAULT_GROUP or not settings.groups):
         yield Advice(
             f"{prefix}name" if prefix else "prefill",

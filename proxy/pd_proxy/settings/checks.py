@@ -1,4 +1,4 @@
-"""Checks of settings against one another. Each raises `Misfit` for what does not fit."""
+"""Checks of settings against each other. Each raises `Misfit` for settings that contradict each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CALL_BACK = frozenset(name for name, connector in CONNECTORS.items() if connect
 
 
 def check_roles(settings: SettingsFields) -> None:
-    """Each backend has one role in one group, and locations name backends."""
+    """Check that each backend has one role in one group, and that locations name backends."""
     seen: dict[str, str] = {}
     names = [group.name for group in settings.all_groups()]
     if len(names) != len(set(names)):
@@ -34,24 +34,24 @@ def check_roles(settings: SettingsFields) -> None:
                 seen[backend] = place
     for item, location in enumerate(settings.locations):
         if with_port(location.backend) not in seen:
-            raise Misfit(f"locations.{item}.backend", f"locations: {location.backend} is no backend of this gateway")
+            raise Misfit(f"locations.{item}.backend", f"locations: {location.backend} is not a backend of this gateway")
     if len({location.backend for location in settings.locations}) != len(settings.locations):
         raise Misfit("locations", "locations: a backend is listed twice")
 
 
 def check_models(settings: SettingsFields) -> None:
-    """Aliases and the default model name models."""
+    """Check that aliases and the default model name models."""
     for alias, model in settings.aliases.items():
         if model in settings.aliases:
             raise Misfit(
-                f"aliases.{alias}", f"aliases: {alias} stands for {model}, which is an alias itself; name the model"
+                f"aliases.{alias}", f"aliases: {alias} stands for {model}, which is an alias too; name the model"
             )
     if settings.unknown_model == "default" and not settings.default_model:
         raise Misfit("unknown_model", "unknown_model: default needs a default_model")
 
 
 def check_reports(settings: SettingsFields) -> None:
-    """Connectors whose engines report over ZeroMQ have a socket for it, and one process that listens."""
+    """Check that connectors whose engines send messages over ZeroMQ have a socket for these, in a single process."""
     if settings.zmq.group not in {group.name for group in settings.all_groups()}:
         raise Misfit("zmq.group", f"zmq.group: there is no group {settings.zmq.group}")
     located = {location.backend: location for location in settings.locations}
@@ -68,14 +68,16 @@ def check_reports(settings: SettingsFields) -> None:
             other = "reuse_port" if settings.reuse_port else "several workers"
             raise Misfit(
                 "reuse_port" if settings.reuse_port else "workers",
-                f"{group.connector}: not with {other}, since engines tell one process only",
+                f"{group.connector}: not with {other}, since engines send their messages to one process only",
             )
         if group.connector in _REGISTER:
             if not settings.zmq.registrations:
-                raise Misfit(at, f"{group.connector}: zmq.registrations must be set, where its engines register")
+                raise Misfit(at, f"{group.connector}: zmq.registrations must be set; its engines register there")
             continue
         if not settings.zmq.notices:
-            raise Misfit(at, f"{group.connector}: zmq.notices must be set, where its prefill says that it is done")
+            raise Misfit(
+                at, f"{group.connector}: zmq.notices must be set; its prefill engines send notifications there"
+            )
         for url in group.decode:
             location = located.get(url) or Location.model_construct(backend=url)
             if not location.init_ports or len(location.alloc_ports) != len(location.init_ports):
@@ -92,7 +94,7 @@ def check_reports(settings: SettingsFields) -> None:
 
 
 def check_ports(settings: SettingsFields) -> None:
-    """No two sockets take one port; bounds and kinds do not contradict."""
+    """Check that no two sockets have the same port, and that bounds and kinds do not contradict each other."""
     if settings.port and settings.metrics.port == settings.port:
         raise Misfit("metrics.port", f"metrics.port: {settings.port} is taken by port; leave it out for /metrics there")
     bound = [("port", settings.host, settings.port), ("metrics.port", settings.host, settings.metrics.port)]
@@ -110,23 +112,23 @@ def check_ports(settings: SettingsFields) -> None:
         if group.kind == "openai" and group.prefill and group.decode:
             raise Misfit(
                 "kind" if position < 0 else f"groups.{position}.kind",
-                "kind: backends of kind openai hand nothing over; list them under mixed, or say what they are",
+                "kind: backends of kind openai have no hand-off; list them under mixed, or set another kind",
             )
 
 
 def check_callbacks(settings: SettingsFields) -> None:
-    """Engines that call the gateway back can reach it."""
+    """Check that engines that call the gateway back have a URL for it."""
     used = _CALL_BACK.intersection(group.connector for group in settings.all_groups())
     if used and settings.metaserver.url is None:
         raise Misfit(
             "connector" if settings.connector in used else "groups",
             f"metaserver.url: decode engines that speak {', '.join(sorted(used))} call the gateway back; set the "
-            "URL at which they reach this one",
+            "URL at which they reach this gateway",
         )
 
 
 def check_targets(settings: SettingsFields) -> None:
-    """Targets can be met within the time limits."""
+    """Check that targets can be met within the time limits."""
     owners: list[tuple[str, Targets | ClientSettings]] = [
         ("targets", settings.targets),
         *((f"clients.{n}", client) for n, client in enumerate(settings.clients)),
@@ -147,13 +149,13 @@ def check_targets(settings: SettingsFields) -> None:
 
 
 def check_clients(settings: SettingsFields) -> None:
-    """Clients have names and keys of their own."""
+    """Check that no two clients have the same name or key."""
     names, keys = set[str](), dict[str, str]()
     for place, (name, secret) in enumerate(settings.client_keys()):
         other = keys.setdefault(secret.get_secret_value(), name)
         if name in names:
             raise Misfit("clients", f"clients: two of them are named {name}")
-        if other != name and place >= len(settings.api_keys):  # the same key twice in api_keys harms nobody
+        if other != name and place >= len(settings.api_keys):  # the same key twice in api_keys does no harm
             raise Misfit("clients", f"clients: {other} and {name} have the same key")
         names.add(name)
 
@@ -167,4 +169,4 @@ ALL = (
     check_targets,
     check_clients,
 )
-"""Every check, in the order in which they are made."""
+"""All checks, in order."""

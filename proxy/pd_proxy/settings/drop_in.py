@@ -1,7 +1,8 @@
-"""The flags of the example script this gateway replaces (vllm-ascend's load_balance_proxy_server_example.py).
+"""The flags of the example script that this gateway replaces (vllm-ascend's load_balance_proxy_server_example.py).
 
-Its pairing rule holds: the i-th host goes with the i-th port, and both lists must be of one length. Its defaults hold
-once any of its flags is used: what is not given is localhost, 8001 for prefill, 8002 for decode.
+As in the script, the i-th host goes with the i-th port, and both lists must have the same length. Once any of its flags
+is
+used, the script's defaults apply to the others: localhost, port 8001 for prefill, port 8002 for decode.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _POOLS = (("prefill", "prefiller", 8001), ("decode", "decoder", 8002))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the script's flags, and the singular forms that its users write."""
+    """Add the script's flags, and their singular forms, which the script accepts too."""
     group = parser.add_argument_group("flags of the example script", "For a drop-in replacement.")
     for _, word, port in _POOLS:
         group.add_argument(
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{word}-ports", f"--{word}-port", nargs="+", type=int, metavar="PORT", help=f"their ports ({port})"
         )
     group.add_argument("--max-retries", type=int, metavar="N", help="tries of a request (retries.attempts)")
-    group.add_argument("--retry-delay", type=float, metavar="SECONDS", help="has no effect: another backend is at hand")
+    group.add_argument("--retry-delay", type=float, metavar="SECONDS", help="has no effect: tries follow at once")
     group.add_argument("--max-waiting-retries", type=int, metavar="N", help="has no effect: probing never gives up")
     group.add_argument(
         "--waiting-retry-interval", type=float, metavar="SECONDS", help="longest wait between probes of a lost backend"
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def translate(arguments: argparse.Namespace, flags: dict[str, Any]) -> list[str]:
-    """Turn the script's flags into settings, in `flags`. Returns what its user should be told.
+    """Add the script's flags to the settings in `flags`. Returns notices for the user.
 
     Raises:
         ConfigurationError: hosts and ports do not pair.
@@ -72,4 +73,4 @@ def _pair(word: str, hosts: list[str] | None, ports: list[int] | None, port: int
         f"http://[{host}]:{number}" if ":" in host else f"http://{host}:{number}"
         for host, number in zip(hosts, ports, strict=True)
     ]
-    return list(dict.fromkeys(urls))  # the script takes a pair given twice for one
+    return list(dict.fromkeys(urls))  # as in the script, a pair that is given twice counts once

@@ -1,8 +1,9 @@
-"""What the environment says of settings: variables such as `PD_PROXY_TIMEOUTS__IDLE`.
+"""Reads settings from environment variables such as `PD_PROXY_TIMEOUTS__IDLE`.
 
-Kubernetes puts variables of its own into every container, made of the names of Services. Those of a Service whose name
-begins with pd-proxy have our prefix (`PD_PROXY_SERVICE_HOST`), one of them even the name of a setting
-(`PD_PROXY_PORT=tcp://10.0.0.1:80`). They are told apart by name and value together, and ignored.
+Kubernetes adds variables to every container whose names are made from the names of Services. Where the name of a
+Service
+begins with pd-proxy, they have the gateway's prefix (`PD_PROXY_SERVICE_HOST`), and one has the name of a setting
+(`PD_PROXY_PORT=tcp://10.0.0.1:80`). They are recognised by name and value together, and ignored.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from pd_proxy.decoding import Undecodable, decode_json_once
 
 PREFIX = "PD_PROXY_"
 CONFIG_VARIABLE = "PD_PROXY_CONFIG"
-"""Names the settings file."""
+"""The variable with the path of the settings file."""
 DEFAULTS_VARIABLE = "PD_PROXY_DEFAULTS"
-"""Settings that rank below the file, `name=value` separated by commas: for images and packages."""
+"""The variable with settings of lower priority than the file, `name=value` separated by commas: for images and
+packages."""
 
 
 @dataclass(slots=True)
 class Variables:
-    """What was found.
+    """The result of reading the environment.
 
     Attributes:
         values: the settings, nested by their groups; each value is text.
-        origins: the variable of each, by the setting's dotted name.
-        defaults: settings that rank below the file, nested likewise.
-        services: variables of Kubernetes', which say nothing about settings.
-        unknown: variables with our prefix that are neither.
-        problems: variables that cannot be read, each with why.
+        origins: the variable of each setting, by its dotted name.
+        defaults: settings of lower priority than the file, nested in the same way.
+        services: variables that Kubernetes has made for Services.
+        unknown: all other variables with the gateway's prefix.
+        problems: a text for each variable that cannot be read.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +73,7 @@ def read_variables(environment: Mapping[str, str], settings: Collection[str]) ->
             _read_defaults(found, name, value, settings)
         elif upper != CONFIG_VARIABLE:
             found.unknown.append(name)
-    for setting, (name, value) in members.items():  # after the groups, since the narrower name wins
+    for setting, (name, value) in members.items():  # after the groups, since the name of a single setting has priority
         put(found.values, setting, value)
         found.origins[setting] = name
     return found
@@ -99,7 +101,7 @@ def _read_group(found: Variables, name: str, group: str, text: str) -> None:
     except Undecodable:
         members = None
     if not isinstance(members, dict):
-        found.problems.append(f'{name}: {group}: as one variable a group is a JSON object, such as {{"member": 1}}')
+        found.problems.append(f'{name}: {group}: as a variable, a group must be a JSON object, such as {{"member": 1}}')
         return
     found.values[group] = members
     found.origins |= {f"{group}.{member}": name for member in members}
@@ -109,7 +111,7 @@ def _read_defaults(found: Variables, name: str, text: str, settings: Collection[
     for item in filter(None, map(str.strip, text.split(","))):
         setting, sign, value = item.partition("=")
         if not sign or setting.strip() not in settings:
-            found.problems.append(f"{name}: {setting.strip()}: this is a list of setting=value, separated by commas")
+            found.problems.append(f"{name}: {setting.strip()}: must be a list of setting=value, separated by commas")
         else:
             put(found.defaults, setting.strip(), value.strip())
 
@@ -131,7 +133,7 @@ def _is_protocol(text: str) -> bool:
 
 
 def _is_url(text: str) -> bool:
-    """tcp://10.0.0.1:80 or tcp://[fd00::1]:80"""
+    """Whether a text is like tcp://10.0.0.1:80 or tcp://[fd00::1]:80."""
     scheme, sign, rest = text.partition("://")
     host, _, port = rest.rpartition(":")
     address = host[1:-1] if host.startswith("[") and host.endswith("]") else host
@@ -147,4 +149,4 @@ _SERVICE = tuple(
         (r"PORT(_\d+_(TCP|UDP|SCTP))?", _is_url),
     )
 )
-"""The names that Kubernetes makes (its `envvars` package), each with what its value looks like."""
+"""The names of variables that Kubernetes makes (its `envvars` package), each with a check of its value."""

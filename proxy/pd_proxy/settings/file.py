@@ -1,4 +1,4 @@
-"""A settings file and where each of its settings stands in it."""
+"""Reads a settings file, and the line of each setting in it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class File:
     """A settings file.
 
     Attributes:
-        values: what it sets, nested by groups.
-        lines: the line of each name in it, by dotted name, and of each item of a list by its number.
+        path: the path of the file.
+        values: its settings, nested by groups.
+        lines: the line of each setting by its dotted name, and of each item of a list by its number.
     """
 
     path: Path
@@ -35,14 +36,15 @@ class File:
 
     @property
     def empty(self) -> bool:
+        """Whether it sets nothing."""
         return not self.values
 
 
 def read_file(path: Path) -> File:
-    """Read a YAML settings file. A name may have its group before it: `timeouts.idle: 5`.
+    """Read a YAML settings file. A name may begin with its group: `timeouts.idle: 5`.
 
     Raises:
-        ConfigurationError: it cannot be read, is not YAML, is not a mapping, or says one thing twice.
+        ConfigurationError: the file cannot be read, is not YAML, is not a mapping, or sets a name twice.
     """
     text = _text(path)
     try:
@@ -93,12 +95,12 @@ def _not_yaml(path: Path, text: str, error: yaml.YAMLError) -> str:
     if "\\t" in problem:
         problem = "a tab; YAML is indented with spaces"
     elif "another document" in problem:
-        problem = "a second document begins; a settings file is one"
+        problem = "a second document begins; a settings file has only one"
     return f"{path}:{mark.line + 1}:{mark.column + 1}: not YAML: {problem}"
 
 
 def _unreadable(path: Path, node: yaml.Node | None) -> Iterator[str]:
-    """The scalars that look like a date or a number and are none."""
+    """An error for each value that looks like a date or a number but is neither."""
     if isinstance(node, yaml.ScalarNode):
         try:
             yaml.safe_load(node.value)
@@ -106,7 +108,7 @@ def _unreadable(path: Path, node: yaml.Node | None) -> Iterator[str]:
             return
         except ValueError:
             shown = node.value if len(node.value) < 40 else f"{node.value[:37]}…"
-            yield f"{path}:{node.start_mark.line + 1}: {shown} is no date and no number; put text in quotes"
+            yield f"{path}:{node.start_mark.line + 1}: {shown} is neither a date nor a number; put text in quotes"
     elif isinstance(node, yaml.CollectionNode):
         for item in node.value:
             for part in item if isinstance(item, tuple) else (item,):
@@ -116,7 +118,7 @@ def _unreadable(path: Path, node: yaml.Node | None) -> Iterator[str]:
 def _walk(
     path: Path, node: yaml.Node | None, prefix: str, lines: dict[str, int], within: tuple[int, ...]
 ) -> Iterator[str]:
-    """Note the line of every name; yields what is wrong with the names and the text of values."""
+    """Note the line of every name in `lines`. Yields an error for each wrong name or value."""
     if id(node) in within:
         yield f"{path}:{(within and lines.get(prefix[:-1])) or 1}: {prefix[:-1]}: it contains itself"
     elif isinstance(node, yaml.MappingNode):
@@ -136,19 +138,19 @@ def _walk(
             yield from _walk(path, item, f"{prefix}{index}.", lines, (*within, id(node)))
     elif isinstance(node, yaml.ScalarNode) and (found := _PLACEHOLDER.search(node.value)):
         setting = re.sub(r"\.\d+", "", prefix[:-1])
-        instead = f"; set {variable(setting)}, which wins over the file" if setting in setting_names() else ""
+        instead = f"; set {variable(setting)}, which overrides the file" if setting in setting_names() else ""
         line = node.start_mark.line + 1
-        yield f"{path}:{line}: {setting}: {found[0]} is taken as it stands, not replaced{instead}"
+        yield f"{path}:{line}: {setting}: {found[0]} is not replaced by a variable{instead}"
 
 
 def _spread(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with `timeouts.idle: 5` as a member of its group."""
+    """The values with names such as `timeouts.idle` as members of their groups."""
     spread = {name: value for name, value in values.items() if name not in setting_names() or "." not in name}
     for name, value in values.items():
         if name in setting_names() and "." in name:
             group = name.partition(".")[0]
             inner = spread.get(group)
-            if inner is None or isinstance(inner, dict):  # else it is wrong, and will be said to be
+            if inner is None or isinstance(inner, dict):  # otherwise it is wrong, and validation reports it
                 spread[group] = dict(inner or {})
                 put(spread, name, value)
     return spread

@@ -1,4 +1,4 @@
-"""The settings as flags of a command: their names, their help in sections, and what was given.
+"""The settings as flags of a command: their names, their help in sections, and their values.
 
 A flag is written in kebab-case (`--log-format`, `--timeouts.first-token`); underscores are accepted in its place.
 """
@@ -26,7 +26,7 @@ COMMON = (
     *("host", "port", "workers", "prefill", "decode", "mixed", "kind", "connector"),
     *("api_keys", "admin_key", "backend_api_key", "log_level", "log_format", "access_log"),
 )
-"""The settings that `--help` shows without being asked for more."""
+"""The settings that `--help` shows."""
 
 _SECTIONS = {
     "listening": ("host", "port", "reuse_port", "workers"),
@@ -47,7 +47,7 @@ _SECTIONS = {
     "keys": ("api_keys", "clients", "admin_key", "admin_socket", "backend_api_key", "handoff_key"),
     "logs": ("log_level", "log_format", "access_log", "throughput_interval"),
 }
-"""The settings that are in no group, by what they are about. What is missing here is shown under "other"."""
+"""The settings that are in no group, by subject. Those that are missing here are shown under "other"."""
 _SCRIPT = "example-script"
 _REPEATED = ("prefill", "decode", "mixed", "encode", "api_keys")
 _SECRETS = ("api_keys", "admin_key", "backend_api_key", "handoff_key", "clients")
@@ -58,7 +58,7 @@ _HELP_ABOUT = "show this help; all: every setting; SECTION: those of one section
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Settings that are shown together."""
+    """Settings that the help shows together."""
 
     title: str
     about: str
@@ -71,7 +71,7 @@ def flag(name: str) -> str:
 
 
 def in_kebab_case(argv: Sequence[str]) -> list[str]:
-    """The same arguments, with hyphens for the underscores in the names of flags."""
+    """The same arguments with hyphens instead of underscores in the names of flags."""
     written = []
     for argument in argv:
         name, sign, value = argument.partition("=")
@@ -80,7 +80,7 @@ def in_kebab_case(argv: Sequence[str]) -> list[str]:
 
 
 def sections() -> list[Section]:
-    """Every setting once: those of no group by subject, then the groups."""
+    """All settings in sections: those of no group by subject, then the groups."""
     every = dict(leaves())
     found = [Section(title, "", [(name, every.pop(name)) for name in names]) for title, names in _SECTIONS.items()]
     single = [(name, field) for name, field in every.items() if "." not in name]
@@ -99,7 +99,7 @@ def add_settings(parser: argparse.ArgumentParser, own: Callable[[argparse.Argume
 
     Arguments:
         parser: made with `add_help=False`.
-        own: adds the flags of the command itself to a parser.
+        own: adds the command's other flags to a parser.
     """
     parser.usage = f"{parser.prog} [--config FILE] [--SETTING VALUE ...]"
     parser.add_argument(*_HELP, nargs="?", const="", action=_Help, own=own, metavar="all|SECTION", help=_HELP_ABOUT)
@@ -111,13 +111,13 @@ def add_settings(parser: argparse.ArgumentParser, own: Callable[[argparse.Argume
 
 
 def fields_of(parser: argparse.ArgumentParser) -> dict[str, FieldInfo]:
-    """The settings among a parser's flags, by what argparse calls these (`dest`)."""
+    """The settings among a parser's flags, by argparse's `dest` of the flag."""
     every = {f"{_DESTINATION}{name}": field for name, field in leaves()}
     return {action.dest: every[action.dest] for action in parser._actions if action.dest in every}
 
 
 def given(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """The settings that were given as flags, as a nested mapping, and what their user should be told.
+    """The settings that were given as flags, as a nested mapping; and notices for the user.
 
     Raises:
         ConfigurationError: flags of the example script contradict each other.
@@ -135,7 +135,7 @@ def given(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def secrets_in(arguments: argparse.Namespace) -> list[str]:
-    """A warning for each secret that was typed as a flag, where every user of the machine can read it."""
+    """A warning for each secret in a flag, which every user of the machine can read."""
     return [
         f"{flag(name)}: every user of this machine can read it in the list of processes; use {flag(name)} file:PATH, "
         f"{flag(name)} env:NAME, {variable(name)} or the settings file"
@@ -145,7 +145,7 @@ def secrets_in(arguments: argparse.Namespace) -> list[str]:
 
 
 def _only_refers(value: str | list[str]) -> bool:
-    """Whether there are references to secrets alone: `file:PATH`, `env:NAME`."""
+    """Whether all secrets are references: `file:PATH` or `env:NAME`."""
     text = ",".join(value) if isinstance(value, list) else value
     if text.lstrip().startswith("["):  # clients, as JSON
         keys = re.findall(r'"key"\s*:\s*"([^"]*)', text)
@@ -173,7 +173,7 @@ def _add_setting(parser: argparse._ActionsContainer, name: str, field: FieldInfo
 
 
 class _Help(argparse.Action):
-    """`--help` shows the common settings, `--help all` every one, `--help timeouts` one section."""
+    """The action of `--help`: it shows the common settings; with `all` all settings, with `timeouts` that section."""
 
     def __init__(self, *, own: Callable[[argparse.ArgumentParser], object], **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -1,4 +1,4 @@
-"""From a file, the environment and flags to `Settings`, with errors that say what is wrong and where."""
+"""Loads `Settings` from a file, the environment and flags, with errors that say what is wrong and where."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pd_proxy.settings.file import File
 
 _LISTS: dict[str, type[BaseModel]] = {"clients": ClientSettings, "groups": BackendGroup, "locations": Location}
-"""The settings that are lists of groups, each one setting as a flag or a variable."""
+"""The settings that are lists of groups. As a flag or a variable, each list is one setting."""
 _KNOWN = [
     *(leaf for leaf, _ in leaves()),
     *Settings.model_fields,
@@ -43,12 +43,13 @@ DEFAULT = "default"
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """The settings in force, and what is to be said of them.
+    """The effective settings, their origins, and texts for the operator.
 
     Attributes:
-        origins: where each setting comes from that has not its default: a flag, a variable, a line of the file.
-        notes: what an operator may want to know.
-        warnings: what is allowed and probably not meant.
+        settings: the effective settings.
+        origins: where each setting was set that does not have its default: a flag, a variable, or a line of the file.
+        notes: information for the operator.
+        warnings: settings that are allowed but probably not intended.
     """
 
     settings: Settings
@@ -60,11 +61,11 @@ class Configuration:
 def configure(
     flags: Mapping[str, Any], file: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Settings:
-    """The settings in force: flags over environment over file.
+    """The effective settings. Flags override the environment, and the environment overrides the file.
 
     Arguments:
-        flags: nested mapping of the settings given as flags.
-        file: the settings file; else the one that `PD_PROXY_CONFIG` names, else none.
+        flags: a nested mapping of the settings that were given as flags.
+        file: the settings file; where None, the one that `PD_PROXY_CONFIG` names, if any.
     Raises:
         ConfigurationError
     """
@@ -74,7 +75,7 @@ def configure(
 def gather(
     flags: Mapping[str, Any], file: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Configuration:
-    """The settings in force, where each comes from, and what is to be said of them. Arguments as of `configure`.
+    """The effective settings with their origins, notes and warnings. The arguments are those of `configure`.
 
     Raises:
         ConfigurationError
@@ -83,7 +84,7 @@ def gather(
         file = Path(environment[CONFIG_VARIABLE])
     source = None
     if file is not None:
-        from pd_proxy.settings.file import read_file  # a gateway without a file does without a reader of YAML
+        from pd_proxy.settings.file import read_file  # imported here, since a gateway without a file needs no YAML
 
         source = read_file(file)
     sources = _Sources(flags, read_variables(environment, setting_names()), source)
@@ -101,37 +102,37 @@ def gather(
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """Where settings come from, the one that wins first."""
+    """The sources of settings, in the order of their priority."""
 
     flags: Mapping[str, Any]
     variables: Variables
     file: File | None
 
     def of(self, name: str) -> str:
-        """Where a setting comes from, or what is nearest to it where it is an item or a member that is not there.
+        """The origin of a setting. For an item or a member that is missing, the origin of what should contain it.
 
         Arguments:
-            name: dotted, with the numbers of items.
+            name: the dotted name, with the numbers of items.
         """
         setting = ".".join(part for part in name.split(".") if not part.isdigit())
         top = setting.partition(".")[0]
-        if top in (*_LISTS, "aliases"):  # one setting as a flag or a variable, whatever is in it
+        if top in (*_LISTS, "aliases"):  # as a flag or a variable, these are one setting
             setting = top
         if _value(self.flags, setting) is not None:
             return f"flag --{setting.replace('_', '-')}"
         if found := self.variables.origins.get(setting):
             return found
-        if _value(self.variables.values, setting) is not None:  # a member that no setting is called, in JSON
+        if _value(self.variables.values, setting) is not None:  # an unknown member in a variable's JSON
             return variable(top)
         lines = self.file.lines if self.file is not None else {}
-        item = name.rpartition(".")[0] if name != setting else ""  # what lacks a member has no line for it
+        item = name.rpartition(".")[0] if name != setting else ""  # a missing member has no line of its own
         line = lines.get(name) or lines.get(item) or lines.get(setting)
         if line is None and _value(self.variables.defaults, setting) is not None:
             return DEFAULTS_VARIABLE
         return f"{self.file.path}:{line}" if self.file is not None and line else ""
 
     def origins(self) -> dict[str, str]:
-        """Of every setting that one of them sets."""
+        """The origins of all settings that a source sets."""
         return {name: origin for name, _ in leaves() if self._set(name) and (origin := self.of(name))}
 
     def _set(self, name: str) -> bool:
@@ -146,7 +147,7 @@ def _value(tree: Any, name: str) -> Any:
 
 
 def _explain(detail: ErrorDetails, sources: _Sources) -> str:
-    """One line: where the value came from, the setting's name, what is wrong with it."""
+    """An error as one line: the origin of the value, the name of the setting, and what is wrong."""
     path = [str(part) for part in detail["loc"]]
     name = ".".join(path)
     setting = ".".join(part for part in path if not part.isdigit())
@@ -167,7 +168,7 @@ def _notes(sources: _Sources) -> list[str]:
     if not services:
         return []
     return [
-        f"ignored, since Kubernetes made them for Services: {', '.join(services)} "
+        f"ignored, since Kubernetes has made them for Services: {', '.join(services)} "
         "(enableServiceLinks: false keeps them out of the pod)"
     ]
 
@@ -178,7 +179,7 @@ def _warnings(settings: Settings, sources: _Sources) -> list[str]:
     usual = _value(sources.variables.defaults, "host")
     if usual is not None and is_loopback(settings.host) and not is_loopback(str(usual)):
         found.append(
-            f"{sources.of('host')}: host: nobody outside this container reaches {settings.host}; it needs {usual}"
+            f"{sources.of('host')}: host: {settings.host} cannot be reached from outside of this container; set {usual}"
         )
     for advice in advise(settings):
         where = sources.of(advice.setting)
@@ -187,8 +188,8 @@ def _warnings(settings: Settings, sources: _Sources) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean X?)" where one of the known names is close to `name`, or ends in it, else nothing."""
-    import difflib  # only for who has made a mistake
+    """The text " (did you mean X?)", where a known name is similar to `name` or ends in it; else empty."""
+    import difflib  # imported here, since it is needed only after a mistake
 
     known = list(known)
     last = name.lstrip("-")
@@ -199,6 +200,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _like_variable(name: str) -> str:
-    """The same for a variable. The common prefix must not make any two alike."""
+    """The same for a variable. The names are compared without their common prefix."""
     known = [variable(leaf).removeprefix(PREFIX) for leaf, _ in leaves()]
     return did_you_mean(name.upper().removeprefix(PREFIX), known).replace("mean ", f"mean {PREFIX}")

@@ -1,14 +1,14 @@
-"""What is wrong with settings, as exceptions."""
+"""The exceptions for wrong settings."""
 
 from __future__ import annotations
 
 
 class Misfit(ValueError):
-    """A value that is good by itself does not go with another one.
+    """Two values contradict each other, although each is valid.
 
     Attributes:
-        settings: the dotted names of the two, with the number of an item where it is a list; the first that somebody
-            has set is where it is to be mended.
+        settings: the dotted names of both, with the number of an item where it is a list. The error is reported at the
+            first that was set.
     """
 
     def __init__(self, setting: str, text: str, *others: str) -> None:
@@ -17,4 +17,4 @@ class Misfit(ValueError):
 
 
 class ConfigurationError(Exception):
-    """The settings cannot be used; the text has one line for each thing that is wrong."""
+    """The settings cannot be used. The text has one line for each error."""

@@ -1,4 +1,4 @@
-"""Secrets in settings: given themselves, or as a reference to a file or a variable."""
+"""Secrets in settings, given directly or as a reference to a file or a variable."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _IN_VARIABLE = "env:"
 
 
 REFERENCES = (_IN_FILE, _IN_VARIABLE)
-"""How a secret begins that is not given itself, but by where it is."""
+"""The beginnings of references to secrets."""
 
 
 _PLACEHOLDER = re.compile(r"\$\{\w+[^}]*\}|\$\(\w+\)|\$[A-Z][A-Z0-9_]*|\{\{.*\}\}|<[\w -]+>")
 
 
 def _secrets(value: object) -> object:
-    """Several secrets: a list, or one string with commas. A file may hold several, one a line."""
+    """Read several secrets: a list, or one string with commas. A file may have several, one on each line."""
     items = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
         return value
@@ -39,23 +39,23 @@ def _secrets(value: object) -> object:
 
 
 def _secret(value: object) -> object:
-    """A secret, from where it is if it was not given itself. None without characters: that one everybody has."""
+    """Read a secret, which may be given as a reference. An empty one is refused, since everybody knows it."""
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
     if not isinstance(value, str):
         return value
     value = _referred(value)
     if not value.strip():
-        raise ValueError("an empty secret is none; for none leave the setting out")
+        raise ValueError("a secret must not be empty; leave the setting out for none")
     if _PLACEHOLDER.fullmatch(value):
-        raise ValueError("this is a placeholder that nobody has replaced; a secret may also be file:PATH or env:NAME")
+        raise ValueError("this is a placeholder that was not replaced; a secret may also be file:PATH or env:NAME")
     if value != value.strip() or not value.isascii() or not value.isprintable():
-        raise ValueError("a secret is printable ASCII without spaces around it, since it is sent in a header")
+        raise ValueError("a secret must be printable ASCII without spaces around it, since it is sent in a header")
     return value
 
 
 def _referred(value: str) -> str:
-    """What `file:PATH` or `env:VARIABLE` names; else the value itself."""
+    """The text that `file:PATH` or `env:VARIABLE` refers to; for any other value, the value itself."""
     text = value
     if value.startswith(_IN_VARIABLE):
         where = value.removeprefix(_IN_VARIABLE)
@@ -67,10 +67,10 @@ def _referred(value: str) -> str:
             text = Path(where).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise ValueError(f"{where}: {error.strerror}") from None
-        except ValueError:  # a null byte in the path, or bytes that are no text
+        except ValueError:  # a null byte in the path, or bytes that are not text
             raise ValueError(f"{where}: it is not UTF-8 text") from None
     if text is not value and not text.strip():
-        raise ValueError(f"{where} is empty or not there")
+        raise ValueError(f"{where} is empty or does not exist")
     return text
 
 
@@ -81,4 +81,4 @@ Secrets = Annotated[tuple[Secret, ...], BeforeValidator(_secrets)]
 
 
 referred_environment: ContextVar[Mapping[str, str]] = ContextVar("environment", default=os.environ)
-"""Where `env:NAME` is looked up."""
+"""The environment in which `env:NAME` is looked up."""

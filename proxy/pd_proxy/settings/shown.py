@@ -1,4 +1,4 @@
-"""The settings in force, for people: all of them with where each comes from, and those that are not defaults."""
+"""Prints the effective settings: all with their origins, or only those that are not defaults."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _COLUMN = 48  # where comments begin
 
 
 def annotated_file() -> str:
-    """The settings file with every default and its reason: in the package, or beside it in a checkout."""
+    """The settings file that has every default and its reason. It is in the package, or in `config/` of a checkout."""
     inside = Path(__file__).parent / _FILE
     path = inside if inside.is_file() else Path(__file__).parents[3] / "config" / _FILE
     return path.read_text(encoding="utf-8")
 
 
 def values_of(settings: Settings) -> dict[str, Any]:
-    """Every setting by its dotted name, as JSON has it, without secrets."""
+    """The JSON values of all settings by dotted name, with secrets masked."""
     tree = settings.model_dump(mode="json")
     found = {}
     for name, _ in leaves():
@@ -39,22 +39,22 @@ def values_of(settings: Settings) -> dict[str, Any]:
 
 
 def not_defaults(settings: Settings) -> dict[str, Any]:
-    """The settings that are not what they would be by default, without secrets."""
+    """The settings that do not have their defaults, with secrets masked."""
     usual = values_of(Settings())
     return {name: value for name, value in values_of(settings).items() if value != usual[name]}
 
 
 def in_force(settings: Settings, origins: Mapping[str, str], *, changed: bool = False) -> str:
-    """The settings as a file would have them, each with where it comes from.
+    """The effective settings in the form of a settings file, each with its origin as a comment.
 
     Arguments:
-        changed: leave out those of which nobody said anything.
+        changed: show only settings that were set.
     """
     return "".join(f"{line}\n" for line in _lines(settings, origins, changed)) or "# nothing is set\n"
 
 
 def as_json(settings: Settings, origins: Mapping[str, str], *, changed: bool = False) -> str:
-    """The same for programs: `value` and `origin` of each setting by its dotted name."""
+    """The same as JSON: `value` and `origin` of each setting by its dotted name."""
     shown = {
         name: {"value": value, "origin": origins.get(name, DEFAULT)}
         for name, value in values_of(settings).items()

@@ -1,11 +1,13 @@
-"""One frozen settings tree, validated once.
+"""The tree of settings, frozen and validated once.
 
-A setting has one name everywhere: `timeouts.prefill` in the file, `PD_PROXY_TIMEOUTS__PREFILL` in the environment,
-`--timeouts.prefill` as a flag. Flags win over the environment, the environment over the file. Unknown keys are refused
-in all three, since a misspelt setting that is silently ignored is found in production.
+A setting has the same name everywhere: `timeouts.prefill` in the file, `PD_PROXY_TIMEOUTS__PREFILL` in the environment,
+`--timeouts.prefill` as a flag. Flags override the environment, and the environment overrides the file. Unknown names
+are
+errors in all three, since a misspelt setting that is ignored would be noticed only in production.
 
-A secret may be a reference instead, so that it stands in no process list and in no file of settings: `file:PATH` or
-`env:VARIABLE`.
+A secret may be given as a reference, `file:PATH` or `env:VARIABLE`, so that it is neither in the list of processes nor
+in
+the settings file.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pd_proxy.settings.types import Group
 
 
 class Settings(SettingsFields):
-    """Everything that can be set."""
+    """All settings."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Settings:
@@ -36,8 +38,9 @@ class Settings(SettingsFields):
         return self
 
     def share(self, workers: int) -> Settings:
-        """The settings of one of several workers: its share of what the gateway may have in all. Bounds of backends
-        stay whole, since the workers know of each other's load."""
+        """The settings of one of several workers: its share of the bounds of the whole gateway. Bounds of backends are
+        not
+        divided, since the workers know each other's load."""
 
         def part(bound: int | None) -> int | None:
             return bound if bound is None else -(-bound // workers)
@@ -64,8 +67,8 @@ class Settings(SettingsFields):
         *others: object,
         **more: object,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # What `build_settings` has gathered comes in as one argument, in the order of rank. `environment.py` reads the
-        # environment, since pydantic-settings' own source knows neither Kubernetes' variables nor misspelt names.
+        # `build_settings` passes all sources as one argument, in the order of priority. `environment.py` reads the
+        # environment, since the source of pydantic-settings handles neither Kubernetes' variables nor misspelt names.
         values = cast(InitSettingsSource, init_settings).init_kwargs
         layers = cast("tuple[Mapping[str, Any], ...]", values.pop(_LAYERS, ()))
         return init_settings, *(InitSettingsSource(settings_cls, dict(layer)) for layer in layers)
@@ -81,7 +84,7 @@ def build_settings(
 
     Arguments:
         flags, file_values: nested mappings of setting names.
-        environment: the process's own, where none is given.
+        environment: the environment; None: that of the process.
     Raises:
         pydantic.ValidationError: a value is wrong or a key unknown.
     """
@@ -102,7 +105,7 @@ def setting_names() -> frozenset[str]:
 
 
 def leaves(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[str, FieldInfo]]:
-    """Every setting with its dotted name."""
+    """All settings with their dotted names."""
     found: list[tuple[str, FieldInfo]] = []
     for name, field in model.model_fields.items():
         if _is_group(field):

@@ -10,7 +10,7 @@ from pd_proxy.decoding import decode_json_once
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 from pd_proxy.settings.addresses import split_list
 
-_LONGEST = 366 * 86400.0  # seconds; far beyond it event loops refuse to wait
+_LONGEST = 366 * 86400.0  # seconds; event loops refuse much longer timers
 
 
 Seconds = Annotated[float, Field(gt=0, le=_LONGEST)]
@@ -33,21 +33,25 @@ PolicyName = Literal["auto", "least_loaded", "prefix", "session", "round_robin",
 
 
 def parsed_list(shape: str) -> BeforeValidator:
-    """Lists of groups may come as one string (environment, flags): JSON, of the given shape."""
+    """Make a validator that reads a list of groups from one string of JSON, as in the environment and in flags.
+
+    Arguments:
+        shape: an example of the JSON, for the error.
+    """
 
     def parse(value: object) -> object:
         if not isinstance(value, str):
             return value
         try:
             return decode_json_once(value)
-        except ValueError:  # said without the text, since there are keys in it
-            raise ValueError(f"as a variable or a flag this is a JSON list: {shape}") from None
+        except ValueError:  # without the text, which may contain keys
+            raise ValueError(f"as a variable or a flag this must be a JSON list: {shape}") from None
 
     return BeforeValidator(parse)
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
-    """The words that a setting may have, where these are all."""
+    """The words that a setting may have; empty where it may have other values."""
     parts = get_args(annotation)
     return parts if parts and all(isinstance(part, str) for part in parts) else ()
 
@@ -65,7 +69,8 @@ class Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_meant(cls, value: object, info: ValidationInfo) -> object:
-        """Words in any case, with hyphens or underscores; `off`, which YAML takes for false. No number is a yes."""
+        """Accept words in any case, with hyphens or underscores; and `off`, which YAML reads as false. Refuse a boolean
+        for a number."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool):
             if _is_number(annotation):
@@ -87,12 +92,12 @@ Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], BeforeValid
 
 
 def _mapped(value: object) -> object:
-    """Mappings may come as one string (environment, flags): `name=model`, comma-separated."""
+    """Read a mapping from one string of `name=model` with commas, as in the environment and in flags."""
     if not isinstance(value, str):
         return value
     pairs = [part.partition("=") for part in value.split(",") if part.strip()]
     if not all(sign for _, sign, _ in pairs):
-        raise ValueError("as a variable or a flag this is a list of name=model, separated by commas")
+        raise ValueError("as a variable or a flag this must be a list of name=model, separated by commas")
     return {name.strip(): model.strip() for name, _, model in pairs}
 
 
@@ -103,7 +108,7 @@ Aliases = Annotated[dict[ModelName, ModelName], BeforeValidator(_mapped)]
 
 
 def _log_level(value: object) -> object:
-    """Other programs' words for a level as well: `warn`, `critical`, `fatal`."""
+    """Accept other common names of levels too: `warn`, `critical`, `fatal`."""
     others = {"warn": "warning", "critical": "error", "fatal": "error"}
     return others.get(value.strip().lower(), value) if isinstance(value, str) else value
 

@@ -1,4 +1,4 @@
-"""What is wrong with a value, in plain words instead of pydantic's."""
+"""Describes what is wrong with a value, in plain words instead of pydantic's."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _BOUNDS = {
 
 
 def wording(kind: str, given: Any, context: Mapping[str, Any], message: str, *, secret: bool) -> str:
-    """One clause about a value.
+    """Describe an error in one clause.
 
     Arguments:
-        kind, context, message: the error's, as pydantic has it.
+        kind, context, message: pydantic's type, context and message of the error.
         given: the value.
-        secret: it must not be shown.
+        secret: whether the value must not be shown.
     """
     if kind == "missing":
         return "is missing"
