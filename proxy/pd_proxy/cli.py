@@ -24,12 +24,12 @@ EXIT_FAILED = 1
 _COMMANDS = ("serve", "check", "config", "doctor", "explain", "simulate", "completion")
 _ABOUT = (
     "Every setting is a flag, a line of the --config file (timeouts.first_token) and a variable "
-    "(PD_PROXY_TIMEOUTS__FIRST_TOKEN). Flags win over variables, variables over the file."
+    "(PD_PROXY_TIMEOUTS__FIRST_TOKEN). Flags override variables, and variables override the file."
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command. Returns the exit status."""
     arguments = _parse(flags.in_kebab_case(sys.argv[1:] if argv is None else argv))
     try:
         return int(arguments.run(arguments))
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments. What is unknown ends the program, with the nearest that is known."""
+    """Parse the arguments. An unknown one ends the program with an error that names the most similar known one."""
     parser, commands = _parser(argv)
     if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
         parser.error(f"there is no command {argv[0]!r}{did_you_mean(argv[0], _COMMANDS)}: {' | '.join(_COMMANDS)}")
@@ -55,7 +55,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of everything, and those of the commands by name."""
+    """The parser of the whole command line, and the parsers of the commands by name."""
     parser = argparse.ArgumentParser(
         prog="pd-proxy",
         description="A prefill-decode disaggregation gateway for LLM serving.",
@@ -113,10 +113,10 @@ def _add_config(commands: Any) -> None:
 
 
 def _add_doctor(commands: Any, *, wanted: bool) -> None:
-    """It is loaded only where it is `wanted`, since it is most of a gateway."""
+    """Add `doctor`. Its modules, which are most of a gateway, are loaded only where it is `wanted`."""
     doctor = commands.add_parser(
         "doctor",
-        help="ask every engine what it is, hand over between them, and print how to correct each fault",
+        help="examine all engines, try hand-offs between them, and print how to correct each fault",
         description="Ask every engine of the settings what it is, try hand-offs between them, and say what is wrong "
         "and what to do. Exits with 0 when all is well, 1 when all works and something could be better, 2 when an "
         f"engine or a pair does not work or the settings are wrong. {_ABOUT}",
@@ -131,13 +131,13 @@ def _add_doctor(commands: Any, *, wanted: bool) -> None:
 
 
 def _add_explain(commands: Any, *, wanted: bool) -> None:
-    """Its client is loaded only where it is `wanted`."""
+    """Add `explain`. Its HTTP client is loaded only where it is `wanted`."""
     explain = commands.add_parser(
         "explain",
         help="say where a running gateway would send a request, and why",
         description="Ask a running gateway where it would send a request with this body now, and why; the request is "
         "sent to no engine. Needs the gateway's admin key, or its admin socket; where neither is set, it works on the "
-        "gateway's own machine. Exits with 0 when it is decided, 1 when nobody could be given the request, 2 when the "
+        "gateway's own machine. Exits with 0 with a decision, 1 when no backend could be given the request, 2 when the "
         "gateway could not be asked or refused the question.",
         allow_abbrev=False,
     )
@@ -150,7 +150,7 @@ def _add_explain(commands: Any, *, wanted: bool) -> None:
 
 
 def _add_simulate(commands: Any, argv: Sequence[str]) -> None:
-    """The simulator is loaded only where `argv` may want it: it is 2 MB that a gateway does without."""
+    """Add `simulate`. The simulator takes 2 MB, so it is loaded only where `argv` may need it."""
     simulate = commands.add_parser("simulate", help="run a simulated vLLM engine", allow_abbrev=False)
     if {"simulate", "completion"}.isdisjoint(argv):
         return

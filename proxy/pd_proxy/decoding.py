@@ -1,9 +1,10 @@
-"""The one place where bytes from outside become values: JSON, msgpack and text of clients, engines and operators.
+"""The only module that decodes bytes from outside: JSON, msgpack and text from clients, engines and operators.
 
-Whatever can be wrong with such bytes raises `Undecodable`: syntax, types, UTF-8, nesting that is too deep, numbers that
-are too large. msgspec by itself raises `MsgspecError`, `UnicodeDecodeError` or `RecursionError`, and a caller that has
-forgotten one of them fails a request with a bare 500. `tests/test_decoding.py` holds that no other module of `proxy/`
-calls a decoder.
+Every error in such bytes raises `Undecodable`: wrong syntax, types or UTF-8, nesting that is too deep, numbers that are
+too
+large. msgspec itself raises `MsgspecError`, `UnicodeDecodeError` or `RecursionError`, and a caller that did not catch
+all
+of them would fail a request with 500. `tests/test_decoding.py` checks that no other module of `proxy/` calls a decoder.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ T = TypeVar("T")
 
 
 class Undecodable(ValueError):
-    """Bytes from outside that are not what they should be."""
+    """Bytes from outside could not be decoded."""
 
 
 UNDECODABLE = (ValueError, RecursionError, OverflowError, msgspec.MsgspecError)
-"""Whatever a decoder raises for bytes that it cannot decode; `Undecodable` is among it, as are `UnicodeError`s."""
+"""All exceptions that a decoder raises for bytes that it cannot decode, `Undecodable` and `UnicodeError` included."""
 
 
 class WrongShape(Undecodable):
-    """They are JSON or msgpack, as far as they were read, but not of the type that was asked for."""
+    """The bytes are JSON or msgpack, as far as they were read, but not of the expected type."""
 
 
 def _error(error: Exception) -> Undecodable:
@@ -46,7 +47,7 @@ def json_decoder(kind: type[T]) -> Callable[[Buffer | str], T]: ...
 @overload
 def json_decoder(kind: Any) -> Callable[[Buffer | str], Any]: ...
 def json_decoder(kind: Any) -> Callable[[Buffer | str], Any]:
-    """A function that decodes JSON into one type, and raises `Undecodable`."""
+    """Make a function that decodes JSON into one type, and raises `Undecodable`."""
     return _guarded(msgspec.json.Decoder(kind).decode)
 
 
@@ -64,8 +65,8 @@ def bare_json_decoder(kind: type[T]) -> Callable[[Buffer | str], T]: ...
 @overload
 def bare_json_decoder(kind: Any) -> Callable[[Buffer | str], Any]: ...
 def bare_json_decoder(kind: Any) -> Callable[[Buffer | str], Any]:
-    """The same, a call cheaper and without the translation: for what is decoded several times in each request. Whoever
-    calls it catches `UNDECODABLE`, all of it; the test reads that too."""
+    """The same for values that are decoded several times in each request: without the cost of a call, and without the
+    translation of errors. A caller must catch `UNDECODABLE` as a whole, which the test checks too."""
     return msgspec.json.Decoder(kind).decode
 
 
@@ -83,7 +84,7 @@ decode_json: Callable[[Buffer | str], Any] = json_decoder(Any)
 """JSON of any type. Raises `Undecodable`."""
 
 Members = dict[str, msgspec.Raw]
-"""The members of a JSON object, each as the bytes that it came as."""
+"""The members of a JSON object, each as raw bytes."""
 
 decode_members = json_decoder(Members)
 """A JSON object. Raises `Undecodable`."""
@@ -92,7 +93,7 @@ decode_objects = json_decoder(list[Members])
 """A JSON list of objects. Raises `Undecodable`."""
 
 decode_items = json_decoder(list[msgspec.Raw])
-"""A JSON list, each of its items as the bytes that it came as. Raises `Undecodable`."""
+"""A JSON list, each of its items as raw bytes. Raises `Undecodable`."""
 
 
 def is_null(raw: msgspec.Raw) -> bool:
@@ -101,10 +102,10 @@ def is_null(raw: msgspec.Raw) -> bool:
 
 
 def json_extent(raw: memoryview) -> int:
-    """How many bytes the one JSON value has with which `raw` begins, whatever follows it; it is passed over, not made.
+    """The length in bytes of the JSON value with which `raw` begins, whatever follows. The value is not decoded.
 
     Raises:
-        Undecodable: it begins with none.
+        Undecodable: `raw` does not begin with a JSON value.
     """
     try:
         return len(memoryview(_decode_raw(raw)))
@@ -115,7 +116,7 @@ def json_extent(raw: memoryview) -> int:
     except UNDECODABLE as error:
         raise _error(error) from None
     end = int(follows[1]) - _FOLLOWS_LATE
-    # Blanks behind a value are none of it, and no value ends in one.
+    # Whitespace behind a value is not part of it, and no value ends with whitespace.
     return end if raw[end - 1] not in b" \t\r\n" else len(bytes(raw[:end]).rstrip(b" \t\r\n"))
 
 
@@ -124,7 +125,7 @@ _FOLLOWS = re.compile(r"trailing characters \(byte (\d+)\)")
 
 
 def _reported_late() -> int:
-    """By how many bytes msgspec reports the position of what follows a value too high."""
+    """By how many bytes the position is too high that msgspec reports for the text behind a value."""
     try:
         _decode_raw(b"[1] 2")
     except msgspec.DecodeError as error:
@@ -137,7 +138,7 @@ _FOLLOWS_LATE = _reported_late()
 
 
 def decode_python_json(raw: bytes | str) -> Any:
-    """What Python's own `json` takes for JSON: NaN and Infinity too, as engines written in Python do.
+    """Decode JSON as Python's `json` does, which accepts NaN and Infinity, as engines written in Python do.
 
     Raises:
         Undecodable
@@ -149,7 +150,7 @@ def decode_python_json(raw: bytes | str) -> Any:
 
 
 def decode_json_once(raw: bytes | str) -> Any:
-    """JSON in which no name of an object is given twice: what people write, where the second would win in silence.
+    """Decode JSON in which no object may have a name twice. For settings, where the first value would be lost silently.
 
     Raises:
         Undecodable
@@ -167,7 +168,7 @@ def decode_json_once(raw: bytes | str) -> Any:
 
 
 def decode_text(raw: bytes | bytearray, encoding: str = "utf-8") -> str:
-    """Text in one encoding.
+    """Decode text.
 
     Raises:
         Undecodable

@@ -1,4 +1,4 @@
-"""Tables of states: what leads from one to another, and what cannot happen."""
+"""Tables of states: which transitions are possible, and the error for those that are not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ E = TypeVar("E", bound=Enum)
 
 
 class ImpossibleTransition(Exception):
-    """An event came in a state in which it cannot come. It is a fault in the gateway's code."""
+    """An event occurred in a state in which it is impossible. This is a defect in the gateway's code."""
 
 
 def after(table: Mapping[S, Mapping[E, S]], state: S, event: E) -> S:

@@ -346,9 +346,9 @@ async def test_the_command_reports_why_it_could_not_ask_the_gateway(
         assert "No such file" in await said("--request", body, "--url", running.url, "--admin-key-file", missing)
         (tmp_path / "two").write_text("two\nwords")
         two = str(tmp_path / "two")
-        assert "no single word" in await said("--request", body, "--url", running.url, "--admin-key-file", two)
+        assert "must be a single word" in await said("--request", body, "--url", running.url, "--admin-key-file", two)
         assert "is it a pd-proxy" in await said("--request", body, "--url", d.url)
-        assert "is no URL of a gateway" in await said("--request", body, "--url", "ftp://x")
+        assert "is not a gateway's URL" in await said("--request", body, "--url", "ftp://x")
         gone = running.url
     assert "could not be asked: " in await said("--request", body, "--url", gone)
 

@@ -131,7 +131,7 @@ def http(status: str, body: bytes) -> bytes:
     ("answer", "code", "says"),
     [
         (http("404 Not Found", b"<html>no such page"), "no_engine", "/health answered 404"),
-        (http("200 OK", b"<html>welcome to nginx"), "no_models", "names no model"),
+        (http("200 OK", b"<html>welcome to nginx"), "no_models", "lists no model"),
         (http("302 Found", b""), "no_engine", "/health answered 302"),
         (b"SSH-2.0-OpenSSH_9.6\r\n", "no_http", "/health could not be asked"),
         (b"", "no_http", "/health could not be asked"),

@@ -1,1 +1,1 @@
-"""Commands of `pd-proxy` that need no gateway of their own."""
+"""Commands of `pd-proxy` that start no gateway."""

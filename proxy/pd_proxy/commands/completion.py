@@ -1,4 +1,4 @@
-"""The scripts by which a shell completes commands, flags and the words that settings may have."""
+"""The scripts with which shells complete commands, flags, and the words that settings may have."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def script(parser: argparse.ArgumentParser, commands: dict[str, argparse.ArgumentParser], shell: str) -> str:
-    """What the shell is to be told once, in its start-up file.
+    """The completion script of one shell, which its user adds to the shell's start-up file.
 
     Arguments:
-        parser, commands: those of the whole command line. They are marked with what may stand behind each flag, and
-            are good for nothing else afterwards.
+        parser, commands: the parsers of the whole command line. They are changed, and must not be used afterwards.
+        shell: one of `SHELLS`.
     """
     import shtab
 

@@ -1,9 +1,9 @@
-"""Whether the gateway in this container answers: the image's health check.
+"""The health check of the container image: checks whether the gateway in this container answers.
 
-usage: python -m pd_proxy.commands.container_health [PID]        of the process that started it all; 1 by default
+usage: python -m pd_proxy.commands.container_health [PID]        PID: the container's first process; 1 by default
 
-It looks up where the gateway listens instead of being told, since the port may come from a flag, a variable or a file.
-The standard library alone: a check every few seconds must cost little. Linux only.
+It finds the gateway's listening sockets in /proc, since the port may come from a flag, a variable or a file. It imports
+only the standard library, so that a check every few seconds costs little. Linux only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LISTENS = "0A"  # TCP_LISTEN in /proc/net/tcp
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 when a listening socket of the processes answers /health with 200, else 1."""
+    """Return 0 where a listening socket of the processes answers /health with 200, else 1."""
     listeners = sorted(set(listeners_of(int(argv[0]) if argv else 1)))
     for host, port in listeners:
         if _answers(host, port):
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
 
 
 def listeners_of(process: int) -> Iterator[tuple[str, int]]:
-    """Address and port of each listening TCP socket of a process and those that it started."""
+    """Address and port of each listening TCP socket of a process and its descendants."""
     for number in _family(process):
         sockets = set()
         for descriptor in _listed(Path(f"/proc/{number}/fd")):
@@ -62,12 +62,12 @@ def _family(process: int) -> set[int]:
 def _listed(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
-    except OSError:  # gone, or another user's
+    except OSError:  # the process has ended, or is another user's
         return []
 
 
 def _address(text: str) -> tuple[str, int]:
-    """As /proc/net/tcp has it: the address in 32-bit words of this machine's byte order, both in hexadecimal."""
+    """Read an address of /proc/net/tcp: 32-bit words in this machine's byte order, and a port, both hexadecimal."""
     host, _, port = text.partition(":")
     words = [int(host[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(host), 8)]
     address = ipaddress.ip_address(b"".join(words))
@@ -77,7 +77,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _answers(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)  # no proxy that http_proxy names is asked
+    connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)  # it ignores http_proxy
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200

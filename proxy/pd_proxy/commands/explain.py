@@ -1,4 +1,4 @@
-"""`pd-proxy explain`: where a live gateway would send a request, and why, without sending it."""
+"""`pd-proxy explain`: asks a running gateway where it would send a request, and why, without sending it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pd_proxy.settings.environment import variable
 
 EXIT_DECIDED, EXIT_NOBODY, EXIT_USAGE = 0, 1, 2
 _TIMEOUT = 30.0  # seconds
-_MOST_ANSWER = 16 * 1024 * 1024  # bytes: thousands of candidates
+_MAX_ANSWER = 16 * 1024 * 1024  # bytes: thousands of candidates
 _NONE = "-"
 _GAP = "  "
 
 
 class CannotAsk(Exception):
-    """The gateway could not be asked, or did not say; the text says why."""
+    """The gateway could not be asked, or did not answer with a decision. The text says why."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask, and print the decision. Returns the exit status: 0 where it was decided, 1 where nobody could be given the
-    request, 2 where the gateway could not be asked or refused the question."""
+    """Ask the gateway, and print its decision. Returns the exit status: 0 with a decision, 1 where no backend could be
+    given the request, 2 where the gateway could not be asked or refused the question."""
     try:
         decision = _asked(arguments)
     except CannotAsk as error:
@@ -77,7 +77,7 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     except ValueError:
         reachable = False
     if not reachable:
-        raise CannotAsk(f"--url: {arguments.url!r} is no URL of a gateway, such as http://127.0.0.1:8000")
+        raise CannotAsk(f"--url: {arguments.url!r} is not a gateway's URL, such as http://127.0.0.1:8000")
     key = _key(arguments.admin_key_file)
     query = {"endpoint": arguments.endpoint, **({"client": arguments.client} if arguments.client else {})}
     socket = Path(arguments.admin_socket) if arguments.admin_socket else None
@@ -85,7 +85,7 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     control = Control(_TIMEOUT, b"authorization: Bearer %b\r\n" % key if key else b"")
     target = f"{at}/admin/explain?{urlencode(query)}"
     try:
-        answer = asyncio.run(control.ask(target, method="POST", body=body, limit=_MOST_ANSWER, socket=socket))
+        answer = asyncio.run(control.ask(target, method="POST", body=body, limit=_MAX_ANSWER, socket=socket))
     except BackendError as error:
         raise CannotAsk(f"the gateway at {socket or url} could not be asked: {error}") from None
     return _decision(answer, url)
@@ -113,15 +113,15 @@ def _key(name: str | None) -> bytes:
             raise CannotAsk(f"--admin-key-file: {name}: {error.strerror or error}") from None
     key = key.strip()
     if any(byte < 0x21 or byte == 0x7F for byte in key):
-        raise CannotAsk("the admin key is no single word")
+        raise CannotAsk("the admin key must be a single word")
     return key
 
 
 def _decision(answer: Answer, url: str) -> dict[str, Any]:
-    """What the gateway said.
+    """The decision in the gateway's answer.
 
     Raises:
-        CannotAsk: that is no decision.
+        CannotAsk: the answer has no decision.
     """
     try:
         said = decode_json(answer.body)
@@ -136,7 +136,7 @@ def _decision(answer: Answer, url: str) -> dict[str, Any]:
 
 
 def as_text(decision: Mapping[str, Any]) -> str:
-    """A decision for people: where to, why, a table of the candidates, and who was left out."""
+    """A decision as text: the backends, the reason, a table of the candidates, and the backends that were excluded."""
     lines = list(_summary(decision))
     candidates = decision["candidates"]
     if candidates:

@@ -1,1 +1,1 @@
-"""`pd-proxy doctor`: asks every engine what it is, hands KV caches over between them, and says what is wrong."""
+"""`pd-proxy doctor`: examines all engines, tries hand-offs between them, and reports what is wrong."""

@@ -1,4 +1,4 @@
-"""The command line of it: `pd-proxy doctor`, and `pd-proxy check --probe`."""
+"""The commands `pd-proxy doctor` and `pd-proxy check --probe`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import sys
 from pd_proxy.doctor.examination import MOST_PAIRS, examine
 from pd_proxy.settings.tree import Settings
 
-_INTERRUPTED = 130  # what a shell makes of SIGINT
+_INTERRUPTED = 130  # the exit status that shells report for SIGINT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `doctor` itself."""
+    """Add the flags of `doctor` that are not settings."""
     parser.add_argument(
         "--pairs",
         type=_count,
@@ -26,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, *, pairs: int = MOST_PAIRS, as_json: bool = False) -> int:
-    """Examine, and print the report. Returns the exit status: 0 where all is well, 1 with warnings, 2 with faults."""
+    """Examine the engines, and print the report. Returns the exit status: 0 without findings but notes, 1 with
+    warnings, 2
+    with faults."""
     log = logging.getLogger("pd_proxy")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # what there is to say, the report says
+    log.setLevel(logging.CRITICAL)  # the report has all that would be logged
     try:
         report = asyncio.run(examine(settings, most_pairs=pairs))
     except KeyboardInterrupt:

@@ -1,4 +1,5 @@
-"""In what the engines of one group are not alike and what that means, and in what failed pairs are alike."""
+"""Findings about differences between the engines of a group; and one finding for several pairs with the same
+failure."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from pd_proxy.doctor.report import Engine
 from pd_proxy.fleet.findings import Finding, Severity, found
 
 K = TypeVar("K", bound=Hashable)
-_MOST_NAMED = 3
+_MAX_NAMED = 3
 
 
 def differences(engines: Sequence[Engine]) -> list[Finding]:
-    """What is not alike among the engines that are up. What an engine does not tell is held against nobody."""
+    """The differences between the engines that are up. Values that an engine does not report are ignored."""
     findings: list[Finding] = []
     for group in dict.fromkeys(engine.group for engine in engines):
         members = [engine for engine in engines if engine.group == group and engine.state == "up"]
@@ -29,10 +30,10 @@ def differences(engines: Sequence[Engine]) -> list[Finding]:
 
 
 def together(findings: Sequence[Finding]) -> list[Finding]:
-    """One finding for the pairs that fail alike on account of one engine, with the names of the others.
+    """Merge the findings of pairs that fail in the same way because of the same engine.
 
     Arguments:
-        findings: of pairs, prefill first.
+        findings: findings about pairs, with prefill first.
     """
     kept: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
@@ -42,7 +43,7 @@ def together(findings: Sequence[Finding]) -> list[Finding]:
 
 
 _OF_DECODE = {"not_read", "decode_failed"}
-"""The codes of pairs of which decode is likelier to be the cause."""
+"""The codes of failures that are more likely caused by the decode engine."""
 
 
 def _one(alike: Sequence[Finding]) -> Finding:
@@ -62,7 +63,7 @@ def _unlike(
     code: str,
     severity: Severity = "warning",
 ) -> list[Finding]:
-    """The finding that engines differ in something, if they do."""
+    """A finding where engines differ in a value."""
     values: dict[K, list[str]] = {}
     for engine in engines:
         if value := read(engine):
@@ -79,6 +80,6 @@ def _value(value: object) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Some names, and how many more there are."""
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    """The first names, and how many more there are."""
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,8 +1,8 @@
-"""Asks every engine of some settings what it is, tries pairs of them, and reports.
+"""Examines all engines in the settings, tries pairs of them, and makes a report.
 
-It serves nobody. What it does to engines is what a gateway does that starts: health checks
-(`fleet/health/prober.py`), and a request for one token through each pair that it tries (`flow/trial.py`), whose blocks
-are free again when it ends.
+It serves no clients. It sends engines what a gateway sends at its start: health checks (`fleet/health/prober.py`), and
+a
+request for one token through each pair that it tries (`flow/trial.py`), whose blocks are freed at its end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pd_proxy.http.control import Control
 from pd_proxy.settings.tree import Settings
 
 MOST_PAIRS = 16
-"""Pairs that are tried unless one says otherwise: some seconds, and each engine of fleets up to 16 of each role."""
+"""The default number of pairs to try. It takes some seconds, and includes each engine of up to 16 of each role."""
 
 _PROBES_AT_ONCE = 16
 _TRIALS_AT_ONCE = 4
@@ -43,7 +43,7 @@ async def examine(settings: Settings, *, most_pairs: int = MOST_PAIRS) -> Report
     """Examine the engines that some settings name.
 
     Arguments:
-        most_pairs: how many pairs to try; 0: none, so that engines are only asked.
+        most_pairs: the most pairs to try; with 0 the engines are only probed.
     """
     examination = _Examination(settings, most_pairs)
     try:
@@ -53,7 +53,7 @@ async def examine(settings: Settings, *, most_pairs: int = MOST_PAIRS) -> Report
 
 
 class _Examination:
-    """One run, and what it needs of a gateway."""
+    """One run of the examination, with the parts of a gateway that it needs."""
 
     def __init__(self, settings: Settings, most_pairs: int) -> None:
         self._most_pairs = most_pairs
@@ -70,7 +70,7 @@ class _Examination:
         self._backends = list(self._fleet)
         self._failures: dict[Backend, ProbeFailed] = {}
         self._findings: list[Finding] = []
-        self._hears = False
+        self._listening = False
 
     def close(self) -> None:
         self._trials.close()
@@ -79,7 +79,7 @@ class _Examination:
 
     async def run(self) -> Report:
         self._listen()
-        await self._meet_all()
+        await self._probe_all()
         profiles = await self._ask_all()
         engines = [self._engine(backend, profile) for backend, profile in profiles.items()]
         chosen = self._choose() if self._most_pairs else []
@@ -95,36 +95,36 @@ class _Examination:
         )
 
     def _listen(self) -> None:
-        """Listen where engines tell of themselves, as some connectors have it."""
+        """Open the sockets for engines that register or send notifications, as with some connectors."""
         try:
             self._notices.start()
             self._registrations.start()
-            self._hears = True
+            self._listening = True
         except CannotListen as error:
             what = f"hand-offs whose engines tell the gateway something cannot be tried: {error}"
             self._findings.append(found("cannot_try", what, severity="warning"))
 
     # Engines
 
-    async def _meet_all(self) -> None:
+    async def _probe_all(self) -> None:
         """Ask all how they are. With `connector: auto` what one tells may mean that others must be asked again."""
         free = asyncio.Semaphore(_PROBES_AT_ONCE)
 
-        async def negotiate(backend: Backend) -> None:
+        async def probe(backend: Backend) -> None:
             async with free:
-                await self._meet(backend)
+                await self._probe_one(backend)
 
         for _ in range(3):
             waiting = [backend for backend in self._backends if not backend.up and backend not in self._failures]
-            await asyncio.gather(*map(negotiate, waiting))
+            await asyncio.gather(*map(probe, waiting))
         late = [backend for backend, failure in self._failures.items() if failure.code == "unregistered"]
-        if late and self._hears:
+        if late and self._listening:
             await self._registered(late)
             for backend in late:
                 del self._failures[backend]
-            await asyncio.gather(*map(negotiate, late))
+            await asyncio.gather(*map(probe, late))
 
-    async def _meet(self, backend: Backend) -> None:
+    async def _probe_one(self, backend: Backend) -> None:
         try:
             await self._prober.negotiate(backend)
         except ProbeFailed as failure:
@@ -139,7 +139,7 @@ class _Examination:
             await asyncio.sleep(_TICK)
 
     async def _ask_all(self) -> dict[Backend, Profile]:
-        """What the engines that answer tell of how they were started."""
+        """The profiles of the engines that answer: how they were started."""
         free = asyncio.Semaphore(_PROBES_AT_ONCE)
 
         async def ask(backend: Backend) -> Profile:
@@ -153,7 +153,7 @@ class _Examination:
 
     def _engine(self, backend: Backend, profile: Profile) -> Engine:
         failure = self._failures.get(backend)
-        unheard = failure is not None and failure.code == "unregistered" and not self._hears
+        unheard = failure is not None and failure.code == "unregistered" and not self._listening
         return Engine(
             url=backend.url,
             role=backend.role,
@@ -172,8 +172,9 @@ class _Examination:
         )
 
     def _check_engines(self, profiles: dict[Backend, Profile], trials: Sequence[Trial]) -> None:
-        """What is wrong with each engine by itself. A role that its connector does not care about is a warning, as long
-        as no hand-off has failed."""
+        """Add the findings about single engines. A wrong role is a warning where the engine's connector works in any
+        role
+        and no hand-off has failed."""
         failed = {url for trial in trials if trial.finding is not None for url in (trial.prefill, trial.decode)}
         for backend, profile in profiles.items():
             misfit = wrong_role(backend, profile)
@@ -186,12 +187,12 @@ class _Examination:
             failure = self._failures.get(backend)
             if failure is None:
                 if not backend.models:
-                    what = f"{backend.role} backend {backend.url} is up, and names no model at /v1/models"
+                    what = f"{backend.role} backend {backend.url} is up, but lists no model at /v1/models"
                     self._findings.append(found("no_models", what, backend.url))
                 if backend.role == "prefill" and profile.prefix_caching is False:
-                    what = f"prefill backend {backend.url} keeps no prompts for later: its prefix caching is off"
+                    what = f"prefill backend {backend.url} has no prefix cache: prefix caching is off"
                     self._findings.append(found("uncached", what, backend.url, severity="note"))
-            elif failure.code == "unregistered" and not self._hears:
+            elif failure.code == "unregistered" and not self._listening:
                 continue
             elif misfit is None or failure.code not in ("no_coordinates", "unregistered"):
                 self._findings.append(failure.finding(backend))
@@ -204,7 +205,7 @@ class _Examination:
         for trial in trials:
             if trial.finding is None and trial.unreachable and trial.side is not None:
                 where = f"{trial.side[0]}:{trial.side[1]}"
-                what = f"prefill {trial.prefill}: this machine does not reach its side of the hand-off at {where}"
+                what = f"prefill {trial.prefill}: this machine cannot reach its side of the hand-off at {where}"
                 self._findings.append(
                     found("side_unreachable", f"{what} ({trial.unreachable})", trial.prefill, severity="note")
                 )
@@ -220,7 +221,7 @@ class _Examination:
         return model is not None and self._fleet.pairing.pairs(prefill, decode, model or None)
 
     def _choose(self) -> list[tuple[Backend, Backend]]:
-        """The pairs to try, of all groups by turns."""
+        """The pairs to try, taken from all groups in turn."""
         chosen: list[tuple[Backend, Backend]] = []
         of_groups = []
         for group in self._fleet.groups:
@@ -228,7 +229,7 @@ class _Examination:
             if pairs and self._connector(pairs[0][1]).traits.called_back:
                 what = f"group {group}: its decode engines call the gateway back, so only a gateway can try its pairs"
                 self._findings.append(found("cannot_try", what, severity="note"))
-            elif pairs and self._connector(pairs[0][1]).traits.notified and not self._hears:
+            elif pairs and self._connector(pairs[0][1]).traits.notified and not self._listening:
                 continue
             else:
                 of_groups.append(pairs)
@@ -249,7 +250,7 @@ class _Examination:
             async with free:
                 try:
                     return await self._trials.run(prefill, decode)
-                except Exception as error:  # a defect of ours, which must not hide what is found of the others
+                except Exception as error:  # a defect of pd-proxy, which must not hide the other findings
                     what = f"prefill {prefill.url} and decode {decode.url}: the trial itself failed: {error!r}"
                     defect = found("failed", what, prefill.url, decode.url, advice="Report it as a defect of pd-proxy.")
                     return Trial(prefill.url, decode.url, defect)
@@ -271,22 +272,22 @@ class _Examination:
         )
 
     def _check_groups(self) -> None:
-        """What whole groups lack."""
+        """Add the findings about whole groups."""
         lacking = readiness(self._fleet)
         if not lacking:
             self._findings.append(found("nothing_to_serve", "the settings name no backend"))
         for group, missing in lacking.items():
             roles = {backend.role for backend in self._backends if backend.group == group}
             if not missing:
-                self._findings += self._lonely(group)
+                self._findings += self._unpaired(group)
             elif "mixed" not in roles and (unnamed := [role for role in ("prefill", "decode") if role not in roles]):
                 what = f"group {group}: the settings name no {' and no '.join(unnamed)} backend"
                 self._findings.append(found("nothing_to_serve", what))
             elif self._usable(group, "prefill") and self._usable(group, "decode"):
                 self._findings.append(found("no_pair", f"group {group}: {missing}"))
 
-    def _lonely(self, group: str) -> list[Finding]:
-        """The engines that fit none of the other role, in a group in which others do."""
+    def _unpaired(self, group: str) -> list[Finding]:
+        """Findings about the engines without a possible pair, in a group that has pairs."""
         prefills, decodes = self._usable(group, "prefill"), self._usable(group, "decode")
         findings = []
         for backend in (*prefills, *decodes):

@@ -1,4 +1,4 @@
-"""Which pairs of engines to try, where there are more than one wants to wait for."""
+"""Chooses the pairs of engines to try, where there are too many to try all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 def choose_pairs(
     prefills: Sequence[T], decodes: Sequence[T], may_pair: Callable[[T, T], bool], most: int
 ) -> list[tuple[T, T]]:
-    """Pairs of engines, `most` of them: first such that each engine is in one, then others.
+    """At most `most` pairs of engines: first pairs that cover all engines, then others.
 
-    The same engines give the same pairs. Where `most` is too small for each engine to be in a pair, the last ones are
-    in none.
+    The result depends only on the arguments. Where `most` is too small to cover all engines, the last ones are left
+    out.
     """
     unmet, first, rest = {*prefills, *decodes}, [], []
     for pair in _diagonals(prefills, decodes):
@@ -29,7 +29,7 @@ def choose_pairs(
 
 
 def _diagonals(prefills: Sequence[T], decodes: Sequence[T]) -> Iterator[tuple[T, T]]:
-    """Every pair once: the first with the first, the second with the second, then each with its neighbour."""
+    """Every pair once: the first with the first, the second with the second, and so on; then each with the next one."""
     if not prefills or not decodes:
         return
     longest = max(len(prefills), len(decodes))
@@ -40,7 +40,7 @@ def _diagonals(prefills: Sequence[T], decodes: Sequence[T]) -> Iterator[tuple[T,
             if at not in seen:
                 seen.add(at)
                 yield prefills[at[0]], decodes[at[1]]
-    for p, prefill in enumerate(prefills):  # what the diagonals of unlike lengths leave out
+    for p, prefill in enumerate(prefills):  # the pairs that diagonals leave out where the lengths differ
         for d, decode in enumerate(decodes):
             if (p, d) not in seen:
                 yield prefill, decode

@@ -1,6 +1,6 @@
-"""What a doctor has found, as values, as a text of at most 100 columns, and as JSON.
+"""The report of an examination: as values, as text of at most 100 columns, and as JSON.
 
-The text has no times and no ids in it: the same engines in the same state make the same text.
+The text contains no times and no ids, so the same engines in the same state give the same text.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from pd_proxy.fleet.findings import SEVERITIES, Finding
 WIDTH = 100
 _GAP = "  "
 _NONE = "-"
-_LEAST = 12  # columns that a column of text keeps, however long the others are
+_LEAST = 12  # the least width of a column that can be shortened
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One engine, as far as it tells.
+    """One engine, as far as it reports on itself.
 
     Attributes:
-        role, group: as the settings say.
+        role, group: its role and group in the settings.
         state: `up`, `down` or `unknown`.
-        says: its role as it tells it: `prefill`, `decode`, `both`, or empty.
-        connector: what the gateway will speak with it; empty where nobody has told.
-        tells: the connectors that it was started with, in its own words.
-        block_size, context, tp: tokens in a block, tokens of prompt and answer, tensor-parallel ranks; 0: not told.
+        says: the role that it reports: `prefill`, `decode`, `both`, or empty.
+        connector: the hand-off protocol that the gateway will use; empty where that is not known.
+        tells: the connectors that it reports, by its own names.
+        block_size, context, tp: the tokens of a block, the tokens of prompt and answer, and the tensor-parallel ranks;
+            0
+            where it does not report them.
     """
 
     url: str
@@ -55,9 +57,9 @@ class Handoff:
 
     Attributes:
         found: `ok`, or the code of what is wrong.
-        side: host and port of prefill's side of it; empty where it does not say.
-        reachable: whether these can be connected to from here; None where that is not known.
-        seconds: how long it took, the engines' handshake included.
+        side: host and port of prefill's side; empty where they are not known.
+        reachable: whether this machine can connect to them; None where that is not known.
+        seconds: the time that it took, the engines' handshake included.
     """
 
     group: str
@@ -71,10 +73,10 @@ class Handoff:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All of it.
+    """The whole report.
 
     Attributes:
-        pairs: how many pairs there are to try.
+        pairs: the number of possible pairs.
     """
 
     engines: tuple[Engine, ...]
@@ -89,7 +91,7 @@ class Report:
         return 2 if "fault" in severities else 1 if "warning" in severities else 0
 
     def as_json(self) -> str:
-        """One object, indented."""
+        """The report as one JSON object."""
         said: dict[str, Any] = {
             "exit_status": self.exit_status,
             "engines": [asdict(engine) for engine in self.engines],
@@ -100,7 +102,7 @@ class Report:
         return json.dumps(said, indent=2)
 
     def as_text(self) -> str:
-        """Tables of engines and hand-offs, then what is wrong and what to do, the gravest first."""
+        """The report as text: tables of engines and hand-offs, then the findings by severity, each with its advice."""
         parts = []
         if self.engines:
             parts.append(_table(_ENGINE_COLUMNS, [_engine_row(engine) for engine in self.engines]))
@@ -158,7 +160,8 @@ def _short(url: str) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as what is in them; where that is too wide, the widest of texts gives way."""
+    """A table whose columns are as wide as their cells. Where it is too wide, the widest columns of text are
+    shortened."""
     cells = [[_printable(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     while sum(widths) + len(_GAP) * (len(widths) - 1) > WIDTH:
@@ -173,7 +176,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cut(cell: str, width: int) -> str:
-    """A cell's end is what tells hosts and ports apart, and its beginning what tells models apart: the middle goes."""
+    """Shorten a cell in the middle, since hosts differ mostly at the end, and models at the beginning."""
     if len(cell) <= width:
         return cell
     head = (width - 2) // 2
@@ -181,7 +184,7 @@ def _cut(cell: str, width: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """Engines say what they like; a terminal is told nothing but text."""
+    """The text with a question mark for each control character, since engines' texts are not trusted."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
