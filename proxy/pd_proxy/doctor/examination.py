@@ -126,7 +126,7 @@ class _Examination:
 
     async def _probe_one(self, backend: Backend) -> None:
         try:
-            await self._prober.negotiate(backend)
+            await self._prober.probe_and_learn(backend)
         except ProbeFailed as failure:
             self._failures[backend] = failure
         else:

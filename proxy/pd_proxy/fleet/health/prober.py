@@ -180,7 +180,7 @@ class Prober:
                 before_sleep=lambda state: self._still_down(backend, state),
             ):
                 with attempt:
-                    await self.negotiate(backend)
+                    await self.probe_and_learn(backend)
         finally:
             self._down -= 1
         await self._identities.connect(backend)
@@ -277,7 +277,7 @@ class Prober:
             "while this gateway's event loop stood still" if why == "late" else "at the same time",
         )
 
-    async def negotiate(self, backend: Backend) -> None:
+    async def probe_and_learn(self, backend: Backend) -> None:
         """Ask a backend that is not up whether it is healthy, and for what must be known before its first request.
 
         Raises:
