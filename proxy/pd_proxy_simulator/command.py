@@ -203,14 +203,14 @@ async def _serve(config: SimulatorConfig) -> int:
     loop.add_signal_handler(signal.SIGINT, ending.set)
     await simulator.start()
     print(f"{config.role} engine {config.model!r} listening on {simulator.url}", flush=True)
-    told = asyncio.ensure_future(ending.wait())
+    ended = asyncio.ensure_future(ending.wait())
     died = asyncio.ensure_future(simulator.wait_for(lambda: not simulator.alive, 10**9))
-    await asyncio.wait((told, died), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((ended, died), return_when=asyncio.FIRST_COMPLETED)
     died.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await died
-    if not told.done():
-        told.cancel()
+    if not ended.done():
+        ended.cancel()
         if not simulator.stopping:
             return 1
         await simulator.wait_for(lambda: not simulator.connections, 10**9)  # the server waits for its clients to close

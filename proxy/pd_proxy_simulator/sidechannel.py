@@ -350,7 +350,7 @@ class Peers:
         except (OSError, EOFError, TimeoutError) as error:
             raise TransferFailed(f"{host}:{port}: {error!r}") from error
 
-    async def tell(self, host: str, port: int, message: dict[str, Any]) -> bool:
+    async def notify(self, host: str, port: int, message: dict[str, Any]) -> bool:
         """Send a notification; returns whether it could be sent."""
         try:
             async with asyncio.timeout(self._answer_timeout):

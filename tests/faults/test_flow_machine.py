@@ -162,7 +162,7 @@ class _Receiver:
         self._ledger = ledger
         self._connection = connection
         self._receiver = receiver
-        self._told = False
+        self._notified = False
         self.head = receiver.head
         self.data = receiver.data
 
@@ -171,15 +171,15 @@ class _Receiver:
             del self._ledger.begun[self._connection]
 
     def end(self) -> None:
-        self._tell(self._receiver.end)
+        self._notify(self._receiver.end)
 
     def lost(self, error: Any) -> None:
-        self._tell(self._receiver.lost, error)
+        self._notify(self._receiver.lost, error)
 
-    def _tell(self, what: Any, *arguments: Any) -> None:
-        if self._told:
+    def _notify(self, what: Any, *arguments: Any) -> None:
+        if self._notified:
             self._ledger.wrong.append("a leg was ended twice")
-        self._told = True
+        self._notified = True
         self.close()
         what(*arguments)
 

@@ -9,7 +9,7 @@ import pytest
 from pd_proxy.fleet.health.fingerprints import configured, counted, speaker
 from pd_proxy.handoff.connectors.registry import CONNECTORS
 
-MARKS = {name: connector.traits.fingerprints for name, connector in CONNECTORS.items()}
+FINGERPRINTS = {name: connector.traits.fingerprints for name, connector in CONNECTORS.items()}
 
 
 def vllm(connector: Any, **extra: Any) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def vllm(connector: Any, **extra: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("page", "marks"),
+    ("page", "fingerprints"),
     [
         (vllm("NixlConnector"), ["NixlConnector"]),
         (vllm("NixlPushConnector"), ["NixlPushConnector"]),
@@ -38,8 +38,8 @@ def vllm(connector: Any, **extra: Any) -> dict[str, Any]:
         ([], []),
     ],
 )
-def test_fingerprints_of_a_configuration(page: Any, marks: list[str]) -> None:
-    assert configured(json.dumps(page).encode()) == marks
+def test_fingerprints_of_a_configuration(page: Any, fingerprints: list[str]) -> None:
+    assert configured(json.dumps(page).encode()) == fingerprints
 
 
 @pytest.mark.parametrize("page", [b"", b"<html>", b"\xff\xfe", b'{"vllm_config":', b"[" * 100_000])
@@ -53,8 +53,8 @@ def test_fingerprints_of_metric_series() -> None:
         b'vllm:nixl_xfer_time_seconds_bucket{le="1"} 0.0\nvllm:num_requests_running 0.0\n'
     )
     assert counted(page) == ["vllm:nixl_", "vllm:num_"]
-    assert speaker(counted(page), MARKS) == "nixl"
-    assert speaker(counted(b"vllm:num_requests_running 0.0\n"), MARKS) == ""
+    assert speaker(counted(page), FINGERPRINTS) == "nixl"
+    assert speaker(counted(b"vllm:num_requests_running 0.0\n"), FINGERPRINTS) == ""
 
 
 def test_fingerprints_of_several_connectors_name_none() -> None:
@@ -66,5 +66,5 @@ def test_fingerprints_of_several_connectors_name_none() -> None:
 
 
 def test_no_two_connectors_have_a_fingerprint_in_common() -> None:
-    marks = [mark for its in MARKS.values() for mark in its]
-    assert len(marks) == len(set(marks))
+    fingerprints = [fingerprint for its in FINGERPRINTS.values() for fingerprint in its]
+    assert len(fingerprints) == len(set(fingerprints))

@@ -83,29 +83,28 @@ def read_media(body: Body, salt: str) -> tuple[Body, tuple[Medium, ...]]:
             other content later.
     Raises:
         InvalidRequest: the chat has too many messages and parts. It is refused, since unread parts could have a `uuid`
-            of
-            the client.
+            of the client.
     """
     raw = body.members.get("messages")
     said = b"" if raw is None else bytes(raw)
     most = _MOST + len(said) // _BYTES_EACH
-    marks = _Marks(salt, most)
+    keyed = _KeyedMedia(salt, most)
     try:
-        messages = [marks.message(message) for message in elements(said)]
+        messages = [keyed.message(message) for message in elements(said)]
     except Undecodable:
         return body, ()  # malformed, which the engine reports
     except TooMany:
         raise InvalidRequest(
             f"`messages` has more than {most} messages and parts, too many to look for media in", param="messages"
         ) from None
-    if not marks.media:
+    if not keyed.media:
         return body, ()
     members = {**body.members, "messages": msgspec.Raw(b"[%b]" % b",".join(messages))}
-    return msgspec.structs.replace(body, members=members), tuple(marks.media.values())
+    return msgspec.structs.replace(body, members=members), tuple(keyed.media.values())
 
 
-class _Marks:
-    """Marks the media of one chat with their keys, message by message.
+class _KeyedMedia:
+    """Adds their keys to the media of one chat, message by message.
 
     Attributes:
         media: the media by their keys.
@@ -144,9 +143,9 @@ class _Marks:
         )
         digest.update(content)
         key = digest.hexdigest()
-        marked = encode_json({**part, "uuid": key})
-        self.media.setdefault(key, Medium(msgspec.Raw(marked), name == "image_url"))
-        return marked
+        with_key = encode_json({**part, "uuid": key})
+        self.media.setdefault(key, Medium(msgspec.Raw(with_key), name == "image_url"))
+        return with_key
 
     def _members(self, raw: memoryview) -> Members:
         found = members_of(bytes(raw))

@@ -37,7 +37,7 @@ MOST_ENTRIES = 1 << 19
 _MAX_PENDING = 4096  # unanswered requests that are kept of one engine; the oldest are dropped, and correct nothing
 _MAX_BLIND = 8  # answers in a row that found nothing against expectation, after which an engine counts as `BLIND`
 _SLACK = 0.25  # part of what was believed that may be missing without a loss, since bytes only estimate tokens
-_MAX_MARKS = 512  # instants that are kept to compute the age of entries
+_MAX_SAMPLES = 512  # instants that are kept to compute the age of entries
 
 _MANY = 1 << 17  # estimated tokens of prompts after which the ratio of reported to estimated tokens is computed anew
 _LEAST_PART = 0.25  # the part of an engine's cache that is always believed to keep prompts
@@ -115,9 +115,9 @@ class PrefixIndex:
         self._blocks = BlockTable(most_entries)
         self.cached = self._blocks.cached
         self._engines: dict[str, EngineEntries] = {}
-        self._marks: deque[tuple[float, int]] = deque()  # instants, and the first ordinal after each
-        self._mark_step = 1.0
-        self._next_mark = -inf
+        self._samples: deque[tuple[float, int]] = deque()  # instants, and the first ordinal after each
+        self._sample_step = 1.0
+        self._next_sample = -inf
         self._forgotten = self._refused = 0
 
     @property
@@ -181,8 +181,8 @@ class PrefixIndex:
         one = self._engines.get(engine)
         if one is None or one.caching is not _ON or not chain.hashes:
             return
-        if now >= self._next_mark:
-            self._mark(now)
+        if now >= self._next_sample:
+            self._sample(now)
         stamp = self._blocks.stamp + 1
         pending = one.pending
         computing = one.computing
@@ -344,8 +344,8 @@ class PrefixIndex:
         oldest = min((next(iter(one.entries.values())) >> SHIFT for one in engines if one.entries), default=0)
         since = now
         if oldest:
-            place = bisect_right(self._marks, oldest, key=lambda mark: mark[1])
-            since = self._marks[place - 1][0] if place else now
+            place = bisect_right(self._samples, oldest, key=lambda sample: sample[1])
+            since = self._samples[place - 1][0] if place else now
         return Figures(
             entries=entries,
             blocks=len(self._blocks.holders),
@@ -374,11 +374,11 @@ class PrefixIndex:
         one.estimated /= 2
         one.reported /= 2
 
-    def _mark(self, now: float) -> None:
+    def _sample(self, now: float) -> None:
         """Keep the present instant. When there are too many, every second one is dropped, and the interval is
         doubled."""
-        self._marks.append((now, self._blocks.stamp + 1))
-        self._next_mark = now + self._mark_step
-        if len(self._marks) > _MAX_MARKS:
-            self._marks = deque([mark for number, mark in enumerate(self._marks) if number % 2 == 0])
-            self._mark_step *= 2
+        self._samples.append((now, self._blocks.stamp + 1))
+        self._next_sample = now + self._sample_step
+        if len(self._samples) > _MAX_SAMPLES:
+            self._samples = deque([sample for number, sample in enumerate(self._samples) if number % 2 == 0])
+            self._sample_step *= 2

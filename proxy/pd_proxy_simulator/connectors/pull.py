@@ -177,7 +177,7 @@ class Nixl(Pull):
             for remote in self._beating.values():
                 peers.setdefault((remote.host, remote.port), []).append(remote.request_id)
             for (host, port), request_ids in peers.items():
-                await self.engine.peers.tell(host, port, {"op": "beat", "request_ids": request_ids})
+                await self.engine.peers.notify(host, port, {"op": "beat", "request_ids": request_ids})
 
 
 class MooncakeAscend(Pull):

@@ -172,7 +172,7 @@ class Side:
 
     async def notify(self, host: str, port: int, name: str) -> None:
         """Notify the engine at `host` that what it keeps as `name` will not be read."""
-        if not await self.engine.peers.tell(host, port, {"op": "done", "request_id": name, "read": False}):
+        if not await self.engine.peers.notify(host, port, {"op": "done", "request_id": name, "read": False}):
             self.engine.stats.failed_notifications += 1
 
 

@@ -127,10 +127,10 @@ class TensorRTLLM(Side):
 
     def answer(self, body: dict[str, Any]) -> None:
         params = body.pop("kv_transfer_params", None)
-        told = dict(params) if params is not None else None
-        prompt = None if told is None else told.pop("prompt")
+        given = dict(params) if params is not None else None
+        prompt = None if given is None else given.pop("prompt")
         for choice in body.get("choices", ()):
-            choice["disaggregated_params"] = told
+            choice["disaggregated_params"] = given
         if prompt is not None:
             body["prompt_token_ids"] = prompt if body["object"] == "chat.completion" else [prompt]
 

@@ -68,8 +68,8 @@ class AscendLayerwise(Connector):
         return {**one_token(members), "min_tokens": msgspec.Raw(b"1")}
 
     def callback_params(self, url: str) -> Rendezvous:
-        told = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": url}
-        return Rendezvous({}, Handoff(params(told)))
+        for_decode = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": url}
+        return Rendezvous({}, Handoff(params(for_decode)))
 
     def read_callback(self, call: bytes) -> Members:
         try:

@@ -50,14 +50,14 @@ class Mooncake(Connector):
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         transfer = f"xfer-{name}"
         asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
-        told = {
+        for_decode = {
             "do_remote_decode": False,
             "do_remote_prefill": True,
             "remote_bootstrap_addr": f"http://{prefill.authority}",
             "remote_engine_id": prefill.engine_ids[rank or 0],
             "transfer_id": transfer,
         }
-        return Rendezvous(params(asked), Handoff(params(told)))
+        return Rendezvous(params(asked), Handoff(params(for_decode)))
 
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
         return refused(members, handoff)

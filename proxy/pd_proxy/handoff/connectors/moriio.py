@@ -120,7 +120,7 @@ class MoRIIOWrite(MoRIIO):
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         transfer = f"tx-{name}"
-        told = {
+        for_decode = {
             "do_remote_decode": False,
             "do_remote_prefill": True,
             "transfer_id": transfer,
@@ -128,7 +128,7 @@ class MoRIIOWrite(MoRIIO):
             "remote_dp_rank": rank or 0,
             "remote_dp_rank_override": True,
         }
-        return Rendezvous(self._asked(decode, transfer), Handoff(params(told)))
+        return Rendezvous(self._asked(decode, transfer), Handoff(params(for_decode)))
 
 
 class MoRIIOReadParams(msgspec.Struct):
@@ -168,5 +168,5 @@ class MoRIIORead(MoRIIO):
         if not checked.do_remote_prefill:
             raise HandoffInvalid("prefill's kv_transfer_params say do_remote_prefill: false")
         check_blocks(checked.remote_block_ids)
-        told = {"remote_tp_size": msgspec.Raw(b"%d" % checked.tp_size), **_members(given)}
-        return Handoff({"kv_transfer_params": msgspec.Raw(encode_json(told))})
+        for_decode = {"remote_tp_size": msgspec.Raw(b"%d" % checked.tp_size), **_members(given)}
+        return Handoff({"kv_transfer_params": msgspec.Raw(encode_json(for_decode))})

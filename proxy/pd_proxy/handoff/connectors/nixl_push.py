@@ -74,7 +74,7 @@ class NixlPush(Connector):
         engine = prefill.engine_ids[at] if at < len(prefill.engine_ids) else ""
         if not engine:
             return Rendezvous(asked)
-        told = {
+        for_decode = {
             "do_remote_decode": False,
             "do_remote_prefill": True,
             "remote_engine_id": engine,
@@ -85,7 +85,7 @@ class NixlPush(Connector):
             "pp_size": prefill.pp,
             "transfer_id": transfer,
         }
-        return Rendezvous(asked, Handoff(params(told)))
+        return Rendezvous(asked, Handoff(params(for_decode)))
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         given = given_params(answer)

@@ -103,7 +103,7 @@ class TensorRTLLM(Connector):
         params = choice.disaggregated_params
         try:
             checked = _decode_params(params)
-            told = {
+            for_decode = {
                 **decode_members(params),
                 "request_type": msgspec.Raw(b'"generation_only"'),
                 "schedule_style": msgspec.Raw(b"%d" % _CONTEXT_FIRST),
@@ -114,8 +114,8 @@ class TensorRTLLM(Connector):
         if not checked.first_gen_tokens:
             raise HandoffInvalid("the context server's disaggregated_params have no first token")
         if _given(answer.usage):
-            told["ctx_usage"] = answer.usage
-        members = {"disaggregated_params": msgspec.Raw(encode_json(told))}
+            for_decode["ctx_usage"] = answer.usage
+        members = {"disaggregated_params": msgspec.Raw(encode_json(for_decode))}
         if _given(answer.prompt_token_ids_b64):
             members["prompt_token_ids_b64"] = answer.prompt_token_ids_b64
         elif _given(answer.prompt_token_ids):
