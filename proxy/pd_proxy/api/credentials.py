@@ -50,7 +50,7 @@ class Credentials:
             return ANONYMOUS
         if name := _whose(authorization, self._clients) or (api_key and _whose(b"bearer " + api_key, self._clients)):
             return name
-        raise Unauthorized("this gateway wants an API key: Authorization: Bearer <key>, or x-api-key: <key>")
+        raise Unauthorized("this gateway requires an API key: Authorization: Bearer <key>, or x-api-key: <key>")
 
     def has_admin_key(self, authorization: bytes) -> bool:
         """Whether a request has the admin key; False where none is set.

@@ -91,7 +91,7 @@ class Invocations:
         for path in [path for path in shaped if path in offered] or shaped:
             return path
         known = "; ".join(" and ".join(sorted(needs)) for needs, _ in _SHAPES)
-        raise InvalidRequest(f"{PATH} cannot tell what this request is for; a body has one of: {known}")
+        raise InvalidRequest(f"{PATH} has no route for this body; a body needs one of: {known}")
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -45,7 +45,7 @@ def metaserver(
         """Callback of a decode engine that has allocated KV cache blocks for a request: it reports where they are."""
         host = request.client.host if request.client is not None else ""
         if allow and not may_call(host):
-            log.warning("%s may not call back: it is in none of metaserver.allow", host)
+            log.warning("%s may not call back: it is in no network of metaserver.allow", host)
             raise Forbidden("this address may not call back; see metaserver.allow")
         body = await request.body()
         if peers is not None and (worker := callbacks.elsewhere(body)) is not None:
@@ -55,7 +55,7 @@ def metaserver(
         try:
             callbacks.called(body)
         except (CallUnexpected, InvalidRequest) as error:
-            log.info("a call back from %s was not taken: %s", host, error)
+            log.info("a callback from %s was refused: %s", host, error)
             raise
         return {"status": "ok"}
 

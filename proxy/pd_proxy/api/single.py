@@ -116,7 +116,7 @@ class SingleRoute:
         waits."""
         entrance, headers, record = self._entrance, arrival.headers, arrival.record
         if coding := coding_of(headers):
-            raise EncodingNotSupported(f"a form is sent on as it comes; it may not be encoded with {coding}")
+            raise EncodingNotSupported(f"a form is forwarded while it arrives, so it may not be encoded with {coding}")
         arrival.client.on_gone = arrival.task.cancel
         form = ClientForm(arrival, entrance.body_limit, entrance.body_seconds, entrance.names.aliases)
         await form.until_named()
