@@ -1,10 +1,9 @@
 """The only module that decodes bytes from outside: JSON, msgpack and text from clients, engines and operators.
 
 Every error in such bytes raises `Undecodable`: wrong syntax, types or UTF-8, nesting that is too deep, numbers that are
-too
-large. msgspec itself raises `MsgspecError`, `UnicodeDecodeError` or `RecursionError`, and a caller that did not catch
-all
-of them would fail a request with 500. `tests/test_decoding.py` checks that no other module of `proxy/` calls a decoder.
+too large. msgspec itself raises `MsgspecError`, `UnicodeDecodeError` or `RecursionError`, and a caller that did not
+catch all of them would fail a request with 500. `tests/test_decoding.py` checks that no other module of `proxy/` calls
+a decoder.
 """
 
 from __future__ import annotations

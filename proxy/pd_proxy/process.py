@@ -3,11 +3,9 @@
 A gateway accepts connections at once, except where another gateway serves the address: then only when it is ready.
 
 SIGTERM and SIGQUIT shut it down in this order: /ready turns 503 while requests are still served for `shutdown.delay`;
-no
-new request starts, and those that run have `shutdown.grace` to end; the rest are answered with an error; the process
-exits
-with 0. SIGINT skips the delay, and a second signal skips the grace. Where another process has the address too, new
-connections are left to it, and no request is refused.
+no new request starts, and those that run have `shutdown.grace` to end; the rest are answered with an error; the process
+exits with 0. SIGINT skips the delay, and a second signal skips the grace. Where another process has the address too,
+new connections are left to it, and no request is refused.
 """
 
 from __future__ import annotations

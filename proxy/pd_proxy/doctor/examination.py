@@ -1,8 +1,7 @@
 """Examines all engines in the settings, tries pairs of them, and makes a report.
 
 It serves no clients. It sends engines what a gateway sends at its start: health checks (`fleet/health/prober.py`), and
-a
-request for one token through each pair that it tries (`flow/trial.py`), whose blocks are freed at its end.
+a request for one token through each pair that it tries (`flow/trial.py`), whose blocks are freed at its end.
 """
 
 from __future__ import annotations
@@ -173,8 +172,7 @@ class _Examination:
 
     def _check_engines(self, profiles: dict[Backend, Profile], trials: Sequence[Trial]) -> None:
         """Add the findings about single engines. A wrong role is a warning where the engine's connector works in any
-        role
-        and no hand-off has failed."""
+        role and no hand-off has failed."""
         failed = {url for trial in trials if trial.finding is not None for url in (trial.prefill, trial.decode)}
         for backend, profile in profiles.items():
             misfit = wrong_role(backend, profile)

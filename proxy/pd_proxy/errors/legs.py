@@ -157,8 +157,7 @@ class BackendRejected(BackendAnswered):
 
     Attributes:
         handled: the engine's request handler has refused it, and not the validation of the body before. vLLM's handler
-            has
-            then freed what prefill holds for the request.
+            has then freed what prefill holds for the request.
     """
 
     handled: bool = False

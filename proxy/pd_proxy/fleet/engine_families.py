@@ -2,8 +2,8 @@
 
 Plain data. A route that no engine family of a gateway's backends lists does not exist in that gateway. So nothing else
 that an engine serves, such as vLLM's `/collective_rpc`, can be reached through the gateway. A listed route need not
-exist
-in each engine: which routes vLLM has depends on the model. An engine that lacks one answers 404 (`Backend.lacks`).
+exist in each engine: which routes vLLM has depends on the model. An engine that lacks one answers 404
+(`Backend.lacks`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ class Kind:
         routes: the paths that clients may use.
         operations: the operations for operators, and the path of each; all are `POST` but `is_sleeping`.
         rests: the paths whose answers say whether it is asleep or paused while its health check succeeds, and the
-            member
-            that says so.
+            member that says so.
     """
 
     name: KindName

@@ -21,8 +21,7 @@ class Finding:
     Attributes:
         code: a word for metrics and programs; a key of `ADVICE`.
         severity: `fault`: an engine or a pair does not work as the settings say; `warning`: it works, but not as well
-            as
-            it could; `note`: information.
+            as it could; `note`: information.
         backends: the URLs of the backends in question; of a pair, prefill's first.
         what: a description.
         advice: what to do, in one or two sentences.

@@ -1,8 +1,8 @@
 """Two online estimators: least squares over three features, and a robust mean.
 
 In both the weight of observations decays with their age, and a single observation has little influence. An observation
-is
-clipped to between half and twice the expected value (Huber 1964), until several in a row lie beyond on the same side.
+is clipped to between half and twice the expected value (Huber 1964), until several in a row lie beyond on the same
+side.
 """
 
 from __future__ import annotations

@@ -160,8 +160,7 @@ class Fleet:
 
     def pairer(self, model: str | None) -> Callable[[Backend, Backend], bool] | None:
         """A function that says whether a prefill backend may hand over to a decode backend for `model`; None where
-        every
-        pair is possible."""
+        every pair is possible."""
         return None if self.pairing.uniform else partial(self.pairing.pairs, model=model)
 
     def has_capacity(self, role: Role, model: str | None, tokens: int) -> bool | None:
@@ -215,8 +214,7 @@ class Fleet:
 
     def model_cards(self) -> list[dict[str, Any]]:
         """The models of the backends that answer clients, as /v1/models shows them. The context length is the shortest
-        of
-        all backends, prefill included."""
+        of all backends, prefill included."""
         cards: dict[str, dict[str, Any]] = {}
         for backend in (*self._pools["decode"], *self._pools["mixed"], *self._pools["prefill"]):
             for model, card in (backend.models or {}).items():

@@ -66,8 +66,7 @@ class Pairing:
 
     def why_none(self, prefills: Sequence[Backend], decodes: Sequence[Backend]) -> str:
         """A sentence on why no prefill backend may hand over to any decode backend; empty where one may. All backends
-        are
-        of one group."""
+        are of one group."""
         reasons = set()
         for prefill in prefills:
             for decode in decodes:
@@ -127,8 +126,7 @@ def _listed(models: set[str]) -> str:
 
 def same_weights(one: Cards | None, other: Cards | None, model: str | None) -> bool:
     """Whether two engines have the same weights of a model, by their model cards: loaded from one place, and for an
-    adapter
-    also with the same base model.
+    adapter also with the same base model.
 
     Arguments:
         model: None stands for the model that an engine uses for a request that names none.

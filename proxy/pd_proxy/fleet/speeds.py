@@ -3,19 +3,17 @@
 Plain values; the time is passed in. The memory for an engine is fixed, except for two numbers for each outstanding leg.
 
 **Prefill.** A leg that computes the last `u` tokens of a prompt of `p` costs `u + leg_tokens + u·(p - u/2)/growth`
-tokens
-of work: `leg_tokens` is the fixed cost of a leg, and the last term is attention, which grows with the tokens before. An
-engine does one token of work in `pace` seconds of busy time. `leg_tokens` and `growth` are learnt for the pool, and the
-pace for each engine.
+tokens of work: `leg_tokens` is the fixed cost of a leg, and the last term is attention, which grows with the tokens
+before. An engine does one token of work in `pace` seconds of busy time. `leg_tokens` and `growth` are learnt for the
+pool, and the pace for each engine.
 
 **Decode.** A step, which is the gap between two tokens of a stream, takes `factor · (a + b·sequences + c·tokens held)`.
 `a`, `b` and `c` are learnt for the pool, and the factor for each engine.
 
 Both fits are least squares over relative errors, with decaying weights, no negative coefficients, and a weak prior, so
 that coefficients which the observations do not determine stay near it. A pace and a factor are decayed means of
-observed
-over expected values. An observation is clipped to between half and twice the expected value (Huber 1964), until several
-in a row lie beyond. So an outlier has little effect, and a change is followed within a few legs.
+observed over expected values. An observation is clipped to between half and twice the expected value (Huber 1964),
+until several in a row lie beyond. So an outlier has little effect, and a change is followed within a few legs.
 """
 
 from __future__ import annotations
@@ -68,8 +66,7 @@ class Speeds:
         factor: the time of its steps over the time by the pool's fit.
         free_at: when it is expected to have finished its outstanding legs.
         rest: the seconds of work that certainly remain, since only the first leg can be partly done. A new leg waits
-            for
-            about `max(free_at - now, rest)`.
+            for about `max(free_at - now, rest)`.
         late_at: when the first outstanding leg is considered stuck; `inf` where there is none.
         step_base, step_token: the seconds of its step without requests, and the seconds that a token in flight adds.
         capacity: the tokens that its KV cache holds; `inf` while that is not known.

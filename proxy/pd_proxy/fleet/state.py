@@ -2,9 +2,8 @@
 
 A backend has three independent states: its health, which probes and requests determine; its duty, which operators set;
 and its fitness for each kind of leg, which the outlier detector decides. A backend may be given a request when its
-health
-is `UP`, its duty is `SERVING`, and it is `FIT` for the leg. Its fitness is ignored where too few backends are fit.
-`docs/states.svg` is drawn from these tables.
+health is `UP`, its duty is `SERVING`, and it is `FIT` for the leg. Its fitness is ignored where too few backends are
+fit. `docs/states.svg` is drawn from these tables.
 """
 
 from __future__ import annotations

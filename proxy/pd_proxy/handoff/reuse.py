@@ -1,9 +1,8 @@
 """Passes the prompt's token ids from prefill to decode, so that the prompt is tokenised once.
 
 Otherwise both engines apply the chat template and the tokenizer to the same messages. For a long prompt this takes
-twice
-the time. And where the results differ (a template that writes the time, or another revision of it), decode reads the KV
-cache of another prompt, and answers with wrong text and without an error.
+twice the time. And where the results differ (a template that writes the time, or another revision of it), decode reads
+the KV cache of another prompt, and answers with wrong text and without an error.
 
 Prefill returns the ids when it is asked for `return_token_ids`. Decode takes them as
 `kv_transfer_params.prompt_token_ids`

@@ -1,19 +1,16 @@
 """The policy `auto`: chooses the backend that is expected to serve the request soonest, by its learnt speeds.
 
 - **Prefill** (`first_token`): the earliest expected first token. The expected time is that of the work before the
-  request
-  plus that of the request's own work, which is its tokens that are not cached there, both at the engine's pace. While
-  no
-  engine is free, the request's own work has a greater weight, since computing again what is cached elsewhere delays all
-  later requests. There are two exceptions:
+  request plus that of the request's own work, which is its tokens that are not cached there, both at the engine's pace.
+  While no engine is free, the request's own work has a greater weight, since computing again what is cached elsewhere
+  delays all later requests. There are two exceptions:
 
   - A **long** prompt, whose own work takes longer than the target for the first token, is late on every engine. It goes
     behind other work as long as that does not double its time. So long prompts queue behind each other, and leave other
     engines to the short ones.
   - A prefix in great demand **spreads**: where the engine that has it has a queue (of half the target) and another
-    engine
-    has none, the prompt goes to the other one if it is not much later there. With the earliest first token as the only
-    rule, that queue would always stay just short enough to keep the prompt there.
+    engine has none, the prompt goes to the other one if it is not much later there. With the earliest first token as
+    the only rule, that queue would always stay just short enough to keep the prompt there.
 - **Decode** (`next_token`): the shortest expected step, by tokens in flight, of the engines whose KV cache has room.
 - **Whole requests** (`whole_answer`): the earliest expected end, with prefill and decode on one engine.
 
@@ -152,8 +149,7 @@ def _avoid_duplicate_work(candidates: Sequence[Learnt], costs: Sequence[float], 
     """Choose for a prompt of which a part is cached somewhere, while no engine is free.
 
     Work that another engine has cached delays all later requests. So the longer the shortest queue is, the greater is
-    the
-    weight of the request's own work.
+    the weight of the request's own work.
 
     Arguments:
         costs: the result of `waits_and_work`.
@@ -202,8 +198,7 @@ def time_to_first_token(candidate: Learnt, ask: Ask) -> float:
 
 def _place_long(candidates: Sequence[Learnt], index: int, own: float, ask: Ask) -> int:
     """Choose for a long prompt: the candidate with the most work before it, of those that finish it at most `own`
-    seconds
-    later than the best candidate.
+    seconds later than the best candidate.
 
     Arguments:
         index: the index of the candidate with the earliest first token.
@@ -261,8 +256,7 @@ def expected_step(candidate: Learnt, ask: Ask) -> float:
 
 def _with_capacity(candidates: Sequence[Learnt], ask: Ask, cost: Callable[[Learnt, Ask], float]) -> int:
     """The cheapest candidate whose KV cache has room for the request; where none has, the one that exceeds its capacity
-    by
-    the smallest factor."""
+    by the smallest factor."""
     own = ask.decode_tokens
     fill = [
         ((c.inflight_tokens + c.elsewhere_tokens) / c.factor + own) / c.speeds.capacity if c.speeds.capacity else 1e9

@@ -1,8 +1,7 @@
 """The costs that a decision compares, in readable form. Computed only on demand (`/admin/decisions`, `/admin/explain`).
 
 They are computed from the same candidates and the same request as the decision, so this must be called before the
-request
-takes its leases, which change the candidates.
+request takes its leases, which change the candidates.
 """
 
 from __future__ import annotations

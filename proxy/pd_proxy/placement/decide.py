@@ -33,8 +33,7 @@ REASONS = frozenset(
 - `local_short`, `local_cached`, `local_spill`: the decode backend prefills, since the prompt is short, since the part
   that is not cached there is short, or since prefill would be much later.
 - `mixed_sooner`, `mixed_spill`: a mixed backend serves the whole request, since it prefills sooner, or since decode
-  would
-  miss the client's target.
+  would miss the client's target.
 """
 
 
@@ -126,8 +125,7 @@ def decide(
     Raises:
         NoBackend: no backend that is up may serve the request.
         InvalidRequest: the request cannot be split, and the settings forbid that a decode backend serves it whole, or
-            none
-            can.
+            none can.
     """
     if prefill_answers and any(c.url not in ask.avoid for c in view.prefill):
         policy = policies["prefill"]

@@ -2,10 +2,8 @@
 them.
 
 These are pure functions over the backends and the needs of the request. `eligible` is called for every request. Where
-all
-engines are alike and the request is an ordinary one, it looks at no single backend. `left_out` applies the same rules
-to
-each backend, and is called only to explain a decision.
+all engines are alike and the request is an ordinary one, it looks at no single backend. `left_out` applies the same
+rules to each backend, and is called only to explain a decision.
 """
 
 from __future__ import annotations

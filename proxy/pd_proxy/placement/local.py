@@ -4,8 +4,7 @@ A decode engine that prefills delays all of its streams. Without the following c
 it gains.
 
 - A decode engine prefills a prompt itself when at most 2,048 tokens of it are not cached there, the engine has **time
-  to
-  spare**, and the first token is expected **earlier by a margin**. The margin is 0.25 of the client's target for the
+  to spare**, and the first token is expected **earlier by a margin**. The margin is 0.25 of the client's target for the
   first token, since the prompt will then be missing in the prefill engines' caches; and 0.1 where nothing of the prompt
   is cached anywhere. Up to 256 uncached tokens need no margin, since they fit into one step.
 - A burst **spills**: when prefill is so full that the request would miss its target, a decode engine takes up to 8,192

@@ -61,8 +61,7 @@ def _or_next(candidates: Sequence[Candidate], index: int, ask: Ask) -> int:
 
 def least_loaded(candidates: Sequence[Candidate], ask: Ask) -> int:
     """The candidate with the fewest tokens in flight. Ties are broken at random, so that gateways that start together
-    do
-    not all send their first requests to the same backend."""
+    do not all send their first requests to the same backend."""
     return 0 if len(candidates) == 1 else lightest(candidates, range(len(candidates)), ask)
 
 
@@ -97,8 +96,7 @@ def at_random(candidates: Sequence[Candidate], ask: Ask) -> int:
 
 def power_of_two(candidates: Sequence[Candidate], ask: Ask) -> int:
     """The less loaded of two random candidates (Mitzenmacher 2001). Nearly as even as `least_loaded`; and several
-    gateways
-    that see the same outdated loads do not all choose the same backend."""
+    gateways that see the same outdated loads do not all choose the same backend."""
     count = len(candidates)
     if count == 1:
         return 0
@@ -129,9 +127,9 @@ def session(candidates: Sequence[Candidate], ask: Ask) -> int:
     Each session has its own order of the candidates, by a hash of both (rendezvous hashing: Thaler, Ravishankar 1998).
     So
     a backend that joins or leaves moves only its own sessions. The first candidate in this order is taken whose
-    requests
-    in flight stay within 1.25 of the mean. Requests without a session go to the least loaded candidate. So do all while
-    no candidate is within the bound, which can happen in a slow start of all, when loads are not whole numbers.
+    requests in flight stay within 1.25 of the mean. Requests without a session go to the least loaded candidate. So do
+    all while no candidate is within the bound, which can happen in a slow start of all, when loads are not whole
+    numbers.
     """
     if not ask.session:
         return least_loaded(candidates, ask)

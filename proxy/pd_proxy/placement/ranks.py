@@ -56,8 +56,7 @@ def rank_for(engine: Ranked, ask: Ask) -> int:
 
 def by_engine(ask: Ask, engines: Mapping[str, Ranked]) -> Mapping[str, int]:
     """The tokens of a prompt that engines have cached, by URL and by ranks' names. For an engine with several ranks it
-    is
-    the value of the rank that would get the prompt.
+    is the value of the rank that would get the prompt.
 
     Arguments:
         ask: its `cached` is by ranks' names for such engines.

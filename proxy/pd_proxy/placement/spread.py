@@ -1,6 +1,5 @@
 """Distributes a request's media over the encoders. Each medium goes to the encoder with the least work, the media
-already
-distributed included."""
+already distributed included."""
 
 from __future__ import annotations
 

@@ -2,9 +2,8 @@
 
 Where a block ends depends only on the distance from the prompt's start, so two prompts have the same blocks as far as
 they are equal. Blocks grow with that distance. Where two prompts share a long beginning, small differences in its
-length
-do not change the placement, so larger blocks are exact enough. And a prompt of 10^6 tokens has some hundred blocks
-instead of ten thousand.
+length do not change the placement, so larger blocks are exact enough. And a prompt of 10^6 tokens has some hundred
+blocks instead of ten thousand.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ _KB, _MB = 1024, 1024 * 1024
 
 TEXT = growing(((16 * _KB, 512), (64 * _KB, _KB), (512 * _KB, 4 * _KB), (4 * _MB, 16 * _KB), (64 * _MB, 64 * _KB)))
 """The layout of text, in bytes. The first block is 512 bytes or about 128 tokens; shorter prompts have no block, and
-are
-not looked up. 4 MB have 416 blocks. Text beyond 64 MB is in no block."""
+are not looked up. 4 MB have 416 blocks. Text beyond 64 MB is in no block."""
 
 IDS = growing(((2 * _KB, 16), (8 * _KB, 64), (32 * _KB, 256), (256 * _KB, _KB), (16 * _MB, 4 * _KB)))
 """The layout of token ids. All ends are multiples of 16, which is vLLM's default block size. Up to 2,048 tokens every

@@ -2,17 +2,13 @@
 
 Engines look up a prompt in their prefix cache by hashes of its token ids, block by block. The gateway has no tokenizer.
 But two prompts whose bytes begin alike have tokens that begin alike, so it hashes the bytes of the JSON, in the order
-in
-which a chat template writes them: tools, system, messages. All else that shapes the prompt or the engine's own hashes
-(model, adapter, `cache_salt`, template arguments, media) is hashed first, into the root, and so is part of every hash.
-An
-adapter is named as a model.
+in which a chat template writes them: tools, system, messages. All else that shapes the prompt or the engine's own
+hashes (model, adapter, `cache_salt`, template arguments, media) is hashed first, into the root, and so is part of every
+hash. An adapter is named as a model.
 
 The hash is Python's hash of bytes, which is SipHash with 64 bits and the fastest one available, at 4 GB/s. It depends
-on
-a secret of the process that forked workers share. `PYTHONHASHSEED` may reveal that secret, and engines' operators do
-set
-it. So each hash also covers a key that no client knows. A client that could make two prompts collide could make the
+on a secret of the process that forked workers share. `PYTHONHASHSEED` may reveal that secret, and engines' operators do
+set it. So each hash also covers a key that no client knows. A client that could make two prompts collide could make the
 gateway believe that an engine has a prompt which it does not have.
 """
 
@@ -273,9 +269,8 @@ def _chain_of_response(
     """The chain of a request to OpenAI's Responses API.
 
     The text between the earlier prompt and the new input is the engine's answer and perhaps more, which the gateway
-    does
-    not know. The id of the response is hashed in its place. So two requests share blocks beyond the earlier prompt only
-    if they continue the same response.
+    does not know. The id of the response is hashed in its place. So two requests share blocks beyond the earlier prompt
+    only if they continue the same response.
     """
     under = _link(root, b"".join(before), key)
     follows = body.follows.encode()
@@ -350,8 +345,7 @@ def _inside_of_ids(raw: msgspec.Raw) -> bytes | None:
 
 def _chain_of_ids(inside: bytes, root: int, key: bytes) -> Chain:
     """The chain of a prompt of ids, which are decimal with commas between. Numbers are counted by their commas, since
-    to
-    parse them takes three times as long."""
+    to parse them takes three times as long."""
     said = inside + b","
     mean = _SAMPLE / max(1, said.count(b",", 0, _SAMPLE))
     near = _after(said, 0, _NEAR, mean) if len(said) > 2 * _NEAR else -1

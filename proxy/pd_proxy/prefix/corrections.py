@@ -8,8 +8,7 @@ So events have to be translated:
   client has sent such a prompt. Before, no request would look them up, and they would displace other entries.
 - Prompts of text are in the index under hashes of text. Where the ids of a prompt are known (from its engine, or from a
   tokenizer), each end of a block of text is mapped to a block of ids. What an event says of that block of ids is
-  applied
-  to the block of text.
+  applied to the block of text.
 
 Entries are still made when a request is sent. Events only add and remove entries, and no request waits for them.
 """
@@ -45,8 +44,7 @@ class Index(Protocol):
 
 class Held:
     """The hashes of ids that one publisher holds: an engine, or one of its data-parallel ranks, each of which is an
-    engine
-    of its own in the index."""
+    engine of its own in the index."""
 
     def __init__(self, engine: str, corrections: Corrections) -> None:
         self.engine = engine

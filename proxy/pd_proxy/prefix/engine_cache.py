@@ -1,9 +1,8 @@
 """Follows an engine's prefix cache by its KV events, and translates its blocks into blocks of the index.
 
 An engine names its blocks by hashes of its own. For each block it publishes which block is before it and which token
-ids
-are in it. From these the gateway computes the hashes that a prompt of ids has in the index (`chain.py`), for each block
-of the index that ends within an engine's block. Then it passes on which of these are stored or removed.
+ids are in it. From these the gateway computes the hashes that a prompt of ids has in the index (`chain.py`), for each
+block of the index that ends within an engine's block. Then it passes on which of these are stored or removed.
 
 Events of an engine affect only what is believed of that engine, even if they are false. The memory for them is bounded,
 and inconsistent events are counted and ignored.
@@ -94,8 +93,7 @@ class EngineCache:
         key: the key of the hashes, as for `chain_of`.
         counts: counts events and blocks by what became of them: `stored`, `removed`, `cleared`, `forgotten` (there were
             too many), `unplaced` (its parent is not known, or it depends on media), `ignored` (of another cache than
-            the
-            prompt's), `unknown` (kind of event), `malformed`.
+            the prompt's), `unknown` (kind of event), `malformed`.
         on_bad_event: called with what is wrong with an event: the key in `counts`, and a description.
     """
 

@@ -1,12 +1,10 @@
 """The prefix index: what each engine is believed to have in its prefix cache.
 
 A prompt is entered when it is sent to an engine, before the engine has computed it, so that a burst of requests with
-one
-new prefix goes to one engine. Like in the engine's own cache, the entries of an engine are in the order of their last
-use, and the oldest are dropped when they exceed the tokens that the cache holds. The engine's answers correct this:
-where
-an engine has found less of a prompt than was believed, it must have dropped the missing blocks, and so also all blocks
-that were last used before these.
+one new prefix goes to one engine. Like in the engine's own cache, the entries of an engine are in the order of their
+last use, and the oldest are dropped when they exceed the tokens that the cache holds. The engine's answers correct
+this: where an engine has found less of a prompt than was believed, it must have dropped the missing blocks, and so also
+all blocks that were last used before these.
 
 Invariant: of a chain's blocks an engine holds the first ones, and the last of these is dropped first. Only `remove` and
 `withdraw` can leave a gap. Blocks behind a gap are ignored.
@@ -49,8 +47,7 @@ _MAX_RATIO = 4  # the bound of reported tokens per estimated token, and of the i
 
 def rank_name(engine: str, rank: int) -> str:
     """The name of a data-parallel rank in the index. Where the gateway chooses the rank, each rank is an engine of its
-    own
-    there, since each has a cache of its own."""
+    own there, since each has a cache of its own."""
     return f"{engine}#{rank}"
 
 
@@ -97,8 +94,7 @@ class PrefixIndex:
     """The index of all engines of one gateway worker.
 
     Engines are named by their URLs, and their data-parallel ranks by `rank_name`. Calls for an engine that has not
-    joined
-    do nothing.
+    joined do nothing.
 
     Arguments:
         most_entries: the bound of the entries of all engines together. Each engine has an equal share of it.
@@ -206,8 +202,7 @@ class PrefixIndex:
         """Note that an engine has computed a prompt, since its first token has come.
 
         The call may be left out where the answer ends soon after. But a stream may last for minutes. Without this call
-        a
-        prompt that the engine has lost could not be told from one that it has not computed yet.
+        a prompt that the engine has lost could not be told from one that it has not computed yet.
         """
         one = self._engines.get(engine)
         if one is not None:

@@ -3,8 +3,7 @@
 vLLM (`distributed/kv_events.py`, 0.9 to 0.32 were read) and SGLang (`disaggregation/kv_events.py`) publish msgpack
 `[time, events, data-parallel rank]`. An event is a map with `type`, or an array whose first item is the type, depending
 on the engine's version. New members are only added at the end. Those behind `block_size` are checked one by one, and
-one
-of an unexpected type counts as absent.
+one of an unexpected type counts as absent.
 
 A well-formed event may still be false; `engine_cache.py` bounds the effects of events.
 """
@@ -22,8 +21,7 @@ MOST_EVENTS = 1 << 16
 block."""
 MOST_BYTES = 1 << 19
 """The most bytes of an event: at least 100,000 tokens, while an event has the tokens of one step. An event is decoded
-in
-one piece, which takes some 10 ms for so many bytes."""
+in one piece, which takes some 10 ms for so many bytes."""
 
 Hash = int | bytes
 """An engine's own name of a block: 64 bits, or the bytes of a digest."""

@@ -1,8 +1,7 @@
 """The block table: which engines hold which blocks.
 
 For each block the table has one number with a bit for each engine. So a prompt is looked up for all engines at about
-the
-cost of looking it up for one.
+the cost of looking it up for one.
 """
 
 from __future__ import annotations

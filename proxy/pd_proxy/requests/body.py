@@ -72,8 +72,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
 
     Raises:
         InvalidRequest: the body is not a JSON object, or a member that the gateway reads has the wrong type. All else
-            is
-            left to the engine.
+            is left to the engine.
     """
     members = read_members(raw)
     layout = LAYOUTS[endpoint]
@@ -100,8 +99,7 @@ def read_body(raw: bytes | bytearray, endpoint: Endpoint) -> Body:
 
 def _read_chat(members: Members, read: Mapping[str, Any]) -> tuple[int | None, str]:
     """The bound of the answer's tokens; and why the request cannot be split, or empty. The next functions return the
-    same
-    for the other endpoints."""
+    same for the other endpoints."""
     max_tokens = read.get("max_completion_tokens") or read.get("max_tokens")
     return max_tokens, why_unsplittable(members, "chat", read.get("n"))
 
@@ -192,8 +190,7 @@ _LENIENT = {bool: as_bool, int: as_int}
 
 def _read(members: Members, name: str) -> Any:
     """A member's value, which has the type in `_KINDS`, or None for null. A value of another type that engines convert
-    is
-    converted here too, and replaced in `members`.
+    is converted here too, and replaced in `members`.
 
     Raises:
         InvalidRequest: the value has another type.

@@ -38,8 +38,7 @@ class Layout(msgspec.Struct, frozen=True):
         ranked: whether a leg can carry the data-parallel rank that it is for.
         of_one_make: whether only one engine family has it, as its connector says. Its requests need not name a model.
         own_words: translates the members of a leg of one token from chat's names into those of this endpoint; None
-            where
-            the names are the same.
+            where the names are the same.
     """
 
     path: str

@@ -1,11 +1,9 @@
 """A client's multipart form: read while it arrives, and written anew for the engine part by part.
 
 The engine gets a form that the gateway writes: with a boundary of its own, and with a header of each part that is
-written
-from what was read of the client's header. So an engine cannot read another field in it than the gateway has, whatever
-the
-client sent. Fields that clients may not send to engines (`members.FORBIDDEN`) are left out, as in JSON. The contents of
-parts pass unchanged. Only the few small fields that the gateway reads are held in memory as a whole.
+written from what was read of the client's header. So an engine cannot read another field in it than the gateway has,
+whatever the client sent. Fields that clients may not send to engines (`members.FORBIDDEN`) are left out, as in JSON.
+The contents of parts pass unchanged. Only the few small fields that the gateway reads are held in memory as a whole.
 
 The format is RFC 7578 as clients write it: names and filenames in quotes, and RFC 2231's `filename*` is understood.
 """

@@ -1,8 +1,7 @@
 """Converts numbers and flags as engines do: by the lax mode of pydantic, with which vLLM reads requests.
 
 Engines accept `16.0`, `"16"` or `"true"`, so the gateway does too. Conversions that could be inexact are refused, such
-as
-that of a number beyond 2⁵³ with a decimal point.
+as that of a number beyond 2⁵³ with a decimal point.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Finds out whether a prompt has media, such as images or sound, which its token ids do not show.
 
 The names of parts are those of vLLM 0.32 (`renderers/chat_utils.py`), Anthropic's messages and OpenAI's responses. A
-part
-that is not known to be text counts as a medium. This is safe, since for a prompt with media the gateway only leaves out
-optimisations.
+part that is not known to be text counts as a medium. This is safe, since for a prompt with media the gateway only
+leaves out optimisations.
 """
 
 from __future__ import annotations

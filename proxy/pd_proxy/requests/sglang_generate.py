@@ -1,10 +1,8 @@
 """Reads requests to SGLang's own `/generate`, and prefill's answers to them.
 
 A request has one prompt or a batch. A batch is a list, even of one prompt, and its answer is a list too. The members
-for
-sampling are in `sampling_params`, which is one object for all prompts or a list with one for each. Member names are
-those
-of SGLang 0.5.23 (`io_struct.py`).
+for sampling are in `sampling_params`, which is one object for all prompts or a list with one for each. Member names are
+those of SGLang 0.5.23 (`io_struct.py`).
 """
 
 from __future__ import annotations
@@ -110,8 +108,7 @@ def read(members: Members) -> Asked:
 
 def _why_unsplittable(members: Members, sampling: list[_Sampling]) -> str:
     """Why a request cannot be split, or empty. Several choices of a prompt would have the same bootstrap room, and a
-    session
-    is stored in one engine."""
+    session is stored in one engine."""
     if any(one.n not in (None, 1) for one in sampling):
         return "n"
     if any(one.beam_width not in (None, 1) for one in sampling):

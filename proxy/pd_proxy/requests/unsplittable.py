@@ -83,10 +83,8 @@ def why_message_unsplittable(members: Members) -> str:
     """The same for Anthropic's messages.
 
     Where a request demands a certain tool, the engine parses all output as the arguments of the call, and fails where
-    they
-    are not JSON, as prefill's one token is not. The prefill leg cannot leave `tool_choice` out, since some templates
-    write
-    it into the prompt.
+    they are not JSON, as prefill's one token is not. The prefill leg cannot leave `tool_choice` out, since some
+    templates write it into the prompt.
     """
     try:
         _decode_certain_tool(members.get("tool_choice", b"null"))

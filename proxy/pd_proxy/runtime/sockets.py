@@ -59,8 +59,7 @@ def bind(host: str, port: int, *, reuse: bool, timeout: float) -> Listener:
     """Open a socket at an address, with the options for clients' connections.
 
     The socket listens at once, except where `reuse` is set and another process has the address. Then the caller makes
-    it
-    listen later, since from then on it gets a share of the connections.
+    it listen later, since from then on it gets a share of the connections.
 
     Arguments:
         reuse: share the address with other processes of the same user that share it too.
@@ -102,8 +101,7 @@ def own_socket(path: Path, *, reuse: bool) -> Iterator[socket.socket]:
     """Open a Unix socket that listens at a path, and remove its file at the end.
 
     Only the user of this process may connect to it. The file of another process is replaced in one step, so that the
-    path
-    exists at any moment.
+    path exists at any moment.
 
     Arguments:
         reuse: take the path over from a process that still listens there.
@@ -190,8 +188,7 @@ def steer_here(sock: socket.socket) -> None:
     It must be the one that began to listen last. The kernel runs a BPF program of one instruction, "return n", for each
     new connection, and the n-th socket in the order of listening gets the connection. Where there is no n-th socket any
     more, because an older one was closed, the kernel distributes connections as before. Where the system does not
-    support
-    such a program, this does nothing.
+    support such a program, this does nothing.
     """
     program = ctypes.create_string_buffer(struct.pack("=HBBI", _RETURN, 0, 0, _listening(sock) - 1))
     with contextlib.suppress(OSError):

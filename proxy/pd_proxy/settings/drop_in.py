@@ -1,8 +1,7 @@
 """The flags of the example script that this gateway replaces (vllm-ascend's load_balance_proxy_server_example.py).
 
 As in the script, the i-th host goes with the i-th port, and both lists must have the same length. Once any of its flags
-is
-used, the script's defaults apply to the others: localhost, port 8001 for prefill, port 8002 for decode.
+is used, the script's defaults apply to the others: localhost, port 8001 for prefill, port 8002 for decode.
 """
 
 from __future__ import annotations

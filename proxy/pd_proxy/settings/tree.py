@@ -2,12 +2,10 @@
 
 A setting has the same name everywhere: `timeouts.prefill` in the file, `PD_PROXY_TIMEOUTS__PREFILL` in the environment,
 `--timeouts.prefill` as a flag. Flags override the environment, and the environment overrides the file. Unknown names
-are
-errors in all three, since a misspelt setting that is ignored would be noticed only in production.
+are errors in all three, since a misspelt setting that is ignored would be noticed only in production.
 
 A secret may be given as a reference, `file:PATH` or `env:VARIABLE`, so that it is neither in the list of processes nor
-in
-the settings file.
+in the settings file.
 """
 
 from __future__ import annotations
@@ -39,8 +37,7 @@ class Settings(SettingsFields):
 
     def share(self, workers: int) -> Settings:
         """The settings of one of several workers: its share of the bounds of the whole gateway. Bounds of backends are
-        not
-        divided, since the workers know each other's load."""
+        not divided, since the workers know each other's load."""
 
         def part(bound: int | None) -> int | None:
             return bound if bound is None else -(-bound // workers)

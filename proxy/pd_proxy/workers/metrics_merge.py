@@ -1,8 +1,7 @@
 """Merges the metrics pages of several workers into one.
 
 Counters, histograms and gauges that count something are summed. Of gauges that state a condition the most cautious
-value
-is shown: a backend is up only where every worker says so.
+value is shown: a backend is up only where every worker says so.
 """
 
 from __future__ import annotations

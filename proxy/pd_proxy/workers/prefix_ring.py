@@ -86,8 +86,7 @@ class PrefixRings:
         """Read records of a worker's ring from a position on.
 
         Returns the position where they begin, which is later than `place` where the writer has overtaken the reader;
-        and
-        the records.
+        and the records.
         """
         cells, size, head = self._cells, self.size, worker * self._width
         first = head + _HEAD

@@ -1,8 +1,7 @@
 """The common part of engines' registrations: a msgpack map in which every member is bounded and checked.
 
 `{"type": "P" | "D", "http_address": "host:port", "zmq_address": "…", …}`, sent every three seconds. Anybody who can
-reach
-the socket can send one, and its values become part of legs' bodies and headers.
+reach the socket can send one, and its values become part of legs' bodies and headers.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 once.
 
 To register, decode needs the id, the side channel and the ranks of the prefill engine. Where the settings do not
-contain
-them, the first try with a prefill engine is sequential, since prefill's answer contains them (`remember`). From vLLM
-0.32, `nixl/push_scheduler.py` and `push_worker.py`:
+contain them, the first try with a prefill engine is sequential, since prefill's answer contains them (`remember`). From
+vLLM 0.32, `nixl/push_scheduler.py` and `push_worker.py`:
 
 - Legs are paired by their request ids without a random suffix, so both have one X-Request-Id; in newer engines by
   `transfer_id`.

@@ -1,10 +1,9 @@
 """P2pNcclConnector of older vLLM (removed in 0.32): prefill sends its KV cache to the address in the request's id.
 
 Engines register with the address of their ZeroMQ socket (`registers`). Both legs carry the same X-Request-Id and no
-other
-parameters: `___prefill_addr_<P>___decode_addr_<D>_<32 hex digits>`. Each engine reads the other's address from it. So a
-request without such an id kills the engine or waits for ever, on either side. The legs are paired by the whole id, so
-engines must not change it (`VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1` for versions that would).
+other parameters: `___prefill_addr_<P>___decode_addr_<D>_<32 hex digits>`. Each engine reads the other's address from
+it. So a request without such an id kills the engine or waits for ever, on either side. The legs are paired by the whole
+id, so engines must not change it (`VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1` for versions that would).
 """
 
 from __future__ import annotations

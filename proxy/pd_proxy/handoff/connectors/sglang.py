@@ -8,11 +8,9 @@ The prompts of a list have rooms of their own, since both engines count up from 
 
 - An engine in one of the two roles answers 400 to a request without a room.
 - Two live requests with one room crash a scheduler, so each try has a new room, far from all others. With `n` above 1
-  the
-  engines put all choices of a prompt into one room, so they must not get such requests.
+  the engines put all choices of a prompt into one room, so they must not get such requests.
 - Both engines must agree on prefill's rank: the decode leg carries it, and the room's number contains it too, for
-  engines
-  that read only the room.
+  engines that read only the room.
 """
 
 from __future__ import annotations
