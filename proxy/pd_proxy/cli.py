@@ -225,8 +225,8 @@ def _check(arguments: argparse.Namespace) -> int:
         roles = ("prefill", "decode", "mixed", *(["encode"] if group.encode else []))
         pools = ", ".join(f"{len(getattr(group, role))} {role}" for role in roles)
         named = f"group {group.name}: " if settings.groups else ""
-        told = f"{pools} backend(s), connector {group.connector}, port {settings.port}"
-        print(f"{arguments.file}: {verdict}. {named}{told}")
+        summary = f"{pools} backend(s), connector {group.connector}, port {settings.port}"
+        print(f"{arguments.file}: {verdict}. {named}{summary}")
     status = EXIT_FAILED if warnings and arguments.strict else 0
     if arguments.probe:
         from pd_proxy.doctor import command

@@ -156,9 +156,9 @@ def _summary(decision: Mapping[str, Any]) -> Iterable[str]:
     prompt, targets = decision["prompt_tokens"], decision["targets"]
     asked = f"{decision['endpoint']}, {prompt} prompt tokens, {decision['output_tokens']} output tokens expected"
     yield f"request   {asked}" + (f", model {decision['model']}" if decision["model"] else "")
-    told = [f"{name} {value:g} s" for name, value in targets.items() if value is not None]
-    if told:
-        yield f"targets   {', '.join(told)}"
+    summary = [f"{name} {value:g} s" for name, value in targets.items() if value is not None]
+    if summary:
+        yield f"targets   {', '.join(summary)}"
     if decision["error"]:
         yield f"nobody    {decision['error']}"
         return

@@ -100,13 +100,13 @@ class _Examination:
             self._registrations.start()
             self._listening = True
         except CannotListen as error:
-            what = f"hand-offs whose engines tell the gateway something cannot be tried: {error}"
+            what = f"hand-offs whose engines send the gateway messages over ZeroMQ cannot be tried: {error}"
             self._findings.append(found("cannot_try", what, severity="warning"))
 
     # Engines
 
     async def _probe_all(self) -> None:
-        """Ask all how they are. With `connector: auto` what one tells may mean that others must be asked again."""
+        """Probe all engines. With `connector: auto` the report of one may mean that others must be probed again."""
         free = asyncio.Semaphore(_PROBES_AT_ONCE)
 
         async def probe(backend: Backend) -> None:
@@ -194,11 +194,11 @@ class _Examination:
                 continue
             elif misfit is None or failure.code not in ("no_coordinates", "unregistered"):
                 self._findings.append(failure.finding(backend))
-        told = {(finding.code, url) for finding in self._findings for url in finding.backends}
+        reported = {(finding.code, url) for finding in self._findings for url in finding.backends}
         of_pairs = [trial.finding for trial in trials if trial.finding is not None]
         of_pairs += [warning for trial in trials for warning in trial.warnings if len(warning.backends) > 1]
         self._findings += together(
-            [finding for finding in of_pairs if told.isdisjoint((finding.code, url) for url in finding.backends)]
+            [finding for finding in of_pairs if reported.isdisjoint((finding.code, url) for url in finding.backends)]
         )
         for trial in trials:
             if trial.finding is None and trial.unreachable and trial.side is not None:

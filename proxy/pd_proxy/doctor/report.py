@@ -116,8 +116,8 @@ class Report:
         tried = _many(len(self.handoffs), "hand-off")
         scope = f"{_many(len(self.engines), 'engine')}, {tried} tried of {_many(self.pairs, 'pair')}"
         counts = Counter(finding.severity for finding in self.findings)
-        told = ", ".join(_many(counts[severity], severity) for severity in SEVERITIES if counts[severity])
-        return f"{scope}: {told or 'all is well'}."
+        summary = ", ".join(_many(counts[severity], severity) for severity in SEVERITIES if counts[severity])
+        return f"{scope}: {summary or 'all is well'}."
 
 
 def _many(count: int, noun: str) -> str:

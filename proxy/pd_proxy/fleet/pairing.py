@@ -82,15 +82,15 @@ class Pairing:
 
     def refresh(self, backends: Iterable[Backend]) -> None:
         """Compute the attributes anew from the fleet as it is now."""
-        everybody = [backend for backend in backends if backend.role != "encode"]  # encoders hand over no KV cache
-        split = [backend for backend in everybody if backend.role in ("prefill", "decode")]
+        members = [backend for backend in backends if backend.role != "encode"]  # encoders hand over no KV cache
+        split = [backend for backend in members if backend.role in ("prefill", "decode")]
         versions = frozenset(backend.version for backend in split if backend.version)
         revised = frozenset(_revised(split))
         kinds = {(backend.group, backend.connector) for backend in split}
         alike = len(versions) <= 1 and not revised and len({_root(_base(b.models)) for b in split} - {""}) <= 1
         self.uniform = len(kinds) <= 1 and all(connector for _, connector in kinds) and (alike or not self._strict)
-        self.simple = self.uniform and len({backend.group for backend in everybody}) <= 1
-        bases = [base for backend in everybody if (base := _base(backend.models))]
+        self.simple = self.uniform and len({backend.group for backend in members}) <= 1
+        bases = [base for backend in members if (base := _base(backend.models))]
         self.several_models = len({base["id"] for base in bases}) > 1 and len({_root(base) for base in bases}) > 1
         self._log_revisions(versions, revised)
 

@@ -83,24 +83,24 @@ class Connector:
         """The parameters of both legs of one try, known before either is sent. Only with `Traits.negotiates`.
 
         Arguments:
-            name: unique to the try; its X-Request-Id, unless the rendezvous has another. What stands before its last
-                16 hex digits may be a client's choice.
+            name: a name unique to the try, and its X-Request-Id unless the rendezvous has another. Only its last 16 hex
+                digits are certainly not chosen by the client.
             rank: the data-parallel rank of prefill that the leg is sent to; None where there is only one.
         """
         raise NotImplementedError
 
     def per_prompt(self, rendezvous: Rendezvous, prompts: int, ranks: int) -> Rendezvous:
-        """The rendezvous of a batch of prompts, each of which the engines answer by itself.
+        """The rendezvous of a batch of prompts, each of which has a hand-off of its own.
 
         Arguments:
-            prompts: how many there are.
-            ranks: how many data-parallel ranks prefill has.
+            prompts: the number of prompts.
+            ranks: the number of prefill's data-parallel ranks.
         """
         return rendezvous
 
     def remember(self, coordinates: Coordinates, handoff: Handoff, rank: int | None) -> Coordinates:
         """Prefill's coordinates with what its answer adds to them, where the rendezvous had no hand-off; unchanged
-        where the answer adds nothing. They hold until the engine may be another one."""
+        where the answer adds nothing. They are used until the engine may have been restarted."""
         return coordinates
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
@@ -193,15 +193,17 @@ def given_params(answer: PrefillAnswer) -> msgspec.Raw | None:
 
 
 def refused(members: Members, handoff: Handoff) -> Members:
-    """The body of a decode leg that releases a hand-off on vLLM: its handler refuses it (min_tokens above max_tokens),
-    and by that alone tells prefill to free the blocks (`_with_kv_transfer_rejection_cleanup` in 0.32): nothing is read,
-    nothing computed."""
+    """The body of a decode leg that releases a hand-off on vLLM. The engine's handler refuses it (min_tokens above
+    max_tokens), and the refusal makes prefill free the blocks (`_with_kv_transfer_rejection_cleanup` in 0.32). Nothing
+    is
+    read or computed."""
     return {**one_token(members), "min_tokens": msgspec.Raw(b"2"), **handoff.members}
 
 
-# What the prefill leg does without. Its one token is thrown away, so nothing that shapes, reports or stops output is
-# needed; all that shapes the *prompt* (messages, tools, tool_choice, template arguments, documents) must stay, since
-# decode reads the KV cache by position and another prompt would mean silently wrong text.
+# Members that the prefill leg does not need. Its one token is dropped, so members that shape, report or stop output can
+# be left out. All members that shape the *prompt* (messages, tools, tool_choice, template arguments, documents) must
+# stay:
+# decode reads the KV cache by position, so with another prompt its text would be wrong without an error.
 _DROPPED = {
     "stream_options",  # refused by the engine when it does not stream
     "min_tokens",  # refused when above max_tokens
@@ -211,7 +213,7 @@ _DROPPED = {
     "repetition_detection",
     "logprobs",
     "top_logprobs",
-    "structured_outputs",  # a grammar compiled for a token nobody sees; `response_format` some templates render
+    "structured_outputs",  # `response_format` stays, since some templates write it
     "return_token_ids",
 }
 
@@ -226,15 +228,15 @@ def one_token(members: Members) -> Members:
             del leg[name]
     leg["stream"] = FALSE
     leg["max_tokens"] = _ONE
-    if "max_completion_tokens" in leg:  # for chat it wins over max_tokens
+    if "max_completion_tokens" in leg:  # for chat it overrides max_tokens
         leg["max_completion_tokens"] = _ONE
     leg["ignore_eos"] = TRUE
     return leg
 
 
 def in_one_piece(members: Members) -> Members:
-    """The members of a prefill leg whose first token is the client's, and whose engine knows by itself where to end:
-    the client's, not streamed."""
+    """The members of a prefill leg whose first token is the client's, and whose engine ends it by itself: those of the
+    client, not streamed."""
     leg = {name: value for name, value in members.items() if name != "stream_options"}
     leg["stream"] = FALSE
     return leg

@@ -131,11 +131,11 @@ class _KeyedMedia:
             self._spend(1)
             return raw
         part = self._members(raw)
-        ours = part.pop("uuid", None) is None
+        unchanged = part.pop("uuid", None) is None
         kind = part.get("type")
         name = "" if kind is None or bytes(memoryview(kind)[:1]) != b'"' else _decode_text(kind)
         if name not in _KINDS or name not in part:
-            return raw if ours else encode_json(part)
+            return raw if unchanged else encode_json(part)
         content = bytes(part[name])
         inline = name == "input_audio" or _url(content).startswith("data:")
         digest = hashlib.blake2b(

@@ -170,12 +170,12 @@ _decode_items = json_decoder(_Item | list[_Item])
 
 
 def usage_of(answer: bytes, prompts: int) -> msgspec.Raw:
-    """The usage that prefill's answer tells of, in chat's words.
+    """The usage in prefill's answer, with the member names of chat.
 
     Arguments:
-        prompts: how many answers it must have; 0 for one that is in no list.
+        prompts: the number of answers that it must have; 0 for a single answer that is not in a list.
     Raises:
-        BackendGarbled: it is no answer; or prefill has given the request up, so that decode waits for nothing.
+        BackendGarbled: it is not an answer; or prefill has aborted the request, so that decode would wait in vain.
     """
     try:
         items = _decode_items(answer)
@@ -188,7 +188,7 @@ def usage_of(answer: bytes, prompts: int) -> msgspec.Raw:
         raise BackendGarbled("prefill has given the request up")
     counts = [(meta.prompt_tokens, meta.completion_tokens, meta.cached_tokens) for meta in metas]
     if any(type(count) is not int or count < 0 for each in counts for count in each):
-        return NULL  # of what counts no tokens nothing is believed
+        return NULL  # a usage with a wrong value is ignored as a whole
     prompt, completion, cached = map(sum, zip(*counts, strict=True))
     usage = {
         "prompt_tokens": prompt,

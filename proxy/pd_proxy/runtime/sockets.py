@@ -219,8 +219,8 @@ def _listening(sock: socket.socket) -> int:
         return 1
     inode = str(os.fstat(sock.fileno()).st_ino)
     addresses = [(row[1], row[9]) for row in rows]
-    ours = next((address for address, number in addresses if number == inode), None)
-    return max(1, sum(address == ours for address, _ in addresses))
+    own = next((address for address, number in addresses if number == inode), None)
+    return max(1, sum(address == own for address, _ in addresses))
 
 
 def notify(state: str) -> None:

@@ -59,9 +59,9 @@ def read_variables(environment: Mapping[str, str], settings: Collection[str]) ->
     found = Variables()
     names = {variable(name): name for name in settings}
     groups = {variable(name.partition(".")[0]): name.partition(".")[0] for name in settings if "." in name}
-    ours = sorted(name for name in environment if name.upper().startswith(PREFIX))
+    prefixed = sorted(name for name in environment if name.upper().startswith(PREFIX))
     members: dict[str, tuple[str, Any]] = {}
-    for name in ours:
+    for name in prefixed:
         value, upper = environment[name], name.upper()
         if is_service(name, value):
             found.services.append(name)

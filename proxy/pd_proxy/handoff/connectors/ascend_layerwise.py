@@ -73,12 +73,12 @@ class AscendLayerwise(Connector):
 
     def read_callback(self, call: bytes) -> Members:
         try:
-            said, members = _read(call), _read_members(call)
+            checked, members = _read(call), _read_members(call)
         except Undecodable as error:
             raise HandoffInvalid(f"decode's call back is not usable: {error}") from None
-        if not said.do_remote_decode or said.do_remote_prefill:
+        if not checked.do_remote_decode or checked.do_remote_prefill:
             raise HandoffInvalid("decode's call back does not ask for a remote decode")
-        check_blocks(said.remote_block_ids)
+        check_blocks(checked.remote_block_ids)
         # Members that newer engines have added begin with `remote_`. Others might be more than the blocks' addresses.
         foreign = [name for name in members if name not in _Call.__struct_fields__ and not name.startswith("remote_")]
         if foreign:

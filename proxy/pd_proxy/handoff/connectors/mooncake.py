@@ -49,7 +49,7 @@ class Mooncake(Connector):
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         transfer = f"xfer-{name}"
-        asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
+        for_prefill = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
         for_decode = {
             "do_remote_decode": False,
             "do_remote_prefill": True,
@@ -57,7 +57,7 @@ class Mooncake(Connector):
             "remote_engine_id": prefill.engine_ids[rank or 0],
             "transfer_id": transfer,
         }
-        return Rendezvous(params(asked), Handoff(params(for_decode)))
+        return Rendezvous(params(for_prefill), Handoff(params(for_decode)))
 
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
         return refused(members, handoff)

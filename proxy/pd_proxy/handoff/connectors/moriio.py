@@ -72,22 +72,22 @@ class MoRIIO(Connector):
     mode: ClassVar[Literal["READ", "WRITE"]]
 
     def read_registration(self, message: bytes) -> Announcement:
-        said = _read_registration(message)
-        if said.transfer_mode != self.mode:
-            raise ValueError(f"it transfers in {said.transfer_mode} mode, and its group in {self.mode} mode")
-        pairs = [part.partition(":") for part in said.zmq_address.split(",")]
+        registration = _read_registration(message)
+        if registration.transfer_mode != self.mode:
+            raise ValueError(f"it transfers in {registration.transfer_mode} mode, and its group in {self.mode} mode")
+        pairs = [part.partition(":") for part in registration.zmq_address.split(",")]
         parts = {name.strip(): value.strip() for name, _, value in pairs}
         if len(pairs) != 3 or parts.keys() != {"host", "handshake", "notify"}:
             raise ValueError("its zmq_address is not host:…,handshake:…,notify:…")
-        host, port = address_of(said.http_address)
+        host, port = address_of(registration.http_address)
         coordinates = Coordinates(
             host=host_of(parts["host"]),
             port=port_of(parts["handshake"]),
             notify_port=port_of(parts["notify"]),
-            tp=said.tp_size,
-            dp=said.dp_size,
+            tp=registration.tp_size,
+            dp=registration.dp_size,
         )
-        return Announcement(ROLES[said.type], host, port, coordinates)
+        return Announcement(ROLES[registration.type], host, port, coordinates)
 
     def release(self, members: Members, handoff: Handoff, *, sent: bool) -> Members | None:
         return refused(members, handoff)
@@ -95,8 +95,13 @@ class MoRIIO(Connector):
     @staticmethod
     def _asked(decode: Coordinates, transfer: str) -> Members:
         """The parameters of prefill's leg."""
-        asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer, **_peer(decode)}
-        return params(asked)
+        for_prefill = {
+            "do_remote_decode": True,
+            "do_remote_prefill": False,
+            "transfer_id": transfer,
+            **_peer(decode),
+        }
+        return params(for_prefill)
 
 
 def _peer(coordinates: Coordinates) -> dict[str, Any]:

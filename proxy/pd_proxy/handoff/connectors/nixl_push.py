@@ -68,11 +68,11 @@ class NixlPush(Connector):
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
         transfer = f"xfer-{name}"
-        asked = params({"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer})
+        for_prefill = params({"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer})
         at = rank or 0
         engine = prefill.engine_ids[at] if at < len(prefill.engine_ids) else ""
         if not engine:
-            return Rendezvous(asked)
+            return Rendezvous(for_prefill)
         for_decode = {
             "do_remote_decode": False,
             "do_remote_prefill": True,
@@ -84,7 +84,7 @@ class NixlPush(Connector):
             "pp_size": prefill.pp,
             "transfer_id": transfer,
         }
-        return Rendezvous(asked, Handoff(params(for_decode)))
+        return Rendezvous(for_prefill, Handoff(params(for_decode)))
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         given = given_params(answer)

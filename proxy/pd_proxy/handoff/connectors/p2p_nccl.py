@@ -38,7 +38,7 @@ class P2pNccl(Connector):
         return Rendezvous({}, Handoff({}), id=name)
 
     def read_registration(self, message: bytes) -> Announcement:
-        said = _read_registration(message)
-        host, port = address_of(said.http_address)
-        own_host, own_port = address_of(said.zmq_address)
-        return Announcement(ROLES[said.type], host, port, Coordinates(host=own_host, port=own_port))
+        registration = _read_registration(message)
+        host, port = address_of(registration.http_address)
+        own_host, own_port = address_of(registration.zmq_address)
+        return Announcement(ROLES[registration.type], host, port, Coordinates(host=own_host, port=own_port))

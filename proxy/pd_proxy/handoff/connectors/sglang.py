@@ -75,9 +75,9 @@ class SGLang(Connector):
         }
         if rank is None:
             return Rendezvous(where, Handoff(where))
-        said = msgspec.Raw(b"%d" % rank)
+        raw_rank = msgspec.Raw(b"%d" % rank)
         # Not every endpoint reads the rank from a header.
-        return Rendezvous({**where, "routed_dp_rank": said}, Handoff({**where, "disagg_prefill_dp_rank": said}))
+        return Rendezvous({**where, "routed_dp_rank": raw_rank}, Handoff({**where, "disagg_prefill_dp_rank": raw_rank}))
 
     def per_prompt(self, rendezvous: Rendezvous, prompts: int, ranks: int) -> Rendezvous:
         assert rendezvous.handoff is not None  # the order is concurrent, so the hand-off is known

@@ -83,12 +83,12 @@ class TensorRTLLM(Connector):
         return in_one_piece(members)
 
     def negotiate(self, prefill: Coordinates, decode: Coordinates, name: str, rank: int | None) -> Rendezvous:
-        asked = {
+        for_prefill = {
             "request_type": "context_only",
             "disagg_request_id": _LEAST_ID | int(name[-16:], 16) >> 2,
             "schedule_style": _CONTEXT_FIRST,
         }
-        return Rendezvous({"disaggregated_params": msgspec.Raw(encode_json(asked))})
+        return Rendezvous({"disaggregated_params": msgspec.Raw(encode_json(for_prefill))})
 
     def take(self, answer: PrefillAnswer) -> Handoff | None:
         try:
@@ -159,8 +159,8 @@ class TensorRTLLM(Connector):
         endpoint: Any = params.ctx_info_endpoint
         if isinstance(endpoint, list):
             endpoint = endpoint[0] if endpoint else None
-        said = {"ctx_info_endpoint": endpoint, "encoded_opaque_state": params.encoded_opaque_state}
-        canonical = json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
+        signed = {"ctx_info_endpoint": endpoint, "encoded_opaque_state": params.encoded_opaque_state}
+        canonical = json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
         return (
             b"x-trtllm-disagg-auth: sha256=%b\r\n" % hmac.new(self._key, canonical, hashlib.sha256).hexdigest().encode()
         )
