@@ -272,7 +272,7 @@ async def test_engines_that_share_no_cache_are_a_warning_since_they_may_miss_at_
 async def test_a_wrong_side_channel_is_reported_with_its_address() -> None:
     async with simulators("prefill", side_host="127.0.0.9") as [p], simulators("decode") as [d]:
         found = await report([p.url], [d.url])
-        assert f"127.0.0.9:{p.side_port}, where this machine finds nobody (connection refused)" in only(found).what
+        assert f"127.0.0.9:{p.side_port}, which this machine cannot reach (connection refused)" in only(found).what
         [handoff] = found.handoffs
         assert (handoff.side, handoff.reachable) == (f"127.0.0.9:{p.side_port}", False)
 

@@ -1,8 +1,8 @@
-"""Answers that an engine gave up: status 200, with a reason to end that none of the APIs has.
+"""Recognises answers that an engine has aborted: they have status 200, and a `finish_reason` that no API defines.
 
-vLLM says `abort` for every request that runs when it is stopped, paused, put to sleep or scaled, and so does SGLang (as
-an object in some places); TensorRT-LLM says `cancelled`. For a request that failed inside they say `error`. Anthropic's
-messages have no word for it: vLLM leaves their `stop_reason` empty.
+vLLM sends `abort` for every request that runs when it is stopped, paused, put to sleep or scaled. SGLang does the same
+(in some places as an object), and TensorRT-LLM sends `cancelled`. For an internal failure they send `error`.
+Anthropic's messages have no such reason: vLLM leaves their `stop_reason` empty.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _decode_choices = json_decoder(list[_Choice])
 
 
 def is_abort(reason: object) -> bool:
-    """Whether a `finish_reason` says that the engine gave the request up; SGLang's may be an object with a `type`."""
+    """Whether a `finish_reason` means that the engine aborted the request. SGLang's may be an object with a `type`."""
     if isinstance(reason, dict):
         reason = reason.get("type")
     return isinstance(reason, str) and reason.lower() in _WORDS
 
 
 def abort_of(choices: Iterable[Ending]) -> object:
-    """The `finish_reason` of the first choice that was given up, or None where none was."""
+    """The `finish_reason` of the first choice that was aborted, or None."""
     for choice in choices:
         if choice.finish_reason is not None and is_abort(choice.finish_reason):
             return choice.finish_reason
@@ -51,11 +51,11 @@ def abort_of(choices: Iterable[Ending]) -> object:
 
 
 def ends_well(answer: bytes) -> bool:
-    """Whether a whole answer surely ended by its limit of tokens, as that of a prefill leg does. Otherwise it must be
-    parsed.
+    """Whether a whole answer has surely ended at its limit of tokens, as the answer to a prefill leg does. If not, it
+    must be parsed.
 
-    Within a string a quote has a backslash before it. So the first condition finds a member, and the others show that
-    there is no second one.
+    Within a string a quote has a backslash before it. So the first condition finds a member, and the other two ensure
+    that there is no second one.
     """
     return (
         answer.find(b'"finish_reason":"length"') >= 0
@@ -65,7 +65,7 @@ def ends_well(answer: bytes) -> bool:
 
 
 def abort_in(choices: msgspec.Raw) -> object:
-    """The `finish_reason` of the first choice of a whole answer that was given up, or None where none was."""
+    """The `finish_reason` of the first choice of a whole answer that was aborted, or None."""
     if not memoryview(choices):
         return None
     try:
@@ -75,8 +75,8 @@ def abort_in(choices: msgspec.Raw) -> object:
 
 
 def aborted(url: str, reason: object) -> BackendError:
-    """The error that such a reason stands for. Where it has the status that the answer would have had, it is the error
-    of that status: SGLang refuses a prompt that is too long in this way."""
+    """The error for such a reason. If the reason has a status, it is the error of that status: SGLang refuses a prompt
+    that is too long in this way."""
     if isinstance(reason, dict) and isinstance(status := reason.get("status_code"), int):
         error = {"message": reason.get("message"), "type": reason.get("err_type") or "Abort", "param": None}
         return engine_error_event(url, encode_json({"error": {**error, "code": status}}))

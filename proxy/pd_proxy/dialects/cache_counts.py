@@ -1,8 +1,8 @@
-"""How many tokens of a prompt were cached, in the usage of an answer whose prompt another engine computed.
+"""The number of cached prompt tokens in the usage of an answer whose prompt another engine has computed.
 
-Prefill knows these counts. Decode counts what was handed over to it as cached, unless its version gets prefill's number
-with the hand-off, and counts nothing as written to a cache. So both numbers in a client's answer are prefill's. A
-number that prefill has not reported is unknown, and decode's is left out.
+Prefill knows this number. Decode counts the tokens that were handed over as cached, unless its version gets prefill's
+number with the hand-off, and counts no tokens as written to a cache. So a client's answer has both numbers of prefill.
+A number that prefill has not reported is unknown, and decode's is left out.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class CacheCounts(msgspec.Struct, frozen=True):
         return usage if details_shown == given else {**usage, details: details_shown or None}
 
     def _beside(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The same in Anthropic's words: cached tokens and those written to a cache are counted apart from the rest."""
+        """The same for Anthropic's messages: cached tokens and tokens written to a cache are not in `input_tokens`."""
         read, written = usage.get("cache_read_input_tokens"), usage.get("cache_creation_input_tokens")
         total = usage["input_tokens"] + sum(count for count in (read, written) if _is_count(count))
         changed = dict(usage)

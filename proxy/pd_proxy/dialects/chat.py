@@ -1,7 +1,7 @@
 """OpenAI's chat and completions, and other APIs whose answers have choices.
 
-A stream is events with choices, an event with the usage, and `[DONE]`. What the client is given is written down in the
-transcript, so that another engine can continue the answer.
+A stream consists of events with choices, an event with the usage, and `[DONE]`. The transcript keeps what the client
+has been sent, so that another engine can continue the answer.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ChoicesDialect:
     def abort_reason(self, answer: bytes) -> object:
         return None if ends_well(answer) else whole_answers.abort_reason(self, answer)
 
-    # What `whole.py` asks
+    # Answers in one piece, for `whole.py`
 
     def decode_whole(self, answer: bytes) -> WholeAnswer:
         return decode_whole(answer)
@@ -94,9 +94,9 @@ class ChoicesReader:
     Arguments:
         url: the backend, for messages.
         edit: the changes to this leg's events.
-        transcript: where it is written down what the client is given.
+        transcript: keeps what the client has been sent.
         drop_usage: take out the closing usage event.
-    Attributes: those of `AnswerReader`. Pending are events without text.
+    Attributes: those of `AnswerReader`. `pending` has events without text.
     """
 
     __slots__ = (
@@ -130,11 +130,11 @@ class ChoicesReader:
         self._hide_ids = edit.hide_ids
         self._transcript = transcript
         self._drop_usage = drop_usage
-        self._live = False  # the client is sent what is read
+        self._live = False  # the client gets what is read
         self._prompt = b""  # ids of the prompt
         self._opening: bytes | None = None  # the first event with a choice, as the client sees it
         self._opened = False  # the transcript has that
-        self._early_ids: list[bytes] = []  # of tokens that came before there was something to read
+        self._early_ids: list[bytes] = []  # of tokens before the first content
         self._early_size = 0  # bytes of them
         self.pending = b""  # events without text, as the client sees them; sent with the next event that has text
         self._last_event = b""
@@ -213,7 +213,7 @@ class ChoicesReader:
         shown: list[bytes] = []
         count = 0
         learns = None if last else fast_path
-        # Searched for once in the whole block: hardly any event has either.
+        # Searched for once in the whole block, since hardly any event has either.
         self._odd, recomputed = names_handoff(block), block.find(b"recomputed") >= 0
         for event, payload in sse.read(block):
             if payload == b"[DONE]":
@@ -268,7 +268,7 @@ class ChoicesReader:
         """Read an event with choices, and append what the client sees of it. Returns 1 for a token event, else 0.
 
         Raises:
-            BackendError: the engine gives the request up with it.
+            BackendError: the engine aborts the request with it.
             Undecodable: something must be changed in it, and it is not JSON.
         """
         choices = parsed.choices or []  # there are some
@@ -304,7 +304,7 @@ class ChoicesReader:
         if transcript.continuable:
             transcript.note(ids[1:-1] if ids.startswith(b"[") else b"", content or visible)
             if not visible and not finished and (delta is None or "role" not in delta):
-                self.pending += as_shown  # if the stream is resumed before the next text, this token is made again
+                self.pending += as_shown  # if the stream is resumed before the next text, this token is generated again
                 return 1
         if self.pending:
             as_shown, self.pending = self.pending + as_shown, b""
@@ -322,8 +322,8 @@ class ChoicesReader:
         return event, payload
 
     def _check_aborted(self, choices: list[Choice]) -> None:
-        """Raise an error if the engine gives the request up with these choices. Text in the same event belongs to
-        tokens behind the last one whose text was sent, and is made again.
+        """Raise an error if the engine aborts the request with these choices. Text in the same event belongs to tokens
+        after the last one whose text was sent, and is generated again.
 
         Raises:
             BackendError
@@ -332,12 +332,12 @@ class ChoicesReader:
             raise aborted(self._url, reason)
 
     def _keep_early(self, ids: bytes) -> None:
-        """Keep the ids of tokens that came before there was something to read."""
+        """Keep the ids of tokens that arrived before the first content."""
         self._early_ids.append(ids)
         self._early_size += len(ids)
 
     def _open(self, opening: bytes) -> None:
-        """Begin to write down: the client will be sent the first event, and what came before the content."""
+        """Begin the transcript: the client is about to get the first event, and the events before the first content."""
         self._opened = True
         self._transcript.mark()
         if not self._transcript.first:

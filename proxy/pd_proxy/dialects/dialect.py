@@ -20,7 +20,7 @@ from pd_proxy.errors import BackendError
 
 
 class TokenLog(Protocol):
-    """Where a reader writes down what the client is given (`relay/transcript.py`).
+    """Keeps what the client has been sent (`relay/transcript.py`).
 
     Attributes:
         continuable: the answer can be continued, exactly or not.
@@ -151,7 +151,7 @@ class Dialect(Protocol):
         Arguments:
             url: the backend, for messages.
             edit: the changes to this leg's events.
-            transcript: where it is written down what the client is given.
+            transcript: keeps what the client has been sent.
             drop_usage: take out the closing usage event, which the gateway asked for and the client did not.
             prompts: the number of prompts in a batch; 0 for a single one.
             logprobs: of the prompts, to be put into the events.
@@ -161,9 +161,9 @@ class Dialect(Protocol):
         """Read an answer in one piece that came with status 200.
 
         Raises:
-            BackendError: it is an error, or the engine gave the request up, or it is not an answer.
+            BackendError: it is an error, or the engine aborted the request, or it is not an answer.
         """
 
     def abort_reason(self, answer: bytes) -> object:
-        """The reason in an answer with status 200 that says that the engine gave the request up; None where it did not,
-        and for an error or an answer that cannot be read."""
+        """The reason in an answer with status 200 by which the engine aborted the request; None where it did not, and
+        for an error or an answer that cannot be read."""

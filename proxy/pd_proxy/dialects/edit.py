@@ -1,7 +1,7 @@
-"""How the events of an engine become the client's, where they have choices.
+"""Turns the events of an engine, if they have choices, into the client's.
 
-Taken out is what the gateway asked for and the client did not (token ids), and what belongs to the hand-off. Where
-several legs make one answer, the later ones take on the identity and the counts of the first.
+Token ids that the gateway asked for and the client did not are taken out, and so are the members of the hand-off. If
+several legs make one answer, the events of the later legs get the identity and the counts of the first.
 """
 
 from __future__ import annotations

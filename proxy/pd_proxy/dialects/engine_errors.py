@@ -1,6 +1,7 @@
-"""The errors of engines, in the several shapes in which they come.
+"""Translates the errors of engines, in all their shapes, into the gateway's.
 
-The one place that turns an engine's error into one of `errors.py`. vLLM sends `{"error": {...}}`, `{"error": "text"}`
+This is the only place that turns an engine's error into one of `errors/`. vLLM sends `{"error": {...}}`, `{"error":
+"text"}`
 (401, and 503 while scaling) or, behind another proxy, HTML; SGLang and TensorRT-LLM send the members of the object
 without the object around them. Under status 200 an event of a stream may be the same.
 """

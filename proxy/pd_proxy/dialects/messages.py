@@ -1,7 +1,7 @@
 """Anthropic's messages.
 
-They have no word for an answer that the engine gave up: vLLM's `stop_reason` is null then, which it never is in a whole
-answer.
+They have no reason for an answer that the engine aborted. vLLM's `stop_reason` is then null, which it never is in a
+whole answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Streams whose events have types: Anthropic's messages, OpenAI's responses, SGLang's own.
+"""Streams whose events have types: those of Anthropic's messages, of OpenAI's responses and of SGLang's `/generate`.
 
 `NamedEvents` describes the events of one API: which open an answer, which bring tokens and which end it. `NamedReader`
 reads a stream by that description.
@@ -64,7 +64,7 @@ class NamedEvents(msgspec.Struct, frozen=True):
         failed: types of the events by which the engine reports that it cannot finish.
         inside: members of an event that hold the answer's own object, and with it its usage.
         preempted: bytes in an event by which an engine reports that it dropped the request to free memory; or empty.
-        ends: types of the events that say why the answer ended.
+        ends: types of the events that have the reason why the answer ended.
     """
 
     generated: str
@@ -96,7 +96,7 @@ class NamedEvents(msgspec.Struct, frozen=True):
     def abort_reason(self, answer: bytes) -> object:
         return whole_answers.abort_reason(self, answer)
 
-    # Answers in one piece, as `whole.py` asks
+    # Answers in one piece, for `whole.py`
 
     @property
     def preempted_whole(self) -> bytes:
@@ -148,11 +148,11 @@ class NamedEvents(msgspec.Struct, frozen=True):
         return encode_json({"error": error if memoryview(error) else msgspec.Raw(payload)})
 
     def abort_reason_in(self, event: NamedEvent) -> object:
-        """The reason in an event among `ends` that says that the engine gave the request up; None where it did not."""
+        """The reason in an event of `ends` by which the engine aborted the request; None where it did not."""
         return None
 
     def is_empty(self, event: NamedEvent) -> bool:
-        """Whether an event that counts as a token has nothing to read."""
+        """Whether an event that counts as a token has no content for the client."""
         return False
 
     def usage(self, event: NamedEvent) -> Usage | None:

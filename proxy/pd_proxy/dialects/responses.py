@@ -1,4 +1,4 @@
-"""OpenAI's responses. One that the engine gave up has the status `cancelled`."""
+"""OpenAI's responses. One that the engine aborted has the status `cancelled`."""
 
 from __future__ import annotations
 

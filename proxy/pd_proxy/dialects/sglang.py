@@ -2,8 +2,8 @@
 
 Its events have no types of their own. Each repeats the text before it (unless the server streams increments, which
 makes no difference here), and `meta_info` has the counts of tokens and, at the end of each prompt's answer, why it
-ended. The stream ends with `[DONE]`. An engine that gives a request up says so as a reason to end, `abort`, with the
-status that the answer would have had, or without one where the engine is being stopped; a refusal comes as an `error`.
+ended. The stream ends with `[DONE]`. An engine that aborts a request sends the `finish_reason` `abort`, with the status
+that the answer would have had, or without a status if the engine is being stopped. A refusal is sent as an `error`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What an engine says of a hand-off and no client may see.
+"""Takes out the members of a hand-off that no client may see.
 
 The members in `HANDOFF_FIELDS` carry the engines' addresses and block ids. They are taken out wherever an answer's own
 members stand: at the top level of a whole answer, of an event or of an error, in the object inside (`message`,
-`response`, `error`), and in each of the choices. Elsewhere the same names are a client's own words, as in the schema of
-a tool, and stay. Every path to a client goes through the functions here; nothing else knows the names.
+`response`, `error`), and in each of the choices. Elsewhere the same names belong to the client, as in the schema of a
+tool, and stay. Every path to a client goes through the functions here; no other module knows the names.
 """
 
 from __future__ import annotations

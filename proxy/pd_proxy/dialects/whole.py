@@ -1,4 +1,4 @@
-"""Answers in one piece: what is read of them, and how an error among them is recognised."""
+"""Reads answers in one piece, and recognises the errors among them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ decode_whole = json_decoder(WholeAnswer)
 
 
 class Shape(Protocol):
-    """What a dialect says of its answers in one piece."""
+    """The form of a dialect's answers in one piece."""
 
     @property
     def generated(self) -> str:
@@ -49,7 +49,7 @@ class Shape(Protocol):
         """
 
     def abort_reason_of(self, answer: WholeAnswer) -> object:
-        """The reason that says that the engine gave the request up; None where it did not."""
+        """The reason by which the engine aborted the request; None where it did not."""
 
     def error_payload(self, answer: bytes, parsed: WholeAnswer) -> bytes:
         """An object with the `error` of an answer that is an error."""
@@ -61,7 +61,7 @@ def read_checked(shape: Shape, url: str, answer: bytes) -> WholeAnswer:
     Arguments:
         url: the backend, for messages.
     Raises:
-        BackendError: it is an error, or the engine gave the request up, or it is not an answer.
+        BackendError: it is an error, or the engine aborted the request, or it is not an answer.
     """
     try:
         parsed = shape.decode_whole(answer)
@@ -81,8 +81,8 @@ def read_checked(shape: Shape, url: str, answer: bytes) -> WholeAnswer:
 
 
 def abort_reason(shape: Shape, answer: bytes) -> object:
-    """The reason that says that the engine gave the request up; None where it did not, and for an error or an answer
-    that cannot be read."""
+    """The reason by which the engine aborted the request; None where it did not, and for an error or an answer that
+    cannot be read."""
     try:
         parsed = shape.decode_whole(answer)
     except Undecodable:

@@ -53,7 +53,7 @@ class Call:
         self._name = name
         self._connector = connector
         self._decode = decode
-        self._heard: asyncio.Future[Members] = asyncio.get_running_loop().create_future()
+        self._called: asyncio.Future[Members] = asyncio.get_running_loop().create_future()
 
     def take(self, body: bytes) -> None:
         """Take the body of the engine's call.
@@ -62,17 +62,17 @@ class Call:
             HandoffInvalid: the call cannot be used. The try fails.
         """
         try:
-            heard = self._connector.read_callback(body)
+            members = self._connector.read_callback(body)
         except HandoffInvalid as error:
             self.fail(BackendGarbled(f"{self._decode}: {error}"))
             raise
-        if not self._heard.done():
-            self._heard.set_result(heard)
+        if not self._called.done():
+            self._called.set_result(members)
 
     def fail(self, error: BackendError) -> None:
         """The call will not come: `wait` raises `error`."""
-        if not self._heard.done():
-            self._heard.set_exception(error)
+        if not self._called.done():
+            self._called.set_exception(error)
 
     async def wait(self, seconds: float) -> Members:
         """Wait for the call. Returns its members for the prefill leg.
@@ -82,7 +82,7 @@ class Call:
         """
         try:
             async with asyncio.timeout(seconds):
-                return await self._heard
+                return await self._called
         except TimeoutError:
             raise BackendTimedOut(
                 f"{self._decode} did not call {self._callbacks.url} within {seconds:g} s; can it reach that?"
@@ -96,10 +96,10 @@ class Call:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._callbacks.waiting.pop(self._name, None)
-        if self._heard.done() and not self._heard.cancelled():
-            self._heard.exception()  # the exception is retrieved, since the wait may have been given up
+        if self._called.done() and not self._called.cancelled():
+            self._called.exception()  # the exception is retrieved, since the wait may have been given up
         else:
-            self._heard.cancel()
+            self._called.cancel()
 
 
 class Callbacks:

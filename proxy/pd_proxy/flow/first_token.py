@@ -54,10 +54,10 @@ class FirstTokens:
         return why
 
     def _why_not(self, request: Request, prefill: Backend, decode: Backend) -> str:
-        ours, theirs = prefill.identity, decode.identity
-        if ours is None or theirs is None:
+        own, other = prefill.identity, decode.identity
+        if own is None or other is None:
             return "unknown_engine"
-        if ours.block_size != theirs.block_size or ours.version != theirs.version:
+        if own.block_size != other.block_size or own.version != other.version:
             return "unlike_engines"
         body = request.body
         if body.endpoint == "chat" and (prefill.has_reasoning or decode.has_reasoning):

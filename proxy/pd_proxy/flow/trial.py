@@ -270,7 +270,7 @@ class Trials:
             if away:
                 text = f"{where}, which is decode's own machine: {text}"
             elif unreachable:
-                text = f"{where}, where this machine finds nobody ({unreachable}): {text}"
+                text = f"{where}, which this machine cannot reach ({unreachable}): {text}"
             if away or unreachable:
                 return found(
                     "side_channel",

@@ -172,7 +172,9 @@ class Warmup:
             try:
                 trial = await self._trials.run(prefill, decode)
             except Exception:
-                log.exception("warming up %s and %s failed", *pair)  # a defect of ours; serving goes on without it
+                log.exception(
+                    "warming up %s and %s failed", *pair
+                )  # a defect of the gateway; requests are served without it
                 self._plan_another(prefill, decode)
                 continue
             self._fleet.warmups["ok" if trial.finding is None else trial.finding.code] += 1

@@ -100,17 +100,17 @@ class Plan:
         self.handoff, self.notices = (None, 0) if rendezvous is None else (rendezvous.handoff, rendezvous.notices)
         self.encoded: Members | None = None
 
-    def prefill_leg(self, heard: Members | None = None) -> Leg:
+    def prefill_leg(self, called_back: Members | None = None) -> Leg:
         """The prefill leg.
 
         Arguments:
-            heard: the members from the call of decode's engine, if it calls back.
+            called_back: the members from the call of decode's engine, if it calls back.
         """
         members = self.connector.prefill(self._members, self._body.endpoint, token=self._first_token)
         if self._rendezvous is not None:
             members.update(self._rendezvous.prefill)
-        if heard is not None:
-            members.update(heard)
+        if called_back is not None:
+            members.update(called_back)
         if self.encoded is not None:
             members.update(self.encoded)
         if (own_words := self._layout.own_words) is not None:
