@@ -217,7 +217,7 @@ def test_a_request_goes_only_to_backends_that_have_its_endpoint() -> None:
 
 def test_an_endpoint_of_one_engine_family_goes_to_no_other() -> None:
     fleet = Fleet(2, 2, 1)
-    asked = {"endpoint": "batch", "path": BATCH, "of_one_make": True}
+    asked = {"endpoint": "batch", "path": BATCH, "of_one_family": True}
     fleet["prefill1"].connector = fleet["decode1"].connector = "rendezvous"
     found = fleet.found(BOTH, **asked)
     assert (urls(found.view.prefill), urls(found.view.decode), urls(found.view.mixed)) == (
@@ -282,7 +282,7 @@ def test_backends_that_failed_the_request_are_avoided_while_there_are_others() -
         },
     ),
     endpoint=st.sampled_from(
-        [{}, {"endpoint": "batch", "path": BATCH}, {"endpoint": "batch", "path": BATCH, "of_one_make": True}]
+        [{}, {"endpoint": "batch", "path": BATCH}, {"endpoint": "batch", "path": BATCH, "of_one_family": True}]
     ),
     bounded=st.booleans(),
     paired=st.booleans(),

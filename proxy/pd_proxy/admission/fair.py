@@ -194,7 +194,7 @@ class FairQueue:
         queue.add(ticket)
 
     def remove(self, ticket: Ticket) -> None:
-        """Remove a request from any latest in the queue."""
+        """Remove a request from any position in the queue."""
         model_queue = self._models[ticket.model]
         model_queue.remove(ticket)
         self.count -= 1

@@ -47,7 +47,7 @@ class Connectors(msgspec.Struct, frozen=True):
         A group's `kind` does not always tell: a group without one counts as vLLM's. Its connector does.
         """
         endpoints = {endpoint for name in self.configured for endpoint in self.traits(name).endpoints}
-        return frozenset(LAYOUTS[endpoint].path for endpoint in endpoints if LAYOUTS[endpoint].of_one_make)
+        return frozenset(LAYOUTS[endpoint].path for endpoint in endpoints if LAYOUTS[endpoint].of_one_family)
 
     def traits(self, name: str) -> Traits:
         """The constants of a connector; those of `UNKNOWN` for a name that no connector has."""

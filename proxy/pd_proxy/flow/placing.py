@@ -335,7 +335,7 @@ class Placing:
             request.decode_tokens,
             body.endpoint,
             layout.path,
-            of_one_make=layout.of_one_make,
+            of_one_family=layout.of_one_family,
             ranked=layout.ranked,
             unsplittable=body.unsplittable,
             given_up=self._given_up_handoff(request) if request.record.retries else "",

@@ -113,8 +113,8 @@ class Plan:
             members.update(called_back)
         if self.encoded is not None:
             members.update(self.encoded)
-        if (own_words := self._layout.own_words) is not None:
-            members = own_words(members)
+        if (translate_leg := self._layout.translate_leg) is not None:
+            members = translate_leg(members)
         if self._reuse:
             members["return_token_ids"] = TRUE
         return self._leg(members)
@@ -136,7 +136,7 @@ class Plan:
             BackendGarbled: it is not an answer.
             HandoffInvalid: its hand-off would harm decode.
         """
-        if self._layout.of_one_make:
+        if self._layout.of_one_family:
             return self.handoff, PrefillAnswer(usage=usage_of(answer, self._body.prompts))
         parsed = read_answer(answer, self._layout.answer)
         handoff = self.handoff or self.connector.take(parsed)
@@ -176,8 +176,8 @@ class Plan:
         Arguments:
             sent: a decode engine has received the hand-off, and has answered with an error.
         """
-        members, own_words = self._members, self._layout.own_words
-        if own_words is not None and self.connector.traits.release_by_refusal:
+        members, translate_leg = self._members, self._layout.translate_leg
+        if translate_leg is not None and self.connector.traits.release_by_refusal:
             # On this endpoint an engine would serve the leg instead of refusing it. Only the name of the blocks
             # matters, so another endpoint is used.
             members = {"prompt": _SOME, **{name: members[name] for name in ("model",) if name in members}}
@@ -185,8 +185,8 @@ class Plan:
             path = LAYOUTS["completions"].path
             return None if released is None else Leg(path, (encode_json(released),), handoff.headers)
         released = self.connector.release(members, handoff, sent=sent)
-        if released is not None and own_words is not None:
-            released = own_words(released)
+        if released is not None and translate_leg is not None:
+            released = translate_leg(released)
         return None if released is None else self._leg(released, handoff.headers)
 
     def _leg(self, members: Members, headers: bytes = b"") -> Leg:
@@ -197,7 +197,7 @@ class Plan:
             named, prompts = layout.id_prefix + self.answer_id, self._body.prompts
             each = [f"{named}_{prompt}" for prompt in range(prompts)]
             members[layout.id_member] = msgspec.Raw(encode_json(each or named))
-            if layout.of_one_make:
+            if layout.of_one_family:
                 members.pop("model", None)
         name = layout.prompt[0]
         if self._body.prompt_tokens < _LONG or name not in members:

@@ -118,7 +118,7 @@ class Needs(msgspec.Struct, Generic[M]):
         prefill_tokens, decode_tokens: the tokens that its legs count on their backends.
         endpoint: the name of its endpoint.
         path: the path under which engines serve that endpoint.
-        of_one_make: whether only one engine family has the endpoint.
+        of_one_family: whether only one engine family has the endpoint.
         ranked: whether its legs can carry the data-parallel rank that they are for.
         unsplittable: why its body cannot be split, or empty.
         given_up: why it is no longer split after failures, or empty.
@@ -131,7 +131,7 @@ class Needs(msgspec.Struct, Generic[M]):
     decode_tokens: int
     endpoint: str
     path: str
-    of_one_make: bool = False
+    of_one_family: bool = False
     ranked: bool = True
     unsplittable: str = ""
     given_up: str = ""
@@ -194,9 +194,9 @@ def eligible(members: Members[M], needs: Needs[M], rules: Rules) -> Eligible[M]:
             prefill, unsplittable = able, ""
         else:
             unsplittable = unsplittable or "endpoint"
-        if needs.of_one_make:
-            decode, mixed = _of_its_make(decode, needs, rules), _of_its_make(mixed, needs, rules)
-            plain = None if plain is None else _of_its_make(plain, needs, rules)
+        if needs.of_one_family:
+            decode, mixed = _of_its_family(decode, needs, rules), _of_its_family(mixed, needs, rules)
+            plain = None if plain is None else _of_its_family(plain, needs, rules)
             prefill, unsplittable = able, needs.unsplittable  # without such a prefill engine, it is a pool that is down
         else:
             decode, mixed = _offering(decode, needs.path), _offering(mixed, needs.path)
@@ -227,13 +227,13 @@ def _splits(backend: Member, needs: Needs[Any], rules: Rules) -> bool:
     )
 
 
-def _makes(backend: Member, needs: Needs[Any], rules: Rules) -> bool:
+def _has_endpoint(backend: Member, needs: Needs[Any], rules: Rules) -> bool:
     return needs.path in backend.kind.routes or needs.endpoint in rules.endpoints[backend.connector]
 
 
-def _of_its_make(pool: Sequence[M], needs: Needs[M], rules: Rules) -> Sequence[M]:
+def _of_its_family(pool: Sequence[M], needs: Needs[M], rules: Rules) -> Sequence[M]:
     """The backends of the one engine family that has the request's endpoint."""
-    return [b for b in pool if _makes(b, needs, rules)]
+    return [b for b in pool if _has_endpoint(b, needs, rules)]
 
 
 def _offering(pool: Sequence[M], path: str) -> Sequence[M]:

@@ -36,8 +36,8 @@ class Layout(msgspec.Struct, frozen=True):
         id_member: the member that names the request, for engines that do not read X-Request-Id here; or empty.
         id_prefix: the beginning of such a name.
         ranked: whether a leg can carry the data-parallel rank that it is for.
-        of_one_make: whether only one engine family has it, as its connector says. Its requests need not name a model.
-        own_words: translates the members of a leg of one token from chat's names into those of this endpoint; None
+        of_one_family: whether only one engine family has it, as its connector says. Its requests need not name a model.
+        translate_leg: translates the members of a leg of one token from chat's names into those of this endpoint; None
             where the names are the same.
     """
 
@@ -50,8 +50,8 @@ class Layout(msgspec.Struct, frozen=True):
     id_member: str = ""
     id_prefix: str = ""
     ranked: bool = True
-    of_one_make: bool = False
-    own_words: Callable[[Members], Members] | None = None
+    of_one_family: bool = False
+    translate_leg: Callable[[Members], Members] | None = None
 
 
 def _messages_leg(leg: Members) -> Members:
@@ -121,7 +121,7 @@ LAYOUTS: dict[Endpoint, Layout] = {
         prompt=("messages", "tools", "system"),
         answer="content",
         asks_usage=False,
-        own_words=_messages_leg,
+        translate_leg=_messages_leg,
     ),
     "responses": Layout(
         path="/v1/responses",
@@ -132,13 +132,13 @@ LAYOUTS: dict[Endpoint, Layout] = {
         id_member="request_id",
         id_prefix="resp_",
         ranked=False,
-        own_words=_responses_leg,
+        translate_leg=_responses_leg,
     ),
     "generate": Layout(
         path="/inference/v1/generate",
         reads=("stream", "stream_options", "model", "return_token_ids"),
         prompt=("token_ids",),
-        own_words=_generate_leg,
+        translate_leg=_generate_leg,
     ),
     "sglang_generate": Layout(
         path="/generate",
@@ -147,9 +147,9 @@ LAYOUTS: dict[Endpoint, Layout] = {
         answer="meta_info",
         asks_usage=False,
         id_member="rid",
-        of_one_make=True,
+        of_one_family=True,
     ),
 }
 
-COMMON = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not layout.of_one_make)
+COMMON = frozenset(endpoint for endpoint, layout in LAYOUTS.items() if not layout.of_one_family)
 """The endpoints that more than one engine family has."""
