@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, *, pairs: int = MOST_PAIRS, as_json: bool = False) -> int:
     """Examine the engines, and print the report. Returns the exit status: 0 without findings but notes, 1 with
-    warnings, 2
-    with faults."""
+    warnings, 2 with faults."""
     log = logging.getLogger("pd_proxy")
     level = log.level
     log.setLevel(logging.CRITICAL)  # the report has all that would be logged

@@ -31,8 +31,7 @@ class Engine:
         connector: the hand-off protocol that the gateway will use; empty where that is not known.
         tells: the connectors that it reports, by its own names.
         block_size, context, tp: the tokens of a block, the tokens of prompt and answer, and the tensor-parallel ranks;
-            0
-            where it does not report them.
+            0 where it does not report them.
     """
 
     url: str

@@ -95,8 +95,7 @@ class BackendPreempted(BackendError):
 
 class BackendAborted(BackendError):
     """The engine ended the answer early, with status 200 and `finish_reason: "abort"`. Engines do so when they are
-    stopped
-    (SIGTERM), paused, put to sleep or scaled."""
+    stopped (SIGTERM), paused, put to sleep or scaled."""
 
     code = "backend_aborted"
     reason = "aborted"

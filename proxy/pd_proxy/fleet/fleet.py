@@ -113,8 +113,8 @@ class Fleet:
 
         Arguments:
             tokens: the tokens of the leg. Members whose bounds it would exceed are left out, where others have
-                capacity.
-                Where none has, admission admits no new request, and a request that tries again goes to a full backend.
+                capacity. Where none has, admission admits no new request, and a request that tries again goes to a full
+                backend.
         """
         if not self._pools[role]:
             return []
@@ -165,8 +165,7 @@ class Fleet:
 
     def has_capacity(self, role: Role, model: str | None, tokens: int) -> bool | None:
         """Whether a candidate for `model` has capacity for a leg of so many tokens; None where there is no candidate.
-        Like
-        `candidates`, but stops at the first one that has."""
+        Like `candidates`, but stops at the first one that has."""
         if self.outlier_detector.watches:
             fit = self.candidates(role, model)
             return any(b.has_capacity(tokens) for b in fit) if fit else None
@@ -320,8 +319,8 @@ class Fleet:
         """Handle the failure of a leg.
 
         A backend that cannot be reached is marked down until its prober finds it up, unless the event loop stood still.
-        A
-        backend whose engine says that it is leaving is ejected at once. All other failures go to the outlier detector.
+        A backend whose engine says that it is leaving is ejected at once. All other failures go to the outlier
+        detector.
 
         Arguments:
             handoff_from: the prefill backend of the hand-off that a decode leg came with. Where it is down, the failure

@@ -2,8 +2,7 @@
 
 A client's name of a model is translated once, when the request comes in. All other parts of the gateway, metrics
 included, use the engines' own names. Answers are not rewritten: their `model` is the one that served the request, just
-as
-OpenAI's answers to a request for an alias name the model behind it.
+as OpenAI's answers to a request for an alias name the model behind it.
 """
 
 from __future__ import annotations

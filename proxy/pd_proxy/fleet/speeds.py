@@ -361,8 +361,7 @@ class Speeds:
 
     def _expect_step(self, factor: float) -> None:
         """Compute `step_base` and `step_token` anew. Engines whose factors differ by a few per cent count as equally
-        fast.
-        Otherwise an engine that is faster by chance would be sent requests until its steps reach their target."""
+        fast. Otherwise an engine that is faster by chance would be sent requests until its steps reach their target."""
         pool = self.pool
         if abs(factor - pool.usual_factor) <= _ALIKE * pool.usual_factor:
             factor = pool.usual_factor

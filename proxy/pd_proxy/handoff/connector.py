@@ -195,8 +195,7 @@ def given_params(answer: PrefillAnswer) -> msgspec.Raw | None:
 def refused(members: Members, handoff: Handoff) -> Members:
     """The body of a decode leg that releases a hand-off on vLLM. The engine's handler refuses it (min_tokens above
     max_tokens), and the refusal makes prefill free the blocks (`_with_kv_transfer_rejection_cleanup` in 0.32). Nothing
-    is
-    read or computed."""
+    is read or computed."""
     return {**one_token(members), "min_tokens": msgspec.Raw(b"2"), **handoff.members}
 
 

@@ -5,10 +5,9 @@ twice the time. And where the results differ (a template that writes the time, o
 the KV cache of another prompt, and answers with wrong text and without an error.
 
 Prefill returns the ids when it is asked for `return_token_ids`. Decode takes them as
-`kv_transfer_params.prompt_token_ids`
-for chat, where they replace only template and tokenizer, and as `prompt` for completions. Engines that return no ids,
-or
-do not know these parameters, tokenise as before. The ids are passed on as the bytes that prefill returned.
+`kv_transfer_params.prompt_token_ids` for chat, where they replace only template and tokenizer, and as `prompt` for
+completions. Engines that return no ids, or do not know these parameters, tokenise as before. The ids are passed on as
+the bytes that prefill returned.
 """
 
 from __future__ import annotations

@@ -12,9 +12,8 @@ it gains.
 - An engine has time to spare where the gap between tokens stays below 0.9 of the client's target; in a spill, below the
   target. The gap is the expected step with this request, or the recently observed gap where that is longer and no
   prefill has caused it. Added is the prefill time of the last seconds and of all prompts that are still to be
-  prefilled,
-  this one included, divided by 160 tokens of the engine's streams. The mean gap of a stream is what counts, so it may
-  stop for half a second once, but not ten times.
+  prefilled, this one included, divided by 160 tokens of the engine's streams. The mean gap of a stream is what counts,
+  so it may stop for half a second once, but not ten times.
 - A mixed engine takes the request by the same rules without the bound on tokens, since prefill is its work too. It also
   takes it when no decode engine meets the target for the gap and the mixed engine does.
 - **Without targets** it is not known which delays are acceptable, so the rule is conservative: the targets are 2 s for

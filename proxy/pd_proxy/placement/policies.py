@@ -125,8 +125,7 @@ def session(candidates: Sequence[Candidate], ask: Ask) -> int:
     Mirrokni, Thorup, Zadimoghaddam 2018).
 
     Each session has its own order of the candidates, by a hash of both (rendezvous hashing: Thaler, Ravishankar 1998).
-    So
-    a backend that joins or leaves moves only its own sessions. The first candidate in this order is taken whose
+    So a backend that joins or leaves moves only its own sessions. The first candidate in this order is taken whose
     requests in flight stay within 1.25 of the mean. Requests without a session go to the least loaded candidate. So do
     all while no candidate is within the bound, which can happen in a slow start of all, when loads are not whole
     numbers.
@@ -148,8 +147,7 @@ def session(candidates: Sequence[Candidate], ask: Ask) -> int:
 
 def prefix(candidates: Sequence[Candidate], ask: Ask) -> int:
     """The candidate that is believed to have most of the prompt cached, of those whose requests in flight stay within
-    1.25
-    of the mean. Ties are broken by the least load, which is also the rule where nothing is cached."""
+    1.25 of the mean. Ties are broken by the least load, which is also the rule where nothing is cached."""
     cached = ask.cached
     if not cached or len(candidates) == 1:
         return least_loaded(candidates, ask)

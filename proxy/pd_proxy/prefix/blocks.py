@@ -32,8 +32,7 @@ class Blocks(msgspec.Struct, frozen=True):
 
 def growing(steps: tuple[tuple[int, int], ...]) -> Blocks:
     """Make a layout in which blocks have the first size up to the first distance, then the second size, and so on.
-    There
-    are no blocks beyond the last distance.
+    There are no blocks beyond the last distance.
 
     Arguments:
         steps: pairs of a distance and a size. The size divides this distance and the one before.

@@ -1,8 +1,7 @@
 """Applies KV events to the prefix index, between the engines' caches (`engine_cache.py`) and the index.
 
 Events are about blocks of token ids. The index has prompts in the form in which clients send them, which mostly is
-text.
-So events have to be translated:
+text. So events have to be translated:
 
 - Prompts of ids are in the index under the same hashes that events lead to. These hashes are passed on only after a
   client has sent such a prompt. Before, no request would look them up, and they would displace other entries.

@@ -1,9 +1,8 @@
 """The endpoints that generate, and the layout of the request body of each.
 
 Connectors write a leg of one token with the member names of OpenAI's chat (`max_tokens`, `ignore_eos`, `min_tokens`).
-This
-module translates them for the other endpoints, so connectors and endpoints are independent of each other. Member names
-are those of vLLM 0.32.
+This module translates them for the other endpoints, so connectors and endpoints are independent of each other. Member
+names are those of vLLM 0.32.
 """
 
 from __future__ import annotations

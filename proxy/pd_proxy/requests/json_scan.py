@@ -1,8 +1,7 @@
 """Reads JSON from outside value by value, so that a list or an object of any length costs only what is read of it.
 
 A decoder makes a Python object of each element: hundreds of bytes for two bytes of text. Here values stay raw bytes,
-and
-the caller can stop at any value. Values are skipped at the speed of the decoder.
+and the caller can stop at any value. Values are skipped at the speed of the decoder.
 """
 
 from __future__ import annotations

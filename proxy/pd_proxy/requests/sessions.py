@@ -6,8 +6,7 @@ from pd_proxy.requests.body import Body
 
 _MEMBERS = ("prompt_cache_key", "conversation", "previous_response_id", "session_id", "user", "safety_identifier")
 """The first that a request has is used. Names of conversations come before names of users. `session_id` is SGLang's,
-and
-all others are OpenAI's."""
+and all others are OpenAI's."""
 _MOST = 1024  # bytes; longer values are ignored
 
 

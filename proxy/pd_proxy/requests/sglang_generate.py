@@ -34,8 +34,7 @@ DROPPED = frozenset(
     }
 )
 """Members that this endpoint accepts from every client, though they are meant for engines or operators. They are
-removed,
-as those of `members.FORBIDDEN` are for every endpoint."""
+removed, as those of `members.FORBIDDEN` are for every endpoint."""
 
 MOST_PROMPTS = 4096
 """The most prompts of a batch. Each has an id of its own from the gateway, and an answer of its own."""

@@ -1,9 +1,8 @@
 """Settings of the C library's heap, which holds bodies, reads and answers of more than half a kilobyte.
 
 By default glibc returns free memory at the end of the heap to the system as soon as that is some hundred kilobytes,
-which
-is as much as one long prompt. The next long prompt then costs page faults: the kernel has to find, clear and map each
-page again.
+which is as much as one long prompt. The next long prompt then costs page faults: the kernel has to find, clear and map
+each page again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Reads settings from environment variables such as `PD_PROXY_TIMEOUTS__IDLE`.
 
 Kubernetes adds variables to every container whose names are made from the names of Services. Where the name of a
-Service
-begins with pd-proxy, they have the gateway's prefix (`PD_PROXY_SERVICE_HOST`), and one has the name of a setting
-(`PD_PROXY_PORT=tcp://10.0.0.1:80`). They are recognised by name and value together, and ignored.
+Service begins with pd-proxy, they have the gateway's prefix (`PD_PROXY_SERVICE_HOST`), and one has the name of a
+setting (`PD_PROXY_PORT=tcp://10.0.0.1:80`). They are recognised by name and value together, and ignored.
 """
 
 from __future__ import annotations

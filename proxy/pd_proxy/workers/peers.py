@@ -77,8 +77,7 @@ class PeerWorkers:
 
     async def not_ready(self) -> str:
         """Why another worker cannot serve a request; empty where all can. A worker that does not answer is ignored,
-        since
-        it accepts no connections either."""
+        since it accepts no connections either."""
         for answer in await asyncio.gather(*(self._ask(path, "GET", "/ready") for path in self._paths)):
             if answer is not None and not _is_good(answer):
                 return str(decode_json(answer.body)["error"]["message"])

@@ -4,10 +4,9 @@ Each worker writes to its ring what it enters into its own index, and reads the 
 places a request. So each worker knows of all prompts that the gateway has sent.
 
 Nothing is locked, since each ring has one writer. The writer first stores how far it will write, then writes the
-record,
-and then stores how far it has written. A reader that the writer has overtaken goes on at the oldest whole record, and
-only misses some records. Each record begins with its own position in the ring. So a record that was not finished, or
-whose memory is not visible yet, is not read as one.
+record, and then stores how far it has written. A reader that the writer has overtaken goes on at the oldest whole
+record, and only misses some records. Each record begins with its own position in the ring. So a record that was not
+finished, or whose memory is not visible yet, is not read as one.
 
 Invariant: the supervisor resets the ring of a worker that has ended before it starts its replacement. The records stay,
 since the engines still have the prompts.

@@ -1,9 +1,9 @@
 """The supervisor: runs several worker processes that serve as one gateway (`workers` in the settings).
 
 The supervisor opens the sockets and forks the workers. It serves no requests itself, so no request can make it fail.
-All
-workers accept connections from the same sockets. When one dies, its own streams are lost, but no connection that waits
-to be accepted and no stream of another worker. It is replaced at once, or after a delay where it had just started.
+All workers accept connections from the same sockets. When one dies, its own streams are lost, but no connection that
+waits to be accepted and no stream of another worker. It is replaced at once, or after a delay where it had just
+started.
 
 The supervisor passes a signal to shut down on to every worker, and each shuts down like a gateway of one process. A
 worker whose supervisor has died shuts down too, since nothing would replace it.

@@ -1,8 +1,7 @@
 """vLLM's MooncakeConnector: prefill pushes to a decode engine that has requested it, so both legs are sent at once.
 
 Decode gets the addresses of prefill's workers from prefill's bootstrap server, and requests the blocks of a
-`transfer_id`
-from them. Only that id pairs the legs. Prefill's answer contains nothing of the hand-off. From vLLM 0.32,
+`transfer_id` from them. Only that id pairs the legs. Prefill's answer contains nothing of the hand-off. From vLLM 0.32,
 `mooncake_connector.py`:
 
 - Prefill keeps blocks only of a request that ended because of its length, hence no stop and `ignore_eos`.

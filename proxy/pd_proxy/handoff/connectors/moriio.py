@@ -1,14 +1,12 @@
 """vLLM's MoRIIOConnector (AMD), in its two modes: decode reads from prefill, or prefill writes to decode.
 
 Engines register with their ports (`registers`). Each leg names the other engine by `remote_host`,
-`remote_handshake_port`
-and `remote_notify_port`, so engines need not read these from a request's id. From vLLM 0.32, `moriio_connector.py` and
-`moriio_common.py`:
+`remote_handshake_port` and `remote_notify_port`, so engines need not read these from a request's id. From vLLM 0.32,
+`moriio_connector.py` and `moriio_common.py`:
 
 - `transfer_id` pairs the legs. A leg without it, or without the other engine's address, kills the engine's scheduler.
-  So
-  does a leg without `remote_block_ids` and `remote_engine_id`, which may be null. This holds for prefill's leg in both
-  modes.
+  So does a leg without `remote_block_ids` and `remote_engine_id`, which may be null. This holds for prefill's leg in
+  both modes.
 - Prefill keeps blocks only of a request that ended because of its length, for 60 s.
 - In read mode a decode engine treats every request as one with a hand-off. It answers one without from memory that was
   never written.

@@ -1,13 +1,11 @@
 """The P2P tier of vLLM's OffloadingConnector: prefill stores its blocks in CPU memory under a name that both legs
-carry,
-and decode fetches them by that name. Prefill's answer contains nothing of the hand-off. From vLLM 0.32,
+carry, and decode fetches them by that name. Prefill's answer contains nothing of the hand-off. From vLLM 0.32,
 `kv_offload/tiering/p2p`:
 
 - The members are named after the *other* side: the prefill leg has `remote_decoder`.
 - Blocks that are not fetched within 60 s (`unbound_store_timeout_s`) are dropped, and a later fetch is refused at once.
 - Decode finds blocks by the hash of their tokens, and computes those that it does not get, so its answer cannot be
-  wrong.
-  But it waits up to 30 s for a prefill engine that has died.
+  wrong. But it waits up to 30 s for a prefill engine that has died.
 - No leg can free blocks that will not be fetched.
 """
 

@@ -2,8 +2,7 @@
 
 Prefill waits until decode has joined the room. Then it computes the prompt, samples the first token, and pushes the KV
 cache and the token. So both legs have the client's whole body: all that shapes the first token must be in prefill's
-leg.
-The prompts of a list have rooms of their own, since both engines count up from the room in their legs. From SGLang
+leg. The prompts of a list have rooms of their own, since both engines count up from the room in their legs. From SGLang
 0.5.23:
 
 - An engine in one of the two roles answers 400 to a request without a room.
@@ -29,8 +28,7 @@ from pd_proxy.requests.endpoints import Endpoint, Members
 
 _FREE = 1 << 32
 """The number of rooms above the one in the legs that are left free. It is more than the prompts that a body can have,
-times
-any number of ranks."""
+times any number of ranks."""
 
 
 class _ServerInfo(msgspec.Struct):
