@@ -31,7 +31,7 @@ def whole(message: str, **more: Any) -> bytes:
     return json.dumps({"error": {"message": message, "type": "T", "param": None, "code": 1, **more}}).encode()
 
 
-def told(error: BackendAnswered) -> dict[str, Any]:
+def client_error(error: BackendAnswered) -> dict[str, Any]:
     """What a client reads of an error, which is always in OpenAI's shape."""
     detail: dict[str, Any] = json.loads(error.body())["error"]
     assert set(detail) == {"message", "type", "param", "code"}
@@ -70,7 +70,7 @@ def test_an_error_of_another_shape_is_written_again(
     error = engine_error(URL, status, {}, body)
     assert type(error) is kind
     assert error.status == status
-    assert told(error)["message"] == (message or kind.public)
+    assert client_error(error)["message"] == (message or kind.public)
     assert b"html" not in error.body()
 
 
@@ -98,7 +98,7 @@ def test_an_engines_own_trouble_names_no_address(address: str, status: int, bare
     said = f"cannot reach {address} for KV"
     error = engine_error(URL, status, {}, json.dumps({"error": said}).encode() if bare else whole(said))
     assert address.encode() not in error.body()
-    assert told(error)["message"] == type(error).public
+    assert client_error(error)["message"] == type(error).public
     assert address in str(error)  # for the log
 
 
@@ -176,13 +176,13 @@ def test_an_error_that_is_the_whole_answer_is_given_in_openais_shape(status: int
     said = {"object": "error", "message": "prompt is too long", "type": "BadRequest", "param": None, "code": status}
     error = engine_error(URL, status, {}, json.dumps(said).encode())
     assert type(error) is kind
-    assert told(error) == {name: said[name] for name in ("message", "type", "param", "code")}
+    assert client_error(error) == {name: said[name] for name in ("message", "type", "param", "code")}
 
 
 @pytest.mark.parametrize("message", [None, 7, ""])
 def test_such_an_error_without_words_is_worded_here(message: object) -> None:
     error = engine_error(URL, 400, {}, json.dumps({"object": "error", "message": message}).encode())
-    assert told(error)["message"]
+    assert client_error(error)["message"]
 
 
 def test_such_an_error_keeps_its_addresses_inside() -> None:
@@ -223,9 +223,9 @@ def test_the_reason_of_a_refusal_in_another_shape_is_kept(
 ) -> None:
     error = engine_error(URL, status, {}, json.dumps(said).encode())
     assert error.public_message == message
-    assert told(error)["message"] == message
+    assert client_error(error)["message"] == message
     if status != 429:
-        assert told(error)["param"] == param
+        assert client_error(error)["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_the_reason_of_a_refusal_in_another_shape_is_kept(
 def test_the_words_of_a_refusal_are_kept_as_far_as_they_are_words(body: bytes, message: str) -> None:
     error = engine_error(URL, 400, {}, body)
     assert type(error) is BackendRejected
-    assert told(error)["message"] == message
+    assert client_error(error)["message"] == message
 
 
 @pytest.mark.parametrize("body", [b"x" * 10**6, json.dumps({"detail": "x" * 10**6}).encode(), whole("x" * 10**6)])
@@ -284,14 +284,14 @@ def test_a_refusal_names_no_engines_address(address: str, status: int) -> None:
     ]
     for body in bodies if plain == address else bodies[:-1]:
         error = engine_error("http://10.1.2.3:8000", status, {}, body.replace(b"%b", address.encode()))
-        assert told(error)["message"].startswith("no") or status == 429
+        assert client_error(error)["message"].startswith("no") or status == 429
         assert plain not in json.loads(error.body())["error"]["message"]
         assert plain.encode() not in error.body()
 
 
 def test_the_engines_own_host_is_not_named_either() -> None:
     error = engine_error("http://prefill:8100", 400, {}, whole("prefill:8100 and prefill say no, prefilled is a word"))
-    assert told(error)["message"] == "[address] and [address] say no, prefilled is a word"
+    assert client_error(error)["message"] == "[address] and [address] say no, prefilled is a word"
 
 
 def test_a_reason_full_of_dots_is_searched_in_no_time() -> None:
@@ -308,4 +308,4 @@ def test_a_reason_full_of_dots_is_searched_in_no_time() -> None:
 def test_any_answer_becomes_an_error_with_an_answer(body: bytes, status: int) -> None:
     error = engine_error(URL, status, {}, body)
     assert 400 <= error.status <= 599
-    assert told(error)["message"]
+    assert client_error(error)["message"]

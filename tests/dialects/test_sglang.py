@@ -27,9 +27,15 @@ LENGTH = {"type": "length", "length": 2}
 
 
 def said(text: str, tokens: int, finish: Any = None, index: int | None = None, **meta: Any) -> bytes:
-    told = {"id": "r", "finish_reason": finish, "prompt_tokens": 7, "completion_tokens": tokens, "cached_tokens": 4}
+    meta_counts = {
+        "id": "r",
+        "finish_reason": finish,
+        "prompt_tokens": 7,
+        "completion_tokens": tokens,
+        "cached_tokens": 4,
+    }
     more = {} if index is None else {"index": index}
-    return event({"text": text, "output_ids": [1] * tokens, "meta_info": {**told, **meta}, **more})
+    return event({"text": text, "output_ids": [1] * tokens, "meta_info": {**meta_counts, **meta}, **more})
 
 
 ANSWER = [said("Hel", 1), said("Hello", 2, LENGTH), DONE]

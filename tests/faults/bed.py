@@ -341,8 +341,8 @@ async def made(settings: dict[str, Any] | None = None, case: Case = CASES[0], **
     """
     async with AsyncExitStack() as stack:
         roles = ("prefill", "prefill", "decode", "decode")
-        told = {**ENGINE, **stack.enter_context(case.engines()), **engine}
-        configs = [SimulatorConfig(role=role, **told) for role in roles]  # type: ignore[arg-type]
+        options = {**ENGINE, **stack.enter_context(case.engines()), **engine}
+        configs = [SimulatorConfig(role=role, **options) for role in roles]  # type: ignore[arg-type]
         engines = [await stack.enter_async_context(Simulator(config)) for config in configs]
         flags: dict[str, Any] = {role: [e.url for e in engines if e.config.role == role] for role in set(roles)}
         for name, value in {**SETTINGS, **case.gateway(engines), **(settings or {})}.items():

@@ -90,7 +90,7 @@ def request(endpoint: str, stream: bool) -> dict[str, Any]:
 
 
 def settings_for(fault: str, *, ahead: bool) -> dict[str, Any]:
-    """What the gateway of a fault's cells has been told otherwise than the rest."""
+    """The settings in which the gateway of a fault's cells differs from the others."""
     whose = {"first_token": "auto" if ahead else "decode"}
     if fault == "expired":  # a decode backend that cannot be reached until the hand-off has grown too old to be sent
         return {**whose, "timeouts": {"connect": 5.0}}

@@ -425,7 +425,7 @@ TestFlowMachine = pytest.mark.slow(FlowMachine.TestCase)
 @pytest.mark.parametrize("ending", ["reset", "kill", "error", "done", "end", "json", "abort"])
 def test_a_stream_that_breaks_before_any_text_is_begun_anew(endpoint: str, ending: str, more: dict[str, bool]) -> None:
     """Found by the machine: the one token's text was held back by the stop string, the client had a role and an empty
-    delta, and was told that its stream could not be continued."""
+    delta, and an error that its stream could not be continued."""
     machine = FlowMachine()
     asked = Asked(endpoint, True, 0, 24, **{"usage": True, "ids": False, "stop": False, **more})
     try:

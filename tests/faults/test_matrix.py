@@ -59,13 +59,13 @@ def test_the_document_is_the_result_of_the_run(results: dict[Cell, Result]) -> N
 
 
 def test_the_gateway_never_asks_for_the_time_of_day() -> None:
-    """So that a wall clock which jumps, as the matrix lets it, cannot matter. People may be told a time."""
+    """So that a wall clock which jumps, as it does in the matrix, cannot matter. A time may be shown to people."""
     proxy = Path(__file__).parents[2] / "proxy" / "pd_proxy"
     files = list(proxy.rglob("*.py"))
     assert len(files) > 30
-    told = proxy / "api" / "admin" / "backends.py"  # GET /admin/backends says when a hand-off was last tried
-    assert [use for file in files if file != told for use in _wall_clock_uses(file)] == []
-    assert len(list(_wall_clock_uses(told))) == 1
+    allowed = proxy / "api" / "admin" / "backends.py"  # GET /admin/backends says when a hand-off was last tried
+    assert [use for file in files if file != allowed for use in _wall_clock_uses(file)] == []
+    assert len(list(_wall_clock_uses(allowed))) == 1
 
 
 def _wall_clock_uses(file: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tests.faults.test_soak import questions, told, undisturbed
+from tests.faults.test_soak import questions, shown_answer, undisturbed
 from tests.support import pools, until
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ ENGINE = {"step_time": 0.004, "prefill_rate": 20_000.0}
 
 @pytest.mark.parametrize("policy", ["least_loaded", "round_robin"])
 async def test_no_answer_is_cut(policy: str) -> None:
-    """No text is another, no client is told of it, and what went on elsewhere is counted."""
+    """No text differs, no client notices, and requests that continued elsewhere are counted."""
     asked = questions(random.Random(5))
     expected = await undisturbed(asked)
     settings = {"policy": {"decode": policy}, "breaker": {"slow_start": 0.2}}
@@ -32,7 +32,7 @@ async def test_no_answer_is_cut(policy: str) -> None:
                 path, body = asked[number]
                 response = await running.http.post(path, json=body)
                 assert "abort" not in response.text
-                assert told(response) == expected[number], response.text
+                assert shown_answer(response) == expected[number], response.text
                 answered += 1
 
         fleet = running.gateway.fleet

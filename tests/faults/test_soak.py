@@ -41,8 +41,8 @@ def questions(chance: random.Random) -> list[Question]:
     return found
 
 
-def told(response: httpx.Response) -> tuple[Any, ...]:
-    """What a client is told: text, why it ended, and the counts."""
+def shown_answer(response: httpx.Response) -> tuple[Any, ...]:
+    """What a client gets: the text, its finish_reason, and the counts."""
     assert response.status_code == 200, response.text
     if response.headers["content-type"].startswith("text/event-stream"):
         answer = Answer(response.text)
@@ -61,7 +61,7 @@ async def undisturbed(asked: list[Question]) -> list[tuple[Any, ...]]:
         simulators("mixed", step_time=0.0) as [engine],
         httpx.AsyncClient(timeout=30, trust_env=False, verify=False) as http,
     ):
-        return [told(await http.post(engine.url + path, json=body)) for path, body in asked]
+        return [shown_answer(await http.post(engine.url + path, json=body)) for path, body in asked]
 
 
 async def torment(running: Running, engines: list[Simulator], chance: random.Random, until_: float) -> int:
@@ -119,7 +119,7 @@ async def test_no_request_fails_and_no_answer_is_wrong() -> None:
                 number = chance.randrange(len(asked))
                 path, body = asked[number]
                 response = await running.http.post(path, json=body)
-                assert told(response) == expected[number], f"SOAK_SEED={SEED}: {response.text}"
+                assert shown_answer(response) == expected[number], f"SOAK_SEED={SEED}: {response.text}"
                 served += 1
 
         async with asyncio.TaskGroup() as group:

@@ -103,7 +103,7 @@ async def test_whole_answers_of_the_other_routes_too(route: Route) -> None:
 
 @EVERY
 async def test_streams_of_the_other_routes_end_with_an_error(route: Route) -> None:
-    """They cannot be continued; what they were given is right as far as it goes, and they are told."""
+    """They cannot be continued. What the clients have is right, and they get an error."""
     async with routed(2, 2, engine=ENGINE) as (running, _, d):
         asking = asyncio.create_task(running.http.post(route.path, json=route.body(60, stream=True)))
         await until(busy(d))

@@ -160,7 +160,7 @@ def test_explanations_without_a_request_take_a_small_share_of_the_time() -> None
             decisions.explained(began)
         clock.now += 0.001
     assert 0.002 < spent / (clock.now - NOW) < 0.0026
-    assert decisions.due(request(explain=True), clock.now)  # who asks is told
+    assert decisions.due(request(explain=True), clock.now)  # a request for it always gets one
 
 
 _PLAIN = request()

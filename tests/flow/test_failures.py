@@ -63,7 +63,7 @@ async def test_a_failure_before_the_first_token_is_tried_elsewhere(
         bad = (prefill if leg == "prefill" else decode)[0]
         bad.faults.add(kind, leg=leg, **options)  # type: ignore[arg-type]
         if kind == "hang" and leg == "decode" and not stream:
-            # An answer that is not streamed shows no sign of life till its end; a hung engine is told by its health.
+            # An answer that is not streamed sends nothing before its end, so only health checks detect a hung engine.
             bad.faults.add("hang", leg="health")
         for _ in range(4):
             if stream:

@@ -85,7 +85,7 @@ async def test_an_engine_that_has_lost_a_prefix_has_lost_what_it_used_before_tha
         await ask(running, conversation(3, "older"))
         await ask(running, conversation(3, "newer"))
         both = index.tokens(engine.url)
-        engine.engine.pool.forget()  # nobody is told
+        engine.engine.pool.forget()  # without a report to the gateway
         await ask(running, conversation(3, "newer"))
         assert index.tokens(engine.url) == pytest.approx(both / 2, rel=0.1)
         assert index.figures(0.0).forgotten > 0
@@ -263,15 +263,16 @@ class Bed:
         return self.prefill.speeds.outstanding
 
 
-class Told(Speeds):
-    """An engine's, which keeps what it is told of legs: tokens that were computed, and of the prompt."""
+class RecordedSpeeds(Speeds):
+    """The speeds of an engine, which record the reports of legs: tokens that were computed, and tokens of the
+    prompt."""
 
     def __init__(self) -> None:
         super().__init__(PoolSpeeds())
-        self.told: list[tuple[int, int]] = []
+        self.recorded: list[tuple[int, int]] = []
 
     def answered(self, believed: int, computed: int, prompt: int, now: float) -> None:
-        self.told.append((computed, prompt))
+        self.recorded.append((computed, prompt))
         super().answered(believed, computed, prompt, now)
 
 
@@ -339,13 +340,13 @@ def test_a_whole_answer_does_not_show_how_fast_its_engine_prefills() -> None:
 
 
 def test_the_load_table_has_the_tokens_that_are_left_to_prefill() -> None:
-    bed, told = Bed(), list[int]()
-    bed.prefill.on_uncached_changed = lambda tokens, since: told.append(tokens)
+    bed, recorded = Bed(), list[int]()
+    bed.prefill.on_uncached_changed = lambda tokens, since: recorded.append(tokens)
     with bed.send() as sent:
         sent.prefilled(None, 0)
     with bed.send():
         pass
-    assert told == [160, 0, 160, 0]
+    assert recorded == [160, 0, 160, 0]
 
 
 def test_a_prefill_that_runs_on_without_its_request_stays_work_until_it_has_ended() -> None:
@@ -381,8 +382,8 @@ def test_reports_after_the_end_of_a_request_do_not_change_the_work_of_others() -
 
 
 def test_an_engine_that_reports_prompts_longer_than_their_bytes_is_not_believed_to_be_fast() -> None:
-    bed, told = Bed(), Told()
-    bed.prefill.speeds = told
+    bed, recorded = Bed(), RecordedSpeeds()
+    bed.prefill.speeds = recorded
     with bed.send(most=640) as sent:
         sent.prefilled(0, 1_000_000)
     with bed.send(most=640) as other:
@@ -391,15 +392,15 @@ def test_an_engine_that_reports_prompts_longer_than_their_bytes_is_not_believed_
         alone.first_token()
         alone.counted(0, 641)
     assert bed.index.figures(0.0).refused == 3
-    assert told.told == [(160, 160)] * 3
+    assert recorded.recorded == [(160, 160)] * 3
 
 
 def test_cached_tokens_count_though_the_length_of_the_prompt_is_not_reported() -> None:
-    bed, told = Bed(), Told()
-    bed.prefill.speeds = told
+    bed, recorded = Bed(), RecordedSpeeds()
+    bed.prefill.speeds = recorded
     with bed.send() as sent:
         sent.prefilled(100, 0)
-    assert told.told == [(60, 160)]
+    assert recorded.recorded == [(60, 160)]
 
 
 def of_ranks() -> Bed:

@@ -15,7 +15,7 @@ ATTEMPTS = 3
 
 
 class Job:
-    """A request whose tries end as they are told: with an error, with an answer (True), or with none (False)."""
+    """A request whose tries end as given: with an error, with an answer (True), or with none (False)."""
 
     cuts = None
     failed_pool: Any = "decode"

@@ -43,7 +43,7 @@ def events(*payloads: bytes) -> bytes:
 
 
 class Scripted:
-    """An engine that is healthy, and answers each POST as it is told.
+    """An engine that is healthy, and answers each POST as the test sets.
 
     Attributes:
         asked: paths of the POSTs.

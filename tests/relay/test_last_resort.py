@@ -30,7 +30,7 @@ class Fault(Exception):
 
 
 class Faulty(Recorder):
-    """A receiver that raises where it is told to."""
+    """A receiver that raises in the calls that the test names."""
 
     def __init__(self, *where: str) -> None:
         super().__init__()
@@ -130,17 +130,17 @@ async def test_one_request_that_cannot_be_sent_keeps_no_other_from_going_out() -
 
 
 async def test_one_time_limit_that_cannot_be_enforced_keeps_no_other_from_being_so() -> None:
-    told: list[str] = []
+    calls: list[str] = []
     everyone = asyncio.Event()
 
     class Broken:
         def overdue(self, seconds: float) -> None:
-            told.append("broken")
+            calls.append("broken")
             raise Fault
 
     class Sound:
         def overdue(self, seconds: float) -> None:
-            told.append("sound")
+            calls.append("sound")
             everyone.set()
 
     limits = Deadlines(0.001)
@@ -148,7 +148,7 @@ async def test_one_time_limit_that_cannot_be_enforced_keeps_no_other_from_being_
         limits.watch(waiting, asyncio.get_running_loop())
     async with asyncio.timeout(5):
         await everyone.wait()
-    assert told == ["broken", "sound"]
+    assert calls == ["broken", "sound"]
 
 
 @pytest.mark.parametrize(
