@@ -131,7 +131,7 @@ class Stream:
             self._begin,
             on_first_token=self.first_tokens.append,
             pace=pace,
-            idle=idle,
+            idle=Deadlines(idle),
         )
         self.origin = Origin(URL)
         self.connection = CountingConnection(self.origin)

@@ -171,8 +171,13 @@ async def test_a_suspected_stream_that_is_silent_fails_with_the_reason_for_the_s
 
 def fire(stream: Stream) -> None:
     """The relay's timer, now."""
-    timer = stream.relay._idle_watch._timer
-    assert timer is not None
+    watch = stream.relay._idle_watch
+    timer = watch._timer
+    if timer is None:  # its first wait, which it shares with other streams
+        assert watch in watch._limit._open
+        watch._limit.forget(watch)
+        watch.overdue(watch._limit.seconds)
+        return
     assert not timer.cancelled()
     callback, arguments = timer._callback, timer._args  # type: ignore[attr-defined]
     timer.cancel()

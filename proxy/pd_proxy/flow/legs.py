@@ -95,6 +95,7 @@ class Legs:
         self._prefill_limit = Deadlines(settings.timeouts.prefill)
         self._first_token_limit = Deadlines(settings.timeouts.first_token)
         self._aside_limit = Deadlines(_ASIDE)
+        self._idle_limit = Deadlines(settings.timeouts.idle)
         self._running_loop: asyncio.AbstractEventLoop | None = None
         self._fleet = fleet
         self._telemetry = telemetry
@@ -283,7 +284,7 @@ class Legs:
             attempt.begin_stream,
             on_first_token=partial(_on_first_token, attempt, lease),
             pace=partial(self._fleet.paced, backend) if attempt.paced else None,
-            idle=self._timeouts.idle,
+            idle=self._idle_limit,
             loop=self._loop,
         )
 
@@ -352,7 +353,7 @@ class Legs:
         headers = b"".join(
             (
                 b"x-request-id: ",
-                attempt.id.encode("ascii"),
+                attempt.id.encode(),
                 b"\r\n",
                 self.headers_after(request.hops) if request.hops else self.headers,
                 request.record.trace,

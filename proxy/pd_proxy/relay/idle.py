@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Protocol
 
 from pd_proxy.errors import BackendError
+from pd_proxy.http.deadlines import Deadlines
 
 _SUSPECTED = 1.0  # seconds of silence after which the stream of a suspected backend fails
 _GAPS = 4  # times the usual gap between tokens, if that is longer, since a slow stream is not dead
@@ -42,18 +43,19 @@ class IdleWatch:
 
     Arguments:
         stream: the stream; the reference to it is dropped by `stop`.
-        seconds: of silence after which the stream counts as dead, or None.
+        limit: the time of silence after which a stream counts as dead. All streams share its one timer at first; one
+            that lasts longer has a timer of its own.
     Attributes:
         last_read: time of the engine's last read outside of the fast path, as `time.monotonic`.
         paused_since: since when the client has kept the engine waiting, as `time.monotonic`; None where it does not.
     """
 
-    __slots__ = ("_loop", "_seconds", "_stream", "_suspected", "_timer", "last_read", "paused_since")
+    __slots__ = ("_limit", "_loop", "_stream", "_suspected", "_timer", "last_read", "paused_since")
 
-    def __init__(self, stream: Watched, loop: asyncio.AbstractEventLoop, seconds: float | None) -> None:
+    def __init__(self, stream: Watched, loop: asyncio.AbstractEventLoop, limit: Deadlines) -> None:
         self._stream: Watched | None = stream
         self._loop = loop
-        self._seconds = seconds
+        self._limit = limit
         self._timer: asyncio.TimerHandle | None = None
         self._suspected = -1.0  # `_last_sign` when the suspicion began that is being checked
         self.last_read = 0.0
@@ -61,12 +63,19 @@ class IdleWatch:
 
     def start(self) -> None:
         """Start to count silence."""
-        if self._seconds is not None:
-            self._timer = self._loop.call_later(self._seconds, self.check)
+        self._limit.watch(self, self._loop)
+
+    def overdue(self, seconds: float) -> None:
+        """Called when the limit has passed since `start`."""
+        self.check()
 
     def stop(self) -> None:
         """Stop watching: the stream is over."""
         self._stream = None
+        self._cancel()
+
+    def _cancel(self) -> None:
+        self._limit.forget(self)
         if self._timer is not None:
             self._timer.cancel()
 
@@ -92,8 +101,8 @@ class IdleWatch:
         if self._suspected == sign:
             return  # it is being checked already
         seconds = max(_SUSPECTED, _GAPS * stream.usual_gap())
-        if self._seconds is not None:
-            seconds = min(seconds, self._seconds)
+        if self._limit.seconds is not None:
+            seconds = min(seconds, self._limit.seconds)
         checks = 0
 
         def check_again(due: float) -> None:
@@ -101,8 +110,7 @@ class IdleWatch:
             checks += 1
             if self._last_sign(stream) != sign or self.paused_since is not None:
                 self._suspected = -1.0
-                if self._seconds is not None:
-                    self.check()
+                self.check()
             elif loop.time() - due > _LATE * seconds and checks < _CHECKS:
                 wait()
             else:
@@ -112,25 +120,24 @@ class IdleWatch:
             due = loop.time() + seconds
             self._timer = loop.call_at(due, check_again, due)
 
-        if self._timer is not None:
-            self._timer.cancel()
+        self._cancel()
         self._suspected = sign
         wait()
 
     def check(self) -> None:
         """End the stream if it has been silent for too long; otherwise set the timer for the earliest time at which it
         could be."""
-        stream = self._stream
-        if stream is None or self._seconds is None:
+        stream, seconds = self._stream, self._limit.seconds
+        if stream is None or seconds is None:
             return
         since = self.paused_since or self._last_sign(stream)
-        left = since + self._seconds - monotonic()
+        left = since + seconds - monotonic()
         if left > 0:
             self._timer = self._loop.call_later(left, self.check)
         elif self.paused_since is not None:
             stream.client_is_silent()
         else:
-            stream.engine_is_silent(self._seconds)
+            stream.engine_is_silent(seconds)
 
     def _last_sign(self, stream: Watched) -> float:
         """The time of the engine's last token or read."""

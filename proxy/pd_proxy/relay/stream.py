@@ -54,7 +54,7 @@ class StreamRelay:
         begin: called once, with this relay, just before the first bytes are sent. It starts the client's answer.
         on_first_token: called once, with this relay, when the engine's first token has arrived, with or without
         content. pace: called now and then with the seconds that the engine takes for a token.
-        idle: seconds without a byte after which the stream counts as dead, or None.
+        idle: the time without a byte after which the stream counts as dead.
         loop: the running event loop, where it is known.
     Attributes:
         first_token: `time.monotonic` of the read that brought the first content; None before.
@@ -105,7 +105,7 @@ class StreamRelay:
         *,
         on_first_token: Callable[[StreamRelay], None] | None = None,
         pace: Callable[[float], object] | None = None,
-        idle: float | None = None,
+        idle: Deadlines,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._url = url
@@ -233,7 +233,7 @@ class StreamRelay:
             self._error_body += data[: _ERROR_BODY_LIMIT - len(self._error_body)]
             return
         try:
-            if self._events is None and data.endswith(b"\n\n"):
+            if self._events is None and data[-2:] == b"\n\n":
                 block = data
             else:
                 if self._events is None:
