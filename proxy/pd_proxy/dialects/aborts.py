@@ -50,6 +50,9 @@ def abort_of(choices: Iterable[Ending]) -> object:
     return None
 
 
+_BACKSLASH = ord("\\")
+
+
 def ends_well(answer: bytes) -> bool:
     """Whether a whole answer has surely ended at its limit of tokens, as the answer to a prefill leg does. If not, it
     must be parsed.
@@ -60,7 +63,7 @@ def ends_well(answer: bytes) -> bool:
     return (
         answer.find(b'"finish_reason":"length"') >= 0
         and answer.count(b"finish_reason") == 1
-        and answer.find(b"\\u00") < 0  # a letter of the name as an escape
+        and (_BACKSLASH not in answer or answer.find(b"\\u00") < 0)  # a letter of the name as an escape
     )
 
 

@@ -7,7 +7,7 @@ has been sent, so that another engine can continue the answer.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -65,7 +65,7 @@ class ChoicesDialect:
         prompts: int = 0,
         logprobs: PromptLogprobs | None = None,
     ) -> ChoicesReader:
-        return ChoicesReader(url, edit, transcript, drop_usage)
+        return ChoicesReader(url, edit, transcript, drop_usage, edit.hide_ids)
 
     def whole(self, url: str, answer: bytes) -> WholeAnswer:
         return whole_answers.read_checked(self, url, answer)
@@ -88,7 +88,7 @@ class ChoicesDialect:
 CHAT = ChoicesDialect()
 
 
-class ChoicesReader:
+class ChoicesReader(msgspec.Struct, eq=False):
     """Reads one stream of choices.
 
     Arguments:
@@ -99,50 +99,36 @@ class ChoicesReader:
     Attributes: those of `AnswerReader`. `pending` has events without text.
     """
 
-    __slots__ = (
-        "_drop_usage",
-        "_early_ids",
-        "_early_size",
-        "_edit",
-        "_hide_ids",
-        "_last_event",
-        "_live",
-        "_odd",
-        "_opened",
-        "_opening",
-        "_prompt",
-        "_transcript",
-        "_url",
-        "done",
-        "failure",
-        "has_content",
-        "pending",
-        "usage",
-    )
+    sequence: ClassVar[int] = -1
+    end_name: ClassVar[str] = "[DONE]"
+    awaited: ClassVar[asyncio.Future[None] | None] = None
 
-    sequence = -1
-    end_name = "[DONE]"
-    awaited: asyncio.Future[None] | None = None
-
-    def __init__(self, url: str, edit: Edit, transcript: TokenLog, drop_usage: bool) -> None:
-        self._url = url
-        self._edit = edit
-        self._hide_ids = edit.hide_ids
-        self._transcript = transcript
-        self._drop_usage = drop_usage
-        self._live = False  # the client gets what is read
-        self._prompt = b""  # ids of the prompt
-        self._opening: bytes | None = None  # the first event with a choice, as the client sees it
-        self._opened = False  # the transcript has that
-        self._early_ids: list[bytes] = []  # of tokens before the first content
-        self._early_size = 0  # bytes of them
-        self.pending = b""  # events without text, as the client sees them; sent with the next event that has text
-        self._last_event = b""
-        self._odd = False  # the block that is read may name the hand-off
-        self.done = False
-        self.failure: BackendError | None = None
-        self.has_content = False
-        self.usage: Usage | None = None
+    _url: str
+    _edit: Edit
+    _transcript: TokenLog
+    _drop_usage: bool
+    _hide_ids: bool
+    _live: bool = False
+    """The client is sent what is read."""
+    _prompt: bytes = b""
+    """Ids of the prompt."""
+    _opening: bytes | None = None
+    """The first event with a choice, as the client sees it."""
+    _opened: bool = False
+    """The transcript has that."""
+    _early_ids: list[bytes] = []
+    """Of tokens that came before there was something to read."""
+    _early_size: int = 0
+    """Bytes of them."""
+    pending: bytes = b""
+    """Events without text, as the client sees them; sent with the next event that has text."""
+    _last_event: bytes = b""
+    _names_handoff: bool = False
+    """The block that is read may name the hand-off."""
+    done: bool = False
+    failure: BackendError | None = None
+    has_content: bool = False
+    usage: Usage | None = None
 
     @property
     def kept(self) -> int:
@@ -213,8 +199,9 @@ class ChoicesReader:
         shown: list[bytes] = []
         count = 0
         learns = None if last else fast_path
-        # Searched for once in the whole block, since hardly any event has either.
-        self._odd, recomputed = names_handoff(block), block.find(b"recomputed") >= 0
+        self._names_handoff = names_handoff(
+            block
+        )  # searched for once in the whole block, since hardly any event has it
         for event, payload in sse.read(block):
             if payload == b"[DONE]":
                 self.done = True
@@ -224,7 +211,7 @@ class ChoicesReader:
                 shown.append(event)  # a comment that keeps the connection alive
                 continue
             if self._opening is None and self._hide_ids and not self._prompt:
-                one_line = event.startswith(b"data: ") and len(event) == len(payload) + 8  # with the two line ends
+                one_line = event[:6] == b"data: " and len(event) == len(payload) + 8  # with the two line ends
                 event, self._prompt = take_prompt_ids(event)
                 if self._prompt:
                     payload = event[6:-2] if one_line else sse.payload(event)
@@ -236,11 +223,10 @@ class ChoicesReader:
             if parsed.error is not None:
                 self.failure = engine_error_event(self._url, payload)
                 break
-            if recomputed and is_preempted(parsed):
-                self.failure = BackendPreempted(f"{self._url} gave the request up for want of memory")
-                break
             try:
                 if parsed.choices:
+                    if parsed.choices[0].stop_reason is not None and is_preempted(parsed):
+                        raise BackendPreempted(f"{self._url} gave the request up for want of memory")
                     if parsed.usage is not ABSENT:
                         event, payload = self._note_usage(event, payload, parsed.usage)
                     count += self._read_choices(event, payload, parsed, shown, learns)
@@ -280,7 +266,7 @@ class ChoicesReader:
             self._check_aborted(choices)
         ids = b"" if choice.token_ids is ABSENT else bytes(choice.token_ids)
         hidden = not visible and not finished and delta is not None and self._is_hidden(delta, payload)
-        as_shown = b"" if hidden else self._edit.event(event, payload, ids, self._odd)
+        as_shown = b"" if hidden else self._edit.event(event, payload, ids, self._names_handoff)
         if self._opening is None:
             self._opening = as_shown
             if not self._prompt:
@@ -302,7 +288,7 @@ class ChoicesReader:
         if visible and not content:
             transcript.mark_inexact("tool_calls" if delta is not None and delta.get("tool_calls") else "reasoning")
         if transcript.continuable:
-            transcript.note(ids[1:-1] if ids.startswith(b"[") else b"", content or visible)
+            transcript.note(ids[1:-1] if ids[:1] == b"[" else b"", content or visible)
             if not visible and not finished and (delta is None or "role" not in delta):
                 self.pending += as_shown  # if the stream is resumed before the next text, this token is generated again
                 return 1

@@ -22,6 +22,7 @@ DONE = b"data: [DONE]\n\n"
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n]))(?:\r\n|\n|\r(?=[^\n]))+")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _CR = ord("\r")
+_LF = ord("\n")
 _SEAM = 3  # bytes before a read in which the end of an event may begin: an empty line is CRLF CRLF at most
 
 
@@ -86,9 +87,11 @@ def split(block: bytes) -> list[bytes]:
 
 def read(block: bytes) -> list[tuple[bytes, bytes]]:
     """The events of a block, each with its payload."""
-    if block.startswith(b"data: ") and block.endswith(b"\n\n"):
+    # Parts are compared, since `startswith` costs twice as much. To count the line ends of the block would take three
+    # instructions for each byte.
+    if block[:6] == b"data: " and block[-2:] == b"\n\n":
         payloads = block[6:-2].split(b"\n\ndata: ")
-        if block.count(b"\n") == 2 * len(payloads) and _CR not in block:
+        if _CR not in block and _LF not in b"".join(payloads):
             if len(payloads) == 1:
                 return [(block, payloads[0])]
             # Not named like the function below: CPython 3.12.1 inlines both comprehensions, and then takes `payload` in

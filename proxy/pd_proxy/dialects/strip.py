@@ -27,13 +27,15 @@ _DEPTH = 3  # of answers within answers: an event, its response, an error of tha
 # of a text that ends so.
 _MARK = b'_params"'
 # A letter of such a name as an escape. Encoders write none for letters, so that what has one is looked at closely.
+_BACKSLASH = ord("\\")
 _ESCAPED = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 
 
 def names_handoff(data: bytes) -> bool:
     """Whether JSON, or events of it, may have a member of the hand-off, however its name is spelled."""
-    # `find`: `in` tries to take the needle for a number first, and the exception that this raises costs more.
-    return data.find(_MARK) >= 0 or (data.find(b"\\u00") >= 0 and _ESCAPED.search(data) is not None)
+    # `find`: `in` tries to take the needle for a number first, and the exception that this raises costs more. For one
+    # byte, given as its number, `in` is much quicker than `find`.
+    return data.find(_MARK) >= 0 or (_BACKSLASH in data and _ESCAPED.search(data) is not None)
 
 
 def strip_handoff(body: bytes) -> bytes:

@@ -236,11 +236,11 @@ class Connection(asyncio.Protocol):
                 return
             complete = state is _WHOLE or state is _LAST
             # The size line of the next chunk may have begun, which the parser does not tell: the last bytes show it.
-            self.between_chunks = data.endswith(b"\r\n") if self._chunk_complete else False
-            if complete:
-                del self._body[self._answered :]  # of a second answer, where one was asked for
-            if self._body:
-                body = self._body
+            self.between_chunks = data[-2:] == b"\r\n" if self._chunk_complete else False
+            body = self._body
+            if complete and len(body) > self._answered:
+                del body[self._answered :]  # of a second answer, where one was asked for
+            if body:
                 data = body[0] if len(body) == 1 else b"".join(body)
                 body.clear()
                 self._overhead = 0
@@ -334,11 +334,12 @@ class Connection(asyncio.Protocol):
             if self._diverted:
                 self._diverted = False
                 transport.set_protocol(self)
-            transport.resume_reading()
-            self._paused = False
-            if self._resting:
-                self._resting = False
-                self._origin.rests.forget(self)
+            if self._paused or self._resting:
+                transport.resume_reading()
+                self._paused = False
+                if self._resting:
+                    self._resting = False
+                    self._origin.rests.forget(self)
             self._origin.give(self)
         else:
             self.abort()

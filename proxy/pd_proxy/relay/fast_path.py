@@ -178,8 +178,8 @@ class FastPath(asyncio.Protocol):
         if (
             end > text
             and self._clear
-            and data.startswith(head)
-            and data.startswith(self._prefix, start)
+            and data[:start] == head  # `startswith` costs twice as much
+            and data[start:text] == self._prefix
             and (behind := data[end:]).translate(None, DIGITS) == self._behind
             and (self._ids is None or behind[self._id_at] != _BRACKET)
         ):

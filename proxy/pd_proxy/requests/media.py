@@ -65,7 +65,7 @@ def has_media(members: Members) -> bool:
     if messages is None:
         return members.get("prompt_embeds", NULL) != NULL
     said = bytes(messages)
-    if said.startswith(b'"') or said.find(b"[", 1) < 0:  # text, or no inner lists
+    if said[:1] == b'"' or said.find(b"[", 1) < 0:  # text, or no inner lists
         return False
     if said == b"null":
         return False

@@ -70,7 +70,7 @@ def read_members(raw: bytes | bytearray) -> Members:
     Raises:
         InvalidRequest: the body is not a JSON object, or exceeds a bound.
     """
-    if raw.startswith(_BOM):  # not allowed in JSON, but editors on Windows write it and engines accept it
+    if raw[:3] == _BOM:  # not allowed in JSON, but editors on Windows write it and engines accept it
         raw = raw[len(_BOM) :]
     try:
         members = scan.members(raw)
