@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
 from math import inf
 from typing import Any
+
+import msgspec
 
 from pd_proxy.api.trace_context import trace_context
 from pd_proxy.errors import BodyTooLarge, InvalidRequest, RequestTimedOut
@@ -24,8 +25,7 @@ class ClientLeft(Exception):
     """The client closed its connection before its request was complete."""
 
 
-@dataclass(slots=True, eq=False)
-class Arrival:
+class Arrival(msgspec.Struct, eq=False):
     """A request whose head has been read.
 
     Attributes:

@@ -10,6 +10,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from pd_proxy.admission.admission import Admission
 from pd_proxy.admission.gate import Gate
 from pd_proxy.admission.ticket import Ticket
@@ -93,20 +95,17 @@ class Entrance:
         return Admitted(self.admission, arrival, ticket)
 
 
-class Admitted:
+class Admitted(msgspec.Struct, eq=False):
     """The time from a request's admission to its end.
 
     It is a class and not an `@asynccontextmanager`, since the event loop keeps track of every asynchronous generator,
     which would be a cost of every request.
     """
 
-    __slots__ = ("_admission", "_arrival", "_ticket", "_timeout")
-
-    def __init__(self, admission: Admission, arrival: Arrival, ticket: Ticket) -> None:
-        self._admission = admission
-        self._arrival = arrival
-        self._ticket = ticket
-        self._timeout: asyncio.Timeout | None = None
+    _admission: Admission
+    _arrival: Arrival
+    _ticket: Ticket
+    _timeout: asyncio.Timeout | None = None
 
     async def __aenter__(self) -> None:
         """Wait until the request may start.

@@ -12,6 +12,9 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import ClassVar
+
+import msgspec
 
 from pd_proxy.errors import (
     BackendBusy,
@@ -225,16 +228,14 @@ class Flow:
         await self._releases.close()
 
 
-class _Tries:
+class _Tries(msgspec.Struct, eq=False):
     """A request with two legs, as a `retry.Job`."""
 
-    __slots__ = ("_flow", "_request")
-    waits_for_permit = True
-    repeatable = True
+    waits_for_permit: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = True
 
-    def __init__(self, flow: Flow, request: Request) -> None:
-        self._flow = flow
-        self._request = request
+    _flow: Flow
+    _request: Request
 
     @property
     def record(self) -> RequestRecord:

@@ -136,7 +136,7 @@ class Request(msgspec.Struct):
 
     def headers(self, *more: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         """The head of the answer to the client."""
-        headers = [(b"x-request-id", self.record.request_id.encode("ascii")), *more]
+        headers = [(b"x-request-id", self.record.request_id.encode()), *more]
         if self.record.fallback:
             headers.append((b"x-pd-proxy-fallback", self.record.fallback.encode("ascii")))
         if self.explained:

@@ -214,7 +214,7 @@ class GatewayProtocol(Inbound):
 
     def data_comes(self) -> bool:
         self._idle.forget(self)
-        return not self.is_answering
+        return self.active is None and not self.waiting  # as `is_answering`, for each read without a call
 
     def request_begun(self) -> None:
         parser, url, version = self.parser, self.url, self.version
@@ -222,14 +222,12 @@ class GatewayProtocol(Inbound):
         method = parser.get_method().decode("latin-1")
         exchange = ServerExchange(
             self,
-            head_only=method == "HEAD",
-            version=version,
-            keep_alive=not self._is_crowded
-            and not self.shared.leaving
-            and version != "1.0"
-            and parser.should_keep_alive(),
-            expects_continue=self.expects_continue,
-            looks_at_refusal=app is not None,
+            self.transport,
+            method == "HEAD",
+            version,
+            not (self._is_crowded or self.shared.leaving) and version != "1.0" and parser.should_keep_alive(),
+            self.expects_continue,
+            app is not None,
         )
         scope: Scope = {
             "type": "http",

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, MutableMapping
 from typing import Any, ClassVar, Protocol
 
+import msgspec
+
 from pd_proxy.errors import GatewayError
 from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.response import FlowControl, Headers, Scope
@@ -66,10 +68,13 @@ _INVALID_NAME = re.compile(rb'[\x00-\x1f\x7f()<>@,;:\[\]={} \t\\"]').search
 _INVALID_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
 
 
-class ServerExchange:
+class ServerExchange(msgspec.Struct, eq=False):
     """A `ClientResponse` that writes to the connection's transport, and the body of its request.
 
-    Arguments:
+    A struct, since these are made in C: one for each request.
+
+    Arguments, in this order:
+        connection, transport: where the answer goes.
         head_only: the request's method is HEAD.
         version: of HTTP, of the request.
         keep_alive: the client allows another request on the connection.
@@ -87,63 +92,30 @@ class ServerExchange:
         refusal: why the body is not taken.
     """
 
-    __slots__ = (
-        "_body_left",
-        "_changed",
-        "_chunked",
-        "_connection",
-        "_expects_continue",
-        "_extra_headers",
-        "_flow",
-        "_head",
-        "_head_only",
-        "_looks_at_refusal",
-        "_transport",
-        "_version",
-        "complete",
-        "gone",
-        "held",
-        "keep_alive",
-        "on_gone",
-        "received",
-        "refusal",
-        "started",
-        "unread",
-        "whole",
-    )
-
-    def __init__(
-        self,
-        connection: ServerConnection,
-        *,
-        head_only: bool,
-        version: str,
-        keep_alive: bool,
-        expects_continue: bool,
-        looks_at_refusal: bool,
-    ) -> None:
-        self._connection = connection
-        self._transport = connection.transport
-        self._head_only = head_only
-        self._version = version
-        self.keep_alive = keep_alive
-        self._expects_continue = expects_continue
-        self._looks_at_refusal = looks_at_refusal
-        self.received = bytearray()
-        self.whole = False
-        self.unread = False
-        self.started = False
-        self.complete = False
-        self.gone = False
-        self.held = 0
-        self.refusal: GatewayError | None = None
-        self.on_gone: Callable[[], object] | None = None
-        self._flow: FlowControl | None = None
-        self._changed: asyncio.Event | None = None
-        self._extra_headers: Headers = ()
-        self._head = b""  # written with the first bytes of the body: one system call less
-        self._chunked = True
-        self._body_left: int | None = None  # bytes that an answer of `send` still has to have; None: not known
+    _connection: ServerConnection
+    _transport: asyncio.Transport
+    _head_only: bool
+    _version: str
+    keep_alive: bool
+    _expects_continue: bool
+    _looks_at_refusal: bool
+    received: bytearray = msgspec.field(default_factory=bytearray)
+    whole: bool = False
+    unread: bool = False
+    started: bool = False
+    complete: bool = False
+    gone: bool = False
+    held: int = 0
+    refusal: GatewayError | None = None
+    on_gone: Callable[[], object] | None = None
+    _flow: FlowControl | None = None
+    _changed: asyncio.Event | None = None
+    _extra_headers: Headers = ()
+    _head: bytes = b""
+    """Written with the first bytes of the body: one system call less."""
+    _chunked: bool = True
+    _body_left: int | None = None
+    """Bytes that an answer of `send` still has to have; None: not known."""
 
     async def run(self, app: App, scope: Scope, tasks: set[asyncio.Task[None]]) -> None:
         """Have an application serve the request. A fault of the application ends the connection.
