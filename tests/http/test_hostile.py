@@ -507,6 +507,54 @@ async def test_a_request_that_waits_behind_unread_answers_ends_with_its_client(s
     assert connection.active is None
 
 
+@pauses_when_full
+async def test_a_request_that_is_refused_behind_unread_answers_leaves_no_turn_behind(server: Server) -> None:
+    server.app = large
+    loop = asyncio.get_running_loop()
+    faults: list[dict[str, object]] = []
+    loop.set_exception_handler(lambda _, context: faults.append(context))
+    with reluctant(server.port) as sock:
+        await loop.sock_sendall(sock, request("/1"))
+        await until(lambda: len(server.seen) == 1)
+        await loop.sock_sendall(sock, CHUNKED + b"no size\r\n")
+        [connection] = server.connections
+        await until(lambda: connection.reading is Reading.NOTHING)
+        async with asyncio.timeout(30):
+            last = b""
+            while data := await loop.sock_recv(sock, 1 << 20):
+                last = last[-1000:] + data
+    assert b"400 Bad Request" in last
+    assert not faults
+
+
+@pauses_when_full
+async def test_a_client_that_leaves_is_noticed_after_it_was_given_no_answers_for_a_while(server: Server) -> None:
+    waiting, gone = asyncio.Event(), asyncio.Event()
+
+    async def second_waits(scope: Scope, client: ServerExchange, receive: Receive) -> None:
+        if scope["path"] == "/1":
+            await large(scope, client, receive)
+            return
+        client.on_gone = gone.set
+        waiting.set()
+        await gone.wait()
+
+    server.app = second_waits
+    loop = asyncio.get_running_loop()
+    with reluctant(server.port) as sock:
+        await loop.sock_sendall(sock, request("/1"))
+        await until(lambda: len(server.seen) == 1)
+        await loop.sock_sendall(sock, request("/2"))
+        [connection] = server.connections
+        await until(lambda: len(connection.waiting) == 1)
+        async with asyncio.timeout(30):
+            received = 0
+            while received < 8_000_000:
+                received += len(await loop.sock_recv(sock, 1 << 20))
+        await waiting.wait()
+    await until(gone.is_set)
+
+
 # Too many connections
 
 

@@ -236,6 +236,25 @@ async def test_a_client_that_leaves_before_its_answer_is_noticed_at_once(server:
         await soon(gone.is_set, 0.2)
 
 
+@pytest.mark.parametrize("size", [70_000, 1_000_000])
+async def test_a_client_that_leaves_after_a_long_body_is_noticed_at_once(server: Server, size: int) -> None:
+    waiting, gone = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Scope, client: ServerExchange, receive: Receive) -> None:
+        client.on_gone = gone.set
+        if client.body is None:
+            await client.gather(2 * size)
+        waiting.set()
+        await gone.wait()
+
+    server.app = slow
+    async with server.connect() as (_, writer):
+        writer.write(request("/", f"content-length: {size}", method="POST", body=b"x" * size))
+        await waiting.wait()
+        writer.close()
+        await until(gone.is_set)
+
+
 async def test_the_end_of_an_answer_is_no_departure(server: Server) -> None:
     departures: list[str] = []
 

@@ -266,6 +266,8 @@ class GatewayProtocol(Inbound):
             return
         if exchange.held > SHORT:
             self.shared.bodies.whole(exchange)
+            if not self.waiting:  # else a client that leaves while it waits for the answer would not be noticed
+                self.resume_reading()
         if not exchange.complete:
             exchange.whole = exchange.unread = True
             exchange.wake()
@@ -412,8 +414,9 @@ class GatewayProtocol(Inbound):
         if self.active is not None:
             if self.active.started and self.active.flow is not None:
                 self.active.flow.resume()
-        elif self._is_held_back and not self.transport.is_closing():
+        elif self._is_held_back and self.waiting and not self.transport.is_closing():
             self._is_held_back = False
+            self.resume_reading()
             self._start(*self.waiting.pop(0))
 
     def _watch_writes(self) -> None:
