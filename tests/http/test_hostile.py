@@ -555,6 +555,25 @@ async def test_a_client_that_leaves_is_noticed_after_it_was_given_no_answers_for
     await until(gone.is_set)
 
 
+async def test_who_leaves_an_answer_unread_that_its_application_could_not_end_is_cut(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GatewayProtocol, "write_seconds", 0.2)
+
+    async def failing(scope: Scope, client: ServerExchange, receive: Receive) -> None:
+        client.start(200, [TEXT])
+        [connection] = server.connections
+        while not connection.unsent:
+            client.write(b"x" * 10_000)
+        raise ValueError
+
+    server.app = failing
+    with reluctant(server.port) as sock:
+        await asyncio.get_running_loop().sock_sendall(sock, request("/"))
+        await until(lambda: bool(server.connections))
+        await until(lambda: not server.connections)
+
+
 # Too many connections
 
 

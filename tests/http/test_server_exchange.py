@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from pd_proxy.http.response import Receive, Scope, Send
+from pd_proxy.http.server_exchange import ServerExchange
 
-from .serving import Server, error, parts, request
+from .serving import TEXT, Server, error, parts, request
 
 
 class Plain(Server):
@@ -95,10 +96,11 @@ async def test_an_application_can_end_the_connection(server: Server) -> None:
         [start((b"x\r\ny", b"a"))],
         [start((b"x y", b"a"))],
         [start((b"", b"a"), (b"a:b", b""))],
+        [start(status=600)],
         [body(b"hello")],
         [],
     ],
-    ids=["value", "name", "space", "colon", "no head", "nothing"],
+    ids=["value", "name", "space", "colon", "status", "no head", "nothing"],
 )
 async def test_a_faulty_application_is_answered_for_and_logged(
     server: Server, messages: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
@@ -210,3 +212,50 @@ async def test_a_head_that_comes_in_two_reads_behind_a_running_request_is_whole(
         writer.write(whole[30:])
         assert b"x-headers: 4\r\n" in await reader.read()
     assert server.seen == ["/first", "/second"]
+
+
+async def test_a_status_that_does_not_exist_is_answered_with_500(server: Server) -> None:
+    async def app(scope: Scope, client: ServerExchange, receive: Receive) -> None:
+        client.respond(600, [], b"")
+
+    server.app = app
+    assert error(await server.say(request()))[0] == 500
+
+
+async def test_a_fault_after_the_answer_leaves_the_next_request_alone(server: Server) -> None:
+    second, failed = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Scope, client: ServerExchange, receive: Receive) -> None:
+        if scope["path"] == "/first":
+            client.respond(200, [TEXT], b"first")
+            await second.wait()
+            failed.set()
+            raise ValueError
+        second.set()
+        await failed.wait()
+        await asyncio.sleep(0)  # the other task has ended
+        client.respond(200, [TEXT], b"second")
+
+    server.app = app
+    answers = await server.say(request("/first") + request("/second", "connection: close"))
+    assert answers.count(b"200 OK") == 2
+    assert answers.endswith(b"second")
+
+
+async def test_a_fault_after_the_body_was_refused_does_not_cut_the_refusal(server: Server) -> None:
+    failed = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        failed.set()
+        raise ValueError
+
+    serve_asgi(server, app)
+    async with server.connect() as (reader, writer):
+        writer.write(request("/", "transfer-encoding: chunked", method="POST") + b"no size\r\n")
+        await failed.wait()
+        for _ in range(20):
+            writer.write(b"x" * 100_000)  # unread when the connection closes, it resets the connection
+            await asyncio.sleep(0)
+        assert error(await reader.read())[0] == 400

@@ -315,6 +315,11 @@ class GatewayProtocol(Inbound):
         elif self.reading is not _HEAD:  # else the limit on headers runs already
             self._idle.watch(self, self.loop)
 
+    def give_up(self) -> None:
+        self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self._watch_writes()
+
     def _forget_request(self) -> None:
         """Nothing of an answered request is kept; connections that wait for another are many, and most of a server."""
         self._newest = None

@@ -50,6 +50,9 @@ class ServerConnection(Protocol):
     def answered(self, exchange: ServerExchange) -> None:
         """An answer is complete."""
 
+    def give_up(self) -> None:
+        """The answer under way will not be complete: close the connection."""
+
 
 def _status_line(status: int) -> bytes:
     try:
@@ -139,8 +142,10 @@ class ServerExchange(msgspec.Struct, eq=False):
             tasks.discard(asyncio.current_task())
 
     def _fail(self) -> None:
-        if self.started or self.gone:
-            self._transport.close()
+        if self.complete or self.gone:
+            return  # the connection may be at another request, or end in its own time
+        if self.started:
+            self._connection.give_up()
             return
         error = GatewayError("the gateway failed on this request; its log says more")
         self.respond(error.status, [_JSON, (b"connection", b"close")], error.body())
@@ -304,6 +309,7 @@ class ServerExchange(msgspec.Struct, eq=False):
         """Nothing is held here; the transport sends what it has by itself."""
 
     def _make_head(self, status: int, headers: Headers, last: bytes) -> bytes:
+        status_line = STATUS_LINES[status]  # first, as an application's fault is answered for while nothing has started
         self.started = True
         self._expects_continue = False
         if self._extra_headers:
@@ -315,7 +321,7 @@ class ServerExchange(msgspec.Struct, eq=False):
             # The rest of a body that is answered early is not read, so the connection cannot go on.
             self.keep_alive = False
             lines.append(_CLOSE)
-        return STATUS_LINES[status] + self._connection.default_headers + b"".join(lines) + last
+        return status_line + self._connection.default_headers + b"".join(lines) + last
 
     def _complete(self) -> None:
         self.complete = True
