@@ -7,8 +7,14 @@ import logging
 from typing import Any
 
 import pytest
+from pd_proxy.errors import BodiesFull
+from pd_proxy.http.body_memory import Bodies
+from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.response import Receive, Scope, Send
+from pd_proxy.http.server import GatewayProtocol
 from pd_proxy.http.server_exchange import ServerExchange
+
+from tests.support import until
 
 from .serving import TEXT, Server, error, parts, request
 
@@ -259,3 +265,54 @@ async def test_a_fault_after_the_body_was_refused_does_not_cut_the_refusal(serve
             writer.write(b"x" * 100_000)  # unread when the connection closes, it resets the connection
             await asyncio.sleep(0)
         assert error(await reader.read())[0] == 400
+
+
+@pytest.mark.parametrize("rest", [b"", b"c"], ids=["stalled", "whole"])
+async def test_a_body_that_was_refused_before_it_is_gathered_is_not_waited_for(server: Server, rest: bytes) -> None:
+    begun, refused = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Scope, client: ServerExchange, receive: Receive) -> None:
+        begun.set()
+        await refused.wait()
+        with pytest.raises(BodiesFull):
+            await client.gather(100)
+        client.respond(503, [(b"connection", b"close")], b"full")
+
+    server.app = app
+    async with server.connect() as (reader, writer):
+        writer.write(request("/", "content-length: 3", method="POST", body=b"ab"))
+        await begun.wait()
+        [connection] = server.connections
+        exchange = connection.active
+        exchange._looks_at_refusal = True  # as those of the routes that engines serve
+        exchange.refuse(BodiesFull("full", retry_after=1))
+        writer.write(rest)
+        if rest:
+            await until(lambda: exchange.whole)
+        refused.set()
+        assert (await reader.read()).endswith(b"full")
+
+
+@pytest.mark.parametrize("bad", [b"size\r\n", b"1000\r\n" + b"x" * 4096], ids=["not valid", "too much"])
+async def test_who_reads_a_body_while_it_answers_is_told_when_the_rest_is_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch, bad: bytes
+) -> None:
+    monkeypatch.setattr(GatewayProtocol, "shared", Connections(bodies=Bodies(limit=2000, longest=1600)))
+    begun, heard = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(start())
+        await send(body(b"first", more=True))
+        begun.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        heard.set()
+        await send(body(b"last"))
+
+    serve_asgi(server, app)
+    async with server.connect() as (reader, writer):
+        writer.write(request("/", "transfer-encoding: chunked", method="POST"))
+        await begun.wait()
+        writer.write(bad)
+        await heard.wait()
+        assert (await reader.read()).endswith(b"5\r\nfirst\r\n4\r\nlast\r\n0\r\n\r\n")

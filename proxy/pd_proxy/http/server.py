@@ -349,6 +349,9 @@ class GatewayProtocol(Inbound):
             elif newest is self.active and not newest.started:
                 self.active = None
                 newest.left()
+            elif newest is self.active:
+                newest.refusal = error
+                newest.wake()
         if not self.is_answering:
             self._answer_refused(error)
             return

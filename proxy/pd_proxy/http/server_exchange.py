@@ -196,10 +196,10 @@ class ServerExchange(msgspec.Struct, eq=False):
             GatewayError: `refusal`.
         """
         self._ask_for_body()
-        while not self.whole and len(self.received) <= limit and not self.gone:
+        while self.refusal is None and not self.whole and len(self.received) <= limit and not self.gone:
             await self._change()
-            if self.refusal is not None:
-                raise self.refusal
+        if self.refusal is not None:
+            raise self.refusal
         if self.gone:
             return None
         body, self.received = self.received, bytearray()
@@ -332,11 +332,11 @@ class ServerExchange(msgspec.Struct, eq=False):
     # ASGI
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """ASGI's `receive`."""
+        """ASGI's `receive`. A body that is refused ends as one whose client has left."""
         self._ask_for_body()
-        while not (self.unread or self.gone or self.complete):
+        while not (self.unread or self.gone or self.complete or self.refusal is not None):
             await self._change()
-        if self.gone or self.complete:
+        if self.gone or self.complete or not self.unread:
             return {"type": "http.disconnect"}
         self._connection.resume_reading()
         body, self.received = bytes(self.received), bytearray()
