@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import pytest
-from pd_proxy.errors import BodiesFull
+from pd_proxy.errors import BodiesFull, GatewayError
 from pd_proxy.http.body_memory import Bodies
 from pd_proxy.http.client_connections import Connections
 from pd_proxy.http.response import Receive, Scope, Send
@@ -267,6 +267,30 @@ async def test_a_fault_after_the_body_was_refused_does_not_cut_the_refusal(serve
         assert error(await reader.read())[0] == 400
 
 
+async def test_an_application_can_hold_nothing_for_a_client_that_has_gone(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = Connections()
+    monkeypatch.setattr(GatewayProtocol, "shared", shared)
+    begun, gone, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def decoding(scope: Scope, client: ServerExchange, receive: Receive) -> None:
+        client.on_gone = gone.set
+        begun.set()
+        await gone.wait()
+        with pytest.raises(GatewayError):
+            client.hold(1000)
+        ended.set()
+
+    server.app = decoding
+    async with server.connect() as (_, writer):
+        writer.write(request("/", "content-length: 3", method="POST", body=b"abc"))
+        await begun.wait()
+        writer.close()
+        await ended.wait()
+    assert shared.bodies.held == 0
+
+
 @pytest.mark.parametrize("rest", [b"", b"c"], ids=["stalled", "whole"])
 async def test_a_body_that_was_refused_before_it_is_gathered_is_not_waited_for(server: Server, rest: bytes) -> None:
     begun, refused = asyncio.Event(), asyncio.Event()
@@ -316,3 +340,23 @@ async def test_who_reads_a_body_while_it_answers_is_told_when_the_rest_is_refuse
         writer.write(bad)
         await heard.wait()
         assert (await reader.read()).endswith(b"5\r\nfirst\r\n4\r\nlast\r\n0\r\n\r\n")
+
+
+async def test_a_body_that_was_put_back_can_be_received(server: Server) -> None:
+    async def app(scope: Scope, client: ServerExchange, receive: Receive) -> None:
+        body = client.body
+        assert body is not None
+        client.put_back(body)
+        client.respond(200, [TEXT], (await receive())["body"])
+
+    server.app = app
+    whole = request("/", "content-length: 3", "connection: close", method="POST", body=b"abc")
+    assert (await server.say(whole)).endswith(b"abc")
+
+
+async def test_a_client_that_speaks_http_1_0_is_not_told_to_continue(server: Server) -> None:
+    async with server.connect() as (reader, writer):
+        writer.write(request("/", "expect: 100-continue", "content-length: 2", method="POST", version="1.0"))
+        await until(lambda: bool(server.seen))
+        writer.write(b"ok")
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 OK\r\n")

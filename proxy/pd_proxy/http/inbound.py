@@ -265,6 +265,8 @@ class Inbound(asyncio.Protocol, ABC):
             self._refuse_head(InvalidRequest("the request has more than one Host header"))
         elif self._hosts == 0 and version == "1.1":
             self._refuse_head(InvalidRequest("the request has no Host header"))
+        if version == "1.0":
+            self.expects_continue = False  # RFC 9110, section 10.1.1
 
     def _check_header_size(self) -> None:
         if len(self.headers) > _MOST_HEADERS:

@@ -187,6 +187,7 @@ class ServerExchange(msgspec.Struct, eq=False):
     def put_back(self, body: bytes | bytearray) -> None:
         """Have `body` be this again, for another reader."""
         self.received = body if isinstance(body, bytearray) else bytearray(body)
+        self.unread = True
 
     async def gather(self, limit: int) -> bytearray | None:
         """The request's body once it is whole, or longer than `limit` bytes; None when its client has left. A long body
@@ -220,8 +221,10 @@ class ServerExchange(msgspec.Struct, eq=False):
         """Count so many bytes of the request's body as held, beside those that came.
 
         Raises:
-            GatewayError: `refusal`.
+            GatewayError: `refusal`, or the client has closed its connection.
         """
+        if self.gone:
+            raise GatewayError("the client has closed its connection")  # nothing would release what it held from now
         if not self._connection.shared.bodies.take(self, count):
             assert self.refusal is not None
             raise self.refusal
