@@ -267,6 +267,20 @@ async def test_a_fault_after_the_body_was_refused_does_not_cut_the_refusal(serve
         assert error(await reader.read())[0] == 400
 
 
+async def test_a_body_that_was_refused_is_not_asked_for(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    ended = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["type"] == "http.disconnect"
+        ended.set()
+
+    serve_asgi(server, app)
+    said = request("/", "transfer-encoding: chunked", "expect: 100-continue", method="POST", body=b"no size\r\n")
+    assert error(await server.say(said))[0] == 400
+    await until(ended.is_set)
+    assert not caplog.records
+
+
 async def test_an_application_can_hold_nothing_for_a_client_that_has_gone(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

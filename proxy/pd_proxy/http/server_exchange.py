@@ -165,7 +165,7 @@ class ServerExchange(msgspec.Struct, eq=False):
         self._changed.clear()
 
     def _ask_for_body(self) -> None:
-        if self._expects_continue and not self._transport.is_closing():
+        if self._expects_continue and not self.gone and not self._transport.is_closing():
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._expects_continue = False
 
