@@ -16,7 +16,6 @@ from typing import Any, Protocol
 from pd_proxy_simulator.blocks import BlockPool, Content
 from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.connectors import SIDES
-from pd_proxy_simulator.connectors.side import Transfer
 from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
 from pd_proxy_simulator.handoffs import Handoffs
 from pd_proxy_simulator.media import Media
@@ -25,6 +24,7 @@ from pd_proxy_simulator.scheduler import Scheduler
 from pd_proxy_simulator.sequences import Sequence, Status
 from pd_proxy_simulator.sidechannel import OutOfRange, Peers, TransferFailed
 from pd_proxy_simulator.tokens import start_state
+from pd_proxy_simulator.transfers import Transfer
 
 logger = logging.getLogger(__name__)
 

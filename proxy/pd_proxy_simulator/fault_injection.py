@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from pd_proxy_simulator import encoding
 from pd_proxy_simulator.answers import GARBAGE
-from pd_proxy_simulator.connectors.side import Transfer
 from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
 from pd_proxy_simulator.faults import InjectedFaults
 from pd_proxy_simulator.http import Exchange
+from pd_proxy_simulator.transfers import Transfer
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.server import Simulator

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from pd_proxy_simulator import encoding, pooling, speech
 from pd_proxy_simulator.answers import StreamAnswer, WholeAnswer
 from pd_proxy_simulator.config import SimulatorConfig
-from pd_proxy_simulator.connectors.side import Transfer
 from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
 from pd_proxy_simulator.fault_injection import inject_faults
 from pd_proxy_simulator.faults import NOTHING, InjectedFaults, Leg
@@ -40,6 +39,7 @@ from pd_proxy_simulator.sglang_generate import decode_sglang_generate, refusal
 from pd_proxy_simulator.sglang_stream import SGLangStream
 from pd_proxy_simulator.stored import answer_stored, run_in_background
 from pd_proxy_simulator.tokens import start_state
+from pd_proxy_simulator.transfers import Transfer
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.server import Simulator

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pd_proxy_simulator.blocks import Block
-from pd_proxy_simulator.connectors.side import Transfer
 from pd_proxy_simulator.errors import RequestError
 from pd_proxy_simulator.structured import Script, Structure, write_script
 from pd_proxy_simulator.text import StopStrings, TextAssembler
 from pd_proxy_simulator.tokens import EOS, MASK, advance, boundary_states, choose, draw, tokenize
+from pd_proxy_simulator.transfers import Transfer
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pd_proxy_simulator.blocks import Content
-from pd_proxy_simulator.connectors.side import Side, Transfer, vllm_leg
+from pd_proxy_simulator.connectors.side import Side, vllm_leg
+from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.sidechannel import TransferFailed
+from pd_proxy_simulator.transfers import Transfer
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.engine import Engine
-    from pd_proxy_simulator.sequences import Sequence
 
 logger = logging.getLogger(__name__)
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from pd_proxy_simulator.blocks import Content
 from pd_proxy_simulator.connectors.messages import send, sender
-from pd_proxy_simulator.connectors.side import Side, Transfer
+from pd_proxy_simulator.connectors.side import Side
+from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.sidechannel import TransferFailed
 from pd_proxy_simulator.tokens import boundary_states
+from pd_proxy_simulator.transfers import Transfer
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.engine import Engine
-    from pd_proxy_simulator.sequences import Sequence
 
 logger = logging.getLogger(__name__)
 

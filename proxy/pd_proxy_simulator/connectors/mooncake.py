@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-from pd_proxy_simulator.connectors.side import Side, Transfer, vllm_transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.connectors.side import Side, vllm_transfer
+from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.transfers import Transfer
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pd_proxy_simulator.blocks import Content
 from pd_proxy_simulator.connectors.registering import Registering
-from pd_proxy_simulator.connectors.side import Transfer, vllm_transfer
+from pd_proxy_simulator.connectors.side import vllm_transfer
+from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.sidechannel import TransferFailed
+from pd_proxy_simulator.transfers import Transfer
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.engine import Engine
-    from pd_proxy_simulator.sequences import Sequence
 
 logger = logging.getLogger(__name__)
 

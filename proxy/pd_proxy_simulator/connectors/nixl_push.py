@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pd_proxy_simulator.connectors.side import Side, Transfer, vllm_transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.connectors.side import Side, vllm_transfer
+from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.transfers import Transfer
 
 _SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 _INDEXED = ("remote_engine_id", "remote_host", "remote_port", "tp_size", "remote_request_id")

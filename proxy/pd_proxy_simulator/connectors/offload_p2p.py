@@ -9,12 +9,11 @@ fetched.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pd_proxy_simulator.connectors.side import Side, Transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.connectors.side import Side
+from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.transfers import Transfer
 
 
 class OffloadP2P(Side):

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pd_proxy_simulator.connectors.side import Side, Transfer, vllm_leg
+from pd_proxy_simulator.connectors.side import Side, vllm_leg
+from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.transfers import Transfer
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.engine import Engine
-    from pd_proxy_simulator.sequences import Sequence
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ import msgspec
 from pd_proxy.decoding import msgpack_decoder
 
 from pd_proxy_simulator.blocks import Content
-from pd_proxy_simulator.connectors.side import Side, Transfer
+from pd_proxy_simulator.connectors.side import Side
+from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.transfers import Transfer
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.engine import Engine
-    from pd_proxy_simulator.sequences import Sequence
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgpack_decoder(tuple[int, tuple[int, ...], int])

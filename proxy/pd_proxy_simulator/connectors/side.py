@@ -8,40 +8,15 @@ parameters that kill, strand or confuse a real engine have the same effect here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pd_proxy_simulator.errors import RequestError
 from pd_proxy_simulator.faults import Leg
+from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.transfers import Transfer
 
 if TYPE_CHECKING:
     from pd_proxy_simulator.engine import Engine
-    from pd_proxy_simulator.sequences import Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """What one request asks of the connector.
-
-    Attributes:
-        leg: the request's leg, as far as the connector can tell.
-        params: the request's parameters, as they came; their types are not checked.
-        awaits: whether a prefill leg is computed only after decode has come.
-    """
-
-    leg: Leg = "local"
-    params: Any = None
-    awaits: bool = False
-
-    @property
-    def fetches(self) -> bool:
-        """Whether the request wants KV from elsewhere."""
-        return self.leg == "decode"
-
-    @property
-    def keeps(self) -> bool:
-        """Whether the request's KV is to be kept for a decode engine elsewhere."""
-        return self.leg == "prefill"
 
 
 class Side:

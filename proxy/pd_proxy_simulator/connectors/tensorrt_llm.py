@@ -14,15 +14,14 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pd_proxy.decoding import decode_python_json
 
-from pd_proxy_simulator.connectors.side import Side, Transfer
+from pd_proxy_simulator.connectors.side import Side
 from pd_proxy_simulator.errors import RequestError
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.sequences import Sequence
+from pd_proxy_simulator.transfers import Transfer
 
 _FIRST = 0
 """The value of `schedule_style` for context first."""
