@@ -12,19 +12,17 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pd_proxy_simulator import encoding, generate, messages, responses, sglang_generate
 from pd_proxy_simulator.config import SimulatorConfig
+from pd_proxy_simulator.connectors.side import Side
 from pd_proxy_simulator.errors import RequestError, internal_error
 from pd_proxy_simulator.faults import Fault, InjectedFaults
 from pd_proxy_simulator.http import Exchange
 from pd_proxy_simulator.requests import GenerationRequest, Kind
 from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.tokens import detokenize
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.connectors.side import Side
 
 Object = dict[str, Any]
 Abort = Callable[[list[Sequence]], None]

@@ -13,20 +13,35 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pd_proxy.decoding import decode_python_json
 
+from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.errors import bad_request, internal_error
 from pd_proxy_simulator.fields import Object
 from pd_proxy_simulator.prompts import EMBEDDING, embedding
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.engine import Engine
+from pd_proxy_simulator.sidechannel import Peers
 
 KINDS = ("image_url", "audio_url", "input_audio", "video_url")
 REFERENCES = ("image_embeds", "audio_embeds", "video_embeds")
 """Types of parts that hold only the name of a stored embedding."""
+
+
+class MediaEngine(Protocol):
+    """The engine that encodes and fetches media.
+
+    Attributes:
+        side_port: the port where the embeddings that the engine keeps can be fetched.
+        peers: the side channels of other engines.
+    """
+
+    config: SimulatorConfig
+    side_port: int
+    peers: Peers
+
+    def die(self, reason: str) -> None:
+        """Die as after a failed assertion in the core."""
 
 
 class Media:
@@ -36,7 +51,7 @@ class Media:
     fetches that found nothing.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: MediaEngine) -> None:
         self._engine = engine
         self._kept: dict[str, list[int]] = {}
         self.encoded = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 from pd_proxy.decoding import msgpack_decoder
@@ -20,9 +20,6 @@ from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.faults import NOTHING, Faults
 from pd_proxy_simulator.handoffs import Handoffs
 from pd_proxy_simulator.resetting import reset
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.connectors.side import Side
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode: Callable[[bytes], dict[str, Any]] = msgpack_decoder(Any)
@@ -41,6 +38,19 @@ def frame(message: dict[str, Any]) -> bytes:
     """One message as bytes on the wire."""
     payload = _encode(message)
     return _LENGTH.pack(len(payload)) + payload
+
+
+class ServedConnector(Protocol):
+    """The connector whose engine serves a side channel."""
+
+    def page(self, path: str) -> bytes | None:
+        """The side port's JSON for a GET of `path`; None for 404."""
+
+    def on_wait(self, name: str) -> None:
+        """Called when decode waits for what is to be kept as `name`."""
+
+    def extra_reply(self, name: str) -> dict[str, Any]:
+        """Further values that decode receives with the KV that it has waited for."""
 
 
 class SideChannelServer(asyncio.Protocol):
@@ -124,7 +134,7 @@ class Serving:
         pool: BlockPool,
         handoffs: Handoffs,
         faults: Faults,
-        side: Side,
+        side: ServedConnector,
         on_message: Callable[[dict[str, Any]], dict[str, Any] | None],
     ) -> None:
         self.faults = faults

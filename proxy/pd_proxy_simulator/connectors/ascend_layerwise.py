@@ -13,17 +13,15 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from pd_proxy_simulator.blocks import Content
+from pd_proxy_simulator.connectors.engine import ConnectorEngine
 from pd_proxy_simulator.connectors.side import Side, vllm_leg
 from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.sidechannel import TransferFailed
 from pd_proxy_simulator.transfers import Transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ class AscendLayerwise(Side):
 
     kept_after = ("length", "stop")
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ConnectorEngine) -> None:
         super().__init__(engine)
         self.calls: list[int] = []
         self.unclaimed_pushes = 0

@@ -10,18 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pd_proxy_simulator.blocks import Content
+from pd_proxy_simulator.connectors.engine import ConnectorEngine
 from pd_proxy_simulator.connectors.messages import send, sender
 from pd_proxy_simulator.connectors.side import Side
 from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.sidechannel import TransferFailed
 from pd_proxy_simulator.tokens import boundary_states
 from pd_proxy_simulator.transfers import Transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +32,7 @@ class LMCachePD(Side):
 
     kept_after = ("length", "stop")  # while they are being written
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ConnectorEngine) -> None:
         super().__init__(engine)
         self._proxy: Any = None
         self._ready = asyncio.Event()

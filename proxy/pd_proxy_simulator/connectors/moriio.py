@@ -8,17 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pd_proxy_simulator.blocks import Content
+from pd_proxy_simulator.connectors.engine import ConnectorEngine
 from pd_proxy_simulator.connectors.registering import Registering
 from pd_proxy_simulator.connectors.side import vllm_transfer
 from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.sidechannel import TransferFailed
 from pd_proxy_simulator.transfers import Transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +122,7 @@ class MoRIIOWrite(MoRIIO):
 
     mode = "WRITE"
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ConnectorEngine) -> None:
         super().__init__(engine)
         self._named: dict[str, int] = {}  # by transfer: how many blocks decode has cached
         self._computed: dict[str, Sequence] = {}

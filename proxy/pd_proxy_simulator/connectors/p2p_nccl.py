@@ -11,16 +11,14 @@ import asyncio
 import logging
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pd_proxy_simulator.blocks import Content
+from pd_proxy_simulator.connectors.engine import ConnectorEngine
 from pd_proxy_simulator.connectors.registering import Registering
 from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.sidechannel import TransferFailed
 from pd_proxy_simulator.transfers import Transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +32,7 @@ class P2pNccl(Registering):
 
     kept_after = ("length", "stop")  # while they are being sent
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ConnectorEngine) -> None:
         super().__init__(engine)
         self._unread: dict[str, list[Content]] = {}
         self._waiting: dict[str, asyncio.Future[list[Content]]] = {}

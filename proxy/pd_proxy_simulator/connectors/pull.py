@@ -9,14 +9,12 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pd_proxy_simulator.connectors.engine import ConnectorEngine
 from pd_proxy_simulator.connectors.side import Side, vllm_leg
 from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.transfers import Transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +129,7 @@ class Nixl(Pull):
 
     kept_after = ("length", "stop")
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ConnectorEngine) -> None:
         super().__init__(engine)
         self._beating: dict[Sequence, RemotePrefill] = {}
         self._heart: asyncio.Task[None] | None = None

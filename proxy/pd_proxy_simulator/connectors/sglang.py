@@ -11,17 +11,15 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pd_proxy_simulator.blocks import Content
+from pd_proxy_simulator.connectors.engine import ConnectorEngine
 from pd_proxy_simulator.connectors.side import Side
 from pd_proxy_simulator.errors import RequestError
 from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.sidechannel import TransferFailed
 from pd_proxy_simulator.transfers import Transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +75,7 @@ class SGLang(Side):
 
     kept_after = ("length", "stop")
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ConnectorEngine) -> None:
         super().__init__(engine)
         self._live: dict[int, Sequence] = {}
         self._joined: set[int] = set()  # rooms in which decode waits

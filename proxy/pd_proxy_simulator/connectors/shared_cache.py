@@ -10,18 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from pd_proxy.decoding import msgpack_decoder
 
 from pd_proxy_simulator.blocks import Content
+from pd_proxy_simulator.connectors.engine import ConnectorEngine
 from pd_proxy_simulator.connectors.side import Side
 from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.transfers import Transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.engine import Engine
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgpack_decoder(tuple[int, tuple[int, ...], int])
@@ -32,7 +30,7 @@ class SharedCache(Side):
 
     recomputes = True
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ConnectorEngine) -> None:
         super().__init__(engine)
         config = engine.config
         # Blocks that were computed with another model or another block size are never hit.

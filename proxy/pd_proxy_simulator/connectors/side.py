@@ -8,15 +8,13 @@ parameters that kill, strand or confuse a real engine have the same effect here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from pd_proxy_simulator.connectors.engine import ConnectorEngine
 from pd_proxy_simulator.errors import RequestError
 from pd_proxy_simulator.faults import Leg
 from pd_proxy_simulator.sequences import Sequence
 from pd_proxy_simulator.transfers import Transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.engine import Engine
 
 
 class Side:
@@ -29,7 +27,7 @@ class Side:
     kept_after: ClassVar[tuple[str, ...]] = ()
     recomputes: ClassVar[bool] = False
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ConnectorEngine) -> None:
         self.engine = engine
 
     def transfer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Transfer:
