@@ -9,8 +9,8 @@ tested against it.
 """
 
 from pd_proxy_simulator.config import SimulatorConfig
+from pd_proxy_simulator.engine_process import ReceivedRequest
 from pd_proxy_simulator.faults import Fault, Faults
-from pd_proxy_simulator.routes import ReceivedRequest
 from pd_proxy_simulator.server import Simulator
 
 __all__ = ["Fault", "Faults", "ReceivedRequest", "Simulator", "SimulatorConfig"]

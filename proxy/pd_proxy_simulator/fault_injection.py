@@ -6,21 +6,18 @@ Invariant: a request that a fault answers, cuts or leaves hanging does not reach
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from pd_proxy_simulator import encoding
 from pd_proxy_simulator.answers import GARBAGE
+from pd_proxy_simulator.engine_process import EngineProcess
 from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
 from pd_proxy_simulator.faults import InjectedFaults
 from pd_proxy_simulator.http import Exchange
 from pd_proxy_simulator.transfers import Transfer
 
-if TYPE_CHECKING:
-    from pd_proxy_simulator.server import Simulator
-
 
 async def inject_faults(
-    sim: Simulator, exchange: Exchange, injected: InjectedFaults, transfer: Transfer | None = None
+    sim: EngineProcess, exchange: Exchange, injected: InjectedFaults, transfer: Transfer | None = None
 ) -> bool:
     """Carry out a request's faults before the engine sees it; returns whether the request has been answered.
 
@@ -59,11 +56,11 @@ async def inject_faults(
     return False
 
 
-async def _until_closed(sim: Simulator, exchange: Exchange) -> None:
+async def _until_closed(sim: EngineProcess, exchange: Exchange) -> None:
     await sim.wait_for(lambda: exchange.connection.exchange is not exchange, 86_400)
 
 
-def _answer_with_status(sim: Simulator, exchange: Exchange, status: int, retry_after: int | None) -> None:
+def _answer_with_status(sim: EngineProcess, exchange: Exchange, status: int, retry_after: int | None) -> None:
     kind, message = {
         404: ("NotFoundError", f"The model `{sim.config.model}` does not exist."),
         429: ("RateLimitError", "Too many requests"),

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from pd_proxy_simulator import encoding
+from pd_proxy_simulator.engine_process import EngineProcess
 from pd_proxy_simulator.errors import RequestError
 from pd_proxy_simulator.fault_injection import inject_faults
 from pd_proxy_simulator.faults import NOTHING, parse_faults
 from pd_proxy_simulator.http import Exchange
 from pd_proxy_simulator.page import metrics_page, state
 
-if TYPE_CHECKING:
-    from pd_proxy_simulator.server import Simulator
 
-
-async def operate(sim: Simulator, exchange: Exchange) -> None:
+async def operate(sim: EngineProcess, exchange: Exchange) -> None:
     """Answer an operator's request: sleep, pause, reset the prefix cache, profile."""
     sim.operations.append((exchange.path, exchange.query))
     query = {name: values[0] for name, values in parse_qs(exchange.query).items()}
@@ -53,7 +50,7 @@ async def operate(sim: Simulator, exchange: Exchange) -> None:
     exchange.respond(200, b"", content_type="")
 
 
-async def answer_probe(sim: Simulator, exchange: Exchange, probe: str) -> None:
+async def answer_probe(sim: EngineProcess, exchange: Exchange, probe: str) -> None:
     """Answer a request for the engine's health, version or metrics; `probe` is its name in `PROBES`."""
     sim.probes[exchange.path] += 1
     injected = sim.faults.draw("health") if probe == "health" else NOTHING
@@ -72,7 +69,7 @@ async def answer_probe(sim: Simulator, exchange: Exchange, probe: str) -> None:
             exchange.respond(200, metrics_page(sim.engine).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-def control(sim: Simulator, exchange: Exchange) -> None:
+def control(sim: EngineProcess, exchange: Exchange) -> None:
     """Answer a request to the simulator itself: its state and its faults. Raises RequestError."""
     match (exchange.method, exchange.path):
         case ("GET", "/simulator/state"):

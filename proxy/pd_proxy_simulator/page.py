@@ -5,15 +5,12 @@ Invariant: reading changes nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.engine import Engine
+from pd_proxy_simulator.engine_process import EngineProcess
 from pd_proxy_simulator.metrics import Exposition
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.server import Simulator
-
 
 _CLASSES = {"nixl": "NixlConnector", "mooncake": "MooncakeConnector", "mooncake_ascend": "MooncakeConnectorV1"}
 """The connectors by the names of vLLM's classes."""
@@ -83,7 +80,7 @@ def metrics_page(engine: Engine) -> str:
     return page.text()
 
 
-def state(simulator: Simulator) -> dict[str, Any]:
+def state(simulator: EngineProcess) -> dict[str, Any]:
     """The answer of /simulator/state."""
     engine = simulator.engine
     stats, handoffs = engine.stats, engine.handoffs

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pd_proxy_simulator import encoding, pooling
+from pd_proxy_simulator.engine_process import EngineProcess
 from pd_proxy_simulator.errors import RequestError, invalid_field
 from pd_proxy_simulator.http import Exchange
 from pd_proxy_simulator.page import server_info
@@ -13,13 +14,10 @@ from pd_proxy_simulator.paths import RENDER
 from pd_proxy_simulator.prompts import completion_prompts, render_chat
 from pd_proxy_simulator.tokens import detokenize, token_text, tokenize
 
-if TYPE_CHECKING:
-    from pd_proxy_simulator.server import Simulator
-
 Object = dict[str, Any]
 
 
-def answer_plainly(sim: Simulator, exchange: Exchange) -> bool:
+def answer_plainly(sim: EngineProcess, exchange: Exchange) -> bool:
     """Answer a request if its path is one of these; returns whether it was. Raises RequestError."""
     path = exchange.path
     if path in RENDER:
@@ -54,7 +52,7 @@ def read_object(exchange: Exchange) -> Any:
     return body
 
 
-def _tokenize(sim: Simulator, body: Any) -> Object:
+def _tokenize(sim: EngineProcess, body: Any) -> Object:
     if isinstance(body.get("messages"), list):
         generation = body.get("add_generation_prompt") is not False
         tokens = render_chat(body["messages"], body.get("tools"), add_generation_prompt=generation)
@@ -66,11 +64,11 @@ def _tokenize(sim: Simulator, body: Any) -> Object:
     return {"count": len(tokens), "max_model_len": sim.config.context, "tokens": tokens, "token_strs": shown}
 
 
-def _detokenize(_sim: Simulator, body: Any) -> Object:
+def _detokenize(_sim: EngineProcess, body: Any) -> Object:
     return {"prompt": detokenize(body.get("tokens") or [], special=True)}
 
 
-def _count(sim: Simulator, body: Any) -> Object:
+def _count(sim: EngineProcess, body: Any) -> Object:
     """The answer of /v1/messages/count_tokens, in Anthropic's shape."""
     pooling.check_model(body, sim.config)
     messages = body.get("messages")
@@ -81,7 +79,7 @@ def _count(sim: Simulator, body: Any) -> Object:
     return {"input_tokens": len(render_chat(messages, body.get("tools")))}
 
 
-def _render(sim: Simulator, path: str, body: Any) -> Any:
+def _render(sim: EngineProcess, path: str, body: Any) -> Any:
     """Answer a request of a `…/render` path: its prompt as token ids, in the form that /inference/v1/generate takes."""
     pooling.check_model(body, sim.config)
     if path == "/v1/completions/render":
@@ -94,7 +92,7 @@ def _render(sim: Simulator, path: str, body: Any) -> Any:
     return {"token_ids": render_chat(messages, body.get("tools")), "sampling_params": {}}
 
 
-_OF_A_BODY: dict[str, Callable[[Simulator, Any], Object]] = {
+_OF_A_BODY: dict[str, Callable[[EngineProcess, Any], Object]] = {
     "/tokenize": _tokenize,
     "/detokenize": _detokenize,
     "/v1/messages/count_tokens": _count,

@@ -8,14 +8,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pd_proxy_simulator import encoding, pooling, speech
 from pd_proxy_simulator.answers import StreamAnswer, WholeAnswer
 from pd_proxy_simulator.config import SimulatorConfig
+from pd_proxy_simulator.engine_process import EngineProcess, ReceivedRequest
 from pd_proxy_simulator.errors import RequestError, engine_dead, internal_error
 from pd_proxy_simulator.fault_injection import inject_faults
-from pd_proxy_simulator.faults import NOTHING, InjectedFaults, Leg
+from pd_proxy_simulator.faults import NOTHING, InjectedFaults
 from pd_proxy_simulator.generate import decode_generate, with_handoff_params
 from pd_proxy_simulator.http import Exchange
 from pd_proxy_simulator.messages import decode_messages
@@ -40,24 +41,6 @@ from pd_proxy_simulator.sglang_stream import SGLangStream
 from pd_proxy_simulator.stored import answer_stored, run_in_background
 from pd_proxy_simulator.tokens import start_state
 from pd_proxy_simulator.transfers import Transfer
-
-if TYPE_CHECKING:
-    from pd_proxy_simulator.server import Simulator
-
-
-@dataclass(slots=True)
-class ReceivedRequest:
-    """One received request and its outcome. `status` is None until the status line has been sent."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: Any
-    leg: Leg = "local"
-    status: int | None = None
-    aborted: bool = False
-    finished: bool = False
-    output_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -87,7 +70,7 @@ _STREAMS: dict[str, type[StreamAnswer]] = {
 class Routes:
     """Answers the requests of one simulator."""
 
-    def __init__(self, sim: Simulator) -> None:
+    def __init__(self, sim: EngineProcess) -> None:
         self._sim = sim
 
     async def handle(self, exchange: Exchange) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 from pd_proxy_simulator.adapters import Adapters
 from pd_proxy_simulator.config import SimulatorConfig
 from pd_proxy_simulator.engine import Engine
+from pd_proxy_simulator.engine_process import ReceivedRequest
 from pd_proxy_simulator.faults import Faults
 from pd_proxy_simulator.http import Connection, Exchange
 from pd_proxy_simulator.kv_events import NullListener, Publisher
 from pd_proxy_simulator.responses import ResponseStore
-from pd_proxy_simulator.routes import ReceivedRequest, Routes
+from pd_proxy_simulator.routes import Routes
 from pd_proxy_simulator.sidechannel import Serving, SideChannelServer
 from pd_proxy_simulator.watch import Watch
 

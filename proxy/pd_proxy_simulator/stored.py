@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qs
 
 from pd_proxy_simulator import encoding
 from pd_proxy_simulator.answers import WholeAnswer
 from pd_proxy_simulator.background import Recorder
+from pd_proxy_simulator.engine_process import EngineProcess
 from pd_proxy_simulator.errors import RequestError
 from pd_proxy_simulator.faults import InjectedFaults
 from pd_proxy_simulator.http import Exchange
@@ -18,14 +19,11 @@ from pd_proxy_simulator.requests import GenerationRequest
 from pd_proxy_simulator.responses import StoredResponse, outline
 from pd_proxy_simulator.sequences import Sequence
 
-if TYPE_CHECKING:
-    from pd_proxy_simulator.server import Simulator
-
 _LONG = 86_400.0  # seconds; longer than any test
 
 
 async def run_in_background(
-    sim: Simulator,
+    sim: EngineProcess,
     exchange: Exchange,
     request: GenerationRequest,
     sequences: list[Sequence],
@@ -50,7 +48,7 @@ async def run_in_background(
         exchange.respond(200, encoding.to_json(stored.body))
 
 
-async def answer_stored(sim: Simulator, exchange: Exchange) -> None:
+async def answer_stored(sim: EngineProcess, exchange: Exchange) -> None:
     """Answer a request for a stored response, or for its cancellation. Raises RequestError."""
     _, _, rest = exchange.path.partition("/v1/responses/")
     response_id, _, action = rest.partition("/")
@@ -68,7 +66,7 @@ async def answer_stored(sim: Simulator, exchange: Exchange) -> None:
             raise RequestError(404, "Not Found", "Not Found")
 
 
-async def _replay(sim: Simulator, exchange: Exchange, stored: StoredResponse, start: int) -> None:
+async def _replay(sim: EngineProcess, exchange: Exchange, stored: StoredResponse, start: int) -> None:
     """Stream the events of a response from `start` on, as they come.
 
     The stream of a response that failed never ends: vLLM waits for an event that does not come.
