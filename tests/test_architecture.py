@@ -77,16 +77,19 @@ def _imports(file: Path, nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                package = ("pd_proxy", *file.relative_to(ROOT).parts[: -node.level])
+                package = file.relative_to(ROOT.parent).parts[: -node.level]
                 base = ".".join([*package, *filter(None, [base])])
-            yield node.lineno, base
-            # `from pd_proxy.fleet import backend` imports a module too, `from pd_proxy import __version__` does not.
-            for alias in node.names:
-                path = Path(*base.split("."), alias.name)
-                if base.startswith("pd_proxy") and (
-                    (ROOT.parent / path).with_suffix(".py").exists() or (ROOT.parent / path).is_dir()
-                ):
-                    yield node.lineno, f"{base}.{alias.name}"
+            # `from pd_proxy.fleet import backend` imports a module, `from pd_proxy import __version__` its package.
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            modules = {name for name in names if base.startswith("pd_proxy") and _is_module(name)}
+            yield from ((node.lineno, name) for name in sorted(modules))
+            if names - modules:
+                yield node.lineno, base
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir()
 
 
 def package_of(file: Path) -> str:
@@ -161,9 +164,9 @@ def test_the_simulator_shares_nothing_with_the_gateway_but_the_decoder() -> None
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Imports for type checkers alone count too, since a reader follows them as well."""
+    files = [*FILES, *SIMULATOR.rglob("*.py")]
     names = {
-        ".".join(("pd_proxy", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
-        for file in FILES
+        ".".join(file.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): file for file in files
     }
     graph = {name: {module for _, module in imports(file) if module in names} - {name} for name, file in names.items()}
     reached = {name: reachable(graph, name) for name in graph}
