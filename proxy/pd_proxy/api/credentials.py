@@ -81,7 +81,7 @@ class Credentials:
 
 
 class AtSocket(Credentials):
-    """Credentials at `admin_socket`: whoever may open the socket's file is an operator."""
+    """Credentials at `admin_socket`: a program that may open the socket's file is an operator."""
 
     def __init__(self) -> None:
         pass

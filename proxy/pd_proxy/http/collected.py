@@ -17,7 +17,7 @@ class Collected:
         limit: bytes of the body.
         loop: the running event loop, if the caller has it at hand.
     Attributes:
-        connection: that of the exchange, until it is over; set by whoever sends the request.
+        connection: that of the exchange, until it is over; set by the code that sends the request.
         status, headers: valid once `wait` has returned.
     """
 

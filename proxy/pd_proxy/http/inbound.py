@@ -128,11 +128,11 @@ class Inbound(asyncio.Protocol, ABC):
 
     @abstractmethod
     def data_comes(self) -> bool:
-        """Bytes have come; whether no answer is under way."""
+        """Called for each read. Returns whether no request is being answered."""
 
     @abstractmethod
     def end_after_waiting(self) -> None:
-        """Close the connection when the requests that have begun to come are answered."""
+        """Close the connection once the requests that have arrived are answered."""
 
     @abstractmethod
     def refuse_request(self, error: GatewayError, *, at_leisure: bool = True) -> None:
@@ -180,7 +180,7 @@ class Inbound(asyncio.Protocol, ABC):
             # Those before it are answered, and the last of them closes the connection; clients send the rest again.
             self.end_after_waiting()
             self.stop_reading()
-            raise _Unheard
+            raise _TooFarAhead
         self.url = b""
         self.headers = []
         self._hosts = 0
@@ -193,7 +193,7 @@ class Inbound(asyncio.Protocol, ABC):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.reading is not _HEAD:
-            return  # a trailer: no header, lest it passes what is in front of the gateway and looks at headers alone
+            return  # a trailer; a proxy in front of the gateway may have checked headers alone
         name = name.lower()
         if name == b"host":
             self._hosts += 1
@@ -308,5 +308,5 @@ class Inbound(asyncio.Protocol, ABC):
             self.refuse_request(RequestTimedOut(f"headers did not arrive within {seconds:g} s"))
 
 
-class _Unheard(Exception):
+class _TooFarAhead(Exception):
     """A request that came too far ahead of its answer."""

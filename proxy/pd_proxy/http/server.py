@@ -297,7 +297,7 @@ class GatewayProtocol(Inbound):
         if transport.get_write_buffer_size():
             self._watch_writes()
         if not exchange.whole:
-            self.linger()  # the rest of the body is nobody's, and may never end
+            self.linger()  # nothing reads the rest of the body, which may never end
         elif not exchange.keep_alive:
             if self.reading is _NOTHING:
                 self.linger()
@@ -321,7 +321,7 @@ class GatewayProtocol(Inbound):
             self._watch_writes()
 
     def _forget_request(self) -> None:
-        """Nothing of an answered request is kept; connections that wait for another are many, and most of a server."""
+        """Keep nothing of an answered request: most connections of a server are idle."""
         self._newest = None
         if self.reading is _BETWEEN:
             self.headers = None  # type: ignore[assignment]

@@ -124,7 +124,7 @@ class ServerExchange(msgspec.Struct, eq=False):
         """Have an application serve the request. A fault of the application ends the connection.
 
         Arguments:
-            tasks: those of the server; this one is taken out at its end, without a callback of the event loop for it.
+            tasks: those of the server. The exchange removes its own: a callback of the event loop would cost more.
         """
         try:
             await app(scope, self.receive, self.send)
